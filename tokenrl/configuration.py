@@ -34,9 +34,9 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
         Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
     """
     stored = read_config(path)
-    other = stored.get("kind", command)
-    if other != command:
-        raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
+    kind_of_file = stored.get("kind", command)
+    if kind_of_file != command:
+        raise Refused(f"The configuration {path} is for `tokenrl {kind_of_file}`; give it to that command.")
     try:
         of_a_run = "versions" in stored
         left_out = [*RECORDED, *["output_dir"] * (anew and of_a_run)]
@@ -60,8 +60,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        found = f"The file {file!s:.300} cannot be read ({error!s:.300})"
-        raise Refused(f"{found}. Mend or remove it, or give the settings in JSON or YAML.") from error
+        problem = f"The file {file!s:.300} cannot be read ({error!s:.300})"
+        raise Refused(f"{problem}. Mend or remove it, or give the settings in JSON or YAML.") from error
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
     return config

@@ -50,9 +50,9 @@ class Interrupted(TokenrlError):
 class Placed(dict[str, Any]):
     """A row of data that knows its place in what the user gave, such as `line 8` of a file, for messages."""
 
-    def __init__(self, row: Mapping[str, Any], place: str) -> None:
+    def __init__(self, row: Mapping[str, Any], location: str) -> None:
         super().__init__(row)
-        self.place = place
+        self.place = location
 
 
 def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -61,22 +61,22 @@ def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         yield row.place if isinstance(row, Placed) else f"row {number}", row
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """Return ' Did you mean X?' for an error message, or an empty text where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, names: Iterable[str]) -> str:
     """Return ' Did you mean X? Available: a, b, c.' for an error message.
 
     A long list is left out where a near name is known.
     """
-    known = sorted(known)
-    near = nearest(name, known)
-    if near and len(known) > 30:
+    names = sorted(names)
+    near = nearest(name, names)
+    if near and len(names) > 30:
         return near
-    return near + f" Available: {', '.join(known) or 'none'}."
+    return near + f" Available: {', '.join(names) or 'none'}."
 
 
 def written(thing: object, write: Callable[[Any], str] = repr) -> str:
@@ -97,8 +97,8 @@ def describe(error: BaseException) -> str:
         root = cause
         followed.add(id(root))
     ends = [(type(e).__name__, " ".join(written(e, str).split())[:400]) for e in (error, root)]
-    said = [f"{name}: {text}".removesuffix(": ") for name, text in ends]
-    return " caused by ".join(dict.fromkeys(said))
+    parts = [f"{name}: {text}".removesuffix(": ") for name, text in ends]
+    return " caused by ".join(dict.fromkeys(parts))
 
 
 def raised(error: BaseException) -> str:

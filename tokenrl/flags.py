@@ -66,21 +66,21 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     kind, prog = command.arguments, f"tokenrl {name}"
     words = list(_with_values(word for word in argv if word not in ("-h", "--help")))
     if {"-h", "--help"} & {*argv}:
-        given = _given(command, words, prog)[0] if words else {}
-        start = _start(name, command, given)
+        options = _read_options(command, words, prog)[0] if words else {}
+        start = _starting_settings(name, command, options)
         about = cleandoc(kind.__doc__) + (_about_presets() if "estimator" in field_types(kind) else "")
         tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
-    given, unknown = _given(command, words, prog)
-    start = _start(name, command, given)
-    known = dict(field_types(kind))
+    options, unknown = _read_options(command, words, prog)
+    start = _starting_settings(name, command, options)
+    hints = dict(field_types(kind))
     if kind is CompareArguments:
-        stored = read_config(given.pop("config")) if "config" in given else {}
-        runs = ControlArguments if "env" in stored | given else TrainArguments
+        stored = read_config(options.pop("config")) if "config" in options else {}
+        runs = ControlArguments if "env" in stored | options else TrainArguments
         shared, unknown = _shared(runs, unknown, prog)
         start = with_shared(stored | shared)
-        known |= field_types(runs)  # type: ignore[arg-type]
-    check_flags(unknown, known, prog)
-    return arguments(kind, start | given)
+        hints |= field_types(runs)  # type: ignore[arg-type]
+    check_flags(unknown, hints, prog)
+    return arguments(kind, start | options)
 
 
 def _with_values(words: Iterable[str]) -> Iterator[str]:
@@ -89,19 +89,19 @@ def _with_values(words: Iterable[str]) -> Iterator[str]:
         yield ALONE.get(word.replace("_", "-"), word) if after[:2] == "--" else word
 
 
-def _given(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
+def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that flags give, by name, and the words that are none of the command's flags."""
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             kind = _flags(command)
             groups, rest = tyro.cli(kind, args=argv, prog=prog, registry=READING, return_unknown_args=True)
     except SystemExit:  # tyro says in a box what is wrong, then how it tried, then where the help is
-        text = FRAME.split(said.getvalue())[1].partition("Got errors:")[0]
+        text = FRAME.split(errors.getvalue())[1].partition("Got errors:")[0]
         raise Refused(f"{' '.join(re.sub('[│|]', ' ', text).split())} See {prog} --help.") from None
     axes = groups.pop("estimator", {})
-    given = {flag: value for group in groups.values() for flag, value in group.items()}
-    return given | ({"axes": axes} if axes else {}), rest
+    options = {flag: value for group in groups.values() for flag, value in group.items()}
+    return options | ({"axes": axes} if axes else {}), rest
 
 
 @READING.primitive_rule
@@ -119,22 +119,22 @@ def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
                 return kind(words[0])
         return words[0]
 
-    shown = ",".join(names) or read.type.__name__
-    return PrimitiveConstructorSpec(1, shown, value, lambda _: True, lambda found: [str(found)])
+    metavar = ",".join(names) or read.type.__name__
+    return PrimitiveConstructorSpec(1, metavar, value, lambda _: True, lambda default: [str(default)])
 
 
-def _start(name: str, command: Command, given: dict[str, Any]) -> dict[str, Any]:
+def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> dict[str, Any]:
     """Take --config, --agent and the estimator out of what was given; return the settings they start from."""
     kind = command.arguments
     if not command.trains:
         return {}
-    config, agent, preset, axes = (given.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
+    config, agent, preset, axes = (options.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
-    anew = not (given.get("resume") or given.get("overwrite"))
+    anew = not (options.get("resume") or options.get("overwrite"))
     start = {} if config is None else vars(configured(kind, config, name, anew=anew))
     if agent is not None:
-        start = agent_settings(agent, given.get("env", kind.env))
+        start = agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:
         estimator = _estimator(kind, start) if preset is None else Estimator.preset(preset)
         start = start | {"estimator": arguments(Estimator, vars(estimator) | (axes or {}))}
@@ -149,16 +149,16 @@ def _estimator(kind: Any, start: Mapping[str, Any]) -> Any:
 
 def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that the runs of a comparison share, and the words that are no flags of a run."""
-    given, rest = _given(Command(kind, "", trains=True), argv, prog)
-    if {"estimator", "agent"} & given.keys():
+    options, rest = _read_options(Command(kind, "", trains=True), argv, prog)
+    if {"estimator", "agent"} & options.keys():
         raise Refused(
             "A comparison names estimators as --arms; what all arms share are single axes, such as "
             "--estimator.aggregation sequence_mean."
         )
-    if "axes" in given:
-        given["estimator"] = given.pop("axes")
-    arguments(kind, given)  # refuses values that are not allowed
-    return dict(plain(given)), rest
+    if "axes" in options:
+        options["estimator"] = options.pop("axes")
+    arguments(kind, options)  # refuses values that are not allowed
+    return dict(plain(options)), rest
 
 
 def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
@@ -174,8 +174,8 @@ def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
     about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
     parts: dict[str, Any] = {}
     for number, (title, flags) in enumerate(groups.items()):
-        shown = tyro.conf.arg(name=title, help=about[title])
-        parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, shown]
+        heading = tyro.conf.arg(name=title, help=about[title])
+        parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, heading]
     if "estimator" in groups[""]:
         axes = {name: flag for _, name, flag in _each_flag(Estimator, vars(_estimator(kind, start)))}
         parts["estimator"] = Annotated[_group(axes), tyro.conf.arg(help=Estimator.__doc__)]
@@ -189,15 +189,15 @@ def _group(flags: dict[str, Any]) -> Any:
 
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    below = [one for owner in reversed(_owners(kind)) for one in parse_from_object(owner).params]
-    texts = {one.arg_name: " ".join(str(one.description).split()) for one in below}
-    for one in fields(kind):
-        if not one.metadata.get("flag", True):
+    documented = [entry for owner in reversed(_owners(kind)) for entry in parse_from_object(owner).params]
+    texts = {entry.arg_name: " ".join(str(entry.description).split()) for entry in documented}
+    for field in fields(kind):
+        if not field.metadata.get("flag", True):
             continue
-        owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
-        hint, metavar = field_types(kind)[one.name], None
-        value = start.get(one.name, one.default)
-        if one.name == "estimator":
+        owner = next(owner for owner in _owners(kind) if field.name in get_annotations(owner))
+        hint, metavar = field_types(kind)[field.name], None
+        value = start.get(field.name, field.default)
+        if field.name == "estimator":
             hint, value, metavar = Literal[tuple(PRESETS)] | None, None, "PRESET"
         elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
             hint = hint | str  # the name of a function
@@ -205,14 +205,15 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
             hint, value = bool, bool(value)
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
             hint, metavar = Literal[True, False, "auto"], "[auto]"
-        yield owner, one.name, _flag(hint, value, texts[one.name], metavar)
+        yield owner, field.name, _flag(hint, value, texts[field.name], metavar)
 
 
 def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
     """Return the type of one flag with its text, which says what happens without it."""
-    words = " ".join(shlex.quote(str(one)) for one in (default if isinstance(default, tuple) else [default]))
-    shown = "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"
-    flag = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown)]
+    values = default if isinstance(default, tuple) else [default]
+    words = " ".join(shlex.quote(str(value)) for value in values)
+    default_text = "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"
+    flag = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default_text)]
     return Required[flag] if default is MISSING else flag
 
 
@@ -224,5 +225,5 @@ def _owners(kind: type[Any]) -> list[type[Any]]:
 def _about_presets() -> str:
     statuses = [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
     about = "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis."
-    told = "The presets, and the bias of the expected gradient with each:"
-    return "\n".join(["", about, told, *statuses])
+    heading = "The presets, and the bias of the expected gradient with each:"
+    return "\n".join(["", about, heading, *statuses])

@@ -119,29 +119,29 @@ def settings_of(hints: Mapping[str, Any]) -> list[str]:
     return [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))] if is_dataclass(axes) else [*hints]
 
 
-def meaning(name: str, known: Iterable[str], *, flags: bool = False) -> str:
+def meaning(name: str, settings: Iterable[str], *, flags: bool = False) -> str:
     """Say what a setting of another toolkit is called here.
 
     Args:
         name: the name that was given, with underscores.
-        known: the settings that the command has, from `settings_of`.
+        settings: the settings that the command has, from `settings_of`.
         flags: write our names as flags of the command line, else as keywords.
 
     Returns:
         A sentence, or an empty text: the name is our own, or not known, or has no meaning for this command.
     """
-    known, name = set(known), "use_vllm" if name.startswith("vllm_") else name
-    if name in known:
+    settings, name = set(settings), "use_vllm" if name.startswith("vllm_") else name
+    if name in settings:
         return ""
-    if f"estimator.{name}" in known:
+    if f"estimator.{name}" in settings:
         return f"It is an axis of the estimator: {_shown(f'estimator.{name}', flags)}."
     for ours, theirs in OURS.items():
         names, comma, values = ours.partition(",")
-        there = [setting for setting in names.split() if setting in known]
+        there = [setting for setting in names.split() if setting in settings]
         if name in theirs.split() and there:
             return f"It is {_shown(there[0], flags)}{comma}{values}."
     hints = ((*key.split(": "), text) for key, text in WITHOUT.items())
-    return next((text for ours, theirs, text in hints if ours in known and name in theirs.split()), "")
+    return next((text for ours, theirs, text in hints if ours in settings and name in theirs.split()), "")
 
 
 def _shown(name: str, flags: bool) -> str:
@@ -179,7 +179,7 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
         Refused: there is such a word; the message says what its flag is called here, or which is near.
     """
     if unknown:
-        flag, known = unknown[0].partition("=")[0], settings_of(hints)
-        near = nearest(flag, [_shown(one, flags=True) for one in known])
-        hint = meaning(flag[2:].replace("-", "_"), known, flags=True) or f"See {prog} --help."
+        flag, settings = unknown[0].partition("=")[0], settings_of(hints)
+        near = nearest(flag, [_shown(setting, flags=True) for setting in settings])
+        hint = meaning(flag[2:].replace("-", "_"), settings, flags=True) or f"See {prog} --help."
         raise Refused(f"There is no flag {flag}.{near if 'See' in hint else ''} {hint}")

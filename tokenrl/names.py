@@ -44,11 +44,11 @@ class NamedFunction(str):
         Raises:
             Refused: it cannot be imported (see `import_attribute`), or it is nothing that can be called.
         """
-        found = self._found or import_attribute(str(self), "function")
-        if not callable(found):
-            raise Refused(f"function '{self}' is a {type(found).__name__}; name a function.")
-        self._found = found
-        return found
+        function = self._found or import_attribute(str(self), "function")
+        if not callable(function):
+            raise Refused(f"function '{self}' is a {type(function).__name__}; name a function.")
+        self._found = function
+        return function
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the function."""
@@ -58,26 +58,26 @@ class NamedFunction(str):
         return NamedFunction, (str(self),)
 
 
-def import_attribute(spec: str, what: str) -> Any:
+def import_attribute(spec: str, purpose: str) -> Any:
     """Import `package.module:name` or `path/to/file.py:name`; the current directory is importable.
 
     Args:
         spec: the module (or .py file) and the attribute, joined by a colon; the attribute may have dots.
-        what: what the object is for ("task", "reward"), for the error message.
+        purpose: what the object is for ("task", "reward"), for the error message.
 
     Raises:
         Refused: the module, the file or the attribute does not exist, or importing it raised an error.
     """
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
-        raise Refused(f"{what} '{spec}': expected module:attribute or path/to/file.py:attribute.")
-    found = import_source(source, f"{what} '{spec}'")
+        raise Refused(f"{purpose} '{spec}': expected module:attribute or path/to/file.py:attribute.")
+    value = import_source(source, f"{purpose} '{spec}'")
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [name for name in dir(found) if not name.startswith("_")]
-            raise Refused(f"{what} '{spec}': {source} has no {part}.{suggest(part, names)}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(value, part):
+            names = [name for name in dir(value) if not name.startswith("_")]
+            raise Refused(f"{purpose} '{spec}': {source} has no {part}.{suggest(part, names)}")
+        value = getattr(value, part)
+    return value
 
 
 def import_source(source: str, whose: str) -> Any:
@@ -103,8 +103,8 @@ def import_source(source: str, whose: str) -> Any:
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
-        place = f" Modules are installed or lie in {folder}." if isinstance(error, ImportError) else ""
-        raise Refused(f"{whose}: {reason}.{place}") from error
+        hint = f" Modules are installed or lie in {folder}." if isinstance(error, ImportError) else ""
+        raise Refused(f"{whose}: {reason}.{hint}") from error
     finally:
         sys.path.remove(folder)
         if folder not in sys.path:
@@ -145,8 +145,8 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
-            known = ", ".join(sorted(homes))
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {known}")
+            public = ", ".join(sorted(homes))
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {public}")
         home = importlib.import_module(homes[name])
         if not hasattr(home, name):  # a module inside a package, its attribute only once it is imported
             return importlib.import_module(f"{homes[name]}.{name}")

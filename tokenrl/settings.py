@@ -39,9 +39,9 @@ class Bounds:
 
     def limits(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
         """Return the words for each bound, the comparison that must hold with it, and the bound."""
-        found = [("of at least", ge, self.at_least), ("above", gt, self.above)]
-        found += [("at most", le, self.at_most), ("below", lt, self.below)]
-        return [(words, compare, limit) for words, compare, limit in found if limit is not None]
+        bounds = [("of at least", ge, self.at_least), ("above", gt, self.above)]
+        bounds += [("at most", le, self.at_most), ("below", lt, self.below)]
+        return [(words, compare, limit) for words, compare, limit in bounds if limit is not None]
 
     def hold(self, value: float) -> bool:
         """Return whether a finite number lies within the bounds."""
@@ -107,12 +107,12 @@ class Rule(NamedTuple):
     words: str
     names: tuple[str, ...] = ()
 
-    def check(self, what: str, given: object) -> None:
+    def check(self, name: str, value: object) -> None:
         """Refuse a value that is not allowed; say which name was probably meant, and what is allowed."""
-        if not self.fits(given):
-            hint = nearest(str(given)[:99], self.names)
+        if not self.fits(value):
+            hint = nearest(str(value)[:99], self.names)
             it = f".{hint} It" if hint else "; it"
-            raise Refused(f"{what} was given as {shown(given)}{it} must be {self.words}.")
+            raise Refused(f"{name} was given as {shown(value)}{it} must be {self.words}.")
 
 
 def check(settings: Any, *, objects: bool = True) -> None:
@@ -131,33 +131,33 @@ def check(settings: Any, *, objects: bool = True) -> None:
         rule.check(name, getattr(settings, name))
 
 
-def shown(given: object, most: int = 200) -> str:
+def shown(value: object, most: int = 200) -> str:
     """Return what was given as a message quotes it: as Python writes it, in at most `most` characters."""
-    text = written(given)
+    text = written(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """Refuse a name that is not among `allowed`.
 
     Args:
-        what: The name of the setting, as the user wrote it (a field, "preset").
-        given: The name that was given.
+        name: The name of the setting, as the user wrote it (a field, "preset").
+        value: The name that was given.
         allowed: The names that exist.
 
     Raises:
         Refused: The name does not exist; the message lists those that do and, for a misspelling, the nearest.
     """
-    _choice(tuple(allowed)).check(what, given)
+    _choice(tuple(allowed)).check(name, value)
 
 
-def check_number(what: str, given: object, kind: type[float] = float, **bounds: float) -> None:
+def check_number(name: str, value: object, kind: type[float] = float, **bounds: float) -> None:
     """Refuse a value that is no finite (or whole, if `kind` is int) number within the bounds of `Bounds`.
 
     Raises:
         Refused: The value is no such number, or outside the bounds.
     """
-    _number(kind, Bounds(**bounds)).check(what, given)
+    _number(kind, Bounds(**bounds)).check(name, value)
 
 
 def check_seed(seed: object) -> None:
@@ -175,8 +175,8 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
 @cache
 def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
     """Return the rule of each field that has one; cached, because estimators are made by the thousand."""
-    found = {name: _rule(hint, objects) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
-    return {name: rule for name, rule in found.items() if rule is not None}
+    rules = {name: _rule(hint, objects) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
+    return {name: rule for name, rule in rules.items() if rule is not None}
 
 
 def _rule(hint: Any, objects: bool) -> Rule | None:
@@ -229,21 +229,21 @@ def _number(kind: type[Any], bounds: Bounds) -> Rule:
 
 
 def _choice(names: tuple[Any, ...]) -> Rule:
-    known, kinds = tuple(map(str, names)), tuple(map(type, names))
+    words, kinds = tuple(map(str, names)), tuple(map(type, names))
 
     def fits(value: Any) -> bool:  # True is no 1, and an array equals nothing
         return isinstance(value, kinds) and not isinstance(value, bool) and value in names
 
-    return Rule(fits, f"one of {', '.join(known)}", known)
+    return Rule(fits, f"one of {', '.join(words)}", words)
 
 
 def _either(rules: list[Rule | None]) -> Rule | None:
     """Return the rule of a union of types: a value must fit one of several rules."""
-    known = [rule for rule in rules if rule is not None]
-    if len(known) < len(rules):
+    parts = [rule for rule in rules if rule is not None]
+    if len(parts) < len(rules):
         return None
-    names = tuple(name for rule in known for name in rule.names)
-    return Rule(lambda value: any(r.fits(value) for r in known), ", or ".join(r.words for r in known), names)
+    names = tuple(name for rule in parts for name in rule.names)
+    return Rule(lambda value: any(r.fits(value) for r in parts), ", or ".join(r.words for r in parts), names)
 
 
 def _several(parts: tuple[Any, ...], objects: bool) -> Rule | None:
@@ -294,11 +294,11 @@ def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T
     if args is None:
         return arguments(kind, options)
     if not isinstance(args, kind):
-        said = f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}."
-        raise Refused(f"{said} Give settings as keywords, such as seed=1, and leave args out.")
+        message = f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}."
+        raise Refused(f"{message} Give settings as keywords, such as seed=1, and leave args out.")
     if options:
-        said = f"args holds all settings, so the keywords {', '.join(options)} would be lost."
-        raise Refused(f"{said} Give one of the two, or change args with dataclasses.replace(args, ...).")
+        message = f"args holds all settings, so the keywords {', '.join(options)} would be lost."
+        raise Refused(f"{message} Give one of the two, or change args with dataclasses.replace(args, ...).")
     return args
 
 

@@ -23,7 +23,7 @@ from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import Maker, resume_settings
+from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.session import Session
 
 
@@ -94,7 +94,7 @@ def live(
     counter, args = Counter(), Settings(output_dir=directory and str(directory), **options)
     args = resume_settings(args, "train")
     with Session("train", args, main=main, agreed=agreed) as session:
-        session.keep(counter, maker or Maker(), counter=counter)
+        session.keep(counter, maker or Provenance(), counter=counter)
         session.open({})
         if not session.continues:
             session.evaluated({"reward": 0.0})
@@ -302,8 +302,8 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
     ("options", "words"),
     [
         ({"task": "sorting"}, "task: 'counting', now 'sorting'"),
-        ({"maker": Maker({"tokenizer": "abc"})}, r"other data or models: tokenizer: .* now 'abc'\. Restore"),
-        ({"maker": Maker(processes=2)}, r"other processes: processes: 1, now 2\. They split"),
+        ({"maker": Provenance({"tokenizer": "abc"})}, r"other data or models: tokenizer: .* now 'abc'\. R"),
+        ({"maker": Provenance(processes=2)}, r"other processes: processes: 1, now 2\. They split"),
         ({"overwrite": True}, "give one of both"),
         ({"resume": "elsewhere"}, "checkpoint of the run in output_dir"),
         ({"resume": "null\0byte"}, "checkpoint of the run in output_dir"),

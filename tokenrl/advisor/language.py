@@ -11,7 +11,7 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import asked, fill_form
+from tokenrl.language.policy.prompts import fill_form, form_row
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
@@ -74,7 +74,7 @@ def advise_language(args: AdviseArguments) -> Advice:
         train,
         _reasons(train, policy),
         subject=f"{task.name}, {policy.source}",
-        measured=asked(policy.form, args.model) | plain(found) | {"without_signal": without_signal(found)},
+        measured=form_row(policy.form, args.model) | plain(found) | {"without_signal": without_signal(found)},
         findings=[*findings, *few],
     )
 

@@ -150,13 +150,13 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
         return f"not evaluated: the run was ended at step {step}, before its evaluation; {goal}"
     mean, error = evaluation["reward"], evaluation["reward_stderr"]
     greedy = _with_error(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
-    found = f"mean return {_with_error(mean, error)} of {episodes} fresh episodes, {goal}"
-    found = f"{found} (with the most probable actions {greedy})"
+    result = f"mean return {_with_error(mean, error)} of {episodes} fresh episodes, {goal}"
+    result = f"{result} (with the most probable actions {greedy})"
     if spec.solved is None:
-        return found
+        return result
     near = "; the threshold is within two standard errors, so more episodes may decide otherwise"
     doubt = near if abs(mean - spec.solved) < 2 * error else ""
-    return f"{'solved' if mean >= spec.solved else 'not solved'}: {found}{doubt}"
+    return f"{'solved' if mean >= spec.solved else 'not solved'}: {result}{doubt}"
 
 
 def _with_error(mean: float, error: float) -> str:
@@ -169,14 +169,14 @@ def header(run: Run) -> dict[str, Any]:
     actions = f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
     goal = "" if spec.solved is None else f", solved at {spec.solved:g}"
     layers = f"{' x '.join(map(str, args.hidden))} {args.activation}" if args.hidden else "linear"
-    own, critic = (
+    actor, critic = (
         sum(p.numel() for p in part) for part in (policy.policy_parameters(), policy.value_parameters())
     )
     whole = f"one episode of up to {spec.horizon} steps"
     data = whole if args.num_steps is None else f"{args.num_steps} steps"
     return {
         "environment": f"{spec.observation_size} observations, {actions}{goal}",
-        "policy": f"{args.head}, {layers}, {own:,} parameters" + (f", critic {critic:,}" if critic else ""),
+        "policy": f"{args.head}, {layers}, {actor:,} parameters" + (f", critic {critic:,}" if critic else ""),
         "estimator": f"{preset_name(estimator)}: baseline {estimator.baseline}, returns {estimator.returns}, "
         f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
         f"bias: {estimator.bias_status}",

@@ -27,7 +27,7 @@ def control_settings(args: Any, spec: Spec) -> ControlArguments:
     return ControlArguments(**vars(fill_defaults(args, spec)))
 
 
-def fill_defaults(given: Any, spec: Spec) -> Any:
+def fill_defaults(choices: Any, spec: Spec) -> Any:
     """Lay what was given over the defaults, and refuse what does not fit the environment.
 
     Raises:
@@ -35,16 +35,16 @@ def fill_defaults(given: Any, spec: Spec) -> Any:
             baseline although episodes may be long, or it compares more episodes than `num_envs`; or a video
             is asked for that cannot be made.
     """
-    check_head(given.head, discrete=spec.discrete)
-    check_horizon(given.estimator, spec.horizon, allow_no_baseline=given.allow_no_baseline)
-    check_supported(given.estimator, given)
-    if given.video:
+    check_head(choices.head, discrete=spec.discrete)
+    check_horizon(choices.estimator, spec.horizon, allow_no_baseline=choices.allow_no_baseline)
+    check_supported(choices.estimator, choices)
+    if choices.video:
         check_film(spec)
-    if given.num_steps is None:
+    if choices.num_steps is None:
         for axis in ("baseline", "scale"):
-            set_size(given.estimator, axis, given.num_envs, given.num_envs)
-    usual = {"eval_every": max(1, given.max_steps // 10), "value_learning_rate": given.learning_rate}
-    return lay(("default", usual), ("given", vars(given)), ("environment", {"head": spec.head})).values
+            set_size(choices.estimator, axis, choices.num_envs, choices.num_envs)
+    usual = {"eval_every": max(1, choices.max_steps // 10), "value_learning_rate": choices.learning_rate}
+    return lay(("default", usual), ("given", vars(choices)), ("environment", {"head": spec.head})).values
 
 
 def check_supported(estimator: Estimator, args: Any) -> None:
@@ -63,9 +63,9 @@ def check_supported(estimator: Estimator, args: Any) -> None:
         and "time limits are handled by the value that follows",
         "overlong_buffer": estimator.overlong_buffer > 0 and "the environment itself rewards length",
     }
-    for what, why in wrong.items():
-        if why:
-            raise Refused(f"In control {what} cannot be set: {why}. Leave it at its default.")
+    for setting, reason in wrong.items():
+        if reason:
+            raise Refused(f"In control {setting} cannot be set: {reason}. Leave it at its default.")
     if args.num_steps is None:
         return
     if not estimator.needs_values:
@@ -82,34 +82,34 @@ def check_supported(estimator: Estimator, args: Any) -> None:
         )
 
 
-def prepare(given: Any, spec: Spec, directory: str) -> Run:
+def prepare(choices: Any, spec: Spec, directory: str) -> Run:
     """Make policy, settings, optimiser and environments.
 
     Args:
-        given: the settings, of which the number of threads may be open.
+        choices: the settings, of which the number of threads may be open.
         spec: the environment.
         directory: the run directory.
 
     Raises:
         Refused: the policy to load does not fit.
     """
-    estimator = given.estimator
+    estimator = choices.estimator
     shape = Shape(
         spec.observation_size,
-        given.head,
+        choices.head,
         spec.actions or spec.action_size,
-        hidden=tuple(given.hidden),
-        critic=given.value_network if estimator.needs_values else None,
-        **{
-            name: getattr(given, name) for name in ("activation", "normalize_observations", "initial_weights")
-        },
+        hidden=tuple(choices.hidden),
+        critic=choices.value_network if estimator.needs_values else None,
+        activation=choices.activation,
+        normalize_observations=choices.normalize_observations,
+        initial_weights=choices.initial_weights,
     )
     with using_threads(1):  # the same weights for everyone
-        policy = Policy(shape, torch.Generator().manual_seed(seed_of(given.seed, 10)))
-    if given.load is not None:
-        SavedPolicy(policy, spec.env).read(given.load)
-    threads, why = choose_threads(sum(p.numel() for p in policy.parameters()), given.threads)
-    args = ControlArguments(**vars(given) | {"threads": threads, "output_dir": directory})
+        policy = Policy(shape, torch.Generator().manual_seed(seed_of(choices.seed, 10)))
+    if choices.load is not None:
+        SavedPolicy(policy, spec.env).read(choices.load)
+    threads, reason = choose_threads(sum(p.numel() for p in policy.parameters()), choices.threads)
+    args = ControlArguments(**vars(choices) | {"threads": threads, "output_dir": directory})
     groups: list[dict[str, Any]] = [
         {"params": policy.policy_parameters()},
         {"params": policy.value_parameters(), "lr": args.value_learning_rate},
@@ -131,5 +131,5 @@ def prepare(given: Any, spec: Spec, directory: str) -> Run:
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
-        threads=f"{threads} ({why})",
+        threads=f"{threads} ({reason})",
     )

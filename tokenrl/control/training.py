@@ -28,7 +28,7 @@ from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.console import duration
 from tokenrl.runs.findings import Finding, facts
-from tokenrl.runs.resume import Maker, resume_settings
+from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
@@ -67,25 +67,25 @@ def train_agent(
     args = _arguments(args, agent, options)
     args = resume_settings(args, "control")
     spec = describe(args.env, args.max_episode_steps)
-    given = fill_defaults(args, spec)
+    choices = fill_defaults(args, spec)
     with (
-        Session("control", given, every=given.logging_steps) as session,
+        Session("control", choices, every=choices.logging_steps) as session,
         contextlib.ExitStack() as stack,
     ):
-        run = prepare(given, spec, session.directory)
+        run = prepare(choices, spec, session.directory)
         stack.enter_context(using_threads(run.args.threads))
         saved = SavedPolicy(run.agent.policy, spec.env)
-        session.keep(saved, Maker({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
-        title = f"{spec.env}, {preset_name(given.estimator)}, seed {given.seed}"
+        session.keep(saved, Provenance({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
+        title = f"{spec.env}, {preset_name(choices.estimator)}, seed {choices.seed}"
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
             session.console.start(f"tokenrl control: {spec.env}", header(run))
             session.open({"threads": run.threads})
-            if given.check:
+            if choices.check:
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
                 session.evaluated(_evaluate(run))
             session.begin(run.args, names={}, title=title, solved=spec.solved, horizon=spec.horizon)
-            if session.continues and given.num_steps is not None:
+            if session.continues and choices.num_steps is not None:
                 session.console.warn(ANEW)
             return _loop(run, session)
 
@@ -107,13 +107,13 @@ def _loop(run: Run, session: Session) -> ControlResult:
     for step in session.steps(0 if over else args.max_steps):
         metrics = session.timed(partial(_one_update, run, step))
         if session.due(args.eval_every):
-            found = _evaluate(run)
-            metrics |= session.evaluated(found)
-            if run.solved(found):
+            scores = _evaluate(run)
+            metrics |= session.evaluated(scores)
+            if run.solved(scores):
                 over = args.stop_when_solved
                 if not (reached or over) and step < args.max_steps:
                     session.console.note(
-                        f"Solved at step {step}, with a mean return of {found['reward']:.4g}. Training goes "
+                        f"Solved at step {step}, with a mean return of {scores['reward']:.4g}. Training goes "
                         f"on to step {args.max_steps}; with --stop-when-solved it ends here."
                     )
                 reached = True
@@ -125,8 +125,8 @@ def _loop(run: Run, session: Session) -> ControlResult:
         session.evaluated(_evaluate(run))
     if args.video and not session.stop.requested:
         try:
-            made = film(run.agent.policy, run.spec, session.output_dir / "videos", seed=args.seed)
-            session.console.note(f"video   {made}")
+            video = film(run.agent.policy, run.spec, session.output_dir / "videos", seed=args.seed)
+            session.console.note(f"video   {video}")
         except (Exception, SystemExit) as error:  # a trained policy is not lost over a picture
             session.console.warn(f"No video could be made: {describe_error(error)}")
     ended = run.result(session, "solved" if over else "finished")
@@ -204,13 +204,13 @@ def check_agent(
     evaluation, update = evaluated - began, time.perf_counter() - evaluated
     largest = float(rollout.observations[rollout.mask].abs().max())
     rewards = rollout.returns if len(rollout.returns) else rollout.rewards[rollout.mask]
-    what = "episodes" if len(rollout.returns) else "steps, in which no episode ended,"
+    unit = "episodes" if len(rollout.returns) else "steps, in which no episode ended,"
     count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
     whole = duration(args.max_steps * update + count * evaluation)
     work = f"{args.max_steps} updates and {count} evaluation{'s' * (count != 1)}"
     low, high = float(rewards.min()), float(rewards.max())
     measured = {
-        "returns": f"{low:.4g} to {high:.4g} in {len(rewards)} {what.partition(',')[0]}",
+        "returns": f"{low:.4g} to {high:.4g} in {len(rewards)} {unit.partition(',')[0]}",
         "observations": f"{largest:.3g} at most, in absolute value",
         "learning rate": f"{args.learning_rate:g}",
         "time": f"{update:.2g} s per update, about {whole} for {work}, if episodes stay as long as now",
@@ -225,7 +225,7 @@ def check_agent(
         step_grad_norm=metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
         step_equal=float(alike or not rollout.rewards[rollout.mask].any()),
         step_reward=low,
-        groups=f"{len(rewards)} {what}",
+        groups=f"{len(rewards)} {unit}",
         others_differ=session.eval_before["reward_stderr"] > 0,
     )
     findings = judge(observed)

@@ -85,7 +85,7 @@ def versions() -> dict[str, str]:
     """
     info = Path("/proc/cpuinfo")
     processor = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    found = {
+    by_name = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "tokenrl": import_module("tokenrl").__version__,
@@ -93,5 +93,5 @@ def versions() -> dict[str, str]:
     }
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            by_name[package] = metadata.version(package)
+    return by_name

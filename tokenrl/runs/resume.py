@@ -44,9 +44,9 @@ def resume_settings(args: T, kind: str) -> T:
         args: the arguments, a dataclass.
         kind: the command that runs; without an `output_dir`, its newest numbered run is continued.
     """
-    given: Any = args
-    output_dir = numbered(kind, newest(kind)) if given.output_dir is None else given.output_dir
-    if given.resume is None or not Path(output_dir, "config.json").is_file():
+    choices: Any = args
+    output_dir = numbered(kind, newest(kind)) if choices.output_dir is None else choices.output_dir
+    if choices.resume is None or not Path(output_dir, "config.json").is_file():
         return args
     stored = read_config(output_dir) | {"output_dir": str(output_dir)}
     left_open = {name: stored[name] for name, value in vars(args).items() if value is None and name in stored}
@@ -68,9 +68,9 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
-    folder, place = run / "checkpoints", Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
-    named = resume != "auto" and place != run.resolve()
-    if named and place.parent != folder.resolve():
+    folder, target = run / "checkpoints", Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
+    named = resume != "auto" and target != run.resolve()
+    if named and target.parent != folder.resolve():
         allowed = f"it must be auto or a checkpoint of the run in output_dir, as {folder / 'step_000100'}"
         raise Refused(f"resume was given as {resume!r}; {allowed}. A new run takes weights with --model.")
     reached = _recorded_until(run / "metrics.jsonl")
@@ -79,27 +79,27 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
         try:
             verify(path)
             step, held = step_of(path), path / ROWS_HASH
-            why = "rows of metrics.jsonl up to it are not those that the run wrote"
+            reason = "rows of metrics.jsonl up to it are not those that the run wrote"
             if step > reached:
-                why = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
+                reason = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
             elif not held.exists() or held.read_text() == hash_of_rows(run / "metrics.jsonl", step + 1):
                 return path, skipped
-            raise Refused(f"The checkpoint {path} cannot be continued: {why}.")
+            raise Refused(f"The checkpoint {path} cannot be continued: {reason}.")
         except Refused as fault:
             if named:
                 raise
             skipped.append(str(fault))
     if skipped or (reached > 0 and (run / "model").exists()):
-        why = " ".join(skipped) or "It holds a model, but no checkpoint."
+        reason = " ".join(skipped) or "It holds a model, but no checkpoint."
         mend = "To start it again, which replaces what it holds, give --overwrite and no --resume."
-        raise Refused(f"The run in {run} cannot be continued. {why} {mend}")
+        raise Refused(f"The run in {run} cannot be continued. {reason} {mend}")
     return None, []
 
 
 def _recorded_until(metrics: Path) -> int:
     """Return the last step up to which metrics.jsonl has a row for every step; -1 if it has none."""
     steps = [row.get("step") for row in read_metrics(metrics)] if metrics.exists() else []
-    return next((place for place, step in enumerate(steps) if step != place), len(steps)) - 1
+    return next((number for number, step in enumerate(steps) if step != number), len(steps)) - 1
 
 
 def cut_back(run: Path, step: int) -> None:
@@ -121,7 +121,7 @@ def cut_back(run: Path, step: int) -> None:
 
 
 @dataclass
-class Maker:
+class Provenance:
     """What a run is made from, and where it runs: both are compared with those of the checkpoint.
 
     Attributes:
@@ -140,12 +140,12 @@ class Maker:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
-        found = {name: version for name, version in versions().items() if name != "platform"}
+        packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": dict(self.settings),
             "data or models": self.fingerprints,
             "processes": {"processes": self.processes},
-            "versions": {**found, "device": self.device},
+            "versions": {**packages, "device": self.device},
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ writes its own loop and asks the session what is due::
 
     with Session("train", args) as session:
         session.console.start("tokenrl train", facts)  # the header: what is known before the model is loaded
-        session.keep(model, maker, run=run)     # what checkpoints hold
+        session.keep(model, provenance, run=run)     # what checkpoints hold
         session.open(more_facts)                # from here on a signal lets the step end and saves
         if not session.continues:
             session.evaluated(evaluate())       # before the first step
@@ -40,7 +40,7 @@ from tokenrl.runs.origin import Origin, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
-from tokenrl.runs.resume import Maker, cut_back, find_checkpoint
+from tokenrl.runs.resume import Provenance, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Session:
         self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=self._quiet)
         self.saver = Saver(self.output_dir / "checkpoints", args, active=main)
-        self._maker = Maker()
+        self._provenance = Provenance()
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
@@ -165,10 +165,10 @@ class Session:
         if error is None and self._exit_code == 0:  # a signal after the outcome is not lost
             self.stop.pass_on()
 
-    def keep(self, model: Model, maker: Maker, **parts: Resumable) -> None:
+    def keep(self, model: Model, provenance: Provenance, **parts: Resumable) -> None:
         """Register what checkpoints hold: the model, what it is made from, and all else that has a state."""
-        self._maker = maker
-        self.saver.keep(model, {"maker": maker, "session": self, **parts})
+        self._provenance = provenance
+        self.saver.keep(model, {"maker": provenance, "session": self, **parts})
 
     def open(self, facts: Mapping[str, Any]) -> None:
         """Print the rest of the header, and catch signals from here on."""
@@ -194,7 +194,7 @@ class Session:
         self._spent = spent
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
-        self._maker.settings = plain(settings)
+        self._provenance.settings = plain(settings)
         self.rows = [{"step": 0, **_named(self.eval_before)}]
         if self._continued is not None:
             self._continue(self._continued)
@@ -223,8 +223,8 @@ class Session:
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {path}")
-        if self._maker.inexact:
-            self.console.warn(f"The continuation may not be bit-exact: {'; '.join(self._maker.inexact)}.")
+        if causes := "; ".join(self._provenance.inexact):
+            self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""

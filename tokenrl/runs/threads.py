@@ -41,20 +41,20 @@ def using_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choose_threads(parameters: int, given: int | None = None) -> tuple[int, str]:
+def choose_threads(parameters: int, threads: int | None = None) -> tuple[int, str]:
     """Choose the number of threads for a model.
 
     Args:
         parameters: number of the model's parameters.
-        given: the number that the settings say; None to choose one.
+        threads: the number that the settings say; None to choose one.
 
     Returns:
         The number, and in words where it comes from.
     """
     import torch
 
-    if given is not None:
-        return given, "as set"
+    if threads is not None:
+        return threads, "as set"
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads(), "OMP_NUM_THREADS"
     if parameters < SMALL:

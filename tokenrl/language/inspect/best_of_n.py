@@ -118,11 +118,11 @@ def best_of_n_metrics(
         pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, rewarded, strict=True)]
     metrics, most = dict[str, float](), sampling.num_generations
     for n in sorted({*(2**k for k in range(most.bit_length())), most}):
-        chosen = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
+        weighted = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
         for name, values in (
-            ("best_of_n", [float(w @ g) for w, _, g in chosen]),
-            ("best_of_n_proxy", [float(w @ p) for w, p, _ in chosen]),
-            ("best_of_n_kl", [best_of_n_kl(p, n) for _, p, _ in chosen]),
+            ("best_of_n", [float(w @ g) for w, _, g in weighted]),
+            ("best_of_n_proxy", [float(w @ p) for w, p, _ in weighted]),
+            ("best_of_n_kl", [best_of_n_kl(p, n) for _, p, _ in weighted]),
         ):
             estimate = over_prompts(values)
             metrics |= {f"{name}@{n}": estimate.value, f"{name}@{n}_stderr": estimate.stderr}

@@ -11,7 +11,7 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
-from tokenrl.language.policy.prompts import fill_form, form_of, run_of, say_form, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
@@ -56,7 +56,7 @@ class Sampler:
             self.rewards = Rewards(args.reward, args.reward_weights or None)
         self.policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
         self.policy.ask(form_of(args))
-        say_form(self.policy.form, args.model)
+        print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         self._args, self._rows = args, {prompt_text(row["prompt"]): row for row in rows}
         self._length = length_of(task, args.model, self.policy, otherwise=64)

@@ -13,7 +13,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
-from tokenrl.language.policy.prompts import fill_form, form_of, run_of, say_form, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
@@ -64,15 +64,15 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     """
     args = as_trained(arguments_of_call(EvaluateArguments, args, options))
     names = (args.model,) if isinstance(args.model, str) else args.model
-    found: dict[str, Evaluation] = {}
+    results: dict[str, Evaluation] = {}
     for name in names:
-        one = _evaluated(args, name)
-        compared = paired_differences(found[names[0]].by_prompt, one.by_prompt) if found else {}
-        found[name] = one._replace(metrics=one.metrics | compared)
+        result = _evaluated(args, name)
+        compared = paired_differences(results[names[0]].by_prompt, result.by_prompt) if results else {}
+        results[name] = result._replace(metrics=result.metrics | compared)
     if args.json is not None:
-        numbers: dict[str, Any] = {name: one.metrics for name, one in found.items()}
+        numbers: dict[str, Any] = {name: evaluation.metrics for name, evaluation in results.items()}
         write_json(Path(args.json), numbers if len(names) > 1 else numbers[names[0]])
-    return found[args.model] if isinstance(args.model, str) else found
+    return results[args.model] if isinstance(args.model, str) else results
 
 
 def as_trained(args: EvaluateArguments) -> EvaluateArguments:
@@ -89,7 +89,7 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
         raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
         check_place(args.json)
-    usual, taken = vars(EvaluateArguments()), dict[str, Any]()
+    usual, from_runs = vars(EvaluateArguments()), dict[str, Any]()
     names = {"temperature", "seed"}
     if args.task is None:
         names |= {*field_types(TaskArguments), "max_completion_length", "truncate_prompts"}
@@ -101,17 +101,17 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
         if args.task is None and config.get("command") == "":
             unnamed = f"The run of {model} was given objects of a Python program, which have no name here"
             raise Refused(f"{unnamed}: say with --task what it was trained on, and with --reward by what.")
-        for name in [n for n in settings if n != "seed" and taken.get(n, settings[n]) != settings[n]]:
-            differ = f"differ in {name}, {taken[name]} and {settings[name]}"
+        for name in [n for n in settings if n != "seed" and from_runs.get(n, settings[n]) != settings[n]]:
+            differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
             raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
-        taken = settings | taken
-    if args.task is None and not taken.get("task"):
+        from_runs = settings | from_runs
+    if args.task is None and not from_runs.get("task"):
         raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
-    taken = {name: value for name, value in taken.items() if value and value != usual[name]}
-    if taken:
-        words = ", ".join(f"{name} {value}" for name, value in taken.items())
+    from_runs = {name: value for name, value in from_runs.items() if value and value != usual[name]}
+    if from_runs:
+        words = ", ".join(f"{name} {value}" for name, value in from_runs.items())
         print(visible(f"tokenrl: as in the run of {', '.join(runs)}: {words}"), file=sys.stderr)
-    return arguments(EvaluateArguments, vars(args) | taken)
+    return arguments(EvaluateArguments, vars(args) | from_runs)
 
 
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
@@ -124,13 +124,13 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     # Made first: numbers out of range are refused before the model is loaded.
     sampling = Sampling(length or 256, generations, args.temperature or 1.0, args.seed or 0)
     sampling = replace(sampling, truncate_prompts=bool(args.truncate_prompts))
-    how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    policy = load_placed(model, **how)
+    options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    policy = load_placed(model, **options)
     policy.ask(form_of(args))
-    say_form(policy.form, model)
+    print_form(policy.form, model)
     if length is None:
         sampling = replace(sampling, max_completion_length=length_of(task, model, policy))
-    reference = None if args.reference is None else load_placed(args.reference, **how)
+    reference = None if args.reference is None else load_placed(args.reference, **options)
     for warning in special_texts(policy.tokenizer, task.eval_prompts):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
@@ -138,8 +138,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, k=k, reference=reference)
         if args.best_of:
             gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
-            found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
-            evaluation = evaluation._replace(metrics=evaluation.metrics | found)
+            best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
+            evaluation = evaluation._replace(metrics=evaluation.metrics | best)
     return evaluation
 
 
@@ -156,9 +156,9 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
 def print_evaluation(args: EvaluateArguments) -> int:
     """Evaluate one or several models and print the table."""
     args = as_trained(args)
-    found = evaluate(args)
-    several = found if isinstance(found, dict) else {str(args.model): found}
-    models = {name: one.metrics for name, one in several.items()}
+    evaluations = evaluate(args)
+    several = evaluations if isinstance(evaluations, dict) else {str(args.model): evaluations}
+    models = {name: evaluation.metrics for name, evaluation in several.items()}
     rich_console().print(evaluation_table(models, f"held-out prompts of {args.task}"))
     return 0
 
@@ -190,17 +190,17 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
         models: metrics by model; those of every model but the first have those of `paired_differences`.
         prompts: what the models were evaluated on, in words.
     """
-    first, *others = models
+    first, *compared = models
     title = f"{prompts} (± standard error)"
-    title = f"{title}; difference/ is minus {first}, by prompt" if others else f"{first}: {title}"
-    table = rich_table(title, ("",), [*models] if others else ["value"], overflow="fold")
-    if not others:
+    title = f"{title}; difference/ is minus {first}, by prompt" if compared else f"{first}: {title}"
+    table = rich_table(title, ("",), [*models] if compared else ["value"], overflow="fold")
+    if not compared:
         table.add_column("")
-    order = {name: place for place, name in enumerate(MEANINGS)}
+    order = {name: number for number, name in enumerate(MEANINGS)}
     names = dict.fromkeys(name for metrics in models.values() for name in metrics if "_stderr" not in name)
     for name in sorted(names, key=lambda name: order.get(_kind(name), len(order))):
-        found = [measured(one.get(name), one.get(name + "_stderr")) for one in models.values()]
-        table.add_row(name, *found, *([] if others else [MEANINGS.get(_kind(name), "")]))
+        cells = [measured(metrics.get(name), metrics.get(name + "_stderr")) for metrics in models.values()]
+        table.add_row(name, *cells, *([] if compared else [MEANINGS.get(_kind(name), "")]))
     return table
 
 

@@ -67,7 +67,7 @@ def fill_form(args: Any, model: Any = None) -> Any:
     return lay(("the model's run", form), ("given", vars(args))).values
 
 
-def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:
+def form_row(form: PromptArguments, model: Any = None) -> dict[str, str]:
     """Describe the form as a line of a header, {"asked": ...}; empty if prompts go as they stand.
 
     Args:
@@ -82,9 +82,9 @@ def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:
     return {"asked": "; ".join(parts) + (f" (as the run of {model})" if inherited else "")} if parts else {}
 
 
-def say_form(form: PromptArguments, model: Any) -> None:
+def print_form(form: PromptArguments, model: Any) -> None:
     """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
-    for line in asked(form, model).values():
+    for line in form_row(form, model).values():
         print(f"tokenrl: asked: {line}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.prompts import asked, fill_form, form_of
+from tokenrl.language.policy.prompts import fill_form, form_of, form_row
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
@@ -28,7 +28,7 @@ from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.sources import recorded
-from tokenrl.language.training.setup import made_from
+from tokenrl.language.training.setup import provenance_of
 from tokenrl.language.training.supervised import Descent
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
@@ -97,10 +97,10 @@ class PreferenceTraining:
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
         names = ("max_steps", "batch_size", "learning_rate", "seed", "weight_decay")
-        how: dict[str, Any] = {name: getattr(args, name) for name in names}
-        how |= {"max_grad_norm": args.max_grad_norm or math.inf, "of": "the reward model"}
+        options: dict[str, Any] = {name: getattr(args, name) for name in names}
+        options |= {"max_grad_norm": args.max_grad_norm or math.inf, "of": "the reward model"}
         weights = [p for p in reward_model.model.parameters() if p.requires_grad]
-        self.descent, self._tokens = Descent(weights, len(pairs), **how), 0
+        self.descent, self._tokens = Descent(weights, len(pairs), **options), 0
 
     def update(self) -> dict[str, float]:
         """Update the reward model on the next batch.
@@ -206,26 +206,27 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     """
     args = arguments_of_call(RewardModelArguments, args, options)
     args = resume_settings(args, "reward-model")
-    given = fill_form(args, args.model if args.policy is None else args.policy)
-    with Session("reward-model", given) as session, ExitStack() as stack:
-        named = [where for where in (given.data, given.task) if isinstance(where, str)]
+    choices = fill_form(args, args.model if args.policy is None else args.policy)
+    with Session("reward-model", choices) as session, ExitStack() as stack:
+        named = [where for where in (choices.data, choices.task) if isinstance(where, str)]
         title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
-        session.console.start(title, {"seed": given.seed, "run": session.directory}, note=LOSS_NOTE)
+        session.console.start(title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE)
         with session.console.doing("loading the preferences and the model"):
-            data = load_reward_data(given, session.console.note)
-            reward_model = make_backbone(given, data.task, session.console.note)
-        reward_model.ask(form_of(given))
-        threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), given.threads)
+            data = load_reward_data(choices, session.console.note)
+            reward_model = make_backbone(choices, data.task, session.console.note)
+        reward_model.ask(form_of(choices))
+        parameters = sum(p.numel() for p in reward_model.model.parameters())
+        threads, reason = choose_threads(parameters, choices.threads)
         stack.enter_context(using_threads(threads))
         chosen = {"threads": threads, "output_dir": session.directory}
-        args = RewardModelArguments(**vars(fill_defaults(given, data)) | chosen)
+        args = RewardModelArguments(**vars(fill_defaults(choices, data)) | chosen)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
-        maker = made_from(reward_model, rows)
-        session.keep(SavedPolicy(reward_model), maker, training=training)
-        shown = _header(args, data, reward_model) | {"threads": f"{threads} ({why})"}
-        session.open(shown)
+        provenance = provenance_of(reward_model, rows)
+        session.keep(SavedPolicy(reward_model), provenance, training=training)
+        header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
+        session.open(header)
 
         def evaluate() -> dict[str, float]:
             return session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
@@ -254,15 +255,15 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         return ended
 
 
-def fill_defaults(given: Any, data: RewardData) -> Any:
+def fill_defaults(choices: Any, data: RewardData) -> Any:
     """Lay what was given over the defaults that follow from the data; refuse a margin that is given twice."""
-    if given.margin and any(pair.margin is not None for pair in data.train):
-        raise Refused(f"margin={given.margin} and a column 'margin' were both given: give one of the two.")
-    batch = min(given.batch_size, len(data.train))
-    steps = given.max_steps or math.ceil(len(data.train) / batch)
-    usual = {"max_steps": steps, "learning_rate": 1e-3 if given.model is None else 1e-5}
+    if choices.margin and any(pair.margin is not None for pair in data.train):
+        raise Refused(f"margin={choices.margin} and a column 'margin' were both given: give one of the two.")
+    batch = min(choices.batch_size, len(data.train))
+    steps = choices.max_steps or math.ceil(len(data.train) / batch)
+    usual = {"max_steps": steps, "learning_rate": 1e-3 if choices.model is None else 1e-5}
     usual["eval_every"] = max(1, steps // 10)
-    return lay(("default", usual), ("given", vars(given)), ("pairs", {"batch_size": batch})).values
+    return lay(("default", usual), ("given", vars(choices)), ("pairs", {"batch_size": batch})).values
 
 
 def _header(args: RewardModelArguments, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def _header(args: RewardModelArguments, data: RewardData, reward_model: RewardMo
         "data": f"{len(data.train):,} training pairs, {len(data.held_out):,} held out",
         "loss": f"Bradley-Terry, margin {args.margin:g}, label smoothing {args.label_smoothing:g}",
         "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}",
-        **asked(reward_model.form, args.model if args.policy is None else args.policy),
+        **form_row(reward_model.form, args.model if args.policy is None else args.policy),
     }
 
 
@@ -302,7 +303,7 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
-    facts |= asked(ended.reward_model.form)
+    facts |= form_row(ended.reward_model.form)
     base, origin = session.args.model, session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
     session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))

@@ -145,44 +145,44 @@ def sampling_of(args: TrainArguments) -> Sampling:
     return Sampling(*sizes, truncate_prompts=args.truncate_prompts)
 
 
-def training_defaults(given: Any, task: Any, policy: Policy | None = None) -> Layered:
+def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> Layered:
     """Lay the settings that were given over what the task recommends, and that over the defaults.
 
     Args:
-        given: the arguments of `tokenrl train`.
+        choices: the arguments of `tokenrl train`.
         task: the task.
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
     recommended = getattr(task, "train", None) or {}
-    layers = _below(given, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
-    if (limit := completion_limit(task, given.model, policy)) is not None:
+    layers = _below(choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
+    if (limit := completion_limit(task, choices.model, policy)) is not None:
         layers.append((limit[1], {"max_completion_length": limit[0]}))
-    layers.append(("given", vars(given)))
+    layers.append(("given", vars(choices)))
     values = lay(*layers).values
-    if given.max_samples is not None:
-        steps = -(-given.max_samples // sizes_of_steps(values)[1])
-        layers.append((f"max_samples {given.max_samples:,}", {"max_steps": steps}))
+    if choices.max_samples is not None:
+        steps = -(-choices.max_samples // sizes_of_steps(values)[1])
+        layers.append((f"max_samples {choices.max_samples:,}", {"max_steps": steps}))
     every = max(1, plain_steps(values) // 10)
-    if given.model is not None:  # to evaluate a completion takes up to two thirds of learning from it
-        evaluated = len(task.eval_prompts) * (1 + given.eval_generations)
+    if choices.model is not None:  # to evaluate a completion takes up to two thirds of learning from it
+        evaluated = len(task.eval_prompts) * (1 + choices.eval_generations)
         every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
     every = every if values.eval_every is None else values.eval_every
     return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
 
 
-def usual_rate(given: Any, task: Any, policy: Policy) -> float | None:
+def usual_rate(choices: Any, task: Any, policy: Policy) -> float | None:
     """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
-    if given.optimizer != "adamw":
+    if choices.optimizer != "adamw":
         return None
-    left_open = SimpleNamespace(**vars(given) | {"learning_rate": None})
+    left_open = SimpleNamespace(**vars(choices) | {"learning_rate": None})
     return float(training_defaults(left_open, task, policy).values.learning_rate)
 
 
-def sft_defaults(given: Any, task: Any, policy: Policy) -> Layered:
+def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
     """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
 
     Args:
-        given: the arguments of `tokenrl sft`.
+        choices: the arguments of `tokenrl sft`.
         task: the task; None for a data set.
         policy: the policy.
     """
@@ -191,15 +191,15 @@ def sft_defaults(given: Any, task: Any, policy: Policy) -> Layered:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
     layers = _below(
-        given, task, policy, usual=SFT_ANY, usual_of_toys=SFT_TOY, recommended=recommended, supervised=True
+        choices, task, policy, usual=SFT_ANY, usual_of_toys=SFT_TOY, recommended=recommended, supervised=True
     )
-    layers.append(("given", vars(given)))
+    layers.append(("given", vars(choices)))
     every = max(1, lay(*layers).values.max_steps // 10)
     return lay(("default", {"eval_every": every}), *layers)
 
 
 def _below(
-    given: Any,
+    choices: Any,
     task: Any,
     policy: Policy | None,
     *,
@@ -211,7 +211,7 @@ def _below(
     """Return the layers below what was given: the defaults, the learning rate by size, and the task's.
 
     Args:
-        given: the arguments.
+        choices: the arguments.
         task: the task; None for a data set.
         policy: the policy; None before it is loaded.
         usual: the defaults of any task.
@@ -221,10 +221,10 @@ def _below(
     """
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
     unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
-    size = f"{count / unit:.3g} {letter} parameters{', LoRA' * bool(given.lora_r)}"
-    rate = default_rate(count, lora=bool(given.lora_r), supervised=supervised)
+    size = f"{count / unit:.3g} {letter} parameters{', LoRA' * bool(choices.lora_r)}"
+    rate = default_rate(count, lora=bool(choices.lora_r), supervised=supervised)
     top = ("recommended by the task", recommended)
-    if hasattr(task, "build") and not is_own(task, given.model, policy):
+    if hasattr(task, "build") and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]
 

@@ -15,7 +15,7 @@ import torch
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.errors import with_places
-from tokenrl.language.policy.prompts import asked as asked_in_words, fill_form, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_row, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.sources import recorded
@@ -31,8 +31,8 @@ from tokenrl.language.training.setup import (
     adapt,
     fill_defaults,
     load_base,
-    made_from,
     make_accelerator,
+    provenance_of,
     without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
@@ -75,20 +75,20 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result.eval_after["reward_greedy"]
     """
     args = arguments_of_call(TrainArguments, args, options)
-    given = fill_form(resume_settings(args, "train"))
-    task, rewards = find_task(given)
-    accelerator = make_accelerator(fill_defaults(given, task).values)  # refused before anything is loaded
+    choices = fill_form(resume_settings(args, "train"))
+    task, rewards = find_task(choices)
+    accelerator = make_accelerator(fill_defaults(choices, task).values)  # refused before anything is loaded
     with Session(
         "train",
-        given,
-        every=given.logging_steps if given.logging_steps > 1 else 10,
+        choices,
+        every=choices.logging_steps if choices.logging_steps > 1 else 10,
         main=accelerator.is_main_process,
         agreed=partial(_largest, accelerator),
     ) as session:
         session.console.start(
-            f"tokenrl train: {task.name}", first_facts(given, session.directory, task, rewards)
+            f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
-        run = _prepare(given, task, rewards, accelerator, session)
+        run = _prepare(choices, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads):
             session.open(run.facts())
             for warning in _warnings(run, args.max_steps):
@@ -111,13 +111,13 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             return _finish(run, session, reason)
 
 
-def _prepare(given: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
+def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
     """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
         with console.doing("loading the model"):
-            policy = load_base(given, task, console.note)
-        args, origins = fill_defaults(given, task, policy)
+            policy = load_base(choices, task, console.note)
+        args, origins = fill_defaults(choices, task, policy)
         console.facts("", model_facts(args, origins, policy))
         if args.warm_start:
             stage = WarmStart(policy, task, rewards, args, console, accelerator)
@@ -128,8 +128,8 @@ def _prepare(given: Any, task: Task, rewards: Rewards, accelerator: Any, session
                     warmed = stage.run()
             del stage  # and its copy of the weights
         adapt(args, policy)
-    maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
-    threads, why = choose_threads(policy.size, args.threads)
+    provenance = provenance_of(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
+    threads, reason = choose_threads(policy.size, args.threads)
     with using_threads(threads), console.doing("checking that this model is sampled and scored rightly"):
         chosen = {"threads": threads, "output_dir": session.directory}
         learner = make_learner(lay(("filled", vars(args)), ("chosen", chosen)).values, policy, accelerator)
@@ -140,13 +140,13 @@ def _prepare(given: Any, task: Task, rewards: Rewards, accelerator: Any, session
         learner=learner,
         stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
         running_mean=RunningMean(args.estimator.running_mean_decay, args.estimator.running_mean_init),
-        threads=f"{threads} ({why})",
-        usual_rate=usual_rate(given, task, policy),
+        threads=f"{threads} ({reason})",
+        usual_rate=usual_rate(choices, task, policy),
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
-    kept = (SavedPolicy(policy), maker)
-    session.keep(*kept, stream=run.stream, running_mean=run.running_mean, learner=learner, run=run)
+    parts: dict[str, Any] = {"stream": run.stream, "running_mean": run.running_mean, "learner": learner}
+    session.keep(SavedPolicy(policy), provenance, **parts, run=run)
     return run
 
 
@@ -165,17 +165,17 @@ def _begin(run: Run, session: Session) -> None:
     """
     args, policy = run.args, run.learner.policy
     limit, cut = args.max_completion_length, args.truncate_prompts
-    for place, row in with_places(run.task.train_prompts):  # one by one, to save memory
-        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=place)
+    for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
+        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=location)
     if not session.continues:
         with session.console.doing(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
         ):
             session.evaluated(_evaluate(run, step=0))
-    known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
-    known |= {"warm_started": run.warm_started} if run.warm_started else {}
+    recorded_facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
+    recorded_facts |= {"warm_started": run.warm_started} if run.warm_started else {}
     names = {"task": run.task.name, "model": policy.source}
-    session.begin(args, names=names, spent=lambda: run.spent, title=run.title, **known)
+    session.begin(args, names=names, spent=lambda: run.spent, title=run.title, **recorded_facts)
     if run.warm_started and session.main:
         shutil.copy(
             Path(run.warm_started["kept_in"], "metrics.jsonl"), session.output_dir / "warm_start.jsonl"
@@ -212,7 +212,7 @@ def _one_step(run: Run, step: int) -> Record:
 def _evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each."""
     count, learner, began = run.args.eval_generations, run.learner, time.perf_counter()
-    found = evaluate_policy(
+    evaluation = evaluate_policy(
         learner.forward.policy,
         run.task.eval_prompts,
         run.rewards,
@@ -223,9 +223,9 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
         k=(count,) * (count > 0),
     )
     run.eval_seconds = time.perf_counter() - began
-    each = found.by_prompt
+    each = evaluation.by_prompt
     run.means = [*run.means[:1], each.get("reward", each["reward_greedy"])]
-    return found.metrics
+    return evaluation.metrics
 
 
 def _record(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
@@ -233,8 +233,8 @@ def _record(run: Run, session: Session, record: Record, metrics: dict[str, float
 
     The metrics come last of what is written: with them a step is complete.
     """
-    shown, rows = run.args.log_completions, []
-    if session.main and shown and (session.step == 1 or run.due(session, shown)):
+    every, rows = run.args.log_completions, []
+    if session.main and every and (session.step == 1 or run.due(session, every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
     rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
@@ -260,7 +260,7 @@ def _finish(run: Run, session: Session, reason: str) -> RunResult:
     ended = run.result(session, reason)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
-    facts |= asked_in_words(ended.policy.form)
+    facts |= form_row(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
@@ -273,5 +273,5 @@ def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
     """Return for each number the largest that a process gives, the same on each of them."""
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return numbers
-    found: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()
-    return found
+    largest: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()
+    return largest

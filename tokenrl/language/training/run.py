@@ -22,7 +22,7 @@ from typing import Any
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import asked
+from tokenrl.language.policy.prompts import form_row
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -180,12 +180,12 @@ def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict
 def model_facts(args: Any, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
     sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
-    told = partial(with_origins, args, origins)
-    rate = told(learning_rate="{:g}", lr_scheduler_type="{}")
+    line = partial(with_origins, args, origins)
+    rate = line(learning_rate="{:g}", lr_scheduler_type="{}")
     return {
         "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
-        "training": told(" x ", max_steps="{} steps", **sizes),
-        "completions": told(max_completion_length="up to {} tokens"),
+        "training": line(" x ", max_steps="{} steps", **sizes),
+        "completions": line(max_completion_length="up to {} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
-        **asked(policy.form, args.model),
+        **form_row(policy.form, args.model),
     }

@@ -22,7 +22,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import demonstrations, training_defaults
 from tokenrl.language.training.supervised import check_trainable
 from tokenrl.language.training.warm_start import warm_started_base
-from tokenrl.runs.resume import Maker
+from tokenrl.runs.resume import Provenance
 from tokenrl.settings import Layered
 
 
@@ -31,7 +31,7 @@ def train_settings(args: Any, task: Task, policy: Policy | None = None) -> Train
     return TrainArguments(**vars(fill_defaults(args, task, policy).values))
 
 
-def fill_defaults(given: Any, task: Task, policy: Policy | None = None) -> Layered:
+def fill_defaults(choices: Any, task: Task, policy: Policy | None = None) -> Layered:
     """Lay what was given over the defaults (see `training_defaults`), and refuse what contradicts itself.
 
     Without the policy, before it is loaded, what depends on its size or its tokenizer is provisional.
@@ -40,12 +40,12 @@ def fill_defaults(given: Any, task: Task, policy: Policy | None = None) -> Layer
         Refused: two settings contradict each other, there is no learning rate for the optimiser, or there are
             no demonstrations for a warm start.
     """
-    if given.warm_start:
+    if choices.warm_start:
         demonstrations(task)
-    if given.optimizer == "sgd" and given.learning_rate is None:
+    if choices.optimizer == "sgd" and choices.learning_rate is None:
         raise Refused("optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2.")
-    filled = training_defaults(given, task, policy)
-    buffer, length = given.estimator.overlong_buffer, filled.values.max_completion_length
+    filled = training_defaults(choices, task, policy)
+    buffer, length = choices.estimator.overlong_buffer, filled.values.max_completion_length
     if policy is not None and buffer >= length:  # else the length may be provisional
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
     check(filled.values)
@@ -122,10 +122,10 @@ def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
         "warm_start_steps": (args.warm_start, "warm_start is not set"),
     }
-    for name, (is_met, why) in needs.items():
+    for name, (is_met, reason) in needs.items():
         value = getattr(args, name)
         if value != getattr(TrainArguments, name) and not is_met:
-            yield f"{name}={value} has no effect, because {why}."
+            yield f"{name}={value} has no effect, because {reason}."
 
 
 def make_policy(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
@@ -194,12 +194,12 @@ def make_accelerator(args: Any) -> Any:
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
         valid = f"{down} or {up}" if down else up
-        what = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
-        raise Refused(f"{what}. Give {valid}.")
+        problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
+        raise Refused(f"{problem}. Give {valid}.")
     return accelerator
 
 
-def made_from(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Maker:
+def provenance_of(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Provenance:
     """Describe what a run is made from, before its first step: only with the same can it be continued.
 
     Args:
@@ -213,7 +213,7 @@ def made_from(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any =
         "base model": fingerprint(policy.model),
     }
     where = policy.model if accelerator is None else accelerator
-    return Maker(fingerprints, getattr(where, "num_processes", 1), where.device.type)
+    return Provenance(fingerprints, getattr(where, "num_processes", 1), where.device.type)
 
 
 def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:

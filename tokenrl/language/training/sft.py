@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import asked, fill_form
+from tokenrl.language.policy.prompts import fill_form, form_row
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
@@ -22,7 +22,7 @@ from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.defaults import demonstrations, length_of, room, sft_defaults, with_origins
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.forward import Forward
-from tokenrl.language.training.setup import made_from, make_policy
+from tokenrl.language.training.setup import make_policy, provenance_of
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
@@ -70,36 +70,42 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Stopped: the loss or its gradient became NaN or infinite.
     """
     args = arguments_of_call(SftArguments, args, options)
-    given = fill_form(resume_settings(args, "sft"))
-    with Session("sft", given) as session, ExitStack() as stack:
-        task, rewards, rows = _demonstrations(given)
-        name = given.task if isinstance(given.task, str) else str(task.name)
-        first = {"demonstrations": f"{len(rows):,}", "seed": given.seed, "run": session.directory}
+    choices = fill_form(resume_settings(args, "sft"))
+    with Session("sft", choices) as session, ExitStack() as stack:
+        task, rewards, rows = _demonstrations(choices)
+        name = choices.task if isinstance(choices.task, str) else str(task.name)
+        first = {"demonstrations": f"{len(rows):,}", "seed": choices.seed, "run": session.directory}
         note = "The loss is the negative log-likelihood, in nats per token."
         session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.doing("loading the model"):
-            policy = make_policy(given, task, session.console.note)
-            scoring, filled = agree(policy), sft_defaults(given, task, policy)
-        threads, why = choose_threads(policy.size, given.threads)
+            policy = make_policy(choices, task, session.console.note)
+            scoring, filled = agree(policy), sft_defaults(choices, task, policy)
+        threads, reason = choose_threads(policy.size, choices.threads)
         chosen = {"threads": threads, "output_dir": session.directory}
         args = SftArguments(**vars(filled.values) | chosen)
         stack.enter_context(using_threads(threads))
-        how: dict[str, Any] = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
-        how |= {"learning_rate": args.learning_rate, "forward": Forward(policy, policy.model, scoring)}
-        training = SupervisedTraining(policy, rows, **how)
+        training = SupervisedTraining(
+            policy,
+            rows,
+            forward=Forward(policy, policy.model, scoring),
+            max_steps=args.max_steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+        )
         evaluate = _evaluation(args, task, rewards, policy, training)
-        told = partial(with_origins, args, filled.origins)
+        line = partial(with_origins, args, filled.origins)
         facts: dict[str, Any] = {
             "model": policy.source,
-            "training": told(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
-            "learning rate": told(learning_rate="{:g}") + ", falling to 0",
-            "threads": f"{threads} ({why})",
-            **asked(policy.form, args.model),
+            "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
+            "learning rate": line(learning_rate="{:g}") + ", falling to 0",
+            "threads": f"{threads} ({reason})",
+            **form_row(policy.form, args.model),
             **scoring.remarks,
         }
         title = f"{name}, supervised, seed {args.seed}"
-        maker = made_from(policy, {"demonstrations": rows})
-        session.keep(SavedPolicy(policy), maker, training=training)
+        provenance = provenance_of(policy, {"demonstrations": rows})
+        session.keep(SavedPolicy(policy), provenance, training=training)
         session.open(facts)
         if not session.continues:
             session.evaluated(evaluate())
@@ -136,8 +142,8 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
     A data set without a reward is used whole; with one, some of its rows are held out.
     """
     named, column = isinstance(args.task, str), args.completion_column
-    own = hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task)))
-    if own or (args.reward and args.model is not None):
+    is_task = hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task)))
+    if is_task or (args.reward and args.model is not None):
         task, rewards = find_task(args)
         return task, rewards, demonstrations(task, column)
     if args.model is None:
@@ -148,8 +154,8 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
     rows = with_prompts(splits[args.split], where, args)
     if column not in rows[0]:
-        known = ", ".join(rows[0])
-        raise Refused(f"{where} has no column {column!r}; name one of {known} with --completion-column.")
+        columns = ", ".join(rows[0])
+        raise Refused(f"{where} has no column {column!r}; name one of {columns} with --completion-column.")
     name, origin = (args.task, {}) if named else described(splits)
     task = PromptTask(name, rows, [], None, origin=origin)
     return task, None, demonstrations(task, column)

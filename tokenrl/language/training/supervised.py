@@ -104,17 +104,17 @@ class Descent:
         loss.backward()
         differentiated()
         norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
-        found = {"loss": loss.item(), "grad_norm": float(norm)}
-        for what, value in zip(("loss", "norm of the gradient"), found.values(), strict=True):
+        metrics = {"loss": loss.item(), "grad_norm": float(norm)}
+        for name, value in zip(("loss", "norm of the gradient"), metrics.values(), strict=True):
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
-                wrong = f"The {what} of {self._of} is {value} at step {self.step}, which changes no weight"
+                wrong = f"The {name} of {self._of} is {value} at step {self.step}, which changes no weight"
                 raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
         self._optimizer.step()
         self._schedule.step()
-        self.loss_before = found["loss"] if self.loss_before is None else self.loss_before
-        self.loss_after = found["loss"]
-        return found
+        self.loss_before = metrics["loss"] if self.loss_before is None else self.loss_before
+        self.loss_after = metrics["loss"]
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
@@ -157,21 +157,21 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
     """
     pairs: list[Pair] = []
     eos = policy.tokenizer.eos_token_id
-    for place, row in with_places(rows):
+    for location, row in with_places(rows):
         text = row.get("completion")
         if isinstance(text, list) and text and isinstance(text[-1], dict):
             text = text[-1].get("content")
         if not isinstance(text, str) or "prompt" not in row:
             needed = "prompt and completion (text, or a list that ends with the assistant's message)"
-            raise Refused(f"The demonstration of {place} has {', '.join(row)}; it needs {needed}.")
+            raise Refused(f"The demonstration of {location} has {', '.join(row)}; it needs {needed}.")
         if fault := fault_of_prompt(text, "completion"):
-            raise Refused(f"The demonstration of {place}: {fault}.")
+            raise Refused(f"The demonstration of {location}: {fault}.")
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
-            raise Refused(f"The demonstration of {place} has no token, nor an EOS: leave it out.")
-        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), place=place)[0]
+            raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
+        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), place=location)[0]
         pairs.append((prompt, ids))
     return pairs
 
@@ -203,7 +203,7 @@ class SupervisedTraining(Descent):
         *,
         max_grad_norm: float = 1.0,
         forward: Forward | None = None,
-        **how: Any,
+        **options: Any,
     ) -> None:
         """Tokenise all rows, so that an unusable one is refused before the first update.
 
@@ -212,7 +212,7 @@ class SupervisedTraining(Descent):
             demonstrations: rows of `prompt` and `completion`.
             max_grad_norm: gradients are clipped to this norm.
             forward: how the policy is computed; None for its own model in the precision of its weights.
-            **how: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
+            **options: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
 
         Raises:
             Refused: there are no demonstrations, or one cannot be used.
@@ -221,8 +221,8 @@ class SupervisedTraining(Descent):
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
         self._policy, self._forward = policy, forward or Forward(policy, policy.model, USUAL)
         self.pairs = encode_demonstrations(policy, demonstrations)
-        how |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
-        super().__init__(policy.trainable_parameters(), len(self.pairs), **how)
+        options |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
+        super().__init__(policy.trainable_parameters(), len(self.pairs), **options)
 
     def learn(self) -> dict[str, float]:
         """Update the policy on the next batch.
@@ -246,7 +246,7 @@ def fit(
     demonstrations: Sequence[dict[str, Any]],
     *,
     max_steps: int,
-    **how: Any,
+    **options: Any,
 ) -> list[float]:
     """Fine-tune a policy on demonstrations for `max_steps` updates.
 
@@ -254,7 +254,7 @@ def fit(
         policy: the policy to train, in place.
         demonstrations: rows of `prompt` and `completion`.
         max_steps: number of updates over which the learning rate falls to 0.
-        **how: further arguments of `SupervisedTraining`.
+        **options: further arguments of `SupervisedTraining`.
 
     Returns:
         The loss of each update in nats per token.
@@ -263,5 +263,5 @@ def fit(
         Refused: there are no demonstrations, or one cannot be used.
         Stopped: the loss or its gradient became NaN or infinite.
     """
-    training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
+    training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **options)
     return [training.learn()["loss"] for _ in range(max_steps)]

@@ -43,7 +43,7 @@ from tokenrl.language.training.supervised import SupervisedTraining, check_train
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import atomic_directory, write_json
-from tokenrl.runs.resume import Maker, find_checkpoint
+from tokenrl.runs.resume import Provenance, find_checkpoint
 from tokenrl.runs.session import Session
 from tokenrl.runs.signals import SIGNALS
 from tokenrl.runs.threads import using_threads
@@ -74,10 +74,10 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
 
 
-def _place(kind: str, made_from: Any) -> Path:
+def _place(kind: str, ingredients: Any) -> Path:
     """Return the folder in the cache of what is made from something; it need not exist yet."""
-    known = json.dumps([made_from, torch.__version__.split("+")[0], MADE_BY], default=str)
-    return cache_directory() / f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    key = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
+    return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def _made_once(
@@ -146,8 +146,8 @@ def warm_started_base(
         if warm is not None:
             rows, steps = task.demonstrations, f"{warm.steps} steps; cached for next time"
             announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
-            how = {"batch_size": warm.batch_size, "learning_rate": warm.learning_rate, "seed": seed}
-            fit(policy, rows, max_steps=warm.steps, **how)
+            options = {"batch_size": warm.batch_size, "learning_rate": warm.learning_rate, "seed": seed}
+            fit(policy, rows, max_steps=warm.steps, **options)
         save_policy(policy, folder)
 
     with using_threads(1):  # the same weights for everyone
@@ -218,12 +218,12 @@ class WarmStart:
             Stopped: the loss became NaN or infinite, or a reward function failed.
             Interrupted: a signal ended the stage, after it had been saved.
         """
-        directory, found = _made_once(self.folder, self._make, self.console.warn)
-        if found:
+        directory, cached = _made_once(self.folder, self._make, self.console.warn)
+        if cached:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
         facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
-        self.console.note(f"warm start{', from the cache' * found}: {facts['in_words']}.")
+        self.console.note(f"warm start{', from the cache' * cached}: {facts['in_words']}.")
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
@@ -236,31 +236,31 @@ class WarmStart:
         return time.perf_counter() - times[2]
 
     def _training(self, rate: float) -> SupervisedTraining:
-        how: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
-        how |= {"learning_rate": rate, "schedule": "constant", "warmup_steps": WARMUP}
-        how |= {"seed": self.args.seed, "forward": self._forward}
-        return SupervisedTraining(self.policy, self._rows, **how)
+        options: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
+        options |= {"learning_rate": rate, "schedule": "constant", "warmup_steps": WARMUP}
+        options |= {"seed": self.args.seed, "forward": self._forward}
+        return SupervisedTraining(self.policy, self._rows, **options)
 
     def _make(self, folder: Path) -> None:
         """Go on from the checkpoint of an earlier stage, or start anew; write the result into a folder."""
         from filelock import FileLock
 
-        args, most, place = self.args, self.args.warm_start_steps, _place("warm-start-run", self._known)
-        what = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
-        self.console.note(f"warm start: {what}, learning rate {self._rate:g}; kept in {cache_directory()}")
-        with FileLock(f"{place}.lock"):  # waits for a stage of another length, where a session would refuse
-            goes_on = _goes_on(place, most)
-            how: dict[str, Any] = {"output_dir": str(place), "quiet": args.quiet, "overwrite": not goes_on}
-            how |= {"resume": "auto" if goes_on else None, "save_minutes": args.save_minutes}
-            how |= {"save_every": SAVED, "keep_checkpoints": 1, "seed": args.seed, "eval_every": 0}
-            how |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate}
-            facts, code = self._learn(SftArguments(task="demonstrations", **how))
+        args, most, run = self.args, self.args.warm_start_steps, _place("warm-start-run", self._known)
+        stage = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
+        self.console.note(f"warm start: {stage}, learning rate {self._rate:g}; kept in {cache_directory()}")
+        with FileLock(f"{run}.lock"):  # waits for a stage of another length, where a session would refuse
+            goes_on = _goes_on(run, most)
+            settings: dict[str, Any] = {"output_dir": str(run), "quiet": args.quiet, "overwrite": not goes_on}
+            settings |= {"resume": "auto" if goes_on else None, "save_minutes": args.save_minutes}
+            settings |= {"save_every": SAVED, "keep_checkpoints": 1, "seed": args.seed, "eval_every": 0}
+            settings |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate}
+            facts, code = self._learn(SftArguments(task="demonstrations", **settings))
             if code:
-                said = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
-                raise Interrupted(f"{said}: the same command goes on from there.", code)
+                message = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
+                raise Interrupted(f"{message}: the same command goes on from there.", code)
             save_policy(self.policy, folder)
             write_json(folder / "warm_start.json", facts)
-            shutil.copy(place / "metrics.jsonl", folder)
+            shutil.copy(run / "metrics.jsonl", folder)
 
     def _learn(self, settings: SftArguments) -> tuple[dict[str, Any], int]:
         """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
@@ -268,7 +268,7 @@ class WarmStart:
         with Session("sft", settings) as session:
             session.console.each = "warm start"
             session.keep(
-                SavedPolicy(self.policy), Maker({}, device=self.policy.device.type), training=training
+                SavedPolicy(self.policy), Provenance({}, device=self.policy.device.type), training=training
             )
             session.open({})
             if not session.continues:
@@ -283,16 +283,16 @@ class WarmStart:
                 after = self._probe()
         self.policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free them
         if training.step == most and not _is_enough(after):
-            found = f"{after['unequal']:.0%} of the groups have unequal rewards"
+            shares = f"{after['unequal']:.0%} of the groups have unequal rewards"
             cut = f"{after['truncated']:.0%} of the completions are cut"
-            more = f"raise warm_start_steps: it goes on from these {most}"
-            self.console.warn(f"after {most} updates only {found}, and {cut}; {more}.")
+            mend = f"raise warm_start_steps: it goes on from these {most}"
+            self.console.warn(f"after {most} updates only {shares}, and {cut}; {mend}.")
         facts: dict[str, Any] = {"updates": training.step}
         for when, probe in (("before", before), ("after", after)):
             facts |= {f"reward_{when}": probe["reward"], f"spread_{when}": probe["unequal"]}
             facts[f"loss_{when}"] = getattr(training, f"loss_{when}")
-        said = LEARNT if training.step else SKIPPED
-        return facts | {"in_words": said.format_map(facts)}, code
+        sentence = LEARNT if training.step else SKIPPED
+        return facts | {"in_words": sentence.format_map(facts)}, code
 
     def _probe(self) -> dict[str, float]:
         """Measure the sampled reward, the share of unequal groups and that of completions that are cut."""
@@ -302,18 +302,18 @@ class WarmStart:
         prompts = [row for _, row in stream.next()]
         with self.console.doing(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
             self._forward.refresh()
-            found = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
-        return {"reward": found.reward.value, "unequal": found.unequal, "truncated": found.truncated.value}
+            probe = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
+        return {"reward": probe.reward.value, "unequal": probe.unequal, "truncated": probe.truncated.value}
 
 
-def _goes_on(place: Path, most: int) -> bool:
+def _goes_on(directory: Path, most: int) -> bool:
     """Return whether a stage of so many updates can go on from what an earlier one has left."""
     try:
-        path, _ = find_checkpoint(place, "auto")
+        path, _ = find_checkpoint(directory, "auto")
     except Refused:  # it is damaged
         return False
     return path is None or step_of(path) <= most
 
 
-def _is_enough(found: dict[str, float]) -> bool:
-    return found["unequal"] >= ENOUGH and found["truncated"] <= 1 - ENOUGH
+def _is_enough(probe: dict[str, float]) -> bool:
+    return probe["unequal"] >= ENOUGH and probe["truncated"] <= 1 - ENOUGH
