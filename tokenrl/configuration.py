@@ -27,8 +27,8 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
         kind: The dataclass of settings to make.
         path: The file, or the directory of a run.
         command: The command that uses the settings; a run's config.json names its own command as its `kind`.
-        anew: Whether another run is to be made: then where the run of a config.json was made is left out.
-            Else flags say whether a run is continued or replaced, and the file does not.
+        anew: Whether the settings are for a new run, which does not take the output_dir of a run's
+            config.json. Otherwise flags decide whether a run is continued or replaced, not the file.
 
     Raises:
         Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.

@@ -48,7 +48,7 @@ class Interrupted(TokenrlError):
 
 
 class Placed(dict[str, Any]):
-    """A row of data that knows its place in what the user gave, such as `line 8` of a file, for messages."""
+    """A row of data with its location in the user's data, such as `line 8` of a file, for error messages."""
 
     def __init__(self, row: Mapping[str, Any], location: str) -> None:
         super().__init__(row)
@@ -56,13 +56,13 @@ class Placed(dict[str, Any]):
 
 
 def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield each row after its place in what the user gave, or else after its number here."""
+    """Yield (location, row) for each row; the location is that in the user's data, else the row's number."""
     for number, row in enumerate(rows):
         yield row.place if isinstance(row, Placed) else f"row {number}", row
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ' Did you mean X?' for an error message, or an empty text where no known name is near."""
+    """Return ' Did you mean X?' for an error message, or an empty text if none of the names is near."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -70,7 +70,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def suggest(name: str, names: Iterable[str]) -> str:
     """Return ' Did you mean X? Available: a, b, c.' for an error message.
 
-    A long list is left out where a near name is known.
+    A long list of names is left out if one of them is near.
     """
     names = sorted(names)
     near = nearest(name, names)
@@ -110,7 +110,7 @@ def raised(error: BaseException) -> str:
 
 
 def in_words(error: BaseException) -> Stopped | None:
-    """Return what to say in place of PyTorch's error: the memory is used up, or another process has gone.
+    """Return the error to raise in place of PyTorch's: memory is used up, or another process has ended.
 
     None for any other error.
     """

@@ -36,7 +36,7 @@ ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YA
 FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
 ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
-"""What a flag means that may take a value, and stands without one."""
+"""By flag that may stand without a value, the flag with the value that it then has."""
 READING = ConstructorRegistry()
 """How tyro reads the values of flags."""
 
@@ -90,7 +90,7 @@ def _with_values(words: Iterable[str]) -> Iterator[str]:
 
 
 def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that flags give, by name, and the words that are none of the command's flags."""
+    """Return the settings that flags give, by name, and the words that are not flags of the command."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -124,7 +124,7 @@ def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> dict[str, Any]:
-    """Take --config, --agent and the estimator out of what was given; return the settings they start from."""
+    """Take --config, --agent and the estimator out of the options; return the settings that these give."""
     kind = command.arguments
     if not command.trains:
         return {}
@@ -148,7 +148,7 @@ def _estimator(kind: Any, start: Mapping[str, Any]) -> Any:
 
 
 def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that the runs of a comparison share, and the words that are no flags of a run."""
+    """Return the settings that all runs of a comparison share, and the words that are not flags of a run."""
     options, rest = _read_options(Command(kind, "", trains=True), argv, prog)
     if {"estimator", "agent"} & options.keys():
         raise Refused(
@@ -183,7 +183,7 @@ def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
 
 
 def _group(flags: dict[str, Any]) -> Any:
-    """Return the type of the dictionary that tyro makes, which holds only the flags that are given."""
+    """Return the type of the dictionary that tyro makes; it holds only the flags that the user wrote."""
     return TypedDict("Flags", flags, total=False)  # type: ignore[misc, operator]
 
 
@@ -209,7 +209,7 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
 
 
 def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    """Return the type of one flag with its text, which says what happens without it."""
+    """Return the type of one flag, with its help text and its default."""
     values = default if isinstance(default, tuple) else [default]
     words = " ".join(shlex.quote(str(value)) for value in values)
     default_text = "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"

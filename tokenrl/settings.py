@@ -38,7 +38,7 @@ class Bounds:
     below: float | None = None
 
     def limits(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
-        """Return the words for each bound, the comparison that must hold with it, and the bound."""
+        """Return (words, comparison, limit) for each bound; the comparison must hold."""
         bounds = [("of at least", ge, self.at_least), ("above", gt, self.above)]
         bounds += [("at most", le, self.at_most), ("below", lt, self.below)]
         return [(words, compare, limit) for words, compare, limit in bounds if limit is not None]
@@ -132,7 +132,7 @@ def check(settings: Any, *, objects: bool = True) -> None:
 
 
 def shown(value: object, most: int = 200) -> str:
-    """Return what was given as a message quotes it: as Python writes it, in at most `most` characters."""
+    """Return a value as messages quote it: its repr, cut after `most` characters."""
     text = written(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -152,7 +152,7 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def check_number(name: str, value: object, kind: type[float] = float, **bounds: float) -> None:
-    """Refuse a value that is no finite (or whole, if `kind` is int) number within the bounds of `Bounds`.
+    """Refuse a value that is not a finite number within bounds; if `kind` is int, it must also be whole.
 
     Raises:
         Refused: The value is no such number, or outside the bounds.
@@ -161,7 +161,7 @@ def check_number(name: str, value: object, kind: type[float] = float, **bounds: 
 
 
 def check_seed(seed: object) -> None:
-    """Refuse a seed of a function that is no whole number of 32 bits, as settings refuse it."""
+    """Refuse a seed that is not a whole number of 32 bits, as settings do."""
     check_number("seed", seed, int, at_least=0, at_most=2**32 - 1)
 
 
@@ -214,7 +214,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value is a path or text that files can hold in UTF-8, so no bytes of another code."""
+    """Return whether a value is text, or a path, that can be encoded in UTF-8."""
     return isinstance(value, (str, os.PathLike)) and not re.search(r"[\ud800-\udfff]", str(value))
 
 
@@ -272,10 +272,10 @@ class Layered(NamedTuple):
 
 
 def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
-    """Lay settings over each other, the last layer on top; None in a layer shows what lies below.
+    """Lay settings over each other, the last layer on top; None in a layer leaves a setting to those below.
 
     Args:
-        *layers: for each layer in words where its values come from, and the values by setting.
+        *layers: each layer as a pair: where its values come from, in words, and the values by setting.
     """
     values, origins = dict[str, Any](), dict[str, str]()
     for origin, layer in layers:

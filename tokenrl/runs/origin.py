@@ -1,4 +1,4 @@
-"""Says what made a run: the command or the Python program that started it, its settings, and its versions."""
+"""Records how a run was started: its command, its settings, and the versions of what it depends on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Origin:
 
     @classmethod
     def of(cls, kind: str, args: Any, names: Mapping[str, str | None], config: Path) -> Origin:
-        """Find out how this process was started.
+        """Return how this process was started.
 
         Args:
             kind: the command that runs, such as train.

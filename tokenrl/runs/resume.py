@@ -166,7 +166,7 @@ class Provenance:
 
 
 def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-    """Say by name what differs."""
+    """Return for each name whose values differ a text with both values."""
     stored, ours = flat(stored), flat(ours)
     return {
         name: f"{name}: {stored.get(name, '(not there)')!r}, now {ours.get(name, '(not there)')!r}"

@@ -151,7 +151,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
 
 
 def _warnings(run: Run, max_steps: int | None) -> list[str]:
-    """Return what is said before the first step of prompts and settings that are probably mistakes."""
+    """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     special = special_texts(run.learner.policy.tokenizer, rows)
     return [*few_prompts(rows), *special, *without_effect(run.args, max_steps)]
@@ -270,7 +270,7 @@ def _finish(run: Run, session: Session, reason: str) -> RunResult:
 
 
 def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
-    """Return for each number the largest that a process gives, the same on each of them."""
+    """Return for each number the largest value over all processes."""
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return numbers
     largest: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()

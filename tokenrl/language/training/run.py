@@ -137,7 +137,7 @@ class Run:
         )
 
     def forecast(self, seconds: float) -> str:
-        """Say how long the run takes whose steps take so many seconds."""
+        """Return in words how long the run takes if a step takes so many seconds."""
         args = self.args
         count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
         whole = args.max_steps * seconds + count * self.eval_seconds

@@ -102,7 +102,7 @@ def _try_out(args: TrainArguments) -> None:
 
 
 def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]:
-    """Yield a warning for each setting that was changed, but cannot do what it is for beside the others.
+    """Yield a warning for each setting that was changed but has no effect together with the others.
 
     Args:
         args: the settings of the run.
@@ -200,7 +200,7 @@ def make_accelerator(args: Any) -> Any:
 
 
 def provenance_of(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Provenance:
-    """Describe what a run is made from, before its first step: only with the same can it be continued.
+    """Return the provenance of a run, before its first step; only a run of the same can continue it.
 
     Args:
         policy: the policy or the reward model, with the weights that it starts from.

@@ -127,7 +127,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
 def _evaluation(
     args: SftArguments, task: Any, rewards: Rewards | None, policy: Policy, training: SupervisedTraining
 ) -> Callable[[], dict[str, float]]:
-    """Return what evaluates the policy on some held-out prompts; without a reward it finds nothing."""
+    """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
     if rewards is None:
         return dict
     length = length_of(task, args.model, policy, otherwise=room(training.pairs))

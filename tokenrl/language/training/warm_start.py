@@ -75,7 +75,7 @@ def cache_directory() -> Path:
 
 
 def _place(kind: str, ingredients: Any) -> Path:
-    """Return the folder in the cache of what is made from something; it need not exist yet."""
+    """Return the folder in the cache for what is made from these ingredients; it need not exist yet."""
     key = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
     return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -242,7 +242,7 @@ class WarmStart:
         return SupervisedTraining(self.policy, self._rows, **options)
 
     def _make(self, folder: Path) -> None:
-        """Go on from the checkpoint of an earlier stage, or start anew; write the result into a folder."""
+        """Continue an earlier stage from its checkpoint or start a new one; write the model into a folder."""
         from filelock import FileLock
 
         args, most, run = self.args, self.args.warm_start_steps, _place("warm-start-run", self._known)
@@ -307,7 +307,7 @@ class WarmStart:
 
 
 def _goes_on(directory: Path, most: int) -> bool:
-    """Return whether a stage of so many updates can go on from what an earlier one has left."""
+    """Return whether a stage of `most` updates can continue from the checkpoint of an earlier stage."""
     try:
         path, _ = find_checkpoint(directory, "auto")
     except Refused:  # it is damaged
