@@ -180,6 +180,14 @@ def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatc
     assert learner.forward.model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_in_bfloat16_on_a_cpu_sampling_takes_the_attention_of_updates(precision):
+    learner = make_learner(make_policy(), mixed_precision=precision, training_attention="eager")
+    attention = learner.generator.policy.model.config._attn_implementation
+    assert attention == ("eager" if precision == "bf16" else "sdpa")
+    assert ("in sampling too" in learner.forward.words) == (precision == "bf16")
+
+
 def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(monkeypatch):
     monkeypatch.setattr(forward, "LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # in float32

@@ -67,8 +67,9 @@ class OptimiserArguments(Settings, group="optimiser"):
     bf16 on a GPU that has it, and from 10 M parameters on also on a CPU that multiplies in it (AVX512_BF16,
     AMX); else no."""
     training_attention: Literal["as_loaded", "eager"] = OPEN
-    """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula. Default: eager on
-    a CPU from 10 M parameters on, with completions of at most 128 tokens; else as loaded."""
+    """Attention of updates, and of sampling too in bfloat16 on a CPU: as the model was loaded (mostly sdpa),
+    or by its plain formula. Default: eager on a CPU from 10 M parameters on, with completions of at most 128
+    tokens; else as loaded."""
     value_learning_rate: Positive = 1e-3
     """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
     value_iterations: Natural = 4
