@@ -55,7 +55,7 @@ def advise_language(args: AdviseArguments) -> Advice:
     policy.model.to(PartialState().device)
     agree(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
-    rows = [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()]
+    rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
     sampling = Sampling(
         max_completion_length=train.max_completion_length,
         num_generations=args.num_samples,

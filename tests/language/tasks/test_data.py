@@ -15,7 +15,7 @@ from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.tasks.sources import read_splits
-from tokenrl.language.tasks.stream import Batches, PromptStream
+from tokenrl.language.tasks.stream import PromptStream, RowOrder, batch_orders
 from tokenrl.language.tasks.task import PromptTask, load_task
 
 ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
@@ -305,13 +305,13 @@ def test_a_fifth_is_held_out_at_most_half_on_request_and_one_prompt_is_too_few()
 
 
 def prompts_of(rows, size, seed):
-    stream = PromptStream([{"prompt": number} for number in range(rows)], size, seed)
-    return stream, lambda: [row["prompt"] for _, row in stream.next()]
+    stream = PromptStream([{"prompt": number} for number in range(rows)], seed)
+    return stream, lambda: [row["prompt"] for _, row in stream.draw_prompts(size)]
 
 
 def batches_of(rows, size, seed):
-    batches = Batches(rows, size, seed)
-    return batches, batches.next
+    batches = RowOrder(rows, seed, batch_orders)
+    return batches, lambda: batches.draw(size)
 
 
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
@@ -332,9 +332,9 @@ def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, si
 
 
 def test_positions_and_epochs_count_what_was_given_out():
-    stream = PromptStream(ROWS, 8, seed=0)
-    assert [position for _ in range(4) for position, _ in stream.next()] == list(range(32))
-    assert stream.epoch == 32 / 20 and [position for position, _ in stream.take(2)] == [32, 33]
+    stream = PromptStream(ROWS, seed=0)
+    assert [position for _ in range(4) for position, _ in stream.draw_prompts(8)] == list(range(32))
+    assert stream.epoch == 32 / 20 and [position for position, _ in stream.draw_prompts(2)] == [32, 33]
 
 
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
@@ -351,6 +351,6 @@ def test_the_state_of_another_run_and_impossible_settings_are_refused():
             make(19, 2, 0)[0].load_state_dict(state)
         with pytest.raises(Refused, match="seed 0 and this run has 1"):
             make(20, 2, 1)[0].load_state_dict(state)
-    for rows, per_step, seed in (([], 2, 0), (ROWS, 0, 0), (ROWS, 1, -1)):
+    for rows, seed in (([], 0), (ROWS, -1)):
         with pytest.raises(Refused):
-            PromptStream(rows, per_step, seed)
+            PromptStream(rows, seed)

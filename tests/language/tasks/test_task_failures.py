@@ -41,7 +41,7 @@ def test_a_task_that_raises_is_refused(error):
     with pytest.raises(Refused, match="The task was read, and it raised"):
         find_task(TaskArguments(task=PromptTask("mine", [{"prompt": "a"}], Rows(error), zero), eval_size=3))
     with pytest.raises(Stopped, match="training prompts could not be read: it raised") as caught:
-        PromptStream(Rows(error), 4, 0).next()
+        PromptStream(Rows(error), 0).draw_prompts(4)
     assert caught.value.__cause__ is error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ import torch
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 from tokenrl.language.tasks.held_out import prompt_key
 from tokenrl.language.tasks.sources import Row
-from tokenrl.settings import check_number, check_seed
+from tokenrl.settings import check_seed
+
+Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
 
 FEW = 13
 """With fewer distinct training prompts (16, of which a fifth is held out) a policy learns them by heart."""
@@ -31,34 +34,44 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-class _Order:
-    """Row numbers without end: each epoch has a new random order and holds every row once.
+class RowOrder:
+    """Gives out row numbers without end: each epoch has a new random order and holds every row once.
 
-    The orders follow from the seed, so the number of rows given out so far is the whole state.
+    The orders follow from the seed, so how many rows have been given out is the whole state.
     """
 
-    def __init__(self, num_rows: int, size: int, seed: int) -> None:
+    def __init__(self, num_rows: int, seed: int, shuffle: Shuffle) -> None:
+        """Start before the first epoch.
+
+        Args:
+            num_rows: number of rows of an epoch.
+            seed: seed of the orders.
+            shuffle: makes the orders of all epochs, one after the other.
+
+        Raises:
+            Refused: the seed is negative.
+        """
         check_seed(seed)
-        self._num_rows, self._size, self._seed, self._position = num_rows, size, seed, 0
-        self._epoch, self._order = -1, list[int]()
+        self.position, self._num_rows, self._seed, self._shuffle = 0, num_rows, seed, shuffle
+        self._restart()
 
-    def _take(self, count: int) -> list[tuple[int, int]]:
-        """The next `count` row numbers, each with its position: how many were given out before it."""
-        taken = []
-        for position in range(self._position, self._position + count):
-            epoch, place = divmod(position, self._num_rows)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, self._shuffled(epoch)
-            taken.append((position, self._order[place]))
-        self._position += count
-        return taken
+    def _restart(self) -> None:
+        self._orders, self._epoch, self._order = self._shuffle(self._num_rows, self._seed), -1, list[int]()
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        raise NotImplementedError
+    def draw(self, count: int) -> list[int]:
+        """Return the numbers of the next `count` rows."""
+        numbers = []
+        for _ in range(count):
+            epoch, row = divmod(self.position, self._num_rows)
+            while self._epoch < epoch:
+                self._order, self._epoch = next(self._orders), self._epoch + 1
+            numbers.append(self._order[row])
+            self.position += 1
+        return numbers
 
     def state_dict(self) -> dict[str, int]:
-        """The state that is needed to continue exactly, as plain integers."""
-        return {"position": self._position, "seed": self._seed, "num_rows": self._num_rows}
+        """Return what is needed to continue exactly, as plain integers."""
+        return {"position": self.position, "seed": self._seed, "num_rows": self._num_rows}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at the position of a saved state.
@@ -68,64 +81,54 @@ class _Order:
         """
         for key, ours in (("seed", self._seed), ("num_rows", self._num_rows)):
             if state[key] != ours:
-                said = f"The saved order of the rows has {key} {state[key]} and this run has {ours}"
-                raise Refused(f"{said}: resume with the same data and seed, or start anew.")
-        self._position = int(state["position"])
+                raise Refused(
+                    f"The saved order of the rows has {key} {state[key]} and this run has {ours}: resume "
+                    "with the same data and seed, or start anew."
+                )
+        self.position = int(state["position"])
+        self._restart()
 
 
-class PromptStream(_Order):
+class PromptStream(RowOrder):
     """Gives out prompts to steps; a step may take the end of one epoch and the start of the next."""
 
-    def __init__(self, rows: Sequence[Row], prompts_per_step: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[Row], seed: int) -> None:
         """Start before the first epoch.
 
         Raises:
-            Refused: there are no rows, a step has no prompts, or the seed is negative.
+            Refused: there are no rows, or the seed is negative.
         """
         if len(rows) == 0:
             raise Refused("There are no prompts to train on: the data is empty. Give at least one row.")
-        check_number("prompts_per_step", prompts_per_step, int, at_least=1)
-        super().__init__(len(rows), prompts_per_step, seed)
+        super().__init__(len(rows), seed, prompt_orders)
         self._rows = rows
 
     @property
     def epoch(self) -> float:
         """Passes over the data so far (2.5 means half-way through the third)."""
-        return self._position / self._num_rows
+        return self.position / len(self._rows)
 
-    def next(self) -> list[tuple[int, Row]]:
-        """Prompts of the next step, each with its position: the number of prompts given out before it."""
-        return self.take(self._size)
-
-    def take(self, count: int) -> list[tuple[int, Row]]:
-        """The next `count` prompts, each with its position.
+    def draw_prompts(self, count: int) -> list[tuple[int, Row]]:
+        """Return the next `count` prompts, each with the number of prompts given out before it.
 
         Raises:
             Stopped: the rows are an object of the user's own, which raised an error.
         """
+        first = self.position
         try:
-            return [(position, self._rows[number]) for position, number in self._take(count)]
+            return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
         except USER_CODE_FAILED as error:
             raise Stopped(f"The training prompts could not be read: {raised(error)}.") from error
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(self._num_rows).tolist()
-        return order
+
+def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
+    """Yield the order of prompts in each epoch."""
+    for epoch in itertools.count():
+        yield np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
 
 
-class Batches(_Order):
-    """Gives out the numbers of `num_rows` rows in batches of `size`, for supervised training."""
-
-    _drawn = 0  # epochs whose order the generator has drawn
-
-    def next(self) -> list[int]:
-        """Return the numbers of the next batch's rows."""
-        return [number for _, number in self._take(self._size)]
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        if self._drawn > epoch or not self._drawn:
-            self._generator, self._drawn = torch.Generator().manual_seed(self._seed), 0
-        while self._drawn <= epoch:
-            order = torch.randperm(self._num_rows, generator=self._generator)
-            self._drawn += 1
-        return order.tolist()
+def batch_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
+    """Yield the order of demonstrations or pairs in each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randperm(num_rows, generator=generator).tolist()

@@ -138,7 +138,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
+        stream=PromptStream(task.train_prompts, args.seed),
         running_mean=RunningMean(args.estimator.running_mean_decay, args.estimator.running_mean_init),
         threads=f"{threads} ({reason})",
         usual_rate=usual_rate(choices, task, policy),
@@ -188,7 +188,7 @@ def _begin(run: Run, session: Session) -> None:
 def _one_step(run: Run, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner, stream = run.learner, run.stream
-    record = training_step(learner, run.rewards, run.running_mean, step, stream.take)
+    record = training_step(learner, run.rewards, run.running_mean, step, stream.draw_prompts)
     metrics, (plain, least), prompts = record.metrics, sizes_of_steps(run.args), run.args.prompts_per_step
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),

@@ -14,7 +14,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.tasks.sources import fault_of_prompt
-from tokenrl.language.tasks.stream import Batches
+from tokenrl.language.tasks.stream import RowOrder, batch_orders
 from tokenrl.language.training.forward import Forward
 from tokenrl.runs.schedules import load_schedule, make_schedule
 
@@ -68,7 +68,7 @@ class Descent:
             warmup_steps: number of updates over which the learning rate rises to its peak.
         """
         self.parameters, self._of, self._max_grad_norm = list(parameters), of, max_grad_norm
-        self._batches = Batches(rows, batch_size, seed)
+        self._batches, self._batch_size = RowOrder(rows, seed, batch_orders), batch_size
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
         self._optimizer = torch.optim.AdamW(self.parameters, **options)
@@ -84,7 +84,7 @@ class Descent:
 
     def batch(self) -> list[int]:
         """Return the numbers of the next batch's rows."""
-        return self._batches.next()
+        return self._batches.draw(self._batch_size)
 
     def update(self, loss: Tensor, differentiated: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Update the weights by the gradient of a loss.

@@ -128,14 +128,14 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
     rewards = Rewards([_places]) if run.warm_seconds else run.rewards
-    stream = PromptStream(rows, args.prompts_per_step, args.seed)
+    stream = PromptStream(rows, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
 
     def step() -> Record:
         critic, mean = copy.deepcopy((learner.critic, run.running_mean))
         trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
-        return training_step(trial, rewards, mean, len(records) + 1, stream.take)
+        return training_step(trial, rewards, mean, len(records) + 1, stream.draw_prompts)
 
     # The first two steps are slower than later ones.
     while len(records) < 3 or (len(records) < enough and _share_equal(run, records) == 1):

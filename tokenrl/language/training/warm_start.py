@@ -296,10 +296,10 @@ class WarmStart:
 
     def _probe(self) -> dict[str, float]:
         """Measure the sampled reward, the share of unequal groups and that of completions that are cut."""
-        stream = PromptStream(self._prompts, min(PROMPTS, len(self._prompts)), self.args.seed)
+        count = min(PROMPTS, len(self._prompts))
         sampling = sampling_of(self.args)
         sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
-        prompts = [row for _, row in stream.next()]
+        prompts = [row for _, row in PromptStream(self._prompts, self.args.seed).draw_prompts(count)]
         with self.console.doing(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
             self._forward.refresh()
             probe = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
