@@ -12,11 +12,11 @@ ID = "tokenrl-tests/Counting-v0"
 class Counting(gymnasium.Env):
     """Observation [episode, step]; reward 10 * episode + steps so far; ends after `lengths[episode]`."""
 
-    def __init__(self, lengths=(3, 1, 4, 2), continuous=False):
+    def __init__(self, lengths=(3, 1, 4, 2)):
         self.lengths = lengths
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = spaces.Box(-2.0, 4.0, (2,), np.float32) if continuous else spaces.Discrete(2)
-        self.episode, self.steps, self.last_action = -1, 0, None
+        self.action_space = spaces.Discrete(2)
+        self.episode, self.steps = -1, 0
 
     def _answer(self):
         return np.array([self.episode, self.steps], np.float32)
@@ -27,7 +27,6 @@ class Counting(gymnasium.Env):
         return self._answer(), {}
 
     def step(self, action):
-        self.last_action = action
         self.steps += 1
         reward = 10.0 * self.episode + self.steps
         return self._answer(), reward, self.steps >= self.lengths[self.episode % len(self.lengths)], False, {}

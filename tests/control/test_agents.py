@@ -58,18 +58,6 @@ def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
         train_agent(ControlArguments(), agent="classic")
 
 
-def test_the_configuration_of_an_agents_run_repeats_it_without_the_name(tmp_path):
-    result = train_agent(agent="classic", env="gridworld", hidden=8, output_dir=tmp_path / "run", **SHORT)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert "agent" not in config and (config["hidden"], config["learning_rate"]) == ([8], 0.01)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("episodes") for line in lines] == [None, 1, 1] and result.steps == 2
-    again = ["--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "again")]
-    assert main(["control", *again]) == 0
-    for name in ("metrics.jsonl", "model/policy.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
 def test_flags_override_the_agent_wherever_they_stand():
     classic = agent_settings("classic", "Acrobot-v1")
     step = {"returns": "reward_to_go", "gamma": 0.99, "scale_eps": 1e-8}

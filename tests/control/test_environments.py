@@ -203,13 +203,9 @@ def test_it_is_imported_once_and_without_warnings(write, recwarn):
     ("text", "env", "message"),
     [
         (FILE, "nofile.py:X-v0", "there is no file .*nofile.py; give its path from"),
-        (FILE, "nomodule:X-v0", "there is no module nomodule. Modules are installed or lie in"),
         ("raise RuntimeError('no licence')", "wrong.py:X-v0", r"raised RuntimeError: no licence\.$"),
-        ("import nopackage", "wrong.py:X-v0", "ModuleNotFoundError: No module named 'nopackage'"),
-        ("x = (", "wrong.py:X-v0", "SyntaxError.*never closed"),
         ("", "wrong.py:X-v0", r"registers no environment 'X-v0'. Call gymnasium.register\('X-v0', ...\)"),
         (FILE, "wrong.py:wrnog-v0", "Did you mean 'wrong-v0'.*Available: wrong-v0, wrongOther-v1"),
-        (FILE, "wrong.py:wrong", "Did you mean 'wrong-v0'"),
         (FILE, "wrong.py:", "registers no environment ''. Available: wrong-v0, wrongOther-v1"),
     ],
 )

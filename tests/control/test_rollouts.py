@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import gymnasium
-import numpy as np
 import pytest
 import torch
 from counting_env import register
@@ -131,12 +130,3 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
             assert torch.equal(rollout.final_observations[place], following[e, t])
             place, row = place + 1, []
     assert place == len(rollout.mask)
-
-
-def test_continuous_actions_reach_the_environment_between_their_bounds():
-    """-1 and 1 are the bounds -2 and 4; the policy keeps the action it drew."""
-    envs = Environments(register(continuous=True), 1)
-    envs.reset(0)
-    for given_action, taken in (([0, 1], [1, 4]), ([-1, 0.5], [-2, 2.5]), ([-9, 9], [-2, 4])):
-        envs.step(np.array([given_action], np.float32))
-        assert envs.vector.envs[0].unwrapped.last_action.tolist() == taken

@@ -7,15 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Completions, Problem, all_completions
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
-
-LIMIT = 5_000
-"""Most completions per prompt; each of their tokens costs a backward pass."""
 
 
 def problem_of_policy(
@@ -26,7 +22,6 @@ def problem_of_policy(
     length: int,
     group_size: int = 2,
     vocabulary: int,
-    temperature: float = 1.0,
 ) -> Problem:
     """List every completion of a real model with a tiny vocabulary, with scores by autograd, in float64.
 
@@ -40,23 +35,17 @@ def problem_of_policy(
         length: Largest number of tokens of a completion, its end included.
         group_size: Completions per prompt in one step.
         vocabulary: Number of tokens in the model's output.
-        temperature: Temperature of sampling.
 
     Returns:
         The problem with all M completions of each prompt; D is the number of trainable parameters.
-
-    Raises:
-        Refused: When there are too many completions to list, the model is not in float64, or `agree` finds
-            that it cannot be scored rightly.
     """
     parameters = policy.trainable_parameters()
-    _check(policy, vocabulary, length)
     scoring = agree(policy)
     every = all_completions(vocabulary, length, policy.eos_ids)
     rollouts = [rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts]
     logprobs, entropy, slopes = [], [], []
     for rollout in rollouts:
-        scores = score(policy.model, rollout, scoring, temperature=temperature, entropy=True)
+        scores = score(policy.model, rollout, scoring, entropy=True)
         assert scores.entropy is not None
         logprobs.append(scores.logprobs * every.mask)
         entropy.append(scores.entropy * every.mask)
@@ -64,7 +53,7 @@ def problem_of_policy(
     with torch.no_grad():
         chosen = torch.stack(logprobs).detach()
         reference = policy.model if policy.reference is None else policy.reference
-        ref = [score(reference, r, scoring, temperature=temperature).logprobs * every.mask for r in rollouts]
+        ref = [score(reference, r, scoring).logprobs * every.mask for r in rollouts]
     keep = every.mask.bool()
     lists = [ids[m].tolist() for ids, m in zip(every.ids, keep, strict=True)]
     return Problem(
@@ -84,17 +73,6 @@ def problem_of_policy(
         greedy=torch.stack([_greedy(x, every) for x in chosen]),
         max_length=length,
     )
-
-
-def _check(policy: Policy, vocabulary: int, length: int) -> None:
-    continuing = vocabulary - len(policy.eos_ids)
-    if continuing ** (length - 1) * vocabulary > LIMIT:
-        raise Refused(
-            f"A vocabulary of {vocabulary} with up to {length} tokens has more than {LIMIT} completions to "
-            "list. Give a smaller length or vocabulary."
-        )
-    if any(p.dtype != torch.float64 for p in policy.trainable_parameters()):
-        raise Refused("Rounding would look like bias: load the model with dtype 'float64'.")
 
 
 def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, length: int) -> Rollout:

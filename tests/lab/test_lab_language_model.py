@@ -9,12 +9,9 @@ from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
-from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import exact_moments
-from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import setup
 from tokenrl.language.training.learner import make_learner
@@ -89,59 +86,6 @@ def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem
     loss = problem.chances[0, pairs].prod(-1) @ torch.vmap(loss_of)(pairs)
     wanted = -flat_gradient(loss, policy.model)[None]
     torch.testing.assert_close(exact_moments(estimator, problem).mean, wanted, rtol=1e-9, atol=1e-12)
-
-
-def test_declared_statuses_hold_on_a_transformer(problem) -> None:
-    for fields in ({}, {"baseline": "none"}, {"beta": 0.3}, {"returns": "reward_to_go"}):
-        assert exact_moments(Estimator(**fields), problem).relative_bias < 1e-10
-    mean = exact_moments(Estimator(baseline="group_mean"), problem)
-    assert mean.scale == pytest.approx(0.5, rel=1e-10) and mean.cosine == pytest.approx(1, abs=1e-12)
-    assert exact_moments(Estimator(**GRPO), problem).cosine < 0.999
-    entropy = exact_moments(Estimator(entropy_coef=0.5), problem)
-    assert 1e-3 < entropy.relative_bias < 1
-
-
-def test_limits_are_refused(policy: Policy) -> None:
-    with pytest.raises(Refused, match="smaller length"):
-        problem_of_policy(policy, PROMPTS, points_of, length=8, vocabulary=4)
-    single = wrap(tiny_policy(layers=1).model.float(), policy.tokenizer)
-    with pytest.raises(Refused, match="float64"):
-        problem_of_policy(single, PROMPTS, points_of, length=2, vocabulary=4)
-
-
-def test_a_model_that_cannot_share_a_prompt_is_scored_row_by_row() -> None:
-    """The gradient through its cache is wrong, as that of some architectures is."""
-    plain, wrong = (tiny_policy(layers=1) for _ in range(2))
-    forward = wrong.model.forward
-
-    def steep(ids, **options):
-        out = forward(ids, **options)
-        if options.get("past_key_values") is not None:
-            out.logits = 2 * out.logits - out.logits.detach()
-        return out
-
-    wrong.model.forward = steep
-    right, found = (
-        problem_of_policy(p, PROMPTS, points_of, length=2, vocabulary=4).scores for p in (plain, wrong)
-    )
-    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
-
-
-def test_the_temperature_is_part_of_the_policy(policy: Policy) -> None:
-    hot = problem_of_policy(policy, PROMPTS, points_of, length=1, vocabulary=4, temperature=2.0)
-    for x, prompt in enumerate(PROMPTS):
-        logits = policy.model(torch.tensor([prompt])).logits[0, -1].detach()
-        torch.testing.assert_close(hot.chances[x], (logits / 2).softmax(-1), rtol=1e-10, atol=0)
-        torch.testing.assert_close(
-            hot.rewards[x], torch.tensor([points_of(x, [i]) for i in range(4)]).double()
-        )
-
-
-def test_greedy_is_what_sampling_finds(policy: Policy, problem) -> None:
-    greedy = TransformersGenerator(policy).generate(PROMPTS[:1], Sampling(3, 0), None)
-    wanted = greedy.logprobs.sum().item()
-    assert problem.logprobs[0, problem.greedy[0]].sum().item() == pytest.approx(wanted, rel=1e-10)
-    assert int(problem.mask[problem.greedy[0]].sum()) == int(greedy.mask.sum())
 
 
 @pytest.mark.parametrize(
