@@ -92,21 +92,21 @@ class Outcome(NamedTuple):
 def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
     options: dict[str, Any] = {"env": ENV, "seed": seed, "eval_episodes": EPISODES, "quiet": True}
     with tempfile.TemporaryDirectory() as folder:
-        found = train_agent(
+        result = train_agent(
             output_dir=f"{folder}/run",
             max_steps=arguments.max_updates,
             eval_every=1,
             stop_when_solved=True,
             **options,
         )
-        rows = read_metrics(found.output_dir / "metrics.jsonl")[1:]
-        clocks = read_metrics(found.output_dir / "timings.jsonl")
+        rows = read_metrics(result.output_dir / "metrics.jsonl")[1:]
+        clocks = read_metrics(result.output_dir / "timings.jsonl")
         at = next((i for i, row in enumerate(rows) if row["eval_reward"] >= SOLVED), None)
         last = -1 if at is None else at
         # The learning rate is next to nothing, so that the agent neither unlearns nor learns.
         after = train_agent(
             output_dir=f"{folder}/after",
-            load=str(found.output_dir / "model"),
+            load=str(result.output_dir / "model"),
             max_steps=arguments.extra_updates,
             learning_rate=1e-9,
             eval_every=0,
@@ -181,11 +181,11 @@ def main(arguments: Arguments) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3"))
     print(f"{versions}; 1 thread; {ENV}, {arguments.seeds} seeds")
     contenders = {"tokenrl": time_tokenrl, "ppo_zoo": time_ppo}
-    found: dict[str, list[Outcome]] = {name: [] for name in contenders}
+    outcomes_of: dict[str, list[Outcome]] = {name: [] for name in contenders}
     for seed in range(arguments.seeds):
         for name, measure in contenders.items():
             outcome = measure(arguments, seed)
-            found[name].append(outcome)
+            outcomes_of[name].append(outcome)
             state = "solved" if outcome.solved else "NOT solved"
             print(
                 f"  seed {seed} {name:12} {state} after {outcome.seconds:6.2f} s, {outcome.steps:,} steps "
@@ -193,8 +193,8 @@ def main(arguments: Arguments) -> None:
                 flush=True,
             )
     print("\nmedian (range); seconds of processor time; unsolved runs count until they gave up")
-    for name, outcomes in found.items():
-        pairs = list(zip(outcomes, found["tokenrl"], strict=True))
+    for name, outcomes in outcomes_of.items():
+        pairs = list(zip(outcomes, outcomes_of["tokenrl"], strict=True))
         print(f"{name} ({sum(outcome.solved for outcome in outcomes)} of {len(outcomes)} solved)")
         print(f"  seconds until solved           {spread([o.seconds for o in outcomes], '.2f')}")
         print(f"  steps until solved             {spread([o.steps for o in outcomes], ',.0f')}")

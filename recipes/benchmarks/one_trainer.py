@@ -98,8 +98,8 @@ class Clock:
             self.tokens.append(sum(map(len, completion_ids)))
             self.peak = peak_megabytes()
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        found = [sum(map(ord, text)) % 7 for text in texts]
-        return [float(one == 0 if self.shape.binary else one) for one in found]
+        rewards = [sum(map(ord, text)) % 7 for text in texts]
+        return [float(reward == 0 if self.shape.binary else reward) for reward in rewards]
 
 
 def peak_megabytes() -> float:
@@ -267,12 +267,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         return floor(shape, spec.get("length") or shape.length)
     clock, train = Clock(shape), {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
     with tempfile.TemporaryDirectory() as folder:
-        found = train(shape, spec, clock, spec["steps"] + 1, folder)
+        result = train(shape, spec, clock, spec["steps"] + 1, folder)
     full = shape.prompts * shape.group * shape.length
     if not shape.ends and set(clock.tokens) != {full}:
         raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
     seconds = [after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)]
-    return found | {"seconds": seconds, "tokens": clock.tokens, "peak_mb": clock.peak}
+    return result | {"seconds": seconds, "tokens": clock.tokens, "peak_mb": clock.peak}
 
 
 def machine() -> dict[str, Any]:
@@ -288,6 +288,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("asked", type=json.loads, help="what to measure, as an object in JSON")
-    asked = parser.parse_args().asked
-    print(json.dumps(machine() if asked["who"] == "machine" else measure(asked)))
+    parser.add_argument("spec", type=json.loads, help="what to measure, as an object in JSON")
+    spec = parser.parse_args().spec
+    print(json.dumps(machine() if spec["who"] == "machine" else measure(spec)))

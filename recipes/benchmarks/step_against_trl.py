@@ -81,14 +81,14 @@ class Comparison:
     floor: list[float] = field(default_factory=list)
 
 
-def run(asked: dict[str, Any], *program: str) -> dict[str, Any] | None:
+def run(spec: dict[str, Any], *program: str) -> dict[str, Any] | None:
     """Measure in a new process, of `CHILD` or another; None if that failed, which is told on stderr."""
-    command = [sys.executable, *(program or [str(CHILD)]), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    killed = "It was killed, perhaps for want of memory." if done.returncode < 0 else ""
-    print(f"  failed: {json.dumps(asked)}\n{done.stderr[-1500:]}{killed}", file=sys.stderr, flush=True)
+    command = [sys.executable, *(program or [str(CHILD)]), json.dumps(spec)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode == 0:
+        return dict(json.loads(process.stdout.splitlines()[-1]))
+    killed = "It was killed, perhaps for want of memory." if process.returncode < 0 else ""
+    print(f"  failed: {json.dumps(spec)}\n{process.stderr[-1500:]}{killed}", file=sys.stderr, flush=True)
     return None
 
 
@@ -97,39 +97,39 @@ def steady(values: Sequence[float], steps: int) -> float:
     return statistics.median(values[-steps:][3 if steps >= 6 else 1 :])
 
 
-def seconds_and_peak(found: dict[str, Any] | None, steps: int) -> tuple[float, float] | None:
-    return None if found is None else (steady(found["seconds"], steps), found["peak_mb"])
+def seconds_and_peak(result: dict[str, Any] | None, steps: int) -> tuple[float, float] | None:
+    return None if result is None else (steady(result["seconds"], steps), result["peak_mb"])
 
 
 def compare(name: str, args: argparse.Namespace) -> Comparison:
     """Measure both in turn; once all settings of TRL have failed, it is not tried again."""
     comparison = Comparison(name)
-    asked = {"shape": asdict(WORK[name]), "steps": args.steps, "estimator": args.estimator}
+    spec = {"shape": asdict(WORK[name]), "steps": args.steps, "estimator": args.estimator}
     for number in range(args.rounds):
         settings = SETTINGS if number == 0 else [comparison.setting] if comparison.setting else []
-        found = {}
+        by_setting = {}
         for bf16, attention in settings:
-            result = run(asked | {"who": "trl", "bf16": bf16, "attention": attention})
-            found[bf16, attention] = seconds_and_peak(result, args.steps)
-            tell(f"{name}, round {number + 1}: TRL {words((bf16, attention))}", found[bf16, attention])
-        done = {setting: measured for setting, measured in found.items() if measured}
+            result = run(spec | {"who": "trl", "bf16": bf16, "attention": attention})
+            by_setting[bf16, attention] = seconds_and_peak(result, args.steps)
+            tell(f"{name}, round {number + 1}: TRL {words((bf16, attention))}", by_setting[bf16, attention])
+        done = {setting: measured for setting, measured in by_setting.items() if measured}
         if number == 0 and done:
             comparison.setting = min(done, key=lambda setting: done[setting][0])
         comparison.trl.append(done.get(comparison.setting) if comparison.setting else None)
-        result = run(asked | {"who": "tokenrl", "options": args.tokenrl})
+        result = run(spec | {"who": "tokenrl", "options": args.tokenrl})
         comparison.tokenrl.append(seconds_and_peak(result, args.steps))
         tell(f"{name}, round {number + 1}: tokenrl", comparison.tokenrl[-1])
         tokens = statistics.median(result["tokens"]) if result else 0  # 0: all completions at full length
         length = tokens / (WORK[name].prompts * WORK[name].group)
-        products = run({"who": "floor", "shape": asked["shape"], "length": length})
+        products = run({"who": "floor", "shape": spec["shape"], "length": length})
         comparison.floor += [products["floor"]] if products else []
     return comparison
 
 
-def tell(what: str, measured: tuple[float, float] | None) -> None:
+def tell(label: str, measured: tuple[float, float] | None) -> None:
     """Show progress on stderr, so that stdout has nothing but the table."""
     result = f"{measured[0]:.3f} s, {measured[1]:,.0f} MB" if measured else "failed"
-    print(f"  {what}: {result}", file=sys.stderr, flush=True)
+    print(f"  {label}: {result}", file=sys.stderr, flush=True)
 
 
 def words(setting: tuple[bool, str] | None) -> str:
@@ -160,11 +160,11 @@ def table_row(comparison: Comparison) -> str:
 
 def heading(args: argparse.Namespace) -> str:
     """The machine, the versions and the settings."""
-    found = run({"who": "machine"}) or {"threads": "?", "gpu": None}
+    machine = run({"who": "machine"}) or {"threads": "?", "gpu": None}
     names = "torch", "transformers", "trl"
     return (
-        f"{found['gpu'] or platform.machine()}, {os.cpu_count()} cores, "
-        f"{found['threads']} threads; {', '.join(f'{name} {version(name)}' for name in names)}; "
+        f"{machine['gpu'] or platform.machine()}, {os.cpu_count()} cores, "
+        f"{machine['threads']} threads; {', '.join(f'{name} {version(name)}' for name in names)}; "
         f"{args.estimator}, rounds {args.rounds}, steps {args.steps}"
         + (f"; tokenrl with {json.dumps(args.tokenrl)}" if args.tokenrl else "")
     )
