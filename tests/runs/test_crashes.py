@@ -12,7 +12,7 @@ import pytest
 from tests.runs.test_checkpoint import save
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import checkpoints
-from tokenrl.runs.files import atomic_directory, replacing, settle, verify
+from tokenrl.runs.files import atomic_directory, recover, replacing, verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="what crashes is a forked process")
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -143,9 +143,9 @@ def test_what_is_replaced_when_a_crash_comes_is_the_old_or_the_new(tmp_path, rep
     for number in crashes(start, place, lambda: replace(place, "new one")):
         shutil.copytree(place, other)
         if (place / "x").is_dir() or not (place / "x").exists():
-            settle(place / "x")
+            recover(place / "x")
         found |= content(place / "x")
-        replace(other, "newest")  # also without settling first
+        replace(other, "newest")  # also without recovering first
         assert names(other) == ["x"] and content(other / "x") == {"newest"}, number
         shutil.rmtree(other)
     assert found == {"old one", "new one"}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tokenrl.runs.plots import COLOURS, Chart, Curve, Difference, Forest, picture, smooth, svg
+from tokenrl.runs.plots import COLOURS, Bars, Chart, Curve, Forest, picture, smooth, svg
 
 RANGES = {
     "one point": [3.0],
@@ -51,8 +51,8 @@ def test_colours_are_variables_of_the_page_and_repeat_with_dashes():
 
 def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
     rows = [
-        Difference("<b>$one$", "better: 0.5 & more", 0.5, (0.4, 0.6), (0.3, 0.7), [0.2, 0.8], colour=3),
-        Difference("two", "too few runs", 0.0, (math.nan, math.nan), (-math.inf, math.inf)),
+        Bars("<b>$one$", "better: 0.5 & more", 0.5, (0.4, 0.6), (0.3, 0.7), [0.2, 0.8], colour=3),
+        Bars("two", "too few runs", 0.0, (math.nan, math.nan), (-math.inf, math.inf)),
     ]
     drawn = svg(Forest("n", "u", rows, margin=0.1), 400, 160)
     assert "&lt;b&gt;$one$</text>" in drawn and "0.5 &amp; more</text>" in drawn and "<b>" not in drawn

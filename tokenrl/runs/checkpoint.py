@@ -105,8 +105,8 @@ class Saver:
         import torch
 
         if self._model and not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
-            why = f"After step {step} the weights are not finite, so they are not saved."
-            raise Stopped(f"{why} The learning rate is the likely cause: lower it, and start again.")
+            fault = f"After step {step} the weights are not finite, so they are not saved."
+            raise Stopped(f"{fault} The learning rate is the likely cause: lower it, and start again.")
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due by the number of steps or by the time since the last."""
@@ -128,9 +128,9 @@ class Saver:
         if not self._active or model is None or step == self._saved:
             return
         self.check_finite(step)
-        for left in self._folder.glob(".step_*"):  # by a crash; this run holds the lock: nobody writes there
-            if re.fullmatch(LEFT, left.name):
-                shutil.rmtree(left, ignore_errors=True)
+        for debris in self._folder.glob(".step_*"):  # of a crash; this run has the lock: nobody writes there
+            if re.fullmatch(LEFT, debris.name):
+                shutil.rmtree(debris, ignore_errors=True)
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             model.write(partial)
@@ -165,8 +165,8 @@ class Saver:
             except Refused:
                 raise
             except Exception as error:
-                why = f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
-                raise Refused(f"{why} Continue with the model and the tokenrl that saved it.") from error
+                fault = f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
+                raise Refused(f"{fault} Continue with the model and the tokenrl that saved it.") from error
         self._model.read(path)
         self._saved = step_of(path)
         return self._saved
@@ -213,5 +213,5 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(folder / _STATE, weights_only=True, map_location="cpu"))
     except Exception as error:  # a damaged archive and a pickle with code raise many kinds of errors
-        why = f"{folder} holds no state from which a run can continue ({describe(error)})."
-        raise Refused(f"{why} Give another checkpoint, or start from its weights with --model.") from error
+        fault = f"{folder} holds no state from which a run can continue ({describe(error)})."
+        raise Refused(f"{fault} Give another checkpoint, or start from its weights with --model.") from error

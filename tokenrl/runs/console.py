@@ -61,24 +61,24 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
 
 
 def rich_table(
-    title: str = "", left: Sequence[str] = (), right: Sequence[str] = (), header: bool = True, **column: Any
+    title: str = "", texts: Sequence[str] = (), numbers: Sequence[str] = (), header: bool = True, **of: Any
 ) -> Table:
     """Make a table of the library rich.
 
     Args:
         title: text above the table, aligned left.
-        left: headers of the first columns, which are aligned left.
-        right: headers of the columns after them, which are aligned right.
+        texts: headers of the first columns, which are aligned left.
+        numbers: headers of the columns after them, which are aligned right.
         header: whether the headers are shown.
-        **column: options of rich for all these columns, such as `no_wrap`.
+        **of: options of rich for all these columns, such as `no_wrap`.
     """
     from rich import box
     from rich.table import Table
 
     look: Any = {"title_style": "bold", "title_justify": "left", "box": box.SIMPLE}
     table = Table(title=title or None, show_header=header, **look)
-    for name in (*left, *right):
-        table.add_column(name, justify="left" if name in left else "right", **column)
+    for name in (*texts, *numbers):
+        table.add_column(name, justify="left" if name in texts else "right", **of)
     return table
 
 
@@ -103,14 +103,14 @@ class Console:
         self.print(note, style="italic dim")
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Say what is being done in the block, and every five seconds how long it has taken so far."""
-        self.note(f"{what} ...")
+    def status(self, activity: str) -> Iterator[None]:
+        """Print what the block does, and every five seconds how long that has taken so far."""
+        self.note(f"{activity} ...")
         ended, began = threading.Event(), time.monotonic()
 
         def tell() -> None:
             while not ended.wait(PATIENCE):
-                self.note(f"{what}: {time.monotonic() - began:.0f} s so far")
+                self.note(f"{activity}: {time.monotonic() - began:.0f} s so far")
 
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
@@ -162,7 +162,7 @@ class Console:
             problems: what makes training pointless or wrong.
             remarks: what else was found.
         """
-        numbered = [harmless(f"  {place}. {problem}") for place, problem in enumerate(problems, 1)]
+        numbered = [harmless(f"  {index}. {problem}") for index, problem in enumerate(problems, 1)]
         if not numbered:
             self.note(f"Check passed: {parts} work together. Nothing was trained.")
         self.facts("", measured)
@@ -171,12 +171,12 @@ class Console:
         if numbered:
             sys.stdout.flush()  # the table first, where both go to one place
             count = f"{len(numbered)} problem{'s' * (len(numbered) > 1)}"
-            said = f"tokenrl: Check not passed: {count}. Nothing was trained."
-            print(said, *numbered, sep="\n", file=sys.stderr)
+            headline = f"tokenrl: Check not passed: {count}. Nothing was trained."
+            print(headline, *numbered, sep="\n", file=sys.stderr)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
-        before, after = told_once(summary.get("eval_before")), told_once(summary.get("eval_after"))
+        before, after = distinct(summary.get("eval_before")), distinct(summary.get("eval_after"))
         table = rich_table("Evaluation (± standard error)", ("",), ("before",))
         table.add_column("after", justify="right", style="bold")
         columns = with_errors(before), with_errors(after)
@@ -186,18 +186,18 @@ class Console:
             self.print(table)
         self.print(ending(summary))
 
-    def print(self, *what: Any, **options: Any) -> None:
+    def print(self, *objects: Any, **options: Any) -> None:
         """Print with rich; see `attempt`."""
-        self.attempt(self.rich.print, *what, **options)
+        self.attempt(self.rich.print, *objects, **options)
 
-    def attempt(self, show: Callable[..., object], *what: Any, **options: Any) -> None:
+    def attempt(self, show: Callable[..., object], *objects: Any, **options: Any) -> None:
         """Show something, and go on without output where that fails, as in a terminal that was closed.
 
         Raises:
             BrokenPipeError: the program that read the output has ended, as with `| head`.
         """
         try:
-            show(*what, **options)
+            show(*objects, **options)
         except BrokenPipeError:
             raise
         except OSError:  # the files of the run have everything
@@ -243,14 +243,14 @@ class Progress:
         parts = [f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics][:1]
         parts += [self._evaluation, *_rates(metrics)]
         self._live.update(self._live.task_ids[0], completed=step)
-        if left := self._live.tasks[0].time_remaining:
-            parts.append(f"ETA {duration(left)}")
+        if remaining := self._live.tasks[0].time_remaining:
+            parts.append(f"ETA {duration(remaining)}")
         line = "  ".join(part for part in parts if part)
         self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
         due = step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None
         if not self._console.rich.is_terminal and (due or time.monotonic() > self._at + PATIENCE):
-            place = f"{self._console.each} {step:>{len(str(self._total))}}/{self._total}"
-            self._console.print(f"{place}  {line}", soft_wrap=True)
+            position = f"{self._console.each} {step:>{len(str(self._total))}}/{self._total}"
+            self._console.print(f"{position}  {line}", soft_wrap=True)
             self._at = time.monotonic()
 
 
@@ -260,7 +260,7 @@ def harmless(text: str) -> str:
     These are control characters but newline and tab, lone surrogates, and those that turn the direction of
     writing, with which a text can show something else than it says.
     """
-    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def visible(text: str, limit: int | None = None) -> str:
@@ -287,11 +287,11 @@ def measured(value: Any, error: Any = None) -> str:
     """
     if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
         return number(value)
-    places = 1 - math.floor(math.log10(error)) if error > 0 else _PLACES + 1
-    if places > _PLACES:
+    decimals = 1 - math.floor(math.log10(error)) if error > 0 else _PLACES + 1
+    if decimals > _PLACES:
         return f"{number(value)} ± {error:.1g}"
-    places = max(0, places)
-    return f"{float(value):.{places}f} ± {error:.{places}f}"
+    decimals = max(0, decimals)
+    return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"
 
 
 def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -304,7 +304,7 @@ def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {name: measured(metrics[name], metrics.get(name + "_stderr")) for name in names}
 
 
-def told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return metrics without those of a single reward function, which repeat those of the reward itself."""
     metrics = dict(metrics or {})
     names = [name for name in metrics if name.startswith("rewards/")]

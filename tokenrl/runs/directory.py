@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.files import remove, settle
+from tokenrl.runs.files import recover, remove
 
 _FILES = (
     *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl"),
@@ -75,7 +75,7 @@ class RunDirectory:
             message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             raise Refused(message) from error
         with contextlib.suppress(OSError):  # what a crash left while the model was replaced
-            settle(run / "model")
+            recover(run / "model")
         held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
         if held and not (overwrite or resume):
             self.release()
@@ -123,15 +123,15 @@ def _refuse_foreign(run: Path) -> None:
     A saved model also has a config.json.
     """
     for link in (run / name for name in _FOLDERS if (run / name).is_symlink()):
-        why = f"{link} is a link, and a run removes its older files, but only in its own directory"
-        raise Refused(f"{why}. Put a folder there, or give another output directory.")
+        reason = f"{link} is a link, and a run removes its older files, but only in its own directory"
+        raise Refused(f"{reason}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name not in (".lock", *_PARTIAL)]
     with contextlib.suppress(Refused):
         if not names or "timings.jsonl" in names or "tokenrl" in read_config(run).get("versions", ()):
             return
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise Refused(f"The output directory {run} holds no run, but {shown}. Give a new or empty one.")
+    listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise Refused(f"The output directory {run} holds no run, but {listing}. Give a new or empty one.")
 
 
 def acquire_lock(folder: Path, busy: str) -> Any:

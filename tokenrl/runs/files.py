@@ -51,11 +51,11 @@ def check_place(path: str | os.PathLike[str]) -> None:
     Raises:
         Refused: its folder does not exist, or it is a folder itself.
     """
-    place = Path(path).absolute()
-    if not os.path.isdir(place.parent):
+    target = Path(path).absolute()
+    if not os.path.isdir(target.parent):
         raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
-    if os.path.isdir(place):
-        raise Refused(f"{place} cannot be written: it is a directory. Give the name of a file in it.")
+    if os.path.isdir(target):
+        raise Refused(f"{target} cannot be written: it is a directory. Give the name of a file in it.")
 
 
 @contextmanager
@@ -122,13 +122,13 @@ def plain(value: Any) -> Any:
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Return settings as numbers and texts by names such as `estimator.baseline`; a list becomes JSON."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in plain(settings).items():
         if isinstance(value, dict):
-            found |= flat(value, f"{before}{key}.")
+            flattened |= flat(value, f"{before}{key}.")
         else:
-            found[before + key] = json.dumps(value) if isinstance(value, list) else value
-    return found
+            flattened[before + key] = json.dumps(value) if isinstance(value, list) else value
+    return flattened
 
 
 def sync(path: Path) -> None:
@@ -152,7 +152,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     """Yield a hidden empty folder, which becomes `directory` when the block ends without an error.
 
     A crash at any moment leaves the old folder or the new one; between two renames the old one is hidden, and
-    `settle` brings it back. Only one process may write there.
+    `recover` brings it back. Only one process may write there.
 
     Args:
         directory: the folder to make or to replace. Its parent is made if absent, but not those above.
@@ -163,7 +163,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     aside, old = _beside(directory)
     try:
         directory.parent.mkdir(exist_ok=True)
-        settle(directory)
+        recover(directory)
         aside.mkdir()
         yield aside
         _seal(aside)
@@ -178,10 +178,10 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         raise not_written(directory, error) from error
     finally:
         with suppress(OSError):
-            settle(directory)
+            recover(directory)
 
 
-def settle(directory: Path) -> None:
+def recover(directory: Path) -> None:
     """Bring back the folder that an interrupted `atomic_directory` had hidden, and remove what it left."""
     aside, old = _beside(directory)
     if old.exists() and not directory.exists():
@@ -223,14 +223,14 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     """
     run = Path(name_or_path)
     there = os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model")
-    found = run / "model" if there else name_or_path
-    if os.path.isdir(found):
-        place = Path(found).resolve()
-        for folder in (place, place.parent):
+    model = run / "model" if there else name_or_path
+    if os.path.isdir(model):
+        folder_of_model = Path(model).resolve()
+        for folder in (folder_of_model, folder_of_model.parent):
             in_checkpoints = folder.parent.name == "checkpoints" and folder.name.startswith("step_")
             if in_checkpoints or _manifest(folder) is not None:
                 verify(folder)
-    return found
+    return model
 
 
 def _seal(folder: Path) -> None:
@@ -247,17 +247,17 @@ def _seal(folder: Path) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the entries of a manifest; none if it is damaged, None without one or with another program's."""
+    """Return the entries of a manifest: {} of a damaged one, None without one or with another program's."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
+        entries = json.loads((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(entries, dict):
         return {}
-    is_ours = not found or any(isinstance(entry, list) and len(entry) == 2 for entry in found.values())
-    return found if is_ours else None
+    is_ours = not entries or any(isinstance(entry, list) and len(entry) == 2 for entry in entries.values())
+    return entries if is_ours else None
 
 
 def _entry(file: Path) -> list[Any]:

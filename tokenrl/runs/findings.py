@@ -147,8 +147,8 @@ def slower(facts: Facts) -> tuple[str, dict[str, float]]:
     """Say that the learning rate is the likely cause of a loss; return that with the rate to take instead."""
     rate, usual = facts["learning_rate"], facts.get("usual_rate", 0.0)  # 0: nobody knows
     mend = usual if 0 < usual < rate else rate / 4
-    known = f", {'which' if mend == usual else f'although {usual:g}'} is usual here" if usual else ""
-    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {mend:g}{known}."
+    comparison = f", {'which' if mend == usual else f'although {usual:g}'} is usual here" if usual else ""
+    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {mend:g}{comparison}."
     return text, {"learning_rate": mend}
 
 
@@ -173,10 +173,10 @@ def remedy(facts: Facts) -> str:
         )
     if not (facts.get("steps_without_signal") and facts.get("needs_groups")):
         return text
-    tried = facts["steps_without_signal"] * facts["prompts_per_step"] * facts["num_generations"]
-    most = min(0.5, 1 - 0.05 ** (1 / tried))  # if more differed, 95 % of samples would show one
+    samples = facts["steps_without_signal"] * facts["prompts_per_step"] * facts["num_generations"]
+    most = min(0.5, 1 - 0.05 ** (1 / samples))  # if more differed, 95 % of samples would show one
     shares = ", ".join(f"{share:.0%}" for share in groups_without_signal(most).values())
-    text += f" None of {tried:,} completions differed, so at most {most:.2g} of all do (95 % confidence), "
+    text += f" None of {samples:,} completions differed, so at most {most:.2g} of all do (95 % confidence), "
     return text + f"and at least {shares} of groups of 2, 4, 8, 16 have equal rewards."
 
 

@@ -55,10 +55,10 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     loader = FileSystemLoader(str(files(__package__)))
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"number": number, "svg": lambda chart, size: svg(chart, *size)}
-    shown = [section for section in sections if any(section.blocks)]
+    filled = [section for section in sections if any(section.blocks)]
     script = page.get_template("page.js").render()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = page.get_template("page.html").render(title=title, sections=shown, script=script, digest=digest)
+    text = page.get_template("page.html").render(title=title, sections=filled, script=script, digest=digest)
     write_text(path, harmless(text) + "\n")
     return path
 
@@ -108,15 +108,15 @@ def drawings(charts: Sequence[Chart | Forest]) -> Block:
 
     Charts without any point are left out.
     """
-    shown = []
+    drawn = []
     for chart in charts:
         sizes = {"broad": (1000, 300), "narrow": (360, 230)} if chart.large else {"small": (280, 140)}
         if isinstance(chart, Forest):
             sizes = {name: (width, 40 + 60 * len(chart.rows)) for name, (width, _) in sizes.items()}
         elif not chart.drawn:
             continue
-        shown.append((chart, sizes))
-    return {"kind": "drawings", "charts": shown} if shown else {}
+        drawn.append((chart, sizes))
+    return {"kind": "drawings", "charts": drawn} if drawn else {}
 
 
 def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
@@ -129,16 +129,16 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     names = dict.fromkeys(name for row in rows for name in row)
     numeric = [name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)]
     samples = [_sample(row, numeric) for row in rows]
-    last = [one for one, row in zip(samples, rows, strict=True) if row.get("step") == rows[-1].get("step")]
-    found = {"kind": "completions", "all": samples, "some": last[:_OPEN], "numeric": numeric}
-    return found if rows else {}
+    last = [card for card, row in zip(samples, rows, strict=True) if row.get("step") == rows[-1].get("step")]
+    block = {"kind": "completions", "all": samples, "some": last[:_OPEN], "numeric": numeric}
+    return block if rows else {}
 
 
 def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
     """Return the texts of a completion, each as messages with roles, and its numbers."""
-    known = {name: value for name, value in row.items() if value is not None}
-    texts = {name: _messages(str(value)) for name, value in known.items() if name not in numeric}
-    return {"texts": texts, "numbers": {name: plain(float(known[name])) for name in numeric if name in known}}
+    cells = {name: value for name, value in row.items() if value is not None}
+    texts = {name: _messages(str(value)) for name, value in cells.items() if name not in numeric}
+    return {"texts": texts, "numbers": {name: plain(float(cells[name])) for name in numeric if name in cells}}
 
 
 def _messages(text: str) -> list[tuple[str, str]]:

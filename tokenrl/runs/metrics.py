@@ -202,11 +202,11 @@ def peak_memory() -> dict[str, float]:
     """
     status = Path("/proc/self/status")  # `getrusage` would also count the process that started this one
     held = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    found = {"peak_memory_gib": int(held[1]) * 1024 / _GIB} if held else {}
+    peaks = {"peak_memory_gib": int(held[1]) * 1024 / _GIB} if held else {}
     torch = sys.modules.get("torch")  # without it nothing is on a GPU
     if torch is not None and torch.cuda.is_available():
-        found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
-    return found
+        peaks["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
+    return peaks
 
 
 _NAME_OF_RUN = {"clearml": "task_name", "mlflow": "run_name", "swanlab": "experiment_name"}
@@ -284,9 +284,9 @@ class Trackers:
         """Call a tracker; one that fails, for instance for want of a network, is told of and left out."""
         try:
             yield
-        except (Exception, SystemExit) as error:  # a run is not lost over its picture
-            said = f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more."
-            self._warn(f"{said} The run goes on, and its own files have everything.")
+        except (Exception, SystemExit) as error:  # a tracker must never end a run
+            message = f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more."
+            self._warn(f"{message} The run goes on, and its own files have everything.")
             with suppress(Exception, SystemExit):
                 self._started.pop(name).finish()  # keep what it has already got
 

@@ -42,12 +42,12 @@ def without_progress_bars() -> Iterator[None]:
     """
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    were_enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if were_enabled:
             datasets.enable_progress_bars()
 
 

@@ -96,7 +96,7 @@ class Chart(NamedTuple):
         large: as wide as the page, else one of several in a row.
         mark: name and value of a horizontal line.
         whole: whether x counts something from 0, such as steps.
-        places: texts below the x axis by their places; None for numbers.
+        ticks: texts below the x axis by their positions; None for numbers.
         last: whether the legend tells the last value of each curve.
     """
 
@@ -106,7 +106,7 @@ class Chart(NamedTuple):
     large: bool = False
     mark: tuple[str, float] | None = None
     whole: bool = True
-    places: Mapping[float, str] | None = None
+    ticks: Mapping[float, str] | None = None
     last: bool = True
 
     @property
@@ -119,8 +119,8 @@ class Chart(NamedTuple):
         _scale(axes, "y", 5 if self.large else 4)
         _scale(axes, "x", 8 if self.large else 4, self.whole)
         axes.margins(0, 0.06)
-        if self.places is not None:
-            axes.set_xticks(list(self.places), list(self.places.values()))
+        if self.ticks is not None:
+            axes.set_xticks(list(self.ticks), list(self.ticks.values()))
         for curve in self.drawn:
             curve.draw(axes)
         name, mark = self.mark or ("", 0.0)
@@ -133,12 +133,12 @@ class Chart(NamedTuple):
             axes.set_ylim(bottom=0)
 
 
-class Difference(NamedTuple):
+class Bars(NamedTuple):
     """One line of a forest plot.
 
     Attributes:
         name: what is compared.
-        said: the result in words, with its numbers.
+        result: the result in words, with its numbers.
         value: the mean difference.
         inner: ends of its thick bar.
         outer: ends of its thin bar, which decides.
@@ -147,24 +147,24 @@ class Difference(NamedTuple):
     """
 
     name: str
-    said: str
+    result: str
     value: float
     inner: tuple[float, float]
     outer: tuple[float, float]
     points: Sequence[float] = ()
     colour: int = 0
 
-    def draw(self, axes: Axes, place: float) -> None:
+    def draw(self, axes: Axes, line: float) -> None:
         """Draw name and result above the bars, in the line of a forest plot that begins at a height."""
         colour = Curve((), (), colour=self.colour).variable
-        _write(axes, self.name, place, (0, -14), "ink", weight="bold")
-        _write(axes, self.said, place, (0, -29), colour)
+        _write(axes, self.name, line, (0, -14), "ink", weight="bold")
+        _write(axes, self.result, line, (0, -29), colour)
         look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}
         for ends, style in ((self.outer, {"linewidth": 2}), (self.inner, {"linewidth": 6, "alpha": 0.55})):
             if all(map(math.isfinite, ends)):
-                axes.plot(ends, [place + 0.72] * 2, **style, **look)
-        axes.plot([self.value], [place + 0.72], "o", markersize=9, **look)
-        axes.plot(self.points, [place + 0.9] * len(self.points), "o", markersize=4, alpha=0.5, **look)
+                axes.plot(ends, [line + 0.72] * 2, **style, **look)
+        axes.plot([self.value], [line + 0.72], "o", markersize=9, **look)
+        axes.plot(self.points, [line + 0.9] * len(self.points), "o", markersize=4, alpha=0.5, **look)
 
 
 class Forest(NamedTuple):
@@ -179,7 +179,7 @@ class Forest(NamedTuple):
 
     name: str
     unit: str
-    rows: Sequence[Difference]
+    rows: Sequence[Bars]
     margin: float | None = None
     large: bool = True
 
@@ -192,8 +192,8 @@ class Forest(NamedTuple):
         if self.margin is not None:
             axes.axvspan(-self.margin, self.margin, color=PALETTE["line"], alpha=0.6, linewidth=0)
         axes.axvline(0, color=PALETTE["soft"], linewidth=1)
-        for place, row in enumerate(self.rows):
-            row.draw(axes, place)
+        for line, row in enumerate(self.rows):
+            row.draw(axes, line)
 
 
 def svg(drawing: Chart | Forest, width: int, height: int) -> str:
@@ -207,11 +207,11 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    left, right, top, bottom = 44 if isinstance(drawing, Chart) else 4, 14, 10, 24  # pixels around the axes
+    pad_left, pad_right, pad_top, pad_bottom = 44 if isinstance(drawing, Chart) else 4, 14, 10, 24  # pixels
     with rc_context(_LOOK):
         figure = Figure((width / 72, height / 72), dpi=72)
-        size = 1 - (left + right) / width, 1 - (top + bottom) / height
-        drawing.draw(figure.add_axes((left / width, bottom / height, *size)))
+        size = 1 - (pad_left + pad_right) / width, 1 - (pad_top + pad_bottom) / height
+        drawing.draw(figure.add_axes((pad_left / width, pad_bottom / height, *size)))
         file, nothing = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     inside = file.getvalue().partition("<svg")[2].partition(">")[2]

@@ -44,8 +44,8 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
-        shown = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
-        return {name: getattr(self, name) for name in shown}
+        names = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ class RecordedRun:
         A run that ends early is evaluated after its last step's row was written; then summary.json alone has
         that evaluation.
         """
-        found = []
+        rows = []
         for row in self.metrics:
             if measured := {n.removeprefix("eval_"): v for n, v in row.items() if n.startswith("eval_")}:
-                found.append({"step": row["step"], **measured})
+                rows.append({"step": row["step"], **measured})
         last, steps = self.summary.get("eval_after"), self.summary.get("steps")
-        if last and steps is not None and (not found or found[-1]["step"] < steps):
-            found.append({"step": steps, **last})
-        return found
+        if last and steps is not None and (not rows or rows[-1]["step"] < steps):
+            rows.append({"step": steps, **last})
+        return rows
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric is a finite number, and those numbers."""
@@ -121,8 +121,8 @@ class RecordedRun:
         """
         files = tables(self.path / "completions")[::-1]
         apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
-        kept = [files[round(place * apart)] for place in range(min(steps, len(files)))][::-1]
-        return [{"step": step_of(file), **row} for file in kept for row in read_completions(file)[:most]]
+        chosen = [files[round(number * apart)] for number in range(min(steps, len(files)))][::-1]
+        return [{"step": step_of(file), **row} for file in chosen for row in read_completions(file)[:most]]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:
@@ -144,8 +144,8 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric is a finite number, and those numbers."""
-    found = [(int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def finite(value: Any) -> float | None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import tokenrl.runs.html as html
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.console import ending, number, told_once, visible, with_errors
+from tokenrl.runs.console import distinct, ending, number, visible, with_errors
 from tokenrl.runs.files import check_place, flat
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve, picture
@@ -69,15 +69,15 @@ def report_from_directory(run: str | Path) -> Path:
     page = Path(run) / "report.html"
     if os.path.isfile(Path(run) / "plan.json") and page.is_file():
         return page
-    found = read_run(run)
+    recorded = read_run(run)
     try:
-        about = {"title": found.title, "subtitle": ending(found.summary), "kind": found.kind}
-        learning_curve(found.path / "learning_curve.png", found.metrics, mark=found.mark, **about)
-        return html.write_page(page, found.title, list(_sections(found)))
+        about = {"title": recorded.title, "subtitle": ending(recorded.summary), "kind": recorded.kind}
+        learning_curve(recorded.path / "learning_curve.png", recorded.metrics, mark=recorded.mark, **about)
+        return html.write_page(page, recorded.title, list(_sections(recorded)))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, Refused):
             raise
-        fault = f"{found.path / 'summary.json'} holds what no run writes ({describe(error)})"
+        fault = f"{recorded.path / 'summary.json'} holds what no run writes ({describe(error)})"
         raise Refused(f"{fault}. Mend or remove it, and the run can be shown.") from error
 
 
@@ -104,10 +104,10 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     command = config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}") or _FROM_PYTHON
     words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     warm = (summary.get("warm_started") or {}).get("in_words")
-    told = html.paragraph(f"Warm start on demonstrations: {warm}." if warm else "")
+    warm_start = html.paragraph(f"Warm start on demonstrations: {warm}." if warm else "")
     verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
-    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, told])
-    before, after = (with_errors(told_once(summary.get(name))) for name in ("eval_before", "eval_after"))
+    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, warm_start])
+    before, after = (with_errors(distinct(summary.get(name))) for name in ("eval_before", "eval_after"))
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
     yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])
     stage = run.path / "warm_start.jsonl"
@@ -135,33 +135,33 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         Refused: a directory holds no run, is given twice, or the runs are of different kinds.
         Stopped: the file could not be written.
     """
-    found = {str(run): read_run(run) for run in runs}
-    if len({run.path.resolve() for run in found.values()}) < len(runs):
+    recorded = {str(run): read_run(run) for run in runs}
+    if len({run.path.resolve() for run in recorded.values()}) < len(runs):
         raise Refused(f"A run is given twice among {', '.join(map(str, runs))}; give each of them once.")
-    kinds = {run.kind: name for name, run in found.items()}
+    kinds = {run.kind: name for name, run in recorded.items()}
     if len(kinds) > 1:
         named = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
         raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
     output = Path(output)
     check_place(output)
-    pages = {name: run.path / "report.html" for name, run in found.items()}
+    pages = {name: run.path / "report.html" for name, run in recorded.items()}
     links = {
         name: quote(Path(os.path.relpath(page, output.parent)).as_posix())
         for name, page in pages.items()
         if page.is_file()
     }
-    about = {name: f"{run.title}; {ending(run.summary)}" for name, run in found.items()}
-    marks = {run.mark for run in found.values()}
+    about = {name: f"{run.title}; {ending(run.summary)}" for name, run in recorded.items()}
+    marks = {run.mark for run in recorded.values()}
     mark = marks.pop() if len(marks) == 1 else None
-    charts = _charts({name: run.metrics for name, run in found.items()}, next(iter(kinds)), mark)
+    charts = _charts({name: run.metrics for name, run in recorded.items()}, next(iter(kinds)), mark)
     sections = [
         html.Section("", [html.paragraph(_CAUTION, "soft")]),
         html.Section("Runs", [html.run_list(about, links)]),
-        html.Section("Final numbers (± standard error)", [_final_numbers(found)]),
-        html.Section("Settings that differ", _differences(found)),
+        html.Section("Final numbers (± standard error)", [_final_numbers(recorded)]),
+        html.Section("Settings that differ", _differences(recorded)),
         _learning("Learning curves", charts),
     ]
-    return html.write_page(output, f"Comparison of {len(found)} runs", sections)
+    return html.write_page(output, f"Comparison of {len(recorded)} runs", sections)
 
 
 def _learning(heading: str, charts: Sequence[Chart]) -> html.Section:
@@ -183,14 +183,14 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         line = None if name == "loss" else mark
         if len(runs) == 1:
             (rows,) = runs.values()
-            curves = [_curve(rows, key, label, place) for place, (key, label) in enumerate(metrics.items())]
+            curves = [_curve(rows, key, label, colour) for colour, (key, label) in enumerate(metrics.items())]
             charts.append(Chart(name, unit, curves, large=True, mark=line))
         for key, label in metrics.items() if len(runs) > 1 else ():
-            curves = [_curve(rows, key, run, place) for place, (run, rows) in enumerate(runs.items(), 1)]
+            curves = [_curve(rows, key, run, colour) for colour, (run, rows) in enumerate(runs.items(), 1)]
             charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
     last = "last" if len(runs) == 1 else ""  # the colours of several runs are told once, above
     for key, (name, unit) in DIAGNOSTICS.items():
-        curves = [_curve(rows, key, last, place) for place, rows in enumerate(runs.values(), 1)]
+        curves = [_curve(rows, key, last, colour) for colour, rows in enumerate(runs.values(), 1)]
         if any(any(curve.y) for curve in curves):  # what was 0 all the time is not worth a look
             charts.append(Chart(name, unit, curves))
     return charts
@@ -201,24 +201,24 @@ def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
     x, y = series(metrics, key)
     y = [min(max(value, -_LARGEST), _LARGEST) for value in y]
     evaluated = key.startswith("eval_")  # the band of a single step would hide the running mean
-    known = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
-    errors = [min(known.get(step, 0.0), _LARGEST) for step in x]
+    error_at = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
+    errors = [min(error_at.get(step, 0.0), _LARGEST) for step in x]
     low, high = ([value + sign * e for value, e in zip(y, errors, strict=True)] for sign in (-1, 1))
-    band = (low, high) if known else None
-    return Curve(x, y, name, colour, evaluated, band, known.get(x[-1]) if x else None)
+    band = (low, high) if error_at else None
+    return Curve(x, y, name, colour, evaluated, band, error_at.get(x[-1]) if x else None)
 
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     """Return completions of the first step that was kept, of the last one and of some between them."""
-    found = []
+    rows = []
     for row in run.completions(_STEPS, _ROWS):
         answers = [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
-        found.append({**told_once(row), "characters": sum(map(len, answers))})
-    return found
+        rows.append({**distinct(row), "characters": sum(map(len, answers))})
+    return rows
 
 
 def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
-    columns = {name: with_errors(told_once(run.summary.get("eval_after"))) for name, run in runs.items()}
+    columns = {name: with_errors(distinct(run.summary.get("eval_after"))) for name, run in runs.items()}
     for name, run in runs.items():
         if run.summary.get("loss_after") is not None:
             columns[name]["loss of the last batch"] = number(run.summary["loss_after"])
@@ -227,18 +227,18 @@ def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
 
 def _differences(runs: Mapping[str, RecordedRun]) -> list[html.Block]:
     """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
-    kept = {
+    configs = {
         name: {k: v for k, v in run.config.items() if k not in _NOT_COMPARED} for name, run in runs.items()
     }
-    settings = {name: {k: visible(str(v)) for k, v in flat(config).items()} for name, config in kept.items()}
+    settings = {run: {k: visible(str(v)) for k, v in flat(config).items()} for run, config in configs.items()}
     names = sorted({key for column in settings.values() for key in column})
     differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
     if not differ:
         return [html.paragraph("None: the runs have the same settings.")]
     apart = " and ".join(key for key in ("task", "reward", "env", "data") if key in differ)
     warning = f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
-    shown = {name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()}
-    return [html.paragraph(warning, "strong"), _side_by_side(shown)]
+    columns = {name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()}
+    return [html.paragraph(warning, "strong"), _side_by_side(columns)]
 
 
 def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> html.Block:

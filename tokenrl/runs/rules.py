@@ -70,20 +70,20 @@ def policy_destroyed(facts: Facts) -> Judgement:
     sure, when = (SURE_OF_BEST, "at its best") if learnt > 0 else (SURE, "before training")
     is_fall = fall > sure * math.hypot(facts["best_stderr"], facts["latest_stderr"])
     is_lost = 2 * (facts["first_reward"] + learnt - latest) > max(fall, learnt)
-    why, changes = slower(facts)
+    cause, changes = slower(facts)
     text = "The policy is destroyed: in {steps} the mean reward fell from {best_reward:.3g} (evaluation "
-    text += f"{when}) to {{latest_reward:.3g}}, and {{signs}}. {why}"
+    text += f"{when}) to {{latest_reward:.3g}}, and {{signs}}. {cause}"
     return "void" if is_fall and is_lost and facts["signs"] else None, text, changes
 
 
 @rule("entropy-collapsed", "steps first_reward first_entropy latest_reward latest_entropy signs")
 def entropy_lost(facts: Facts) -> Judgement:
-    """The entropy fell to a quarter before half of the task was learnt; `solved_at` is all of it."""
-    (why, changes), first = slower(facts), facts["first_reward"]
+    """The entropy fell to a quarter before half of the way to the reward `solved_at` was gained."""
+    (cause, changes), first = slower(facts), facts["first_reward"]
     is_half = facts["latest_reward"] > (first + facts.get("solved_at", first)) / 2
     is_low = facts["latest_entropy"] < facts["first_entropy"] / 4
     text = "The policy has collapsed: in {steps} the mean reward was {latest_reward:.3g}, after "
-    text += f"{{first_reward:.3g}} in step 1, and {{signs}}. {why}"
+    text += f"{{first_reward:.3g}} in step 1, and {{signs}}. {cause}"
     return "act" if is_low and not is_half else None, text, changes
 
 
@@ -137,7 +137,7 @@ def sampling_differs(facts: Facts) -> Judgement:
 
 @rule("nothing-to-learn", "step_equal step_reward groups")
 def nothing_to_learn(facts: Facts) -> Judgement:
-    """No rewards differ in the trial steps of a check; `groups` says between how many completions.
+    """No rewards differ in the trial steps of a check; `groups` says how many were compared.
 
     `others_differ` says that other samples of the same policy do, so that later steps may teach something.
     """
@@ -163,8 +163,8 @@ def no_signal(facts: Facts) -> Judgement:
     text += "nothing to learn from: the mean reward is {step_reward:.3g}"
     before, error = facts.get("before_reward", math.nan), facts.get("before_stderr", math.nan)
     if facts["had_signal"] and facts["step_reward"] < before - 3 * error:
-        why, changes = slower(facts)
-        return weight, f"{text}, down from {{before_reward:.3g}} before training. {why}", changes
+        cause, changes = slower(facts)
+        return weight, f"{text}, down from {{before_reward:.3g}} before training. {cause}", changes
     return weight, f"{text}. {remedy(facts)}"
 
 
@@ -191,7 +191,7 @@ def signal(facts: Facts) -> Judgement:
 
 @rule("already-solved", "before_greedy pass_mark who")
 def already_solved(facts: Facts) -> Judgement:
-    """What `who` names reaches `pass_mark`, the reward of a right answer, before training."""
+    """Before training, the completions that `who` describes reach `pass_mark`, the reward of right ones."""
     text = "{who} already have a mean reward of {before_greedy:.3g}. "
     return "watch" if facts["before_greedy"] >= facts["pass_mark"] else None, text + SOLVED
 
@@ -202,18 +202,18 @@ def nothing_learnt(facts: Facts) -> Judgement:
 
     `share_without_signal` is the share of all steps in which no rewards differed.
     """
-    gain, error, (why, changes) = facts["gain"], facts["gain_stderr"], slower(facts)
+    gain, error, (advice, changes) = facts["gain"], facts["gain_stderr"], slower(facts)
     text = "the held-out reward was {before_reward:.3g} before training and {after_reward:.3g} after it, a "
     text += "difference of {gain:.2g} ± {gain_stderr:.1g} over {held_out} prompts. "
     if gain < -2 * error:
-        return "act", f"{text}It has fallen. {why}", changes
-    why = "More steps, more completions a step or a higher rate may give one."
+        return "act", f"{text}It has fallen. {advice}", changes
+    advice = "More steps, more completions a step or a higher rate may give one."
     if facts["before_reward"] >= facts.get("pass_mark", math.inf):
-        why = f"Little was left to gain. {SOLVED}"
+        advice = f"Little was left to gain. {SOLVED}"
     elif facts["share_without_signal"] >= MOST:
-        why = "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. "
-        why += remedy(facts)
-    return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {why}"
+        advice = "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. "
+        advice += remedy(facts)
+    return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {advice}"
 
 
 @rule("reward-fell", "fell peak_reward peak_step now_reward")
@@ -244,7 +244,7 @@ def still_rising(facts: Facts) -> Judgement:
 
 @rule("all-truncated", "step_cut max_completion_length uncut")
 def all_truncated(facts: Facts) -> Judgement:
-    """Every completion of a step was cut; `uncut` says what lets them end, `is_misasked` if that is sure."""
+    """Every completion of a step was cut; `uncut` is the remedy, and `is_misasked` says that it is sure."""
     text = "Every completion was cut at {max_completion_length} tokens, so its reward says little: {uncut}"
     return None if facts["step_cut"] < 1 else "void" if facts.get("is_misasked") else "watch", text
 
@@ -272,7 +272,7 @@ def episodes_cut(facts: Facts) -> Judgement:
 
 @rule("unusual-rate", "learning_rate lowest_rate highest_rate whose")
 def unusual_rate(facts: Facts) -> Judgement:
-    """The rate is far from the usual ones, from `lowest_rate` to `highest_rate`, of what `whose` names."""
+    """The rate is far from what is usual for `whose`: between `lowest_rate` and `highest_rate`."""
     rate = facts["learning_rate"]
     usual = min(max(rate, facts["lowest_rate"]), facts["highest_rate"])
     text = f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual for "
@@ -348,7 +348,7 @@ def critic_adds_noise(facts: Facts) -> Judgement:
 
 @rule("gradient-noise", "snr snr_stderr")
 def gradient_noise(facts: Facts) -> Judgement:
-    """The mean `snr` of an update is no clear signal; larger steps make it one."""
+    """The signal of an update is weak beside its noise; `snr` is their ratio. Larger batches raise it."""
     ratio, error = facts["snr"], facts["snr_stderr"]
     text = "The signal-to-noise ratio of an update is {snr:.3g} ± {snr_stderr:.1g}: "
     larger = doubled(facts, "prompts_per_step", "num_envs")

@@ -50,9 +50,9 @@ def load_schedule(schedule: LambdaLR, updates: float) -> None:
         schedule: the schedule, which may be in any position.
         updates: number of times that the schedule has been stepped; it may also be between two of them.
     """
-    place: Any = updates  # torch says int, and computes the rate of any number
-    schedule.last_epoch = place
-    rates = [base * rate(place) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    position: Any = updates  # torch says int, and computes the rate of any number
+    schedule.last_epoch = position
+    rates = [base * rate(position) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates

@@ -101,8 +101,8 @@ class Session:
             (number,) = agreed([int(self._directory.path.name.rpartition("-")[2]) if self._directory else 0])
             self.directory = str(numbered(kind, number))
         else:
-            how = {"overwrite": args.overwrite, "resume": bool(args.resume)}
-            self._directory = RunDirectory(Path(args.output_dir).absolute(), **how) if main else None
+            held_run = {"overwrite": args.overwrite, "resume": bool(args.resume)}
+            self._directory = RunDirectory(Path(args.output_dir).absolute(), **held_run) if main else None
             self.directory = str(args.output_dir)
         self.args, self.output_dir = args, Path(self.directory).absolute()
         self._continued, self._skipped = self._find(args.resume) if args.resume else (None, [])
@@ -236,11 +236,11 @@ class Session:
 
     def _asked(self) -> bool:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
-        asked, save = self._agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
+        signal, save = self._agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
         if save:
             self.save()
-        self.stop.requested = asked or self.stop.requested  # or one that came in between
-        return bool(asked)
+        self.stop.requested = signal or self.stop.requested  # or one that came in between
+        return bool(signal)
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
@@ -258,10 +258,10 @@ class Session:
     def timed(self, update: Callable[[], T]) -> T:
         """Make an update and return what it returns; its seconds count, those of evaluations do not."""
         began = time.perf_counter()
-        found = update()
+        result = update()
         self.step_seconds = time.perf_counter() - began
         self.training_seconds += self.step_seconds
-        return found
+        return result
 
     def rate(self, count: float) -> float:
         """Return how many things a second that is, if all updates so far have processed `count` of them."""
@@ -285,15 +285,15 @@ class Session:
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         timings = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
-        shown = {**metrics, **timings} if self.step else metrics
+        both = {**metrics, **timings} if self.step else metrics
         if self._log is not None:
             self._log.write(self.step, metrics, timings if self.step else None)
-            self._trackers.write(self.step, shown)
+            self._trackers.write(self.step, both)
         if self.step:
             self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
         if self._progress is not None:
-            self._progress.update(self.step, shown)
+            self._progress.update(self.step, both)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
@@ -326,10 +326,10 @@ class Session:
             "wall_seconds": self.wall_seconds,
         }
 
-    def finish(self, ended: Outcome, write_model: Callable[[Path], None], told: Iterable[str] = ()) -> None:
+    def finish(self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()) -> None:
         """Save a checkpoint and the model, write summary, plot and report, and print the result.
 
-        `write_model` fills the empty folder that becomes `model/`; `told` are warnings, after the result.
+        `write` fills the empty folder that becomes `model/`; `warnings` come after the result.
 
         Raises:
             Stopped: the weights are not finite, or the model could not be written.
@@ -342,16 +342,16 @@ class Session:
             self.console.warn(str(error))
         self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
-            write_model(folder)
+            write(folder)
         write_json(self.output_dir / "summary.json", ended.summary())
         try:
             report_from_directory(self.output_dir)
             report = f"\nreport  {Path(self.directory, 'report.html')}"
-        except Exception as error:  # a trained model is not lost over a picture
+        except Exception as error:  # a report that fails must not lose the trained model
             report, again = "", f"For another attempt: tokenrl report {self.output_dir}"
             self.console.warn(f"No report could be made: {error} {again}")
         self.console.finish(ended.summary())
-        for text in told:
+        for text in warnings:
             self.console.warn(text)
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
         for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
@@ -375,25 +375,25 @@ class Session:
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
-        said = [str(error) if isinstance(error, Stopped) else describe(error)]
+        messages = [str(error) if isinstance(error, Stopped) else describe(error)]
         if not self.main:
-            return Stopped(said[0])
+            return Stopped(messages[0])
         try:
             self.save()
         except Stopped as fault:
-            said = list(dict.fromkeys([*said, str(fault)]))
+            messages = list(dict.fromkeys([*messages, str(fault)]))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         summary = Outcome(**self.outcome("failed") | failed).summary()
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
             write_json(
-                self.output_dir / "summary.json", summary | {"flags": self.flags, "error": " ".join(said)}
+                self.output_dir / "summary.json", summary | {"flags": self.flags, "error": " ".join(messages)}
             )
             report_from_directory(self.output_dir)
-        left = "No checkpoint had been saved yet: see --save-minutes and --save-every."
+        checkpoint = "No checkpoint had been saved yet: see --save-minutes and --save-every."
         with contextlib.suppress(Refused):
             if path := find_checkpoint(self.output_dir)[0]:
-                left = f"The last complete checkpoint is {path}; --resume auto continues from it."
-        return Stopped(f"At step {self.step}: {' '.join(said)} {left}")
+                checkpoint = f"The last complete checkpoint is {path}; --resume auto continues from it."
+        return Stopped(f"At step {self.step}: {' '.join(messages)} {checkpoint}")
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tokenrl.lab.compare.judgement import Family, listed, shown
 from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.origin import versions
-from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
+from tokenrl.runs.plots import Bars, Chart, Curve, Forest
 from tokenrl.runs.reader import read_run
 from tokenrl.runs.report import DIAGNOSTICS
 
@@ -188,7 +188,7 @@ def _rates(found: Comparison, label: str) -> list[Chart]:
         curves.append(Curve(list(np.log2(means.index)), list(means), str(arm), colour=number, dots=True))
     places = {math.log2(rate): f"{rate:.3g}" for rate in tried["learning_rate"]}
     words = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
-    chart = Chart("Score by learning rate", words, curves, True, whole=False, places=places, last=False)
+    chart = Chart("Score by learning rate", words, curves, True, whole=False, ticks=places, last=False)
     return [chart] if curves else []
 
 

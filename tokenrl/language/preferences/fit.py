@@ -211,7 +211,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         named = [where for where in (choices.data, choices.task) if isinstance(where, str)]
         title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
         session.console.start(title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE)
-        with session.console.doing("loading the preferences and the model"):
+        with session.console.status("loading the preferences and the model"):
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
         reward_model.ask(form_of(choices))

@@ -115,7 +115,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
     """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
-        with console.doing("loading the model"):
+        with console.status("loading the model"):
             policy = load_base(choices, task, console.note)
         args, origins = fill_defaults(choices, task, policy)
         console.facts("", model_facts(args, origins, policy))
@@ -130,7 +130,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
         adapt(args, policy)
     provenance = provenance_of(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, reason = choose_threads(policy.size, args.threads)
-    with using_threads(threads), console.doing("checking that this model is sampled and scored rightly"):
+    with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
         chosen = {"threads": threads, "output_dir": session.directory}
         learner = make_learner(lay(("filled", vars(args)), ("chosen", chosen)).values, policy, accelerator)
     run = Run(
@@ -168,7 +168,7 @@ def _begin(run: Run, session: Session) -> None:
     for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
         policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=location)
     if not session.continues:
-        with session.console.doing(
+        with session.console.status(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
         ):
             session.evaluated(_evaluate(run, step=0))

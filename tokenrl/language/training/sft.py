@@ -77,7 +77,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         first = {"demonstrations": f"{len(rows):,}", "seed": choices.seed, "run": session.directory}
         note = "The loss is the negative log-likelihood, in nats per token."
         session.console.start(f"tokenrl sft: {name}", first, note=note)
-        with session.console.doing("loading the model"):
+        with session.console.status("loading the model"):
             policy = make_policy(choices, task, session.console.note)
             scoring, filled = agree(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)

@@ -63,10 +63,10 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     _look_at_answers(run, findings)
     gap = None
     if len(held_out) == len(run.task.eval_prompts):
-        with session.console.doing(f"evaluating {len(held_out):,} prompts, as before the first step"):
+        with session.console.status(f"evaluating {len(held_out):,} prompts, as before the first step"):
             session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
     if train and not any(finding.flag == "evaluation-failed" for finding in findings):
-        with session.console.doing("trying training steps, which change no weight"):
+        with session.console.status("trying training steps, which change no weight"):
             records = _trial_steps(run, train, findings)
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train))
     observed = _trial_facts(run, records, session.eval_before) | (gap or {})
@@ -94,12 +94,12 @@ def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts can be asked; add a finding about the others, with the first refusal."""
     limit, cut = run.args.max_completion_length, run.args.truncate_prompts
     policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
-    for place, row in with_places(rows):
+    for name, row in with_places(rows):
         try:
-            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=place)
+            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=name)
             usable.append(row)
         except Refused as error:
-            refused.append(f"The first is that of {place}. {error}")
+            refused.append(f"The first is that of {name}. {error}")
     if refused:
         text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
         findings.append(Finding("prompts-refused", "void", text))
@@ -149,7 +149,7 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
 
 def _places(completions: Sequence[str], **_: Any) -> list[float]:
     """A reward that differs within every group."""
-    return [float(place) for place in range(len(completions))]
+    return [float(index) for index in range(len(completions))]
 
 
 def _share_equal(run: Run, records: Sequence[Record]) -> float:
@@ -225,7 +225,7 @@ def judge_step(run: Run, session: Session) -> str | None:
     """
     step, reward = session.step, session.rows[-1]["reward"]
     observed = _step_facts(run, session)
-    idle, findings = observed["steps_without_signal"], {one.flag: one for one in reversed(judge(observed))}
+    idle, findings = observed["steps_without_signal"], {f.flag: f for f in reversed(judge(observed))}
     lost = [flag for flag in LOST if flag in session.flags]
     if not lost and (new := [flag for flag in LOST if flag in findings]):
         lost = new[:1]
@@ -242,9 +242,9 @@ def judge_step(run: Run, session: Session) -> str | None:
     if not lost:
         session.warn_once("flat", f"step {step}: {none.text}")
     if ends:
-        why = next((findings[flag] for flag in lost if flag in findings), none)
+        cause = next((findings[flag] for flag in lost if flag in findings), none)
         session.flags = session.flags or ["nothing-learnt"]
-        raise Stopped(f"{why.text} (--stop-after-zero-spread 0 lets such a run continue.)")
+        raise Stopped(f"{cause.text} (--stop-after-zero-spread 0 lets such a run continue.)")
     return None
 
 
@@ -294,7 +294,7 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     findings = [finding for finding in findings if finding.weight != "watch"]
     if "policy-destroyed" in session.flags:
         names = {"nothing-learnt": "policy-destroyed"}
-        findings = [replace(one, flag=names.get(one.flag, one.flag)) for one in findings]
+        findings = [replace(finding, flag=names.get(finding.flag, finding.flag)) for finding in findings]
     session.flags = list(dict.fromkeys([*session.flags, *(finding.flag for finding in findings)]))
     return findings
 
@@ -305,12 +305,12 @@ def run_facts(run: Run, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, A
     uncut = "raise --max-completion-length, name strings that end them (--stop), or take another model."
     if asks_in_text(run):
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
-    own = is_own(task, args.model, run.learner.policy)
+    ours = is_own(task, args.model, run.learner.policy)
     numbers = {
         "usual_rate": run.usual_rate,
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
-        "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or own),
+        "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or ours),
         "uncut": uncut,
         **numbers,
     }

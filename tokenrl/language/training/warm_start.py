@@ -300,7 +300,7 @@ class WarmStart:
         sampling = sampling_of(self.args)
         sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
         prompts = [row for _, row in PromptStream(self._prompts, self.args.seed).draw_prompts(count)]
-        with self.console.doing(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
+        with self.console.status(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
             self._forward.refresh()
             probe = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
         return {"reward": probe.reward.value, "unequal": probe.unequal, "truncated": probe.truncated.value}
