@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from tokenrl.advisor.advice import together
+from tokenrl.advisor.advice import merge
 from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
@@ -161,8 +161,8 @@ def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
         Finding("x", "act", "", {"a": 3, "c": 3}),
         Finding("reward-flat", "act", "", {"d": 1}),
     ]
-    assert together(found) == {"a": 2, "b": 1, "c": 3}
-    assert together(found[-1:]) == {"d": 1}
+    assert merge(found) == {"a": 2, "b": 1, "c": 3}
+    assert merge(found[-1:]) == {"d": 1}
 
 
 def test_the_files_hold_what_is_printed(made_up, tmp_path, capsys, monkeypatch):

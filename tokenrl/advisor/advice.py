@@ -50,7 +50,7 @@ class Advice:
                 ("weight", "finding", "what it is", "change"),
                 [(f.weight, f.flag, f.text, shlex.join(flags(f.changes))) for f in self.findings],
             ),
-            (("setting", "value", "reason"), [one.values() for one in self.settings]),
+            (("setting", "value", "reason"), [setting.values() for setting in self.settings]),
         ):
             table = rich_table("", columns, overflow="fold")
             for row in rows:
@@ -60,27 +60,28 @@ class Advice:
         console.print(f"Run it: {self.line}", soft_wrap=True)
 
 
-def together(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Collect the changes of all findings; of two for one setting, that of the first grave finding counts.
+def merge(findings: Iterable[Finding]) -> dict[str, Any]:
+    """Return the changes of all findings; of two changes of one setting, that of the gravest finding counts.
 
-    Where a policy is lost, its settings may be right but for what lost it. A reward that does not rise asks
-    for a higher rate only if nothing else explains it.
+    If the policy is destroyed, only the change against that is advised: what else was found may be its
+    consequence. A higher rate, for a reward that does not rise, is advised only if no other grave finding
+    explains that.
     """
-    found = sorted(findings, key=lambda finding: ("void", "act", "watch").index(finding.weight))  # stable
-    lost = [finding for finding in found if finding.flag == "policy-destroyed"]
-    others = [finding for finding in found if finding.flag != "reward-flat"]
-    grave = any(finding.weight != "watch" for finding in others)
+    ranked = sorted(findings, key=lambda finding: ("void", "act", "watch").index(finding.weight))  # stable
+    lost = [finding for finding in ranked if finding.flag == "policy-destroyed"]
+    explained = [finding for finding in ranked if finding.flag != "reward-flat"]
+    grave = any(finding.weight != "watch" for finding in explained)
     changes: dict[str, Any] = {}
-    for finding in lost or (others if grave else found):
+    for finding in lost or (explained if grave else ranked):
         changes = dict(finding.changes) | changes
     return changes
 
 
-def changed(arguments: Any, changes: Mapping[str, Any]) -> Any:
+def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
     axes = {n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")}
-    others = {name: value for name, value in changes.items() if not name.startswith("estimator.")}
-    return replace(arguments, **others, estimator=replace(arguments.estimator, **axes))
+    settings = {name: value for name, value in changes.items() if not name.startswith("estimator.")}
+    return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
 
 
 def recommendation(command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any) -> Advice:
@@ -92,7 +93,7 @@ def recommendation(command: str, arguments: Any, reasons: Iterable[Reason], **fi
     return Advice(command=command, arguments=arguments, line=line, settings=settings, **fields)
 
 
-def bias_in_words(estimator: Estimator) -> str:
+def describe_bias(estimator: Estimator) -> str:
     """Return the bias of an estimator in words; an entropy bonus changes the objective, not the bias."""
     return replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
 
@@ -105,7 +106,7 @@ def rounded(number: float, figures: int = 1) -> float:
 def written(value: Any) -> str:
     """Return a value as text: short numbers, means with errors, layers as 64 x 64, names with values."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {written(one)}" for name, one in value.items())
+        return ", ".join(f"{name}: {written(item)}" for name, item in value.items())
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
@@ -117,7 +118,7 @@ def written(value: Any) -> str:
 
 def command_line(command: str, arguments: Any) -> str:
     """Return the command for these arguments: the nearest preset, and a flag for each value that differs."""
-    usual = {one.name: one.default for one in fields(arguments)}
+    usual = {field.name: field.default for field in fields(arguments)}
     changes = {name: value for name, value in vars(arguments).items() if value != usual[name]}
     changes.pop("estimator", None)
     axes = vars(arguments.estimator).items()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from tokenrl.advisor.advice import Advice, changed, flags, together
+from tokenrl.advisor.advice import Advice, flags, merge, with_changes
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import OWN
@@ -78,16 +78,16 @@ def _diagnosed(run: RecordedRun) -> Advice:
     arguments = configured(KINDS[run.kind], run.path, run.kind, anew=True)
     observed = run_facts(run, arguments)
     findings = judge(observed)
-    changes = together(findings)
-    known = {name: value for name, value in observed.items() if value is not None and value == value}
+    changes = merge(findings)
+    numbers = {name: value for name, value in observed.items() if value is not None and value == value}
     words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     return Advice(
         subject=f"{run.path}: {run.title}",
         command=run.kind,
-        arguments=changed(arguments, changes),
+        arguments=with_changes(arguments, changes),
         line=shlex.join(words),
         measured={"status": _status(run, arguments)}
-        | {name: known[name] for start in SHOWN for name in known if name.startswith(start)},
+        | {name: numbers[name] for start in SHOWN for name in numbers if name.startswith(start)},
         findings=findings,
     )
 
@@ -154,17 +154,17 @@ def quarters(run: RecordedRun) -> list[Mean]:
     """Return the mean training reward of each quarter of the steps; of fewer parts if there are few steps."""
     rewards = np.transpose(run.series("reward"))
     parts = np.array_split(rewards, max(1, min(4, len(rewards) // LEAST_STEPS)))
-    found = []
+    means = []
     for steps, values in (part.T for part in parts):
         error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        found.append(Mean(float(values.mean()), float(error), int(steps[-1])))
-    return found
+        means.append(Mean(float(values.mean()), float(error), int(steps[-1])))
+    return means
 
 
-def _differs(one: Mean, other: Mean, comparisons: int) -> int:
+def _differs(mean: Mean, reference: Mean, comparisons: int) -> int:
     """Return 1 if `one` is larger than `other` by more than chance, -1 if smaller, else 0."""
     sure = NormalDist().inv_cdf(1 - FALSE_ALARMS / 2 / max(1, comparisons))
-    bound, difference = sure * math.hypot(one.error, other.error), one.value - other.value
+    bound, difference = sure * math.hypot(mean.error, reference.error), mean.value - reference.value
     return (difference > bound) - (difference < -bound)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokenrl.advisor.advice import Advice, Reason, bias_in_words, changed, recommendation, rounded
+from tokenrl.advisor.advice import Advice, Reason, describe_bias, recommendation, rounded, with_changes
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
@@ -58,27 +58,27 @@ def advise_environment(args: AdviseArguments) -> Advice:
             there is no baseline although episodes may be longer than 500 steps.
     """
     spec = describe(args.env, args.max_episode_steps)
-    start, why = WAYS[choose_way(spec, args.baseline)]
+    start, reason = WAYS[choose_way(spec, args.baseline)]
     names = ("env", "head", "seed", "max_episode_steps", "allow_no_baseline")
-    given = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names}
     if args.baseline not in (None, "value"):
-        given["estimator.baseline"], why = args.baseline, "as you asked"
-    control = changed(ControlArguments(**start), given)
+        settings["estimator.baseline"], reason = args.baseline, "as you asked"
+    control = with_changes(ControlArguments(**start), settings)
     fill_defaults(control, spec)  # refuses what does not fit the environment
-    found = measure_returns(spec, args, control.hidden)
-    control = fitted(replace(control, head=spec.head), spec, found)
+    returns = measure_returns(spec, args, control.hidden)
+    control = fitted(replace(control, head=spec.head), spec, returns)
     observed = facts(
         [],
         control,
         horizon=spec.horizon,
-        groups=f"{found['episodes']} episodes of nearly random actions",
-        step_equal=1 - found["unusual"],
-        step_reward=found["mean"],
+        groups=f"{returns['episodes']} episodes of nearly random actions",
+        step_equal=1 - returns["unusual"],
+        step_reward=returns["mean"],
         who="Nearly random actions",
-        before_greedy=found["mean"] if found["sd"] else None,
+        before_greedy=returns["mean"] if returns["sd"] else None,
         pass_mark=spec.solved,
     )
-    measured, reasons = asdict(spec) | found, _reasons(control, found, why)
+    measured, reasons = asdict(spec) | returns, _reasons(control, returns, reason)
     return recommendation(
         "control", control, reasons, subject=spec.env, measured=measured, findings=judge(observed)
     )
@@ -130,34 +130,34 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
     }
 
 
-def fitted(control: ControlArguments, spec: Spec, found: dict[str, float]) -> ControlArguments:
+def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> ControlArguments:
     """Set what follows from the returns: reward scale, discount, entropy bonus, number of environments."""
-    estimator, spread = control.estimator, found["sd"] or max(1.0, abs(found["mean"]))
+    estimator, spread = control.estimator, returns["sd"] or max(1.0, abs(returns["mean"]))
     if estimator.baseline == "running_mean":  # it starts at the mean of other episodes
-        estimator = replace(estimator, running_mean_init=rounded(found["mean"], 2))
+        estimator = replace(estimator, running_mean_init=rounded(returns["mean"], 2))
     if estimator.needs_values:
         control, spread = replace(control, reward_scale=rounded(1 / spread)), 1.0  # returns are scaled to it
-        if found["truncated"] == 1 and not spec.discrete:
+        if returns["truncated"] == 1 and not spec.discrete:
             estimator = replace(estimator, gamma=ENDLESS_GAMMA)
     if spec.discrete:
         estimator = replace(estimator, entropy_coef=rounded(ENTROPY * spread))
         control = replace(control, entropy_schedule="linear")
     slow = control.num_steps is None and not spec.fast and spec.horizon * control.num_envs > SLOW_STEPS
     envs = 16 if slow else control.num_envs
-    return replace(control, estimator=estimator, num_envs=2 * envs if found["unusual"] < RARE else envs)
+    return replace(control, estimator=estimator, num_envs=2 * envs if returns["unusual"] < RARE else envs)
 
 
-def _reasons(control: ControlArguments, found: dict[str, float], why: str) -> list[Reason]:
+def _reasons(control: ControlArguments, returns: dict[str, float], baseline_reason: str) -> list[Reason]:
     """Return the reasons of the settings; `why` is that of the baseline."""
     estimator, pieces = control.estimator, control.num_steps is not None
     whole, exact = not pieces, estimator.scale == "none"
-    bias = f"gradient {bias_in_words(estimator)}, an entropy bonus aside"
+    bias = f"gradient {describe_bias(estimator)}, an entropy bonus aside"
     bonus = f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
     reach = f"credit reaches about {1 / max(1 - estimator.gamma, 1e-9):.0f} steps; nearer 1 for later rewards"
-    scale = f"about 1 / sd of returns ({found['sd']:.3g}): a critic learns targets of size 1"
+    scale = f"about 1 / sd of returns ({returns['sd']:.3g}): a critic learns targets of size 1"
     steps = "pieces of episodes: the critic estimates the rest, so that updates need not wait"
     return [
-        ("estimator.baseline", True, f"{why}; {bias}"),
+        ("estimator.baseline", True, f"{baseline_reason}; {bias}"),
         ("estimator.returns", whole, "rewards that came before an action are left out of its advantage"),
         ("estimator.returns", pieces, "GAE: lam trades the critic's bias for less noise"),
         ("estimator.scale", exact, "no division is exact; Adam's steps have one size, whatever the returns"),

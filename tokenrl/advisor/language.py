@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 from accelerate import PartialState
 
-from tokenrl.advisor.advice import Advice, Reason, bias_in_words, changed, recommendation, rounded, together
+from tokenrl.advisor.advice import Advice, Reason, describe_bias, merge, recommendation, rounded, with_changes
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
@@ -45,13 +45,13 @@ def advise_language(args: AdviseArguments) -> Advice:
     args = fill_form(args)
     task, rewards = find_task(args)
     shared = vars(args).keys() & {field.name for field in fields(TrainArguments)}
-    beta = REWARD_MODEL_BETA if any(isinstance(one, RewardModel) for one in rewards.functions) else 0.0
+    beta = REWARD_MODEL_BETA if any(isinstance(reward, RewardModel) for reward in rewards.functions) else 0.0
     baseline = args.baseline or ("running_mean" if args.num_generations == 1 else "rloo")
-    given = {name: getattr(args, name) for name in shared}
-    given |= {"estimator": Estimator(baseline=baseline, beta=beta)}
-    train_settings(TrainArguments(**given), task)  # refused before anything is loaded
+    settings = {name: getattr(args, name) for name in shared}
+    settings |= {"estimator": Estimator(baseline=baseline, beta=beta)}
+    train_settings(TrainArguments(**settings), task)  # refused before anything is loaded
     policy = make_policy(args, task, Console().note)
-    train = train_settings(TrainArguments(**given | {"num_generations": None}), task, policy)
+    train = train_settings(TrainArguments(**settings | {"num_generations": None}), task, policy)
     policy.model.to(PartialState().device)
     agree(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
@@ -63,18 +63,18 @@ def advise_language(args: AdviseArguments) -> Advice:
         seed=args.seed,
     )
     with using_threads(choose_threads(policy.size)[0]):
-        found = probe_policy(policy, rows, rewards, sampling)
+        probe = probe_policy(policy, rows, rewards, sampling)
     prompts = [row["prompt"] for row in (*task.train_prompts, *task.eval_prompts)]
     room = None if policy.context is None else policy.context - max(map(len, map(policy.encode, prompts)))
     solved, size = getattr(task, "solved", None), args.num_generations
-    train, findings = fitted(train, found, room=room, solved=solved, size=size)
+    train, findings = fitted(train, probe, room=room, solved=solved, size=size)
     few = [Finding("few-prompts", "watch", text) for text in few_prompts(task.train_prompts)]
     return recommendation(
         "train",
         train,
         _reasons(train, policy),
         subject=f"{task.name}, {policy.source}",
-        measured=form_row(policy.form, args.model) | plain(found) | {"without_signal": without_signal(found)},
+        measured=form_row(policy.form, args.model) | plain(probe) | {"without_signal": without_signal(probe)},
         findings=[*findings, *few],
     )
 
@@ -83,7 +83,7 @@ def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
     """Return the reasons of the settings."""
     estimator, baseline = train.estimator, train.estimator.baseline
     adapter = sum(p.numel() for p in policy.trainable_parameters())
-    bias = f"gradient {bias_in_words(estimator)}"
+    bias = f"gradient {describe_bias(estimator)}"
     earlier = "mean of earlier rewards: one completion per prompt has none beside it"
     rate = "recommended by the task for its own model, else by size (adapters: ten times that)"
     size = f"the smallest from {SMALLEST_GROUP} up of which at most {MOST:.0%} are dead, else the largest; "
@@ -109,20 +109,20 @@ def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
     ]
 
 
-def without_signal(found: Probe) -> str:
+def without_signal(probe: Probe) -> str:
     """Say which share of groups has equal rewards, by the size of the group.
 
     Sizes up to that of the probe were measured. For larger ones, rewards of 0 and 1 and one success rate for
     all prompts, p, it is p^G + (1-p)^G; prompts that differ in difficulty make it larger.
     """
-    guessed = groups_without_signal(found.reward.value) if found.binary else {}
-    said = {size: f"at least {share:.0%} (p^G + (1-p)^G)" for size, share in guessed.items()}
-    said |= {size: f"{share.value:.0%}" for size, share in found.dead_groups.items() if size <= 16}
-    return ", ".join(f"{share} of groups of {size}" for size, share in said.items())
+    computed = groups_without_signal(probe.reward.value) if probe.binary else {}
+    shares = {size: f"at least {share:.0%} (p^G + (1-p)^G)" for size, share in computed.items()}
+    shares |= {size: f"{share.value:.0%}" for size, share in probe.dead_groups.items() if size <= 16}
+    return ", ".join(f"{share} of groups of {size}" for size, share in shares.items())
 
 
 def fitted(
-    train: TrainArguments, found: Probe, *, room: int | None, solved: float | None, size: int | None
+    train: TrainArguments, probe: Probe, *, room: int | None, solved: float | None, size: int | None
 ) -> tuple[TrainArguments, list[Finding]]:
     """Set what follows from the probe; return the settings and what the rules find.
 
@@ -131,28 +131,28 @@ def fitted(
 
     Args:
         train: the resolved settings.
-        found: the measurements.
+        probe: what was measured of the policy.
         room: number of tokens that the model's context leaves beside the longest prompt; None if unknown.
         solved: the mean reward that counts as solved; None if the task has no mark.
         size: the group size that was asked for; None to choose it.
     """
-    dead = {one: share.value for one, share in found.dead_groups.items()}
-    sizes = [one for one in dead if one >= SMALLEST_GROUP] or list(dead)
-    size = size or next((one for one in sizes if dead[one] <= MOST), max(sizes))
+    dead = {count: share.value for count, share in probe.dead_groups.items()}
+    sizes = [count for count in dead if count >= SMALLEST_GROUP] or list(dead)
+    size = size or next((count for count in sizes if dead[count] <= MOST), max(sizes))
     rows, estimator = train.prompts_per_step * train.num_generations, train.estimator
     if estimator.baseline == "running_mean":
-        estimator = replace(estimator, running_mean_init=rounded(found.reward.value, 2))
+        estimator = replace(estimator, running_mean_init=rounded(probe.reward.value, 2))
     train = replace(train, num_generations=size, prompts_per_step=max(2, rows // size), estimator=estimator)
-    score, mark = found.reward.value, solved
-    if solved is None and found.passed:
-        score, mark = found.passed[1].value, EASY
+    score, mark = probe.reward.value, solved
+    if solved is None and probe.passed:
+        score, mark = probe.passed[1].value, EASY
     observed = facts(
         [],
         train,
         horizon=train.max_completion_length,
         room=room,
-        recent_cut=found.truncated.value,
-        recent_entropy=found.entropy,
+        recent_cut=probe.truncated.value,
+        recent_entropy=probe.entropy,
         recent_equal=dead.get(size),
         step_equal=dead[max(dead)],
         step_reward=score,
@@ -163,5 +163,5 @@ def fitted(
         is_easy=mark is not None and score >= mark,
     )
     findings = judge(observed)
-    changes = together(one for one in findings if one.flag != "signal")  # the size was chosen above
-    return changed(train, changes), findings
+    changes = merge(finding for finding in findings if finding.flag != "signal")  # the size was chosen above
+    return with_changes(train, changes), findings
