@@ -221,25 +221,6 @@ def settings():
     return torch.is_grad_enabled(), debug, usual
 
 
-def test_a_reward_that_switches_gradients_off_trains(tmp_path):
-    def judge(completions, **_):
-        torch.set_grad_enabled(False)
-        return [float(len(text)) for text in completions]
-
-    assert letters_trained(tmp_path / "run", letter_task(judge)).exit_reason == "finished"
-
-
-def test_an_error_of_an_own_kind_ends_a_run_as_any_other(tmp_path):
-    def later(completions, trainer_state, **_):
-        if trainer_state.global_step == 2:
-            raise Own("mine")
-        return [float(len(text)) for text in completions]
-
-    with pytest.raises(Stopped, match=r"later raised Own: mine \(.*step_000002") as caught:
-        letters_trained(tmp_path / "run", letter_task(later), save_every=1)
-    assert caught.value.exit_code == 1
-
-
 @pytest.mark.parametrize("value", [nested(3000), torch.zeros((), device="meta")], ids=["deep", "meta"])
 def test_a_logged_value_that_no_table_holds_ends_the_run_in_a_sentence(tmp_path, value):
     def logs(completions, log_extra, **_):

@@ -12,7 +12,7 @@ from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.distribution import draw
-from tokenrl.language.rollout.head import TOKENS, Chunks, head_of, score_tokens, tokens_at_once
+from tokenrl.language.rollout.head import Chunks, head_of, score_tokens
 from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
 
 
@@ -139,10 +139,6 @@ def test_logits_of_all_tokens_never_exist(trained):
     with _Largest() as seen:
         objective(policy, rollout)
     assert seen.most >= tokens * vocabulary
-
-
-def test_the_number_at_once_falls_with_the_vocabulary_to_a_least():
-    assert tokens_at_once(100) > tokens_at_once(1000) > tokens_at_once(10**6) == TOKENS
 
 
 def test_drawing_in_two_steps_is_drawing_in_one():

@@ -35,11 +35,6 @@ def test_the_same_seed_gives_every_stream_other_numbers():
         assert torch.equal(uniforms(stream, later, range(3)), table) == (stream != "training")
 
 
-def test_greedy_completions_need_no_numbers():
-    assert uniforms("evaluation", Sampling(6, 0), range(3)) is None
-    assert uniforms("evaluation", Sampling(6, 1), range(3)).shape == (3, 6)
-
-
 def test_nothing_bypasses_the_registry():
     """Only `sampling` draws from the counter-based generator, and every stream is used."""
     sources = [(path.name, path.read_text()) for path in PACKAGE.rglob("*.py")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from tiny_models import (
 )
 
 import tokenrl
-from tokenrl.language.training import learner, loop
+from tokenrl.language.training import loop
+from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.verdicts import check_run
 
 
@@ -213,7 +215,7 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
         made.sync = lambda policy: None
         return made
 
-    monkeypatch.setattr(learner, "TransformersGenerator", engine)
+    monkeypatch.setattr(loop, "make_learner", partial(make_learner, engine=engine))
     assert check_policy(make_policy()).flags == ("sampling-differs",)
     assert re.search(r"differ by 0\.\d+ nats per token on average, by \d\S* at most", problems(capsys)[0])
     corrected = tokenrl.Estimator.preset("rloo", importance_cap=2.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
-from tokenrl.language.training import learner as parts
+from tokenrl.language.training import loop
+from tokenrl.language.training.learner import make_learner
 
 FILLED = ("logprobs", "entropy", "score_norms", "hidden")
 
@@ -105,7 +107,7 @@ def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tm
         made.append(Engine(policy))
         return made[-1]
 
-    monkeypatch.setattr(parts, "TransformersGenerator", engine)
+    monkeypatch.setattr(loop, "make_learner", partial(make_learner, engine=engine))
     policy = make_policy()
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "quiet": True, "cpu": True}

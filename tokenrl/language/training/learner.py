@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,13 +227,19 @@ class Learner:
         return parts if self.critic is None else parts | {"critic": self.critic}
 
 
-def make_learner(args: Any, policy: Policy, accelerator: Any) -> Learner:
+def make_learner(
+    args: Any,
+    policy: Policy,
+    accelerator: Any,
+    engine: Callable[[Policy, int | None], Generator] = TransformersGenerator,
+) -> Learner:
     """Make the learner, with optimiser and schedule, reference, generator and critic.
 
     Args:
         args: the settings of the run, in which those about computing may be open.
-        policy: the policy, with its adapter.
-        accelerator: accelerate's handle of device and processes.
+        policy: the policy to train.
+        accelerator: accelerate's handle of device, precision and processes.
+        engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
 
     Raises:
         Refused: the model cannot be sampled and scored, or not in the way that the settings ask for.
@@ -260,7 +266,7 @@ def make_learner(args: Any, policy: Policy, accelerator: Any) -> Learner:
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,
-        generator=TransformersGenerator(forward.policy, args.sampling_batch_size),
+        generator=engine(forward.policy, args.sampling_batch_size),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
     )
     if args.estimator.needs_values:
