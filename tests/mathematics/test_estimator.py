@@ -53,25 +53,6 @@ def test_unknown_presets_and_fields_are_refused() -> None:
         Estimator(baseline=None)
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"beta": -0.1}, {"beta": float("nan")}, {"beta": "0.1"}, {"beta": True},
-        {"gamma": 0.0}, {"gamma": 1.01}, {"scale_eps": -1e-9}, {"scale_eps": float("inf")}, {"scale_ddof": 2},
-        {"epsilon": 0.0}, {"epsilon": 1.5}, {"epsilon_high": 0.0}, {"entropy_coef": -1.0},
-        {"running_mean_decay": 1.0}, {"running_mean_decay": -0.1},
-        {"baseline_constant": float("nan")}, {"running_mean_init": float("inf")},
-        {"shrinkage_weight": 1.1}, {"dual_clip": 1.0}, {"importance_cap": 0.9}, {"lam": 1.01}, {"lam": None},
-        {"value_clip": 0.0}, {"window": 0}, {"window": 1.5}, {"overlong_buffer": -1}, {"window": True},
-        {"leave_one_out": 1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_numbers_out_of_range_are_refused(field) -> None:
-    with pytest.raises(Refused, match=next(iter(field)) + ".*must be"):
-        Estimator(**field)
-
-
 def test_command_line(capsys) -> None:
     e = tyro.cli(
         Estimator,
