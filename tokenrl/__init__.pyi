@@ -2,7 +2,7 @@ from tokenrl.control.run import ControlResult as ControlResult
 from tokenrl.control.training import train_agent as train_agent
 from tokenrl.core.estimator import Estimator as Estimator
 from tokenrl.errors import Refused as Refused, Stopped as Stopped, TokenrlError as TokenrlError
-from tokenrl.lab.compare.run import compare as compare
+from tokenrl.lab.compare.loop import compare as compare
 from tokenrl.lab.exact.verdict import measure_bias as measure_bias
 from tokenrl.language.inspect.chat import sample as sample
 from tokenrl.language.inspect.evaluate import evaluate as evaluate

@@ -53,7 +53,7 @@ def write_report(args: ReportArguments) -> int:
     if several:
         page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
     elif os.path.isfile(os.path.join(run, "plan.json")):
-        from tokenrl.lab.compare.run import report_comparison
+        from tokenrl.lab.compare.loop import report_comparison
 
         page = report_comparison(run)
     else:
@@ -69,7 +69,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateArguments, "tokenrl.language.inspect.evaluate:print_evaluation"),
     "sample": Command(SampleArguments, "tokenrl.language.inspect.chat:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
-    "compare": Command(CompareArguments, "tokenrl.lab.compare.run:compare"),
+    "compare": Command(CompareArguments, "tokenrl.lab.compare.loop:compare"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),
     "lab exact": Command(LabArguments, "tokenrl.lab.exact.report:exact"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenrl
 from tokenrl.lab.compare.comparison import Comparison
-from tokenrl.lab.compare.run import judge_directory
+from tokenrl.lab.compare.loop import judge_directory
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
 

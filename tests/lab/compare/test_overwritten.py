@@ -8,7 +8,7 @@ from made_runs import WALK, compared, rising, write_run
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
-from tokenrl.lab.compare import run
+from tokenrl.lab.compare import loop
 from tokenrl.runs.directory import acquire_lock
 
 ARMS = {"reinforce": rising(0.5), "reinforce itself": rising(0.5), "a2c": rising(0.6)}
@@ -90,7 +90,7 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
             again(root)
         refused.append(error)
 
-    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(loop, "execute", execute)
     made = tokenrl.compare(**WALK, seeds=2, arms=("reinforce", "a2c"), output_dir=str(tmp_path / "found"))
     assert refused and set(made.table.runs["state"]) == {"finished"}
 

@@ -11,9 +11,9 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.loop import missing
 from tokenrl.lab.compare.plan import continue_plan, read_plan, write_plan
-from tokenrl.lab.compare.planning import make_plan, read_arm
-from tokenrl.lab.compare.schedule import missing
+from tokenrl.lab.compare.problems import make_plan, read_arm
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
 

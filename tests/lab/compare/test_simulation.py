@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tokenrl.lab import judge_scores
+from tokenrl.lab.compare.intervals import detectable_difference, level_of
 from tokenrl.lab.compare.judgement import Difference, Family
-from tokenrl.lab.compare.paired import detectable_difference, level_of
 
 COMPARISONS = 3
 SEEDS = {6: 300, 10: 300, 20: 150}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from tokenrl.lab.compare.paired import LEAST_PAIRS, Interval, failure_rate
+from tokenrl.lab.compare.intervals import LEAST_PAIRS, Interval, failure_rate
 
 Verdict = Literal["better", "worse", "equivalent", "undecided", "descriptive", "void"]
 """Of an arm against another: better, worse, equivalent within the margin, or undecided. Without a verdict:

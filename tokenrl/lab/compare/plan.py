@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.lab.compare.paired import LEAST_PAIRS, detectable_difference
+from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
 from tokenrl.runs.directory import RunDirectory, acquire_lock, remove_run
 from tokenrl.runs.files import plain, remove, write_json
 from tokenrl.settings import arguments

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenrl.lab.compare.paired import detectable_difference, level_of, power
+from tokenrl.lab.compare.intervals import detectable_difference, level_of, power
 
 
 def test_power_is_that_of_the_tables():

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import tokenrl.lab.compare.paired as numbers
+import tokenrl.lab.compare.intervals as numbers
 from tokenrl.errors import Refused
+from tokenrl.lab.compare.intervals import Interval
 from tokenrl.lab.compare.judgement import ArmScores, Difference, Family, Judgement, Verdict
-from tokenrl.lab.compare.paired import Interval
 from tokenrl.settings import check_choice, check_number
 
 
