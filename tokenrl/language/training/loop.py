@@ -189,12 +189,12 @@ def _one_step(run: Run, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner, stream = run.learner, run.stream
     record = training_step(learner, run.rewards, run.running_mean, step, stream.draw_prompts)
-    metrics, (plain, least), prompts = record.metrics, sizes_of_steps(run.args), run.args.prompts_per_step
+    metrics, (plain, least) = record.metrics, sizes_of_steps(run.args)
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),
         "completion_tokens": metrics["completions/mean_length"] * plain,
-        # A refilled prompt has as many completions as any other.
-        "num_samples": least // prompts * (prompts + int(metrics.get("refilled", 0))),
+        # A prompt that was replaced has its sampled completions; greedy ones are those of the others.
+        "num_samples": least + run.args.num_generations * int(metrics.get("refilled", 0)),
     }
     run.totals.update(done)
     metrics |= {
