@@ -46,7 +46,7 @@ TORCH_SETTINGS = "default_dtype default_device num_threads deterministic_debug_m
 
 
 class Attempt(NamedTuple):
-    """The result of one call of a reward function.
+    """What one call of one reward function returned or raised.
 
     Attributes:
         output: what it returned, unchecked; None if it raised.
@@ -59,7 +59,7 @@ class Attempt(NamedTuple):
     seconds: float
 
 
-class Called(NamedTuple):
+class CallResults(NamedTuple):
     """Results of one call of several functions on N completions.
 
     Attributes:
@@ -80,7 +80,7 @@ def call_rewards(
     rows: Mapping[str, list[Any]],
     state: Mapping[str, Any],
     announce: Callable[[str], None] = lambda stage: None,
-) -> Called:
+) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
 
     Args:
@@ -110,7 +110,7 @@ def call_rewards(
             announce(f"Reward function {name}")
             logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
             attempts[name] = _attempt(function, name, {**rows, **shared, **logs})
-        waiting = {name: one.output for name, one in attempts.items() if inspect.isawaitable(one.output)}
+        waiting = {name: call.output for name, call in attempts.items() if inspect.isawaitable(call.output)}
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, _await_all(list(waiting.values())), strict=True)
@@ -119,8 +119,10 @@ def call_rewards(
                 raise error
             if error is not None:
                 raise _failure(name, error, rows["prompts"]) from error
-    values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
-    return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
+    values = {
+        name: checked_rewards(name, call.output, rows["completions"]) for name, call in attempts.items()
+    }
+    return CallResults(values, extra, logged, {name: call.seconds for name, call in attempts.items()})
 
 
 def _free_name(function: str, call: str, name: Any) -> str:
@@ -248,16 +250,16 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
     with contextlib.suppress(Exception):  # an array or tensor; a meta or sparse one has no list
         items = output.tolist()
     if not isinstance(items, list | tuple):
-        given = f"a {type(output).__name__} ({written(output):.80}) for {count} completions"
+        description = f"a {type(output).__name__} ({written(output):.80}) for {count} completions"
         hint = " Is a return missing?" if output is None else ""
         raise Stopped(
-            f"Reward function {name} returned {given}; it must return a list of {count} numbers.{hint}"
+            f"Reward function {name} returned {description}; it must return a list of {count} numbers.{hint}"
         )
     if len(items) != count:
         row = min(len(items), count)
         beyond = f"row {row}, completion {shown(completions[row])}, has none" if row < count else "too many"
-        given = f"{len(items)} rewards for {count} completions ({beyond})"
-        raise Stopped(f"Reward function {name} returned {given}; it must return one for each, or None.")
+        description = f"{len(items)} rewards for {count} completions ({beyond})"
+        raise Stopped(f"Reward function {name} returned {description}; it must return one for each, or None.")
     return np.array([_number(item, name, i, completions[i]) for i, item in enumerate(items)], np.float64)
 
 
@@ -269,6 +271,6 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
         # An integer beyond float64 compares, but cannot be converted.
         if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
             return float(value)
-    what = f"{written(item):.80} ({type(item).__name__}) for row {row}, completion {shown(completion)}"
+    description = f"{written(item):.80} ({type(item).__name__}) for row {row}, completion {shown(completion)}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
-    raise Stopped(f"Reward function {name} returned {what}; a reward is {allowed}.")
+    raise Stopped(f"Reward function {name} returned {description}; a reward is {allowed}.")

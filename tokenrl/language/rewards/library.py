@@ -22,8 +22,7 @@ Unit = Literal["tokens", "words", "characters"]
 def completion_texts(completions: Sequence[Any]) -> list[str]:
     """The text of each completion; of chat messages it is their contents, joined by line ends."""
     return [
-        one if isinstance(one, str) else "\n".join(str(message["content"]) for message in one)
-        for one in completions
+        c if isinstance(c, str) else "\n".join(str(message["content"]) for message in c) for c in completions
     ]
 
 
@@ -119,8 +118,8 @@ class _Answer(Settings):
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse data without the column."""
         if self.column not in available:
-            said = f"The data has no column '{self.column}' of answers.{suggest(self.column, available)}"
-            raise Refused(f"{said} Name it: {self.__name__}(column='...').")
+            problem = f"The data has no column '{self.column}' of answers.{suggest(self.column, available)}"
+            raise Refused(f"{problem} Name it: {self.__name__}(column='...').")
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Reward N completions."""
@@ -189,8 +188,8 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _numbers(text: str) -> Iterator[float]:
-    for found in _NUMBER.finditer(text):
-        part = found.groupdict()
+    for match in _NUMBER.finditer(text):
+        part = match.groupdict()
         try:
             if part["a"] is not None:
                 value = float(part["a"]) / float(part["b"])
@@ -221,10 +220,10 @@ class NumericAnswer(_Answer):
     binary = True
 
     def _compare(self, text: str, answer: str) -> float | None:
-        found, right = final_number(text), final_number(answer)
+        number, right = final_number(text), final_number(answer)
         if right is None:
             return None
-        return float(found is not None and abs(found - right) <= self.tolerance * max(1.0, abs(right)))
+        return float(number is not None and abs(number - right) <= self.tolerance * max(1.0, abs(right)))
 
 
 _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)

@@ -49,8 +49,8 @@ def load_reward(spec: Any) -> Reward:
     if _LIBRARY_SPEC.fullmatch(text):
         name, options = parse_spec(text.strip(), "reward", "length(target=20), exact_match(column='target')")
         if name not in LIBRARY:
-            said = f"reward '{text}': the library has no reward '{name}', and there is no such folder here"
-            raise Refused(f"{said}.{suggest(name, LIBRARY)} {_FORMS}")
+            problem = f"reward '{text}': the library has no reward '{name}', and there is no such folder here"
+            raise Refused(f"{problem}.{suggest(name, LIBRARY)} {_FORMS}")
         try:
             return arguments(LIBRARY[name], options)
         except (Refused, TypeError) as error:
@@ -64,12 +64,12 @@ def load_reward(spec: Any) -> Reward:
     return function
 
 
-def parse_spec(text: str, what: str, examples: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(text: str, kind: str, examples: str) -> tuple[str, dict[str, Any]]:
     """Read `name` or `name(option=value, ...)`; values are literals, and no code is evaluated.
 
     Args:
         text: what the user gave.
-        what: what it names, for the error message.
+        kind: what the text names, for the error message.
         examples: specs as they should be, for the error message.
 
     Raises:
@@ -77,11 +77,11 @@ def parse_spec(text: str, what: str, examples: str) -> tuple[str, dict[str, Any]
     """
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args and all(one.arg for one in call.keywords)
-        return ast.unparse(call.func), {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+        assert isinstance(call, ast.Call) and not call.args and all(word.arg for word in call.keywords)
+        return ast.unparse(call.func), {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        said = f"{what} '{text}' cannot be read"
-        raise Refused(f"{said}. Write options as name=value with plain values: {examples}.") from error
+        problem = f"{kind} '{text}' cannot be read"
+        raise Refused(f"{problem}. Write options as name=value with plain values: {examples}.") from error
 
 
 def original(function: Any) -> Any:
@@ -121,5 +121,5 @@ def declared_range(function: Any, name: str) -> Range | None:
             return low, high
     except (TypeError, ValueError):
         pass
-    said = f"Reward function {name} has an attribute range = {declared!r:.100}"
-    raise Refused(f"{said}: give two finite numbers, the smaller one first, such as (0, 1), or none.")
+    problem = f"Reward function {name} has an attribute range = {declared!r:.100}"
+    raise Refused(f"{problem}: give two finite numbers, the smaller one first, such as (0, 1), or none.")

@@ -69,8 +69,8 @@ class RewardModel:
                 )
             model.requires_grad_(False)
         if model.config.num_labels != 1:
-            said = f"The classifier {source!s:.100} has {model.config.num_labels} labels"
-            raise Refused(f"{said}; a reward model has one: give one that was saved with num_labels=1.")
+            problem = f"The classifier {source!s:.100} has {model.config.num_labels} labels"
+            raise Refused(f"{problem}; a reward model has one: give one that was saved with num_labels=1.")
         self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
@@ -180,12 +180,12 @@ def load_classifier(name_or_path: str, **options: Any) -> tuple[Any, Any, list[s
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    place = find_model(name_or_path)
-    with loading("reward model", place):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    path = find_model(name_or_path)
+    with loading("reward model", path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
             config.num_labels = 1
         options |= {"config": config, "trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(place, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return loaded[0], tokenizer, sorted(loaded[1]["missing_keys"])

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import Called, accepted_arguments, call_rewards
+from tokenrl.language.rewards.calls import CallResults, accepted_arguments, call_rewards
 from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
@@ -97,36 +97,36 @@ class Rewards:
                 not above 0, a function declares a range that is none, or cannot be sent to another process.
         """
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
-        given = list(functions) if several else [functions]
-        self.functions = [load_reward(function) for function in given]
+        specs = list(functions) if several else [functions]
+        self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
         if not self.functions:
             raise Refused("No reward function was given: give at least one.")
-        weights = [1.0] * len(given) if weights is None else list(weights)
-        if len(weights) != len(given) or not all(math.isfinite(weight) for weight in weights):
+        weights = [1.0] * len(specs) if weights is None else list(weights)
+        if len(weights) != len(specs) or not all(math.isfinite(weight) for weight in weights):
             names = ", ".join(self.names)
-            raise Refused(f"reward_weights {weights} for {names}: give {len(given)} finite number(s).")
+            raise Refused(f"reward_weights {weights} for {names}: give {len(specs)} finite number(s).")
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
-        declared = len(given) == 1 and is_binary(self.functions[0]) and weights[0] > 0
+        declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
         self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
         self._here = dict(zip(self.names, self.functions, strict=True))
         self._worker = None
         if timeout is not None:
-            origin = dict(zip(self.names, sources or given, strict=True))
-            there = {n: origin[n] for n, one in self._here.items() if not isinstance(one, RewardModel)}
+            origin = dict(zip(self.names, sources or specs, strict=True))
+            there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, RewardModel)}
             self._worker = RewardWorker(there, timeout) if there else None
-            self._here = {name: one for name, one in self._here.items() if name not in there}
+            self._here = {name: function for name, function in self._here.items() if name not in there}
 
     @property
     def range(self) -> Range | None:
-        """The least and the largest total where no function abstains; None if one declares no range."""
-        known = [declared for declared in self._ranges if declared is not None]
-        if len(known) < len(self._ranges):
+        """The least and the largest total of rows in which no function abstains; None without all ranges."""
+        ranges = [declared for declared in self._ranges if declared is not None]
+        if len(ranges) < len(self._ranges):
             return None
-        low, high = np.sort(self.weights[:, None] * known, axis=1).sum(axis=0)
+        low, high = np.sort(self.weights[:, None] * ranges, axis=1).sum(axis=0)
         return float(low), float(high)
 
     def check_columns(self, columns: Iterable[str]) -> None:
@@ -186,23 +186,25 @@ class Rewards:
             for p, c in zip(prompts, completions, strict=True)
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
-        called = call_rewards(self._here, rows, state)
+        results = call_rewards(self._here, rows, state)
         if self._worker is not None:
-            called = Called(*map(or_, called, self._worker(rows, state)))
-        for name, spent in called.seconds.items():
+            results = CallResults(*map(or_, results, self._worker(rows, state)))
+        for name, spent in results.seconds.items():
             self.seconds[name] += spent
-        values = np.stack([called.values[name] for name in self.names], axis=1)
+        values = np.stack([results.values[name] for name in self.names], axis=1)
         self._check_declared(values, rows["completions"])
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
-            found = f"each of the {len(valid)} completions, from row 0, {shown([*completions, None][0])}, on"
-            raise Stopped(f"Every reward function ({', '.join(self.names)}) abstained from {found}.")
-        for column, given in called.extra.items():
-            if len(given) != len(valid):
-                counts = f"{len(given)} values for {len(valid)} completions"
+            all_rows = (
+                f"each of the {len(valid)} completions, from row 0, {shown([*completions, None][0])}, on"
+            )
+            raise Stopped(f"Every reward function ({', '.join(self.names)}) abstained from {all_rows}.")
+        for column, logged in results.extra.items():
+            if len(logged) != len(valid):
+                counts = f"{len(logged)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
-        means = {name: float(np.mean(given)) for name, given in called.logged.items()}
-        return RewardResult(values, self._total(values, rows["completions"]), valid, means, called.extra)
+        means = {name: float(np.mean(logged)) for name, logged in results.logged.items()}
+        return RewardResult(values, self._total(values, rows["completions"]), valid, means, results.extra)
 
     def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:
         """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""
@@ -239,11 +241,11 @@ class Rewards:
 
 
 def unique_names(functions: Sequence[Any]) -> list[str]:
-    """Return a distinct printable name for each function, for metrics; a name that is taken gets a number."""
-    taken: list[str] = []
+    """Return a distinct printable name for each function, for metrics; a repeated name gets a number."""
+    names: list[str] = []
     for function in map(original, functions):
         name = str(getattr(function, "__name__", type(function).__name__)).replace("<lambda>", "reward")
         name = "".join(letter if letter.isprintable() else "_" for letter in name)
         numbered = (f"{name}_{number}" for number in itertools.count(2))
-        taken.append(next(one for one in itertools.chain([name], numbered) if one not in taken))
-    return taken
+        names.append(next(new for new in itertools.chain([name], numbered) if new not in names))
+    return names

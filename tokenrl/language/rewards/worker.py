@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
-from tokenrl.language.rewards.calls import Called, call_rewards, restored_settings
+from tokenrl.language.rewards.calls import CallResults, call_rewards, restored_settings
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
 from tokenrl.runs.signals import GracefulStop
@@ -55,7 +55,7 @@ class RewardWorker:
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
 
-    def __call__(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
+    def __call__(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> CallResults:
         """Do what `call_rewards` does, in the process and with a deadline for each function.
 
         Raises:
@@ -72,7 +72,7 @@ class RewardWorker:
                 f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "
                 f"({describe(error)}): keep plain values in the columns, or leave reward_timeout out."
             ) from error
-        answer: Called = self._answer("The reward functions", self.timeout, Stopped)
+        answer: CallResults = self._answer("The reward functions", self.timeout, Stopped)
         return answer
 
     def _start(self) -> None:
@@ -102,9 +102,9 @@ class RewardWorker:
             self._process.join(5)
             code = self._process.exitcode
             self.close()
-            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            end = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             raise fault(
-                f"{stage} ended the process that it ran in ({how}). A program that calls tokenrl.train with "
+                f"{stage} ended the process that it ran in ({end}). A program that calls tokenrl.train with "
                 "reward_timeout needs `if __name__ == '__main__':`, as the process imports the program."
             ) from None
         self.close()
@@ -155,8 +155,8 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
         try:
             functions = {name: load_reward(ForkingPickler.loads(data)) for name, data in pickled.items()}
         except USER_CODE_FAILED as error:
-            said = f"The reward functions cannot be loaded under reward_timeout ({describe(error)})"
-            pipe.send(Refused(f"{said}: write them in a file, and name them as in rewards.py:function."))
+            problem = f"The reward functions cannot be loaded under reward_timeout ({describe(error)})"
+            pipe.send(Refused(f"{problem}: write them in a file, and name them as in rewards.py:function."))
             return
         pipe.send(None)
         while True:
@@ -166,6 +166,6 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
             except TokenrlError as error:  # is to be raised in the training
                 answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))
             except Exception as error:
-                said = f"What was given to log_extra cannot be sent back ({describe(error)})."
-                answer = ForkingPickler.dumps(Stopped(said))
+                problem = f"What was given to log_extra cannot be sent back ({describe(error)})."
+                answer = ForkingPickler.dumps(Stopped(problem))
             pipe.send_bytes(answer)
