@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenrl.lab.exact.problems import Completions, Problem, all_completions
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
 
@@ -40,7 +40,7 @@ def problem_of_policy(
         The problem with all M completions of each prompt; D is the number of trainable parameters.
     """
     parameters = policy.trainable_parameters()
-    scoring = agree(policy)
+    scoring = check_scoring(policy)
     every = all_completions(vocabulary, length, policy.eos_ids)
     rollouts = [rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts]
     logprobs, entropy, slopes = [], [], []

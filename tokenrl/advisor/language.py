@@ -13,7 +13,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_row
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
@@ -53,7 +53,7 @@ def advise_language(args: AdviseArguments) -> Advice:
     policy = make_policy(args, task, Console().note)
     train = train_settings(TrainArguments(**settings | {"num_generations": None}), task, policy)
     policy.model.to(PartialState().device)
-    agree(policy, gradient=False)
+    check_scoring(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
     rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
     sampling = Sampling(

@@ -10,7 +10,7 @@ from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer, q
 import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring
 
 
@@ -85,64 +85,64 @@ def hidden_of_the_first_layer(options):
 @pytest.mark.parametrize("architecture", quickly(ARCHITECTURES, {"qwen2", "gpt_neox"}))
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
     options = {"dtype": dtype, "initializer_range": spread}
-    agree(make_policy(architecture, **options))
+    check_scoring(make_policy(architecture, **options))
     absolute = [("position_ids",)] if architecture == "gpt2" else []
     for names in (("attention_mask",), ("attention_mask", "position_ids"), ("past_key_values",), *absolute):
         wrong = changed(make_policy(architecture, **options), without(*names))
         with pytest.raises(Refused, match=r"tiny .* sampling gives log-probabilities that are off by"):
-            agree(wrong)
+            check_scoring(wrong)
 
 
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     policy = changed(make_policy(), detached)
-    scoring = agree(policy)
+    scoring = check_scoring(policy)
     assert not scoring.share_prompt
     assert "shared prompt gives a gradient that is off" in scoring.remarks["prompts"]
 
 
 def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
     policy = changed(make_policy("gpt2"), overwritten)
-    assert usual(agree(policy, gradient=False))
-    scoring = agree(policy)
+    assert usual(check_scoring(policy, gradient=False))
+    scoring = check_scoring(policy)
     assert not scoring.share_prompt and "modified by an" in scoring.remarks["prompts"]
 
 
 def test_a_wrong_gradient_is_refused():
     with pytest.raises(Refused, match="scoring gives a gradient that is off by"):
-        agree(changed(make_policy(), steep_when_padded))
-    agree(changed(make_policy(), steep_when_padded), gradient=False)
+        check_scoring(changed(make_policy(), steep_when_padded))
+    check_scoring(changed(make_policy(), steep_when_padded), gradient=False)
 
 
 def test_wrong_hidden_states_are_refused_where_a_critic_reads_them():
-    agree(changed(make_policy(), hidden_of_the_first_layer))
+    check_scoring(changed(make_policy(), hidden_of_the_first_layer))
     with pytest.raises(Refused, match="sampling gives hidden states that are off by"):
-        agree(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
+        check_scoring(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
 
 
 def test_a_model_with_nan_weights_is_left_to_the_run():
     policy = make_policy()
     policy.trainable_parameters()[0].data.fill_(float("nan"))
-    assert usual(agree(policy))
+    assert usual(check_scoring(policy))
 
 
 @pytest.mark.parametrize("context", [2, 3, 5, 8, None])
 def test_the_probe_fits_into_any_context(context):
     policy = make_policy("gpt2", n_positions=context or 64)
     policy.context = context
-    assert usual(agree(policy))
+    assert usual(check_scoring(policy))
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
 def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
-    assert usual(agree(policy, hidden=True))
+    assert usual(check_scoring(policy, hidden=True))
 
 
 def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
     policy = make_policy()
     enable_gradient_checkpointing(policy)
-    scoring = agree(policy)
+    scoring = check_scoring(policy)
     assert not scoring.share_prompt and not scoring.remarks and policy.model.training
 
 
@@ -158,13 +158,13 @@ def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
     policy = make_policy()
     if worst == 2:
         with pytest.raises(Refused, match="another process"):
-            agree(policy, accelerator=other)
+            check_scoring(policy, accelerator=other)
     else:
-        scoring = agree(policy, accelerator=other)
+        scoring = check_scoring(policy, accelerator=other)
         assert scoring.share_prompt == (worst == 0) == (not scoring.remarks)
     assert seen == [[False, False, False]]
     with pytest.raises(Refused, match="off by"):  # a process that refuses tells the others first
-        agree(changed(make_policy(), without("attention_mask")), accelerator=other)
+        check_scoring(changed(make_policy(), without("attention_mask")), accelerator=other)
     assert seen[1:] == [[True, False, False]]
 
 

@@ -1,4 +1,4 @@
-"""Many architectures against a forward pass of each row alone, and what `agree` makes of each of them."""
+"""Many architectures against a forward pass of each row alone, and how `check_scoring` scores them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from families import FAMILIES, family_policy
 from tiny_models import quickly
 
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, score
@@ -52,7 +52,7 @@ def slope(logprobs, model):
 def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone(family, length):
     policy = family_policy(family)
     before = torch.get_rng_state()
-    scoring = agree(policy, hidden=True)
+    scoring = check_scoring(policy, hidden=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
     assert scoring.share_prompt == (family not in NOT_SHARED) == ("prompts" not in scoring.remarks)
@@ -73,9 +73,9 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
 @pytest.mark.parametrize("family", quickly(RIGHT, set(RIGHT) - {"mixtral", "gemma3", "qwen3_5", "mamba"}))
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
-    assert agree(policy, hidden=True).share_prompt or family in NOT_SHARED
+    assert check_scoring(policy, hidden=True).share_prompt or family in NOT_SHARED
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():
     with pytest.raises(Refused, match=r"recurrent_gemma.* returns no cache"):
-        agree(family_policy("recurrent_gemma"))
+        check_scoring(family_policy("recurrent_gemma"))

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.model import add_lora
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import draw
 from tokenrl.language.rollout.head import Chunks, head_of, score_tokens
 from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
@@ -94,7 +94,7 @@ def test_a_frozen_head_gets_no_gradient():
 def test_an_adapted_head_is_left_to_the_forward_pass():
     policy = make_policy()
     add_lora(policy, r=2, target_modules=["lm_head"])
-    scoring = agree(policy)
+    scoring = check_scoring(policy)
     assert scoring.tokens_at_once is None and "no linear layer" in scoring.remarks["logits"]
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
 
 from tokenrl.language.policy.model import enable_gradient_checkpointing
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring, score
 
 # RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.
@@ -135,7 +135,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture):
     _, value, expected = objective(policy, rollout)
     enable_gradient_checkpointing(policy)
     layers = [m for m in policy.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
-    assert layers and not agree(policy).share_prompt
+    assert layers and not check_scoring(policy).share_prompt
     calls = []
     next(layers[-1].children()).register_forward_pre_hook(lambda *_: calls.append(1))
     _, same, found = objective(policy, rollout, share_prompt=False)

@@ -167,13 +167,13 @@ def test_how_a_run_computes_follows_from_rules(
 
 def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatch):
     """On a model that is sure of its answers bfloat16 rounded a gradient until it had nothing of itself."""
-    checked, agree = [], forward.agree
+    checked, real = [], forward.check_scoring
 
     def noted(policy, model, **how):
         checked.extend(p.dtype for p in (*policy.model.parameters(), *model.parameters()))
-        return agree(policy, model, **how)
+        return real(policy, model, **how)
 
-    monkeypatch.setattr(forward, "agree", noted)
+    monkeypatch.setattr(forward, "check_scoring", noted)
     learner = make_learner(make_policy(), mixed_precision="bf16", training_attention="eager")
     assert set(checked) == {torch.float32}
     assert {p.dtype for p in learner.forward.model.parameters()} == {torch.bfloat16}

@@ -19,7 +19,7 @@ from tiny_models import (
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.sft import sft
 from tokenrl.language.training.supervised import SupervisedTraining, encode_demonstrations, fit
@@ -56,7 +56,7 @@ def test_the_loss_is_transformers_own(architecture, checkpointing):
         max_steps=1,
         batch_size=4,
         learning_rate=0.0,
-        forward=Forward(policy, policy.model, agree(policy)),
+        forward=Forward(policy, policy.model, check_scoring(policy)),
     )
     assert losses == [pytest.approx(expected, rel=1e-5)]
     assert torch.equal(weights(policy.model), weights(make_model(architecture)))  # learning rate 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
@@ -74,7 +74,7 @@ def collect(
         Refused: When a greedy completion has no reward.
     """
     g, greedy = sampling.num_generations, replace(sampling, num_generations=0)
-    size, scoring = max(1, rows_at_once // g), agree(policy)
+    size, scoring = max(1, rows_at_once // g), check_scoring(policy)
     sampled = sample_and_reward(
         policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
     )

@@ -24,7 +24,7 @@ from tokenrl.language.policy.prompts import form_of
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel, load_classifier
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
@@ -86,7 +86,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
         named = args.model
     arguments = ModelArguments(model=named, base_seed=args.base_seed, **vars(form_of(args)))
     policy = make_policy(arguments, task, announce)
-    agree(policy, gradient=False)
+    check_scoring(policy, gradient=False)
     length = args.max_completion_length or length_of(task, named, policy)
 
     def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ PIECE = 3
 """Tokens whose logits are computed at once in a trial of chunks, of a few more."""
 
 
-def agree(
+def check_scoring(
     policy: Policy,
     model: nn.Module | None = None,
     *,
@@ -67,11 +67,11 @@ def agree(
             f"batches: {wrong}, against each row alone. It must heed attention_mask and position_ids, and "
             "return a cache: choose another architecture, or another release of transformers."
         )
-    said = {
+    choices = {
         "prompts": (prompts, "computed anew for each completion"),
         "logits": (logits, "of all tokens at once"),
     }
-    remarks = {name: f"{what} when scored ({why})" for name, (why, what) in said.items() if why}
+    remarks = {name: f"{choice} when scored ({fault})" for name, (fault, choice) in choices.items() if fault}
     head = head_of(policy.model)
     at_once = None if logits or head is None else tokens_at_once(head.out_features)
     return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
@@ -83,7 +83,7 @@ def _recomputes(policy: Policy) -> bool:
 
 
 def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> list[str]:
-    """Return in words what is wrong with all ways, with sharing prompts, and with logits in chunks."""
+    """Return in words the fault of every way of scoring, of sharing prompts, and of logits in chunks."""
     prompts, length = _prompts(policy)
     with torch.no_grad():
         first = policy.model(torch.tensor([prompts[0]], device=policy.device), use_cache=False)
@@ -101,14 +101,14 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
 
     if wrong := _failure(sample):
         return [wrong, "", ""]
-    tried, share, unshared = trials[0].score, not _recomputes(policy), ""
+    compare, share, unshared = trials[0].score, not _recomputes(policy), ""
     if share:
-        unshared = _failure(tried, model, Scoring())
+        unshared = _failure(compare, model, Scoring())
     if unshared or not share:
-        wrong = _failure(tried, model, Scoring(share_prompt=False))
+        wrong = _failure(compare, model, Scoring(share_prompt=False))
     whole = "the head is no linear layer"
     if head_of(model) is not None:
-        whole = _failure(tried, model, Scoring(share and not unshared, PIECE))
+        whole = _failure(compare, model, Scoring(share and not unshared, PIECE))
     return [wrong, unshared, "" if wrong else whole]
 
 
@@ -123,7 +123,7 @@ def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
 
 
 def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
-    """Return what is wrong on any of the processes, which all have to take the same way."""
+    """Return the faults of any of the processes, since all processes have to score alike."""
     if accelerator is None or accelerator.num_processes == 1:
         return faults
     wrong = torch.tensor([[int(bool(fault)) for fault in faults]], device=accelerator.device)
@@ -133,13 +133,13 @@ def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
 
 
 class _Wrong(Exception):
-    """A way gives other numbers than each row alone."""
+    """Raised where a batch gives other numbers than each row alone."""
 
 
-def _failure(way: Callable[..., None], *given: Any) -> str:
-    """Try a way; say how it fails, or nothing if it does not."""
+def _failure(compute: Callable[..., None], *arguments: Any) -> str:
+    """Compute something; return in words how that fails, or an empty text."""
     try:
-        way(*given)
+        compute(*arguments)
     except (_Wrong, Refused) as error:
         return str(error)
     except torch.OutOfMemoryError:
@@ -182,10 +182,10 @@ class _Trial:
                 logprobs.append(logp.gather(2, row.completion_ids[:, :, None]).squeeze(2))
                 spread.append(logp.detach().std())
                 states += [out.hidden_states[-1][:, -width - 1 : -1].detach()] if hidden else []
-            found = torch.cat(logprobs)
-            slope = _gradient(policy, found) if gradient else None
+            chosen = torch.cat(logprobs)
+            slope = _gradient(policy, chosen) if gradient else None
         alone = torch.cat(states) if states else None
-        return cls(policy, rollout, found.detach(), alone, slope, torch.stack(spread).mean())
+        return cls(policy, rollout, chosen.detach(), alone, slope, torch.stack(spread).mean())
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -197,15 +197,15 @@ class _Trial:
         name = "scoring with a shared prompt" if scoring.share_prompt else "scoring"
         name = name if scoring.tokens_at_once is None else "scoring some tokens at a time"
         with torch.set_grad_enabled(self.gradient is not None):
-            found = score(model, self.rollout, scoring, hidden=self.hidden is not None)
-        self.compare(name, found.logprobs, found.hidden)
+            scores = score(model, self.rollout, scoring, hidden=self.hidden is not None)
+        self.compare(name, scores.logprobs, scores.hidden)
         if self.gradient is None:
             return
-        slope = _gradient(self.policy, found.logprobs)
-        off, norm = _norm(a - b for a, b in zip(slope, self.gradient, strict=True)), _norm(self.gradient)
+        slope = _gradient(self.policy, scores.logprobs)
+        error, norm = _norm(a - b for a, b in zip(slope, self.gradient, strict=True)), _norm(self.gradient)
         # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
-        if math.isfinite(norm) and not off <= self.tolerances[1] * norm:
-            raise _Wrong(f"{name} gives a gradient that is off by {off / max(norm, 1e-30):.2g} of its norm")
+        if math.isfinite(norm) and not error <= self.tolerances[1] * norm:
+            raise _Wrong(f"{name} gives a gradient that is off by {error / max(norm, 1e-30):.2g} of its norm")
 
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None) -> None:
         """Raise `_Wrong` if log-probabilities or hidden states are too far from those of each row alone."""
@@ -216,11 +216,11 @@ class _Trial:
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
             errors["hidden states"] = off / self.hidden.float().std()
-        for what, error in errors.items():
+        for quantity, error in errors.items():
             by_prompt = error.view(2, -1)
             worst = float((by_prompt.mean(dim=1) if typical else by_prompt.amax(dim=1)).max())
             if not worst <= limit:
-                raise _Wrong(f"{name} gives {what} that are off by {worst:.2g} standard deviations")
+                raise _Wrong(f"{name} gives {quantity} that are off by {worst:.2g} standard deviations")
 
 
 def _gradient(policy: Policy, logprobs: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Holds what a model remembers of the tokens it was fed, whatever its architecture keeps of them."""
+"""Holds the cache of a model (keys and values, recurrent states, or both), whatever its architecture."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Cache:
         Layers of other kinds, such as those of a sliding window or of recurrent states, stay as they are.
         """
         layers: Any = getattr(self.held, "layers", [])
-        for place, layer in enumerate(layers):
+        for number, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
-                layers[place] = GrowingLayer(layer, tokens)
+                layers[number] = GrowingLayer(layer, tokens)
 
     @property
     def recurrent(self) -> bool:
@@ -63,12 +63,12 @@ class Cache:
         for layer in filter(_is_recurrent, self.held.layers):
             layer.update_recurrent_state = _unwritten
 
-    def arguments(self, places: dict[str, Any]) -> dict[str, Any]:
+    def arguments(self, positions: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the next forward pass: this cache, with the mask and the positions.
 
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
-        return {self.name: self.held} | (places if self.name == "past_key_values" else {})
+        return {self.name: self.held} | (positions if self.name == "past_key_values" else {})
 
 
 class GrowingLayer(DynamicLayer):

@@ -56,5 +56,5 @@ def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
     """Return in each row the first entry [n] below whose end in the CDF [n, V] the uniform lies."""
     # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
     # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
-    found = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return found.clamp(max=cdf.shape[1] - 1)
+    index = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return index.clamp(max=cdf.shape[1] - 1)

@@ -186,14 +186,14 @@ class _Decoder:
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
         self.position = prompt_mask.sum(dim=1)  # [B], position of the next token
-        kept = last(1, prompt_ids.device)
-        out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=kept)
-        self._take(out)
+        end = last(1, prompt_ids.device)
+        out = model(prompt_ids, **self._positions(prompt_ids.shape[1]), **self.options, logits_to_keep=end)
+        self._hold(out)
         self.select(prompt_index)
         self.cache.make_room(sampling.max_completion_length)
 
-    def _places(self, width: int) -> dict[str, Tensor]:
-        """Attention mask and positions of the `width` tokens that are fed next; none if nothing is padded."""
+    def _positions(self, width: int) -> dict[str, Tensor]:
+        """Return attention mask and positions of the `width` next tokens; nothing if no prompt is padded."""
         if self.mask is None:
             return {}
         steps = torch.arange(width, device=self.position.device) - width  # [-width .. -1]
@@ -211,10 +211,10 @@ class _Decoder:
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-        arguments = self.cache.arguments(self._places(1))
-        self._take(self.model(token[:, None], **arguments, **self.options))
+        arguments = self.cache.arguments(self._positions(1))
+        self._hold(self.model(token[:, None], **arguments, **self.options))
 
-    def _take(self, out: Any) -> None:
+    def _hold(self, out: Any) -> None:
         """Hold the cache, the last logits and the last hidden states of a forward pass."""
         self.cache = Cache.of(out)
         self.logits = out.logits[:, -1]

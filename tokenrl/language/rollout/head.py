@@ -54,9 +54,9 @@ def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
     """Let forward passes leave out the head, and collect what each would have given it [n, t, H]."""
     inputs: list[Tensor] = []
 
-    def leave_out(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs.append(given[0])
-        return (given[0][:, :0],)
+    def leave_out(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs.append(arguments[0])
+        return (arguments[0][:, :0],)
 
     handle = head.register_forward_pre_hook(leave_out)
     try:
@@ -114,16 +114,16 @@ class Chunks(NamedTuple):
         narrow = weight.new_empty(size, len(weight))
         wide = narrow if _wide(weight) == weight.dtype else torch.empty_like(narrow, dtype=_wide(weight))
         for start in range(0, len(states), size):
-            place = slice(start, min(start + size, len(states)))
-            product, logits = narrow[: place.stop - start], wide[: place.stop - start]
-            torch.mm(states[place], weight.T, out=product)
+            tokens = slice(start, min(start + size, len(states)))
+            product, logits = narrow[: tokens.stop - start], wide[: tokens.stop - start]
+            torch.mm(states[tokens], weight.T, out=product)
             if bias is not None:
                 product.add_(bias)
             if wide is not narrow:
                 logits.copy_(product)
             if self.temperature != 1:
                 logits.div_(self.temperature)
-            yield place, logits, product
+            yield tokens, logits, product
 
 
 class _Scores(torch.autograd.Function):
@@ -136,10 +136,10 @@ class _Scores(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found = torch.zeros(4, len(ids), dtype=_wide(weight), device=ids.device)
-        for place, logits, _ in chunks.of(states, weight, bias):
-            found[:, place] = _scores(logits, ids[place], chunks)
-        logprobs, entropy, norms, total = found
+        columns = torch.zeros(4, len(ids), dtype=_wide(weight), device=ids.device)
+        for tokens, logits, _ in chunks.of(states, weight, bias):
+            columns[:, tokens] = _scores(logits, ids[tokens], chunks)
+        logprobs, entropy, norms, total = columns
         ctx.save_for_backward(states, weight, bias, ids, total, entropy)
         ctx.chunks = chunks
         ctx.mark_non_differentiable(norms)
@@ -156,25 +156,25 @@ class _Scores(torch.autograd.Function):
             torch.zeros_like(x, dtype=total.dtype) if needed else None
             for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
-        for place, logits, narrow in chunks.of(states, weight, bias):
-            slope = logits.sub_(total[place, None])
+        for tokens, logits, narrow in chunks.of(states, weight, bias):
+            slope = logits.sub_(total[tokens, None])
             if chunks.entropy:
                 p = slope.exp()
-                slope.clamp_(min=-1e4).add_(entropy[place, None]).mul_(-by_entropy[place, None])
-                slope.sub_(by_logprob[place, None]).mul_(p)
+                slope.clamp_(min=-1e4).add_(entropy[tokens, None]).mul_(-by_entropy[tokens, None])
+                slope.sub_(by_logprob[tokens, None]).mul_(p)
             else:
-                slope.exp_().mul_(-by_logprob[place, None])
-            slope.scatter_add_(1, ids[place, None], by_logprob[place, None]).div_(chunks.temperature)
+                slope.exp_().mul_(-by_logprob[tokens, None])
+            slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None]).div_(chunks.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
             slope = slope if narrow.dtype == slope.dtype else narrow.copy_(slope)
             if back[0] is not None:
-                back[0][place] = slope @ weight
+                back[0][tokens] = slope @ weight
             if back[1] is not None:
                 if back[1].dtype == slope.dtype:
-                    back[1].addmm_(slope.T, states[place])
+                    back[1].addmm_(slope.T, states[tokens])
                 else:
-                    back[1] += slope.T @ states[place]
+                    back[1] += slope.T @ states[tokens]
         return *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)), None, None
 
 

@@ -100,9 +100,9 @@ class Rollout:
             for name, x in self.columns().items()
         }
         prompt_mask = columns["prompt_mask"]
-        left = prompt_mask.shape[1] - int(prompt_mask.int().argmax(dim=1).min())
-        right = max(1, int(lengths(columns["mask"]).max()))
-        return replace(self, **{name: _fitted(name, x, left, right) for name, x in columns.items()})
+        P = prompt_mask.shape[1] - int(prompt_mask.int().argmax(dim=1).min())
+        T = max(1, int(lengths(columns["mask"]).max()))
+        return replace(self, **{name: _fitted(name, x, P, T) for name, x in columns.items()})
 
     def of(self, prompts: Sequence[tuple[int, Mapping[str, Any]]]) -> Rollout:
         """Give each row the number and the data of its prompt.
@@ -124,19 +124,19 @@ class Rollout:
 def cat(parts: Sequence[Rollout]) -> Rollout:
     """Put tables with the same columns one below the other."""
     columns: dict[str, Any] = {"logged": tuple(call for part in parts for call in part.logged)}
-    left, right = (max(getattr(part, name).shape[1] for part in parts) for name in ("prompt_ids", "mask"))
+    P, T = (max(getattr(part, name).shape[1] for part in parts) for name in ("prompt_ids", "mask"))
     for name, x in parts[0].columns().items():
-        column = [_fitted(name, getattr(part, name), left, right) for part in parts]
+        column = [_fitted(name, getattr(part, name), P, T) for part in parts]
         columns[name] = torch.cat(column) if isinstance(x, Tensor) else [*chain(*column)]
     return replace(parts[0], **columns)
 
 
-def _fitted(name: str, x: Any, left: int, right: int) -> Any:
-    """Cut or pad a column to as many tokens of the prompt on the left and of the completion on the right."""
+def _fitted(name: str, x: Any, P: int, T: int) -> Any:
+    """Cut or pad a column to P tokens of the prompt, on the left, and T of the completion, on the right."""
     if name in OF_PROMPTS:
-        return pad(x, (left - x.shape[1], 0))
+        return pad(x, (P - x.shape[1], 0))
     of_tokens = isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS
-    return pad_right(x, right) if of_tokens else x
+    return pad_right(x, T) if of_tokens else x
 
 
 def lengths(mask: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a model is scored: in the usual way, or in a plainer one; `agreement.agree` finds the right one.
+    """How a model is scored: in the usual way, or in a plainer one; `check_scoring` returns the right one.
 
     Attributes:
         share_prompt: compute each distinct prompt once; False if no key/value cache may be kept.
@@ -87,7 +87,7 @@ def score(
     at_once = scoring.tokens_at_once
     if at_once is not None and int(rollout.mask.sum()) > at_once:
         head = head_of(model)
-        assert head is not None  # `agree` found it
+        assert head is not None  # `check_scoring` found it
         with without_head(head) as inputs:
             inside, states = forward(model, rollout, hidden, inputs)
         chunks, mask = Chunks(at_once, temperature, entropy, score_norms), rollout.mask
@@ -108,7 +108,7 @@ def score(
 
 @torch.no_grad()
 def score_in_parts(
-    model: nn.Module, rollout: Rollout, scoring: Scoring, *, rows_at_once: int | None, **wanted: Any
+    model: nn.Module, rollout: Rollout, scoring: Scoring, *, rows_at_once: int | None, **options: Any
 ) -> Scores:
     """Score without an autograd graph, some rows at a time.
 
@@ -119,12 +119,12 @@ def score_in_parts(
         rollout: N completions.
         scoring: how the model is scored.
         rows_at_once: rows per forward pass, which changes memory only; None for all.
-        **wanted: the other options of `score`.
+        **options: further options of `score`.
     """
     n, width = rollout.mask.shape
     parts = []
     for rows in torch.arange(n, device=rollout.mask.device).split(rows_at_once or n):
-        scores = score(model, rollout.take(rows), scoring, **wanted)
+        scores = score(model, rollout.take(rows), scoring, **options)
         parts.append([None if x is None else pad_right(x, width) for x in scores])
     columns = zip(*parts, strict=True)
     return Scores._make(None if column[0] is None else torch.cat(column) for column in columns)
@@ -137,7 +137,7 @@ def with_missing_fields(
     *,
     temperature: float,
     rows_at_once: int | None = None,
-    **wanted: bool,
+    **needed: bool,
 ) -> Rollout:
     """Compute the fields that are needed and that the generator did not return.
 
@@ -149,9 +149,9 @@ def with_missing_fields(
         scoring: how its model is scored.
         temperature: the temperature that was sampled with.
         rows_at_once: rows per forward pass, which changes memory only; None for all.
-        **wanted: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
+        **needed: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
     """
-    missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
+    missing = {name: True for name in needed if needed[name] and getattr(rollout, name) is None}
     if not missing:
         return rollout
     options: dict[str, Any] = missing | {"temperature": temperature, "rows_at_once": rows_at_once}
@@ -178,9 +178,9 @@ def _shared(
     first_row, index = rollout.distinct_prompts()
     ids, mask, width = rollout.prompt_ids[first_row], rollout.prompt_mask[first_row], rollout.mask.shape[1]
     padded = not bool(mask.all())
-    places = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
+    positions = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(ids, **places, **options, logits_to_keep=last(1, mask.device))
+    out = model(ids, **positions, **options, logits_to_keep=last(1, mask.device))
     first = (out.logits if inputs is None else inputs.pop()[:, -1:])[index]  # [N, 1, V]
     state = out.hidden_states[-1][:, -1:][index] if hidden else None  # [N, 1, H]
     if width == 1:
@@ -196,8 +196,8 @@ def _shared(
         # Completions are padded on the right, and causal attention never looks to the right, so their
         # padding needs no mask.
         whole = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -tokens.shape[1] :]}
-    rest = model(tokens, **cache.arguments(places), **options)
+        positions = {"attention_mask": whole, "position_ids": _positions(whole)[:, -tokens.shape[1] :]}
+    rest = model(tokens, **cache.arguments(positions), **options)
     logits = rest.logits if inputs is None else inputs.pop()
     states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)[:, :width]
     return torch.cat([first, logits], dim=1)[:, :width], states
@@ -211,7 +211,7 @@ def _plain(
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
     mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
     options = {"use_cache": False, "output_hidden_states": hidden}
-    places = {"attention_mask": mask, "position_ids": _positions(mask)}
-    out = model(ids, **places, **options, logits_to_keep=last(width, mask.device))
+    positions = {"attention_mask": mask, "position_ids": _positions(mask)}
+    out = model(ids, **positions, **options, logits_to_keep=last(width, mask.device))
     logits = out.logits if inputs is None else inputs.pop()[:, -width:]
     return logits, out.hidden_states[-1][:, -width:] if hidden else None

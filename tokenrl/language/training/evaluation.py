@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import lengths
@@ -298,7 +298,7 @@ def sampled_rows(
         **how: further arguments of `sample_and_reward`.
     """
     rows = list[dict[str, Any]]()
-    way = None if reference is None else agree(reference, gradient=False)
+    way = None if reference is None else check_scoring(reference, gradient=False)
     options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "temperature": sampling.temperature}
     for batch in sample_and_reward(policy, prompts, rewards, sampling, **how):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training.arguments import TrainArguments
 
@@ -107,7 +107,7 @@ def choose_forward(
         policy = replace(policy, model=model)
     others = None if alone else accelerator
     # Before any rounding, because bfloat16 can leave little of a gradient.
-    scoring = agree(policy, model, hidden=args.estimator.needs_values, accelerator=others)
+    scoring = check_scoring(policy, model, hidden=args.estimator.needs_values, accelerator=others)
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = model if acting is policy else updated(acting.model)
     words = (

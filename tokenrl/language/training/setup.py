@@ -15,7 +15,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
@@ -222,5 +222,5 @@ def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
 
     policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
     policy.model.to(PartialState().device)
-    agree(policy, gradient=False)
+    check_scoring(policy, gradient=False)
     return policy

@@ -13,7 +13,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_row
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.sources import described, memory_splits, read_splits, recorded, with_prompts
@@ -79,7 +79,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.status("loading the model"):
             policy = make_policy(choices, task, session.console.note)
-            scoring, filled = agree(policy), sft_defaults(choices, task, policy)
+            scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
         chosen = {"threads": threads, "output_dir": session.directory}
         args = SftArguments(**vars(filled.values) | chosen)
