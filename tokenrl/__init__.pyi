@@ -4,8 +4,8 @@ from tokenrl.core.estimator import Estimator as Estimator
 from tokenrl.errors import Refused as Refused, Stopped as Stopped, TokenrlError as TokenrlError
 from tokenrl.lab.compare.loop import compare as compare
 from tokenrl.lab.exact.verdict import measure_bias as measure_bias
-from tokenrl.language.inspect.chat import sample as sample
-from tokenrl.language.inspect.evaluate import evaluate as evaluate
+from tokenrl.language.evaluation.chat import sample as sample
+from tokenrl.language.evaluation.evaluate import evaluate as evaluate
 from tokenrl.language.policy.model import load_policy as load_policy
 from tokenrl.language.preferences.fit import (
     RewardModelResult as RewardModelResult,

@@ -24,7 +24,7 @@ LIMITS = {
     **{"top": 769, "core": 1_360, "runs": 2_211, "control": 1_385, "advisor": 554},
     **{"language": 2, "language/policy": 671, "language/rewards": 778, "language/tasks": 527},
     **{"language/rollout": 816, "language/training": 2_338, "language/preferences": 589},
-    **{"language/inspect": 373, "lab": 2, "lab/exact": 812, "lab/measure": 671, "lab/compare": 1_685},
+    **{"language/evaluation": 373, "lab": 2, "lab/exact": 812, "lab/measure": 671, "lab/compare": 1_685},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
@@ -37,7 +37,7 @@ ORDER = [["errors"], ["names"], ["foreign"], ["settings"], ["configuration"], ["
 ORDER += [["control", "language"], ["lab"], ["advisor"], ["flags"], ["cli"], ["__main__"]]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 INSIDE = {  # the folders of a room, from below
-    "language": ["policy", "rewards", "tasks", "rollout", "training", "preferences", "inspect"],
+    "language": ["policy", "rewards", "tasks", "rollout", "training", "preferences", "evaluation"],
     "lab": ["exact", "measure", "compare"],
 }
 PUBLIC_ROOMS = ("core", "runs", "control", "language", "lab")

@@ -1,4 +1,4 @@
-"""Language models as token-level policies: load, sample, reward, train, evaluate, inspect."""
+"""Language models as token-level policies: load, sample, reward, train, evaluate."""
 
 from tokenrl.names import lazily
 

@@ -1,5 +1,5 @@
-from tokenrl.language.inspect import best_of_n as best_of_n
-from tokenrl.language.inspect.best_of_n import (
+from tokenrl.language.evaluation import best_of_n as best_of_n
+from tokenrl.language.evaluation.best_of_n import (
     best_of_n_kl as best_of_n_kl,
     choice_weights as choice_weights,
     kl_bound as kl_bound,

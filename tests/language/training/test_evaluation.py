@@ -11,7 +11,7 @@ import torch
 from tiny_models import LETTERS, Engine, letters
 
 from tokenrl.errors import Refused
-from tokenrl.language.inspect.evaluate import evaluation_table
+from tokenrl.language.evaluation.evaluate import evaluation_table
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling

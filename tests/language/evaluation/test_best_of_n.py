@@ -10,7 +10,7 @@ from tiny_models import PROMPTS, make_policy
 
 import toy_tasks
 from tokenrl.errors import Refused
-from tokenrl.language.inspect.best_of_n import (
+from tokenrl.language.evaluation.best_of_n import (
     best_of_n_kl,
     best_of_n_metrics,
     choice_weights,

@@ -11,8 +11,8 @@ from typing import Any, overload
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.language.inspect.arguments import EvaluateArguments
-from tokenrl.language.inspect.best_of_n import best_of_n_metrics
+from tokenrl.language.evaluation.arguments import EvaluateArguments
+from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
-from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
+from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator

@@ -1,1 +1,0 @@
-"""Inspects a trained policy: evaluation, interactive completions and best-of-n."""
