@@ -22,7 +22,7 @@ from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
 PROGRESS = ("env_steps", "cpu_seconds", "last_reward")
-"""The fields of a `Run` that a checkpoint holds, beside the random numbers of the actions."""
+"""The fields of an `AgentRun` that a checkpoint holds, beside the random numbers of the actions."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ControlResult(Outcome):
 
 
 @dataclass
-class Run:
+class AgentRun:
     """The parts of a run, and its progress.
 
     Attributes:
@@ -163,7 +163,7 @@ def _with_error(mean: float, error: float) -> str:
     return f"{mean:.5g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
 
 
-def header(run: Run) -> dict[str, Any]:
+def header(run: AgentRun) -> dict[str, Any]:
     """Return what the header shows of a run, by name."""
     args, spec, policy, estimator = run.args, run.spec, run.agent.policy, run.args.estimator
     actions = f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
@@ -186,7 +186,7 @@ def header(run: Run) -> dict[str, Any]:
     }
 
 
-def finish(run: Run, session: Session, ended: ControlResult) -> None:
+def finish(run: AgentRun, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
     session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write, map(str, run.findings(session)))
     session.console.note(ended.verdict)

@@ -10,7 +10,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, SavedPolicy, Shape, check_head
-from tokenrl.control.run import Run
+from tokenrl.control.run import AgentRun
 from tokenrl.control.update import Agent
 from tokenrl.core.baselines import RunningMean, check_horizon, set_size
 from tokenrl.core.estimator import Estimator
@@ -82,7 +82,7 @@ def check_supported(estimator: Estimator, args: Any) -> None:
         )
 
 
-def prepare(choices: Any, spec: Spec, directory: str) -> Run:
+def prepare(choices: Any, spec: Spec, directory: str) -> AgentRun:
     """Make policy, settings, optimiser and environments.
 
     Args:
@@ -123,7 +123,7 @@ def prepare(choices: Any, spec: Spec, directory: str) -> Run:
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
     )
-    return Run(
+    return AgentRun(
         args=args,
         spec=spec,
         agent=agent,

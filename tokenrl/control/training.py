@@ -21,7 +21,7 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.policies import SavedPolicy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
-from tokenrl.control.run import ControlResult, Run, finish, header
+from tokenrl.control.run import AgentRun, ControlResult, finish, header
 from tokenrl.control.setup import fill_defaults, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
@@ -99,7 +99,7 @@ def _arguments(args: ControlArguments | None, agent: str | None, options: dict[s
     return arguments(ControlArguments, named | options)
 
 
-def _loop(run: Run, session: Session) -> ControlResult:
+def _loop(run: AgentRun, session: Session) -> ControlResult:
     """Train until the last step, the first signal, or until the environment is solved."""
     args = run.args
     reached = run.solved(session.eval_before) is True
@@ -134,7 +134,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
     return ended
 
 
-def _one_update(run: Run, step: int) -> dict[str, float]:
+def _one_update(run: AgentRun, step: int) -> dict[str, float]:
     cpu, agent = time.process_time(), run.agent
     rollout = _collect(run, step)
     load_schedule(run.schedule, step - 1)
@@ -155,7 +155,7 @@ def _one_update(run: Run, step: int) -> dict[str, float]:
     return metrics
 
 
-def _collect(run: Run, step: int) -> Rollout:
+def _collect(run: AgentRun, step: int) -> Rollout:
     """Collect the rollout of a step; the starting states of its episodes follow from the seed and the step.
 
     Pieces of episodes go on from one rollout to the next. Only the first rollout of a run, or of its
@@ -169,7 +169,7 @@ def _collect(run: Run, step: int) -> Rollout:
     return run.pieces.collect(run.agent.policy, run.actions)
 
 
-def _evaluate(run: Run) -> dict[str, float]:
+def _evaluate(run: AgentRun) -> dict[str, float]:
     return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)
 
 
@@ -180,7 +180,7 @@ SMALL, LARGE = 0.1, 10
 
 
 def check_agent(
-    run: Run, session: Session, evaluate: Callable[[], dict[str, float]], collect: Callable[[], Rollout]
+    run: AgentRun, session: Session, evaluate: Callable[[], dict[str, float]], collect: Callable[[], Rollout]
 ) -> ControlResult:
     """Check a run whose parts are ready, print what was found, and return the result.
 

@@ -26,7 +26,7 @@ from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps, usual_rate
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.run import Run, RunResult, first_facts, model_facts
+from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
 from tokenrl.language.training.setup import (
     adapt,
     fill_defaults,
@@ -111,7 +111,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             return _finish(run, session, reason)
 
 
-def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
+def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> TrainingRun:
     """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
@@ -133,7 +133,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
     with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
         chosen = {"threads": threads, "output_dir": session.directory}
         learner = make_learner(lay(("filled", vars(args)), ("chosen", chosen)).values, policy, accelerator)
-    run = Run(
+    run = TrainingRun(
         args=learner.args,
         task=task,
         rewards=rewards,
@@ -150,14 +150,14 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
     return run
 
 
-def _warnings(run: Run, max_steps: int | None) -> list[str]:
+def _warnings(run: TrainingRun, max_steps: int | None) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     special = special_texts(run.learner.policy.tokenizer, rows)
     return [*few_prompts(rows), *special, *without_effect(run.args, max_steps)]
 
 
-def _begin(run: Run, session: Session) -> None:
+def _begin(run: TrainingRun, session: Session) -> None:
     """Evaluate the policy before training, or continue from the checkpoint that was found.
 
     Raises:
@@ -185,7 +185,7 @@ def _begin(run: Run, session: Session) -> None:
     run.learner.sync()  # the weights may be those of a checkpoint
 
 
-def _one_step(run: Run, step: int) -> Record:
+def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner, stream = run.learner, run.stream
     record = training_step(learner, run.rewards, run.running_mean, step, stream.draw_prompts)
@@ -209,7 +209,7 @@ def _one_step(run: Run, step: int) -> Record:
     return record
 
 
-def _evaluate(run: Run, step: int) -> dict[str, float]:
+def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each."""
     count, learner, began = run.args.eval_generations, run.learner, time.perf_counter()
     evaluation = evaluate_policy(
@@ -228,7 +228,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
     return evaluation.metrics
 
 
-def _record(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
+def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[str, float]) -> None:
     """Record a step's metrics, and write and show its completions.
 
     The metrics come last of what is written: with them a step is complete.
@@ -252,7 +252,7 @@ def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
 
 
-def _finish(run: Run, session: Session, reason: str) -> RunResult:
+def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
         session.evaluated(_evaluate(run, session.step))

@@ -61,7 +61,7 @@ class RunResult(Outcome):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """The parts of a run, and how far it has come.
 
     Attributes:

@@ -26,7 +26,7 @@ from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import logprobs_under, sample
 from tokenrl.language.training.defaults import demonstrations, is_own
 from tokenrl.language.training.evaluation import over_prompts
-from tokenrl.language.training.run import Run, RunResult
+from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.runs.findings import Finding, Part, facts, share_equal
@@ -46,7 +46,7 @@ LOST = ("policy-destroyed", "entropy-collapsed")
 """The flags of a policy that has been lost during a run."""
 
 
-def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, float]]) -> RunResult:
+def check_run(run: TrainingRun, session: Session, evaluate: Callable[[], Mapping[str, float]]) -> RunResult:
     """Check a run whose parts are ready, print what was found, and return the result.
 
     Args:
@@ -90,7 +90,7 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
         return None
 
 
-def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
+def _usable(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts can be asked; add a finding about the others, with the first refusal."""
     limit, cut = run.args.max_completion_length, run.args.truncate_prompts
     policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
@@ -106,7 +106,7 @@ def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     return usable
 
 
-def _look_at_answers(run: Run, findings: list[Finding]) -> None:
+def _look_at_answers(run: TrainingRun, findings: list[Finding]) -> None:
     """Add a finding about demonstrations that are longer than completions may be."""
     policy, limit = run.learner.policy, run.args.max_completion_length
     try:
@@ -123,7 +123,7 @@ def _look_at_answers(run: Run, findings: list[Finding]) -> None:
         findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
 
 
-def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
+def _trial_steps(run: TrainingRun, rows: Rows, findings: list[Finding]) -> list[Record]:
     """Make training steps that change nothing: three, and more until there is a signal or enough had none."""
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
@@ -152,7 +152,7 @@ def _places(completions: Sequence[str], **_: Any) -> list[float]:
     return [float(index) for index in range(len(completions))]
 
 
-def _share_equal(run: Run, records: Sequence[Record]) -> float:
+def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
     """Return the share of groups with equal rewards; without groups 1 if all steps have one reward."""
     groups = run.args.estimator.needs_groups
     if not groups and len({record.metrics["reward"] for record in records}) > 1:
@@ -160,7 +160,7 @@ def _share_equal(run: Run, records: Sequence[Record]) -> float:
     return fmean([share_equal(record.metrics, groups) for record in records])
 
 
-def _scoring_gap(run: Run, rows: Rows) -> dict[str, float]:
+def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
     """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
     learner = run.learner
     sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
@@ -170,7 +170,7 @@ def _scoring_gap(run: Run, rows: Rows) -> dict[str, float]:
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 
 
-def _trial_facts(run: Run, records: Sequence[Record], before: Mapping[str, float]) -> dict[str, Any]:
+def _trial_facts(run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]) -> dict[str, Any]:
     """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
     args, policy, usual = run.args, run.learner.policy, run.usual_rate
     numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
@@ -196,7 +196,7 @@ def _trial_facts(run: Run, records: Sequence[Record], before: Mapping[str, float
     return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
 
 
-def _lines(run: Run, observed: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
+def _lines(run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
     args, lines = run.args, {}
     if records and not run.warm_seconds:
@@ -216,7 +216,7 @@ def _lines(run: Run, observed: Mapping[str, Any], records: Sequence[Record]) -> 
     return lines
 
 
-def judge_step(run: Run, session: Session) -> str | None:
+def judge_step(run: TrainingRun, session: Session) -> str | None:
     """Warn of a step that destroys the policy or can teach nothing; return why the run ends now, or None.
 
     Raises:
@@ -248,7 +248,7 @@ def judge_step(run: Run, session: Session) -> str | None:
     return None
 
 
-def _step_facts(run: Run, session: Session) -> dict[str, Any]:
+def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
     """Return what the rules read after a step, with mean seconds of a step and of its slowest reward."""
     rows, groups = session.rows[1:], run.args.estimator.needs_groups
     idle, step = steps_without_signal(run, session), session.step
@@ -268,7 +268,7 @@ def _step_facts(run: Run, session: Session) -> dict[str, Any]:
     )
 
 
-def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
+def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
     """Set the flags of a run that has ended, from its evaluations and last steps; return what is to be told.
 
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
@@ -299,7 +299,7 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     return findings
 
 
-def run_facts(run: Run, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
+def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
     """Return the facts of rows of metrics (see `facts`), with what is known of the task and the model."""
     args, task, solved = run.args, run.task, getattr(run.task, "solved", None)
     uncut = "raise --max-completion-length, name strings that end them (--stop), or take another model."
@@ -317,7 +317,7 @@ def run_facts(run: Run, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, A
     return facts(rows, args, *parts, **numbers)
 
 
-def steps_without_signal(run: Run, session: Session) -> int:
+def steps_without_signal(run: TrainingRun, session: Session) -> int:
     """Return how many steps in a row, up to now, had no rewards that differ.
 
     A destroyed policy is right once in a while by luck; such a step, whose reward is below the middle of
@@ -335,7 +335,7 @@ def steps_without_signal(run: Run, session: Session) -> int:
     return count
 
 
-def _learnt(run: Run, session: Session, steps: int) -> str:
+def _learnt(run: TrainingRun, session: Session, steps: int) -> str:
     """Say why a run ends whose rewards are all equal and higher than before; return it in a word."""
     solved, reward = getattr(run.task, "solved", None), session.rows[-1]["reward"]
     text = f"In {steps} steps in a row no two rewards that are compared differed"
@@ -349,7 +349,7 @@ def _learnt(run: Run, session: Session, steps: int) -> str:
     return "stuck"
 
 
-def asks_in_text(run: Run) -> bool:
+def asks_in_text(run: TrainingRun) -> bool:
     """Whether the model has a chat template and its prompts are plain text, which it is not made for."""
     plain = isinstance(run.task.train_prompts[0]["prompt"], str) and not run.args.chat
     return bool(plain and run.learner.policy.tokenizer.chat_template)
