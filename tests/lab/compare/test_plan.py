@@ -67,7 +67,9 @@ def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
 def test_all_arms_have_the_budget_of_the_task_in_samples():
     made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3")
     (problem,) = made.problems
-    assert problem.budget == 40 * 16 * 8 and problem.unit == "completions" and problem.places[-1] == 5120
+    assert (
+        problem.budget == 40 * 16 * 8 and problem.unit == "completions" and problem.evaluated_at[-1] == 5120
+    )
     runs = {arm.label: made.run(problem, arm, 0).settings for arm in made.arms}
     assert {run["max_samples"] for run in runs.values()} == {40 * 16 * 8}
     assert not any("max_steps" in run for run in runs.values())

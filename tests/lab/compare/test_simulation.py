@@ -13,7 +13,7 @@ import pytest
 
 from tokenrl.lab import judge_scores
 from tokenrl.lab.compare.intervals import detectable_difference, level_of
-from tokenrl.lab.compare.judgement import Difference, Family
+from tokenrl.lab.compare.judgement import Family, PairedDifference
 
 COMPARISONS = 3
 SEEDS = {6: 300, 10: 300, 20: 150}
@@ -59,7 +59,7 @@ def judged(
     return judge(scores, **options)
 
 
-def each(families: tuple[Family, ...], what: Callable[[Difference], bool]) -> np.ndarray:
+def each(families: tuple[Family, ...], what: Callable[[PairedDifference], bool]) -> np.ndarray:
     """Whether something holds, by study and comparison."""
     return np.array([[what(one) for one in family.differences] for family in families], dtype=float)
 
@@ -69,7 +69,7 @@ def share(found: np.ndarray) -> tuple[float, float]:
     return float(found.mean()), float(found.mean(-1).std(ddof=1) / math.sqrt(len(found)))
 
 
-def differs(one: Difference) -> bool:
+def differs(one: PairedDifference) -> bool:
     return one.verdict in ("better", "worse")
 
 

@@ -8,7 +8,7 @@ from scipy import stats
 
 from tokenrl.errors import Refused
 from tokenrl.lab import judge_scores
-from tokenrl.lab.compare.judgement import Difference, Family
+from tokenrl.lab.compare.judgement import Family, PairedDifference
 
 MIRRORED = {"better": "worse", "worse": "better"}
 exact = st.integers(-256, 256).map(lambda k: k / 64)
@@ -37,7 +37,7 @@ def family(table, **options) -> Family:
     return found
 
 
-def one(reference, arm, **options) -> tuple[Difference, str]:
+def one(reference, arm, **options) -> tuple[PairedDifference, str]:
     """Judge two arms, given as the scores of seeds 0, 1, 2, ...; return the difference and its sentence."""
     found = family({"ref": dict(enumerate(reference)), "arm": dict(enumerate(arm))}, **options)
     return found.differences[0], found.sentences()[0]

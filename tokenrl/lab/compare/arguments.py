@@ -12,19 +12,19 @@ from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, fi
 
 @dataclass(frozen=True)
 class ProblemArguments(Settings, group="problems"):
-    """What the arms are compared on. Each combination of several values is a family of comparisons."""
+    """What the arms are compared on. Several values make a family of comparisons for each combination."""
 
     task: tuple[str, ...] = ()
-    """Tasks, as tokenrl train takes them by name. Default, without an env: sort_digits."""
+    """Tasks, by the names that tokenrl train takes. Default, without an env: sort_digits."""
     env: tuple[str, ...] = ()
-    """Environments, as tokenrl control takes them; the runs are then those of tokenrl control."""
+    """Environments, by the names that tokenrl control takes; it then makes the runs."""
     model: tuple[str, ...] = ()
     """Models. Default: each toy task's own, which is warm-started once."""
     num_generations: tuple[Count, ...] = ()
-    """Group sizes. Default: as tokenrl train has it for the task."""
+    """Group sizes. Default: what tokenrl train chooses for the task."""
     learning_rate: tuple[Positive | Literal["fixed", "tuned"], ...] = ("fixed",)
-    """fixed: what tokenrl train recommends, for all arms; tuned: for each arm the best of a grid around that,
-    on seeds of their own (successive halving); or numbers."""
+    """fixed: the recommended rate, for all arms; tuned: for each arm the best rate of a grid around it,
+    chosen on other seeds by successive halving; or numbers."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class JudgementArguments(Settings, group="judgement"):
     """Which score decides, and what counts as a difference."""
 
     reference: str | None = None
-    """The arm that each of the others is compared with. Default: the first."""
+    """The arm with which each of the others is compared. Default: the first."""
     all_pairs: bool = False
-    """Compare all arms with each other, and not only with the reference; each verdict then needs more."""
+    """Compare all arms with each other, not only with the reference; a verdict then needs more evidence."""
     metric: Literal["area", "reward", "area_greedy", "reward_greedy"] = "area"
     """Score that decides: area (mean held-out sampled reward over the evaluations of the budget, the one
     before training left out), reward (the last of them), area_greedy, reward_greedy."""
     margin: Positive | None = None
-    """Differences below it count as none. Default: .02 of the range that the reward declares; without a
+    """Smaller differences count as none. Default: .02 of the range that the reward declares; without a
     declared range no two arms are called equivalent."""
     failure_below: Number | None = None
-    """A run that ends with a lower held-out sampled reward counts as failed, as one that breaks off does."""
+    """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
     check_reference: bool = False
     """Also run the reference on as many other seeds and compare it with itself: the report then shows what
     two equal arms look like. It decides nothing."""
@@ -50,15 +50,15 @@ class JudgementArguments(Settings, group="judgement"):
 
 @dataclass(frozen=True)
 class ExecutionArguments(Settings, group="execution"):
-    """Where the runs take place. Each is an ordinary run directory and takes one thread."""
+    """Where the runs are made. Each has an ordinary run directory and one thread."""
 
     executor: Literal["local", "ray"] = "local"
     """local: processes of this machine; ray: tasks of a Ray cluster, or of a local one that is started."""
     workers: Count | None = None
-    """Runs at the same time. Default: as many as there are processors."""
+    """Number of runs at the same time. Default: one per processor."""
     dry_run: bool = False
-    """Print the plan, the smallest difference that it can show, and the time from a measured step; then
-    stop."""
+    """Print the plan, the smallest difference that it can show, and the time of a run, from a few measured
+    steps; then stop."""
     print_commands: bool = False
     """Print a command for each run, for any other scheduler, and stop. Once they have run, the same
     comparison without this flag reads their results."""
@@ -66,11 +66,11 @@ class ExecutionArguments(Settings, group="execution"):
 
 @dataclass(frozen=True)
 class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments):
-    """Compare baselines, or other settings, over seeds: which is best, and how sure may one be.
+    """Compare baselines, or other settings, over seeds: which is best, and how certain that is.
 
     Every other flag of tokenrl train (with --env: of tokenrl control) is taken too, and holds for all runs,
-    as --max-steps 100, --optimizer sgd or --estimator.aggregation sequence_mean. Killed and started again, a
-    comparison goes on where it was.
+    such as --max-steps 100, --optimizer sgd or --estimator.aggregation sequence_mean. Killed and started
+    again, a comparison continues.
     """
 
     arms: tuple[str, ...] = ("reinforce", "reinforce_running_mean", "rloo", "grpo")
@@ -79,7 +79,7 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
     seeds: Annotated[int, Bounds(at_least=2, at_most=1000)] = 6
     """Runs of each arm. Below 6 the numbers are shown without a verdict."""
     first_seed: Seed = 0
-    """The first of the seeds, which follow one another."""
+    """The first seed; the others follow it."""
     output_dir: str = "runs/compare"
     """Directory of the comparison: plan.json, runs/, runs.csv, comparisons.csv, comparison.json and
     report.html."""
@@ -91,7 +91,7 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
     """Settings of tokenrl train or tokenrl control that all runs share."""
 
     def __post_init__(self) -> None:
-        """Check the values; the shared settings are checked with each run's."""
+        """Check the values; the shared settings are checked together with those of each run."""
         super().__post_init__()
         if not isinstance(self.shared, Mapping):
             raise Refused(f"shared was given as {shown(self.shared)}; it must map settings to their values.")
@@ -99,8 +99,8 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """Put the options that are settings of the runs, and not of the comparison itself, under `shared`."""
-    own = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
-    shared = {name: value for name, value in options.items() if name not in own}
-    if not shared or not isinstance(own.get("shared", {}), Mapping):  # which the arguments refuse
-        return own
-    return own | {"shared": {**own.get("shared", {}), **shared}}
+    own_options = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
+    shared = {name: value for name, value in options.items() if name not in own_options}
+    if not shared or not isinstance(own_options.get("shared", {}), Mapping):  # which the arguments refuse
+        return own_options
+    return own_options | {"shared": {**own_options.get("shared", {}), **shared}}

@@ -1,4 +1,4 @@
-"""Judges the runs of a comparison, and says which arms are not valid and what the numbers do not mean."""
+"""Judges the runs of a comparison, and says which arms are not valid and what the verdicts do not mean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from tokenrl.errors import Stopped
-from tokenrl.lab.compare.judgement import Judgement, listed, shown
+from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
 from tokenrl.lab.compare.verdicts import judge_scores
@@ -21,11 +21,11 @@ from tokenrl.runs.rules import judge
 
 
 class Caveat(NamedTuple):
-    """What a reader must keep in mind.
+    """A reservation about a verdict.
 
     Attributes:
         text: a sentence or two.
-        headline: a few words for the headline of the verdict; empty if it does not touch the verdict.
+        headline: a few words for the headline of the verdict; empty if the verdict stands.
     """
 
     text: str
@@ -34,12 +34,12 @@ class Caveat(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found; its directory holds the same in files.
+    """The result of a comparison; its directory holds the same in files.
 
     Attributes:
         output_dir: the directory.
         plan: what was planned before anything was run.
-        table: what was read from each run, of all roles.
+        table: the rows and curves of all runs.
         findings: what the table of rules finds in the training of an arm, by problem and arm.
         judgements: failures, paired differences and verdicts by score; that of the plan decides.
         thresholds: by problem and arm, how many runs reach a reward, and the median of the samples to it.
@@ -59,13 +59,13 @@ class Comparison:
 
     @cached_property
     def caveats(self) -> dict[str, list[Caveat]]:
-        """What the numbers do not mean, by problem."""
+        """What the verdicts do not mean, by problem."""
         kinds = (_exploratory, _ceiling, _sharpness, _updates, _edges)
         return {p.label: [caveat for of in kinds for caveat in of(self, p)] for p in self.plan.problems}
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 if a run of the comparison failed; failures on tuning seeds only make a rate a bad one."""
+        """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
         runs = self.table.runs
         return int((runs["state"] != "finished")[runs["role"] != "tuning"].any())
 
@@ -78,9 +78,9 @@ class Comparison:
 
     def differences(self) -> pd.DataFrame:
         """Return every difference in each metric; the column `decides` marks those that give the verdicts."""
-        found = pd.concat([judgement.table() for judgement in self.judgements.values()])
-        decides = (found["metric"] == self.plan.metric) & ~found["arm"].str.endswith(" itself")
-        return found.assign(decides=decides.map({True: "yes", False: "no"}))
+        table = pd.concat([judgement.table() for judgement in self.judgements.values()])
+        decides = (table["metric"] == self.plan.metric) & ~table["arm"].str.endswith(" itself")
+        return table.assign(decides=decides.map({True: "yes", False: "no"}))
 
 
 def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
@@ -89,40 +89,44 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     Args:
         output_dir: its directory.
         plan: the plan.
-        table: what was read from the runs, of all roles.
+        table: the rows and curves of all runs.
 
     Raises:
         Stopped: on a problem no run has the score that decides.
     """
-    made, metric = table.runs[table.runs["state"] != "missing"], plan.metric
-    ours, again = made[made["role"] == "comparison"], made[(made["role"] == "itself") & ~made["failed"]]
-    found = {}
+    ended, metric = table.runs[table.runs["state"] != "missing"], plan.metric
+    compared = ended[ended["role"] == "comparison"]
+    repeated = ended[(ended["role"] == "itself") & ~ended["failed"]]
+    findings = {}
     for problem, arm in product(plan.problems, plan.arms):
-        runs = ours[ours["problem"] == problem.label]
+        runs = compared[compared["problem"] == problem.label]
         if runs[metric].isna().all():
-            why = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
-            raise Stopped(f"Nothing can be judged on {problem.label}: no run has the score {metric}. {why}")
-        found[problem.label, arm.label] = _findings(arm, problem, runs[runs["arm"] == arm.label])
-    void = {key: " ".join(one.text for one in each if one.weight == "void") for key, each in found.items()}
-    sound = ours[~ours["failed"]]
-    known = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
+            reason = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
+            raise Stopped(f"Nothing can be judged on {problem.label}: no run has {metric}. {reason}")
+        findings[problem.label, arm.label] = _findings(arm, problem, runs[runs["arm"] == arm.label])
+    void = {
+        key: " ".join(finding.text for finding in of_arm if finding.weight == "void")
+        for key, of_arm in findings.items()
+    }
+    sound = compared[~compared["failed"]]
+    metrics = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
     judgements = {
         name: judge_scores(
-            ours,
+            compared,
             metric=name,
             reference=plan.reference,
             margin=plan.margins if name == metric else None,
             all_pairs=plan.all_pairs,
             void=void,
-            itself={str(p): of.set_index("seed")[name].to_dict() for p, of in again.groupby("problem")},
+            itself={str(p): of.set_index("seed")[name].to_dict() for p, of in repeated.groupby("problem")},
         )
-        for name in dict.fromkeys([metric, *known])
+        for name in dict.fromkeys([metric, *metrics])
     }
     return Comparison(
         output_dir=output_dir,
         plan=plan,
         table=table,
-        findings=found,
+        findings=findings,
         judgements=judgements,
         thresholds=pd.concat([thresholds(problem, table) for problem in plan.problems]),
     )
@@ -138,60 +142,60 @@ def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     return judge(facts)
 
 
-def _exploratory(found: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Tell what was decided after results could be seen; then the level of the intervals does not hold."""
-    if found.plan.changes:
+def _exploratory(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Warn of decisions after results could be seen: then the level of the intervals does not hold."""
+    if comparison.plan.changes:
         yield Caveat(
-            f"Exploratory: {'; '.join(found.plan.changes)}. Who sees results before choosing what to "
+            f"Exploratory: {'; '.join(comparison.plan.changes)}. Who sees results before choosing what to "
             "compare, or when to stop, finds differences by chance more often than the level says. Repeat it "
             "with new seeds (--first-seed) in another --output-dir.",
             "it was changed after results could be seen",
         )
 
 
-def _ceiling(found: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Tell if all arms end at the best possible reward, and at which budget they lie farthest apart."""
-    means = found.table.of(problem.label).groupby("arm")["reward"].mean()
+def _ceiling(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Warn if all arms end at the best possible reward; name the budget at which they differed most."""
+    means = comparison.table.of(problem.label).groupby("arm")["reward"].mean()
     least, best = means.min(skipna=False), (problem.reward_range or (None, None))[1]
     if best is not None and problem.margin is not None and best - least <= problem.margin:
-        where = f"within {shown(problem.margin)} of the best possible reward, {shown(best)}"
+        where = f"within {digits(problem.margin)} of the best possible reward, {digits(best)}"
     elif problem.solved is not None and least >= problem.solved:
-        where = f"at {shown(least)} or above, and {shown(problem.solved)} counts as solved"
+        where = f"at {digits(least)} or above, and {digits(problem.solved)} counts as solved"
     else:
         return
     text = f"Ceiling: every arm ends {where}, so the reward at the end hardly separates them."
-    by_place = found.table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
-    spread = by_place.agg(["mean", "std"]).groupby("samples")
+    by_budget = comparison.table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
+    spread = by_budget.agg(["mean", "std"]).groupby("samples")
     apart = (spread["mean"].std() / spread["std"].mean().clip(lower=1e-9)).iloc[1:].fillna(0.0)
-    place = apart.idxmax()
-    if place < problem.budget and apart[place] > 1:
-        steps = max(1, round(place / problem.per_step))
-        flag = f"--max-samples {place:.0f}" if problem.unit == "completions" else f"--max-steps {steps}"
+    samples = apart.idxmax()
+    if samples < problem.budget and apart[samples] > 1:
+        steps = max(1, round(samples / problem.per_step))
+        flag = f"--max-samples {samples:.0f}" if problem.unit == "completions" else f"--max-steps {steps}"
         text += (
-            f" Compare at a smaller budget: after {place:,.0f} {problem.unit} the arms lay farthest apart, "
+            f" Compare at a smaller budget: after {samples:,.0f} {problem.unit} the arms lay farthest apart, "
             f"relative to the spread over seeds ({flag}; since these results suggest it, with other seeds)."
         )
     yield Caveat(text, "every arm ends at the ceiling")
 
 
-def _sharpness(found: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Tell if an arm differs in sampled reward but not in greedy reward, and the better one is sharper.
+def _sharpness(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Warn if arms differ in sampled but not in greedy reward, and the better one is sharper.
 
     Where the arms have different learning rates, the rate alone may be the reason.
     """
-    metric = found.plan.metric
-    names = [name for name in (metric, f"{metric}_greedy", "entropy") if name in found.judgements]
-    each = (found.judgements[name].of(problem.label).differences for name in names)
-    means = found.table.of(problem.label).groupby("arm")[["entropy", "learning_rate"]].mean()
+    metric = comparison.plan.metric
+    names = [name for name in (metric, f"{metric}_greedy", "entropy") if name in comparison.judgements]
+    each = (comparison.judgements[name].of(problem.label).differences for name in names)
+    means = comparison.table.of(problem.label).groupby("arm")[["entropy", "learning_rate"]].mean()
     for sampled, greedy, entropy in zip(*each, strict=True) if len(names) == 3 else ():
-        by, greedily = sampled.mean.value, greedy.mean.value
-        is_sharper = sampled.adjusted.excludes_0 and entropy.mean.excludes_0 and by * entropy.mean.value < 0
-        is_equal = not greedy.mean.excludes_0 and 2 * abs(greedily) < abs(by)
+        gain, greedy_gain = sampled.mean.value, greedy.mean.value
+        is_sharper = sampled.adjusted.excludes_0 and entropy.mean.excludes_0 and gain * entropy.mean.value < 0
+        is_equal = not greedy.mean.excludes_0 and 2 * abs(greedy_gain) < abs(gain)
         if is_sharper and is_equal and sampled.verdict != "void":
             better, worse = sampled.arm, sampled.reference
-            if by < 0:
+            if gain < 0:
                 better, worse = worse, better
-            nats = " against ".join(shown(means["entropy"][arm]) for arm in (better, worse))
+            nats = " against ".join(digits(means["entropy"][arm]) for arm in (better, worse))
             rates = [f"{means['learning_rate'][arm]:g}" for arm in (better, worse)]
             is_rate = rates[0] != rates[1]
             reason = (
@@ -199,7 +203,7 @@ def _sharpness(found: Comparison, problem: Problem) -> Iterator[Caveat]:
                 "entropy: compare the two at one rate before you explain the difference."
             )
             yield Caveat(
-                f"Sharpness: {better} has a sampled reward that is {shown(abs(by))} higher than that of "
+                f"Sharpness: {better} has a sampled reward that is {digits(abs(gain))} higher than that of "
                 f"{worse}, but no difference is seen in greedy reward ({sampled.arm}: {greedy.apart}), and "
                 f"{better} has the lower entropy ({nats}). A sharper policy alone raises the sampled reward, "
                 f"so it need not know more.{f' {reason}' * is_rate}",
@@ -207,29 +211,28 @@ def _sharpness(found: Comparison, problem: Problem) -> Iterator[Caveat]:
             )
 
 
-def _updates(found: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Tell of arms whose gradient was clipped in most updates, and of those whose updates were skipped."""
-    flagged = [
-        (arm.label, one) for arm in found.plan.arms for one in found.findings[problem.label, arm.label]
-    ]
-    shares = found.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
-    clipped = [f"{arm} ({shares[arm]:.0%})" for arm, one in flagged if one.flag == "clipped-updates"]
+def _updates(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Warn of arms whose gradient was clipped in most updates, or whose updates were skipped."""
+    arms = [arm.label for arm in comparison.plan.arms]
+    flagged = [(arm, finding) for arm in arms for finding in comparison.findings[problem.label, arm]]
+    shares = comparison.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
+    clipped = [f"{arm} ({shares[arm]:.0%})" for arm, finding in flagged if finding.flag == "clipped-updates"]
     if clipped:
         yield Caveat(
-            f"Clipping: the gradient was clipped in most updates of {listed(clipped)}. There the bound sets "
+            f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
             "the size of a step, and the estimator only its direction.",
             "most updates were clipped, which hides a gradient's size",
         )
-    for arm, one in flagged:
-        if one.flag == "skipped":
-            yield Caveat(f"Updates of {arm}: {one.text}")
+    for arm, finding in flagged:
+        if finding.flag == "skipped":
+            yield Caveat(f"Updates of {arm}: {finding.text}")
 
 
-def _edges(found: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Tell of tuned learning rates that are the least or the greatest of those that were tried."""
-    tried = found.table.of(problem.label, role="tuning").groupby("arm", sort=False)["learning_rate"]
-    for arm, rates in tried:
-        chosen = found.table.of(problem.label, str(arm))["learning_rate"].iloc[0]
+def _edges(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Warn of tuned learning rates that are the least or the greatest of those that were tried."""
+    tuning = comparison.table.of(problem.label, role="tuning").groupby("arm", sort=False)["learning_rate"]
+    for arm, rates in tuning:
+        chosen = comparison.table.of(problem.label, str(arm))["learning_rate"].iloc[0]
         if chosen in (rates.min(), rates.max()):
             side = "least" if chosen == rates.min() else "greatest"
             yield Caveat(

@@ -1,4 +1,4 @@
-"""Makes runs by their command lines, some at the same time: on this machine, or as tasks of a Ray cluster."""
+"""Makes runs by their command lines, several at a time, on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from threading import Event
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.lab.compare.plan import Run
+from tokenrl.lab.compare.plan import PlannedRun
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.files import write_json
@@ -29,18 +29,18 @@ TICK = 0.2
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-"""Variables of each run, beside those of the program that starts it."""
+"""Environment variables of each run, beside those of the program that starts it."""
 
-Call = Callable[[Sequence[str], str, Callable[[], bool]], int]
+RunCommand = Callable[[Sequence[str], str, Callable[[], bool]], int]
 """Runs a command of tokenrl whose output goes to a file, and stops it once a function says that all is over.
 
 It returns the exit code, or minus the number of the signal that ended the process."""
 
 
-def command(run: Run, root: Path) -> list[str]:
+def command(run: PlannedRun, root: Path) -> list[str]:
     """Return the words after `tokenrl` that make or continue a run; its settings are in a file beside it.
 
-    They belong into the current directory: the paths in them may be relative to it.
+    The paths in them may be relative to the current directory.
 
     Args:
         run: the run.
@@ -50,7 +50,7 @@ def command(run: Run, root: Path) -> list[str]:
     return [run.kind, "--config", f"{path}.json", "--output-dir", path, "--resume", "auto", "--quiet"]
 
 
-def print_commands(runs: Sequence[Run], root: Path) -> None:
+def print_commands(runs: Sequence[PlannedRun], root: Path) -> None:
     """Print the command line of each run, for any scheduler, and write the settings that it reads."""
     variables = (f"{name}={value}" for name, value in ENVIRONMENT.items())
     words = ["env", *variables, "tokenrl"]
@@ -59,7 +59,7 @@ def print_commands(runs: Sequence[Run], root: Path) -> None:
         print(shlex.join([*words, *command(run, root)]))
 
 
-def _write_settings(run: Run, root: Path) -> None:
+def _write_settings(run: PlannedRun, root: Path) -> None:
     path = root / f"{run.path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in run.settings.items() if value is not None}
@@ -67,7 +67,7 @@ def _write_settings(run: Run, root: Path) -> None:
 
 
 def execute(
-    runs: Sequence[Run],
+    runs: Sequence[PlannedRun],
     root: Path,
     *,
     executor: Literal["local", "ray"] = "local",
@@ -91,20 +91,20 @@ def execute(
         Stopped: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
     ended, over = 0, Event()
-    call, places = _on_ray() if executor == "ray" else _on_this_machine()
-    with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or places) as pool:
+    call, processors = _ray_executor() if executor == "ray" else _local_executor()
+    with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or processors) as pool:
 
         def is_over() -> bool:
             return over.is_set() or bool(stop.requested)
 
-        made = {pool.submit(_make, run, root, call, is_over): run for run in runs}
+        futures = {pool.submit(_run_until_ended, run, root, call, is_over): run for run in runs}
         try:
-            for future in as_completed(made):
+            for future in as_completed(futures):
                 code = future.result()
                 if stop.requested:
                     break
                 ended += 1
-                console.note(f"run {ended}/{len(runs)}  {_ending(made[future], code, root)}")
+                console.note(f"run {ended}/{len(runs)}  {_describe_ending(futures[future], code, root)}")
         finally:
             over.set()
     if stop.requested:
@@ -116,7 +116,7 @@ def execute(
         raise error
 
 
-def _make(run: Run, root: Path, call: Call, is_over: Callable[[], bool]) -> int:
+def _run_until_ended(run: PlannedRun, root: Path, call: RunCommand, is_over: Callable[[], bool]) -> int:
     """Make or continue a run, and once more if its process was killed; return the exit code."""
     code, path = -int(signal.SIGTERM), root / run.path
     _write_settings(run, root)
@@ -128,8 +128,8 @@ def _make(run: Run, root: Path, call: Call, is_over: Callable[[], bool]) -> int:
     return code
 
 
-def _ending(run: Run, code: int, root: Path) -> str:
-    """Say how a run has ended, and remove its log if that is empty."""
+def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
+    """Describe how a run has ended, and remove its log if it is empty."""
     log = Path(f"{root / run.path}.log")
     if log.is_file() and not log.stat().st_size:
         log.unlink()
@@ -139,19 +139,19 @@ def _ending(run: Run, code: int, root: Path) -> str:
     return f"{run.problem}: {run.arm}, seed {run.seed}{rate}{itself}: {ending}"
 
 
-def _on_this_machine() -> tuple[Call, int]:
-    """Return what runs a command here, and the number of processors."""
-    places = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return partial(_call, environment=_environment()), places
+def _local_executor() -> tuple[RunCommand, int]:
+    """Return the function that runs a command here, and the number of processors."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return partial(_call, environment=_environment()), processors
 
 
 def _environment() -> dict[str, str]:
-    """Return variables with which a run imports what this program can, such as a user's rewards."""
+    """Return environment variables with which a run can import what this program can, such as rewards."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ENVIRONMENT}
 
 
 def _call(words: Sequence[str], log: str, is_over: Callable[[], bool], environment: Mapping[str, str]) -> int:
-    """Run a command; asked to stop, by a KeyboardInterrupt too, it passes that on and waits.
+    """Run a command; a request to stop, such as a KeyboardInterrupt, is passed on to it and awaited.
 
     On Linux the command is also asked to stop if the thread that started it dies.
     """
@@ -178,8 +178,8 @@ def _stop_with_parent() -> None:
     LIBRARY.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _on_ray() -> tuple[Call, int]:
-    """Connect with Ray, or start it; return what runs a command there, and the number of processors.
+def _ray_executor() -> tuple[RunCommand, int]:
+    """Connect to Ray or start it; return the function that runs a command there, and its processors.
 
     The cluster is the one that RAY_ADDRESS names; without it a local one is started. On a cluster of several
     machines tokenrl must be installed on each, and the current directory, that of the comparison and the
@@ -194,23 +194,23 @@ def _on_ray() -> tuple[Call, int]:
             f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
             "with pip install ray, set RAY_ADDRESS, or leave executor at local."
         ) from error
-    task = ray.remote(num_cpus=1, max_retries=0)(_in_task)
+    task = ray.remote(num_cpus=1, max_retries=0)(_run_in_task)
 
     def call(words: Sequence[str], log: str, is_over: Callable[[], bool]) -> int:
-        made = task.remote(words, log, os.getcwd(), _environment())
-        while not ray.wait([made], timeout=TICK)[0] and not is_over():
+        pending = task.remote(words, log, os.getcwd(), _environment())
+        while not ray.wait([pending], timeout=TICK)[0] and not is_over():
             pass
         if is_over():
-            ray.cancel(made)
+            ray.cancel(pending)
         try:
-            return int(ray.get(made))
+            return int(ray.get(pending))
         except ray.exceptions.RayError:
             return -int(signal.SIGKILL)
 
     return call, int(ray.cluster_resources().get("CPU", 1))
 
 
-def _in_task(words: Sequence[str], log: str, directory: str, environment: Mapping[str, str]) -> int:
+def _run_in_task(words: Sequence[str], log: str, directory: str, environment: Mapping[str, str]) -> int:
     """Run a command in a process of Ray, which interrupts it to stop it."""
     os.chdir(directory)
     return _call(words, log, lambda: False, environment)

@@ -100,8 +100,10 @@ def power(pairs: int, effect: float, level: float) -> float:
         level: level of the two-sided interval.
     """
     critical, shift = float(stats.t.ppf((1 + level) / 2, pairs - 1)), effect * math.sqrt(pairs)
-    found = float(stats.nct.sf(critical, pairs - 1, shift))
-    return found if math.isfinite(found) else float(stats.norm.sf(critical - shift))  # far out in the tail
+    probability = float(stats.nct.sf(critical, pairs - 1, shift))
+    if math.isfinite(probability):
+        return probability
+    return float(stats.norm.sf(critical - shift))  # far out in the tail
 
 
 def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""Holds what is found when arms are compared over seeds, and says it in plain words, never more than that."""
+"""Holds the result of comparing arms over seeds, and puts it into sentences that claim no more than it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pandas as pd
 
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, Interval, failure_rate
 
-Verdict = Literal["better", "worse", "equivalent", "undecided", "descriptive", "void"]
+VerdictWord = Literal["better", "worse", "equivalent", "undecided", "descriptive", "void"]
 """Of an arm against another: better, worse, equivalent within the margin, or undecided. Without a verdict:
 descriptive, because there are fewer than six pairs; or void, because an arm is not valid."""
-WHOLE: dict[Verdict, str] = {
+WHOLE: dict[VerdictWord, str] = {
     "better": "Better than {other}: {arms}.",
     "worse": "Worse than {other}: {arms}.",
     "equivalent": "Equivalent to {other} within {margin}: {arms}.",
@@ -23,7 +23,7 @@ WHOLE: dict[Verdict, str] = {
     "descriptive": "No verdict, because there are too few seeds: {arms} against {other}.",
     "void": "Not valid, so not compared with {other}: {arms}.",
 }
-"""All verdicts, with the words for the arms that they are given to."""
+"""For each verdict, the sentence about the arms that have it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ArmScores:
         arm: its label.
         scores: score by seed of the runs that did not fail.
         failed: the seeds of the runs that failed.
-        void: why the arm is not valid, in words; empty if it is.
+        void: the reason why the arm is not valid; empty if it is valid.
     """
 
     arm: str
@@ -62,26 +62,26 @@ class ArmScores:
 
     @property
     def count(self) -> str:
-        """How many of the runs failed, in words."""
+        """The number of failed runs, in words."""
         return f"{len(self.failed)} of {len(self.seeds)} runs"
 
 
 @dataclass(frozen=True)
-class Difference:
-    """An arm compared with another one, paired by seed, in two parts: failures, and the rest.
+class PairedDifference:
+    """The difference of an arm to another one in two parts: failures, and scores paired by seed.
 
     Attributes:
         arm: the arm.
-        reference: what it is compared with.
+        reference: the arm with which it is compared.
         differences: score of the arm minus that of the reference by seed, of pairs in which neither failed.
         mean: mean difference with a 95 % Student-t interval.
         adjusted: the same at the level that decides.
         level: that level: .05 shared by all comparisons of the family, and where a run of the two arms
             failed, by the two parts of the verdict.
         p_failures: two-sided p of Fisher's exact test that both fail equally often.
-        more_failures: which of the two fails more often, at the level that decides; empty for neither.
+        more_failures: the arm that fails more often at the level that decides; empty if neither does.
         verdict: the verdict.
-        unpaired: seeds that only one of the two has, which are therefore left out.
+        unpaired: seeds that only one of the two has; they are left out.
         margin: differences smaller than this count as none; None if equivalence is not judged.
     """
 
@@ -93,40 +93,40 @@ class Difference:
     level: float
     p_failures: float
     more_failures: str
-    verdict: Verdict
+    verdict: VerdictWord
     unpaired: tuple[int, ...]
     margin: float | None
 
     @property
     def apart(self) -> str:
         """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
-        return f"{self.mean.value:+.3g} [{shown(self.adjusted.low)}, {shown(self.adjusted.high)}]"
+        return f"{self.mean.value:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
 
     @property
     def finding(self) -> str:
-        """The verdict in a sentence, of the runs that did not fail unless failures decide."""
-        arm, other, pairs = self.arm, self.reference, len(self.differences)
+        """The verdict in a sentence, which is about runs that did not fail unless failures decide."""
+        arm, reference, pairs = self.arm, self.reference, len(self.differences)
         if self.verdict == "void":
-            return f"{arm} and {other} cannot be compared: one of them is not valid."
+            return f"{arm} and {reference} cannot be compared: one of them is not valid."
         if self.verdict == "descriptive":
-            lies = f"{arm} lies {self.apart} from {other}; " if pairs else ""
+            lies = f"{arm} lies {self.apart} from {reference}; " if pairs else ""
             few = f"{lies}{pairs} pair{'s are' if pairs != 1 else ' is'} too few for a verdict"
             return f"{few}, which needs {LEAST_PAIRS} seeds or more."
         if self.verdict == "equivalent":
             yet = ", though it is not 0" * self.adjusted.excludes_0
-            size = f"the difference, {self.apart}, is smaller than the margin of {shown(self.margin)}{yet}"
-            return f"{arm} and {other} are equivalent: {size}."
+            size = f"the difference, {self.apart}, is smaller than the margin of {digits(self.margin)}{yet}"
+            return f"{arm} and {reference} are equivalent: {size}."
         if self.verdict in ("better", "worse"):
             often = "more" if self.more_failures == arm else "less"
             reason = f"because it fails {often} often" if self.more_failures else f"by {self.apart}"
-            return f"{arm} is {self.verdict} than {other}, {reason}."
+            return f"{arm} is {self.verdict} than {reference}, {reason}."
         if self.more_failures:
             reason = f"one fails more often, and the other is worse where neither fails, {self.apart}"
         elif self.adjusted.low == self.adjusted.high:
-            reason = f"all differences are {shown(self.mean.value)}, which says nothing of how they vary"
+            reason = f"all differences are {digits(self.mean.value)}, which says nothing of how they vary"
         else:
-            reason = f"the difference, {self.apart}, may be of either sign"
-        return f"{arm} against {other} is undecided: {reason}."
+            reason = f"the difference, {self.apart}, may have either sign"
+        return f"{arm} against {reference} is undecided: {reason}."
 
     def row(self) -> dict[str, Any]:
         """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
@@ -149,21 +149,21 @@ class Family:
         margin: differences smaller than this count as none; None if equivalence is not judged.
         arms: the scores of each arm, in the order in which they were given.
         differences: each other arm against the reference, then all other pairs if they were asked for.
-        itself: the reference on its own seeds against itself on others, if that was measured. It belongs
-            to no family: its level is .95.
+        itself: the difference of the reference to itself on other seeds, if that was measured. It belongs to
+            no family: its level is .95.
     """
 
     problem: str
     reference: str
     margin: float | None
     arms: tuple[ArmScores, ...]
-    differences: tuple[Difference, ...]
-    itself: Difference | None = None
+    differences: tuple[PairedDifference, ...]
+    itself: PairedDifference | None = None
 
     @property
-    def against_reference(self) -> dict[str, Difference]:
+    def against_reference(self) -> dict[str, PairedDifference]:
         """The differences to the reference, by arm."""
-        return {one.arm: one for one in self.differences if one.reference == self.reference}
+        return {d.arm: d for d in self.differences if d.reference == self.reference}
 
     def headline(self, qualified: Sequence[str] = ()) -> str:
         """Return all verdicts against the reference in a sentence or two, with what qualifies them.
@@ -171,14 +171,16 @@ class Family:
         Args:
             qualified: what qualifies the verdicts, such as "every arm ends at the ceiling".
         """
-        said = []
+        sentences = []
         for verdict, words in WHOLE.items():
-            arms = [one.arm for one in self.against_reference.values() if one.verdict == verdict]
+            arms = [d.arm for d in self.against_reference.values() if d.verdict == verdict]
             if arms:
-                said.append(words.format(arms=listed(arms), other=self.reference, margin=shown(self.margin)))
+                sentences.append(
+                    words.format(arms=joined(arms), other=self.reference, margin=digits(self.margin))
+                )
         failing = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
-        said += [f"Runs failed: {listed(failing)}."] if failing else []
-        return " ".join([*said, *([f"But {listed(qualified)}."] if qualified else [])])
+        sentences += [f"Runs failed: {joined(failing)}."] if failing else []
+        return " ".join([*sentences, *([f"But {joined(qualified)}."] if qualified else [])])
 
     def sentences(self) -> list[str]:
         """Return the verdict of each difference in two parts, then why arms are not valid.
@@ -186,11 +188,10 @@ class Family:
         The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
         """
         by_label = {arm.arm: arm for arm in self.arms}
-        said = [
-            f"{one.finding} {_failures(one, by_label[one.arm], by_label[one.reference])}"
-            for one in self.differences
+        sentences = [
+            f"{d.finding} {_failures(d, by_label[d.arm], by_label[d.reference])}" for d in self.differences
         ]
-        return said + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
+        return sentences + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 
 @dataclass(frozen=True)
@@ -209,38 +210,40 @@ class Judgement:
         """Return the family of a problem."""
         return next(family for family in self.families if family.problem == problem)
 
-    def verdicts(self) -> dict[tuple[str, str], Verdict]:
+    def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""
         return {(f.problem, arm): d.verdict for f in self.families for arm, d in f.against_reference.items()}
 
     def table(self) -> pd.DataFrame:
         """Return a row for each difference, that of a reference to itself last in its family."""
         rows = [
-            {"problem": family.problem, "metric": self.metric, **one.row()}
+            {"problem": family.problem, "metric": self.metric, **d.row()}
             for family in self.families
-            for one in (*family.differences, *([family.itself] if family.itself else []))
+            for d in (*family.differences, *([family.itself] if family.itself else []))
         ]
         return pd.DataFrame(rows)
 
 
-def _failures(one: Difference, arm: ArmScores, other: ArmScores) -> str:
+def _failures(difference: PairedDifference, arm: ArmScores, reference: ArmScores) -> str:
     """Say how many runs of both failed, what is not excluded, and which seeds are left out."""
-    seeds = listed([str(seed) for seed in one.unpaired])
+    seeds = joined([str(seed) for seed in difference.unpaired])
     left_out = f" Left out, because only one of the two has them: seeds {seeds}." if seeds else ""
-    if not arm.failed and not other.failed:
-        most = max(arm.failures.high, other.failures.high)
+    if not arm.failed and not reference.failed:
+        most = max(arm.failures.high, reference.failures.high)
         return f"No run of either failed, which does not exclude that up to {most:.0%} would.{left_out}"
     each = [
-        f"{a.count} of {a.arm} failed [{a.failures.low:.0%}, {a.failures.high:.0%}]" for a in (arm, other)
+        f"{scores.count} of {scores.arm} failed [{scores.failures.low:.0%}, {scores.failures.high:.0%}]"
+        for scores in (arm, reference)
     ]
-    return f"{listed(each)}, p = {shown(one.p_failures)}; the difference is that of the others.{left_out}"
+    p = digits(difference.p_failures)
+    return f"{joined(each)}, p = {p}; the difference is that of the other runs.{left_out}"
 
 
-def listed(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
     """Join names with commas and a last `and`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def shown(value: float | None) -> str:
+def digits(value: float | None) -> str:
     """Write a number to three digits; a missing one as a dash."""
     return "-" if value is None or math.isnan(value) else f"{value:.3g}"

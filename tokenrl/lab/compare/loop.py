@@ -23,7 +23,15 @@ from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import execute, print_commands
 from tokenrl.lab.compare.page import write_comparison
-from tokenrl.lab.compare.plan import Plan, Problem, Run, continue_plan, lock_plan, read_plan, write_plan
+from tokenrl.lab.compare.plan import (
+    Plan,
+    PlannedRun,
+    Problem,
+    continue_plan,
+    lock_plan,
+    read_plan,
+    write_plan,
+)
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
@@ -31,12 +39,12 @@ from tokenrl.runs.reader import read_run
 from tokenrl.settings import arguments_of_call
 
 TIMED_STEPS = 6
-"""Steps of the run that is timed; the first two are left out, because they are slower than later ones."""
+"""Steps of the run that is timed; the first two are slower than the others, and do not count."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates that are tried, relative to the recommended one: four times that often destroys a policy."""
 WIDER = 2
-"""How often the grid is widened where its best rate is the first or the last."""
-NOTE = "Each run is an ordinary run directory; killed and started again, the same command goes on."
+"""How often a grid is widened whose best rate is its least or its greatest."""
+NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
 
 
 def compare(args: CompareArguments | None = None, **options: Any) -> Comparison | Plan:
@@ -50,7 +58,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         **options: the fields of `CompareArguments`, and settings that all runs share.
 
     Returns:
-        What was found; its directory holds the same in files, with a report. With `dry_run` or
+        The result; its directory holds the same in files, with a report. With `dry_run` or
         `print_commands` the plan.
 
     Raises:
@@ -59,8 +67,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
 
     Example:
         >>> import tokenrl
-        >>> found = tokenrl.compare(task="sort_digits", arms=("reinforce", "rloo"), seeds=6, max_steps=100)
-        >>> found.judgement.verdicts()
+        >>> result = tokenrl.compare(task="sort_digits", arms=("reinforce", "rloo"), seeds=6, max_steps=100)
+        >>> result.judgement.verdicts()
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
     console, root = Console(quiet=args.quiet), Path(args.output_dir)
@@ -68,13 +76,13 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     if args.dry_run:
         plan = continue_plan(plan, root, overwrite=False)
         times = {f"a run on {problem.label}": _forecast(plan, problem) for problem in plan.problems}
-        console.start("tokenrl compare", plan.in_words() | times, note=NOTE)
+        console.start("tokenrl compare", plan.describe() | times, note=NOTE)
         return plan
     lock, rows = lock_plan(root), list[dict[str, Any]]()
     try:
         plan = continue_plan(plan, root, overwrite=args.overwrite)
         write_plan(plan, root)
-        console.start("tokenrl compare", plan.in_words(), note=NOTE)
+        console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
             unmade = [run for run in runs if not is_done(run, root)]
             if unmade and args.print_commands:
@@ -86,11 +94,11 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         write_comparison(comparison)
     finally:
         lock.release()
-    _show(comparison, console)
+    _print_result(comparison, console)
     return comparison
 
 
-def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Run]:
+def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     """Return the runs to make next: those of a round of tuning, or all others once the rates are chosen.
 
     Args:
@@ -99,7 +107,7 @@ def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Run]:
             A run that failed keeps the score that it had at its end, so a rate that destroys the policy is a
             bad rate and not a missing one; a run without a score is the worst.
     """
-    rates, runs = {}, list[Run]()
+    rates, runs = {}, list[PlannedRun]()
     for problem, arm in product(plan.problems, plan.arms) if plan.tuning_seeds else ():
         scores = {
             (row["learning_rate"], row["seed"]): -math.inf if math.isnan(score := row[plan.metric]) else score
@@ -110,8 +118,8 @@ def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Run]:
         best, untried = tune(usual, plan.tuning_seeds, scores)
         rates[problem.label, arm.label] = best
         runs += [plan.run(problem, arm, seed, "tuning", rate) for rate, seed in untried]
-    made = {row["path"] for row in rows}
-    return runs or [run for run in plan.runs(rates) if run.path not in made]
+    paths = {row["path"] for row in rows}
+    return runs or [run for run in plan.runs(rates) if run.path not in paths]
 
 
 def tune(
@@ -124,20 +132,20 @@ def tune(
         seeds: the tuning seeds.
         scores: the score of each pair of rate and seed that has been tried.
     """
-    rates, tried = [factor * usual for factor in FACTORS], list[int]()
+    rates, seeds_so_far = [factor * usual for factor in FACTORS], list[int]()
     for seed in seeds:
-        tried.append(seed)
+        seeds_so_far.append(seed)
         for widened in range(WIDER + 1):
             if untried := [(rate, seed) for rate in rates if (rate, seed) not in scores]:
                 return rates[0], untried
-            rates.sort(key=lambda rate: (-fmean(scores[rate, seed] for seed in tried), rate))
-            if len(tried) == 1 and widened < WIDER:
-                rates += _beyond(rates)
+            rates.sort(key=lambda rate: (-fmean(scores[rate, seed] for seed in seeds_so_far), rate))
+            if len(seeds_so_far) == 1 and widened < WIDER:
+                rates += _rate_beyond(rates)
         rates = rates[: math.ceil(len(rates) / 2)]
     return rates[0], []
 
 
-def _beyond(ranked: Sequence[float]) -> list[float]:
+def _rate_beyond(ranked: Sequence[float]) -> list[float]:
     """Return the rate beyond the edge of a grid, if the best one lies there, and none otherwise."""
     best, low, high = ranked[0], min(ranked), max(ranked)
     return [low / 2] if best == low else [high * 2] if best == high else []
@@ -179,29 +187,29 @@ def _forecast(plan: Plan, problem: Problem) -> str:
         execute([run], Path(folder), console=Console(quiet=True))
         (row,) = read_runs(plan, [run], Path(folder))
         if row["state"] != "finished":
-            tried = f"A few steps of {arm.label} on {problem.label} were tried"
-            raise Refused(f"{tried}, and failed: {row['reason']}")
+            attempt = f"A few steps of {arm.label} on {problem.label} were tried"
+            raise Refused(f"{attempt}, and failed: {row['reason']}")
         recorded = read_run(Path(folder, run.path))
         steps = [timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing]
     evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
     seconds = problem.budget / problem.per_step * median(steps[2:] or steps)
-    return f"about {duration(seconds + (1 + len(problem.places)) * evaluation)} on one processor"
+    return f"about {duration(seconds + (1 + len(problem.evaluated_at)) * evaluation)} on one processor"
 
 
-def _show(found: Comparison, console: Console) -> None:
-    """Print the scores and the verdict of each problem, what they do not mean, and where the report is."""
-    for family in found.judgement.families:
-        title = f"{family.problem}: {found.plan.metric}, mean over the seeds that did not fail"
+def _print_result(comparison: Comparison, console: Console) -> None:
+    """Print scores and verdicts on each problem, what they do not mean, and the path of the report."""
+    for family in comparison.judgement.families:
+        title = f"{family.problem}: {comparison.plan.metric}, mean over the seeds that did not fail"
         columns = ("failed", "score", f"against {family.reference}", "verdict")
         table = rich_table(title, ("arm",), columns)
         for arm in family.arms:
-            one = family.against_reference.get(arm.arm)
-            judged = (one.apart, one.verdict) if one else ("", "reference")
-            table.add_row(arm.arm, arm.count, number(arm.mean), *judged)
+            difference = family.against_reference.get(arm.arm)
+            cells = (difference.apart, difference.verdict) if difference else ("", "reference")
+            table.add_row(arm.arm, arm.count, number(arm.mean), *cells)
         console.rich.print(table)
-        console.note(found.headline(family.problem))
-        for text in (*family.sentences(), *(caveat.text for caveat in found.caveats[family.problem])):
+        console.note(comparison.headline(family.problem))
+        for text in (*family.sentences(), *(caveat.text for caveat in comparison.caveats[family.problem])):
             console.note(f"- {text}")
-    for run in found.table.runs.query("failed").itertuples():
+    for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
-    console.note(f"report  {found.output_dir / 'report.html'}")
+    console.note(f"report  {comparison.output_dir / 'report.html'}")

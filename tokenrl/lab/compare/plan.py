@@ -20,8 +20,8 @@ from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]
 Role = Literal["comparison", "tuning", "itself"]
-"""Why a run is made: for the comparison, to choose an arm's learning rate, or to compare the reference with
-itself on other seeds."""
+"""What a run is for: the comparison, the choice of an arm's learning rate, or the comparison of the reference
+with itself on other seeds."""
 SCORES = {
     "area": "mean held-out sampled reward over the evaluations of the budget",
     "reward": "held-out sampled reward at the end",
@@ -32,7 +32,7 @@ SCORES = {
 SPREAD = (0.002, 0.011)
 """Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
 COMPUTATION = ("threads", "mixed_precision", "training_attention")
-"""Settings of how a run computes; a comparison fixes them unless the user does."""
+"""Settings that say how a run computes; a comparison sets them unless the user does."""
 JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 """How runs are judged, which may change when a comparison goes on."""
 
@@ -50,9 +50,9 @@ class Problem:
         unit: what a sample is: `completions`, or in control `episodes` (or `environment steps`).
         per_step: samples of a training step without greedy completions or refills.
         every: samples between two evaluations; 0 for a single one at the end.
-        margin: the difference that counts as none; None where equivalence is not judged.
+        margin: smaller differences count as none; None where equivalence is not judged.
         reward_range: the least and the largest reward, if the reward declares them.
-        solved: the reward from which the task counts as solved, if it says so.
+        solved: the reward from which the task counts as solved; None if it names none.
     """
 
     label: str
@@ -66,22 +66,22 @@ class Problem:
     solved: float | None = None
 
     @property
-    def places(self) -> tuple[float, ...]:
-        """The samples at which runs are evaluated, without that before training; the last is the budget.
+    def evaluated_at(self) -> tuple[float, ...]:
+        """Numbers of samples after which runs are evaluated while they train; the last is the budget.
 
         An arm with larger steps, because of greedy completions or refills, is evaluated a little later.
         """
         step = self.every or self.budget
-        return tuple(float(min(place, self.budget)) for place in range(step, self.budget + step, step))
+        return tuple(float(min(samples, self.budget)) for samples in range(step, self.budget + step, step))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the ways to train that are compared.
+    """One of the ways of training that are compared.
 
     Attributes:
-        label: the arm as the user wrote it, such as `grpo,scale=none`.
-        settings: the settings that it sets itself, as JSON holds them; `estimator` is among them.
+        label: what the user wrote, such as `grpo,scale=none`.
+        settings: its own settings, as JSON holds them; `estimator` is among them.
     """
 
     label: str
@@ -89,21 +89,21 @@ class Arm:
 
     @property
     def estimator(self) -> Estimator:
-        """Its estimator."""
+        """The estimator of the arm."""
         return arguments(Estimator, self.settings["estimator"])
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a comparison: an ordinary run directory.
 
     Attributes:
         problem: label of the problem.
         arm: label of the arm.
-        role: why it is made.
+        role: what it is for.
         seed: its seed.
         path: its directory, relative to that of the comparison.
-        settings: all its settings but the directory.
+        settings: all its settings, without the directory.
     """
 
     problem: str
@@ -115,12 +115,12 @@ class Run:
 
     @property
     def kind(self) -> Kind:
-        """The command that makes it."""
+        """The command that makes the run."""
         return "control" if "env" in self.settings else "train"
 
     @property
     def learning_rate(self) -> float:
-        """Its learning rate."""
+        """The learning rate of the run."""
         return float(self.settings["learning_rate"])
 
 
@@ -134,11 +134,11 @@ class Plan:
         reference: label of the arm that the others are compared with.
         metric: name of the score that decides.
         seeds: seeds of the comparison.
-        itself_seeds: seeds of the runs that compare the reference with itself; as many, or none.
+        itself_seeds: further seeds of the reference, on which it is compared with itself; none unless asked.
         tuning_seeds: seeds on which learning rates are chosen; none unless they are tuned.
         failure_below: the reward at the end below which a run counts as failed.
         all_pairs: whether all arms are compared with each other.
-        changes: what was changed after results were known, in words; it makes the comparison exploratory.
+        changes: sentences about changes after results were known, which make the comparison exploratory.
         command: the command line that repeats the comparison; empty if a Python program made it.
     """
 
@@ -162,15 +162,15 @@ class Plan:
     @property
     def comparisons(self) -> int:
         """Number of comparisons on each problem."""
-        others = len(self.arms) - 1
-        return others * (others + 1) // 2 if self.all_pairs else others
+        count = len(self.arms) - 1
+        return count * (count + 1) // 2 if self.all_pairs else count
 
     def run(
         self, problem: Problem, arm: Arm, seed: int, role: Role = "comparison", rate: float | None = None
-    ) -> Run:
+    ) -> PlannedRun:
         """Plan one run; its learning rate is the one given, else the arm's own, else the problem's.
 
-        All runs on a problem generate the same number of samples, and are evaluated at the same places.
+        All runs on a problem generate equally many samples, and are evaluated after equally many.
         """
         settings = {**problem.settings, **arm.settings, "seed": seed, "keep_checkpoints": 1}
         settings["learning_rate"] = rate or settings["learning_rate"]
@@ -178,13 +178,13 @@ class Plan:
             samples = settings["eval_every"] * problem.settings["num_generations"]  # per prompt
             every = settings["eval_every"] and max(1, round(samples / settings["num_generations"]))
             settings |= {"max_samples": problem.budget, "eval_every": every}
-        folder = _slug(arm.label, [other.label for other in self.arms])
+        folder = _slug(arm.label, [each.label for each in self.arms])
         suffix = f"-tuning-{settings['learning_rate']:g}" if role == "tuning" else f"-{role}"
         folder += suffix if role != "comparison" else ""
         path = f"runs/{_slug(problem.label, list(self.margins))}/{folder}/seed_{seed}"
-        return Run(problem.label, arm.label, role, seed, path, settings)
+        return PlannedRun(problem.label, arm.label, role, seed, path, settings)
 
-    def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Run]:
+    def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
         """Return the runs of the comparison, those of one seed together, so that pairs are complete early.
 
         Args:
@@ -192,16 +192,16 @@ class Plan:
         """
         runs = []
         for problem in self.problems:
-            for place, seed in enumerate(self.seeds):
+            for number, seed in enumerate(self.seeds):
                 for arm in self.arms:
                     rate = (rates or {}).get((problem.label, arm.label))
                     runs.append(self.run(problem, arm, seed, rate=rate))
                     if arm.label == self.reference and self.itself_seeds:
-                        runs.append(self.run(problem, arm, self.itself_seeds[place], "itself", rate))
+                        runs.append(self.run(problem, arm, self.itself_seeds[number], "itself", rate))
         return runs
 
-    def in_words(self) -> dict[str, str]:
-        """Say by heading what is compared, at what cost, and how small a difference that can show."""
+    def describe(self) -> dict[str, str]:
+        """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
         pairs, rates = len(self.seeds), sorted({run.learning_rate for run in self.runs()})
         seeds = {"": self.seeds, " against itself": self.itself_seeds, " for tuning": self.tuning_seeds}
         settings = self.problems[0].settings
@@ -219,7 +219,9 @@ class Plan:
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
             **{f"on {p.label}": f"{p.budget:,} {p.unit}, margin {p.margin or 'none'}" for p in self.problems},
-            "seeds": "; ".join(f"{of[0]} to {of[-1]}{what}" for what, of in seeds.items() if of),
+            "seeds": "; ".join(
+                f"{values[0]} to {values[-1]}{purpose}" for purpose, values in seeds.items() if values
+            ),
             "learning rate": "for each arm the best of a grid around the recommended one, by successive "
             "halving in ten runs or more"
             if self.tuning_seeds
@@ -231,32 +233,30 @@ class Plan:
 
 
 def _slug(label: str, all_labels: Sequence[str]) -> str:
-    """Return a label as the name of a folder; labels that become the same get their place."""
-    plainly = {
-        other: re.sub(r"[^A-Za-z0-9_.=-]+", "-", other).strip("-.")[:80] or "arm" for other in all_labels
-    }
-    same = [other for other in all_labels if plainly[other].lower() == plainly[label].lower()]
+    """Return the folder of a label; where several labels have the same folder, a number is added."""
+    plainly = {each: re.sub(r"[^A-Za-z0-9_.=-]+", "-", each).strip("-.")[:80] or "arm" for each in all_labels}
+    same = [each for each in all_labels if plainly[each].lower() == plainly[label].lower()]
     return plainly[label] + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
 
 
 def write_plan(plan: Plan, output_dir: Path) -> None:
-    """Write plan.json: the plan, and what it is in words."""
+    """Write plan.json: the plan, and its description in words."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "plan.json", {"plan": asdict(plan), "in words": plan.in_words()})
+    write_json(output_dir / "plan.json", {"plan": asdict(plan), "in words": plan.describe()})
 
 
 def read_plan(output_dir: Path) -> Plan:
     """Read the plan of a comparison from plan.json.
 
     Raises:
-        Refused: the file cannot be read, or it is not one that this version wrote.
+        Refused: the file cannot be read, or was not written by this version.
     """
     path = output_dir / "plan.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        values: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()}
-        values["problems"] = tuple(Problem(**one) for one in found["problems"])
-        values["arms"] = tuple(Arm(**one) for one in found["arms"])
+        stored = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        values: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in stored.items()}
+        values["problems"] = tuple(Problem(**fields) for fields in stored["problems"])
+        values["arms"] = tuple(Arm(**fields) for fields in stored["arms"])
         return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
@@ -289,7 +289,7 @@ def _refuse_foreign(output_dir: Path) -> None:
 
 
 def continue_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
-    """Compare a plan with the one that the directory holds; return it with the changes since.
+    """Compare a plan with the plan that the directory holds; return it with the changes between the two.
 
     A plan may gain runs, of more seeds or arms, and judge them in another way. If runs of the older plan have
     begun, such changes are noted as exploratory: who looks at results before choosing what to compare, or
@@ -333,8 +333,8 @@ def continue_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
     return replace(plan, changes=tuple(dict.fromkeys([*old.changes, *changes])))
 
 
-def _first_difference(before: Mapping[str, Run], now: Mapping[str, Run]) -> str:
-    """Say which run, by its directory, is missing now, or has other settings; nothing if there is none."""
+def _first_difference(before: Mapping[str, PlannedRun], now: Mapping[str, PlannedRun]) -> str:
+    """Describe the first run that is missing now or has other settings; empty text if there is none."""
     for path, run in before.items():
         if path not in now:
             return f"it has {path}, which these arguments do not make"
@@ -346,7 +346,7 @@ def _first_difference(before: Mapping[str, Run], now: Mapping[str, Run]) -> str:
 
 
 def _remove(plan: Plan, root: Path) -> None:
-    """Remove what a comparison wrote, and nothing else; its plan stays, until the next one replaces it.
+    """Remove what a comparison wrote and nothing else; its plan stays until the next plan replaces it.
 
     Raises:
         Refused: a run is at work, or lies behind a link; or it holds files that no run wrote.

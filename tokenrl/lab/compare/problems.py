@@ -1,4 +1,4 @@
-"""Plans a comparison: problems, arms, budgets and seeds, all of it before anything is run."""
+"""Makes the plan of a comparison from its arguments: problems, arms, budgets and seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem, Run
+from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, Problem
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import load_base, train_settings
@@ -26,21 +26,21 @@ from tokenrl.runs.origin import typed_command
 from tokenrl.settings import arguments, check_choice, check_seed, field_types
 
 MARGIN = 0.02
-"""Differences below this share of the reward's declared range count as none."""
+"""Differences smaller than this share of the reward's declared range count as none."""
 TUNING_SEEDS = 3
 EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 AXES = tuple(f.name for f in fields(Estimator))
-OWN = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads")
-"""Settings of a run that a comparison sets itself."""
+RESERVED = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads")
+"""Settings of a run that neither users nor arms may set, because the comparison does."""
 SWEPT = ("num_generations", "learning_rate")
-"""Settings that a comparison takes itself, several of them at once; an arm may set them all the same."""
-MEASURE = (
+"""Settings of which a comparison takes several values, each a problem; an arm may set its own value too."""
+SHARED = (
     *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
     *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
     *("max_steps", "max_samples", "eval_every"),
 )
-"""Settings that decide what is measured, or how often and on how many samples: all arms share them."""
+"""Settings that decide what is measured, how often, and on how many samples; all arms share them."""
 
 
 def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
@@ -48,7 +48,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
 
     Args:
         args: the arguments.
-        announce: prints a line for people, as while a model is warm-started.
+        announce: prints a line, such as that a model is being warm-started.
 
     Raises:
         Refused: an argument cannot be used, two contradict each other, or an arm cannot train on a problem.
@@ -65,7 +65,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         metric=args.metric,
         seeds=tuple(seeds),
         itself_seeds=tuple(s + 10_000 for s in seeds if args.check_reference),
-        tuning_seeds=tuple(first + 20_000 + place for place in range(TUNING_SEEDS if is_tuned else 0)),
+        tuning_seeds=tuple(first + 20_000 + number for number in range(TUNING_SEEDS if is_tuned else 0)),
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         command=typed_command(),
@@ -73,13 +73,13 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     check_choice("reference", plan.reference, labels)
     for problem, arm in product(problems, arms):
         try:
-            _check(plan.run(problem, arm, first))
+            _check_settings(plan.run(problem, arm, first))
         except Refused as error:
             raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
     return plan
 
 
-def _check(run: Run) -> None:
+def _check_settings(run: PlannedRun) -> None:
     """Refuse settings of a run that contradict each other, as far as they are known without its model."""
     if run.kind == "control":
         agent = arguments(ControlArguments, run.settings)
@@ -92,7 +92,7 @@ def _check(run: Run) -> None:
 def _problems_and_arms(
     args: CompareArguments, announce: Callable[[str], None]
 ) -> tuple[list[Problem], list[Arm]]:
-    """Make a problem of each combination of what several are given of, and read the arms."""
+    """Make a problem of each combination of tasks and swept settings, and read the arms."""
     kind: Kind = "control" if args.env else "train"
     if args.env and (args.task or args.model or args.num_generations):
         raise Refused("Environments have no task, model or num_generations; give --env without these.")
@@ -100,7 +100,7 @@ def _problems_and_arms(
         raise Refused("learning_rate must be tuned alone, or one or several numbers.")
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
     for name in args.shared:
-        if name in (*OWN, *SWEPT):
+        if name in (*RESERVED, *SWEPT):
             raise Refused(f"{name} is set by the comparison itself; leave it out.")
     shared = {name: value for name, value in args.shared.items() if value is not None}
     axes = shared.pop("estimator", {})
@@ -109,32 +109,29 @@ def _problems_and_arms(
     arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
     if len(arms) < 2:
         raise Refused(f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}.")
-    for arm, other in combinations(arms, 2):
-        if arm.settings == other.settings:
-            raise Refused(
-                f"The arms {arm.label!r} and {other.label!r} have the same settings; leave one out."
-            )
+    for arm, twin in combinations(arms, 2):
+        if arm.settings == twin.settings:
+            raise Refused(f"The arms {arm.label!r} and {twin.label!r} have the same settings; leave one out.")
     swept: dict[str, Sequence[Any]] = {"model": args.model, "num_generations": args.num_generations}
     swept |= {"learning_rate": [None if isinstance(rate, str) else rate for rate in args.learning_rate]}
     problems = []
-    for name, *values in product(
-        args.env or args.task or ("sort_digits",), *(several or (None,) for several in swept.values())
-    ):
-        own = {key: value for key, value in zip(swept, values, strict=True) if value is not None}
-        label = ", ".join([name, *(f"{key}={own[key]}" for key in own if len(swept[key]) > 1)])
-        problems.append(_problem(label, {**shared, **own, "env" if args.env else "task": name}, announce))
+    names = args.env or args.task or ("sort_digits",)
+    for name, *values in product(names, *(options or (None,) for options in swept.values())):
+        chosen = {key: value for key, value in zip(swept, values, strict=True) if value is not None}
+        label = ", ".join([name, *(f"{key}={chosen[key]}" for key in chosen if len(swept[key]) > 1)])
+        problems.append(_problem(label, {**shared, **chosen, "env" if args.env else "task": name}, announce))
     return problems, arms
 
 
-def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None]) -> Problem:
-    """Make a problem: settings that are left open become what a run alone would take.
+def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str], None]) -> Problem:
+    """Make a problem; settings without a value get the value that a single run would choose.
 
-    In control the budget is counted in episodes, or in steps of the environment if `num_steps` is set: then
-    all arms generate as many of them per update.
+    In control the budget is counted in episodes, or, if `num_steps` is set, in steps of the environment, of
+    which all arms then generate equally many per update.
     """
     reward_range, fixed = None, dict[str, Any](threads=1)
-    if "env" in given:
-        args: Any = arguments(ControlArguments, given)
+    if "env" in user_settings:
+        args: Any = arguments(ControlArguments, user_settings)
         task: Any = describe(args.env, args.max_episode_steps)
         unit = "environment steps" if args.num_steps else "episodes"
         per_step = args.num_envs * (args.num_steps or 1)
@@ -142,7 +139,7 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
         filled_in = ["learning_rate", "max_steps", "num_envs"]
     else:
         fits_every_shape = {"baseline": "running_mean", "ratio": "token"}  # in place of an arm's estimator
-        args = arguments(TrainArguments, {**given, "estimator": fits_every_shape})
+        args = arguments(TrainArguments, {**user_settings, "estimator": fits_every_shape})
         task, reward = find_task(args)
         resolved = train_settings(args, task, load_base(args, task, announce))
         unit, per_step = "completions", resolved.prompts_per_step * resolved.num_generations
@@ -153,7 +150,7 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
         filled_in += ["lr_scheduler_type"]
     every = args.eval_every
     every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
-    settings = {**fixed, "eval_every": every, **given}
+    settings = {**fixed, "eval_every": every, **user_settings}
     settings |= {name: getattr(resolved, name) for name in filled_in}
     if unit == "completions":  # the budget says how long a run is
         settings = {"log_completions": every, **settings, "max_steps": None, "max_samples": None}
@@ -174,20 +171,20 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
     """Read one arm, such as `rloo`, `grpo,scale=none`, `baseline=group_mean` or `mine.py:baseline`.
 
     Args:
-        text: a preset or a function, which is a baseline of the user's own; then changes, each NAME=VALUE,
-            where a name is that of an axis of the estimator or of another setting of a run. Without a preset
-            the axes are those of the default estimator. Commas separate; those in brackets belong to a value.
+        text: a preset, or a function that is the baseline; then changes, each NAME=VALUE, where NAME is an
+            axis of the estimator or another setting of a run. Without a preset the changes are to the
+            default estimator. Changes are separated by commas; a comma in brackets belongs to a value.
         axes: axes that all arms share.
-        kind: the settings of a run.
+        kind: the dataclass of the settings of a run.
 
     Raises:
         Refused: there is no such preset, axis or setting, one is given twice, or a value is not allowed.
     """
     part = r"(?:[^,(\[{\"']|\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*')+"  # no commas but in brackets
-    preset, *changes = [one.strip() for one in re.findall(part, text) or [""]]
+    preset, *changes = [piece.strip() for piece in re.findall(part, text) or [""]]
     if "=" in preset:
         preset, changes = "", [preset, *changes]
-    axes, own, settings, changed = dict(axes), dict[str, Any](), field_types(kind), set[str]()
+    axes, own_settings, settings, changed = dict(axes), dict[str, Any](), field_types(kind), set[str]()
     try:
         if not re.fullmatch(rf"({part}(,{part})*)?", text):
             raise Refused("a bracket or a quote is not closed, or nothing stands beside a comma.")
@@ -200,13 +197,13 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
                 raise Refused(f'write {change!r} as NAME=VALUE, such as "grpo,scale=none".')
             if name in changed:
                 raise Refused(f"{name} is given twice; give it once.")
-            if name in (*OWN, *MEASURE, "estimator"):
+            if name in (*RESERVED, *SHARED, "estimator"):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
             if name not in AXES and name not in settings:
                 raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
-            (axes if name in AXES else own)[name] = _value(value)
+            (axes if name in AXES else own_settings)[name] = _parse_value(value)
             changed.add(name)
-        swept = {name: own[name] for name in SWEPT if name in own}
+        swept = {name: own_settings[name] for name in SWEPT if name in own_settings}
         arguments(kind, swept)  # the others are checked with the whole run's
         if None in swept.values():
             raise Refused(f"{' or '.join(swept)} was given as None; give a number, or leave it out.")
@@ -218,10 +215,10 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
     usual = plain(Estimator())
     changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
-    return Arm(text, {"estimator": changed_axes, **own})
+    return Arm(text, {"estimator": changed_axes, **own_settings})
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     """Read a number, a tuple, True, False or None as Python writes it; anything else is text."""
     try:
         return ast.literal_eval(text)

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from tokenrl.configuration import read_config
-from tokenrl.lab.compare.plan import SCORES, Plan, Problem, Run
+from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun, Problem
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS
 
 ENDED = ("finished", "learnt", "stuck", "solved")
-"""The exit reasons of a run that ended by itself; all but the first may come before its budget is used."""
+"""Exit reasons of a run that ended by itself; all but the first may occur before its budget is used."""
 CURVES = ("reward", "reward_greedy", "entropy", "completions/mean_length", "completions/clipped_ratio")
 COUNTS = {"completions": "num_samples", "environment steps": "num_env_steps", "episodes": "episodes"}
-"""By the unit of the budget, the metric that counts samples."""
+"""The metric that counts samples, by the unit of the budget."""
 LOG_TAIL = 400
 
 
@@ -30,8 +30,8 @@ class RunTable(NamedTuple):
         runs: one row for each: `problem`, `arm`, `seed`, `role`, `state` (`finished`, `failed` or `missing`),
             `reason` (why it did not finish), `failed` (also by its reward at the end), `learning_rate`,
             `samples`, the scores, means over training steps, and `path`.
-        curves: one row for each run and place: `problem`, `arm`, `role`, `path`, `samples` and the metrics of
-            evaluations, interpolated between evaluations and kept after the last.
+        curves: one row for each run and number of samples: `problem`, `arm`, `role`, `path`, `samples` and
+            the metrics of evaluations, interpolated between evaluations and constant after the last.
     """
 
     runs: pd.DataFrame
@@ -39,7 +39,7 @@ class RunTable(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> RunTable:
-        """Make the table of rows, each with its curve as `read_runs` returns it."""
+        """Make the table from the rows that `read_runs` returns."""
         empty = pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])
         curves = [row["curve"] for row in rows if row["curve"] is not None]
         runs = pd.DataFrame(rows).drop(columns="curve")
@@ -56,7 +56,7 @@ class RunTable(NamedTuple):
         return self.curves[of_problem & (self.curves["role"] == "comparison")]
 
 
-def read_runs(plan: Plan, runs: Iterable[Run], root: Path) -> list[dict[str, Any]]:
+def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.
 
     A run that ended before its budget was used keeps the values of its last evaluation, also if it failed.
@@ -100,29 +100,29 @@ def samples_of(run: RecordedRun, unit: str) -> pd.Series:
 
 
 def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
-    """Return the scores and facts of a run, and its curve at the places where all arms are compared.
+    """Return the scores and facts of a run, and its curve at the samples at which all arms are compared.
 
     Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
-    example, has more of them. Between two evaluations a curve is taken as straight.
+    example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
     samples = samples_of(run, problem.unit)
-    found, curve = {"samples": samples.iloc[-1]}, pd.DataFrame({"samples": [0.0, *problem.places]})
+    scores, curve = {"samples": samples.iloc[-1]}, pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
     for name in CURVES:
         steps, values = series(run.evaluations, name)
         if steps:
             curve[name] = np.interp(curve["samples"], samples.reindex(steps, method="ffill"), values)
     for name, area in (("reward", "area"), ("reward_greedy", "area_greedy")):
         if name in curve:
-            found |= {area: curve[name].iloc[1:].mean(), name: curve[name].iloc[-1]}
+            scores |= {area: curve[name].iloc[1:].mean(), name: curve[name].iloc[-1]}
     if "reward" in curve:
         before = curve["reward"].iloc[0]
-        found |= {"before": before, "gain": found["reward"] - before}
-    return found | _facts(run), curve
+        scores |= {"before": before, "gain": scores["reward"] - before}
+    return scores | _training_facts(run), curve
 
 
-def _state(found: RecordedRun | None, directory: Path) -> tuple[str, str]:
+def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     """Return whether a run finished, failed or is still to be made, and why it has not finished."""
-    summary = found.summary if found else {}
+    summary = recorded.summary if recorded else {}
     if summary.get("exit_reason") in ENDED:
         return "finished", ""
     if summary.get("exit_reason") in SIGNALS.values():
@@ -131,18 +131,18 @@ def _state(found: RecordedRun | None, directory: Path) -> tuple[str, str]:
         return "failed", str(summary.get("error") or f"It ended as {summary['exit_reason']}.")
     log = Path(f"{directory}.log")
     printed = log.read_text("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
-    if printed or found:
+    if printed or recorded:
         return "failed", " ".join(printed.split()) or "It was ended from outside, as for want of memory."
     return "missing", "It has not been run."
 
 
-def is_done(run: Run, root: Path) -> bool:
+def is_done(run: PlannedRun, root: Path) -> bool:
     """Return whether a run has ended by itself; one that failed or was stopped by a signal has not."""
     summary = root / run.path / "summary.json"
     return summary.is_file() and read_config(summary).get("exit_reason") in ENDED
 
 
-def _facts(run: RecordedRun) -> dict[str, float]:
+def _training_facts(run: RecordedRun) -> dict[str, float]:
     """Return means over training steps: entropy in the last tenth, and facts of `tokenrl.runs.rules`.
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
@@ -152,7 +152,7 @@ def _facts(run: RecordedRun) -> dict[str, float]:
     early, whole, late = (part.mean(numeric_only=True) for part in (steps[:tenth], steps, steps[-tenth:]))
     updates = max(1, len(steps)) * config.get("num_iterations", 1) * config.get("num_minibatches", 1)
     most = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
-    found = {
+    facts = {
         "entropy": late.get("entropy"),
         "early_entropy": None if config.get("head") == "gaussian" else early.get("entropy"),
         "early_equal": early.get("frac_reward_zero_std"),
@@ -161,11 +161,11 @@ def _facts(run: RecordedRun) -> dict[str, float]:
         "skipped": most.get("skipped_steps"),
         "idle": most.get("idle_steps"),
     }
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {name: float(value) for name, value in facts.items() if value is not None}
 
 
 def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
-    """Measure the way to the reward that counts as solved, else to half of what the best arm gains.
+    """Count the samples until the reward that counts as solved, else until half of the best arm's gain.
 
     Returns:
         By arm, how many runs reach it in an evaluation, and the median of the samples until the first such
@@ -180,6 +180,6 @@ def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
             return pd.DataFrame(columns=["problem", "arm"])
     first = curves[curves["reward"] >= threshold].groupby("path")["samples"].min()
     needed = runs["path"].map(first).fillna(math.inf).groupby(runs["arm"], sort=False)
-    found = needed.agg(runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median")
-    told = {"problem": problem.label, "threshold": threshold, "chosen": chosen}
-    return found.rename_axis("arm").reset_index().assign(**told)
+    summary = needed.agg(runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median")
+    columns = {"problem": problem.label, "threshold": threshold, "chosen": chosen}
+    return summary.rename_axis("arm").reset_index().assign(**columns)

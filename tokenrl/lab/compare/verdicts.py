@@ -13,7 +13,7 @@ import pandas as pd
 import tokenrl.lab.compare.intervals as numbers
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import Interval
-from tokenrl.lab.compare.judgement import ArmScores, Difference, Family, Judgement, Verdict
+from tokenrl.lab.compare.judgement import ArmScores, Family, Judgement, PairedDifference, VerdictWord
 from tokenrl.settings import check_choice, check_number
 
 
@@ -80,8 +80,9 @@ def judge_scores(
             names. Their scores are not used and may be missing (nan).
         failure_below: runs with a lower score failed.
         all_pairs: compare all arms with each other, and not only with the reference.
-        void: by problem and arm, why its scores are not valid; they are shown, without a verdict.
-        itself: by problem, scores of the reference on other seeds, to show how far it lies from itself.
+        void: by problem and arm, the reason why its scores are not valid; they are shown without a verdict.
+        itself: by problem, scores of the reference on other seeds: their difference to its scores on the
+            compared seeds shows what two equal arms look like.
 
     Returns:
         Families of comparisons, one per problem.
@@ -95,7 +96,7 @@ def judge_scores(
         >>> rows = [("ppo", s, x) for s, x in enumerate(ppo)] + [("rloo", s, x) for s, x in enumerate(rloo)]
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
-    frame = _read(table, metric, {tuple(run) for run in failed}, failure_below)
+    frame = _parse(table, metric, {tuple(run) for run in failed}, failure_below)
     problems = list(dict.fromkeys(frame["problem"]))
     margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
     for problem, limit in margins.items():
@@ -114,16 +115,18 @@ def judge_scores(
         check_choice("reference", label, arms)
         if len(arms) < 2:
             raise Refused(f"{problem or 'The table'} has only the arm {label!r}; give two arms or more.")
-        others = [one for one in arms.values() if one.arm != label]
-        pairs = [(one, arms[label]) for one in others]
-        pairs += [(one, other) for other, one in combinations(others, 2) if all_pairs]
-        differences = tuple(_difference(*pair, limit, len(pairs)) for pair in pairs)
-        again = _itself(arms[label], (itself or {}).get(problem), limit)
+        against = [arm_scores for arm_scores in arms.values() if arm_scores.arm != label]
+        pairs = [(arm_scores, arms[label]) for arm_scores in against]
+        pairs += [(arm_scores, earlier) for earlier, arm_scores in combinations(against, 2) if all_pairs]
+        differences = tuple(_compare_pair(*pair, limit, len(pairs)) for pair in pairs)
+        again = _self_check(arms[label], (itself or {}).get(problem), limit)
         families.append(Family(problem, label, limit, tuple(arms.values()), differences, again))
     return Judgement(metric, tuple(families))
 
 
-def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None) -> pd.DataFrame:
+def _parse(
+    table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None
+) -> pd.DataFrame:
     """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
     frame = _as_frame(table)
     other_names = {"score": metric, "problem": "task"}
@@ -134,7 +137,7 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
             f"needs a row for each run, with arm, seed and {metric}, and problem if there are several."
         )
     blank = pd.Series("", frame.index)
-    found = pd.DataFrame(
+    rows_read = pd.DataFrame(
         {
             "problem": frame.get("problem", blank).fillna("").astype(str),
             "arm": frame["arm"].astype(str),
@@ -143,24 +146,24 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
             "failed": frame.get("failed", blank).astype(str).str.lower().isin(["true", "1", "1.0", "yes"]),
         }
     ).reset_index(drop=True)
-    keys = list(zip(found["problem"], found["arm"], found["seed"], strict=True))
+    keys = list(zip(rows_read["problem"], rows_read["arm"], rows_read["seed"], strict=True))
     if unknown := failed - {*keys, *(key[1:] for key in keys)}:
         raise Refused(f"failed names the run {min(unknown)}, which the table lacks; give (arm, seed).")
-    found["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
+    rows_read["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
     if failure_below is not None:
-        found["failed"] |= found["score"] < failure_below
-    unknown_score = ~np.isfinite(found["score"]) & ~found["failed"]
+        rows_read["failed"] |= rows_read["score"] < failure_below
+    unknown_score = ~np.isfinite(rows_read["score"]) & ~rows_read["failed"]
     wrong = {
-        "has no whole number as its seed": found["seed"] % 1 != 0,
+        "has no whole number as its seed": rows_read["seed"] % 1 != 0,
         "has no finite score; give the one at its end, or say that it failed (failed): leaving failed runs "
         "out would flatter the arm": unknown_score,
-        "is there a second time; give each run once": found.duplicated(["problem", "arm", "seed"]),
+        "is there a second time; give each run once": rows_read.duplicated(["problem", "arm", "seed"]),
     }
     for words, rows in wrong.items():
         if rows.any():
-            run = found[rows].iloc[0]
+            run = rows_read[rows].iloc[0]
             raise Refused(f"Row {run.name}, arm {run['arm']!r}, seed {run['seed']:.0f}, {words}.")
-    return found.astype({"seed": int})
+    return rows_read.astype({"seed": int})
 
 
 def _as_frame(table: Any) -> pd.DataFrame:
@@ -177,46 +180,50 @@ def _as_frame(table: Any) -> pd.DataFrame:
     return pd.DataFrame(list(table)).rename(columns=dict(enumerate(("arm", "seed", "score", "problem"))))
 
 
-def _itself(arm: ArmScores, again: Mapping[int, float] | None, margin: float | None) -> Difference | None:
-    """Compare an arm with its scores on other seeds, each paired with a seed of its own."""
+def _self_check(
+    arm: ArmScores, again: Mapping[int, float] | None, margin: float | None
+) -> PairedDifference | None:
+    """Compare an arm with itself on other seeds, each of which is paired with one of its seeds."""
     scores = dict(zip(arm.scores, (again or {}).values(), strict=False))
-    own = ArmScores(arm.arm, {seed: arm.scores[seed] for seed in scores})
-    return _difference(ArmScores(f"{arm.arm} itself", scores), own, margin, 1) if scores else None
+    paired = ArmScores(arm.arm, {seed: arm.scores[seed] for seed in scores})
+    return _compare_pair(ArmScores(f"{arm.arm} itself", scores), paired, margin, 1) if scores else None
 
 
-def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparisons: int) -> Difference:
-    both = arm.seeds & other.seeds
+def _compare_pair(
+    arm: ArmScores, reference: ArmScores, margin: float | None, comparisons: int
+) -> PairedDifference:
+    both = arm.seeds & reference.seeds
     if not both:
-        raise Refused(f"The arms {arm.arm!r} and {other.arm!r} have no seed in common to be paired by.")
-    differences = numbers.paired_differences(arm.scores, other.scores)
+        raise Refused(f"The arms {arm.arm!r} and {reference.arm!r} have no seed in common to be paired by.")
+    differences = numbers.paired_differences(arm.scores, reference.scores)
     values = np.array(list(differences.values()), dtype=np.float64)
-    parts = 2 if arm.failed or other.failed else 1  # each of which can err
+    parts = 2 if arm.failed or reference.failed else 1  # each of which can err
     level = numbers.level_of(comparisons * parts)
     adjusted = numbers.mean_interval(values, level)
     verdict = _verdict(adjusted, len(values), margin)
-    counts = [(len(one.failed), len(one.seeds)) for one in (arm, other)]
+    counts = [(len(scores.failed), len(scores.seeds)) for scores in (arm, reference)]
     p_failures, more_failures = numbers.failures_differ(*counts[0], *counts[1]), ""
     if p_failures <= 1 - level + 1e-12 and len(both) >= numbers.LEAST_PAIRS:
-        is_worse = arm.failures.value > other.failures.value
-        by_failures: Verdict = "worse" if is_worse else "better"
-        more_failures = arm.arm if is_worse else other.arm
+        is_worse = arm.failures.value > reference.failures.value
+        by_failures: VerdictWord = "worse" if is_worse else "better"
+        more_failures = arm.arm if is_worse else reference.arm
         verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
-    return Difference(
+    return PairedDifference(
         arm=arm.arm,
-        reference=other.arm,
+        reference=reference.arm,
         differences=differences,
         mean=numbers.mean_interval(values),
         adjusted=adjusted,
         level=level,
         p_failures=p_failures,
         more_failures=more_failures,
-        verdict="void" if arm.void or other.void else verdict,
-        unpaired=tuple(sorted(arm.seeds ^ other.seeds)),
+        verdict="void" if arm.void or reference.void else verdict,
+        unpaired=tuple(sorted(arm.seeds ^ reference.seeds)),
         margin=margin,
     )
 
 
-def _verdict(interval: Interval, pairs: int, margin: float | None) -> Verdict:
+def _verdict(interval: Interval, pairs: int, margin: float | None) -> VerdictWord:
     """Return the verdict of runs that did not fail.
 
     An interval within the margin is equivalent also if it excludes 0: then there is a difference, and it is
