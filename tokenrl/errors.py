@@ -109,11 +109,8 @@ def raised(error: BaseException) -> str:
     return f"it raised {describe(error)} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def in_words(error: BaseException) -> Stopped | None:
-    """Return the error to raise in place of PyTorch's: memory is used up, or another process has ended.
-
-    None for any other error.
-    """
+def explain(error: BaseException) -> Stopped | None:
+    """Return an error in plain words for PyTorch's own of used up memory or a lost process; else None."""
     used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return Stopped(

@@ -21,7 +21,7 @@ from tokenrl.advisor.advice import Advice, flags, merge, with_changes
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import OWN
-from tokenrl.errors import Refused, describe as in_words
+from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
@@ -70,7 +70,7 @@ def advise_run(path: str) -> Advice:
         if isinstance(error, Refused):
             raise
         raise Refused(
-            f"{path} cannot be diagnosed: a file of it is damaged or was changed ({in_words(error)})."
+            f"{path} cannot be diagnosed: a file of it is damaged or was changed ({describe(error)})."
         ) from error
 
 

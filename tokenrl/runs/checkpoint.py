@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.runs.directory import LEFT, STEP
+from tokenrl.runs.directory import DEBRIS, STEP
 from tokenrl.runs.files import atomic_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative, Settings
 
@@ -129,7 +129,7 @@ class Saver:
             return
         self.check_finite(step)
         for debris in self._folder.glob(".step_*"):  # of a crash; this run has the lock: nobody writes there
-            if re.fullmatch(LEFT, debris.name):
+            if re.fullmatch(DEBRIS, debris.name):
                 shutil.rmtree(debris, ignore_errors=True)
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:

@@ -24,7 +24,7 @@ _LOSS_NOTE = (
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
 PATIENCE = 5.0  # seconds without a line, after which one is printed
-_PLACES = 6  # most decimal places of a number with its error
+_DECIMALS = 6  # most decimal places of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
 _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
@@ -287,8 +287,8 @@ def measured(value: Any, error: Any = None) -> str:
     """
     if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
         return number(value)
-    decimals = 1 - math.floor(math.log10(error)) if error > 0 else _PLACES + 1
-    if decimals > _PLACES:
+    decimals = 1 - math.floor(math.log10(error)) if error > 0 else _DECIMALS + 1
+    if decimals > _DECIMALS:
         return f"{number(value)} ± {error:.1g}"
     decimals = max(0, decimals)
     return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"

@@ -22,12 +22,12 @@ _FILES = (
 """What a run writes into its folder; config.json is the last, so that a removal cut short can be repeated."""
 _PARTIAL = tuple(f".{name}.partial" for name in _FILES)
 STEP = r"step_[0-9]{6,}"
-LEFT = rf"\.{STEP}(\.parquet)?\.(partial|old)"
+DEBRIS = rf"\.{STEP}(\.parquet)?\.(partial|old)"
 """The name of what a crash leaves of a checkpoint or of a table of completions."""
 _FOLDERS = {
     "videos": r"episode-episode-[0-9]+\.mp4",
-    "completions": rf"{STEP}\.parquet|{LEFT}",
-    "checkpoints": f"{STEP}|{LEFT}",
+    "completions": rf"{STEP}\.parquet|{DEBRIS}",
+    "checkpoints": f"{STEP}|{DEBRIS}",
 }
 """What a run writes into folders that may hold files of others too."""
 

@@ -143,7 +143,7 @@ def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str
     }
 
 
-def slower(facts: Facts) -> tuple[str, dict[str, float]]:
+def lower_rate(facts: Facts) -> tuple[str, dict[str, float]]:
     """Say that the learning rate is the likely cause of a loss; return that with the rate to take instead."""
     rate, usual = facts["learning_rate"], facts.get("usual_rate", 0.0)  # 0: nobody knows
     mend = usual if 0 < usual < rate else rate / 4

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
-from tokenrl.runs.findings import MOST, SOLVED, Facts, Finding, Weight, doubled, remedy, slower
+from tokenrl.runs.findings import MOST, SOLVED, Facts, Finding, Weight, doubled, lower_rate, remedy
 
 Judgement = tuple[Weight | None, str] | tuple[Weight | None, str, Mapping[str, Any]]
 """What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
@@ -70,7 +70,7 @@ def policy_destroyed(facts: Facts) -> Judgement:
     sure, when = (SURE_OF_BEST, "at its best") if learnt > 0 else (SURE, "before training")
     is_fall = fall > sure * math.hypot(facts["best_stderr"], facts["latest_stderr"])
     is_lost = 2 * (facts["first_reward"] + learnt - latest) > max(fall, learnt)
-    cause, changes = slower(facts)
+    cause, changes = lower_rate(facts)
     text = "The policy is destroyed: in {steps} the mean reward fell from {best_reward:.3g} (evaluation "
     text += f"{when}) to {{latest_reward:.3g}}, and {{signs}}. {cause}"
     return "void" if is_fall and is_lost and facts["signs"] else None, text, changes
@@ -79,7 +79,7 @@ def policy_destroyed(facts: Facts) -> Judgement:
 @rule("entropy-collapsed", "steps first_reward first_entropy latest_reward latest_entropy signs")
 def entropy_lost(facts: Facts) -> Judgement:
     """The entropy fell to a quarter before half of the way to the reward `solved_at` was gained."""
-    (cause, changes), first = slower(facts), facts["first_reward"]
+    (cause, changes), first = lower_rate(facts), facts["first_reward"]
     is_half = facts["latest_reward"] > (first + facts.get("solved_at", first)) / 2
     is_low = facts["latest_entropy"] < facts["first_entropy"] / 4
     text = "The policy has collapsed: in {steps} the mean reward was {latest_reward:.3g}, after "
@@ -163,7 +163,7 @@ def no_signal(facts: Facts) -> Judgement:
     text += "nothing to learn from: the mean reward is {step_reward:.3g}"
     before, error = facts.get("before_reward", math.nan), facts.get("before_stderr", math.nan)
     if facts["had_signal"] and facts["step_reward"] < before - 3 * error:
-        cause, changes = slower(facts)
+        cause, changes = lower_rate(facts)
         return weight, f"{text}, down from {{before_reward:.3g}} before training. {cause}", changes
     return weight, f"{text}. {remedy(facts)}"
 
@@ -202,7 +202,7 @@ def nothing_learnt(facts: Facts) -> Judgement:
 
     `share_without_signal` is the share of all steps in which no rewards differed.
     """
-    gain, error, (advice, changes) = facts["gain"], facts["gain_stderr"], slower(facts)
+    gain, error, (advice, changes) = facts["gain"], facts["gain_stderr"], lower_rate(facts)
     text = "the held-out reward was {before_reward:.3g} before training and {after_reward:.3g} after it, a "
     text += "difference of {gain:.2g} ± {gain_stderr:.1g} over {held_out} prompts. "
     if gain < -2 * error:

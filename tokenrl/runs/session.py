@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tokenrl.errors import Refused, Stopped, describe, in_words
+from tokenrl.errors import Refused, Stopped, describe, explain
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run
@@ -154,7 +154,7 @@ class Session:
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
-            stopped = error if isinstance(error, Stopped) else in_words(error) if error else None
+            stopped = error if isinstance(error, Stopped) else explain(error) if error else None
             if stopped is not None and not self._begun:
                 raise Refused(f"Before the first step: {stopped}") from error
             if isinstance(error, Exception) and self._begun:

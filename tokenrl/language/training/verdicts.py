@@ -39,10 +39,11 @@ T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 
 ENOUGH, MOST_STEPS = 128, 8
-"""Completions, or else steps, after which a check says that there is no signal; small steps are repeated."""
-LOOKED_AT = 512
-"""Demonstrations that are looked at; more take longer and show the same."""
-LOST = ("policy-destroyed", "entropy-collapsed")
+"""A check repeats trial steps up to so many completions or steps; if no rewards differ in any, it says
+that there is nothing to learn."""
+DEMONSTRATIONS = 512
+"""Most demonstrations whose lengths are checked; more take longer and show the same."""
+POLICY_LOST = ("policy-destroyed", "entropy-collapsed")
 """The flags of a policy that has been lost during a run."""
 
 
@@ -58,9 +59,9 @@ def check_run(run: TrainingRun, session: Session, evaluate: Callable[[], Mapping
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
     findings, records = list[Finding](), list[Record]()
-    train = _usable(run, run.task.train_prompts, "training prompts", findings)
-    held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
-    _look_at_answers(run, findings)
+    train = _usable_rows(run, run.task.train_prompts, "training prompts", findings)
+    held_out = _usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
+    _check_demonstrations(run, findings)
     gap = None
     if len(held_out) == len(run.task.eval_prompts):
         with session.console.status(f"evaluating {len(held_out):,} prompts, as before the first step"):
@@ -90,8 +91,8 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
         return None
 
 
-def _usable(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
-    """Return the rows whose prompts can be asked; add a finding about the others, with the first refusal."""
+def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
+    """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
     limit, cut = run.args.max_completion_length, run.args.truncate_prompts
     policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
     for name, row in with_places(rows):
@@ -106,11 +107,11 @@ def _usable(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -
     return usable
 
 
-def _look_at_answers(run: TrainingRun, findings: list[Finding]) -> None:
+def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
     """Add a finding about demonstrations that are longer than completions may be."""
     policy, limit = run.learner.policy, run.args.max_completion_length
     try:
-        pairs = encode_demonstrations(policy, demonstrations(run.task)[:LOOKED_AT])
+        pairs = encode_demonstrations(policy, demonstrations(run.task)[:DEMONSTRATIONS])
     except Refused:  # there are none, or they are not used and do not fit
         return
     lengths = [len(completion) for _, completion in pairs]
@@ -127,7 +128,7 @@ def _trial_steps(run: TrainingRun, rows: Rows, findings: list[Finding]) -> list[
     """Make training steps that change nothing: three, and more until there is a signal or enough had none."""
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
-    rewards = Rewards([_places]) if run.warm_seconds else run.rewards
+    rewards = Rewards([_ranks]) if run.warm_seconds else run.rewards
     stream = PromptStream(rows, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
@@ -147,7 +148,7 @@ def _trial_steps(run: TrainingRun, rows: Rows, findings: list[Finding]) -> list[
     return records
 
 
-def _places(completions: Sequence[str], **_: Any) -> list[float]:
+def _ranks(completions: Sequence[str], **_: Any) -> list[float]:
     """A reward that differs within every group."""
     return [float(index) for index in range(len(completions))]
 
@@ -226,8 +227,8 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     step, reward = session.step, session.rows[-1]["reward"]
     observed = _step_facts(run, session)
     idle, findings = observed["steps_without_signal"], {f.flag: f for f in reversed(judge(observed))}
-    lost = [flag for flag in LOST if flag in session.flags]
-    if not lost and (new := [flag for flag in LOST if flag in findings]):
+    lost = [flag for flag in POLICY_LOST if flag in session.flags]
+    if not lost and (new := [flag for flag in POLICY_LOST if flag in findings]):
         lost = new[:1]
         session.flags += lost
         session.console.warn(f"step {step}: {findings[lost[0]].text}")
@@ -238,7 +239,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         return None
     ends = 0 < run.args.stop_after_zero_spread <= idle
     if reward > session.eval_before.get("reward", math.inf):
-        return _learnt(run, session, idle) if ends else None
+        return _end_of_learning(run, session, idle) if ends else None
     if not lost:
         session.warn_once("flat", f"step {step}: {none.text}")
     if ends:
@@ -335,8 +336,8 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     return count
 
 
-def _learnt(run: TrainingRun, session: Session, steps: int) -> str:
-    """Say why a run ends whose rewards are all equal and higher than before; return it in a word."""
+def _end_of_learning(run: TrainingRun, session: Session, steps: int) -> str:
+    """Print why a run ends whose rewards are all equal and higher than before; return the exit reason."""
     solved, reward = getattr(run.task, "solved", None), session.rows[-1]["reward"]
     text = f"In {steps} steps in a row no two rewards that are compared differed"
     if solved is None or reward >= solved:
