@@ -37,38 +37,38 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
 
 
 def dataset_rows(
-    splits: Mapping[str, Sequence[Row]], where: str, how: DataArguments, *, seed: int = 0, chat: bool = False
+    splits: Mapping[str, Sequence[Row]], where: str, data: DataArguments, *, seed: int = 0, chat: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows to train and to evaluate on, which share no prompt.
 
     Args:
         splits: the rows of each split.
         where: what error messages call the data.
-        how: the splits to take, how many rows are held out, and how prompts are made.
+        data: the splits to read, how many rows are held out, and how prompts are made.
         seed: chooses the rows that are held out.
         chat: make each prompt that is text a message of the user.
 
     Raises:
         Refused: there is no such split, too few prompts, or a prompt cannot be made.
     """
-    other = eval_split(splits, where, how.split, how.eval_split)
+    evaluation = eval_split(splits, where, data.split, data.eval_split)
     train, held_out = (
-        None if split is None else with_prompts(splits[split], f"{where}, split '{split}'", how, chat=chat)
-        for split in (how.split, other)
+        None if split is None else with_prompts(splits[split], f"{where}, split '{split}'", data, chat=chat)
+        for split in (data.split, evaluation)
     )
-    return separate(train or [], held_out, how.eval_size, seed, where)
+    return separate(train or [], held_out, data.eval_size, seed, where)
 
 
-def eval_split(splits: Mapping[str, Any], where: str, split: str, wanted: str | None) -> str | None:
-    """Return the split to evaluate on: the wanted one, else one for validation or test if there is any.
+def eval_split(splits: Mapping[str, Any], where: str, split: str, chosen: str | None) -> str | None:
+    """Return the split to evaluate on: the chosen one, else one for validation or test if there is any.
 
     Raises:
-        Refused: the split to train on, or the wanted one, does not exist.
+        Refused: the split to train on, or the chosen one, does not exist.
     """
-    for name in (split, split if wanted is None else wanted):
+    for name in (split, split if chosen is None else chosen):
         if name not in splits:
             raise Refused(f"{where} has no split '{name}'.{suggest(name, splits)}")
-    return wanted or next((name for name in EVAL_SPLITS if name in splits and name != split), None)
+    return chosen or next((name for name in EVAL_SPLITS if name in splits and name != split), None)
 
 
 def separate(

@@ -40,7 +40,7 @@ class ReasoningScore:
     def __call__(self, completions: Sequence[Any], entry: Sequence[Any], **_: Any) -> list[float]:
         """Score N completions, each against the puzzle in its row, `entry`."""
         pairs = zip(completion_texts(completions), entry, strict=True)
-        return [self._puzzle.score_answer(_answer(text), one) for text, one in pairs]
+        return [self._puzzle.score_answer(_answer(text), puzzle) for text, puzzle in pairs]
 
     @functools.cached_property
     def _puzzle(self) -> Any:
@@ -79,20 +79,20 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise Refused(f"task '{spec}' ({describe(error)}): pip install reasoning-gym.") from error
-    name, given = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
+    name, options = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
-    size, seed, held_out = given.pop("size", 500), given.pop("seed", 0), eval_size or 128
+    size, seed, held_out = options.pop("size", 500), options.pop("seed", 0), eval_size or 128
     try:
         check_number("size", size, int, at_least=1, at_most=LARGEST)
         check_number("seed", seed, int, at_least=0, at_most=LARGEST)
-        trained = _rows(name, given | {"size": size, "seed": seed})
-        drawn = _rows(name, given | {"size": held_out, "seed": seed + APART})
+        trained = _rows(name, options | {"size": size, "seed": seed})
+        drawn = _rows(name, options | {"size": held_out, "seed": seed + APART})
     except Exception as error:  # configurations check themselves, by assertions too
-        known = ", ".join(sorted(one.name for one in fields(DATASETS[name][1])))
-        said = f"task '{spec}': {name} refuses these options ({describe(error)})"
-        raise Refused(f"{said}. It takes {known}.") from error
-    score = ReasoningScore(name, tuple(sorted(given.items())))
+        names = ", ".join(sorted(field.name for field in fields(DATASETS[name][1])))
+        problem = f"task '{spec}': {name} refuses these options ({describe(error)})"
+        raise Refused(f"{problem}. It takes {names}.") from error
+    score = ReasoningScore(name, tuple(sorted(options.items())))
     return *separate(trained, drawn, held_out, 0, f"task '{spec}'"), score
 
 
@@ -100,4 +100,4 @@ def _rows(name: str, options: dict[str, Any]) -> Rows:
     import reasoning_gym
 
     entries = reasoning_gym.create_dataset(name, **options)
-    return [{"prompt": one["question"], "answer": one["answer"], "entry": one} for one in entries]
+    return [{"prompt": entry["question"], "answer": entry["answer"], "entry": entry} for entry in entries]

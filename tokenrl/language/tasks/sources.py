@@ -103,8 +103,8 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
                 hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
                 data = datasets.load_dataset(hub_name, config or None)
             splits = data if isinstance(data, dict) else {"train": data}
-            found = {split: rows.to_list() for split, rows in splits.items()}
-            return {"train": _at_lines(found["train"], path)} if is_file else found
+            tables = {split: rows.to_list() for split, rows in splits.items()}
+            return {"train": _at_lines(tables["train"], path)} if is_file else tables
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)})."
@@ -128,14 +128,14 @@ def _check_lines(file: Path) -> None:
         is_list = kind == "json" and lines.read(64).lstrip(BEFORE_JSON).startswith(b"[")
         lines.seek(0)
         for number, row in enumerate(json.load(lines) if is_list else lines, start=1):
-            place = f"{'item' if is_list else 'line'} {number} of {file}"
+            position = f"{'item' if is_list else 'line'} {number} of {file}"
             try:
                 line = json.dumps(row, ensure_ascii=False).encode() if is_list else row
                 line.decode()
             except UnicodeError as error:
-                raise ValueError(f"{place} is no UTF-8") from error
+                raise ValueError(f"{position} is no UTF-8") from error
             if kind == "json" and line.lstrip(BEFORE_JSON).startswith(b"null"):
-                raise ValueError(f"{place} is null: a row is an object; remove the null")
+                raise ValueError(f"{position} is null: a row is an object; remove the null")
 
 
 def _at_lines(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ def _at_lines(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
 
 
 def with_prompts(
-    rows: Sequence[Row], where: str, how: DataArguments, *, chat: bool = False
+    rows: Sequence[Row], where: str, data: DataArguments, *, chat: bool = False
 ) -> list[dict[str, Any]]:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
@@ -161,7 +161,7 @@ def with_prompts(
     Args:
         rows: the rows as they were read; every row has the same columns.
         where: what error messages call the rows.
-        how: `prompt_column` holds the prompt, unless there is a `prompt_template`.
+        data: `prompt_column` holds the prompt, unless there is a `prompt_template`.
         chat: make each prompt that is text a message of the user.
 
     Raises:
@@ -170,24 +170,24 @@ def with_prompts(
     """
     if not rows:
         raise Refused(f"{where} is empty: give data with at least one row.")
-    columns, column = list(rows[0]), how.prompt_column
+    columns, column = list(rows[0]), data.prompt_column
     if column == "prompt" and column not in columns and "messages" in columns:
         column = "messages"
-    if how.prompt_template is not None:
-        made = _filled(how.prompt_template, rows, where)
+    if data.prompt_template is not None:
+        prompted = _filled(data.prompt_template, rows, where)
     elif column == "messages" and column in columns:
-        made = _from_conversations(rows, where)
+        prompted = _from_conversations(rows, where)
     elif column in columns:
-        made = [{**row, "prompt": without_nulls(row[column])} for row in rows]
+        prompted = [{**row, "prompt": without_nulls(row[column])} for row in rows]
     else:
-        said = f"{where} has no column '{column}'.{suggest(column, columns)}"
-        raise Refused(f"{said} Name it by prompt_column, or give a prompt_template (--prompt-template).")
-    made = [Placed(row, place) for (place, _), row in zip(with_places(rows), made, strict=True)]
-    check_prompts(made, where)
-    for row in made:
+        problem = f"{where} has no column '{column}'.{suggest(column, columns)}"
+        raise Refused(f"{problem} Name it by prompt_column, or give a prompt_template (--prompt-template).")
+    prompted = [Placed(row, position) for (position, _), row in zip(with_places(rows), prompted, strict=True)]
+    check_prompts(prompted, where)
+    for row in prompted:
         if chat and isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    return made
+    return prompted
 
 
 def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
@@ -198,16 +198,16 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
         unknown = [field for field in fields or [""] if field not in rows[0]]
         if unknown:
             raise Refused(f"no column is named {unknown[0]!r}.{suggest(unknown[0], rows[0])}")
-        made = []
-        for place, row in with_places(rows):
+        filled = []
+        for position, row in with_places(rows):
             empty = [field for field in fields if row[field] is None or row[field] != row[field]]
             if empty:  # the word None or nan would enter the prompt
-                raise Refused(f"column '{empty[0]}' of {place} is {row[empty[0]]!r}.")
-            made.append({**row, "prompt": template.format(**row)})
+                raise Refused(f"column '{empty[0]}' of {position} is {row[empty[0]]!r}.")
+            filled.append({**row, "prompt": template.format(**row)})
     except Exception as error:
-        what = str(error) if isinstance(error, Refused) else f"{describe(error)}. Write {{{{ for a brace."
-        raise Refused(f"{where}, prompt_template {template!r}: {what}") from error
-    return made
+        problem = str(error) if isinstance(error, Refused) else f"{describe(error)}. Write {{{{ for a brace."
+        raise Refused(f"{where}, prompt_template {template!r}: {problem}") from error
+    return filled
 
 
 def without_nulls(prompt: Any) -> Any:
@@ -223,23 +223,23 @@ def without_nulls(prompt: Any) -> Any:
 
 def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
-    made, first = [], dict[bool, str]()
-    for place, row in with_places(rows):
+    prompted, first = [], dict[bool, str]()
+    for position, row in with_places(rows):
         messages = without_nulls(row["messages"])
         fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
         if fault:
-            raise Refused(f"{where}, {place}: of the column 'messages', {fault}; it holds chat messages.")
+            raise Refused(f"{where}, {position}: of the column 'messages', {fault}; it holds chat messages.")
         answered = messages[-1]["role"] == "assistant"
-        first.setdefault(answered, place)
+        first.setdefault(answered, position)
         text, turns = messages[-1]["content"], messages[:-1] if answered else messages
         answer = {"answer": text, "completion": text} if answered else {}
-        made.append({**answer, **row, "prompt": turns})
+        prompted.append({**answer, **row, "prompt": turns})
     if len(first) > 1:
         raise Refused(
             f"{where}: the messages of {first[True]} end with a turn of the assistant, and "
             f"those of {first[False]} do not: give every conversation an answer, or none."
         )
-    return made
+    return prompted
 
 
 def check_prompts(rows: Iterable[Row], where: str) -> None:
@@ -248,32 +248,32 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     Raises:
         Refused: a row has another prompt, or none; the message names the row and what was found there.
     """
-    for place, row in with_places(rows):
+    for position, row in with_places(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
-            raise Refused(f"{where}, {place}: expected a mapping with a 'prompt', found {row!r:.200}.")
+            raise Refused(f"{where}, {position}: expected a mapping with a 'prompt', found {row!r:.200}.")
         fault = fault_of_prompt(row["prompt"])
         if fault:
             allowed = 'text, or a list of chat messages {"role": ..., "content": text}'
-            raise Refused(f"{where}, {place}: {fault}. A prompt is {allowed}.")
+            raise Refused(f"{where}, {position}: {fault}. A prompt is {allowed}.")
 
 
-def fault_of_prompt(prompt: Any, what: str = "prompt") -> str:
+def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
     """Say why a value is neither text nor a list of chat messages; nothing if it is one of the two.
 
     Text with half of a surrogate pair, as bytes that are no UTF-8 become, is none that a tokenizer takes.
     """
     if isinstance(prompt, str):
         half = HALF_OF_PAIR.search(prompt)
-        return f"the {what} holds {half[0]!r}, which UTF-8 cannot write" if half else ""
+        return f"the {name} holds {half[0]!r}, which UTF-8 cannot write" if half else ""
     if not isinstance(prompt, list | tuple) or not prompt:
         empty = "an empty list" if prompt == [] else f"{prompt!r:.100} ({type(prompt).__name__})"
-        return f"the {what} is {empty}"
+        return f"the {name} is {empty}"
     for position, message in enumerate(prompt):
         if not isinstance(message, Mapping):
-            return f"message {position} of the {what} is {message!r:.100} ({type(message).__name__})"
+            return f"message {position} of the {name} is {message!r:.100} ({type(message).__name__})"
         for key in ("role", "content"):
             if not isinstance(message.get(key), str) or HALF_OF_PAIR.search(message[key]):
-                return f"message {position} of the {what} has {key} {message.get(key)!r:.100}"
+                return f"message {position} of the {name} has {key} {message.get(key)!r:.100}"
     return ""
 
 
@@ -311,12 +311,12 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
             # A function that with_transform applies to rows is applied where they are read one by one.
             custom = data.format["type"] == "custom"
             return [dict(row) for row in data] if custom else data.to_list()  # type: ignore[return-value]
-        what = " ".join(repr(data).split())
-        raise Refused(f"{where} is {what:.100} ({type(data).__name__}); it must be {FORMS}.")
+        description = " ".join(repr(data).split())
+        raise Refused(f"{where} is {description:.100} ({type(data).__name__}); it must be {FORMS}.")
     for index, row in enumerate(data):
         if not isinstance(row, Mapping):
-            what = f"{where}, row {index} is {row!r:.100} ({type(row).__name__})"
-            raise Refused(f"{what}; a row is a dict, and the task must be {FORMS}.")
+            description = f"{where}, row {index} is {row!r:.100} ({type(row).__name__})"
+            raise Refused(f"{description}; a row is a dict, and the task must be {FORMS}.")
         if row.keys() != data[0].keys():
             differ = ", ".join(sorted(map(str, row.keys() ^ data[0].keys())))
             rows = f"row {index} and row 0 do not have the same columns; only one has {differ}"

@@ -104,12 +104,12 @@ def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = Fals
     return _loaded(name, arguments(DataArguments, options), reward, seed, chat)
 
 
-def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
+def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
     origin: dict[str, Any] = {}
     if isinstance(name, str):
-        task = _named_task(name, how.eval_size)
+        task = _named_task(name, data.eval_size)
         if task is not None:
-            return smaller_evaluation(_finished(task, name, reward), how.eval_size, seed)
+            return smaller_evaluation(_finished(task, name, reward), data.eval_size, seed)
         splits, where = None, f"task '{name}' is a dataset"
     else:
         splits = sources.memory_splits(name)
@@ -122,8 +122,8 @@ def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -
         )
     where = "task" if splits else f"task '{name}'"
     splits = sources.read_splits(name) if splits is None else splits
-    train_rows, eval_rows = dataset_rows(splits, where, how, seed=seed, chat=chat)
-    divided = eval_split(splits, where, how.split, how.eval_split) is None
+    train_rows, eval_rows = dataset_rows(splits, where, data, seed=seed, chat=chat)
+    divided = eval_split(splits, where, data.split, data.eval_split) is None
     task = PromptTask(name, train_rows, eval_rows, reward, origin=origin, divided=divided)
     return _finished(task, name, reward)
 
@@ -142,11 +142,11 @@ def _named_task(name: str, eval_size: int | None) -> Any:
         return PromptTask(name, *puzzles(name, eval_size), pass_threshold=1.0)
     source = name.rpartition(":")[0]
     if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
-        found = import_attribute(name, "task")
-        if callable(found) and not hasattr(found, "train_prompts"):
+        task = import_attribute(name, "task")
+        if callable(task) and not hasattr(task, "train_prompts"):
             with _refusing(f"task '{name}' was called without arguments, and"):
-                found = found()
-        return found
+                task = task()
+        return task
     if not (os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS):
         forms = f"module:attribute, a {'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name"
         raise Refused(f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}.")
@@ -154,7 +154,7 @@ def _named_task(name: str, eval_size: int | None) -> Any:
 
 
 @contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def _refusing(beginning: str) -> Iterator[None]:
     """Refuse a task whose own code raises an error, `sys.exit` included; `what` begins the message.
 
     Raises:
@@ -165,7 +165,7 @@ def _refusing(what: str) -> Iterator[None]:
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
-        raise Refused(f"{what} {raised(error)}.") from error
+        raise Refused(f"{beginning} {raised(error)}.") from error
 
 
 def _finished(task: Any, name: str, reward: Any) -> Task:
@@ -173,15 +173,15 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     with _refusing(f"task '{name}' was read, and"):
         missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
         if missing:
-            said = f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}"
-            raise Refused(f"{said}: make a tokenrl.PromptTask, or give it those attributes.")
+            problem = f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}"
+            raise Refused(f"{problem}: make a tokenrl.PromptTask, or give it those attributes.")
         for attribute in ("train_prompts", "eval_prompts"):
             if len(getattr(task, attribute)) == 0:
                 raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
             sources.check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
     if reward is not None:
         several = isinstance(reward, Sequence) and not isinstance(reward, str)
-        functions: Any = [load_reward(one) for one in reward] if several else load_reward(reward)
+        functions: Any = [load_reward(function) for function in reward] if several else load_reward(reward)
         return changed(task, reward=functions, pass_threshold=None)
     return task
 
@@ -210,10 +210,10 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             sources.check_prompts(task.eval_prompts, f"task '{task.name}', eval_prompts")
     if not is_task:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
-    functions, own = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
+    functions, unchanged = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if functions is None or functions in ([], ()):
         raise Refused(f"The task {task.name!r} has no reward: name one with --reward module:function.")
-    if not own and getattr(task, "solved", None) is not None:
+    if not unchanged and getattr(task, "solved", None) is not None:
         task = changed(task, solved=None)
     mark = getattr(args, "pass_threshold", None)
     rewards = Rewards(
@@ -221,7 +221,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         list(args.reward_weights) or None,
         timeout=args.reward_timeout,
         sources=args.reward or None,
-        pass_threshold=getattr(task, "pass_threshold", None) if own and mark is None else mark,
+        pass_threshold=getattr(task, "pass_threshold", None) if unchanged and mark is None else mark,
     )
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
