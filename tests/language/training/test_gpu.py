@@ -48,7 +48,7 @@ def test_the_gradient_is_that_of_a_processor(way):
         model, half = copied.model, Forward(copied, copied.model, scoring, copies)
     score(model, sampled(there), scoring).logprobs.sum().backward()
     if way == "half":
-        half.hand_over()
+        half.accumulate_gradients()
     assert apart(gradient(there.model).cpu(), gradient(here.model)) < (0.05 if way == "half" else 1e-3)
 
 

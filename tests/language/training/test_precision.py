@@ -60,7 +60,7 @@ def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     half = Forward(copied, copied.model, Scoring(), copies)
     for _ in range(2):  # a second backward pass adds to the first
         score(half.policy.model, rollout).logprobs.sum().backward()
-        half.hand_over()
+        half.accumulate_gradients()
     assert all(p.grad is None for p in half.policy.model.parameters())
     assert {p.grad.dtype for p in policy.trainable_parameters()} == {torch.float32}
     assert 0 < apart(gradient(policy.model) / 2, exact) < 0.05

@@ -72,30 +72,30 @@ def advantage_inputs(rows: Rollout, sampling: Sampling, running_mean: RunningMea
     return sizes | {name: getattr(rows, name) for name in names} | {"baseline_value": running_mean.value}
 
 
-def learning_rows(learner: Learner, kept: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
+def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
     """Return True for the rows of an update that can have a gradient [N]; the others count in weights alone.
 
     Args:
         learner: the settings.
-        kept: which rows of the step, and which of their tokens, are learnt from.
+        counting: which rows of the step, and which of their tokens, are learnt from.
         advantages: one for each row [N] or for each token [N, T].
         chosen: True for the rows of the update [N].
     """
-    learning = chosen & kept.counted & kept.mask.any(dim=1)
+    learning = chosen & counting.counted & counting.mask.any(dim=1)
     if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
         learning &= (advantages != 0).reshape(len(learning), -1).any(dim=1)
     return learning
 
 
 def halved(
-    kept: Kept, chosen: Tensor, learning: Tensor, sampling: Sampling
+    counting: Kept, chosen: Tensor, learning: Tensor, sampling: Sampling
 ) -> tuple[list[Tensor], tuple[int, int]]:
     """Divide the groups of an update that count into two halves, whose gradients are compared.
 
     Returns:
         True for the rows that learn in the first and in the second half [N], and how many groups each has.
     """
-    counted = (chosen & kept.counted).view(-1, sampling.group_size).any(dim=1)  # [B]
+    counted = (chosen & counting.counted).view(-1, sampling.group_size).any(dim=1)  # [B]
     groups = int(counted.sum())
     first = (counted.cumsum(0) <= groups // 2).repeat_interleave(sampling.group_size)
     return [learning & first, learning & ~first], (groups // 2, groups - groups // 2)

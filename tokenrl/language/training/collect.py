@@ -173,12 +173,12 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
     # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
     size = group_size if group_size > 1 else len(rewards)
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
-    kept = rewards[valid].double()
+    rewarded = rewards[valid].double()
     means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
     errors = {"reward": mean_and_error(means[~means.isnan()])[1]}
     metrics = {
-        "reward": kept.mean(),
-        "reward_std": kept.std(correction=min(1, len(kept) - 1)),
+        "reward": rewarded.mean(),
+        "reward_std": rewarded.std(correction=min(1, len(rewarded) - 1)),
         "frac_reward_zero_std": (differences == 0).all(dim=1).double().mean(),
         "entropy": (rows.entropy * mask).double().sum() / tokens,
         "completions/mean_length": lengths.mean(),
@@ -191,7 +191,7 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
             metrics[name], errors[name] = mean_and_error(values, group_size)
     metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
-    if len(kept) < len(rewards):
+    if len(rewarded) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):
         values = rows.by_function[:, column].double()

@@ -91,12 +91,12 @@ def evaluate_policy(
         raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
     if reference is not None:
         _check_reference(policy, reference, prompts, sampling)
-    how: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
-    how |= {"stream": "evaluation", "scoring": scoring}
+    options: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
+    options |= {"stream": "evaluation", "scoring": scoring}
     passes = []
     for count in dict.fromkeys((0, size)):  # the greedy completions, then those that are sampled
-        counted = replace(sampling, num_generations=count)
-        rows = sampled_rows(policy, prompts, rewards, counted, reference=reference if count else None, **how)
+        draw = replace(sampling, num_generations=count)
+        rows = sampled_rows(policy, prompts, rewards, draw, reference=reference if count else None, **options)
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
     greedy, rows = passes[0], passes[-1]
@@ -114,8 +114,8 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
     """
     sizes = tuple(sorted(set(k)))
     if sizes and not (sizes[0] >= 1 and sizes[-1] <= num_generations):
-        given = f"k={' '.join(map(str, sizes))} with num_generations={num_generations}"
-        raise Refused(f"{given}: the best of k needs k samples. Give k from 1 to {num_generations}, or more.")
+        pair = f"k={' '.join(map(str, sizes))} with num_generations={num_generations}"
+        raise Refused(f"{pair}: the best of k needs k samples. Give k from 1 to {num_generations}, or more.")
     return sizes
 
 
@@ -141,14 +141,14 @@ def _by_prompt(rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    known, mark = known_rewards(rows, size), rewards.pass_threshold
+    rewarded, mark = known_rewards(rows, size), rewards.pass_threshold
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    each = {"reward": [float(total.mean()) if len(total) else math.nan for total in known]}
-    for of in k:
+    each = {"reward": [float(total.mean()) if len(total) else math.nan for total in rewarded]}
+    for subset in k:
         if not rewards.binary:
-            each[f"best@{of}"] = [best_of(total, of) for total in known]
+            each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
         if mark is not None:
-            each[f"pass@{of}"] = [best_of(total >= mark, of) for total in known]
+            each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
     for n in (1, 2):
         each[f"distinct_{n}"] = [distinct([row["ids"] for row in group], n) for group in groups]
     for name in [name for name in ("kl", "kl_k3") if name in rows[0]]:
@@ -196,11 +196,11 @@ def paired_differences(
         For each name that both have, `difference/NAME`, other minus first, and `difference/NAME_stderr`.
         Prompts at which either has no value are left out.
     """
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for name in [name for name in other if name in first]:
         mean, error = over_prompts([b - a for a, b in zip(first[name], other[name], strict=True)])
-        found |= {f"{DIFFERENCE}{name}": mean, f"{DIFFERENCE}{name}_stderr": error}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+        differences |= {f"{DIFFERENCE}{name}": mean, f"{DIFFERENCE}{name}_stderr": error}
+    return {name: value for name, value in differences.items() if not math.isnan(value)}
 
 
 class Estimate(NamedTuple):
@@ -218,11 +218,11 @@ def over_prompts(values: Sequence[float]) -> Estimate:
     Args:
         values: one number for each of B prompts; nan values are left out.
     """
-    known = np.array([value for value in values if not math.isnan(value)])
-    if not len(known):
+    numbers = np.array([value for value in values if not math.isnan(value)])
+    if not len(numbers):
         return Estimate(math.nan, math.nan)
-    error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    return Estimate(float(known.mean()), float(error))
+    error = numbers.std(ddof=1) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+    return Estimate(float(numbers.mean()), float(error))
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
@@ -282,7 +282,7 @@ def sampled_rows(
     *,
     reference: Policy | None = None,
     scoring: Scoring = USUAL,
-    **how: Any,
+    **batching: Any,
 ) -> list[dict[str, Any]]:
     """Sample and reward completions, and return a row for each of this process, in the order of prompts.
 
@@ -295,12 +295,12 @@ def sampled_rows(
         sampling: how to sample.
         reference: the policy to which the KL is estimated, at the temperature of sampling.
         scoring: how the policy is scored, for what another engine does not return.
-        **how: further arguments of `sample_and_reward`.
+        **batching: further arguments of `sample_and_reward`.
     """
     rows = list[dict[str, Any]]()
-    way = None if reference is None else check_scoring(reference, gradient=False)
+    reference_scoring = None if reference is None else check_scoring(reference, gradient=False)
     options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "temperature": sampling.temperature}
-    for batch in sample_and_reward(policy, prompts, rewards, sampling, **how):
+    for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
         counts = lengths(batch.mask).tolist()
         columns = {
@@ -314,8 +314,8 @@ def sampled_rows(
             "length": counts,
             "truncated": batch.truncated.tolist(),
         }
-        if reference is not None and way is not None:
-            scores = score_in_parts(reference.model, batch, way, **options)
+        if reference is not None and reference_scoring is not None:
+            scores = score_in_parts(reference.model, batch, reference_scoring, **options)
             kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
         rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -379,18 +379,18 @@ def probe_policy(policy: Policy, prompts: Sequence[Row], rewards: Rewards, sampl
     if not prompts or samples < 2:
         raise Refused(f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more.")
     rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
-    known, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
+    totals, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
     sizes, mark = [2**power for power in range(samples.bit_length())], rewards.pass_threshold
-    best = {k: over_prompts([best_of(row, k) for row in known]) for k in sizes}
-    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in known]) for k in sizes}
+    best = {k: over_prompts([best_of(row, k) for row in totals]) for k in sizes}
+    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in totals]) for k in sizes}
     cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)
     return Probe(
-        prompts=len(known),
+        prompts=len(totals),
         samples=samples,
         binary=rewards.binary,
         reward=best[1],
         best_of=best,
-        dead_groups={k: over_prompts([all_equal(row, k) for row in known]) for k in sizes[1:]},
+        dead_groups={k: over_prompts([all_equal(row, k) for row in totals]) for k in sizes[1:]},
         truncated=over_prompts(cut.tolist()),
         length=float(np.mean(lengths)),
         longest=max(lengths),

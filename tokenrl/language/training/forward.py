@@ -58,18 +58,18 @@ class Forward:
     tokens: int = 1
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def copy_weights(self) -> None:
         """Compute with the weights that an update has left."""
-        for original, own in self.copies:
-            own.copy_(original)
+        for original, half in self.copies:
+            half.copy_(original)
 
-    def hand_over(self) -> None:
+    def accumulate_gradients(self) -> None:
         """Add the gradients of a backward pass to those of the original weights, in their precision."""
-        for original, own in self.copies:
-            if own.grad is not None:
-                grad = own.grad.to(original.dtype)
+        for original, half in self.copies:
+            if half.grad is not None:
+                grad = half.grad.to(original.dtype)
                 original.grad = grad if original.grad is None else original.grad.add_(grad)
-                own.grad = None
+                half.grad = None
 
 
 def choose_forward(
@@ -89,7 +89,7 @@ def choose_forward(
     Raises:
         Refused: the model cannot be sampled and scored, or has no attention of the kind that is asked for.
     """
-    precision, why = choose_precision(args, policy, accelerator)
+    precision, reason = choose_precision(args, policy, accelerator)
     attention = _attention(args, policy, accelerator)
     tokens = args.tokens_per_pass or _tokens(policy)
 
@@ -105,13 +105,13 @@ def choose_forward(
     if samples_alike := precision == "bf16" and accelerator.device.type == "cpu":
         # The fused kernels take eight times as long for a single token as the plain formula.
         policy = replace(policy, model=model)
-    others = None if alone else accelerator
+    processes = None if alone else accelerator
     # Before any rounding, because bfloat16 can leave little of a gradient.
-    scoring = check_scoring(policy, model, hidden=args.estimator.needs_values, accelerator=others)
+    scoring = check_scoring(policy, model, hidden=args.estimator.needs_values, accelerator=processes)
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = model if acting is policy else updated(acting.model)
     words = (
-        f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({why}), "
+        f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({reason}), "
         f"attention {attention.replace('_', ' ')}{' in sampling too' * samples_alike}, "
         f"up to {tokens:,} tokens in a pass"
     )
@@ -120,7 +120,7 @@ def choose_forward(
 
 
 def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> tuple[str, str]:
-    """Return `bf16` for a bfloat16 copy of the weights or else `no`, and why."""
+    """Return `bf16` for a bfloat16 copy of the weights or else `no`, and the reason."""
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         return "no", "weights are not float32"
     if args.mixed_precision is not None:
@@ -130,8 +130,9 @@ def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> 
         return ("bf16", "a GPU with bfloat16") if has_it else ("no", "a GPU without bfloat16")
     if policy.size < LARGE:
         return "no", f"on a CPU, fewer than {LARGE // 10**6} M parameters"
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch tells them from 2.10 on
-    has_it = known.get("avx512_bf16") or known.get("amx_bf16")
+    # Older releases of torch than 2.10 do not name them.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_it = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return ("bf16", "a CPU that multiplies in bfloat16") if has_it else ("no", "a CPU without bfloat16")
 
 
@@ -167,10 +168,10 @@ def half_copy(policy: Policy) -> tuple[Policy, Copies]:
     as does a reference that is held apart.
     """
     pairs = [(p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)) for p in _halved(policy.model)]
-    model = _copied(policy.model, {id(p): own for p, own in pairs})
-    for original, own in pairs:
-        if not own.requires_grad:
-            original.data = own.data
+    model = _copied(policy.model, {id(p): half for p, half in pairs})
+    for original, half in pairs:
+        if not half.requires_grad:
+            original.data = half.data
     for p in [] if policy.reference is None else _halved(policy.reference):
         p.data = p.data.to(torch.bfloat16)
     return replace(policy, model=model), [pair for pair in pairs if pair[0].requires_grad]
@@ -186,15 +187,17 @@ def with_eager_attention(model: nn.Module) -> nn.Module:
     try:
         twin.set_attn_implementation("eager")
     except Exception as error:  # code of any architecture
-        why = f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
-        raise Refused(why) from error
+        text = (
+            f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
+        )
+        raise Refused(text) from error
     return twin  # type: ignore[no-any-return]
 
 
-def _copied(model: nn.Module, other: dict[int, Any]) -> nn.Module:
-    """Copy modules and configuration; weights and buffers are shared, but for the `other` ones by id."""
+def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:
+    """Copy modules and configuration; weights and buffers are shared, but for the `replaced` ones by id."""
     shared: dict[int, Tensor] = {id(x): x for x in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared | other)
+    return copy.deepcopy(model, shared | replaced)
 
 
 def _halved(model: nn.Module) -> list[nn.Parameter]:

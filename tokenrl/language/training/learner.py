@@ -147,7 +147,7 @@ class Learner:
 
     def sync(self) -> None:
         """Sample and score with the weights that the policy has now."""
-        self.forward.refresh()
+        self.forward.copy_weights()
         self.generator.sync(self.policy)
 
     def gradient_noise(self, half: Tensor | None, groups: tuple[int, int] | None) -> dict[str, float]:
@@ -256,8 +256,8 @@ def make_learner(
     args = TrainArguments(**vars(args) | computing)
     make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
     fused = (args.optimizer == "adamw" and device.type in ("cpu", "cuda")) or None
-    how = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
-    optimizer = make(policy.trainable_parameters(), **how)
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
+    optimizer = make(policy.trainable_parameters(), **options)
     learner = Learner(
         policy=policy,
         forward=forward,

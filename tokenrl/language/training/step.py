@@ -97,20 +97,20 @@ def training_step(
 
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
-    kept = kept_rows(estimator, whole, sampling)
+    counting = kept_rows(estimator, whole, sampling)
     advantages, returns = estimator.advantages(
-        whole.rewards, whole.mask, valid=kept.compared, **advantage_inputs(whole, sampling, running_mean)
+        whole.rewards, whole.mask, valid=counting.compared, **advantage_inputs(whole, sampling, running_mean)
     )
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
     history = []
     for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = token_weights(learner, kept, chosen, advantages)  # [N, T]
+        weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
-        learning = learning_rows(learner, kept, advantages, chosen)  # [N]
-        halves, groups = halved(kept, chosen, learning, sampling) if measured else ([learning], None)
-        sums, half_gradient = torch.zeros(3, dtype=torch.float64), None
+        learning = learning_rows(learner, counting, advantages, chosen)  # [N]
+        halves, groups = halved(counting, chosen, learning, sampling) if measured else ([learning], None)
+        sums, first_half_gradient = torch.zeros(3, dtype=torch.float64), None
         learner.optimizer.zero_grad()
         for half in halves:
             for index in micro_batches(learner, rows, local(accelerator, half)):
@@ -119,21 +119,21 @@ def training_step(
                 inputs = loss_inputs(part, scores)
                 loss = estimator.loss(**inputs)
                 accelerator.backward(loss)
-                learner.forward.hand_over()
+                learner.forward.accumulate_gradients()
                 sums += loss_statistics(learner, loss, **inputs)
-            if half_gradient is None and measured:
-                half_gradient = flat_gradient(parameters, accelerator)
+            if first_half_gradient is None and measured:
+                first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
-        noise = learner.gradient_noise(half_gradient, groups)
+        noise = learner.gradient_noise(first_half_gradient, groups)
         norm = float(accelerator.clip_grad_norm_(parameters, limit))
         if learner.accepts(norm, bool(learning.any())):
             learner.optimizer.step()
-        learner.forward.refresh()
+        learner.forward.copy_weights()
         history.append(update_metrics(learner, sums, norm) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
-    metrics |= {name: fmean(one[name] for one in history if name in one) for name in history[0]}
+    metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
     metrics |= update_baselines(learner, running_mean, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
@@ -164,13 +164,13 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor
             measured = False
 
 
-def token_weights(learner: Learner, kept: Kept, chosen: Tensor, like: Tensor) -> Tensor:
+def token_weights(learner: Learner, counting: Kept, chosen: Tensor, like: Tensor) -> Tensor:
     """Return the weights [N, T] of the tokens of the chosen rows, 0 elsewhere, in the precision of `like`."""
-    weights = like.new_zeros(kept.mask.shape)
+    weights = like.new_zeros(counting.mask.shape)
     weights[chosen] = learner.estimator.token_weights(
-        kept.mask[chosen].to(weights.dtype),  # so that 1/N has that precision
+        counting.mask[chosen].to(weights.dtype),  # so that 1/N has that precision
         max_length=learner.sampling.max_completion_length,
-        valid=kept.counted[chosen],
+        valid=counting.counted[chosen],
     )
     return weights
 

@@ -234,11 +234,11 @@ class SupervisedTraining(Descent):
             Stopped: the loss or its gradient became NaN or infinite.
         """
         batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.batch()])
-        self._forward.refresh()
+        self._forward.copy_weights()
         logprobs = score(self._forward.model, batch, self._forward.scoring).logprobs
         self.tokens += int(batch.mask.sum())
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
-        return self.update(loss, self._forward.hand_over)
+        return self.update(loss, self._forward.accumulate_gradients)
 
 
 def fit(

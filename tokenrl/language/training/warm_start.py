@@ -301,7 +301,7 @@ class WarmStart:
         sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
         prompts = [row for _, row in PromptStream(self._prompts, self.args.seed).draw_prompts(count)]
         with self.console.status(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
-            self._forward.refresh()
+            self._forward.copy_weights()
             probe = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
         return {"reward": probe.reward.value, "unequal": probe.unequal, "truncated": probe.truncated.value}
 
