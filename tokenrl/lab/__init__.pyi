@@ -1,4 +1,4 @@
-from tokenrl.lab.compare.verdicts import judge_scores as judge_scores
+from tokenrl.lab.compare.decisions import judge_scores as judge_scores
 from tokenrl.lab.exact.catalogue import named_estimators as named_estimators
 from tokenrl.lab.exact.control_problem import (
     TabularMdp as TabularMdp,

@@ -138,7 +138,7 @@ def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypat
 def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
     tokenrl.compare(**WALK | {"quiet": False}, dry_run=True, output_dir=str(tmp_path / "dry"))
     printed = capsys.readouterr().out
-    assert "each run with threads 1, whatever runs beside it" in " ".join(printed.split())
+    assert "threads 1 in each run, whatever runs beside it" in " ".join(printed.split())
     assert "a run on walk" in printed and "too few for a verdict" in printed
     assert not (tmp_path / "dry").exists()
 

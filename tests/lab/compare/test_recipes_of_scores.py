@@ -4,10 +4,9 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
-import pandas as pd
 import pytest
 from made_runs import rising, write_run
 
@@ -20,35 +19,21 @@ def run(name, words, monkeypatch):
 
 
 def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(tmp_path, monkeypatch, capsys):
-    area = {"sort": {"a": (0.5, 1.0), "b": (0.0, 0.25)}, "length": {"a": (-1.0, 0.0), "b": (-0.5, -0.25)}}
-    rows = [
-        {"problem": problem, "arm": arm, "seed": seed, "role": role, "area": score if role[0] == "c" else 9}
-        for problem, arms in area.items()
-        for arm, scores in arms.items()
-        for seed, score in enumerate(scores)
-        for role in ("comparison", "tuning")
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    rows = ["sort,a,0,comparison,.5", "sort,a,1,comparison,1", "sort,a,1,tuning,9"]
+    rows += ["length,a,0,comparison,-1", "length,a,1,comparison,0"]
+    (tmp_path / "runs.csv").write_text("\n".join(["problem,arm,seed,role,area", *rows]))
     problems = [{"label": "sort", "reward_range": [0, 1]}, {"label": "length", "reward_range": [-1, 0]}]
     (tmp_path / "plan.json").write_text(json.dumps({"plan": {"problems": problems}}))
     monkeypatch.setitem(sys.modules, "rliable", None)
     with pytest.raises(SystemExit, match="pip install rliable"):
         run("overall_scores", [tmp_path], monkeypatch)
-    given = {}
-
-    def intervals(scores, aggregate):
-        given.update(scores)
-        return {arm: aggregate(x) for arm, x in scores.items()}, {arm: np.zeros((2, 1)) for arm in scores}
-
-    profile = lambda scores, grid: ({arm: np.zeros(len(grid)) for arm in scores}, None)  # noqa: E731
-    library = SimpleNamespace(get_interval_estimates=intervals, create_performance_profile=profile)
-    rliable = SimpleNamespace(library=library, metrics=SimpleNamespace(aggregate_iqm=np.mean))
+    library = (rliable := MagicMock()).library
+    library.get_interval_estimates.return_value = {"a": np.zeros(1)}, {"a": np.zeros((2, 1))}
+    library.create_performance_profile.return_value = {"a": np.zeros(6)}, None
     monkeypatch.setitem(sys.modules, "rliable", rliable)
     run("overall_scores", [tmp_path], monkeypatch)
-    assert {arm: scores.T.tolist() for arm, scores in given.items()} == {
-        "a": [[0, 1], [0.5, 1]],  # by problem in the order of their names, then by seed
-        "b": [[0.5, 0.75], [0, 0.25]],
-    }
+    scores = library.get_interval_estimates.call_args.args[0]["a"]
+    assert scores.T.tolist() == [[0, 1], [0.5, 1]]  # by problem in the order of their names, then by seed
     assert "interquartile mean" in capsys.readouterr().out
 
 

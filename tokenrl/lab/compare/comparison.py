@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from tokenrl.errors import Stopped
+from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
-from tokenrl.lab.compare.verdicts import judge_scores
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
 

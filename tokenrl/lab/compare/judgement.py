@@ -125,7 +125,7 @@ class PairedDifference:
         elif self.adjusted.low == self.adjusted.high:
             reason = f"all differences are {digits(self.mean.value)}, which says nothing of how they vary"
         else:
-            reason = f"the difference, {self.apart}, may have either sign"
+            reason = f"the difference, {self.apart}, may have either sign; more seeds would narrow it"
         return f"{arm} against {reference} is undecided: {reason}."
 
     def row(self) -> dict[str, Any]:

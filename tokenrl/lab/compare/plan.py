@@ -203,7 +203,7 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
         pairs, rates = len(self.seeds), sorted({run.learning_rate for run in self.runs()})
-        seeds = {"": self.seeds, " against itself": self.itself_seeds, " for tuning": self.tuning_seeds}
+        seeds = {"": self.seeds, " for the check": self.itself_seeds, " for tuning": self.tuning_seeds}
         settings = self.problems[0].settings
         computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
         can_show = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
@@ -219,15 +219,13 @@ class Plan:
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
             **{f"on {p.label}": f"{p.budget:,} {p.unit}, margin {p.margin or 'none'}" for p in self.problems},
-            "seeds": "; ".join(
-                f"{values[0]} to {values[-1]}{purpose}" for purpose, values in seeds.items() if values
-            ),
+            "seeds": "; ".join(f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of),
             "learning rate": "for each arm the best of a grid around the recommended one, by successive "
             "halving in ten runs or more"
             if self.tuning_seeds
             else ", ".join(f"{rate:g}" for rate in rates),
             "runs": f"{len(self.runs())}{' beside those for tuning' * bool(self.tuning_seeds)}",
-            "computation": f"each run with {', '.join(computation)}, whatever runs beside it",
+            "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
             "can show": can_show,
         }
 

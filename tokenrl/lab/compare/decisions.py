@@ -96,7 +96,7 @@ def judge_scores(
         >>> rows = [("ppo", s, x) for s, x in enumerate(ppo)] + [("rloo", s, x) for s, x in enumerate(rloo)]
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
-    frame = _parse(table, metric, {tuple(run) for run in failed}, failure_below)
+    frame = _rows(table, metric, {tuple(run) for run in failed}, failure_below)
     problems = list(dict.fromkeys(frame["problem"]))
     margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
     for problem, limit in margins.items():
@@ -124,9 +124,7 @@ def judge_scores(
     return Judgement(metric, tuple(families))
 
 
-def _parse(
-    table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None
-) -> pd.DataFrame:
+def _rows(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None) -> pd.DataFrame:
     """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
     frame = _as_frame(table)
     other_names = {"score": metric, "problem": "task"}
