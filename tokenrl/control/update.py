@@ -114,7 +114,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
             measure = not history and agent.diagnostics.due(step)
             history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
-    if estimator.baseline == "running_mean":
+    if estimator.needs_running_mean:
         metrics["baseline"] = agent.running_mean.value
         agent.running_mean.update(rollout.rewards * args.reward_scale)
     if policy.scale is not None:

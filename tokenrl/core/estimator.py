@@ -235,6 +235,11 @@ class Estimator(Settings):
         return "values" in self._column("needs").values()
 
     @property
+    def needs_running_mean(self) -> bool:
+        """Whether the mean of past returns is needed, which each step updates."""
+        return "baseline_value" in self._column("needs").values()
+
+    @property
     def needs_greedy(self) -> bool:
         """Whether the reward of each prompt's greedy completion is needed."""
         return "greedy_rewards" in self._column("needs").values()

@@ -228,7 +228,7 @@ def update_baselines(
         update; each only where the estimator has it.
     """
     metrics = {}
-    if learner.estimator.baseline == "running_mean":
+    if learner.estimator.needs_running_mean:
         metrics["baseline"] = float(running_mean.value)
         running_mean.update(whole.rewards, valid=whole.valid)
     if learner.critic is not None and rows.hidden is not None:
