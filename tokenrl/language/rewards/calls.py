@@ -1,4 +1,4 @@
-"""Calls reward functions: passes each the arguments it takes, times it, and checks what comes back.
+"""Calls reward functions: passes to each the arguments that it takes, times it, and checks its output.
 
 Results are checked and never repaired, because a NaN that passes here would ruin the policy later. Functions
 under a deadline run in a process of their own (worker.py), which calls them with the code of this module.
@@ -51,7 +51,7 @@ class Attempt(NamedTuple):
     Attributes:
         output: what it returned, unchecked; None if it raised.
         error: what it raised (`sys.exit` raises SystemExit); None if it returned.
-        seconds: the time that it took.
+        seconds: the time that the call took.
     """
 
     output: Any

@@ -1,4 +1,4 @@
-"""Finds the reward that a user names, and reads what it declares of its values."""
+"""Loads the reward that a user names, and reads the values that it declares: binary, or a range."""
 
 from __future__ import annotations
 

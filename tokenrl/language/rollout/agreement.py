@@ -1,9 +1,9 @@
-"""Checks, on a few tokens, that a model is sampled and scored as it should be, and returns how to score it.
+"""Checks on a few tokens that a model is sampled and scored rightly, and returns how to score it.
 
-Architectures differ in what they cache and in what they make of padding, and a model that does something else
-than is expected of it still trains, on wrong numbers. So values and gradients are compared with the forward
-pass of each row alone, which needs neither a cache nor padding. Where the fast way of scoring is wrong the
-plain one is taken, and a model is refused for which both are. No random numbers are drawn.
+Architectures differ in what they cache and in how they treat padding, and a model that treats them otherwise
+than expected still trains, on wrong numbers. So values and gradients are compared with the forward pass of
+each row alone, which needs neither a cache nor padding. Where the fast way of scoring is wrong, the plain one
+is used; a model for which both are wrong is refused. No random numbers are drawn.
 """
 
 from __future__ import annotations

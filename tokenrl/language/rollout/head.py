@@ -51,7 +51,7 @@ def last(count: int, device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Let forward passes leave out the head, and collect what each would have given it [n, t, H]."""
+    """Leave out the head in forward passes, and collect the input [n, t, H] that each would have given it."""
     inputs: list[Tensor] = []
 
     def leave_out(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -172,8 +172,8 @@ def _shared(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, T, V] and hidden states [N, T, H], with each distinct prompt computed once.
 
-    Where the head is left out, what it would have been given [N, T, H] stands for the logits; it is taken
-    from the `inputs` that `without_head` collects.
+    Where the head is left out, its input [N, T, H] stands for the logits; `without_head` collects it in
+    `inputs`.
     """
     first_row, index = rollout.distinct_prompts()
     ids, mask, width = rollout.prompt_ids[first_row], rollout.prompt_mask[first_row], rollout.mask.shape[1]

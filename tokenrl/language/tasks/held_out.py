@@ -111,5 +111,5 @@ def separate(
 
 
 def prompt_key(prompt: Any) -> str:
-    """Return a prompt, text or chat messages, as text by which equal ones are found."""
+    """Return a prompt, text or chat messages, as a text that equal prompts share."""
     return json.dumps(prompt, sort_keys=True, default=str)

@@ -35,9 +35,9 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
 
 
 class RowOrder:
-    """Gives out row numbers without end: each epoch has a new random order and holds every row once.
+    """Draws row numbers without end: each epoch has a new random order and holds every row once.
 
-    The orders follow from the seed, so how many rows have been given out is the whole state.
+    The orders follow from the seed, so the number of rows drawn so far is the whole state.
     """
 
     def __init__(self, num_rows: int, seed: int, shuffle: Shuffle) -> None:
@@ -90,7 +90,7 @@ class RowOrder:
 
 
 class PromptStream(RowOrder):
-    """Gives out prompts to steps; a step may take the end of one epoch and the start of the next."""
+    """Draws the prompts of training; a step may have the end of one epoch and the start of the next."""
 
     def __init__(self, rows: Sequence[Row], seed: int) -> None:
         """Start before the first epoch.
@@ -109,7 +109,7 @@ class PromptStream(RowOrder):
         return self.position / len(self._rows)
 
     def draw_prompts(self, count: int) -> list[tuple[int, Row]]:
-        """Return the next `count` prompts, each with the number of prompts given out before it.
+        """Return the next `count` prompts, each with the number of prompts drawn before it.
 
         Raises:
             Stopped: the rows are an object of the user's own, which raised an error.

@@ -1,8 +1,8 @@
 """Splits a step over processes and into micro-batches: shares prompts, gathers rows, sums gradients.
 
 Advantages and weights are computed from the whole step, identically on every process, and then sliced; the
-completions of one prompt stay on one process. The passes of a process are its own affair, as many and as wide
-as its rows need: processes meet only after the last pass of an update, where their gradients are summed.
+completions of one prompt stay on one process. Processes may make different numbers of passes, of different
+widths, because their gradients are summed only after the last pass of an update.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
 
 
 def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
-    """Say which of all N rows are compared, and which of them, and of their tokens, are learnt from."""
+    """Return which of all N rows are compared, and which rows and tokens are learnt from."""
     states: dict[str, Any] = {"valid": rows.valid, "truncated": rows.truncated}
     return keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
 
@@ -73,7 +73,7 @@ def advantage_inputs(rows: Rollout, sampling: Sampling, running_mean: RunningMea
 
 
 def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
-    """Return True for the rows of an update that can have a gradient [N]; the others count in weights alone.
+    """Return True for the rows of an update that can have a gradient [N]; other rows count in divisors only.
 
     Args:
         learner: the settings.

@@ -1,7 +1,8 @@
-"""Collects the data of a training step: completions, rewards, what else the estimator needs; reports on it.
+"""Collects the rows of a training step and reports on them.
 
-The functions that collect work on the rows of one process. `refill` replaces groups whose rewards are all
-equal by groups of new prompts. What is told are the metrics of the step, and its completions as a table.
+One process samples its completions, rewards them and adds what the estimator compares them with. `refill`
+replaces groups whose rewards are all equal by groups of new prompts. The report is the metrics of the step
+and a table of its completions.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DrawPrompts = Callable[[int], Prompts]  # takes a number and returns that many f
 
 
 def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
-    """Sample completions with the run's generator, and compute what else the estimator needs of a rollout."""
+    """Sample completions with the run's generator, and compute the columns that the estimator needs."""
     estimator = learner.estimator
     prompt_ids = encode(learner.policy, [row["prompt"] for _, row in prompts], sampling)
     draws = uniforms("training", sampling, [number for number, _ in prompts])
@@ -57,7 +58,7 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
 
 
 def reward(learner: Learner, rewards: Rewards, rows: Rollout, step: int) -> Rollout:
-    """Reward completions of a step; functions may read the steps done before this one, and steps in all."""
+    """Reward the completions of a step; functions can read how many steps are done, and how many will be."""
     return reward_rows(learner.policy, rewards, rows, step=step - 1, max_steps=learner.args.max_steps)
 
 
@@ -96,7 +97,7 @@ def refill(
 
 
 def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
-    """Return the rows with what the estimator compares them with: reference, critic, greedy completions."""
+    """Return the rows with log-probabilities of the reference, values of the critic and greedy rewards."""
     estimator, columns = learner.estimator, dict[str, Any]()
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
@@ -128,7 +129,7 @@ def logprobs_under(learner: Learner, model: nn.Module, rows: Rollout) -> Tensor:
 
 
 def rows_at_once(learner: Learner, rows: Rollout) -> int:
-    """Return how many rows a forward pass without a gradient takes: as one with a gradient, at the most."""
+    """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
     size, tokens = learner.sampling.group_size, learner.forward.tokens
     width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
     groups = tokens // (width * size)

@@ -42,8 +42,8 @@ class Forward:
     """How forward passes are computed.
 
     Attributes:
-        policy: what is sampled and scored.
-        model: what gradients flow through; it has the weights of `policy.model`.
+        policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained.
+        model: the model of forward passes with a gradient; it shares the weights of `policy.model`.
         scoring: how completions are scored.
         copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
         words: the choices and their reasons in a line, for the run's header.
@@ -59,12 +59,12 @@ class Forward:
 
     @torch.no_grad()
     def copy_weights(self) -> None:
-        """Compute with the weights that an update has left."""
+        """Copy the trained weights, as they are after an update, into the bfloat16 copy."""
         for original, half in self.copies:
             half.copy_(original)
 
     def accumulate_gradients(self) -> None:
-        """Add the gradients of a backward pass to those of the original weights, in their precision."""
+        """Add the gradients of the copy to those of the trained weights, in float32, and clear them."""
         for original, half in self.copies:
             if half.grad is not None:
                 grad = half.grad.to(original.dtype)

@@ -1,4 +1,4 @@
-"""Makes and holds the policy, its optimiser, and all else that outlives a training step."""
+"""Makes and holds what outlives a training step: the policy, its optimiser, the critic, the generator."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Critic:
 
 @dataclass
 class Learner:
-    """The policy, its optimiser, and all that an update reads: everything that outlives a step.
+    """What an update reads and changes, such as the policy and its optimiser.
 
     Attributes:
         policy: the policy, with the weights that the optimiser changes.
@@ -164,10 +164,10 @@ class Learner:
         return self.diagnostics.metrics(half, whole, groups)
 
     def accepts(self, norm: float, learns: bool) -> bool:
-        """Return whether the optimiser may take a step, and count where it may not.
+        """Return whether the optimiser may take a step, and count the updates in which it may not.
 
-        Without any row to learn from it would go on along its momentum, and decay weights, where no data say
-        so; and a gradient that is not finite must never reach the weights.
+        Without a row to learn from, AdamW would still move the weights along its momentum and decay them.
+        A gradient that is not finite must never reach the weights.
 
         Args:
             norm: length of the gradient.
@@ -222,7 +222,7 @@ class Learner:
             part.load_state_dict(state[name])
 
     def _parts(self) -> dict[str, Any]:
-        """Return what has a state of its own."""
+        """Return the parts that have a state to be saved, by name."""
         parts = {"optimizer": self.optimizer, "diagnostics": self.diagnostics}
         return parts if self.critic is None else parts | {"critic": self.critic}
 

@@ -60,7 +60,7 @@ class Record(NamedTuple):
     Attributes:
         metrics: numbers for metrics.jsonl, under TRL's names.
         rows: returns the completions as table rows; they are decoded only when it is called.
-        timings: seconds spent in each part of the step, and in each reward function (`rewards/NAME/seconds`).
+        timings: seconds of each part of the step and of each reward function (`rewards/NAME/seconds`).
     """
 
     metrics: dict[str, float]
@@ -192,7 +192,7 @@ def loss_statistics(
 
 
 def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, float]:
-    """Return what is reported of an update.
+    """Return the metrics of an update.
 
     Args:
         learner: the settings.
