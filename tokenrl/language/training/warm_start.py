@@ -3,8 +3,8 @@
 A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. The
 tiny models of toy tasks are made by a fixed number of updates on demonstrations. `tokenrl train --warm-start`
 trains all weights of any model, before an adapter is added. That stage has a run directory of its own in the
-cache, with checkpoints, so that one that was ended goes on where it was, and a longer one goes on from a
-shorter one: its learning rate is constant after the warm-up, so the weights do not depend on its length.
+cache, with checkpoints: a stage that was interrupted continues, and a longer stage continues a shorter one.
+Its learning rate is constant after the warm-up, so the weights after an update do not depend on its length.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
 
 
-def _place(kind: str, ingredients: Any) -> Path:
+def _cache_folder(kind: str, ingredients: Any) -> Path:
     """Return the folder in the cache for what is made from these ingredients; it need not exist yet."""
     key = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
     return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _made_once(
+def _make_once(
     directory: Path, make: Callable[[Path], None], warn: Callable[[str], None]
 ) -> tuple[Path, bool]:
     """Return the folder of a model in the cache, made by whoever needs it first.
@@ -151,7 +151,7 @@ def warm_started_base(
         save_policy(policy, folder)
 
     with using_threads(1):  # the same weights for everyone
-        return _made_once(_place(task.name, [task.fingerprint, seed]), make, announce)[0]
+        return _make_once(_cache_folder(task.name, [task.fingerprint, seed]), make, announce)[0]
 
 
 class WarmStart:
@@ -192,7 +192,7 @@ class WarmStart:
         computing = [accelerator.device.type, precision, args.training_attention]
         training = [args.warm_start, BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
         # All that the weights depend on, besides the number of updates.
-        self._known = [model, self._rows, rewards.names, sampling, training]
+        self._ingredients = [model, self._rows, rewards.names, sampling, training]
 
     @cached_property
     def _forward(self) -> Forward:
@@ -203,7 +203,7 @@ class WarmStart:
     @property
     def folder(self) -> Path:
         """The folder in the cache that holds the result, as soon as it has been made."""
-        return _place("warm-start", [self._known, self.args.warm_start_steps])
+        return _cache_folder("warm-start", [self._ingredients, self.args.warm_start_steps])
 
     def run(self) -> dict[str, Any]:
         """Train all weights on the demonstrations, or take them from the cache.
@@ -218,7 +218,7 @@ class WarmStart:
             Stopped: the loss became NaN or infinite, or a reward function failed.
             Interrupted: a signal ended the stage, after it had been saved.
         """
-        directory, cached = _made_once(self.folder, self._make, self.console.warn)
+        directory, cached = _make_once(self.folder, self._make, self.console.warn)
         if cached:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
@@ -227,7 +227,7 @@ class WarmStart:
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
-        """Make three updates at a rate of 0; return the seconds of the third, as long as later ones."""
+        """Make three updates with a learning rate of 0; return the seconds of the third."""
         training, times = self._training(0.0), list[float]()
         for _ in range(3):
             times.append(time.perf_counter())
@@ -245,13 +245,15 @@ class WarmStart:
         """Continue an earlier stage from its checkpoint or start a new one; write the model into a folder."""
         from filelock import FileLock
 
-        args, most, run = self.args, self.args.warm_start_steps, _place("warm-start-run", self._known)
+        args, most = self.args, self.args.warm_start_steps
+        run = _cache_folder("warm-start-run", self._ingredients)
         stage = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
         self.console.note(f"warm start: {stage}, learning rate {self._rate:g}; kept in {cache_directory()}")
         with FileLock(f"{run}.lock"):  # waits for a stage of another length, where a session would refuse
-            goes_on = _goes_on(run, most)
-            settings: dict[str, Any] = {"output_dir": str(run), "quiet": args.quiet, "overwrite": not goes_on}
-            settings |= {"resume": "auto" if goes_on else None, "save_minutes": args.save_minutes}
+            going_on = _can_continue(run, most)
+            settings: dict[str, Any] = {"output_dir": str(run), "overwrite": not going_on}
+            settings |= {"resume": "auto" if going_on else None, "quiet": args.quiet}
+            settings["save_minutes"] = args.save_minutes
             settings |= {"save_every": SAVED, "keep_checkpoints": 1, "seed": args.seed, "eval_every": 0}
             settings |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate}
             facts, code = self._learn(SftArguments(task="demonstrations", **settings))
@@ -275,14 +277,14 @@ class WarmStart:
                 session.evaluated(self._probe())
             session.begin(settings, names={})
             before = session.eval_before
-            for _ in session.steps(0 if args.warm_start == "auto" and _is_enough(before) else most):
+            for _ in session.steps(0 if args.warm_start == "auto" and _has_signal(before) else most):
                 session.record(session.timed(training.learn))
             session.save()
             code, after = session.stop.exit_code, before
             if training.step and not code:
                 after = self._probe()
         self.policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free them
-        if training.step == most and not _is_enough(after):
+        if training.step == most and not _has_signal(after):
             shares = f"{after['unequal']:.0%} of the groups have unequal rewards"
             cut = f"{after['truncated']:.0%} of the completions are cut"
             mend = f"raise warm_start_steps: it goes on from these {most}"
@@ -306,7 +308,7 @@ class WarmStart:
         return {"reward": probe.reward.value, "unequal": probe.unequal, "truncated": probe.truncated.value}
 
 
-def _goes_on(directory: Path, most: int) -> bool:
+def _can_continue(directory: Path, most: int) -> bool:
     """Return whether a stage of `most` updates can continue from the checkpoint of an earlier stage."""
     try:
         path, _ = find_checkpoint(directory, "auto")
@@ -315,5 +317,6 @@ def _goes_on(directory: Path, most: int) -> bool:
     return path is None or step_of(path) <= most
 
 
-def _is_enough(probe: dict[str, float]) -> bool:
+def _has_signal(probe: dict[str, float]) -> bool:
+    """Return whether enough groups have unequal rewards and enough completions end by themselves."""
     return probe["unequal"] >= ENOUGH and probe["truncated"] <= 1 - ENOUGH
