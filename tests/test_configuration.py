@@ -49,7 +49,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def refused(command: str, path, capsys) -> str:
+def assert_refused(command: str, path, capsys) -> str:
     assert main([*command.split(), "--config", str(path)]) == 2
     out, said = capsys.readouterr()
     assert said.startswith("tokenrl: ") and said.count("\n") == 1 and len(said) < 1500 and not out, said
@@ -61,7 +61,7 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
     path = tmp_path / name
     path.write_text(SPOILT[name], encoding="utf-8", errors="surrogateescape")
     for command in TRAINS:
-        said = refused(command, path, capsys)
+        said = assert_refused(command, path, capsys)
         assert str(path) in said and WORDS.get(name, "") in said
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
@@ -69,12 +69,12 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
 def test_a_spoilt_estimator_in_a_file_is_refused(tmp_path, capsys):
     for value in ESTIMATORS:
         (tmp_path / "a.json").write_text(json.dumps({"estimator": value}))
-        refused("train", tmp_path / "a.json", capsys)
+        assert_refused("train", tmp_path / "a.json", capsys)
 
 
 def test_a_file_that_is_not_there_is_refused(capsys):
     for name in ("", "absent.json", "x" * 5000, "\0", "nested/absent.yaml"):
-        assert "cannot be read" in refused("train", name, capsys)
+        assert "cannot be read" in assert_refused("train", name, capsys)
 
 
 RESULTS = ["lab exact --estimators rloo", "lab measure", "evaluate --model x", "advise --env bandit"]

@@ -161,7 +161,7 @@ def left(run: Path) -> dict[str, object]:
     }
 
 
-def kill_and_continue(
+def check_killed_runs_end_equal(
     nursery: Nursery, folder: Path, argv: list[str], kills: int, seed: int, *, processes=1, places=("",)
 ) -> None:
     """Kill runs, continue them to their end, and compare each with a run that was not killed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from killing import TRAIN, kill_and_continue
+from killing import TRAIN, check_killed_runs_end_equal
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ POLICY_GRADIENT = {
 @pytest.mark.parametrize("name", POLICY_GRADIENT)
 def test_a_policy_that_is_killed_five_times(nursery, tmp_path, name):
     seed = list(POLICY_GRADIENT).index(name)
-    kill_and_continue(nursery, tmp_path, [*TRAIN, *POLICY_GRADIENT[name]], 5, seed)
+    check_killed_runs_end_equal(nursery, tmp_path, [*TRAIN, *POLICY_GRADIENT[name]], 5, seed)
 
 
 @pytest.mark.parametrize(
@@ -44,19 +44,19 @@ def test_a_policy_that_is_killed_five_times(nursery, tmp_path, name):
     ],
 )
 def test_an_agent_that_is_killed(nursery, tmp_path, seed, options):
-    kill_and_continue(nursery, tmp_path, [*CONTROL, *options], 3, seed)
+    check_killed_runs_end_equal(nursery, tmp_path, [*CONTROL, *options], 3, seed)
 
 
 def test_a_reward_model_that_is_killed_ten_times(nursery, tmp_path):
     argv = ["reward-model", "--task", "sort_digits", "--num-pairs", "120", "--max-steps", "30", "--quiet"]
     argv += ["--batch-size", "8", "--eval-size", "16", "--eval-every", "5", "--save-every", "3"]
-    kill_and_continue(nursery, tmp_path, argv, 10, seed=5)
+    check_killed_runs_end_equal(nursery, tmp_path, argv, 10, seed=5)
 
 
 def test_a_supervised_training_that_is_killed_five_times(nursery, tmp_path):
     argv = ["sft", "--task", "sort_digits", "--max-steps", "20", "--batch-size", "8", "--quiet"]
     argv += ["--eval-every", "5", "--save-every", "3", "--eval-size", "8"]
-    kill_and_continue(nursery, tmp_path, argv, 5, seed=6)
+    check_killed_runs_end_equal(nursery, tmp_path, argv, 5, seed=6)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_supervised_training_that_is_killed_five_times(nursery, tmp_path):
 def test_one_of_two_processes_that_is_killed_five_times(nursery, tmp_path, seed, options):
     places = ("language/training", "language/rollout", "language/rewards", "runs")
     argv = [*TRAIN, *options, "--cpu"]
-    kill_and_continue(nursery, tmp_path, argv, 5, seed, processes=2, places=places)
+    check_killed_runs_end_equal(nursery, tmp_path, argv, 5, seed, processes=2, places=places)
 
 
 def test_a_run_of_two_processes_is_not_continued_by_one(nursery, tmp_path):
