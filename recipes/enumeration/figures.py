@@ -1,7 +1,6 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map                    or kl, variance, grpo-difficulty, length-bias
-    python recipes/enumeration/figures.py variance --seed 3 --output variance.png
+    python recipes/enumeration/figures.py map      or kl, variance (--seed 3), grpo-difficulty, length-bias
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -170,28 +169,27 @@ def variance(
     mean = float((problem.chances * problem.totals).sum())
     rloo = {n: n * exact_moments(Estimator(), problem, group_size=n).variance for n in group_sizes}
     points = {"b = 0": 0.0, "b = J": mean, "b = b*": best, "b = 1": 1.0}
-    for (name, b), found in zip(
-        points.items(), constant_variances(problem, list(points.values())), strict=True
-    ):
-        print(f"{name:12} baseline {b:.4f}   variance {found:.4f}")
-    for size, found in rloo.items():
-        print(f"RLOO, G = {size:<2} baseline {mean:.4f}   variance {found:.4f}")
+    variances = constant_variances(problem, list(points.values()))
+    for (name, b), height in zip(points.items(), variances, strict=True):
+        print(f"{name:12} baseline {b:.4f}   variance {height:.4f}")
+    for size, height in rloo.items():
+        print(f"RLOO, G = {size:<2} baseline {mean:.4f}   variance {height:.4f}")
     constants = [-0.6 + 0.025 * i for i in range(77)]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(constants, constant_variances(problem, constants), color=BLUE, linewidth=2.2)
     at_zero, at_mean, at_best = constant_variances(problem, [0.0, mean, best])
     above = f"b = J = {mean:.3f}: {at_mean / at_best - 1:.0%} above the least"
-    for b, found, text, shift, side in (
+    for b, height, text, shift, side in (
         (0.0, at_zero, "b = 0: nothing is subtracted", (-10, 0), "right"),
         (best, at_best, f"b* = {best:.3f}: the least variance", (0, -16), "center"),
         (mean, at_mean, above, (-12, -3), "right"),
     ):
-        axes.scatter([b], [found], color=BLUE, edgecolors="white", s=70, zorder=3)
-        write(axes, text, (b, found), shift, color=BLUE, ha=side)
-    for size, found in rloo.items():
-        axes.scatter([mean], [found], color=RED, marker="D", edgecolors="white", s=60, zorder=3)
-        write(axes, f"RLOO, G = {size}", (mean, found), (10, 0), color=RED)
+        axes.scatter([b], [height], color=BLUE, edgecolors="white", s=70, zorder=3)
+        write(axes, text, (b, height), shift, color=BLUE, ha=side)
+    for size, height in rloo.items():
+        axes.scatter([mean], [height], color=RED, marker="D", edgecolors="white", s=60, zorder=3)
+        write(axes, f"RLOO, G = {size}", (mean, height), (10, 0), color=RED)
     axes.set(ylim=(0, 1.12 * max(*rloo.values(), at_zero)), xlim=(constants[0], constants[-1]))
     axes.set(xlabel="baseline b; of RLOO its mean", ylabel="variance of one completion's gradient")
     axes.set_title("The expected reward is a good baseline, not the best; estimating it costs", loc="left")
@@ -301,8 +299,7 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     axes = figure.subplots()
     axes.plot(p, [(x * (1 - x)) ** -0.5 for x in p], color="black", linestyle="--", linewidth=1.3)
     write(axes, "limit of large G:\n$1/\\sqrt{p(1-p)}$", (0.0065, 19))
-    both = "lines: from the advantages\ndots: all groups enumerated"
-    write(axes, both, (0.5, 5.3), ha="center", color=GREY)
+    write(axes, "lines: by the advantages\ndots: all groups enumerated", (0.5, 5.3), ha="center", color=GREY)
     axes.axhline(1, color="#777777", linewidth=1)
     alike = "every prompt alike: the gradient of J (RLOO)"
     write(axes, alike, (0.5, 1), (0, -10), ha="center", fontsize=9, color=GREY)
@@ -368,9 +365,9 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
     for name, colour in LENGTHS.items():
         estimator, errors = Estimator(aggregation=name), []
         for rows in sizes:
-            found = exact_moments(estimator, problem, group_size=rows)
-            errors.append(math.tan(math.radians(angle(found))))
-            print(f"{name:15} {rows:3} {found.cosine:8.5f} {found.relative_bias:15.5f} {errors[-1]:9.2e}")
+            moments = exact_moments(estimator, problem, group_size=rows)
+            errors.append(math.tan(math.radians(angle(moments))))
+            print(f"{name:15} {rows:3} {moments.cosine:8.5f} {moments.relative_bias:15.5f} {errors[-1]:9.2e}")
         if name == "sequence_sum":
             continue
         left.plot(sizes, errors, "o-", color=colour, linewidth=2.2, markeredgecolor="white")
@@ -388,8 +385,7 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
         for reward in (0.0, 1.0):
             pulls = [unit * pull(Estimator(aggregation=name), problem, n, reward, 8) for n in lengths]
             print(f"{name:15} reward {reward:.0f}, lengths 1 to 4: " + " ".join(f"{x:7.3f}" for x in pulls))
-            inside = colour if reward else "white"
-            look = {"linewidth": 2.2, "markersize": 8, "markerfacecolor": inside}
+            look = {"linewidth": 2.2, "markersize": 8, "markerfacecolor": colour if reward else "white"}
             right.plot(lengths, pulls, "o-", color=colour, **look)
         write(right, name, (4, pulls[-1]), (12, 0), color=colour, fontweight="bold")
     right.axhline(0, color="#777777", linewidth=1)
