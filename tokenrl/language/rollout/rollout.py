@@ -95,12 +95,12 @@ class Rollout:
 
     def take(self, index: Tensor) -> Rollout:
         """Select the rows `index` [n], cut to their longest prompt and completion."""
+        host = index.cpu()  # once, since a device is waited for
         columns: dict[str, Any] = {
-            name: x[index.to(x.device)] if isinstance(x, Tensor) else [x[i] for i in index.tolist()]
+            name: x[host if x.is_cpu else index] if isinstance(x, Tensor) else [x[i] for i in host.tolist()]
             for name, x in self.columns().items()
         }
-        prompt_mask = columns["prompt_mask"]
-        P = prompt_mask.shape[1] - int(prompt_mask.int().argmax(dim=1).min())
+        P = max(1, int(columns["prompt_mask"].sum(dim=1).max()))
         T = max(1, int(lengths(columns["mask"]).max()))
         return replace(self, **{name: _fitted(name, x, P, T) for name, x in columns.items()})
 
