@@ -16,8 +16,6 @@ from typing import Any, Literal
 from tokenrl.errors import Refused, suggest
 from tokenrl.settings import Count, NonNegative, Settings
 
-Unit = Literal["tokens", "words", "characters"]
-
 
 def completion_texts(completions: Sequence[Any]) -> list[str]:
     """The text of each completion; of chat messages it is their contents, joined by line ends."""
@@ -59,17 +57,6 @@ class RegexFormat(Settings):
         return [float(matches(text) is not None) for text in completion_texts(completions)]
 
 
-def _units(
-    unit: Unit, completions: Sequence[Any], ids: Sequence[Sequence[int]] | None
-) -> list[Sequence[Any]]:
-    """Each completion as a sequence of tokens, words (in lower case) or characters."""
-    if unit == "tokens":
-        if ids is None:
-            raise ValueError("unit='tokens' needs completion_ids, which was not passed; use 'words'")
-        return list(ids)
-    return [text.casefold().split() if unit == "words" else text for text in completion_texts(completions)]
-
-
 @dataclass(frozen=True)
 class Length(Settings):
     """Minus the relative distance from a length: `-|n - target| / target`, or `-max(0, n - max) / max`.
@@ -82,7 +69,7 @@ class Length(Settings):
 
     target: Count | None = None
     max: Count | None = None
-    unit: Unit = "tokens"
+    unit: Literal["tokens", "words", "characters"] = "tokens"
     __name__ = "length"
 
     def __post_init__(self) -> None:
@@ -93,7 +80,10 @@ class Length(Settings):
 
     def __call__(self, completions: Sequence[Any], completion_ids: Any = None, **_: Any) -> list[float]:
         """Reward N completions."""
-        sizes = [len(row) for row in _units(self.unit, completions, completion_ids)]
+        if self.unit == "tokens" and completion_ids is None:
+            raise ValueError("unit='tokens' needs completion_ids, which was not passed; use 'words'")
+        texts = completion_texts(completions) if self.unit != "tokens" else completion_ids
+        sizes = [len(text.split() if self.unit == "words" else text) for text in texts]
         if self.target is not None:
             return [-abs(size - self.target) / self.target for size in sizes]
         limit = self.max or 1
