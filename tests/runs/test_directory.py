@@ -10,7 +10,7 @@ import pytest
 
 from tokenrl import __version__
 from tokenrl.errors import Refused
-from tokenrl.runs.directory import RunDirectory, new_directory, newest, remove_run
+from tokenrl.runs.directory import RunDirectory, new_directory, newest, remove_run_files
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import versions
 from tokenrl.runs.resume import cut_back
@@ -93,7 +93,7 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
     before = tree(run)
     with locked(run, overwrite=True):
         assert tree(run) == before  # who is refused before it begins has lost nothing
-        remove_run(run)
+        remove_run_files(run)
         left = set(tree(run))
     assert left == {".lock", "checkpoints", "completions", "completions/weights.bin", *MINE}
     assert (outside / "kept").read_text() == "kept"
@@ -158,9 +158,9 @@ def test_removal_cut_short_can_be_repeated(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
         with pytest.raises(Refused, match=r"cannot be replaced.*busy"):
-            remove_run(tmp_path)
+            remove_run_files(tmp_path)
     with locked(tmp_path, overwrite=True):  # it is still known as a run
-        remove_run(tmp_path)
+        remove_run_files(tmp_path)
     assert not (tmp_path / "model").exists() and not (tmp_path / "config.json").exists()
 
 

@@ -86,7 +86,7 @@ def _diagnosed(run: RecordedRun) -> Advice:
         command=run.kind,
         arguments=with_changes(arguments, changes),
         line=shlex.join(words),
-        measured={"status": _status(run, arguments)}
+        measured={"status": _progress(run, arguments)}
         | {name: numbers[name] for start in SHOWN for name in numbers if name.startswith(start)},
         findings=findings,
     )
@@ -179,7 +179,7 @@ def _horizon(run: RecordedRun, arguments: ControlArguments) -> float:
     return recorded or arguments.max_episode_steps or (spec and spec.max_episode_steps) or math.inf
 
 
-def _status(run: RecordedRun, arguments: Any) -> str:
+def _progress(run: RecordedRun, arguments: Any) -> str:
     """Return how far the run has come, and how it ended."""
     step, summary = run.metrics[-1]["step"], run.summary
     ended = "still running" if not summary and in_use(run.path) else ending(summary)

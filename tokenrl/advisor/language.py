@@ -11,7 +11,7 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import fill_form, form_row
+from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
@@ -74,7 +74,9 @@ def advise_language(args: AdviseArguments) -> Advice:
         train,
         _reasons(train, policy),
         subject=f"{task.name}, {policy.source}",
-        measured=form_row(policy.form, args.model) | plain(probe) | {"without_signal": without_signal(probe)},
+        measured=form_line(policy.form, args.model)
+        | plain(probe)
+        | {"without_signal": without_signal(probe)},
         findings=[*findings, *few],
     )
 

@@ -46,8 +46,8 @@ class RunDirectory:
 
         Args:
             path: the folder; its parents are made too.
-            overwrite: the run that the folder holds may be replaced. Whoever does so calls `remove_run`, as
-                late as possible, so that a refusal in between loses no results.
+            overwrite: the run that the folder holds may be replaced. Whoever does so calls `remove_run_files`
+                as late as possible, so that a refusal in between loses no results.
             resume: continue the run that the folder may hold.
             new: the folder must not exist yet.
 
@@ -167,7 +167,7 @@ def in_use(run: Path) -> bool:
     return False
 
 
-def remove_run(run: Path) -> None:
+def remove_run_files(run: Path) -> None:
     """Remove what a run has written, and nothing else; a link is removed, never followed.
 
     Raises:

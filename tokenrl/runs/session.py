@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tokenrl.errors import Refused, Stopped, describe, explain
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, next_commands
-from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run
+from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, versions
@@ -202,7 +202,7 @@ class Session:
         if not self.main:
             return
         if not self.continues:
-            remove_run(self.output_dir)
+            remove_run_files(self.output_dir)
         config = {**settings, **facts, "command": self.origin.command}
         write_json(self.output_dir / "config.json", {"versions": versions(), **config})
         if self.ended or self.step >= args.max_steps or self._spent():

@@ -12,7 +12,7 @@ from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.prompts import FORM, form_row, saved_form, special_texts
+from tokenrl.language.policy.prompts import FORM, form_line, saved_form, special_texts
 from tokenrl.runs.console import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
@@ -128,9 +128,9 @@ def test_a_run_and_its_models_are_asked_as_in_the_run_and_nothing_else_is(run, m
 def test_the_form_in_words(run):
     form = PromptArguments(system_prompt="Be brief.", chat=True, stop=("Q:", "\n"))
     said = "each text as a message of the user; system prompt 'Be brief.'; completions end at 'Q:' or '\\n'"
-    assert form_row(form) == {"asked": said} == form_row(form, run)
-    assert form_row(PromptArguments(**saved_form(run)), run)["asked"].endswith(f"'Q:' (as the run of {run})")
-    assert form_row(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={})) == {}
+    assert form_line(form) == {"asked": said} == form_line(form, run)
+    assert form_line(PromptArguments(**saved_form(run)), run)["asked"].endswith(f"'Q:' (as the run of {run})")
+    assert form_line(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={})) == {}
 
 
 # ---- special tokens in a prompt, and what a model writes ----

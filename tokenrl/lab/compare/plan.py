@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
-from tokenrl.runs.directory import RunDirectory, acquire_lock, remove_run
+from tokenrl.runs.directory import RunDirectory, acquire_lock, remove_run_files
 from tokenrl.runs.files import plain, remove, write_json
 from tokenrl.settings import arguments
 
@@ -357,7 +357,7 @@ def _remove(plan: Plan, root: Path) -> None:
         raise Refused(f"{behind[0]} lies behind a link, where nothing is removed. Give another --output-dir.")
     for directory in [RunDirectory(run, overwrite=True) for run in runs]:
         run = directory.path
-        remove_run(run)
+        remove_run_files(run)
         remove(run / ".lock")
         directory.release()
         if os.listdir(run):

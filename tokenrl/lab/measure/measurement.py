@@ -194,7 +194,7 @@ def rows_at_once(policy: Policy, length: int) -> int:
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
     """Check the numbers; return the arguments with the form of the prompts, which is announced."""
-    from tokenrl.language.policy.prompts import fill_form, form_of, form_row
+    from tokenrl.language.policy.prompts import fill_form, form_line, form_of
 
     g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step
     if g & (g - 1):
@@ -204,7 +204,7 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
     if b < 4 * p or b % p:
         raise Refused(f"num_prompts={b} with prompts_per_step={p}: give a multiple of {p}, at least {4 * p}.")
     args = arguments(MeasureArguments, vars(fill_form(args)))
-    for line in form_row(form_of(args), args.model).values():
+    for line in form_line(form_of(args), args.model).values():
         announce(f"Asked: {line}.")
     return args
 

@@ -67,7 +67,7 @@ def fill_form(args: Any, model: Any = None) -> Any:
     return lay(("the model's run", form), ("given", vars(args))).values
 
 
-def form_row(form: PromptArguments, model: Any = None) -> dict[str, str]:
+def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
     """Describe the form as a line of a header, {"asked": ...}; empty if prompts go as they stand.
 
     Args:
@@ -84,7 +84,7 @@ def form_row(form: PromptArguments, model: Any = None) -> dict[str, str]:
 
 def print_form(form: PromptArguments, model: Any) -> None:
     """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
-    for line in form_row(form, model).values():
+    for line in form_line(form, model).values():
         print(f"tokenrl: asked: {line}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.prompts import fill_form, form_of, form_row
+from tokenrl.language.policy.prompts import fill_form, form_line, form_of
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
@@ -275,7 +275,7 @@ def _header(args: RewardModelArguments, data: RewardData, reward_model: RewardMo
         "data": f"{len(data.train):,} training pairs, {len(data.held_out):,} held out",
         "loss": f"Bradley-Terry, margin {args.margin:g}, label smoothing {args.label_smoothing:g}",
         "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}",
-        **form_row(reward_model.form, args.model if args.policy is None else args.policy),
+        **form_line(reward_model.form, args.model if args.policy is None else args.policy),
     }
 
 
@@ -303,7 +303,7 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
-    facts |= form_row(ended.reward_model.form)
+    facts |= form_line(ended.reward_model.form)
     base, origin = session.args.model, session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
     session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))

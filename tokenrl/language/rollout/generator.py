@@ -188,7 +188,7 @@ class _Decoder:
         self.position = prompt_mask.sum(dim=1)  # [B], position of the next token
         end = last(1, prompt_ids.device)
         out = model(prompt_ids, **self._positions(prompt_ids.shape[1]), **self.options, logits_to_keep=end)
-        self._hold(out)
+        self._store(out)
         self.select(prompt_index)
         self.cache.make_room(sampling.max_completion_length)
 
@@ -212,10 +212,10 @@ class _Decoder:
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         arguments = self.cache.arguments(self._positions(1))
-        self._hold(self.model(token[:, None], **arguments, **self.options))
+        self._store(self.model(token[:, None], **arguments, **self.options))
 
-    def _hold(self, out: Any) -> None:
-        """Hold the cache, the last logits and the last hidden states of a forward pass."""
+    def _store(self, out: Any) -> None:
+        """Store the cache, the last logits and the last hidden states of a forward pass."""
         self.cache = Cache.of(out)
         self.logits = out.logits[:, -1]
         self.hidden: Tensor = (

@@ -15,7 +15,7 @@ import torch
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.errors import with_places
-from tokenrl.language.policy.prompts import fill_form, form_row, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.sources import recorded
@@ -104,7 +104,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
                     metrics |= session.evaluated(_evaluate(run, step))
                 _record(run, session, record, metrics)
                 if step == 2:
-                    session.console.note(run.forecast(session.step_seconds))
+                    session.console.note(run.forecast_duration(session.step_seconds))
                 if ended_by := judge_step(run, session):
                     reason = ended_by
                     break
@@ -260,7 +260,7 @@ def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     ended = run.result(session, reason)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
-    facts |= form_row(ended.policy.form)
+    facts |= form_line(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)

@@ -22,7 +22,7 @@ from typing import Any
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import form_row
+from tokenrl.language.policy.prompts import form_line
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -136,12 +136,13 @@ class TrainingRun:
             policy=self.learner.policy,
         )
 
-    def forecast(self, seconds: float) -> str:
-        """Return in words how long the run takes if a step takes so many seconds."""
+    def forecast_duration(self, step_seconds: float) -> str:
+        """Return in words how long the run takes if a step takes `step_seconds`."""
         args = self.args
         count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
-        whole = args.max_steps * seconds + count * self.eval_seconds
-        words = f"{args.max_steps} steps of {seconds:.2g} s, {count} evaluations of {self.eval_seconds:.2g} s"
+        whole = args.max_steps * step_seconds + count * self.eval_seconds
+        words = f"{args.max_steps} steps of {step_seconds:.2g} s"
+        words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
         if self.warm_seconds:
             whole += args.warm_start_steps * self.warm_seconds
             words = f"a warm start of {args.warm_start_steps} updates of {self.warm_seconds:.2g} s, {words}"
@@ -187,5 +188,5 @@ def model_facts(args: Any, origins: Mapping[str, str], policy: Policy) -> dict[s
         "training": line(" x ", max_steps="{} steps", **sizes),
         "completions": line(max_completion_length="up to {} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
-        **form_row(policy.form, args.model),
+        **form_line(policy.form, args.model),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import fill_form, form_row
+from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
@@ -100,7 +100,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
             "learning rate": line(learning_rate="{:g}") + ", falling to 0",
             "threads": f"{threads} ({reason})",
-            **form_row(policy.form, args.model),
+            **form_line(policy.form, args.model),
             **scoring.remarks,
         }
         title = f"{name}, supervised, seed {args.seed}"

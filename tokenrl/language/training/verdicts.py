@@ -75,7 +75,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Callable[[], Mapping
     lines = _lines(run, observed, records)
     if records:
         seconds = records[-1].timings["collect"] + records[-1].timings["update"]
-        lines["time"] = run.forecast(seconds)
+        lines["time"] = run.forecast_duration(seconds)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
