@@ -221,7 +221,7 @@ def draw_rewards(axes: Axes, one: Side) -> None:
     axes.set_xlabel("update")
     axes.set_ylabel(f"mean reward of the update's {one.unit}s")
     when = one.facts["reward"]
-    axes.set_title(f"{one.name}: {one.facts['N']} an update, paid {when}", loc="left", fontsize=11)
+    axes.set_title(f"{one.name}: {one.facts['N']} per update, reward {when}", loc="left", fontsize=11)
 
 
 def draw_noise(axes: Axes, one: Side, curve: Curves) -> None:
@@ -234,7 +234,7 @@ def draw_noise(axes: Axes, one: Side, curve: Curves) -> None:
         axis(LogFormatter(minor_thresholds=(2, 0.4)))
     axes.set_xlabel(f"mean reward of the update's {one.unit}s")
     axes.set_ylabel("noise tr Var(g) ((reward per unit of weight)²)")
-    axes.set_title(f"{one.name}: noise of the gradient where both earn alike", loc="left", fontsize=11)
+    axes.set_title(f"{one.name}: noise of the gradient at equal rewards", loc="left", fontsize=11)
 
 
 def draw(both: list[Side], found: list[Curves]) -> Figure:

@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -146,10 +145,11 @@ def _failure(name: str, error: BaseException, prompts: Sequence[Any]) -> Stopped
     """Say what a reward function raised, at which of its lines, and with which prompts it was called."""
     frames = traceback.extract_tb(error.__traceback__)[1:2]  # before it is the call in this file
     line = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames)
-    distinct = shorten(", ".join(dict.fromkeys(map(shown, prompts))), 1000, placeholder=" ...")
+    distinct = list(dict.fromkeys(map(shown, prompts)))
+    further = f" and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
     return Stopped(
         f"Reward function {name} raised {describe(error)}{line}. It was called with {len(prompts)} "
-        f"completions of the prompts {distinct}."
+        f"completions of the prompts {', '.join(distinct[:3])}{further}."
     )
 
 
