@@ -190,6 +190,8 @@ def test_arguments_are_made_of_keywords():
 
 def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from():
     usual, given = {"steps": 5, "rate": 0.1, "every": None}, {"steps": None, "rate": 0.0, "seed": None}
+    values, origins = lay(("default", usual), ("given", given))
+    assert vars(values) == {"steps": 5, "rate": 0.0, "every": None, "seed": None}  # 0 is given, None is not
+    assert origins == {"steps": "default", "rate": "given"}
     values, origins = lay(("default", usual), ("given", given), ("budget", {"steps": 3}))
-    assert vars(values) == {"steps": 3, "rate": 0.0, "every": None, "seed": None}  # 0 is given, None is not
-    assert origins == {"steps": "budget", "rate": "given"}
+    assert (values.steps, origins) == (3, {"steps": "budget", "rate": "given"})

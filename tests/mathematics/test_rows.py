@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.core.rows import completion_mask, keep, zero_outside, zero_spread
+from tokenrl.core.rows import completion_mask, keep, loss_terms, zero_outside, zero_spread
 from tokenrl.errors import Refused
 
 IDS = torch.tensor([[5, 2, 2, 2], [5, 3, 6, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
@@ -63,3 +63,13 @@ def test_what_is_kept() -> None:
             assert torch.equal(found, rows), fields
     with pytest.raises(Refused, match="truncated"):
         keep(Estimator(truncations="mask"), REWARDS, torch.ones(8, 2), group_size=2)
+
+
+def test_the_loss_compares_other_rows_than_it_learns_from() -> None:
+    """A group of equal rewards is in the mean of the step, and a masked row is not among the tokens."""
+    axes = {"aggregation": "token_mean", "truncations": "mask", "zero_spread": "drop"}
+    given = {"group_size": 2, "max_length": 2, "truncated": torch.tensor([False, True, False, False])}
+    rewards = torch.tensor([1.0, 0.0, 3.0, 3.0])
+    terms = loss_terms(Estimator(baseline="batch_mean", **axes), rewards, torch.ones(4, 2), **given)
+    assert terms.advantages.tolist() == [-0.75, -1.75, 1.25, 1.25]
+    assert terms.weights.tolist() == [[0.5, 0.5], *[[0.0, 0.0]] * 3]

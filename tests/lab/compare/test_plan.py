@@ -217,19 +217,19 @@ def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_pat
 TUNED = {"arms": ("reinforce,learning_rate=0.1", "a2c,learning_rate=0.1"), "learning_rate": ("tuned",)}
 
 
-def tuned(score):
+def tuned(score, by="arm", **options):
     """The runs for tuning that are made if a function of the run gives its score, and the rates by arm."""
-    made, rows = plan(**TUNED), []
+    made, rows = plan(**TUNED | options), []
     while (runs := missing(made, rows)) and runs[0].role == "tuning":
         each = [vars(run) | {"learning_rate": run.learning_rate, "area": score(run)} for run in runs]
         rows += each
     assert {run.role for run in runs} == {"comparison"} and len(runs) == len(made.runs())
-    return rows, {run.arm: run.learning_rate for run in runs}
+    return rows, {getattr(run, by): run.learning_rate for run in runs}
 
 
-def peak(best):
+def peak(best, by="arm"):
     """Scores that fall with the distance of the rate from the best one of its arm, in powers of 2."""
-    return lambda run: -abs(math.log2(run.learning_rate / best[run.arm]))
+    return lambda run: -abs(math.log2(run.learning_rate / best[getattr(run, by)]))
 
 
 def test_the_best_rate_of_each_arm_wins_and_fewer_rates_go_on():
@@ -240,6 +240,11 @@ def test_the_best_rate_of_each_arm_wins_and_fewer_rates_go_on():
     assert len({row["path"] for row in rows}) == len(rows) and not set(seeds) & set(plan(**TUNED).seeds)
     for arm in TUNED["arms"]:
         assert [sum(row["seed"] == seed for row in rows if row["arm"] == arm) for seed in seeds] == [5, 3, 2]
+
+
+def test_the_runs_of_each_problem_choose_its_rates():
+    best = {"walk": 0.05, "costly_walk": 0.2}
+    assert tuned(peak(best, "problem"), "problem", env=tuple(best))[1] == best
 
 
 def test_a_best_rate_at_the_edge_widens_the_grid_but_not_without_end():
@@ -253,6 +258,8 @@ def test_a_best_rate_at_the_edge_widens_the_grid_but_not_without_end():
     ("first", "later", "best"),
     [
         ({0.1: 1.0, 0.2: 0.9}, {0.1: 0.0, 0.2: 0.9}, 0.2),  # a run without a score is the worst
+        ({0.1: -1.0, 0.2: -2.0}, {0.1: -1.0, 0.2: -2.0}, 0.1),  # also where all scores are below 0
+        ({0.1: 1.0, 0.2: 1.0}, {0.1: 1.0, 0.2: 1.0}, 0.1),  # of equal rates the smaller
         ({0.1: 1.0, 0.05: 0.9, 0.2: 0.9, 0.025: 0.8, 0.4: 0.8}, {0.1: 0.2, 0.05: 0.1, 0.2: 0.1}, 0.1),
     ],
 )

@@ -10,6 +10,7 @@ from made_runs import WALK, compared, noise, rising, said, write_run
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Stopped
+from tokenrl.lab.compare.loop import judge_directory
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
@@ -201,8 +202,9 @@ def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
             folder = tmp_path.parent / words[words.index("--output-dir") + 1]
             write_run(folder, **rising(settings["learning_rate"])(settings["seed"]))
     usual = found.plan.problems[0].settings["learning_rate"]
-    assert set(row(found, "a2c")[["learning_rate"]]) == {16 * usual}
-    assert "is the greatest that was tried" in said(found, "Learning rate")[0]
+    for judged in (found, judge_directory(tmp_path)):
+        assert set(row(judged, "a2c")[["learning_rate"]]) == {16 * usual}
+        assert "is the greatest that was tried" in said(judged, "Learning rate")[0]
 
 
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):

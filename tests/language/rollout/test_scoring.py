@@ -97,7 +97,8 @@ def test_what_stands_behind_the_mask_changes_nothing():
 
 def test_rows_keep_everything_together():
     policy = make_policy()
-    rollout = rollout_of(policy)
+    by_function = torch.arange(96.0).view(12, 8)  # of more functions than completions have tokens
+    rollout = dataclasses.replace(rollout_of(policy), by_function=by_function)
     index = torch.tensor([10, 4, 5, 11, 4])  # out of order, one twice, two prompts left out
     part = rollout.take(index)
     prompts = [policy.encode(p) for p in PROMPTS]
@@ -110,6 +111,7 @@ def test_rows_keep_everything_together():
             was = getattr(rollout, name)[old, :length]
             assert torch.equal(getattr(part, name)[new, :length], was)
         assert part.truncated[new] == rollout.truncated[old]
+        assert torch.equal(part.by_function[new], by_function[old])
     assert part.prompt_ids.shape[1] == max(len(prompts[1]), len(prompts[3]))
     assert part.mask.shape[1] == int(rollout.mask[index].sum(dim=1).max())
     whole = score(policy.model, rollout).logprobs.detach()[index][:, : part.mask.shape[1]]

@@ -66,6 +66,9 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     assert found.values.learning_rate == default_rate(parameter_count(other), lora=True)
     assert found.origins["learning_rate"] == "21.7 k parameters, LoRA"
     assert found.origins["max_steps"] == OTHER
+    # 20/3 of the 80 completions of an evaluation, in steps of 64
+    long = TrainArguments(model="x", eval_generations=9)
+    assert training_defaults(long, digits, other).values.eval_every == 9
 
 
 def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(digits):

@@ -92,6 +92,14 @@ def test_refilling_replaces_exactly_the_groups_that_teach_nothing():
         assert torch.equal(before, after) if isinstance(x, torch.Tensor) else before == after, name
 
 
+def test_a_group_in_which_only_a_missing_reward_differs_is_refilled():
+    missing = lambda prompts, completions: [None, *by_word(prompts, completions)[1:]]  # noqa: E731
+    learner, rewards, prompts, sampling = start("dapo", missing)
+    draw = Spare()
+    refill(learner, rewards, sampling, experienced(learner, rewards, prompts, sampling), draw)
+    assert draw.counts[0] == 2
+
+
 def test_refilling_gives_up_after_some_rounds_and_the_step_goes_on():
     flat = lambda completions: [1.0] * len(completions)  # noqa: E731
     learner, rewards, prompts, _ = start("dapo", flat, max_refills=3)

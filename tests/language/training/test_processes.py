@@ -40,6 +40,12 @@ def flat_later(prompts, completion_ids, **_):
     return [0.5 if p in LATER else r for p, r in zip(prompts, rewards, strict=True)]
 
 
+def flat_on_both(prompts, completion_ids, **_):
+    """One group of the first process and both of the second have to be replaced."""
+    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
+    return [0.5 if p in (PROMPTS[0], *LATER) else r for p, r in zip(prompts, rewards, strict=True)]
+
+
 def silent_later(prompts, completion_ids, **_):
     """Every row of the second process abstains."""
     rewards = vowel_reward(completion_ids=completion_ids, completions=None)
@@ -77,7 +83,7 @@ SCENARIOS = {
     "greedy": ("remax", {}, vowel_reward),
     "critic": ("a2c", {}, vowel_reward),
     "score norms": ("optimal", {}, vowel_reward),
-    "refilled": ("dapo", {}, flat_later),
+    "refilled": ("dapo", {}, flat_on_both),
     "logged": ("rloo", {}, logging),
     "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
 }
