@@ -111,6 +111,26 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
     assert record.metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
 
 
+def test_groups_that_are_dropped_stay_in_the_mean_of_the_step():
+    """They teach nothing and leave the divisor, but the others are compared with them too."""
+    policy = make_policy("gpt2", dtype="float64")
+    policy.eos_ids = ENDS
+    before, seen = copy.deepcopy(policy.model), []
+    learner = make_learner(policy, Estimator(baseline="batch_mean", zero_spread="drop"))
+    one_step(learner, reward=recorded(flat_second_prompt, seen))
+    rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.float64)
+    groups = rewards.view(-1, 3)
+    alive = (groups != groups[:, :1]).any(1).repeat_interleave(3)
+    rows = [
+        (policy.encode(prompt), ids, float(reward - rewards.mean()))
+        for (prompt, ids, _), reward, learnt in zip(seen, rewards, alive, strict=True)
+        if learnt
+    ]
+    assert 0 < len(rows) < len(seen)
+    expected, _ = textbook(before, rows)
+    assert apart(gradient(policy.model), expected) < 1e-10
+
+
 def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
     rows = scored_rows(monkeypatch)
     _, record, _ = stepped(ESTIMATORS["rloo"])
