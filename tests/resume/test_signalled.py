@@ -14,7 +14,7 @@ PLACES = {
     "evaluation before the first step": ("language/training/evaluation.py:evaluate_policy", 1),
     "step": ("language/training/loop.py:_one_step", 4),
     "generation": ("language/rollout/generator.py:_next_token", 80),
-    "update": ("language/training/step.py:counted", 5),
+    "update": ("language/training/step.py:loss_statistics", 5),
     "optimiser": ("language/training/learner.py:accepts", 4),
     "evaluation": ("language/training/evaluation.py:evaluate_policy", 3),
     "last evaluation": ("language/training/evaluation.py:evaluate_policy", 4),
