@@ -105,8 +105,13 @@ def raised(error: BaseException) -> str:
     """Say in words what a user's code raised and where: 'it raised ValueError: no map (envs.py, line 7)'."""
     if isinstance(error, ImportError):  # the line is one of Python's own, and the message names the module
         return f"it raised {describe(error)}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"it raised {describe(error)} ({Path(last.filename).name}, line {last.lineno})"
+    return f"it raised {describe(error)}{location(error)}"
+
+
+def location(error: BaseException, frame: int = -1) -> str:
+    """Return in which line a frame of the traceback is, as in ' (envs.py, line 7)'; by default the last."""
+    frames = traceback.extract_tb(error.__traceback__)[frame:][:1]
+    return "".join(f" ({Path(entry.filename).name}, line {entry.lineno})" for entry in frames)
 
 
 def explain(error: BaseException) -> Stopped | None:

@@ -15,16 +15,14 @@ import numbers
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, suggest, written
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe, location, suggest, written
 from tokenrl.settings import LARGEST_REWARD, shown
 
 Reward = Callable[..., Any]
@@ -143,8 +141,7 @@ def _free_name(function: str, call: str, name: Any) -> str:
 
 def _failure(name: str, error: BaseException, prompts: Sequence[Any]) -> Stopped:
     """Say what a reward function raised, at which of its lines, and with which prompts it was called."""
-    frames = traceback.extract_tb(error.__traceback__)[1:2]  # before it is the call in this file
-    line = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames)
+    line = location(error, 1)  # frame 0 is the call in this file
     distinct = list(dict.fromkeys(map(shown, prompts)))
     further = f" and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
     return Stopped(

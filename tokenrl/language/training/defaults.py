@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,8 +152,7 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
         task: the task.
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
-    recommended = getattr(task, "train", None) or {}
-    layers = _below(choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
+    layers = _below_training(choices, task, policy)
     if (limit := completion_limit(task, choices.model, policy)) is not None:
         layers.append((limit[1], {"max_completion_length": limit[0]}))
     layers.append(("given", vars(choices)))
@@ -170,12 +168,17 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
     return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
 
 
+def _below_training(choices: Any, task: Any, policy: Policy | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the layers below what was given to `tokenrl train` (see `_below`)."""
+    recommended = getattr(task, "train", None) or {}
+    return _below(choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
+
+
 def usual_rate(choices: Any, task: Any, policy: Policy) -> float | None:
     """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
     if choices.optimizer != "adamw":
         return None
-    left_open = SimpleNamespace(**vars(choices) | {"learning_rate": None})
-    return float(training_defaults(left_open, task, policy).values.learning_rate)
+    return float(lay(*_below_training(choices, task, policy)).values.learning_rate)
 
 
 def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call, lay
+from tokenrl.settings import arguments_of_call
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
@@ -132,7 +133,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
     threads, reason = choose_threads(policy.size, args.threads)
     with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
         chosen = {"threads": threads, "output_dir": session.directory}
-        learner = make_learner(lay(("filled", vars(args)), ("chosen", chosen)).values, policy, accelerator)
+        learner = make_learner(SimpleNamespace(**vars(args) | chosen), policy, accelerator)
     run = TrainingRun(
         args=learner.args,
         task=task,
