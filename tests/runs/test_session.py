@@ -88,7 +88,16 @@ def at(step, error):
 
 
 def live(
-    directory, at_step=nothing, *, before=nothing, maker=None, main=True, agreed=list, samples=None, **options
+    directory,
+    at_step=nothing,
+    *,
+    before=nothing,
+    maker=None,
+    main=True,
+    agreed=list,
+    samples=None,
+    score=lambda step: {"reward": 10.0 * step},
+    **options,
 ):
     """A whole run; `before` is called at the start of each step, and `at_step` after its update."""
     counter, args = Counter(), Settings(output_dir=directory and str(directory), **options)
@@ -97,7 +106,7 @@ def live(
         session.keep(counter, maker or Provenance(), counter=counter)
         session.open({})
         if not session.continues:
-            session.evaluated({"reward": 0.0})
+            session.evaluated(score(0))
         args = replace(args, output_dir=session.directory)
         spent = lambda: samples is not None and session.step >= samples  # noqa: E731
         session.begin(args, names={}, spent=spent, title="counting")
@@ -107,7 +116,7 @@ def live(
             at_step(session)
             metrics = {"reward": float(counter.weight[0]) / counter.number, "kl": math.inf}
             if session.due(2):
-                metrics |= session.evaluated({"reward": 10.0 * step})
+                metrics |= session.evaluated(score(step))
             session.record(metrics, {"seconds": 1.0})
         if session.owes_evaluation:
             session.evaluated({"reward": -1.0})
@@ -148,6 +157,7 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
         "eval_before",
         "eval_after",
         "wall_seconds",
+        "best",
     }
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("train", 5, "counting")
@@ -270,6 +280,78 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
     assert seen[0].rows == read_metrics(tmp_path / "run" / "metrics.jsonl")  # those before it, and its own
     assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
     assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
+
+
+REWARDS = (1, None, 5, None, 9, None, 9, None, 3, None, math.nan, None, 7, None, 2)
+"""The reward of each evaluation of a run that gets worse: the best is that of step 4."""
+
+
+def falling(step):
+    return {"reward": REWARDS[step], "loss": -REWARDS[step]}
+
+
+def left(run):
+    """What a run has left: weights of its model, checkpoints, and its summary but for the time."""
+    weights = load_file(run / "model" / "weights.safetensors")["weight"].tolist()
+    summary = {name: value for name, value in summary_of(run).items() if name != "wall_seconds"}
+    return weights, [path.name for path in checkpoints(run / "checkpoints")], str(summary)
+
+
+@pytest.mark.parametrize("metric", [None, "loss"])
+def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, metric, capsys):
+    """Of equal evaluations the first is the best, of losses the lowest, and NaN never."""
+    options = {"max_steps": 14, "score": falling, "keep": "best", "best_metric": metric, "quiet": False}
+    ended = live(tmp_path / "run", **options)
+    assert "holds the weights of step 4" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "holds the weights of step 4" in page and "partly luck" in page
+    value = 9 if metric is None else -9
+    assert ended.best == {"step": 4, "metric": metric or "reward", "value": value, "evaluations": 8}
+    assert (ended.steps, ended.eval_after) == (14, falling(14))
+    live(tmp_path / "short", max_steps=4)
+    live(tmp_path / "last", max_steps=14, score=falling)
+    weights, names, _ = left(tmp_path / "run")
+    assert weights == left(tmp_path / "short")[0] != left(tmp_path / "last")[0]
+    assert names == ["step_000004", "step_000012", "step_000014"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 9, 10])
+def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step):
+    options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3, "keep_checkpoints": 1}
+    ended = live(tmp_path / "whole", **options, save_every=3)
+    assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
+    with pytest.raises(Killed):
+        live(tmp_path / "run", at(step, Killed()), **options, save_every=3)
+    live(tmp_path / "run", **options, save_every=3, resume="auto")
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+    steps = []
+    again = live(tmp_path / "run", steps.append, **options, save_every=3, resume="auto")
+    assert (steps, again.exit_reason, left(tmp_path / "run")) == (
+        [],
+        "no-improvement",
+        left(tmp_path / "whole"),
+    )
+
+
+def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_knows_its_own(tmp_path):
+    worse = {"score": lambda step: {"reward": -float(step)}, "keep": "best"}
+    assert live(tmp_path / "run", **worse).best["step"] == 0 and left(tmp_path / "run")[0] == [0, 0]
+    options = {"max_steps": 6, "score": falling, "keep": "best", "keep_checkpoints": 2, "save_every": 1}
+    live(tmp_path / "earlier", **options | {"max_steps": 4})
+    assert left(tmp_path / "earlier")[1] == ["step_000002", "step_000003", "step_000004"]
+    (tmp_path / "earlier" / "checkpoints" / "step_000004" / "weights.safetensors").write_bytes(b"")
+    live(tmp_path / "earlier", **options, resume="auto")  # from step 3, whose best one is that of step 2
+    live(tmp_path / "whole", **options)
+    assert left(tmp_path / "earlier") == left(tmp_path / "whole")
+    (tmp_path / "whole" / "checkpoints" / "step_000004" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(Stopped, match=r"best weights cannot be read.*step_000004"):
+        live(tmp_path / "whole", **options, resume="auto")
+
+
+def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(Refused, match="best_metric was given as 'accuracy'; this run evaluates reward, loss"):
+        live(tmp_path, score=falling, keep="best", best_metric="accuracy")
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_grow(tmp_path):

@@ -27,7 +27,7 @@ from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.console import duration
-from tokenrl.runs.findings import Finding, facts
+from tokenrl.runs.findings import Finding, conclude, facts
 from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
@@ -235,6 +235,6 @@ def check_agent(
             "inputs near 1. Add --normalize-observations, or scale them in the environment."
         )
         findings.append(Finding("observations-far-from-1", "watch", text))
-    code = session.conclude("environment, policy and estimator", measured, findings)
+    code = conclude(session, "environment, policy and estimator", measured, findings)
     result = run.result(session, "check")
     return replace(result, flags=session.flags, exit_code=result.exit_code or code)

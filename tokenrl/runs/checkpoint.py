@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import DEBRIS, STEP
 from tokenrl.runs.files import atomic_directory, verify
-from tokenrl.settings import Count, Natural, NonNegative, Settings
+from tokenrl.settings import Count, Natural, NonNegative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ ROWS_HASH = "metrics_sha256.txt"
 
 
 @dataclass(frozen=True)
-class SavingArguments(Settings, group="checkpoints"):
+class SavingArguments(SelectionArguments, group="checkpoints"):
     """When a run saves checkpoints, and from which it continues.
 
     A checkpoint is also saved at the end of a run and when a signal ends it. A step that fails saves nothing:
@@ -87,7 +88,9 @@ class Saver:
         self._folder, self._args, self._active = folder, args, active
         self._model: Model | None = None
         self._parts: dict[str, Resumable] = {}
-        self._saved, self._at = 0, time.monotonic()
+        self.best = Best(args)
+        # Step 0 counts as saved, since a run starts without a checkpoint, unless it may be the best.
+        self._saved, self._at = (-1 if args.keep == "best" else 0), time.monotonic()
 
     def keep(self, model: Model, parts: dict[str, Resumable]) -> None:
         """Register what checkpoints hold: what is trained, and everything else that has a state, by name.
@@ -109,10 +112,11 @@ class Saver:
             raise Stopped(f"{fault} The learning rate is the likely cause: lower it, and start again.")
 
     def due(self, step: int) -> bool:
-        """Return whether a checkpoint is due by the number of steps or by the time since the last."""
+        """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
         args, minutes = self._args, (time.monotonic() - self._at) / 60
         by_steps = bool(args.save_every) and step % args.save_every == 0
-        return self._active and step > self._saved and (by_steps or 0 < args.save_minutes <= minutes)
+        by_time, is_best = 0 < args.save_minutes <= minutes, self.best.until(None) == step
+        return self._active and step > self._saved and (by_steps or by_time or is_best)
 
     def save(self, step: int, rows_hash: str = "") -> None:
         """Save the state after a step, unless it is saved already or this process does not save.
@@ -135,7 +139,7 @@ class Saver:
         with atomic_directory(path) as partial:
             model.write(partial)
             state = {name: part.state_dict() for name, part in self._parts.items()}
-            write_state(partial, {"step": step, **state})
+            write_state(partial, {"step": step, "best": self.best.state_dict(), **state})
             if rows_hash:
                 (partial / ROWS_HASH).write_text(rows_hash)
         try:
@@ -143,7 +147,14 @@ class Saver:
         except Refused as fault:
             raise Stopped(str(fault)) from fault
         self._saved, self._at = step, time.monotonic()
-        for older in checkpoints(self._folder)[: -self._args.keep_checkpoints]:
+        self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Remove all but the newest checkpoints, and the best one that each of these knows of."""
+        count = self._args.keep_checkpoints
+        paths = checkpoints(self._folder)
+        best = {self.best.until(step_of(path)) for path in paths[-count:]}
+        for older in (path for path in paths[:-count] if step_of(path) not in best):
             hidden = older.with_name(f".{older.name}.old")  # a removal cut short must not leave half of it
             with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
                 os.rename(older, hidden)
@@ -167,9 +178,26 @@ class Saver:
             except Exception as error:
                 fault = f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
                 raise Refused(f"{fault} Continue with the model and the tokenrl that saved it.") from error
+        self.best.load_state_dict(state["best"])
         self._model.read(path)
         self._saved = step_of(path)
         return self._saved
+
+    def read_best(self, step: int) -> None:
+        """Give the model the best weights, if these are to be kept and are not those of `step`, the last.
+
+        Raises:
+            Stopped: their checkpoint is damaged or gone.
+        """
+        best = self.best.until(None)
+        if self._model is None or best in (None, step):
+            return
+        path = self._folder / f"step_{best:06d}"
+        try:
+            verify(path)
+            self._model.read(path)
+        except Refused as fault:
+            raise Stopped(f"The best weights cannot be read. {fault}") from fault
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tokenrl.runs.best import kept_weights
 from tokenrl.runs.output import drop_output
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ class Console:
         if table.rows:
             self.print(table)
         self.print(ending(summary))
+        if weights := kept_weights(summary):
+            self.print(weights)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print with rich; see `attempt`."""

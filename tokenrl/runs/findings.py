@@ -27,9 +27,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from tokenrl.errors import Refused
 from tokenrl.runs.reader import finite
+
+if TYPE_CHECKING:
+    from tokenrl.runs.session import Session
 
 Facts = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -188,3 +192,19 @@ def groups_without_signal(rate: float) -> dict[int, float]:
 def doubled(facts: Facts, *names: str) -> dict[str, Any]:
     """Return twice the value of the first of some settings that the command has."""
     return next(({name: 2 * facts[name]} for name in names if name in facts), {})
+
+
+def conclude(
+    session: Session, parts: str, measurements: Mapping[str, str], findings: Sequence[Finding]
+) -> int:
+    """Print what a check of `parts` measured and found, and add the names of all findings to the flags.
+
+    Returns:
+        The exit code: 2 if a finding is `void`, else 0.
+    """
+    problems = [finding for finding in findings if finding.weight == "void"]
+    remarks = [finding for finding in findings if finding.weight != "void"]
+    session.flags += [finding.flag for finding in (*problems, *remarks)]
+    if session.main:
+        session.console.check(parts, measurements, map(str, problems), map(str, remarks))
+    return Refused.exit_code if problems else 0

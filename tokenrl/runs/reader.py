@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Outcome:
         eval_before: metrics of the evaluation before training.
         eval_after: metrics of the evaluation after the last update; may be empty after a signal.
         wall_seconds: seconds since the run began.
+        best: with `keep="best"` the `step` whose weights model/ holds, its `value` of the `metric` that
+            decided, and the number of `evaluations`; else empty.
     """
 
     output_dir: Path
@@ -41,6 +43,7 @@ class Outcome:
     eval_before: dict[str, float]
     eval_after: dict[str, float]
     wall_seconds: float
+    best: dict[str, Any] = field(kw_only=True, default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""

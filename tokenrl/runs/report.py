@@ -11,6 +11,7 @@ from urllib.parse import quote
 import tokenrl.runs.html as html
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
+from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, number, visible, with_errors
 from tokenrl.runs.files import check_place, flat
 from tokenrl.runs.metrics import read_metrics
@@ -106,7 +107,8 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     warm = (summary.get("warm_started") or {}).get("in_words")
     warm_start = html.paragraph(f"Warm start on demonstrations: {warm}." if warm else "")
     verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
-    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, warm_start])
+    weights = html.paragraph(kept_weights(summary))
+    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, warm_start, weights])
     before, after = (with_errors(distinct(summary.get(name))) for name in ("eval_before", "eval_after"))
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
     yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])

@@ -28,7 +28,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from tokenrl.errors import Refused, Stopped, describe, explain
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
@@ -42,9 +42,6 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop
-
-if TYPE_CHECKING:
-    from tokenrl.runs.findings import Finding
 
 T = TypeVar("T")
 Agreed = Callable[[Sequence[int]], Sequence[int]]
@@ -86,12 +83,12 @@ class Session:
             every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process; an attribute too.
             agreed: returns the largest of each of the numbers that all processes pass to it, so that all of
-                them stop, save and continue at the same step.
+                them stop, save and continue at the same step; an attribute too.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
-        self.kind, self.main, self._quiet, self._agreed = kind, main, args.quiet or not main, agreed
+        self.kind, self.main, self._quiet, self.agreed = kind, main, args.quiet or not main, agreed
         self.console = Console(quiet=self._quiet, every=every)
         self._trackers = Trackers(args, self.console.warn)
         if args.overwrite and args.resume:
@@ -134,7 +131,7 @@ class Session:
             except Refused:
                 self._directory.release()
                 raise
-        (step,) = self._agreed([step_of(path) if path else 0])
+        (step,) = self.agreed([step_of(path) if path else 0])
         return (self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None), skipped
 
     def __enter__(self) -> Session:
@@ -205,7 +202,7 @@ class Session:
             remove_run_files(self.output_dir)
         config = {**settings, **facts, "command": self.origin.command}
         write_json(self.output_dir / "config.json", {"versions": versions(), **config})
-        if self.ended or self.step >= args.max_steps or self._spent():
+        if self.step >= args.max_steps or self._over():
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._trackers.start(config, self.output_dir)
@@ -230,13 +227,17 @@ class Session:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
         self._total, self._progress = total, Progress(self.console, total, self.step)
         with self._progress:
-            while self.step < total and not (self._spent() or self.ended or self._asked()):
+            while self.step < total and not (self._over() or self._asked()):
                 self.step += 1
                 yield self.step
 
+    def _over(self) -> bool:
+        """Return whether the run has ended by itself, whatever the number of its steps."""
+        return self._spent() or self.ended is not None or self.saver.best.exhausted
+
     def _asked(self) -> bool:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
-        signal, save = self._agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
+        signal, save = self.agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
         if save:
             self.save()
         self.stop.requested = signal or self.stop.requested  # or one that came in between
@@ -249,6 +250,7 @@ class Session:
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         self._evaluated = self.step, dict(metrics)
+        self.saver.best.judge(self.step, metrics)
         if self.step == 0:
             self.eval_before = dict(metrics)
         if self.step == self._recorded:  # after the last step, whose line is already written
@@ -314,7 +316,10 @@ class Session:
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
         code = self._exit_code = self.stop.exit_code
-        if self.step < self._total and not (code or self._spent()):  # a budget may grow in a continuation
+        if reason == "finished" and self.step < self._total and self.saver.best.exhausted:
+            reason = "no-improvement"
+        goes_on = code or self._spent() or reason == "callback"  # a budget may grow in a continuation
+        if self.step < self._total and not goes_on:
             self.ended = reason
         return {
             "output_dir": self.output_dir,
@@ -324,22 +329,25 @@ class Session:
             "eval_before": self.eval_before,
             "eval_after": self._evaluated[1] if self.is_evaluated else {},
             "wall_seconds": self.wall_seconds,
+            "best": self.saver.best.summary(),
         }
 
     def finish(self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()) -> None:
         """Save a checkpoint and the model, write summary, plot and report, and print the result.
 
-        `write` fills the empty folder that becomes `model/`; `warnings` come after the result.
+        `write` fills the empty folder that becomes `model/`; `warnings` come after the result. The trained
+        model has the weights of the best evaluation from here on, if these are to be kept.
 
         Raises:
-            Stopped: the weights are not finite, or the model could not be written.
+            Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
         """
-        if not self.main:
-            return
         try:
             self.save()
         except Stopped as error:  # of a full disk: the model is smaller
             self.console.warn(str(error))
+        self.saver.read_best(self.step)
+        if not self.main:
+            return
         self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
@@ -356,15 +364,6 @@ class Session:
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
         for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
             self.console.note(f"next    {command}")
-
-    def conclude(self, parts: str, measured: Mapping[str, str], findings: Sequence[Finding]) -> int:
-        """Tell what a check measured and found, and return the exit code: 2 if a finding is `void`."""
-        problems = [finding for finding in findings if finding.weight == "void"]
-        remarks = [finding for finding in findings if finding.weight != "void"]
-        self.flags += [finding.flag for finding in (*problems, *remarks)]
-        if self.main:
-            self.console.check(parts, measured, map(str, problems), map(str, remarks))
-        return Refused.exit_code if problems else 0
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless only a part of it has been done."""

@@ -136,7 +136,7 @@ def whole_run(directory: Path, reward=vowel_reward) -> None:
     policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
     policy.eos_ids = ENDS
     task = make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward)
-    how = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 2, "save_every": 2}
+    how = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 2, "save_every": 2, "keep": "best"}
     how |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
     tokenrl.train(model=policy, task=task, output_dir=directory, **how)
 

@@ -12,6 +12,7 @@ from tiny_models import LETTERS, letter_task, letters, letters_trained
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.model import load_policy
 from tokenrl.runs.checkpoint import read_state
 from tokenrl.runs.files import verify
 
@@ -148,6 +149,45 @@ def test_updates_that_are_skipped_are_counted_until_the_run_stops(run, tmp_path)
 def frozen():
     model, tokenizer = letters()
     return model.requires_grad_(False), tokenizer
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"mixed_precision": "bf16"}])
+def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(run, tmp_path, options):
+    """The reward falls with each evaluation, so the weights before training are the best."""
+    calls = []
+
+    def falling(completions, **columns):
+        calls.append(None)
+        return [reward - len(calls) for reward in share_of_a(completions)]
+
+    result = run(reward=falling, max_steps=9, eval_every=2, keep="best", patience=2, **options)
+    assert (result.exit_reason, result.steps, result.best["step"]) == ("no-improvement", 4, 0)
+    assert result.best["value"] == result.eval_before["reward_greedy"] > result.eval_after["reward_greedy"]
+    before, saved = letters()[0].state_dict(), load_policy(tmp_path / "run")
+    for policy in (result.policy, saved):
+        model = policy.model.merge_and_unload() if hasattr(policy.model, "disable_adapter") else policy.model
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-7)
+    assert "step 0" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp_path):
+    rows = []
+
+    def callback(step, metrics):
+        rows.append({"step": step, **metrics})
+        return step == 2
+
+    how = {"save_every": 1, "eval_every": 1}
+    first = run(callback=callback, **how)
+    assert (first.exit_reason, first.exit_code, first.steps) == ("callback", 0, 2)
+    assert rows == lines_of(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == 2
+    assert run(callback=callback, **how, resume="auto").exit_reason == "finished"
+    run(output_dir=tmp_path / "whole", **how)
+    lines = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
+    assert lines[0] == lines[1] and rows == lines[0][1:]
+    with pytest.raises(Refused, match="callback was given as 5; it must be a function"):
+        run(callback=5, overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ TUNING_SEEDS = 3
 EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 AXES = tuple(f.name for f in fields(Estimator))
-RESERVED = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads")
+RESERVED = (
+    *("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads"),
+    *("keep", "best_metric", "patience"),
+)
 """Settings of a run that neither users nor arms may set, because the comparison does."""
 SWEPT = ("num_generations", "learning_rate")
 """Settings of which a comparison takes several values, each a problem; an arm may set its own value too."""

@@ -18,7 +18,7 @@ from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
 from tokenrl.language.tasks.sources import fault_of_prompt, read_splits, without_nulls
-from tokenrl.runs.findings import Finding, Weight
+from tokenrl.runs.findings import Finding, Weight, conclude
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
 
@@ -207,4 +207,4 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         "pairs": f"{len(train):,} to train on, {len(trained):,} of them distinct; {len(held_out):,} held out",
         "chosen": f"the longer in {longer:.0%}, the shorter in {shorter:.0%}",
     }
-    return session.conclude("data, model and loss", measured, findings)
+    return conclude(session, "data, model and loss", measured, findings)

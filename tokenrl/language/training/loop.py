@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.errors import with_places
+from tokenrl.errors import Refused, with_places
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -39,14 +39,19 @@ from tokenrl.language.training.setup import (
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import check_run, judge_end, judge_step
 from tokenrl.language.training.warm_start import WarmStart
+from tokenrl.runs.best import kept_weights
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments_of_call
 
+Callback = Callable[[int, dict[str, float]], object]
 
-def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
+
+def train(
+    args: TrainArguments | None = None, *, callback: Callback | None = None, **options: Any
+) -> RunResult:
     """Train a language model by policy gradients; the keywords are the fields of `TrainArguments`.
 
     Where the command line takes names, the keywords also take objects: `model` a directory, a hub name, a
@@ -61,6 +66,9 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
 
     Args:
         args: all arguments at once, instead of keywords.
+        callback: called after each step, in each process, with the number of the step and its row of
+            metrics.jsonl. If it returns True (in any process) the run ends, with the exit reason `callback`;
+            `resume="auto"` continues it.
         **options: the fields of `TrainArguments`.
 
     Returns:
@@ -75,6 +83,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result = tokenrl.train(task="sort_digits", estimator="rloo", output_dir="runs/a")
         >>> result.eval_after["reward_greedy"]
     """
+    if callback is not None and not callable(callback):
+        raise Refused(f"callback was given as {callback!r}; it must be a function of a step and its metrics.")
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     task, rewards = find_task(choices)
@@ -108,6 +118,9 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
                     session.console.note(run.forecast_duration(session.step_seconds))
                 if ended_by := judge_step(run, session):
                     reason = ended_by
+                    break
+                if callback and max(session.agreed([int(callback(step, dict(metrics)) is True)])):
+                    reason = "callback"
                     break
             return _finish(run, session, reason)
 
@@ -264,6 +277,7 @@ def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     facts |= form_line(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
+    facts["weights"] = kept_weights(ended.summary()) or "of the last step"
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), map(str, findings))
     run.learner.accelerator.wait_for_everyone()

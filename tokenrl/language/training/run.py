@@ -41,8 +41,9 @@ class RunResult(Outcome):
 
     Attributes:
         exit_reason: `finished`; `learnt` (ended early: all rewards are equal, and higher than before
-            training); `stuck` (ended early too, but below what counts as solved); `check`; or the name of the
-            signal that stopped the run, such as `SIGTERM`.
+            training); `stuck` (ended early too, but below what counts as solved); `no-improvement` (after
+            `patience` evaluations); `callback`; `check`; or the name of the signal that stopped the run,
+            such as `SIGTERM`.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
@@ -51,7 +52,7 @@ class RunResult(Outcome):
             short name for each problem and then for each remark, such as `nothing-to-learn` (all rewards are
             equal); the exit code is 2 if there was a problem.
         warm_started: what `warm_start` found; empty without such a stage.
-        policy: the trained policy.
+        policy: the trained policy, with the weights that are in model/.
     """
 
     tokens_per_second: float

@@ -29,7 +29,7 @@ from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.runs.findings import Finding, Part, facts, share_equal
+from tokenrl.runs.findings import Finding, Part, conclude, facts, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
@@ -77,7 +77,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Callable[[], Mapping
         seconds = records[-1].timings["collect"] + records[-1].timings["update"]
         lines["time"] = run.forecast_duration(seconds)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
-    code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
+    code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
     return replace(result, exit_code=result.exit_code or code)
 

@@ -1,0 +1,103 @@
+"""Decides at each evaluation whether the weights of a run are its best so far, and whether it goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokenrl.errors import Refused
+from tokenrl.settings import Natural, Settings
+
+USUAL = ("reward_greedy", "reward", "accuracy", "loss")
+"""The metrics by which evaluations are ranked, unless one is named: the first that is evaluated."""
+
+
+@dataclass(frozen=True)
+class SelectionArguments(Settings, group="selection"):
+    """Which weights a run hands over at its end, and when it ends because it gets no better."""
+
+    keep: Literal["last", "best"] = "last"
+    """The weights in model/ at the end: those of the last step, or those with the best evaluation, which may
+    be the one before training. The best of many evaluations of the same held-out rows is partly luck, so
+    expect a little less of it on other data. Its checkpoint is saved, and kept beside the newest ones."""
+    best_metric: str | None = None
+    """The metric of evaluations by which keep and patience decide: higher is better, but for a loss lower.
+    Default: reward_greedy, or what is evaluated of reward, accuracy and loss."""
+    patience: Natural = 0
+    """End the run, with the exit reason no-improvement, after this many evaluations in a row that are no
+    better than the best before them; 0: never."""
+
+
+class Best:
+    """The best evaluation of a run so far.
+
+    Attributes:
+        steps: the steps whose evaluation was better than all before it; the last one is the best.
+        count, since: the number of evaluations, and of those after the best one.
+        value: the best one's value of the metric; None before the first evaluation.
+    """
+
+    def __init__(self, args: SelectionArguments) -> None:
+        """Prepare; `args` says by which metric to decide."""
+        self._args, self.metric = args, args.best_metric or ""
+        self.steps, self.count, self.since = list[int](), 0, 0
+        self.value: float | None = None
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Compare the evaluation of a step with those before it.
+
+        Raises:
+            Refused: the metric is not one of those that the first evaluation has.
+        """
+        if self._args.keep == "last" and not self._args.patience:
+            return
+        self.metric = self.metric or next(name for name in USUAL if name in metrics)
+        if self.metric not in metrics and not self.count:
+            names = ", ".join(name for name in metrics if not name.endswith("_stderr"))
+            raise Refused(f"best_metric was given as {self.metric!r}; this run evaluates {names}.")
+        sign = -1 if self.metric.endswith("loss") else 1
+        value = metrics.get(self.metric, math.nan)
+        self.count, self.since = self.count + 1, self.since + 1
+        better = self.value is None or sign * value > sign * self.value
+        if better and not math.isnan(value):
+            self.steps, self.value, self.since = [*self.steps, step], value, 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run ends because its last `patience` evaluations were no better."""
+        return 0 < self._args.patience <= self.since
+
+    def until(self, step: int | None) -> int | None:
+        """Return the best step up to a step, if its weights are kept; None if they are not."""
+        steps = [best for best in self.steps if step is None or best <= step]
+        return steps[-1] if steps and self._args.keep == "best" else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what summary.json says of the weights in model/; empty if they are the last ones."""
+        step = self.until(None)
+        facts = {"step": step, "metric": self.metric, "value": self.value, "evaluations": self.count}
+        return {} if step is None else facts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation must know."""
+        return {name: value for name, value in vars(self).items() if name != "_args"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        vars(self).update(state)
+
+
+def kept_weights(summary: Mapping[str, Any]) -> str:
+    """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
+    best = summary.get("best")
+    if not best:
+        return ""
+    step, metric, value, count = (best[name] for name in ("step", "metric", "value", "evaluations"))
+    text = (
+        f"model/ holds the weights of step {step}, with the best {metric} of {count} evaluations, {value:.4g}"
+    )
+    last = (summary.get("eval_after") or {}).get(metric)
+    text += "" if last is None else f"; after the last step, {summary['steps']}, it is {last:.4g}"
+    return f"{text}. The best of several is partly luck: measure these weights on other data."
