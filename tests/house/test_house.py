@@ -21,14 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 766, "core": 1_358, "runs": 2_285, "control": 1_379, "advisor": 543},
+    **{"top": 766, "core": 1_358, "runs": 2_289, "control": 1_379, "advisor": 543},
     **{"language": 2, "language/policy": 671, "language/rewards": 722, "language/tasks": 523},
     **{"language/rollout": 816, "language/training": 2_297, "language/preferences": 588},
     **{"language/evaluation": 373, "lab": 2, "lab/exact": 805, "lab/measure": 641, "lab/compare": 1_509},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_280, 146, 5_720, 17_197, 3_461, 547
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_284, 146, 5_721, 17_203, 3_461, 547
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -348,6 +348,14 @@ def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_k
         live(tmp_path / "whole", **options, resume="auto")
 
 
+def test_a_run_that_failed_names_the_checkpoint_with_its_best_weights(tmp_path):
+    with pytest.raises(
+        Stopped, match=r"checkpoints/step_000004 holds the weights of step 4, .* evaluations, 9"
+    ):
+        live(tmp_path, at(9, Stopped("It broke.")), max_steps=14, score=falling, keep="best")
+    assert (tmp_path / "checkpoints" / "step_000004" / "weights.safetensors").exists()
+
+
 def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(Refused, match="best_metric was given as 'accuracy'; this run evaluates reward, loss"):
         live(tmp_path, score=falling, keep="best", best_metric="accuracy")

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused, Stopped, describe, explain
+from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
@@ -384,15 +385,15 @@ class Session:
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         summary = Outcome(**self.outcome("failed") | failed).summary()
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
-            write_json(
-                self.output_dir / "summary.json", summary | {"flags": self.flags, "error": " ".join(messages)}
-            )
+            facts = {"flags": self.flags, "error": " ".join(messages)}
+            write_json(self.output_dir / "summary.json", summary | facts)
             report_from_directory(self.output_dir)
         checkpoint = "No checkpoint had been saved yet: see --save-minutes and --save-every."
         with contextlib.suppress(Refused):
             if path := find_checkpoint(self.output_dir)[0]:
                 checkpoint = f"The last complete checkpoint is {path}; --resume auto continues from it."
-        return Stopped(f"At step {self.step}: {' '.join(messages)} {checkpoint}")
+        messages += [checkpoint, *filter(None, [kept_weights(summary)])]
+        return Stopped(f"At step {self.step}: {' '.join(messages)}")
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:
