@@ -356,9 +356,20 @@ def test_a_run_that_failed_names_the_checkpoint_with_its_best_weights(tmp_path):
     assert (tmp_path / "checkpoints" / "step_000004" / "weights.safetensors").exists()
 
 
-def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(Refused, match="best_metric was given as 'accuracy'; this run evaluates reward, loss"):
-        live(tmp_path, score=falling, keep="best", best_metric="accuracy")
+@pytest.mark.parametrize(
+    ("score", "options", "words"),
+    [
+        (
+            falling,
+            {"keep": "best", "best_metric": "accuracy"},
+            "no best 'accuracy': this run evaluates reward, loss",
+        ),
+        (lambda step: {}, {"patience": 2}, "no best 'reward_greedy': this run evaluates nothing"),
+    ],
+)
+def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path, score, options, words):
+    with pytest.raises(Refused, match=words):
+        live(tmp_path, score=score, **options)
     assert not (tmp_path / "config.json").exists()
 
 

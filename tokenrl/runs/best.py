@@ -53,10 +53,10 @@ class Best:
         """
         if self._args.keep == "last" and not self._args.patience:
             return
-        self.metric = self.metric or next(name for name in USUAL if name in metrics)
+        self.metric = self.metric or next((name for name in USUAL if name in metrics), USUAL[0])
         if self.metric not in metrics and not self.count:
             names = ", ".join(name for name in metrics if not name.endswith("_stderr"))
-            raise Refused(f"best_metric was given as {self.metric!r}; this run evaluates {names}.")
+            raise Refused(f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}.")
         sign = -1 if self.metric.endswith("loss") else 1
         value = metrics.get(self.metric, math.nan)
         self.count, self.since = self.count + 1, self.since + 1
