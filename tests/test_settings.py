@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import typing
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pytest
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
+from tokenrl.flags import parse
+from tokenrl.lab.compare.problems import read_arm
 from tokenrl.settings import (
     Bounds,
     Count,
@@ -186,6 +189,40 @@ def test_arguments_are_made_of_keywords():
     ):
         with pytest.raises(Refused, match=said):
             arguments(Sample, options)
+
+
+WITHOUT_STD = Estimator.preset("grpo", scale="none", epsilon=0.3)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "grpo,scale=none,epsilon=0.3",
+        "GRPO, --estimator.scale=No-ne, epsilon = .3",
+        "grpo-no_std,epsilon=0.3",
+        {"preset": "grpo", "scale": "none", "epsilon": 0.3},
+        {"preset": "GRPO,scale=none", "epsilon": 0.3},
+    ],
+)
+def test_an_estimator_is_written_in_one_way_everywhere(written, tmp_path):
+    assert arguments(Sample, {"estimator": written}).estimator == WITHOUT_STD
+    (tmp_path / "mine.yaml").write_text(f"estimator: {json.dumps(written)}\n")
+    lines = [["--config", str(tmp_path / "mine.yaml")]]
+    if isinstance(written, str):
+        lines.append(["--estimator", written])
+        assert dict(read_arm(written, {}, Sample).estimator.__dict__) == dict(WITHOUT_STD.__dict__)
+    for words in lines:
+        assert parse("train", COMMANDS["train"], words).estimator == WITHOUT_STD
+
+
+def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():
+    words = "--reward-weights 1,0.3 -2 --optimizer AdamW --estimator.baseline Group-Mean --dtype BFloat16"
+    args = parse("train", COMMANDS["train"], words.split())
+    assert args.reward_weights == (1, 0.3, -2) and args.dtype == "bfloat16"
+    assert (args.optimizer, args.estimator.baseline) == ("adamw", "group_mean")
+    assert parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3,.1"]).learning_rate == (1e-3, 0.1)
+    with pytest.raises(Refused, match=r"reward_weights was given as \('1,x',\)"):
+        parse("train", COMMANDS["train"], ["--reward-weights", "1,x"])
 
 
 def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from():

@@ -10,6 +10,7 @@ A rule about two fields together is a plain `if` in the code that uses both.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import typing
@@ -20,7 +21,7 @@ from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
@@ -151,6 +152,17 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     _choice(tuple(allowed)).check(name, value)
 
 
+def same_name(value: Any, names: Iterable[Any]) -> Any:
+    """Return the name that a text is but for capitals, hyphens and underscores, else the value itself."""
+
+    def bare(name: str) -> str:
+        return re.sub("[-_]", "", name.lower())
+
+    if not isinstance(value, str):
+        return value
+    return next((name for name in names if isinstance(name, str) and bare(name) == bare(value)), value)
+
+
 def check_number(name: str, value: object, kind: type[float] = float, **bounds: float) -> None:
     """Refuse a value that is not a finite number within bounds; if `kind` is int, it must also be whole.
 
@@ -182,7 +194,7 @@ def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
 def _rule(hint: Any, objects: bool) -> Rule | None:
     """Return the rule of a type, or None if every value is allowed."""
     metadata, hint = getattr(hint, "__metadata__", ()), _bare(hint)
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin, parts = get_origin(hint), get_args(hint)
     if OR_OBJECT in metadata:  # an object without a name is null in a file
         return None if objects else _rule(hint | None, objects)
     if OR_FUNCTION in metadata:
@@ -210,7 +222,7 @@ def _rule(hint: Any, objects: bool) -> Rule | None:
 
 def _bare(hint: Any) -> Any:
     """Return a type without its metadata."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _is_text(value: Any) -> bool:
@@ -305,9 +317,10 @@ def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T
 def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
     """Make a dataclass of settings from keywords, which come from a Python call or from a configuration file.
 
-    Some values are converted: where only a tuple is expected, a single value becomes a tuple of one; where an
-    `Estimator` is expected, the name of a preset or a mapping of fields becomes an `Estimator`; where text is
-    expected, a path becomes text.
+    Some values are converted: where only a tuple is expected, a single value becomes a tuple of one, and text
+    such as "1,0.3" becomes its numbers; where an `Estimator` is expected, the name of a preset (also with
+    changes, as `Estimator.preset` takes it) or a mapping of fields and perhaps a `preset` becomes one; where
+    text is expected, a path becomes text; a name is taken with other capitals, hyphens or underscores too.
 
     Raises:
         Refused: A keyword is not the name of a field, or a value is not allowed.
@@ -319,13 +332,35 @@ def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
 
 def _converted(value: Any, hint: Any) -> Any:
     hint = _bare(hint)
-    union = typing.get_origin(hint) in (Union, UnionType)
-    parts = [_bare(part) for part in typing.get_args(hint)] if union else [hint]
+    union = get_origin(hint) in (Union, UnionType)
+    parts = [_bare(part) for part in get_args(hint)] if union else [hint]
     if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
+        if hasattr(hint, "preset") and "preset" in value:
+            changes = {str(name): change for name, change in value.items() if name != "preset"}
+            return hint.preset(value["preset"], **changes)
         return arguments(hint, value)
     if isinstance(value, str) and hasattr(hint, "preset"):
         return hint.preset(value)
     fits = (str in parts and isinstance(value, (str, os.PathLike))) or (value is None and NoneType in parts)
-    if tuple in [typing.get_origin(part) for part in parts] and not fits:
-        return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    for part in parts:
+        if get_origin(part) is tuple and not fits:
+            return _converted_tuple(value, get_args(part)[0])
+    names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
+    value = same_name(value, names)
     return os.fspath(value) if str in parts and isinstance(value, os.PathLike) else value
+
+
+def _converted_tuple(value: Any, item: Any) -> tuple[Any, ...]:
+    """Make a tuple of a value or of several; where numbers are expected, text may hold some with commas."""
+    values = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if {int, float} & {_bare(part) for part in (item, *get_args(item))}:
+        values = [number for entry in values for number in _numbers(entry)]
+    return tuple(_converted(entry, item) for entry in values)
+
+
+def _numbers(entry: Any) -> list[Any]:
+    """Return the numbers of a text such as "1,0.3"; anything else is returned alone, as it is."""
+    if isinstance(entry, str) and "," in entry:
+        with contextlib.suppress(ValueError):
+            return [int(word) if word.strip().isdigit() else float(word) for word in entry.split(",")]
+    return [entry]

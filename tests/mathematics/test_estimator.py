@@ -46,7 +46,9 @@ def test_unknown_names_are_refused_with_the_nearest(axis) -> None:
 
 def test_unknown_presets_and_fields_are_refused() -> None:
     with pytest.raises(Refused, match="Did you mean 'dr_grpo'"):
-        Estimator.preset("drgrpo")
+        Estimator.preset("drgrpoo")
+    with pytest.raises(Refused, match="The estimator 'grpo,scale' cannot be used: write 'scale' as NAME=VAL"):
+        Estimator.preset("grpo,scale")
     with pytest.raises(Refused, match="Did you mean 'beta'"):
         Estimator.preset("rloo", betta=0.1)
     with pytest.raises(Refused, match=r"baseline was given as None.*It must be one of"):

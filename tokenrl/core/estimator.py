@@ -15,7 +15,7 @@ from tokenrl import settings
 from tokenrl.core import choices
 from tokenrl.core.bias import declared
 from tokenrl.core.choices import KL_EFFECTS, choice_of
-from tokenrl.core.presets import PRESETS
+from tokenrl.core.presets import PRESETS, Fields, read_changes
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
@@ -140,14 +140,25 @@ class Estimator(Settings):
         `recipes/pages/estimators.md` has the formula of each, and how other toolkits differ.
 
         Args:
-            name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on.
+            name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on; capitals, hyphens and underscores do
+                not matter. Or a function that is the baseline, such as `mine.py:baseline`. Changes may follow
+                (`grpo,scale=none`) or stand alone, as changes of the default estimator.
             **overrides: Fields to set to other values.
 
         Raises:
             Refused: For a preset, a field or a value that does not exist.
         """
-        settings.check_choice("preset", name, PRESETS)
-        return settings.arguments(cls, PRESETS[name].fields | overrides)
+        try:
+            head, changes = read_changes(name) if isinstance(name, str) else (name, {})
+        except Refused as error:
+            raise Refused(f"The estimator {name!r} cannot be used: {error}") from error
+        if head == "" or ":" in str(head):
+            preset: Fields = {"baseline": head} if head else {}
+        else:
+            head = settings.same_name(head, PRESETS)
+            settings.check_choice("preset", head, PRESETS)
+            preset = PRESETS[head].fields
+        return settings.arguments(cls, preset | changes | overrides)
 
     def _check_combinations(self) -> None:
         """Refuse choices that exclude each other."""

@@ -6,7 +6,11 @@ module imports no torch.
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import Any, NamedTuple
+
+from tokenrl.errors import Refused
 
 Fields = dict[str, str | float | int | bool | None]
 
@@ -132,6 +136,46 @@ PRESETS: dict[str, Preset] = {
         f"{PP_PAPER}, the variant with a group baseline",
     ),
 }
+
+
+def read_changes(text: str) -> tuple[str, dict[str, Any]]:
+    """Split a text such as `grpo,scale=none` into a name and the changes to what it names.
+
+    Args:
+        text: a name and changes, each NAME=VALUE, or one of the two. Changes are separated by commas; a comma
+            in brackets or quotes belongs to a value.
+
+    Returns:
+        The name, empty if there is none, and the values of the changes by their names. Numbers, tuples, True,
+        False and None are read as Python writes them; anything else is text.
+
+    Raises:
+        Refused: the text has another form, or changes something twice.
+    """
+    part = r"(?:[^,(\[{\"']|\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*')+"  # no commas but in brackets
+    if not text:
+        raise Refused("it is empty; name a preset, such as rloo.")
+    if not re.fullmatch(rf"{part}(,{part})*", text):
+        raise Refused("a bracket or a quote is not closed, or nothing stands beside a comma.")
+    pieces = [piece.strip() for piece in re.findall(part, text)]
+    head, changes = "" if "=" in pieces[0] else pieces.pop(0), dict[str, Any]()
+    for piece in pieces:
+        name, equals, value = map(str.strip, piece.partition("="))
+        name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")
+        if not name or not equals:
+            raise Refused(f'write {piece!r} as NAME=VALUE, such as "grpo,scale=none".')
+        if name in changes:
+            raise Refused(f"{name} is given twice; give it once.")
+        changes[name] = _parse_value(value)
+    return head, changes
+
+
+def _parse_value(text: str) -> Any:
+    """Read a number, a tuple, True, False or None as Python writes it; anything else is text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return {"true": True, "false": False}.get(text, text)
 
 
 def preset_name(estimator: Any) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import combinations, product
@@ -14,6 +12,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
 from tokenrl.control.setup import control_settings
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
@@ -183,47 +182,22 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
     Raises:
         Refused: there is no such preset, axis or setting, one is given twice, or a value is not allowed.
     """
-    part = r"(?:[^,(\[{\"']|\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*')+"  # no commas but in brackets
-    preset, *changes = [piece.strip() for piece in re.findall(part, text) or [""]]
-    if "=" in preset:
-        preset, changes = "", [preset, *changes]
-    axes, own_settings, settings, changed = dict(axes), dict[str, Any](), field_types(kind), set[str]()
+    axes, own_settings, settings = dict(axes), dict[str, Any](), field_types(kind)
     try:
-        if not re.fullmatch(rf"({part}(,{part})*)?", text):
-            raise Refused("a bracket or a quote is not closed, or nothing stands beside a comma.")
-        if not preset and not changes:
-            raise Refused("it is empty; name a preset, such as rloo.")
-        for change in changes:
-            name, equals, value = map(str.strip, change.partition("="))
-            name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")
-            if not name or not equals:
-                raise Refused(f'write {change!r} as NAME=VALUE, such as "grpo,scale=none".')
-            if name in changed:
-                raise Refused(f"{name} is given twice; give it once.")
+        preset, changes = read_changes(text)
+        for name, value in changes.items():
             if name in (*RESERVED, *SHARED, "estimator"):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
             if name not in AXES and name not in settings:
                 raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
-            (axes if name in AXES else own_settings)[name] = _parse_value(value)
-            changed.add(name)
+            (axes if name in AXES else own_settings)[name] = value
         swept = {name: own_settings[name] for name in SWEPT if name in own_settings}
         arguments(kind, swept)  # the others are checked with the whole run's
         if None in swept.values():
             raise Refused(f"{' or '.join(swept)} was given as None; give a number, or leave it out.")
-        if preset and ":" not in preset:
-            estimator = Estimator.preset(preset, **axes)
-        else:
-            estimator = arguments(Estimator, {**({"baseline": preset} if preset else {}), **axes})
+        estimator = Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
     usual = plain(Estimator())
     changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
     return Arm(text, {"estimator": changed_axes, **own_settings})
-
-
-def _parse_value(text: str) -> Any:
-    """Read a number, a tuple, True, False or None as Python writes it; anything else is text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return {"true": True, "false": False}.get(text, text)

@@ -160,7 +160,8 @@ class TrainArguments(
     """Train a language model by policy gradients."""
 
     estimator: Estimator = field(default_factory=Estimator)
-    """A preset (--estimator rloo); each of its axes can be changed (--estimator.scale group_std)."""
+    """A preset, also with changes (--estimator "grpo,scale=none"); each of its axes can also be changed by a
+    flag of its own (--estimator.scale group_std)."""
     output_dir: str | None = None
     """Directory of the run, for its config, metrics, completions, checkpoints, model and report. Default: a
     new one, runs/train-1, runs/train-2 and so on; with resume the newest of these."""
