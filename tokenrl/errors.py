@@ -61,6 +61,11 @@ def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         yield row.place if isinstance(row, Placed) else f"row {number}", row
 
 
+def places_of(rows: Iterable[Any]) -> list[str]:
+    """Return the locations of rows in the user's data; empty if they are unknown."""
+    return [row.place for row in rows if isinstance(row, Placed)]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return ' Did you mean X?' for an error message, or an empty text if none of the names is near."""
     close = difflib.get_close_matches(name, list(names), n=1)

@@ -73,7 +73,7 @@ def nested(depth):
     ],
 )  # fmt: skip
 def test_one_bad_value_stops_the_run_and_names_its_row(bad, shown):
-    said = rf"answer returned .*{shown}.* for row 3, completion 'xxx.*x\.\.\.; a reward is a number from -1e"
+    said = rf"answer returned .*{shown}.* for the completion 'xxx.*x\.\.\. of the prompt 'p3'; a reward is a"
     with pytest.raises(Stopped, match=said):
         call([length, returning([1e12, None, -1e12, bad])])
 
@@ -83,10 +83,10 @@ def test_one_bad_value_stops_the_run_and_names_its_row(bad, shown):
     [
         (1.0, r"a float \(1.0\)"), (np.float64(2), "float64"), (torch.tensor(2.0), "Tensor"),
         ("abcd", r"a str \('abcd'\)"), (None, r"NoneType.* Is a return missing\?"), ({}, "dict"),
-        ((x for x in [1, 2, 3, 4]), "generator"), (np.array([0, 1, math.nan, 2]), "nan .* row 2"),
-        (np.ones((4, 1)), r"\[1.0\] \(list\) for row 0"),
-        (torch.ones(1, 4), "1 rewards for 4"), ([], r"0 rewards for 4 completions \(row 0, completion 'one'"),
-        ([1.0], r"1 rewards for 4 completions \(row 1, completion 'three'"), (np.ones(5), r"5 .*too many"),
+        ((x for x in [1, 2, 3, 4]), "generator"), (np.array([0, 1, math.nan, 2]), "nan .* 'p2'"),
+        (np.ones((4, 1)), r"\[1.0\] \(list\) for the completion 'one'"),
+        (torch.ones(1, 4), "1 rewards for 4"), ([], r"0 rewards for 4 completions \(the completion 'one' of"),
+        ([1.0], r"1 .* \(the completion 'three' of the prompt 'p1' has none"), (np.ones(5), r"5 .*too many"),
         (torch.zeros(4, device="meta"), r"a Tensor \(tensor\(..., device='meta'"),
         (torch.zeros(4).to_sparse(), r"a Tensor \(tensor\(indices"), (Odd(1), "a Odd that cannot be written"),
     ],
@@ -99,10 +99,10 @@ def test_an_output_that_is_no_list_of_as_many_is_never_broadcast(output, shown):
 def test_a_sum_that_is_too_large_is_named():
     half, growing = returning([0.5] * 4), functools.partial(returning([None, 1.0, 10.0, 100.0]))
     assert call([half, growing], [1e12, 0.0]).total.tolist() == [5e11] * 4
-    said = r"row 2, completion '', is 2e\+12 = 2 x 0.5 \(answer\) \+ 2e\+11 x 10 \(answer_2\).*reward_weights"
+    said = r"the prompt 'p2' is 2e\+12 = 2 x 0.5 \(answer\) \+ 2e\+11 x 10 \(answer_2\).*reward_weights"
     with pytest.raises(Stopped, match=said):
         call([half, growing], [2.0, 2e11])
-    with pytest.raises(Stopped, match="row 2, completion '', is nan"):  # inf - inf
+    with pytest.raises(Stopped, match="the prompt 'p2' is nan"):  # inf - inf
         call([growing, growing], [1.7e308, -1.7e308])
 
 
@@ -173,7 +173,7 @@ def reward_model(error):
 @pytest.mark.parametrize("make", [plain, awaited, in_a_task, reward_model])
 def test_what_a_reward_raises_is_its_failure(make, error):
     named = rf"Reward function bad raised {type(error).__name__}: .* \(test_reward_failures.py, line \d+\)"
-    prompts = r"4 completions of the prompts 'p0', 'p1', 'p2' and 1 more\."
+    prompts = r"It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more\."
     with pytest.raises(Stopped, match=rf"{named}.* {prompts}") as caught:
         call([length, make(error)])
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
@@ -234,16 +234,45 @@ def test_a_logged_value_that_no_table_holds_ends_the_run_in_a_sentence(tmp_path,
         letters_trained(tmp_path / "run", letter_task(logs))
 
 
-def test_a_function_that_fails_is_not_called_again():
-    calls = []
+def in_a_loop(completions):
+    calls.append(len(completions))
+    rewards = []
+    for text in completions:
+        rewards.append(1 / len(text))
+    return rewards
 
-    def paid(completions):
-        calls.append(len(completions))
-        return [1 / len(text) for text in completions]
 
-    line = paid.__code__.co_firstlineno + 2
-    with pytest.raises(Stopped, match=rf"paid raised Zero.*, line {line}\)\. It was called with 4 comp"):
-        call(paid)
+def by_a_helper(prompts, completions):
+    calls.append(len(completions))
+    return [inverse(text) for text in completions]
+
+
+def inverse(text):
+    return 1 / len(text)
+
+
+def of_the_first(completions):
+    calls.append(len(completions))
+    first, last = completions[0], completions[-1]
+    return [1 / (first == last)]
+
+
+calls = []
+
+
+@pytest.mark.parametrize(
+    ("paid", "line", "said"),
+    [
+        (in_a_loop, 4, r"Its variables held the completion '' of the prompt 'p2' \(line 8\)"),
+        (by_a_helper, 2, r"Its variables held the completion '' of the prompt 'p2' \(line 8\)"),
+        (of_the_first, 3, "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"),
+    ],
+)
+def test_a_function_that_fails_is_not_called_again(paid, line, said):
+    calls.clear()
+    line += paid.__code__.co_firstlineno
+    with pytest.raises(Stopped, match=rf"{paid.__name__} raised Zero.*, line {line}\)\. {said}\.$"):
+        Rewards(paid)(PROMPTS, COMPLETIONS, IDS, {}, step=3, places=["row 1", "line 2", "line 8", "line 9"])
     assert calls == [4]
 
 

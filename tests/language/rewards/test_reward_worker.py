@@ -192,7 +192,7 @@ def test_faults_come_back_with_function_row_and_cause():
         "strict": r"strict raised ZeroDivisionError: .*\(worked.py, line 34\)",
         "exits": r"exits raised SystemExit: 0 \(worked.py, line 40\)",
         "leaves": r"leaves ended the process that it ran in \(exit code 0\)",
-        "infinite": r"infinite returned inf .* for row 2, completion ''",
+        "infinite": r"infinite returned inf .* for the completion '' of the prompt 'p2'",
         "gone": r"gone ended the process that it ran in \(signal 9\)",
         "unsendable": r"log_extra cannot be sent back \(TypeError: .*lock",
     }.items():

@@ -140,7 +140,7 @@ def test_weights_abstentions_and_metrics():
 def test_functions_that_all_abstain_everywhere_stop_the_run():
     none = returning([None] * 4)
     assert call([none, length]).valid.all()
-    with pytest.raises(Stopped, match=r"answer, reward\) abstained from each of the 4 .* row 0, 'one'"):
+    with pytest.raises(Stopped, match=r"answer, reward\) abstained from each of 4 .* 'one' of the prompt"):
         call([none, lambda **_: [None] * 4])
     assert not call(none, all_may_abstain=True).valid.any()
 
@@ -306,7 +306,9 @@ def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, sa
         return [1.0 + 1e-9 * (name == "range"), None, value, 0.0]  # the first is rounding
 
     setattr(lies, name, promise)
-    with pytest.raises(Stopped, match=rf"lies is declared to {said} for row 2, completion ''"):
+    with pytest.raises(
+        Stopped, match=rf"lies is declared to {said} for the completion '' of the prompt 'p2': mend"
+    ):
         call(lies)
     setattr(lies, name, None)
     assert call(lies).total[2] == value

@@ -132,7 +132,7 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
     assert [line.partition(":")[0] for line in found] == list(result.flags)
     said = {
         "prompts-refused": "3 of 16 training prompts cannot be asked. The first is that of row 13. The "
-        "prompt of row 13 has 10 tokens, with its completion 18, more than the model's context of 16: lower",
+        "prompt of row 13 has 10 tokens, with its completion 18, more than the model's context of 16: give",
         "answers-too-long": "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
         "nothing-to-learn": "In none of 48 groups of 8 completions do the rewards differ; their mean is 0.",
         "unusual-rate": "The learning rate 0.1 is 100 times the 0.001 that is usual for this model.",

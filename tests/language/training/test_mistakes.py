@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
-from tiny_models import make_policy, make_task
+from tiny_models import LETTERS, letters_trained, make_policy, make_task
 
+import tokenrl
 from tokenrl import train
 from tokenrl.cli import main
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.language.training.setup import make_accelerator
 from tokenrl.settings import arguments
@@ -41,6 +43,31 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
     assert "has no effect" not in capsys.readouterr().out
     assert main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")]) == 2
     assert "no effect" not in capsys.readouterr().err  # refused for its objects alone: its settings load
+
+
+@pytest.mark.parametrize(
+    ("prompt", "held_out"), [(x, held_out) for x in ("ab>", 20 * "a") for held_out in (0, 1)]
+)
+def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, prompt, held_out):
+    """The rows are shuffled and divided; the bad one, in line 3, is trained on or held out."""
+    rows = [json.dumps({"prompt": text, "answer": "a"}) for text in LETTERS if text != "ab>"]
+    rows[1:1] = ["", json.dumps({"prompt": prompt, "answer": None})]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+
+    def first_letter(prompts, completions, answer):
+        rewards = []
+        for prompt, text, letter in zip(prompts, completions, answer, strict=True):
+            rewards.append(float(prompt != "" and text[:1] == letter.lower()))
+        return rewards
+
+    task = tokenrl.language.load_task(str(tmp_path / "data.jsonl"), reward=first_letter, eval_size=8)
+    bad = next(row for row in [*task.train_prompts, *task.eval_prompts] if row["answer"] is None)
+    rest = [row for row in [*task.train_prompts, *task.eval_prompts] if row is not bad]
+    parts = [rest[:6], [*rest[6:], bad]]
+    task.train_prompts, task.eval_prompts = parts if held_out else parts[::-1]
+    said = r"20 tokens" if len(prompt) > 3 else "raised AttributeError.*the prompt 'ab>'"
+    with pytest.raises((Refused, Stopped), match=f"{said}.*line 3|line 3.* {said}"):
+        letters_trained(tmp_path / "run", task, max_completion_length=4)
 
 
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])

@@ -111,33 +111,40 @@ class Policy:
         prompts: Sequence[Prompt],
         *,
         max_completion_length: int,
-        truncate: bool = False,
-        place: str = "",
+        truncate: bool | None = False,
+        places: Sequence[str] = (),
     ) -> list[list[int]]:
         """Token ids of many prompts, each of which leaves room for a completion in the model's context.
 
         Args:
             prompts: B prompts, strings or lists of chat messages.
             max_completion_length: the most tokens that a completion may have.
-            truncate: drop tokens from the left of a prompt that is too long, instead of refusing it.
-            place: where a single prompt stands in the data, for the message of a refusal.
+            truncate: drop tokens from the left of a prompt that is too long, instead of refusing it. None:
+                neither the prompt nor its completion can be changed, as in a demonstration.
+            places: where each prompt stands in the data, for the message of a refusal.
 
         Raises:
             Refused: a prompt and its completion could exceed the context (the message names the place,
                 or else quotes the prompt, and says the lengths), or `encode` refuses a prompt.
         """
         room = None if self.context is None else self.context - max_completion_length
-        if room is not None and room < 1:
+        if room is not None and room < 1 and truncate is not None:
             setting = f"max_completion_length={max_completion_length} leaves no room for a prompt"
-            raise Refused(f"{setting} in the model's context of {self.context} tokens.")
+            problem = f"{setting} in the model's context of {self.context} tokens"
+            raise Refused(f"{problem}: lower --max-completion-length, or take a model with a longer context.")
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is not None and len(ids) > room and not truncate:
-                where = f"of {place}" if place else f"{prompts[row]!r:.60}"
+                where = f"of {places[row]}" if places else f"{prompts[row]!r:.60}"
+                mend = "leave it out, or take a model with a longer context"
+                if truncate is not None:
+                    mend = f"give --truncate-prompts, which drops tokens from the left, {mend}"
+                    spare = room + max_completion_length - len(ids)
+                    mend = f"give --max-completion-length {spare} or less, {mend}" if spare > 0 else mend
                 raise Refused(
                     f"The prompt {where} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
-                    "lower max_completion_length, or let truncate_prompts drop tokens from the left."
+                    f"{mend}."
                 )
             encoded[row] = ids if room is None else ids[-room:]
         return encoded

@@ -36,7 +36,7 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     lengths, limit = [max(map(len, both)) for both in encoded], reward_model.max_length
     if limit is not None and (count := sum(length > limit for length in lengths)):
         problem = f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
-        raise Refused(f"{problem} (up to {max(lengths)}): leave them out, or take a longer context.")
+        raise Refused(f"{problem} (up to {max(lengths)}): leave them out, or take a model of longer context.")
     return encoded
 
 

@@ -15,6 +15,7 @@ import numbers
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -76,6 +77,7 @@ def call_rewards(
     named: Mapping[str, Reward],
     rows: Mapping[str, list[Any]],
     state: Mapping[str, Any],
+    places: Sequence[str] = (),
     announce: Callable[[str], None] = lambda stage: None,
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
@@ -84,6 +86,7 @@ def call_rewards(
         named: the functions by their distinct names.
         rows: arguments with one value per completion, "completions" among them.
         state: the fields of `trainer_state`.
+        places: where the prompt of each completion stands in the data, for messages; empty if unknown.
         announce: called before every stage with the function that is waited for, so that the message of a
             missed deadline can name it.
 
@@ -101,6 +104,7 @@ def call_rewards(
     def log_metric(function: str, name: str, value: float) -> None:
         logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
 
+    described = partial(row_in_words, rows["prompts"], rows["completions"], places)
     shared, attempts = {"trainer_state": SimpleNamespace(**state)}, {}
     with restored_settings():
         for name, function in named.items():
@@ -115,10 +119,8 @@ def call_rewards(
             if isinstance(error, TokenrlError):
                 raise error
             if error is not None:
-                raise _failure(name, error, rows["prompts"]) from error
-    values = {
-        name: checked_rewards(name, call.output, rows["completions"]) for name, call in attempts.items()
-    }
+                raise _failure(name, error, described) from error
+    values = {name: checked_rewards(name, call.output, described) for name, call in attempts.items()}
     return CallResults(values, extra, logged, {name: call.seconds for name, call in attempts.items()})
 
 
@@ -139,14 +141,30 @@ def _free_name(function: str, call: str, name: Any) -> str:
     )
 
 
-def _failure(name: str, error: BaseException, prompts: Sequence[Any]) -> Stopped:
-    """Say what a reward function raised, at which of its lines, and with which prompts it was called."""
+def row_in_words(prompts: Sequence[Any], completions: Sequence[Any], places: Sequence[str], row: int) -> str:
+    """Return the words by which messages name a row of a call; `places` is empty if unknown."""
+    place = f" ({places[row]})" if places else ""
+    return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{place}"
+
+
+def _failure(name: str, error: BaseException, described: partial[str]) -> Stopped:
+    """Say what a reward function raised, at which of its lines, and for which completion or prompts."""
+    prompts, completions, _ = described.args
     line = location(error, 1)  # frame 0 is the call in this file
+    problem = f"Reward function {name} raised {describe(error)}{line}."
+    # The function is not called again, as it may be paid for. The variables of its frames show its row.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    values = {id(value) for frame in frames for value in frame.f_locals.values()}
+    pairs = enumerate(zip(prompts, completions, strict=True))
+    held = {row: (id(prompt) in values) + (id(text) in values) for row, (prompt, text) in pairs}
+    nearest = {described(row) for row, count in held.items() if count == max(held.values()) > 0}
+    if len(nearest) == 1:
+        return Stopped(f"{problem} Its variables held {nearest.pop()}.")
     distinct = list(dict.fromkeys(map(shown, prompts)))
     further = f" and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
     return Stopped(
-        f"Reward function {name} raised {describe(error)}{line}. It was called with {len(prompts)} "
-        f"completions of the prompts {', '.join(distinct[:3])}{further}."
+        f"{problem} It was called with {len(prompts)} completions of the prompts "
+        f"{', '.join(distinct[:3])}{further}."
     )
 
 
@@ -232,7 +250,7 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
     return [key for key in available if whole or key in named]
 
 
-def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.ndarray:
+def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarray:
     """Check the output of one function and return it as float64 [N], with nan for None.
 
     The output may be a list, tuple, array or tensor (of any device or dtype, also with a gradient) of N
@@ -242,7 +260,7 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
         Stopped: the output is anything else, or a number in it is not finite or beyond `LARGEST_REWARD`. A
             single number is never broadcast to all rows.
     """
-    count = len(completions)
+    count = len(described.args[0])
     items = output
     with contextlib.suppress(Exception):  # an array or tensor; a meta or sparse one has no list
         items = output.tolist()
@@ -254,13 +272,13 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
         )
     if len(items) != count:
         row = min(len(items), count)
-        beyond = f"row {row}, completion {shown(completions[row])}, has none" if row < count else "too many"
+        beyond = f"{described(row)} has none" if row < count else "too many"
         description = f"{len(items)} rewards for {count} completions ({beyond})"
         raise Stopped(f"Reward function {name} returned {description}; it must return one for each, or None.")
-    return np.array([_number(item, name, i, completions[i]) for i, item in enumerate(items)], np.float64)
+    return np.array([_number(item, name, partial(described, i)) for i, item in enumerate(items)], np.float64)
 
 
-def _number(item: Any, name: str, row: int, completion: Any) -> float:
+def _number(item: Any, name: str, described: partial[str]) -> float:
     with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
         value = item.item() if getattr(item, "ndim", None) == 0 else item  # numpy scalars and 0-d tensors
         if value is None:
@@ -268,6 +286,6 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
         # An integer beyond float64 compares, but cannot be converted.
         if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
             return float(value)
-    description = f"{written(item):.80} ({type(item).__name__}) for row {row}, completion {shown(completion)}"
+    description = f"{written(item):.80} ({type(item).__name__}) for {described()}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
     raise Stopped(f"Reward function {name} returned {description}; a reward is {allowed}.")

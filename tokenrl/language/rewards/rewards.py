@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import CallResults, accepted_arguments, call_rewards
+from tokenrl.language.rewards.calls import CallResults, accepted_arguments, call_rewards, row_in_words
 from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
-from tokenrl.settings import LARGEST_REWARD, shown
+from tokenrl.settings import LARGEST_REWARD
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -156,6 +157,7 @@ class Rewards:
         max_steps: int = 0,
         epoch: float = 0.0,
         all_may_abstain: bool = False,
+        places: Sequence[str] = (),
     ) -> RewardResult:
         """Reward N completions.
 
@@ -169,12 +171,13 @@ class Rewards:
             max_steps: for `trainer_state.max_steps`.
             epoch: for `trainer_state.epoch`.
             all_may_abstain: do not stop if no row has a reward; for a part of a step, and for evaluations.
+            places: where the prompt of each completion stands in the data, for messages; empty if unknown.
 
         Raises:
             Stopped: a function raised, it did not return a number within `LARGEST_REWARD` or None for each
-                completion (the message names the function and the row), it is declared binary and returned
-                another number than 0 or 1, or one outside its declared range, a weighted sum is beyond
-                `LARGEST_REWARD`, or all functions abstained from all rows.
+                completion, it is declared binary and returned another number than 0 or 1, or one outside its
+                declared range, a weighted sum is beyond `LARGEST_REWARD`, or all functions abstained from all
+                rows. The message names the function, the completion and its prompt.
             Refused: a function asks for a column that does not exist.
         """
         rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
@@ -186,27 +189,29 @@ class Rewards:
             for p, c in zip(prompts, completions, strict=True)
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
-        results = call_rewards(self._here, rows, state)
+        results = call_rewards(self._here, rows, state, places)
         if self._worker is not None:
-            results = CallResults(*map(or_, results, self._worker(rows, state)))
+            results = CallResults(*map(or_, results, self._worker(rows, state, places)))
         for name, spent in results.seconds.items():
             self.seconds[name] += spent
         values = np.stack([results.values[name] for name in self.names], axis=1)
-        self._check_declared(values, rows["completions"])
+        described = partial(row_in_words, rows["prompts"], rows["completions"], places)
+        self._check_declared(values, described)
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
-            all_rows = (
-                f"each of the {len(valid)} completions, from row 0, {shown([*completions, None][0])}, on"
+            first = f", such as {described(0)}" if completions else ""
+            names = ", ".join(self.names)
+            raise Stopped(
+                f"Every reward function ({names}) abstained from each of {len(valid)} completions{first}."
             )
-            raise Stopped(f"Every reward function ({', '.join(self.names)}) abstained from {all_rows}.")
         for column, logged in results.extra.items():
             if len(logged) != len(valid):
                 counts = f"{len(logged)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
         means = {name: float(np.mean(logged)) for name, logged in results.logged.items()}
-        return RewardResult(values, self._total(values, rows["completions"]), valid, means, results.extra)
+        return RewardResult(values, self._total(values, described), valid, means, results.extra)
 
-    def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:
+    def _total(self, values: np.ndarray, described: Callable[[int], str]) -> np.ndarray:
         """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""
         with np.errstate(over="ignore", invalid="ignore"):
             total: np.ndarray = np.nansum(values * self.weights, axis=1)
@@ -216,12 +221,12 @@ class Rewards:
             each = zip(self.weights, self.names, values[row], strict=True)
             parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
             raise Stopped(
-                f"The weighted sum of the rewards of row {row}, completion {shown(completions[row])}, is "
+                f"The weighted sum of the rewards of {described(row)} is "
                 f"{total[row]:g} = {parts}, beyond {LARGEST_REWARD:g}: give smaller reward_weights."
             )
         return total
 
-    def _check_declared(self, values: np.ndarray, completions: Sequence[Any]) -> None:
+    def _check_declared(self, values: np.ndarray, described: Callable[[int], str]) -> None:
         """Stop if a function returned a number that it has declared not to return."""
         functions = zip(self.names, self.functions, self._ranges, values.T, strict=True)
         for name, function, bounds, column in functions:
@@ -235,8 +240,8 @@ class Rewards:
             if wrong.any():
                 row = int(wrong.argmax())
                 raise Stopped(
-                    f"Reward function {name} is declared to {promise} and returned {column[row]:g} for row "
-                    f"{row}, completion {shown(completions[row])}: mend it, or what it declares."
+                    f"Reward function {name} is declared to {promise} and returned {column[row]:g} for "
+                    f"{described(row)}: mend it, or what it declares."
                 )
 
 

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import ForkingPickler
@@ -55,7 +55,9 @@ class RewardWorker:
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
 
-    def __call__(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> CallResults:
+    def __call__(
+        self, rows: Mapping[str, list[Any]], state: Mapping[str, Any], places: Sequence[str] = ()
+    ) -> CallResults:
         """Do what `call_rewards` does, in the process and with a deadline for each function.
 
         Raises:
@@ -66,7 +68,7 @@ class RewardWorker:
             self._start()
         try:
             with contextlib.suppress(*GONE):  # `_answer` says how the process ended
-                self._pipe.send((dict(rows), dict(state)))
+                self._pipe.send((dict(rows), dict(state), places))
         except Exception as error:
             raise Stopped(
                 f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "
@@ -160,9 +162,9 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
             return
         pipe.send(None)
         while True:
-            rows, state = pipe.recv()
+            rows, state, places = pipe.recv()
             try:
-                answer = ForkingPickler.dumps(call_rewards(functions, rows, state, pipe.send))
+                answer = ForkingPickler.dumps(call_rewards(functions, rows, state, places, pipe.send))
             except TokenrlError as error:  # is to be raised in the training
                 answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))
             except Exception as error:

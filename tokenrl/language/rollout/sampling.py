@@ -75,15 +75,23 @@ class Sampling(Settings):
         return max(1, self.num_generations)
 
 
-def encode(policy: Policy, prompts: Sequence[Any], sampling: Sampling) -> list[list[int]]:
+def encode(
+    policy: Policy, prompts: Sequence[Any], sampling: Sampling, places: Sequence[str] = ()
+) -> list[list[int]]:
     """Token ids of prompts (text or chat messages), each short enough for a completion to follow it.
+
+    Args:
+        policy: the policy.
+        prompts: the prompts.
+        sampling: how they are completed.
+        places: where each prompt stands in the data, for the message of a refusal; empty if unknown.
 
     Raises:
         Refused: a prompt and its completion could exceed the model's context; the message names the row and
             the lengths.
     """
     length, truncate = sampling.max_completion_length, sampling.truncate_prompts
-    return policy.encode_all(prompts, max_completion_length=length, truncate=truncate)
+    return policy.encode_all(prompts, max_completion_length=length, truncate=truncate, places=places)
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:

@@ -171,8 +171,8 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
             ids.append(eos)
         if not ids:
             raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
-        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), place=location)[0]
-        pairs.append((prompt, ids))
+        options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
+        pairs.append((policy.encode_all([row["prompt"]], places=[location], **options)[0], ids))
     return pairs
 
 

@@ -97,7 +97,7 @@ def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Findin
     policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
     for name, row in with_places(rows):
         try:
-            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=name)
+            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, places=[name])
             usable.append(row)
         except Refused as error:
             refused.append(f"The first is that of {name}. {error}")
