@@ -131,14 +131,16 @@ class Console:
         if facts:
             self.print(table)
 
-    def completions_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Print prompt, completion, reward and advantage of each row; control characters are made visible."""
+    def completions_table(
+        self, rows: Iterable[Mapping[str, Any]], numbers: Sequence[str] = ("reward", "advantage")
+    ) -> None:
+        """Print prompt, completion and some numbers of each row; control characters are made visible."""
         table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)
-        for column in ("reward", "advantage"):
-            table.add_column(column, justify="right", no_wrap=True)
+        for column in numbers:
+            table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
             texts = [visible(str(row.get(key, "")), _CELL) for key in ("prompt", "completion")]
-            table.add_row(*texts, *(number(row.get(key)) for key in ("reward", "advantage")))
+            table.add_row(*texts, *(number(row.get(key)) for key in numbers))
         self.print(table)
 
     def note(self, message: str) -> None:

@@ -22,8 +22,8 @@ from tiny_models import (
 
 import tokenrl
 from tokenrl.language.training import loop
+from tokenrl.language.training.check import check_run
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.verdicts import check_run
 
 
 def starts_with_a(completions, **_):
@@ -82,7 +82,7 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
     shown = " ".join(captured.out.split())
     assert captured.err == "" and "Check passed: model, data" in shown
     for pattern in (
-        r"reward 0\.\d+ on average; differs within \d+% of 48 groups of 8 completions",
+        r"reward 0\.\d+ on average; differs within \d+% of 16 groups of 8 completions",
         r"completions \d\.\d tokens on average; \d+% cut at 4",
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
         r"time 12 steps of \S+ s, 13 evaluations of \S+ s: about 0:\d\d in all",
@@ -134,7 +134,7 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
         "prompts-refused": "3 of 16 training prompts cannot be asked. The first is that of row 13. The "
         "prompt of row 13 has 10 tokens, with its completion 18, more than the model's context of 16: give",
         "answers-too-long": "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
-        "nothing-to-learn": "In none of 48 groups of 8 completions do the rewards differ; their mean is 0.",
+        "nothing-to-learn": "In none of 16 groups of 8 completions do the rewards differ; their mean is 0.",
         "unusual-rate": "The learning rate 0.1 is 100 times the 0.001 that is usual for this model.",
     }
     assert result.flags == tuple(said)
@@ -145,7 +145,7 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
 
 def test_a_reward_that_fails_does_not_hide_the_rest(check, capsys):
     for reward, flag, words in (
-        (broken, "evaluation-failed", "broken raised ValueError: no such file"),
+        (broken, "step-failed", "broken raised ValueError: no such file"),
         (abstain, "step-failed", "abstained from every completion of this step"),
     ):
         result = check(reward, learning_rate=0.5, quiet=False)
@@ -164,8 +164,72 @@ def test_small_steps_are_repeated_until_there_is_a_signal(check):
 
     small = {"prompts_per_step": 1, "num_generations": 2, "eval_generations": 0}
     assert check(late, **small).exit_code == 0
-    assert calls.count(2) == 5  # the evaluation of two prompts, and steps 1 to 4
+    assert calls.count(2) == 6  # steps 1 to 5, and the evaluation of two prompts
     assert check(nothing, **small).flags == ("nothing-to-learn",)
+
+
+@pytest.mark.parametrize(("max_steps", "every", "steps", "held_out"), [(10, 0, 1, 16), (200, 20, 3, 30)])
+def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
+    check, max_steps, every, steps, held_out, capsys
+):
+    """The long run has 11 evaluations of 55 prompts, of which a check makes a twentieth: 30."""
+    calls = []
+
+    def counted(completions, **_):
+        calls.append(len(completions))
+        return [float(text[:1] == "a") for text in completions]
+
+    fields = {"eval_prompts": [{"prompt": f"{x}{prompt}"} for x in "abcd" for prompt in LETTERS][:55]}
+    options = {"max_steps": max_steps, "fields": fields, "eval_generations": 2, "eval_every": every}
+    assert check(counted, quiet=False, **options).exit_code == 0
+    assert calls == [128] * steps + [held_out, 2 * held_out]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"making {steps - 1} more of these steps and evaluating {held_out} of 55 held-out" in shown
+    assert re.search(r"as before the first step: about 0:\d\d", shown)
+    assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in shown
+
+
+def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_reward(check_policy, capsys):
+    task = make_task(reward=[starts_with_a, nothing])
+    check_policy((make_model(), make_tokenizer("chat")), task, chat=True, quiet=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"prompt <bos> ?u [^|]+ a disk", shown), shown
+    assert re.search(r"completion starts_with_a nothing reward .*( ([01]) 0 \2 .*){4}Check passed", shown)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "demonstration", "flags", "said"),
+    [
+        (LETTERS, "abcd", (), "unknown to the tokenizer 0 of 58 characters"),
+        (
+            LETTERS,
+            "ab\u00e9d" + 13 * "abcd",
+            (),
+            "The tokenizer does not know 1 of 110 characters",
+        ),
+        (
+            [f"Z{x}" for x in LETTERS],
+            "ab",
+            ("unknown-characters",),
+            "18 of 74 characters of prompts",
+        ),
+    ],
+)
+def test_characters_that_the_tokenizer_loses_are_counted(check, prompts, demonstration, flags, said, capsys):
+    rows = [{"prompt": "ab>", "completion": demonstration}]
+    result = check(prompts=prompts, fields={"demonstrations": rows}, max_completion_length=8, quiet=False)
+    captured = capsys.readouterr()
+    assert said in " ".join((captured.out + captured.err).split())
+    assert all(flag in captured.err for flag in flags) and (result.exit_code == 0 or flags)
+
+
+def test_a_length_that_the_task_set_is_no_remark(check_policy):
+    """All completions are cut, and rewards differ: only a limit that the user gave is worth a remark."""
+    model, task = (make_model(eos_token_id=95), make_tokenizer("pad")), make_task()
+    task.max_completion_length = 2
+    options = {"max_steps": 2, "temperature": 0.2}
+    assert check_policy(model, task, max_completion_length=None, **options).flags == ()
+    assert check_policy(model, task, max_completion_length=2, **options).flags == ("all-truncated",)
 
 
 def test_few_groups_with_a_signal_and_a_task_that_is_solved_are_remarks(check, capsys):
@@ -174,7 +238,7 @@ def test_few_groups_with_a_signal_and_a_task_that_is_solved_are_remarks(check, c
 
     result = check(rare, quiet=False, fields={"solved": -1.0})
     assert result.exit_code == 0 and result.flags == ("few-signals", "already-solved")
-    assert "warning: few-signals: In 94% of 48 groups of 8" in " ".join(capsys.readouterr().out.split())
+    assert "warning: few-signals: In 94% of 16 groups of 8" in " ".join(capsys.readouterr().out.split())
 
 
 def test_prompts_that_cannot_be_asked_are_counted_unless_they_may_be_cut(check, capsys):

@@ -23,6 +23,7 @@ from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.check import check_run
 from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps, usual_rate
 from tokenrl.language.training.evaluation import evaluate_policy
@@ -37,7 +38,7 @@ from tokenrl.language.training.setup import (
     without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.verdicts import check_run, judge_end, judge_step
+from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.language.training.warm_start import WarmStart
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.metrics import write_completions
@@ -105,7 +106,7 @@ def train(
             for warning in _warnings(run, args.max_steps):
                 session.console.warn(warning)
             if run.args.check:
-                return check_run(run, session, partial(_evaluate, run, step=0))
+                return check_run(run, session, partial(_evaluate, step=0))
             _begin(run, session)
             reason = session.ended or "finished"
             for step in session.steps(run.args.max_steps):

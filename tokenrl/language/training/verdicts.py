@@ -1,220 +1,30 @@
-"""Judges a run by the rules about numbers (`runs.rules`): before its first update, at each step, at its end.
+"""Judges a run by the rules about numbers (`runs.rules`), at each step and at its end.
 
-A check (`--check`) looks at texts and settings, evaluates the policy, makes training steps that change
-nothing, compares the log-probabilities of sampling and scoring, and prints every problem that it finds.
-During a run and at its end it is said whether the updates have destroyed the policy, whether there is
-anything to learn from, and whether anything was learnt.
+It is said whether the updates have destroyed the policy, whether there is anything to learn from, and whether
+anything was learnt. The check before a run has `check.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from rich.filesize import decimal
-
-from tokenrl.core.statistics import GradientDiagnostics
-from tokenrl.errors import Refused, Stopped, TokenrlError, with_places
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import logprobs_under, sample
-from tokenrl.language.training.defaults import demonstrations, is_own
+from tokenrl.errors import Stopped
+from tokenrl.language.training.defaults import is_own
 from tokenrl.language.training.evaluation import over_prompts
-from tokenrl.language.training.run import RunResult, TrainingRun
-from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.runs.findings import Finding, Part, conclude, facts, share_equal
-from tokenrl.runs.metrics import peak_memory
+from tokenrl.language.training.run import TrainingRun
+from tokenrl.runs.findings import Finding, Part, facts, share_equal
 from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
-T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 
-ENOUGH, MOST_STEPS = 128, 8
-"""A check repeats trial steps up to so many completions or steps; if no rewards differ in any, it says
-that there is nothing to learn."""
-DEMONSTRATIONS = 512
-"""Most demonstrations whose lengths are checked; more take longer and show the same."""
 POLICY_LOST = ("policy-destroyed", "entropy-collapsed")
 """The flags of a policy that has been lost during a run."""
-
-
-def check_run(run: TrainingRun, session: Session, evaluate: Callable[[], Mapping[str, float]]) -> RunResult:
-    """Check a run whose parts are ready, print what was found, and return the result.
-
-    Args:
-        run: the run. Its weights stay as they are, bit for bit.
-        session: the session, which has been opened.
-        evaluate: evaluates the policy, as before the first step of a run.
-
-    Returns:
-        The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
-    """
-    findings, records = list[Finding](), list[Record]()
-    train = _usable_rows(run, run.task.train_prompts, "training prompts", findings)
-    held_out = _usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
-    _check_demonstrations(run, findings)
-    gap = None
-    if len(held_out) == len(run.task.eval_prompts):
-        with session.console.status(f"evaluating {len(held_out):,} prompts, as before the first step"):
-            session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
-    if train and not any(finding.flag == "evaluation-failed" for finding in findings):
-        with session.console.status("trying training steps, which change no weight"):
-            records = _trial_steps(run, train, findings)
-        gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train))
-    observed = _trial_facts(run, records, session.eval_before) | (gap or {})
-    findings += judge(observed)
-    lines = _lines(run, observed, records)
-    if records:
-        seconds = records[-1].timings["collect"] + records[-1].timings["update"]
-        lines["time"] = run.forecast_duration(seconds)
-    lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
-    code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
-    result = run.result(session, "check")
-    return replace(result, exit_code=result.exit_code or code)
-
-
-def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | None:
-    """Do some work and return what it returns; if it fails, add a finding and return None."""
-    try:
-        return work()
-    except TokenrlError as error:
-        findings.append(Finding(flag, "void", f"{error} Training would stop at the same error."))
-        return None
-
-
-def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
-    """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
-    limit, cut = run.args.max_completion_length, run.args.truncate_prompts
-    policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
-    for name, row in with_places(rows):
-        try:
-            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, places=[name])
-            usable.append(row)
-        except Refused as error:
-            refused.append(f"The first is that of {name}. {error}")
-    if refused:
-        text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
-        findings.append(Finding("prompts-refused", "void", text))
-    return usable
-
-
-def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
-    """Add a finding about demonstrations that are longer than completions may be."""
-    policy, limit = run.learner.policy, run.args.max_completion_length
-    try:
-        pairs = encode_demonstrations(policy, demonstrations(run.task)[:DEMONSTRATIONS])
-    except Refused:  # there are none, or they are not used and do not fit
-        return
-    lengths = [len(completion) for _, completion in pairs]
-    long = sum(length > limit for length in lengths)
-    if long:
-        text = (
-            f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
-            f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
-        )
-        findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
-
-
-def _trial_steps(run: TrainingRun, rows: Rows, findings: list[Finding]) -> list[Record]:
-    """Make training steps that change nothing: three, and more until there is a signal or enough had none."""
-    args, learner, records = run.args, run.learner, list[Record]()
-    # Before a warm start the steps are made for their time alone.
-    rewards = Rewards([_ranks]) if run.warm_seconds else run.rewards
-    stream = PromptStream(rows, args.seed)
-    still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
-    enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
-
-    def step() -> Record:
-        critic, mean = copy.deepcopy((learner.critic, run.running_mean))
-        trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
-        return training_step(trial, rewards, mean, len(records) + 1, stream.draw_prompts)
-
-    # The first two steps are slower than later ones.
-    while len(records) < 3 or (len(records) < enough and _share_equal(run, records) == 1):
-        record = _attempt(findings, "step-failed", step)
-        learner.optimizer.zero_grad()
-        if record is None:
-            break
-        records.append(record)
-    return records
-
-
-def _ranks(completions: Sequence[str], **_: Any) -> list[float]:
-    """A reward that differs within every group."""
-    return [float(index) for index in range(len(completions))]
-
-
-def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
-    """Return the share of groups with equal rewards; without groups 1 if all steps have one reward."""
-    groups = run.args.estimator.needs_groups
-    if not groups and len({record.metrics["reward"] for record in records}) > 1:
-        return 0.0
-    return fmean([share_equal(record.metrics, groups) for record in records])
-
-
-def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
-    """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
-    learner = run.learner
-    sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
-    rollout = sample(learner, list(enumerate(rows[:4])), sampling)
-    scored = logprobs_under(learner, learner.forward.model, rollout)
-    apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
-    return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
-
-
-def _trial_facts(run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]) -> dict[str, Any]:
-    """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
-    args, policy, usual = run.args, run.learner.policy, run.usual_rate
-    numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
-    numbers["is_half"] = args.mixed_precision == "bf16"
-    if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing
-        return run_facts(run, [], **numbers)
-    equal, size = _share_equal(run, records), args.num_generations
-    groups = len(records) * args.prompts_per_step
-    if size == 1:
-        groups, size = len(records), args.prompts_per_step
-    numbers |= {
-        "step_equal": equal,
-        "is_misasked": asks_in_text(run) or equal == 1,
-        "steps_without_signal": len(records) if equal == 1 else 0,
-        "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
-        "who": "The greedy completions of held-out prompts",
-        "before_greedy": before.get("reward_greedy") if equal < 1 else None,
-    }
-    if not any(math.isfinite(record.metrics["grad_norm"]) for record in records):
-        numbers["step_grad_norm"] = math.inf
-    if not (policy.eos_ids or policy.stops):  # then all are cut
-        numbers["step_cut"] = None
-    return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
-
-
-def _lines(run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
-    """Return the lines of the table: what was measured."""
-    args, lines = run.args, {}
-    if records and not run.warm_seconds:
-        share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
-        lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
-        length = fmean(record.metrics["completions/mean_length"] for record in records)
-        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
-        cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
-        lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
-    if "gap" in observed:
-        apart = f"{observed['gap']:.1g} nats per token on average, {observed['largest_gap']:.1g} at most"
-        lines["scoring"] = f"differs from sampling by {apart}"
-    lines["memory"] = ", ".join(
-        f"{decimal(int(size * 1024**3))} of the {'GPU' if 'cuda' in name else 'computer'} so far"
-        for name, size in peak_memory().items()
-    )
-    return lines
 
 
 def judge_step(run: TrainingRun, session: Session) -> str | None:

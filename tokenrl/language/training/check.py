@@ -1,0 +1,321 @@
+"""Checks a run before its first update (`--check`), without a change of its weights.
+
+A check looks at texts and settings, makes training steps that change nothing, evaluates the policy, compares
+the log-probabilities of sampling and scoring, and prints every problem that it finds. It shows a prompt as
+the model reads it, and completions with their rewards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
+from unicodedata import normalize
+
+import torch
+from rich.filesize import decimal
+
+from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.errors import Refused, TokenrlError, with_places
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.held_out import smaller_evaluation
+from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.training.collect import logprobs_under, prompt_text, sample
+from tokenrl.language.training.defaults import demonstrations, plain_steps, sizes_of_steps
+from tokenrl.language.training.run import RunResult, TrainingRun
+from tokenrl.language.training.step import Record, training_step
+from tokenrl.language.training.supervised import encode_demonstrations
+from tokenrl.language.training.verdicts import asks_in_text, run_facts
+from tokenrl.runs.console import duration, visible
+from tokenrl.runs.findings import Finding, Weight, conclude, share_equal
+from tokenrl.runs.metrics import peak_memory
+from tokenrl.runs.rules import judge
+from tokenrl.runs.session import Session
+
+T = TypeVar("T")
+Rows = Sequence[Mapping[str, Any]]
+Evaluate = Callable[[TrainingRun], Mapping[str, float]]
+
+SHARE = 20
+"""A check makes at most one in so many of the steps and evaluations of the run, but for the least numbers."""
+LEAST, ENOUGH, MOST_STEPS = 32, 128, 8
+"""If no rewards differ, trial steps are repeated up to the first number of completions in any run, and up to
+the other number and so many steps in a long one. Then it is said that there is nothing to learn."""
+LEAST_PROMPTS = 16
+"""Fewest held-out prompts that are evaluated, if there are as many."""
+MANY = 512
+"""Most prompts and demonstrations whose texts are checked; more take longer and show the same."""
+MOST_UNKNOWN = 0.03
+"""Largest share of characters that a tokenizer may lose without a problem."""
+SHOWN, LONGEST_SHOWN = 4, 1000
+"""Completions that are shown, and characters of the prompt."""
+
+
+class Work(NamedTuple):
+    """How much a check does: trial steps, at least and at most, and held-out prompts."""
+
+    least: int
+    most: int
+    prompts: int
+
+
+def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResult:
+    """Check a run whose parts are ready, print what was found, and return the result.
+
+    The work is bounded by the length of the run (see `_work`), and does not depend on the machine's speed.
+
+    Args:
+        run: the run. Its weights stay as they are, bit for bit.
+        session: the session, which has been opened.
+        evaluate: evaluates the policy of a run on its held-out prompts, as before the first step.
+
+    Returns:
+        The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
+    """
+    findings, records, args = list[Finding](), list[Record](), run.args
+    train = _usable_rows(run, run.task.train_prompts, "training prompts", findings)
+    held_out = _usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
+    _check_demonstrations(run, findings)
+    lines, work = {"unknown": _check_characters(run, findings)}, _work(run)
+    trial, gap = _trial_steps(run, train, work, findings), dict[str, float]()
+    prompts = f"{work.prompts:,} of {len(run.task.eval_prompts):,} held-out prompts"
+    if train:
+        with session.console.status("making a first training step, which changes no weight"):
+            records = list(islice(trial, 1))
+    activity = f"evaluating {prompts}, as before the first step"
+    if records:
+        collect, update = (records[0].timings[part] for part in ("collect", "update"))
+        evaluation = collect * work.prompts * (1 + args.eval_generations) / sizes_of_steps(args)[0]
+        rest = duration(max(1.0, (work.least - 1) * (collect + update) + evaluation))
+        activity = f"making {work.least - 1} more of these steps and {activity}: about {rest}"
+    with session.console.status(activity):
+        records += trial if records else []
+        if len(held_out) == len(run.task.eval_prompts) and (records or not train):
+            smaller = replace(run, task=smaller_evaluation(run.task, work.prompts))
+            session.evaluated(_attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {})
+            run.eval_seconds = smaller.eval_seconds * len(held_out) / work.prompts
+    if records:
+        gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
+    observed = _trial_facts(run, records, session.eval_before) | gap
+    findings += [
+        finding for finding in judge(observed) if not _is_own_choice(finding, session.args, observed)
+    ]
+    lines = _lines(run, observed, records) | lines
+    if records:
+        lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
+        lines["time"] = run.forecast_duration(records[-1].timings["collect"] + records[-1].timings["update"])
+        _show_completions(run, session, records[0])
+    lines["prompt"] = _rendered(run, records, train)
+    lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
+    code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
+    result = run.result(session, "check")
+    return replace(result, exit_code=result.exit_code or code)
+
+
+def _work(run: TrainingRun) -> Work:
+    """Return how much a check does: a twentieth of the run, or the least that can be judged."""
+    args, size, held_out = run.args, sizes_of_steps(run.args)[0], len(run.task.eval_prompts)
+    most = min(MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size)))
+    evaluations = 1 + math.ceil(plain_steps(args) / args.eval_every) if args.eval_every else 2
+    prompts = min(held_out, max(evaluations * held_out // SHARE, LEAST_PROMPTS))
+    # The first two steps are slower than later ones.
+    return Work(min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts))
+
+
+def _is_own_choice(finding: Finding, choices: Any, observed: Mapping[str, Any]) -> bool:
+    """Return whether a finding is no more than a remark on a value that the user left to tokenrl."""
+    open_settings = {"all-truncated": "max_completion_length"}
+    if observed.get("is_half"):
+        open_settings["sampling-differs"] = "mixed_precision"
+    name = open_settings.get(finding.flag)
+    return name is not None and finding.weight == "watch" and getattr(choices, name) is None
+
+
+def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
+    """Return a prompt as the model reads it, special tokens included; empty if there is none."""
+    policy, limit, cut = run.learner.policy, run.args.max_completion_length, run.args.truncate_prompts
+    for row in records[0].rows() if records else rows:
+        ids = policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut)[0]
+        return visible(policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN)
+    return ""
+
+
+def _show_completions(run: TrainingRun, session: Session, record: Record) -> None:
+    """Print the first completions of a trial step with each reward, unless a warm start comes before."""
+    if not run.warm_seconds:
+        rows = [row | {"prompt": prompt_text(row["prompt"])} for row in record.rows()[:SHOWN]]
+        names = run.rewards.names if len(run.rewards.names) > 1 else []
+        session.console.completions_table(rows, [*(f"rewards/{name}" for name in names), "reward"])
+
+
+def _check_characters(run: TrainingRun, findings: list[Finding]) -> str:
+    """Count the characters that the tokenizer loses; add a finding if there are some, and say how many."""
+    tokenizer, task = run.learner.policy.tokenizer, run.task
+    rows = [*islice(task.train_prompts, MANY), *islice(task.eval_prompts, MANY)]
+    texts = [text for row in rows for text in _texts(row["prompt"])]
+    with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
+        texts += [text for row in demonstrations(task)[:MANY] for text in _texts(row["completion"])]
+    fold = str.casefold if getattr(tokenizer, "do_lower_case", False) else str
+    every, lost = Counter[str](), Counter[str]()
+    for text in texts:
+        ids = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
+        read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        # Tokenizers may also change spaces and forms of a character, which loses nothing.
+        before, after = (Counter("".join(normalize("NFKC", fold(t)).split())) for t in (text, read))
+        every += before
+        lost += before - after
+    share = lost.total() / max(1, every.total())
+    words = f"{lost.total():,} of {every.total():,} characters of prompts and demonstrations"
+    if lost:
+        words += f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
+        text = (
+            f"The tokenizer does not know {words}. The model can neither read nor write them: take another "
+        )
+        weight: Weight = "void" if share > MOST_UNKNOWN else "watch"
+        findings.append(Finding("unknown-characters", weight, f"{text}model, or other spellings."))
+    return f"to the tokenizer {words}"
+
+
+def _texts(prompt: Any) -> list[str]:
+    """Return the texts of a prompt or a completion, text or chat messages."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
+def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | None:
+    """Do some work and return what it returns; if it fails, add a finding and return None."""
+    try:
+        return work()
+    except TokenrlError as error:
+        findings.append(Finding(flag, "void", f"{error} Training would stop at the same error."))
+        return None
+
+
+def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
+    """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
+    limit, cut = run.args.max_completion_length, run.args.truncate_prompts
+    policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
+    for name, row in with_places(rows):
+        try:
+            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, places=[name])
+            usable.append(row)
+        except Refused as error:
+            refused.append(f"The first is that of {name}. {error}")
+    if refused:
+        text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
+        findings.append(Finding("prompts-refused", "void", text))
+    return usable
+
+
+def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
+    """Add a finding about demonstrations that are longer than completions may be."""
+    policy, limit = run.learner.policy, run.args.max_completion_length
+    try:
+        pairs = encode_demonstrations(policy, demonstrations(run.task)[:MANY])
+    except Refused:  # there are none, or they are not used and do not fit
+        return
+    lengths = [len(completion) for _, completion in pairs]
+    long = sum(length > limit for length in lengths)
+    if long:
+        text = (
+            f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
+            f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
+        )
+        findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
+
+
+def _trial_steps(run: TrainingRun, rows: Rows, work: Work, findings: list[Finding]) -> Iterator[Record]:
+    """Make training steps that change nothing: the least, and more without a signal, up to the most."""
+    args, learner, records = run.args, run.learner, list[Record]()
+    # Before a warm start the steps are made for their time alone.
+    rewards = Rewards([_ranks]) if run.warm_seconds else run.rewards
+    stream = PromptStream(rows, args.seed)
+    still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
+
+    def step() -> Record:
+        critic, mean = copy.deepcopy((learner.critic, run.running_mean))
+        trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
+        return training_step(trial, rewards, mean, len(records) + 1, stream.draw_prompts)
+
+    while len(records) < work.least or (len(records) < work.most and _share_equal(run, records) == 1):
+        record = _attempt(findings, "step-failed", step)
+        learner.optimizer.zero_grad()
+        if record is None:
+            return
+        records.append(record)
+        yield record
+
+
+def _ranks(completions: Sequence[str], **_: Any) -> list[float]:
+    """A reward that differs within every group."""
+    return [float(index) for index in range(len(completions))]
+
+
+def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
+    """Return the share of groups with equal rewards; without groups 1 if all steps have one reward."""
+    groups = run.args.estimator.needs_groups
+    if not groups and len({record.metrics["reward"] for record in records}) > 1:
+        return 0.0
+    return fmean([share_equal(record.metrics, groups) for record in records])
+
+
+def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
+    """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
+    learner = run.learner
+    sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
+    rollout = sample(learner, list(enumerate(rows[:4])), sampling)
+    scored = logprobs_under(learner, learner.forward.model, rollout)
+    apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
+    return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
+
+
+def _trial_facts(run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]) -> dict[str, Any]:
+    """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
+    args, policy, usual = run.args, run.learner.policy, run.usual_rate
+    numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
+    numbers["is_half"] = args.mixed_precision == "bf16"
+    if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing
+        return run_facts(run, [], **numbers)
+    equal, size = _share_equal(run, records), args.num_generations
+    groups = len(records) * args.prompts_per_step
+    if size == 1:
+        groups, size = len(records), args.prompts_per_step
+    numbers |= {
+        "step_equal": equal,
+        "is_misasked": asks_in_text(run) or equal == 1,
+        "steps_without_signal": len(records) if equal == 1 else 0,
+        "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
+        "who": "The greedy completions of held-out prompts",
+        "before_greedy": before.get("reward_greedy") if equal < 1 else None,
+    }
+    if not any(math.isfinite(record.metrics["grad_norm"]) for record in records):
+        numbers["step_grad_norm"] = math.inf
+    if not (policy.eos_ids or policy.stops):  # then all are cut
+        numbers["step_cut"] = None
+    return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
+
+
+def _lines(run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
+    """Return the lines of the table: what was measured."""
+    args, lines = run.args, {}
+    if records and not run.warm_seconds:
+        share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
+        lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
+        length = fmean(record.metrics["completions/mean_length"] for record in records)
+        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
+        cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
+        lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
+    if "gap" in observed:
+        apart = f"{observed['gap']:.1g} nats per token on average, {observed['largest_gap']:.1g} at most"
+        lines["scoring"] = f"differs from sampling by {apart}"
+    lines["memory"] = ", ".join(
+        f"{decimal(int(size * 1024**3))} of the {'GPU' if 'cuda' in name else 'computer'} so far"
+        for name, size in peak_memory().items()
+    )
+    return lines
