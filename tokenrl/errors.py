@@ -61,7 +61,7 @@ def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         yield row.place if isinstance(row, Placed) else f"row {number}", row
 
 
-def places_of(rows: Iterable[Any]) -> list[str]:
+def locations_of(rows: Iterable[Any]) -> list[str]:
     """Return the locations of rows in the user's data; empty if they are unknown."""
     return [row.place for row in rows if isinstance(row, Placed)]
 

@@ -100,7 +100,7 @@ def test_too_long_a_prompt_is_refused_with_row_and_lengths_or_cut_on_the_left():
     ):
         assert fact in str(caught.value)
     with pytest.raises(Refused, match=r"line 7 has 1\d\d tokens.* 64: give --truncate-prompts, .*, leave"):
-        policy.encode_all(["the cat " * 40], max_completion_length=8, places=["line 7"])
+        policy.encode_all(["the cat " * 40], max_completion_length=8, locations=["line 7"])
     with pytest.raises(Refused, match="context of 64: leave it out, or take a model with a longer context"):
         policy.encode_all([LONG], max_completion_length=64, truncate=None)
     with pytest.raises(Refused, match=r"no room for a prompt.*: lower --max-completion-length"):

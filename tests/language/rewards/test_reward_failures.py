@@ -24,6 +24,7 @@ from tokenrl.language.rewards.rewards import Rewards
 COMPLETIONS = ["one", "three", "", "x" * 500]
 PROMPTS = ["p0", "p1", "p2", "p3"]
 IDS = [[1], [2, 3], [], [4]]
+LINES = ["line 1", "line 2", "line 8", "line 9"]
 
 
 def call(functions, weights=None):
@@ -272,7 +273,7 @@ def test_a_function_that_fails_is_not_called_again(paid, line, said):
     calls.clear()
     line += paid.__code__.co_firstlineno
     with pytest.raises(Stopped, match=rf"{paid.__name__} raised Zero.*, line {line}\)\. {said}\.$"):
-        Rewards(paid)(PROMPTS, COMPLETIONS, IDS, {}, step=3, places=["row 1", "line 2", "line 8", "line 9"])
+        Rewards(paid)(PROMPTS, COMPLETIONS, IDS, {}, step=3, locations=LINES)
     assert calls == [4]
 
 

@@ -184,8 +184,8 @@ def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
     assert check(counted, quiet=False, **options).exit_code == 0
     assert calls == [128] * steps + [held_out, 2 * held_out]
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"making {steps - 1} more of these steps and evaluating {held_out} of 55 held-out" in shown
-    assert re.search(r"as before the first step: about 0:\d\d", shown)
+    assert f"making {steps - 1} more of these and evaluating {held_out} of 55 held-out" in shown
+    assert re.search(r"as before the first step: about 0:\d\d in all", shown)
     assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in shown
 
 
@@ -205,7 +205,7 @@ def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_rew
             LETTERS,
             "ab\u00e9d" + 13 * "abcd",
             (),
-            "The tokenizer does not know 1 of 110 characters",
+            "The tokenizer loses 1 of 110 characters",
         ),
         (
             [f"Z{x}" for x in LETTERS],

@@ -112,7 +112,7 @@ class Policy:
         *,
         max_completion_length: int,
         truncate: bool | None = False,
-        places: Sequence[str] = (),
+        locations: Sequence[str] = (),
     ) -> list[list[int]]:
         """Token ids of many prompts, each of which leaves room for a completion in the model's context.
 
@@ -121,7 +121,7 @@ class Policy:
             max_completion_length: the most tokens that a completion may have.
             truncate: drop tokens from the left of a prompt that is too long, instead of refusing it. None:
                 neither the prompt nor its completion can be changed, as in a demonstration.
-            places: where each prompt stands in the data, for the message of a refusal.
+            locations: where each prompt stands in the data, for the message of a refusal.
 
         Raises:
             Refused: a prompt and its completion could exceed the context (the message names the place,
@@ -135,7 +135,7 @@ class Policy:
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is not None and len(ids) > room and not truncate:
-                where = f"of {places[row]}" if places else f"{prompts[row]!r:.60}"
+                where = f"of {locations[row]}" if locations else f"{prompts[row]!r:.60}"
                 mend = "leave it out, or take a model with a longer context"
                 if truncate is not None:
                     mend = f"give --truncate-prompts, which drops tokens from the left, {mend}"

@@ -77,7 +77,7 @@ def call_rewards(
     named: Mapping[str, Reward],
     rows: Mapping[str, list[Any]],
     state: Mapping[str, Any],
-    places: Sequence[str] = (),
+    locations: Sequence[str] = (),
     announce: Callable[[str], None] = lambda stage: None,
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
@@ -86,7 +86,7 @@ def call_rewards(
         named: the functions by their distinct names.
         rows: arguments with one value per completion, "completions" among them.
         state: the fields of `trainer_state`.
-        places: where the prompt of each completion stands in the data, for messages; empty if unknown.
+        locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
         announce: called before every stage with the function that is waited for, so that the message of a
             missed deadline can name it.
 
@@ -104,7 +104,7 @@ def call_rewards(
     def log_metric(function: str, name: str, value: float) -> None:
         logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
 
-    described = partial(row_in_words, rows["prompts"], rows["completions"], places)
+    described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
     shared, attempts = {"trainer_state": SimpleNamespace(**state)}, {}
     with restored_settings():
         for name, function in named.items():
@@ -141,10 +141,12 @@ def _free_name(function: str, call: str, name: Any) -> str:
     )
 
 
-def row_in_words(prompts: Sequence[Any], completions: Sequence[Any], places: Sequence[str], row: int) -> str:
-    """Return the words by which messages name a row of a call; `places` is empty if unknown."""
-    place = f" ({places[row]})" if places else ""
-    return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{place}"
+def row_in_words(
+    prompts: Sequence[Any], completions: Sequence[Any], locations: Sequence[str], row: int
+) -> str:
+    """Return the words by which messages name a row of a call; `locations` is empty if unknown."""
+    location = f" ({locations[row]})" if locations else ""
+    return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{location}"
 
 
 def _failure(name: str, error: BaseException, described: partial[str]) -> Stopped:

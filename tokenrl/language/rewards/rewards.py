@@ -157,7 +157,7 @@ class Rewards:
         max_steps: int = 0,
         epoch: float = 0.0,
         all_may_abstain: bool = False,
-        places: Sequence[str] = (),
+        locations: Sequence[str] = (),
     ) -> RewardResult:
         """Reward N completions.
 
@@ -171,7 +171,7 @@ class Rewards:
             max_steps: for `trainer_state.max_steps`.
             epoch: for `trainer_state.epoch`.
             all_may_abstain: do not stop if no row has a reward; for a part of a step, and for evaluations.
-            places: where the prompt of each completion stands in the data, for messages; empty if unknown.
+            locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
 
         Raises:
             Stopped: a function raised, it did not return a number within `LARGEST_REWARD` or None for each
@@ -189,13 +189,13 @@ class Rewards:
             for p, c in zip(prompts, completions, strict=True)
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
-        results = call_rewards(self._here, rows, state, places)
+        results = call_rewards(self._here, rows, state, locations)
         if self._worker is not None:
-            results = CallResults(*map(or_, results, self._worker(rows, state, places)))
+            results = CallResults(*map(or_, results, self._worker(rows, state, locations)))
         for name, spent in results.seconds.items():
             self.seconds[name] += spent
         values = np.stack([results.values[name] for name in self.names], axis=1)
-        described = partial(row_in_words, rows["prompts"], rows["completions"], places)
+        described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
         self._check_declared(values, described)
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:

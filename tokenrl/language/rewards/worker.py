@@ -56,7 +56,7 @@ class RewardWorker:
         self._process: Any = None
 
     def __call__(
-        self, rows: Mapping[str, list[Any]], state: Mapping[str, Any], places: Sequence[str] = ()
+        self, rows: Mapping[str, list[Any]], state: Mapping[str, Any], locations: Sequence[str] = ()
     ) -> CallResults:
         """Do what `call_rewards` does, in the process and with a deadline for each function.
 
@@ -68,7 +68,7 @@ class RewardWorker:
             self._start()
         try:
             with contextlib.suppress(*GONE):  # `_answer` says how the process ended
-                self._pipe.send((dict(rows), dict(state), places))
+                self._pipe.send((dict(rows), dict(state), locations))
         except Exception as error:
             raise Stopped(
                 f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "
@@ -162,9 +162,9 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
             return
         pipe.send(None)
         while True:
-            rows, state, places = pipe.recv()
+            rows, state, locations = pipe.recv()
             try:
-                answer = ForkingPickler.dumps(call_rewards(functions, rows, state, places, pipe.send))
+                answer = ForkingPickler.dumps(call_rewards(functions, rows, state, locations, pipe.send))
             except TokenrlError as error:  # is to be raised in the training
                 answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))
             except Exception as error:

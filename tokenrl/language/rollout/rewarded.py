@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokenrl.errors import places_of
+from tokenrl.errors import locations_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
@@ -36,7 +36,7 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
     columns = {name: [row.get(name) for row in data] for name in names}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
-    state |= {"all_may_abstain": True, "places": places_of(data)}
+    state |= {"all_may_abstain": True, "locations": locations_of(data)}
     result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
     return replace(
         rollout,
@@ -77,7 +77,7 @@ def sample_and_reward(
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     generator = generator or TransformersGenerator(policy)
-    ids = encode(policy, [row["prompt"] for row in prompts], sampling, places_of(prompts))
+    ids = encode(policy, [row["prompt"] for row in prompts], sampling, locations_of(prompts))
     size = max(1, batch_size // sampling.group_size)
     for start in range(rank, len(prompts), world * size):
         numbers = range(start, min(start + world * size, len(prompts)), world)

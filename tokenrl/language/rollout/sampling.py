@@ -76,7 +76,7 @@ class Sampling(Settings):
 
 
 def encode(
-    policy: Policy, prompts: Sequence[Any], sampling: Sampling, places: Sequence[str] = ()
+    policy: Policy, prompts: Sequence[Any], sampling: Sampling, locations: Sequence[str] = ()
 ) -> list[list[int]]:
     """Token ids of prompts (text or chat messages), each short enough for a completion to follow it.
 
@@ -84,14 +84,14 @@ def encode(
         policy: the policy.
         prompts: the prompts.
         sampling: how they are completed.
-        places: where each prompt stands in the data, for the message of a refusal; empty if unknown.
+        locations: where each prompt stands in the data, for the message of a refusal; empty if unknown.
 
     Raises:
         Refused: a prompt and its completion could exceed the model's context; the message names the row and
             the lengths.
     """
     length, truncate = sampling.max_completion_length, sampling.truncate_prompts
-    return policy.encode_all(prompts, max_completion_length=length, truncate=truncate, places=places)
+    return policy.encode_all(prompts, max_completion_length=length, truncate=truncate, locations=locations)
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:

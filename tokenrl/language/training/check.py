@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from unicodedata import normalize
 
 import torch
@@ -34,7 +34,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
 from tokenrl.runs.console import duration, visible
-from tokenrl.runs.findings import Finding, Weight, conclude, share_equal
+from tokenrl.runs.findings import Finding, conclude, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -58,18 +58,10 @@ SHOWN, LONGEST_SHOWN = 4, 1000
 """Completions that are shown, and characters of the prompt."""
 
 
-class Work(NamedTuple):
-    """How much a check does: trial steps, at least and at most, and held-out prompts."""
-
-    least: int
-    most: int
-    prompts: int
-
-
 def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResult:
     """Check a run whose parts are ready, print what was found, and return the result.
 
-    The work is bounded by the length of the run (see `_work`), and does not depend on the machine's speed.
+    The work is bounded by the length of the run (see `_extent`), and does not depend on the machine's speed.
 
     Args:
         run: the run. Its weights stay as they are, bit for bit.
@@ -83,30 +75,33 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     train = _usable_rows(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
     _check_demonstrations(run, findings)
-    lines, work = {"unknown": _check_characters(run, findings)}, _work(run)
-    trial, gap = _trial_steps(run, train, work, findings), dict[str, float]()
-    prompts = f"{work.prompts:,} of {len(run.task.eval_prompts):,} held-out prompts"
+    lines = {"unknown": _check_characters(run, findings)}
+    least, most, held_out_size = _extent(run)
+    trial, gap = _trial_steps(run, train, (least, most), findings), dict[str, float]()
+    prompts = f"{held_out_size:,} of {len(run.task.eval_prompts):,} held-out prompts"
+    activity = f"evaluating {prompts}, as before the first step"
     if train:
         with session.console.status("making a first training step, which changes no weight"):
-            records = list(islice(trial, 1))
-    activity = f"evaluating {prompts}, as before the first step"
+            records += islice(trial, 1)
     if records:
         collect, update = (records[0].timings[part] for part in ("collect", "update"))
-        evaluation = collect * work.prompts * (1 + args.eval_generations) / sizes_of_steps(args)[0]
-        rest = duration(max(1.0, (work.least - 1) * (collect + update) + evaluation))
-        activity = f"making {work.least - 1} more of these steps and {activity}: about {rest}"
-    with session.console.status(activity):
-        records += trial if records else []
-        if len(held_out) == len(run.task.eval_prompts) and (records or not train):
-            smaller = replace(run, task=smaller_evaluation(run.task, work.prompts))
+        evaluation = collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
+        rest = duration(max(1.0, (least - 1) * (collect + update) + evaluation))
+        with session.console.status(f"making {least - 1} more of these and {activity}: about {rest} in all"):
+            records += trial
+    if len(held_out) == len(run.task.eval_prompts) and (records or not train):
+        smaller = replace(run, task=smaller_evaluation(run.task, held_out_size))
+        with session.console.status(activity):
             session.evaluated(_attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {})
-            run.eval_seconds = smaller.eval_seconds * len(held_out) / work.prompts
+        run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
     observed = _trial_facts(run, records, session.eval_before) | gap
-    findings += [
-        finding for finding in judge(observed) if not _is_own_choice(finding, session.args, observed)
-    ]
+    # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
+    open_settings = [("all-truncated", "max_completion_length")]
+    open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
+    own = {flag for flag, name in open_settings if getattr(session.args, name) is None}
+    findings += [each for each in judge(observed) if each.weight != "watch" or each.flag not in own]
     lines = _lines(run, observed, records) | lines
     if records:
         lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
@@ -119,23 +114,14 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     return replace(result, exit_code=result.exit_code or code)
 
 
-def _work(run: TrainingRun) -> Work:
-    """Return how much a check does: a twentieth of the run, or the least that can be judged."""
+def _extent(run: TrainingRun) -> tuple[int, int, int]:
+    """Return the least and the most trial steps, and the held-out prompts: a twentieth of the run or enough."""
     args, size, held_out = run.args, sizes_of_steps(run.args)[0], len(run.task.eval_prompts)
     most = min(MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size)))
     evaluations = 1 + math.ceil(plain_steps(args) / args.eval_every) if args.eval_every else 2
     prompts = min(held_out, max(evaluations * held_out // SHARE, LEAST_PROMPTS))
     # The first two steps are slower than later ones.
-    return Work(min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts))
-
-
-def _is_own_choice(finding: Finding, choices: Any, observed: Mapping[str, Any]) -> bool:
-    """Return whether a finding is no more than a remark on a value that the user left to tokenrl."""
-    open_settings = {"all-truncated": "max_completion_length"}
-    if observed.get("is_half"):
-        open_settings["sampling-differs"] = "mixed_precision"
-    name = open_settings.get(finding.flag)
-    return name is not None and finding.weight == "watch" and getattr(choices, name) is None
+    return min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts)
 
 
 def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
@@ -175,11 +161,8 @@ def _check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     words = f"{lost.total():,} of {every.total():,} characters of prompts and demonstrations"
     if lost:
         words += f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
-        text = (
-            f"The tokenizer does not know {words}. The model can neither read nor write them: take another "
-        )
-        weight: Weight = "void" if share > MOST_UNKNOWN else "watch"
-        findings.append(Finding("unknown-characters", weight, f"{text}model, or other spellings."))
+        text = f"The tokenizer loses {words}. Take a model that can read and write them, or other spellings."
+        findings.append(Finding("unknown-characters", "void" if share > MOST_UNKNOWN else "watch", text))
     return f"to the tokenizer {words}"
 
 
@@ -203,7 +186,7 @@ def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Findin
     policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
     for name, row in with_places(rows):
         try:
-            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, places=[name])
+            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, locations=[name])
             usable.append(row)
         except Refused as error:
             refused.append(f"The first is that of {name}. {error}")
@@ -230,7 +213,9 @@ def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
         findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
 
 
-def _trial_steps(run: TrainingRun, rows: Rows, work: Work, findings: list[Finding]) -> Iterator[Record]:
+def _trial_steps(
+    run: TrainingRun, rows: Rows, extent: tuple[int, int], findings: list[Finding]
+) -> Iterator[Record]:
     """Make training steps that change nothing: the least, and more without a signal, up to the most."""
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
@@ -243,7 +228,8 @@ def _trial_steps(run: TrainingRun, rows: Rows, work: Work, findings: list[Findin
         trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
         return training_step(trial, rewards, mean, len(records) + 1, stream.draw_prompts)
 
-    while len(records) < work.least or (len(records) < work.most and _share_equal(run, records) == 1):
+    least, most = extent
+    while len(records) < least or (len(records) < most and _share_equal(run, records) == 1):
         record = _attempt(findings, "step-failed", step)
         learner.optimizer.zero_grad()
         if record is None:

@@ -181,7 +181,7 @@ def _begin(run: TrainingRun, session: Session) -> None:
     args, policy = run.args, run.learner.policy
     limit, cut = args.max_completion_length, args.truncate_prompts
     for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
-        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, places=[location])
+        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, locations=[location])
     if not session.continues:
         with session.console.status(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
