@@ -184,8 +184,9 @@ def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
     assert check(counted, quiet=False, **options).exit_code == 0
     assert calls == [128] * steps + [held_out, 2 * held_out]
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"making {steps - 1} more of these and evaluating {held_out} of 55 held-out" in shown
-    assert re.search(r"as before the first step: about 0:\d\d in all", shown)
+    assert f"making {steps - 1} more and evaluating" in shown or steps == 1
+    time = r"as before the first step; that takes about 0:\d\d"
+    assert re.search(rf"evaluating {held_out} of 55 held-out prompts, {time}", shown)
     assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in shown
 
 

@@ -188,8 +188,9 @@ class TrainArguments(
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Try everything out without a change of the weights, print all problems with how to mend them, and what
-    the run will take, and stop. Exit code 0: passed (there may be remarks); 2: there is a problem."""
+    """Try everything out without a change of the weights, in a twentieth of the run or so: print completions
+    with rewards, all problems with how to mend them, and what the run will take, and stop. Exit code 0:
+    passed (there may be remarks); 2: there is a problem."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     quiet: bool = False

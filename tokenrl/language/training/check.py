@@ -87,13 +87,15 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
         collect, update = (records[0].timings[part] for part in ("collect", "update"))
         evaluation = collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
         rest = duration(max(1.0, (least - 1) * (collect + update) + evaluation))
-        with session.console.status(f"making {least - 1} more of these and {activity}: about {rest} in all"):
-            records += trial
-    if len(held_out) == len(run.task.eval_prompts) and (records or not train):
-        smaller = replace(run, task=smaller_evaluation(run.task, held_out_size))
+        further = f"making {least - 1} more and " * (least > 1)
+        activity = f"{further}{activity}; that takes about {rest}"
+    if records or not train:
         with session.console.status(activity):
-            session.evaluated(_attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {})
-        run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
+            records += trial if records else []
+            if len(held_out) == len(run.task.eval_prompts):
+                smaller = replace(run, task=smaller_evaluation(run.task, held_out_size))
+                session.evaluated(_attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {})
+                run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
     observed = _trial_facts(run, records, session.eval_before) | gap
@@ -115,7 +117,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
 
 
 def _extent(run: TrainingRun) -> tuple[int, int, int]:
-    """Return the least and the most trial steps, and the held-out prompts: a twentieth of the run or enough."""
+    """Return the least and the most trial steps and the held-out prompts: a twentieth of the run, or few."""
     args, size, held_out = run.args, sizes_of_steps(run.args)[0], len(run.task.eval_prompts)
     most = min(MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size)))
     evaluations = 1 + math.ceil(plain_steps(args) / args.eval_every) if args.eval_every else 2
