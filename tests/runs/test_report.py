@@ -56,7 +56,8 @@ def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
     page = page_of(run)
     for part in ("completed, 2 steps, 1:01, 99 tokens/s", "reward0.125 → 0.877 ± 0.012", "pass@4- → 0.5",
                  "held-out sampled 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
-                 "before clipping last 2", "norm was too large last 1", '"chat": true'):  # fmt: skip
+                 "before clipping last 2", "norm was above max_grad_norm and was scaled down to it; 1 means all",
+                 '"chat": true', "a middle and the last step"):  # fmt: skip
         assert part in " ".join(page.text.split())
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert len(page.all("svg")) == 4  # two sizes, the norm, and whether it was clipped
@@ -90,7 +91,7 @@ def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one
         script = text[text.index("<script>") + 8 : text.index("</script>")]
         assert policy == "sha256-" + b64encode(hashlib.sha256(script.encode()).digest()).decode()
     numbers = [json.loads(found["data-numbers"]) for found in Page(page.read_text("utf-8")).all("article")]
-    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in numbers[0]  # by the name that the list shows
+    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in numbers[-1]  # by the name that the list shows
     assert not recwarn.list  # of glyphs
 
 
@@ -105,9 +106,11 @@ def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one(run)
 def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
     text = report_from_directory(run).read_text("utf-8")
     before, _, _ = text.partition("All 48 completions")
-    assert before.count("<article") == 4 and before.count("last") >= 4 and "middle" not in before
+    assert before.count("<article") == 3 == before.count('class="few"')  # each step has a single prompt
     page = Page(text)
-    numbers = [json.loads(found["data-numbers"]) for found in page.all("article", "sample")][4:]
+    numbers = [json.loads(found["data-numbers"]) for found in page.all("article", "sample")]
+    assert [n["step"] for n in numbers[:3]] == [1, 2, 10]
+    numbers = numbers[3:]
     assert [n["step"] for n in numbers] == [1] * 16 + [2] * 16 + [10] * 16
     assert numbers[0] == {"step": 1, "reward": 0.125, "rewards/a_b": None, "cut": 1, "characters": len(EVIL)}
     (form,) = page.all("form")
@@ -115,10 +118,15 @@ def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(ru
     named = {found["name"] for kind in ("select", "input") for found in page.all(kind)}
     assert named == {"by", "order", "column", "search", "least", "most"}
     for step in range(11, 111):
-        write_completions(run / "completions", step, [{"prompt": "p", "completion": "c"}])
+        rows = [{"prompt": f"p{n // 8}", "completion": "c", "answer": "ab", "n": n} for n in range(64)]
+        write_completions(run / "completions", step, rows)
     (run / "completions" / "step_final.parquet").write_text("a file of somebody else")
-    steps = sorted({json.loads(found["data-numbers"])["step"] for found in page_of(run).all("article")})
+    numbers = [json.loads(found["data-numbers"]) for found in page_of(run).all("article")]
+    steps = sorted({n["step"] for n in numbers})
     assert steps[0] == 1 and steps[-1] == 110 and len(steps) == 8
+    assert [n["step"] for n in numbers[:7]] == [1, *[steps[4]] * 3, *[110] * 3]
+    assert [n["n"] for n in numbers[1:4]] == [0, 8, 16]  # the first completion of each of three prompts
+    assert [n["n"] for n in numbers[-16:]] == list(range(0, 64, 4)) and numbers[-1]["characters"] == 1
 
 
 def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_path):
@@ -131,12 +139,24 @@ def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_
 
 
 @pytest.mark.parametrize("names, shown", [(["one"], 0), (["one", "two"], 2)])
-def test_the_mean_of_a_single_reward_is_not_told_twice(tmp_path, names, shown):
+def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_told_twice(
+    tmp_path, names, shown
+):
     after = {"reward": 0.5, **{f"rewards/{name}/mean": 0.5 for name in names}}
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    held_out = {f"eval_{name}": 0.25 for name in after}
+    rows = [{"step": 0, **held_out}, {"step": 1, **after, **dict.fromkeys(list(after)[1:], 0)}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "summary.json").write_text(json.dumps({"eval_after": after}))
     page = page_of(tmp_path)
     assert page.text.count("/mean") == shown and len(page.all("div", "card")) == 1 + shown
+    shown_text, told = (
+        " ".join(page.text.split()),
+        "mean of this reward, before its weight training 0 held out",
+    )
+    assert shown_text.count(f"{told} 0.25") == shown and len(page.all("svg")) == 2 + shown
+    shutil.copytree(tmp_path, other := tmp_path / "other")
+    both = Page(compare_runs([tmp_path, other], tmp_path / "both.html").read_text("utf-8"))
+    assert len(both.all("svg")) == 2 * 3 + shown - 2  # nobody was evaluated greedily
 
 
 def test_each_cell_of_a_table_names_its_column_for_narrow_screens(tmp_path):

@@ -22,7 +22,7 @@ from tokenrl.runs.plots import Chart, Curve, Forest, svg
 
 Block = dict[str, Any]
 """A part of a section: what the template needs to show it, and its `kind`."""
-_OPEN = 4  # completions that are shown without a click
+_OPEN = 3  # prompts of a step whose first completion is shown without a click
 
 
 class Section(NamedTuple):
@@ -120,7 +120,9 @@ def drawings(charts: Sequence[Chart | Forest]) -> Block:
 
 
 def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
-    """Show completions with what is known of each: some of the last step, and by a click all of them.
+    """Show completions with what is known of each: some of three steps, and by a click all of them.
+
+    The steps are the first, a middle and the last one; of each, a few prompts have one completion.
 
     Args:
         rows: texts and numbers of each completion by name. A number that only some have is missing in others.
@@ -129,8 +131,13 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     names = dict.fromkeys(name for row in rows for name in row)
     numeric = [name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)]
     samples = [_sample(row, numeric) for row in rows]
-    last = [card for card, row in zip(samples, rows, strict=True) if row.get("step") == rows[-1].get("step")]
-    block = {"kind": "completions", "all": samples, "some": last[:_OPEN], "numeric": numeric}
+    cards: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
+    for row, card in zip(rows, samples, strict=True):
+        cards.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), card)
+    steps = list(cards.values())
+    places = sorted({0, len(steps) // 2, len(steps) - 1})
+    some = [list(steps[place].values())[:_OPEN] for place in places] if rows else []
+    block = {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
     return block if rows else {}
 
 

@@ -117,7 +117,7 @@ class RecordedRun:
 
         Args:
             steps: number of tables; the oldest and others evenly spread are added to the newest.
-            most: most rows of each table; None for all.
+            most: most rows of each table, spread over its prompts; None for all.
 
         Raises:
             Refused: a table is damaged.
@@ -125,7 +125,9 @@ class RecordedRun:
         files = tables(self.path / "completions")[::-1]
         apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
         chosen = [files[round(number * apart)] for number in range(min(steps, len(files)))][::-1]
-        return [{"step": step_of(file), **row} for file in chosen for row in read_completions(file)[:most]]
+        read = {step_of(file): read_completions(file) for file in chosen}
+        every = {step: max(1, len(rows) // (most or len(rows) or 1)) for step, rows in read.items()}
+        return [{"step": step, **row} for step, rows in read.items() for row in rows[:: every[step]][:most]]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:

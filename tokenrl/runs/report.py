@@ -30,6 +30,9 @@ _CURVES = (
     "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
     "dots are evaluations, with bands of ± one standard error where it is known."
 )
+_SAMPLES = (
+    "Prompts of the first, a middle and the last step whose completions were kept, with one completion each."
+)
 _REWARD = ("reward", "mean", {"reward": "training", "eval_reward": "held-out sampled",
                               "eval_reward_greedy": "held-out greedy"})  # fmt: skip
 _ACCURACY = {"accuracy": "training batch", "eval_accuracy": "held out"}
@@ -46,7 +49,10 @@ DIAGNOSTICS = {
     "frac_reward_zero_std": ("groups without signal", "fraction of prompts with equal rewards"),
     "kl": ("KL to the reference", "nats per completion"),
     "grad_norm": ("gradient norm", "before clipping"),
-    "grad_clipped": ("clipped gradients", "fraction of updates whose norm was too large"),
+    "grad_clipped": (
+        "clipped gradients",
+        "share of updates whose norm was above max_grad_norm and was scaled down to it; 1 means all",
+    ),
     "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
     "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was clipped"),
     "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
@@ -120,7 +126,8 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     yield html.Section("To repeat", [html.preformatted(words)])
     yield html.Section("Configuration", [html.preformatted(settings)], closed=True)
     yield html.Section("Versions", [html.preformatted(config.get("versions", {}))], closed=True)
-    yield html.Section("Completions", [html.completions(_completions(run))])
+    samples = html.completions(_completions(run))
+    yield html.Section("Completions", [html.paragraph(_SAMPLES, "soft"), samples] if samples else [])
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -191,11 +198,25 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
             curves = [_curve(rows, key, run, colour) for colour, (run, rows) in enumerate(runs.items(), 1)]
             charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
     last = "last" if len(runs) == 1 else ""  # the colours of several runs are told once, above
-    for key, (name, unit) in DIAGNOSTICS.items():
+    rewards = _rewards(runs)
+    for key, (name, unit) in (rewards | DIAGNOSTICS).items():
         curves = [_curve(rows, key, last, colour) for colour, rows in enumerate(runs.values(), 1)]
-        if any(any(curve.y) for curve in curves):  # what was 0 all the time is not worth a look
+        if last and key in rewards:  # in the colours of the reward above
+            curves = [_curve(runs[""], key, "training", 0), _curve(runs[""], f"eval_{key}", "held out", 1)]
+        if key in rewards or any(any(curve.y) for curve in curves):  # 0 all the time is not worth a look
             charts.append(Chart(name, unit, curves))
     return charts
+
+
+def _rewards(runs: Mapping[str, Rows]) -> dict[str, tuple[str, str]]:
+    """Return the metric of each reward function with its name and meaning, if there are several.
+
+    Where one of them rises while another falls, the policy trades the one for the other.
+    """
+    keys = dict.fromkeys(key for rows in runs.values() for row in rows for key in row)
+    means = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
+    named = {key: (key.removesuffix("/mean"), "mean of this reward, before its weight") for key in means}
+    return named if len(named) > 1 else {}
 
 
 def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
@@ -214,8 +235,8 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     """Return completions of the first step that was kept, of the last one and of some between them."""
     rows = []
     for row in run.completions(_STEPS, _ROWS):
-        answers = [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
-        rows.append({**distinct(row), "characters": sum(map(len, answers))})
+        answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+        rows.append({**distinct(row), "characters": sum(map(len, map(str, answers)))})
     return rows
 
 

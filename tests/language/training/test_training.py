@@ -83,6 +83,7 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     assert config["estimator"]["baseline"] == "running_mean" and config["versions"]["torch"]
     table = parquet.read_table(directory / "completions" / "step_000003.parquet")
     assert table.num_rows == 16 and {"prompt", "completion", "reward", "advantage"} <= set(table.column_names)
+    assert table["target"].to_pylist() == [prompt[0] for prompt in table["prompt"].to_pylist()]
     spread = table["rewards/starts_right"].to_numpy().std(ddof=1)
     assert rows[-1]["rewards/starts_right/std"] == pytest.approx(spread)
     assert (directory / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"

@@ -231,12 +231,14 @@ def prompt_text(prompt: Any) -> str:
 def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
-    Where each token has an advantage of its own, the row holds that of the first token.
+    A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
+    itself. Where each token has an advantage of its own, the row holds that of the first token.
     """
     advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
+    data = dict.fromkeys(name for row in rows.data for name in row)
     logs = dict.fromkeys(name for row in rows.logs for name in row)  # of some calls a function logs none
     columns = {
-        "prompt": [row["prompt"] for row in rows.data],
+        **{name: [row.get(name) for row in rows.data] for name in data},
         "completion": policy.decode(rows.completion_ids, rows.mask),
         "reward": rows.rewards.tolist(),
         **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
