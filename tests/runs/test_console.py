@@ -45,6 +45,16 @@ def test_log_gets_plain_lines_each_k_steps():
     assert "ETA" not in lines[1] + lines[-1] and "\x1b" not in text and "\r" not in text
 
 
+def test_the_time_left_follows_the_steps_as_they_are_now_and_the_evaluations_to_come():
+    file, steps = io.StringIO(), [100.0, *[2.0] * 12, *[60.0] * 27]
+    with Progress(Console(file=file), 40, left=lambda step, seconds: (40 - step) * seconds + 7) as progress:
+        for step, seconds in enumerate(steps, 1):
+            progress.update(step, {"reward": 1, "step_seconds": seconds})
+    shown = {int(line.split()[1].split("/")[0]): line for line in file.getvalue().splitlines()}
+    assert "ETA" not in shown[1] + shown[40]
+    assert [shown[step].split("ETA ")[1] for step in (2, 10, 20, 30)] == ["1:23", "1:07", "0:47", "10:07"]
+
+
 def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side():
     text = printed()
     for part in ("[red]task[/red]", ":smile:", "[bold] equal", "runs/[a]/model", r"a[b]\n\x1b[31m", "…"):

@@ -8,9 +8,11 @@ import shlex
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.runs.best import kept_weights
@@ -25,6 +27,8 @@ _LOSS_NOTE = (
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
 PATIENCE = 5.0  # seconds without a line, after which one is printed
+_RECENT = 20  # steps whose median time foretells those to come
+TimeLeft = Callable[[int, float], float]
 _DECIMALS = 6  # most decimal places of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
@@ -213,11 +217,20 @@ class Console:
 class Progress:
     """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
 
-    def __init__(self, console: Console, total: int, first: int = 0) -> None:
-        """Prepare the line for steps after `first`; it appears on entering the context."""
+    def __init__(self, console: Console, total: int, first: int = 0, left: TimeLeft | None = None) -> None:
+        """Prepare the line for steps after `first`; it appears on entering the context.
+
+        Args:
+            console: where the line is shown.
+            total: number of the last step.
+            first: steps made before.
+            left: returns the seconds that are left after a step, from its number and the seconds of a step;
+                None takes the mean of all steps so far, evaluations included.
+        """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
         self._console, self._total, self._evaluation = console, total, ""
+        self._left, self._seconds = left, deque[float](maxlen=_RECENT)
         self._at = time.monotonic()  # of the last printed line
         line = TextColumn("{task.fields[line]}")
         columns = (TextColumn(console.each), MofNCompleteColumn(), BarColumn(20), line)
@@ -238,9 +251,9 @@ class Progress:
 
         Args:
             step: number of updates made so far.
-            metrics: of this step. Shown are `reward` (or else `loss`), `eval_reward_greedy` (or else
-                `eval_reward`; the last evaluation stays on the line), and `tokens_per_second` or
-                `env_steps_per_second`, as far as they are present.
+            metrics: of this step, with its `step_seconds`. Shown are `reward` (or else `loss`),
+                `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
+                `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
@@ -248,7 +261,11 @@ class Progress:
         parts = [f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics][:1]
         parts += [self._evaluation, *_rates(metrics)]
         self._live.update(self._live.task_ids[0], completed=step)
-        if remaining := self._live.tasks[0].time_remaining:
+        self._seconds.append(metrics.get("step_seconds", 0.0))
+        remaining = self._live.tasks[0].time_remaining
+        if remaining and self._left is not None:  # the median leaves out the first step, which is slower
+            remaining = self._left(step, median_low(self._seconds))
+        if remaining:
             parts.append(f"ETA {duration(remaining)}")
         line = "  ".join(part for part in parts if part)
         self._console.attempt(self._live.update, self._live.task_ids[0], line=line)

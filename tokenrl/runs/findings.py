@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenrl.errors import Refused
@@ -44,6 +44,8 @@ MOST = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost."""
 FEW_STEPS, FEW_GROUPS = 3, 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
+SEVERAL = 5
+"""The steps by which the speed at the start, and now, is measured."""
 METRICS = {
     **{name: name for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")},
     "cut": "completions/clipped_ratio",
@@ -123,6 +125,24 @@ def _mean(rows: Rows, key: str) -> float:
 def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
     """Return the share of groups of a step with equal rewards; without groups 1 if all rewards are equal."""
     return float(row["frac_reward_zero_std"] if needs_groups else row["reward_std"] == 0)
+
+
+def slowing(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return how fast the first and the latest steps of a process sampled, as facts; none of a few steps.
+
+    They are medians, so that one step that was held up does not count; the very first step is left out.
+
+    Args:
+        steps: tokens sampled per second, and the mean length of the completions, of each step in order.
+
+    Returns:
+        `rate_at_start` and `rate_now` in tokens per second, and `length_ratio`, of the latest to the first.
+    """
+    if len(steps) <= 2 * SEVERAL:
+        return {}
+    first, latest = steps[1 : SEVERAL + 1], steps[-SEVERAL:]
+    (rate, length), (now, length_now) = (map(median, zip(*part, strict=True)) for part in (first, latest))
+    return {"rate_at_start": rate, "rate_now": now, "length_ratio": length_now / max(length, 1e-9)}
 
 
 def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str, Any]:

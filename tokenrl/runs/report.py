@@ -30,9 +30,6 @@ _CURVES = (
     "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
     "dots are evaluations, with bands of ± one standard error where it is known."
 )
-_SAMPLES = (
-    "Prompts of the first, a middle and the last step whose completions were kept, with one completion each."
-)
 _REWARD = ("reward", "mean", {"reward": "training", "eval_reward": "held-out sampled",
                               "eval_reward_greedy": "held-out greedy"})  # fmt: skip
 _ACCURACY = {"accuracy": "training batch", "eval_accuracy": "held out"}
@@ -49,10 +46,7 @@ DIAGNOSTICS = {
     "frac_reward_zero_std": ("groups without signal", "fraction of prompts with equal rewards"),
     "kl": ("KL to the reference", "nats per completion"),
     "grad_norm": ("gradient norm", "before clipping"),
-    "grad_clipped": (
-        "clipped gradients",
-        "share of updates whose norm was above max_grad_norm and was scaled down to it; 1 means all",
-    ),
+    "grad_clipped": ("clipped gradients", "share of updates that max_grad_norm scaled down; 1 means all"),
     "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
     "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was clipped"),
     "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
@@ -126,8 +120,7 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     yield html.Section("To repeat", [html.preformatted(words)])
     yield html.Section("Configuration", [html.preformatted(settings)], closed=True)
     yield html.Section("Versions", [html.preformatted(config.get("versions", {}))], closed=True)
-    samples = html.completions(_completions(run))
-    yield html.Section("Completions", [html.paragraph(_SAMPLES, "soft"), samples] if samples else [])
+    yield html.Section("Completions", [html.completions(_completions(run))])
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:

@@ -380,3 +380,15 @@ def slow_reward(facts: Facts) -> Judgement:
     text = "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step. "
     is_slow = facts["timed_steps"] >= 5 and seconds > max(1.0, whole / 2)
     return "watch" if is_slow else None, text + "Score all completions together, or make it async."
+
+
+@rule("slow-machine", "rate_at_start rate_now length_ratio threads")
+def slow_machine(facts: Facts) -> Judgement:
+    """Sampling is far slower than at the start, though completions are about as long: see `slowing`."""
+    text = "The last steps sampled {rate_now:,.0f} tokens per second, the first ones {rate_at_start:,.0f}, "
+    text += "at similar lengths. Other work on this machine is the likely cause: look at what else it runs."
+    if facts["threads"] > 1:
+        text += " On a CPU, {threads} threads then wait for each other: stop the run, and continue it with "
+        text += "--resume auto --threads 1, which changes numbers by rounding only."
+    is_slow = 3 * facts["rate_now"] < facts["rate_at_start"] and 0.5 < facts["length_ratio"] < 2
+    return "watch" if is_slow else None, text

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from tokenrl.errors import Refused, Stopped, describe, explain
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
-from tokenrl.runs.console import Console, Progress, next_commands
+from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
@@ -224,9 +224,12 @@ class Session:
         if causes := "; ".join(self._provenance.inexact):
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
-    def steps(self, total: int) -> Iterator[int]:
-        """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
-        self._total, self._progress = total, Progress(self.console, total, self.step)
+    def steps(self, total: int, left: TimeLeft | None = None) -> Iterator[int]:
+        """Yield the numbers of the steps that are left; end early if any process was asked to stop.
+
+        `left` returns how long the steps after one take: see `Progress`.
+        """
+        self._total, self._progress = total, Progress(self.console, total, self.step, left)
         with self._progress:
             while self.step < total and not (self._over() or self._asked()):
                 self.step += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from tiny_models import PROMPTS, make_policy, make_task, vowel_reward
@@ -11,6 +12,7 @@ import tokenrl
 from tokenrl.core import Estimator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import plain_steps
+from tokenrl.language.training.run import TrainingRun
 from tokenrl.language.training.setup import train_settings
 
 PLAIN = 4 * 2  # prompts x completions of a step
@@ -86,6 +88,23 @@ def test_every_completion_counts_and_rate_and_evaluations_follow_them(tmp_path, 
     assert evaluated == sorted({0, *passed, result.steps})
     same = run(tmp_path / "run", reward, **how, resume="auto")  # the budget is used
     assert same.steps == result.steps and rows(tmp_path / "run") == found
+
+
+@pytest.mark.parametrize(
+    ("budget", "done", "every", "step", "seconds"),
+    [
+        ({"max_steps": 30}, 0, 10, 2, 28 * 2 + 3 * 7),
+        ({"max_steps": 30}, 0, 10, 20, 10 * 2 + 7),
+        ({"max_steps": 35}, 0, 10, 20, 15 * 2 + 2 * 7),
+        ({"max_steps": 30}, 0, 0, 29, 2 + 7),  # the last step is evaluated anyhow
+        ({"max_samples": 30 * PLAIN}, 10 * PLAIN, 10, 5, 10 * 2 + 2 * 7),  # steps of twice as many samples
+        ({"max_samples": 30 * PLAIN}, 31 * PLAIN, 10, 29, 0),
+    ],
+)
+def test_the_time_left_is_that_of_the_steps_and_evaluations_to_come(budget, done, every, step, seconds):
+    args = train_settings(TrainArguments(**QUICK | {"eval_every": every} | budget), make_task())
+    run = TrainingRun(args, *[None] * 5, "", None, {}, eval_seconds=7.0, totals=Counter(num_samples=done))
+    assert run.seconds_left(step, 2.0) == seconds
 
 
 def test_estimators_are_evaluated_after_the_same_numbers_of_samples():

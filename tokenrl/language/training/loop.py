@@ -109,7 +109,7 @@ def train(
                 return check_run(run, session, partial(_evaluate, step=0))
             _begin(run, session)
             reason = session.ended or "finished"
-            for step in session.steps(run.args.max_steps):
+            for step in session.steps(run.args.max_steps, run.seconds_left):
                 record = session.timed(partial(_one_step, run, step))
                 metrics = dict(record.metrics)
                 if run.due(session, run.args.eval_every):
@@ -212,6 +212,9 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         "num_samples": least + run.args.num_generations * int(metrics.get("refilled", 0)),
     }
     run.totals.update(done)
+    length, spent = metrics["completions/mean_length"], record.timings
+    seconds = spent["collect"] - sum(spent[name] for name in spent if name.startswith("rewards/"))
+    run.sampled.append((length * done["num_samples"] / max(seconds, 1e-9), length))
     metrics |= {
         "epoch": stream.epoch,
         "learning_rate": learner.schedule.get_last_lr()[0],

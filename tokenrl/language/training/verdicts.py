@@ -16,7 +16,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.training.defaults import is_own
 from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.runs.findings import Finding, Part, facts, share_equal
+from tokenrl.runs.findings import Finding, Part, facts, share_equal, slowing
 from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -42,7 +42,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         lost = new[:1]
         session.flags += lost
         session.console.warn(f"step {step}: {findings[lost[0]].text}")
-    for flag in ("all-truncated", "slow-reward"):
+    for flag in ("all-truncated", "slow-reward", "slow-machine"):
         if flag in findings:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
     if (none := findings.get("no-signal")) is None:
@@ -76,6 +76,7 @@ def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
         step_seconds=session.training_seconds / step,
         reward_seconds=seconds[slowest] / step,
         slowest_reward=slowest.removeprefix("rewards/").removesuffix("/seconds"),
+        **slowing(run.sampled),
     )
 
 
