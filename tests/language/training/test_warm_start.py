@@ -5,6 +5,8 @@ import signal
 
 import pytest
 import torch
+from filelock import FileLock
+from rich.filesize import decimal
 from tiny_models import make_policy, make_task, weights
 
 import toy_tasks
@@ -109,8 +111,35 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
         assert len(entries()) == number + 2
 
 
-def results(cache):
-    return {path.name for path in cache.glob("warm-start-*") if path.is_dir() and "-run-" not in path.name}
+def results(cache, runs=False):
+    folders = (path.name for path in cache.glob("warm-start-*") if path.is_dir())
+    return {name for name in folders if ("-run-" in name) == runs}
+
+
+def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(run, cache, capsys, monkeypatch):
+    def stages(*seeds):
+        for seed in seeds:
+            run(model=make_policy(seed=seed))
+        return results(cache), results(cache, runs=True)
+
+    (first, _), (two, two_runs) = stages(0), stages(1)
+    assert len(two) == len(two_runs) == 2  # nothing is removed while there is room
+    size = sum(file.stat().st_size for file in cache.rglob("warm-start-*/**/*") if file.is_file())
+    assert (
+        f"holds {decimal(size)} of warm starts; above 8.0 GB old ones go. To empty" in capsys.readouterr().out
+    )
+    (used,), (other,) = first, two - first
+    run(model=make_policy())  # from now on it is the newer one
+    monkeypatch.setattr(stage, "MOST_BYTES", size - 1)
+    three, three_runs = stages(2)
+    assert two < three and len(three_runs) == 1 and not three_runs & two_runs  # the results stay longer
+    monkeypatch.setattr(stage, "MOST_BYTES", 0)
+    with FileLock(cache / f"{other}.lock"):  # as a run at work holds it
+        four, _ = stages(3)
+    assert other in four and used not in four and len(four) == 2
+    assert (
+        len(stages(0)[0]) == 1 and "from the cache" not in capsys.readouterr().out.split("above 0 bytes")[-2]
+    )
 
 
 def flip_last_bit(file):

@@ -15,12 +15,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from tokenrl.errors import Interrupted, Refused, describe
 from tokenrl.language.policy.loading import find_model
@@ -52,6 +54,8 @@ from tokenrl.settings import check_seed
 MADE_BY = 3  # raise it when the weights that a warm start gives change, or what its checkpoints hold
 BATCH, WARMUP, SAVED = 16, 10, 50
 """Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
+MOST_BYTES = 8 * 10**9
+"""Bytes of the cache that warm starts may fill, but for those of the stage that has just ended."""
 PROMPTS = 32
 """Training prompts on which the sampled reward is measured, before the stage and after it."""
 ENOUGH = 0.5
@@ -78,6 +82,28 @@ def _cache_folder(kind: str, ingredients: Any) -> Path:
     """Return the folder in the cache for what is made from these ingredients; it need not exist yet."""
     key = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
     return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _remove_oldest() -> int:
+    """Remove old warm starts until they fill at most `MOST_BYTES`; return how many bytes they fill then.
+
+    Results come before the runs that made them, which hold the optimiser too and only serve to go on from.
+    The newest of both stays, and so do those of other runs at work, which hold their locks.
+    """
+    from filelock import FileLock, Timeout
+
+    total = 0
+    for names in ("warm-start-[0-9a-f]*", "warm-start-run-*"):
+        folders = [folder for folder in cache_directory().glob(names) if folder.is_dir()]
+        folders.sort(key=os.path.getmtime, reverse=True)
+        for number, folder in enumerate(folders):
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            if number and total + size > MOST_BYTES:
+                with suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):
+                    shutil.rmtree(folder)
+                    continue
+            total += size
+    return total
 
 
 def _make_once(
@@ -219,6 +245,11 @@ class WarmStart:
             Interrupted: a signal ended the stage, after it had been saved.
         """
         directory, cached = _make_once(self.folder, self._make, self.console.warn)
+        with suppress(OSError):  # of a cache that others write or empty at the same time
+            os.utime(directory)  # the newest now, as it is used
+            if not cached:
+                size = f"{decimal(_remove_oldest())} of warm starts; above {decimal(MOST_BYTES)} old ones go"
+                self.console.note(f"the cache now holds {size}. To empty it, remove {cache_directory()}")
         if cached:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
