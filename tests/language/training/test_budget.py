@@ -46,13 +46,14 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_without_further_completions_it_is_the_run_of_that_many_steps(tmp_path, capsys):
+def test_without_further_completions_it_is_the_run_of_that_many_steps(tmp_path, capsys, monkeypatch):
     how = {"lr_scheduler_type": "cosine", "warmup_steps": 2}
     run(tmp_path / "steps", max_steps=5, **how)
+    monkeypatch.setattr(TrainingRun, "seconds_left", lambda run, step, seconds: 3600.0 * step)
     result = run(tmp_path / "samples", max_steps=9, max_samples=5 * PLAIN - 3, **how | {"quiet": False})
     said = " ".join(capsys.readouterr().out.split())
     assert "max_steps=9 has no effect, because max_samples=37 says" in said
-    assert "5 steps (max_samples 37) x 4 prompts" in said
+    assert "5 steps (max_samples 37) x 4 prompts" in said and "ETA 2:00:00" in said
     assert result.exit_reason == "finished" and result.steps == 5
     texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("steps", "samples")]
     assert texts[0] == texts[1]

@@ -245,16 +245,19 @@ class WarmStart:
             Interrupted: a signal ended the stage, after it had been saved.
         """
         directory, cached = _make_once(self.folder, self._make, self.console.warn)
-        with suppress(OSError):  # of a cache that others write or empty at the same time
+        with suppress(OSError):  # of a cache that another user owns
             os.utime(directory)  # the newest now, as it is used
-            if not cached:
-                size = f"{decimal(_remove_oldest())} of warm starts; above {decimal(MOST_BYTES)} old ones go"
-                self.console.note(f"the cache now holds {size}. To empty it, remove {cache_directory()}")
         if cached:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
         facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
         self.console.note(f"warm start{', from the cache' * cached}: {facts['in_words']}.")
+        with suppress(OSError):  # of a cache that others write or empty at the same time
+            if not cached:
+                size = (
+                    f"{decimal(_remove_oldest())} of warm starts; above {decimal(MOST_BYTES)} the oldest go"
+                )
+                self.console.note(f"the cache now holds {size}. To empty it, remove {cache_directory()}")
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
