@@ -8,7 +8,6 @@ import shlex
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,7 +229,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
         self._console, self._total, self._evaluation = console, total, ""
-        self._left, self._seconds = left, deque[float](maxlen=_RECENT)
+        self._left, self._seconds = left, list[float]()
         self._at = time.monotonic()  # of the last printed line
         line = TextColumn("{task.fields[line]}")
         columns = (TextColumn(console.each), MofNCompleteColumn(), BarColumn(20), line)
@@ -262,11 +261,9 @@ class Progress:
         parts += [self._evaluation, *_rates(metrics)]
         self._live.update(self._live.task_ids[0], completed=step)
         self._seconds.append(metrics.get("step_seconds", 0.0))
-        remaining = self._live.tasks[0].time_remaining
-        if remaining and self._left is not None:  # the median leaves out the first step, which is slower
-            remaining = self._left(step, median_low(self._seconds))
-        if remaining:
-            parts.append(f"ETA {duration(remaining)}")
+        if remaining := self._live.tasks[0].time_remaining:
+            now = median_low(self._seconds[-_RECENT:])  # it leaves out the first step, which is slower
+            parts.append(f"ETA {duration(self._left(step, now) if self._left else remaining)}")
         line = "  ".join(part for part in parts if part)
         self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
         due = step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None

@@ -134,9 +134,8 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     cards: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
     for row, card in zip(rows, samples, strict=True):
         cards.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), card)
-    steps = list(cards.values())
-    places = sorted({0, len(steps) // 2, len(steps) - 1})
-    some = [list(steps[place].values())[:_OPEN] for place in places] if rows else []
+    steps = [list(of_step.values())[:_OPEN] for of_step in cards.values()]
+    some = [steps[place] for place in sorted({0, len(steps) // 2, len(steps) - 1}) if rows]
     block = {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
     return block if rows else {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -112,12 +113,12 @@ class RecordedRun:
         """Return the steps at which a metric is a finite number, and those numbers."""
         return series(self.metrics, name)
 
-    def completions(self, steps: int = 1, most: int | None = None) -> list[dict[str, Any]]:
+    def completions(self, steps: int = 1, most: int = sys.maxsize) -> list[dict[str, Any]]:
         """Return rows of completions, each with its `step`: of the newest table, or of several steps.
 
         Args:
             steps: number of tables; the oldest and others evenly spread are added to the newest.
-            most: most rows of each table, spread over its prompts; None for all.
+            most: fewer rows than this of each table, spread over its prompts.
 
         Raises:
             Refused: a table is damaged.
@@ -126,8 +127,7 @@ class RecordedRun:
         apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
         chosen = [files[round(number * apart)] for number in range(min(steps, len(files)))][::-1]
         read = {step_of(file): read_completions(file) for file in chosen}
-        every = {step: max(1, len(rows) // (most or len(rows) or 1)) for step, rows in read.items()}
-        return [{"step": step, **row} for step, rows in read.items() for row in rows[:: every[step]][:most]]
+        return [{"step": n, **row} for n, rows in read.items() for row in rows[:: len(rows) // most + 1]]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:

@@ -54,7 +54,7 @@ DIAGNOSTICS = {
 }
 """The small charts, of a run's health: metrics with the name and the meaning of each."""
 _LARGEST = 1e300  # a number that can be drawn: beyond it means and ranges of axes would overflow
-_STEPS, _ROWS = 8, 16  # most steps, and most completions of each, on a page
+_STEPS, _ROWS = 8, 17  # most steps on a page, of each of which there are fewer completions than this
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
@@ -208,8 +208,8 @@ def _rewards(runs: Mapping[str, Rows]) -> dict[str, tuple[str, str]]:
     """
     keys = dict.fromkeys(key for rows in runs.values() for row in rows for key in row)
     means = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
-    named = {key: (key.removesuffix("/mean"), "mean of this reward, before its weight") for key in means}
-    return named if len(named) > 1 else {}
+    unit = "mean of this reward, before its weight"
+    return {key: (key.removesuffix("/mean"), unit) for key in means if len(means) > 1}
 
 
 def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:

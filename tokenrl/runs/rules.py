@@ -388,7 +388,6 @@ def slow_machine(facts: Facts) -> Judgement:
     text = "The last steps sampled {rate_now:,.0f} tokens per second, the first ones {rate_at_start:,.0f}, "
     text += "at similar lengths. Other work on this machine is the likely cause: look at what else it runs."
     if facts["threads"] > 1:
-        text += " On a CPU, {threads} threads then wait for each other: stop the run, and continue it with "
-        text += "--resume auto --threads 1, which changes numbers by rounding only."
+        text += " On a CPU, {threads} threads then wait for each other: try --resume auto --threads 1."
     is_slow = 3 * facts["rate_now"] < facts["rate_at_start"] and 0.5 < facts["length_ratio"] < 2
     return "watch" if is_slow else None, text

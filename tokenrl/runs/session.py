@@ -225,10 +225,7 @@ class Session:
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self, total: int, left: TimeLeft | None = None) -> Iterator[int]:
-        """Yield the numbers of the steps that are left; end early if any process was asked to stop.
-
-        `left` returns how long the steps after one take: see `Progress`.
-        """
+        """Yield the steps that are left (see `Progress` for `left`); end early if asked to stop."""
         self._total, self._progress = total, Progress(self.console, total, self.step, left)
         with self._progress:
             while self.step < total and not (self._over() or self._asked()):

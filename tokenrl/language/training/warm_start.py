@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from tokenrl.errors import Interrupted, Refused, describe
@@ -90,13 +91,10 @@ def _remove_oldest() -> int:
     Results come before the runs that made them, which hold the optimiser too and only serve to go on from.
     The newest of both stays, and so do those of other runs at work, which hold their locks.
     """
-    from filelock import FileLock, Timeout
-
     total = 0
-    for names in ("warm-start-[0-9a-f]*", "warm-start-run-*"):
-        folders = [folder for folder in cache_directory().glob(names) if folder.is_dir()]
-        folders.sort(key=os.path.getmtime, reverse=True)
-        for number, folder in enumerate(folders):
+    for kind in ("warm-start-", "warm-start-run-"):
+        folders = cache_directory().glob(kind + 16 * "[0-9a-f]")
+        for number, folder in enumerate(sorted(folders, key=os.path.getmtime, reverse=True)):
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             if number and total + size > MOST_BYTES:
                 with suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):
@@ -122,8 +120,6 @@ def _make_once(
     Raises:
         Refused: the cache cannot be written.
     """
-    from filelock import FileLock, Timeout
-
     lock = FileLock(f"{directory}.lock")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -245,19 +241,18 @@ class WarmStart:
             Interrupted: a signal ended the stage, after it had been saved.
         """
         directory, cached = _make_once(self.folder, self._make, self.console.warn)
-        with suppress(OSError):  # of a cache that another user owns
-            os.utime(directory)  # the newest now, as it is used
         if cached:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
         facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
         self.console.note(f"warm start{', from the cache' * cached}: {facts['in_words']}.")
-        with suppress(OSError):  # of a cache that others write or empty at the same time
+        with suppress(OSError):  # of a cache that others own, write or empty at the same time
+            os.utime(directory)  # the newest now, as it is used
             if not cached:
-                size = (
-                    f"{decimal(_remove_oldest())} of warm starts; above {decimal(MOST_BYTES)} the oldest go"
+                size, most, folder = decimal(_remove_oldest()), decimal(MOST_BYTES), cache_directory()
+                self.console.note(
+                    f"warm starts take {size} (at most {most}) in {folder}, which you may remove"
                 )
-                self.console.note(f"the cache now holds {size}. To empty it, remove {cache_directory()}")
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
@@ -277,8 +272,6 @@ class WarmStart:
 
     def _make(self, folder: Path) -> None:
         """Continue an earlier stage from its checkpoint or start a new one; write the model into a folder."""
-        from filelock import FileLock
-
         args, most = self.args, self.args.warm_start_steps
         run = _cache_folder("warm-start-run", self._ingredients)
         stage = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
@@ -286,10 +279,9 @@ class WarmStart:
         with FileLock(f"{run}.lock"):  # waits for a stage of another length, where a session would refuse
             going_on = _can_continue(run, most)
             settings: dict[str, Any] = {"output_dir": str(run), "overwrite": not going_on}
-            settings |= {"resume": "auto" if going_on else None, "quiet": args.quiet}
-            settings["save_minutes"] = args.save_minutes
-            settings |= {"save_every": SAVED, "keep_checkpoints": 1, "seed": args.seed, "eval_every": 0}
-            settings |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate}
+            settings |= {name: getattr(args, name) for name in ("quiet", "save_minutes", "seed")}
+            settings |= {"resume": "auto" if going_on else None, "save_every": SAVED, "keep_checkpoints": 1}
+            settings |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate, "eval_every": 0}
             facts, code = self._learn(SftArguments(task="demonstrations", **settings))
             if code:
                 message = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
