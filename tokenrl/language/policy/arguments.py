@@ -12,6 +12,8 @@ from tokenrl.errors import Refused
 from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+TINY = "tiny"
+"""Name of a new tiny model, where a model to train is named; a directory of this name goes before it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class HoldingArguments(LoadingArguments, group="model"):
     """How the model is made, loaded and held in memory."""
 
     base_seed: Seed = 0
-    """Seed of a toy task's own tiny model and of its warm start."""
+    """Seed of a tiny model: of a toy task's own with its warm start, and of the one that is named tiny."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which takes less memory and more time."""
 
@@ -81,8 +83,9 @@ class ModelArguments(HoldingArguments, PromptArguments):
     """Which model is used, and how it is held in memory."""
 
     model: Annotated[str, OR_OBJECT] | None = None
-    """Local directory or hub name. Default: the toy task's own tiny model, which is warm-started here and
-    cached."""
+    """Local directory, hub name, or tiny: half a million random weights, with a token for each character of
+    the task's rows, so that it needs demonstrations or a graded reward. Default: the toy task's own tiny
+    model, which is warm-started here and cached."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.arguments import TINY
 from tokenrl.runs.files import model_directory
 
 
@@ -32,6 +33,8 @@ def find_model(name_or_path: str | Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     folder = Path(model_directory(name_or_path))
+    if name_or_path == TINY and not folder.is_dir():
+        raise Refused("tiny is a new model, to be trained: name the directory of the run that trained it.")
     if not folder.is_dir():
         _check_hub(str(name_or_path))
         return str(name_or_path)

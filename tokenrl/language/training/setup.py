@@ -5,6 +5,8 @@ Arguments that cannot be used are refused here, before anything is trained.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 
 from tokenrl.core.baselines import check_horizon
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
+from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint, texts_in
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import demonstrations, training_defaults
@@ -24,6 +27,9 @@ from tokenrl.language.training.supervised import check_trainable
 from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.resume import Provenance
 from tokenrl.settings import Layered
+
+LINES = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+"""Chat template of a tiny model."""
 
 
 def train_settings(args: Any, task: Task, policy: Policy | None = None) -> TrainArguments:
@@ -148,7 +154,9 @@ def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     source: Any = args.model
     if source is None:
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
-    if isinstance(source, Policy):
+    if source == TINY and not os.path.isdir(TINY):
+        policy = tiny_policy(args, task)
+    elif isinstance(source, Policy):
         policy = source
     elif isinstance(source, tuple):
         policy = wrap(*source, source=type(source[0]).__name__)
@@ -158,6 +166,35 @@ def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy
+
+
+def tiny_policy(args: Any, task: Any) -> Policy:
+    """Make a tiny model with random weights: that of a toy task before its warm start, or one for any rows.
+
+    In the latter each character of the rows is a token: of all columns, and of held-out rows and
+    demonstrations too, so that a completion can write whatever is written there. Any other character becomes
+    `<unk>`. The context leaves 1,024 tokens beside the longest row, or as many as a completion may have. The
+    chat template, for prompts that are chats, ends each message with a line break and writes no roles.
+
+    Args:
+        args: the arguments of a command; the weights depend on the vocabulary and on `base_seed` alone.
+        task: the task.
+    """
+    build = getattr(task, "build", None)
+    if build is not None:
+        return wrap(*build(args.base_seed), source=TINY)
+    rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
+    chat = args.chat or not all(isinstance(row["prompt"], str) for row in task.train_prompts)
+    form = "".join(texts_in([args.system_prompt, args.stop])) + "\n" * bool(chat)
+    texts = [form + "".join(texts_in(row)) for row in rows]
+    room = max(1024, getattr(args, "max_completion_length", None) or 0)
+    make = importlib.import_module("toy_tasks.models").TinyModel
+    recipe = make(tuple(sorted(set().union(*texts))), context=room + max(map(len, texts)))
+    model, tokenizer = recipe(args.base_seed)
+    tokenizer.chat_template = LINES if chat else None
+    return wrap(
+        model if args.dtype == "auto" else model.to(getattr(torch, args.dtype)), tokenizer, source=TINY
+    )
 
 
 def adapt(args: Any, policy: Policy) -> None:

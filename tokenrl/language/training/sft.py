@@ -149,7 +149,8 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         task, rewards = find_task(args)
         return task, rewards, demonstrations(task, column)
     if args.model is None:
-        raise Refused("A data set has no model of its own: name one, --model DIRECTORY_OR_HUB_NAME.")
+        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or make a new one, --model tiny"
+        raise Refused(f"A data set has no model of its own: {mend}.")
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
     if args.split not in splits:
@@ -159,5 +160,6 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         columns = ", ".join(rows[0])
         raise Refused(f"{where} has no column {column!r}; name one of {columns} with --completion-column.")
     name, origin = (args.task, {}) if named else described(splits)
-    task = PromptTask(name, rows, [], None, origin=origin)
+    others = [row for split in splits if split != args.split for row in splits[split]]
+    task = PromptTask(name, rows, others, None, origin=origin)
     return task, None, demonstrations(task, column)

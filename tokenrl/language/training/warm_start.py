@@ -160,7 +160,8 @@ def warm_started_base(
         Refused: the task has no model of its own, or the seed has more than 32 bits.
     """
     if getattr(task, "build", None) is None:
-        raise Refused(f"The task {task.name!r} has no model of its own: --model DIRECTORY_OR_HUB_NAME.")
+        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or make a new one, --model tiny"
+        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
     check_seed(seed)
 
     def make(folder: Path) -> None:
