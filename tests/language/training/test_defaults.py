@@ -9,7 +9,7 @@ import toy_tasks
 from tokenrl.configuration import configured
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.task import load_task
+from tokenrl.language.tasks.task import PromptTask, load_task
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.language.training.defaults import (
     completion_limit,
@@ -22,6 +22,7 @@ from tokenrl.language.training.defaults import (
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.run import first_facts
 from tokenrl.language.training.supervised import encode_demonstrations
+from toy_tasks.models import TinyModel
 
 OTHER = "default for other models"
 
@@ -76,9 +77,36 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     longest = max(len(ids) for _, ids in encode_demonstrations(other, digits.demonstrations))
     found = completion_limit(digits, "x", other)
     assert longest == 7 and found == (11, "the longest demonstration has 7 with EOS")
-    assert room([([1], [5] * 40), ([1, 2, 3], [5])]) == 50
+    assert (room(40), room(5)) == (50, 9)
     vowels = toy_tasks.load("vowels")  # without demonstrations
     assert completion_limit(vowels, "x", other) == (12, "the task's limit")
+    assert completion_limit(digits, "x", None) == (8, "the task's limit")  # provisional
+    long = PromptTask("own", [{"prompt": "a" * 200}], [{"prompt": "a"}], len, max_completion_length=20)
+    assert completion_limit(long, "x", other) == (20, "the task's limit")
+
+
+@pytest.mark.parametrize(
+    ("row", "truncate", "limit", "origin"),
+    [
+        ({"prompt": "a" * 9}, False, 55, "a prompt has 9 tokens, the model's context 64"),
+        ({"prompt": "a" * 9}, True, 32, "a prompt has 9 tokens, the model's context 64"),
+        ({"prompt": "a" * 80}, False, 1, "a prompt has 80 tokens, the model's context 64"),
+        ({"prompt": "a", "completion": "b" * 8}, False, 13, "the longest demonstration has 9 with EOS"),
+        (
+            {"prompt": "a", "completion": None},
+            False,
+            63,
+            "a prompt has 1 tokens, the model's context 64",
+        ),
+    ],
+)
+def test_the_length_of_any_data_fits_the_context_of_the_model(row, truncate, limit, origin):
+    task = PromptTask("own", [{"prompt": "a"}, row], [{"prompt": "b"}], len)
+    policy = wrap(*TinyModel(tokens=("a", "b"))(seed=0))
+    expected = (limit, origin)
+    assert completion_limit(task, "x", policy, truncate=truncate) == expected
+    filled = training_defaults(TrainArguments(model="x", truncate_prompts=truncate), task, policy)
+    assert (filled.values.max_completion_length, filled.origins["max_completion_length"]) == expected
 
 
 def test_own_tasks_and_given_values_win():

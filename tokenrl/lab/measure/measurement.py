@@ -142,13 +142,13 @@ def _in_memory(
     from accelerate.utils.memory import should_reduce_batch_size
     from rich.progress import Progress
 
-    from tokenrl.language.training.defaults import length_of
+    from tokenrl.language.training.defaults import completion_limit
 
     prompts = list(task.train_prompts)[: args.num_prompts]
     if len(prompts) < args.num_prompts:
         raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts.")
     sampling = Sampling(
-        max_completion_length=args.max_completion_length or length_of(task, args.model, policy),
+        max_completion_length=args.max_completion_length or completion_limit(task, args.model, policy)[0],
         num_generations=args.num_generations,
         temperature=args.temperature,
         seed=args.seed,

@@ -20,7 +20,7 @@ from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.collect import prompt_text
-from tokenrl.language.training.defaults import length_of
+from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -59,7 +59,7 @@ class Sampler:
         print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         self._args, self._rows = args, {prompt_text(row["prompt"]): row for row in rows}
-        self._length = length_of(task, args.model, self.policy, otherwise=64)
+        self._length = completion_limit(task, args.model, self.policy, otherwise=64)[0]
         self._completed, self._said = 0, set[str]()
 
     def __call__(self, text: str) -> list[tuple[str, float | None]]:

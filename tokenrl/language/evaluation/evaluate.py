@@ -18,7 +18,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.defaults import length_of
+from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.evaluation import (
     Evaluation,
     check_sizes,
@@ -129,7 +129,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     policy.ask(form_of(args))
     print_form(policy.form, model)
     if length is None:
-        sampling = replace(sampling, max_completion_length=length_of(task, model, policy))
+        length = completion_limit(task, model, policy, truncate=sampling.truncate_prompts)[0]
+        sampling = replace(sampling, max_completion_length=length)
     reference = None if args.reference is None else load_placed(args.reference, **options)
     for warning in special_texts(policy.tokenizer, task.eval_prompts):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)

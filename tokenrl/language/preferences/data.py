@@ -28,7 +28,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.defaults import length_of
+from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -87,7 +87,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     arguments = ModelArguments(model=named, base_seed=args.base_seed, **vars(form_of(args)))
     policy = make_policy(arguments, task, announce)
     check_scoring(policy, gradient=False)
-    length = args.max_completion_length or length_of(task, named, policy)
+    length = args.max_completion_length or completion_limit(task, named, policy)[0]
 
     def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:
         per_prompt = math.ceil(pairs / len(prompts))

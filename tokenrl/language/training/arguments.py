@@ -173,8 +173,9 @@ class TrainArguments(
     num_generations: Count = OPEN
     """Completions per prompt (the group size G). Default: 8."""
     max_completion_length: Count = OPEN
-    """Maximum number of tokens in a completion, EOS included. Default: 256. A toy task with another model
-    than its own: a quarter more than its longest demonstration has."""
+    """Maximum number of tokens in a completion, EOS included. Default: the task's limit, which a toy task has
+    for its own model; else a quarter more than the longest demonstration has; without demonstrations 256. The
+    default is at most what the longest prompt leaves of the model's context."""
     learning_rate: Positive = OPEN
     """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M parameters, 1e-5 for 135 M, and
     1e-6 from 1 B on; ten times that with LoRA, at most 1e-3. None with --optimizer sgd."""

@@ -7,7 +7,8 @@ and its completion length from the task's demonstrations as its own tokenizer wr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
@@ -17,14 +18,13 @@ from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.supervised import Pair, encode_demonstrations
+from tokenrl.language.training.supervised import completion_ids
 from tokenrl.settings import Layered, lay
 
 ANY = {
     "max_steps": 200,
     "prompts_per_step": 16,
     "num_generations": 8,
-    "max_completion_length": 256,
     "lr_scheduler_type": "constant",
 }
 TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
@@ -82,35 +82,46 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     return rows
 
 
-def room(pairs: Sequence[Pair]) -> int:
-    """Return the tokens of the longest demonstration and its EOS, and a quarter more (at least 4)."""
-    longest = max(len(completion) for _, completion in pairs)
+def room(longest: int) -> int:
+    """Return a quarter more tokens than the longest demonstration has, and at least 4 more."""
     return longest + max(4, longest // 4)
 
 
-def completion_limit(task: Any, model: Any, policy: Policy | None) -> tuple[int, str] | None:
-    """Return the most tokens of a completion of a task, and where the number comes from; None if unknown.
+def completion_limit(
+    task: Any, model: Any, policy: Policy | None, otherwise: int = 256, truncate: bool = False
+) -> tuple[int, str]:
+    """Return the most tokens of a completion of a task where it is left open, and where it comes from.
 
-    A toy task's own limit counts the tokens of its own tokenizer; for any other it follows from the
-    demonstrations.
+    It is the task's own limit, which for a toy task holds with its own tokenizer only; else it follows from
+    the longest demonstration, or is `otherwise` without demonstrations, but at most what the longest prompt
+    leaves of the model's context, or half of the context where prompts may be truncated.
 
     Args:
-        task: the task.
+        task: the task; None if there is none.
         model: the model that the arguments name; None for the task's own.
-        policy: the policy; None before it is loaded.
+        policy: the policy; None before it is loaded, when the number is provisional.
+        otherwise: the number for a task without a limit and without demonstrations.
+        truncate: whether prompts that are too long are cut.
     """
-    rows = getattr(task, "demonstrations", None)
-    if hasattr(task, "build") and rows and policy is not None and not is_own(task, model, policy):
-        pairs = encode_demonstrations(policy, rows)
-        return room(pairs), f"the longest demonstration has {max(len(ids) for _, ids in pairs)} with EOS"
     limit = getattr(task, "max_completion_length", None)
-    return (limit, "the task's limit") if limit else None
-
-
-def length_of(task: Any, model: Any, policy: Policy, otherwise: int = 256) -> int:
-    """Return the most tokens of a completion of a task (see `completion_limit`), `otherwise` if unknown."""
-    limit = completion_limit(task, model, policy)
-    return otherwise if limit is None else limit[0]
+    toy = hasattr(task, "build") and policy is not None and not is_own(task, model, policy)
+    if limit and not (toy and getattr(task, "demonstrations", None)):
+        return limit, "the task's limit"
+    limit, origin = otherwise, "default"
+    if policy is None or task is None:
+        return limit, origin
+    with suppress(Refused):  # no demonstrations, or a column of that name that holds something else
+        rows = with_places(demonstrations(task))
+        longest = max(len(completion_ids(policy, row, location)) for location, row in rows)
+        limit, origin = room(longest), f"the longest demonstration has {longest} with EOS"
+    lengths = [0]
+    for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
+        with suppress(Refused):  # a run names the row
+            lengths.append(len(policy.encode(row["prompt"])))
+    if policy.context is not None and max(lengths) + limit > policy.context:
+        limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
+        origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"
+    return limit, origin
 
 
 def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
@@ -153,8 +164,9 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
     layers = _below_training(choices, task, policy)
-    if (limit := completion_limit(task, choices.model, policy)) is not None:
-        layers.append((limit[1], {"max_completion_length": limit[0]}))
+    if choices.max_completion_length is None:
+        limit, origin = completion_limit(task, choices.model, policy, truncate=choices.truncate_prompts)
+        layers.append((origin, {"max_completion_length": limit}))
     layers.append(("given", vars(choices)))
     values = lay(*layers).values
     if choices.max_samples is not None:

@@ -19,7 +19,13 @@ from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.sources import described, memory_splits, read_splits, recorded, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments
-from tokenrl.language.training.defaults import demonstrations, length_of, room, sft_defaults, with_origins
+from tokenrl.language.training.defaults import (
+    completion_limit,
+    demonstrations,
+    room,
+    sft_defaults,
+    with_origins,
+)
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import make_policy, provenance_of
@@ -132,7 +138,8 @@ def _evaluation(
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
     if rewards is None:
         return dict
-    length = length_of(task, args.model, policy, otherwise=room(training.pairs))
+    longest = max(len(completion) for _, completion in training.pairs)
+    length = completion_limit(task, args.model, policy, otherwise=room(longest))[0]
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
     sampling = Sampling(length, seed=args.seed)
     return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
