@@ -77,7 +77,7 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     assert numbers["reward_greedy"] == pytest.approx(after["reward_greedy"])
     assert main(["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:4] for line in lines] == ["abc>", "abc>", "xyz>", "xyz>"]
+    assert [line.split()[0] for line in lines] == ["prompt", "reward", "reward"] * 2
     file = tmp_path / "run" / "config.json"
     without = {name: value for name, value in json.loads(file.read_text()).items() if name != "kind"}
     for text in (file.read_text(), json.dumps(without)):  # a run of before its kind was written has none
@@ -152,14 +152,15 @@ def talk(lines, *arguments, monkeypatch, capsys):
 def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatch, capsys):
     how = {"monkeypatch": monkeypatch, "capsys": capsys}
     code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **how)
-    assert code == 0 and len(out) == 4 + 4 and all(line.startswith("abc>") for line in out)
+    assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt      abc>"
+    assert all(line.startswith("completion ") for line in [*out[1:5], *out[6:]])
     assert len(err) == 1 and "context" in err[0]
     code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **how)  # a byte that is no UTF-8
-    assert code == 0 and read_on == out[:4] and len(err) == 1 and r"holds '\udcff'" in err[0]
+    assert code == 0 and read_on == out[:5] and len(err) == 1 and r"holds '\udcff'" in err[0]
     code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **how)
     assert (code, none) == (2, []) and r"abc\ud800" in err[0] and "UTF-8" in err[0]
     code, once, _ = talk([], "--model", model, "--prompt", "abc>", **how)
-    assert code == 0 and once == out[:4] != out[4:]  # the same prompt again: new draws
+    assert code == 0 and once == out[:5] != out[5:]  # the same prompt again: new draws
     code, out, err = talk([], "--model", model, "--prompt", "a" * 200, **how)
     assert (code, out) == (2, []) and "context" in err[0]
     assert talk([], "--model", model, **how) == (0, [], [])
@@ -174,10 +175,11 @@ def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path
     how = {"monkeypatch": monkeypatch, "capsys": capsys}
     own = ["--reward", "made_up_rewards:length", "--num-generations", "8", "--prompt", "xyz>", "bcd>"]
     _, out, _ = talk([], "--model", model, *own, **how)
-    parts = [line.split(None, 1) for line in out]
-    assert len(parts) == 16 and {text[:4] for _, text in parts} == {"xyz>", "bcd>"}
-    assert [reward for reward, text in parts] == [
-        "none" if "a" in text[4:] else f"{len(text) - 4:.4f}" for _, text in parts
+    assert [line for line in out if line.startswith("prompt")] == ["prompt      xyz>", "prompt      bcd>"]
+    parts = re.findall(r"^reward (\S+)  completion (.*)$", "\n".join(out), re.MULTILINE)
+    assert len(parts) == 16
+    assert [reward for reward, _ in parts] == [
+        "none" if "a" in text else f"{len(text):.4f}" for _, text in parts
     ]
     assert {"none"} < {reward for reward, _ in parts}
     code, out, err = talk(["xyz>"], "--model", model, "--reward", "made_up_rewards:secret", **how)
@@ -197,7 +199,7 @@ def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
     monkeypatch.setattr("builtins.input", ask)
     assert main(["sample", "--model", model, "--num-generations", "1"]) == 0
     out = capsys.readouterr().out
-    assert "Ctrl-D" in out and "\nabc>" in out and out.endswith("\n\n")
+    assert "Ctrl-D" in out and "\nprompt      abc>" in out and out.endswith("\n\n")
 
 
 def test_sft_makes_a_model_that_train_takes(model, capsys, tmp_path):

@@ -45,7 +45,9 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
     assert "as in the run" not in capsys.readouterr().err
     assert tokenrl.evaluate(model=run) == told and len(told.rows) == 3
     said = capsys.readouterr().err
-    assert f"tokenrl: as in the run of {run}: " in said and "task words.jsonl, reward ['rewards.py:vo" in said
+    assert (
+        f"tokenrl: as in the run of {run}: " in said and "task words.jsonl, reward rewards.py:vowels" in said
+    )
     assert "eval_size 3, " in said and "max_completion_length 5, temperature 0.7, seed 3" in said
     assert tokenrl.evaluate(model=run, temperature=1.0) == tokenrl.evaluate(
         model=run, temperature=1.0, **asked

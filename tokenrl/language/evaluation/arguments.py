@@ -11,25 +11,27 @@ from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
-class SampleArguments(PromptArguments, LoadingArguments):
-    """Complete the prompts given, or prompts read line by line."""
+class SampleArguments(TaskArguments, PromptArguments, LoadingArguments):
+    """Complete the prompts given, or prompts read line by line, and print them with their rewards.
+
+    For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
+    task with its data, its reward and the length of completions. With --task that task's own reward and
+    length count. If the run's task or reward cannot be used, completions have no rewards.
+    """
 
     model: str = ""
     """Local directory or hub name."""
     prompt: tuple[str, ...] = ()
     """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
-    task: Annotated[str, OR_OBJECT] | None = None
-    """Print the rewards of this task beside each completion. Prompts that are none of the task's are answered
-    too, without a reward where it needs more than the prompt."""
-    reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
-    """Print these rewards instead of the task's own; they also work without a task. Named as in train."""
-    reward_weights: tuple[Number, ...] = ()
-    """One weight for each reward. Default: 1 each."""
+    task: Annotated[str, OR_OBJECT] | None = None  # type: ignore[assignment]
+    """Print the rewards of this task beside each completion; named as in train. Prompts that are none of the
+    task's are answered too, without a reward where it needs more than the prompt. Default: that of the run,
+    if there is one; --reward also works without a task."""
     num_generations: Natural = 4
     """Completions per prompt; 0: only the greedy one."""
     max_completion_length: Count | None = None
-    """Maximum number of tokens in a completion. Default: the task's, else 64, but at most what the context
-    leaves."""
+    """Maximum number of tokens in a completion. Default: that of the run, else the task's, else 64, but at
+    most what the context leaves."""
     temperature: Positive = 1.0
     """Temperature at which completions are sampled."""
     seed: Seed = 0

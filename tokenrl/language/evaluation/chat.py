@@ -10,7 +10,8 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
-from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
+from tokenrl.language.evaluation.arguments import SampleArguments
+from tokenrl.language.evaluation.evaluate import as_in_runs
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -26,6 +27,9 @@ from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments_of_call
 
+SHOWN = 200
+"""Characters that are shown of a column."""
+
 
 class Sampler:
     """A model that completes prompts one after the other, and the rewards of its completions.
@@ -33,6 +37,7 @@ class Sampler:
     Attributes:
         policy: the model.
         rewards: the reward functions; None if there are none.
+        rows: the rows of the task, by what a person would type as their prompt.
     """
 
     def __init__(self, args: SampleArguments) -> None:
@@ -46,19 +51,15 @@ class Sampler:
         run = run_of(args.model)
         if args.chat is None and run is not None and read_config(run).get("chat_prompts"):
             args = replace(args, chat=True)
-        args = fill_form(args)
-        task: Any = None
-        self.rewards: Rewards | None = None
-        if args.task is not None:
-            named = {name: getattr(args, name) for name in ("task", "chat", "reward", "reward_weights")}
-            task, self.rewards = find_task(EvaluateArguments(**named))
-        elif args.reward:
-            self.rewards = Rewards(args.reward, args.reward_weights or None)
+        args, task, self.rewards = _task_of(args)
         self.policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
         self.policy.ask(form_of(args))
         print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
-        self._args, self._rows = args, {prompt_text(row["prompt"]): row for row in rows}
+        if args.chat is False:  # a chat of the task is not what is asked then
+            rows = [row for row in rows if isinstance(row["prompt"], str)]
+        self._args, self.rows = args, {prompt_text(row["prompt"]): row for row in rows}
+        self._has_task = task is not None
         self._length = completion_limit(task, args.model, self.policy, otherwise=64)[0]
         self._completed, self._said = 0, set[str]()
 
@@ -77,9 +78,9 @@ class Sampler:
         args, policy = self._args, self.policy
         if fault := fault_of_prompt(text):
             raise Refused(f"It cannot be completed, since {fault}.")
-        like = next((row["prompt"] for row in self._rows.values()), [] if policy.form.chat else "")
+        like = next((row["prompt"] for row in self.rows.values()), [] if policy.form.chat else "")
         alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
-        row = self._rows.get(text, {"prompt": alone})
+        row = self.rows.get(text, {"prompt": alone})
         for warning in special_texts(policy.tokenizer, [row]):
             self._say("special", visible(warning))
         room = self._length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
@@ -93,6 +94,12 @@ class Sampler:
         texts = policy.decode(rollout.completion_ids, rollout.mask)
         return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
 
+    def targets(self, text: str) -> dict[str, str]:
+        """Return the other columns of a prompt of the task as text, such as the answer; each value once."""
+        row, prompts = self.rows.get(text, {}), {"prompt", "messages", self._args.prompt_column}
+        texts = {str(value): name for name, value in row.items() if name not in prompts and value is not None}
+        return {name: value for value, name in texts.items()}
+
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
         if self.rewards is None:
@@ -101,7 +108,7 @@ class Sampler:
             self.rewards.check_columns(row)
             rows = reward_rows(self.policy, self.rewards, rollout.of([(0, row)]), step=0)
         except TokenrlError as error:
-            if text in self._rows or not self._rows:
+            if text in self.rows or not self._has_task:
                 raise
             reason = str(error).partition(". ")[0].rstrip(".")
             self._say("reward", f"no reward for this prompt, which is none of the task's. {reason}.")
@@ -113,6 +120,23 @@ class Sampler:
         if kind not in self._said:
             print(harmless(f"tokenrl: {words}"), file=sys.stderr)
         self._said.add(kind)
+
+
+def _task_of(args: SampleArguments) -> tuple[Any, Any, Rewards | None]:
+    """Return the arguments as in the model's run, their task, and the rewards, as far as there are any.
+
+    Raises:
+        Refused: a task or reward that the arguments themselves name cannot be used.
+    """
+    try:
+        filled = fill_form(as_in_runs(args, [args.model]))
+        if filled.task is not None:
+            return filled, *find_task(filled)
+    except Refused as error:
+        if args.task is not None or args.reward:
+            raise
+        print(harmless(f"tokenrl: completions are shown without rewards. {error}"), file=sys.stderr)
+    return fill_form(args), None, Rewards(args.reward, args.reward_weights or None) if args.reward else None
 
 
 def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:
@@ -138,20 +162,27 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
 def print_samples(args: SampleArguments) -> int:
     """Print completions of the prompts that were given, or else of lines that are typed or come by a pipe.
 
-    Each completion stands after its reward, if there is one, and, unless it is a chat, its prompt. Control
-    characters that could change the terminal are written as escapes. A typed line that cannot be completed
-    is answered with the reason, and the next one is read.
+    Each prompt has a line, and of a prompt of the task the other columns of its row have one each, such as
+    the answer. Then come the completions, each after its reward, if there is one. Control characters that
+    could change the terminal are written as escapes. A typed line that cannot be completed is answered with
+    the reason, and the next one is read.
 
     Raises:
         Refused: no model is named, something cannot be loaded, or a prompt that was given cannot be
             completed.
     """
     sampler = Sampler(args)
-    for prompt in args.prompt or _lines():
+    example = visible(next(iter(sampler.rows), ""), SHOWN)
+    for prompt in args.prompt or _lines(f", such as {example}" if example else ""):
         try:
-            for text, reward in sampler(prompt):
-                value = "" if reward is None else "    none  " if reward != reward else f"{reward:8.4f}  "
-                print(harmless(f"{value}{'' if sampler.policy.form.chat else prompt}{text}"), flush=True)
+            completions = sampler(prompt)
+            print(f"{'prompt':10}  {visible(prompt)}")
+            for name, value in sampler.targets(prompt).items():
+                print(f"{visible(name):10}  {visible(value, SHOWN)}")
+            for text, reward in completions:
+                shown = "none" if reward is None or math.isnan(reward) else f"{reward:.4f}"
+                label = f"reward {shown}  " if sampler.rewards else ""
+                print(harmless(f"{label}completion {text}"), flush=True)
         except TokenrlError as error:
             if args.prompt:
                 raise
@@ -159,11 +190,11 @@ def print_samples(args: SampleArguments) -> int:
     return 0
 
 
-def _lines() -> Iterator[str]:
+def _lines(example: str) -> Iterator[str]:
     """Yield the lines that are typed or come by a pipe, but for empty ones, until there are no more."""
     terminal = sys.stdin.isatty()
     if terminal:
-        print("Each line is a prompt. Ctrl-D ends.")
+        print(f"Each line is a prompt{example}. Ctrl-D ends.")
     try:
         while line := input("> ") + "\n" if terminal else sys.stdin.readline():
             if line := line.rstrip("\r\n"):

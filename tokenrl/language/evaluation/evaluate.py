@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.arguments import EvaluateArguments
+from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
@@ -30,6 +30,8 @@ from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, arguments_of_call, field_types
+
+T = TypeVar("T", EvaluateArguments, SampleArguments)
 
 
 @overload
@@ -89,8 +91,24 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
         raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
         check_place(args.json)
-    usual, from_runs = vars(EvaluateArguments()), dict[str, Any]()
-    names = {"temperature", "seed"}
+    args = as_in_runs(args, models, "temperature", "seed")
+    if args.task is None:
+        raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
+    return args
+
+
+def as_in_runs(args: T, models: Sequence[str], *further: str) -> T:
+    """Fill in what the arguments leave open of the task and its data, and print what was taken.
+
+    Args:
+        args: the arguments, those of `tokenrl evaluate` or `tokenrl sample`.
+        models: the models, as they were named.
+        *further: names of settings that are taken from a run even if the task is not.
+
+    Raises:
+        Refused: as `as_trained` says.
+    """
+    usual, from_runs, names = vars(type(args)()), dict[str, Any](), set(further)
     if args.task is None:
         names |= {*field_types(TaskArguments), "max_completion_length", "truncate_prompts"}
     names -= {"reward_weights"} if args.reward else set()  # which weigh the run's own rewards
@@ -105,13 +123,12 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
             differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
             raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
         from_runs = settings | from_runs
-    if args.task is None and not from_runs.get("task"):
-        raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
     from_runs = {name: value for name, value in from_runs.items() if value and value != usual[name]}
     if from_runs:
-        words = ", ".join(f"{name} {value}" for name, value in from_runs.items())
+        values = {n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in from_runs.items()}
+        words = ", ".join(f"{name} {value}" for name, value in values.items())
         print(visible(f"tokenrl: as in the run of {', '.join(runs)}: {words}"), file=sys.stderr)
-    return arguments(EvaluateArguments, vars(args) | from_runs)
+    return arguments(type(args), vars(args) | from_runs)
 
 
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
