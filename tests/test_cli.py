@@ -152,7 +152,7 @@ def talk(lines, *arguments, monkeypatch, capsys):
 def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatch, capsys):
     how = {"monkeypatch": monkeypatch, "capsys": capsys}
     code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **how)
-    assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt      abc>"
+    assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt     abc>"
     assert all(line.startswith("completion ") for line in [*out[1:5], *out[6:]])
     assert len(err) == 1 and "context" in err[0]
     code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **how)  # a byte that is no UTF-8
@@ -175,7 +175,7 @@ def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path
     how = {"monkeypatch": monkeypatch, "capsys": capsys}
     own = ["--reward", "made_up_rewards:length", "--num-generations", "8", "--prompt", "xyz>", "bcd>"]
     _, out, _ = talk([], "--model", model, *own, **how)
-    assert [line for line in out if line.startswith("prompt")] == ["prompt      xyz>", "prompt      bcd>"]
+    assert [line for line in out if line.startswith("prompt")] == ["prompt     xyz>", "prompt     bcd>"]
     parts = re.findall(r"^reward (\S+)  completion (.*)$", "\n".join(out), re.MULTILINE)
     assert len(parts) == 16
     assert [reward for reward, _ in parts] == [
@@ -199,7 +199,7 @@ def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
     monkeypatch.setattr("builtins.input", ask)
     assert main(["sample", "--model", model, "--num-generations", "1"]) == 0
     out = capsys.readouterr().out
-    assert "Ctrl-D" in out and "\nprompt      abc>" in out and out.endswith("\n\n")
+    assert "Ctrl-D" in out and "\nprompt     abc>" in out and out.endswith("\n\n")
 
 
 def test_sft_makes_a_model_that_train_takes(model, capsys, tmp_path):

@@ -7,9 +7,9 @@ the very text that was encoded, because a reward that compares strings must not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 EOS, UNKNOWN = "<eos>", "<unk>"
 CHARACTER = r"[\s\S]"
 WORD = r" ?[a-z]+|[\s\S]"  # the space belongs to the word after it, so prompt + completion is the text
+
+LINES = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,47 @@ class TinyModel:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer alone, by whose vocabulary a model of the task is recognised."""
         return word_tokenizer(self.tokens) if self.words else character_tokenizer(self.tokens)
+
+
+def model_for_rows(
+    rows: Iterable[Mapping[str, Any]],
+    seed: int = 0,
+    *,
+    texts: Iterable[str] = (),
+    chat: bool = False,
+    room: int = 1024,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Return a new tiny model for any rows of data, and its tokenizer.
+
+    Each character of the rows is a token, whatever the column, so that a completion can write all that is
+    written there. The names of roles in chat messages do not count: for chats the tokenizer has a template
+    that ends each message with a line break and leaves its role out.
+
+    Args:
+        rows: Rows with a `prompt`, of all that the model will be trained or evaluated on.
+        seed: Seed of the initial weights, which otherwise depend on the number of characters alone.
+        texts: What else prompts or completions hold, such as a system prompt.
+        chat: Whether prompts that are text will be sent as chat messages too.
+        room: The tokens of the context beside those of the longest row.
+    """
+    rows, further = list(rows), "".join(texts)
+    is_chat = chat or any(isinstance(row.get("prompt"), list) for row in rows)
+    whole = [further + "\n" * is_chat + "".join(_texts(row)) for row in rows]
+    alphabet = tuple(sorted(set().union(*whole)))
+    model, tokenizer = TinyModel(alphabet, context=room + max(map(len, whole)))(seed)
+    tokenizer.chat_template = LINES if is_chat else None
+    return model, tokenizer
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a row of data, which UTF-8 can write; numbers are written as text."""
+    if isinstance(value, Mapping):
+        value = [item for key, item in value.items() if key != "role"]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif value is not None:
+        yield str(value).encode(errors="ignore").decode()
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:

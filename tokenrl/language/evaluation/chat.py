@@ -27,9 +27,6 @@ from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments_of_call
 
-SHOWN = 200
-"""Characters that are shown of a column."""
-
 
 class Sampler:
     """A model that completes prompts one after the other, and the rewards of its completions.
@@ -94,11 +91,11 @@ class Sampler:
         texts = policy.decode(rollout.completion_ids, rollout.mask)
         return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
 
-    def targets(self, text: str) -> dict[str, str]:
-        """Return the other columns of a prompt of the task as text, such as the answer; each value once."""
-        row, prompts = self.rows.get(text, {}), {"prompt", "messages", self._args.prompt_column}
-        texts = {str(value): name for name, value in row.items() if name not in prompts and value is not None}
-        return {name: value for value, name in texts.items()}
+    def target(self, text: str) -> str:
+        """Return what the row of a prompt of the task holds beside it, such as the answer."""
+        columns = {str(value): name for name, value in reversed(self.rows.get(text, {}).items())}
+        beside = [(name, value) for value, name in columns.items() if name not in ("prompt", "messages")]
+        return ", ".join(f"{name} {value}" for name, value in reversed(beside) if value not in (text, "None"))
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
@@ -162,26 +159,24 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
 def print_samples(args: SampleArguments) -> int:
     """Print completions of the prompts that were given, or else of lines that are typed or come by a pipe.
 
-    Each prompt has a line, and of a prompt of the task the other columns of its row have one each, such as
-    the answer. Then come the completions, each after its reward, if there is one. Control characters that
-    could change the terminal are written as escapes. A typed line that cannot be completed is answered with
-    the reason, and the next one is read.
+    Each prompt has a line, and of a prompt of the task its target has one. Then come the completions, each
+    after its reward, if there is one. Control characters that could change the terminal are written as
+    escapes. A typed line that cannot be completed is answered with the reason, and the next one is read.
 
     Raises:
         Refused: no model is named, something cannot be loaded, or a prompt that was given cannot be
             completed.
     """
     sampler = Sampler(args)
-    example = visible(next(iter(sampler.rows), ""), SHOWN)
+    example = visible(next(iter(sampler.rows), ""), 200)
     for prompt in args.prompt or _lines(f", such as {example}" if example else ""):
         try:
             completions = sampler(prompt)
-            print(f"{'prompt':10}  {visible(prompt)}")
-            for name, value in sampler.targets(prompt).items():
-                print(f"{visible(name):10}  {visible(value, SHOWN)}")
+            target = f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""
+            print(f"prompt     {visible(prompt)}{target}")
             for text, reward in completions:
-                shown = "none" if reward is None or math.isnan(reward) else f"{reward:.4f}"
-                label = f"reward {shown}  " if sampler.rewards else ""
+                number = "none" if reward is None or math.isnan(reward) else f"{reward:.4f}"
+                label = f"reward {number}  " if sampler.rewards else ""
                 print(harmless(f"{label}completion {text}"), flush=True)
         except TokenrlError as error:
             if args.prompt:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
+from tokenrl.language.evaluation.arguments import EvaluateArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
@@ -30,8 +30,6 @@ from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, arguments_of_call, field_types
-
-T = TypeVar("T", EvaluateArguments, SampleArguments)
 
 
 @overload
@@ -91,13 +89,13 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
         raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
         check_place(args.json)
-    args = as_in_runs(args, models, "temperature", "seed")
-    if args.task is None:
+    filled: EvaluateArguments = as_in_runs(args, models, "temperature", "seed")
+    if filled.task is None:
         raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
-    return args
+    return filled
 
 
-def as_in_runs(args: T, models: Sequence[str], *further: str) -> T:
+def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
     """Fill in what the arguments leave open of the task and its data, and print what was taken.
 
     Args:

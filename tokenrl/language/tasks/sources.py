@@ -12,7 +12,7 @@ import os
 import re
 import string
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -275,17 +275,6 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
             if not isinstance(message.get(key), str) or HALF_OF_PAIR.search(message[key]):
                 return f"message {position} of the {name} has {key} {message.get(key)!r:.100}"
     return ""
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Yield all texts in a row of data: those of its columns and messages, and numbers as text."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from texts_in(item)
-    elif value is not None:
-        yield HALF_OF_PAIR.sub("", str(value))
 
 
 IN_MEMORY = "in-memory:"

@@ -7,7 +7,7 @@ and its completion length from the task's demonstrations as its own tokenizer wr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any
@@ -18,7 +18,7 @@ from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.supervised import completion_ids
+from tokenrl.language.training.supervised import Pair, encode_demonstrations
 from tokenrl.settings import Layered, lay
 
 ANY = {
@@ -82,8 +82,9 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     return rows
 
 
-def room(longest: int) -> int:
-    """Return a quarter more tokens than the longest demonstration has, and at least 4 more."""
+def room(pairs: Sequence[Pair]) -> int:
+    """Return the tokens of the longest demonstration and its EOS, and a quarter more (at least 4)."""
+    longest = max(len(completion) for _, completion in pairs)
     return longest + max(4, longest // 4)
 
 
@@ -111,9 +112,9 @@ def completion_limit(
     if policy is None or task is None:
         return limit, origin
     with suppress(Refused):  # no demonstrations, or a column of that name that holds something else
-        rows = with_places(demonstrations(task))
-        longest = max(len(completion_ids(policy, row, location)) for location, row in rows)
-        limit, origin = room(longest), f"the longest demonstration has {longest} with EOS"
+        pairs = encode_demonstrations(policy, demonstrations(task))
+        longest = max(len(completion) for _, completion in pairs)
+        limit, origin = room(pairs), f"the longest demonstration has {longest} with EOS"
     lengths = [0]
     for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
         with suppress(Refused):  # a run names the row

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_chec
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint, texts_in
+from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import demonstrations, training_defaults
@@ -27,9 +28,6 @@ from tokenrl.language.training.supervised import check_trainable
 from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.resume import Provenance
 from tokenrl.settings import Layered
-
-LINES = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
-"""Chat template of a tiny model."""
 
 
 def train_settings(args: Any, task: Task, policy: Policy | None = None) -> TrainArguments:
@@ -155,7 +153,7 @@ def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     if source is None:
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
     if source == TINY and not os.path.isdir(TINY):
-        policy = tiny_policy(args, task)
+        policy = make_tiny(args, task)
     elif isinstance(source, Policy):
         policy = source
     elif isinstance(source, tuple):
@@ -168,33 +166,22 @@ def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     return policy
 
 
-def tiny_policy(args: Any, task: Any) -> Policy:
+def make_tiny(args: Any, task: Any) -> Policy:
     """Make a tiny model with random weights: that of a toy task before its warm start, or one for any rows.
-
-    In the latter each character of the rows is a token: of all columns, and of held-out rows and
-    demonstrations too, so that a completion can write whatever is written there. Any other character becomes
-    `<unk>`. The context leaves 1,024 tokens beside the longest row, or as many as a completion may have. The
-    chat template, for prompts that are chats, ends each message with a line break and writes no roles.
 
     Args:
         args: the arguments of a command; the weights depend on the vocabulary and on `base_seed` alone.
-        task: the task.
+        task: the task; held-out rows and demonstrations count for the vocabulary too.
     """
     build = getattr(task, "build", None)
-    if build is not None:
-        return wrap(*build(args.base_seed), source=TINY)
-    rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
-    chat = args.chat or not all(isinstance(row["prompt"], str) for row in task.train_prompts)
-    form = "".join(texts_in([args.system_prompt, args.stop])) + "\n" * bool(chat)
-    texts = [form + "".join(texts_in(row)) for row in rows]
-    room = max(1024, getattr(args, "max_completion_length", None) or 0)
-    make = importlib.import_module("toy_tasks.models").TinyModel
-    recipe = make(tuple(sorted(set().union(*texts))), context=room + max(map(len, texts)))
-    model, tokenizer = recipe(args.base_seed)
-    tokenizer.chat_template = LINES if chat else None
-    return wrap(
-        model if args.dtype == "auto" else model.to(getattr(torch, args.dtype)), tokenizer, source=TINY
-    )
+    if build is None:
+        rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
+        form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
+        room = max(1024, getattr(args, "max_completion_length", None) or 0)
+        build = partial(importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form)
+    policy = wrap(*build(args.base_seed), source=TINY)
+    policy.model.to(getattr(torch, args.dtype.replace("auto", "float32")))
+    return policy
 
 
 def adapt(args: Any, policy: Policy) -> None:

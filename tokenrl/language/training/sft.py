@@ -138,8 +138,7 @@ def _evaluation(
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
     if rewards is None:
         return dict
-    longest = max(len(completion) for _, completion in training.pairs)
-    length = completion_limit(task, args.model, policy, otherwise=room(longest))[0]
+    length, _ = completion_limit(task, args.model, policy, otherwise=room(training.pairs))
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
     sampling = Sampling(length, seed=args.seed)
     return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
@@ -156,8 +155,7 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         task, rewards = find_task(args)
         return task, rewards, demonstrations(task, column)
     if args.model is None:
-        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or make a new one, --model tiny"
-        raise Refused(f"A data set has no model of its own: {mend}.")
+        raise Refused("A data set has no model of its own: --model DIRECTORY_OR_HUB_NAME, or --model tiny.")
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
     if args.split not in splits:
@@ -167,6 +165,6 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         columns = ", ".join(rows[0])
         raise Refused(f"{where} has no column {column!r}; name one of {columns} with --completion-column.")
     name, origin = (args.task, {}) if named else described(splits)
-    others = [row for split in splits if split != args.split for row in splits[split]]
-    task = PromptTask(name, rows, others, None, origin=origin)
+    rest = [row for split in splits if split != args.split for row in splits[split]]
+    task = PromptTask(name, rows, rest, None, origin=origin)
     return task, None, demonstrations(task, column)

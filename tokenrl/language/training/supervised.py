@@ -156,33 +156,24 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
         Refused: a demonstration is longer than the context, or has no completion.
     """
     pairs: list[Pair] = []
+    eos = policy.tokenizer.eos_token_id
     for location, row in with_places(rows):
-        ids = completion_ids(policy, row, location)
+        text = row.get("completion")
+        if isinstance(text, list) and text and isinstance(text[-1], dict):
+            text = text[-1].get("content")
+        if not isinstance(text, str) or "prompt" not in row:
+            needed = "prompt and completion (text, or a list that ends with the assistant's message)"
+            raise Refused(f"The demonstration of {location} has {', '.join(row)}; it needs {needed}.")
+        if fault := fault_of_prompt(text, "completion"):
+            raise Refused(f"The demonstration of {location}: {fault}.")
+        ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
+        if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
+            ids.append(eos)
+        if not ids:
+            raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
         options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-        pairs.append((policy.encode_all([row["prompt"]], locations=[location], **options)[0], ids))
+        pairs.append((policy.encode_all([row["prompt"]], places=[location], **options)[0], ids))
     return pairs
-
-
-def completion_ids(policy: Policy, row: Mapping[str, Any], location: str) -> list[int]:
-    """Token ids of the completion of a demonstration, with EOS if the tokenizer has one.
-
-    Raises:
-        Refused: the demonstration of this location has no prompt or no completion.
-    """
-    text, eos = row.get("completion"), policy.tokenizer.eos_token_id
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        text = text[-1].get("content")
-    if not isinstance(text, str) or "prompt" not in row:
-        needed = "prompt and completion (text, or a list that ends with the assistant's message)"
-        raise Refused(f"The demonstration of {location} has {', '.join(row)}; it needs {needed}.")
-    if fault := fault_of_prompt(text, "completion"):
-        raise Refused(f"The demonstration of {location}: {fault}.")
-    ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
-    if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
-        ids.append(eos)
-    if not ids:
-        raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
-    return ids
 
 
 def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
