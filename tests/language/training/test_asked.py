@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tiny_models import vowel_reward
@@ -94,12 +95,13 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
     assert capsys.readouterr().err.count(line) == 2
     assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]) == 0
     out = capsys.readouterr()
-    assert out.err.startswith(line) and str(run) in out.err and not out.out.startswith("cat")
-    assert "e" not in out.out and " t" not in out.out
+    assert line in out.err and "without rewards. The run of" in out.err
+    (completion,) = re.findall(r"^prompt     cat\ncompletion (.*)$", out.out, re.MULTILINE)
+    assert "e" not in completion and " t" not in completion
     plain = ["--no-chat", "--system-prompt", "", "--stop"]
     assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0", *plain]) == 0
     out = capsys.readouterr()
-    assert out.err == "" and out.out.startswith("cat")
+    assert "asked" not in out.err and "\ncompletion " in out.out
     with pytest.raises(Refused, match="system_prompt is for chat messages"):
         tokenrl.sample(model=str(run), prompt="cat", chat=False)
 

@@ -155,7 +155,7 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         task, rewards = find_task(args)
         return task, rewards, demonstrations(task, column)
     if args.model is None:
-        raise Refused("A data set has no model of its own: --model DIRECTORY_OR_HUB_NAME, or --model tiny.")
+        raise Refused("A data set has no model of its own: name one, --model DIRECTORY or --model tiny.")
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
     if args.split not in splits:

@@ -160,7 +160,7 @@ def warm_started_base(
         Refused: the task has no model of its own, or the seed has more than 32 bits.
     """
     if getattr(task, "build", None) is None:
-        mend = "--model DIRECTORY_OR_HUB_NAME, or --model tiny for a new one"
+        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or --model tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
     check_seed(seed)
 
