@@ -2,39 +2,101 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
+from tokenrl.core import Estimator
 from tokenrl.errors import Refused
-from tokenrl.foreign import OURS, WITHOUT, check_flags, meaning, settings_of
-from tokenrl.settings import field_types
+from tokenrl.flags import parse
+from tokenrl.foreign import OF_DATA, check_flags, meaning, settings_of, table
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.defaults import ANY, SFT_ANY
+from tokenrl.settings import arguments, field_types
 
 KNOWN = {name: set(settings_of(field_types(command.arguments))) for name, command in COMMANDS.items()}
+PAGE = Path(__file__).parents[1] / "recipes" / "pages" / "coming_from_trl.md"
 
+# All of GRPOConfig, RLOOConfig and the trainers of TRL 1.16 that has another name here or none, and the
+# fields of transformers' TrainingArguments that people set.
 OF_TRL = """
-reward_funcs per_device_train_batch_size gradient_accumulation_steps dataset_name train_dataset
-eval_dataset num_train_epochs lr kl_coef scale_rewards loss_type max_prompt_length model_name_or_path
-use_peft lora_rank bf16 fp16 warmup_ratio use_vllm vllm_mode vllm_gpu_memory_utilization beta epsilon
-epsilon_high delta importance_sampling_level mask_truncated_completions steps_per_generation
-generation_batch_size top_p top_k min_p repetition_penalty save_steps eval_steps eval_strategy
-save_total_limit processing_class peft_config callbacks torch_dtype rloo_k num_ppo_epochs
-num_mini_batches response_length normalize_advantages overwrite_output_dir resume_from_checkpoint
-per_device_eval_batch_size num_generations_eval optim
+reward_funcs train_dataset eval_dataset processing_class reward_processing_classes callbacks optimizers
+quantization_config peft_config tools rollout_func environment_factory
+model_init_kwargs router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 remove_unused_columns
+num_generations_eval ds3_gather_for_generation shuffle_dataset pad_to_multiple_of generation_batch_size
+steps_per_generation top_p top_k min_p generation_kwargs repetition_penalty cache_implementation use_vllm
+vllm_mode vllm_gpu_memory_utilization vllm_importance_sampling_correction beta epsilon delta epsilon_high
+sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
+importance_sampling_level multi_objective_aggregation scale_rewards loss_type mask_truncated_completions
+sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef
+use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
+max_tool_calling_iterations off_policy_mask_threshold use_bias_correction_kl log_multimodal
+num_completions_to_print log_unique_prompts log_completions_hub_repo use_transformers_continuous_batching
+transformers_continuous_batching_config use_transformers_paged normalize_advantages reward_clip_range
+per_device_train_batch_size gradient_accumulation_steps num_train_epochs warmup_ratio lr_scheduler_kwargs
+optim adam_beta1 adam_beta2 adam_epsilon bf16 fp16 torch_compile use_liger_kernel use_cpu fsdp deepspeed
+gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_num_workers disable_tqdm project
+logging_strategy logging_first_step logging_dir eval_strategy eval_steps eval_on_start
+per_device_eval_batch_size save_strategy save_steps save_total_limit save_only_model save_model push_to_hub
+resume_from_checkpoint overwrite_output_dir data_seed
+dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
+reward_model_name_or_path model_name_or_path model_revision torch_dtype attn_implementation use_peft
+lora_dropout load_in_4bit max_prompt_length kl_coef rloo_k num_ppo_epochs num_mini_batches response_length lr
 """
 
 
-def test_every_name_of_ours_that_is_told_exists_and_no_foreign_name_stands_twice():
-    rows = [(ours.partition(",")[0].split(), theirs.split()) for ours, theirs in OURS.items()]
-    rows += [([needed], theirs.split()) for needed, theirs in (key.split(": ") for key in WITHOUT)]
-    for ours, theirs in rows:
-        assert all(any(name in known for known in KNOWN.values()) for name in ours), ours
-        for name in theirs:
-            assert any(meaning(name, known) for known in KNOWN.values()), f"{name} is never told"
-    for command, known in KNOWN.items():
-        told = [name for ours, theirs in rows if known & set(ours) for name in theirs]
-        assert {name for name in told if told.count(name) > 1} == set(), command
-        assert [name for name in known if meaning(name, known)] == [], command
+def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another():
+    for row in table():
+        commands = [name for name, known in KNOWN.items() if row.needs <= known]
+        assert commands, row
+        for name in row.names:
+            assert any(meaning(name, KNOWN[command]) for command in commands), f"{name} is never told"
+    rows = [(name, value, row.needs) for row in table() for name in row.names for value in row.values or [""]]
+    assert len(rows) == len({(name, value, tuple(sorted(needs))) for name, value, needs in rows})
+    for known in KNOWN.values():
+        assert [name for name in known if meaning(name, known)] == []
+
+
+def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
+    known, changed = KNOWN["train"], 0
+    told = [row for row in table() if row.ours]
+    rows = [(name, value, row.remark) for row in told for name in row.names for value in row.values]
+    numbers = {"lr": 1e-5, "beta": 0.04, "epsilon_high": 0.28, "delta": 2.0, "kl_coef": 0.1, "eval_steps": 5}
+    numbers |= {"use_cpu": True, "rloo_k": 4, "response_length": 9, "model_name_or_path": "a/b c"}
+    for name, value, remark in [*rows, *((name, value, "") for name, value in numbers.items())]:
+        hints = (meaning(name, known, {name: value}, flags=flags)[:-1] for flags in (True, False))
+        hints = (re.sub("^It is (an axis of the estimator: )?", "", hint) for hint in hints)
+        flags, keywords = (hint.removesuffix(f", {remark}") for hint in hints)
+        made = arguments(TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator}))
+        assert made == parse("train", COMMANDS["train"], shlex.split(flags)), (name, value)
+        changed += made != TrainArguments()
+    assert changed > 35
+    hint = meaning("beta", known, {"beta": 0.1, "estimator": "grpo"})
+    assert "estimator=Estimator.preset('grpo', beta=0.1)" in hint
+    assert "estimator=dict(beta=0.1)" in meaning("beta", known | {"arms"}, {"beta": 0.1})
+
+
+def test_arithmetic_is_done_where_its_numbers_are_known(monkeypatch):
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": "4", "num_generations": 4}
+    rows, train = [{"prompt": "1"}] * 1_000, KNOWN["train"]
+    for name, options, hint in (
+        ("num_train_epochs", {"task": rows}, "max_steps=188 (epochs 3 x rows 1,000 / prompts_per_step 16)"),
+        ("epochs", {"task": {"train": rows}, "prompts_per_step": 1}, "max_steps=3000 ("),
+        ("epochs", {"task": "a.jsonl"}, "max_steps (epochs 3 x rows / prompts_per_step), less if"),
+        ("warmup_ratio", {"warmup_ratio": 0.07, "max_steps": 100}, "warmup_steps=7 (ratio 0.07 x"),
+        ("gradient_accumulation_steps", batch, "prompts_per_step=8 (per_device_train_batch_size 8 x"),
+        ("generation_batch_size", {"generation_batch_size": 64}, "prompts_per_step=8 ("),
+        ("steps_per_generation", {"steps_per_generation": 2}, "num_minibatches=2 ("),
+    ):
+        assert meaning(name, train, {name: 3} | options).startswith(f"It is {hint}"), name
+    assert "batch_size=32 (" in meaning("per_device_train_batch_size", KNOWN["sft"], batch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--prompts-per-step 16 (" in meaning("gradient_accumulation_steps", train, batch, flags=True)
+    assert {name: (ANY | SFT_ANY)[name] for name in OF_DATA} == OF_DATA
 
 
 def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys):
@@ -43,7 +105,7 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
             tokenrl.train(**{name: 8})
         assert "Available" not in str(caught.value) and "\n" not in str(caught.value)
         with pytest.raises(Refused, match=f"^There is no flag --{name}. (?!See)"):
-            check_flags([f"--{name}", "8"], field_types(COMMANDS["train"].arguments), "tokenrl train")
+            check_flags([f"--{name}", "8"], field_types(COMMANDS["train"].arguments), "tokenrl train", {})
     for flag in ("--gradient-accumulation-steps", "--num_train_epochs"):
         assert main(["train", flag, "8"]) == main(["train", f"{flag}=8"]) == 2
         assert capsys.readouterr().err.startswith(f"tokenrl: There is no flag {flag}. ")
@@ -54,22 +116,27 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
     [
         (
             *("train", "per_device_train_batch_size"),
+            "It is --prompts-per-step 1 (per_device_train_batch_size 8 x gradient_accumulation_steps 1 x "
+            "processes 1 / num_generations 8), as TRL counts completions; micro_batch_size and "
+            "tokens_per_pass change memory only.",
+        ),
+        (
+            "train",
+            "rollout_batch_size",
             "It is --prompts-per-step, in prompts over all processes, not in completions.",
         ),
-        ("sft", "per_device_train_batch_size", "It is --batch-size, of a whole update."),
-        ("train", "gradient_accumulation_steps", "prompts_per_step is a whole step, in one pass or many."),
-        ("sft", "gradient_accumulation_steps", "batch_size is that of a whole update."),
-        ("train", "num_train_epochs", "The length of a run is max_steps, in steps."),
+        ("sft", "train_batch_size", "It is --batch-size, of a whole update."),
+        ("control", "num_train_epochs", "The length of a run is max_steps, in steps."),
         (
-            *("train", "loss_type"),
-            "The estimator's aggregation is token_mean for dapo, sequence_mean for grpo, fixed_length for "
-            "dr_grpo; cispo is a ratio.",
+            *("train", "scale_rewards"),
+            "Of its values true and group is --estimator.scale group_std; batch is --estimator.scale "
+            "batch_std; false and none is --estimator.scale none.",
         ),
         ("train", "per_device_eval_batch_size", "Held-out prompts are sampled 256 completions at a time."),
         ("reward-model", "train_dataset", "It is --data."),
         ("train", "train_dataset", "It is --task."),
-        ("train", "resume_from_checkpoint", "It is --resume, with auto or a checkpoint."),
-        ("train", "compile", "Nothing is compiled, which gained next to nothing."),
+        ("train", "resume_from_checkpoint", "It is --resume."),
+        ("train", "torch_compile", "Nothing is compiled, which gained next to nothing."),
         ("train", "beta", "It is an axis of the estimator: --estimator.beta."),
         ("sft", "warmup_steps", "The learning rate falls linearly to 0, without a warm-up."),
         ("control", "warmup_steps", ""),
@@ -85,8 +152,8 @@ def test_the_hint_is_that_of_the_command(command, name, said):
 
 def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, capsys):
     for wrong, said in {
-        "beta": r"axis of the estimator: estimator=Estimator\(beta=...\)",
-        "num_train_epochs": "The length of a run is max_steps",
+        "beta": r"axis of the estimator: estimator=Estimator\(beta=1\)",
+        "num_train_epochs": r"It is max_steps \(epochs 1 x rows / prompts_per_step\)",
         "learning_rat": "Did you mean 'learning_rate'",
     }.items():
         with pytest.raises(Refused, match=said) as caught:
@@ -96,7 +163,8 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     assert main(["train", "--config", str(tmp_path / "trl.yaml")]) == 2
     said = capsys.readouterr().err
     assert "trl.yaml cannot be used" in said
-    assert "no setting 'num_train_epochs'. The length of a run is max_steps" in said
+    assert "no setting 'num_train_epochs'. It is max_steps (epochs 1 x rows" in said
+    assert "no setting 'beta'. It is an axis of the estimator: estimator=Estimator(beta=0.04)." in said
 
 
 def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refused():

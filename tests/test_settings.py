@@ -114,7 +114,10 @@ def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
         ("--estimator.scale-ddof 3", "scale_ddof was given as 3; it must be one of 0, 1."),
         ("--estimator grppo", "preset was given as 'grppo'. Did you mean 'grpo'? It must be one of"),
         ("--lerning-rate 3", "There is no flag --lerning-rate. Did you mean '--learning-rate'? See tokenrl"),
-        ("--epsilon 0.3", "There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon."),
+        (
+            "--epsilon 0.3",
+            "There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon 0.3.",
+        ),
         ("--max-steps", "Missing value for argument '--max-steps'"),
         ("--output-dir --quiet", "Missing value for argument '--output-dir'"),
         ("--warm-start often", "warm_start was given as 'often'; it must be True or False, or one of auto."),

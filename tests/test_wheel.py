@@ -11,7 +11,11 @@ import tokenrl
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
-DATA = {"tokenrl/py.typed", *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js"))}
+DATA = {
+    "tokenrl/py.typed",
+    "tokenrl/foreign.txt",
+    *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js")),
+}
 
 
 def modules(package: str) -> set[str]:

@@ -1,116 +1,72 @@
-"""Names that settings have in other toolkits, and what they are called here. Imports no torch.
+"""Says what settings of other toolkits are called here. Imports no torch.
 
-The names are those of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and scripts), the
-commonest ones of OpenRLHF and verl, and names that tokenrl itself had before. Whoever gives one as a keyword,
-as a flag or in a configuration is told ours; of what tokenrl has not, a sentence says what happens instead.
+The table foreign.txt has the names of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and
+scripts), the commonest ones of OpenRLHF and verl, and names that tokenrl itself had before. Whoever gives one
+as a keyword, as a flag or in a configuration is told ours with the value that it has here; of what tokenrl
+has not, a sentence says what happens instead.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import Any
+from functools import cache
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tokenrl.errors import Refused, nearest, suggest
 
-OURS: Mapping[str, str] = {
-    # data, rewards, models; of several names of ours the first one that a command has counts
-    "data task": "train_dataset dataset dataset_name prompt_data train_files",
-    "split": "dataset_train_split",
-    "eval_split, the name of a split": "dataset_test_split",
-    "prompt_column": "input_key prompt_key",
-    "prompt_template": "input_template",
-    "reward": "reward_funcs reward_model_name_or_path reward_model_path reward_pretrain",
-    "model": "model_name_or_path model_name sft_model_path pretrain",
-    "lora_r": "lora_rank",
-    # batches, the length of training, the optimiser
-    "prompts_per_step, in prompts over all processes, not in completions": "rollout_batch_size "
-    "per_device_train_batch_size train_batch_size batch_size generation_batch_size",
-    "batch_size, of a whole update": "per_device_train_batch_size train_batch_size",
-    "micro_batch_size": "micro_train_batch_size ppo_micro_batch_size_per_gpu",
-    "num_minibatches": "num_mini_batches",
-    "num_iterations": "num_ppo_epochs ppo_epochs max_epochs",
-    "max_steps": "total_training_steps",
-    "max_samples": "total_episodes",
-    "learning_rate": "lr actor_learning_rate",
-    "learning_rate_schedule": "lr_scheduler_type",
-    "value_learning_rate": "critic_learning_rate",
-    "max_grad_norm": "grad_clip",
-    # the estimator
-    "estimator.beta": "kl_coef init_kl_coef",
-    "estimator.scale, such as group_std, batch_std or none": "scale_rewards normalize_advantages",
-    "estimator, the name of a preset": "advantage_estimator adv_estimator",
-    "estimator.aggregation, such as token_mean or sequence_mean": "loss_agg_mode",
-    "estimator.ratio, where sequence is sequence_mean": "importance_sampling_level",
-    "estimator.dual_clip": "delta",
-    "estimator.epsilon": "cliprange eps_clip clip_ratio",
-    "estimator.entropy_coef": "entropy_coeff",
-    "estimator.truncations, with the value mask": "mask_truncated_completions",
-    # sampling, lengths
-    "num_generations": "rloo_k num_return_sequences n_samples_per_prompt",
-    "eval_generations": "num_generations_eval",
-    "max_completion_length": "max_new_tokens response_length generate_max_len max_response_length",
-    "stop": "stop_strings stop_sequences stop_words until",
-    "system_prompt": "system_message",
-    "chat": "apply_chat_template",
-    "chat_template_kwargs, in JSON": "enable_thinking",
-    # precision, records, machines
-    "mixed_precision, with the value bf16": "bf16",
-    "cpu": "no_cuda use_cpu",
-    "threads": "training_threads sampling_threads",
-    "eval_every, a number of steps": "eval_strategy evaluation_strategy eval_steps test_freq",
-    "save_every, a number of steps": "save_strategy save_steps save_freq",
-    "keep_checkpoints": "save_total_limit",
-    "resume, with auto or a checkpoint": "resume_from_checkpoint",
-    "output_dir": "save_path",
-    "overwrite": "overwrite_output_dir",
-    "quiet": "disable_tqdm",
-    "report_to, with the names of trackers": "use_wandb logger",
-    "tracker_project": "project project_name wandb_project",
-    "run_name": "experiment_name wandb_run_name",
-}
-"""Our settings, each with the names that others give it; a comma begins what is said of the values."""
+TRL = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
+"""The defaults of TRL for numbers of its arithmetic."""
+THEIRS = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size", "ratio"}
+THEIRS |= {"steps_per_generation", "ppo_mini_batch_size", "processes", "rows", "epochs"}
+"""Names in the arithmetic of the table that are no settings of ours."""
+OF_DATA = {"prompts_per_step": 16, "batch_size": 64}
+"""Our defaults for data that is given from Python."""
+NAME = re.compile("[a-z_]{2,}")
 
-WITHOUT: Mapping[str, str] = {
-    "reward: remove_unused_columns label_key": "Every column of the data reaches the reward as a list.",
-    "reward: reward_processing_classes": "A reward model has its own tokenizer in its directory.",
-    "eval_split: eval_dataset val_files": "Held-out rows are a split of the task, named by eval_split.",
-    "completion_column: dataset_text_field formatting_func": "Rows have columns prompt and completion.",
-    "completion_column: completion_only_loss assistant_only_loss": "The loss is that of completions alone.",
-    "lora_r: peft_config use_peft use_lora": "lora_r is the rank of an adapter, and 0 without one.",
-    "lora_r: lora_dropout": "Adapters have no dropout.",
-    "lora_r: shuffle_dataset data_seed": "Rows are always shuffled, anew for each epoch, by the seed.",
-    "lora_r: model_init_kwargs": "For other options load the model yourself and give it from Python.",
-    "lora_r: processing_class tokenizer": "From Python the model may be a pair (model, tokenizer).",
-    "lora_r: max_length max_seq_length packing": "Rows are not cut or packed; too long ones are refused.",
-    "lora_r: fp16": "There is no training in float16; dtype may be bfloat16.",
-    "lora_r: adam_beta1 adam_beta2 adam_epsilon": "AdamW has torch's constants.",
-    "completion_column: bf16": "With dtype bfloat16 the weights themselves are held in it.",
-    "dtype: load_in_4bit load_in_8bit": "Weights are not quantised; dtype bfloat16 saves memory.",
-    "batch_size: warmup_steps lr_scheduler_type": "The learning rate falls linearly to 0, without a warm-up.",
-    "batch_size: gradient_accumulation_steps": "batch_size is that of a whole update.",
-    "micro_batch_size: gradient_accumulation_steps": "prompts_per_step is a whole step, in one pass or many.",
-    "num_minibatches: steps_per_generation ppo_mini_batch_size": "num_minibatches counts updates of a pass.",
-    "max_steps: num_train_epochs num_epochs epochs total_epochs num_episodes": "The length of a run is "
-    "max_steps, in steps.",
-    "estimator.beta: ref_model sync_ref_model": "The reference is the policy before training, and stays so.",
-    "estimator.aggregation: loss_type": "The estimator's aggregation is token_mean for dapo, sequence_mean "
-    "for grpo, fixed_length for dr_grpo; cispo is a ratio.",
-    "truncate_prompts: max_prompt_length prompt_max_len": "Prompts that do not fit are refused, or cut.",
-    "temperature: top_p top_k min_p repetition_penalty generation_kwargs": "Only temperature is offered.",
-    "max_completion_length: use_vllm": "transformers samples the completions, in this process.",
-    "eval_generations: per_device_eval_batch_size": "Held-out prompts are sampled 256 completions at a time.",
-    "output_dir: logging_dir push_to_hub": "All that a run writes is in output_dir; nothing is uploaded.",
-    "output_dir: callbacks": "There are none: metrics.jsonl in output_dir has what each step measured.",
-    "prompts_per_step: deepspeed fsdp zero_stage n_gpus_per_node": "Each process holds the whole model; "
-    "accelerate launch starts several.",
-    "arms: runs": "Runs that exist are judged by recipes/study/compare_existing_runs.py.",
-    "arms: against_itself no_against_itself": "It is opt-in: --check-reference runs the reference twice.",
-    "max_completion_length: compile compile_sampling compile_training": "Nothing is compiled, which gained "
-    "next to nothing.",
-    "max_completion_length: minutes": "--check prints the seconds of a step, and how long the run will take.",
-}
-"""What is otherwise in other toolkits, after a setting that a command must have for the sentence to hold."""
+
+class Row(NamedTuple):
+    """A row of the table: what names of other toolkits are called here.
+
+    Attributes:
+        names: the names in other toolkits.
+        values: their values for which the row holds, in small letters; empty if it holds for any value.
+        ours: our settings with their values; a value is None where it is the one that was given.
+        formula: arithmetic that gives the value of the only setting, such as `a x b / c`; or empty.
+        remark: what ends the sentence; without a setting of ours the whole sentence.
+        needs: the settings that a command must have for the row to hold.
+    """
+
+    names: list[str]
+    values: list[str]
+    ours: dict[str, str | None]
+    formula: str
+    remark: str
+    needs: set[str]
+
+
+@cache
+def table() -> list[Row]:
+    """Read the rows of foreign.txt."""
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    return [_row(line) for line in text.splitlines() if re.match("[a-z].* [|] ", line)]
+
+
+def _row(line: str) -> Row:
+    theirs, target, remark = (part.strip() for part in f"{line} | ".split("|")[:3])
+    names, _, values = theirs.partition(" = ")
+    target, _, formula = target.partition(" = ")
+    words: list[Any] = target.split()
+    ours = dict(zip(words[::2], words[1::2] or [None], strict=True))
+    needs = {name.strip("()") for name in ours} | {*NAME.findall(formula)} - THEIRS
+    ours = {} if target.startswith("(") else ours
+    return Row(names.split(), values.split(), ours, formula, remark, needs)
 
 
 def settings_of(hints: Mapping[str, Any]) -> list[str]:
@@ -119,67 +75,146 @@ def settings_of(hints: Mapping[str, Any]) -> list[str]:
     return [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))] if is_dataclass(axes) else [*hints]
 
 
-def meaning(name: str, settings: Iterable[str], *, flags: bool = False) -> str:
+def meaning(
+    name: str, settings: Iterable[str], options: Mapping[str, Any] | None = None, *, flags: bool = False
+) -> str:
     """Say what a setting of another toolkit is called here.
 
     Args:
         name: the name that was given, with underscores.
         settings: the settings that the command has, from `settings_of`.
+        options: what the same call gives, its values by name, also that of `name`.
         flags: write our names as flags of the command line, else as keywords.
 
     Returns:
         A sentence, or an empty text: the name is our own, or not known, or has no meaning for this command.
     """
-    settings, name = set(settings), "use_vllm" if name.startswith("vllm_") else name
+    settings, options = set(settings), options or {}
+    value, preset = options.get(name), options.get("estimator")
+    opening = f"Estimator.preset({preset!r}, " if isinstance(preset, str) else "Estimator("
+    opening = "" if flags else "dict(" if "arms" in settings else opening
     if name in settings:
         return ""
     if f"estimator.{name}" in settings:
-        return f"It is an axis of the estimator: {_shown(f'estimator.{name}', flags)}."
-    for ours, theirs in OURS.items():
-        names, comma, values = ours.partition(",")
-        there = [setting for setting in names.split() if setting in settings]
-        if name in theirs.split() and there:
-            return f"It is {_shown(there[0], flags)}{comma}{values}."
-    hints = ((*key.split(": "), text) for key, text in WITHOUT.items())
-    return next((text for ours, theirs, text in hints if ours in settings and name in theirs.split()), "")
+        return f"It is an axis of the estimator: {_written({f'estimator.{name}': value}, opening)}."
+    name = "use_vllm" if name.startswith("vllm_") else name
+    rows = [row for row in table() if name in row.names and row.needs <= settings]
+    exact = [row for row in rows if value is not None and str(value).lower() in row.values]
+    for row in exact or [row for row in rows if not row.values]:
+        return _sentence(row, name, options, opening)
+    valued = [f"{' and '.join(row.values)} is {_ours(row, row.ours, opening)}" for row in rows if row.ours]
+    return f"Of its values {'; '.join(valued)}." if valued else ""
 
 
-def _shown(name: str, flags: bool) -> str:
-    owner, _, axis = name.rpartition(".")
-    if flags:
-        return "--" + name.replace("_", "-")
-    return f"{owner}=Estimator({axis}=...)" if owner else name
+def _sentence(row: Row, name: str, options: Mapping[str, Any], opening: str) -> str:
+    """Return what a row says of a name, for the values that were given."""
+    if not row.ours:
+        return row.remark
+    ours = dict(row.ours)
+    (first, value), *_ = ours.items()
+    if row.formula:
+        numbers = _numbers(name, options)
+        known = {word: f"{word} {numbers[word]:,.12g}" for word in numbers}
+        shown = NAME.sub(lambda word: known.get(word[0], word[0]), row.formula)
+        factors, _, divisor = row.formula.partition(" / ")
+        if {*NAME.findall(row.formula)} <= numbers.keys():
+            result = prod(numbers[factor] for factor in factors.split(" x ")) / numbers.get(divisor, 1)
+            ours[first] = str(ceil(round(result, 9)))
+        return f"It is {_written(ours, opening)} ({shown}){', ' * bool(row.remark)}{row.remark}."
+    if value is None and not row.remark:
+        ours[first] = options.get(name)
+    return f"It is {_ours(row, ours, opening)}."
 
 
-def check_names(options: Iterable[str], hints: Mapping[str, Any]) -> None:
+def _ours(row: Row, ours: Mapping[str, Any], opening: str) -> str:
+    return _written(ours, opening) + (f", {row.remark}" if row.remark else "")
+
+
+def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers that arithmetic about a setting may use, as far as they are known."""
+    numbers: dict[str, Any] = TRL | {"processes": os.environ.get("WORLD_SIZE", 1)} | dict(options)
+    data = next((options[key] for key in ("task", "train_dataset") if options.get(key) is not None), "")
+    data = data.get("train", "") if isinstance(data, Mapping) else data
+    if hasattr(data, "__len__") and not isinstance(data, str):
+        numbers = OF_DATA | numbers | {"rows": len(data)}
+    numbers |= {"epochs": options.get(name), "ratio": options.get(name)}
+    out = {}
+    for key, value in numbers.items():
+        with suppress(TypeError, ValueError):
+            out[key] = float(value)
+    return out
+
+
+def _written(ours: Mapping[str, Any], opening: str) -> str:
+    """Write settings with their values where these are numbers or text.
+
+    Args:
+        ours: the settings with their values.
+        opening: what opens an estimator as a keyword, such as `Estimator(`; empty to write flags.
+    """
+    plain = {name: value for name, value in ours.items() if isinstance(value, str | int | float)}
+    if not opening:
+        return " ".join(_flag(name, plain.get(name)) for name in ours)
+    plain = {name: repr(int(v) if str(v).isdigit() else v) for name, v in plain.items()}
+    axes = [f"{axis}={plain.get(name, '...')}" for name in ours if (axis := name.partition("estimator.")[2])]
+    others = [f"{n}={plain[n]}" if n in plain else n for n in ours if "." not in n]
+    return ", ".join([f"estimator={opening}{', '.join(axes)})", *others] if axes else others)
+
+
+def _flag(name: str, value: Any = None) -> str:
+    """Write a setting as a flag; one that is on or off has no value."""
+    words = "--" + name.replace("_", "-")
+    if str(value).lower() in ("true", "false"):
+        return words if str(value).lower() == "true" else f"--no-{words[2:]}"
+    return words if value is None else f"{words} {shlex.quote(str(value))}"
+
+
+def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Refuse keywords that are no settings.
 
     Args:
-        options: the names of the keywords.
+        options: the keywords with their values.
         hints: the type of each setting that there is.
 
     Raises:
-        Refused: there is no setting of that name; the message says what it is here, or lists what there is.
+        Refused: there is no setting of such a name; the message says for each what it is here, or lists what
+            there is.
     """
-    for name in options:
-        if name not in hints:
-            hint = meaning(name, settings_of(hints))
-            raise Refused(f"There is no setting {name!r}.{f' {hint}' if hint else suggest(name, hints)}")
+    settings, names = settings_of(hints), [name for name in options if name not in hints]
+    _refuse("setting", {repr(n): meaning(n, settings, options) or suggest(n, hints).strip() for n in names})
 
 
-def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None:
+def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str, options: Mapping[str, Any]) -> None:
     """Refuse words of a command line that are no flags of the command.
 
     Args:
-        unknown: the words; those after the first may be its values.
+        unknown: the words; those that are not flags are values of the flags before them.
         hints: the type of each setting that the command has.
         prog: the command.
+        options: the settings that the command line gives, by name.
 
     Raises:
-        Refused: there is such a word; the message says what its flag is called here, or which is near.
+        Refused: there is such a word; the message says for each what its flag is called here, or is near.
     """
-    if unknown:
-        flag, settings = unknown[0].partition("=")[0], settings_of(hints)
-        near = nearest(flag, [_shown(setting, flags=True) for setting in settings])
-        hint = meaning(flag[2:].replace("-", "_"), settings, flags=True) or f"See {prog} --help."
-        raise Refused(f"There is no flag {flag}.{near if 'See' in hint else ''} {hint}")
+    settings, values, flag = settings_of(hints), dict[str, str | None](), ""
+    for word in unknown:
+        if word.startswith("--") or not values:
+            flag, _, value = word.partition("=")
+            values[flag] = value or None
+        else:
+            values[flag] = values[flag] or word
+    flags, refused = [_flag(setting) for setting in settings], {}
+    options = {**options, **{flag[2:].replace("-", "_"): value for flag, value in values.items()}}
+    for flag in values:
+        near = f"{nearest(flag, flags)} See {prog} --help.".strip()
+        refused[flag] = meaning(flag[2:].replace("-", "_"), settings, options, flags=True) or near
+    _refuse("flag", refused)
+
+
+def _refuse(kind: str, hints: Mapping[str, str]) -> None:
+    """Refuse names that there are not, in one paragraph; those with the same hint share it."""
+    by_hint: dict[str, list[str]] = {}
+    for name, hint in hints.items():
+        by_hint.setdefault(hint, []).append(name)
+    if hints:
+        raise Refused(" ".join(f"There is no {kind} {' or '.join(n)}. {hint}" for hint, n in by_hint.items()))
