@@ -285,14 +285,20 @@ def test_what_was_tried_is_said_and_goes_beyond_the_main_problems() -> None:
         verdict = measure_bias(Estimator(baseline=baseline))
         assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
     only_in_larger = Estimator(baseline=median_from(9))
-    assert str(measure_bias(only_in_larger)).startswith(
-        "exact (tried: up to 4 prompts, groups of 8, 6 tokens, rewards of 1"
-    )
+    verdict = measure_bias(only_in_larger)
+    assert verdict.found == "exact" and "4 prompts, groups of 8, 6 tokens, rewards of 1" in verdict.tried
+    assert repr(verdict).startswith(f"{only_in_larger.baseline.__name__}: exact, cosine 1.000, noise ")
     assert measure_bias(only_in_larger, group_size=10).found == "biased"
     assert "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried  # these problems and no others
 
 
 def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
+    shown = "rloo: exact, cosine 1.000, noise 0.91"
+    assert (repr(measure_bias("rloo")), measure_bias("rloo")._repr_html_()) == (
+        shown,
+        f"<code>{shown}</code>",
+    )
+    assert "exact (declared biased), cosine" in repr(replace(measure_bias("rloo"), declared="biased"))
     assert measure_bias("dr_grpo", SMALL).found == "exact_up_to_scale"
     for estimator, words in (("rlo", "rloo"), (None, "instead of None"), (3, "the name of a preset")):
         with pytest.raises(Refused, match=words):

@@ -11,6 +11,7 @@ import pytest
 from tokenrl.cli import main
 from tokenrl.control import train_agent
 from tokenrl.runs import read_run
+from tokenrl.runs.reader import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,21 @@ def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
     (run / "summary.json").unlink()
     (run / "config.json").unlink()
     assert (read_run(run).summary, read_run(run).config, read_run(run).title) == ({}, {}, "run")
+
+
+def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
+    before, after = {"reward": 0.25, "reward_stderr": 0.125}, {"reward": 1.0, "rewards/<a>/mean": 3.5}
+    ended = Outcome(tmp_path, "finished", 0, 3, before, after, 61.2)
+    assert repr(ended) == str(ended)
+    assert repr(ended).splitlines() == [
+        "Outcome                before  after",
+        "reward            0.25 ± 0.12      1",
+        "rewards/<a>/mean            -    3.5",
+        "finished, 3 steps, 1:01",
+        str(tmp_path),
+    ]
+    page = ended._repr_html_()
+    assert "<td>rewards/&lt;a&gt;/mean</td><td>-</td><td>3.5</td>" in page and str(tmp_path) in page
 
 
 PLACES = [

@@ -25,7 +25,7 @@ PROGRESS = ("env_steps", "cpu_seconds", "last_reward")
 """The fields of an `AgentRun` that a checkpoint holds, beside the random numbers of the actions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ControlResult(Outcome):
     """The result of a control run; see `Outcome` for the other fields.
 

@@ -182,12 +182,10 @@ class Console:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
-        before, after = distinct(summary.get("eval_before")), distinct(summary.get("eval_after"))
         table = rich_table("Evaluation (± standard error)", ("",), ("before",))
         table.add_column("after", justify="right", style="bold")
-        columns = with_errors(before), with_errors(after)
-        for name in dict.fromkeys(name for column in columns for name in column):
-            table.add_row(visible(name), *(column.get(name, "-") for column in columns))
+        for row in evaluations(summary):
+            table.add_row(*row)
         if table.rows:
             self.print(table)
         self.print(ending(summary))
@@ -329,6 +327,12 @@ def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     names = [name for name in metrics if name.startswith("rewards/")]
     repeated = names if len({name.split("/")[1] for name in names}) == 1 else []
     return {k: value for k, value in metrics.items() if k not in repeated or value != metrics.get("reward")}
+
+
+def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return for each metric its name and its values before and after training, from summary.json."""
+    before, after = (with_errors(distinct(summary.get(f"eval_{when}"))) for when in ("before", "after"))
+    return [(visible(name), before.get(name, "-"), after.get(name, "-")) for name in before | after]
 
 
 def duration(seconds: float) -> str:

@@ -12,18 +12,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import step_of, tables
+from tokenrl.runs.console import ending, evaluations
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
-    """The result of a run; each training adds fields of its own.
+    """The result of a run; each training adds fields of its own. It is shown as a small table.
 
     Attributes:
         output_dir: the run directory.
@@ -50,6 +52,22 @@ class Outcome:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
         names = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
         return {name: getattr(self, name) for name in names}
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Return the rows of the table: evaluations before and after training."""
+        return [(type(self).__name__, "before", "after"), *evaluations(self.summary())]
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self._rows(), strict=True)]
+        name, *numbers = (f"{{:{sign}{width}}}" for sign, width in zip("<>>", widths, strict=True))
+        lines = ["  ".join([name, *numbers]).format(*row) for row in self._rows()]
+        return "\n".join([*lines, ending(self.summary()), str(self.output_dir)])
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows())
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table>{rows}</table>{escape(ending(self.summary()))}<br>{escape(str(self.output_dir))}"
 
 
 @dataclass(frozen=True)

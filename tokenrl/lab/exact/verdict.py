@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from html import escape
 
 import torch
 
 from tokenrl.core import choices
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step, sine_between
@@ -22,9 +24,9 @@ EVEN = torch.tensor([[1, 3], [1, 2], [1, 1]]).double().log()
 """Logits of two tokens, one of which is the end, under which all four completions are equally probable."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
-    """The bias status that an estimator declares, and the one that enumeration finds.
+    """The bias status that an estimator declares, and the one that enumeration finds; shown in one line.
 
     Attributes:
         declared: The estimator's `bias_status`.
@@ -33,16 +35,23 @@ class Verdict:
             problem. Of the wide problems only those are listed that showed a worse status.
         tried: The most prompts, completions per prompt and tokens and the largest reward of any problem (not
             all in the same one). Of larger problems the verdict says nothing.
+        estimator: The name of its preset or of its own baseline, or "custom estimator".
     """
 
     declared: str
     found: str
     measurements: tuple[Moments, ...]
     tried: str = ""
+    estimator: str = "custom estimator"
 
-    def __str__(self) -> str:
-        """Return the status found, and the size of the problems."""
-        return f"{self.found} (tried: up to {self.tried})"
+    def __repr__(self) -> str:
+        differs = "" if self.ok else f" (declared {self.declared})"
+        numbers = f"cosine {self.cosine:.3f}, noise {self.noise:.2f}"
+        return f"{self.estimator}: {self.found}{differs}, {numbers}"
+
+    def _repr_html_(self) -> str:
+        """Return the line for a notebook."""
+        return f"<code>{escape(repr(self))}</code>"
 
     @property
     def ok(self) -> bool:
@@ -147,7 +156,8 @@ def measure_bias(
         raise refusal
     if status == choices.BIASED and tends_to_the_gradient(estimator):
         status = choices.ASYMPTOTIC
-    return Verdict(estimator.bias_status, status, tuple(measurements), extent(measured))
+    name = getattr(estimator.baseline, "__name__", preset_name(estimator))
+    return Verdict(estimator.bias_status, status, tuple(measurements), extent(measured), name)
 
 
 def extent(problems: Sequence[Problem]) -> str:

@@ -170,7 +170,7 @@ def fit_reward_model(
     return [training.update() for _ in range(args.max_steps)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RewardModelResult(Outcome):
     """The result of training a reward model; see `Outcome` for the other fields.
 

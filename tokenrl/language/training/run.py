@@ -35,7 +35,7 @@ from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult(Outcome):
     """The result of a training run; see `Outcome` for the other fields.
 

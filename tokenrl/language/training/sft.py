@@ -41,7 +41,7 @@ EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SftResult(Outcome):
     """The result of a supervised run; see `Outcome` for the other fields.
 
