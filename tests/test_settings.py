@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import typing
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
+import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -74,6 +76,24 @@ def test_every_number_of_all_settings_is_refused_outside_its_bounds(kind):
             assert said.startswith(f"{name} was given as {shown(given)}; it must be "), said
             assert whole in said and words in said and "\n" not in said and len(said) < 400
             assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("train", "train"), ("sft", "sft"), ("train_reward_model", "reward-model"), ("evaluate", "evaluate")]
+    + [("sample", "sample"), ("train_agent", "control"), ("compare", "compare")],
+)
+def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, command):
+    function, kind = getattr(tokenrl, name), COMMANDS[command].arguments
+    signature = inspect.signature(function)
+    for field in fields(kind):
+        parameter = signature.parameters[field.name]
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default == field.default or field.default is MISSING
+        assert f"\n    {parameter}" in inspect.getdoc(function)
+    takes_others = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    assert takes_others == (name == "compare") and "NoneType" not in str(signature)
+    assert "seed: int = 0" in str(signature) or name in ("compare", "evaluate")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

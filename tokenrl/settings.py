@@ -11,6 +11,7 @@ A rule about two fields together is a plain `if` in the code that uses both.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import typing
@@ -21,12 +22,24 @@ from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Optional,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -295,6 +308,41 @@ def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
         values = dict.fromkeys(layer) | values | chosen
         origins |= dict.fromkeys(chosen, origin)
     return Layered(SimpleNamespace(**values), origins)
+
+
+def takes(kind: type[Any], *, others: bool = False) -> Callable[[F], F]:
+    """Make a decorator that shows the fields of settings as the keywords of a function with `**options`.
+
+    They are in its signature and its help, with types and defaults, those without a group first.
+
+    Args:
+        kind: the dataclass of settings.
+        others: whether the function also takes keywords that are no fields.
+    """
+
+    def decorate(function: F) -> F:
+        own, plain = inspect.signature(function), typing.get_type_hints(kind)
+        *first, rest = own.parameters.values()
+        keywords = []
+        for name, parameter in inspect.signature(kind).parameters.items():
+            hint = Any if OR_OBJECT in str(field_types(kind)[name]) else plain[name]  # type: ignore[arg-type]
+            hint = hint if parameter.default is not None else Optional[hint]  # noqa: UP045, Any is no class
+            keywords.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+        keywords.sort(key=lambda keyword: _group(kind, keyword.name))
+        signature = own.replace(parameters=[*first, *keywords, *[rest] * others])
+        about = inspect.cleandoc(function.__doc__ or "")
+        listed = "\n".join(f"    {keyword}" for keyword in keywords)
+        vars(function).update(__signature__=signature)
+        function.__doc__ = f"{about}\n\nKeywords (the --help of the command explains each):\n{listed}"
+        return function
+
+    return decorate
+
+
+def _group(kind: type[Any], name: str) -> str:
+    """Return the group of the class that declares a field."""
+    owners = (owner for owner in kind.__mro__ if name in inspect.get_annotations(owner))
+    return str(getattr(next(owners), "group", ""))
 
 
 def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T:

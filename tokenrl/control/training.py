@@ -33,7 +33,7 @@ from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
-from tokenrl.settings import arguments, arguments_of_call
+from tokenrl.settings import arguments, arguments_of_call, takes
 
 ANEW = (
     "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "
@@ -41,6 +41,7 @@ ANEW = (
 )
 
 
+@takes(ControlArguments)
 def train_agent(
     args: ControlArguments | None = None, *, agent: str | None = None, **options: Any
 ) -> ControlResult:

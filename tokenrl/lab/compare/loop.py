@@ -36,7 +36,7 @@ from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
 from tokenrl.runs.reader import read_run
-from tokenrl.settings import arguments_of_call
+from tokenrl.settings import arguments_of_call, takes
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are slower than the others, and do not count."""
@@ -47,6 +47,7 @@ WIDER = 2
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
 
 
+@takes(CompareArguments, others=True)
 def compare(args: CompareArguments | None = None, **options: Any) -> Comparison | Plan:
     """Compare baselines, or other settings, over seeds; the keywords are the fields of `CompareArguments`.
 

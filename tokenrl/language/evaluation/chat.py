@@ -25,7 +25,7 @@ from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call
+from tokenrl.settings import arguments_of_call, takes
 
 
 class Sampler:
@@ -136,6 +136,7 @@ def _task_of(args: SampleArguments) -> tuple[Any, Any, Rewards | None]:
     return fill_form(args), None, Rewards(args.reward, args.reward_weights or None) if args.reward else None
 
 
+@takes(SampleArguments)
 def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:
     """Complete prompts with a model; the keywords are the fields of `SampleArguments`.
 

@@ -29,7 +29,7 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, arguments_of_call, field_types
+from tokenrl.settings import arguments, arguments_of_call, field_types, takes
 
 
 @overload
@@ -44,6 +44,7 @@ def evaluate(
 ) -> dict[str, Evaluation]: ...
 
 
+@takes(EvaluateArguments)
 def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation | dict[str, Evaluation]:
     """Evaluate models on a task's held-out prompts; the keywords are the fields of `EvaluateArguments`.
 

@@ -37,7 +37,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call, lay
+from tokenrl.settings import arguments_of_call, lay, takes
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -183,6 +183,7 @@ class RewardModelResult(Outcome):
     reward_model: RewardModel = field(repr=False)
 
 
+@takes(RewardModelArguments)
 def train_reward_model(args: RewardModelArguments | None = None, **options: Any) -> RewardModelResult:
     """Train a reward model; the keywords are the fields of `RewardModelArguments`.
 

@@ -45,11 +45,12 @@ from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call
+from tokenrl.settings import arguments_of_call, takes
 
 Callback = Callable[[int, dict[str, float]], object]
 
 
+@takes(TrainArguments)
 def train(
     args: TrainArguments | None = None, *, callback: Callback | None = None, **options: Any
 ) -> RunResult:

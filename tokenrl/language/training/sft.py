@@ -35,7 +35,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call
+from tokenrl.settings import arguments_of_call, takes
 
 EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
@@ -59,6 +59,7 @@ class SftResult(Outcome):
     policy: Policy = field(repr=False)
 
 
+@takes(SftArguments)
 def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     """Fine-tune a model on demonstrations; the keywords are the fields of `SftArguments`.
 
