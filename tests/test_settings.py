@@ -80,8 +80,10 @@ def test_every_number_of_all_settings_is_refused_outside_its_bounds(kind):
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("train", "train"), ("sft", "sft"), ("train_reward_model", "reward-model"), ("evaluate", "evaluate")]
-    + [("sample", "sample"), ("train_agent", "control"), ("compare", "compare")],
+    [
+        *((name, name) for name in ("train", "sft", "evaluate", "sample", "compare")),
+        *(("train_reward_model", "reward-model"), ("train_agent", "control")),
+    ],
 )
 def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, command):
     function, kind = getattr(tokenrl, name), COMMANDS[command].arguments

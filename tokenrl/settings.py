@@ -146,8 +146,8 @@ def check(settings: Any, *, objects: bool = True) -> None:
 
 
 def shown(value: object, most: int = 200) -> str:
-    """Return a value as messages quote it: its repr, cut after `most` characters."""
-    text = written(value)
+    """Return a value as messages quote it: its repr in one line, cut after `most` characters."""
+    text = " ".join(map(str.strip, written(value).splitlines()))
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -355,7 +355,7 @@ def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T
         return arguments(kind, options)
     if not isinstance(args, kind):
         message = f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}."
-        raise Refused(f"{message} Give settings as keywords, such as seed=1, and leave args out.")
+        raise Refused(f"{message} Give settings as keywords, such as task='vowels', and leave args out.")
     if options:
         message = f"args holds all settings, so the keywords {', '.join(options)} would be lost."
         raise Refused(f"{message} Give one of the two, or change args with dataclasses.replace(args, ...).")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
@@ -295,6 +296,18 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("shared: 3")
     with pytest.raises(Refused, match="shared was given as 3"):
         parsed(f"--config {tmp_path}/mine.yaml --max-steps 20")
+
+
+def test_rows_functions_and_objects_are_refused_with_the_names_that_other_processes_need():
+    for name, value in {
+        "task": [{"prompt": "1", "answer": "1"}],
+        "reward": lambda **_: [0.0],
+        "model": (object(), object()),
+        "arms": ("rloo", Estimator()),
+    }.items():
+        with pytest.raises(Refused, match=rf"^{name} was given as .*need names: .* {name}=") as caught:
+            tokenrl.compare(**{name: value})
+        assert "\n" not in str(caught.value)
 
 
 def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():

@@ -25,6 +25,20 @@ def test_load_from_a_directory(saved):
     assert all(torch.equal(value, expected[name]) for name, value in policy.model.state_dict().items())
 
 
+def test_objects_that_are_no_model_with_its_tokenizer_are_refused_in_the_call():
+    model, tokenizer = make_model(), make_tokenizer()
+    hint = r"^model was given as .*: model=\(model, tokenizer\)\.$"
+    for wrong in (model, tokenizer, (tokenizer, model), (model, tokenizer, 1), ("name", tokenizer), 5):
+        for function in (tokenrl.train, tokenrl.sft):
+            with pytest.raises(Refused, match=hint) as caught:
+                function(model=wrong, task="sort_digits")
+            assert "\n" not in str(caught.value) and "Linear" not in str(caught.value)
+    for right in ((model, tokenizer), [model, tokenizer], wrap(model, tokenizer), "a/b", None):
+        SftArguments(model=right)
+    with pytest.raises(Refused, match=r"reward 1\.0 is a float.*; give the function itself"):
+        tokenrl.train(task=[{"prompt": "a"}], reward=[1.0, 0.0], model=(model, tokenizer))
+
+
 def test_float16_is_refused_for_training_also_if_it_was_saved_so(tmp_path):
     from tokenrl.language.training import setup
 

@@ -217,7 +217,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         "no_rewards:f": "no module no_rewards",
         "lenght": "Give module:function, path/to/file.py:function, the folder",
         "valid_json": "the library has no reward 'valid_json'.*Give module:function, path/to/file",
-        3: "is a int; give a callable",
+        3: "is a int, .*; give the function itself",
         "length": r"length holds no saved model: it has no config\.json",
     }.items():
         with pytest.raises(Refused, match=message):

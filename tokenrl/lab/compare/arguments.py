@@ -9,6 +9,12 @@ from typing import Annotated, Any, Literal
 from tokenrl.errors import Refused
 from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, field_types, shown
 
+BY_NAME = (
+    "the runs of a comparison are other processes, which need names: a file of rows, as "
+    'datasets.Dataset.from_list(rows).to_json("data.jsonl") writes it, in task="data.jsonl", a function in '
+    'reward="file.py:function" or arms=("rloo", "file.py:baseline"), a saved model in model="directory".'
+)
+
 
 @dataclass(frozen=True)
 class ProblemArguments(Settings, group="problems"):
@@ -92,9 +98,13 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
 
     def __post_init__(self) -> None:
         """Check the values; the shared settings are checked together with those of each run."""
-        super().__post_init__()
         if not isinstance(self.shared, Mapping):
             raise Refused(f"shared was given as {shown(self.shared)}; it must map settings to their values.")
+        for name in ("task", "reward", "model", "arms"):
+            value = getattr(self, name, self.shared.get(name)) or ()
+            if not all(isinstance(part, str) for part in (value if isinstance(value, tuple) else [value])):
+                raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
+        super().__post_init__()
 
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,19 @@ class ModelArguments(HoldingArguments, PromptArguments):
     the task's rows, so that it needs demonstrations or a graded reward. Default: the toy task's own tiny
     model, which is warm-started here and cached."""
 
+    def __post_init__(self) -> None:
+        """Check the values, and refuse objects that are no model with its tokenizer."""
+        super().__post_init__()
+        parts: Any = self.model if isinstance(self.model, tuple | list) else (self.model,)
+        attributes = ("get_input_embeddings", "get_vocab") if len(parts) == 2 else ("encode_all",)
+        is_named = self.model is None or isinstance(self.model, str)
+        if not is_named and not all(map(hasattr, parts, attributes)):
+            types = ", ".join(type(part).__name__ for part in parts)
+            problem = (
+                f"model was given as {f'({types})' if len(parts) > 1 else types}; it must be a directory"
+            )
+            raise Refused(f"{problem} or hub name, or a model with its tokenizer: model=(model, tokenizer).")
+
 
 @dataclass(frozen=True)
 class LoraArguments(Settings, group="LoRA"):

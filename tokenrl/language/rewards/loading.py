@@ -42,7 +42,8 @@ def load_reward(spec: Any) -> Reward:
     if callable(spec):
         return spec
     if not isinstance(spec, str | Path):
-        raise Refused(f"reward {spec!r:.100} is a {type(spec).__name__}; give a callable or the name of one.")
+        problem = f"reward {spec!r:.100} is a {type(spec).__name__}, as a function may have returned"
+        raise Refused(f"{problem}; give the function itself, reward=function without a call, or its name.")
     if os.path.isdir(spec):
         return RewardModel(spec)
     text = str(spec)

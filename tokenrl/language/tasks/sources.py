@@ -169,7 +169,7 @@ def with_prompts(
             text nor chat messages.
     """
     if not rows:
-        raise Refused(f"{where} is empty: give data with at least one row.")
+        raise Refused(f'{where} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.')
     columns, column = list(rows[0]), data.prompt_column
     if column == "prompt" and column not in columns and "messages" in columns:
         column = "messages"
@@ -298,6 +298,9 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     Raises:
         Refused: the data is streamed or of another type, a row is no mapping, or rows have different columns.
     """
+    if isinstance(data, Mapping) and "prompt" in data:
+        problem = "task is a dict with the key 'prompt', and the keys of a dict are names of splits"
+        raise Refused(f"{problem}: write task=[row] for a row, Dataset.from_dict(columns) for columns.")
     if isinstance(data, Mapping):
         return {str(name): _rows(value, f"task, split '{name}'") for name, value in data.items()}
     return {"train": _rows(data, "task")}
@@ -315,8 +318,8 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
         raise Refused(f"{where} is {description:.100} ({type(data).__name__}); it must be {FORMS}.")
     for index, row in enumerate(data):
         if not isinstance(row, Mapping):
-            description = f"{where}, row {index} is {row!r:.100} ({type(row).__name__})"
-            raise Refused(f"{description}; a row is a dict, and the task must be {FORMS}.")
+            description = f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict"
+            raise Refused(f'{description}. Of texts write task=[{{"prompt": text}} for text in texts].')
         if row.keys() != data[0].keys():
             differ = ", ".join(sorted(map(str, row.keys() ^ data[0].keys())))
             rows = f"row {index} and row 0 do not have the same columns; only one has {differ}"

@@ -156,7 +156,7 @@ def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
         policy = make_tiny(args, task)
     elif isinstance(source, Policy):
         policy = source
-    elif isinstance(source, tuple):
+    elif isinstance(source, tuple | list):
         policy = wrap(*source, source=type(source[0]).__name__)
     else:
         policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
