@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+from pages import commands, write_files
+from test_recipes import make_chat_model_and_data
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
@@ -165,6 +169,48 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     assert "trl.yaml cannot be used" in said
     assert "no setting 'num_train_epochs'. It is max_steps (epochs 1 x rows" in said
     assert "no setting 'beta'. It is an axis of the estimator: estimator=Estimator(beta=0.04)." in said
+
+
+def test_the_page_has_the_names_and_the_values_that_hints_have():
+    known, shown = KNOWN["train"], dict[str, str]()
+    section = PAGE.read_text().partition("## Settings")[2].partition("## ")[0]
+    for line in re.findall("^[|] .*$", section, re.MULTILINE):
+        for name in re.findall(r"`(\w+)[`=]", line.partition(" | ")[0]):
+            shown[name] = shown.get(name, "") + line.partition(" | ")[2]
+    assert len(shown) > 50
+    for name, ours in shown.items():
+        assert name in known or meaning(name, known), name
+        assert "the same" in ours or re.search(rf"`(estimator[.])?{name}`", ours) or name not in known, name
+        assert f"estimator.{name}" not in known or f"`estimator.{name}`" in ours, name
+        for row in (row for row in table() if name in row.names and row.needs <= known):
+            for word in (word for pair in row.ours.items() for word in pair if word):
+                assert word in ours, (name, word)
+            assert row.formula in ours, name
+
+
+@pytest.mark.parametrize("example", re.findall(r"^\$ tokenrl (.*)\n(tokenrl: .*)$", PAGE.read_text(), re.M))
+def test_the_page_shows_what_is_printed(example, capsys):
+    assert main(shlex.split(example[0])) == 2
+    assert capsys.readouterr().err == f"{example[1]}\n"
+
+
+def test_the_script_of_the_page_runs_and_its_command_makes_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    make_chat_model_and_data(tmp_path)
+    write_files(PAGE)
+    train, brief = tokenrl.train, {"model": "model", "max_steps": 2, "quiet": True, "eval_generations": 0}
+    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | brief))
+    runpy.run_path("sums.py", run_name="__main__")
+    runpy.run_path("with_tokenrl.py")
+    (words,) = (words for name, *words in commands(PAGE) if "sums.py:exact" in words)
+    words = ["model" if "HuggingFaceTB" in word else word for word in words]
+    brief_flags = "--max-steps 2 --quiet --eval-generations 0 --output-dir runs/command"
+    assert main(["train", *words, *brief_flags.split()]) == 0
+    scripted, typed = (json.loads(Path(f"runs/{run}/config.json").read_text()) for run in ("sums", "command"))
+    differ = {name for name in scripted | typed if scripted.get(name) != typed.get(name)}
+    assert differ == {"command", "output_dir", "task", "task_rows", "title", "reward"}
+    assert Path("runs/sums/metrics.jsonl").read_bytes() == Path("runs/command/metrics.jsonl").read_bytes()
 
 
 def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refused():
