@@ -93,8 +93,7 @@ def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, comman
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default or field.default is MISSING
         assert f"\n    {parameter}" in inspect.getdoc(function)
-    takes_others = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    assert takes_others == (name == "compare") and "NoneType" not in str(signature)
+    assert "NoneType" not in str(signature)
     assert "seed: int = 0" in str(signature) or name in ("compare", "evaluate")
 
 

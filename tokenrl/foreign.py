@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from math import ceil, prod
@@ -28,7 +27,7 @@ THEIRS |= {"steps_per_generation", "ppo_mini_batch_size", "processes", "rows", "
 """Names in the arithmetic of the table that are no settings of ours."""
 OF_DATA = {"prompts_per_step": 16, "batch_size": 64}
 """Our defaults for data that is given from Python."""
-NAME = re.compile("[a-z_]{2,}")
+NAME, POSITIVE = re.compile("[a-z_]{2,}"), re.compile(r"(?=.*[1-9])\d{0,15}[.]?\d{0,15}")
 
 
 class Row(NamedTuple):
@@ -49,6 +48,11 @@ class Row(NamedTuple):
     formula: str
     remark: str
     needs: set[str]
+
+    @property
+    def ending(self) -> str:
+        """The remark as the end of a sentence."""
+        return f", {self.remark}" if self.remark else ""
 
 
 @cache
@@ -97,12 +101,14 @@ def meaning(
         return ""
     if f"estimator.{name}" in settings:
         return f"It is an axis of the estimator: {_written({f'estimator.{name}': value}, opening)}."
-    name = "use_vllm" if name.startswith("vllm_") else name
+    name = "use_vllm" if str(name).startswith("vllm_") else name
     rows = [row for row in table() if name in row.names and row.needs <= settings]
     exact = [row for row in rows if value is not None and str(value).lower() in row.values]
     for row in exact or [row for row in rows if not row.values]:
         return _sentence(row, name, options, opening)
-    valued = [f"{' and '.join(row.values)} is {_ours(row, row.ours, opening)}" for row in rows if row.ours]
+    valued = [
+        f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.ending}" for row in rows if row.ours
+    ]
     return f"Of its values {'; '.join(valued)}." if valued else ""
 
 
@@ -110,24 +116,19 @@ def _sentence(row: Row, name: str, options: Mapping[str, Any], opening: str) -> 
     """Return what a row says of a name, for the values that were given."""
     if not row.ours:
         return row.remark
-    ours = dict(row.ours)
+    ours, shown = dict(row.ours), ""
     (first, value), *_ = ours.items()
     if row.formula:
         numbers = _numbers(name, options)
         known = {word: f"{word} {numbers[word]:,.12g}" for word in numbers}
-        shown = NAME.sub(lambda word: known.get(word[0], word[0]), row.formula)
+        shown = f" ({NAME.sub(lambda word: known.get(word[0], word[0]), row.formula)})"
         factors, _, divisor = row.formula.partition(" / ")
         if {*NAME.findall(row.formula)} <= numbers.keys():
             result = prod(numbers[factor] for factor in factors.split(" x ")) / numbers.get(divisor, 1)
             ours[first] = str(ceil(round(result, 9)))
-        return f"It is {_written(ours, opening)} ({shown}){', ' * bool(row.remark)}{row.remark}."
-    if value is None and not row.remark:
+    elif value is None and not row.remark:
         ours[first] = options.get(name)
-    return f"It is {_ours(row, ours, opening)}."
-
-
-def _ours(row: Row, ours: Mapping[str, Any], opening: str) -> str:
-    return _written(ours, opening) + (f", {row.remark}" if row.remark else "")
+    return f"It is {_written(ours, opening)}{shown}{row.ending}."
 
 
 def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
@@ -138,11 +139,8 @@ def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
     if hasattr(data, "__len__") and not isinstance(data, str):
         numbers = OF_DATA | numbers | {"rows": len(data)}
     numbers |= {"epochs": options.get(name), "ratio": options.get(name)}
-    out = {}
-    for key, value in numbers.items():
-        with suppress(TypeError, ValueError):
-            out[key] = float(value)
-    return out
+    plain = {key: str(value) for key, value in numbers.items() if isinstance(value, str | int | float)}
+    return {key: float(value) for key, value in plain.items() if POSITIVE.fullmatch(value)}
 
 
 def _written(ours: Mapping[str, Any], opening: str) -> str:

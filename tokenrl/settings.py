@@ -310,14 +310,10 @@ def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
     return Layered(SimpleNamespace(**values), origins)
 
 
-def takes(kind: type[Any], *, others: bool = False) -> Callable[[F], F]:
+def takes(kind: type[Any]) -> Callable[[F], F]:
     """Make a decorator that shows the fields of settings as the keywords of a function with `**options`.
 
     They are in its signature and its help, with types and defaults, those without a group first.
-
-    Args:
-        kind: the dataclass of settings.
-        others: whether the function also takes keywords that are no fields.
     """
 
     def decorate(function: F) -> F:
@@ -329,7 +325,7 @@ def takes(kind: type[Any], *, others: bool = False) -> Callable[[F], F]:
             hint = hint if parameter.default is not None else Optional[hint]  # noqa: UP045, Any is no class
             keywords.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
         keywords.sort(key=lambda keyword: _group(kind, keyword.name))
-        signature = own.replace(parameters=[*first, *keywords, *[rest] * others])
+        signature = own.replace(parameters=[*first, *keywords, rest])
         about = inspect.cleandoc(function.__doc__ or "")
         listed = "\n".join(f"    {keyword}" for keyword in keywords)
         vars(function).update(__signature__=signature)

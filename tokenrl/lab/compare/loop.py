@@ -47,7 +47,7 @@ WIDER = 2
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
 
 
-@takes(CompareArguments, others=True)
+@takes(CompareArguments)
 def compare(args: CompareArguments | None = None, **options: Any) -> Comparison | Plan:
     """Compare baselines, or other settings, over seeds; the keywords are the fields of `CompareArguments`.
 

@@ -91,9 +91,8 @@ class ModelArguments(HoldingArguments, PromptArguments):
         """Check the values, and refuse objects that are no model with its tokenizer."""
         super().__post_init__()
         parts: Any = self.model if isinstance(self.model, tuple | list) else (self.model,)
-        attributes = ("get_input_embeddings", "get_vocab") if len(parts) == 2 else ("encode_all",)
-        is_named = self.model is None or isinstance(self.model, str)
-        if not is_named and not all(map(hasattr, parts, attributes)):
+        attributes = {1: ["encode_all"], 2: ["get_input_embeddings", "get_vocab"]}.get(len(parts), ["none"])
+        if not (isinstance(self.model, str | None) or all(map(hasattr, parts, attributes))):
             types = ", ".join(type(part).__name__ for part in parts)
             problem = (
                 f"model was given as {f'({types})' if len(parts) > 1 else types}; it must be a directory"
