@@ -93,8 +93,10 @@ def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, comman
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default or field.default is MISSING
         assert f"\n    {parameter}" in inspect.getdoc(function)
+        assert parameter.default is not None or ": Optional[" in str(parameter)
+        takes_objects = "or an object" in str(field_types(kind)[field.name])
+        assert takes_objects == ("Any" in str(parameter)) or field.name == "shared"
     assert "NoneType" not in str(signature)
-    assert "seed: int = 0" in str(signature) or name in ("compare", "evaluate")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
