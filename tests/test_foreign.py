@@ -90,6 +90,12 @@ def test_arithmetic_is_done_where_its_numbers_are_known(monkeypatch):
     for name, options, hint in (
         ("num_train_epochs", {"task": rows}, "max_steps=188 (epochs 3 x rows 1,000 / prompts_per_step 16)"),
         ("epochs", {"task": {"train": rows}, "prompts_per_step": 1}, "max_steps=3000 ("),
+        ("epochs", {"task": rows, **batch}, "max_steps=375 (epochs 3 x rows 1,000 / prompts_per_step 8)"),
+        (
+            "epochs",
+            {"task": rows, "per_device_train_batch_size": "x"},
+            "max_steps (epochs 3 x rows 1,000 / p",
+        ),
         ("epochs", {"task": "a.jsonl"}, "max_steps (epochs 3 x rows / prompts_per_step), less if"),
         ("warmup_ratio", {"warmup_ratio": 0.07, "max_steps": 100}, "warmup_steps=7 (ratio 0.07 x"),
         ("gradient_accumulation_steps", batch, "prompts_per_step=8 (per_device_train_batch_size 8 x"),

@@ -116,31 +116,41 @@ def _sentence(row: Row, name: str, options: Mapping[str, Any], opening: str) -> 
     """Return what a row says of a name, for the values that were given."""
     if not row.ours:
         return row.remark
-    ours, shown = dict(row.ours), ""
+    ours, shown = dict[str, Any](row.ours), ""
     (first, value), *_ = ours.items()
     if row.formula:
         numbers = _numbers(name, options)
         known = {word: f"{word} {numbers[word]:,.12g}" for word in numbers}
         shown = f" ({NAME.sub(lambda word: known.get(word[0], word[0]), row.formula)})"
-        factors, _, divisor = row.formula.partition(" / ")
-        if {*NAME.findall(row.formula)} <= numbers.keys():
-            result = prod(numbers[factor] for factor in factors.split(" x ")) / numbers.get(divisor, 1)
-            ours[first] = str(ceil(round(result, 9)))
+        ours[first] = _result(row.formula, numbers)
     elif value is None and not row.remark:
         ours[first] = options.get(name)
     return f"It is {_written(ours, opening)}{shown}{row.ending}."
 
 
+def _result(formula: str, numbers: Mapping[str, float]) -> int | None:
+    """Do arithmetic such as `a x b / c`, and round up; None if not all its numbers are known."""
+    if not {*NAME.findall(formula)} <= numbers.keys():
+        return None
+    factors, _, divisor = formula.partition(" / ")
+    result = prod(numbers[factor] for factor in factors.split(" x ")) / numbers.get(divisor, 1)
+    return ceil(round(result, 9))
+
+
 def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers that arithmetic about a setting may use, as far as they are known."""
-    numbers: dict[str, Any] = TRL | {"processes": os.environ.get("WORLD_SIZE", 1)} | dict(options)
     data = next((options[key] for key in ("task", "train_dataset") if options.get(key) is not None), "")
     data = data.get("train", "") if isinstance(data, Mapping) else data
-    if hasattr(data, "__len__") and not isinstance(data, str):
-        numbers = OF_DATA | numbers | {"rows": len(data)}
-    numbers |= {"epochs": options.get(name), "ratio": options.get(name)}
-    plain = {key: str(value) for key, value in numbers.items() if isinstance(value, str | int | float)}
-    return {key: float(value) for key, value in plain.items() if POSITIVE.fullmatch(value)}
+    rows = {"rows": len(data)} if hasattr(data, "__len__") and not isinstance(data, str) else {}
+    theirs = {**TRL, "processes": os.environ.get("WORLD_SIZE", 1), **options, **rows}
+    theirs |= {"epochs": options.get(name), "ratio": options.get(name)}
+    plain = {key: str(value) for key, value in theirs.items() if isinstance(value, str | int | float)}
+    numbers = {key: float(value) for key, value in plain.items() if POSITIVE.fullmatch(value)}
+    sizes: dict[str, Any] = OF_DATA if rows else {}
+    if options.keys() & TRL.keys() - {"num_generations"}:
+        batches = [row for row in table() if "gradient_accumulation_steps" in row.names]
+        sizes = {setting: _result(row.formula, numbers) for row in batches for setting in row.ours}
+    return {name: size for name, size in sizes.items() if size is not None} | numbers
 
 
 def _written(ours: Mapping[str, Any], opening: str) -> str:
