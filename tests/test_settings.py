@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-import tokenrl
+import tokenrl.lab
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -82,11 +82,15 @@ def test_every_number_of_all_settings_is_refused_outside_its_bounds(kind):
     ("name", "command"),
     [
         *((name, name) for name in ("train", "sft", "evaluate", "sample", "compare")),
-        *(("train_reward_model", "reward-model"), ("train_agent", "control")),
+        *(
+            ("train_reward_model", "reward-model"),
+            ("train_agent", "control"),
+            ("measure_gradients", "lab measure"),
+        ),
     ],
 )
 def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, command):
-    function, kind = getattr(tokenrl, name), COMMANDS[command].arguments
+    function, kind = getattr(tokenrl, name, getattr(tokenrl.lab, name, None)), COMMANDS[command].arguments
     signature = inspect.signature(function)
     for field in fields(kind):
         parameter = signature.parameters[field.name]

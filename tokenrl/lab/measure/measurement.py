@@ -30,7 +30,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console, rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments
+from tokenrl.settings import arguments, takes
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
@@ -61,6 +61,7 @@ class Measured:
     group_sizes: tuple[GroupSize, ...]
 
 
+@takes(MeasureArguments)
 def measure_gradients(**options: Any) -> Measured:
     """Measure signal, noise and direction of estimators' gradients, as `tokenrl lab measure` does.
 

@@ -23,7 +23,7 @@ from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, s
 from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments
 from tokenrl.names import import_attribute
-from tokenrl.settings import arguments, check_seed
+from tokenrl.settings import arguments, check_seed, takes
 
 
 class Task(Protocol):
@@ -79,6 +79,7 @@ class PromptTask:
     divided: bool = False
 
 
+@takes(DataArguments)
 def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = False, **options: Any) -> Task:
     """Find a task by the name that a user gives, or make one of data.
 
