@@ -66,22 +66,22 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
 
 
 def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
-    known, changed = KNOWN["train"], 0
-    told = [row for row in table() if row.ours]
-    rows = [(name, value, row.remark) for row in told for name in row.names for value in row.values]
+    settings, changed = KNOWN["train"], 0
+    translated = [row for row in table() if row.ours]
+    rows = [(name, value, row.remark) for row in translated for name in row.names for value in row.values]
     numbers = {"lr": 1e-5, "beta": 0.04, "epsilon_high": 0.28, "delta": 2.0, "kl_coef": 0.1, "eval_steps": 5}
     numbers |= {"use_cpu": True, "rloo_k": 4, "response_length": 9, "model_name_or_path": "a/b c"}
     for name, value, remark in [*rows, *((name, value, "") for name, value in numbers.items())]:
-        hints = (meaning(name, known, {name: value}, flags=flags)[:-1] for flags in (True, False))
+        hints = (meaning(name, settings, {name: value}, flags=flags)[:-1] for flags in (True, False))
         hints = (re.sub("^It is (an axis of the estimator: )?", "", hint) for hint in hints)
         flags, keywords = (hint.removesuffix(f", {remark}") for hint in hints)
         made = arguments(TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator}))
         assert made == parse("train", COMMANDS["train"], shlex.split(flags)), (name, value)
         changed += made != TrainArguments()
     assert changed > 35
-    hint = meaning("beta", known, {"beta": 0.1, "estimator": "grpo"})
+    hint = meaning("beta", settings, {"beta": 0.1, "estimator": "grpo"})
     assert "estimator=Estimator.preset('grpo', beta=0.1)" in hint
-    assert "estimator=dict(beta=0.1)" in meaning("beta", known | {"arms"}, {"beta": 0.1})
+    assert "estimator=dict(beta=0.1)" in meaning("beta", settings | {"arms"}, {"beta": 0.1})
 
 
 def test_arithmetic_is_done_where_its_numbers_are_known(monkeypatch):
@@ -178,17 +178,17 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
 
 
 def test_the_page_has_the_names_and_the_values_that_hints_have():
-    known, shown = KNOWN["train"], dict[str, str]()
+    settings, shown = KNOWN["train"], dict[str, str]()
     section = PAGE.read_text().partition("## Settings")[2].partition("## ")[0]
     for line in re.findall("^[|] .*$", section, re.MULTILINE):
         for name in re.findall(r"`(\w+)[`=]", line.partition(" | ")[0]):
             shown[name] = shown.get(name, "") + line.partition(" | ")[2]
     assert len(shown) > 50
     for name, ours in shown.items():
-        assert name in known or meaning(name, known), name
-        assert "the same" in ours or re.search(rf"`(estimator[.])?{name}`", ours) or name not in known, name
-        assert f"estimator.{name}" not in known or f"`estimator.{name}`" in ours, name
-        for row in (row for row in table() if name in row.names and row.needs <= known):
+        assert name in settings or meaning(name, settings), name
+        assert name not in settings or "the same" in ours or re.search(rf"`(estimator.)?{name}`", ours), name
+        assert f"estimator.{name}" not in settings or f"`estimator.{name}`" in ours, name
+        for row in (row for row in table() if name in row.names and row.needs <= settings):
             for word in (word for pair in row.ours.items() for word in pair if word):
                 assert word in ours, (name, word)
             assert row.formula in ours, name

@@ -116,16 +116,16 @@ def _sentence(row: Row, name: str, options: Mapping[str, Any], opening: str) -> 
     """Return what a row says of a name, for the values that were given."""
     if not row.ours:
         return row.remark
-    ours, shown = dict[str, Any](row.ours), ""
+    ours, arithmetic = dict[str, Any](row.ours), ""
     (first, value), *_ = ours.items()
     if row.formula:
         numbers = _numbers(name, options)
-        known = {word: f"{word} {numbers[word]:,.12g}" for word in numbers}
-        shown = f" ({NAME.sub(lambda word: known.get(word[0], word[0]), row.formula)})"
+        words = {name: f"{name} {number:,.12g}" for name, number in numbers.items()}
+        arithmetic = f" ({NAME.sub(lambda match: words.get(match[0], match[0]), row.formula)})"
         ours[first] = _result(row.formula, numbers)
     elif value is None and not row.remark:
         ours[first] = options.get(name)
-    return f"It is {_written(ours, opening)}{shown}{row.ending}."
+    return f"It is {_written(ours, opening)}{arithmetic}{row.ending}."
 
 
 def _result(formula: str, numbers: Mapping[str, float]) -> int | None:

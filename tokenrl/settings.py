@@ -317,18 +317,17 @@ def takes(kind: type[Any]) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
-        own, plain = inspect.signature(function), typing.get_type_hints(kind)
-        *first, rest = own.parameters.values()
+        signature, plain = inspect.signature(function), typing.get_type_hints(kind)
+        *first, rest = signature.parameters.values()
         keywords = []
         for name, parameter in inspect.signature(kind).parameters.items():
             hint = Any if OR_OBJECT in str(field_types(kind)[name]) else plain[name]  # type: ignore[arg-type]
             hint = hint if parameter.default is not None else Optional[hint]  # noqa: UP045, Any is no class
             keywords.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
         keywords.sort(key=lambda keyword: _group(kind, keyword.name))
-        signature = own.replace(parameters=[*first, *keywords, rest])
         about = inspect.cleandoc(function.__doc__ or "")
         listed = "\n".join(f"    {keyword}" for keyword in keywords)
-        vars(function).update(__signature__=signature)
+        vars(function).update(__signature__=signature.replace(parameters=[*first, *keywords, rest]))
         function.__doc__ = f"{about}\n\nKeywords (the --help of the command explains each):\n{listed}"
         return function
 
