@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,7 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     rows, timings = (lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "timings"))
     assert [row["step"] for row in rows] == list(range(21))
     assert (rows[1]["loss"], rows[20]["loss"]) == (ended.loss_before, ended.loss_after)
+    assert re.search(rf"^loss +{ended.loss_before:.4g} +{ended.loss_after:.4g}$", repr(ended), re.MULTILINE)
     assert timings[3]["step_seconds"] > 0 and timings[3]["tokens_per_second"] > 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 20, "toy")

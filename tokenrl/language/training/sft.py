@@ -31,6 +31,7 @@ from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import make_policy, provenance_of
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.best import kept_weights
+from tokenrl.runs.console import number
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
@@ -57,6 +58,9 @@ class SftResult(Outcome):
     loss_before: float | None
     loss_after: float | None
     policy: Policy = field(repr=False)
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        return [*super()._rows(), ("loss", number(self.loss_before), number(self.loss_after))]
 
 
 @takes(SftArguments)
