@@ -113,14 +113,41 @@ def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up)
         ({0: 0.5, 40: 0.6}, ""),  # 7 standard errors of the difference
         ({0: 0.5, 40: 0.52}, "reward-flat"),  # 1.4
         ({0: 0.5, 20: 0.9, 40: 0.6}, "reward-fell"),
-        ({0: 0.50, 40: 0.53}, ""),  # 2.1: enough for one comparison
-        ({0: 0.50, 10: 0.52, 20: 0.52, 30: 0.52, 40: 0.53}, "reward-flat"),  # and too little for four
-        ({0: 1.0}, ""),  # one evaluation compares with nothing: quarters of the steps, which rise
+        ({0: 0.50, 10: 0.53, 20: 0.53, 30: 0.53, 40: 0.533}, ""),  # 2.33, however many evaluations there are
+        ({0: 0.50, 20: 0.53, 40: 0.5}, "reward-flat"),  # 2.1: the best of two is lucky
+        ({0: 1.0}, "reward-flat"),  # one evaluation compares with nothing: quarters of the steps
     ],
 )
 def test_rewards_differ_if_chance_would_not_explain_it(made_up, evaluated, flag):
-    found = findings_of(made_up("train", evaluated=evaluated))
+    found = findings_of(made_up("train", **FLAT | {"evaluated": evaluated}))
     assert [name for name in found if name.startswith("reward-")] == [flag] * bool(flag)
+
+
+def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts_cannot_show_it(made_up):
+    run = {"reward": lambda step: 0.2 + step / 200, "evaluated": {0: 0.2, 40: 0.22}}
+    advice = advise_run(str(made_up("train", **run)))
+    assert [finding.flag for finding in advice.findings] == ["still-rising"]
+    assert advice.line.endswith("--max-steps 80") and "40 of 40 steps" in advice.measured["status"]
+
+
+@pytest.mark.parametrize("solved", [None, 0.95])
+def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_up, capsys, solved):
+    run = {"reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "evaluated": {0: 1.0, 40: 1.0}}
+    path = made_up("train", solved=solved, entropy=0.05, **run)
+    advice = advise_run(str(path))
+    assert advice.line == "" and not any(finding.changes for finding in advice.findings)
+    assert "reward-flat" not in findings_of(path)
+    assert main(["advise", "--run", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "solves its task" in shown and "tokenrl train" not in shown
+
+
+def test_the_command_makes_the_changes_that_the_table_shows_and_no_others(made_up):
+    """Two problems; the second, a flat reward, is explained by the first."""
+    dead = {"frac_reward_zero_std": 1.0, "reward": 0.0, "reward_std": 0.0, "evaluated": {0: 0.0, 40: 0.0}}
+    advice = advise_run(str(made_up("train", **dead)))
+    changes = [dict(finding.changes) for finding in advice.findings]
+    assert changes == [{"num_generations": 8}, {}] and advice.line.endswith(".json --num-generations 8")
 
 
 def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
@@ -183,6 +210,10 @@ CHANGED = [  # what a hand has put into config.json, and what is said
     ({"max_steps": "many"}, "max_steps was given as 'many'"),
     ({"estimator": {"baseline": "rlo"}}, "Did you mean 'rloo'"),
     ({"solved": "soon"}, "a file of it is damaged or was changed"),
+    (
+        {"prompts_per_step": None, "max_steps": None},
+        "no number for max_steps and prompts_per_step,",
+    ),
     ({"kind": ["train"]}, "is a run of `tokenrl ['train']`"),
     (None, "config.json cannot be read"),
 ]
@@ -235,8 +266,8 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     assert "4 of 4 steps (100%)" in shown and "finished" in shown
     facts = json.loads((tmp_path / "a.json").read_text())["measured"]
     assert ("snr" in facts) == (kind == "control")  # only that run measured it
-    line = shown.partition("Run it: ")[2].splitlines()[0]
-    assert main([*shlex.split(line)[1:], "--check"]) in (0, 2)
+    line = shown.partition("Run it: ")[2].partition("\n")[0]
+    assert "No setting needs a change" in shown or main([*shlex.split(line)[1:], "--check"]) in (0, 2)
     assert not (tmp_path / "runs").exists() and (tmp_path / "run" / "config.json").exists()
 
 

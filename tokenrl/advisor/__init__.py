@@ -45,7 +45,8 @@ def run(args: AdviseArguments) -> int:
         advice = advise_run(args.run)
     if args.config is not None:
         write_json(Path(args.config), {"kind": advice.command, **asdict(advice.arguments)})
-        advice = replace(advice, line=shlex.join(["tokenrl", advice.command, "--config", args.config]))
+        line = shlex.join(["tokenrl", advice.command, "--config", args.config])
+        advice = replace(advice, line=line if advice.line else "")
     if args.json is not None:
         write_json(Path(args.json), plain(advice))
     advice.show()

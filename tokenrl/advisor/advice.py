@@ -12,6 +12,8 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.runs.console import measured, rich_console, rich_table
 from tokenrl.runs.findings import Finding
 
+KINDS = {"void": "grave problem", "act": "problem", "watch": "remark"}
+"""The weights of findings in words."""
 Reason = tuple[str, bool, str]
 """A row of a table of reasons: a setting such as `estimator.baseline`, whether the row applies to the advice
 that is given, and why the setting has its value."""
@@ -25,11 +27,12 @@ class Advice:
         subject: the environment, the task, or the run that is diagnosed.
         command: the command that trains, `control` or `train`.
         arguments: the arguments of that command, as its dataclass.
-        line: the command line that carries the advice out.
+        line: the command line that carries the advice out; empty if there is nothing to change.
         measured: what was measured, by name.
-        findings: what the table of rules says about it.
+        findings: what the table of rules says about it; their changes are those that `line` makes.
         settings: `name`, such as `estimator.baseline`, `value` and `reason` of each recommended setting; none
             in a diagnosis, where they are the changes of findings.
+        unchanged: why there is nothing to change, where `line` is empty.
     """
 
     subject: str
@@ -39,6 +42,7 @@ class Advice:
     measured: Mapping[str, Any]
     findings: Sequence[Finding] = ()
     settings: Sequence[Mapping[str, Any]] = ()
+    unchanged: str = ""
 
     def show(self) -> None:
         """Print what was measured, the findings, the settings and the command."""
@@ -47,8 +51,8 @@ class Advice:
         for columns, rows in (
             (("measured", ""), self.measured.items()),
             (
-                ("weight", "finding", "what it is", "change"),
-                [(f.weight, f.flag, f.text, shlex.join(flags(f.changes))) for f in self.findings],
+                ("kind", "finding", "what it is", "change"),
+                [(KINDS[f.weight], f.flag, f.text, shlex.join(flags(f.changes))) for f in self.findings],
             ),
             (("setting", "value", "reason"), [setting.values() for setting in self.settings]),
         ):
@@ -57,7 +61,7 @@ class Advice:
                 table.add_row(*map(written, row))
             if rows:
                 console.print(table)
-        console.print(f"Run it: {self.line}", soft_wrap=True)
+        console.print(f"Run it: {self.line}" if self.line else self.unchanged, soft_wrap=True)
 
 
 def merge(findings: Iterable[Finding]) -> dict[str, Any]:
@@ -77,6 +81,18 @@ def merge(findings: Iterable[Finding]) -> dict[str, Any]:
     return changes
 
 
+def settings_of(arguments: Any) -> dict[str, Any]:
+    """Return the settings by name, those of the estimator too, such as `estimator.baseline`."""
+    return vars(arguments) | {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
+
+
+def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
+    """Return the findings with only those of their changes that the arguments that are advised have."""
+    settings = settings_of(arguments).items()
+    each = [(f, {n: v for n, v in f.changes.items() if (n, v) in settings}) for f in findings]
+    return [replace(finding, changes=changes) for finding, changes in each]
+
+
 def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
     axes = {n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")}
@@ -84,13 +100,16 @@ def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
 
 
-def recommendation(command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any) -> Advice:
+def recommendation(
+    command: str, arguments: Any, reasons: Iterable[Reason], findings: Iterable[Finding], **fields: Any
+) -> Advice:
     """Return advice with the command line for its arguments, and the reasons that apply to them."""
-    axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
-    values, applying = vars(arguments) | axes, [(name, text) for name, applies, text in reasons if applies]
+    values, applying = settings_of(arguments), [(name, text) for name, applies, text in reasons if applies]
     settings = [{"name": name, "value": values[name], "reason": text} for name, text in applying]
-    line = command_line(command, arguments)
-    return Advice(command=command, arguments=arguments, line=line, settings=settings, **fields)
+    line, findings = command_line(command, arguments), advised(findings, arguments)
+    return Advice(
+        command=command, arguments=arguments, line=line, findings=findings, settings=settings, **fields
+    )
 
 
 def describe_bias(estimator: Estimator) -> str:

@@ -1,10 +1,11 @@
 """Diagnoses a run from what it has recorded, and recommends what to change when it is run again.
 
 The rules about numbers (`runs.rules`) say what is wrong; this module reads their facts from a run directory.
-Whether the reward rises is tested on evaluations, which are of the same held-out prompts or starting states,
+Whether the reward falls is tested on evaluations, which are of the same held-out prompts or starting states,
 each with the standard error of its mean. Where there are none, quarters of the training steps are compared.
-Two means differ if they are farther apart than chance would explain in one of 20 runs; the bound grows with
-the number of comparisons, since the best of many evaluations is also the luckiest.
+It has gained if either the last evaluation or the last quarter is above the first: quarters have many more
+samples. Two means differ if they are farther apart than chance would explain in one of 20 runs; the bound
+grows with the number of comparisons, since the best of many evaluations is also the luckiest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from tokenrl.advisor.advice import Advice, flags, merge, with_changes
+from tokenrl.advisor.advice import Advice, advised, flags, merge, with_changes
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import OWN
@@ -25,7 +26,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.findings import Part, facts
+from tokenrl.runs.findings import MOST, Part, facts
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 
@@ -37,6 +38,12 @@ FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
 LEAST_STEPS = 5
 """Fewest steps whose mean is compared with that of others: the error of fewer is too uncertain."""
+RECORDED = ("learning_rate", "max_steps", "prompts_per_step", "num_generations", "max_completion_length")
+"""Settings of which every run has a number in config.json, if its command has them."""
+SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) reaches solved_at, or
+nearly all rewards are 1. So there is nothing to change, and no command. Take a harder task; or, if the
+answers do not deserve their rewards, mend the reward."""
+UNCHANGED = "No setting needs a change, so there is no command. Longer training (--max-steps) may yet gain."
 
 
 class Mean(NamedTuple):
@@ -76,19 +83,24 @@ def advise_run(path: str) -> Advice:
 
 def _diagnosed(run: RecordedRun) -> Advice:
     arguments = configured(KINDS[run.kind], run.path, run.kind, anew=True)
+    if lacking := [name for name in RECORDED if getattr(arguments, name, 0) is None]:
+        path, names = run.path / "config.json", " and ".join(lacking)
+        raise Refused(f"{path} has no number for {names}, as every run records. Put back what it was.")
     observed = run_facts(run, arguments)
     findings = judge(observed)
-    changes = merge(findings)
+    changes = {} if observed["is_solved"] else merge(findings)
     numbers = {name: value for name, value in observed.items() if value is not None and value == value}
+    changed = with_changes(arguments, changes)
     words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     return Advice(
         subject=f"{run.path}: {run.title}",
         command=run.kind,
-        arguments=with_changes(arguments, changes),
-        line=shlex.join(words),
+        arguments=changed,
+        line=shlex.join(words) if changes else "",
         measured={"status": _progress(run, arguments)}
         | {name: numbers[name] for start in SHOWN for name in numbers if name.startswith(start)},
-        findings=findings,
+        findings=advised(findings, changed),
+        unchanged=SOLVED if observed["is_solved"] else UNCHANGED,
     )
 
 
@@ -117,6 +129,8 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     observed = facts(run.metrics, arguments, *parts, **numbers)
     least, most = (0.95, 1.0) if mark is None else (mark, math.inf)
     is_easy = (language or mark is not None) and least <= observed["recent_reward"] <= most
+    if mark is None and is_easy and observed["recent_equal"] > MOST:  # nearly all completions are right
+        observed["is_solved"] = True
     return observed | {"is_easy": observed["is_solved"] or is_easy}
 
 
@@ -124,9 +138,9 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     """Return whether the reward has gained or fallen by more than chance, and what it was at its best."""
     parts, evaluated = quarters(run), evaluations(run)
     compared = evaluated if len(evaluated) > 1 else parts
-    start, now, peak = compared[0], compared[-1], max(compared)
+    now, peak = compared[-1], max(compared)
     comparisons, running = len(compared) - 1, not run.summary and in_use(run.path)
-    gained = _differs(now, start, comparisons) > 0
+    gained = any(_differs(means[-1], means[0], 2) > 0 for means in (compared, parts))
     rising = len(parts) > 1 and _differs(parts[-1], parts[-2], 1) > 0
     kl = [value for at, value in zip(*run.series("kl"), strict=True) if at <= peak.step]
     return {
