@@ -83,6 +83,10 @@ def test_the_margin_is_a_share_of_the_declared_range():
     assert toy("rloo", "grpo").margins == {"sort_digits": pytest.approx(0.02)}
     assert toy("rloo", "grpo", margin=0.1).margins == {"sort_digits": 0.1}
     assert plan().margins == {"walk": None}, "without a declared range there is no margin"
+    assert "no arm is called as good as another. Give --margin" in plan().describe()["on walk"]
+    assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("the reward's range is 0 to 1")
+    undeclared = toy("rloo", "grpo", shared={"max_steps": 40, "reward": ("length(target=20)",)})
+    assert "f.range = (0, 1)" in undeclared.describe()["on sort_digits"]
 
 
 def test_several_values_make_a_problem_each():
@@ -125,7 +129,7 @@ def test_several_values_make_a_problem_each():
         ({"learning_rate": ("fast",)}, "or one of fixed, tuned"),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
         ({"shared": {"max_stepz": 3}}, "There is no setting 'max_stepz'. Did you mean"),
-        ({"shared": {"runs": "a"}}, "judged by recipes/study/compare_existing_runs"),
+        ({"shared": {"runs": "a"}}, "judged from Python, by tokenrl.lab.judge_scores"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
         ({"task": ("sort_digits",)}, "without these"),
     ],
@@ -325,7 +329,7 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
         ("--env walk --agent classic", "as --arms"),
         ("--max-steps -3", "max_steps was given as -3"),
         ("--no-against-itself", "It is opt-in: --check-reference"),
-        ("--runs a b", "Runs that exist are judged by recipes/study/compare_existing_runs.py"),
+        ("--runs a b", "Runs that exist are judged from Python, by tokenrl.lab.judge_scores"),
     ],
 )
 def test_flags_that_cannot_be_compared_are_refused_with_exit_code_2(text, words, capsys):

@@ -1,6 +1,8 @@
 """What a comparison reads from its runs and says of them, with runs that are written by hand."""
 
 import json
+import shlex
+import sys
 
 import made_runs
 import pandas as pd
@@ -10,7 +12,9 @@ from made_runs import WALK, compared, noise, rising, said, write_run
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Stopped
+from tokenrl.lab.compare.intervals import seeds_to_decide
 from tokenrl.lab.compare.loop import judge_directory
+from tokenrl.lab.compare.plan import read_plan
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
@@ -156,6 +160,42 @@ def test_a_sharper_arm_is_named_in_the_headline_and_so_is_another_learning_rate(
     headline = found.headline("walk")
     assert f"reinforce may only be sharper than a2c{rate}" in headline
     assert headline.endswith(", and had another learning rate.") == bool(rate)
+
+
+TYPED = (
+    "tokenrl compare --env walk --seeds=6 --arms reinforce a2c rloo --overwrite --max-steps 50 --num-envs 8"
+)
+
+
+def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", shlex.split(f"{TYPED} --eval-every 10"))
+    arms = {"reinforce": rising(0.5, 0.02), "a2c": rising(0.505, 0.05), "rloo": rising(0.9)}
+    found = compared(tmp_path / "walk", arms, margin=0.001)
+    text, command = found.proposal
+    seeds, margin = seeds_to_decide(
+        [*found.judgement.families[0].differences[0].differences.values()], 0.975, 0.001
+    )
+    assert text.startswith(f"About {seeds} seeds would decide what is open, with a --margin of {margin:g}")
+    assert command == (
+        f"tokenrl compare --env walk --max-steps 50 --num-envs 8 --eval-every 10 --arms reinforce a2c "
+        f"--seeds {seeds} --first-seed 6 --output-dir {tmp_path}/walk-from-seed-6 --margin {margin:g}"
+    )
+    capsys.readouterr()
+    assert main([*shlex.split(command)[1:], "--print-commands"]) == 0, "it can be pasted"
+    assert capsys.readouterr().out.count("env OMP_NUM_THREADS=1 tokenrl control") == 2 * seeds
+    assert read_plan(tmp_path / "walk-from-seed-6").changes == ()
+
+
+def test_nothing_is_proposed_where_all_is_decided_or_seeds_would_say_the_same(tmp_path):
+    arms = {"reinforce": rising(0.5), "a2c": rising(0.9)}
+    assert compared(tmp_path / "decided", arms).proposal is None
+    same = {"reinforce": rewards(*REWARDS), "a2c": rewards(*REWARDS)}
+    assert compared(tmp_path / "equal", same).proposal is None
+    text, call = compared(tmp_path / "few", {"reinforce": rising(0.5), "a2c": rising(0.7)}, seeds=3).proposal
+    assert text.startswith("About 6 seeds") and "seeds=6, first_seed=3, output_dir=" in call
+    compared(tmp_path / "more", arms, seeds=6)
+    text, call = compared(tmp_path / "more", arms, seeds=8).proposal
+    assert "seeds=8, first_seed=8" in call, "what is exploratory is repeated"
 
 
 def test_the_reference_against_itself_and_all_pairs(tmp_path):

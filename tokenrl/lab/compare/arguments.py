@@ -45,8 +45,9 @@ class JudgementArguments(Settings, group="judgement"):
     """Score that decides: area (mean held-out sampled reward over the evaluations of the budget, the one
     before training left out), reward (the last of them), area_greedy, reward_greedy."""
     margin: Positive | None = None
-    """Smaller differences count as none. Default: .02 of the range that the reward declares; without a
-    declared range no two arms are called equivalent."""
+    """Smaller differences count as none. Default: .02 of the range that the reward declares (as an attribute:
+    reward.range = (low, high), or reward.binary = True). Without a margin a difference can be found, but no
+    two arms are called equivalent."""
     failure_below: Number | None = None
     """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
     check_reference: bool = False

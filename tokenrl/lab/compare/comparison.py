@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +14,15 @@ import pandas as pd
 
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
+from tokenrl.lab.compare.intervals import seeds_to_decide
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
+
+CONFIRMATION = "They are new ones, for a comparison that is judged by itself: adding seeds to this one until "
+CONFIRMATION += "there is a verdict would find differences by chance in more than 5 % of all cases."
 
 
 class Caveat(NamedTuple):
@@ -68,6 +73,40 @@ class Comparison:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
         runs = self.table.runs
         return int((runs["state"] != "finished")[runs["role"] != "tuning"].any())
+
+    @cached_property
+    def proposal(self) -> tuple[str, str] | None:
+        """A new comparison that would decide what is open: why, and its command; None if no seeds would.
+
+        It has new seeds and a directory of its own, so its level holds whatever this one showed; seeds that
+        are added here after looking are exploratory. All verdicts of an exploratory comparison are open.
+        Where all differences are equal, or an arm fails more often but is better, seeds would not help.
+        """
+        plan = self.plan
+        undecided = [
+            d
+            for family in self.judgement.families
+            for d in family.differences
+            if len(set(d.differences.values())) != 1 and not d.more_failures
+            if d.verdict in ("undecided", "descriptive") or (plan.changes and d.verdict != "void")
+        ]
+        if not undecided:
+            return None
+        labels = {plan.reference}.union(*((d.arm, d.reference) for d in undecided))
+        needed = [seeds_to_decide([*d.differences.values()], d.level, d.margin) for d in undecided]
+        seeds, first = max([len(plan.seeds), *(count for count, _ in needed)]), plan.seeds[-1] + 1
+        changes: dict[str, Any] = {
+            "arms": tuple(arm.label for arm in plan.arms if arm.label in labels),
+            "seeds": seeds,
+            "first_seed": first,
+            "output_dir": re.sub(r"-from-seed-\d+$", "", str(self.output_dir)) + f"-from-seed-{first}",
+        }
+        condition = "if the arms differ and vary as they do here"
+        if wider := [margin for _, margin in needed if margin is not None]:
+            changes["margin"] = max(wider)
+            condition = f"with a --margin of {max(wider):g}, below which differences count as none"
+        text = f"About {seeds} seeds would decide what is open, {condition}. {CONFIRMATION}"
+        return text, plan.command_with(changes)
 
     def headline(self, problem: str) -> str:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
@@ -148,7 +187,7 @@ def _exploratory(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
         yield Caveat(
             f"Exploratory: {'; '.join(comparison.plan.changes)}. Who sees results before choosing what to "
             "compare, or when to stop, finds differences by chance more often than the level says. Repeat it "
-            "with new seeds (--first-seed) in another --output-dir.",
+            "with new seeds (--first-seed) in another --output-dir, as the proposed command does.",
             "it was changed after results could be seen",
         )
 

@@ -213,4 +213,7 @@ def _print_result(comparison: Comparison, console: Console) -> None:
             console.note(f"- {text}")
     for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
-    console.note(f"report  {comparison.output_dir / 'report.html'}")
+    text, command = comparison.proposal or ("", "")
+    notes = [text, f"report  {comparison.output_dir / 'report.html'}", f"next    {command}"]
+    for note in notes if text else notes[1:2]:
+        console.note(note)

@@ -51,6 +51,7 @@ def write_comparison(comparison: Comparison) -> Path:
     sections = [
         html.Section("", [html.paragraph(subtitle, "soft")]),
         *(html.Section(f"Verdict{on[label]}", [_verdict(comparison, label)]) for label in on),
+        html.Section("", [html.paragraph(comparison.proposal[0])] if comparison.proposal else []),
         html.Section(
             "What was compared", [html.table(["", ""], list(_context(comparison).items()), "words")]
         ),

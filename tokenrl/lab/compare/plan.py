@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,8 +32,11 @@ SCORES = {
 """The scores of a run in words; in control the rewards are returns of episodes."""
 SPREAD = (0.002, 0.011)
 """Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
+DECLARE = "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
 COMPUTATION = ("threads", "mixed_precision", "training_attention")
 """Settings that say how a run computes; a comparison sets them unless the user does."""
+ONCE = ("overwrite", "dry_run", "print_commands")
+"""Flags that are not repeated when a command is proposed."""
 JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 """How runs are judged, which may change when a comparison goes on."""
 
@@ -64,6 +68,15 @@ class Problem:
     margin: float | None = None
     reward_range: tuple[float, float] | None = None
     solved: float | None = None
+
+    @property
+    def margin_in_words(self) -> str:
+        """The margin, and what it costs to have none."""
+        if self.margin is not None:
+            span = self.reward_range and "; the reward's range is {:g} to {:g}".format(*self.reward_range)
+            return f"margin {self.margin:g}{span or ''}"
+        words = "no margin: a difference can be found, but no arm is called as good as another. Give --margin"
+        return words + f", or declare the range of each reward: {DECLARE}" * (self.unit == "completions")
 
     @property
     def evaluated_at(self) -> tuple[float, ...]:
@@ -200,6 +213,21 @@ class Plan:
                         runs.append(self.run(problem, arm, self.itself_seeds[number], "itself", rate))
         return runs
 
+    def command_with(self, changes: Mapping[str, Any]) -> str:
+        """Return the command with other values of some flags; from Python the changes of the call."""
+        words, name = list[str](), ""
+        for word in shlex.split(self.command):
+            name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else name
+            words += [word] if name not in (*changes, *ONCE) else []
+        for name, value in changes.items() if words else ():
+            words += [
+                f"--{name.replace('_', '-')}",
+                *map(str, value if isinstance(value, tuple) else [value]),
+            ]
+        return (
+            shlex.join(words) or f"the same call with {', '.join(f'{n}={v!r}' for n, v in changes.items())}"
+        )
+
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
         pairs, rates = len(self.seeds), sorted({run.learning_rate for run in self.runs()})
@@ -218,7 +246,7 @@ class Plan:
             "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in self.arms),
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
-            **{f"on {p.label}": f"{p.budget:,} {p.unit}, margin {p.margin or 'none'}" for p in self.problems},
+            **{f"on {p.label}": f"{p.budget:,} {p.unit}, {p.margin_in_words}" for p in self.problems},
             "seeds": "; ".join(f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of),
             "learning rate": "for each arm the best of a grid around the recommended one, by successive "
             "halving in ten runs or more"

@@ -172,7 +172,7 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
         if not ids:
             raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
         options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-        pairs.append((policy.encode_all([row["prompt"]], places=[location], **options)[0], ids))
+        pairs.append((policy.encode_all([row["prompt"]], locations=[location], **options)[0], ids))
     return pairs
 
 
