@@ -100,16 +100,12 @@ def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
 
 
-def recommendation(
-    command: str, arguments: Any, reasons: Iterable[Reason], findings: Iterable[Finding], **fields: Any
-) -> Advice:
+def recommendation(command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any) -> Advice:
     """Return advice with the command line for its arguments, and the reasons that apply to them."""
     values, applying = settings_of(arguments), [(name, text) for name, applies, text in reasons if applies]
     settings = [{"name": name, "value": values[name], "reason": text} for name, text in applying]
-    line, findings = command_line(command, arguments), advised(findings, arguments)
-    return Advice(
-        command=command, arguments=arguments, line=line, findings=findings, settings=settings, **fields
-    )
+    line, fields["findings"] = command_line(command, arguments), advised(fields["findings"], arguments)
+    return Advice(command=command, arguments=arguments, line=line, settings=settings, **fields)
 
 
 def describe_bias(estimator: Estimator) -> str:

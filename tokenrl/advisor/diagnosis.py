@@ -129,8 +129,7 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     observed = facts(run.metrics, arguments, *parts, **numbers)
     least, most = (0.95, 1.0) if mark is None else (mark, math.inf)
     is_easy = (language or mark is not None) and least <= observed["recent_reward"] <= most
-    if mark is None and is_easy and observed["recent_equal"] > MOST:  # nearly all completions are right
-        observed["is_solved"] = True
+    observed["is_solved"] |= mark is None and is_easy and observed["recent_equal"] > MOST  # all 1, or nearly
     return observed | {"is_easy": observed["is_solved"] or is_easy}
 
 

@@ -31,7 +31,7 @@ def test_the_detectable_difference_has_the_power_and_scales_with_the_spread(pair
 def test_the_seeds_that_would_decide_do_so_in_four_of_five_comparisons(mean, margin):
     rng, decided = np.random.default_rng(0), []
     for _ in range(60):
-        seeds, wider = seeds_to_decide(list(rng.normal(mean, 0.01, 6)), 0.95, margin)
+        seeds, wider = seeds_to_decide(rng.normal(mean, 0.01, 6), 0.95, margin)
         _, low, high = mean_interval(rng.normal(mean, 0.01, seeds))
         limit = wider or margin or 0.0
         decided.append(low > 0 or high < 0 or (-limit <= low and high <= limit))
@@ -39,10 +39,9 @@ def test_the_seeds_that_would_decide_do_so_in_four_of_five_comparisons(mean, mar
 
 
 def test_where_no_affordable_number_of_seeds_decides_the_margin_is_widened():
-    noisy = [0.5, -0.5, 0.4, -0.4, 0.3, -0.3]
+    noisy = np.array([0.5, -0.5, 0.4, -0.4, 0.3, -0.3])
     seeds, margin = seeds_to_decide(noisy, 0.95, None)
     assert seeds == 50 and margin > 0.1
     fewer, none = seeds_to_decide(noisy, 0.95, 2 * margin)
     assert 6 < fewer < 50 and none is None, "a wide margin needs fewer seeds"
     assert seeds_to_decide(noisy, 0.99, None)[1] > margin
-    assert seeds_to_decide([0.1], 0.95, 0.02) == (6, None), "one pair says nothing of the spread"

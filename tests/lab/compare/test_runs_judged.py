@@ -5,6 +5,7 @@ import shlex
 import sys
 
 import made_runs
+import numpy as np
 import pandas as pd
 import pytest
 from made_runs import WALK, compared, noise, rising, said, write_run
@@ -172,9 +173,8 @@ def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(tmp
     arms = {"reinforce": rising(0.5, 0.02), "a2c": rising(0.505, 0.05), "rloo": rising(0.9)}
     found = compared(tmp_path / "walk", arms, margin=0.001)
     text, command = found.proposal
-    seeds, margin = seeds_to_decide(
-        [*found.judgement.families[0].differences[0].differences.values()], 0.975, 0.001
-    )
+    differences = found.judgement.families[0].differences[0].differences
+    seeds, margin = seeds_to_decide(np.array([*differences.values()]), 0.975, 0.001)
     assert text.startswith(f"About {seeds} seeds would decide what is open, with a --margin of {margin:g}")
     assert command == (
         f"tokenrl compare --env walk --max-steps 50 --num-envs 8 --eval-every 10 --arms reinforce a2c "

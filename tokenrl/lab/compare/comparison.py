@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from tokenrl.errors import Stopped
@@ -80,20 +81,16 @@ class Comparison:
 
         It has new seeds and a directory of its own, so its level holds whatever this one showed; seeds that
         are added here after looking are exploratory. All verdicts of an exploratory comparison are open.
-        Where all differences are equal, or an arm fails more often but is better, seeds would not help.
+        Where the differences are all equal, or one arm fails more often, seeds would not help.
         """
-        plan = self.plan
-        undecided = [
-            d
-            for family in self.judgement.families
-            for d in family.differences
-            if len(set(d.differences.values())) != 1 and not d.more_failures
-            if d.verdict in ("undecided", "descriptive") or (plan.changes and d.verdict != "void")
-        ]
+        plan, is_open = self.plan, {"undecided", "descriptive"}
+        is_open |= {"better", "worse", "equivalent"} if plan.changes else set()
+        each = [d for family in self.judgement.families for d in family.differences if not d.more_failures]
+        undecided = [d for d in each if d.verdict in is_open and len(set(d.differences.values())) > 1]
         if not undecided:
             return None
         labels = {plan.reference}.union(*((d.arm, d.reference) for d in undecided))
-        needed = [seeds_to_decide([*d.differences.values()], d.level, d.margin) for d in undecided]
+        needed = [seeds_to_decide(np.array([*d.differences.values()]), d.level, d.margin) for d in undecided]
         seeds, first = max([len(plan.seeds), *(count for count, _ in needed)]), plan.seeds[-1] + 1
         changes: dict[str, Any] = {
             "arms": tuple(arm.label for arm in plan.arms if arm.label in labels),
@@ -186,8 +183,8 @@ def _exploratory(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     if comparison.plan.changes:
         yield Caveat(
             f"Exploratory: {'; '.join(comparison.plan.changes)}. Who sees results before choosing what to "
-            "compare, or when to stop, finds differences by chance more often than the level says. Repeat it "
-            "with new seeds (--first-seed) in another --output-dir, as the proposed command does.",
+            "compare, or when to stop, finds differences by chance more often than the level says. The "
+            "command that is proposed repeats it with new seeds in another --output-dir.",
             "it was changed after results could be seen",
         )
 

@@ -7,7 +7,7 @@ All comparisons of a family share an error probability of .05: with m of them, e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -120,9 +120,7 @@ def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
     return sd * float(optimize.brentq(lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST))
 
 
-def seeds_to_decide(
-    differences: Sequence[float], level: float, margin: float | None
-) -> tuple[int, float | None]:
+def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[int, float | None]:
     """Return how many new seeds would decide between two arms, and the margin that this needs.
 
     An interval that is no longer than the margin decides whatever its middle is: it lies within the margin,
@@ -130,19 +128,18 @@ def seeds_to_decide(
     the observed one. The standard deviation is its upper 80 % limit, since that of a few pairs is uncertain.
 
     Args:
-        differences: the differences by pair [n] of a first comparison.
+        values: differences by pair [n] of a first comparison, not all equal.
         level: level of the interval that decides.
         margin: differences below it count as none; None for no equivalence.
 
     Returns:
         The number, from 6 to `MOST_SEEDS`; then None, or a wider margin if that many would not suffice.
     """
-    values, free = np.array(differences), len(differences) - 1
-    if free < 1:
-        return LEAST_PAIRS, None
+    free = len(values) - 1
     sd = float(values.std(ddof=1)) * math.sqrt(free / stats.chi2.ppf(1 - POWER, free))
+    effect = abs(float(values.mean())) / sd
     for pairs in range(LEAST_PAIRS, MOST_SEEDS + 1):
         length = 2 * sd * float(stats.t.ppf((1 + level) / 2, pairs - 1)) / math.sqrt(pairs)
-        if length <= (margin or 0.0) or power(pairs, abs(float(values.mean())) / sd, level) >= POWER:
+        if length <= (margin or 0.0) or power(pairs, effect, level) >= POWER:
             return pairs, None
     return MOST_SEEDS, float(f"{1.05 * length:.2g}")  # rounded up

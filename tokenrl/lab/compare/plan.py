@@ -35,8 +35,6 @@ SPREAD = (0.002, 0.011)
 DECLARE = "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
 COMPUTATION = ("threads", "mixed_precision", "training_attention")
 """Settings that say how a run computes; a comparison sets them unless the user does."""
-ONCE = ("overwrite", "dry_run", "print_commands")
-"""Flags that are not repeated when a command is proposed."""
 JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 """How runs are judged, which may change when a comparison goes on."""
 
@@ -215,18 +213,16 @@ class Plan:
 
     def command_with(self, changes: Mapping[str, Any]) -> str:
         """Return the command with other values of some flags; from Python the changes of the call."""
+        if not self.command:
+            return f"the same call with {', '.join(f'{name}={value!r}' for name, value in changes.items())}"
         words, name = list[str](), ""
         for word in shlex.split(self.command):
             name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else name
-            words += [word] if name not in (*changes, *ONCE) else []
-        for name, value in changes.items() if words else ():
-            words += [
-                f"--{name.replace('_', '-')}",
-                *map(str, value if isinstance(value, tuple) else [value]),
-            ]
-        return (
-            shlex.join(words) or f"the same call with {', '.join(f'{n}={v!r}' for n, v in changes.items())}"
-        )
+            words += [word] if name not in (*changes, "overwrite") else []
+        for name, value in changes.items():
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        return shlex.join(words)
 
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
