@@ -150,6 +150,7 @@ def test_no_baseline_passes_with_a_finding_where_it_is_allowed(capsys):
         _, advice = advised(capsys, *argv)
         found = {finding["flag"]: finding["weight"] for finding in advice["findings"]}
         assert found["no-baseline"] == weight
+        assert all(finding["changes"] == {} for finding in advice["findings"]), "what was asked for stays"
         arguments = parsed("tokenrl control --config c.json")
         assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
 

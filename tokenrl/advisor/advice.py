@@ -87,10 +87,9 @@ def settings_of(arguments: Any) -> dict[str, Any]:
 
 
 def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
-    """Return the findings with only those of their changes that the arguments that are advised have."""
+    """Return the findings, with changes only where the arguments that are advised have all of them."""
     settings = settings_of(arguments).items()
-    each = [(f, {n: v for n, v in f.changes.items() if (n, v) in settings}) for f in findings]
-    return [replace(finding, changes=changes) for finding, changes in each]
+    return [f if dict(f.changes).items() <= settings else replace(f, changes={}) for f in findings]
 
 
 def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:

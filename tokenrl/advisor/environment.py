@@ -30,10 +30,7 @@ CONTINUOUS = {
 }
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "episodes": ({}, "the mean of the other episodes at the same step needs no critic"),
-    "critic_episodes": (
-        A2C,
-        "a critic, as you asked, on whole episodes (a2c), so that its errors are no bias",
-    ),
+    "critic_episodes": (A2C, "a critic, as you asked, on whole episodes (a2c): its errors are no bias"),
     "critic": (LANDER, "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step"),
     "continuous": (PPO | CONTINUOUS, "a critic on pieces of episodes (ppo): the actions are continuous"),
 }

@@ -93,11 +93,7 @@ def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
         ("num_generations", True, f"{size}or as you asked"),
         ("prompts_per_step", True, "so many completions a step as the task's settings have"),
         ("max_completion_length", True, "the task's, or twice that where many completions are cut"),
-        (
-            "estimator.scale",
-            True,
-            "no division, exact: a divisor would weight easy and hard prompts unequally",
-        ),
+        ("estimator.scale", True, "no division, exact: a divisor weights easy and hard prompts unequally"),
         ("estimator.ratio", True, "on-policy: every rollout is used for one update only"),
         ("estimator.entropy_coef", True, "none, unless the policy is almost certain of every token"),
         ("temperature", True, "the same in sampling and in training"),

@@ -175,7 +175,7 @@ def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(tmp
     text, command = found.proposal
     differences = found.judgement.families[0].differences[0].differences
     seeds, margin = seeds_to_decide(np.array([*differences.values()]), 0.975, 0.001)
-    assert text.startswith(f"About {seeds} seeds would decide what is open, with a --margin of {margin:g}")
+    assert f"About {seeds} new seeds would decide what is open, with a --margin of {margin:g}," in text
     assert command == (
         f"tokenrl compare --env walk --max-steps 50 --num-envs 8 --eval-every 10 --arms reinforce a2c "
         f"--seeds {seeds} --first-seed 6 --output-dir {tmp_path}/walk-from-seed-6 --margin {margin:g}"
@@ -192,7 +192,7 @@ def test_nothing_is_proposed_where_all_is_decided_or_seeds_would_say_the_same(tm
     same = {"reinforce": rewards(*REWARDS), "a2c": rewards(*REWARDS)}
     assert compared(tmp_path / "equal", same).proposal is None
     text, call = compared(tmp_path / "few", {"reinforce": rising(0.5), "a2c": rising(0.7)}, seeds=3).proposal
-    assert text.startswith("About 6 seeds") and "seeds=6, first_seed=3, output_dir=" in call
+    assert text.startswith("About 6 new seeds") and "seeds=6, first_seed=3, output_dir=" in call
     compared(tmp_path / "more", arms, seeds=6)
     text, call = compared(tmp_path / "more", arms, seeds=8).proposal
     assert "seeds=8, first_seed=8" in call, "what is exploratory is repeated"

@@ -22,8 +22,8 @@ from tokenrl.lab.compare.table import RunTable, thresholds
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
 
-CONFIRMATION = "They are new ones, for a comparison that is judged by itself: adding seeds to this one until "
-CONFIRMATION += "there is a verdict would find differences by chance in more than 5 % of all cases."
+CONFIRMATION = "They make a comparison of their own: adding seeds to this one until there is a verdict would "
+CONFIRMATION += "find differences by chance in more than 5 % of all cases."
 
 
 class Caveat(NamedTuple):
@@ -102,7 +102,7 @@ class Comparison:
         if wider := [margin for _, margin in needed if margin is not None]:
             changes["margin"] = max(wider)
             condition = f"with a --margin of {max(wider):g}, below which differences count as none"
-        text = f"About {seeds} seeds would decide what is open, {condition}. {CONFIRMATION}"
+        text = f"About {seeds} new seeds would decide what is open, {condition}. {CONFIRMATION}"
         return text, plan.command_with(changes)
 
     def headline(self, problem: str) -> str:
@@ -140,10 +140,7 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
             reason = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
             raise Stopped(f"Nothing can be judged on {problem.label}: no run has {metric}. {reason}")
         findings[problem.label, arm.label] = _findings(arm, problem, runs[runs["arm"] == arm.label])
-    void = {
-        key: " ".join(finding.text for finding in of_arm if finding.weight == "void")
-        for key, of_arm in findings.items()
-    }
+    void = {key: " ".join(f.text for f in each if f.weight == "void") for key, each in findings.items()}
     sound = compared[~compared["failed"]]
     metrics = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
     judgements = {

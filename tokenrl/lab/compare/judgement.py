@@ -171,13 +171,9 @@ class Family:
         Args:
             qualified: what qualifies the verdicts, such as "every arm ends at the ceiling".
         """
-        sentences = []
-        for verdict, words in WHOLE.items():
-            arms = [d.arm for d in self.against_reference.values() if d.verdict == verdict]
-            if arms:
-                sentences.append(
-                    words.format(arms=joined(arms), other=self.reference, margin=digits(self.margin))
-                )
+        names = {"other": self.reference, "margin": digits(self.margin)}
+        each = {v: [d.arm for d in self.against_reference.values() if d.verdict == v] for v in WHOLE}
+        sentences = [WHOLE[v].format(arms=joined(arms), **names) for v, arms in each.items() if arms]
         failing = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
         sentences += [f"Runs failed: {joined(failing)}."] if failing else []
         return " ".join([*sentences, *([f"But {joined(qualified)}."] if qualified else [])])
@@ -187,10 +183,8 @@ class Family:
 
         The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
         """
-        by_label = {arm.arm: arm for arm in self.arms}
-        sentences = [
-            f"{d.finding} {_failures(d, by_label[d.arm], by_label[d.reference])}" for d in self.differences
-        ]
+        arms = {arm.arm: arm for arm in self.arms}
+        sentences = [f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences]
         return sentences + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 

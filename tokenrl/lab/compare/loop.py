@@ -23,15 +23,7 @@ from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import execute, print_commands
 from tokenrl.lab.compare.page import write_comparison
-from tokenrl.lab.compare.plan import (
-    Plan,
-    PlannedRun,
-    Problem,
-    continue_plan,
-    lock_plan,
-    read_plan,
-    write_plan,
-)
+from tokenrl.lab.compare.plan import Plan, PlannedRun, continue_plan, lock_plan, read_plan, write_plan
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
@@ -76,8 +68,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     plan = make_plan(args, console.note)
     if args.dry_run:
         plan = continue_plan(plan, root, overwrite=False)
-        times = {f"a run on {problem.label}": _forecast(plan, problem) for problem in plan.problems}
-        console.start("tokenrl compare", plan.describe() | times, note=NOTE)
+        console.start("tokenrl compare", plan.describe() | _forecasts(plan), note=NOTE)
         return plan
     lock, rows = lock_plan(root), list[dict[str, Any]]()
     try:
@@ -178,23 +169,27 @@ def report_comparison(output_dir: str | Path) -> Path:
     return write_comparison(judge_directory(output_dir))
 
 
-def _forecast(plan: Plan, problem: Problem) -> str:
-    """Say how long a run takes, from the steps and the evaluations of a short run of the reference."""
+def _forecasts(plan: Plan) -> dict[str, str]:
+    """Say how long a run on each problem takes, from a few steps and evaluations of the reference."""
     (arm,) = (arm for arm in plan.arms if arm.label == plan.reference)
-    run, samples = plan.run(problem, arm, plan.seeds[0]), TIMED_STEPS * problem.per_step
-    limit = {"max_steps": TIMED_STEPS} if run.kind == "control" else {"max_samples": samples}
-    run = replace(run, settings={**run.settings, "eval_every": 0, **limit})
-    with tempfile.TemporaryDirectory() as folder:
-        execute([run], Path(folder), console=Console(quiet=True))
-        (row,) = read_runs(plan, [run], Path(folder))
-        if row["state"] != "finished":
-            attempt = f"A few steps of {arm.label} on {problem.label} were tried"
-            raise Refused(f"{attempt}, and failed: {row['reason']}")
-        recorded = read_run(Path(folder, run.path))
-        steps = [timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing]
-    evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
-    seconds = problem.budget / problem.per_step * median(steps[2:] or steps)
-    return f"about {duration(seconds + (1 + len(problem.evaluated_at)) * evaluation)} on one processor"
+    times = {}
+    for problem in plan.problems:
+        run, samples = plan.run(problem, arm, plan.seeds[0]), TIMED_STEPS * problem.per_step
+        limit = {"max_steps": TIMED_STEPS} if run.kind == "control" else {"max_samples": samples}
+        run = replace(run, settings={**run.settings, "eval_every": 0, **limit})
+        with tempfile.TemporaryDirectory() as folder:
+            execute([run], Path(folder), console=Console(quiet=True))
+            (row,) = read_runs(plan, [run], Path(folder))
+            if row["state"] != "finished":
+                attempt = f"A few steps of {arm.label} on {problem.label} were tried"
+                raise Refused(f"{attempt}, and failed: {row['reason']}")
+            recorded = read_run(Path(folder, run.path))
+            steps = [timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing]
+        evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
+        seconds = problem.budget / problem.per_step * median(steps[2:] or steps)
+        seconds += (1 + len(problem.evaluated_at)) * evaluation
+        times[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
+    return times
 
 
 def _print_result(comparison: Comparison, console: Console) -> None:

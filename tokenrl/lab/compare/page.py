@@ -96,7 +96,7 @@ def _verdict(comparison: Comparison, label: str) -> html.Block:
     sentences = comparison.judgement.of(label).sentences()
     if len(comparison.plan.arms) > 2 and not comparison.plan.all_pairs:
         sentences.append(
-            f"Each was compared with {comparison.plan.reference}; --all-pairs compares them with each other."
+            f"Each was compared with {comparison.plan.reference}; --all-pairs compares all pairs."
         )
     return html.verdict(
         comparison.headline(label), sentences, [caveat.text for caveat in comparison.caveats[label]]

@@ -226,13 +226,15 @@ class Plan:
 
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
-        pairs, rates = len(self.seeds), sorted({run.learning_rate for run in self.runs()})
+        rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in self.runs()}))
+        if self.tuning_seeds:
+            rates = "for each arm the best of a grid around the recommended one, in ten runs or more"
         seeds = {"": self.seeds, " for the check": self.itself_seeds, " for tuning": self.tuning_seeds}
         settings = self.problems[0].settings
         computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
-        can_show = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
-        if pairs >= LEAST_PAIRS:
-            deviations = detectable_difference(pairs, 1.0, self.comparisons)
+        can_show = f"{len(self.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        if len(self.seeds) >= LEAST_PAIRS:
+            deviations = detectable_difference(len(self.seeds), 1.0, self.comparisons)
             low, high = (f"{deviations * spread:.2g}" for spread in SPREAD)
             can_show = (
                 f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired "
@@ -244,10 +246,7 @@ class Plan:
             "metric": f"{self.metric}: {SCORES[self.metric]}",
             **{f"on {p.label}": f"{p.budget:,} {p.unit}, {p.margin_in_words}" for p in self.problems},
             "seeds": "; ".join(f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of),
-            "learning rate": "for each arm the best of a grid around the recommended one, by successive "
-            "halving in ten runs or more"
-            if self.tuning_seeds
-            else ", ".join(f"{rate:g}" for rate in rates),
+            "learning rate": rates,
             "runs": f"{len(self.runs())}{' beside those for tuning' * bool(self.tuning_seeds)}",
             "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
             "can show": can_show,
@@ -281,9 +280,7 @@ def read_plan(output_dir: Path) -> Plan:
         values["arms"] = tuple(Arm(**fields) for fields in stored["arms"])
         return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(
-            f"{path} cannot be read ({error}). Give another --output-dir, or remove that file."
-        ) from error
+        raise Refused(f"{path} cannot be read ({error}). Remove it, or give another --output-dir.") from error
 
 
 def lock_plan(output_dir: Path) -> Any:
