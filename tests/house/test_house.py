@@ -21,19 +21,28 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 766, "core": 1_358, "runs": 2_289, "control": 1_379, "advisor": 543},
-    **{"language": 2, "language/policy": 671, "language/rewards": 722, "language/tasks": 523},
-    **{"language/rollout": 816, "language/training": 2_297, "language/preferences": 588},
-    **{"language/evaluation": 373, "lab": 2, "lab/exact": 805, "lab/measure": 641, "lab/compare": 1_509},
+    **{"top": 822, "core": 1_392, "runs": 2_340, "control": 1_381, "advisor": 554},
+    **{"language": 2, "language/policy": 691, "language/rewards": 744, "language/tasks": 528},
+    **{"language/rollout": 820, "language/training": 2_459, "language/preferences": 590},
+    **{"language/evaluation": 394, "lab": 2, "lab/exact": 813, "lab/measure": 643, "lab/compare": 1_541},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_284, 146, 5_721, 17_214, 3_461, 547
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_716, 148, 5_956, 17_886, 3_461, 571
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
-ORDER = [["errors"], ["names"], ["foreign"], ["settings"], ["configuration"], ["core"], ["runs"]]
+ORDER = [
+    ["errors"],
+    ["names"],
+    ["foreign"],
+    ["settings"],
+    ["keywords"],
+    ["configuration"],
+    ["core"],
+    ["runs"],
+]
 ORDER += [["control", "language"], ["lab"], ["advisor"], ["flags"], ["cli"], ["__main__"]]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 INSIDE = {  # the folders of a room, from below

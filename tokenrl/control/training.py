@@ -26,6 +26,7 @@ from tokenrl.control.setup import fill_defaults, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.runs.console import duration
 from tokenrl.runs.findings import Finding, conclude, facts
 from tokenrl.runs.resume import Provenance, resume_settings
@@ -33,7 +34,7 @@ from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
-from tokenrl.settings import arguments, arguments_of_call, takes
+from tokenrl.settings import arguments
 
 ANEW = (
     "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "

@@ -19,6 +19,7 @@ from statistics import fmean, median
 from typing import Any
 
 from tokenrl.errors import Refused
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import execute, print_commands
@@ -28,7 +29,6 @@ from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
 from tokenrl.runs.reader import read_run
-from tokenrl.settings import arguments_of_call, takes
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are slower than the others, and do not count."""

@@ -21,6 +21,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import zero_spread
 from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
+from tokenrl.keywords import takes
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.noise import GroupSize, Measurement, measure_estimators, measure_group_sizes
 from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters, project
@@ -30,7 +31,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console, rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, takes
+from tokenrl.settings import arguments
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.arguments import SampleArguments
 from tokenrl.language.evaluation.evaluate import as_in_runs
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
@@ -25,7 +26,6 @@ from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call, takes
 
 
 class Sampler:

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.arguments import EvaluateArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
@@ -29,7 +30,7 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, arguments_of_call, field_types, takes
+from tokenrl.settings import arguments, field_types
 
 
 @overload

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, form_of
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
@@ -37,7 +38,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call, lay, takes
+from tokenrl.settings import lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 

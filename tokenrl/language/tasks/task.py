@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, suggest
+from tokenrl.keywords import takes
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import sources
@@ -23,7 +24,7 @@ from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, s
 from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments
 from tokenrl.names import import_attribute
-from tokenrl.settings import arguments, check_seed, takes
+from tokenrl.settings import arguments, check_seed
 
 
 class Task(Protocol):

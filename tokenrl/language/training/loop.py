@@ -16,6 +16,7 @@ import torch
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.errors import Refused, with_places
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -45,7 +46,6 @@ from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call, takes
 
 Callback = Callable[[int, dict[str, float]], object]
 

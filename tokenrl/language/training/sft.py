@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from tokenrl.errors import Refused
+from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
@@ -36,7 +37,6 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments_of_call, takes
 
 EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
