@@ -133,7 +133,7 @@ def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts
 @pytest.mark.parametrize("solved", [None, 0.95])
 def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_up, capsys, solved):
     run = {"reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "evaluated": {0: 1.0, 40: 1.0}}
-    path = made_up("train", solved=solved, entropy=0.05, **run)
+    path = made_up("train", solved=solved, completions__clipped_ratio=0.2, **run)
     advice = advise_run(str(path))
     assert advice.line == "" and not any(finding.changes for finding in advice.findings)
     assert "reward-flat" not in findings_of(path)
