@@ -224,7 +224,7 @@ def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers)
         local = ["model" if page.stem == "pretrained" and "HuggingFaceTB" in word else word for word in words]
         if "HuggingFaceTB" not in " ".join(local):  # which has to be downloaded
             passed = (0, 2) if "--check" in words else (0,)
-            assert main([name, *local, *BRIEF[name].split()]) in passed, words
+            assert main([name, *local, *BRIEF.get(name, "").split()]) in passed, words
 
 
 def said(*texts: str) -> list[list[dict[str, str]]]:
