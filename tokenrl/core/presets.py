@@ -163,7 +163,7 @@ def read_changes(text: str) -> tuple[str, dict[str, Any]]:
         name, equals, value = map(str.strip, piece.partition("="))
         name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")
         if not name or not equals:
-            raise Refused(f'write {piece!r} as NAME=VALUE, such as "grpo,scale=none".')
+            raise Refused(f'write {piece!r} as NAME=VALUE, as in "grpo,scale=none"; spaces separate names.')
         if name in changes:
             raise Refused(f"{name} is given twice; give it once.")
         changes[name] = _parse_value(value)

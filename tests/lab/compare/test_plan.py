@@ -110,7 +110,7 @@ def test_several_values_make_a_problem_each():
         ({"arms": ["rloo,scal=none", "grpo"]}, "Did you mean 'scale'"),
         ({"arms": ["rloo,scale=non", "grpo"]}, "Did you mean 'none'"),
         ({"arms": ["rloo,max_stepz=3", "grpo"]}, "there is no setting 'max_stepz'"),
-        ({"arms": ["rloo,x", "grpo"]}, "NAME=VALUE"),
+        ({"arms": ["rloo,grpo", "dapo"]}, "write 'grpo' as NAME=VALUE, .*; spaces separate names"),
         ({"arms": ["", "grpo"]}, "is empty"),
         ({"arms": ["rloo,seed=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),

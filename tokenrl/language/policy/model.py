@@ -328,7 +328,7 @@ def add_lora(
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
         names = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        problem = f"lora_target_modules holds {', '.join(map(repr, missing))}"
+        problem = f"lora_target_modules, names with spaces between, holds {', '.join(map(repr, missing))}"
         raise Refused(f"{problem}, but this model's linear layers are: {', '.join(names)}.")
     config = LoraConfig(
         r=r,

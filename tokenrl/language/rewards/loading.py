@@ -21,7 +21,10 @@ Range = tuple[float, float]
 """The least and the largest value that a reward may have."""
 
 _LIBRARY_SPEC = re.compile(r"\s*[A-Za-z_]\w*\s*(?:\(.*)?", re.DOTALL)
-_FORMS = "Give module:function, path/to/file.py:function, the folder of a classifier, or length(target=20)."
+_FORMS = (
+    "Give module:function, path/to/file.py:function, the folder of a classifier or length(target=20), and "
+    "spaces between several."
+)
 
 
 def load_reward(spec: Any) -> Reward:
