@@ -312,6 +312,10 @@ def test_rows_functions_and_objects_are_refused_with_the_names_that_other_proces
         with pytest.raises(Refused, match=rf"^{name} was given as .*need names: .* {name}=") as caught:
             tokenrl.compare(**{name: value})
         assert "\n" not in str(caught.value)
+    assert parsed("--reward mine.py:right mine.py:short").shared["reward"] == [
+        "mine.py:right",
+        "mine.py:short",
+    ]
 
 
 def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
