@@ -144,10 +144,10 @@ def test_every_fact_that_a_rule_names_is_read_by_some_reader():
 
 def test_a_machine_is_slow_by_the_medians_of_several_steps_and_threads_are_named_if_there_are_several():
     fast, slow, stalled = (900.0, 7.0), (200.0, 8.0), (1.0, 7.0)
-    steps = [stalled, stalled, fast, fast, stalled, fast]
-    assert slowing([*steps, *[slow] * 4]) == {}
-    assert slowing([*steps, fast, fast, fast, stalled, stalled])["rate_now"] == 900
-    measured = slowing([*steps, fast, stalled, slow, slow, slow])
+    steps = [*[stalled] * 5, *[fast] * 5]
+    assert slowing([*steps, *[slow] * 8]) == {}
+    assert slowing([*steps, *[fast] * 5, *[stalled] * 4])["rate_now"] == 900
+    measured = slowing([*steps, *[fast] * 3, stalled, *[slow] * 5])
     assert measured == {"rate_at_start": 900, "rate_now": 200, "length_ratio": 8 / 7}
     for threads in (1, 2):
         (finding,) = judge(measured | {"threads": threads}, "slow-machine")

@@ -44,8 +44,8 @@ MOST = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost."""
 FEW_STEPS, FEW_GROUPS = 3, 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
-SEVERAL = 5
-"""The steps by which the speed at the start, and now, is measured."""
+SEVERAL = 9
+"""The steps by which the speed at the start, and now, is measured: half of them do not yet count."""
 METRICS = {
     **{name: name for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")},
     "cut": "completions/clipped_ratio",

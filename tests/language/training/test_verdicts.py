@@ -59,17 +59,17 @@ def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
 ):
     def measured(*args):
         record = training_step(*args)
-        slow = args[3] > 8  # the number of the step
+        slow = args[3] > 14  # the number of the step
         record.timings["collect"] = collect if slow else 1.0
         record.timings["rewards/first_letter/seconds"] = rewarding if slow else 0.25
         return record
 
-    run = {"max_steps": 16, "learning_rate": 1e-9}
+    run = {"max_steps": 22, "learning_rate": 1e-9}
     train(tmp_path / "plain", **run)
     assert "likely cause" not in said(capsys)
     monkeypatch.setattr(loop, "training_step", measured)
     ended = train(tmp_path / "run", **run)
-    assert said(capsys).count("step 11: The last steps sampled") == told
+    assert said(capsys).count("step 19: The last steps sampled") == told
     assert "slow-machine" not in ended.flags
     first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("plain", "run"))
     assert first == second
