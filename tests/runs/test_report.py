@@ -149,11 +149,11 @@ def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_t
     (tmp_path / "summary.json").write_text(json.dumps({"eval_after": after}))
     page = page_of(tmp_path)
     assert page.text.count("/mean") == shown and len(page.all("div", "card")) == 1 + shown
-    shown_text, told = (
+    words, caption = (
         " ".join(page.text.split()),
         "mean of this reward, before its weight training 0 held out",
     )
-    assert shown_text.count(f"{told} 0.25") == shown and len(page.all("svg")) == 2 + shown
+    assert words.count(f"{caption} 0.25") == shown and len(page.all("svg")) == 2 + shown
     shutil.copytree(tmp_path, other := tmp_path / "other")
     both = Page(compare_runs([tmp_path, other], tmp_path / "both.html").read_text("utf-8"))
     assert len(both.all("svg")) == 2 * 3 + shown - 2  # nobody was evaluated greedily

@@ -53,9 +53,9 @@ def test_a_run_that_learns_has_no_flag(trained):
     assert trained.flags == () and summary_of(trained.output_dir)["flags"] == []
 
 
-@pytest.mark.parametrize(("collect", "rewarding", "told"), [(4.0, 0.0, 1), (4.0, 3.5, 0), (2.0, 0.0, 0)])
+@pytest.mark.parametrize(("collect", "rewarding", "warnings"), [(4.0, 0.0, 1), (4.0, 3.5, 0), (2.0, 0.0, 0)])
 def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
-    collect, rewarding, told, tmp_path, capsys, monkeypatch
+    collect, rewarding, warnings, tmp_path, capsys, monkeypatch
 ):
     def measured(*args):
         record = training_step(*args)
@@ -69,7 +69,7 @@ def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
     assert "likely cause" not in said(capsys)
     monkeypatch.setattr(loop, "training_step", measured)
     ended = train(tmp_path / "run", **run)
-    assert said(capsys).count("step 19: The last steps sampled") == told
+    assert said(capsys).count("step 19: The last steps sampled") == warnings
     assert "slow-machine" not in ended.flags
     first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("plain", "run"))
     assert first == second

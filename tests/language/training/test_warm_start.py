@@ -131,8 +131,8 @@ def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(run, cac
     )
     (used,), (other,) = first, two - first
     run(model=make_policy())  # from now on it is the newer one
-    one = sum(file.stat().st_size for file in (cache / used).iterdir())
-    monkeypatch.setattr(stage, "MOST_BYTES", 2.5 * one)
+    weight = sum(file.stat().st_size for file in (cache / used).iterdir())
+    monkeypatch.setattr(stage, "MOST_BYTES", 2.5 * weight)
     three, three_runs = stages(2)
     assert used in three and other not in three and len(three) == 2
     assert len(three_runs) == 1 and not three_runs & two_runs  # the results stay longer
