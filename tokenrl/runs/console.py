@@ -260,8 +260,8 @@ class Progress:
         self._live.update(self._live.task_ids[0], completed=step)
         self._seconds.append(metrics.get("step_seconds", 0.0))
         if remaining := self._live.tasks[0].time_remaining:
-            now = median_low(self._seconds[-_RECENT:])  # it leaves out the first step, which is slower
-            parts.append(f"ETA {duration(self._left(step, now) if self._left else remaining)}")
+            seconds = median_low(self._seconds[-_RECENT:])  # without the first step, which is slower
+            parts.append(f"ETA {duration(self._left(step, seconds) if self._left else remaining)}")
         line = "  ".join(part for part in parts if part)
         self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
         due = step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None

@@ -140,9 +140,9 @@ def slowing(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
     """
     if len(steps) <= 2 * SEVERAL:
         return {}
-    first, latest = steps[1 : SEVERAL + 1], steps[-SEVERAL:]
-    (rate, length), (now, length_now) = (map(median, zip(*part, strict=True)) for part in (first, latest))
-    return {"rate_at_start": rate, "rate_now": now, "length_ratio": length_now / max(length, 1e-9)}
+    parts = steps[1 : SEVERAL + 1], steps[-SEVERAL:]
+    (rate, length), (recent_rate, recent) = (map(median, zip(*part, strict=True)) for part in parts)
+    return {"rate_at_start": rate, "rate_now": recent_rate, "length_ratio": recent / max(length, 1e-9)}
 
 
 def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str, Any]:
