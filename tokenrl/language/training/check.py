@@ -25,6 +25,7 @@ from rich.filesize import decimal
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, TokenrlError, with_places
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import logprobs_under, prompt_text, sample
@@ -128,9 +129,9 @@ def _extent(run: TrainingRun) -> tuple[int, int, int]:
 
 def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
     """Return a prompt as the model reads it, special tokens included; empty if there is none."""
-    policy, limit, cut = run.learner.policy, run.args.max_completion_length, run.args.truncate_prompts
+    policy = run.learner.policy
     for row in records[0].rows() if records else rows:
-        ids = policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut)[0]
+        ids = encode(policy, [row["prompt"]], run.learner.sampling)[0]
         return visible(policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN)
     return ""
 
@@ -184,11 +185,10 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
 
 def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
-    limit, cut = run.args.max_completion_length, run.args.truncate_prompts
-    policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
+    usable, refused = list[Mapping[str, Any]](), list[str]()
     for name, row in with_places(rows):
         try:
-            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, locations=[name])
+            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [name])
             usable.append(row)
         except Refused as error:
             refused.append(f"The first is that of {name}. {error}")

@@ -20,6 +20,7 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
@@ -180,9 +181,8 @@ def _begin(run: TrainingRun, session: Session) -> None:
         Refused: a prompt is too long for the model's context, or the checkpoint is of another run.
     """
     args, policy = run.args, run.learner.policy
-    limit, cut = args.max_completion_length, args.truncate_prompts
     for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
-        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, locations=[location])
+        encode(policy, [row["prompt"]], run.learner.sampling, [location])
     if not session.continues:
         with session.console.status(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
