@@ -285,4 +285,10 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
     assert re.search(r"differ by 0\.\d+ nats per token on average, by \d\S* at most", problems(capsys)[0])
     corrected = tokenrl.Estimator.preset("rloo", importance_cap=2.0)
     assert check_policy(make_policy(), estimator=corrected).flags == ("sampling-differs",)
+    # Rounding to bfloat16 is worth a remark only where the user asked for it.
+    chosen = "tokenrl.language.training.forward.choose_precision"
+    monkeypatch.setattr(chosen, lambda args, *_: (args.mixed_precision or "bf16", "as the test says"))
+    for precision, flags in (("bf16", ("sampling-differs",)), (None, ())):
+        result = check_policy(make_policy(), mixed_precision=precision)
+        assert (result.exit_code, result.flags) == (0, flags)
     assert "no-entropy" in check_policy(make_policy(), temperature=1e-3).flags
