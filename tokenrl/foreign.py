@@ -165,8 +165,8 @@ def _written(ours: Mapping[str, Any], opening: str) -> str:
         return " ".join(_flag(name, plain.get(name)) for name in ours)
     plain = {name: repr(int(v) if str(v).isdigit() else v) for name, v in plain.items()}
     axes = [f"{axis}={plain.get(name, '...')}" for name in ours if (axis := name.partition("estimator.")[2])]
-    others = [f"{n}={plain[n]}" if n in plain else n for n in ours if "." not in n]
-    return ", ".join([f"estimator={opening}{', '.join(axes)})", *others] if axes else others)
+    settings = [f"{n}={plain[n]}" if n in plain else n for n in ours if "." not in n]
+    return ", ".join([f"estimator={opening}{', '.join(axes)})", *settings] if axes else settings)
 
 
 def _flag(name: str, value: Any = None) -> str:

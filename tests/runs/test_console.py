@@ -47,7 +47,9 @@ def test_log_gets_plain_lines_each_k_steps():
 
 def test_the_time_left_follows_the_steps_as_they_are_now_and_the_evaluations_to_come():
     file, steps = io.StringIO(), [100.0, *[2.0] * 12, *[60.0] * 27]
-    with Progress(Console(file=file), 40, left=lambda step, seconds: (40 - step) * seconds + 7) as progress:
+    with Progress(
+        Console(file=file), 40, seconds_left=lambda step, seconds: (40 - step) * seconds + 7
+    ) as progress:
         for step, seconds in enumerate(steps, 1):
             progress.update(step, {"reward": 1, "step_seconds": seconds})
     shown = {int(line.split()[1].split("/")[0]): line for line in file.getvalue().splitlines()}

@@ -214,20 +214,22 @@ class Console:
 class Progress:
     """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
 
-    def __init__(self, console: Console, total: int, first: int = 0, left: TimeLeft | None = None) -> None:
+    def __init__(
+        self, console: Console, total: int, first: int = 0, seconds_left: TimeLeft | None = None
+    ) -> None:
         """Prepare the line for steps after `first`; it appears on entering the context.
 
         Args:
             console: where the line is shown.
             total: number of the last step.
             first: steps made before.
-            left: returns the seconds that are left after a step, from its number and the seconds of a step;
-                None takes the mean of all steps so far, evaluations included.
+            seconds_left: returns the seconds that are left after a step, from its number and the seconds of a
+                step; None takes the mean of all steps so far, evaluations included.
         """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
         self._console, self._total, self._evaluation = console, total, ""
-        self._left, self._seconds = left, list[float]()
+        self._left, self._seconds = seconds_left, list[float]()
         self._at = time.monotonic()  # of the last printed line
         line = TextColumn("{task.fields[line]}")
         columns = (TextColumn(console.each), MofNCompleteColumn(), BarColumn(20), line)

@@ -224,9 +224,9 @@ class Session:
         if causes := "; ".join(self._provenance.inexact):
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
-    def steps(self, total: int, left: TimeLeft | None = None) -> Iterator[int]:
-        """Yield the steps that are left (see `Progress` for `left`); end early if asked to stop."""
-        self._total, self._progress = total, Progress(self.console, total, self.step, left)
+    def steps(self, total: int, seconds_left: TimeLeft | None = None) -> Iterator[int]:
+        """Yield the steps that are left (see `Progress` for `seconds_left`); end early if asked to stop."""
+        self._total, self._progress = total, Progress(self.console, total, self.step, seconds_left)
         with self._progress:
             while self.step < total and not (self._over() or self._asked()):
                 self.step += 1

@@ -103,7 +103,9 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             raise Refused(f"shared was given as {shown(self.shared)}; it must map settings to their values.")
         for name in ("task", "reward", "model", "arms"):
             value = getattr(self, name, self.shared.get(name)) or ()
-            if not all(isinstance(part, str) for part in (value if isinstance(value, tuple | list) else [value])):
+            if not all(
+                isinstance(part, str) for part in (value if isinstance(value, tuple | list) else [value])
+            ):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
 

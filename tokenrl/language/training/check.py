@@ -103,8 +103,8 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     open_settings = [("all-truncated", "max_completion_length")]
     open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
-    own = {flag for flag, name in open_settings if getattr(session.args, name) is None}
-    findings += [each for each in judge(observed) if each.weight != "watch" or each.flag not in own]
+    unasked = {flag for flag, name in open_settings if getattr(session.args, name) is None}
+    findings += [each for each in judge(observed) if each.weight != "watch" or each.flag not in unasked]
     lines = _lines(run, observed, records) | lines
     if records:
         lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
