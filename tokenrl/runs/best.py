@@ -92,7 +92,7 @@ class Best:
 def kept_weights(summary: Mapping[str, Any]) -> str:
     """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
     best = summary.get("best")
-    if not best:
+    if not best or summary["exit_reason"] == "check":
         return ""
     step, metric, value, count = (best[name] for name in ("step", "metric", "value", "evaluations"))
     folder = f"checkpoints/step_{step:06d}" if summary["exit_reason"] == "failed" else "model/"

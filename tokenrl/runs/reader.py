@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
+from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.console import ending, evaluations
 from tokenrl.runs.metrics import read_completions, read_metrics
@@ -57,17 +58,22 @@ class Outcome:
         """Return the rows of the table: evaluations before and after training."""
         return [(type(self).__name__, "before", "after"), *evaluations(self.summary())]
 
+    def _ending(self) -> list[str]:
+        """Return the lines below the table: how the run ended, which weights it kept, and its directory."""
+        summary = self.summary()
+        return [*filter(None, [ending(summary), kept_weights(summary)]), str(self.output_dir)]
+
     def __repr__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self._rows(), strict=True)]
         name, *numbers = (f"{{:{sign}{width}}}" for sign, width in zip("<>>", widths, strict=True))
         lines = ["  ".join([name, *numbers]).format(*row) for row in self._rows()]
-        return "\n".join([*lines, ending(self.summary()), str(self.output_dir)])
+        return "\n".join([*lines, *self._ending()])
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
         cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows())
         rows = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<table>{rows}</table>{escape(ending(self.summary()))}<br>{escape(str(self.output_dir))}"
+        return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,8 @@ def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
         model = policy.model.merge_and_unload() if hasattr(policy.model, "disable_adapter") else policy.model
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-7)
-    assert "step 0" in (tmp_path / "run" / "model" / "README.md").read_text()
+    for text in (repr(result), (tmp_path / "run" / "model" / "README.md").read_text()):
+        assert "holds the weights of step 0" in text
 
 
 def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp_path):
