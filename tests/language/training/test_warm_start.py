@@ -125,10 +125,8 @@ def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(run, cac
     (first, _), (two, two_runs) = stages(0), stages(1)
     assert len(two) == len(two_runs) == 2  # nothing is removed while there is room
     size = sum(file.stat().st_size for file in cache.rglob("warm-start-*/**/*") if file.is_file())
-    assert (
-        f"warm starts take {decimal(size)} (at most 8.0 GB) in {cache}: yours to remove"
-        in capsys.readouterr().out
-    )
+    words = f"the cache, {cache}, has {decimal(size)} of at most 8.0 GB; delete it to empty it"
+    assert words in capsys.readouterr().out
     (used,), (other,) = first, two - first
     run(model=make_policy())  # from now on it is the newer one
     weight = sum(file.stat().st_size for file in (cache / used).iterdir())

@@ -251,7 +251,7 @@ class WarmStart:
             os.utime(directory)  # the newest now, as it is used
             if not cached:
                 size, most, folder = decimal(_remove_oldest()), decimal(MOST_BYTES), cache_directory()
-                self.console.note(f"warm starts take {size} (at most {most}) in {folder}: yours to remove")
+                self.console.note(f"the cache, {folder}, has {size} of at most {most}; delete it to empty it")
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
