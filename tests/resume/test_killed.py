@@ -16,9 +16,9 @@ POLICY_GRADIENT = {
         *("--lr-scheduler-type", "cosine"),
     ],
     "refill": ["--estimator", "dapo", "--max-refills", "2"],
-    "kl": ["--estimator", "grpo", "--estimator.beta", "0.05", "--target-kl", "0.5"],
+    "kl": ["--estimator", "grpo", "--estimator.beta", "0.05", "--target-kl", "0.5", "--keep", "best"],
     "running mean": ["--estimator", "reinforce_running_mean", "--micro-batch-size", "3"],
-    "adapter": ["--estimator", "remax", "--lora-r", "4"],
+    "adapter": ["--estimator", "remax", "--lora-r", "4", "--keep", "best"],
     "bfloat16": ["--estimator", "gspo", "--mixed-precision", "bf16"],
     "epochs": [
         *("--estimator", "opo", "--task", "digits.jsonl", "--model", "warm"),
@@ -38,7 +38,7 @@ def test_a_policy_that_is_killed_five_times(nursery, tmp_path, name):
     ("seed", "options"),
     [
         (1, ["--env", "CartPole-v1", "--estimator", "reinforce_running_mean"]),
-        (2, ["--env", "CartPole-v1", "--estimator", "a2c"]),
+        (2, ["--env", "CartPole-v1", "--estimator", "a2c", "--keep", "best"]),
         (3, ["--env", "Pendulum-v1", "--max-episode-steps", "30", "--normalize-observations"]),
         (4, ["--env", "Acrobot-v1", "--estimator", "ppo", "--max-episode-steps", "50"]),
     ],
@@ -50,6 +50,7 @@ def test_an_agent_that_is_killed(nursery, tmp_path, seed, options):
 def test_a_reward_model_that_is_killed_ten_times(nursery, tmp_path):
     argv = ["reward-model", "--task", "sort_digits", "--num-pairs", "120", "--max-steps", "30", "--quiet"]
     argv += ["--batch-size", "8", "--eval-size", "16", "--eval-every", "5", "--save-every", "3"]
+    argv += ["--keep", "best"]
     check_killed_runs_end_equal(nursery, tmp_path, argv, 10, seed=5)
 
 

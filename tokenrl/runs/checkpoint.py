@@ -97,7 +97,7 @@ class Saver:
 
         The parts are restored in their order, and before the model.
         """
-        self._model, self._parts = model, parts
+        self._model, self._parts = model, parts | {"best": self.best}
 
     def check_finite(self, step: int) -> None:
         """Refuse weights that are not finite after a step.
@@ -139,7 +139,7 @@ class Saver:
         with atomic_directory(path) as partial:
             model.write(partial)
             state = {name: part.state_dict() for name, part in self._parts.items()}
-            write_state(partial, {"step": step, "best": self.best.state_dict(), **state})
+            write_state(partial, {"step": step, **state})
             if rows_hash:
                 (partial / ROWS_HASH).write_text(rows_hash)
         try:
@@ -178,7 +178,6 @@ class Saver:
             except Exception as error:
                 fault = f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
                 raise Refused(f"{fault} Continue with the model and the tokenrl that saved it.") from error
-        self.best.load_state_dict(state["best"])
         self._model.read(path)
         self._saved = step_of(path)
         return self._saved

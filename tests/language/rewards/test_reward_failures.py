@@ -264,8 +264,8 @@ calls = []
 @pytest.mark.parametrize(
     ("paid", "line", "said"),
     [
-        (in_a_loop, 4, r"Its variables held the completion '' of the prompt 'p2' \(line 8\)"),
-        (by_a_helper, 2, r"Its variables held the completion '' of the prompt 'p2' \(line 8\)"),
+        (in_a_loop, 4, r"It was working on the completion '' of the prompt 'p2' \(line 8\)"),
+        (by_a_helper, 2, r"It was working on the completion '' of the prompt 'p2' \(line 8\)"),
         (of_the_first, 3, "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"),
     ],
 )
@@ -275,6 +275,14 @@ def test_a_function_that_fails_is_not_called_again(paid, line, said):
     with pytest.raises(Stopped, match=rf"{paid.__name__} raised Zero.*, line {line}\)\. {said}\.$"):
         Rewards(paid)(PROMPTS, COMPLETIONS, IDS, {}, step=3, locations=LINES)
     assert calls == [4]
+
+
+def test_a_function_that_takes_a_chat_for_text_is_told_where_the_text_is():
+    def stripped(completions):
+        return [float(text.strip() == "a") for text in completions]
+
+    with pytest.raises(Stopped, match=r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"):
+        Rewards(stripped)([[{"role": "user", "content": "Say a."}]], ["a"], [[1]], {}, step=1)
 
 
 def test_a_real_interrupt_passes_through():

@@ -154,6 +154,8 @@ def _failure(name: str, error: BaseException, described: partial[str]) -> Stoppe
     prompts, completions, _ = described.args
     line = location(error, 1)  # frame 0 is the call in this file
     problem = f"Reward function {name} raised {describe(error)}{line}."
+    if isinstance(error, AttributeError | TypeError) and not all(isinstance(c, str) for c in completions):
+        problem += ' A completion of a chat is a list of one message; its text is completion[0]["content"].'
     # The function is not called again, as it may be paid for. The variables of its frames show its row.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     values = {id(value) for frame in frames for value in frame.f_locals.values()}
@@ -161,7 +163,7 @@ def _failure(name: str, error: BaseException, described: partial[str]) -> Stoppe
     held = {row: (id(prompt) in values) + (id(text) in values) for row, (prompt, text) in pairs}
     nearest = {described(row) for row, count in held.items() if count == max(held.values()) > 0}
     if len(nearest) == 1:
-        return Stopped(f"{problem} Its variables held {nearest.pop()}.")
+        return Stopped(f"{problem} It was working on {nearest.pop()}.")
     distinct = list(dict.fromkeys(map(shown, prompts)))
     further = f" and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
     return Stopped(
