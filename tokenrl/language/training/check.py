@@ -29,7 +29,7 @@ from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import logprobs_under, prompt_text, sample
-from tokenrl.language.training.defaults import demonstrations, plain_steps, sizes_of_steps
+from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
@@ -121,8 +121,7 @@ def _extent(run: TrainingRun) -> tuple[int, int, int]:
     """Return the least and the most trial steps and the held-out prompts: a twentieth of the run, or few."""
     args, size, held_out = run.args, sizes_of_steps(run.args)[0], len(run.task.eval_prompts)
     most = min(MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size)))
-    evaluations = 1 + math.ceil(plain_steps(args) / args.eval_every) if args.eval_every else 2
-    prompts = min(held_out, max(evaluations * held_out // SHARE, LEAST_PROMPTS))
+    prompts = min(held_out, max(run.num_evaluations * held_out // SHARE, LEAST_PROMPTS))
     # The first two steps are slower than later ones.
     return min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts)
 

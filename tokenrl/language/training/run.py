@@ -139,10 +139,14 @@ class TrainingRun:
             policy=self.learner.policy,
         )
 
+    @property
+    def num_evaluations(self) -> int:
+        """The number of evaluations of the whole run, those before and after training included."""
+        return 1 + -(-plain_steps(self.args) // self.args.eval_every) if self.args.eval_every else 2
+
     def forecast_duration(self, step_seconds: float) -> str:
         """Return in words how long the run takes if a step takes `step_seconds`."""
-        args = self.args
-        count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
+        args, count = self.args, self.num_evaluations
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
@@ -156,7 +160,7 @@ class TrainingRun:
         plain, every, done = plain_steps(self.args), self.args.eval_every, step
         if self.args.max_samples is not None:
             done = min(plain, self.totals["num_samples"] // sizes_of_steps(self.args)[0])
-        evaluations = -(-plain // every) - done // every if every else 1
+        evaluations = self.num_evaluations - 1 - (done // every if every else 0)
         return (plain - done) * step / max(1, done) * step_seconds + evaluations * self.eval_seconds
 
     def facts(self) -> dict[str, Any]:
