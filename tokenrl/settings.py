@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from math import inf
@@ -152,13 +152,13 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     _choice(tuple(allowed)).check(name, value)
 
 
-def same_name(value: Any, names: Iterable[Any]) -> Any:
+def same_name(value: Any, names: Collection[Any]) -> Any:
     """Return the name that a text is but for capitals, hyphens and underscores, else the value itself."""
 
     def bare(name: str) -> str:
         return re.sub("[-_]", "", name.lower())
 
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value in names:
         return value
     return next((name for name in names if isinstance(name, str) and bare(name) == bare(value)), value)
 

@@ -57,7 +57,9 @@ class Sampler:
             rows = [row for row in rows if isinstance(row["prompt"], str)]
         self._args, self.rows = args, {prompt_text(row["prompt"]): row for row in rows}
         self._has_task = task is not None
-        self._length = completion_limit(task, args.model, self.policy, otherwise=64)[0]
+        self._length = (
+            args.max_completion_length or completion_limit(task, args.model, self.policy, otherwise=64)[0]
+        )
         self._completed, self._said = 0, set[str]()
 
     def __call__(self, text: str) -> list[tuple[str, float | None]]:

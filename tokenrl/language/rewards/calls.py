@@ -145,8 +145,8 @@ def row_in_words(
     prompts: Sequence[Any], completions: Sequence[Any], locations: Sequence[str], row: int
 ) -> str:
     """Return the words by which messages name a row of a call; `locations` is empty if unknown."""
-    location = f" ({locations[row]})" if locations else ""
-    return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{location}"
+    where = f" ({locations[row]})" if locations else ""
+    return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{where}"
 
 
 def _failure(name: str, error: BaseException, described: partial[str]) -> Stopped:
@@ -161,7 +161,8 @@ def _failure(name: str, error: BaseException, described: partial[str]) -> Stoppe
     values = {id(value) for frame in frames for value in frame.f_locals.values()}
     pairs = enumerate(zip(prompts, completions, strict=True))
     held = {row: (id(prompt) in values) + (id(text) in values) for row, (prompt, text) in pairs}
-    nearest = {described(row) for row, count in held.items() if count == max(held.values()) > 0}
+    most = max(held.values(), default=0)
+    nearest = {described(row) for row, count in held.items() if count == most > 0}
     if len(nearest) == 1:
         return Stopped(f"{problem} It was working on {nearest.pop()}.")
     distinct = list(dict.fromkeys(map(shown, prompts)))
