@@ -11,6 +11,7 @@ import pytest
 from tokenrl.cli import main
 from tokenrl.control import train_agent
 from tokenrl.runs import read_run
+from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
 
 
@@ -47,6 +48,14 @@ def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
     (run / "summary.json").unlink()
     (run / "config.json").unlink()
     assert (read_run(run).summary, read_run(run).config, read_run(run).title) == ({}, {}, "run")
+
+
+@pytest.mark.parametrize(("most", "indices"), [(16, range(0, 33, 3)), (33, range(33)), (None, range(33))])
+def test_completions_are_at_most_so_many_of_a_table_and_spread_over_it(run, most, indices):
+    write_completions(run / "completions", 7, [{"index": index} for index in range(33)])
+    write_completions(run / "completions", 8, [{"index": 5}])
+    rows = [{"step": 7, "index": index} for index in indices]
+    assert read_run(run).completions(2, most) == [*rows, {"step": 8, "index": 5}]
 
 
 def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -53,6 +52,11 @@ class Outcome:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
         names = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def weights(self) -> str:
+        """In words, which weights model/ holds."""
+        return kept_weights(self.summary()) or "of the last step"
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Return the rows of the table: evaluations before and after training."""
@@ -137,12 +141,12 @@ class RecordedRun:
         """Return the steps at which a metric is a finite number, and those numbers."""
         return series(self.metrics, name)
 
-    def completions(self, steps: int = 1, most: int = sys.maxsize) -> list[dict[str, Any]]:
+    def completions(self, steps: int = 1, most: int | None = None) -> list[dict[str, Any]]:
         """Return rows of completions, each with its `step`: of the newest table, or of several steps.
 
         Args:
             steps: number of tables; the oldest and others evenly spread are added to the newest.
-            most: fewer rows than this of each table, spread over its prompts.
+            most: most rows of each table, evenly spread over it; None for all.
 
         Raises:
             Refused: a table is damaged.
@@ -150,8 +154,9 @@ class RecordedRun:
         files = tables(self.path / "completions")[::-1]
         apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
         chosen = [files[round(number * apart)] for number in range(min(steps, len(files)))][::-1]
-        read = {step_of(file): read_completions(file) for file in chosen}
-        return [{"step": n, **row} for n, rows in read.items() for row in rows[:: len(rows) // most + 1]]
+        rows = {step_of(file): read_completions(file) for file in chosen}
+        stride = {step: max(1, -(-len(table) // (most or len(table) or 1))) for step, table in rows.items()}
+        return [{"step": step, **row} for step in rows for row in rows[step][:: stride[step]]]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:

@@ -54,7 +54,7 @@ DIAGNOSTICS = {
 }
 """The small charts, of a run's health: metrics with the name and the meaning of each."""
 _LARGEST = 1e300  # a number that can be drawn: beyond it means and ranges of axes would overflow
-_STEPS, _ROWS = 8, 17  # most steps on a page, of each of which there are fewer completions than this
+_STEPS, _ROWS = 8, 16  # most steps, and most completions of each, on a page
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
