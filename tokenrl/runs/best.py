@@ -98,9 +98,6 @@ def kept_weights(summary: Mapping[str, Any]) -> str:
     folder = f"checkpoints/step_{step:06d}" if summary["exit_reason"] == "failed" else "model/"
     text = f"{folder} holds the weights of step {step}, with the best {metric} of {count} evaluations"
     last = (summary.get("eval_after") or {}).get(metric)
-    text += (
-        f", {value:.4g}"
-        if last is None
-        else f", {value:.4g}; after the last step, {summary['steps']}, it is {last:.4g}"
-    )
+    text += f", {value:.4g}"
+    text += "" if last is None else f"; after the last step, {summary['steps']}, it is {last:.4g}"
     return f"{text}. The best of several is partly luck: measure these weights on other data."

@@ -392,8 +392,8 @@ class Session:
         with contextlib.suppress(Refused):
             if path := find_checkpoint(self.output_dir)[0]:
                 checkpoint = f"The last complete checkpoint is {path}; --resume auto continues from it."
-        messages += [checkpoint, *filter(None, [kept_weights(summary)])]
-        return Stopped(f"At step {self.step}: {' '.join(messages)}")
+        words = filter(None, [f"At step {self.step}:", *messages, checkpoint, kept_weights(summary)])
+        return Stopped(" ".join(words))
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -31,7 +31,6 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.training.setup import provenance_of
 from tokenrl.language.training.supervised import Descent
-from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
@@ -307,7 +306,7 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
     write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
     facts |= form_line(ended.reward_model.form)
-    facts["weights"] = kept_weights(ended.summary()) or "of the last step"
+    facts["weights"] = ended.weights
     base, origin = session.args.model, session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
     session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))

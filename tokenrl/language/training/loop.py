@@ -42,7 +42,6 @@ from tokenrl.language.training.setup import (
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.language.training.warm_start import WarmStart
-from tokenrl.runs.best import kept_weights
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
@@ -282,7 +281,7 @@ def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     facts |= form_line(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
-    facts["weights"] = kept_weights(ended.summary()) or "of the last step"
+    facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), map(str, findings))
     run.learner.accelerator.wait_for_everyone()

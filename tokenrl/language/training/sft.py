@@ -31,7 +31,6 @@ from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import make_policy, provenance_of
 from tokenrl.language.training.supervised import SupervisedTraining
-from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import number
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
@@ -131,7 +130,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         ended = SftResult(**session.outcome("finished"), **losses, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         facts |= {"final loss": training.loss_after}
-        facts["weights"] = kept_weights(ended.summary()) or "of the last step"
+        facts["weights"] = ended.weights
         card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended
