@@ -236,7 +236,7 @@ def test_the_sequence_ratio_is_exact_off_policy_and_the_others_are_not(baseline,
     target = problem.gradient()[0]
     exact = off_policy(problem, baseline=baseline, returns=returns, ratio="sequence_product")
     torch.testing.assert_close(exact, target, **CLOSE)
-    for ratio in ("none", "token", "sequence_mean", "cispo"):
+    for ratio in ("none", "token", "sequence_mean", "geometric_clip", "cispo", "trust"):
         found = off_policy(problem, baseline=baseline, returns=returns, ratio=ratio)
         assert float((found - target).norm() / target.norm()) > 0.01
 

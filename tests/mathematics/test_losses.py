@@ -219,6 +219,38 @@ def test_what_cispo_and_the_dual_clip_leave_of_a_gradient() -> None:
     assert run([2.0, 4.0], 1.0, ratio="token", dual_clip=3.0) == run([2.0, 4.0], 1.0, ratio="token")
 
 
+@pytest.mark.parametrize("advantage", [2.0, -3.0])
+def test_the_geometric_mean_of_clipped_ratios_by_hand(advantage) -> None:
+    """The gradient of A exp(mean of the clipped log ratios), by automatic differentiation of that formula."""
+    ratios = torch.tensor([0.5, 0.79, 1.0, 1.19, 1.4, 3.0], dtype=torch.double)
+    logs = ratios.log().requires_grad_()
+    clipped = logs.clamp(max=math.log(1.3)) if advantage > 0 else logs.clamp(min=math.log(0.8))
+    wanted = advantage * clipped.mean().exp()
+    # The weight of each token is 1 here, 1/L with the aggregation 'sequence_mean'.
+    slopes = [-len(ratios) * x for x in torch.autograd.grad(wanted, logs)[0].tolist()]
+    fields = {"ratio": "geometric_clip", "epsilon": 0.2, "epsilon_high": 0.3}
+    found = run(ratios.tolist(), advantage, **fields)
+    assert found[0] == pytest.approx(-len(ratios) * wanted.item()) and found[1] == pytest.approx(slopes)
+    half = torch.tensor([[1.0, 0.0]], dtype=torch.double)
+    assert run([1.1, torch.nan], 2.0, mask=half, **fields)[1] == pytest.approx([-2.2, 0.0])
+    assert run([1.1, 0.5], 2.0, **fields | {"epsilon": 1.0})[1] == pytest.approx([-2 * 0.55**0.5] * 2)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("advantage", [2.0, -3.0])
+def test_trust_drops_tokens_whose_probability_has_moved_too_far(advantage, sides) -> None:
+    """The bound is on the probability: 0.02 may grow tenfold and more, where a ratio would be clipped."""
+    before = torch.tensor([[0.02, 0.02, 0.5, 0.5, 0.5, 0.9]], dtype=torch.double)
+    now = torch.tensor([[0.001, 0.21, 0.69, 0.71, 0.29, 0.9]], dtype=torch.double)
+    e = Estimator(baseline="none", ratio="trust", trust_bound=0.2, trust_sides=sides, trust_cap=4.0)
+    logprobs, one = now.log().requires_grad_(), torch.ones_like(now)
+    loss = e.loss(logprobs, torch.tensor([advantage]), one, one, old_logprobs=before.log())
+    dropped = {1: [3] if advantage > 0 else [4], 2: [3, 4]}[sides]
+    weights = [min(x, 4.0) * (i not in dropped) for i, x in enumerate((now / before)[0].tolist())]
+    slopes = torch.autograd.grad(loss, logprobs)[0][0].tolist()
+    assert slopes == pytest.approx([-advantage * weight for weight in weights])
+
+
 @pytest.mark.parametrize("ratio", ["none", "token"])
 def test_importance_weights_against_the_sampler_are_truncated(ratio) -> None:
     e = Estimator(baseline="none", ratio=ratio, importance_cap=1.5, beta=0.1, kl_placement="loss")

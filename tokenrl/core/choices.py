@@ -209,7 +209,11 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "exact on-policy and off-policy, because it is the ratio of the whole sequence",
             whole_row=True,
         ),
+        "geometric_clip": Choice(
+            EXACT, "at the first update every ratio is 1, and so is their geometric mean", whole_row=True
+        ),
         "cispo": Choice(EXACT, "at the first update every ratio is 1, inside its bounds"),
+        "trust": Choice(EXACT, "at the first update no probability has moved, and no token is dropped"),
     },
     "optimal_form": {
         "sequence": Choice(EXACT, "one baseline per row, weighted by the scores of the other completions"),

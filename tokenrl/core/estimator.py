@@ -94,6 +94,12 @@ class Estimator(Settings):
     """The ratio is clipped above 1 + epsilon_high; None for epsilon."""
     dual_clip: Annotated[float, Bounds(above=1, at_most=settings.LARGEST)] | None = None
     """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
+    trust_bound: Annotated[float, Bounds(above=0, at_most=1)] = 0.15
+    """The ratio 'trust' drops tokens whose probability has moved by more than this since it was sampled."""
+    trust_sides: Literal[1, 2] = 1
+    """1 drops a token only if it moved in the direction of its advantage (DPPO), 2 drops it either way."""
+    trust_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] = 20.0
+    """Bound of the ratio by which 'trust' weights the tokens that it keeps."""
     importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
     """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal.
 

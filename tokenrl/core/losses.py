@@ -156,7 +156,10 @@ def policy_gain(
         token             PPO's gain, clipped token by token (Schulman et al. 2017, arXiv 1707.06347, eq. 7)
         sequence_mean     GSPO's, with the clipped geometric mean of the row's ratios (arXiv 2507.18071)
         sequence_product  with the ratio of the whole sequence, unclipped, hence exact off-policy too
+        geometric_clip    GMPO's, with the geometric mean of the row's ratios, each of them clipped on the
+                          side of the advantage as PPO clips it (Zhao et al. 2025, arXiv 2507.20673)
         cispo             sg(clip(rho)) A log pi: clipped tokens keep a gradient (arXiv 2506.13585)
+        trust             sg(min(rho, trust_cap)) A log pi, and 0 for the tokens of `beyond_bounds`
 
     Args:
         estimator: The estimator whose ratio and bounds are used.
@@ -169,19 +172,50 @@ def policy_gain(
         return advantages * logprobs
     if estimator.ratio == "cispo":
         return advantages * log_ratio.detach().exp().clamp(*estimator.clip_range) * logprobs
+    if estimator.ratio == "trust":
+        weight = log_ratio.detach().exp().clamp(max=estimator.trust_cap)
+        dropped = beyond_bounds(estimator, logprobs, logprobs - log_ratio, advantages)
+        return advantages * zero_outside(weight, ~dropped) * logprobs
     if estimator.ratio == "token":
         return clipped(estimator, log_ratio.exp(), advantages)
+    if estimator.ratio == "geometric_clip":
+        low, high = log_ratio.new_tensor(estimator.clip_range).log()
+        log_ratio = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+        logprobs = log_ratio  # a token beyond the clip has no gradient, and the bound stays in the mean
     of_sequence = log_ratio.sum(-1, keepdim=True)
-    if estimator.ratio == "sequence_mean":
+    if estimator.ratio != "sequence_product":
         of_sequence = of_sequence / live.sum(-1, keepdim=True).clamp(min=1)
     # The ratio of the sequence for each token, sg(ratio) pi_t / sg(pi_t): its gradient is the ratio times the
     # token's score. With one advantage per row, the sum over the row's tokens has the gradient of the ratio
-    # itself, up to the number of tokens over which 'sequence_mean' averages; with one advantage per token,
-    # each score meets its own. logprobs - sg(logprobs) is 0 in value.
+    # itself, up to the number of tokens over which the two means average; with one advantage per token, each
+    # score meets its own. logprobs - sg(logprobs) is 0 in value.
     ratio = (of_sequence.detach() + logprobs - logprobs.detach()).exp()
-    if estimator.ratio == "sequence_product":
-        return advantages * ratio
-    return clipped(estimator, ratio, advantages)
+    if estimator.ratio == "sequence_mean":
+        return clipped(estimator, ratio, advantages)
+    return advantages * ratio
+
+
+def beyond_bounds(
+    estimator: Estimator,
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    advantages: Float[Tensor, " N *T"],
+) -> Bool[Tensor, "N T"]:
+    """Return True for the tokens that the ratio 'trust' drops, or whose ratio is outside its clip range.
+
+    'trust' compares pi, the probability of the token, with mu, that under the policy that sampled, as the
+    trainer computed it. With one side a token is dropped where pi - mu is beyond `trust_bound` in the
+    direction of its advantage: above for A > 0, below for A < 0 (DPPO, arXiv 2602.04879). With two sides it
+    is dropped where |pi - mu| is.
+    """
+    new, old = logprobs.detach(), old_logprobs.detach()
+    if estimator.ratio != "trust":
+        low, high = estimator.clip_range
+        ratio = (new - old).exp()
+        return (ratio > high) | (ratio < low)
+    moved = new.exp() - old.exp()
+    signs = advantages.sign() if advantages.ndim == 2 else advantages.sign()[:, None]
+    return (moved.abs() if estimator.trust_sides == 2 else moved * signs) > estimator.trust_bound
 
 
 def clipped(

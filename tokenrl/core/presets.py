@@ -125,6 +125,21 @@ PRESETS: dict[str, Preset] = {
         },
         "Zheng et al. 2025, Group sequence policy optimization, arXiv 2507.18071",
     ),
+    "gmpo": Preset(
+        # The log ratios are clipped to [-0.4, 0.4], the ratios to [exp(-0.4), exp(0.4)].
+        {
+            **GROUP_STD,
+            "aggregation": "sequence_mean",
+            "ratio": "geometric_clip",
+            "epsilon": 0.3297,
+            "epsilon_high": 0.4918,
+        },
+        "Zhao et al. 2025, Geometric-mean policy optimization, arXiv 2507.20673",
+    ),
+    "dppo": Preset(
+        {"baseline": "group_mean", "aggregation": "fixed_length", "ratio": "trust", "trust_bound": 0.15},
+        "Qi et al. 2026, Rethinking the trust region in LLM reinforcement learning, arXiv 2602.04879",
+    ),
     "cispo": Preset(
         # The ratio is clipped to [0, 5], bounds that are relative to 1.
         {**GROUP_STD, "aggregation": "token_mean", "ratio": "cispo", "epsilon": 1.0, "epsilon_high": 4.0},

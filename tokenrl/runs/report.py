@@ -48,7 +48,7 @@ DIAGNOSTICS = {
     "grad_norm": ("gradient norm", "before clipping"),
     "grad_clipped": ("clipped gradients", "share of updates that max_grad_norm scaled down; 1 means all"),
     "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
-    "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was clipped"),
+    "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was beyond its bounds"),
     "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
     "idle_steps": ("idle steps", "updates without any gradient, which left the weights alone"),
 }

@@ -344,9 +344,10 @@ def spied(monkeypatch, name):
     return calls
 
 
-def test_the_ratio_starts_at_one_and_then_moves(monkeypatch):
+@pytest.mark.parametrize("bound", [{"epsilon": 1e-4}, {"ratio": "trust", "trust_bound": 1e-5}], ids=str)
+def test_the_ratio_starts_at_one_and_then_moves(monkeypatch, bound):
     old, updates = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "update_metrics")
-    estimator = Estimator.preset("dr_grpo", epsilon=1e-4)
+    estimator = Estimator.preset("dr_grpo", **bound)
     first, _, _ = stepped(estimator)
     assert old == [None] and updates[0]["clip_ratio"] == 0
     updates.clear()

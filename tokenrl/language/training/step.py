@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.statistics import flat_gradient, generator_of
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from tokenrl.language.rollout.rollout import Rollout
     from tokenrl.language.training.learner import Learner
 
-CLIPPED = ("token", "cispo")
-"""Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
+CLIPPED = ("token", "geometric_clip", "cispo", "trust")
+"""Ratios with a bound for each token; for them the metric `clip_ratio` is reported."""
 
 
 class Record(NamedTuple):
@@ -120,7 +121,7 @@ def training_step(
                 loss = estimator.loss(**inputs)
                 accelerator.backward(loss)
                 learner.forward.accumulate_gradients()
-                sums += loss_statistics(learner, loss, **inputs)
+                sums += loss_statistics(learner, loss, inputs)
             if first_half_gradient is None and measured:
                 first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
@@ -175,18 +176,16 @@ def token_weights(learner: Learner, counting: Kept, chosen: Tensor, like: Tensor
     return weights
 
 
-def loss_statistics(
-    learner: Learner, loss: Tensor, *, logprobs: Tensor, old_logprobs: Tensor, weights: Tensor, **_: Any
-) -> Tensor:
-    """Return the loss of a micro-batch, its tokens outside the clip range, and all that it learns from [3].
+def loss_statistics(learner: Learner, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the loss of a micro-batch, its tokens beyond the bounds, and all that it learns from [3].
 
-    The keywords are those of `Estimator.loss`.
+    The inputs are those of `Estimator.loss`.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
     if learner.estimator.ratio in CLIPPED:
-        ratio, learnt = (logprobs.detach() - old_logprobs).exp(), weights != 0
-        low, high = learner.estimator.clip_range
-        beyond = ((ratio > high) | (ratio < low)) & learnt
+        learnt = inputs["weights"] != 0
+        columns = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
+        beyond = beyond_bounds(learner.estimator, *columns) & learnt
         counts = torch.stack([beyond.sum(), learnt.sum()])
     return torch.cat([loss.detach()[None], counts]).cpu().double()
 
@@ -201,7 +200,7 @@ def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, flo
 
     Returns:
         `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
-        share of tokens whose ratio is outside the clip range, for ratios that are clipped for each token.
+        share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios in `CLIPPED`.
     """
     accelerator, limit = learner.accelerator, learner.args.max_grad_norm or math.inf
     sums = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
