@@ -199,7 +199,8 @@ def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, ru
     numbered = [(place, {"prompt": prompts[place]}) for place in places or range(len(prompts))]
     spare = [(100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])]
     stream, mean = iter(numbered + spare), running_mean or RunningMean(0.9, 0.2)
-    return training_step(learner, Rewards(reward), mean, step, lambda count: [*islice(stream, count)])
+    rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
+    return training_step(learner, rewards, mean, step, lambda count: [*islice(stream, count)])
 
 
 def gradient(model) -> torch.Tensor:

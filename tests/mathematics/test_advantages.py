@@ -396,3 +396,43 @@ def test_the_spread_of_equal_others_is_exactly_zero() -> None:
         torch.testing.assert_close(got[0], plain[0] / 1e-6, rtol=1e-6, atol=0)
         with pytest.raises(Refused, match=f"{scale}.*Give a scale_eps above 0"):
             Estimator(scale=scale, scale_eps=0.0)
+
+
+def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
+    """GDPO by hand: GRPO's advantage of each column, added with the weights; nan is left out."""
+    draw = torch.Generator().manual_seed(3)
+    columns = torch.rand(8, 2, generator=draw, dtype=torch.double) * torch.tensor([1.0, 100.0])
+    columns[5, 1] = torch.nan
+    weights, mask = torch.tensor([2.0, -0.5], dtype=torch.double), torch.ones(8, 3, dtype=torch.double)
+    inputs = {"group_size": 4, "components": columns, "component_weights": weights}
+    totals = (columns * weights).nansum(1)
+    e = Estimator.preset("gdpo", scale_eps=0.0)
+    wanted = torch.zeros(8, dtype=torch.double)
+    for column, weight in zip(columns.T, weights, strict=True):
+        for rows in torch.arange(8).split(4):
+            rows = rows[~column[rows].isnan()]
+            wanted[rows] += weight * (column[rows] - column[rows].mean()) / column[rows].std()
+    torch.testing.assert_close(e.advantages(totals, mask, **inputs).policy, wanted)
+    linear, whole = (Estimator(components=name) for name in ("separate", "summed"))
+    columns[5, 1] = 3.0
+    totals = columns @ weights
+    parts = (x.advantages(totals, mask, **inputs).policy for x in (linear, whole))
+    torch.testing.assert_close(*parts)  # without a scale the order does not matter
+    with pytest.raises(Refused, match="components was not given"):
+        linear.advantages(totals, mask, group_size=4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"baseline": "running_mean"},
+        {"baseline": "value"},
+        {"returns": "gae"},
+        {"overlong_buffer": 2},
+        {"beta": 0.1},
+    ],
+    ids=str,
+)
+def test_components_need_a_baseline_made_of_their_own_rewards(fields) -> None:
+    with pytest.raises(Refused, match=r"components 'separate' .* its own rewards"):
+        Estimator(components="separate", **fields)

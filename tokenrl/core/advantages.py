@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,8 @@ def advantages(
     greedy_rewards: Float[Tensor, " N"] | None = None,
     score_norms: Float[Tensor, "N T"] | None = None,
     baseline_value: float | Float[Tensor, ""] | None = None,
+    components: Float[Tensor, "N K"] | None = None,
+    component_weights: Float[Tensor, " K"] | None = None,
     max_length: int | None = None,
 ) -> Advantages:
     """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
@@ -88,6 +91,10 @@ def advantages(
         greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
         score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
         baseline_value: The running mean as it was before this step, for 'running_mean'.
+        components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
+            components 'separate' each column has a baseline and a scale of its own, and `rewards` is ignored.
+        component_weights: Weights by which the advantages of the functions are added [K]; None for 1. GDPO
+            (arXiv 2601.05242) whitens the sum over the step as well, which is a second scale.
         max_length: The largest number of actions that a row may have, for overlong_buffer.
 
     Raises:
@@ -98,6 +105,10 @@ def advantages(
         raise ValueError(f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}")
     mask = mask.bool()
     valid = mask.new_ones(mask.shape[0]) if valid is None else valid.bool()
+    if estimator.components == "separate":
+        columns = required("components", components, "'separate'")
+        sizes: dict[str, Any] = {"group_size": group_size, "score_norms": score_norms}
+        return of_components(estimator, columns, component_weights, mask, valid, **sizes)
     actions = mask & valid[:, None]
     rewards = rewards_in_time(
         estimator, rewards.detach(), mask, valid, logprobs, ref_logprobs, bootstrap, max_length
@@ -123,6 +134,25 @@ def advantages(
     if estimator.returns == "total" and divided.shape[1] == 1:
         return Advantages(zero_outside(divided[:, 0], usable), targets)
     return Advantages(zero_outside(divided.expand_as(actions), usable[:, None] & actions), targets)
+
+
+def of_components(
+    estimator: Estimator,
+    components: Float[Tensor, "N K"],
+    weights: Float[Tensor, " K"] | None,
+    mask: Bool[Tensor, "N T"],
+    valid: Bool[Tensor, " N"],
+    **inputs: Any,
+) -> Advantages:
+    """Add the advantages of the reward functions, each computed as if it were the only one."""
+    alone = replace(estimator, components="summed")
+    parts = [
+        advantages(alone, column.nan_to_num(), mask, valid=valid & ~column.isnan(), **inputs)
+        for column in components.unbind(1)
+    ]
+    # A weight on the rewards would be divided away again by the scale, so it is on the advantages.
+    weights = components.new_ones(len(parts)) if weights is None else weights.to(components)
+    return Advantages(*(torch.stack(each, -1) @ weights for each in zip(*parts, strict=True)))
 
 
 def rewards_in_time(

@@ -95,6 +95,10 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
     elif estimator.loss_side_terms and shrinks:  # the factor of a batch mean tends to 1 as the step grows
         text = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
         combined.append(Effect(choices.ASYMPTOTIC, text))
+    if estimator.components == "separate" and estimator.scale != "none":
+        text = "each reward function is divided by its own spread, so it has another weight than in J; with "
+        text += "rewards of 0 and 1, a mean baseline and 'group_std' it ascends sum_k w_G(p_k) grad p_k"
+        combined.append(Effect(choices.BIASED, text))
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
     if estimator.scale == "loo_std" and choices.ASYMPTOTIC in limits:
         text = "prompts stay weighted unequally, and the direction of each is right in the limit only"

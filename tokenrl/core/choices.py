@@ -267,6 +267,10 @@ CHOICES: dict[str, dict[str, Choice]] = {
             discounted=NO_OBJECTIVE,
         ),
     },
+    "components": {
+        "summed": Choice(EXACT, "the rewards of all functions are added first"),
+        "separate": Choice(EXACT, "the baselines of the functions add up as their rewards do"),
+    },
     # These effects hold if the dropped groups had no advantage; `bias.zero_spread_effect` says when that is
     # so. Only rewards are compared: a group of equal rewards whose bootstrap values differ had an advantage.
     "zero_spread": {
@@ -360,6 +364,7 @@ if TYPE_CHECKING:
     Returns = str
     ZeroSpread = str
     Truncations = str
+    Components = str
 else:
     Baseline = Literal[AXES["baseline"]]
     BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
@@ -373,6 +378,7 @@ else:
     Returns = Literal[AXES["returns"]]
     ZeroSpread = Literal[AXES["zero_spread"]]
     Truncations = Literal[AXES["truncations"]]
+    Components = Literal[AXES["components"]]
 
 
 def required(name: str, value: T | None, purpose: str) -> T:

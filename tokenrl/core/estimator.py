@@ -123,6 +123,8 @@ class Estimator(Settings):
     """GAE's lambda: 1 uses observed rewards only, 0 one reward and the value of the next state."""
     gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """Discount per step; below 1 the gradient is no longer that of the undiscounted return."""
+    components: choices.Components = "summed"
+    """Add the rewards of all functions first, or give each its own baseline and scale, and add advantages."""
     zero_spread: choices.ZeroSpread = "keep"
     """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
     truncations: choices.Truncations = "keep"
@@ -190,6 +192,15 @@ class Estimator(Settings):
             raise Refused(
                 f"scale {self.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
                 "Give a scale_eps above 0; its preset has 0.1."
+            )
+
+        added = self.overlong_buffer or (self.needs_kl and placement == "reward")
+        of_rewards = {*self._column("needs").values()} <= {"", "score_norms"}
+        if self.components == "separate" and (added or not of_rewards):
+            raise Refused(
+                "With components 'separate' the advantages of a reward function are made of its own rewards "
+                "in the step. Choose a baseline of these, such as 'rloo' or 'group_mean', returns other than "
+                "'gae', overlong_buffer 0, and for a KL the kl_placement 'loss'."
             )
 
     @property

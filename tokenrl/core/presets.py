@@ -110,6 +110,10 @@ PRESETS: dict[str, Preset] = {
         {**GRPO, "scale": "none"},
         f"{GRPO_PAPER}, without its std, as Liu et al. 2025, arXiv 2503.20783 advise",
     ),
+    "gdpo": Preset(
+        {**GRPO, "components": "separate"},
+        "Liu et al. 2026, GDPO, arXiv 2601.05242, without the whitening over the step",
+    ),
     "grpo_batch_std": Preset({**GRPO, "scale": "batch_std"}, f"{GRPO_PAPER}, with the std of the step"),
     "dapo": Preset(
         {**GROUP_STD, **CLIP, "aggregation": "token_mean", "epsilon_high": 0.28, "zero_spread": "refill"},

@@ -27,6 +27,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import step as module
 
 ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
@@ -208,6 +209,26 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     assert apart(gradient(policy.model), textbook(before, rows, temperature=0.7)[0]) < 1e-10
     assert record.metrics["kl"] == pytest.approx(sum(log_ratio) / 12)
     assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
+
+
+def test_reward_functions_apart_are_weighted_after_their_scale():
+    """With a scale only the weight of a function matters, not its size; without one, the sum is the same."""
+
+    def small(completion_ids, **_):
+        return [float(ids[0] % 5) for ids in completion_ids]
+
+    def large(completion_ids, **_):
+        return [100.0 * (ids[0] % 5) for ids in completion_ids]
+
+    def advantages(second, weight, **fields):
+        learner = make_learner(make_policy(), Estimator(**fields))
+        record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
+        return pytest.approx([row["advantage"] for row in record.rows()], abs=1e-6)
+
+    fields = {"baseline": "group_mean", "scale": "group_std", "scale_eps": 0.0, "components": "separate"}
+    assert advantages(small, 0.5, **fields).expected == advantages(large, 0.5, **fields)
+    assert advantages(large, 0.25, **fields).expected != advantages(large, 0.5, **fields)
+    assert advantages(small, 0.5, components="separate").expected == advantages(small, 0.5)
 
 
 def test_a_row_that_abstains_is_not_in_the_running_mean():

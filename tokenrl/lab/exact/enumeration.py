@@ -247,7 +247,10 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
     """Return all inputs of an estimator by name, for each prompt and completion [P, M, ...]."""
     prompts = len(problem.greedy)
     greedy = problem.totals[torch.arange(prompts), problem.greedy]
-    bootstrap = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
+    optional = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
+    if problem.rewards.ndim == 2:  # as if of two functions, each of which rewards every other completion
+        even = torch.arange(problem.rewards.shape[1]) % 2 == 0
+        optional["components"] = problem.rewards[..., None] * torch.stack([even, ~even], -1)
     return {
         "mask": problem.mask.expand(prompts, -1, -1),
         "truncated": problem.truncated.expand(prompts, -1),
@@ -258,5 +261,5 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
         "entropy": problem.entropy,
         "values": problem.values,
         "score_norms": problem.scores.square().sum(-1),
-        **bootstrap,
+        **optional,
     }

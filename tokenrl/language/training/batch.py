@@ -22,6 +22,7 @@ from tokenrl.language.rollout.scoring import Scores
 if TYPE_CHECKING:
     from tokenrl.core.baselines import RunningMean
     from tokenrl.core.estimator import Estimator
+    from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
 
@@ -65,11 +66,15 @@ def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
     return keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
 
 
-def advantage_inputs(rows: Rollout, sampling: Sampling, running_mean: RunningMean) -> dict[str, Any]:
+def advantage_inputs(
+    rows: Rollout, sampling: Sampling, running_mean: RunningMean, rewards: Rewards
+) -> dict[str, Any]:
     """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
     names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
     sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
-    return sizes | {name: getattr(rows, name) for name in names} | {"baseline_value": running_mean.value}
+    computed = {"baseline_value": running_mean.value, "components": rows.by_function}
+    computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
+    return sizes | {name: getattr(rows, name) for name in names} | computed
 
 
 def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:

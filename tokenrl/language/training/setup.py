@@ -96,7 +96,7 @@ def check(args: TrainArguments) -> None:
 def _try_out(args: TrainArguments) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
     zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
-    inputs: dict[str, Any] = dict.fromkeys(("logprobs", "ref_logprobs", "values"), zeros)
+    inputs: dict[str, Any] = dict.fromkeys(("logprobs", "ref_logprobs", "values", "components"), zeros)
     inputs |= {"group_size": args.num_generations, "max_length": args.max_completion_length}
     inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1, "baseline_value": 0.0}
     try:

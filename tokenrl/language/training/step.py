@@ -99,9 +99,8 @@ def training_step(
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
-    advantages, returns = estimator.advantages(
-        whole.rewards, whole.mask, valid=counting.compared, **advantage_inputs(whole, sampling, running_mean)
-    )
+    inputs = advantage_inputs(whole, sampling, running_mean, rewards)
+    advantages, returns = estimator.advantages(whole.rewards, whole.mask, valid=counting.compared, **inputs)
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
