@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 DATA = {
     "tokenrl/py.typed",
+    "tokenrl/core/toolkits.txt",
     "tokenrl/foreign.txt",
     *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js")),
 }

@@ -215,7 +215,7 @@ class Estimator(Settings):
 
     @property
     def reference(self) -> str:
-        """The paper of the preset that has exactly these fields, or an empty string."""
+        """The paper or toolkit of the first preset that has exactly these fields, or an empty string."""
         return next((p.paper for name, p in PRESETS.items() if type(self).preset(name) == self), "")
 
     def _column(self, name: str) -> dict[str, object]:

@@ -1,13 +1,14 @@
 """Names points of the space of estimators: for each preset the fields that it sets, and its paper.
 
-What each preset computes, and how other toolkits differ from it, is in `recipes/pages/estimators.md`. This
-module imports no torch.
+What each preset computes, and how other toolkits differ from it, is in `recipes/pages/estimators.md`. Those
+that are defaults of other toolkits are rows of toolkits.txt. This module imports no torch.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.errors import Refused
@@ -28,10 +29,17 @@ PP_PAPER = "Hu et al. 2025, REINFORCE++, arXiv 2501.03262"
 
 
 class Preset(NamedTuple):
-    """The fields that a preset sets, all others being those of RLOO, and the paper that it follows."""
+    """The fields that a preset sets, all others being those of RLOO, and what it follows.
+
+    Attributes:
+        fields: the fields with their values.
+        paper: the paper; for the default of another toolkit its name, version and file.
+        beyond: what that toolkit does and no axis expresses, with what it changes; empty for a paper.
+    """
 
     fields: Fields
     paper: str
+    beyond: str = ""
 
 
 TO_GO: Fields = {"returns": "reward_to_go"}
@@ -195,6 +203,16 @@ def _parse_value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return {"true": True, "false": False}.get(text, text)
+
+
+def _toolkits() -> dict[str, Preset]:
+    """Read the presets that are defaults of other toolkits."""
+    text = Path(__file__).with_name("toolkits.txt").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if re.match("[a-z_]+ [|] ", line)]
+    return {name: Preset(read_changes(changes)[1], paper, beyond) for name, changes, paper, beyond in rows}
+
+
+PRESETS |= _toolkits()
 
 
 def preset_name(estimator: Any) -> str:
