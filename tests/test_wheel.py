@@ -14,6 +14,7 @@ SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 DATA = {
     "tokenrl/py.typed",
     "tokenrl/core/toolkits.txt",
+    "tokenrl/lab/exact/trl_config.txt",
     "tokenrl/foreign.txt",
     *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js")),
 }

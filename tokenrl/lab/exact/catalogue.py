@@ -22,6 +22,10 @@ class LabArguments(Settings):
     """Write one record per estimator to this JSON file."""
     estimators: tuple[str, ...] = ()
     """Measure only these estimators, named as in the table. Default: all."""
+    preset: str | None = None
+    """Explain this estimator beside rloo: a preset, also with changes, such as trl_grpo,scale=none."""
+    trl_config: str | None = None
+    """Explain what a GRPOConfig or RLOOConfig of TRL computes, from a JSON or YAML file of its fields."""
 
 
 NEEDS: dict[str, dict[str, object]] = {

@@ -14,6 +14,7 @@ from tokenrl.errors import Refused, nearest
 from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.discounting import objectives_on_control
 from tokenrl.lab.exact.enumeration import Moments
+from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
@@ -36,7 +37,8 @@ def exact(args: LabArguments) -> int:
     """
     from rich.progress import track
 
-    estimators = named_estimators()
+    explanation = explain(args)
+    estimators = explanation or named_estimators()
     for name in args.estimators:
         if name not in estimators:
             hint = nearest(name, estimators)
@@ -48,7 +50,7 @@ def exact(args: LabArguments) -> int:
     with using_threads(1):  # many small sums, which a second thread only slows down
         verdicts = {name: measure_bias(estimators[name]) for name in progress}
     print_table(verdicts)
-    if not args.estimators:
+    if not args.estimators and not explanation:
         print_objectives()
     if args.json is not None:
         write_text(Path(args.json), json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,162 @@
+"""Says which estimator a configuration of TRL is, and which of its fields change nothing. Imports no torch.
+
+The rules are rows of trl_config.txt: the defaults of TRL, what a field sets in the estimator, and under which
+conditions it has no effect. TRL itself is not needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenrl.configuration import read_config
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import read_changes
+from tokenrl.errors import Refused
+from tokenrl.settings import arguments, check_choice, check_number
+
+CLASSES = {"grpo": "GRPOConfig of TRL 1.16.0", "rloo": "RLOOConfig of TRL 1.16.0"}
+EXPORT = 60
+"""A file of more fields was written by a program; only those that differ from TRL's defaults are listed."""
+COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations")
+TO_JSON = (
+    "python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\""
+)
+
+
+class Reading(NamedTuple):
+    """What a configuration of TRL means.
+
+    Attributes:
+        name: The class of TRL and its version.
+        estimator: The estimator that the configuration is.
+        idle: Fields of the file that change nothing, with the reason; those of one reason share a line.
+        remarks: What no field of the estimator expresses.
+    """
+
+    name: str
+    estimator: Estimator
+    idle: list[str]
+    remarks: list[str]
+
+
+@cache
+def table() -> list[list[str]]:
+    """Return the rows of trl_config.txt: the kind of each, and its columns."""
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    return [re.split(r" +[|] ", line) for line in text.splitlines() if re.match(r"[a-z]+ +[|] ", line)]
+
+
+def rows(kind: str, values: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield the rows of one kind whose conditions hold, without the conditions."""
+    for row, conditions, *columns in table():
+        if row == kind and all(_holds(condition, values) for condition in conditions.split()):
+            yield columns
+
+
+def _holds(condition: str, values: Mapping[str, str]) -> bool:
+    """Whether NAME=A/B or NAME!=A/B holds; no condition holds for a field that the class does not have."""
+    name, _, allowed = condition.partition("=")
+    value = values.get(name.rstrip("!"))
+    return value is not None and (value in allowed.split("/")) != name.endswith("!")
+
+
+def read_trl_config(path: str) -> Reading:
+    """Read the fields of a GRPOConfig or an RLOOConfig from JSON or YAML; TRL's defaults hold for the others.
+
+    A field `trainer`, grpo or rloo, says which class it is if no other field does; without one it is GRPO.
+
+    Raises:
+        Refused: The file is no such configuration, or TRL does not take one of its values.
+    """
+    if path.endswith((".bin", ".pt", ".pkl")):
+        raise Refused(
+            f"{path} is a pickle, which can run any program when it is read. If it is your own, write its "
+            f"fields as JSON where TRL is installed, and give that file: {TO_JSON} > config.json"
+        )
+    fields = {name: _plain(value) for name, value in read_config(path).items()}
+    usual = {kind: dict[str, str]() for kind in ("both", *CLASSES)}
+    for row, kind, *columns in table():
+        if row == "default":
+            usual[kind] |= dict(pair.split("=") for pair in columns[0].split())
+    names = ["trainer", *usual["both"], *usual["grpo"], *usual["rloo"]]
+    for name in fields.keys() - {*names}:
+        if close := get_close_matches(name, names, n=1, cutoff=0.9):
+            raise Refused(f"{path}: {name!r} is no field of TRL. Did you mean {close[0]!r}?")
+    if not fields.keys() & {*names}:
+        raise Refused(f"{path} has no field of GRPOConfig or RLOOConfig, such as loss_type, beta or epsilon.")
+    of_rloo = fields.keys() & usual["rloo"].keys() - usual["grpo"].keys()
+    trainer = fields.pop("trainer", "rloo" if of_rloo else "grpo")
+    check_choice("trainer", trainer, CLASSES)
+    own = usual["both"] | usual[trainer]
+    if foreign := sorted(fields.keys() & {*names} - own.keys()):
+        raise Refused(
+            f"{path}: a {CLASSES[trainer]} has no field {', '.join(foreign)}. Leave out what is not its."
+        )
+    try:
+        return _reading(trainer, own, fields)
+    except Refused as error:
+        raise Refused(f"{path} cannot be read as a {CLASSES[trainer]}: {error}") from error
+
+
+def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) -> Reading:
+    """Apply the rules to the fields of a file and the defaults of the others."""
+    values = {**usual, **{name: value for name, value in fields.items() if name in usual}, "trainer": trainer}
+    scale = values.get("scale_rewards", "")
+    values["scale_rewards"] = {"true": "group", "false": "none"}.get(scale, scale)
+    values |= _derived(values)
+    for row, name, *columns in table():
+        if row == "allowed" and trainer == "grpo":
+            check_choice(name, values[name], columns[0].split())
+    changes: dict[str, Any] = {}
+    for (text,) in rows("set", values):
+        text = re.sub(r"[$](\w+)", lambda match: values[match[1]], text)
+        changes |= {name: x for name, x in read_changes(text.replace(" ", ","))[1].items() if x != "none"}
+    listed = [n for n in fields if len(fields) <= EXPORT or fields[n] != usual.get(n)]
+    idle: dict[str, list[str]] = {}
+    for patterns, reason in rows("idle", values):
+        matching = [n for n in listed if any(fnmatch(n, pattern) for pattern in patterns.split())]
+        listed = [n for n in listed if n not in matching]
+        idle.setdefault(reason, []).extend(matching)
+    return Reading(
+        CLASSES[trainer],
+        arguments(Estimator, changes),
+        [f"{', '.join(names)}: {reason}." for reason, names in idle.items() if names],
+        [remark for (remark,) in rows("remark", values)],
+    )
+
+
+def _derived(values: Mapping[str, str]) -> dict[str, str]:
+    """Return the updates from one rollout, and the bound of CISPO, as conditions name them."""
+    number = {name: _number(name, values[name]) for name in COUNTS}
+    per_rollout = number["gradient_accumulation_steps"]
+    if values["steps_per_generation"] != "none":
+        per_rollout = _number("steps_per_generation", values["steps_per_generation"])
+    elif values["generation_batch_size"] != "none":
+        rows_of_rollout = _number("generation_batch_size", values["generation_batch_size"])
+        per_rollout = max(1, rows_of_rollout // number["per_device_train_batch_size"])
+    several = number["gradient_accumulation_steps"] % (per_rollout * number["num_iterations"])
+    bound = values["epsilon"] if values["epsilon_high"] == "none" else values["epsilon_high"]
+    excess = float(bound) - 1
+    return {
+        "updates": "several" if several else "1",
+        "capped": str(excess <= 0).lower(),
+        "excess": f"{excess:.12g}",
+    }
+
+
+def _number(name: str, text: str) -> int:
+    value = int(text) if text.isdigit() else text
+    check_number(name, value, int, at_least=1)
+    return int(value)
+
+
+def _plain(value: Any) -> str:
+    """Write a value as the table does: in small letters, and a number without what does not count."""
+    text = str(value).lower()
+    return f"{float(text):.12g}" if re.fullmatch(r"[-+]?[0-9]+([.][0-9]*)?(e[-+]?[0-9]+)?", text) else text
