@@ -14,11 +14,13 @@ def commands(page: Path) -> list[list[str]]:
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     """The blocks of a page: the language, the text, and what the page says that it prints."""
-    return re.findall(r"```(python|bash)\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.DOTALL)
+    return re.findall(
+        r"```(python|bash|yaml)\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.DOTALL
+    )
 
 
 def write_files(page: Path) -> None:
     """Write the blocks of a page that begin with the name of a file."""
     for _, text, _ in blocks(page):
-        if name := re.match(r"# (\w+\.py)\n", text):
+        if name := re.match(r"# (\w+\.(?:py|yaml))\n", text):
             Path(name[1]).write_text(text)

@@ -53,7 +53,7 @@ FIGURES = {
 }
 PAGES = [
     RECIPES / "pages" / f"{name}.md"
-    for name in ("loss_is_zero", "one_learning_rate", "coming_from_trl", "pretrained")
+    for name in ("loss_is_zero", "one_learning_rate", "coming_from_trl", "defaults", "pretrained")
 ]
 # what shortens a command of a page
 BRIEF = {"train": "--max-steps 1 --eval-generations 0", "compare": "--dry-run", "advise": "--num-samples 2"}
@@ -128,7 +128,7 @@ def test_every_recipe_is_in_the_list_with_its_command():
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     # tests/control/test_control_recipes.py
     control = {name for name in PROGRAMS if PROGRAMS[name].parent.name == "control"}
-    here = {name.split()[0] for name in (*SHORT, *FIGURES, "reinforce_one_page", TABLE)}
+    here = {name.split()[0] for name in (*SHORT, *FIGURES, "reinforce_one_page", TABLE, "defaults")}
     assert here | control | ELSEWHERE == set(PROGRAMS)
 
 
@@ -317,6 +317,27 @@ def test_map_of_presets(tmp_path, monkeypatch, capsys):
     assert 0 < angles["loo_std"] < angles["grpo"]
 
 
+def test_the_page_of_defaults_says_what_the_code_does(tmp_path, monkeypatch, capsys):
+    from tokenrl.core import PRESETS
+
+    page, path = RECIPES / "pages" / "defaults.md", tmp_path / "defaults.md"
+    flags = f"--output {path} --figure {tmp_path / 'defaults.png'} --estimators nanochat trl_rloo"
+    run("defaults", flags, tmp_path, monkeypatch, capsys)
+    lines = page.read_text().splitlines()
+    presets = [line.split("`")[1] for line in lines if re.match(r"\| `\w+` \| \w+ / \w+ \|", line)]
+    toolkits = {name: preset for name, preset in PRESETS.items() if preset.beyond}
+    assert presets == [*toolkits, "dr_grpo", "rloo"]
+    written = [line for line in path.read_text().splitlines() if line.startswith("| `")]
+    assert len(written) == 2 + len(toolkits) and set(written) < set(lines)
+    for name, preset in toolkits.items():
+        assert f"| `{name}` | {preset.paper} | {preset.beyond} |" in lines
+    ((_, settings, _),) = [block for block in blocks(page) if block[0] == "yaml"]
+    Path("grpo.yaml").write_text(settings)
+    assert main(["lab", "exact", "--trl-config", "grpo.yaml"]) == 0
+    ((_, _, shown),) = [block for block in blocks(page) if "--trl-config" in block[1]]
+    assert " ".join(shown.split()) in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch, capsys):
     from tokenrl.core import PRESETS
 
@@ -325,4 +346,5 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
     page = (RECIPES / "pages" / "estimators.md").read_text().splitlines()
     others = [line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)]
     assert path.read_text().splitlines() == [line for line in page if line not in others]
-    assert [line.split("`")[1] for line in page if line.startswith("* **`")] == list(PRESETS)  # the notes
+    papers = [name for name, preset in PRESETS.items() if not preset.beyond]  # the others are in defaults.md
+    assert [line.split("`")[1] for line in page if line.startswith("* **`")] == papers  # the notes

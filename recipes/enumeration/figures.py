@@ -33,6 +33,7 @@ from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabula
 BLUE, GREEN, YELLOW, RED, PINK = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 SKY, GREY = "#56B4E9", "#555555"
 GRPO = Estimator.preset("grpo")
+PAPERS = tuple(name for name, preset in PRESETS.items() if not preset.beyond)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
 LENGTHS = {"sequence_sum": GREEN, "token_mean": BLUE, "sequence_mean": RED}
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
@@ -213,8 +214,8 @@ def spread(heights: list[float], gap: float) -> list[float]:
     return [fmean(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
 
 
-def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = tuple(PRESETS)) -> None:
-    """Every preset by how far its expected gradient points from that of J, and how noisy it is.
+def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = PAPERS) -> None:
+    """Every preset of a paper by how far its expected gradient points from that of J, and how noisy it is.
 
     One small problem: two prompts, four completions of each, rewards of any size. Every step that can be
     drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
