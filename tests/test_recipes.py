@@ -26,8 +26,8 @@ PROGRAMS = {
     for path in sorted(RECIPES.glob("*/*.py"))
     if path.parent.name != "benchmarks" and path.stem not in PARTS
 }
-# tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
-ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "rebuild"}
+# tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/lab/compare/
+ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
 ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {
