@@ -14,7 +14,7 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.control.setup import check_supported
 from tokenrl.control.update import Agent, learn, prepare, scheduled
 from tokenrl.core import Estimator
-from tokenrl.core.baselines import RunningMean
+from tokenrl.core.memories import memory_of
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 
@@ -50,7 +50,7 @@ def agent_of(estimator, *, critic="separate", **options):
         args=args,
         horizon=10,
         optimizer=torch.optim.SGD(policy.parameters(), lr=args.learning_rate),
-        running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
+        memory=memory_of(estimator),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(2),
     )
@@ -218,7 +218,7 @@ def test_running_mean_and_scale_of_observations_learn_after_their_use():
     torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))  # none so far
     assert scaled.policy.scale.count == LENGTHS.sum()
     expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout_of().rewards.sum(1).mean())
-    assert scaled.running_mean.value == pytest.approx(expected)
+    assert scaled.memory.value == pytest.approx(expected)
     assert learn(scaled, rollout_of(), 2)["baseline"] == pytest.approx(expected)
 
 

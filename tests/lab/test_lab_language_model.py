@@ -8,7 +8,7 @@ from listed_policy import problem_of_policy, rollout_of_all
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.core import Estimator
-from tokenrl.core.baselines import RunningMean
+from tokenrl.core.memories import RunningMean
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards

@@ -192,7 +192,7 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how
 
 def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None, places=None):
     """One `training_step` on fixed prompts, or on those at some places; returns its record."""
-    from tokenrl.core.baselines import RunningMean
+    from tokenrl.core.memories import RunningMean
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.step import training_step
 

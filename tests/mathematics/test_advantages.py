@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.core import Estimator
-from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import AXES
 from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
+from tokenrl.core.memories import RunningMean
 from tokenrl.errors import Refused
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]

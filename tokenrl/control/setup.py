@@ -12,8 +12,9 @@ from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, SavedPolicy, Shape, check_head
 from tokenrl.control.run import AgentRun
 from tokenrl.control.update import Agent
-from tokenrl.core.baselines import RunningMean, check_horizon, set_size
+from tokenrl.core.baselines import check_horizon, set_size
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.memories import memory_of
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
@@ -120,7 +121,7 @@ def prepare(choices: Any, spec: Spec, directory: str) -> AgentRun:
         args=args,
         horizon=spec.horizon,
         optimizer=torch.optim.Adam(groups, lr=args.learning_rate, fused=True),
-        running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
+        memory=memory_of(estimator),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
     )

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
-from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.memories import Memory, update
 from tokenrl.core.rows import in_rows, loss_terms
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
 
-STATEFUL = ("optimizer", "running_mean", "diagnostics")
+STATEFUL = ("optimizer", "memory", "diagnostics")
 """The parts of an `Agent` that have a `state_dict` of their own."""
 
 
@@ -34,7 +34,7 @@ class Agent:
         args: the settings.
         horizon: the largest number of steps of an episode.
         optimizer: has two groups of parameters, those of the policy and those of a separate critic.
-        running_mean: running mean of past returns, for the baseline `running_mean`.
+        memory: what the baseline remembers of earlier rollouts, such as the mean of past returns.
         diagnostics: measures the noise of the gradient, if the settings ask for it.
         generator: random numbers that assign actions to minibatches.
         nonfinite: number of latest updates in a row whose gradient was not finite.
@@ -45,7 +45,7 @@ class Agent:
     args: ControlArguments
     horizon: int
     optimizer: torch.optim.Optimizer
-    running_mean: RunningMean
+    memory: Memory
     diagnostics: GradientDiagnostics
     generator: torch.Generator
     nonfinite: int = 0
@@ -91,7 +91,7 @@ class Units(NamedTuple):
 
 
 def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
-    """Do all updates of one rollout; then update the running mean and the scale of observations with it.
+    """Do all updates of one rollout; then update the memory and the scale of observations with it.
 
     Returns:
         Metrics: those of the updates, averaged, and those of the rollout.
@@ -114,9 +114,8 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
             measure = not history and agent.diagnostics.due(step)
             history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
-    if estimator.needs_running_mean:
-        metrics["baseline"] = agent.running_mean.value
-        agent.running_mean.update(rollout.rewards * args.reward_scale)
+    if estimator.needs_memory:
+        metrics["baseline"] = update(agent.memory, keys_of(rollout), rollout.rewards * args.reward_scale)
     if policy.scale is not None:
         policy.scale.update(rollout.observations[rollout.mask])
     # The first update has every metric; the later ones lack those that are measured on-policy only.
@@ -159,7 +158,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
         values=values,
         bootstrap=bootstrap,
         score_norms=in_rows(scored.score_norms, mask) if scored is not None else None,
-        baseline_value=agent.running_mean.value,
+        baseline_value=agent.memory.read(keys_of(rollout)) if estimator.needs_memory else None,
     )
     advantages = terms.advantages
     advantages = advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages
@@ -181,6 +180,11 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
         estimator.needs_entropy and choice_of("entropy_form", estimator.entropy_form).whole_row
     )
     return (units if whole_rows else one_by_one(units)), metrics
+
+
+def keys_of(rollout: Rollout) -> Tensor:
+    """Return the keys of the episodes in a memory [N]: all are 0, as no prompts tell them apart."""
+    return torch.zeros(len(rollout.mask), dtype=torch.long)
 
 
 def one_by_one(rows: Units) -> Units:

@@ -65,7 +65,7 @@ def advantages(
     bootstrap: Float[Tensor, " N"] | None = None,
     greedy_rewards: Float[Tensor, " N"] | None = None,
     score_norms: Float[Tensor, "N T"] | None = None,
-    baseline_value: float | Float[Tensor, ""] | None = None,
+    baseline_value: float | Float[Tensor, " *N"] | None = None,
     components: Float[Tensor, "N K"] | None = None,
     component_weights: Float[Tensor, " K"] | None = None,
     max_length: int | None = None,
@@ -90,7 +90,8 @@ def advantages(
             the rewards that were cut off, so an error in it biases the gradient.
         greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
         score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
-        baseline_value: The running mean as it was before this step, for 'running_mean'.
+        baseline_value: What the baseline's memory holds before this step, for 'running_mean', 'tracker' and
+            a memory of your own: one number, or one for each row [N].
         components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
             components 'separate' each column has a baseline and a scale of its own, and `rewards` is ignored.
         component_weights: Weights by which the advantages of the functions are added [K]; None for 1. GDPO
@@ -119,7 +120,7 @@ def advantages(
     returns = totals[:, None] if estimator.returns == "total" else targets
     inputs: dict[str, Any] = {"values": values, "greedy_rewards": greedy_rewards, "score_norms": score_norms}
     inputs |= {"baseline_value": baseline_value}
-    name = choice_of("baseline", estimator.baseline).needs
+    name = "baseline_value" if estimator.needs_memory else choice_of("baseline", estimator.baseline).needs
     needed = required(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
     needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
     step = Step(estimator, group_size, totals, valid, actions, returns, needed)
@@ -193,6 +194,8 @@ def rewards_in_time(
 def baseline_of(step: Step) -> tuple[Float[Tensor, "N _"], Bool[Tensor, " N"]]:
     """Return the baseline, [N, 1] or [N, T], and the mask [N] of the rows that have one."""
     chosen = step.estimator.baseline
+    if step.estimator.needs_memory:
+        chosen = "tracker"  # the same formula for every memory
     if callable(chosen):
         return from_function(chosen, step), step.valid
     sets = step.in_sets("baseline")

@@ -40,6 +40,21 @@ def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tens
     return first + (differences.sum(-1, keepdim=True) - differences) / count.clamp(min=1)
 
 
+def quantile(step: Step) -> Float[Tensor, "S n"]:
+    """Return the quantile of the OTHER valid rows: the least R_j that a share q of them do not exceed.
+
+    It is one of their returns, never a number between two: with q = 0.5 the median of an odd number of rows,
+    and the lower one of the two middle returns of an even number. A row without another gets its own return.
+    """
+    n, q = step.totals.shape[1], step.estimator.baseline_quantile
+    itself = torch.eye(n, dtype=torch.bool, device=step.totals.device)
+    others = step.valid[:, None] & ~itself  # [S, n, n]
+    ordered = step.totals[:, None].masked_fill(~others, torch.inf).sort(-1).values
+    count = others.sum(-1, keepdim=True)
+    place = (q * count - 1e-6).ceil().long().clamp(min=1) - 1  # 1e-6: q n may be rounded up, as 0.07 * 100
+    return torch.where(count[..., 0] > 0, ordered.gather(-1, place)[..., 0], step.totals)
+
+
 def mean(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
     """Return the mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
 
@@ -193,7 +208,9 @@ BASELINES: dict[str, Callable[[Step], Tensor]] = {
     "none": lambda step: torch.zeros_like(step.totals),
     "constant": lambda step: torch.full_like(step.totals, step.estimator.baseline_constant),
     "running_mean": lambda step: step.needed.expand_as(step.totals),
+    "tracker": lambda step: step.needed.expand_as(step.totals),
     "rloo": lambda step: rloo(step.totals, step.valid),
+    "quantile": quantile,
     "group_mean": lambda step: mean(step.totals, step.valid),
     "batch_mean": lambda step: mean(step.totals, step.valid),
     # The greedy completion of the prompt (ReMax, Li et al. 2024, arXiv 2310.10505).
@@ -269,54 +286,3 @@ def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: 
         "'value', 'running_mean', 'timestep_mean' with returns 'reward_to_go', or 'rloo'; or make "
         "episodes shorter, or pass --allow-no-baseline."
     )
-
-
-class RunningMean:
-    """The mean of past returns: read `value` before a step is used, and call `update` once after it.
-
-    In that order no return enters its own baseline, so the expected gradient stays exact. `state_dict` and
-    `load_state_dict` carry it through a checkpoint.
-
-    Attributes:
-        value: The baseline to use now; `initial` until the first update.
-    """
-
-    def __init__(self, decay: float | None = None, initial: float = 0.0) -> None:
-        """Start at `initial`.
-
-        Args:
-            decay: The decay d, from 0 to below 1, of `value <- d value + (1 - d) mean of the step`. The
-                influence of `initial` shrinks by d per step; no correction is made for it. None takes the
-                plain mean of all returns seen so far.
-            initial: The value before any update.
-        """
-        self.decay = decay
-        self.value = float(initial)
-        self.count = 0.0
-
-    def update(self, rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None = None) -> None:
-        """Include the rewards of one step.
-
-        Args:
-            rewards: One number per row [N], or one per position [N, T], which is summed over time.
-            valid: False where a row abstains and is left out [N]; None if all rows are valid.
-        """
-        totals = rewards.detach().cpu().double()  # in float32 a mean over many steps would drift
-        totals = totals.sum(-1) if totals.ndim == 2 else totals
-        if valid is not None:
-            totals = totals[valid.cpu()]
-        rows = totals.numel()
-        if rows == 0:
-            return
-        step = float(totals.mean())
-        self.count += rows
-        share = rows / self.count if self.decay is None else 1.0 - self.decay
-        self.value += share * (step - self.value)  # rows / count gives the plain mean
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state that a checkpoint saves, as plain floats."""
-        return {"value": self.value, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from what `state_dict` returned."""
-        self.value, self.count = float(state["value"]), float(state["count"])

@@ -41,6 +41,8 @@ def effects(estimator: Estimator) -> list[Effect]:
 
 def baseline_effect(estimator: Estimator) -> Effect:
     """Return the effect of the baseline, which for some depends on `leave_one_out`."""
+    if callable(estimator.baseline) and estimator.needs_memory:
+        return choices.MEMORY
     choice = choice_of("baseline", estimator.baseline)
     return choice if estimator.leave_one_out or choice.row_inside is None else choice.row_inside
 

@@ -74,6 +74,10 @@ class Choice(Effect):
 NO_OBJECTIVE = Effect(
     BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
 )
+OF_OTHERS = "the baseline is made of the other completions of the prompt only"
+MEMORY = Choice(
+    EXACT, "given the past, a memory is a constant, because it is updated after use", needs="baseline_value"
+)
 
 CHOICES: dict[str, dict[str, Choice]] = {
     "baseline": {
@@ -84,12 +88,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "given the past, the running mean is a constant, because it is updated after use",
             needs="baseline_value",
         ),
-        "rloo": Choice(
-            EXACT,
-            "the baseline is made of the other completions of the prompt only",
-            compares="group",
-            centred=True,
-        ),
+        "tracker": MEMORY,
+        "rloo": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
+        "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
         "group_mean": Choice(
             UP_TO_SCALE,
             "the row's own return is in the mean of its group: (G-1)/G of the gradient",

@@ -65,13 +65,18 @@ class Estimator(Settings):
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
     Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
-    module:function or path/to/file.py:function; from Python the function itself too."""
+    module:function or path/to/file.py:function; from Python the function itself too. A class with the methods
+    `read` and `update` is a baseline with a memory, see `recipes/pages/estimators.md`."""
     baseline_constant: Number = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
     """Decay per step of the baseline 'running_mean'; None for the plain mean of all returns so far."""
     running_mean_init: Number = 0.0
     """The value of the running mean before the first step."""
+    tracker_decay: Annotated[float, Bounds(at_least=0, below=1)] = 0.875
+    """The baseline 'tracker' multiplies a prompt's two counts by this before it adds the prompt's rewards."""
+    baseline_quantile: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
+    """The baseline 'quantile' is the least return that this share of the other rows do not exceed."""
     leave_one_out: bool = True
     """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
     optimal_form: choices.OptimalForm = "sequence"
@@ -263,9 +268,11 @@ class Estimator(Settings):
         return "values" in self._column("needs").values()
 
     @property
-    def needs_running_mean(self) -> bool:
-        """Whether the mean of past returns is needed, which each step updates."""
-        return "baseline_value" in self._column("needs").values()
+    def needs_memory(self) -> bool:
+        """Whether the baseline is a memory of earlier steps, which each step updates."""
+        own = self.baseline.load() if isinstance(self.baseline, NamedFunction) else self.baseline
+        is_class = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
+        return is_class or "baseline_value" in self._column("needs").values()
 
     @property
     def needs_greedy(self) -> bool:

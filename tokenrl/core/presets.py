@@ -157,6 +157,10 @@ PRESETS: dict[str, Preset] = {
         {**GROUP_STD, "aggregation": "token_mean", "ratio": "cispo", "epsilon": 1.0, "epsilon_high": 4.0},
         "MiniMax 2025, MiniMax-M1, arXiv 2506.13585",
     ),
+    "spo": Preset(
+        {**WHITENED, "baseline": "tracker"},
+        "Xu & Ding 2025, Single-stream policy optimization, arXiv 2509.13232",
+    ),
     "reinforce_pp": Preset({**WHITENED, **TO_GO, "baseline": "none"}, PP_PAPER),
     "reinforce_pp_baseline": Preset(
         {**WHITENED, "baseline": "group_mean", "kl_estimator": "k2", "kl_placement": "loss"},

@@ -103,7 +103,7 @@ def test_a_check_changes_no_weight(check, estimator, monkeypatch):
         for work in (lambda: None, lambda: check_run(run, *rest)):
             result = work()
             critic = {} if run.learner.critic is None else run.learner.critic.head.state_dict()
-            states.append(([x.tolist() for x in critic.values()], run.running_mean.state_dict()))
+            states.append(([x.tolist() for x in critic.values()], run.memory.state_dict()))
         return result
 
     monkeypatch.setattr(loop, "check_run", watched)

@@ -22,8 +22,8 @@ from tiny_models import (
 )
 
 from tokenrl.core import Estimator
-from tokenrl.core.baselines import RunningMean
 from tokenrl.core.losses import next_beta
+from tokenrl.core.memories import RunningMean
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import add_lora

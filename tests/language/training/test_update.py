@@ -23,8 +23,8 @@ from tiny_models import (
     weights,
 )
 
-from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.memories import RunningMean
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.rewards import Rewards

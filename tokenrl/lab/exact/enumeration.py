@@ -200,7 +200,9 @@ def _coefficients(
     columns = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
     entropy = columns.pop("entropy")
     sizes: dict[str, Any] = {"group_size": size, "max_length": problem.max_length}
-    sizes["baseline_value"] = problem.baseline_value
+    # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
+    apart = 0.0 if estimator.baseline == "running_mean" else 0.5
+    sizes["baseline_value"] = problem.baseline_value + apart * of_row.double()
     try:
         terms = torch.vmap(lambda step: loss_terms(estimator, **step, **sizes))(columns)
     except RuntimeError as error:

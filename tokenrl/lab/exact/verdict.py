@@ -157,7 +157,8 @@ def measure_bias(
     if status == choices.BIASED and tends_to_the_gradient(estimator):
         status = choices.ASYMPTOTIC
     name = getattr(estimator.baseline, "__name__", preset_name(estimator))
-    return Verdict(estimator.bias_status, status, tuple(measurements), extent(measured), name)
+    tried = extent(measured) + ", the memory held fixed" * estimator.needs_memory
+    return Verdict(estimator.bias_status, status, tuple(measurements), tried, name)
 
 
 def extent(problems: Sequence[Problem]) -> str:
@@ -169,7 +170,7 @@ def extent(problems: Sequence[Problem]) -> str:
 
 def _check_memory(estimator: Estimator) -> None:
     """Refuse a user's baseline that returns two different results for the same step."""
-    if not callable(estimator.baseline):
+    if not callable(estimator.baseline) or estimator.needs_memory:
         return
     draw = torch.Generator().manual_seed(0)
     rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
@@ -181,8 +182,8 @@ def _check_memory(estimator: Estimator) -> None:
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
         raise Refused(
             f"The baseline {name!r} returned two different results for the same step, so it has a memory or "
-            "draws random numbers. Measure it with its memory held fixed: it is a constant if it is updated "
-            "after use."
+            "draws random numbers. Give a class with the methods read and update, not a function: it is "
+            "updated after use, and is measured with its memory held fixed."
         )
 
 

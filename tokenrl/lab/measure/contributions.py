@@ -120,7 +120,7 @@ def contributions(
 
     def unit(rows: Tensor) -> Slopes:
         elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean has seen other steps
-        mean = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
+        mean = float(samples.rewards[elsewhere].mean()) if estimator.needs_memory else 0.0
         return step_slopes(estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=mean)
 
     groups = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]

@@ -54,6 +54,8 @@ class Rollout:
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
         values: the critic's value of the state before each action [N, T]; None without a critic.
         greedy_rewards: reward of the greedy completion of each row's prompt [N].
+        keys: a number for each row that its prompt and the other columns of its data determine [N]; None
+            without a memory of prompts.
         advantages: one for each row [N] or for each token [N, T].
         old_logprobs: log-probabilities under the policy that sampled, as the trainer computes them [N, T];
             None while that is the present policy.
@@ -80,6 +82,7 @@ class Rollout:
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     greedy_rewards: Tensor | None = None
+    keys: Tensor = NOT_YET
     advantages: Tensor = NOT_YET
     old_logprobs: Tensor | None = None
     weights: Tensor = NOT_YET

@@ -20,8 +20,8 @@ from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengt
 from tokenrl.language.rollout.scoring import Scores
 
 if TYPE_CHECKING:
-    from tokenrl.core.baselines import RunningMean
     from tokenrl.core.estimator import Estimator
+    from tokenrl.core.memories import Memory
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
@@ -66,13 +66,12 @@ def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
     return keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
 
 
-def advantage_inputs(
-    rows: Rollout, sampling: Sampling, running_mean: RunningMean, rewards: Rewards
-) -> dict[str, Any]:
+def advantage_inputs(rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards) -> dict[str, Any]:
     """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
     names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
     sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
-    computed = {"baseline_value": running_mean.value, "components": rows.by_function}
+    value = None if rows.keys is None else memory.read(rows.keys)  # [N]
+    computed = {"baseline_value": value, "components": rows.by_function}
     computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
     return sizes | {name: getattr(rows, name) for name in names} | computed
 

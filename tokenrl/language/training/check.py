@@ -225,9 +225,9 @@ def _trial_steps(
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
 
     def step() -> Record:
-        critic, mean = copy.deepcopy((learner.critic, run.running_mean))
+        critic, memory = copy.deepcopy((learner.critic, run.memory))
         trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
-        return training_step(trial, rewards, mean, len(records) + 1, stream.draw_prompts)
+        return training_step(trial, rewards, memory, len(records) + 1, stream.draw_prompts)
 
     least, most = extent
     while len(records) < least or (len(records) < most and _share_equal(run, records) == 1):

@@ -7,6 +7,8 @@ and a table of its completions.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -97,7 +99,7 @@ def refill(
 
 
 def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
-    """Return the rows with log-probabilities of the reference, values of the critic and greedy rewards."""
+    """Return the rows with what the estimator needs: reference, critic's values, greedy rewards, keys."""
     estimator, columns = learner.estimator, dict[str, Any]()
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
@@ -106,7 +108,17 @@ def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
         columns["greedy_rewards"] = greedy_rewards(learner, rewards, sampling, rows)
-    return replace(rows, **{name: x.to(rows.logprobs) for name, x in columns.items()})
+    columns = {name: x.to(rows.logprobs) for name, x in columns.items()}
+    if estimator.needs_memory:
+        columns["keys"] = data_keys(rows.data).to(rows.logprobs.device)
+    return replace(rows, **columns)
+
+
+def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
+    texts = (json.dumps(dict(row), sort_keys=True, default=repr) for row in data)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
 
 
 def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tokenrl.core.baselines import RunningMean
+from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
@@ -155,13 +155,13 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
         rewards=rewards,
         learner=learner,
         stream=PromptStream(task.train_prompts, args.seed),
-        running_mean=RunningMean(args.estimator.running_mean_decay, args.estimator.running_mean_init),
+        memory=memory_of(args.estimator),
         threads=f"{threads} ({reason})",
         usual_rate=usual_rate(choices, task, policy),
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
-    parts: dict[str, Any] = {"stream": run.stream, "running_mean": run.running_mean, "learner": learner}
+    parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": learner}
     session.keep(SavedPolicy(policy), provenance, **parts, run=run)
     return run
 
@@ -203,7 +203,7 @@ def _begin(run: TrainingRun, session: Session) -> None:
 def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner, stream = run.learner, run.stream
-    record = training_step(learner, run.rewards, run.running_mean, step, stream.draw_prompts)
+    record = training_step(learner, run.rewards, run.memory, step, stream.draw_prompts)
     metrics, (plain, least) = record.metrics, sizes_of_steps(run.args)
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),

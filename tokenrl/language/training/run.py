@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tokenrl.core.baselines import RunningMean
+from tokenrl.core.memories import Memory
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_line
@@ -71,7 +71,7 @@ class TrainingRun:
         rewards: the reward functions.
         learner: the policy, its optimiser and the settings.
         stream: deals the prompts out to steps.
-        running_mean: mean reward of earlier steps.
+        memory: what the baseline remembers of earlier steps.
         threads: the number of threads of torch, and in words where it comes from.
         usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         warm_started: what `warm_start` found; empty without such a stage.
@@ -89,7 +89,7 @@ class TrainingRun:
     rewards: Rewards
     learner: Learner
     stream: PromptStream
-    running_mean: RunningMean
+    memory: Memory
     threads: str
     usual_rate: float | None
     warm_started: dict[str, Any]

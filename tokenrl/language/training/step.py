@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.losses import beyond_bounds
+from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import flat_gradient, generator_of
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
@@ -45,7 +46,6 @@ from tokenrl.language.training.collect import (
 )
 
 if TYPE_CHECKING:
-    from tokenrl.core.baselines import RunningMean
     from tokenrl.core.rows import Kept
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.rollout import Rollout
@@ -70,7 +70,7 @@ class Record(NamedTuple):
 
 
 def training_step(
-    learner: Learner, rewards: Rewards, running_mean: RunningMean, step: int, draw_prompts: DrawPrompts
+    learner: Learner, rewards: Rewards, memory: Memory, step: int, draw_prompts: DrawPrompts
 ) -> Record:
     """Run one training step: sample, reward, update, record.
 
@@ -79,8 +79,8 @@ def training_step(
     Args:
         learner: the policy, its optimiser and the settings.
         rewards: the reward functions.
-        running_mean: mean reward of earlier steps. It is read before it is updated, because otherwise a
-            reward would enter its own baseline.
+        memory: what the baseline remembers of earlier steps. It is read before it is updated, because
+            otherwise a reward would enter its own baseline.
         step: number of this step, from 1.
         draw_prompts: returns so many further prompts, the same on every process: those of the whole step,
             and for some estimators those that replace groups of equal rewards.
@@ -99,7 +99,7 @@ def training_step(
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
-    inputs = advantage_inputs(whole, sampling, running_mean, rewards)
+    inputs = advantage_inputs(whole, sampling, memory, rewards)
     advantages, returns = estimator.advantages(whole.rewards, whole.mask, valid=counting.compared, **inputs)
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
@@ -134,7 +134,7 @@ def training_step(
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
-    metrics |= update_baselines(learner, running_mean, rows, whole, returns)
+    metrics |= update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
@@ -210,25 +210,24 @@ def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, flo
 
 
 def update_baselines(
-    learner: Learner, running_mean: RunningMean, rows: Rollout, whole: Rollout, returns: Tensor
+    learner: Learner, memory: Memory, rows: Rollout, whole: Rollout, returns: Tensor
 ) -> dict[str, float]:
-    """Update the running mean and the critic with this step's rewards, after the policy's update used them.
+    """Update the memory and the critic with this step's rewards, after the policy's update used them.
 
     Args:
         learner: holds the critic.
-        running_mean: mean reward of earlier steps.
+        memory: what the baseline remembers of earlier steps.
         rows: this process's n rows.
         whole: all N rows of the step.
         returns: the critic's targets [N, T].
 
     Returns:
-        `baseline`, the running mean that this step used, and `value_loss`, the critic's loss before its
-        update; each only where the estimator has it.
+        `baseline`, the mean value that this step read from the memory, and `value_loss`, the critic's loss
+        before its update; each only where the estimator has it.
     """
     metrics = {}
-    if learner.estimator.needs_running_mean:
-        metrics["baseline"] = float(running_mean.value)
-        running_mean.update(whole.rewards, valid=whole.valid)
+    if learner.estimator.needs_memory:
+        metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.valid)
     if learner.critic is not None and rows.hidden is not None:
         states = (whole.mask & whole.valid[:, None]).to(returns.dtype)
         weights, width = states / states.sum().clamp(min=1), rows.mask.shape[1]

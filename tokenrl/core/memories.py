@@ -1,0 +1,197 @@
+"""Baselines that remember earlier steps: a running mean of all returns, and one value for each prompt.
+
+A memory is read before the rewards of a step are used and updated after it. In that order no return enters
+its own baseline, so given the past the baseline is a constant, and the expected gradient stays exact.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+
+
+class Memory(Protocol):
+    """The methods of a baseline with a memory; a class of your own that has them is made once per run."""
+
+    def read(self, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Return the baseline of each row.
+
+        Args:
+            keys: A number for each row, the same for all rows of a prompt with the same columns in the data,
+                in every step and after a resumption. In control all are 0.
+        """
+
+    def update(
+        self, *, keys: Int[Tensor, " N"], rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None
+    ) -> None:
+        """Learn from the rewards of a step [N], in control [N, T]; rows that are not valid have none."""
+
+    def state_dict(self) -> Any:
+        """Return the state that a checkpoint saves: numbers and tensors, in dictionaries and lists."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from what `state_dict` returned."""
+
+
+def memory_of(estimator: Estimator) -> Memory:
+    """Make the memory of a run; an estimator that needs none gets a running mean, which stays as it is.
+
+    Raises:
+        Refused: The class that is the baseline lacks a method, or cannot be made without arguments.
+    """
+    mean = RunningMean(estimator.running_mean_decay, estimator.running_mean_init)
+    if not (callable(estimator.baseline) and estimator.needs_memory):
+        return Tracker(mean, estimator.tracker_decay) if estimator.baseline == "tracker" else mean
+    name = getattr(estimator.baseline, "__name__", "")
+    try:
+        memory: Any = estimator.baseline()
+    except USER_CODE_FAILED as error:
+        raise Refused(f"The baseline {name!r} is made without arguments, but {raised(error)}.") from error
+    if missing := [x for x in ("state_dict", "load_state_dict") if not hasattr(memory, x)]:
+        raise Refused(f"The baseline {name!r} has no {' and no '.join(missing)}, which checkpoints need.")
+    return cast(Memory, memory)
+
+
+def update(
+    memory: Memory, keys: Tensor, rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None = None
+) -> float:
+    """Update a memory with the rewards of a step; return the mean baseline of its rows, as it was before."""
+    values = memory.read(keys).double()
+    memory.update(keys=keys, rewards=rewards, valid=valid)
+    return float(values[0] + (values - values[0]).mean())  # of equal values exactly that value
+
+
+class RunningMean:
+    """The mean of past returns: read `value` before a step is used, and call `update` once after it.
+
+    Attributes:
+        value: The baseline to use now; `initial` until the first update.
+    """
+
+    def __init__(self, decay: float | None = None, initial: float = 0.0) -> None:
+        """Start at `initial`.
+
+        Args:
+            decay: The decay d, from 0 to below 1, of `value <- d value + (1 - d) mean of the step`. The
+                influence of `initial` shrinks by d per step; no correction is made for it. None takes the
+                plain mean of all returns seen so far.
+            initial: The value before any update.
+        """
+        self.decay = decay
+        self.value = float(initial)
+        self.count = 0.0
+
+    def read(self, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Return the value for each row."""
+        return torch.full(keys.shape, self.value, dtype=torch.double)
+
+    def update(
+        self,
+        rewards: Float[Tensor, " N *T"],
+        valid: Bool[Tensor, " N"] | None = None,
+        keys: Int[Tensor, " N"] | None = None,
+    ) -> None:
+        """Include the rewards of one step.
+
+        Args:
+            rewards: One number per row [N], or one per position [N, T], which is summed over time.
+            valid: False where a row abstains and is left out [N]; None if all rows are valid.
+            keys: Ignored.
+        """
+        totals, _ = summed(rewards, valid)
+        rows = totals.numel()
+        if rows == 0:
+            return
+        step = float(totals.mean())
+        self.count += rows
+        share = rows / self.count if self.decay is None else 1.0 - self.decay
+        self.value += share * (step - self.value)  # rows / count gives the plain mean
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state that a checkpoint saves, as plain floats."""
+        return {"value": self.value, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.value, self.count = float(state["value"]), float(state["count"])
+
+
+class Tracker:
+    """The value of each prompt, for rewards from 0 to 1 (SPO, Xu and Ding 2025, arXiv 2509.13232).
+
+    A prompt has two counts, and its value is `a / (a + b)`. After a step in which it was drawn, both are
+    multiplied by the decay, and each of its rewards r adds r to a and 1 - r to b. A prompt that was never
+    drawn has the value of the running mean, and begins with the weight of one completion.
+
+    The paper makes the decay of a prompt from how far the policy has moved on its latest completion, which
+    would cost another scoring pass; here it is one constant.
+    """
+
+    def __init__(self, mean: RunningMean, decay: float) -> None:
+        """Start without prompts."""
+        self.mean, self.decay, self.counts = mean, decay, dict[int, tuple[float, float]]()
+
+    def read(self, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Return the value of the prompt of each row."""
+        counts = (self.counts.get(key, self._first) for key in keys.tolist())
+        return torch.tensor([a / (a + b) for a, b in counts], dtype=torch.double)
+
+    @property
+    def _first(self) -> tuple[float, float]:
+        return self.mean.value, 1 - self.mean.value
+
+    def update(
+        self,
+        keys: Int[Tensor, " N"],
+        rewards: Float[Tensor, " N *T"],
+        valid: Bool[Tensor, " N"] | None = None,
+    ) -> None:
+        """Include the rewards of one step, as `RunningMean.update` does.
+
+        Raises:
+            Stopped: A reward is below 0 or above 1.
+        """
+        totals, rows = summed(rewards, valid)
+        outside = (totals < 0) | (totals > 1)
+        if outside.any():
+            raise Stopped(
+                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {totals[outside][0]:g}. Scale "
+                "the rewards, as by reward_weights, or take the baseline 'running_mean'."
+            )
+        drawn = keys.cpu()[rows].tolist()
+        for key in dict.fromkeys(drawn):
+            a, b = self.counts.get(key, self._first)
+            self.counts[key] = self.decay * a, self.decay * b
+        for key, reward in zip(drawn, totals.tolist(), strict=True):
+            a, b = self.counts[key]
+            self.counts[key] = a + reward, b + 1 - reward
+        self.mean.update(rewards, valid)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running mean, and the keys [P] and the counts [P, 2] of the prompts."""
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.double)
+        return {"mean": self.mean.state_dict(), "keys": torch.tensor(list(self.counts)), "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.mean.load_state_dict(state["mean"])
+        counts = map(tuple, state["counts"].tolist())
+        self.counts = dict(zip(state["keys"].tolist(), counts, strict=True))
+
+
+def summed(
+    rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " N"]]:
+    """Return the returns of the n valid rows, as float64 on the CPU, and which of the N rows these are."""
+    totals = rewards.detach().cpu().double()  # in float32 a mean over many steps would drift
+    totals = totals.sum(-1) if totals.ndim == 2 else totals
+    rows = torch.ones(len(totals), dtype=torch.bool) if valid is None else valid.cpu()
+    return totals[rows], rows
