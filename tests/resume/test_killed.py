@@ -18,6 +18,7 @@ POLICY_GRADIENT = {
     "refill": ["--estimator", "dapo", "--max-refills", "2"],
     "kl": ["--estimator", "grpo", "--estimator.beta", "0.05", "--target-kl", "0.5", "--keep", "best"],
     "running mean": ["--estimator", "reinforce_running_mean", "--micro-batch-size", "3"],
+    "tracker": ["--estimator", "spo", "--num-generations", "1", "--task", "digits.jsonl", "--model", "warm"],
     "adapter": ["--estimator", "remax", "--lora-r", "4", "--keep", "best"],
     "bfloat16": ["--estimator", "gspo", "--mixed-precision", "bf16"],
     "epochs": [

@@ -17,6 +17,13 @@ from tokenrl.errors import Refused
 
 REFILLING = Estimator.preset("dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss")
 REFILLED = {"estimator": REFILLING, "max_samples": 36, "max_steps": None, "target_kl": 0.3, "max_refills": 1}
+
+
+def coarse(completion_ids, **_):
+    """Equal in some groups, so that they are refilled."""
+    return [float(sum(i % 3 == 0 for i in ids) > 1) for ids in completion_ids]
+
+
 CYCLE = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 3}
 SGD = {"estimator": "reinforce_running_mean", "optimizer": "sgd", "lr_scheduler_type": "linear"}
 KINDS = {
@@ -27,16 +34,16 @@ KINDS = {
         "float32",
         SGD | {"mixed_precision": "bf16", "keep": "best"},
     ),
+    "tracker": (
+        "llama",
+        "float32",
+        {"estimator": "spo", "reward": coarse, "num_generations": 1, "num_iterations": 2},
+    ),
     "adapter": ("llama", "float32", {"lora_r": 2, "estimator": "remax", "keep": "best"}),
     "bfloat16": ("llama", "bfloat16", {}),
     "measured": ("qwen2", "float64", {"diagnostics_every": 2, "lr_scheduler_type": "cosine"}),
 }
-QUICK = ("critic", "samples, refills, KL control", "running mean, sgd, bfloat16 copy")
-
-
-def coarse(completion_ids, **_):
-    """Equal in some groups, so that they are refilled."""
-    return [float(sum(i % 3 == 0 for i in ids) > 1) for ids in completion_ids]
+QUICK = ("critic", "samples, refills, KL control", "tracker", "running mean, sgd, bfloat16 copy")
 
 
 def files_of(run, step):

@@ -81,6 +81,7 @@ SCENARIOS = {
     "checkpointing": ("rloo", {"gradient_checkpointing": True}, vowel_reward),
     "lora": ("rloo", {"lora_r": 2}, vowel_reward),
     "greedy": ("remax", {}, vowel_reward),
+    "memory": ("reinforce_running_mean", {}, vowel_reward),
     "critic": ("a2c", {}, vowel_reward),
     "score norms": ("optimal", {}, vowel_reward),
     "refilled": ("dapo", {}, flat_on_both),

@@ -1,0 +1,107 @@
+"""Baselines that remember earlier steps, and the quantile of the other rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from tokenrl.core import Estimator, RunningMean
+from tokenrl.core.memories import Tracker, memory_of, update
+from tokenrl.errors import Refused, Stopped
+from tokenrl.lab import measure_bias, tabular_problem
+
+
+def test_the_tracker_by_hand() -> None:
+    """a <- .5 a + r, b <- .5 b + 1 - r, begun at the running mean; a row that abstains is not seen."""
+    tracker = memory_of(Estimator(baseline="tracker", tracker_decay=0.5, running_mean_init=0.2))
+    keys = torch.tensor([7, 7, 2**62, 5])
+    assert tracker.read(keys).tolist() == pytest.approx([0.2] * 4)
+    rewards, valid = torch.tensor([1.0, 0.5, 0.0, torch.nan]), torch.tensor([True, True, True, False])
+    assert update(tracker, keys, rewards, valid) == pytest.approx(0.2)  # what the step has read
+    mean = 0.9 * 0.2 + 0.1 * 0.5
+    first, second = 1.6 / 2.5, 0.1 / 1.5
+    assert tracker.read(keys).tolist() == pytest.approx([first, first, second, mean])
+    again = memory_of(Estimator(baseline="tracker", tracker_decay=0.5))
+    again.load_state_dict(tracker.state_dict())
+    for one in (tracker, again):
+        update(one, keys[:1], torch.tensor([[0.0, 1.0]]))  # in control the rewards of an episode are summed
+    assert torch.equal(tracker.read(keys), again.read(keys))
+    assert tracker.read(keys[:1]).tolist() == pytest.approx([1.8 / 2.25])
+    for wrong in (1.5, -0.1):
+        with pytest.raises(Stopped, match=f"from 0 to 1, but one is {wrong}"):
+            update(tracker, keys[:1], torch.tensor([wrong]))
+    empty = Tracker(RunningMean(), 0.5)
+    empty.load_state_dict(Tracker(RunningMean(initial=0.5), 0.5).state_dict())
+    assert empty.read(keys).tolist() == [0.5] * 4
+
+
+def test_a_baseline_has_a_value_for_each_row() -> None:
+    rewards, values = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.25, 0.0])
+    e = Estimator(baseline="tracker")
+    given = {"group_size": None, "baseline_value": values.double()}
+    assert e.advantages(rewards, torch.ones(3, 2), **given).policy.tolist() == [0.5, -0.25, 1.0]
+
+
+class Best:
+    """The largest reward of each prompt so far."""
+
+    def __init__(self):
+        self.best = {}
+
+    def read(self, keys):
+        return torch.tensor([self.best.get(key, 0.0) for key in keys.tolist()])
+
+    def update(self, keys, rewards, valid):
+        for key, reward in zip(keys.tolist(), rewards.tolist(), strict=True):
+            self.best[key] = max(reward, self.best.get(key, reward))
+
+    def state_dict(self):
+        return dict(self.best)
+
+    def load_state_dict(self, state):
+        self.best = dict(state)
+
+
+class Forgetful:
+    read = update = print
+
+
+class Demanding(Forgetful):
+    def __init__(self, size):
+        self.size = size
+
+
+def test_a_class_of_ones_own_is_a_memory() -> None:
+    e = Estimator(baseline=Best)
+    assert (e.bias_status, e.needs_memory) == ("exact", True)
+    memory, keys = memory_of(e), torch.tensor([3, 4])
+    assert update(memory, keys, torch.tensor([2.0, 3.0])) == 0.0
+    assert memory.read(keys).tolist() == [2.0, 3.0] and memory_of(e).read(keys).tolist() == [0.0, 0.0]
+    verdict = measure_bias(e, [tabular_problem(1, prompts=2, vocabulary=2)])
+    assert verdict.found == "exact" and "the memory held fixed" in verdict.tried
+    for kind, words in (
+        (Forgetful, "no state_dict and no load_state_dict"),
+        (Demanding, "missing 1"),
+    ):
+        with pytest.raises(Refused, match=f"'{kind.__name__}' .*{words}"):
+            memory_of(Estimator(baseline=kind))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.5, 7.0]), st.booleans()), min_size=2, max_size=7),
+    st.sampled_from([0.01, 0.3, 0.5, 0.7, 1.0]),
+)
+def test_the_quantile_of_the_other_rows(rows, share) -> None:
+    """The least return of the others that at least this share of them do not exceed."""
+    rewards, valid = torch.tensor([r for r, _ in rows]), torch.tensor([v for _, v in rows])
+    e = Estimator(baseline="quantile", baseline_quantile=share)
+    wanted = []
+    for i, (reward, counts) in enumerate(rows):
+        others = sorted(r for j, (r, v) in enumerate(rows) if v and j != i)
+        least = next((r for r in others if sum(x <= r for x in others) >= share * len(others)), reward)
+        wanted.append(reward - least if counts else 0.0)
+    spoiled = rewards.masked_fill(~valid, torch.nan)
+    found = e.advantages(spoiled, torch.ones(len(rows), 1), group_size=len(rows), valid=valid).policy
+    assert found.tolist() == wanted
