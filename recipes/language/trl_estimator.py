@@ -37,7 +37,9 @@ class EstimatorTrainer(GRPOTrainer):
         if e.needs_values or e.needs_greedy or e.needs_score_norms or e.needs_running_mean:
             raise Refused(f"TRL has no input for the baseline {e.baseline!r}. Choose rloo or group_mean.")
         if e.zero_spread != "keep" or e.truncations != "keep" or e.needs_sampling_logprobs:
-            raise Refused("This trainer has zero_spread keep and truncations keep only, and no importance.")
+            raise Refused(
+                "Give the estimator zero_spread=keep and truncations=keep, and no importance weights."
+            )
         if config.use_vllm or config.world_size > 1:
             raise Refused("This trainer is for one process and without vLLM; set use_vllm=False.")
         config.beta = e.beta  # with beta 0 TRL has no reference

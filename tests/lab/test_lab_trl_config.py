@@ -123,6 +123,9 @@ def test_a_configuration_of_trl_is_an_estimator(fields, name, remarks, measured,
         ),
         ("a.yaml", "num_generations: many", "num_generations"),
         ("a.yaml", "epsilon: -1", "epsilon"),
+        ("a.yaml", "epsilon: 0.2.8", "epsilon was given as '0.2.8'"),
+        ("a.yaml", "steps_per_generation: 0", "steps_per_generation was given as 0"),
+        ("a.json", "[1]", "a.json"),
     ],
 )
 def test_what_is_no_configuration_is_refused(name, text, message, measured, capsys, tmp_path) -> None:

@@ -23,7 +23,11 @@ from tokenrl.settings import arguments, check_choice, check_number
 CLASSES = {"grpo": "GRPOConfig of TRL 1.16.0", "rloo": "RLOOConfig of TRL 1.16.0"}
 EXPORT = 60
 """A file of more fields was written by a program; only those that differ from TRL's defaults are listed."""
-COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations")
+COUNTS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations"),
+    *("steps_per_generation", "generation_batch_size"),
+)
+NUMBER = r"[-+]?[0-9]+([.][0-9]*)?(e[-+]?[0-9]+)?"
 TO_JSON = (
     "python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\""
 )
@@ -133,30 +137,24 @@ def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) 
 
 def _derived(values: Mapping[str, str]) -> dict[str, str]:
     """Return the updates from one rollout, and the bound of CISPO, as conditions name them."""
-    number = {name: _number(name, values[name]) for name in COUNTS}
-    per_rollout = number["gradient_accumulation_steps"]
-    if values["steps_per_generation"] != "none":
-        per_rollout = _number("steps_per_generation", values["steps_per_generation"])
-    elif values["generation_batch_size"] != "none":
-        rows_of_rollout = _number("generation_batch_size", values["generation_batch_size"])
-        per_rollout = max(1, rows_of_rollout // number["per_device_train_batch_size"])
-    several = number["gradient_accumulation_steps"] % (per_rollout * number["num_iterations"])
-    bound = values["epsilon"] if values["epsilon_high"] == "none" else values["epsilon_high"]
-    excess = float(bound) - 1
-    return {
-        "updates": "several" if several else "1",
-        "capped": str(excess <= 0).lower(),
-        "excess": f"{excess:.12g}",
-    }
+    number = {name: _number(name, values[name], int) for name in COUNTS if values[name] != "none"}
+    accumulated = number["gradient_accumulation_steps"]
+    slices = number.get("generation_batch_size", 0) // number["per_device_train_batch_size"] or accumulated
+    rollout = number.get("steps_per_generation", slices) * number["num_iterations"]
+    name = "epsilon" if values["epsilon_high"] == "none" else "epsilon_high"
+    excess = _number(name, values[name], float) - 1
+    updates = "several" if accumulated % rollout else "1"
+    return {"updates": updates, "capped": str(excess <= 0).lower(), "excess": f"{excess:.12g}"}
 
 
-def _number(name: str, text: str) -> int:
-    value = int(text) if text.isdigit() else text
-    check_number(name, value, int, at_least=1)
-    return int(value)
+def _number(name: str, text: str, kind: type[float]) -> float:
+    """Read a number, which must be at least 1 if it is a count."""
+    value = kind(text) if re.fullmatch("[0-9]+" if kind is int else NUMBER, text) else text
+    check_number(name, value, kind, **({"at_least": 1} if kind is int else {}))
+    return kind(value)
 
 
 def _plain(value: Any) -> str:
     """Write a value as the table does: in small letters, and a number without what does not count."""
     text = str(value).lower()
-    return f"{float(text):.12g}" if re.fullmatch(r"[-+]?[0-9]+([.][0-9]*)?(e[-+]?[0-9]+)?", text) else text
+    return f"{float(text):.12g}" if re.fullmatch(NUMBER, text) else text
