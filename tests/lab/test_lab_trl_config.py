@@ -78,7 +78,7 @@ CASES = [
     ),
     (
         {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
-        "trl_grpo",
+        "trl_grpo,components=separate",
         ["GDPO", "scale_rewards: with normalize_then_sum"],
     ),
 ]
