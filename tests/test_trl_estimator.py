@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tokenrl import Estimator, Refused
+from tokenrl.cli import main
 from tokenrl.core import PRESETS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "language" / "trl_estimator.py"
@@ -40,7 +42,8 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         def on_pre_optimizer_step(self, args, state, control, model, **more):
             seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
 
-    config = trl.GRPOConfig(
+    trainer_of_trl = fields.pop("trainer", "GRPO")
+    config = getattr(trl, f"{trainer_of_trl}Config")(
         output_dir=str(folder),
         max_steps=model_steps,
         optim="sgd",
@@ -60,7 +63,7 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
     options = {"reward_funcs": length_of, "train_dataset": rows, "processing_class": tokenizer}
     options |= {"model": model.double(), "callbacks": [Watch()]}
     if estimator is None:
-        trainer = trl.GRPOTrainer(args=config, **options)
+        trainer = getattr(trl, f"{trainer_of_trl}Trainer")(args=config, **options)
     else:
         trainer = recipe["EstimatorTrainer"](estimator, config=config, **options)
     trainer.train()
@@ -95,6 +98,46 @@ def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
     assert len(ours) == len(theirs) == steps
     for one, other in zip(ours, theirs, strict=True):
         assert other.norm() > 1e-3 and float((one - other).norm() / other.norm()) < precision
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path) -> None:
+    (ours,) = gradients(recipe, tmp_path, Estimator.preset("trl_rloo"))
+    (theirs,) = gradients(recipe, tmp_path, trainer="RLOO")
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+    (ours,) = gradients(recipe, tmp_path, Estimator.preset("trl_rloo,scale=batch_std,beta=0"))
+    (theirs,) = gradients(recipe, tmp_path, trainer="RLOO", beta=0.0, normalize_advantages=True)
+    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 1 - 1e-9  # it divides by another std
+
+
+IDLE = [
+    ({}, {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.5, "ref_model_sync_steps": 2}),
+    ({}, {"importance_sampling_level": "sequence", "sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0}),
+    ({}, {"use_bias_correction_kl": False, "entropy_target": 0.5, "off_policy_mask_threshold": 1e-9}),
+    ({"loss_type": "sapo"}, {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "epsilon": 0.01}),
+    (
+        {"loss_type": "vespo"},
+        {"vespo_k_pos": 1.0, "vespo_lambda_neg": 1.0, "importance_sampling_level": "sequence"},
+    ),
+    ({"loss_type": "cispo", "epsilon_high": 5.0}, {"epsilon": 0.01, "delta": 1.5}),
+    ({"loss_type": "cispo"}, {"delta": 1.5, "importance_sampling_level": "sequence"}),
+    ({"loss_type": "luspo"}, {"importance_sampling_level": "sequence", "vllm_mode": "server"}),
+    ({"beta": 0.3}, {"ref_model_mixup_alpha": 0.1, "epsilon": 0.01}),
+    ({"multi_objective_aggregation": "normalize_then_sum"}, {"scale_rewards": "none"}),
+    ({"trainer": "RLOO"}, {"epsilon": 0.01, "epsilon_high": 0.02}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "idle"), IDLE)
+def test_what_is_said_to_change_nothing_does_so_in_trl(fields, idle, recipe, tmp_path, capsys) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields | idle | {"trainer": fields.get("trainer", "GRPO").lower()}))
+    assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+    explanation = " ".join(capsys.readouterr().out.split()).partition("changes nothing")[2]
+    assert [name for name in idle if name not in explanation] == []
+    (without,), (with_them,) = (gradients(recipe, tmp_path, **fields | more) for more in ({}, idle))
+    assert float((without - with_them).norm() / without.norm()) < 1e-6
 
 
 def best_of_others(totals, group_size, mask, valid):
