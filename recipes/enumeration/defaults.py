@@ -55,10 +55,11 @@ def draw(verdicts: dict[str, Verdict], output: Path) -> None:
         left.scatter(angles, [height] * len(angles), color=colour, edgecolors="white", s=50, zorder=3)
         right.barh(height, verdict.noise, color=colour, height=0.6)
     left.set_yticks(range(len(verdicts)), list(reversed(verdicts)))
-    left.set_xlabel("degrees between E[g] and grad J, a point for each problem (steps of 2 to 8 completions)")
+    left.set_xlabel("degrees between E[g] and grad J: a point a problem, steps of 2 to 8 rows")
     right.set_xlabel("noise: tr Var g / |E g|² on the first problem")
     for status in dict.fromkeys(verdict.found for verdict in verdicts.values()):
-        left.scatter([], [], color=COLOURS[status], label=status)
+        remark = ": shrinks as the step grows" * (status == "asymptotic")
+        left.scatter([], [], color=COLOURS[status], label=status + remark)
     left.legend(frameon=False, loc="lower right", fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
