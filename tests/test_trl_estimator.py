@@ -26,6 +26,10 @@ def length_of(completion_ids, **columns) -> list[float]:
     return [len(ids) + ids[0] / 7 for ids in completion_ids]
 
 
+def odd(completion_ids, **columns) -> list[float]:
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+
 def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[torch.Tensor]:
     """The gradients of a tiny model in the updates of TRL's trainer, or of that of an estimator."""
     from datasets import Dataset
@@ -60,7 +64,7 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         **fields,
     )
     rows = Dataset.from_list([{"prompt": f"{n}{n}"} for n in range(10)] * 4)
-    options = {"reward_funcs": length_of, "train_dataset": rows, "processing_class": tokenizer}
+    options = {"reward_funcs": [length_of, odd], "train_dataset": rows, "processing_class": tokenizer}
     options |= {"model": model.double(), "callbacks": [Watch()]}
     if estimator is None:
         trainer = getattr(trl, f"{trainer_of_trl}Trainer")(args=config, **options)
@@ -105,9 +109,21 @@ def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path) -> None:
     (ours,) = gradients(recipe, tmp_path, Estimator.preset("trl_rloo"))
     (theirs,) = gradients(recipe, tmp_path, trainer="RLOO")
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
-    (ours,) = gradients(recipe, tmp_path, Estimator.preset("trl_rloo,scale=batch_std,beta=0"))
-    (theirs,) = gradients(recipe, tmp_path, trainer="RLOO", beta=0.0, normalize_advantages=True)
-    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 1 - 1e-9  # it divides by another std
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "fields"),
+    [
+        ("trl_rloo,scale=batch_std,beta=0", {"trainer": "RLOO", "beta": 0.0, "normalize_advantages": True}),
+        ("trl_grpo,components=separate", {"multi_objective_aggregation": "normalize_then_sum"}),
+    ],
+)
+def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
+    """TRL divides the whole step by another number."""
+    (ours,) = gradients(recipe, tmp_path, Estimator.preset(preset))
+    (theirs,) = gradients(recipe, tmp_path, **fields)
+    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 1 - 1e-9
 
 
 IDLE = [

@@ -34,7 +34,7 @@ class EstimatorTrainer(GRPOTrainer):
     def __init__(self, estimator: Estimator, *args: Any, config: GRPOConfig, **options: Any) -> None:
         """Take an estimator, and what GRPOTrainer takes; its `args` is called config."""
         e = estimator
-        if e.needs_values or e.needs_greedy or e.needs_score_norms or e.needs_running_mean:
+        if e.needs_values or e.needs_greedy or e.needs_score_norms or e.needs_memory:
             raise Refused(f"TRL has no input for the baseline {e.baseline!r}. Choose rloo or group_mean.")
         if e.zero_spread != "keep" or e.truncations != "keep" or e.needs_sampling_logprobs:
             raise Refused(
@@ -60,6 +60,8 @@ class EstimatorTrainer(GRPOTrainer):
                 rollout["old_per_token_logps"] = self._logprobs(self.model, rollout)[0]
         rollout["advantages"] = self.estimator.advantages(
             (self.rewards * self.reward_weights.to(mask.device)).nansum(1),
+            components=self.rewards,
+            component_weights=self.reward_weights,
             group_size=self.num_generations if self.model.training else self.num_generations_eval,
             logprobs=rollout.get("old_per_token_logps"),
             ref_logprobs=rollout.get("ref_per_token_logps"),
