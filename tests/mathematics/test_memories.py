@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.core import Estimator, RunningMean
-from tokenrl.core.memories import Tracker, memory_of, update
+from tokenrl.core.memories import Tracker, memory_of, read, update
 from tokenrl.errors import Refused, Stopped
 from tokenrl.lab import measure_bias, tabular_problem
 
@@ -52,7 +52,7 @@ class Best:
     def read(self, keys):
         return torch.tensor([self.best.get(key, 0.0) for key in keys.tolist()])
 
-    def update(self, keys, rewards, valid):
+    def update(self, keys, rewards):
         for key, reward in zip(keys.tolist(), rewards.tolist(), strict=True):
             self.best[key] = max(reward, self.best.get(key, reward))
 
@@ -80,12 +80,13 @@ def test_a_class_of_ones_own_is_a_memory() -> None:
     assert memory.read(keys).tolist() == [2.0, 3.0] and memory_of(e).read(keys).tolist() == [0.0, 0.0]
     verdict = measure_bias(e, [tabular_problem(1, prompts=2, vocabulary=2)])
     assert verdict.found == "exact" and "the memory held fixed" in verdict.tried
-    for kind, words in (
-        (Forgetful, "no state_dict and no load_state_dict"),
-        (Demanding, "missing 1"),
-    ):
-        with pytest.raises(Refused, match=f"'{kind.__name__}' .*{words}"):
-            memory_of(Estimator(baseline=kind))
+    with pytest.raises(Refused, match="'Forgetful' has no state_dict and no load_state_dict"):
+        memory_of(Estimator(baseline=Forgetful))
+    with pytest.raises(Stopped, match=r"'Demanding' failed: it raised TypeError: .*'size'"):
+        memory_of(Estimator(baseline=Demanding))
+    memory.best[4] = torch.nan
+    with pytest.raises(Refused, match="'Best' must return a tensor of 2 finite numbers"):
+        read(memory, keys)
 
 
 @settings(max_examples=50, deadline=None)

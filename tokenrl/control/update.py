@@ -16,7 +16,7 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.memories import Memory, update
+from tokenrl.core.memories import Memory, read, update
 from tokenrl.core.rows import in_rows, loss_terms
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
@@ -158,7 +158,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
         values=values,
         bootstrap=bootstrap,
         score_norms=in_rows(scored.score_norms, mask) if scored is not None else None,
-        baseline_value=agent.memory.read(keys_of(rollout)) if estimator.needs_memory else None,
+        baseline_value=read(agent.memory, keys_of(rollout)) if estimator.needs_memory else None,
     )
     advantages = terms.advantages
     advantages = advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages

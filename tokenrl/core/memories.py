@@ -6,13 +6,15 @@ its own baseline, so given the past the baseline is a constant, and the expected
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -25,14 +27,12 @@ class Memory(Protocol):
         """Return the baseline of each row.
 
         Args:
-            keys: A number for each row, the same for all rows of a prompt with the same columns in the data,
-                in every step and after a resumption. In control all are 0.
+            keys: A number for each row, which its prompt and the other columns of its data determine, in
+                every step and every process. In control all are 0.
         """
 
-    def update(
-        self, *, keys: Int[Tensor, " N"], rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None
-    ) -> None:
-        """Learn from the rewards of a step [N], in control [N, T]; rows that are not valid have none."""
+    def update(self, *, keys: Int[Tensor, " N"], rewards: Float[Tensor, " N"]) -> None:
+        """Learn from the rewards of a step; rows without a reward are left out."""
 
     def state_dict(self) -> Any:
         """Return the state that a checkpoint saves: numbers and tensors, in dictionaries and lists."""
@@ -45,27 +45,61 @@ def memory_of(estimator: Estimator) -> Memory:
     """Make the memory of a run; an estimator that needs none gets a running mean, which stays as it is.
 
     Raises:
-        Refused: The class that is the baseline lacks a method, or cannot be made without arguments.
+        Refused: The class that is the baseline lacks a method.
+        Stopped: It cannot be made without arguments.
     """
     mean = RunningMean(estimator.running_mean_decay, estimator.running_mean_init)
     if not (callable(estimator.baseline) and estimator.needs_memory):
         return Tracker(mean, estimator.tracker_decay) if estimator.baseline == "tracker" else mean
     name = getattr(estimator.baseline, "__name__", "")
-    try:
+    with failures_of(name):
         memory: Any = estimator.baseline()
-    except USER_CODE_FAILED as error:
-        raise Refused(f"The baseline {name!r} is made without arguments, but {raised(error)}.") from error
     if missing := [x for x in ("state_dict", "load_state_dict") if not hasattr(memory, x)]:
         raise Refused(f"The baseline {name!r} has no {' and no '.join(missing)}, which checkpoints need.")
     return cast(Memory, memory)
 
 
+@contextmanager
+def failures_of(name: str) -> Iterator[None]:
+    """Report an error of a user's memory in one sentence.
+
+    Raises:
+        Stopped: It raised one.
+    """
+    try:
+        yield
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
+
+
+def read(memory: Memory, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Return what a memory holds for each row, before the rewards of a step are used.
+
+    Raises:
+        Refused: A memory of the user's own returned anything but finite numbers [N].
+        Stopped: It raised an error.
+    """
+    name = type(memory).__name__
+    with failures_of(name):
+        values = memory.read(keys.cpu())
+    if not isinstance(values, Tensor) or values.shape != keys.shape or not values.isfinite().all():
+        raise Refused(f"The baseline {name!r} must return a tensor of {len(keys)} finite numbers from read.")
+    return values.detach().double()
+
+
 def update(
     memory: Memory, keys: Tensor, rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None = None
 ) -> float:
-    """Update a memory with the rewards of a step; return the mean baseline of its rows, as it was before."""
-    values = memory.read(keys).double()
-    memory.update(keys=keys, rewards=rewards, valid=valid)
+    """Update a memory with the rewards of a step; return the mean baseline of its rows, as it was before.
+
+    Raises:
+        Stopped: The memory raised an error, or cannot use these rewards.
+    """
+    values, (totals, rows) = read(memory, keys), summed(rewards, valid)
+    with failures_of(type(memory).__name__):
+        memory.update(keys=keys.cpu()[rows], rewards=totals)
     return float(values[0] + (values - values[0]).mean())  # of equal values exactly that value
 
 
@@ -148,32 +182,25 @@ class Tracker:
     def _first(self) -> tuple[float, float]:
         return self.mean.value, 1 - self.mean.value
 
-    def update(
-        self,
-        keys: Int[Tensor, " N"],
-        rewards: Float[Tensor, " N *T"],
-        valid: Bool[Tensor, " N"] | None = None,
-    ) -> None:
-        """Include the rewards of one step, as `RunningMean.update` does.
+    def update(self, keys: Int[Tensor, " N"], rewards: Float[Tensor, " N"]) -> None:
+        """Include the rewards of one step.
 
         Raises:
             Stopped: A reward is below 0 or above 1.
         """
-        totals, rows = summed(rewards, valid)
-        outside = (totals < 0) | (totals > 1)
-        if outside.any():
+        outside = rewards[(rewards < 0) | (rewards > 1)]
+        if len(outside):
             raise Stopped(
-                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {totals[outside][0]:g}. Scale "
-                "the rewards, as by reward_weights, or take the baseline 'running_mean'."
+                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {outside[0]:g}. Scale the "
+                "rewards, as by reward_weights, or take the baseline 'running_mean'."
             )
-        drawn = keys.cpu()[rows].tolist()
-        for key in dict.fromkeys(drawn):
+        for key in dict.fromkeys(keys.tolist()):
             a, b = self.counts.get(key, self._first)
             self.counts[key] = self.decay * a, self.decay * b
-        for key, reward in zip(drawn, totals.tolist(), strict=True):
+        for key, reward in zip(keys.tolist(), rewards.tolist(), strict=True):
             a, b = self.counts[key]
             self.counts[key] = a + reward, b + 1 - reward
-        self.mean.update(rewards, valid)
+        self.mean.update(rewards)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean, and the keys [P] and the counts [P, 2] of the prompts."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tokenrl.core.memories import Memory, read
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths
@@ -21,7 +22,6 @@ from tokenrl.language.rollout.scoring import Scores
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
-    from tokenrl.core.memories import Memory
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
@@ -70,7 +70,7 @@ def advantage_inputs(rows: Rollout, sampling: Sampling, memory: Memory, rewards:
     """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
     names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
     sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
-    value = None if rows.keys is None else memory.read(rows.keys)  # [N]
+    value = None if rows.keys is None else read(memory, rows.keys)  # [N]
     computed = {"baseline_value": value, "components": rows.by_function}
     computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
     return sizes | {name: getattr(rows, name) for name in names} | computed

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import check_horizon
+from tokenrl.core.memories import memory_of, read
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
@@ -98,8 +99,9 @@ def _try_out(args: TrainArguments) -> None:
     zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
     inputs: dict[str, Any] = dict.fromkeys(("logprobs", "ref_logprobs", "values", "components"), zeros)
     inputs |= {"group_size": args.num_generations, "max_length": args.max_completion_length}
-    inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1, "baseline_value": 0.0}
+    inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1}
     try:
+        inputs["baseline_value"] = read(memory_of(args.estimator), zeros[:, 0].long())
         args.estimator.advantages(zeros[:, 0], zeros + 1, **inputs)
     except Stopped as error:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
