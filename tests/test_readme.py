@@ -8,7 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from pages import commands
+from pages import commands, write_files
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
@@ -77,6 +77,8 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenrl, "train", lambda **settings: train(**settings | short))
     blocks = [b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
     assert len(blocks) >= 3
+    for page in PAGES:
+        write_files(page)
     for block in blocks:
         Path("block.py").write_text(block)
         runpy.run_path("block.py")

@@ -158,7 +158,7 @@ PRESETS: dict[str, Preset] = {
         "MiniMax 2025, MiniMax-M1, arXiv 2506.13585",
     ),
     "spo": Preset(
-        {**WHITENED, "baseline": "tracker"},
+        {**WHITENED, "baseline": "tracker", "epsilon_high": 0.28},
         "Xu & Ding 2025, Single-stream policy optimization, arXiv 2509.13232",
     ),
     "reinforce_pp": Preset({**WHITENED, **TO_GO, "baseline": "none"}, PP_PAPER),
