@@ -61,7 +61,7 @@ for form in AXES["optimal_form"]:
 for returns in ("total", "reward_to_go", "blame_window", "gae"):
     MIXED += [{"returns": returns, "gamma": 0.7, "window": 1}]
 for ratio in AXES["ratio"]:
-    MIXED += [{"ratio": ratio, "dual_clip": 3.0, "importance_cap": 2.0}]
+    MIXED += [{"ratio": ratio, "dual_clip": 3.0, "importance": "token", "importance_cap": 2.0}]
 MIXED += [
     {"scale": "loo_std", "entropy_coef": 0.4, "entropy_form": "sequence"},
     {"zero_spread": "drop", "baseline": "constant", "baseline_constant": 0.3},
@@ -90,8 +90,7 @@ def test_reasons_of_what_depends_on_several_fields() -> None:
         ({"baseline": mine, "zero_spread": "drop"}, "unknown", "dropped group"),
         ({}, "exact", "no choice"),
         ({"beta": 0.1}, "exact", "no choice"),
-        ({"importance_cap": 2.0}, "exact", "unless sampler and trainer agree"),
-        ({"importance_cap": 2.0, "aggregation": "token_mean"}, "asymptotic", "two thirds of the bias"),
+        ({"importance": "token", "importance_cap": 2.0}, "exact", "no choice"),
         ({"returns": "gae", "lam": 1.0}, "exact", "no choice"),
         ({"returns": "gae"}, "biased", "lam < 1"),
         ({"baseline": "group_mean", "aggregation": "token_mean"}, "asymptotic", "(G-1)/G"),
@@ -112,12 +111,12 @@ def test_reasons_of_what_depends_on_several_fields() -> None:
 def test_importance_weights_leave_most_of_the_bias_of_a_sampler_that_differs() -> None:
     """RLOO's expected gradient where the sampler's logits have noise of .2, relative to the true one."""
 
-    def error(seed: int, cap: float | None) -> float:
+    def error(seed: int, fields: dict) -> float:
         draw = torch.Generator().manual_seed(seed)
         logits, noise = torch.randn(2, 7, 3, generator=draw, dtype=torch.double)
         trainer, sampler = (tabular_problem(seed, logits=x) for x in (logits, logits + 0.2 * noise))
         chances, rewards, logprobs = sampler.chances[0], trainer.totals[0], trainer.logprobs[0].clone()
-        loss = Estimator(importance_cap=cap).loss(
+        loss = Estimator(**fields).loss(
             logprobs.requires_grad_(),
             (rewards - chances @ rewards) * chances,
             trainer.mask,
@@ -128,7 +127,8 @@ def test_importance_weights_leave_most_of_the_bias_of_a_sampler_that_differs() -
         return float((mean - trainer.gradient()[0]).norm() / trainer.gradient()[0].norm())
 
     without, capped, uncapped = (
-        torch.tensor([error(seed, cap) for seed in range(100)]).median() for cap in (None, 2.0, 1e6)
+        torch.tensor([error(seed, fields) for seed in range(100)]).median()
+        for fields in ({}, {"importance": "token", "importance_cap": 2.0}, {"importance": "token"})
     )
     assert 0.13 < without < 0.19 and 0.08 < capped < 0.13 and abs(capped - uncapped) < 0.01
 

@@ -91,7 +91,8 @@ NEEDS = {
     "values": [{"baseline": "value"}, {"baseline": "none", "returns": "gae"}],
     "greedy": [{"baseline": "remax"}],
     "score_norms": [{"baseline": "optimal"}],
-    "sampling_logprobs": [{"importance_cap": 2.0}],
+    "sampling_logprobs": [{"importance": name} for name in AXES["importance"][1:]],
+    "centres": [{"importance_centre": True}],
     "old_logprobs": [{"ratio": "token"}, {"ratio": "sequence_mean"}],
 }
 

@@ -25,6 +25,7 @@ PATHS = {
     "kl_estimator": "full_path",
     "entropy_coef": 0.1,
     "entropy_form": "sequence",
+    "importance": "token",
     "importance_cap": 1.5,
 }
 
@@ -149,7 +150,8 @@ def test_missing_inputs_are_refused() -> None:
         ({"ratio": "token"}, "old_logprobs"),
         ({"beta": 0.1, "kl_placement": "loss"}, "ref_logprobs"),
         ({"entropy_coef": 0.1}, "entropy"),
-        ({"importance_cap": 1.5}, "sampling_logprobs"),
+        ({"importance": "token"}, "sampling_logprobs"),
+        ({"importance_centre": True}, "centres"),
     ):
         with pytest.raises(Refused, match=words):
             Estimator(**fields).loss(x, one[:, 0], one, one)
@@ -256,7 +258,8 @@ def test_trust_drops_tokens_whose_probability_has_moved_too_far(advantage, sides
 
 @pytest.mark.parametrize("ratio", ["none", "token"])
 def test_importance_weights_against_the_sampler_are_truncated(ratio) -> None:
-    e = Estimator(baseline="none", ratio=ratio, importance_cap=1.5, beta=0.1, kl_placement="loss")
+    fields = {"baseline": "none", "ratio": ratio, "beta": 0.1, "kl_placement": "loss"}
+    e = Estimator(**fields, importance="token", importance_cap=1.5)
     logprobs = torch.tensor([[-1.0, -2.0]], dtype=torch.double).requires_grad_()
     sampler = logprobs.detach() - torch.tensor([[2.0, 0.8]], dtype=torch.double).log()
     given = {"old_logprobs": logprobs.detach(), "ref_logprobs": torch.zeros(1, 2)}

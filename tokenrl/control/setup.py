@@ -62,6 +62,7 @@ def check_supported(estimator: Estimator, args: Any) -> None:
         "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
         "truncations": estimator.truncations != "keep"
         and "time limits are handled by the value that follows",
+        "importance_centre": estimator.needs_centres and "the policy that samples is the one that learns",
         "components": estimator.components != "summed" and "an environment has a single reward",
         "overlong_buffer": estimator.overlong_buffer > 0 and "the environment itself rewards length",
     }

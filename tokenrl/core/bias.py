@@ -3,7 +3,7 @@
 What each choice does by itself is in the table of `choices`. The target is the gradient of
 `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. A status is about the expected
 gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains and
-sampler and trainer compute the same probabilities. It
+sampler and trainer compute the same probabilities (`off_policy` is about the case that they do not). It
 holds for every policy and for every reward of a row that depends on that row alone; a reward that compares
 the rows of a group, such as a judge that ranks them, is outside of every status.
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def effects(estimator: Estimator) -> list[Effect]:
     """List the effect of every choice of an estimator; a term whose coefficient is 0 has none."""
     alone = [baseline_effect(estimator), returns_effect(estimator), zero_spread_effect(estimator)]
-    axes = ["scale", "aggregation", "ratio", "truncations"]
+    axes = ["scale", "aggregation", "ratio", "importance", "truncations"]
     axes += ["entropy_form"] * estimator.needs_entropy
     alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
     if estimator.needs_kl:
@@ -111,8 +111,6 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
 def declared(estimator: Estimator) -> Effect:
     """Return the worst status among the choices, and the reasons of every choice that is not exact.
 
-    With `importance_cap` there is one more reason, because its weights are 1 on-policy only.
-
     The worst status is that of the whole, because constant factors multiply to one constant factor (a group
     mean with a fixed length), limits combine, and no choice removes the bias of another. The exceptions are
     in `combination_effects`.
@@ -120,5 +118,4 @@ def declared(estimator: Estimator) -> Effect:
     all_effects = effects(estimator)
     status = max((effect.status for effect in all_effects), key=choices.FROM_BEST_TO_WORST.index)
     reasons = [effect.reason for effect in all_effects if effect.status != choices.EXACT]
-    reasons += [choices.IMPORTANCE_CAP] * (estimator.importance_cap is not None)
     return Effect(status, "; ".join(reasons) or "no choice changes the expected gradient")

@@ -58,7 +58,7 @@ class Choice(Effect):
             steps of one row. None if it compares nothing.
         needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
         centred: Whether the baseline equals the return in every group of equal returns.
-        whole_row: Whether a ratio or an entropy sums over the row, which must then not be split.
+        whole_row: Whether a ratio, a weight or an entropy sums over the row, which must then not be split.
         row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
         discounted: The effect with gamma below 1.
     """
@@ -71,6 +71,7 @@ class Choice(Effect):
     discounted: Effect | None = None
 
 
+ON_POLICY = "on-policy every importance weight is 1"
 NO_OBJECTIVE = Effect(
     BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
 )
@@ -216,6 +217,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "cispo": Choice(EXACT, "at the first update every ratio is 1, inside its bounds"),
         "trust": Choice(EXACT, "at the first update no probability has moved, and no token is dropped"),
     },
+    # Where the sampler differs, `off_policy` says what these do.
+    "importance": {
+        "none": Choice(EXACT, "completions are not weighted"),
+        "token": Choice(EXACT, ON_POLICY),
+        "sequence": Choice(EXACT, ON_POLICY, whole_row=True),
+        "geometric": Choice(EXACT, ON_POLICY, whole_row=True),
+    },
+    "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
         "sequence": Choice(EXACT, "one baseline per row, weighted by the scores of the other completions"),
         "per_timestep": Choice(
@@ -330,12 +339,6 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
-IMPORTANCE_CAP = "unless sampler and trainer agree, importance_cap leaves about two thirds of the bias"
-"""What `importance_cap` does. A token's weight corrects the probability of the token and not that of its
-prefix, nor of what follows. On 100 random problems of three tokens, three steps and RLOO, with normal noise
-of .05, .2 and .5 on the sampler's logits (.026, .10 and .25 nats per token apart), the expected gradient is
-off by 2.6, 11 and 26 % in the median with a cap of 2 and without any; without weights by 4.0, 16 and 40 %."""
-
 YOUR_OWN = Choice(UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions")
 
 
@@ -359,6 +362,8 @@ if TYPE_CHECKING:
     Scale = str
     Aggregation = str
     Ratio = str
+    Importance = str
+    ImportanceBound = str
     KlEstimator = str
     KlPlacement = str
     EntropyForm = str
@@ -373,6 +378,8 @@ else:
     Scale = Literal[AXES["scale"]]
     Aggregation = Literal[AXES["aggregation"]]
     Ratio = Literal[AXES["ratio"]]
+    Importance = Literal[AXES["importance"]]
+    ImportanceBound = Literal[AXES["importance_bound"]]
     KlEstimator = Literal[AXES["kl_estimator"]]
     KlPlacement = Literal[AXES["kl_placement"]]
     EntropyForm = Literal[AXES["entropy_form"]]

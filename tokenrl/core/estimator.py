@@ -15,6 +15,7 @@ from tokenrl import settings
 from tokenrl.core import choices
 from tokenrl.core.bias import declared
 from tokenrl.core.choices import KL_EFFECTS, choice_of
+from tokenrl.core.off_policy import check_importance, declared_off_policy
 from tokenrl.core.presets import PRESETS, Fields, read_changes
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
@@ -105,10 +106,18 @@ class Estimator(Settings):
     """1 drops a token only if it moved in the direction of its advantage (DPPO), 2 drops it either way."""
     trust_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] = 20.0
     """Bound of the ratio by which 'trust' weights the tokens that it keeps."""
+    importance: choices.Importance = "none"
+    """Weight completions by the policy's probability over the sampler's: of each token, of the whole sequence
+    (exact without bounds, and noisy), or its geometric mean; none assumes that the two are equal."""
+    importance_bound: choices.ImportanceBound = "truncate"
+    """Move weights beyond importance_cap and importance_floor to that bound, or mask them: set them to 0."""
     importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
-    """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal.
-
-    Where the two differ, the weights remove about a third of the bias; remove the difference itself."""
+    """The largest importance weight; None for no bound."""
+    importance_floor: Annotated[float, Bounds(above=0, at_most=1)] | None = None
+    """The smallest importance weight; None for no bound."""
+    importance_centre: bool = False
+    """Subtract from each token's score its mean over the sampler's vocabulary at that prefix. Without weights
+    the gradient is then that of the sampler's own expected reward, up to a factor."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: choices.KlEstimator = "k1"
@@ -193,6 +202,7 @@ class Estimator(Settings):
                 f"returns 'episode_normalized' and the baseline {self.baseline!r}, made of whole returns, "
                 "are in other units. Choose the baseline 'none' or 'value', or returns 'reward_to_go'."
             )
+        check_importance(self)
         if self.scale in ("loo_std", "other_groups_std") and self.scale_eps == 0:
             raise Refused(
                 f"scale {self.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
@@ -217,6 +227,16 @@ class Estimator(Settings):
     def bias_reason(self) -> str:
         """Why `bias_status` holds; if biased, the objective that is ascended instead, if there is one."""
         return declared(self).reason
+
+    @property
+    def off_policy_status(self) -> str:
+        """What the expected gradient is if the sampler differs; `off_policy` explains the words."""
+        return declared_off_policy(self).status
+
+    @property
+    def off_policy_reason(self) -> str:
+        """Why `off_policy_status` holds."""
+        return declared_off_policy(self).reason
 
     @property
     def reference(self) -> str:
@@ -287,7 +307,12 @@ class Estimator(Settings):
     @property
     def needs_sampling_logprobs(self) -> bool:
         """Whether the loss needs the logprobs that the sampler itself reported."""
-        return self.importance_cap is not None
+        return self.importance != "none"
+
+    @property
+    def needs_centres(self) -> bool:
+        """Whether the loss needs the mean score of a token at each prefix, under the sampler."""
+        return self.importance_centre
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -303,6 +328,11 @@ class Estimator(Settings):
     def clip_range(self) -> tuple[float, float]:
         """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
         return 1.0 - self.epsilon, 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+
+    @property
+    def importance_range(self) -> tuple[float, float]:
+        """The bounds of importance weights; 0 and infinity where none is set."""
+        return self.importance_floor or 0.0, self.importance_cap or float("inf")
 
     if TYPE_CHECKING:
         advantages = advantages

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.choices import required
+from tokenrl.core.importance import importance_weights
 from tokenrl.core.returns import reward_to_go
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import Refused
@@ -83,13 +84,14 @@ def loss(
     sampling_logprobs: Float[Tensor, "N T"] | None = None,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
     entropy: Float[Tensor, "N T"] | None = None,
+    centres: Float[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
 
     The weights already divide by the whole step, so the losses of slices add up to that of the step. A
     row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
     inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
-    `logprobs` and `entropy` carry a gradient.
+    `logprobs`, `entropy` and `centres` carry a gradient.
 
     Args:
         estimator: The estimator whose axes are used.
@@ -99,9 +101,10 @@ def loss(
         mask: 1 where the token is an action that is learnt from [N, T].
         old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
             a ratio.
-        sampling_logprobs: The same, as the sampler reported them [N, T]; for importance_cap.
+        sampling_logprobs: The same, as the sampler reported them [N, T]; for importance weights.
         ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
         entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
+        centres: `importance.score_centres` at the prefix of each token [N, T]; for importance_centre.
 
     Raises:
         ValueError: When the shapes of logprobs, weights and mask differ.
@@ -121,14 +124,14 @@ def loss(
     old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
     if estimator.needs_old_logprobs:
         old = inside("old_logprobs", old_logprobs, f"the ratio {estimator.ratio!r}").detach()
-    elif estimator.importance_cap is not None and old_logprobs is not None:
+    elif estimator.needs_sampling_logprobs and old_logprobs is not None:
         old = inside("old_logprobs", old_logprobs, "the importance weight").detach()
     gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
-    if estimator.importance_cap is not None:
-        sampled = inside("sampling_logprobs", sampling_logprobs, "importance_cap").detach()
-        # Truncated importance weights: the cap bounds the variance. They are biased with any cap where the
-        # sampler differs, for a token's weight does not correct the probability of the other tokens.
-        gain = gain * (old - sampled).exp().clamp(max=estimator.importance_cap)
+    if estimator.needs_sampling_logprobs:
+        sampled = inside("sampling_logprobs", sampling_logprobs, f"importance {estimator.importance!r}")
+        gain = gain * importance_weights(estimator, old - sampled, live)
+    if estimator.needs_centres:
+        gain = gain - advantages * inside("centres", centres, "importance_centre")
     if estimator.needs_kl and estimator.kl_placement == "loss":
         reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
         # After the importance weight, which corrects the policy's gain and does not apply to the KL.

@@ -95,8 +95,8 @@ def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement):
 
 
 def test_the_correction_of_importance_reads_what_the_sampler_reports():
-    slope, *_ = stepped(Estimator(importance_cap=2.0), dtype="float64")
-    by_engine, *_ = stepped(Estimator(importance_cap=2.0), dtype="float64", engine=Gapped)
+    slope, *_ = stepped(Estimator(importance="token", importance_cap=2.0), dtype="float64")
+    by_engine, *_ = stepped(Estimator(importance="token", importance_cap=2.0), dtype="float64", engine=Gapped)
     assert apart(by_engine, slope * math.exp(0.3)) < 1e-6
 
 

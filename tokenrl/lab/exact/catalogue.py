@@ -31,6 +31,7 @@ class LabArguments(Settings):
 NEEDS: dict[str, dict[str, object]] = {
     "entropy_form": {"entropy_coef": 0.3},
     "optimal_form": {"baseline": "optimal"},
+    "importance_bound": {"importance": "token", "importance_cap": 2.0},
     "episode_mean": {"returns": "reward_to_go"},
     "episode_std": {"returns": "reward_to_go"},
     "blame_window": {"window": 1},
@@ -57,7 +58,8 @@ EXTRA: dict[str, dict[str, object]] = {
         "aggregation": "sequence_mean",
     },
     "dual clip": {"ratio": "token", "dual_clip": 3.0},
-    "importance cap": {"importance_cap": 2.0},
+    "importance token, cap 2": {"importance": "token", "importance_cap": 2.0},
+    "importance none, centred": {"importance_centre": True},
     "batch_mean, full path KL": {
         "baseline": "batch_mean",
         "beta": 0.2,

@@ -241,6 +241,7 @@ def ascent_slopes(
         sampling_logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         entropy=leaves[1],
+        centres=torch.zeros_like(logprobs),  # on-policy the mean score is 0
     )
     return Slopes(*(-slope for slope in torch.autograd.grad(loss, leaves, materialize_grads=True)))
 

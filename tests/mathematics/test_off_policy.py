@@ -1,0 +1,258 @@
+"""Importance weights and centred scores, by hand and by summing over everything that a sampler can draw."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.importance import score_centres
+from tokenrl.core.rows import loss_terms, zero_spread
+from tokenrl.errors import Refused
+from tokenrl.lab import all_completions, tabular_problem
+
+torch.set_num_threads(1)
+SAMPLERS = {
+    "temperature": lambda z, noise: z / 0.8,
+    "noise": lambda z, noise: z + 0.5 * noise,
+    "both": lambda z, noise: 1.4 * z + noise,
+    "top-k": lambda z, noise: z.masked_fill(z == z.min(-1, keepdim=True).values, -1e4),
+    "constant": lambda z, noise: z + 3.0,  # the policy itself
+}
+
+
+def chosen(logits, every):
+    """Log-probability [P, M, T] of each token of each completion."""
+    return logits.log_softmax(-1)[:, every.prefix, every.ids] * every.mask
+
+
+def gradients(fields, sampler, seed, *, prompts=1, rewards="continuous", size=2, vocabulary=3, length=2):
+    """E[g] with rows of the sampler, and the gradients of J(policy) and J(sampler) in the same logits."""
+    estimator, every = Estimator(**fields), all_completions(vocabulary, length)
+    shape = (prompts, len(every.prefixes), vocabulary)
+    draw = torch.Generator().manual_seed(seed)
+    # With one reference, values and rewards of tabular_problem, whose logits are those of this policy.
+    z, _, _ = torch.randn(3, *shape, generator=draw, dtype=torch.double)
+    noise = torch.randn(shape, generator=draw, dtype=torch.double)
+    kinds = {"prompts": prompts, "vocabulary": vocabulary, "length": length, "rewards": rewards}
+    problem = tabular_problem(seed, **kinds)
+    torch.testing.assert_close(problem.logprobs, chosen(z, every))
+    z.requires_grad_()
+    # Offsets and masks are those at the present logits, held fixed; the temperature is not.
+    at = SAMPLERS[sampler]
+    scale = {"temperature": 1 / 0.8, "both": 1.4}.get(sampler, 1.0)
+    mu_logits = scale * z + (at(z, noise) - scale * z).detach()
+    log_pi, log_mu = chosen(z, every), chosen(mu_logits, every).detach()
+    sampled = torch.where(log_mu < -1e3, log_pi.detach(), log_mu)  # never drawn: any number will do
+    targets = [
+        torch.autograd.grad(((logs.sum(-1).exp() * problem.totals).sum(-1)).mean(), z, retain_graph=True)[0]
+        for logs in (log_pi, chosen(mu_logits, every))
+    ]
+    pairs = z.log_softmax(-1), mu_logits.detach().log_softmax(-1)
+    centres = score_centres(estimator, *pairs)[:, every.prefix] * every.mask
+    greedy = problem.totals[torch.arange(prompts), problem.greedy]
+    mean, total = torch.zeros_like(z), torch.zeros(())
+    refill = estimator.zero_spread == "refill"
+    for drawn in itertools.product(range(prompts), repeat=prompts) if refill else [range(prompts)]:
+        of = torch.tensor(list(drawn)).repeat_interleave(size)
+        rows = torch.cartesian_prod(*[torch.arange(len(every.ids))] * len(of))  # [C, N]
+        chance = log_mu[of, rows].sum((-1, -2)).exp()
+        columns = {
+            "rewards": problem.rewards[of, rows],
+            "mask": problem.mask[rows],
+            "truncated": problem.truncated[rows],
+            "logprobs": log_pi.detach()[of, rows],
+            "ref_logprobs": problem.ref_logprobs[of, rows],
+            "values": problem.values[of, rows],
+            "score_norms": problem.scores.square().sum(-1)[of, rows],
+            "greedy_rewards": greedy[of].expand(rows.shape),
+        }
+        if refill:
+            alive = torch.ones(len(of), dtype=torch.bool)
+            dead = [bool(zero_spread(x, size, alive).any()) for x in columns["rewards"]]
+            chance = chance * ~torch.tensor(dead)
+        sizes = {"group_size": size, "max_length": length + 2, "baseline_value": 0.37}
+        terms = torch.vmap(lambda step: loss_terms(estimator, **step, **sizes))(columns)  # noqa: B023
+        flat = [x.flatten(0, 1) for x in (terms.advantages, terms.weights * chance[:, None, None])]
+        loss = estimator.loss(
+            log_pi[of, rows].flatten(0, 1),
+            *flat,
+            terms.mask.flatten(0, 1),
+            old_logprobs=log_pi.detach()[of, rows].flatten(0, 1),
+            sampling_logprobs=sampled[of, rows].flatten(0, 1),
+            ref_logprobs=columns["ref_logprobs"].flatten(0, 1),
+            entropy=log_pi[of, rows].flatten(0, 1),
+            centres=centres[of, rows].flatten(0, 1),
+        )
+        mean = mean - torch.autograd.grad(loss, z, retain_graph=True)[0]
+        total = total + chance.sum()
+    return mean.flatten() / total, *(target.flatten() for target in targets)
+
+
+def is_along(mean, target):
+    """Whether one is the other times a positive number, to 1e-9."""
+    factor = float(mean @ target / (target @ target))
+    return factor > 0 and float((mean - factor * target).norm() / mean.norm()) < 1e-9
+
+
+def status_of(fields):
+    """The status on problems with one and two prompts, whole rewards and rewards of tokens."""
+    held = []
+    for number, sampler in enumerate(("noise", "both", "temperature")):
+        kinds = {"prompts": 2, "vocabulary": 2} if number else {"vocabulary": 2}
+        kinds["rewards"] = ("dense", "graded", "continuous")[number] if fields.get("zero_spread") else "dense"
+        mean, policy, own = gradients(fields, sampler, 40 + number, size=3, **kinds)
+        along = {"exact_for_policy": is_along(mean, policy), "exact_for_sampler": is_along(mean, own)}
+        held.append({name for name, true in along.items() if true})
+    both = set.intersection(*held)
+    return both.pop() if both else "biased"
+
+
+CORRECTIONS = {
+    "none": {},
+    "token": {"importance": "token"},
+    "geometric": {"importance": "geometric"},
+    "sequence": {"importance": "sequence"},
+    "truncated": {"importance": "sequence", "importance_cap": 1.2},
+    "floored": {"importance": "sequence", "importance_floor": 0.9},
+    "masked": {"importance": "sequence", "importance_cap": 1.2, "importance_bound": "mask"},
+    "centred": {"importance_centre": True},
+    "token, centred": {"importance": "token", "importance_cap": 1.2, "importance_centre": True},
+}
+KL = {"beta": 0.3}
+ESTIMATORS = [
+    *({"baseline": name} for name in ("none", "constant", "running_mean", "rloo", "group_mean")),
+    *({"baseline": name} for name in ("batch_mean", "remax", "opo", "optimal", "shrinkage", "value")),
+    {"baseline": "timestep_mean"},
+    {"baseline": "opo", "leave_one_out": False},
+    {"baseline": "value", "returns": "reward_to_go"},
+    {"baseline": "timestep_mean", "returns": "reward_to_go"},
+    {"baseline": "optimal", "optimal_form": "per_timestep", "returns": "reward_to_go"},
+    {"baseline": "value", "returns": "gae", "lam": 1.0},
+    {"returns": "gae"},
+    {"gamma": 0.7},
+    *({"scale": name} for name in ("group_std", "loo_std", "batch_std", "token_whiten")),
+    *({"aggregation": name} for name in ("fixed_length", "token_mean", "sequence_mean")),
+    *({"ratio": name} for name in ("token", "cispo", "sequence_mean", "sequence_product")),
+    *({"truncations": name} for name in ("mask", "drop")),
+    *({"zero_spread": name} for name in ("drop", "refill")),
+    KL | {"kl_estimator": "k3"},
+    KL | {"kl_placement": "loss", "kl_estimator": "full_path"},
+    {"entropy_coef": 0.3, "entropy_form": "sequence"},
+]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_what_is_declared_off_policy_is_what_is_found(correction: str) -> None:
+    compared = 0
+    for fields in ESTIMATORS:
+        try:
+            estimator = Estimator(**fields, **CORRECTIONS[correction])
+        except Refused as error:  # a whole-row ratio with centres
+            assert "importance_centre" in str(error) and fields["ratio"].startswith("sequence")
+            continue
+        assert estimator.off_policy_status == status_of(fields | CORRECTIONS[correction]), fields
+        compared += 1
+    assert compared >= len(ESTIMATORS) - 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_a_kl_in_the_reward_is_that_of_the_policy(beta: float) -> None:
+    """With weights of whole sequences the gradient is that of E[R] - beta KL(pi || ref)."""
+    kinds = {"vocabulary": 2, "rewards": "dense"}
+    problem = tabular_problem(41, vocabulary=2, length=2, rewards="dense")
+    mean, *_ = gradients({"beta": beta, "importance": "sequence"}, "noise", 41, **kinds)
+    torch.testing.assert_close(mean, problem.gradient(beta=beta)[0], rtol=1e-10, atol=1e-12)
+    assert Estimator(beta=beta, importance="sequence").off_policy_status == "exact_for_policy"
+    status = "biased" if beta else "exact_for_sampler"
+    assert Estimator(beta=beta, importance_centre=True).off_policy_status == status
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_law_of_centred_scores(sampler: str) -> None:
+    """For mu = softmax(a z + d) the centred gradient is 1/a times that of J(mu), also where mu is cut."""
+    factor = {"temperature": 0.8, "both": 1 / 1.4}.get(sampler, 1.0)
+    for seed in range(20):
+        mean, policy, own = gradients({"importance_centre": True}, sampler, seed)
+        torch.testing.assert_close(mean, factor * own, rtol=1e-9, atol=1e-11)
+        assert is_along(mean, policy) == (sampler == "constant")
+
+
+def test_a_sampler_that_cannot_produce_a_completion_leaves_its_gradient_out() -> None:
+    """The weights average to the policy's probability of what is kept, and no weight repairs the rest."""
+    mean, policy, own = gradients({"importance": "sequence"}, "top-k", 3)
+    assert not is_along(mean, policy) and not is_along(mean, own)
+
+
+BY_HAND = [
+    ({"importance": "token"}, [2.0, 0.25]),
+    ({"importance": "sequence"}, [0.5, 0.5]),
+    ({"importance": "geometric"}, [0.5**0.5] * 2),
+    ({"importance": "token", "importance_cap": 1.5}, [1.5, 0.25]),
+    ({"importance": "token", "importance_cap": 1.5, "importance_floor": 0.5}, [1.5, 0.5]),
+    ({"importance": "token", "importance_cap": 1.5, "importance_bound": "mask"}, [0.0, 0.25]),
+    ({"importance": "token", "importance_floor": 0.5, "importance_bound": "mask"}, [2.0, 0.0]),
+    ({"importance": "sequence", "importance_floor": 0.75}, [0.75, 0.75]),
+    ({"importance": "sequence", "importance_floor": 0.75, "importance_bound": "mask"}, [0.0, 0.0]),
+]
+
+
+@pytest.mark.parametrize(("fields", "weights"), BY_HAND, ids=str)
+def test_weights_by_hand(fields: dict, weights: list[float]) -> None:
+    """A row of two actions with ratios 2 and 1/4, and a position that is no action and holds anything."""
+    logprobs = torch.full((1, 3), -1.0, dtype=torch.double).requires_grad_()
+    gap = torch.tensor([[math.log(2), math.log(0.25), math.nan]], dtype=torch.double)
+    mask = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.double)
+    loss = Estimator(baseline="none", **fields).loss(
+        logprobs, torch.tensor([3.0]), mask, mask, sampling_logprobs=logprobs.detach() - gap
+    )
+    slope = torch.autograd.grad(loss, logprobs)[0][0].tolist()
+    assert slope == pytest.approx([-3 * weights[0], -3 * weights[1], 0.0])
+
+
+def test_centres_of_tokens_that_are_never_sampled_are_finite() -> None:
+    """Of the weighted mean score, and of its gradient; a token that neither can draw changes nothing."""
+    logits = torch.tensor([0.3, -0.2, -torch.inf], dtype=torch.double).requires_grad_()
+    log_mu = torch.tensor([0.25, 0.75, 0.0], dtype=torch.double).log()
+    log_pi = logits[:2].log_softmax(-1)
+    for fields, weights in (
+        ({}, [1.0, 1.0]),
+        ({"importance": "token", "importance_cap": 1.1}, (log_pi.exp() / log_mu[:2].exp()).clamp(max=1.1)),
+    ):
+        centre = score_centres(Estimator(importance_centre=True, **fields), logits.log_softmax(-1), log_mu)
+        wanted = (log_mu[:2].exp() * torch.as_tensor(weights).detach() * log_pi).sum()
+        slopes = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (centre, wanted)]
+        assert centre.item() == pytest.approx(wanted.item())
+        torch.testing.assert_close(slopes[0].nan_to_num()[:2], slopes[1][:2])
+
+
+REFUSED = [
+    ({"importance_cap": 2.0}, "importance_cap is set.*Set importance=token"),
+    ({"importance_floor": 0.5}, "importance_floor is set.*Set importance=token"),
+    ({"importance_bound": "mask"}, "importance_bound is set.*Set importance=token"),
+    ({"importance": "token", "importance_bound": "mask"}, "neither is set. Set importance_cap"),
+    ({"importance": "token", "importance_cap": 1.0, "importance_floor": 1.0}, "must be below"),
+    ({"importance_centre": True, "importance": "sequence"}, "importance 'sequence' weights whole"),
+    ({"importance_centre": True, "ratio": "sequence_mean"}, "ratio 'sequence_mean' weights whole"),
+    ({"importance": "token", "importance_cap": 0.9}, "importance_cap"),
+    ({"importance": "token", "importance_floor": 1.1}, "importance_floor"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
+def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        Estimator(**fields)
+
+
+def test_the_status_of_a_baseline_of_ones_own_is_unknown_where_it_decides() -> None:
+    def mine(totals, **_):
+        return totals * 0
+
+    statuses = [Estimator(baseline=mine, **x).off_policy_status for x in CORRECTIONS.values()]
+    assert statuses == ["biased"] * 3 + ["unknown"] + ["biased"] * 3 + ["unknown", "biased"]
+    e = Estimator(baseline="group_mean", importance="sequence")
+    assert "cannot produce" in e.off_policy_reason and "(G-1)/G" in e.off_policy_reason
