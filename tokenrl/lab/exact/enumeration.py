@@ -18,10 +18,13 @@ from torch import Tensor
 
 from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.importance import score_centres
 from tokenrl.core.rows import LossTerms, loss_terms, zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem
 
+RARE = -1e3
+"""A log-probability below it is that of a token that is never drawn, whose weight is then of no account."""
 CHUNK = 20_000
 """Number of steps computed at once; about 100 MB on the larger problems."""
 TOLERANCE = 1e-9
@@ -116,8 +119,9 @@ def exact_moments(
     If the estimator refills groups from new prompts, a step has P groups of prompts drawn at random instead.
 
     Args:
-        estimator: Its `advantages`, `token_weights` and `loss` are called as in training, on-policy.
-        problem: All completions, their probabilities and their scores.
+        estimator: Its `advantages`, `token_weights` and `loss` are called as in the first update of training.
+        problem: All completions, their probabilities and their scores. If it has a sampler, this draws the
+            completions, and the gradient of J is still that of the policy.
         group_size: G, if not that of the problem.
         chunk: Number of steps computed at once; changes memory only.
 
@@ -125,15 +129,16 @@ def exact_moments(
         Refused: When the estimator cannot be used with such groups.
     """
     size = problem.group_size if group_size is None else group_size
-    prompts, completions = problem.chances.shape
-    slopes = torch.cat([problem.scores.flatten(0, 2), problem.entropy_slopes.flatten(0, 2)])  # [2 P M T, D]
+    chances = problem.of_sampler.chances
+    prompts, completions = chances.shape
+    slopes = _listed_slopes(estimator, problem).flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
     refill = estimator.zero_spread == "refill"
     for drawn in itertools.product(range(prompts), repeat=prompts) if refill else [tuple(range(prompts))]:
         of_row = torch.tensor(drawn).repeat_interleave(size)  # [N]
         for chosen in _steps(completions, len(of_row), chunk):  # [C, N]
-            chance = problem.chances[of_row, chosen].prod(-1)
+            chance = chances[of_row, chosen].prod(-1)
             if refill:  # steps with a group of equal rewards never happen: the group is replaced
                 alive = torch.ones(len(of_row), dtype=torch.bool)
                 dead = torch.vmap(lambda r: zero_spread(r, size, alive).any())  # noqa: B023
@@ -142,7 +147,7 @@ def exact_moments(
             total = total + chance.sum()
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
-    mean = _by_prompt(problem, shares / total)
+    mean = _by_prompt(estimator, problem, shares / total)
     tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
     return Moments(mean, target_of(estimator, problem), float(second / total), problem.name, tolerance)
 
@@ -163,7 +168,7 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     of_row = torch.cat([torch.full((g.numel(),), x) for x, g in enumerate(groups)])
     chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, of_row, chosen, problem.group_size)[0]
-    mean = _by_prompt(problem, coefficients)
+    mean = _by_prompt(estimator, problem, coefficients)
     return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name)
 
 
@@ -177,12 +182,21 @@ def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Flo
     )
 
 
-def _by_prompt(problem: Problem, shares: Tensor) -> Float[Tensor, "P D"]:
-    """Multiply coefficients [2 P M T] of logprobs and entropies by the scores and slopes, for each prompt."""
-    logprob, entropy = shares.reshape(2, *problem.logprobs.shape)
-    return torch.einsum("pmt,pmtd->pd", logprob, problem.scores) + torch.einsum(
-        "pmt,pmtd->pd", entropy, problem.entropy_slopes
-    )
+def _listed_slopes(estimator: Estimator, problem: Problem) -> Float[Tensor, "K P M T D"]:
+    """Return the gradients of all logprobs and entropies, and with a sampler those of the centres."""
+    slopes = [problem.scores, problem.entropy_slopes]
+    if problem.sampler is not None:
+        leaf = problem.sampler.policy.clone().requires_grad_()
+        centres = score_centres(estimator, leaf, problem.sampler.vocabulary).sum()
+        (of_token,) = torch.autograd.grad(centres, leaf)
+        slopes.append(torch.einsum("pmtv,pmtvd->pmtd", of_token, problem.sampler.slopes))
+    return torch.stack(slopes)
+
+
+def _by_prompt(estimator: Estimator, problem: Problem, shares: Tensor) -> Float[Tensor, "P D"]:
+    """Multiply coefficients [K P M T] of what `_listed_slopes` lists by these slopes, for each prompt."""
+    slopes = _listed_slopes(estimator, problem)
+    return torch.einsum("kpmt,kpmtd->pd", shares.reshape(slopes.shape[:-1]), slopes)
 
 
 def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N"]]:
@@ -196,9 +210,9 @@ def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N
 def _coefficients(
     estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor, size: int
 ) -> Float[Tensor, "C X"]:
-    """Return minus the derivative of each step's loss in every listed logprob and entropy, X = 2 P M T."""
+    """Return minus the derivative of each step's loss in every logprob, entropy and centre, X = K P M T."""
     columns = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
-    entropy = columns.pop("entropy")
+    entropy, sampled = columns.pop("entropy"), columns.pop("sampling_logprobs")
     sizes: dict[str, Any] = {"group_size": size, "max_length": problem.max_length}
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
     apart = 0.0 if estimator.baseline == "running_mean" else 0.5
@@ -215,33 +229,43 @@ def _coefficients(
         ) from error
     # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
     rows = LossTerms(*(x.flatten(0, 1) for x in terms))
-    inputs = (x.flatten(0, 1) for x in (columns["logprobs"], columns["ref_logprobs"], entropy))
-    slopes = ascent_slopes(estimator, rows, *inputs)
+    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampled)
+    slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
+    listed = tuple(slopes) if problem.sampler else slopes[:2]
     index = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(terms.mask.shape)  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
-    return torch.cat([zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in slopes], dim=1)
+    return torch.cat([zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed], dim=1)
 
 
 class Slopes(NamedTuple):
-    """Derivatives of the ascent objective (minus the loss) in each logprob and each entropy [N, T]."""
+    """Derivatives of the ascent objective (minus the loss) in each logprob, entropy and centre [N, T]."""
 
     logprobs: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
+    centres: Float[Tensor, "N T"]
 
 
 def ascent_slopes(
-    estimator: Estimator, terms: LossTerms, logprobs: Tensor, ref_logprobs: Tensor, entropy: Tensor
+    estimator: Estimator,
+    terms: LossTerms,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    entropy: Tensor,
+    sampling_logprobs: Tensor | None = None,
 ) -> Slopes:
-    """Return the derivatives of an on-policy loss, in which the policy is also the one that sampled."""
-    leaves = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
+    """Return the derivatives of the loss of a first update, in which the policy is also the old one.
+
+    Without `sampling_logprobs` it is also the one that sampled, and the centres have no gradient.
+    """
+    leaves = [x.detach().requires_grad_() for x in (logprobs, entropy, torch.zeros_like(logprobs))]
     loss = estimator.loss(
         leaves[0],
         *terms[:3],
         old_logprobs=logprobs,
-        sampling_logprobs=logprobs,
+        sampling_logprobs=logprobs if sampling_logprobs is None else sampling_logprobs,
         ref_logprobs=ref_logprobs,
         entropy=leaves[1],
-        centres=torch.zeros_like(logprobs),  # on-policy the mean score is 0
+        centres=leaves[2],
     )
     return Slopes(*(-slope for slope in torch.autograd.grad(loss, leaves, materialize_grads=True)))
 
@@ -254,7 +278,9 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
     if problem.rewards.ndim == 2:  # as if of two functions, each of which rewards every other completion
         even = torch.arange(problem.rewards.shape[1]) % 2 == 0
         optional["components"] = problem.rewards[..., None] * torch.stack([even, ~even], -1)
+    sampled = problem.of_sampler.logprobs
     return {
+        "sampling_logprobs": torch.where(sampled < RARE, problem.logprobs, sampled),
         "mask": problem.mask.expand(prompts, -1, -1),
         "truncated": problem.truncated.expand(prompts, -1),
         "rewards": problem.rewards,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +20,21 @@ from tokenrl.core.returns import at_last_action, reward_to_go
 from tokenrl.core.rows import overlong_penalty
 
 Rewards = Literal["binary", "graded", "continuous", "dense"]
+
+
+class Sampler(NamedTuple):
+    """What draws the completions of a problem in place of its policy; V is the size of the vocabulary."""
+
+    logprobs: Float[Tensor, "P M T"]
+    """Log-probability of each token under the sampler; finite, so a token that is never drawn has -1e4."""
+    scores: Float[Tensor, "P M T D"]
+    """Gradient of `logprobs` in the sampler's own logits, by the parameters of the problem."""
+    vocabulary: Float[Tensor, "P M T V"]
+    """Log-probability of every token of the vocabulary under the sampler, at the prefix of each token."""
+    policy: Float[Tensor, "P M T V"]
+    """The same under the policy."""
+    slopes: Float[Tensor, "P M T V D"]
+    """Gradient of `policy` in the parameters."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,7 @@ class Problem:
         bootstrap: A critic's value of the state after a truncation, 0 without one [P, M]; None to give the
             estimator no value.
         after: Mean reward of each of the K steps that would follow a truncation, 0 without one [P, M, K].
+        sampler: What draws the completions; None for the policy itself.
     """
 
     name: str
@@ -69,6 +85,14 @@ class Problem:
     environment: Float[Tensor, "P M"] | float = 1.0
     bootstrap: Float[Tensor, "P M"] | None = None
     after: Float[Tensor, "P M K"] | None = None
+    sampler: Sampler | None = None
+
+    @property
+    def of_sampler(self) -> Problem:
+        """The same problem with the sampler as its policy, which `chances` and `gradient` are then of."""
+        if self.sampler is None:
+            return self
+        return replace(self, logprobs=self.sampler.logprobs, scores=self.sampler.scores, sampler=None)
 
     @property
     def chances(self) -> Float[Tensor, "P M"]:
@@ -165,6 +189,7 @@ def tabular_problem(
     shared: bool = False,
     true_values: bool = False,
     logits: Float[Tensor, "S V"] | None = None,
+    sampler: Callable[[Tensor], Tensor] | None = None,
 ) -> Problem:
     """Make a problem with a random policy, reference, critic and rewards.
 
@@ -181,6 +206,7 @@ def tabular_problem(
         true_values: Whether the critic is V^pi, the expected reward to go, instead of a random function of
             the prefix.
         logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
+        sampler: Makes the logits of the sampler [P, S, V] from those of the policy; None for the policy.
     """
     rows = all_completions(vocabulary, length)
     shape = (prompts, len(rows.prefixes), vocabulary)
@@ -206,7 +232,24 @@ def tabular_problem(
         values=values,
         greedy=torch.stack([_greedy(x, rows) for x in logits]),
         max_length=length + 2,
+        sampler=None if sampler is None else _sampler(sampler(logits), logits, rows, shared),
     )
+
+
+def _sampler(sampling: Tensor, logits: Tensor, rows: Completions, shared: bool) -> Sampler:
+    """Return what is drawn from, by logits [P, S, V] of the sampler and of the policy."""
+    return Sampler(
+        logprobs=torch.stack([_logprobs(x, rows) for x in sampling]),
+        scores=_slopes(_logprobs, sampling, rows, shared),
+        vocabulary=torch.stack([_vocabulary(x, rows) for x in sampling]),
+        policy=torch.stack([_vocabulary(x, rows) for x in logits]),
+        slopes=_slopes(_vocabulary, logits, rows, shared),
+    )
+
+
+def _vocabulary(logits: Tensor, rows: Completions) -> Tensor:
+    """Return the logprob of every token of the vocabulary at each prefix [M, T, V]."""
+    return logits.log_softmax(-1)[rows.prefix] * rows.mask[..., None]
 
 
 def _logprobs(logits: Tensor, rows: Completions) -> Tensor:
@@ -221,16 +264,16 @@ def _entropy(logits: Tensor, rows: Completions) -> Tensor:
 
 def _slopes(
     quantity: Callable[[Tensor, Completions], Tensor], logits: Tensor, rows: Completions, shared: bool
-) -> Float[Tensor, "P M T D"]:
-    """Return the gradient of logprobs or entropy in the logits, which prompts may share."""
-    blocks = [torch.func.jacrev(quantity)(x, rows).flatten(2) for x in logits]  # [M, T, S V] each
+) -> Float[Tensor, "P M T *V D"]:
+    """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share."""
+    blocks = [torch.func.jacrev(quantity)(x, rows).flatten(-2) for x in logits]  # [M, T, ..., S V] each
     if shared:
         return torch.stack(blocks)
     # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.
-    whole = torch.zeros(len(blocks), *blocks[0].shape[:2], len(blocks), blocks[0].shape[2]).double()
+    whole = torch.zeros(len(blocks), *blocks[0].shape[:-1], len(blocks), blocks[0].shape[-1]).double()
     for x, block in enumerate(blocks):
-        whole[x, :, :, x] = block
-    return whole.flatten(3)
+        whole[x, ..., x, :] = block
+    return whole.flatten(-2)
 
 
 def _rewards(kind: Rewards, table: Tensor, rows: Completions, draw: torch.Generator) -> Tensor:

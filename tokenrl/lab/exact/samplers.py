@@ -1,0 +1,161 @@
+"""Makes samplers that differ from the policy, and finds by enumeration what corrections leave of the gradient.
+
+Training may sample at another temperature, from the most probable tokens alone, or with an engine whose
+rounding differs. Here each of these draws the completions of tiny problems, of which every one can be listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenrl.core.choices import BIASED, EXACT, UNKNOWN, UP_TO_SCALE
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.off_policy import EXACT_FOR_POLICY, EXACT_FOR_SAMPLER
+from tokenrl.core.presets import read_changes
+from tokenrl.errors import Refused
+from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
+from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.settings import Bounds, Count, NonNegative, Positive, Settings, arguments
+
+NEVER = -1e4
+"""The logit of a token that is never drawn."""
+PROBLEMS = 20
+"""Number of random problems on which corrections are compared."""
+
+
+@dataclass(frozen=True)
+class Perturbation(Settings):
+    """How the sampler's logits differ from those of the policy; noise first, then temperature, then a cut."""
+
+    noise: NonNegative = 0.0
+    """Standard deviation of the normal noise on each logit, drawn once and then fixed."""
+    temperature: Positive = 1.0
+    """What the logits are divided by."""
+    top_k: Count | None = None
+    """Only this many of the most probable tokens are drawn; None for all."""
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    """Only the fewest tokens are drawn whose probabilities sum to at least this."""
+
+    @classmethod
+    def read(cls, text: str) -> Perturbation:
+        """Read a text such as `noise=0.3` or `temperature=0.8,top_p=0.9`.
+
+        Raises:
+            Refused: It has another form, or names what a sampler does not have.
+        """
+        try:
+            head, changes = read_changes(text)
+            if head:
+                raise Refused(f"{head!r} is not a change.")
+            return arguments(cls, changes)
+        except Refused as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise Refused(
+                f"The sampler {text!r} cannot be used: {error} Give changes from {names}, such as noise=0.3 "
+                "or temperature=0.8,top_p=0.9."
+            ) from error
+
+    def logits(self, logits: Float[Tensor, "*N V"], seed: int) -> Float[Tensor, "*N V"]:
+        """Return the sampler's logits, given those of the policy and the seed of the noise."""
+        draw = torch.Generator().manual_seed(seed)
+        noise = torch.randn(logits.shape, generator=draw, dtype=torch.double)
+        logits = (logits + self.noise * noise) / self.temperature
+        ordered, tokens = logits.sort(-1, descending=True)
+        chances = ordered.softmax(-1)
+        kept = (chances.cumsum(-1) - chances < self.top_p) | (self.top_p == 1)
+        if self.top_k is not None:
+            kept[..., self.top_k :] = False
+        return logits.masked_fill(~torch.zeros_like(kept).scatter(-1, tokens, kept), NEVER)
+
+
+def perturbed_problem(
+    seed: int, perturbation: Perturbation, *, prompts: int = 1, group_size: int = 2, **kinds: object
+) -> Problem:
+    """Make `tabular_problem` with a sampler; `kinds` are further arguments of that function."""
+    return tabular_problem(
+        seed,
+        prompts=prompts,
+        group_size=group_size,
+        sampler=lambda logits: perturbation.logits(logits, seed + 1000),
+        **kinds,  # type: ignore[arg-type]
+    )
+
+
+def off_policy_moments(estimator: Estimator, problem: Problem) -> tuple[Moments, Moments]:
+    """Return the moments of the gradient beside grad J(policy), and beside grad J(sampler).
+
+    The second gradient is that in the sampler's own logits; for softmax(a z + d), in the policy's logits z it
+    is a times as large.
+
+    Raises:
+        Refused: When the estimator cannot be used on the problem.
+    """
+    moments = exact_moments(estimator, problem)
+    return moments, replace(moments, target=target_of(estimator, problem.of_sampler))
+
+
+@dataclass(frozen=True)
+class OffPolicyVerdict:
+    """What an estimator declares of its gradient where the sampler differs, and what enumeration finds."""
+
+    declared: str
+    """The estimator's `off_policy_status`."""
+    found: str
+    """The gradient along which the expected one is on every problem, or 'biased'."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether both are the same; of an unknown status nothing is asked."""
+        return self.declared in (UNKNOWN, self.found)
+
+
+def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None = None) -> OffPolicyVerdict:
+    """Find out along which gradient an estimator is on average, if the sampler differs from the policy.
+
+    Args:
+        estimator: Any estimator, without a memory of its own.
+        problems: Problems with a sampler; by default three, with noise, a temperature, and both.
+
+    Raises:
+        Refused: When the estimator can be used on none of the problems.
+
+    Example:
+        >>> from tokenrl import Estimator
+        >>> from tokenrl.lab import measure_off_policy
+        >>> measure_off_policy(Estimator(importance="sequence")).found
+        'exact_for_policy'
+        >>> measure_off_policy(Estimator(importance="token")).found
+        'biased'
+    """
+    possible, measured = {EXACT_FOR_POLICY, EXACT_FOR_SAMPLER}, 0
+    refusal = Refused("There is no problem to measure on; give at least one.")
+    for problem in default_sampled_problems() if problems is None else problems:
+        try:
+            matches = off_policy_moments(estimator, problem)
+        except Refused as error:
+            refusal = error
+            continue
+        measured += 1
+        names = (EXACT_FOR_POLICY, EXACT_FOR_SAMPLER)
+        possible &= {name for name, m in zip(names, matches, strict=True) if m.status in (EXACT, UP_TO_SCALE)}
+    if not measured:
+        raise refusal
+    return OffPolicyVerdict(estimator.off_policy_status, min(possible, default=BIASED))
+
+
+@cache
+def default_sampled_problems() -> tuple[Problem, ...]:
+    """Return problems that together show every known bias of a sampler that differs."""
+    small = {"vocabulary": 2, "length": 2, "group_size": 3}
+    return (
+        perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", **small),
+        perturbed_problem(41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small),
+        perturbed_problem(42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small),
+    )
