@@ -17,10 +17,11 @@ from tokenrl.core.baselines import BASELINES, set_size
 from tokenrl.core.choices import choice_of, required
 from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.losses import PER_TOKEN
+from tokenrl.core.memories import failures_of
 from tokenrl.core.returns import credited, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty, zero_outside
 from tokenrl.core.scales import SCALES
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
+from tokenrl.errors import Refused
 
 
 class Step(NamedTuple):
@@ -218,12 +219,8 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
     totals, mask, valid = step.totals, step.actions, step.valid
     name = getattr(function, "__name__", type(function).__name__)
     rows = {"group_size": step.group_size, "mask": mask.clone(), "valid": valid.clone()}
-    try:
+    with failures_of(name):
         baseline = function(totals.clone(), **rows)
-    except TokenrlError:
-        raise
-    except USER_CODE_FAILED as error:
-        raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
         result = f"shape {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else type(baseline).__name__
         raise Refused(

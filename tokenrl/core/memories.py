@@ -61,7 +61,7 @@ def memory_of(estimator: Estimator) -> Memory:
 
 @contextmanager
 def failures_of(name: str) -> Iterator[None]:
-    """Report an error of a user's memory in one sentence.
+    """Report an error of a user's baseline in one sentence.
 
     Raises:
         Stopped: It raised one.

@@ -54,6 +54,7 @@ GRPO: Fields = {
     "kl_estimator": "k3",
     "kl_placement": "loss",
 }
+GSPO: Fields = {**GROUP_STD, "aggregation": "sequence_mean", "ratio": "sequence_mean"}
 WHITENED: Fields = {
     **CLIP,
     "scale": "token_whiten",
@@ -128,24 +129,12 @@ PRESETS: dict[str, Preset] = {
         "Yu et al. 2025, DAPO, arXiv 2503.14476",
     ),
     "gspo": Preset(
-        {
-            **GROUP_STD,
-            "aggregation": "sequence_mean",
-            "ratio": "sequence_mean",
-            "epsilon": 3e-4,
-            "epsilon_high": 4e-4,
-        },
+        {**GSPO, "epsilon": 3e-4, "epsilon_high": 4e-4},
         "Zheng et al. 2025, Group sequence policy optimization, arXiv 2507.18071",
     ),
     "gmpo": Preset(
         # The log ratios are clipped to [-0.4, 0.4], the ratios to [exp(-0.4), exp(0.4)].
-        {
-            **GROUP_STD,
-            "aggregation": "sequence_mean",
-            "ratio": "geometric_clip",
-            "epsilon": 0.3297,
-            "epsilon_high": 0.4918,
-        },
+        {**GSPO, "ratio": "geometric_clip", "epsilon": 0.3297, "epsilon_high": 0.4918},
         "Zhao et al. 2025, Geometric-mean policy optimization, arXiv 2507.20673",
     ),
     "dppo": Preset(
