@@ -277,6 +277,16 @@ def stepped(
     return gradient(policy.model), record, learner
 
 
+def textbook_logprobs(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Log-probabilities [T, V] of a truncated distribution, by transformers and in its order."""
+    from transformers.generation import logits_process
+
+    steps = [logits_process.TopKLogitsWarper(top_k)] if top_k else []
+    steps += [logits_process.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    steps += [logits_process.MinPLogitsWarper(min_p)] if min_p else []
+    return logits_process.LogitsProcessorList(steps)(None, logits / temperature).log_softmax(-1)
+
+
 def textbook(model, rows, *, temperature=1.0, exponent=1.0):
     """-(1/N) sum_i A_i sum_t log pi over (prompt ids, completion ids, A_i), one sequence at a time."""
     model = copy.deepcopy(model)

@@ -11,9 +11,12 @@ from torch.utils._pytree import tree_leaves
 from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.rollout.distribution import draw
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.rollout.generator import draw
 from tokenrl.language.rollout.head import Chunks, head_of, score_tokens
-from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
+from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score, score_in_parts
+
+TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
 
 def rollout_of(policy, length=6):
@@ -22,10 +25,11 @@ def rollout_of(policy, length=6):
     return completions(policy, [policy.encode(p) for p in PROMPTS], **how)
 
 
-def objective(policy, rollout, **how):
+def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     """The gradient of a weighted sum of log-probabilities and entropies, and all scores of the actions."""
     policy.model.zero_grad()
-    scores = score(policy.model, rollout, Scoring(**how), temperature=0.7, entropy=True, score_norms=True)
+    options = {"distribution": distribution, "entropy": True, "score_norms": True}
+    scores = score(policy.model, rollout, Scoring(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     torch.where(rollout.mask, scores.logprobs * weights + 0.1 * scores.entropy, 0).sum().backward()
     values = torch.stack([x.detach()[rollout.mask] for x in scores[:3]])
@@ -40,9 +44,11 @@ def objective(policy, rollout, **how):
 def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share, length):
     policy = make_policy(architecture, dtype=dtype)
     rollout = rollout_of(policy, length)
-    expected, values = objective(policy, rollout, share_prompt=share)
+    # bfloat16 rounds other logits below the bound in either way of computing them
+    how = {"share_prompt": share, "distribution": TRUNCATED if tolerance < 0.01 else TRUNCATED.whole}
+    expected, values = objective(policy, rollout, **how)
     for at_once in (1, 7, int(rollout.mask.sum()) - 1):
-        found, same = objective(policy, rollout, share_prompt=share, tokens_at_once=at_once)
+        found, same = objective(policy, rollout, tokens_at_once=at_once, **how)
         assert apart(found, expected) < tolerance
         assert float((same - values).norm() / values.norm()) < tolerance
 
@@ -66,7 +72,9 @@ def test_impossible_tokens_have_neither_value_nor_gradient():
     with torch.no_grad():
         head.bias[2:4] = -math.inf
     ids = torch.tensor([0, 1, 4, 5])
-    found = score_tokens(states, head, ids, Chunks(at_once=3, temperature=1.0, entropy=True, norms=True))
+    found = score_tokens(
+        states, head, ids, Chunks(at_once=3, distribution=UNCHANGED, entropy=True, norms=True)
+    )
     logits = head(states)
     logp = logits.log_softmax(-1)
     chosen = logp.gather(1, ids[:, None])[:, 0]

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ENDS, PROMPTS, completions, make_model, make_policy
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, completions, make_model, make_policy, textbook_logprobs
 
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import score
@@ -37,11 +38,10 @@ def texts(rollout):
 
 
 @torch.no_grad()
-def exact_logprobs(model, prompt, sequence, temperature):
+def exact_logprobs(model, prompt, sequence, distribution):
     """Of each token of one sequence, by the model in float64, without cache or padding."""
     logits = model(torch.tensor([[*prompt, *sequence]])).logits[0, len(prompt) - 1 : -1].double()
-    logp = torch.log_softmax(logits / temperature, dim=-1)
-    return logp[torch.arange(len(sequence)), torch.tensor(sequence)]
+    return textbook_logprobs(logits, **distribution)[torch.arange(len(sequence)), torch.tensor(sequence)]
 
 
 def sequences(vocabulary, length, eos):
@@ -51,13 +51,16 @@ def sequences(vocabulary, length, eos):
             yield from ((*head, last) for last in range(vocabulary) if n == length or last in eos)
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
+@pytest.mark.parametrize(
+    "distribution",
+    [pytest.param({}, marks=pytest.mark.slow), {"temperature": 0.7}, {"top_k": 3, "top_p": 0.9}],
+)
 @pytest.mark.parametrize("eos", [(0,), (0, 2), ()])
-def test_frequencies_are_the_exact_probabilities(eos, temperature):
+def test_frequencies_are_the_exact_probabilities(eos, distribution):
     policy = tiny(eos, initializer_range=0.15)
     exact = copy.deepcopy(policy.model).double()
     prompts, n = [[1, 2, 3, 1, 2], [3]], 10_000
-    rollout = draw(policy, prompts, generations=n, length=3, temperature=temperature, seed=7)
+    rollout = draw(policy, prompts, generations=n, length=3, seed=7, **distribution)
     found = texts(rollout)
     possible = list(sequences(4, 3, eos))
     statistic, df = 0.0, 0
@@ -65,9 +68,11 @@ def test_frequencies_are_the_exact_probabilities(eos, temperature):
         counts = dict.fromkeys(possible, 0)
         for row in rows:
             counts[row] += 1  # a KeyError is a completion that goes on after its end, or stops before it
-        p = {s: float(exact_logprobs(exact, prompt, s, temperature).sum().exp()) for s in possible}
+        p = {s: float(exact_logprobs(exact, prompt, s, distribution).sum().exp()) for s in possible}
         assert sum(p.values()) == pytest.approx(1)
-        cells = [(counts[s], n * p[s]) for s in possible]
+        assert ("top_k" in distribution) == (0 in p.values())
+        assert not any(counts[s] for s in possible if p[s] == 0)
+        cells = [(counts[s], n * p[s]) for s in possible if p[s] > 0]
         rare = [c for c in cells if c[1] < 5]  # one cell, for the chi-square approximation's sake
         cells = [c for c in cells if c[1] >= 5] + ([tuple(map(sum, zip(*rare, strict=True)))] if rare else [])
         assert len(cells) > 6
@@ -79,15 +84,15 @@ def test_frequencies_are_the_exact_probabilities(eos, temperature):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(architecture, temperature):
+@pytest.mark.parametrize("distribution", [{}, {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.02}])
+def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(architecture, distribution):
     policy = make_policy(architecture)
     policy.eos_ids = ENDS
     prompts = [policy.encode(p) for p in PROMPTS]
-    rollout = draw(policy, prompts, temperature=temperature)
+    rollout = draw(policy, prompts, **distribution)
     assert len(set(rollout.mask.sum(dim=1).tolist())) > 2  # rows really finish at different times
     with torch.no_grad():
-        scores = score(policy.model, rollout, temperature=temperature, entropy=True)
+        scores = score(policy.model, rollout, distribution=Distribution(**distribution), entropy=True)
     for mine, other in ((rollout.logprobs, scores.logprobs), (rollout.entropy, scores.entropy)):
         torch.testing.assert_close(
             mine[rollout.mask], other.detach()[rollout.mask], atol=1e-5, rtol=0, check_dtype=False
@@ -95,7 +100,7 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
         assert not mine[~rollout.mask].any()
     exact = copy.deepcopy(policy.model).double()
     for row, tokens in enumerate(texts(rollout)):
-        expected = exact_logprobs(exact, prompts[row // 4], tokens, temperature)
+        expected = exact_logprobs(exact, prompts[row // 4], tokens, distribution)
         torch.testing.assert_close(rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0)
 
 

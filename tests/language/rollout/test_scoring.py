@@ -4,11 +4,21 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
+from tiny_models import (
+    ARCHITECTURES,
+    ENDS,
+    PROMPTS,
+    apart,
+    completions,
+    gradient,
+    make_policy,
+    textbook_logprobs,
+)
 
 from tokenrl.language.policy.model import enable_gradient_checkpointing
 from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.rollout.scoring import Scoring, score
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
 
 # RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.
 CASES = [
@@ -18,9 +28,9 @@ CASES = [
 ]
 
 
-def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, temperature=1.0):
+def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, **how):
     policy.eos_ids = ENDS
-    how = {"num_generations": generations, "max_completion_length": length, "temperature": temperature}
+    how |= {"num_generations": generations, "max_completion_length": length}
     return completions(policy, [policy.encode(p) for p in prompts], seed=1, **how)
 
 
@@ -51,12 +61,12 @@ def close(a, b, mask, tolerance):
 
 
 @pytest.mark.parametrize("architecture, dtype, tolerance", CASES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_shared_prompt_gives_the_plain_value_and_gradient(architecture, dtype, tolerance, temperature):
+@pytest.mark.parametrize("distribution", [UNCHANGED, Distribution(temperature=0.6, top_p=0.9)])
+def test_the_shared_prompt_gives_the_plain_value_and_gradient(architecture, dtype, tolerance, distribution):
     policy = make_policy(architecture, dtype=dtype)
     rollout = rollout_of(policy)
-    plain, value, expected = objective(policy, rollout, share_prompt=False, temperature=temperature)
-    shared, same, found = objective(policy, rollout, share_prompt=True, temperature=temperature)
+    plain, value, expected = objective(policy, rollout, share_prompt=False, distribution=distribution)
+    shared, same, found = objective(policy, rollout, share_prompt=True, distribution=distribution)
     close(shared.logprobs, plain.logprobs, rollout.mask, tolerance)
     close(shared.entropy, plain.entropy, rollout.mask, tolerance)
     assert same == pytest.approx(value, rel=tolerance)
@@ -118,16 +128,43 @@ def test_rows_keep_everything_together():
     close(score(policy.model, part).logprobs.detach(), whole, part.mask, 2e-6)
 
 
-def test_temperature_divides_the_logits():
-    policy = make_policy("gpt2", dtype="float64")
-    rollout = rollout_of(policy, prompts=PROMPTS[:1])
-    scores = score(policy.model, rollout, temperature=0.5)
+@pytest.mark.parametrize("at_once", [None, 3])
+@pytest.mark.parametrize(
+    "how", [{}, {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.04}]
+)
+def test_values_and_gradients_are_those_of_the_distribution_that_was_sampled_from(how, at_once):
+    policy, how = make_policy("gpt2", dtype="float64"), how | {"temperature": 0.5}
+    rollout = rollout_of(policy, prompts=PROMPTS[:1], generations=8, **how)
+    scores = score(policy.model, rollout, Scoring(tokens_at_once=at_once), distribution=Distribution(**how))
     prompt = policy.encode(PROMPTS[0])
+    total = torch.zeros(())
     for row, mask in enumerate(rollout.mask):
         ids = torch.tensor([prompt + rollout.completion_ids[row][mask].tolist()])
-        logp = torch.log_softmax(2 * policy.model(ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+        logp = textbook_logprobs(policy.model(ids).logits[0, len(prompt) - 1 : -1], **how)
+        assert (len(how) > 1) == bool(logp.isinf().any())
         expected = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
         torch.testing.assert_close(scores.logprobs[row][mask], expected, atol=1e-12, rtol=0)
+        total = total + expected.sum()
+    total.backward()
+    textbook = gradient(policy.model)
+    policy.model.zero_grad()
+    scores.logprobs[rollout.mask].sum().backward()
+    assert apart(gradient(policy.model), textbook) < 1e-12
+
+
+def test_a_token_that_was_chosen_keeps_its_probability_where_the_distribution_leaves_it_out():
+    """Its own and that of the kept tokens are in the sum, so its log-probability is finite."""
+    policy = make_policy("gpt2", dtype="float64")
+    rollout = rollout_of(policy, prompts=PROMPTS[:1])  # all tokens are sampled
+    whole = score(policy.model, rollout).logprobs[rollout.mask]
+    for at_once in (None, 3):
+        scores = score(
+            policy.model, rollout, Scoring(tokens_at_once=at_once), distribution=Distribution(top_k=1)
+        )
+        logprobs = scores.logprobs[rollout.mask]
+        # with the most probable token alone, of probability q: log p / (p + q), or 0 where it was chosen
+        assert logprobs.isfinite().all() and (logprobs < -1e-9).any()
+        assert (logprobs >= whole - 1e-12).all() and not (logprobs > 0).any()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

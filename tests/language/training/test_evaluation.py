@@ -56,7 +56,7 @@ Recorder.right.binary = True
 
 
 def evaluate(functions, policy=None, *, weights=None, mark=None, generations=6, temperature=1.0, **options):
-    sampling = Sampling(4, generations, temperature)
+    sampling = Sampling(4, generations, temperature=temperature)
     rewards = Rewards(functions, weights, pass_threshold=mark)
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, **options).metrics
 

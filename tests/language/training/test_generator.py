@@ -22,6 +22,7 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
 from tokenrl.language.training import loop
 from tokenrl.language.training.learner import make_learner
@@ -35,11 +36,12 @@ FILLED = ("logprobs", "entropy", "score_norms", "hidden")
 def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at_once):
     policy = make_policy(architecture)
     policy.eos_ids, scoring = ENDS, Scoring(share)
-    how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7}
+    how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7, "top_p": 0.9}
     how |= {"keep_score_norms": True, "keep_hidden": True}
     full = completions(policy, [policy.encode(p) for p in PROMPTS], **how)
     bare = dataclasses.replace(full, **dict.fromkeys(FILLED))
-    options = {"temperature": 0.7, "rows_at_once": rows_at_once}
+    distribution = Distribution(temperature=0.7, top_p=0.9)
+    options = {"distribution": distribution, "rows_at_once": rows_at_once}
     found = with_missing_fields(policy, bare, scoring, **options, **dict.fromkeys(FILLED, True))
     for name in FILLED:
         mine, sampled = getattr(found, name), getattr(full, name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.settings import Count, Positive, Seed, Several
+from tokenrl.settings import Count, Seed, Several
 
 DEFAULT_ESTIMATORS = (
     *("reinforce", "reinforce_running_mean", "reinforce_baseline", "remax", "rloo", "opo_loo", "shrinkage"),
@@ -15,7 +16,7 @@ DEFAULT_ESTIMATORS = (
 
 
 @dataclass(frozen=True)
-class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
+class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArguments):
     """Measure signal, noise and direction of the gradients of estimators, on the same completions."""
 
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
@@ -29,8 +30,6 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Prompts per step; the noise is that of one step, within which some estimators compare prompts."""
     max_completion_length: Count | None = None
     """Most tokens a completion may have. Default: the task's, else 256."""
-    temperature: Positive = 1.0
-    """Temperature at which the policy is sampled and scored."""
     probes: Several = 256
     """Random directions to project gradients on; squared lengths have the relative error sqrt(2/probes)."""
     layers: tuple[str, ...] = ()

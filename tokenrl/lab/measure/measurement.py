@@ -27,6 +27,7 @@ from tokenrl.lab.measure.noise import GroupSize, Measurement, measure_estimators
 from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console, rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
@@ -152,8 +153,8 @@ def _in_memory(
     sampling = Sampling(
         max_completion_length=args.max_completion_length or completion_limit(task, args.model, policy)[0],
         num_generations=args.num_generations,
-        temperature=args.temperature,
         seed=args.seed,
+        **distribution_of(args),
     )
     rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
     projected = partial(
@@ -162,7 +163,7 @@ def _in_memory(
         parameters=parameters,
         count=args.probes,
         seed=args.seed,
-        temperature=args.temperature,
+        distribution=args,
         entropy=any(Estimator.preset(name).needs_entropy for name in args.estimators),
     )
     while True:

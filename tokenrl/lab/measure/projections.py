@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenrl.core.statistics import generator_of
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.scoring import USUAL, Scoring, score
+from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Scoring, score
 
 
 class Projections(NamedTuple):
@@ -100,7 +101,7 @@ def project(
     count: int,
     seed: int,
     width: int,
-    temperature: float = 1.0,
+    distribution: Distribution = UNCHANGED,
     entropy: bool = False,
     scoring: Scoring = USUAL,
     after: Callable[[], None] = lambda: None,
@@ -117,7 +118,7 @@ def project(
         count: Number of probes, K.
         seed: Seed of the probes.
         width: T of the result, at least that of the rollout.
-        temperature: Temperature of sampling.
+        distribution: Distribution of tokens that was sampled from.
         entropy: Whether to project the derivatives of the entropies too.
         scoring: How the policy is scored; its logits are never computed in chunks here.
         after: Called after each pass of eight probes.
@@ -135,7 +136,7 @@ def project(
             return torch.func.functional_call(policy.model, changed, args, options)
 
         # `score` only calls its model, so a function will do
-        scored = score(model, distinct, whole, temperature=temperature, entropy=entropy)  # type: ignore[arg-type]
+        scored = score(model, distinct, whole, distribution=distribution, entropy=entropy)  # type: ignore[arg-type]
         return (scored.logprobs,) if scored.entropy is None else (scored.logprobs, scored.entropy)
 
     def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -100,13 +100,12 @@ def collect(
 @torch.no_grad()
 def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    options: dict[str, Any] = {"temperature": sampling.temperature, "scoring": scoring}
-    scored = score(policy.model, rollout, entropy=True, **options)
+    scored = score(policy.model, rollout, scoring, distribution=sampling, entropy=True)
     assert scored.entropy is not None
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
-            reference = score(model, rollout, **options).logprobs
+            reference = score(model, rollout, scoring, distribution=sampling.whole).logprobs
     columns = {"mask": rollout.mask}
     for name, x in (("logprobs", scored.logprobs), ("ref_logprobs", reference), ("entropy", scored.entropy)):
         columns[name] = torch.where(rollout.mask, x, 0)

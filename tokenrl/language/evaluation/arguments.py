@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Positive, Seed
+from tokenrl.settings import OR_OBJECT, Bounds, Count, Natural, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
-class SampleArguments(TaskArguments, PromptArguments, LoadingArguments):
+class SampleArguments(Distribution, TaskArguments, PromptArguments, LoadingArguments):
     """Complete the prompts given, or prompts read line by line, and print them with their rewards.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
@@ -32,8 +33,6 @@ class SampleArguments(TaskArguments, PromptArguments, LoadingArguments):
     max_completion_length: Count | None = None
     """Maximum number of tokens in a completion. Default: that of the run, else the task's, else 64, but at
     most what the context leaves."""
-    temperature: Positive = 1.0
-    """Temperature at which completions are sampled."""
     seed: Seed = 0
     """Seed of sampling."""
 
@@ -43,8 +42,9 @@ class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
     """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
-    task with its data, its reward and the length of completions, the temperature and the seed. With --task
-    that task's own reward and length count, and only the temperature and the seed are the run's. Several runs
+    task with its data, its reward and the length of completions, the distribution of tokens (temperature,
+    top_k, top_p, min_p) and the seed. With --task that task's own reward and length count, and only the
+    distribution and the seed are the run's. Several runs
     must agree, but for their seeds, of which the first counts.
     """
 
@@ -71,6 +71,12 @@ class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
     """Maximum number of tokens in a completion. Default: that of the run, else the task's, else 256."""
     temperature: Positive | None = None
     """Temperature at which completions are sampled. Default: that of the run, else 1."""
+    top_k: Natural | None = None
+    """As in train. Default: that of the run, else 0, which leaves no token out."""
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] | None = None
+    """As in train. Default: that of the run, else 1, which leaves no token out."""
+    min_p: Annotated[float, Bounds(at_least=0, below=1)] | None = None
+    """As in train. Default: that of the run, else 0, which leaves no token out."""
     truncate_prompts: bool | None = None
     """Cut prompts that are too long for the context on the left, instead of refusing them. Default: as in the
     run, else refused."""

@@ -15,6 +15,7 @@ from tokenrl.language.evaluation.arguments import SampleArguments
 from tokenrl.language.evaluation.evaluate import as_in_runs
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
@@ -84,7 +85,7 @@ class Sampler:
             self._say("special", visible(warning))
         room = self._length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
         length = args.max_completion_length or max(1, min(self._length, room))
-        sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
+        sampling = Sampling(length, args.num_generations, args.seed, **distribution_of(args))
         ids = encode(policy, [row["prompt"]], sampling)
         draws = uniforms("interactive", sampling, [self._completed])
         self._completed += 1

@@ -16,6 +16,7 @@ from tokenrl.language.evaluation.arguments import EvaluateArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
@@ -91,7 +92,7 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
         raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
         check_place(args.json)
-    filled: EvaluateArguments = as_in_runs(args, models, "temperature", "seed")
+    filled: EvaluateArguments = as_in_runs(args, models, *vars(Distribution()), "seed")
     if filled.task is None:
         raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
     return filled
@@ -109,6 +110,7 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
         Refused: as `as_trained` says.
     """
     usual, from_runs, names = vars(type(args)()), dict[str, Any](), set(further)
+    plain = usual | vars(Distribution())
     if args.task is None:
         names |= {*field_types(TaskArguments), "max_completion_length", "truncate_prompts"}
     names -= {"reward_weights"} if args.reward else set()  # which weigh the run's own rewards
@@ -123,7 +125,7 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
             differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
             raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
         from_runs = settings | from_runs
-    from_runs = {name: value for name, value in from_runs.items() if value and value != usual[name]}
+    from_runs = {name: value for name, value in from_runs.items() if value and value != plain[name]}
     if from_runs:
         values = {n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in from_runs.items()}
         words = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -139,7 +141,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     task, rewards = find_task(args)
     length = args.max_completion_length
     # Made first: numbers out of range are refused before the model is loaded.
-    sampling = Sampling(length or 256, generations, args.temperature or 1.0, args.seed or 0)
+    sampling = Sampling(length or 256, generations, args.seed or 0, **distribution_of(args))
     sampling = replace(sampling, truncate_prompts=bool(args.truncate_prompts))
     options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(model, **options)

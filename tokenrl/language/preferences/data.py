@@ -92,7 +92,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:
         per_prompt = math.ceil(pairs / len(prompts))
         chosen = prompts[: math.ceil(pairs / per_prompt)]
-        sampling = Sampling(length, 2 * per_prompt, args.temperature, seed)
+        sampling = Sampling(length, 2 * per_prompt, seed, temperature=args.temperature)
         return make_preferences(policy, chosen, rewards, sampling, noise_temperature=args.noise_temperature)
 
     try:

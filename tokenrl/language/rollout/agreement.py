@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.distribution import log_softmax
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scoring, score
+from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
 """By precision: the largest error of a value, in standard deviations of the logits (or of the hidden states),
@@ -178,7 +177,7 @@ class _Trial:
             for row in (rollout.take(torch.tensor([i], device=rollout.mask.device)) for i in range(4)):
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
-                logp = log_softmax(out.logits[:, -width - 1 : -1], 1.0)
+                logp = UNCHANGED.log_probabilities(out.logits[:, -width - 1 : -1])
                 logprobs.append(logp.gather(2, row.completion_ids[:, :, None]).squeeze(2))
                 spread.append(logp.detach().std())
                 states += [out.hidden_states[-1][:, -width - 1 : -1].detach()] if hidden else []

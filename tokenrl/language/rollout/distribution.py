@@ -1,60 +1,85 @@
-"""Computes the distribution of the next token from its logits, for sampling and for scoring alike."""
+"""Defines the distribution of the next token, for sampling and for scoring alike. Imports no torch."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
-BLOCK = 256
-"""Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
+from tokenrl.settings import Bounds, Natural, Positive, Settings
 
-
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [..., V] of logits [..., V] at a temperature, computed in float32 or better."""
-    # The logsumexp over a large vocabulary loses too many digits in half precision.
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def draw(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
+@dataclass(frozen=True, kw_only=True)
+class Distribution(Settings, group="sampling"):
+    """How the probabilities of the next token follow from its logits.
 
-    The uniforms are float64, since rounding errors of a float32 CDF could change which token is drawn. For a
-    large vocabulary only the sums of blocks are converted, and the probabilities of one block a row.
-
-    Args:
-        p: probabilities [n, V].
-        uniforms: random numbers in [0, 1) [n].
-
-    Returns:
-        The tokens [n].
+    The logits are divided by the temperature, some tokens are kept, and the softmax is over these. They are
+    those that top_k, top_p and min_p all keep, in the order of transformers: top_p counts probabilities among
+    the top_k tokens, and min_p comes last; vLLM applies min_p first, so that top_p counts among fewer. Tokens
+    with equal logits are kept or left out together.
     """
-    vocabulary = p.shape[1]
-    if vocabulary <= BLOCK:
-        return _invert(_cdf(p, uniforms), uniforms)
-    whole = vocabulary // BLOCK * BLOCK
-    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
-    if whole < vocabulary:
-        sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-    cdf = _cdf(sums, uniforms)
-    block = _invert(cdf, uniforms)
-    inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
-    values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
-    # What is left of the uniform within its block is again uniform.
-    chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
-    below = cdf.gather(1, block[:, None]).squeeze(1) - chosen
-    rest = ((uniforms * cdf[:, -1] - below) / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
-    return block * BLOCK + _invert(_cdf(values, uniforms), rest)
+
+    temperature: Positive = 1.0
+    """Temperature of the policy, by which its logits are divided, in sampling and in the gradient."""
+    top_k: Natural = 0
+    """Sample from the k most probable tokens, and score under the same distribution; 0: off."""
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    """Sample from the fewest most probable tokens whose probabilities add up to this; 1: off. They are scored
+    under the same distribution, so the gradient is that of the policy that was sampled."""
+    min_p: Annotated[float, Bounds(at_least=0, below=1)] = 0.0
+    """Sample from the tokens of at least this share of the highest probability, and score under the same
+    distribution; 0: off."""
+
+    @property
+    def whole(self) -> Distribution:
+        """The same temperature over all tokens: a reference is scored so, whose kept tokens are others."""
+        return Distribution(temperature=self.temperature)
+
+    def log_probabilities(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return log-probabilities [..., V] of logits [..., V], computed in float32 or better.
+
+        Args:
+            logits: the logits.
+            ids: tokens that were chosen from them, which are always kept [...]; see `truncated`.
+        """
+        # The logsumexp over a large vocabulary loses too many digits in half precision.
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return self.truncated(logits, ids).log_softmax(-1)
+
+    def truncated(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return logits [..., V] at the temperature, with -inf in place of those that are not kept.
+
+        Which tokens are kept is a constant: no gradient flows through that choice. A token that was chosen is
+        always kept. Sampler and trainer may round differently, and after an update other tokens are kept than
+        when the token was sampled; its probability would be 0 then.
+        """
+        if (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
+            return logits
+        removed = logits < self._least(logits.detach())
+        if ids is not None:
+            removed = removed.scatter(-1, ids[..., None], False)
+        return logits.masked_fill(removed, -math.inf)
+
+    def _least(self, logits: Tensor) -> Tensor:
+        """Return the least of logits [..., V] that is kept [..., 1]."""
+        vocabulary = logits.shape[-1]
+        ordered = logits.topk(min(self.top_k or vocabulary, vocabulary)).values
+        nucleus = ordered
+        if self.top_p < 1:
+            p = ordered.softmax(-1)
+            # without its own probability, so that the first is always kept
+            nucleus = ordered.masked_fill(p.cumsum(-1) - p >= self.top_p, math.inf)
+        least = nucleus.amin(-1, keepdim=True)
+        return least.clamp(min=ordered[..., :1] + math.log(self.min_p)) if self.min_p else least
 
 
-def _cdf(p: Tensor, uniforms: Tensor) -> Tensor:
-    return p.to(uniforms.dtype).cumsum(dim=1)
-
-
-def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
-    """Return in each row the first entry [n] below whose end in the CDF [n, V] the uniform lies."""
-    # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
-    # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
-    index = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return index.clamp(max=cdf.shape[1] - 1)
+def distribution_of(arguments: Any) -> dict[str, Any]:
+    """Return the fields of a `Distribution` that arguments hold, by name, without those that are None."""
+    values = {field.name: getattr(arguments, field.name) for field in fields(Distribution)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.distribution import draw, log_softmax
 from tokenrl.language.rollout.head import last
 from tokenrl.language.rollout.rollout import Rollout, cat, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+
+BLOCK = 256
+"""Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
 
 
 class Generator(Protocol):
@@ -37,7 +39,7 @@ class Generator(Protocol):
 
         Args:
             prompt_ids: ids of B prompts, of any lengths.
-            sampling: length limit, temperature, and number of completions per prompt.
+            sampling: length limit, distribution of tokens, and number of completions per prompt.
             draws: uniforms [B * G, T] to draw the tokens with, or None for greedy completions. An engine with
                 random numbers of its own ignores their values, and only checks whether `draws` is None.
 
@@ -230,7 +232,7 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
         The tokens [n], and a tensor [2, n] or [3, n] of their log-probabilities, the entropies of the
         distributions, and the squared norms of the scores if they are wanted.
     """
-    logp = log_softmax(logits, sampling.temperature)
+    logp = sampling.log_probabilities(logits)
     p = logp.exp()
     token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
@@ -243,3 +245,46 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
             "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
         )
     return token, torch.stack([chosen, entropy, *norms])
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
+
+    The uniforms are float64, since rounding errors of a float32 CDF could change which token is drawn. For a
+    large vocabulary only the sums of blocks are converted, and the probabilities of one block a row.
+
+    Args:
+        p: probabilities [n, V].
+        uniforms: random numbers in [0, 1) [n].
+
+    Returns:
+        The tokens [n].
+    """
+    vocabulary = p.shape[1]
+    if vocabulary <= BLOCK:
+        return _invert(_cdf(p, uniforms), uniforms)
+    whole = vocabulary // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
+    if whole < vocabulary:
+        sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    cdf = _cdf(sums, uniforms)
+    block = _invert(cdf, uniforms)
+    inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
+    values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
+    # What is left of the uniform within its block is again uniform.
+    chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
+    below = cdf.gather(1, block[:, None]).squeeze(1) - chosen
+    rest = ((uniforms * cdf[:, -1] - below) / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
+    return block * BLOCK + _invert(_cdf(values, uniforms), rest)
+
+
+def _cdf(p: Tensor, uniforms: Tensor) -> Tensor:
+    return p.to(uniforms.dtype).cumsum(dim=1)
+
+
+def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """Return in each row the first entry [n] below whose end in the CDF [n, V] the uniform lies."""
+    # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
+    # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
+    index = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return index.clamp(max=cdf.shape[1] - 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tokenrl.core.losses import entropy_of, score_norm_of
+from tokenrl.language.rollout.distribution import Distribution
 
 LOGITS = 2**22
 """Most logits at once: 16 MiB in float32, which processors keep near."""
@@ -92,18 +93,18 @@ class Chunks(NamedTuple):
 
     Attributes:
         at_once: tokens whose logits are computed at once.
-        temperature: divides the logits.
+        distribution: how probabilities follow from the logits.
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
     """
 
     at_once: int
-    temperature: float
+    distribution: Distribution
     entropy: bool
     norms: bool
 
     def of(
-        self, states: Tensor, weight: Tensor, bias: Tensor | None
+        self, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the place of each chunk and its logits twice, which may be written over.
 
@@ -121,9 +122,9 @@ class Chunks(NamedTuple):
                 product.add_(bias)
             if wide is not narrow:
                 logits.copy_(product)
-            if self.temperature != 1:
-                logits.div_(self.temperature)
-            yield tokens, logits, product
+            if self.distribution.temperature != 1:
+                logits.div_(self.distribution.temperature)
+            yield tokens, self.distribution.truncated(logits, ids[tokens]), product
 
 
 class _Scores(torch.autograd.Function):
@@ -137,7 +138,7 @@ class _Scores(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor]:
         columns = torch.zeros(4, len(ids), dtype=_wide(weight), device=ids.device)
-        for tokens, logits, _ in chunks.of(states, weight, bias):
+        for tokens, logits, _ in chunks.of(states, weight, bias, ids):
             columns[:, tokens] = _scores(logits, ids[tokens], chunks)
         logprobs, entropy, norms, total = columns
         ctx.save_for_backward(states, weight, bias, ids, total, entropy)
@@ -156,7 +157,7 @@ class _Scores(torch.autograd.Function):
             torch.zeros_like(x, dtype=total.dtype) if needed else None
             for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
-        for tokens, logits, narrow in chunks.of(states, weight, bias):
+        for tokens, logits, narrow in chunks.of(states, weight, bias, ids):
             slope = logits.sub_(total[tokens, None])
             if chunks.entropy:
                 p = slope.exp()
@@ -164,7 +165,8 @@ class _Scores(torch.autograd.Function):
                 slope.sub_(by_logprob[tokens, None]).mul_(p)
             else:
                 slope.exp_().mul_(-by_logprob[tokens, None])
-            slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None]).div_(chunks.temperature)
+            slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])
+            slope.div_(chunks.distribution.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
             slope = slope if narrow.dtype == slope.dtype else narrow.copy_(slope)

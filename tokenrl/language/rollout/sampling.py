@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.settings import Bounds, Count, Natural
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -39,14 +40,14 @@ those of step 0, so that two evaluations of one run are compared on common rando
 
 
 @dataclass(frozen=True)
-class Sampling(Settings):
+class Sampling(Distribution):
     """Settings that, with the weights and the prompts, decide which completions are sampled.
 
     Attributes:
         max_completion_length: T, the most tokens that a completion may have, EOS included; at least 1.
         num_generations: G, the number of completions per prompt; 0 means only the greedy completion.
-        temperature: the logits are divided by it before the softmax; above 0. It is part of the policy: the
-            same temperature is used for sampling and for scoring.
+        temperature, top_k, top_p, min_p: the distribution of tokens, see `Distribution`; by keyword only. It
+            is part of the policy: completions are sampled and scored under the same distribution.
         seed: seed of the random numbers, from 0 to 2**60 - 1. Code that samples also names a stream (see
             `STREAMS`), so that different purposes with one seed use different numbers.
         step: step of the run, at least 0. Training draws new random numbers in each step; rewards can read
@@ -62,7 +63,6 @@ class Sampling(Settings):
 
     max_completion_length: Count
     num_generations: Natural = 1
-    temperature: Positive = 1.0
     seed: Annotated[int, Bounds(at_least=0, at_most=2**60 - 1)] = 0
     step: Natural = 0
     truncate_prompts: bool = False

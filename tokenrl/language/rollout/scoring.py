@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.core.rows import in_rows
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.distribution import log_softmax
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
@@ -43,6 +43,8 @@ class Scoring:
 
 
 USUAL = Scoring()
+UNCHANGED = Distribution()
+"""The distribution that the logits themselves are of."""
 
 
 class Scores(NamedTuple):
@@ -67,7 +69,7 @@ def score(
     rollout: Rollout,
     scoring: Scoring = USUAL,
     *,
-    temperature: float = 1.0,
+    distribution: Distribution = UNCHANGED,
     entropy: bool = False,
     score_norms: bool = False,
     hidden: bool = False,
@@ -78,7 +80,7 @@ def score(
         model: a causal language model.
         rollout: N completions; see `Rollout` for shapes.
         scoring: how the model is scored.
-        temperature: the temperature that was sampled with; the logits are divided by it.
+        distribution: the distribution of tokens that was sampled from.
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
@@ -90,12 +92,12 @@ def score(
         assert head is not None  # `check_scoring` found it
         with without_head(head) as inputs:
             inside, states = forward(model, rollout, hidden, inputs)
-        chunks, mask = Chunks(at_once, temperature, entropy, score_norms), rollout.mask
+        chunks, mask = Chunks(at_once, distribution, entropy, score_norms), rollout.mask
         numbers = score_tokens(inside[mask], head, rollout.completion_ids[mask], chunks)
         logprobs, entropies, norms = (in_rows(x, mask) for x in numbers)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
     logits, states = forward(model, rollout, hidden, None)
-    logp = log_softmax(logits, temperature)  # [N, T, V]
+    logp = distribution.log_probabilities(logits, rollout.completion_ids)  # [N, T, V]
     logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
     p = logp.exp() if entropy or score_norms else logp
     return Scores(
@@ -135,7 +137,7 @@ def with_missing_fields(
     rollout: Rollout,
     scoring: Scoring,
     *,
-    temperature: float,
+    distribution: Distribution,
     rows_at_once: int | None = None,
     **needed: bool,
 ) -> Rollout:
@@ -147,14 +149,14 @@ def with_missing_fields(
         policy: the policy that the rollout was sampled from, with the weights it had then.
         rollout: N completions.
         scoring: how its model is scored.
-        temperature: the temperature that was sampled with.
+        distribution: the distribution of tokens that was sampled from.
         rows_at_once: rows per forward pass, which changes memory only; None for all.
         **needed: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
     """
     missing = {name: True for name in needed if needed[name] and getattr(rollout, name) is None}
     if not missing:
         return rollout
-    options: dict[str, Any] = missing | {"temperature": temperature, "rows_at_once": rows_at_once}
+    options: dict[str, Any] = missing | {"distribution": distribution, "rows_at_once": rows_at_once}
     options.pop("logprobs", None)  # every scoring computes those
     scores = score_in_parts(policy.model, rollout, scoring, **options)
     columns, off = {name: getattr(scores, name) for name in missing}, ~rollout.mask

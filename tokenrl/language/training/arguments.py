@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
@@ -20,11 +21,9 @@ from tokenrl.settings import OPEN, Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class SamplingArguments(Settings, group="sampling"):
+class SamplingArguments(Distribution, group="sampling"):
     """How completions are sampled in training, and from which prompts."""
 
-    temperature: Positive = 1.0
-    """Temperature of the policy, in sampling and in the gradient."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     truncate_prompts: bool = False

@@ -30,6 +30,7 @@ from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.rollout.distribution import Distribution
     from tokenrl.language.training.learner import Learner
 
 Prompts = list[tuple[int, Mapping[str, Any]]]  # (number in the stream of prompts, row of the task)
@@ -103,7 +104,7 @@ def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
     estimator, columns = learner.estimator, dict[str, Any]()
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
-            columns["ref_logprobs"] = logprobs_under(learner, reference, rows)
+            columns["ref_logprobs"] = logprobs_under(learner, reference, rows, learner.sampling.whole)
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
@@ -134,10 +135,19 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     return None
 
 
-def logprobs_under(learner: Learner, model: nn.Module, rows: Rollout) -> Tensor:
-    """Return the log-probabilities [n, T] of this process's rows under a model, without a graph."""
-    size = rows_at_once(learner, rows)
-    return score_in_parts(model, rows, rows_at_once=size, **learner.scoring).logprobs
+def logprobs_under(
+    learner: Learner, model: nn.Module, rows: Rollout, distribution: Distribution | None = None
+) -> Tensor:
+    """Return the log-probabilities [n, T] of this process's rows under a model, without a graph.
+
+    Args:
+        learner: says how models are scored.
+        model: the model.
+        rows: this process's rows.
+        distribution: the distribution of tokens; None for that of sampling.
+    """
+    options = learner.scoring if distribution is None else learner.scoring | {"distribution": distribution}
+    return score_in_parts(model, rows, rows_at_once=rows_at_once(learner, rows), **options).logprobs
 
 
 def rows_at_once(learner: Learner, rows: Rollout) -> int:
@@ -224,8 +234,8 @@ def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[
     never negative; its variance is far smaller than that of k1 near the reference, and larger far from it.
 
     Args:
-        logprobs: log-probabilities of the policy that sampled, at the temperature of sampling [N, T].
-        ref_logprobs: log-probabilities of the reference, at the same temperature [N, T].
+        logprobs: log-probabilities of the policy that sampled, under the distribution of sampling [N, T].
+        ref_logprobs: log-probabilities of the reference, at the same temperature over all tokens [N, T].
         mask: True on actions [N, T]; elsewhere both tensors may hold anything.
 
     Returns:

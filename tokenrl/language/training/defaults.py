@@ -16,6 +16,7 @@ import numpy as np
 
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.supervised import Pair, encode_demonstrations
@@ -152,8 +153,8 @@ def plain_steps(args: TrainArguments) -> int:
 
 def sampling_of(args: TrainArguments) -> Sampling:
     """Return how a run samples; callers set the step."""
-    sizes = args.max_completion_length, args.num_generations, args.temperature, args.seed
-    return Sampling(*sizes, truncate_prompts=args.truncate_prompts)
+    sizes = args.max_completion_length, args.num_generations, args.seed
+    return Sampling(*sizes, truncate_prompts=args.truncate_prompts, **distribution_of(args))
 
 
 def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> Layered:

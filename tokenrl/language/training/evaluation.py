@@ -70,7 +70,7 @@ def evaluate_policy(
         accelerator: accelerate's handle, in a run of several processes.
         k: the values of k for pass@k or best@k.
         reference: the policy to which the KL of the sampled completions is estimated; both policies at the
-            temperature of sampling.
+            temperature of sampling, and this one over all tokens.
         scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
@@ -299,7 +299,7 @@ def sampled_rows(
     """
     rows = list[dict[str, Any]]()
     reference_scoring = None if reference is None else check_scoring(reference, gradient=False)
-    options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "temperature": sampling.temperature}
+    options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
     for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
         counts = lengths(batch.mask).tolist()
@@ -315,7 +315,8 @@ def sampled_rows(
             "truncated": batch.truncated.tolist(),
         }
         if reference is not None and reference_scoring is not None:
-            scores = score_in_parts(reference.model, batch, reference_scoring, **options)
+            options_of_it = options | {"distribution": sampling.whole}
+            scores = score_in_parts(reference.model, batch, reference_scoring, **options_of_it)
             kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
         rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

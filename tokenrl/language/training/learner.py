@@ -142,8 +142,8 @@ class Learner:
 
     @property
     def scoring(self) -> dict[str, Any]:
-        """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
-        return {"scoring": self.forward.scoring, "temperature": self.args.temperature}
+        """Keyword arguments of `score`: completions are scored under the distribution of sampling."""
+        return {"scoring": self.forward.scoring, "distribution": self.args}
 
     def sync(self) -> None:
         """Sample and score with the weights that the policy has now."""

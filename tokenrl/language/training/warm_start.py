@@ -36,6 +36,7 @@ from tokenrl.language.policy.saving import (
     tokenizer_fingerprint,
 )
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import SftArguments
@@ -210,7 +211,7 @@ class WarmStart:
         self._prompts, self._rows, self._accelerator = task.train_prompts, demonstrations(task), accelerator
         self._rate = default_rate(parameter_count(policy), supervised=True)
         model = [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)]
-        sampling = [args.max_completion_length, args.num_generations, args.temperature]
+        sampling = [args.max_completion_length, args.num_generations, distribution_of(args)]
         precision = choose_precision(args, policy, accelerator)[0]
         computing = [accelerator.device.type, precision, args.training_attention]
         training = [args.warm_start, BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
