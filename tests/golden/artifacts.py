@@ -14,7 +14,7 @@ SUMMARY = ("exit_reason", "steps", "eval_before", "eval_after")
 """What is compared of summary.json; the rest was measured by a clock, or is for people."""
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
-LOOSE = ("kl", "clip_ratio", "gradient/", "weight_norm", "grad_norm", "ratio")
+LOOSE = ("kl", "clip_ratio", "gradient/", "weight_norm", "grad_norm", "ratio", "sampling/")
 """Beginnings of names that are differences of near numbers, or sums over all weights: 1e-4 for them."""
 
 

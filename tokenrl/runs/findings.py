@@ -12,7 +12,8 @@ prefix is a setting, or a number of the whole run. A prefix says which steps or 
 
 Names after a prefix: `reward`, `stderr` (its standard error), `equal` (share of groups with
 equal rewards; where no groups are compared, of steps), `entropy` (nats per action), `cut` (share of
-completions cut at the limit), `clip_ratio`, `kl`, `explained_variance`, `grad_norm`, `length` (of episodes).
+completions cut at the limit), `clip_ratio`, `kl`, `explained_variance`, `grad_norm`, `length` (of episodes),
+`logp_difference` (of sampler and trainer, nats per token), `effective_samples` (a share of the completions).
 
 Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
 threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
@@ -50,6 +51,8 @@ METRICS = {
     **{name: name for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")},
     "cut": "completions/clipped_ratio",
     "length": "episode_length",
+    "logp_difference": "sampling/logp_difference/mean",
+    "effective_samples": "sampling/effective_sample_size",
 }
 """The metric behind each name after a prefix."""
 SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."

@@ -49,10 +49,14 @@ DIAGNOSTICS = {
     "grad_clipped": ("clipped gradients", "share of updates that max_grad_norm scaled down; 1 means all"),
     "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
     "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was beyond its bounds"),
+    "sampling/logp_difference/mean": ("sampler off the trainer", "nats per token, without sign"),
+    "sampling/effective_sample_size": ("effective samples", "share of completions, by importance weights"),
     "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
     "idle_steps": ("idle steps", "updates without any gradient, which left the weights alone"),
 }
 """The small charts, of a run's health: metrics with the name and the meaning of each."""
+_USUAL = {"sampling/logp_difference/mean": (0, 1e-4), "sampling/effective_sample_size": (1, 0.01)}
+"""The usual value of a diagnostic that is not 0, or how far rounding moves it."""
 _LARGEST = 1e300  # a number that can be drawn: beyond it means and ranges of axes would overflow
 _STEPS, _ROWS = 8, 16  # most steps, and most completions of each, on a page
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
@@ -196,7 +200,8 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         curves = [_curve(rows, key, last, colour) for colour, rows in enumerate(runs.values(), 1)]
         if last and key in rewards:  # in the colours of the reward above
             curves = [_curve(runs[""], key, "training", 0), _curve(runs[""], f"eval_{key}", "held out", 1)]
-        if key in rewards or any(any(curve.y) for curve in curves):  # 0 all the time is not worth a look
+        usual, rounding = _USUAL.get(key, (0, 0))  # which all the time is not worth a look
+        if key in rewards or any(abs(value - usual) > rounding for curve in curves for value in curve.y):
             charts.append(Chart(name, unit, curves))
     return charts
 

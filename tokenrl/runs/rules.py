@@ -28,6 +28,10 @@ LEAST_ENTROPY = 0.1
 SURE, SURE_OF_BEST = 4.5, 6.0
 """Standard errors by which the reward of a destroyed policy falls: from the evaluation before training, or
 from the best of several. A run looks hundreds of times, so 2 are often chance, and the best was lucky too."""
+FAR, FEW_EFFECTIVE = 0.05, 0.5
+"""Nats per token by which sampler and trainer may differ, and the least share of effective samples. With .05,
+of either sign by chance, the logarithm of the importance weight of 100 tokens has a standard deviation of .6.
+With half of the samples effective, such weights about double the variance of the gradient."""
 BONUS = 0.01
 """The entropy bonus to begin with, for advantages of a size near 1."""
 
@@ -133,6 +137,19 @@ def sampling_differs(facts: Facts) -> Judgement:
     text = "Log-probabilities of sampler and training differ by {gap:.2g} nats per token on average, by "
     text += f"{{largest_gap:.2g}} at most. Take {mend}; an importance cap removes a third of the bias only."
     return above(facts["gap"], watch=0.005, void=void), text
+
+
+@rule("off-policy", "recent_logp_difference recent_effective_samples")
+def sampled_off_policy(facts: Facts) -> Judgement:
+    """The sampler is another policy than the trainer's; see `language.training.mismatch` for the numbers."""
+    is_off = facts["recent_logp_difference"] > FAR or facts["recent_effective_samples"] < FEW_EFFECTIVE
+    text = "Log-probabilities of sampler and training differ by {recent_logp_difference:.2g} nats per token; "
+    text += "completions are worth {recent_effective_samples:.0%} of as many of the policy's own, so that "
+    if facts.get("importance_cap") is None:
+        text += "the gradient is biased. Sample and train in the same precision and with the same limits of "
+        return "act" if is_off else None, f"{text}tokens, or set --estimator.importance-cap."
+    text += "their weights make the gradient noisy. Sample and train in the same precision."
+    return "watch" if is_off else None, text
 
 
 @rule("nothing-to-learn", "step_equal step_reward groups")

@@ -17,6 +17,7 @@ from toy_tasks import load
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
 REWARDS = "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]"
 OWN = {"prompt_column": "question", "eval_size": 3, "reward_weights": (2.0,), "max_completion_length": 5}
+SAMPLED = {"temperature": 0.7, "top_p": 0.6}
 SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "cpu": True, "quiet": True}
 
 
@@ -30,7 +31,7 @@ def trained(saved, tmp_path, monkeypatch):
     data = {"task": "words.jsonl", "reward": "rewards.py:vowels", "model": str(saved(kind="chat"))}
 
     def trained(name="run", **changes):
-        tokenrl.train(**(data | OWN | {"temperature": 0.7, "seed": 3} | SMALL | changes), output_dir=name)
+        tokenrl.train(**(data | OWN | SAMPLED | {"seed": 3} | SMALL | changes), output_dir=name)
         return name
 
     return trained
@@ -41,18 +42,17 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
     run = trained() + part
     asked = {"task": "words.jsonl", "reward": "rewards.py:vowels", "seed": 3} | OWN
     capsys.readouterr()
-    told = tokenrl.evaluate(model=run, temperature=0.7, **asked)
+    told = tokenrl.evaluate(model=run, **SAMPLED, **asked)
     assert "as in the run" not in capsys.readouterr().err
     assert tokenrl.evaluate(model=run) == told and len(told.rows) == 3
     said = capsys.readouterr().err
     assert (
         f"tokenrl: as in the run of {run}: " in said and "task words.jsonl, reward rewards.py:vowels" in said
     )
-    assert "eval_size 3, " in said and "max_completion_length 5, temperature 0.7, seed 3" in said
-    assert tokenrl.evaluate(model=run, temperature=1.0) == tokenrl.evaluate(
-        model=run, temperature=1.0, **asked
-    )
-    assert tokenrl.evaluate(model=run, temperature=1.0) != told
+    assert "eval_size 3, " in said and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in said
+    for name in SAMPLED:
+        changed = tokenrl.evaluate(model=run, **{name: 1.0})
+        assert changed == tokenrl.evaluate(model=run, **SAMPLED | {name: 1.0}, **asked) != told
     other = {"reward": "length(target=4)"}  # the run's weight is not that of this reward
     assert tokenrl.evaluate(model=run, **other) == tokenrl.evaluate(model=run, reward_weights=1.0, **other)
     main(["evaluate", "--model", run, "--json", "numbers.json"])
@@ -67,7 +67,7 @@ def test_another_task_brings_its_own_reward_and_length(trained, capsys):
     assert "task vowels" in said.err and "held-out prompts of vowels" in " ".join(said.out.split())
     shutil.copytree(f"{run}/model", "bare")
     other = {"task": "sort_digits", "num_generations": 1}
-    told = tokenrl.evaluate(model="bare", temperature=0.7, seed=3, **other)
+    told = tokenrl.evaluate(model="bare", **SAMPLED, seed=3, **other)
     assert tokenrl.evaluate(model=run, **other) == told and len(told.rows) == len(
         load("sort_digits").eval_prompts
     )

@@ -27,7 +27,7 @@ def coarse(completion_ids, **_):
 CYCLE = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 3}
 SGD = {"estimator": "reinforce_running_mean", "optimizer": "sgd", "lr_scheduler_type": "linear"}
 KINDS = {
-    "critic": ("gpt2", "float32", {"estimator": "ppo", "prompts_per_step": 4, **CYCLE}),
+    "critic": ("gpt2", "float32", {"estimator": "ppo", "prompts_per_step": 4, "top_p": 0.9, **CYCLE}),
     "samples, refills, KL control": ("llama", "float32", REFILLED),
     "running mean, sgd, bfloat16 copy": (
         "llama",

@@ -86,14 +86,78 @@ class Gapped(Engine):
     gap = -0.3
 
 
+class Different(Engine):
+    """Samples from other weights, and only the five most probable tokens; reports them with noise."""
+
+    noise = 0.0
+
+    def __init__(self, policy):
+        super().__init__(policy)
+        torch.manual_seed(0)
+        for weight in self.policy.model.parameters():
+            weight.data += 0.02 * torch.randn_like(weight)
+
+    def generate(self, prompt_ids, sampling, draws):
+        rollout = super().generate(prompt_ids, dataclasses.replace(sampling, top_k=5), draws)
+        noise = self.noise * torch.randn_like(rollout.sampling_logprobs) * rollout.mask
+        self.rollout = dataclasses.replace(rollout, sampling_logprobs=rollout.sampling_logprobs + noise)
+        return self.rollout
+
+
+class Noisy(Different):
+    noise = 0.5
+
+
+@pytest.mark.parametrize("engines", [(None, Gapped), (Different, Noisy)])
 @pytest.mark.parametrize("placement", ["reward", "loss"])
-def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement):
-    estimator = Estimator(beta=0.3, kl_placement=placement)
-    slope, record, _ = stepped(estimator, dtype="float64")
-    through_engine, by_engine, _ = stepped(estimator, dtype="float64", engine=Gapped)
-    assert abs(record.metrics["kl"]) > 0.01 and apart(through_engine, slope) < 1e-6
+def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement, engines):
+    estimator, options = Estimator(beta=0.3, kl_placement=placement), {"dtype": "float64", "top_p": 0.9}
+    (slope, record, _), (other, same, _) = (stepped(estimator, engine=e, **options) for e in engines)
+    assert abs(record.metrics["kl"]) > 0.01 and apart(other, slope) < 1e-6
     for name in ("kl", "kl_k3", "entropy"):
-        assert by_engine.metrics[name] == pytest.approx(record.metrics[name], rel=1e-5), name
+        assert same.metrics[name] == pytest.approx(record.metrics[name], rel=1e-5), name
+    name = "sampling/logp_difference/mean"
+    assert same.metrics[name] != pytest.approx(record.metrics[name], rel=1e-3)
+
+
+def lengthy(completion_ids, **_):
+    """Rewards of which no two are equal, so that each row is learnt from."""
+    return [len(ids) + sum(ids) / 1000 + number / 7 for number, ids in enumerate(completion_ids)]
+
+
+def log_ratios(learner):
+    """Of each completion that `Different` sampled: the log ratios of its tokens, by full passes."""
+    policy, ratios = make_policy(dtype="float64", initializer_range=0.1), []
+    rollout = learner.generator.rollout
+    for row, prompt, mask in zip(range(len(rollout.mask)), rollout.prompt_ids, rollout.mask, strict=True):
+        before = prompt[rollout.prompt_mask[row]]
+        ids = torch.cat([before, rollout.completion_ids[row][mask]])[None]
+        logp = policy.model(ids).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        logp = logp.gather(1, ids[0, len(before) :, None])[:, 0].detach()
+        ratios.append((logp - rollout.sampling_logprobs[row][mask]).tolist())
+    return ratios
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_the_metrics_say_how_far_the_sampler_is_off(micro_batch_size):
+    options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": micro_batch_size}
+    _, record, learner = stepped(Estimator(), engine=Different, **options)
+    ratios = log_ratios(learner)
+    sizes = [abs(ratio) for row in ratios for ratio in row]
+    weights = [math.exp(sum(row)) for row in ratios]
+    expected = {
+        "logp_difference/mean": sum(sizes) / len(sizes),
+        "logp_difference/max": max(sizes),
+        "effective_sample_size": sum(weights) ** 2 / len(weights) / sum(w**2 for w in weights),
+        "kept_mass": sum(weights) / len(weights),
+    }
+    numbers = {name: record.metrics[f"sampling/{name}"] for name in expected}
+    assert numbers == pytest.approx(expected, rel=1e-4)
+    assert max(sizes) > 0.1 and len({len(row) for row in ratios}) > 1
+    _, usual, _ = stepped(Estimator(), **options)
+    assert usual.metrics["sampling/logp_difference/max"] < 1e-6
+    for name in ("effective_sample_size", "kept_mass"):
+        assert usual.metrics[f"sampling/{name}"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_correction_of_importance_reads_what_the_sampler_reports():

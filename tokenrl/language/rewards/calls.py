@@ -35,7 +35,7 @@ kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
 RESERVED = {
-    "log_metric": (METRICS.split(), ("eval_", "rewards/", "completions/", "gradient/")),
+    "log_metric": (METRICS.split(), ("eval_", "rewards/", "completions/", "gradient/", "sampling/")),
     "log_extra": (["prompt", "completion", "reward", "advantage", "truncated"], ("rewards/",)),
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""

@@ -44,6 +44,7 @@ from tokenrl.language.training.collect import (
     step_metrics,
     with_estimates,
 )
+from tokenrl.language.training.mismatch import differences, mismatch_metrics
 
 if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
@@ -104,7 +105,7 @@ def training_step(
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
-    history = []
+    history, apart = [], list[Tensor]()
     for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
@@ -121,6 +122,7 @@ def training_step(
                 accelerator.backward(loss)
                 learner.forward.accumulate_gradients()
                 sums += loss_statistics(learner, loss, inputs)
+                apart += [] if history else [differences(inputs)]
             if first_half_gradient is None and measured:
                 first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
@@ -134,6 +136,7 @@ def training_step(
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
+    metrics |= mismatch_metrics(apart)
     metrics |= update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
