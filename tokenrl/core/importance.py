@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -61,12 +60,12 @@ def score_centres(
     Args:
         estimator: The estimator whose weights are used.
         logprobs: log pi of every token of the vocabulary, under the policy being trained.
-        sampling_logprobs: log mu of the same tokens; -inf for those that are never sampled.
+        sampling_logprobs: log mu of the same tokens; -inf, or any very low number, for those never sampled.
     """
-    possible = sampling_logprobs > -torch.inf
-    log_mu = zero_outside(sampling_logprobs.detach(), possible)
-    logprobs = zero_outside(logprobs, possible)  # before any product, which would be 0 * -inf = nan
-    chances = zero_outside(log_mu.exp(), possible)
+    chances = sampling_logprobs.detach().exp()
+    possible = chances > 0  # others are left out before any product, which would be 0 * inf = nan
+    logprobs = zero_outside(logprobs, possible)
     if estimator.importance != "none":
+        log_mu = zero_outside(sampling_logprobs.detach(), possible)
         chances = chances * bounded(estimator, (logprobs.detach() - log_mu).exp())
     return (chances * logprobs).sum(-1)

@@ -15,6 +15,13 @@ from tokenrl.lab.exact.problems import (
     all_completions as all_completions,
     tabular_problem as tabular_problem,
 )
+from tokenrl.lab.exact.samplers import (
+    OffPolicyVerdict as OffPolicyVerdict,
+    Perturbation as Perturbation,
+    measure_off_policy as measure_off_policy,
+    off_policy_moments as off_policy_moments,
+    perturbed_problem as perturbed_problem,
+)
 from tokenrl.lab.exact.verdict import Verdict as Verdict, measure_bias as measure_bias
 from tokenrl.lab.measure.measurement import (
     Measured as Measured,

@@ -26,6 +26,9 @@ class LabArguments(Settings):
     """Explain this estimator beside rloo: a preset, also with changes, such as trl_grpo,scale=none."""
     trl_config: str | None = None
     """Explain what a GRPOConfig or RLOOConfig of TRL computes, from a JSON or YAML file of its fields."""
+    sampler: str | None = None
+    """Compare the corrections for a sampler that differs from the policy: by noise on its logits, by
+    temperature, top_k or top_p, such as noise=0.3 or temperature=0.8,top_p=0.9."""
 
 
 NEEDS: dict[str, dict[str, object]] = {

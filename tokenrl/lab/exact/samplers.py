@@ -1,4 +1,4 @@
-"""Makes samplers that differ from the policy, and finds by enumeration what corrections leave of the gradient.
+"""Makes samplers that differ from the policy, and finds by enumeration what gradient is left.
 
 Training may sample at another temperature, from the most probable tokens alone, or with an engine whose
 rounding differs. Here each of these draws the completions of tiny problems, of which every one can be listed.
@@ -26,8 +26,6 @@ from tokenrl.settings import Bounds, Count, NonNegative, Positive, Settings, arg
 
 NEVER = -1e4
 """The logit of a token that is never drawn."""
-PROBLEMS = 20
-"""Number of random problems on which corrections are compared."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step, sine_between
 from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.lab.exact.samplers import OffPolicyVerdict
 from tokenrl.settings import check_number
 
 MOST_ROWS, MOST_STEPS = 15, 60_000
@@ -36,6 +37,7 @@ class Verdict:
         tried: The most prompts, completions per prompt and tokens and the largest reward of any problem (not
             all in the same one). Of larger problems the verdict says nothing.
         estimator: The name of its preset or of its own baseline, or "custom estimator".
+        off_policy: The same of `off_policy_status`, if `measure_off_policy` measured it too.
     """
 
     declared: str
@@ -43,6 +45,7 @@ class Verdict:
     measurements: tuple[Moments, ...]
     tried: str = ""
     estimator: str = "custom estimator"
+    off_policy: OffPolicyVerdict | None = None
 
     def __repr__(self) -> str:
         differs = "" if self.ok else f" (declared {self.declared})"
@@ -56,6 +59,8 @@ class Verdict:
     @property
     def ok(self) -> bool:
         """Whether the status found is at least as good as the declared one; a declared bias must be found."""
+        if self.off_policy is not None and not self.off_policy.ok:
+            return False
         if self.declared == choices.UNKNOWN:
             return True
         if self.declared == choices.BIASED:
