@@ -100,7 +100,7 @@ def _finite(value: Any) -> Any:
 def print_table(verdicts: Mapping[str, Verdict]) -> None:
     """Print one line per estimator, and below it what the columns mean."""
     console = rich_console(width=120)
-    heads = ("estimator", "declared", "found", "sampler"), ("cosine", "relative bias", "noise", "ok")
+    heads = ("estimator", "declared", "found", "sampler"), ("cosine", "bias", "noise", "ok")
     table = rich_table("", *heads, no_wrap=True)
     for name, v in verdicts.items():
         bias = f"{v.relative_bias:.1e}" if v.relative_bias < 1e-3 else f"{v.relative_bias:.3f}"
@@ -110,7 +110,7 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
     console.print(table)
     wrong = [name for name, v in verdicts.items() if not v.ok]
     console.print(
-        "cosine: between the expected gradient and that of J, the lowest over the problems; relative bias: "
+        "cosine: between the expected gradient and that of J, the lowest over the problems; bias: "
         "|E g - grad J| / |grad J|, the largest, a wrong scale included; noise: tr Var g / |E g|^2 on the "
         "first problem; sampler: whose gradient it is where the sampler differs from the policy, empty if "
         "biased (--sampler noise=0.3 compares corrections). "
