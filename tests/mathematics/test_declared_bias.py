@@ -27,12 +27,17 @@ SMALL = (
     problem_of_mdp(random_mdp(2), steps=2, beyond=2, group_size=2, critic="true"),
 )
 """Problems on which a whole axis is measured in a second, and which show every bias."""
+LEVELS = (
+    tabular_problem(18, prompts=1, group_size=5, vocabulary=2, rewards="graded"),
+    tabular_problem(14, prompts=2, group_size=4, vocabulary=2, rewards="graded", length=2),
+)
+"""The same for other objectives: larger groups, and no negative reward."""
 
 
 @pytest.mark.parametrize("name", POINTS)
 def test_what_is_declared_is_what_is_found(name: str) -> None:
     """For every preset, every choice on every axis and every KL: neither too good nor too bad."""
-    verdict = measure_bias(POINTS[name], SMALL)
+    verdict = measure_bias(POINTS[name], SMALL if POINTS[name].objective == "reward" else LEVELS)
     assert verdict.ok and verdict.found == verdict.declared
     if verdict.declared == "exact":
         assert verdict.relative_bias < 1e-10
@@ -43,6 +48,7 @@ def test_what_is_declared_is_what_is_found(name: str) -> None:
 
 
 LOSS_KL = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "full_path"}
+BEST_OF_2 = {"objective": "max_at_k", "objective_order": 2}
 PATHS = {**LOSS_KL, "entropy_coef": 0.4, "entropy_form": "sequence", "ratio": "sequence_product"}
 TO_GO_KL = {"returns": "reward_to_go", "beta": 0.3, "ratio": "token"}
 MIXED: list[dict] = [
@@ -91,6 +97,12 @@ def test_reasons_of_what_depends_on_several_fields() -> None:
         ({}, "exact", "no choice"),
         ({"beta": 0.1}, "exact", "no choice"),
         ({"importance": "token", "importance_cap": 2.0}, "exact", "no choice"),
+        ({"scale": "group_std"}, "biased", "on rewards of 0 and 1 it is exact_per_prompt"),
+        ({"baseline": "opo", "leave_one_out": False}, "biased", "ascends E[R] - E[b]/G"),
+        ({"objective": "log_success"}, "biased", "on rewards of 0 and 1 it is exact"),
+        ({**BEST_OF_2, "zero_spread": "drop"}, "exact_per_prompt", "kept groups"),
+        ({**BEST_OF_2, "objective_form": "sloo", "zero_spread": "drop"}, "biased", "of their own"),
+        ({**LOSS_KL, "objective": "log_success", "objective_form": "leave_one_out"}, "biased", "coefficient"),
         ({"returns": "gae", "lam": 1.0}, "exact", "no choice"),
         ({"returns": "gae"}, "biased", "lam < 1"),
         ({"baseline": "group_mean", "aggregation": "token_mean"}, "asymptotic", "(G-1)/G"),

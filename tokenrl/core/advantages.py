@@ -18,6 +18,7 @@ from tokenrl.core.choices import choice_of, required
 from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.losses import PER_TOKEN
 from tokenrl.core.memories import failures_of
+from tokenrl.core.objectives import objective_advantages
 from tokenrl.core.returns import credited, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty, zero_outside
 from tokenrl.core.scales import SCALES
@@ -126,6 +127,9 @@ def advantages(
     needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
     step = Step(estimator, group_size, totals, valid, actions, returns, needed)
 
+    if estimator.objective != "reward":
+        policy, usable = objective_advantages(step.in_sets("baseline"))
+        return Advantages(zero_outside(policy, usable).flatten(), targets)
     baseline, compared = baseline_of(step)
     sets = step.in_sets("scale")
     divided, scaled = SCALES[estimator.scale](sets, (returns - baseline).reshape(*sets.valid.shape, -1))

@@ -1,7 +1,8 @@
 """Says what all choices of an estimator together do to the expected gradient.
 
 What each choice does by itself is in the table of `choices`. The target is the gradient of
-`J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. A status is about the expected
+`J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts; another `objective` stands in
+place of E[R]. A status is about the expected
 gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains and
 sampler and trainer compute the same probabilities (`off_policy` is about the case that they do not). It
 holds for every policy and for every reward of a row that depends on that row alone; a reward that compares
@@ -23,20 +24,49 @@ from typing import TYPE_CHECKING
 
 from tokenrl.core import choices
 from tokenrl.core.choices import Effect, choice_of
+from tokenrl.core.targets import OBJECTIVES
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
 
-def effects(estimator: Estimator) -> list[Effect]:
-    """List the effect of every choice of an estimator; a term whose coefficient is 0 has none."""
-    alone = [baseline_effect(estimator), returns_effect(estimator), zero_spread_effect(estimator)]
+def effects(estimator: Estimator, binary: bool = False, of_reward: bool = False) -> list[Effect]:
+    """List the effect of every choice of an estimator; a term whose coefficient is 0 has none.
+
+    Args:
+        estimator: The estimator.
+        binary: Give the effects on rewards of 0 and 1.
+        of_reward: Give the effect of the objective on the gradient of the mean reward.
+    """
+    alone = [objective_effect(estimator, of_reward), baseline_effect(estimator), returns_effect(estimator)]
+    alone.append(zero_spread_effect(estimator))
     axes = ["scale", "aggregation", "ratio", "importance", "truncations"]
     axes += ["entropy_form"] * estimator.needs_entropy
     alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
     if estimator.needs_kl:
         alone.append(choices.KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
-    return alone + combination_effects(estimator)
+    if binary and compares_groups_only(estimator):
+        alone = [Effect(effect.binary or effect.status, effect.reason) for effect in alone]
+    return alone + combination_effects(estimator, alone)
+
+
+def objective_effect(estimator: Estimator, of_reward: bool = False) -> Effect:
+    """Return the effect of the objective and its form on the objective's own gradient, or that of E[R]."""
+    choice = OBJECTIVES[estimator.objective, estimator.form]
+    differs = of_reward and estimator.objective_order != 1
+    return choice.of_reward if differs and choice.of_reward else choice
+
+
+def compares_groups_only(estimator: Estimator) -> bool:
+    """Whether the advantage of a row depends on its reward and on those of its group only.
+
+    Then on rewards of 0 and 1 it is f(r, K), with K successes among the others, and the expected gradient is
+    `E[f(1, K) - f(0, K)] grad p`, with K of the distribution Binomial(G-1, p): a positive number for each
+    prompt. `tokenrl.lab.prompt_weight` computes it. Numbers of other prompts are independent of the row.
+    """
+    in_reward = estimator.needs_kl and estimator.kl_placement == "reward"
+    own = estimator.baseline in ("none", "rloo", "group_mean") and estimator.returns == "total"
+    return own and estimator.gamma == 1 and not in_reward and not estimator.overlong_buffer
 
 
 def baseline_effect(estimator: Estimator) -> Effect:
@@ -66,6 +96,7 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
         return Effect(choices.UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
     with_gradient = (
         not choice_of("baseline", estimator.baseline).centred
+        or not OBJECTIVES[estimator.objective, estimator.form].centred
         or estimator.scale == "token_whiten"
         or estimator.overlong_buffer > 0
         or estimator.loss_side_terms
@@ -83,12 +114,19 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
     return effect
 
 
-def combination_effects(estimator: Estimator) -> list[Effect]:
-    """List the effects that choices have only in combination."""
+def combination_effects(estimator: Estimator, alone: list[Effect]) -> list[Effect]:
+    """List the effects that choices have only in combination.
+
+    Args:
+        estimator: The estimator.
+        alone: The effects of its choices by themselves, that of the objective first.
+    """
     combined = []
     baseline = choice_of("baseline", estimator.baseline)
     shrinks = baseline.status == choices.UP_TO_SCALE
+    objective = alone[0].status
     rescaled = estimator.scale != "none" or (shrinks and baseline.compares == "group")
+    rescaled = rescaled or objective == choices.PER_PROMPT
     if estimator.loss_side_terms and rescaled:
         # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term
         # relative to them, for any number of prompts.
@@ -102,20 +140,29 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
         text += "rewards of 0 and 1, a mean baseline and 'group_std' it ascends sum_k w_G(p_k) grad p_k"
         combined.append(Effect(choices.BIASED, text))
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
-    if estimator.scale == "loo_std" and choices.ASYMPTOTIC in limits:
+    unequal = estimator.scale in ("loo_std", "group_std") or objective == choices.PER_PROMPT
+    if unequal and choices.ASYMPTOTIC in limits:
         text = "prompts stay weighted unequally, and the direction of each is right in the limit only"
         combined.append(Effect(choices.BIASED, text))
     return combined
 
 
-def declared(estimator: Estimator) -> Effect:
+def declared(estimator: Estimator, *, binary: bool = False, of_reward: bool = False) -> Effect:
     """Return the worst status among the choices, and the reasons of every choice that is not exact.
 
     The worst status is that of the whole, because constant factors multiply to one constant factor (a group
     mean with a fixed length), limits combine, and no choice removes the bias of another. The exceptions are
     in `combination_effects`.
+
+    Args:
+        estimator: The estimator.
+        binary: Give the status on rewards of 0 and 1.
+        of_reward: Compare with the gradient of the mean reward, if the objective is another one.
     """
-    all_effects = effects(estimator)
+    all_effects = effects(estimator, binary, of_reward)
     status = max((effect.status for effect in all_effects), key=choices.FROM_BEST_TO_WORST.index)
     reasons = [effect.reason for effect in all_effects if effect.status != choices.EXACT]
+    if not binary:
+        special = declared(estimator, binary=True, of_reward=of_reward).status
+        reasons += [f"on rewards of 0 and 1 it is {special}"] * (special != status)
     return Effect(status, "; ".join(reasons) or "no choice changes the expected gradient")

@@ -47,6 +47,8 @@ class Effect:
 
     status: str
     reason: str
+    binary: str = ""
+    """A better status that holds if every return is 0 or 1 and rows are compared in their groups only."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Choice(Effect):
         whole_row: Whether a ratio, a weight or an entropy sums over the row, which must then not be split.
         row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
         discounted: The effect with gamma below 1.
+        of_reward: What the gradient of an objective is for the mean reward, if that is something else.
     """
 
     compares: Literal["group", "step", "row"] | None = None
@@ -69,6 +72,7 @@ class Choice(Effect):
     whole_row: bool = False
     row_inside: Effect | None = None
     discounted: Effect | None = None
+    of_reward: Effect | None = None
 
 
 ON_POLICY = "on-policy every importance weight is 1"
@@ -94,13 +98,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
         "group_mean": Choice(
             UP_TO_SCALE,
-            "the row's own return is in the mean of its group: (G-1)/G of the gradient",
+            "the row's own return is in the mean of its group: ascends E[R] - E[b]/G, (G-1)/G of the "
+            "gradient",
             compares="group",
             centred=True,
         ),
         "batch_mean": Choice(
             UP_TO_SCALE,
-            "the row's own return is in the mean of the step: (N-1)/N of the gradient",
+            "the row's own return is in the mean of the step: ascends E[R] - E[b]/N, (N-1)/N of the gradient",
             compares="step",
         ),
         "remax": Choice(EXACT, "the greedy completion depends on the prompt only", needs="greedy_rewards"),
@@ -111,8 +116,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
             centred=True,
             row_inside=Effect(
                 BIASED,
-                "the row's own return, weighted by its length, is in the baseline; with equal lengths "
-                "(G-1)/G",
+                "the row's own return, weighted by its length, is in the baseline: ascends E[R] - E[b]/G, "
+                "with equal lengths (G-1)/G of the gradient",
             ),
         ),
         "optimal": Choice(
@@ -121,7 +126,11 @@ CHOICES: dict[str, dict[str, Choice]] = {
             compares="group",
             needs="score_norms",
             centred=True,
-            row_inside=Effect(BIASED, "the row's own return, weighted by its score, is in the baseline"),
+            row_inside=Effect(
+                BIASED,
+                "the row's own return, weighted by its score, is in the baseline: with one baseline per row "
+                "ascends E[R] - E[b]/G, the weights held fixed",
+            ),
         ),
         "shrinkage": Choice(
             EXACT,
@@ -157,12 +166,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "the row's own return is in the divisor: with binary rewards and a mean baseline each prompt "
             "ascends at w_G(p) grad p, w_G(p) = E[s_K^2/(std_K + eps)]/(p(1-p)) with K ~ Binomial(G, p), "
             "s_K^2 = K/G(1 - K/G); with three or more reward levels there is no objective",
+            PER_PROMPT,
             compares="group",
         ),
         "batch_std": Choice(
             ASYMPTOTIC,
             "the row's own return is in the divisor, which tends to the same number for all rows as the step "
             "grows",
+            PER_PROMPT,
             compares="step",
         ),
         "loo_std": Choice(

@@ -17,6 +17,7 @@ from tokenrl.core.bias import declared
 from tokenrl.core.choices import KL_EFFECTS, choice_of
 from tokenrl.core.off_policy import check_importance, declared_off_policy
 from tokenrl.core.presets import PRESETS, Fields, read_changes
+from tokenrl.core.targets import OBJECTIVES, Objective, ObjectiveForm, check_objective
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
@@ -147,6 +148,12 @@ class Estimator(Settings):
     """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
     value_clip: Positive | None = None
     """How far a value may move from the old one before the critic's loss is clipped; None for no clip."""
+    objective: Objective = "reward"
+    """What is ascended: the mean reward, the best of k completions (pass@k), or the log of success."""
+    objective_order: Count | None = None
+    """k of 'max_at_k', below the number of completions per prompt."""
+    objective_form: ObjectiveForm = "default"
+    """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names, numbers out of range, and choices that exclude each other."""
@@ -208,6 +215,7 @@ class Estimator(Settings):
                 f"scale {self.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
                 "Give a scale_eps above 0; its preset has 0.1."
             )
+        check_objective(self)
 
         added = self.overlong_buffer or (self.needs_kl and placement == "reward")
         of_rewards = {*self._column("needs").values()} <= {"", "score_norms"}
@@ -237,6 +245,28 @@ class Estimator(Settings):
     def off_policy_reason(self) -> str:
         """Why `off_policy_status` holds."""
         return declared_off_policy(self).reason
+
+    @property
+    def binary_bias_status(self) -> str:
+        """The status if every reward is 0 or 1, which may be better than `bias_status`."""
+        return declared(self, binary=True).status
+
+    @property
+    def reward_bias_status(self) -> str:
+        """What the expected gradient is for the mean reward E[R], if the objective is another one."""
+        return declared(self, of_reward=True).status
+
+    @property
+    def form(self) -> str:
+        """The form of the objective, with its default filled in."""
+        forms = (form for name, form in OBJECTIVES if name == self.objective)
+        return next(forms) if self.objective_form == "default" else self.objective_form
+
+    @property
+    def fewest_rows(self) -> int:
+        """The number of rows of a group without which the objective gives it no advantage."""
+        others = self.form in ("leave_one_out", "sloo")
+        return max(2, self.objective_order + others) if self.objective_order else 2
 
     @property
     def reference(self) -> str:

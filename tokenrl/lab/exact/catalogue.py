@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tokenrl.core.choices import AXES, KL_EFFECTS
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
+from tokenrl.core.targets import OBJECTIVES
 from tokenrl.settings import Settings
 
 
@@ -80,6 +81,14 @@ EXTRA: dict[str, dict[str, object]] = {
     "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
+    "max_at_k of 2, full path KL": {
+        "objective": "max_at_k",
+        "objective_order": 2,
+        "beta": 0.2,
+        "kl_placement": "loss",
+        "kl_estimator": "full_path",
+    },
+    "log_success, token_mean": {"objective": "log_success", "aggregation": "token_mean"},
 }
 """Further estimators, which are neither presets nor RLOO with one axis changed."""
 
@@ -109,5 +118,11 @@ def _candidates() -> Iterator[tuple[str, Estimator]]:
     for placement, kl in KL_EFFECTS:
         fields = {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl}
         yield f"KL in the {placement}, {kl}", Estimator(**fields)  # type: ignore[arg-type]
+    for objective, form in OBJECTIVES:
+        for order in (1, 2, 3) if objective == "max_at_k" else (None,):
+            if (form, order) != ("sloo_minus_one", 1):
+                number = "" if order is None else f" of {order}"
+                chosen = {"objective": objective, "objective_form": form, "objective_order": order}
+                yield f"{objective}{number}, {form}", Estimator(**chosen)  # type: ignore[arg-type]
     for name, fields in EXTRA.items():
         yield name, Estimator(**fields)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.importance import score_centres
+from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, loss_terms, zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem
@@ -129,6 +130,7 @@ def exact_moments(
         Refused: When the estimator cannot be used with such groups.
     """
     size = problem.group_size if group_size is None else group_size
+    check_rewards(estimator, problem.returns(), problem.chances.bool())
     chances = problem.of_sampler.chances
     prompts, completions = chances.shape
     slopes = _listed_slopes(estimator, problem).flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
@@ -149,7 +151,8 @@ def exact_moments(
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
     mean = _by_prompt(estimator, problem, shares / total)
     tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
-    return Moments(mean, target_of(estimator, problem), float(second / total), problem.name, tolerance)
+    target = target_of(estimator, problem, group_size=size)
+    return Moments(mean, target, float(second / total), problem.name, tolerance)
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
@@ -172,9 +175,13 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name)
 
 
-def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
-    """Return `Problem.gradient` with the estimator's KL, entropy and overlong terms, discounted by gamma."""
+def target_of(
+    estimator: Estimator, problem: Problem, gamma: float = 1.0, group_size: int | None = None
+) -> Float[Tensor, "P D"]:
+    """Return `Problem.gradient` of the estimator's objective, with the terms that it adds to that."""
     return problem.gradient(
+        estimator=estimator,
+        group_size=group_size,
         gamma=gamma,
         beta=estimator.beta,
         entropy_coef=estimator.entropy_coef,

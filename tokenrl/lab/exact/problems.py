@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.losses import token_entropy
 from tokenrl.core.returns import at_last_action, reward_to_go
 from tokenrl.core.rows import overlong_penalty
+from tokenrl.lab.exact.objectives import slopes_in_probability
 
 Rewards = Literal["binary", "graded", "continuous", "dense"]
 
@@ -126,6 +128,8 @@ class Problem:
         entropy_coef: float = 0.0,
         overlong_buffer: int = 0,
         gamma: float = 1.0,
+        estimator: Estimator | None = None,
+        group_size: int | None = None,
     ) -> Float[Tensor, "P D"]:
         """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt.
 
@@ -135,12 +139,18 @@ class Problem:
 
         J is the mean over prompts, and KL and H are those of whole completions. By the log-derivative trick
         the gradient is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of the
-        scores; the derivatives of l and of log pi themselves have mean zero.
+        scores; the derivatives of l and of log pi themselves have mean zero. If an estimator is passed, its
+        objective stands in place of E[R], for groups of `group_size` (that of the problem if None), and the
+        derivative of the objective in the probability of the completion in place of R.
         """
         log_pi, log_ref = self.logprobs.sum(-1), self.ref_logprobs.sum(-1)
-        weight = self.returns(gamma) - beta * (log_pi - log_ref) - entropy_coef * log_pi
+        weight = self.returns(gamma)
         if overlong_buffer:
             weight = weight + overlong_penalty(self.mask.sum(-1).long(), self.max_length, overlong_buffer)
+        if estimator is not None:
+            size = group_size or self.group_size
+            weight = slopes_in_probability(estimator, weight, self.chances, size)
+        weight = weight - beta * (log_pi - log_ref) - entropy_coef * log_pi
         return torch.einsum("pm,pmtd->pd", self.chances * weight, self.scores) / len(self.chances)
 
 

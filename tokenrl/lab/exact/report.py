@@ -79,13 +79,17 @@ def write_records(args: LabArguments, written: list[dict[str, Any]]) -> None:
 def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
     """Return one record per estimator, for JSON.
 
-    `cosine` is the lowest and `relative_bias` the largest over the problems. `variance` and `noise` are those
-    of the first problem; `noise` is None if the expected gradient is 0. `problems` has the numbers of each.
+    `on_binary` is the status found on rewards of 0 and 1, None unless a better one is declared for them;
+    `of_reward` that for the gradient of E[R], None if that is the objective. `cosine` is the lowest and
+    `relative_bias` the largest over the problems. `variance` and `noise` are those of the first problem;
+    `noise` is None if the expected gradient is 0. `problems` has the numbers of each.
     """
     return [
         {
             "estimator": name,
             **{name: _finite(getattr(v, name)) for name in OF_ALL},
+            "on_binary": v.on_binary and v.on_binary.found,
+            "of_reward": v.of_reward and v.of_reward.found,
             **({} if v.off_policy is None else {"off_policy": v.off_policy.found}),
             "problems": [{name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements],
         }

@@ -1,0 +1,131 @@
+"""Objectives other than the mean reward: their formulas, their gradients and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.targets import OBJECTIVES
+from tokenrl.errors import Refused
+
+MAX_FORMS = ("leave_one_out", "sloo_minus_one", "sloo", "no_baseline")
+
+
+def advantages(estimator: Estimator, rewards: torch.Tensor, valid: torch.Tensor | None = None):
+    mask = rewards.new_ones(len(rewards), 2)
+    return estimator.advantages(rewards, mask, group_size=len(rewards), valid=valid).policy
+
+
+def mean_maximum(rewards: list[float], order: int) -> float:
+    subsets = list(itertools.combinations(rewards, order))
+    return sum(max(subset) for subset in subsets) / len(subsets)
+
+
+def by_listing_subsets(rewards: list[float], order: int, form: str) -> list[float]:
+    """The sums of the paper, written out over all subsets and multiplied by the number of rows."""
+    n, result = len(rewards), []
+    subsets = list(itertools.combinations(range(n), order))
+    for i in range(n):
+        others = rewards[:i] + rewards[i + 1 :]
+        with_row = n * sum(max(rewards[j] for j in s) for s in subsets if i in s) / len(subsets)
+        subtracted = {
+            "leave_one_out": lambda x=others: order * mean_maximum(x, order),
+            "sloo": lambda x=others: n / (n - 1) * order * mean_maximum(x, order),
+            "sloo_minus_one": lambda x=others: order * mean_maximum(x, order - 1),
+            "no_baseline": lambda: 0.0,
+        }[form]()
+        result.append(with_row - subtracted)
+    return result
+
+
+@pytest.mark.parametrize("form", MAX_FORMS)
+def test_the_best_of_k_is_the_sum_over_all_subsets(form: str) -> None:
+    """Also with ties, negative rewards and rows that abstain, whose reward may be nan."""
+    draw = torch.Generator().manual_seed(1)
+    for order, size in itertools.product((1, 2, 3, 5), (3, 4, 6, 7)):
+        if (form, order) == ("sloo_minus_one", 1):
+            continue
+        e = Estimator(objective="max_at_k", objective_order=order, objective_form=form)
+        for rewards in (
+            torch.randn(size, generator=draw, dtype=torch.double),
+            torch.randint(0, 3, (size,), generator=draw).double() - 1,
+        ):
+            if size < e.fewest_rows:
+                with pytest.raises(Refused, match=f"at least {e.fewest_rows} rows, and they have {size}"):
+                    advantages(e, rewards)
+                continue
+            expected = rewards.new_tensor(by_listing_subsets(rewards.tolist(), order, form))
+            torch.testing.assert_close(advantages(e, rewards), expected, atol=1e-12, rtol=1e-12)
+            row = torch.tensor([torch.nan]).double()
+            more, valid = torch.cat([row, rewards, row]), torch.tensor([False, *[True] * size, False])
+            padded = advantages(e, more, valid)
+            torch.testing.assert_close(padded, torch.cat([row * 0, expected, row * 0]).nan_to_num())
+            few = valid & (torch.arange(len(valid)) < e.fewest_rows)
+            assert few.sum() == e.fewest_rows - 1 and not advantages(e, more, few).any()
+
+
+def test_order_1_is_rloo_to_the_last_bit_and_equal_rewards_cancel_exactly() -> None:
+    rewards = torch.randn(8, generator=torch.Generator().manual_seed(2))
+    assert advantages(Estimator(objective="max_at_k", objective_order=1), rewards).equal(
+        advantages(Estimator(), rewards)
+    )
+    for (objective, form), choice in OBJECTIVES.items():
+        order = 3 if objective == "max_at_k" else None
+        e = Estimator(objective=objective, objective_order=order, objective_form=form)
+        for value in (0.0, 0.1, 0.7):
+            assert not choice.centred or not advantages(e, torch.full((8,), value)).any()
+    for fields in ({"objective_form": "sloo", "objective_order": 3}, {"objective_form": "no_baseline"}):
+        e = Estimator(objective="max_at_k", **{"objective_order": 3, **fields})
+        assert advantages(e, torch.full((8,), 0.7)).all()
+
+
+def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
+    draw = torch.Generator().manual_seed(3)
+    rewards = torch.randn(1024, generator=draw, dtype=torch.double)
+    for order in (2, 8, 512, 1023):
+        e = Estimator(objective="max_at_k", objective_order=order)
+        exact, rounded = advantages(e, rewards), advantages(e, rewards.float())
+        # Over all rows, m s_i sums to k m times the mean maximum, and k rho_k(others) to the same.
+        assert abs(exact.mean()) < 1e-9 * order * rewards.abs().max()
+        assert (exact - rounded).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_the_log_of_success_divides_by_a_mean() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]).double()
+    none = torch.zeros(5).double()
+    lone = torch.tensor([0.3, 0.0, 0.0, 0.0, 0.0]).double()
+    table = {
+        "maxrl": ((1.5, -1.0), (0.0, 0.0), (4.0, -1.0)),
+        "keep_failures": ((1.5, -1.0), (-1.0, -1.0), (4.0, -1.0)),
+        "leave_one_out": ((3.0, -1.0), (0.0, 0.0), (0.0, -1.0)),
+    }
+    for form, expected in table.items():
+        e = Estimator(objective="log_success", objective_form=form)
+        for values, (success, failure) in zip((rewards, none, lone), expected, strict=True):
+            torch.testing.assert_close(advantages(e, values)[:2], values.new_tensor([success, failure]))
+        valid = torch.tensor([True, True, True, False, True])
+        assert advantages(e, rewards, valid)[3] == 0
+
+
+REFUSED = [
+    ({"objective": "max_at_k"}, "objective_order 4"),
+    ({"objective_order": 4}, "the objective is 'reward'"),
+    ({"objective": "log_success", "objective_order": 4}, "follows from the number of completions"),
+    ({"objective_form": "sloo"}, "not a form of the objective 'reward'"),
+    ({"objective": "log_success", "objective_form": "sloo"}, "maxrl, keep_failures, leave_one_out"),
+    ({"objective": "log_success", "baseline": "group_mean"}, "Set baseline 'rloo'"),
+    ({"objective": "log_success", "scale": "batch_std"}, "Set scale 'none'"),
+    ({"objective": "log_success", "returns": "reward_to_go"}, "Set returns 'total'"),
+    ({"objective": "log_success", "beta": 0.1}, "kl_placement 'loss'"),
+    ({"objective": "log_success", "overlong_buffer": 4}, "Leave overlong_buffer out"),
+    ({"objective": "max_at_k", "objective_order": 1, "objective_form": "sloo_minus_one"}, "2 or more"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
+def test_what_does_not_go_with_an_objective_is_refused(fields: dict, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        Estimator(**fields)

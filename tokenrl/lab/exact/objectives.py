@@ -1,0 +1,84 @@
+"""Differentiates objectives that depend on the distribution of rewards, and weighs prompts by success.
+
+The gradient of such an objective is `sum_m p_m w_m S_m`, where p_m is the probability of completion m, S_m
+its score and w_m the derivative of the objective in p_m; for the mean reward that is the reward.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.settings import check_number
+
+
+def slopes_in_probability(
+    estimator: Estimator, returns: Float[Tensor, "P M"], chances: Float[Tensor, "P M"], group_size: int
+) -> Float[Tensor, "P M"]:
+    """Return the derivative of the estimator's objective in the probability of each completion, by prompt.
+
+    - `reward`: R.
+    - `max_at_k`: `k E[max(R, the best of k - 1 others)]`.
+    - `log_success`: `R (1 - (1 - J)^T)/J`, the derivative of `sum_(k<=T) (1 - (1 - J)^k)/k` at J = E[R], with
+      T = G for the form `keep_failures` and T = G - 1 for the others.
+    """
+    if estimator.objective == "max_at_k":
+        order = estimator.objective_order or 1
+        ranked, places = returns.sort(-1)
+        shares = chances.gather(-1, places)
+        below = shares.cumsum(-1)  # probability that one row is at most as good
+        powers = below ** (order - 1)
+        steps = powers.diff(dim=-1) * ranked[:, 1:]  # the best of the others is this one
+        later = torch.nn.functional.pad(steps.flip(-1).cumsum(-1).flip(-1), (0, 1))
+        return torch.zeros_like(returns).scatter(-1, places, order * (ranked * powers + later))
+    if estimator.objective == "log_success":
+        mean = (chances * returns).sum(-1, keepdim=True)
+        last = group_size - (estimator.form != "keep_failures")
+        return returns * (1 - (1 - mean) ** last) / mean
+    return returns
+
+
+def prompt_weight(
+    estimator: Estimator | str, success_rate: float | Float[Tensor, ...], group_size: int
+) -> Float[Tensor, ...]:
+    """Return the weight w of a prompt's gradient by its success rate p, on rewards of 0 and 1: `w(p) grad p`.
+
+    An advantage made of the rewards of the group is f(r, K), with K successes among the G - 1 other rows, and
+    the expected gradient is w(p) grad p with `w(p) = E[f(1, K) - f(0, K)]`, K ~ Binomial(G - 1, p). The
+    objective is the integral of w. The advantages are those of `Estimator.advantages`, for a step of this
+    group alone, with one token per row.
+
+    Args:
+        estimator: The estimator, or the name of a preset.
+        success_rate: p, a number or a tensor of numbers from 0 to 1.
+        group_size: G, completions per prompt, from 2 to 1024.
+
+    Returns:
+        The weight for each success rate, float64: 1 everywhere if the gradient is that of E[R].
+
+    Raises:
+        Refused: When the estimator needs more than rewards, or larger groups.
+
+    Example:
+        >>> prompt_weight("rloo", 0.25, 4).item(), round(prompt_weight("maxrl", 0.5, 4).item(), 3)
+        (1.0, 1.75)
+    """
+    estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
+    check_number("group_size", group_size, int, at_least=2, at_most=1024)
+    rate = torch.as_tensor(success_rate, dtype=torch.double)[..., None]
+    mask = torch.ones(group_size, 1, dtype=torch.double)
+    others = torch.arange(group_size)
+    successes = (others < others[:, None] + 1).double()  # [K, G]: row 0 and K others are right
+    failures = successes * (others > 0)
+
+    def first(rewards: Tensor) -> Tensor:
+        return estimator.advantages(rewards, mask, group_size=group_size).policy.reshape(group_size, -1)[0, 0]
+
+    slope = torch.vmap(first)(successes) - torch.vmap(first)(failures)
+    counts = torch.tensor([math.comb(group_size - 1, k) for k in range(group_size)], dtype=torch.double)
+    chance = counts * rate**others * (1 - rate) ** (group_size - 1 - others)
+    return (chance * slope).sum(-1)
