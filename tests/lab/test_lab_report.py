@@ -48,7 +48,10 @@ def test_a_table_records_and_progress(once) -> None:
             *("estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise", "ok")
         ]
         assert {record["declared"], record["found"]} <= set(FROM_BEST_TO_WORST)
-        assert list(record)[8:] == ["on_binary", "of_reward", "problems"] and record["of_reward"] is None
+        assert (
+            list(record)[8:] == ["on_binary", "of_reward", "off_policy", "problems"]
+            and record["of_reward"] is None
+        )
         assert record["ok"] is True and -1 <= record["cosine"] <= 1 + 1e-12
         assert record["variance"] > 0 and record["noise"] > 0 and record["relative_bias"] >= 0
         assert record["cosine"] == min(p["cosine"] for p in record["problems"])

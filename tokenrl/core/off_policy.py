@@ -70,8 +70,12 @@ def declared_off_policy(estimator: Estimator) -> Effect:
         obstacles.append("the KL or entropy term in the loss is a mean over the sampler's completions")
     if effect.status == EXACT_FOR_SAMPLER and estimator.needs_kl:
         obstacles.append("the KL is that of the policy, not that of the sampler")
-    if getattr(estimator, "objective", "reward") != "reward":
-        obstacles.append("the objective is not the expected reward, and its weights hold on-policy only")
+    if (
+        effect.status == EXACT_FOR_POLICY
+        and estimator.objective_order != 1
+        and estimator.objective != "reward"
+    ):
+        obstacles.append("the rows with which the objective compares a row are those of the sampler")
     if on_policy.status not in (EXACT, UP_TO_SCALE, UNKNOWN):
         obstacles.append(f"on-policy it is {on_policy.status} already: {on_policy.reason}")
     if effect.status == BIASED or obstacles:

@@ -152,8 +152,9 @@ def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None 
 def default_sampled_problems() -> tuple[Problem, ...]:
     """Return problems that together show every known bias of a sampler that differs."""
     small = {"vocabulary": 2, "length": 2, "group_size": 3}
+    large_group = small | {"group_size": 6}
     return (
-        perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", **small),
+        perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", **large_group),
         perturbed_problem(41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small),
         perturbed_problem(42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small),
     )
