@@ -19,6 +19,9 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, rai
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
+ROUNDING = 1e-6
+"""How far a sum of rewards may be outside its range, because weights such as .1 have no exact binary form."""
+
 
 class Memory(Protocol):
     """The methods of a baseline with a memory; a class of your own that has them is made once per run."""
@@ -188,11 +191,11 @@ class Tracker:
         Raises:
             Stopped: A reward is below 0 or above 1.
         """
-        outside = rewards[(rewards < 0) | (rewards > 1)]
+        outside = rewards[(rewards < -ROUNDING) | (rewards > 1 + ROUNDING)]
         if len(outside):
             raise Stopped(
-                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {outside[0]:g}. Scale the "
-                "rewards, as by reward_weights, or take the baseline 'running_mean'."
+                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {outside[0]:g}. Scale the rewards "
+                "(reward_weights; in control reward_scale), or take the baseline 'running_mean'."
             )
         for key in dict.fromkeys(keys.tolist()):
             a, b = self.counts.get(key, self._first)
