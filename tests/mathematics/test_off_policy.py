@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import random
+from statistics import median
 
 import pytest
 import torch
 
+from tokenrl.cli import main
 from tokenrl.core import Estimator
+from tokenrl.core.choices import AXES
 from tokenrl.core.importance import score_centres
 from tokenrl.core.rows import loss_terms, zero_spread
 from tokenrl.errors import Refused
-from tokenrl.lab import all_completions, tabular_problem
+from tokenrl.lab import (
+    Perturbation,
+    all_completions,
+    measure_off_policy,
+    off_policy_moments,
+    perturbed_problem,
+    tabular_problem,
+)
+from tokenrl.lab.exact.mismatch import CORRECTIONS as TABLE, kept_mass
 
 torch.set_num_threads(1)
 SAMPLERS = {
@@ -98,19 +111,6 @@ def is_along(mean, target):
     return factor > 0 and float((mean - factor * target).norm() / mean.norm()) < 1e-9
 
 
-def status_of(fields):
-    """The status on problems with one and two prompts, whole rewards and rewards of tokens."""
-    held = []
-    for number, sampler in enumerate(("noise", "both", "temperature")):
-        kinds = {"prompts": 2, "vocabulary": 2} if number else {"vocabulary": 2}
-        kinds["rewards"] = ("dense", "graded", "continuous")[number] if fields.get("zero_spread") else "dense"
-        mean, policy, own = gradients(fields, sampler, 40 + number, size=3, **kinds)
-        along = {"exact_for_policy": is_along(mean, policy), "exact_for_sampler": is_along(mean, own)}
-        held.append({name for name, true in along.items() if true})
-    both = set.intersection(*held)
-    return both.pop() if both else "biased"
-
-
 CORRECTIONS = {
     "none": {},
     "token": {"importance": "token"},
@@ -154,9 +154,115 @@ def test_what_is_declared_off_policy_is_what_is_found(correction: str) -> None:
         except Refused as error:  # a whole-row ratio with centres
             assert "importance_centre" in str(error) and fields["ratio"].startswith("sequence")
             continue
-        assert estimator.off_policy_status == status_of(fields | CORRECTIONS[correction]), fields
+        verdict = measure_off_policy(estimator)
+        assert verdict.ok and verdict.declared == verdict.found, fields
         compared += 1
     assert compared >= len(ESTIMATORS) - 2
+
+
+def random_estimator(rng: random.Random) -> Estimator | None:
+    """Any choice on some axes, half of the time with a correction that may be exact; None if refused."""
+    fields = {axis: rng.choice(names) for axis, names in AXES.items() if rng.random() < 0.25}
+    numbers = {"beta": 0.3, "entropy_coef": 0.2, "gamma": 0.8, "leave_one_out": False, "overlong_buffer": 3}
+    numbers |= {"importance_cap": 1.2, "importance_floor": 0.9, "importance_centre": True}
+    fields |= {name: number for name, number in numbers.items() if rng.random() < 0.12}
+    if rng.random() < 0.5:
+        fields |= rng.choice([{"importance_centre": True}, {"importance": "sequence"}])
+    try:
+        return Estimator(**fields, window=1)
+    except Refused:
+        return None
+
+
+def test_a_random_walk_through_the_axes_finds_no_wrong_declaration() -> None:
+    rng, statuses = random.Random(1), []
+    while len(statuses) < 250:
+        estimator = random_estimator(rng)
+        try:
+            verdict = measure_off_policy(estimator) if estimator else None
+        except Refused:  # needs several prompts in a group, or rewards that no problem has
+            continue
+        if verdict:
+            assert verdict.ok, estimator
+            statuses.append(verdict.declared)
+    assert min(statuses.count(f"exact_for_{side}") for side in ("policy", "sampler")) >= 10
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("sampler", ["temperature", "both", "top-k"])
+def test_the_lab_agrees_with_autograd_through_the_logits(sampler: str, correction: str) -> None:
+    fields, kinds = CORRECTIONS[correction], {"prompts": 2, "rewards": "graded", "vocabulary": 3, "length": 2}
+    draw = torch.Generator().manual_seed(5)
+    torch.randn(3, 2, 3, 3, generator=draw, dtype=torch.double)
+    noise = torch.randn(2, 3, 3, generator=draw, dtype=torch.double)
+    problem = tabular_problem(5, **kinds, sampler=lambda z: SAMPLERS[sampler](z, noise))
+    moments, beside_sampler = off_policy_moments(Estimator(**fields), problem)
+    mean, policy, own = gradients(fields, sampler, 5, **kinds)
+    factor = {"temperature": 0.8, "both": 1 / 1.4}.get(sampler, 1.0)
+    for matrix, wanted in (
+        (moments.mean, mean),
+        (moments.target, policy),
+        (beside_sampler.target, factor * own),
+    ):
+        torch.testing.assert_close(matrix.sum(0), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["temperature=0.8", "noise=1", "top_p=0.9", "top_k=2", "noise=.3,top_p=.8"])
+def test_centred_scores_are_on_policy_for_the_sampler(text: str) -> None:
+    centred = Estimator(importance_centre=True, baseline="constant", baseline_constant=0.5)
+    problems = [perturbed_problem(seed, Perturbation.read(text)) for seed in range(20)]
+    biases = {
+        estimator: [off_policy_moments(estimator, problem)[1].relative_bias for problem in problems]
+        for estimator in (centred, Estimator())
+    }
+    assert max(biases[centred]) < 1e-9 and max(biases[Estimator()]) > 0.02
+
+
+def test_the_mean_weight_is_the_probability_of_what_the_sampler_keeps() -> None:
+    """And weights of sequences ascend E[(R - b) 1(kept)] under the policy, b and what is kept held fixed."""
+    for seed in range(5):
+        problem = perturbed_problem(seed, Perturbation(top_p=0.7))
+        mu, pi = problem.of_sampler.chances, problem.chances
+        kept = mu > 0
+        weights = (pi / mu).where(kept, 0.0)
+        assert float((mu * weights).sum()) == pytest.approx(kept_mass(problem)) == float((pi * kept).sum())
+        assert kept_mass(problem) < 1
+        baseline = (mu * problem.totals).sum()  # of RLOO: the mean of the other, which the sampler drew
+        gain = pi * kept * (problem.totals - baseline)
+        mean = off_policy_moments(Estimator(importance="sequence"), problem)[0].mean[0]
+        torch.testing.assert_close(mean, torch.einsum("pm,pmtd->d", gain, problem.scores))
+
+
+def test_the_table_of_corrections(capsys, tmp_path) -> None:
+    """Its numbers, by autograd through the logits, over the same problems."""
+    path = tmp_path / "table.json"
+    assert main(["lab", "exact", "--sampler", "temperature=0.8", "--json", str(path)]) == 0
+    out, records = capsys.readouterr().out, {r["correction"]: r for r in json.loads(path.read_text())}
+    assert "a sampler with temperature=0.8" in " ".join(out.split()) and "can produce" not in out
+    assert list(records) == list(TABLE) and "exact_for_sampler" in out and "exact_for_policy" in out
+    for name in ("none", "none, centred", "token", "geometric", "sequence, mask 3", "sequence"):
+        errors = []
+        for seed in range(20):
+            mean, policy, _ = gradients(TABLE[name], "temperature", seed, length=3)
+            errors.append(float((mean - policy).norm() / policy.norm()))
+        numbers = [records[name]["policy_bias"], records[name]["worst_policy_bias"]]
+        assert numbers == pytest.approx([median(errors), max(errors)], abs=1e-9)
+    assert main(["lab", "exact", "--sampler", "top_p=0.9"]) == 0
+    assert "No weight brings back the rest" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sampler", "temprature=2"], "Did you mean 'temperature'"),
+        (["--sampler", "grpo"], "'grpo' is not a change"),
+        (["--sampler", "top_p=2"], "top_p"),
+        (["--sampler", "noise=1", "--estimators", "rloo"], "excludes --estimators"),
+    ],
+)
+def test_samplers_that_cannot_be_used(arguments: list[str], words: str, capsys) -> None:
+    assert main(["lab", "exact", *arguments]) != 0
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
