@@ -28,7 +28,7 @@ PEAK = {"fell": True, "peak_reward": 0.9, "peak_step": 20, "now_reward": 0.5, "l
 USUAL = {"lowest_rate": 1e-3, "highest_rate": 1e-3, "whose": "this model", **RATE}
 SNR = {"snr": 0.05, "snr_stderr": 0.1, "num_envs": 64}
 CRITIC = {"recent_explained_variance": -0.5, "num_envs": 64, "learning_rate": 0.01}
-OFF = {"recent_logp_difference": 0.06, "recent_effective_samples": 0.9}
+OFF = {"recent_logp_difference": 0.06, "recent_effective_samples": 0.9, "importance": "none"}
 PASSES = {"recent_clip_ratio": 0.4, "num_iterations": 4, "learning_rate": 1e-3}
 NONE = {"has_baseline": False, "num_generations": 4, "horizon": 501}
 FLAT = {"gained": False, "fell": False, "is_early": False, "learning_rate": 1e-3}
@@ -55,7 +55,7 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
     ("off-policy", "act", OFF, {}, {"recent_logp_difference": 0.05}),
     ("off-policy", "act", OFF | {"recent_logp_difference": 0.01, "recent_effective_samples": 0.4}, {},
      {"recent_effective_samples": 0.5}),
-    ("off-policy", "watch", OFF | {"importance_cap": 2.0}, {}, {"recent_logp_difference": 0.0}),
+    ("off-policy", "act", OFF | {"importance": "token"}, {}, {"importance_centre": True}),
     ("sampling-differs", "watch", {"gap": 0.04, "largest_gap": 1.0}, {}, {"gap": 1e-3}),
     ("nothing-to-learn", "void", {"step_equal": 1, "step_reward": 0.5, "groups": "4 groups"}, {},
      {"step_equal": 0.95}),

@@ -42,7 +42,11 @@ Weight = Literal["watch", "act", "void"]
 Part = Literal["step", "first", "latest", "recent"]
 
 MOST = 0.5
-"""Above this share of groups with equal rewards, or of completions that are cut, most work is lost."""
+"""Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
+it, as a share of effective samples: importance weights then about double the variance of the gradient."""
+APART = 0.05
+"""Most nats per token between sampler and trainer. If chance decides their signs, the importance weights of
+completions of 100 tokens spread by a factor of 1.9 around 1."""
 FEW_STEPS, FEW_GROUPS = 3, 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
 SEVERAL = 9

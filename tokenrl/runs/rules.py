@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
-from tokenrl.runs.findings import MOST, SOLVED, Facts, Finding, Weight, doubled, lower_rate, remedy
+from tokenrl.runs.findings import APART, MOST, SOLVED, Facts, Finding, Weight, doubled, lower_rate, remedy
 
 Judgement = tuple[Weight | None, str] | tuple[Weight | None, str, Mapping[str, Any]]
 """What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
@@ -28,10 +28,6 @@ LEAST_ENTROPY = 0.1
 SURE, SURE_OF_BEST = 4.5, 6.0
 """Standard errors by which the reward of a destroyed policy falls: from the evaluation before training, or
 from the best of several. A run looks hundreds of times, so 2 are often chance, and the best was lucky too."""
-FAR, FEW_EFFECTIVE = 0.05, 0.5
-"""Nats per token by which sampler and trainer may differ, and the least share of effective samples. With .05,
-of either sign by chance, the logarithm of the importance weight of 100 tokens has a standard deviation of .6.
-With half of the samples effective, such weights about double the variance of the gradient."""
 BONUS = 0.01
 """The entropy bonus to begin with, for advantages of a size near 1."""
 
@@ -127,29 +123,23 @@ def no_entropy(facts: Facts) -> Judgement:
 
 @rule("sampling-differs", "gap largest_gap")
 def sampling_differs(facts: Facts) -> Judgement:
-    """Log-probabilities of sampler and trainer differ: by `gap` on average, by `largest_gap` at most.
+    """Sampler and trainer differ by `gap` nats per token on average and by `largest_gap` at most.
 
-    Float32 gives a gap of about 1e-6 nats per token, and bfloat16 of .01 to .1: it rounds a logit of 16 by up
-    to .06. `is_half` says that a run computes so by itself. An importance cap is no cure: at .1 nats per
-    token the expected gradient is off by 11 % with one and by 16 % without (see `choices.IMPORTANCE_CAP`).
+    Float32 gives 1e-6 and bfloat16 .01 to .1. `is_half` says that a run computes in bfloat16 by itself.
     """
     mend, void = ("--mixed-precision no", 0.5) if facts.get("is_half") else ("--dtype float32", 0.05)
-    text = "Log-probabilities of sampler and training differ by {gap:.2g} nats per token on average, by "
-    text += f"{{largest_gap:.2g}} at most. Take {mend}; an importance cap removes a third of the bias only."
+    text = f"Sampler and training differ by {{gap:.2g}} nats per token, {{largest_gap:.2g}} at most: take {mend}."
     return above(facts["gap"], watch=0.005, void=void), text
 
 
-@rule("off-policy", "recent_logp_difference recent_effective_samples")
+@rule("off-policy", "recent_logp_difference recent_effective_samples importance")
 def sampled_off_policy(facts: Facts) -> Judgement:
     """The sampler is another policy than the trainer's; see `language.training.mismatch` for the numbers."""
-    is_off = facts["recent_logp_difference"] > FAR or facts["recent_effective_samples"] < FEW_EFFECTIVE
+    is_off = facts["recent_logp_difference"] > APART or facts["recent_effective_samples"] < MOST
     text = "Log-probabilities of sampler and training differ by {recent_logp_difference:.2g} nats per token; "
-    text += "completions are worth {recent_effective_samples:.0%} of as many of the policy's own, so that "
-    if facts.get("importance_cap") is None:
-        text += "the gradient is biased. Sample and train in the same precision and with the same limits of "
-        return "act" if is_off else None, f"{text}tokens, or set --estimator.importance-cap."
-    text += "their weights make the gradient noisy. Sample and train in the same precision."
-    return "watch" if is_off else None, text
+    text += "completions are worth {recent_effective_samples:.0%} of as many of the policy's own. Sample and "
+    text += "train in one precision, or change --estimator.importance, which is {importance}."
+    return "act" if is_off and not facts.get("importance_centre") else None, text
 
 
 @rule("nothing-to-learn", "step_equal step_reward groups")

@@ -7,7 +7,7 @@ that is not quite the one that is trained, and so does one that leaves tokens ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def differences(inputs: Mapping[str, Any]) -> Tensor:
     return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
 
 
-def mismatch_metrics(parts: Sequence[Tensor]) -> dict[str, float]:
+def mismatch_metrics(parts: list[Tensor]) -> dict[str, float]:
     """Return the metrics of the rows of all processes; every process has to call this.
 
     A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be

@@ -105,7 +105,7 @@ def training_step(
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
-    history, apart = [], list[Tensor]()
+    history, apart = list[dict[str, float]](), list[Tensor]()
     for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
