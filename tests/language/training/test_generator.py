@@ -13,6 +13,7 @@ from tiny_models import (
     Engine,
     apart,
     completions,
+    gradient,
     make_policy,
     make_task,
     stepped,
@@ -22,6 +23,7 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Refused
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
 from tokenrl.language.training import loop
@@ -136,6 +138,48 @@ def log_ratios(learner):
         logp = logp.gather(1, ids[0, len(before) :, None])[:, 0].detach()
         ratios.append((logp - rollout.sampling_logprobs[row][mask]).tolist())
     return ratios
+
+
+@pytest.mark.parametrize("importance", [{}, {"importance": "token", "importance_cap": 1.5}])
+def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_formula_says(importance):
+    options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": 4, "architecture": "gpt2"}
+    estimator = Estimator(importance_centre=True, **importance)
+    slope, _, learner = stepped(estimator, engine=Different, **options)
+    policy, rollout = make_policy("gpt2", dtype="float64", initializer_range=0.1), learner.generator.rollout
+    rewards = lengthy([ids[m].tolist() for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)])
+    gains = []
+    for row, log_mu in enumerate(rollout.sampling_distribution):
+        others = [rewards[i] for i in range(row // 3 * 3, row // 3 * 3 + 3) if i != row]
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+        chosen = rollout.completion_ids[row][rollout.mask[row]]
+        logp = policy.model(torch.cat([prompt, chosen])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        mu = log_mu[: len(chosen)].exp()
+        assert ((mu > 0).sum(-1) == 5).all()  # w mu is 0 for the others
+        w_mu = mu if not importance else logp.detach().exp().minimum(1.5 * mu)
+        w, sampled = ((x.gather(1, chosen[:, None]).squeeze(1)) for x in (w_mu / mu, logp))
+        score = w * sampled - (w_mu * logp).sum(-1)
+        gains.append((rewards[row] - sum(others) / len(others)) * score.sum())
+    (-sum(gains) / len(gains)).backward()
+    assert apart(slope, gradient(policy.model)) < 1e-9
+    plain, *_ = stepped(Estimator(**importance), engine=Different, **options)
+    assert apart(plain, slope) > 0.01
+
+
+def test_centring_changes_nothing_where_the_policy_itself_samples():
+    slopes = [stepped(Estimator(importance_centre=c), dtype="float64", top_p=0.8)[0] for c in (False, True)]
+    assert apart(*slopes) < 1e-6
+
+
+def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch):
+    class Silent(Engine):
+        def generate(self, *args):
+            return dataclasses.replace(super().generate(*args), sampling_distribution=None)
+
+    with pytest.raises(Refused, match="every token, and this generator returns none"):
+        stepped(Estimator(importance_centre=True), engine=Silent)
+    monkeypatch.setattr("tokenrl.language.training.learner.MOST_TOKENS", 10)
+    with pytest.raises(Refused, match="possible up to 10 tokens"):
+        stepped(Estimator(importance_centre=True))
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])

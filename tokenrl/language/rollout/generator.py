@@ -19,7 +19,7 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import Rollout, cat, pad_left
+from tokenrl.language.rollout.rollout import NOT_YET, Rollout, cat, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class TransformersGenerator:
     ) -> Rollout:
         """Sample completions as `Generator.generate` says; every field of the `Rollout` is filled.
 
-        Only `score_norms` and `hidden` are None unless `sampling` asks for them.
+        Only `score_norms`, `hidden` and `sampling_distribution` are None unless `sampling` asks for them.
 
         Raises:
             Stopped: the model's logits are not finite.
@@ -129,6 +129,7 @@ def _decode(
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
     numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
     hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if sampling.keep_hidden else None
+    whole = numbers.new_zeros(*shape, state.logits.shape[-1]) if sampling.keep_distribution else None
     rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
     for t in range(length):
@@ -138,6 +139,8 @@ def _decode(
         numbers[:, rows, t] = drawn
         if hidden is not None:
             hidden[rows, t] = state.hidden
+        if whole is not None:
+            whole[rows, t] = sampling.log_probabilities(state.logits).to(dtype)
         ended = torch.isin(token, eos)
         if policy.stops is not None:
             ended[alive] |= policy.stops.ended(ids, rows[alive], t)
@@ -165,6 +168,7 @@ def _decode(
         entropy=entropy,
         score_norms=norms[0] if norms else None,
         hidden=None if hidden is None else hidden.masked_fill_(off[..., None], 0),
+        sampling_distribution=NOT_YET if whole is None else whole.masked_fill_(off[..., None], 0),
     )
     return rollout.take(torch.arange(shape[0], device=device))  # cut to the longest completion
 

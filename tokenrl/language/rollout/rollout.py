@@ -23,7 +23,7 @@ NOT_YET: Any = None
 class Rollout:
     """A table of N completions. The G rows of a prompt are consecutive.
 
-    A generator fills the columns down to `truncated`, and may fill the next four. The others are None until
+    A generator fills the columns down to `truncated`, and may fill the next five. The others are None until
     they are computed, and stay None where nothing needs them. T is the longest completion, P the longest
     prompt. Off the mask the columns of tokens are 0.
 
@@ -44,6 +44,8 @@ class Rollout:
             [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the norm in the
             space of the model's weights.
         hidden: the last hidden state before each action [N, T, H]. A critic reads it.
+        sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
+            was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
         data: the row of the data that each prompt comes from, N mappings.
         rewards: total reward of each completion [N], in float64 on the CPU.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
@@ -73,6 +75,7 @@ class Rollout:
     entropy: Tensor = NOT_YET
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
+    sampling_distribution: Tensor = NOT_YET
     data: Sequence[Mapping[str, Any]] = NOT_YET
     rewards: Tensor = NOT_YET
     by_function: Tensor = NOT_YET

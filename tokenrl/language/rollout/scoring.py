@@ -8,7 +8,7 @@ only, and not all at once where they are many (see `head`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,6 +62,8 @@ class Scores(NamedTuple):
     """[N, T]"""
     hidden: Tensor | None = None
     """[N, T, H]"""
+    centres: Tensor | None = None
+    """[N, T], `importance.score_centres`, with a gradient"""
 
 
 def score(
@@ -73,6 +75,7 @@ def score(
     entropy: bool = False,
     score_norms: bool = False,
     hidden: bool = False,
+    centres: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Scores:
     """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
@@ -84,9 +87,11 @@ def score(
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
+        centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], whose result
+            is returned too; all logits exist at once then.
     """
     forward = _shared if scoring.share_prompt else _plain
-    at_once = scoring.tokens_at_once
+    at_once = scoring.tokens_at_once if centres is None else None
     if at_once is not None and int(rollout.mask.sum()) > at_once:
         head = head_of(model)
         assert head is not None  # `check_scoring` found it
@@ -105,6 +110,8 @@ def score(
         entropy_of(logp, p) if entropy else None,
         score_norm_of(logprobs, p) if score_norms else None,
         states,
+        # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
+        None if centres is None else centres(logp.clamp(min=-1e4), rollout.sampling_distribution),
     )
 
 

@@ -54,7 +54,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         for name, x in sent.items():
             sent[name] = accelerator.pad_across_processes(x, dim=1, pad_first=name in OF_PROMPTS)
         whole = {name: x.to(columns[name].dtype) for name, x in accelerator.gather(sent).items()}
-        rows = replace(rows, **whole, hidden=None, data=NOT_YET, logs=NOT_YET)
+        rows = replace(rows, **whole, hidden=None, sampling_distribution=NOT_YET, data=NOT_YET, logs=NOT_YET)
     if not rows.valid.any():
         raise Stopped("Every reward function abstained from every completion of this step.")
     return rows
@@ -165,6 +165,7 @@ def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
         "sampling_logprobs": rows.sampling_logprobs,
         "ref_logprobs": rows.ref_logprobs,
         "entropy": scores.entropy,
+        "centres": scores.centres,
     }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenrl.core.losses import k1, k3
 from tokenrl.core.rows import from_first, zero_outside, zero_spread
 from tokenrl.core.statistics import mean_and_error
+from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
@@ -45,9 +46,15 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     if draws is not None:
         norms, hidden = estimator.needs_score_norms, estimator.needs_values
         sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
+        sampling = replace(sampling, keep_distribution=estimator.needs_centres)
     rollout = learner.generator.generate(prompt_ids, sampling, draws).of(prompts)
     if draws is None:  # greedy completions are only rewarded, never learnt from
         return rollout
+    if estimator.needs_centres and rollout.sampling_distribution is None:
+        raise Refused(
+            "importance_centre needs the sampler's probability of every token, and this generator returns "
+            "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it."
+        )
     return with_missing_fields(
         learner.forward.policy,
         rollout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.importance import score_centres
 from tokenrl.core.losses import next_beta
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
-from tokenrl.errors import Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
@@ -24,6 +26,8 @@ from tokenrl.language.training.defaults import sampling_of
 from tokenrl.language.training.forward import Forward, choose_forward, shape_of
 from tokenrl.runs.schedules import make_schedule
 
+MOST_TOKENS = 4096
+"""The largest vocabulary whose distribution is kept at each position: 1 MiB for a completion of 64 tokens."""
 COUNTS = ("nonfinite", "skipped", "idle")
 """The counts of a `Learner` that a continuation goes on from."""
 
@@ -145,6 +149,12 @@ class Learner:
         """Keyword arguments of `score`: completions are scored under the distribution of sampling."""
         return {"scoring": self.forward.scoring, "distribution": self.args}
 
+    @property
+    def needs(self) -> dict[str, Any]:
+        """Keyword arguments of `score`: what the loss needs besides log-probabilities."""
+        centres = partial(score_centres, self.estimator) if self.estimator.needs_centres else None
+        return {"entropy": self.estimator.needs_entropy, "centres": centres}
+
     def sync(self) -> None:
         """Sample and score with the weights that the policy has now."""
         self.forward.copy_weights()
@@ -227,6 +237,18 @@ class Learner:
         return parts if self.critic is None else parts | {"critic": self.critic}
 
 
+def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
+    """Refuse to centre scores over a vocabulary that is too large to keep its distribution at each token."""
+    if estimator.needs_centres:
+        size: int = policy.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        if size > MOST_TOKENS:
+            raise Refused(
+                f"importance_centre keeps the sampler's probabilities of all {size:,} tokens at each "
+                f"position, which is possible up to {MOST_TOKENS:,} tokens. Set importance_centre to False; "
+                "importance 'token' or 'sequence' needs the probabilities of the sampled tokens only."
+            )
+
+
 def make_learner(
     args: Any,
     policy: Policy,
@@ -245,6 +267,7 @@ def make_learner(
         Refused: the model cannot be sampled and scored, or not in the way that the settings ask for.
     """
     device = accelerator.device
+    check_vocabulary(args.estimator, policy)
     policy.model.to(device)
     for p in policy.model.parameters():  # new weights are drawn by each process for itself
         broadcast(p.data)

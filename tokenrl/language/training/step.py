@@ -116,7 +116,7 @@ def training_step(
         for half in halves:
             for index in micro_batches(learner, rows, local(accelerator, half)):
                 part = rows.take(index)
-                scores = score(model, part, **learner.scoring, entropy=estimator.needs_entropy)
+                scores = score(model, part, **learner.scoring, **learner.needs)
                 inputs = loss_inputs(part, scores)
                 loss = estimator.loss(**inputs)
                 accelerator.backward(loss)
