@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from tokenrl.core import Estimator
+from tokenrl.core.objectives import check_rewards
 from tokenrl.core.targets import OBJECTIVES
 from tokenrl.errors import Refused
+from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
+from tokenrl.lab.exact.objectives import slopes_in_probability
 
 MAX_FORMS = ("leave_one_out", "sloo_minus_one", "sloo", "no_baseline")
 
@@ -108,6 +112,86 @@ def test_the_log_of_success_divides_by_a_mean() -> None:
             torch.testing.assert_close(advantages(e, values)[:2], values.new_tensor([success, failure]))
         valid = torch.tensor([True, True, True, False, True])
         assert advantages(e, rewards, valid)[3] == 0
+
+
+def order_mean(order: int, p: torch.Tensor) -> torch.Tensor:
+    """ML_T(p), the first terms of the series of log p around 1."""
+    return sum((1 - (1 - p) ** k) / k for k in range(1, order + 1))
+
+
+def slope(objective, p: torch.Tensor) -> torch.Tensor:
+    leaf = p.clone().requires_grad_()
+    return torch.autograd.grad(objective(leaf).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_success_rate(size: int) -> None:
+    p = torch.tensor([0.02, 0.1, 0.35, 0.6, 0.97]).double()
+    laws = [({}, lambda p: p), ({"baseline": "group_mean"}, lambda p: (size - 1) / size * p)]
+    for form in MAX_FORMS:
+        for k in (1, 2, 3, 4):
+            fields = {"objective": "max_at_k", "objective_order": k, "objective_form": form}
+            if (form, k) != ("sloo_minus_one", 1) and Estimator(**fields).fewest_rows <= size:
+                laws.append((fields, lambda p, k=k: 1 - (1 - p) ** k))
+    laws.append(({"objective": "log_success"}, lambda p: order_mean(size - 1, p)))
+    kept = {"objective": "log_success", "objective_form": "keep_failures"}
+    laws.append((kept, lambda p: order_mean(size, p)))
+    for fields, objective in laws:
+        weight = prompt_weight(Estimator(**fields), p, size)
+        torch.testing.assert_close(weight, slope(objective, p), atol=1e-10, rtol=1e-10)
+    others = {"objective": "log_success", "objective_form": "leave_one_out"}
+    terms = [(math.comb(size - 1, k), k) for k in range(1, size)]
+    mean = sum(c * p**k * (1 - p) ** (size - 1 - k) * (size - 1) / k for c, k in terms)
+    torch.testing.assert_close(prompt_weight(Estimator(**others), p, size), mean, atol=1e-10, rtol=1e-10)
+    std = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}
+    spread = [(k / size * (1 - k / size)) for k in range(size + 1)]
+    chances = [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
+    wanted = sum(c * s / (s**0.5 + 0.01) for c, s in zip(chances, spread, strict=True)) / (p * (1 - p))
+    torch.testing.assert_close(prompt_weight(Estimator(**std), p, size), wanted, atol=1e-10, rtol=1e-10)
+    assert prompt_weight("rloo", 0.5, size).item() == pytest.approx(1.0)
+
+
+def test_the_target_of_the_lab_is_the_gradient_of_the_objective_summed_over_all_draws() -> None:
+    """max@k as a sum over all k-tuples of completions, differentiated by automatic differentiation."""
+    problem = tabular_problem(18, prompts=2, vocabulary=2, rewards="graded")
+    for k in (1, 2, 3):
+        e = Estimator(objective="max_at_k", objective_order=k)
+        chances = problem.chances.clone().requires_grad_()
+        total = torch.zeros(()).double()
+        for drawn in itertools.product(range(chances.shape[1]), repeat=k):
+            index = list(drawn)
+            total = total + (chances[:, index].prod(-1) * problem.totals[:, index].amax(-1)).sum()
+        found = slopes_in_probability(e, problem.totals, problem.chances, 5)
+        torch.testing.assert_close(found, torch.autograd.grad(total, chances)[0], atol=1e-12, rtol=1e-12)
+
+
+def test_negative_rewards_have_no_logarithm() -> None:
+    e, valid = Estimator(objective="log_success"), torch.tensor([True, True, False])
+    check_rewards(e, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
+    for rewards in (torch.tensor([1.0, -0.5, 0.0]), torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]])):
+        with pytest.raises(Refused, match=r"the reward -0\.5\. Give rewards of 0 or more"):
+            check_rewards(e, rewards, valid)
+        check_rewards(Estimator(), rewards, valid)
+    with pytest.raises(Refused, match="rewards of 0 or more"):
+        measure_bias(e, [tabular_problem(2)])
+
+
+def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> None:
+    table = [
+        ("rloo", "exact", "exact", "exact"),
+        ("max_at_k", "exact", "exact", "biased"),
+        ("max_at_k,objective_order=1", "exact", "exact", "exact"),
+        ("maxrl", "biased", "exact", "biased"),
+        ("maxrl,objective_form=leave_one_out", *["exact_per_prompt"] * 3),
+        ("maxrl,aggregation=token_mean", "biased", "asymptotic", "biased"),
+        ("baseline=group_mean,scale=group_std", "biased", "exact_per_prompt", "biased"),
+        ("baseline=opo,scale=group_std", "biased", "biased", "biased"),
+        ("scale=group_std,aggregation=token_mean", "biased", "biased", "biased"),
+        ("scale=batch_std", "asymptotic", "exact_per_prompt", "asymptotic"),
+    ]
+    for name, *statuses in table:
+        e = Estimator.preset(name)
+        assert [e.bias_status, e.binary_bias_status, e.reward_bias_status] == statuses, name
 
 
 REFUSED = [

@@ -15,6 +15,7 @@ from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
+from tokenrl.core.bias import objective_line
 from tokenrl.core.presets import preset_name
 from tokenrl.runs.findings import Finding, facts
 from tokenrl.runs.reader import Outcome
@@ -180,6 +181,7 @@ def header(run: AgentRun) -> dict[str, Any]:
         "estimator": f"{preset_name(estimator)}: baseline {estimator.baseline}, returns {estimator.returns}, "
         f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
         f"bias: {estimator.bias_status}",
+        **objective_line(estimator),
         "step": f"{args.num_envs} environments, {data} each, learning rate {args.learning_rate:g}, "
         f"seed {args.seed}",
         "run": args.output_dir,

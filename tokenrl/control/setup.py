@@ -15,6 +15,7 @@ from tokenrl.control.update import Agent
 from tokenrl.core.baselines import check_horizon, set_size
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import memory_of
+from tokenrl.core.objectives import check_group
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
@@ -44,6 +45,7 @@ def fill_defaults(choices: Any, spec: Spec) -> Any:
     if choices.num_steps is None:
         for axis in ("baseline", "scale"):
             set_size(choices.estimator, axis, choices.num_envs, choices.num_envs)
+        check_group(choices.estimator, choices.num_envs)
     usual = {"eval_every": max(1, choices.max_steps // 10), "value_learning_rate": choices.learning_rate}
     return lay(("default", usual), ("given", vars(choices)), ("environment", {"head": spec.head})).values
 

@@ -17,6 +17,7 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import Memory, read, update
+from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import in_rows, loss_terms
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
@@ -149,6 +150,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
             ends = ends | rollout.truncated
         if "returns" not in estimator.within_rows:
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
+    check_rewards(estimator, rollout.rewards, mask.any(-1))
     terms = loss_terms(
         estimator,
         rollout.rewards * agent.args.reward_scale,

@@ -69,6 +69,19 @@ def compares_groups_only(estimator: Estimator) -> bool:
     return own and estimator.gamma == 1 and not in_reward and not estimator.overlong_buffer
 
 
+def objective_line(estimator: Estimator) -> dict[str, str]:
+    """Return the line of a run's header about another objective than the mean reward; none for that."""
+    if estimator.objective == "reward":
+        return {}
+    order = f" of order {estimator.objective_order}" * (estimator.objective_order is not None)
+    statuses = []
+    for of_reward in (False, True):
+        always, binary = (declared(estimator, binary=x, of_reward=of_reward).status for x in (False, True))
+        statuses.append(always if always == binary else f"{always}, on rewards of 0 and 1 {binary}")
+    name = f"{estimator.objective}{order}, form {estimator.form}"
+    return {"objective": f"{name}; bias: {statuses[0]}; as a gradient of the mean reward: {statuses[1]}"}
+
+
 def baseline_effect(estimator: Estimator) -> Effect:
     """Return the effect of the baseline, which for some depends on `leave_one_out`."""
     if callable(estimator.baseline) and estimator.needs_memory:

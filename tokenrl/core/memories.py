@@ -194,8 +194,8 @@ class Tracker:
         outside = rewards[(rewards < -ROUNDING) | (rewards > 1 + ROUNDING)]
         if len(outside):
             raise Stopped(
-                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {outside[0]:g}. Scale the rewards "
-                "(reward_weights; in control reward_scale), or take the baseline 'running_mean'."
+                f"The baseline 'tracker' takes rewards from 0 to 1, but one is {outside[0]:g}. Scale the "
+                "rewards (reward_weights; in control reward_scale), or take the baseline 'running_mean'."
             )
         for key in dict.fromkeys(keys.tolist()):
             a, b = self.counts.get(key, self._first)

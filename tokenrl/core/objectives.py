@@ -114,7 +114,7 @@ def check_group(estimator: Estimator, group_size: int) -> None:
     Raises:
         Refused: When no group could have an advantage.
     """
-    if group_size < estimator.fewest_rows:
+    if estimator.objective != "reward" and group_size < estimator.fewest_rows:
         raise Refused(
             f"objective {estimator.objective!r} of order {estimator.objective_order} in the form "
             f"{estimator.form!r} needs groups of at least {estimator.fewest_rows} rows, and they have "

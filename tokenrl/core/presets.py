@@ -25,6 +25,7 @@ KOOL = "Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free"
 GRPO_PAPER = "Shao et al. 2024, DeepSeekMath, arXiv 2402.03300"
 OPO_PAPER = "Hao et al. 2025, On-policy RL with optimal reward baseline, arXiv 2505.23585"
 OTB_PAPER = "Optimal token baseline, arXiv 2602.07078"
+PKPO_PAPER = "Walder and Karkhanis 2025, Pass@k policy optimization, arXiv 2505.15201"
 PP_PAPER = "Hu et al. 2025, REINFORCE++, arXiv 2501.03262"
 
 
@@ -100,6 +101,17 @@ PRESETS: dict[str, Preset] = {
     "a2c": Preset(
         {**TO_GO, "baseline": "value"},
         "Mnih et al. 2016, Asynchronous methods for deep reinforcement learning, arXiv 1602.01783",
+    ),
+    # With another objective than the mean reward.
+    "max_at_k": Preset(
+        {"objective": "max_at_k", "objective_order": 4},
+        f"{PKPO_PAPER}, minus the mean of the best of k others",
+    ),
+    "pkpo": Preset(
+        {"objective": "max_at_k", "objective_order": 4, "objective_form": "sloo_minus_one"}, PKPO_PAPER
+    ),
+    "maxrl": Preset(
+        {"objective": "log_success"}, "Maximum likelihood reinforcement learning, arXiv 2602.02710"
     ),
     # With an importance ratio: PPO, and the forms that trainers of language models use.
     "grpo": Preset(GRPO, GRPO_PAPER),

@@ -10,6 +10,7 @@ from tokenrl.lab.exact.discounting import (
     which_objective as which_objective,
 )
 from tokenrl.lab.exact.enumeration import Moments as Moments, exact_moments as exact_moments
+from tokenrl.lab.exact.objectives import prompt_weight as prompt_weight
 from tokenrl.lab.exact.problems import (
     Problem as Problem,
     all_completions as all_completions,

@@ -112,6 +112,11 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
         numbers = (f"{v.cosine:.6f}", bias, f"{v.noise:.2f}", "yes" if v.ok else "NO")
         table.add_row(*row, *numbers, style=None if v.ok else "bold red")
     console.print(table)
+    of_reward = [f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward]
+    if of_reward:
+        console.print(
+            f"What the gradient of another objective is for the mean reward: {'; '.join(of_reward)}."
+        )
     wrong = [name for name, v in verdicts.items() if not v.ok]
     console.print(
         "cosine: between the expected gradient and that of J, the lowest over the problems; bias: "

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
@@ -187,6 +188,7 @@ def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict
         "reward": ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
+        **objective_line(estimator),
         "order": f"{stage}an evaluation, training steps with evaluations in between",
         "seed": args.seed,
         "run": directory,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.memories import Memory, update
+from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import flat_gradient, generator_of
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
@@ -100,6 +101,7 @@ def training_step(
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
+    check_rewards(estimator, whole.rewards, counting.compared)
     inputs = advantage_inputs(whole, sampling, memory, rewards)
     advantages, returns = estimator.advantages(whole.rewards, whole.mask, valid=counting.compared, **inputs)
 
