@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES
@@ -76,7 +76,7 @@ def step_of(e, seed=3, n=8, t=5):
     advantages = e.advantages(
         rewards,
         mask,
-        group_size=4,
+        group_size=4 if e.fewest_rows <= 4 else 8,
         logprobs=tensors["old_logprobs"],
         ref_logprobs=tensors["ref_logprobs"],
         baseline_value=0.1,
@@ -106,6 +106,7 @@ def gradient(e, tensors, advantages, weights, mask, rows):
 def test_slices_of_a_step_add_up_to_it(name, overrides, part_of_row) -> None:
     if name == "gdpo":
         overrides = overrides | {"kl_placement": "loss"}
+    assume("objective" not in PRESETS[name].fields or "returns" not in overrides)
     e = Estimator.preset(name, **overrides)
     step = step_of(e)
     whole = gradient(e, *step, slice(None))
