@@ -1,6 +1,7 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map      or kl, variance (--seed 3), grpo-difficulty, length-bias
+    python recipes/enumeration/figures.py map      or kl, variance (--seed 3), objectives,
+    grpo-difficulty, length-bias
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -27,13 +28,13 @@ from torch import Tensor
 
 from tokenrl import Estimator
 from tokenrl.core import PER_TOKEN, PRESETS
-from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabular_problem
+from tokenrl.lab import Moments, Problem, all_completions, exact_moments, prompt_weight, tabular_problem
 
 # The palette of Okabe and Ito.
 BLUE, GREEN, YELLOW, RED, PINK = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 SKY, GREY = "#56B4E9", "#555555"
 GRPO = Estimator.preset("grpo")
-PAPERS = tuple(name for name, preset in PRESETS.items() if not preset.beyond)
+PAPERS = tuple(n for n, p in PRESETS.items() if not p.beyond and "objective" not in p.fields)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
 LENGTHS = {"sequence_sum": GREEN, "token_mean": BLUE, "sequence_mean": RED}
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
@@ -215,7 +216,7 @@ def spread(heights: list[float], gap: float) -> list[float]:
 
 
 def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = PAPERS) -> None:
-    """Every preset of a paper by how far its expected gradient points from that of J, and how noisy it is.
+    """Presets of papers for the mean reward, by the angle of their expected gradient, and their noise.
 
     One small problem: two prompts, four completions of each, rewards of any size. Every step that can be
     drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
@@ -255,25 +256,6 @@ def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] =
     save(figure, output)
 
 
-def weight_of_difficulty(estimator: Estimator, chances: list[float], group_size: int) -> Tensor:
-    """Return the weight w in `E[g] = w grad p` for a prompt with binary rewards, solved with probability p.
-
-    w depends on the policy through p only: given its reward, the mean score of a completion is `grad p / p`
-    or `-grad p / (1 - p)`. It is 1 for RLOO, and (G-1)/G for the group mean. The step has one prompt, and
-    the aggregation over tokens plays no part.
-    """
-    p = torch.tensor(chances, dtype=torch.double)
-    solved = torch.arange(group_size + 1)  # K
-    rewards = (torch.arange(group_size) < solved[:, None]).double()  # [G + 1, G]
-    mask = torch.ones(group_size, 1, dtype=torch.double)
-    advantages = torch.vmap(lambda r: estimator.advantages(r, mask, group_size=group_size).policy)(rewards)
-    binomial = torch.distributions.Binomial(group_size, p[:, None])
-    chance = binomial.log_prob(solved.double()).exp()  # [K, G + 1]
-    right = (advantages.reshape(rewards.shape) * rewards).mean(-1)
-    wrong = (advantages.reshape(rewards.shape) * (1 - rewards)).mean(-1)
-    return (chance * (right / p[:, None] - wrong / (1 - p[:, None]))).sum(-1)
-
-
 def weight_by_enumeration(seed: int, size: int) -> tuple[float, float]:
     """Return p and w of a prompt with one right and one wrong answer, from all 2^G groups."""
     problem = tabular_problem(seed, vocabulary=2, length=1, group_size=size)
@@ -306,14 +288,14 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     write(axes, alike, (0.5, 1), (0, -10), ha="center", fontsize=9, color=GREY)
     print("  G   w(0.001)   w(0.1)   w(0.5)   w(0.1)/w(0.5)   off the enumeration")
     for size, colour in SIZES.items():
-        weights = weight_of_difficulty(GRPO, p, size)
+        weights = prompt_weight(GRPO, torch.tensor(p).double(), size)
         axes.plot(p, weights, color=colour, linewidth=2.2)
         write(axes, f"G = {size}", (p[-1], float(weights[-1])), (6, 0), color=colour, fontweight="bold")
         dots = [weight_by_enumeration(seed, size) for seed in (48, 0, 1, 6, 49)] if size <= 8 else []
         for x, weight in dots:
             axes.scatter([x], [weight], s=34, zorder=3, color=colour, edgecolors="white")
-        rare, tenth, half = weight_of_difficulty(GRPO, [0.001, 0.1, 0.5], size).tolist()
-        away = [abs(w - float(weight_of_difficulty(GRPO, [x], size))) for x, w in dots]
+        rare, tenth, half = (float(prompt_weight(GRPO, x, size)) for x in (0.001, 0.1, 0.5))
+        away = [abs(w - float(prompt_weight(GRPO, x, size))) for x, w in dots]
         enumeration = f"{max(away):.1e}" if away else "-"
         row = f"{size:3}   {rare:8.3f} {tenth:8.3f} {half:8.3f} {tenth / half:15.3f}"
         print(f"{row} {enumeration:>21}")
@@ -322,6 +304,42 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
              xlabel="chance p that a completion of the prompt is right")  # fmt: skip
     label_ticks(axes, (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999), (0.5, 1, 2, 4, 8, 16, 32))
     axes.set_title("GRPO lifts prompts that are nearly always failed or solved, if G is large", loc="left")
+    save(figure, output)
+
+
+WEIGHED = {  # what is ascended on rewards of 0 and 1, by the estimator
+    "mean reward (rloo)": ("rloo", GREEN),
+    "divided by the std (grpo)": ("baseline=group_mean,scale=group_std,scale_ddof=0", GREY),
+    "pass@2 (max_at_k)": ("max_at_k,objective_order=2", SKY),
+    "pass@4 (max_at_k)": ("max_at_k,objective_order=4", BLUE),
+    "log of success (maxrl)": ("maxrl", RED),
+    "failures kept": ("maxrl,objective_form=keep_failures", YELLOW),
+    "leave-one-out": ("maxrl,objective_form=leave_one_out", PINK),
+}
+
+
+def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> None:
+    """How each objective weighs a prompt by its success rate p: `E[g] = w(p) grad p`, rewards of 0 and 1.
+
+    The weights are computed from the advantages of the training code (`tokenrl.lab.prompt_weight`).
+
+    Look for: the mean reward weighs all prompts by 1. pass@k gives up prompts that are mostly solved, and
+    weighs a prompt that is hardly ever solved by k. The log of success weighs it by G - 1, or by G if failed
+    groups are kept; its leave-one-out form learns nothing from a lone success, so hard prompts lose.
+    """
+    p = torch.linspace(0.005, 0.995, 199, dtype=torch.double)
+    figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    shown = (0.02, 0.1, 0.3, 0.6, 0.9)
+    print(f"{'w(p), G = ' + str(group_size):28}" + "".join(f"p = {x:<8g}" for x in shown))
+    for name, (preset, colour) in WEIGHED.items():
+        axes.plot(p, prompt_weight(preset, p, group_size), color=colour, linewidth=2.2, label=name)
+        print(f"{name:28}" + "".join(f"{float(prompt_weight(preset, x, group_size)):<12.3f}" for x in shown))
+    axes.set(xlim=(0, 1), yscale="log", ylim=(0.02, 10), ylabel="weight w of the prompt's grad p",
+             xlabel="p, the success rate of the prompt")  # fmt: skip
+    label_ticks(axes, (0, 0.25, 0.5, 0.75, 1), (0.02, 0.1, 0.5, 1, 2, 4, 8))
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.set_title(f"Which prompts an objective learns from, G = {group_size}", loc="left")
     save(figure, output)
 
 
@@ -396,5 +414,5 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
 
 
 if __name__ == "__main__":
-    others = {"grpo-difficulty": grpo_difficulty, "length-bias": length_bias}
+    others = {"grpo-difficulty": grpo_difficulty, "length-bias": length_bias, "objectives": objectives}
     tyro.extras.subcommand_cli_from_dict({"map": map_of_presets, "variance": variance, "kl": kl, **others})
