@@ -28,6 +28,7 @@ PROGRAMS = {
 }
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/lab/compare/
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
+ELSEWHERE |= {"pass_at_k"}
 ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {
@@ -49,11 +50,19 @@ FIGURES = {
     "figures length-bias": "--sizes 2 4",
     "figures kl": "",
     "figures variance": "--group-sizes 2 3",
+    "figures objectives": "",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
 }
 PAGES = [
     RECIPES / "pages" / f"{name}.md"
-    for name in ("loss_is_zero", "one_learning_rate", "coming_from_trl", "defaults", "pretrained")
+    for name in (
+        "loss_is_zero",
+        "one_learning_rate",
+        "coming_from_trl",
+        "defaults",
+        "pretrained",
+        "objectives",
+    )
 ]
 # what shortens a command of a page
 BRIEF = {"train": "--max-steps 1 --eval-generations 0", "compare": "--dry-run", "advise": "--num-samples 2"}
@@ -308,6 +317,21 @@ def test_figure_of_variance(tmp_path, monkeypatch, capsys):
     zero, mean, best, one, two, three = numbers("variance", out)
     assert best < mean < min(zero, one)
     assert mean < three < two
+
+
+@pytest.mark.parametrize("task", ["hidden", "difficulty"])
+def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypatch, capsys, handlers):
+    out = run("pass_at_k", f"--task {task} --seeds 3 --max-steps 1", tmp_path, monkeypatch, capsys)
+    for line in out.splitlines()[-2:]:
+        first, second, difference = map(float, re.findall(r" [+-]?([\d.]+)", line.split("±")[0])[-3:])
+        assert abs(abs(second - first) - difference) < 0.0021 and 0 <= first <= 1
+
+
+def test_figure_of_objectives(tmp_path, monkeypatch, capsys):
+    out = drawn("figures objectives", tmp_path, monkeypatch, capsys)
+    weights = {line[:28].strip(): [float(x) for x in line[28:].split()] for line in out.splitlines()[1:-1]}
+    assert weights["mean reward (rloo)"] == [1.0] * 5
+    assert weights["pass@4 (max_at_k)"][1] == 2.916 and weights["log of success (maxrl)"][1] == 5.217
 
 
 def test_map_of_presets(tmp_path, monkeypatch, capsys):
