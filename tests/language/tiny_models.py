@@ -287,15 +287,15 @@ def textbook_logprobs(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     return logits_process.LogitsProcessorList(steps)(None, logits / temperature).log_softmax(-1)
 
 
-def textbook(model, rows, *, temperature=1.0, exponent=1.0):
+def textbook(model, rows, **distribution):
     """-(1/N) sum_i A_i sum_t log pi over (prompt ids, completion ids, A_i), one sequence at a time."""
     model = copy.deepcopy(model)
     model.zero_grad()
     loss = 0.0
     for prompt, completion, advantage in rows:
         ids = torch.tensor([[*prompt, *completion]])
-        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
-        chosen = torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(prompt) :, None])
+        logp = textbook_logprobs(model(ids).logits[0, len(prompt) - 1 : -1], **distribution)
+        chosen = logp.gather(1, ids[0, len(prompt) :, None])
         loss = loss - advantage * chosen.sum() / len(rows)
     loss.backward()
     return gradient(model), loss.item()

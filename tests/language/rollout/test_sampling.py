@@ -28,8 +28,8 @@ def draw(policy, prompts, *, generations=4, length=6, seed=1, **how):
     return completions(policy, prompts, **how)
 
 
-def greedy(policy, prompts, length=6):
-    return completions(policy, prompts, num_generations=0, max_completion_length=length)
+def greedy(policy, prompts, length=6, **how):
+    return completions(policy, prompts, num_generations=0, max_completion_length=length, **how)
 
 
 def texts(rollout):
@@ -90,6 +90,7 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
     policy.eos_ids = ENDS
     prompts = [policy.encode(p) for p in PROMPTS]
     rollout = draw(policy, prompts, **distribution)
+    assert texts(greedy(policy, prompts, **distribution)) == texts(greedy(policy, prompts))
     assert len(set(rollout.mask.sum(dim=1).tolist())) > 2  # rows really finish at different times
     with torch.no_grad():
         scores = score(policy.model, rollout, distribution=Distribution(**distribution), entropy=True)
