@@ -5,8 +5,9 @@
 
 `hidden`: the right answer is 0 for three rows of a prompt and 1 for two, and the prompt does not say which.
 The mean reward is best if the answer is always 0, pass@8 if both are sampled. `difficulty`: a prompt accepts
-six digits, two or one, so a new model solves some prompts often and others rarely. Every arm of a seed has the
-same model, the same prompts and as many completions; the intervals are those of paired differences (95 %).
+six digits, two or one, so a new model solves some prompts often and others rarely. Every arm of a seed has
+the same model, the same prompts and as many completions; the intervals are those of paired differences (95
+percent).
 """
 
 # /// script

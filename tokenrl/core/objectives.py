@@ -118,7 +118,8 @@ def check_group(estimator: Estimator, group_size: int) -> None:
         raise Refused(
             f"objective {estimator.objective!r} of order {estimator.objective_order} in the form "
             f"{estimator.form!r} needs groups of at least {estimator.fewest_rows} rows, and they have "
-            f"{group_size}. Give more completions per prompt (num_generations) or a smaller objective_order."
+            f"{group_size}. Give more completions per prompt (num_generations; in control num_envs) "
+            "or a smaller objective_order."
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenrl.core.choices import EXACT
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.contributions import Contributions, contributions
@@ -100,6 +101,7 @@ def measure_estimators(
 
     measurements = []
     for name, estimator in estimators.items():
+        check_rewards(estimator, samples.rewards, samples.valid)
         units = contributions(estimator, samples, projections, prompts_per_step=step)
         rloo, none = (_in_units_of(units, groups) for groups in (of_rloo, without_baseline))
         draw, share = resampling(len(units.values)), units.groups / step  # of a unit in a step
