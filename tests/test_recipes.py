@@ -52,6 +52,7 @@ FIGURES = {
     "figures variance": "--group-sizes 2 3",
     "figures objectives": "",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
+    "samplers": "--noises 0 0.5 --problems 5",
 }
 PAGES = [
     RECIPES / "pages" / f"{name}.md"
@@ -278,6 +279,16 @@ def test_figure_of_grpo_agrees_with_enumeration(tmp_path, monkeypatch, capsys):
     ratios = [float(row[4]) for row in rows]  # rare successes gain on even chances
     assert ratios == sorted(ratios)
     assert ratios[0] == 1.0
+
+
+def test_figure_of_samplers_that_differ(tmp_path, monkeypatch, capsys):
+    out = drawn("samplers", tmp_path, monkeypatch, capsys)
+    biases: dict[tuple[str, str], float] = {}
+    for line in out.splitlines()[1:11]:
+        *name, noise, bias, _ = line.split()
+        biases[" ".join(name), noise] = float(bias)
+    assert len(biases) == 10 and not any(biases[name, noise] for name, noise in biases if noise == "0")
+    assert biases["no correction", "0.5"] > biases["token", "0.5"] > biases["sequence", "0.5"] == 0
 
 
 def test_figure_of_length_bias(tmp_path, monkeypatch, capsys):

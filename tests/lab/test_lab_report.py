@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tokenrl.cli import main
+from tokenrl.core import off_policy
 from tokenrl.core.choices import CHOICES, FROM_BEST_TO_WORST
 from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.enumeration import Moments
@@ -59,6 +60,16 @@ def test_a_table_records_and_progress(once) -> None:
     by_name = {r["estimator"]: r for r in found}
     assert by_name["rloo"]["relative_bias"] < 1e-10 < by_name["grpo"]["relative_bias"]
     assert by_name["scale batch_std"]["found"] == "asymptotic"
+    assert by_name["rloo"]["off_policy"] == "biased"
+
+
+def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatch) -> None:
+    wrong = replace(off_policy.CORRECTIONS["token"], status=off_policy.EXACT_FOR_POLICY)
+    command = ["lab", "exact", "--estimators", "importance token", "importance sequence"]
+    assert main(command) == 0 and "policy" in capsys.readouterr().out.split()
+    monkeypatch.setitem(off_policy.CORRECTIONS, "token", wrong)
+    assert main(command) == 1
+    assert "declared wrongly: importance token." in capsys.readouterr().out
 
 
 def test_the_same_command_writes_the_same_bytes(once, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from tokenrl.lab import (
     perturbed_problem,
     tabular_problem,
 )
+from tokenrl.lab.exact import samplers
 from tokenrl.lab.exact.mismatch import CORRECTIONS as TABLE, kept_mass
 
 torch.set_num_threads(1)
@@ -172,6 +174,11 @@ def random_estimator(rng: random.Random) -> Estimator | None:
         return Estimator(**fields, window=1)
     except Refused:
         return None
+
+
+def test_the_example_in_the_docstring() -> None:
+    done = doctest.testmod(samplers)
+    assert done.attempted >= 4 and done.failed == 0
 
 
 def test_a_random_walk_through_the_axes_finds_no_wrong_declaration() -> None:
