@@ -55,10 +55,8 @@ class Recorder:
 Recorder.right.binary = True
 
 
-def evaluate(
-    functions, policy=None, *, weights=None, mark=None, generations=6, temperature=1.0, top_p=1.0, **options
-):
-    sampling = Sampling(4, generations, temperature=temperature, top_p=top_p)
+def evaluate(functions, policy=None, *, weights=None, mark=None, generations=6, how=None, **options):
+    sampling = Sampling(4, generations, **how or {})
     rewards = Rewards(functions, weights, pass_threshold=mark)
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, **options).metrics
 
@@ -86,7 +84,7 @@ def test_every_metric_is_that_of_the_completions():
         shares = [distinct(ids[i : i + 6], n) for i in range(0, len(ids), 6)]
         assert found[f"distinct_{n}"] == pytest.approx(np.mean(shares))
     assert found["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
-    cold = evaluate(seen.right, temperature=1e-3)
+    cold = evaluate(seen.right, how={"temperature": 1e-3})
     assert cold["distinct_1"] < found["distinct_1"] and cold["entropy"] < 0.01 < found["entropy"]
     alone = evaluate(Recorder().right, generations=0)  # of the greedy completions
     assert {"reward_greedy", "reward_greedy_stderr", "rewards/right/mean", "entropy"} <= alone.keys()
@@ -166,7 +164,7 @@ def plain_logprobs(policy, prompt, ids, top_p):
 
 def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     policy, base, seen = tiny(0), tiny(1), Recorder()
-    found = evaluate(seen.right, policy, reference=base, temperature=0.7, top_p=0.8)
+    found = evaluate(seen.right, policy, reference=base, how={"temperature": 0.7, "top_p": 0.8})
     k1, k3, entropies = [], [], []
     for prompt, ids in zip(seen.prompts[len(ROWS) :], seen.ids[len(ROWS) :], strict=True):
         p, q = (plain_logprobs(model, prompt, ids, top_p) for model, top_p in ((policy, 0.8), (base, 1)))

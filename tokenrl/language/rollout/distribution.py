@@ -1,4 +1,10 @@
-"""Defines the distribution of the next token, for sampling and for scoring alike. Imports no torch."""
+"""Defines the distribution of the next token, for sampling and for scoring alike. Imports no torch.
+
+The logits are divided by the temperature, some tokens are kept, and the softmax is over these. They are those
+that top_k, top_p and min_p all keep, in the order of transformers: top_p counts probabilities among the top_k
+tokens, and min_p comes last; vLLM applies min_p first, so that top_p counts among fewer. Tokens with equal
+logits are kept or left out together.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution(Settings, group="sampling"):
-    """How the probabilities of the next token follow from its logits.
-
-    The logits are divided by the temperature, some tokens are kept, and the softmax is over these. They are
-    those that top_k, top_p and min_p all keep, in the order of transformers: top_p counts probabilities among
-    the top_k tokens, and min_p comes last; vLLM applies min_p first, so that top_p counts among fewer. Tokens
-    with equal logits are kept or left out together.
-    """
+    """How completions are sampled, and scored alike: from which tokens, with which probabilities."""
 
     temperature: Positive = 1.0
     """Temperature of the policy, by which its logits are divided, in sampling and in the gradient."""
