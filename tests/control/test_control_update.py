@@ -249,6 +249,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops():
         ({"zero_spread": "drop"}, None, "no prompts"),
         ({"truncations": "mask"}, None, "time limit"),
         ({"overlong_buffer": 3}, None, "environment itself rewards length"),
+        ({"importance_centre": True}, None, "the policy that samples is the one that learns"),
         ({"baseline": "none"}, 8, "only a critic"),
         ({"baseline": "rloo", "returns": "gae"}, 8, "cannot be compared"),
         ({"baseline": "value", "returns": "episode_normalized"}, 8, "or normalised"),
