@@ -309,7 +309,7 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     names = {one.name.replace("_", "-") for one in dataclasses.fields(TrainArguments)}
     axes = {"estimator." + one.name.replace("_", "-") for one in dataclasses.fields(Estimator)}
     assert sorted(flags) == sorted({"config"} | names | axes)  # each once, none left out
-    assert "--temperature FLOAT" in shown["sampling"] and "(default: 1.0)" in shown["sampling"]
+    assert "--temperature FLOAT" in shown["sampling"] and "(default: 0.0)" in shown["sampling"]
     assert "--lora-r INT" in shown["LoRA"] and "--estimator.scale-ddof {0,1}" in shown["estimator"]
     assert "Training steps; each samples one rollout. Default: 200." in shown[""]
     assert "(default: None)" not in shown[""]

@@ -113,10 +113,10 @@ def test_the_largest_rewards_have_finite_advantages(name):
     rewards, zeros = torch.tensor([1e12, -1e12]).repeat(n // 2), torch.zeros(n, width)
     inputs = {"logprobs": zeros, "ref_logprobs": zeros, "values": zeros, "bootstrap": zeros[:, 0]}
     inputs |= {"greedy_rewards": rewards.roll(1), "score_norms": zeros + 1, "max_length": width}
-    how = {"group_size": 8, "baseline_value": 0.0, **inputs}
     estimator = Estimator.preset(name)
     rewards = rewards.clamp(min=0) if estimator.objective == "log_success" else rewards
-    advantages = estimator.advantages(rewards, zeros == 0, **how)
+    inputs |= {"group_size": 8, "baseline_value": 0.0, "components": rewards[:, None]}
+    advantages = estimator.advantages(rewards, zeros == 0, **inputs)
     assert advantages.policy.isfinite().all() and advantages.policy.abs().max() > 0
 
 
