@@ -77,11 +77,25 @@ MIXED += [
     {"baseline": "none", "aggregation": "token_mean", "returns": "reward_to_go"},
     {"baseline": "shrinkage", "shrinkage_weight": 0.0},
 ]
+FORMS = [BEST_OF_2 | {"objective_form": form} for form in ("leave_one_out", "sloo_minus_one", "sloo")]
+FORMS += [{"objective": "log_success", "objective_form": form} for form in ("maxrl", "leave_one_out")]
+MIXED += [
+    form | more
+    for form in FORMS
+    for more in (
+        LOSS_KL,
+        {"aggregation": "fixed_length", "ratio": "token"},
+        {"aggregation": "token_mean"},
+        {"zero_spread": "drop"},
+        {"zero_spread": "refill"},
+        {"truncations": "mask"},
+    )
+]
 
 
 @pytest.mark.parametrize("fields", MIXED, ids=str)
 def test_combinations_hold_what_they_declare(fields: dict) -> None:
-    verdict = measure_bias(Estimator(**fields), SMALL)
+    verdict = measure_bias(Estimator(**fields), SMALL if "objective" not in fields else LEVELS)
     off = verdict.declared == "biased" and verdict.cosine < 1 - 1e-5
     assert verdict.ok or off, (verdict.declared, verdict.found, verdict.cosine)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tokenrl.core import Estimator
+from tokenrl.core.bias import objective_line
+from tokenrl.core.choices import Effect
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.targets import OBJECTIVES
 from tokenrl.errors import Refused
@@ -176,6 +179,25 @@ def test_negative_rewards_have_no_logarithm() -> None:
         measure_bias(e, [tabular_problem(2)])
 
 
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        (("log_success", "leave_one_out"), {"binary": "exact"}),
+        (("max_at_k", "leave_one_out"), {"status": "exact_up_to_scale", "binary": "biased"}),
+        (("max_at_k", "leave_one_out"), {"of_reward": Effect("exact_per_prompt", "wrong")}),
+        (("log_success", "maxrl"), {"status": "exact_per_prompt"}),
+    ],
+    ids=str,
+)
+def test_a_wrong_declaration_of_an_objective_is_caught(monkeypatch, key, changes) -> None:
+    order = 2 if key[0] == "max_at_k" else None
+    e = Estimator(objective=key[0], objective_form=key[1], objective_order=order)
+    problems = [tabular_problem(18, prompts=1, group_size=3, vocabulary=2, rewards="graded")]
+    assert measure_bias(e, problems).ok
+    monkeypatch.setitem(OBJECTIVES, key, replace(OBJECTIVES[key], **changes))
+    assert not measure_bias(e, problems).ok
+
+
 def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> None:
     table = [
         ("rloo", "exact", "exact", "exact"),
@@ -192,6 +214,11 @@ def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> N
     for name, *statuses in table:
         e = Estimator.preset(name)
         assert [e.bias_status, e.binary_bias_status, e.reward_bias_status] == statuses, name
+    assert objective_line(Estimator()) == {}
+    line = objective_line(Estimator.preset("maxrl"))["objective"]
+    assert line.startswith(
+        "log_success, form maxrl; bias: biased, on rewards of 0 and 1 exact; as a gradient"
+    )
 
 
 REFUSED = [
