@@ -81,7 +81,7 @@ EXTRA: dict[str, dict[str, object]] = {
     "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
-    "max_at_k of 2, full path KL": {
+    "max_at_2, full path KL": {
         "objective": "max_at_k",
         "objective_order": 2,
         "beta": 0.2,
@@ -121,8 +121,8 @@ def _candidates() -> Iterator[tuple[str, Estimator]]:
     for objective, form in OBJECTIVES:
         for order in (1, 2, 3) if objective == "max_at_k" else (None,):
             if (form, order) != ("sloo_minus_one", 1):
-                number = "" if order is None else f" of {order}"
+                label = objective if order is None else f"max_at_{order}"
                 chosen = {"objective": objective, "objective_form": form, "objective_order": order}
-                yield f"{objective}{number}, {form}", Estimator(**chosen)  # type: ignore[arg-type]
+                yield f"{label}, {form}", Estimator(**chosen)  # type: ignore[arg-type]
     for name, fields in EXTRA.items():
         yield name, Estimator(**fields)  # type: ignore[arg-type]
