@@ -149,8 +149,8 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     std = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}
     spread = [(k / size * (1 - k / size)) for k in range(size + 1)]
     chances = [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
-    wanted = sum(c * s / (s**0.5 + 0.01) for c, s in zip(chances, spread, strict=True)) / (p * (1 - p))
-    torch.testing.assert_close(prompt_weight(Estimator(**std), p, size), wanted, atol=1e-10, rtol=1e-10)
+    divided = sum(c * s / (s**0.5 + 0.01) for c, s in zip(chances, spread, strict=True)) / (p * (1 - p))
+    torch.testing.assert_close(prompt_weight(Estimator(**std), p, size), divided, atol=1e-10, rtol=1e-10)
     assert prompt_weight("rloo", 0.5, size).item() == pytest.approx(1.0)
 
 
@@ -164,8 +164,8 @@ def test_the_target_of_the_lab_is_the_gradient_of_the_objective_summed_over_all_
         for drawn in itertools.product(range(chances.shape[1]), repeat=k):
             index = list(drawn)
             total = total + (chances[:, index].prod(-1) * problem.totals[:, index].amax(-1)).sum()
-        found = slopes_in_probability(e, problem.totals, problem.chances, 5)
-        torch.testing.assert_close(found, torch.autograd.grad(total, chances)[0], atol=1e-12, rtol=1e-12)
+        slopes = slopes_in_probability(e, problem.totals, problem.chances, 5)
+        torch.testing.assert_close(slopes, torch.autograd.grad(total, chances)[0], atol=1e-12, rtol=1e-12)
 
 
 def test_negative_rewards_have_no_logarithm() -> None:

@@ -77,7 +77,7 @@ def max_at_k(
     - `no_baseline`: nothing (eq. 19).
     """
     differences, first = from_first(totals, valid)
-    ranked, places = torch.where(valid, differences, torch.inf).sort(-1)
+    ranked, indices = torch.where(valid, differences, torch.inf).sort(-1)
     rows = valid.sum(-1, keepdim=True).to(totals.dtype)
     ranked = zero_outside(ranked, torch.arange(ranked.shape[-1], device=ranked.device) < rows)
     larger, smaller = ranked[..., 1:], ranked[..., :-1]  # each other row, by its place among the others
@@ -88,7 +88,7 @@ def max_at_k(
     weight = {"no_baseline": torch.zeros_like(rows), "sloo": rows / (rows - 1).clamp(min=1)}
     subtracted = weight.get(form, torch.ones_like(rows))
     advantages = order * (best - subtracted * best_of_others + (1 - subtracted) * first)
-    return torch.zeros_like(totals).scatter(-1, places, advantages)
+    return torch.zeros_like(totals).scatter(-1, indices, advantages)
 
 
 def largest_of_drawn(drawn: int, rows: Float[Tensor, "S 1"], width: int) -> Float[Tensor, "S {width}"]:
@@ -97,10 +97,10 @@ def largest_of_drawn(drawn: int, rows: Float[Tensor, "S 1"], width: int) -> Floa
     It is `C(j, drawn-1)/C(rows, drawn)` at place j, as a product of ratios that are at most 1, so that no
     binomial overflows; 0 beyond the last row, and 0 everywhere if none is drawn.
     """
-    place = torch.arange(width, dtype=rows.dtype, device=rows.device)
-    ratios = torch.where(place < rows - 1, ((place - drawn + 2) / (place + 1)).clamp(min=0), 1.0)
+    rank = torch.arange(width, dtype=rows.dtype, device=rows.device)
+    ratios = torch.where(rank < rows - 1, ((rank - drawn + 2) / (rank + 1)).clamp(min=0), 1.0)
     product = ratios.flip(-1).cumprod(-1).flip(-1)
-    return torch.where(place < rows, drawn / rows.clamp(min=1) * product, 0.0)
+    return torch.where(rank < rows, drawn / rows.clamp(min=1) * product, 0.0)
 
 
 def sum_above(x: Float[Tensor, "S m"]) -> Float[Tensor, "S n"]:

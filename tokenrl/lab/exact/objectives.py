@@ -28,13 +28,13 @@ def slopes_in_probability(
     """
     if estimator.objective == "max_at_k":
         order = estimator.objective_order or 1
-        ranked, places = returns.sort(-1)
-        shares = chances.gather(-1, places)
+        ranked, indices = returns.sort(-1)
+        shares = chances.gather(-1, indices)
         below = shares.cumsum(-1)  # probability that one row is at most as good
         powers = below ** (order - 1)
         steps = powers.diff(dim=-1) * ranked[:, 1:]  # the best of the others is this one
         later = torch.nn.functional.pad(steps.flip(-1).cumsum(-1).flip(-1), (0, 1))
-        return torch.zeros_like(returns).scatter(-1, places, order * (ranked * powers + later))
+        return torch.zeros_like(returns).scatter(-1, indices, order * (ranked * powers + later))
     if estimator.objective == "log_success":
         mean = (chances * returns).sum(-1, keepdim=True)
         last = group_size - (estimator.form != "keep_failures")

@@ -200,8 +200,8 @@ def _on_binary(estimator: Estimator) -> Claim | None:
     if status in (estimator.bias_status, choices.ASYMPTOTIC):
         return None
     usable = [p for p in binary_problems() if p.group_size >= estimator.fewest_rows]
-    found = (exact_moments(estimator, problem).status for problem in usable)
-    return Claim(status, max(found, key=choices.FROM_BEST_TO_WORST.index))
+    statuses = (exact_moments(estimator, problem).status for problem in usable)
+    return Claim(status, max(statuses, key=choices.FROM_BEST_TO_WORST.index))
 
 
 def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | None:
@@ -213,8 +213,8 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
         replace(exact_moments(estimator, problem), target=target_of(of_reward, problem))
         for problem in problems
     ]
-    found = max((m.status for m in moments), key=choices.FROM_BEST_TO_WORST.index)
-    return Claim(estimator.reward_bias_status, found)
+    worst = max((m.status for m in moments), key=choices.FROM_BEST_TO_WORST.index)
+    return Claim(estimator.reward_bias_status, worst)
 
 
 def extent(problems: Sequence[Problem]) -> str:
