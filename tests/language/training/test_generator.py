@@ -210,18 +210,23 @@ def test_the_correction_of_importance_reads_what_the_sampler_reports():
     assert apart(by_engine, slope * math.exp(0.3)) < 1e-6
 
 
-def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [Engine, Gapped])
+def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
+    monkeypatch, tmp_path, capsys, kind
+):
     made = []
 
     def engine(policy, *_):
-        made.append(Engine(policy))
+        made.append(kind(policy))
         return made[-1]
 
     monkeypatch.setattr(loop, "make_learner", partial(make_learner, engine=engine))
     policy = make_policy()
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
-    options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "quiet": True, "cpu": True}
+    options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True}
     tokenrl.train(**options)
+    warning = "step 1: Log-probabilities of sampler and training differ by 0.3 nats per token"
+    assert " ".join(capsys.readouterr().out.split()).count(warning) == (kind is Gapped)
     # Two evaluations (greedy and sampled) of two prompts each, two steps.
     assert made[0].prompts == 2 * 2 * 2 + 2 * 2
     assert made[0].synced == 3 and made[0].closed  # the starting weights, and those of two steps

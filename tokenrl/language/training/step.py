@@ -138,8 +138,7 @@ def training_step(
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
-    metrics |= mismatch_metrics(apart)
-    metrics |= update_baselines(learner, memory, rows, whole, returns)
+    metrics |= mismatch_metrics(apart) | update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}

@@ -45,6 +45,8 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     for flag in ("all-truncated", "slow-reward", "slow-machine"):
         if flag in findings:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
+    for finding in judge(run_facts(run, session.rows, "recent"), "off-policy"):
+        session.warn_once(finding.flag, f"step {step}: {finding.text}")
     if (none := findings.get("no-signal")) is None:
         return None
     ends = 0 < run.args.stop_after_zero_spread <= idle
