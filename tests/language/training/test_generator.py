@@ -100,7 +100,9 @@ class Different(Engine):
             weight.data += 0.02 * torch.randn_like(weight)
 
     def generate(self, prompt_ids, sampling, draws):
-        rollout = super().generate(prompt_ids, dataclasses.replace(sampling, top_k=5), draws)
+        rollout = super().generate(
+            prompt_ids, dataclasses.replace(sampling, top_k=5, keep_distribution=True), draws
+        )
         noise = self.noise * torch.randn_like(rollout.sampling_logprobs) * rollout.mask
         self.rollout = dataclasses.replace(rollout, sampling_logprobs=rollout.sampling_logprobs + noise)
         return self.rollout
@@ -140,10 +142,22 @@ def log_ratios(learner):
     return ratios
 
 
-@pytest.mark.parametrize("importance", [{}, {"importance": "token", "importance_cap": 1.5}])
-def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_formula_says(importance):
+CAPPED = {"importance_cap": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("importance", "centre"),
+    [
+        *(({}, centre) for centre in (False, True)),
+        *(({"importance": "token"} | CAPPED, centre) for centre in (False, True)),
+        ({"importance": "sequence"} | CAPPED, False),
+        ({"importance": "geometric"}, False),
+    ],
+)
+def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_formula_says(importance, centre):
+    kind = importance.get("importance", "none")
     options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": 4, "architecture": "gpt2"}
-    estimator = Estimator(importance_centre=True, **importance)
+    estimator = Estimator(importance_centre=centre, **importance)
     slope, _, learner = stepped(estimator, engine=Different, **options)
     policy, rollout = make_policy("gpt2", dtype="float64", initializer_range=0.1), learner.generator.rollout
     rewards = lengthy([ids[m].tolist() for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)])
@@ -155,14 +169,21 @@ def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_form
         logp = policy.model(torch.cat([prompt, chosen])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         mu = log_mu[: len(chosen)].exp()
         assert ((mu > 0).sum(-1) == 5).all()  # w mu is 0 for the others
-        w_mu = mu if not importance else logp.detach().exp().minimum(1.5 * mu)
-        w, sampled = ((x.gather(1, chosen[:, None]).squeeze(1)) for x in (w_mu / mu, logp))
-        score = w * sampled - (w_mu * logp).sum(-1)
+        w_mu = mu if kind == "none" else logp.detach().exp().minimum(1.5 * mu)
+        w, sampled, log_ratio = (
+            x.gather(1, chosen[:, None]).squeeze(1)
+            for x in (w_mu / mu, logp, logp.detach() - log_mu[: len(chosen)])
+        )
+        if kind == "sequence":
+            w = log_ratio.sum().exp().clamp(max=1.5)
+        if kind == "geometric":
+            w = log_ratio.mean().exp()
+        score = w * sampled - centre * (w_mu * logp).sum(-1)
         gains.append((rewards[row] - sum(others) / len(others)) * score.sum())
     (-sum(gains) / len(gains)).backward()
     assert apart(slope, gradient(policy.model)) < 1e-9
-    plain, *_ = stepped(Estimator(**importance), engine=Different, **options)
-    assert apart(plain, slope) > 0.01
+    plain, *_ = stepped(Estimator(), engine=Different, **options)
+    assert (apart(plain, slope) > 0.01) == (kind != "none" or centre)
 
 
 def test_centring_changes_nothing_where_the_policy_itself_samples():
