@@ -191,6 +191,12 @@ def test_centring_changes_nothing_where_the_policy_itself_samples():
     assert apart(*slopes) < 1e-6
 
 
+def test_a_token_that_is_not_kept_any_more_leaves_the_loss_small():
+    moving = {"top_k": 3, "num_iterations": 3, "learning_rate": 0.05, "max_grad_norm": 0.0}
+    _, record, _ = stepped(Estimator(importance_centre=True, ratio="token"), **moving)
+    assert abs(record.metrics["loss"]) < 100
+
+
 def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch):
     class Silent(Engine):
         def generate(self, *args):

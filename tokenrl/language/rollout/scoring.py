@@ -105,13 +105,14 @@ def score(
     logp = distribution.log_probabilities(logits, rollout.completion_ids)  # [N, T, V]
     logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
     p = logp.exp() if entropy or score_norms else logp
+    # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
+    kept = logp.masked_fill(logp == -torch.inf, 0) if centres else logp
     return Scores(
         logprobs,
         entropy_of(logp, p) if entropy else None,
         score_norm_of(logprobs, p) if score_norms else None,
         states,
-        # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
-        None if centres is None else centres(logp.clamp(min=-1e4), rollout.sampling_distribution),
+        None if centres is None else centres(kept, rollout.sampling_distribution),
     )
 
 
