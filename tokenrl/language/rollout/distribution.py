@@ -23,7 +23,7 @@ class Distribution(Settings, group="sampling"):
     """How completions are sampled, and scored alike: from which tokens, with which probabilities."""
 
     temperature: Positive = 1.0
-    """Temperature of the policy, by which its logits are divided, in sampling and in the gradient."""
+    """Temperature of the policy, in sampling and in the gradient."""
     top_k: Natural = 0
     """Sample from the k most probable tokens, and score under the same distribution; 0: off."""
     top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
