@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.memories import Memory, read
+from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths
@@ -61,9 +62,15 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
 
 
 def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
-    """Return which of all N rows are compared, and which rows and tokens are learnt from."""
+    """Return which of all N rows are compared, and which rows and tokens are learnt from.
+
+    Raises:
+        Refused: A row that is compared has a reward that the objective does not take.
+    """
     states: dict[str, Any] = {"valid": rows.valid, "truncated": rows.truncated}
-    return keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
+    kept = keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
+    check_rewards(estimator, rows.rewards, kept.compared)
+    return kept
 
 
 def advantage_inputs(rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards) -> dict[str, Any]:

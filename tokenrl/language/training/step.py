@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.memories import Memory, update
-from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import flat_gradient, generator_of
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
@@ -101,13 +100,12 @@ def training_step(
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
-    check_rewards(estimator, whole.rewards, counting.compared)
     inputs = advantage_inputs(whole, sampling, memory, rewards)
     advantages, returns = estimator.advantages(whole.rewards, whole.mask, valid=counting.compared, **inputs)
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
-    history, apart = list[dict[str, float]](), list[Tensor]()
+    history, gaps = list[dict[str, float]](), list[Tensor]()
     for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
@@ -124,7 +122,7 @@ def training_step(
                 accelerator.backward(loss)
                 learner.forward.accumulate_gradients()
                 sums += loss_statistics(learner, loss, inputs)
-                apart += [] if history else [differences(inputs)]
+                gaps += [] if history else [differences(inputs)]
             if first_half_gradient is None and measured:
                 first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
@@ -138,7 +136,7 @@ def training_step(
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
-    metrics |= mismatch_metrics(apart) | update_baselines(learner, memory, rows, whole, returns)
+    metrics |= mismatch_metrics(gaps) | update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
