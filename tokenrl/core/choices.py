@@ -80,6 +80,7 @@ NO_OBJECTIVE = Effect(
     BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
 )
 OF_OTHERS = "the baseline is made of the other completions of the prompt only"
+WEIGHTED_OTHERS = "the baseline and its weights are made of the other completions only"
 MEMORY = Choice(
     EXACT, "given the past, a memory is a constant, because it is updated after use", needs="baseline_value"
 )
@@ -88,11 +89,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
     "baseline": {
         "none": Choice(EXACT, "nothing is subtracted"),
         "constant": Choice(EXACT, "a constant baseline times the score has mean zero"),
-        "running_mean": Choice(
-            EXACT,
-            "given the past, the running mean is a constant, because it is updated after use",
-            needs="baseline_value",
-        ),
+        "running_mean": MEMORY,
         "tracker": MEMORY,
         "rloo": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
         "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
@@ -111,7 +108,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "remax": Choice(EXACT, "the greedy completion depends on the prompt only", needs="greedy_rewards"),
         "opo": Choice(
             EXACT,
-            "the baseline and its weights are made of the other completions only",
+            WEIGHTED_OTHERS,
             compares="group",
             centred=True,
             row_inside=Effect(
@@ -122,7 +119,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "optimal": Choice(
             EXACT,
-            "the baseline and its weights are made of the other completions only",
+            WEIGHTED_OTHERS,
             compares="group",
             needs="score_norms",
             centred=True,
@@ -364,8 +361,8 @@ AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.
 }
 """The names of each axis."""
 
-# The type of each axis: the `Literal` of its names, from which the command line lists and checks them. A type
-# checker cannot read the table, so for it each of them is `str`.
+# The type of each axis, such as KlEstimator for kl_estimator: the `Literal` of its names, from which the
+# command line lists and checks them. A type checker cannot read the table, so for it each of them is `str`.
 if TYPE_CHECKING:
     Baseline = str
     BaselineOrFunction = str | Callable[..., Tensor]
@@ -383,21 +380,8 @@ if TYPE_CHECKING:
     Truncations = str
     Components = str
 else:
-    Baseline = Literal[AXES["baseline"]]
+    globals().update({axis.title().replace("_", ""): Literal[names] for axis, names in AXES.items()})
     BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
-    OptimalForm = Literal[AXES["optimal_form"]]
-    Scale = Literal[AXES["scale"]]
-    Aggregation = Literal[AXES["aggregation"]]
-    Ratio = Literal[AXES["ratio"]]
-    Importance = Literal[AXES["importance"]]
-    ImportanceBound = Literal[AXES["importance_bound"]]
-    KlEstimator = Literal[AXES["kl_estimator"]]
-    KlPlacement = Literal[AXES["kl_placement"]]
-    EntropyForm = Literal[AXES["entropy_form"]]
-    Returns = Literal[AXES["returns"]]
-    ZeroSpread = Literal[AXES["zero_spread"]]
-    Truncations = Literal[AXES["truncations"]]
-    Components = Literal[AXES["components"]]
 
 
 def required(name: str, value: T | None, purpose: str) -> T:
