@@ -76,6 +76,7 @@ class Choice(Effect):
 
 
 ON_POLICY = "on-policy every importance weight is 1"
+FIRST_UPDATE = "at the first update every ratio is 1, inside all bounds, and the gradient is REINFORCE's"
 NO_OBJECTIVE = Effect(
     BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
 )
@@ -129,15 +130,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
                 "ascends E[R] - E[b]/G, the weights held fixed",
             ),
         ),
-        "shrinkage": Choice(
-            EXACT,
-            "both means leave the row out, and the weight is fixed or made of the other prompts only",
-            compares="group",
-        ),
+        "shrinkage": Choice(EXACT, "neither the means nor their weights contain the row", compares="group"),
         "value": Choice(
-            EXACT,
-            "the value of a state does not depend on the action taken there, even if the value is wrong",
-            needs="values",
+            EXACT, "right or wrong, the value of a state does not depend on the action there", needs="values"
         ),
         "episode_mean": Choice(
             BIASED,
@@ -210,20 +205,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "ratio": {
         "none": Choice(EXACT, "on-policy"),
-        "token": Choice(
-            EXACT, "at the first update every ratio is 1, and the clipped objective has REINFORCE's gradient"
-        ),
-        "sequence_mean": Choice(EXACT, "at the first update every ratio is 1", whole_row=True),
+        "token": Choice(EXACT, FIRST_UPDATE),
+        "sequence_mean": Choice(EXACT, FIRST_UPDATE, whole_row=True),
         "sequence_product": Choice(
-            EXACT,
-            "exact on-policy and off-policy, because it is the ratio of the whole sequence",
-            whole_row=True,
+            EXACT, "the ratio of the sequence is exact off-policy too", whole_row=True
         ),
-        "geometric_clip": Choice(
-            EXACT, "at the first update every ratio is 1, and so is their geometric mean", whole_row=True
-        ),
-        "cispo": Choice(EXACT, "at the first update every ratio is 1, inside its bounds"),
-        "trust": Choice(EXACT, "at the first update no probability has moved, and no token is dropped"),
+        "geometric_clip": Choice(EXACT, FIRST_UPDATE, whole_row=True),
+        "cispo": Choice(EXACT, FIRST_UPDATE),
+        "trust": Choice(EXACT, FIRST_UPDATE),
     },
     # Where the sampler differs, `off_policy` says what these do.
     "importance": {
@@ -235,12 +224,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
     "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
         "sequence": Choice(EXACT, "one baseline per row, weighted by the scores of the other completions"),
-        "per_timestep": Choice(
-            EXACT, "one baseline per timestep, weighted by the scores of the other rows at it"
-        ),
-        "cumulative": Choice(
-            EXACT, "one baseline per timestep, weighted by the scores of the other rows up to it"
-        ),
+        "per_timestep": Choice(EXACT, "one per timestep, weighted by the scores of the other rows at it"),
+        "cumulative": Choice(EXACT, "one per timestep, weighted by the scores of the other rows up to it"),
     },
     "entropy_form": {
         "per_step": Choice(
@@ -248,9 +233,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "the gradient of each step's entropy with its prefix held fixed; the effect of an action on the "
             "entropy of later steps is missing",
         ),
-        "sequence": Choice(
-            EXACT, "each action is also credited with the entropy of later steps", whole_row=True
-        ),
+        "sequence": Choice(EXACT, "each action is credited with later entropy too", whole_row=True),
     },
     "returns": {
         "total": Choice(
@@ -258,11 +241,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "every action is credited with the whole return",
             discounted=Effect(BIASED, "ascends the discounted return E[sum_t gamma^t r_t], not J"),
         ),
-        "reward_to_go": Choice(
-            EXACT,
-            "rewards before an action do not depend on it",
-            discounted=NO_OBJECTIVE,
-        ),
+        "reward_to_go": Choice(EXACT, "earlier rewards do not depend on an action", discounted=NO_OBJECTIVE),
         "blame_window": Choice(
             BIASED,
             "rewards beyond the window are credited to no action, which is the gradient of no objective; "
@@ -318,9 +297,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
 }
 
 KL_EFFECTS: dict[tuple[str, str], Effect] = {
-    ("reward", "k1"): Effect(
-        EXACT, "the log ratio as a penalty in the reward gives the gradient of J - beta KL"
-    ),
+    ("reward", "k1"): Effect(EXACT, "a log ratio in the reward gives the gradient of J - beta KL"),
     ("reward", "k2"): Effect(
         BIASED, "k2 in the reward ascends E[R] - beta E[k2] with k2 held fixed, which is not the KL"
     ),
@@ -338,12 +315,8 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
     ("loss", "k3"): Effect(
         BIASED, "the gradient of the FORWARD KL(ref || pi) of each step, with its prefix held fixed"
     ),
-    ("loss", "k2_sequence"): Effect(
-        EXACT, "half the squared log ratio of the sequence has the gradient of the KL"
-    ),
-    ("loss", "full_path"): Effect(
-        EXACT, "each action is credited with its own log ratio and those of later steps"
-    ),
+    ("loss", "k2_sequence"): Effect(EXACT, "k2 of the whole sequence has the gradient of the KL"),
+    ("loss", "full_path"): Effect(EXACT, "each action is credited with its own and later log ratios"),
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 

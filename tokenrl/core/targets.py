@@ -6,6 +6,7 @@ prompt. This module imports no torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, Choice, Effect
@@ -14,38 +15,29 @@ from tokenrl.errors import Refused
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
-LOG_SUCCESS = "with three or more reward levels there is no objective; on rewards of 0 and 1 it ascends "
+LOG_SUCCESS = (
+    "the row's own return is in the divisor: with three or more reward levels there is no objective; on "
+    "rewards of 0 and 1 it ascends "
+)
+MAXRL = Effect(BIASED, "hard prompts count for more than easy ones", PER_PROMPT)
 BEST = Effect(
     BIASED,
     "prefers completions that are rarely matched by others; a reward of 1 counts k (1-p)^(k-1)",
     PER_PROMPT,
 )
-MAXRL = Effect(BIASED, "hard prompts count for more than easy ones", PER_PROMPT)
+BEST_OF_K = Choice(EXACT, "the mean of the best of k rows, less one of other rows", of_reward=BEST)
 
 OBJECTIVES: dict[tuple[str, str], Choice] = {
     ("reward", "default"): Choice(EXACT, "the mean reward", centred=True),
-    ("max_at_k", "leave_one_out"): Choice(
-        EXACT, "the mean of the best of k rows, minus that of k other rows", centred=True, of_reward=BEST
-    ),
-    ("max_at_k", "sloo_minus_one"): Choice(
-        EXACT, "the mean of the best of k rows, minus that of k - 1 of them", centred=True, of_reward=BEST
-    ),
-    ("max_at_k", "sloo"): Choice(
-        EXACT, "as leave_one_out, with a baseline that is G/(G-1) too large", of_reward=BEST
-    ),
-    ("max_at_k", "no_baseline"): Choice(EXACT, "the mean of the best of k rows", of_reward=BEST),
+    ("max_at_k", "leave_one_out"): replace(BEST_OF_K, centred=True),
+    ("max_at_k", "sloo_minus_one"): replace(BEST_OF_K, centred=True),
+    ("max_at_k", "sloo"): BEST_OF_K,  # as leave_one_out, with a baseline that is G/(G-1) too large
+    ("max_at_k", "no_baseline"): BEST_OF_K,  # nothing is subtracted
     ("log_success", "maxrl"): Choice(
-        BIASED,
-        f"the row's own return is in the divisor: {LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k",
-        EXACT,
-        centred=True,
-        of_reward=MAXRL,
+        BIASED, f"{LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k", EXACT, centred=True, of_reward=MAXRL
     ),
     ("log_success", "keep_failures"): Choice(
-        BIASED,
-        f"the row's own return is in the divisor: {LOG_SUCCESS}sum_(k<=G) (1-(1-p)^k)/k",
-        EXACT,
-        of_reward=MAXRL,
+        BIASED, f"{LOG_SUCCESS}sum_(k<=G) (1-(1-p)^k)/k", EXACT, of_reward=MAXRL
     ),
     ("log_success", "leave_one_out"): Choice(
         PER_PROMPT,
