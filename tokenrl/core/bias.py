@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenrl.core import choices
-from tokenrl.core.choices import Effect, choice_of
+from tokenrl.core.choices import BIASED, UNKNOWN, UP_TO_SCALE, Effect, choice_of
 from tokenrl.core.targets import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def effects(estimator: Estimator, binary: bool = False, of_reward: bool = False)
         binary: Give the effects on rewards of 0 and 1.
         of_reward: Give the effect of the objective on the gradient of the mean reward.
     """
-    alone = [objective_effect(estimator, of_reward), baseline_effect(estimator), returns_effect(estimator)]
-    alone.append(zero_spread_effect(estimator))
+    alone = [objective_effect(estimator, of_reward)]
+    alone += [effect(estimator) for effect in (baseline_effect, returns_effect, zero_spread_effect)]
     axes = ["scale", "aggregation", "ratio", "importance", "truncations"]
     axes += ["entropy_form"] * estimator.needs_entropy
     alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
@@ -106,25 +106,21 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
     if estimator.zero_spread == "keep":
         return effect
     if callable(estimator.baseline):
-        return Effect(choices.UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
-    with_gradient = (
+        return Effect(UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
+    had_gradient = (
         not choice_of("baseline", estimator.baseline).centred
         or not OBJECTIVES[estimator.objective, estimator.form].centred
         or estimator.scale == "token_whiten"
         or estimator.overlong_buffer > 0
-        or estimator.loss_side_terms
-        or (estimator.needs_kl and estimator.kl_placement == "reward")
+        or estimator.needs_kl
+        or estimator.needs_entropy
     )
-    if with_gradient:
-        return Effect(
-            choices.BIASED, "the groups of equal rewards that are left out had a gradient of their own"
-        )
-    if estimator.returns != "total":
-        return Effect(
-            choices.UNKNOWN,
-            f"{effect.reason}; with rewards before the last action the groups left out had a gradient",
-        )
-    return effect
+    if had_gradient:
+        return Effect(BIASED, "the groups of equal rewards that are left out had a gradient of their own")
+    if estimator.returns == "total":
+        return effect
+    text = f"{effect.reason}; with rewards before the last action the groups left out had a gradient"
+    return Effect(UNKNOWN, text)
 
 
 def combination_effects(estimator: Estimator, alone: list[Effect]) -> list[Effect]:
@@ -134,30 +130,25 @@ def combination_effects(estimator: Estimator, alone: list[Effect]) -> list[Effec
         estimator: The estimator.
         alone: The effects of its choices by themselves, that of the objective first.
     """
-    combined = []
     baseline = choice_of("baseline", estimator.baseline)
-    shrinks = baseline.status == choices.UP_TO_SCALE
-    objective = alone[0].status
-    rescaled = estimator.scale != "none" or (shrinks and baseline.compares == "group")
-    rescaled = rescaled or objective == choices.PER_PROMPT
-    if estimator.loss_side_terms and rescaled:
-        # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term
-        # relative to them, for any number of prompts.
-        text = "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
-        combined.append(Effect(choices.BIASED, text + "coefficient"))
-    elif estimator.loss_side_terms and shrinks:  # the factor of a batch mean tends to 1 as the step grows
-        text = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
-        combined.append(Effect(choices.ASYMPTOTIC, text))
-    if estimator.components == "separate" and estimator.scale != "none":
-        text = "each reward function is divided by its own spread, so it has another weight than in J; with "
-        text += "rewards of 0 and 1, a mean baseline and 'group_std' it ascends sum_k w_G(p_k) grad p_k"
-        combined.append(Effect(choices.BIASED, text))
+    shrinks, per_prompt = baseline.status == UP_TO_SCALE, alone[0].status == choices.PER_PROMPT
+    # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term relative
+    # to them, for any number of prompts. The factor of a batch mean tends to 1 as the step grows.
+    rescaled = estimator.scale != "none" or per_prompt or (shrinks and baseline.compares == "group")
+    term = estimator.loss_side_terms
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
-    unequal = estimator.scale in ("loo_std", "group_std") or objective == choices.PER_PROMPT
-    if unequal and choices.ASYMPTOTIC in limits:
-        text = "prompts stay weighted unequally, and the direction of each is right in the limit only"
-        combined.append(Effect(choices.BIASED, text))
-    return combined
+    unequal = choices.ASYMPTOTIC in limits and (per_prompt or estimator.scale in ("loo_std", "group_std"))
+    separate = estimator.components == "separate" and estimator.scale != "none"
+    biased = {
+        "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
+        "coefficient": term and rescaled,
+        "each reward function is divided by its own spread, so it has another weight than in J; with rewards "
+        "of 0 and 1, a mean baseline and 'group_std' it ascends sum_k w_G(p_k) grad p_k": separate,
+        "prompts stay weighted unequally, and the direction of each is right in the limit only": unequal,
+    }
+    shrunk = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
+    combined = [Effect(BIASED, text) for text, applies in biased.items() if applies]
+    return combined + [Effect(choices.ASYMPTOTIC, shrunk)] * (term and shrinks and not rescaled)
 
 
 def declared(estimator: Estimator, *, binary: bool = False, of_reward: bool = False) -> Effect:

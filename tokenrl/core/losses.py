@@ -122,10 +122,8 @@ def loss(
     advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
     advantages = zero_outside(advantages.expand(live.shape), live)
     old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
-    if estimator.needs_old_logprobs:
+    if estimator.needs_old_logprobs or (estimator.needs_sampling_logprobs and old_logprobs is not None):
         old = inside("old_logprobs", old_logprobs, f"the ratio {estimator.ratio!r}").detach()
-    elif estimator.needs_sampling_logprobs and old_logprobs is not None:
-        old = inside("old_logprobs", old_logprobs, "the importance weight").detach()
     gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
     if estimator.needs_sampling_logprobs:
         sampled = inside("sampling_logprobs", sampling_logprobs, f"importance {estimator.importance!r}")
@@ -278,11 +276,7 @@ def full_path(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]
 
 
 PER_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": k1,
-    "k2": k2,
-    "k3": k3,
-    "k2_sequence": k2_sequence,
-    "full_path": full_path,
+    formula.__name__: formula for formula in (k1, k2, k3, k2_sequence, full_path)
 }
 
 

@@ -58,28 +58,25 @@ def correction(estimator: Estimator) -> Effect:
     if estimator.importance_centre and estimator.importance == "none":
         return CENTRED
     effect = CORRECTIONS[estimator.importance]
-    bounds = estimator.importance_cap, estimator.importance_floor
-    return BOUNDED if effect.status == EXACT_FOR_POLICY and any(bounds) else effect
+    bounded = estimator.importance_cap or estimator.importance_floor
+    return BOUNDED if bounded and effect.status == EXACT_FOR_POLICY else effect
 
 
 def declared_off_policy(estimator: Estimator) -> Effect:
     """Return the status where sampler and policy differ, and why."""
-    effect, on_policy = correction(estimator), declared(estimator)
-    obstacles = []
-    if estimator.loss_side_terms:
-        obstacles.append("the KL or entropy term in the loss is a mean over the sampler's completions")
-    if effect.status == EXACT_FOR_SAMPLER and estimator.needs_kl:
-        obstacles.append("the KL is that of the policy, not that of the sampler")
-    if (
-        effect.status == EXACT_FOR_POLICY
-        and estimator.objective_order != 1
-        and estimator.objective != "reward"
-    ):
-        obstacles.append("the rows with which the objective compares a row are those of the sampler")
-    if on_policy.status not in (EXACT, UP_TO_SCALE, UNKNOWN):
-        obstacles.append(f"on-policy it is {on_policy.status} already: {on_policy.reason}")
-    if effect.status == BIASED or obstacles:
-        reasons = [effect.reason] * (effect.status == BIASED) + obstacles
+    effect, on_policy, term = correction(estimator), declared(estimator), estimator.loss_side_terms
+    compares = estimator.objective != "reward" and estimator.objective_order != 1
+    inexact = on_policy.status not in (EXACT, UP_TO_SCALE, UNKNOWN)
+    obstacles = {
+        effect.reason: effect.status == BIASED,
+        "the KL or entropy term in the loss is a mean over the sampler's completions": term,
+        "the KL is that of the policy, not that of the sampler": effect is CENTRED and estimator.needs_kl,
+        "the rows with which the objective compares a row are those of the sampler": (
+            effect.status == EXACT_FOR_POLICY and compares
+        ),
+        f"on-policy it is {on_policy.status} already: {on_policy.reason}": inexact,
+    }
+    if reasons := [text for text, applies in obstacles.items() if applies]:
         return Effect(BIASED, "; ".join(reasons))
     if on_policy.status == EXACT:
         return effect

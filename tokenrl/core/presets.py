@@ -22,6 +22,7 @@ GREENSMITH = (
     "Greensmith et al. 2004, Variance reduction techniques for gradient estimates in reinforcement learning"
 )
 KOOL = "Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free"
+KOOL_SCALED = f"{KOOL}, for the baseline; the divisor has no paper"
 GRPO_PAPER = "Shao et al. 2024, DeepSeekMath, arXiv 2402.03300"
 OPO_PAPER = "Hao et al. 2025, On-policy RL with optimal reward baseline, arXiv 2505.23585"
 OTB_PAPER = "Optimal token baseline, arXiv 2602.07078"
@@ -44,26 +45,16 @@ class Preset(NamedTuple):
 
 
 TO_GO: Fields = {"returns": "reward_to_go"}
+OTB: Fields = {**TO_GO, "baseline": "optimal", "optimal_form": "cumulative"}
+PKPO: Fields = {"objective": "max_at_k", "objective_order": 4}
 CLIP: Fields = {"ratio": "token", "epsilon": 0.2}
 """PPO's clipped ratio."""
 GROUP_STD: Fields = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 1, "scale_eps": 1e-4}
 """The advantage of GRPO: `(R - mean) / (std + eps)` over the group."""
-GRPO: Fields = {
-    **GROUP_STD,
-    **CLIP,
-    "aggregation": "sequence_mean",
-    "kl_estimator": "k3",
-    "kl_placement": "loss",
-}
-GSPO: Fields = {**GROUP_STD, "aggregation": "sequence_mean", "ratio": "sequence_mean"}
-WHITENED: Fields = {
-    **CLIP,
-    "scale": "token_whiten",
-    "scale_ddof": 1,
-    "scale_eps": 1e-8,
-    "aggregation": "token_mean",
-}
-"""The fields that PPO and the two forms of REINFORCE++ share."""
+OF_SEQUENCES: Fields = {**GROUP_STD, "aggregation": "sequence_mean"}
+GRPO: Fields = {**OF_SEQUENCES, **CLIP, "kl_estimator": "k3", "kl_placement": "loss"}
+WHITENED: Fields = {**CLIP, "scale": "token_whiten", "scale_eps": 1e-8, "aggregation": "token_mean"}
+"""The fields that PPO, SPO and the two forms of REINFORCE++ share."""
 
 PRESETS: dict[str, Preset] = {
     # Without an importance ratio: REINFORCE with its baselines and scales.
@@ -75,12 +66,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "rloo": Preset({}, f"{KOOL}; Ahmadian et al. 2024, arXiv 2402.14740"),
     "rloo_token_mean": Preset({"aggregation": "token_mean"}, "Ahmadian et al. 2024, arXiv 2402.14740"),
-    "loo_std": Preset(
-        {"scale": "loo_std", "scale_eps": 0.1}, f"{KOOL}, for the baseline; the divisor has no paper"
-    ),
-    "other_groups_std": Preset(
-        {"scale": "other_groups_std", "scale_eps": 0.1}, f"{KOOL}, for the baseline; the divisor has no paper"
-    ),
+    "loo_std": Preset({"scale": "loo_std", "scale_eps": 0.1}, KOOL_SCALED),
+    "other_groups_std": Preset({"scale": "other_groups_std", "scale_eps": 0.1}, KOOL_SCALED),
     "remax": Preset({"baseline": "remax"}, "Li et al. 2024, ReMax, arXiv 2310.10505"),
     "opo": Preset({"baseline": "opo", "leave_one_out": False}, OPO_PAPER),
     "opo_loo": Preset({"baseline": "opo"}, f"{OPO_PAPER}, without the row itself"),
@@ -88,12 +75,8 @@ PRESETS: dict[str, Preset] = {
     "optimal_per_timestep": Preset(
         {**TO_GO, "baseline": "optimal", "optimal_form": "per_timestep"}, GREENSMITH
     ),
-    "otb": Preset(
-        {**TO_GO, "baseline": "optimal", "optimal_form": "cumulative", "leave_one_out": False}, OTB_PAPER
-    ),
-    "otb_loo": Preset(
-        {**TO_GO, "baseline": "optimal", "optimal_form": "cumulative"}, f"{OTB_PAPER}, without the row itself"
-    ),
+    "otb": Preset({**OTB, "leave_one_out": False}, OTB_PAPER),
+    "otb_loo": Preset(OTB, f"{OTB_PAPER}, without the row itself"),
     "shrinkage": Preset(
         {"baseline": "shrinkage"},
         "arXiv 2511.03710, James-Stein shrinkage of prompt means, with two leave-one-out levels",
@@ -103,13 +86,8 @@ PRESETS: dict[str, Preset] = {
         "Mnih et al. 2016, Asynchronous methods for deep reinforcement learning, arXiv 1602.01783",
     ),
     # With another objective than the mean reward.
-    "max_at_k": Preset(
-        {"objective": "max_at_k", "objective_order": 4},
-        f"{PKPO_PAPER}, minus the mean of the best of k others",
-    ),
-    "pkpo": Preset(
-        {"objective": "max_at_k", "objective_order": 4, "objective_form": "sloo_minus_one"}, PKPO_PAPER
-    ),
+    "max_at_k": Preset(PKPO, f"{PKPO_PAPER}, minus the mean of the best of k others"),
+    "pkpo": Preset({**PKPO, "objective_form": "sloo_minus_one"}, PKPO_PAPER),
     "maxrl": Preset(
         {"objective": "log_success"}, "Maximum likelihood reinforcement learning, arXiv 2602.02710"
     ),
@@ -141,12 +119,12 @@ PRESETS: dict[str, Preset] = {
         "Yu et al. 2025, DAPO, arXiv 2503.14476",
     ),
     "gspo": Preset(
-        {**GSPO, "epsilon": 3e-4, "epsilon_high": 4e-4},
+        {**OF_SEQUENCES, "ratio": "sequence_mean", "epsilon": 3e-4, "epsilon_high": 4e-4},
         "Zheng et al. 2025, Group sequence policy optimization, arXiv 2507.18071",
     ),
     "gmpo": Preset(
         # The log ratios are clipped to [-0.4, 0.4], the ratios to [exp(-0.4), exp(0.4)].
-        {**GSPO, "ratio": "geometric_clip", "epsilon": 0.3297, "epsilon_high": 0.4918},
+        {**OF_SEQUENCES, "ratio": "geometric_clip", "epsilon": 0.3297, "epsilon_high": 0.4918},
         "Zhao et al. 2025, Geometric-mean policy optimization, arXiv 2507.20673",
     ),
     "dppo": Preset(
