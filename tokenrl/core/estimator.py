@@ -359,11 +359,6 @@ class Estimator(Settings):
         """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
         return 1.0 - self.epsilon, 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
-    @property
-    def importance_range(self) -> tuple[float, float]:
-        """The bounds of importance weights; 0 and infinity where none is set."""
-        return self.importance_floor or 0.0, self.importance_cap or float("inf")
-
     if TYPE_CHECKING:
         advantages = advantages
         token_weights = token_weights

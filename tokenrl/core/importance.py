@@ -6,6 +6,7 @@ cut to its most probable tokens. `off_policy` says what each correction makes of
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from jaxtyping import Bool, Float
@@ -43,7 +44,7 @@ def importance_weights(
 
 def bounded(estimator: Estimator, weights: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return the weights, those outside of floor and cap moved to the bound, or set to 0 by 'mask'."""
-    low, high = estimator.importance_range
+    low, high = estimator.importance_floor or 0.0, estimator.importance_cap or math.inf
     if estimator.importance_bound == "mask":
         return zero_outside(weights, (weights >= low) & (weights <= high))
     return weights.clamp(low, high)

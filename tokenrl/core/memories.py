@@ -178,12 +178,11 @@ class Tracker:
 
     def read(self, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Return the value of the prompt of each row."""
-        counts = (self.counts.get(key, self._first) for key in keys.tolist())
+        counts = map(self._counts_of, keys.tolist())
         return torch.tensor([a / (a + b) for a, b in counts], dtype=torch.double)
 
-    @property
-    def _first(self) -> tuple[float, float]:
-        return self.mean.value, 1 - self.mean.value
+    def _counts_of(self, key: int) -> tuple[float, float]:
+        return self.counts.get(key, (self.mean.value, 1 - self.mean.value))
 
     def update(self, keys: Int[Tensor, " N"], rewards: Float[Tensor, " N"]) -> None:
         """Include the rewards of one step.
@@ -198,7 +197,7 @@ class Tracker:
                 "rewards (reward_weights; in control reward_scale), or take the baseline 'running_mean'."
             )
         for key in dict.fromkeys(keys.tolist()):
-            a, b = self.counts.get(key, self._first)
+            a, b = self._counts_of(key)
             self.counts[key] = self.decay * a, self.decay * b
         for key, reward in zip(keys.tolist(), rewards.tolist(), strict=True):
             a, b = self.counts[key]

@@ -141,7 +141,6 @@ def check_rewards(estimator: Estimator, rewards: Tensor, valid: Bool[Tensor, " N
     totals = zero_outside(rewards if rewards.shape == valid.shape else rewards.sum(-1), valid.bool())
     if (totals < 0).any():
         raise Refused(
-            "objective 'log_success' takes the logarithm of the mean reward, and a completion has "
-            f"the reward {float(totals.min()):.4g}. "
-            "Give rewards of 0 or more (best 0 and 1), or take another objective."
+            "objective 'log_success' takes the logarithm of the mean reward, and a completion has the reward "
+            f"{float(totals.min()):.4g}. Give rewards of 0 or more (best 0 and 1), or take another objective."
         )

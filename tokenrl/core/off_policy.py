@@ -86,8 +86,7 @@ def declared_off_policy(estimator: Estimator) -> Effect:
 
 def check_importance(estimator: Estimator) -> None:
     """Refuse bounds without weights, a mask without bounds, and centres that do not exist."""
-    bounds = {"importance_cap": estimator.importance_cap, "importance_floor": estimator.importance_floor}
-    names = [name for name, bound in bounds.items() if bound is not None]
+    names = [x for x in ("importance_cap", "importance_floor") if getattr(estimator, x) is not None]
     masks = estimator.importance_bound == "mask"
     if estimator.importance == "none" and (names or masks):
         raise Refused(
