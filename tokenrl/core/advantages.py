@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +111,12 @@ def advantages(
     valid = mask.new_ones(mask.shape[0]) if valid is None else valid.bool()
     if estimator.components == "separate":
         columns = required("components", components, "'separate'")
+        alone = partial(advantages, replace(estimator, components="summed"), mask=mask)
         sizes: dict[str, Any] = {"group_size": group_size, "score_norms": score_norms}
-        return of_components(estimator, columns, component_weights, mask, valid, **sizes)
+        parts = [alone(x.nan_to_num(), valid=valid & ~x.isnan(), **sizes) for x in columns.unbind(1)]
+        # A weight on the rewards would be divided away again by the scale, so it is on the advantages.
+        weights = torch.ones(len(parts)) if component_weights is None else component_weights
+        return Advantages(*(torch.stack(x, -1) @ weights.to(columns) for x in zip(*parts, strict=True)))
     actions = mask & valid[:, None]
     rewards = rewards_in_time(
         estimator, rewards.detach(), mask, valid, logprobs, ref_logprobs, bootstrap, max_length
@@ -140,25 +145,6 @@ def advantages(
     if estimator.returns == "total" and divided.shape[1] == 1:
         return Advantages(zero_outside(divided[:, 0], usable), targets)
     return Advantages(zero_outside(divided.expand_as(actions), usable[:, None] & actions), targets)
-
-
-def of_components(
-    estimator: Estimator,
-    components: Float[Tensor, "N K"],
-    weights: Float[Tensor, " K"] | None,
-    mask: Bool[Tensor, "N T"],
-    valid: Bool[Tensor, " N"],
-    **inputs: Any,
-) -> Advantages:
-    """Add the advantages of the reward functions, each computed as if it were the only one."""
-    alone = replace(estimator, components="summed")
-    parts = [
-        advantages(alone, column.nan_to_num(), mask, valid=valid & ~column.isnan(), **inputs)
-        for column in components.unbind(1)
-    ]
-    # A weight on the rewards would be divided away again by the scale, so it is on the advantages.
-    weights = components.new_ones(len(parts)) if weights is None else weights.to(components)
-    return Advantages(*(torch.stack(each, -1) @ weights for each in zip(*parts, strict=True)))
 
 
 def rewards_in_time(

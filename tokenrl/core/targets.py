@@ -81,9 +81,8 @@ def check_objective(estimator: Estimator) -> None:
     for axis, value in {"baseline": "rloo", "scale": "none", "returns": "total"}.items():
         if getattr(estimator, axis) != value:
             raise Refused(
-                f"objective {name!r} makes the advantages by itself, so {axis} "
-                f"{getattr(estimator, axis)!r} has no place in it. Set {axis} {value!r}, or objective "
-                "'reward'."
+                f"objective {name!r} makes the advantages by itself, without {axis} "
+                f"{getattr(estimator, axis)!r}. Set {axis} {value!r}, or objective 'reward'."
             )
     if estimator.needs_kl and estimator.kl_placement == "reward":
         raise Refused(
