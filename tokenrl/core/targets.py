@@ -25,14 +25,15 @@ BEST = Effect(
     "prefers completions that are rarely matched by others; a reward of 1 counts k (1-p)^(k-1)",
     PER_PROMPT,
 )
-BEST_OF_K = Choice(EXACT, "the mean of the best of k rows, less one of other rows", of_reward=BEST)
+BEST_OF_K = Choice(EXACT, "the mean of the best of k rows, minus a number made of the others", of_reward=BEST)
 
 OBJECTIVES: dict[tuple[str, str], Choice] = {
     ("reward", "default"): Choice(EXACT, "the mean reward", centred=True),
+    # Subtracted is the mean of the best of k others, of k - 1 others, G/(G-1) times the first, and nothing.
     ("max_at_k", "leave_one_out"): replace(BEST_OF_K, centred=True),
     ("max_at_k", "sloo_minus_one"): replace(BEST_OF_K, centred=True),
-    ("max_at_k", "sloo"): BEST_OF_K,  # as leave_one_out, with a baseline that is G/(G-1) too large
-    ("max_at_k", "no_baseline"): BEST_OF_K,  # nothing is subtracted
+    ("max_at_k", "sloo"): BEST_OF_K,
+    ("max_at_k", "no_baseline"): BEST_OF_K,
     ("log_success", "maxrl"): Choice(
         BIASED, f"{LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k", EXACT, centred=True, of_reward=MAXRL
     ),
