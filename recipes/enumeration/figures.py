@@ -1,7 +1,6 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map      or kl, variance (--seed 3), objectives,
-    grpo-difficulty, length-bias
+    python recipes/enumeration/figures.py map   (or kl, variance, objectives, grpo-difficulty, length-bias)
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -72,15 +71,11 @@ def save(figure: Figure, output: Path) -> None:
     print(f"figure: {output}")
 
 
-Measured = dict[tuple[str, str], tuple[float, float]]  # by (estimate, place): value, error of the gradient
-
-
-def measure_kl(logits: Tensor, reference: Tensor) -> tuple[float, Measured]:
+def measure_kl(logits: Tensor, reference: Tensor) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
     """Return the KL, and by (estimate, place) the expected value and the relative error of the gradient."""
     logits = logits.clone().requires_grad_()
-    logprobs, ref = (
-        table.log_softmax(-1)[EVERY.prefix, EVERY.ids] * EVERY.mask for table in (logits, reference)
-    )
+    tables = torch.stack([logits, reference]).log_softmax(-1)
+    logprobs, ref = tables[:, EVERY.prefix, EVERY.ids] * EVERY.mask
     chances = logprobs.sum(-1).exp()
     kl = (chances * (logprobs - ref).sum(-1)).sum()
     (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
@@ -88,12 +83,11 @@ def measure_kl(logits: Tensor, reference: Tensor) -> tuple[float, Measured]:
     for name, estimate in PER_TOKEN.items():
         values = estimate(logprobs, ref).sum(-1)  # [M]
         value = float((chances * values).sum().detach())
-        for place, objective in (
-            ("loss", chances.detach() * values),  # the completions are fixed, the estimate is differentiated
-            ("reward", chances * values.detach()),  # E[k S]: the estimate is a number
-        ):
-            if place == "reward" and name in ("k2_sequence", "full_path"):
-                continue  # these two are meant for the loss only
+        # In the loss the estimate is differentiated at fixed completions; in the reward it is a number.
+        objectives = {"loss": chances.detach() * values, "reward": chances * values.detach()}
+        if name in ("k2_sequence", "full_path"):  # these two are meant for the loss only
+            del objectives["reward"]
+        for place, objective in objectives.items():
             (slope,) = torch.autograd.grad(objective.sum(), logits, retain_graph=True)
             found[name, place] = value, float((slope - truth).norm() / truth.norm())
     return float(kl.detach()), found
@@ -154,16 +148,13 @@ def variance(
     """What a constant baseline does: the variance of `(R - b) S` against b, a parabola.
 
     The expected gradient is the same for every b, for E[S] = 0. The variance is `Var(b*) + (b - b*)^2
-    E|S|^2`, least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), which is not the expected
-    reward J: completions with large scores count for more.
+    E|S|^2`, least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), not at the expected reward J.
 
     Look for: b = 0 (nothing subtracted) has a large variance; J has a smaller one, but not the least.
-    RLOO's baseline, the mean of the other G - 1 rewards of the prompt, has the mean J, but it is estimated.
-    So its variance (per completion: G times that of the step) lies above the curve, and approaches it as G
-    grows. With G = 2 it can be worse than no baseline at all, as here. That b* is the best constant is a
-    theorem; how far J is from it depends on the problem: try other values of --seed.
-
-    One prompt has 15 completions of at most 3 tokens, right or wrong; every group is enumerated.
+    RLOO's baseline, the mean of the other G - 1 rewards, has the mean J, but it is estimated. So its
+    variance (per completion: G times that of the step) lies above the curve, and approaches it as G grows.
+    With G = 2 it can be worse than no baseline, as here. How far J is from b* depends on the problem (try
+    other values of --seed): here one prompt with 15 completions, right or wrong; all groups are enumerated.
     """
     problem = tabular_problem(seed, rewards="binary")
     norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
@@ -171,7 +162,7 @@ def variance(
     mean = float((problem.chances * problem.totals).sum())
     rloo = {n: n * exact_moments(Estimator(), problem, group_size=n).variance for n in group_sizes}
     points = {"b = 0": 0.0, "b = J": mean, "b = b*": best, "b = 1": 1.0}
-    variances = constant_variances(problem, list(points.values()))
+    variances = at_zero, at_mean, at_best, _ = constant_variances(problem, list(points.values()))
     for (name, b), height in zip(points.items(), variances, strict=True):
         print(f"{name:12} baseline {b:.4f}   variance {height:.4f}")
     for size, height in rloo.items():
@@ -180,7 +171,6 @@ def variance(
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(constants, constant_variances(problem, constants), color=BLUE, linewidth=2.2)
-    at_zero, at_mean, at_best = constant_variances(problem, [0.0, mean, best])
     above = f"b = J = {mean:.3f}: {at_mean / at_best - 1:.0%} above the least"
     for b, height, text, shift, side in (
         (0.0, at_zero, "b = 0: nothing is subtracted", (-10, 0), "right"),
@@ -207,11 +197,10 @@ def spread(heights: list[float], gap: float) -> list[float]:
     """Push sorted heights apart until neighbours are `gap` from each other, and keep their mean."""
     groups: list[list[float]] = []  # runs of labels that touch: their wanted centres, one a label
     for height in heights:
-        groups.append([height])
-        while (
-            len(groups) > 1 and fmean(groups[-1]) - fmean(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
+        group = [height]
+        while groups and fmean(group) - fmean(groups[-1]) < gap * len(groups[-1] + group) / 2:
+            group = groups.pop() + group
+        groups.append(group)
     return [fmean(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
 
 
@@ -231,20 +220,19 @@ def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] =
     for name, moments in sorted(measured.items(), key=lambda item: angle(item[1])):
         status = Estimator.preset(name).bias_status
         print(f"{name:24} angle {angle(moments):6.2f}   noise {moments.noise:6.3f}   {status}")
-        place = (round(angle(moments), 2), float(f"{moments.noise:.3g}"), status)
+        place = (float(f"{moments.noise:.3g}"), round(angle(moments), 2), status)
         places.setdefault(place, []).append(name)
     figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.6), sharey=True)
     sides = (left, 0.25, 0.036, "The right direction"), (right, 0.55, 0.03, "Another direction")
     for axes, aside, gap, title in sides:
-        inside = [place for place in places if (place[0] < 0.01) == (axes is left)]
-        chosen = sorted((noise, degrees, status) for degrees, noise, status in inside)
+        chosen = sorted(place for place in places if (place[1] < 0.01) == (axes is left))
         heights = spread([math.log10(noise) for noise, _, _ in chosen], gap)
         for (noise, degrees, status), height in zip(chosen, heights, strict=True):
             colour, x = STATUSES[status][0], 0.0 if axes is left else degrees
             axes.scatter([x], [noise], color=colour, s=55, zorder=3, edgecolors="white")
             axes.plot([x, x + aside], [noise, 10**height], color=colour, linewidth=0.7, zorder=2)
-            names = ", ".join(places[degrees, noise, status])
+            names = ", ".join(places[noise, degrees, status])
             write(axes, names, (x + aside, 10**height), (2, 0), fontsize=9, color=colour)
         axes.set_title(title, loc="left")
     left.set(yscale="log", xlim=(-0.2, 3), ylabel="noise: tr Var g / |E g|²")
@@ -267,15 +255,14 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     """How GRPO weighs prompts by difficulty: `E[g] = w_G(p) grad p`, with p the probability of reward 1.
 
     Rewards are 0 or 1. The gradient of J itself weighs every prompt by 1. GRPO divides a group's advantages
-    by the group's own standard deviation (ddof 1, plus 1e-4; the preset `grpo`), and that std is small
-    where p is near 0 or 1. With K right answers of G, K ~ Binomial(G, p), the weight is `E[s^2 / (std +
-    eps)] / (p (1 - p))`, s^2 = K/G (1 - K/G).
+    by their own standard deviation (ddof 1, plus 1e-4), which is small where p is near 0 or 1. With K right
+    answers of G, K ~ Binomial(G, p), the weight is `E[s^2 / (std + eps)] / (p (1 - p))`, s^2 = K/G (1 - K/G).
 
     Look for: with two completions per prompt all prompts have the same weight, and only the step is
     smaller. More completions raise the weight of rare successes and rare failures, up to about sqrt(G). The
     limit 1/sqrt(p (1 - p)), as if the objective were 2 arcsin sqrt(p) (Davis and Recht 2025, arXiv
     2510.13651), is reached only where G is well above 1/p. Lines come from the preset's own advantages;
-    dots are the whole gradient of the preset, summed over all groups that can be drawn.
+    dots are its whole gradient, summed over all groups that can be drawn.
     """
     p = torch.linspace(-6.9067, 6.9067, 141, dtype=torch.double).sigmoid().tolist()
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -321,8 +308,6 @@ WEIGHED = {  # what is ascended on rewards of 0 and 1, by the estimator
 def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> None:
     """How each objective weighs a prompt by its success rate p: `E[g] = w(p) grad p`, rewards of 0 and 1.
 
-    The weights are computed from the advantages of the training code (`tokenrl.lab.prompt_weight`).
-
     Look for: the mean reward weighs all prompts by 1. pass@k gives up prompts that are mostly solved, and
     weighs a prompt that is hardly ever solved by k. The log of success weighs it by G - 1, or by G if failed
     groups are kept; its leave-one-out form learns nothing from a lone success, so hard prompts lose.
@@ -361,20 +346,17 @@ def pull(estimator: Estimator, problem: Problem, length: int, reward: float, row
 def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] = (2, 3, 4, 6, 8)) -> None:
     """The bias of `sequence_mean` and `token_mean`, which divide by length, and what it favours.
 
-    RLOO's advantages are exact if the tokens of a completion are summed (`sequence_sum`, or `fixed_length`,
-    which divides by a constant). `sequence_mean` (GRPO) divides a completion by its own length,
-    `token_mean` (DAPO) divides the step by the number of its tokens; with both, a completion influences its
-    own weight.
+    RLOO's advantages are exact if the tokens of a completion are summed (`sequence_sum`). `sequence_mean`
+    (GRPO) divides a completion by its own length, `token_mean` (DAPO) divides the step by the number of its
+    tokens; with both, a completion influences its own weight.
 
     Look for, on the left: the direction of token_mean is wrong by about 1/N, for each of N rows has a share
     of 1/N in the divisor; that of sequence_mean is equally wrong for any N. On the right: the mean factor
     of each token's score, for a right and a wrong completion of each length (token_mean: times the mean
     length). Under sequence_mean a long wrong answer is hardly pushed down, and a short right one is pushed
-    up far more than a long right one, as Liu et al. 2025 (arXiv 2503.20783) say: an invitation to short
-    successes, long failures.
+    up far more than a long right one, as Liu et al. 2025 (arXiv 2503.20783) say.
 
-    The problem has one prompt and five completions of one to four tokens; each token continues with
-    probability 1/2. All 5^N steps are enumerated.
+    Completions have 1 to 4 tokens, each of which continues with probability 1/2. All steps are enumerated.
     """
     problem = tabular_problem(0, vocabulary=2, length=4, logits=torch.zeros(4, 2))
     problem = replace(problem, rewards=torch.tensor([[0.0, 1, 0, 1, 0]]).double())
