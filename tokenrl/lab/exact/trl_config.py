@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.core.estimator import Estimator
@@ -33,20 +33,7 @@ TO_JSON = (
 )
 
 
-class Reading(NamedTuple):
-    """What a configuration of TRL means.
-
-    Attributes:
-        name: The class of TRL and its version.
-        estimator: The estimator that the configuration is.
-        idle: Fields of the file that change nothing, with the reason; those of one reason share a line.
-        remarks: What no field of the estimator expresses.
-    """
-
-    name: str
-    estimator: Estimator
-    idle: list[str]
-    remarks: list[str]
+Reading = tuple[str, Estimator, list[str], list[str]]
 
 
 @cache
@@ -75,6 +62,11 @@ def read_trl_config(path: str) -> Reading:
 
     A field `trainer`, grpo or rloo, says which class it is if no other field does; without one it is GRPO.
 
+    Returns:
+        The class of TRL and its version; the estimator that the configuration is; fields of the file that
+        change nothing, with the reason (those of one reason share a line); and what no field of the estimator
+        expresses.
+
     Raises:
         Refused: The file is no such configuration, or TRL does not take one of its values.
     """
@@ -84,39 +76,38 @@ def read_trl_config(path: str) -> Reading:
             f"fields as JSON where TRL is installed, and give that file: {TO_JSON} > config.json"
         )
     fields = {name: _plain(value) for name, value in read_config(path).items()}
-    usual = {kind: dict[str, str]() for kind in ("both", *CLASSES)}
-    for row, kind, *columns in table():
-        if row == "default":
-            usual[kind] |= dict(pair.split("=") for pair in columns[0].split())
-    names = ["trainer", *usual["both"], *usual["grpo"], *usual["rloo"]]
-    for name in fields.keys() - {*names}:
+    usual = {trainer: _defaults(trainer) for trainer in CLASSES}
+    names = {"trainer", *usual["grpo"], *usual["rloo"]}
+    for name in fields.keys() - names:
         if close := get_close_matches(name, names, n=1, cutoff=0.9):
             raise Refused(f"{path}: {name!r} is no field of TRL. Did you mean {close[0]!r}?")
-    if not fields.keys() & {*names}:
+    if not fields.keys() & names:
         raise Refused(f"{path} has no field of GRPOConfig or RLOOConfig, such as loss_type, beta or epsilon.")
     of_rloo = fields.keys() & usual["rloo"].keys() - usual["grpo"].keys()
     trainer = fields.pop("trainer", "rloo" if of_rloo else "grpo")
     check_choice("trainer", trainer, CLASSES)
-    own = usual["both"] | usual[trainer]
-    if foreign := sorted(fields.keys() & {*names} - own.keys()):
-        raise Refused(
-            f"{path}: a {CLASSES[trainer]} has no field {', '.join(foreign)}. Leave out what is not its."
-        )
+    if foreign := sorted(fields.keys() & names - usual[trainer].keys()):
+        raise Refused(f"{path}: a {CLASSES[trainer]} has no field {', '.join(foreign)}; leave it out.")
     try:
-        return _reading(trainer, own, fields)
+        return _reading(trainer, usual[trainer], fields)
     except Refused as error:
         raise Refused(f"{path} cannot be read as a {CLASSES[trainer]}: {error}") from error
 
 
+def _defaults(trainer: str) -> dict[str, str]:
+    """Return the fields of a class with their defaults."""
+    texts = rows("default", {"trainer": trainer})
+    return dict(pair.split("=") for (text,) in texts for pair in text.split())
+
+
 def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) -> Reading:
     """Apply the rules to the fields of a file and the defaults of the others."""
-    values = {**usual, **{name: value for name, value in fields.items() if name in usual}, "trainer": trainer}
+    values = {**usual, **fields, "trainer": trainer}
     scale = values.get("scale_rewards", "")
     values["scale_rewards"] = {"true": "group", "false": "none"}.get(scale, scale)
     values |= _derived(values)
-    for row, name, *columns in table():
-        if row == "allowed" and trainer == "grpo":
-            check_choice(name, values[name], columns[0].split())
+    for name, names in rows("allowed", values):
+        check_choice(name, values[name], names.split())
     changes: dict[str, Any] = {}
     for (text,) in rows("set", values):
         text = re.sub(r"[$](\w+)", lambda match: values[match[1]], text)
@@ -127,12 +118,9 @@ def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) 
         matching = [n for n in listed if any(fnmatch(n, pattern) for pattern in patterns.split())]
         listed = [n for n in listed if n not in matching]
         idle.setdefault(reason, []).extend(matching)
-    return Reading(
-        CLASSES[trainer],
-        arguments(Estimator, changes),
-        [f"{', '.join(names)}: {reason}." for reason, names in idle.items() if names],
-        [remark for (remark,) in rows("remark", values)],
-    )
+    lines = [f"{', '.join(matching)}: {reason}." for reason, matching in idle.items() if matching]
+    remarks = [remark for (remark,) in rows("remark", values)]
+    return CLASSES[trainer], arguments(Estimator, changes), lines, remarks
 
 
 def _derived(values: Mapping[str, str]) -> dict[str, str]:
