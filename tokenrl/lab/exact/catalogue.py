@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tokenrl.core.choices import AXES, KL_EFFECTS
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS
+from tokenrl.core.presets import PRESETS, TO_GO
 from tokenrl.core.targets import OBJECTIVES
 from tokenrl.settings import Settings
 
@@ -32,62 +33,47 @@ class LabArguments(Settings):
     temperature, top_k or top_p, such as noise=0.3 or temperature=0.8,top_p=0.9."""
 
 
-NEEDS: dict[str, dict[str, object]] = {
+CONSTANT: dict[str, Any] = {"baseline": "constant", "baseline_constant": 0.5}
+EPISODE: dict[str, Any] = {**TO_GO, "baseline": "episode_mean"}
+STANDARD: dict[str, Any] = {**EPISODE, "scale": "episode_std", "gamma": 0.99}
+FULL_PATH: dict[str, Any] = {"beta": 0.2, "kl_placement": "loss", "kl_estimator": "full_path"}
+
+NEEDS: dict[str, dict[str, Any]] = {
     "entropy_form": {"entropy_coef": 0.3},
     "optimal_form": {"baseline": "optimal"},
     "importance_bound": {"importance": "token", "importance_cap": 2.0},
-    "episode_mean": {"returns": "reward_to_go"},
-    "episode_std": {"returns": "reward_to_go"},
+    "episode_mean": TO_GO,
+    "episode_std": TO_GO,
     "blame_window": {"window": 1},
     "gae": {"baseline": "value"},
     "episode_normalized": {"baseline": "none"},
 }
 """Other fields that an axis, or one choice on it, needs in order to have an effect."""
 
-EXTRA: dict[str, dict[str, object]] = {
-    "constant 0.5": {"baseline": "constant", "baseline_constant": 0.5},
+EXTRA: dict[str, dict[str, Any]] = {
+    "constant 0.5": CONSTANT,
     "opo, row inside": {"baseline": "opo", "leave_one_out": False},
     "optimal, row inside": {"baseline": "optimal", "leave_one_out": False},
     "timestep_mean, row inside": {"baseline": "timestep_mean", "leave_one_out": False},
     "shrinkage, weight 0.5": {"baseline": "shrinkage", "shrinkage_weight": 0.5},
-    "value, to go": {"baseline": "value", "returns": "reward_to_go"},
+    "value, to go": {**TO_GO, "baseline": "value"},
     "gae, lam 1": {"baseline": "value", "returns": "gae", "lam": 1.0},
     "group_mean, group_std": {"baseline": "group_mean", "scale": "group_std"},
     "none, group_std, ddof 0": {"baseline": "none", "scale": "group_std", "scale_ddof": 0},
     "loo_std, token_mean": {"scale": "loo_std", "aggregation": "token_mean"},
     "other_groups_std, token_mean": {"scale": "other_groups_std", "aggregation": "token_mean"},
-    "constant, sequence_mean": {
-        "baseline": "constant",
-        "baseline_constant": 0.5,
-        "aggregation": "sequence_mean",
-    },
+    "constant, sequence_mean": {**CONSTANT, "aggregation": "sequence_mean"},
     "dual clip": {"ratio": "token", "dual_clip": 3.0},
     "importance token, cap 2": {"importance": "token", "importance_cap": 2.0},
     "importance none, centred": {"importance_centre": True},
-    "batch_mean, full path KL": {
-        "baseline": "batch_mean",
-        "beta": 0.2,
-        "kl_placement": "loss",
-        "kl_estimator": "full_path",
-    },
+    "batch_mean, full path KL": {**FULL_PATH, "baseline": "batch_mean"},
     "discounted": {"gamma": 0.7},
-    "discounted, to go": {"gamma": 0.7, "returns": "reward_to_go"},
-    "episode standardised": {
-        "baseline": "episode_mean",
-        "scale": "episode_std",
-        "returns": "reward_to_go",
-        "gamma": 0.99,
-    },
+    "discounted, to go": {**TO_GO, "gamma": 0.7},
+    "episode standardised": STANDARD,
     "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
-    "max_at_2, full path KL": {
-        "objective": "max_at_k",
-        "objective_order": 2,
-        "beta": 0.2,
-        "kl_placement": "loss",
-        "kl_estimator": "full_path",
-    },
+    "max_at_2, full path KL": {**FULL_PATH, "objective": "max_at_k", "objective_order": 2},
     "log_success, token_mean": {"objective": "log_success", "aggregation": "token_mean"},
 }
 """Further estimators, which are neither presets nor RLOO with one axis changed."""
@@ -101,28 +87,27 @@ def named_estimators() -> dict[str, Estimator]:
     has a name is not listed again.
     """
     named: dict[str, Estimator] = {}
-    for name, estimator in _candidates():
+    for name, fields in _candidates():
+        estimator = Estimator(**fields)
         if estimator not in named.values():
             named[name] = estimator
     return named
 
 
-def _candidates() -> Iterator[tuple[str, Estimator]]:
-    for name in PRESETS:
-        yield name, Estimator.preset(name)
+def _candidates() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield names, and the fields that differ from those of RLOO."""
+    for name, preset in PRESETS.items():
+        yield name, preset.fields
     for axis, choices in AXES.items():
         if axis not in ("kl_placement", "kl_estimator"):  # these two are varied in pairs
             for choice in choices:
-                fields = {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}
-                yield f"{axis} {choice}", Estimator(**fields)  # type: ignore[arg-type]
+                yield f"{axis} {choice}", {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}
     for placement, kl in KL_EFFECTS:
-        fields = {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl}
-        yield f"KL in the {placement}, {kl}", Estimator(**fields)  # type: ignore[arg-type]
+        yield f"KL in the {placement}, {kl}", {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl}
     for objective, form in OBJECTIVES:
         for order in (1, 2, 3) if objective == "max_at_k" else (None,):
             if (form, order) != ("sloo_minus_one", 1):
                 label = objective if order is None else f"max_at_{order}"
                 chosen = {"objective": objective, "objective_form": form, "objective_order": order}
-                yield f"{label}, {form}", Estimator(**chosen)  # type: ignore[arg-type]
-    for name, fields in EXTRA.items():
-        yield name, Estimator(**fields)  # type: ignore[arg-type]
+                yield f"{label}, {form}", chosen
+    yield from EXTRA.items()

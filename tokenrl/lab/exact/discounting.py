@@ -10,6 +10,8 @@ import torch
 
 from tokenrl.core.choices import EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import TO_GO
+from tokenrl.lab.exact.catalogue import EPISODE, STANDARD
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem
@@ -69,13 +71,11 @@ def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
     return WhichObjective(*(replace(moments, target=target) for target in targets))
 
 
-TO_GO: dict[str, Any] = {"returns": "reward_to_go"}
-VALUE: dict[str, Any] = {"baseline": "value", "returns": "reward_to_go"}
+VALUE: dict[str, Any] = {**TO_GO, "baseline": "value"}
 GAE: dict[str, Any] = {"baseline": "value", "returns": "gae", "lam": 0.5}
 TRUE: dict[str, Any] = {"critic": "true"}
 CUT: dict[str, Any] = {"steps": 2, "beyond": 2}
-EPISODE: dict[str, Any] = {**TO_GO, "baseline": "episode_mean"}
-STANDARD: dict[str, Any] = {**EPISODE, "scale": "episode_std", "gamma": 0.99}
+TIMESTEP: dict[str, Any] = {**TO_GO, "baseline": "timestep_mean"}
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "total": ({}, {}),
@@ -92,11 +92,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "to go, running mean": ({**TO_GO, "baseline": "running_mean"}, {}),
     "to go, batch mean": ({**TO_GO, "baseline": "batch_mean"}, {}),
     "total, batch mean, discounted": ({"baseline": "batch_mean", "gamma": 0.9}, {}),
-    "to go, timestep mean of the others": ({**TO_GO, "baseline": "timestep_mean"}, {}),
-    "to go, timestep mean of all (of 2 here)": (
-        {**TO_GO, "baseline": "timestep_mean", "leave_one_out": False},
-        {},
-    ),
+    "to go, timestep mean of the others": (TIMESTEP, {}),
+    "to go, timestep mean of all (of 2 here)": ({**TIMESTEP, "leave_one_out": False}, {}),
     "to go, episode mean": (EPISODE, {}),
     "to go, episode mean, reward 1 per step": (EPISODE, {"reward": 1.0}),
     "to go, episode mean and std": (STANDARD, {}),
