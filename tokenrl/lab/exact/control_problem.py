@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core.losses import token_entropy
-from tokenrl.lab.exact.problems import Problem
+from tokenrl.lab.exact.problems import Completions, Problem, slopes_of, token_entropies, token_logprobs
 from tokenrl.settings import check_seed
 
 
@@ -166,34 +165,28 @@ def problem_of_mdp(
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
     truncated: Bool[Tensor, " M"] = paths.last < len(mdp.start)
     continues = beyond > 0
-    logprobs = _logprobs(mdp.logits, paths)
+    rows = Completions(paths.actions, paths.mask, paths.states, [])
+    logits = mdp.logits[None]
+    logprobs = token_logprobs(logits, rows)
     environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
     return Problem(
         name=name or f"control, {steps} steps of {steps + beyond}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
         mask=paths.mask,
         truncated=truncated,
-        logprobs=logprobs[None],
-        ref_logprobs=_logprobs(mdp.reference, paths)[None],
-        entropy=_entropy(mdp.logits, paths)[None],
+        logprobs=logprobs,
+        ref_logprobs=token_logprobs(mdp.reference[None], rows),
+        entropy=token_entropies(logits, rows),
         rewards=(mdp.rewards[paths.states, paths.actions, paths.successors] * paths.mask)[None],
-        scores=torch.func.jacrev(_logprobs)(mdp.logits, paths).flatten(2)[None],
-        entropy_slopes=torch.func.jacrev(_entropy)(mdp.logits, paths).flatten(2)[None],
+        scores=slopes_of(token_logprobs, logits, rows, shared=True),
+        entropy_slopes=slopes_of(token_entropies, logits, rows, shared=True),
         values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
-        greedy=_greedy(mdp, paths, environment * logprobs.sum(-1).exp()),
+        greedy=_greedy(mdp, paths, environment * logprobs[0].sum(-1).exp()),
         max_length=steps + 2,
         environment=environment[None],
         bootstrap=values[paths.last, steps][None] if continues and bootstrap else None,
         after=mean_rewards[paths.last, :beyond][None] if continues else None,
     )
-
-
-def _logprobs(logits: Tensor, paths: Trajectories) -> Float[Tensor, "M T"]:
-    return logits.log_softmax(-1)[paths.states, paths.actions] * paths.mask
-
-
-def _entropy(logits: Tensor, paths: Trajectories) -> Float[Tensor, "M T"]:
-    return token_entropy(logits)[paths.states] * paths.mask
 
 
 def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +129,8 @@ def exact_moments(
     Raises:
         Refused: When the estimator cannot be used with such groups.
     """
-    size = problem.group_size if group_size is None else group_size
+    size = group_size or problem.group_size
+    problem = replace(problem, group_size=size)
     check_rewards(estimator, problem.returns(), problem.chances.bool())
     chances = problem.of_sampler.chances
     prompts, completions = chances.shape
@@ -145,14 +146,13 @@ def exact_moments(
                 alive = torch.ones(len(of_row), dtype=torch.bool)
                 dead = torch.vmap(lambda r: zero_spread(r, size, alive).any())  # noqa: B023
                 chance = chance * ~dead(problem.rewards[of_row, chosen])
-            coefficients = _coefficients(estimator, problem, of_row, chosen, size)  # [C, 2 P M T]
+            coefficients = _coefficients(estimator, problem, of_row, chosen)  # [C, 2 P M T]
             total = total + chance.sum()
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
     mean = _by_prompt(estimator, problem, shares / total)
     tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
-    target = target_of(estimator, problem, group_size=size)
-    return Moments(mean, target, float(second / total), problem.name, tolerance)
+    return Moments(mean, target_of(estimator, problem), float(second / total), problem.name, tolerance)
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
@@ -170,18 +170,15 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     groups = [torch.cartesian_prod(*[side] * problem.group_size).repeat(copies, 1) for side in sides]
     of_row = torch.cat([torch.full((g.numel(),), x) for x, g in enumerate(groups)])
     chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
-    coefficients = _coefficients(estimator, problem, of_row, chosen, problem.group_size)[0]
+    coefficients = _coefficients(estimator, problem, of_row, chosen)[0]
     mean = _by_prompt(estimator, problem, coefficients)
     return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name)
 
 
-def target_of(
-    estimator: Estimator, problem: Problem, gamma: float = 1.0, group_size: int | None = None
-) -> Float[Tensor, "P D"]:
+def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
     """Return `Problem.gradient` of the estimator's objective, with the terms that it adds to that."""
     return problem.gradient(
         estimator=estimator,
-        group_size=group_size,
         gamma=gamma,
         beta=estimator.beta,
         entropy_coef=estimator.entropy_coef,
@@ -215,12 +212,12 @@ def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N
 
 
 def _coefficients(
-    estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor, size: int
+    estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor
 ) -> Float[Tensor, "C X"]:
     """Return minus the derivative of each step's loss in every logprob, entropy and centre, X = K P M T."""
     columns = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
     entropy, sampled = columns.pop("entropy"), columns.pop("sampling_logprobs")
-    sizes: dict[str, Any] = {"group_size": size, "max_length": problem.max_length}
+    sizes: dict[str, Any] = {"group_size": problem.group_size, "max_length": problem.max_length}
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
     apart = 0.0 if estimator.baseline == "running_mean" else 0.5
     sizes["baseline_value"] = problem.baseline_value + apart * of_row.double()

@@ -129,7 +129,6 @@ class Problem:
         overlong_buffer: int = 0,
         gamma: float = 1.0,
         estimator: Estimator | None = None,
-        group_size: int | None = None,
     ) -> Float[Tensor, "P D"]:
         """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt.
 
@@ -140,16 +139,15 @@ class Problem:
         J is the mean over prompts, and KL and H are those of whole completions. By the log-derivative trick
         the gradient is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of the
         scores; the derivatives of l and of log pi themselves have mean zero. If an estimator is passed, its
-        objective stands in place of E[R], for groups of `group_size` (that of the problem if None), and the
-        derivative of the objective in the probability of the completion in place of R.
+        objective stands in place of E[R], and the derivative of the objective in the probability of the
+        completion in place of R.
         """
         log_pi, log_ref = self.logprobs.sum(-1), self.ref_logprobs.sum(-1)
         weight = self.returns(gamma)
         if overlong_buffer:
             weight = weight + overlong_penalty(self.mask.sum(-1).long(), self.max_length, overlong_buffer)
         if estimator is not None:
-            size = group_size or self.group_size
-            weight = slopes_in_probability(estimator, weight, self.chances, size)
+            weight = slopes_in_probability(estimator, weight, self.chances, self.group_size)
         weight = weight - beta * (log_pi - log_ref) - entropy_coef * log_pi
         return torch.einsum("pm,pmtd->pd", self.chances * weight, self.scores) / len(self.chances)
 
@@ -225,7 +223,7 @@ def tabular_problem(
     logits = random if logits is None else logits.double().expand(shape)
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
     drawn = _rewards(rewards, table, rows, draw)
-    logprobs = torch.stack([_logprobs(x, rows) for x in logits])
+    logprobs = token_logprobs(logits, rows)
     values = _true_values(logprobs, drawn, rows) if true_values else guesses[:, rows.prefix] * rows.mask
     ends = rows.ids.gather(1, rows.last).squeeze(1)
     return Problem(
@@ -234,13 +232,13 @@ def tabular_problem(
         mask=rows.mask,
         truncated=ends != 0,
         logprobs=logprobs,
-        ref_logprobs=torch.stack([_logprobs(x, rows) for x in reference]),
-        entropy=torch.stack([_entropy(x, rows) for x in logits]),
+        ref_logprobs=token_logprobs(reference, rows),
+        entropy=token_entropies(logits, rows),
         rewards=drawn,
-        scores=_slopes(_logprobs, logits, rows, shared),
-        entropy_slopes=_slopes(_entropy, logits, rows, shared),
+        scores=slopes_of(token_logprobs, logits, rows, shared),
+        entropy_slopes=slopes_of(token_entropies, logits, rows, shared),
         values=values,
-        greedy=torch.stack([_greedy(x, rows) for x in logits]),
+        greedy=_greedy(logits, rows),
         max_length=length + 2,
         sampler=None if sampler is None else _sampler(sampler(logits), logits, rows, shared),
     )
@@ -249,30 +247,30 @@ def tabular_problem(
 def _sampler(sampling: Tensor, logits: Tensor, rows: Completions, shared: bool) -> Sampler:
     """Return what is drawn from, by logits [P, S, V] of the sampler and of the policy."""
     return Sampler(
-        logprobs=torch.stack([_logprobs(x, rows) for x in sampling]),
-        scores=_slopes(_logprobs, sampling, rows, shared),
-        vocabulary=torch.stack([_vocabulary(x, rows) for x in sampling]),
-        policy=torch.stack([_vocabulary(x, rows) for x in logits]),
-        slopes=_slopes(_vocabulary, logits, rows, shared),
+        logprobs=token_logprobs(sampling, rows),
+        scores=slopes_of(token_logprobs, sampling, rows, shared),
+        vocabulary=_vocabulary(sampling, rows),
+        policy=_vocabulary(logits, rows),
+        slopes=slopes_of(_vocabulary, logits, rows, shared),
     )
 
 
 def _vocabulary(logits: Tensor, rows: Completions) -> Tensor:
-    """Return the logprob of every token of the vocabulary at each prefix [M, T, V]."""
-    return logits.log_softmax(-1)[rows.prefix] * rows.mask[..., None]
+    """Return the logprob of every token of the vocabulary at each prefix [..., M, T, V]."""
+    return logits.log_softmax(-1)[..., rows.prefix, :] * rows.mask[..., None]
 
 
-def _logprobs(logits: Tensor, rows: Completions) -> Tensor:
-    """Return the logprob of each token [M, T], from logits [S, V] of S prefixes."""
-    return logits.log_softmax(-1)[rows.prefix, rows.ids] * rows.mask
+def token_logprobs(logits: Tensor, rows: Completions) -> Tensor:
+    """Return the logprob of each token [..., M, T], from logits [..., S, V] of S prefixes."""
+    return logits.log_softmax(-1)[..., rows.prefix, rows.ids] * rows.mask
 
 
-def _entropy(logits: Tensor, rows: Completions) -> Tensor:
-    """Return the entropy at each token [M, T], from logits [S, V] of S prefixes."""
-    return token_entropy(logits)[rows.prefix] * rows.mask
+def token_entropies(logits: Tensor, rows: Completions) -> Tensor:
+    """Return the entropy at each token [..., M, T], from logits [..., S, V] of S prefixes."""
+    return token_entropy(logits)[..., rows.prefix] * rows.mask
 
 
-def _slopes(
+def slopes_of(
     quantity: Callable[[Tensor, Completions], Tensor], logits: Tensor, rows: Completions, shared: bool
 ) -> Float[Tensor, "P M T *V D"]:
     """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share."""
@@ -310,6 +308,6 @@ def _true_values(logprobs: Tensor, rewards: Tensor, rows: Completions) -> Tensor
 
 
 def _greedy(logits: Tensor, rows: Completions) -> Tensor:
-    """Index of the completion whose every token is the most probable one."""
-    best = logits.argmax(-1)[rows.prefix] == rows.ids  # [M, T]
-    return (best | (rows.mask == 0)).all(-1).int().argmax()
+    """Index of the completion whose every token is the most probable one, by prompt."""
+    best = logits.argmax(-1)[:, rows.prefix] == rows.ids  # [P, M, T]
+    return (best | (rows.mask == 0)).all(-1).int().argmax(-1)
