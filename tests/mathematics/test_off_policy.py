@@ -27,7 +27,7 @@ from tokenrl.lab import (
     tabular_problem,
 )
 from tokenrl.lab.exact import samplers
-from tokenrl.lab.exact.mismatch import CORRECTIONS as TABLE, kept_mass
+from tokenrl.lab.exact.report import CORRECTIONS as TABLE, kept_mass
 
 torch.set_num_threads(1)
 SAMPLERS = {
@@ -264,7 +264,7 @@ def test_the_table_of_corrections(capsys, tmp_path) -> None:
         (["--sampler", "temprature=2"], "Did you mean 'temperature'"),
         (["--sampler", "grpo"], "'grpo' is not a change"),
         (["--sampler", "top_p=2"], "top_p"),
-        (["--sampler", "noise=1", "--estimators", "rloo"], "excludes --estimators"),
+        (["--sampler", "noise=1", "--estimators", "rloo"], "exclude each other"),
     ],
 )
 def test_samplers_that_cannot_be_used(arguments: list[str], words: str, capsys) -> None:

@@ -5,19 +5,18 @@ It may be a preset with changes, or a configuration of TRL.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from tokenrl.core.bias import effects
 from tokenrl.core.choices import EXACT
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS, preset_name
-from tokenrl.errors import Refused
+from tokenrl.core.presets import PRESETS, Preset, preset_name
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.exact.trl_config import read_trl_config
 from tokenrl.runs.console import rich_console, rich_table
 
 CHOICES = ("baseline", "scale", "aggregation", "ratio", "returns", "zero_spread", "truncations")
 """The axes that are shown, also those where the estimator is as RLOO."""
+
+CUSTOM = Preset({}, "no preset has these fields")
 
 
 def explain(args: LabArguments) -> dict[str, Estimator]:
@@ -27,20 +26,17 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
         That estimator and rloo, by name; nothing if neither option was used.
 
     Raises:
-        Refused: The preset or the file cannot be used, or two options exclude each other.
+        Refused: The preset or the file cannot be used.
     """
     name = args.preset if args.trl_config is None else args.trl_config
     if name is None:
         return {}
-    if args.estimators or None not in (args.preset, args.trl_config):
-        raise Refused("--preset, --trl-config and --estimators exclude each other; give one of them.")
-    idle, beyond = list[str](), list[str]()
     if args.trl_config is not None:
         title, estimator, idle, beyond = read_trl_config(name)
     else:
         estimator = Estimator.preset(name)
-        preset = PRESETS.get(name) or PRESETS.get(preset_name(estimator))
-        title, beyond = (preset.paper, [preset.beyond]) if preset else ("no preset has these fields", [])
+        preset = PRESETS.get(name) or PRESETS.get(preset_name(estimator), CUSTOM)
+        title, idle, beyond = preset.paper, [], [preset.beyond]
     causes = [f"{effect.reason} ({effect.status})" for effect in effects(estimator) if effect.status != EXACT]
     parts = {
         "source": [title],
@@ -63,8 +59,8 @@ def written(estimator: Estimator) -> str:
     """Write an estimator as `--estimator` takes it: the nearest preset, with what differs from it."""
     forms = []
     for name in PRESETS:
-        preset = Estimator.preset(name)
-        names = [f.name for f in fields(preset) if getattr(preset, f.name) != getattr(estimator, f.name)]
-        forms.append([name, *(f"{field}={getattr(estimator, field)}" for field in names)])
+        preset = vars(Estimator.preset(name))
+        changes = [f"{field}={value}" for field, value in vars(estimator).items() if value != preset[field]]
+        forms.append([name, *changes])
     shortest = min(forms, key=len)
     return ",".join(shortest)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tokenrl.core.choices import EXACT, UP_TO_SCALE
@@ -17,8 +18,8 @@ from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.discounting import objectives_on_control
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.explanation import explain
-from tokenrl.lab.exact.mismatch import compare_corrections
-from tokenrl.lab.exact.samplers import measure_off_policy
+from tokenrl.lab.exact.problems import Problem
+from tokenrl.lab.exact.samplers import Perturbation, measure_off_policy, off_policy_moments, perturbed_problem
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
@@ -26,10 +27,41 @@ from tokenrl.runs.threads import using_threads
 
 OF_ALL = ("declared", "found", "cosine", "relative_bias", "variance", "noise", "ok")
 """What a record says of an estimator; `Verdict` explains it."""
+CLAIMS = ("on_binary", "of_reward", "off_policy")
+"""Special cases of a verdict, of which a record has the status found."""
 OFF_POLICY = {"exact_for_policy": "policy", "exact_for_sampler": "sampler", "biased": "", "unknown": "?"}
 """Whose gradient it is where the sampler differs from the policy, as the table writes it."""
 NUMBERS = ("problem", "status", "cosine", "relative_bias", "scale", "variance", "mse", "noise")
 """What a record says of each problem; `Moments` explains the numbers."""
+
+PROBLEMS = 20
+"""Number of random problems on which corrections are compared."""
+ROUNDING = 1e-9
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "none, centred": {"importance_centre": True},
+    "token": {"importance": "token"},
+    "token, truncate 2": {"importance": "token", "importance_cap": 2.0},
+    "token, mask 2": {"importance": "token", "importance_cap": 2.0, "importance_bound": "mask"},
+    "geometric": {"importance": "geometric"},
+    "sequence, truncate 2": {"importance": "sequence", "importance_cap": 2.0},
+    "sequence, mask 3": {"importance": "sequence", "importance_cap": 3.0, "importance_bound": "mask"},
+    "sequence": {"importance": "sequence"},
+}
+"""The corrections of RLOO that are compared: importance, and its bound with the cap."""
+EXPLANATION = (
+    "RLOO with two completions per prompt, drawn by a sampler with {sampler}, on {problems} random problems "
+    "of three tokens and at most three steps. Off: |E g - grad J| / |grad J|, the median and the worst. "
+    "J(policy) is the expected reward of the policy that is trained. J(sampler) is that of the sampler; its "
+    "gradient is taken in the sampler's own logits a z + d, with z those of the policy, and in z it is a "
+    "times as large. Cosine: between E g and grad J(policy), the median; noise: tr Var g / |E g|^2, the "
+    "median."
+)
+MISSING = (
+    "The sampler can produce completions that have a probability of {kept:.3f} under the policy in the "
+    "median, and of {least:.3f} at least. No weight brings back the rest: weights of sequences give the "
+    "gradient of E[(R - b) 1(kept)] under the policy, with the baseline b and what is kept held fixed."
+)
 
 
 def exact(args: LabArguments) -> int:
@@ -39,12 +71,15 @@ def exact(args: LabArguments) -> int:
         The exit code: 1 if any declaration is wrong, else 0.
 
     Raises:
-        Refused: For an unknown estimator, or a file that cannot be written.
+        Refused: For an unknown estimator, options that exclude each other, or a file that cannot be written.
     """
     from rich.progress import track
 
     if args.json is not None:
         check_place(args.json)
+    options = (args.preset, args.trl_config, args.sampler, args.estimators or None)
+    if options.count(None) < len(options) - 1:
+        raise Refused("--preset, --trl-config, --sampler and --estimators exclude each other; give one.")
     if args.sampler is not None:
         write_records(args, compare_corrections(args))
         return 0
@@ -88,9 +123,7 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
         {
             "estimator": name,
             **{name: _finite(getattr(v, name)) for name in OF_ALL},
-            "on_binary": v.on_binary and v.on_binary.found,
-            "of_reward": v.of_reward and v.of_reward.found,
-            **({} if v.off_policy is None else {"off_policy": v.off_policy.found}),
+            **{claim: getattr(v, claim) and getattr(v, claim).found for claim in CLAIMS},
             "problems": [{name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements],
         }
         for name, v in verdicts.items()
@@ -112,11 +145,9 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
         numbers = (f"{v.cosine:.6f}", bias, f"{v.noise:.2f}", "yes" if v.ok else "NO")
         table.add_row(*row, *numbers, style=None if v.ok else "bold red")
     console.print(table)
-    of_reward = [f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward]
+    of_reward = "; ".join(f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward)
     if of_reward:
-        console.print(
-            f"What the gradient of another objective is for the mean reward: {'; '.join(of_reward)}."
-        )
+        console.print(f"What the gradient of another objective is for the mean reward: {of_reward}.")
     wrong = [name for name, v in verdicts.items() if not v.ok]
     console.print(
         "cosine: between the expected gradient and that of J, the lowest over the problems; bias: "
@@ -153,3 +184,52 @@ def _against(match: Moments) -> str:
     if match.status == UP_TO_SCALE:
         return f"{match.scale:.3f} of it"
     return f"off by {match.relative_bias:.3f}, cos {match.cosine:.4f}"
+
+
+def compare_corrections(args: LabArguments) -> list[dict[str, Any]]:
+    """Measure all corrections with the sampler of `--sampler`, and print the table.
+
+    Returns:
+        One record for each correction.
+
+    Raises:
+        Refused: The sampler cannot be read.
+    """
+    perturbation = Perturbation.read(str(args.sampler))
+    problems = [perturbed_problem(seed, perturbation) for seed in range(PROBLEMS)]
+    records = [record(name, Estimator(**fields), problems) for name, fields in CORRECTIONS.items()]
+    heads = ("off J(policy)", "worst", "cosine", "off J(sampler)", "worst", "noise")
+    table = rich_table("", ("correction", "off-policy it is declared"), heads)
+    for row in records:
+        names = ("policy_bias", "worst_policy_bias", "cosine", "sampler_bias", "worst_sampler_bias")
+        numbers = ["0" if row[name] < ROUNDING else f"{row[name]:.3f}" for name in names]
+        table.add_row(row["correction"], row["declared"], *numbers, f"{row['noise']:.1f}")
+    console = rich_console(width=120)
+    console.print(table)
+    console.print(EXPLANATION.format(sampler=args.sampler, problems=PROBLEMS))
+    kept = [kept_mass(problem) for problem in problems]
+    if min(kept) < 1 - ROUNDING:
+        console.print(MISSING.format(kept=median(kept), least=min(kept)))
+    return records
+
+
+def record(name: str, estimator: Estimator, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Return the numbers of one correction over all problems, as `EXPLANATION` explains them."""
+    pairs = [off_policy_moments(estimator, problem) for problem in problems]
+    policy, sampler = ([pair[side].relative_bias for pair in pairs] for side in (0, 1))
+    return {
+        "correction": name,
+        "declared": estimator.off_policy_status,
+        "policy_bias": median(policy),
+        "worst_policy_bias": max(policy),
+        "sampler_bias": median(sampler),
+        "worst_sampler_bias": max(sampler),
+        "cosine": median(moments.cosine for moments, _ in pairs),
+        "noise": median(moments.noise for moments, _ in pairs),
+    }
+
+
+def kept_mass(problem: Problem) -> float:
+    """Return the policy's probability of what the sampler can produce: the mean weight of a completion."""
+    drawn = problem.of_sampler.chances > 0
+    return float((problem.chances * drawn).sum(-1).mean())

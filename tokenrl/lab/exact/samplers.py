@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Annotated
+from itertools import compress
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenrl.core.choices import BIASED, EXACT, UNKNOWN, UP_TO_SCALE
+from tokenrl.core.choices import BIASED, EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.off_policy import EXACT_FOR_POLICY, EXACT_FOR_SAMPLER
 from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.lab.exact.verdict import Claim
 from tokenrl.settings import Bounds, Count, NonNegative, Positive, Settings, arguments
 
 NEVER = -1e4
@@ -73,17 +75,9 @@ class Perturbation(Settings):
         return logits.masked_fill(~torch.zeros_like(kept).scatter(-1, tokens, kept), NEVER)
 
 
-def perturbed_problem(
-    seed: int, perturbation: Perturbation, *, prompts: int = 1, group_size: int = 2, **kinds: object
-) -> Problem:
+def perturbed_problem(seed: int, perturbation: Perturbation, **kinds: Any) -> Problem:
     """Make `tabular_problem` with a sampler; `kinds` are further arguments of that function."""
-    return tabular_problem(
-        seed,
-        prompts=prompts,
-        group_size=group_size,
-        sampler=lambda logits: perturbation.logits(logits, seed + 1000),
-        **kinds,  # type: ignore[arg-type]
-    )
+    return tabular_problem(seed, sampler=lambda z: perturbation.logits(z, seed + 1000), **kinds)
 
 
 def off_policy_moments(estimator: Estimator, problem: Problem) -> tuple[Moments, Moments]:
@@ -99,19 +93,9 @@ def off_policy_moments(estimator: Estimator, problem: Problem) -> tuple[Moments,
     return moments, replace(moments, target=target_of(estimator, problem.of_sampler))
 
 
-@dataclass(frozen=True)
-class OffPolicyVerdict:
-    """What an estimator declares of its gradient where the sampler differs, and what enumeration finds."""
-
-    declared: str
-    """The estimator's `off_policy_status`."""
-    found: str
-    """The gradient along which the expected one is on every problem, or 'biased'."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether both are the same; of an unknown status nothing is asked."""
-        return self.declared in (UNKNOWN, self.found)
+OffPolicyVerdict = Claim
+"""What an estimator declares of its gradient where the sampler differs, and what enumeration finds: the
+gradient along which the expected one is on every problem, or 'biased'."""
 
 
 def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None = None) -> OffPolicyVerdict:
@@ -132,29 +116,26 @@ def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None 
         >>> measure_off_policy(Estimator(importance="token")).found
         'biased'
     """
-    possible, measured = {EXACT_FOR_POLICY, EXACT_FOR_SAMPLER}, 0
+    names, statuses = (EXACT_FOR_POLICY, EXACT_FOR_SAMPLER), list[set[str]]()
     refusal = Refused("There is no problem to measure on; give at least one.")
     for problem in default_sampled_problems() if problems is None else problems:
         try:
             matches = off_policy_moments(estimator, problem)
+            along = [match.status in (EXACT, UP_TO_SCALE) for match in matches]
+            statuses.append(set(compress(names, along)))
         except Refused as error:
             refusal = error
-            continue
-        measured += 1
-        names = (EXACT_FOR_POLICY, EXACT_FOR_SAMPLER)
-        possible &= {name for name, m in zip(names, matches, strict=True) if m.status in (EXACT, UP_TO_SCALE)}
-    if not measured:
+    if not statuses:
         raise refusal
-    return OffPolicyVerdict(estimator.off_policy_status, min(possible, default=BIASED))
+    return Claim(estimator.off_policy_status, min(set.intersection(*statuses), default=BIASED))
 
 
 @cache
 def default_sampled_problems() -> tuple[Problem, ...]:
     """Return problems that together show every known bias of a sampler that differs."""
     small = {"vocabulary": 2, "length": 2, "group_size": 3}
-    large_group = small | {"group_size": 6}
     return (
-        perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", **large_group),
+        perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", vocabulary=2, length=2, group_size=6),
         perturbed_problem(41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small),
         perturbed_problem(42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small),
     )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
-from typing import NamedTuple
 
 import torch
 
@@ -15,15 +14,8 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
-from tokenrl.lab.exact.enumeration import (
-    Moments,
-    exact_moments,
-    proportional_step,
-    sine_between,
-    target_of,
-)
+from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step, sine_between, target_of
 from tokenrl.lab.exact.problems import Problem, tabular_problem
-from tokenrl.lab.exact.samplers import OffPolicyVerdict
 from tokenrl.settings import check_number
 
 MOST_ROWS, MOST_STEPS = 15, 60_000
@@ -32,24 +24,27 @@ EVEN = torch.tensor([[1, 3], [1, 2], [1, 1]]).double().log()
 """Logits of two tokens, one of which is the end, under which all four completions are equally probable."""
 
 
-class Claim(NamedTuple):
-    """A status that is declared for a special case, and the one that enumeration finds there."""
+@dataclass(frozen=True)
+class Claim:
+    """A status that is declared, and the one that enumeration finds."""
 
     declared: str
     found: str
 
     @property
-    def holds(self) -> bool:
-        """Whether the status found is at least as good as the declared one; a declared bias must be found."""
-        if self.declared == choices.UNKNOWN:
+    def ok(self) -> bool:
+        """Whether the status found is the declared one or better; a declared bias must be found.
+
+        Of an unknown status nothing is asked, and no status off-policy is better than another.
+        """
+        if self.declared in (choices.UNKNOWN, self.found):
             return True
-        if self.declared == choices.BIASED:
-            return self.found == choices.BIASED
-        return choices.FROM_BEST_TO_WORST.index(self.found) <= choices.FROM_BEST_TO_WORST.index(self.declared)
+        graded = choices.FROM_BEST_TO_WORST[: choices.FROM_BEST_TO_WORST.index(choices.BIASED)]
+        return self.declared in graded and self.found in graded[: graded.index(self.declared)]
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict:
+class Verdict(Claim):
     """The bias status that an estimator declares, and the one that enumeration finds; shown in one line.
 
     Attributes:
@@ -65,14 +60,12 @@ class Verdict:
         off_policy: The same of `off_policy_status`, if `measure_off_policy` measured it too.
     """
 
-    declared: str
-    found: str
     measurements: tuple[Moments, ...]
     tried: str = ""
     estimator: str = "custom estimator"
     on_binary: Claim | None = None
     of_reward: Claim | None = None
-    off_policy: OffPolicyVerdict | None = None
+    off_policy: Claim | None = None
 
     def __repr__(self) -> str:
         differs = "" if self.ok else f" (declared {self.declared})"
@@ -86,10 +79,8 @@ class Verdict:
     @property
     def ok(self) -> bool:
         """Whether every status found is at least as good as declared; a declared bias must be found."""
-        if self.off_policy is not None and not self.off_policy.ok:
-            return False
-        claims = (Claim(self.declared, self.found), self.on_binary, self.of_reward)
-        return all(claim.holds for claim in claims if claim is not None)
+        special = (self.on_binary, self.of_reward, self.off_policy)
+        return super().ok and all(claim.ok for claim in special if claim is not None)
 
     @property
     def cosine(self) -> float:
@@ -179,7 +170,7 @@ def measure_bias(
             continue
         if not moments.mean.isfinite().all():
             raise Refused(f"The baseline returned nan or inf on the problem '{problem.name}'; mend it.")
-        worse = max(status, moments.status, key=choices.FROM_BEST_TO_WORST.index)
+        worse = worst(status, moments.status)
         if number < len(main) or worse != status:
             measurements.append(moments)
         measured.append(problem)
@@ -190,8 +181,13 @@ def measure_bias(
         status = choices.ASYMPTOTIC
     name = getattr(estimator.baseline, "__name__", preset_name(estimator))
     tried = extent(measured) + ", the memory held fixed" * estimator.needs_memory
-    verdict = Verdict(estimator.bias_status, status, tuple(measurements), tried, name)
-    return replace(verdict, on_binary=_on_binary(estimator), of_reward=_of_reward(estimator, measured))
+    claims = _on_binary(estimator), _of_reward(estimator, measured)
+    return Verdict(estimator.bias_status, status, tuple(measurements), tried, name, *claims)
+
+
+def worst(*statuses: str) -> str:
+    """Return the worst of some statuses."""
+    return max(statuses, key=choices.FROM_BEST_TO_WORST.index)
 
 
 def _on_binary(estimator: Estimator) -> Claim | None:
@@ -200,21 +196,17 @@ def _on_binary(estimator: Estimator) -> Claim | None:
     if status in (estimator.bias_status, choices.ASYMPTOTIC):
         return None
     usable = [p for p in binary_problems() if p.group_size >= estimator.fewest_rows]
-    statuses = (exact_moments(estimator, problem).status for problem in usable)
-    return Claim(status, max(statuses, key=choices.FROM_BEST_TO_WORST.index))
+    return Claim(status, worst(*(exact_moments(estimator, problem).status for problem in usable)))
 
 
 def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | None:
     """Return the status for the gradient of E[R]; None if that is the objective."""
-    if estimator.objective == "reward" or estimator.reward_bias_status == choices.ASYMPTOTIC:
+    status = estimator.reward_bias_status
+    if estimator.objective == "reward" or status == choices.ASYMPTOTIC:
         return None
-    of_reward = replace(estimator, objective="reward", objective_order=None, objective_form="default")
-    moments = [
-        replace(exact_moments(estimator, problem), target=target_of(of_reward, problem))
-        for problem in problems
-    ]
-    worst = max((m.status for m in moments), key=choices.FROM_BEST_TO_WORST.index)
-    return Claim(estimator.reward_bias_status, worst)
+    mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
+    pairs = [(exact_moments(estimator, problem), target_of(mean, problem)) for problem in problems]
+    return Claim(status, worst(*(replace(moments, target=target).status for moments, target in pairs)))
 
 
 def extent(problems: Sequence[Problem]) -> str:
@@ -231,9 +223,8 @@ def _check_memory(estimator: Estimator) -> None:
     draw = torch.Generator().manual_seed(0)
     rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
-    first, _, second = (
-        estimator.advantages(x, mask, group_size=2).policy for x in (rewards, changed, rewards)
-    )
+    steps = (rewards, changed, rewards)
+    first, _, second = (estimator.advantages(x, mask, group_size=2).policy for x in steps)
     if not first.nan_to_num().equal(second.nan_to_num()):
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
         raise Refused(
@@ -287,8 +278,7 @@ def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
     problems = (*larger, *default_problems())
     if estimator.objective == "max_at_k":
         return problems
-    sizes = [problem.rewards.abs() for problem in problems]
-    return tuple(replace(p, rewards=size / size.max()) for p, size in zip(problems, sizes, strict=True))
+    return tuple(replace(p, rewards=p.rewards.abs() / p.rewards.abs().max()) for p in problems)
 
 
 @cache
