@@ -5,7 +5,7 @@ It may be a preset with changes, or a configuration of TRL.
 
 from __future__ import annotations
 
-from tokenrl.core.bias import effects
+from tokenrl.core.bias import effects, objective_line
 from tokenrl.core.choices import EXACT
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS, Preset, preset_name
@@ -42,6 +42,7 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
         "source": [title],
         "estimator": [written(estimator)],
         "choices": [", ".join(f"{axis} {getattr(estimator, axis)}" for axis in CHOICES)],
+        "objective": [*objective_line(estimator).values()],
         "gradient": [estimator.bias_status],
         "because": causes or [estimator.bias_reason],
         "changes nothing": idle,
