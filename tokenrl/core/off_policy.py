@@ -9,7 +9,7 @@ are:
 - `exact_for_sampler`: the gradient of J(mu), up to one positive number, if mu is softmax(a z + d) with z the
   logits of the policy, a one positive number and d any function of the prefix, both held fixed: a
   temperature, noise, or -inf for tokens that are left out.
-- `biased`: neither of them for every such sampler.
+- `biased`: neither of them for every such sampler, or on-policy the status is worse than exact up to scale.
 - `unknown`: the baseline is one of your own, and decides it.
 
 On-policy, `bias` applies. As there, a status is about the first update.

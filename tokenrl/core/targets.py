@@ -79,7 +79,8 @@ def check_objective(estimator: Estimator) -> None:
         )
     if name == "reward":
         return
-    for axis, value in {"baseline": "rloo", "scale": "none", "returns": "total"}.items():
+    replaced = {"baseline": "rloo", "scale": "none", "returns": "total", "components": "summed"}
+    for axis, value in replaced.items():
         if getattr(estimator, axis) != value:
             raise Refused(
                 f"objective {name!r} makes the advantages by itself, without {axis} "

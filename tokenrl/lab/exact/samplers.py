@@ -103,7 +103,7 @@ def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None 
 
     Args:
         estimator: Any estimator, without a memory of its own.
-        problems: Problems with a sampler; by default three, with noise, a temperature, and both.
+        problems: Problems with a sampler; by default four, with noise, a temperature, or both.
 
     Raises:
         Refused: When the estimator can be used on none of the problems.
@@ -138,4 +138,5 @@ def default_sampled_problems() -> tuple[Problem, ...]:
         perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", vocabulary=2, length=2, group_size=6),
         perturbed_problem(41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small),
         perturbed_problem(42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small),
+        perturbed_problem(43, Perturbation(noise=0.6), prompts=2, vocabulary=2, length=1, group_size=5),
     )
