@@ -2,11 +2,11 @@
 
 What each choice does by itself is in the table of `choices`. The target is the gradient of
 `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts; another `objective` stands in
-place of E[R]. A status is about the expected
-gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains and
-sampler and trainer compute the same probabilities (`off_policy` is about the case that they do not). It
-holds for every policy and for every reward of a row that depends on that row alone; a reward that compares
-the rows of a group, such as a judge that ranks them, is outside of every status.
+place of E[R]. A status is about the expected gradient of the first on-policy update, before gradient clipping
+and the optimiser, when no row abstains and sampler and trainer compute the same probabilities (`off_policy`
+is about the case that they do not). It holds for every policy and for every reward of a row that depends on
+that row alone; a reward that compares the rows of a group, such as a judge that ranks them, is outside of
+every status.
 
 - R is the undiscounted sum of rewards, including what is added to them: the penalty on long rows, and the
   value of the state after a truncation. If that value is V^pi, the result is the gradient of the whole return
