@@ -330,7 +330,7 @@ def test_figure_of_variance(tmp_path, monkeypatch, capsys):
     assert mean < three < two
 
 
-@pytest.mark.parametrize("task", ["hidden", "difficulty"])
+@pytest.mark.parametrize("task", ["hidden", pytest.param("difficulty", marks=pytest.mark.slow)])
 def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypatch, capsys, handlers):
     out = run("pass_at_k", f"--task {task} --seeds 3 --max-steps 1", tmp_path, monkeypatch, capsys)
     for line in out.splitlines()[-2:]:
