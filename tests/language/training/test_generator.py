@@ -16,6 +16,7 @@ from tiny_models import (
     gradient,
     make_policy,
     make_task,
+    preset_for_groups_of_three,
     stepped,
     weights,
 )
@@ -72,9 +73,7 @@ def test_every_preset_trains_with_an_engine_that_returns_ids_and_logprobs_only(
     preset, architecture, dtype, tolerance
 ):
     options = {"architecture": architecture, "dtype": dtype, "micro_batch_size": 5}
-    estimator = Estimator.preset(preset)
-    if estimator.objective == "max_at_k":
-        estimator = dataclasses.replace(estimator, objective_order=2)  # for groups of three
+    estimator = preset_for_groups_of_three(preset)
     if estimator.objective == "log_success":
         options["reward"] = lengthy
     slope, record, learner = stepped(estimator, **options)

@@ -15,6 +15,8 @@ from tiny_models import (
     make_learner,
     make_policy,
     one_step,
+    preset_for_groups_of_three,
+    raised,
     recorded,
     scored,
     stepped,
@@ -30,7 +32,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import step as module
 
-ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
+ESTIMATORS = {name: preset_for_groups_of_three(name) for name in PRESETS} | {
     "kl in the reward": Estimator(beta=0.3),
     "kl in the loss": Estimator.preset("grpo", beta=0.3),
     "entropy": Estimator(entropy_coef=0.1),
@@ -69,7 +71,8 @@ def scored_rows(monkeypatch):
 )
 def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance, monkeypatch):
     sizes = scored_rows(monkeypatch)
-    options = {"reward": abstaining, "architecture": architecture, "dtype": dtype}
+    reward = raised(abstaining) if ESTIMATORS[name].objective == "log_success" else abstaining
+    options = {"reward": reward, "architecture": architecture, "dtype": dtype}
     expected, record, _ = stepped(ESTIMATORS[name], **options)
     assert expected.norm() > 0.01
     assert record.metrics["frac_rows_abstained"] == pytest.approx(1 / 12)
@@ -77,7 +80,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype
     for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 40}):
         sizes.clear()
         found, other, _ = stepped(ESTIMATORS[name], **limit, **options)
-        assert apart(found, expected) < tolerance and len(sizes) > 1
+        assert apart(found, expected) < tolerance
+        assert len(sizes) > 1 or "tokens_per_pass" in limit  # few groups learn from the best of two
         assert max(sizes) == limit.get("micro_batch_size", max(2, *sizes))
         for key, value in record.metrics.items():
             assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
