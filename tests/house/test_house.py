@@ -24,11 +24,11 @@ LIMITS = {
     **{"top": 822, "core": 1_856, "runs": 2_358, "control": 1_391, "advisor": 554},
     **{"language": 2, "language/policy": 691, "language/rewards": 750, "language/tasks": 528},
     **{"language/rollout": 866, "language/training": 2_533, "language/preferences": 589},
-    **{"language/evaluation": 402, "lab": 2, "lab/exact": 1_253, "lab/measure": 646, "lab/compare": 1_543},
+    **{"language/evaluation": 402, "lab": 2, "lab/exact": 1_246, "lab/measure": 646, "lab/compare": 1_543},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 16_786, 158, 6_540, 19_167, 3_714, 571
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 16_779, 158, 6_540, 19_167, 3_714, 571
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -134,7 +134,8 @@ def exact_moments(
     check_rewards(estimator, problem.returns(), problem.chances.bool())
     chances = problem.of_sampler.chances
     prompts, completions = chances.shape
-    slopes = _listed_slopes(estimator, problem).flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
+    listed = _listed_slopes(estimator, problem)
+    slopes = listed.flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
     refill = estimator.zero_spread == "refill"
@@ -150,7 +151,7 @@ def exact_moments(
             total = total + chance.sum()
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
-    mean = _by_prompt(estimator, problem, shares / total)
+    mean = _by_prompt(listed, shares / total)
     tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
     return Moments(mean, target_of(estimator, problem), float(second / total), problem.name, tolerance)
 
@@ -171,7 +172,7 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     of_row = torch.cat([torch.full((g.numel(),), x) for x, g in enumerate(groups)])
     chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, of_row, chosen)[0]
-    mean = _by_prompt(estimator, problem, coefficients)
+    mean = _by_prompt(_listed_slopes(estimator, problem), coefficients)
     return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name)
 
 
@@ -197,9 +198,8 @@ def _listed_slopes(estimator: Estimator, problem: Problem) -> Float[Tensor, "K P
     return torch.stack(slopes)
 
 
-def _by_prompt(estimator: Estimator, problem: Problem, shares: Tensor) -> Float[Tensor, "P D"]:
-    """Multiply coefficients [K P M T] of what `_listed_slopes` lists by these slopes, for each prompt."""
-    slopes = _listed_slopes(estimator, problem)
+def _by_prompt(slopes: Float[Tensor, "K P M T D"], shares: Tensor) -> Float[Tensor, "P D"]:
+    """Multiply the slopes of `_listed_slopes` by coefficients [K P M T], for each prompt."""
     return torch.einsum("kpmt,kpmtd->pd", shares.reshape(slopes.shape[:-1]), slopes)
 
 

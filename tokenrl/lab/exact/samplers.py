@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import compress
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,24 +24,19 @@ from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 from tokenrl.lab.exact.verdict import Claim
-from tokenrl.settings import Bounds, Count, NonNegative, Positive, Settings, arguments
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.settings import NonNegative, arguments
 
 NEVER = -1e4
 """The logit of a token that is never drawn."""
 
 
 @dataclass(frozen=True)
-class Perturbation(Settings):
-    """How the sampler's logits differ from those of the policy; noise first, then temperature, then a cut."""
+class Perturbation(Distribution):
+    """How the sampler's logits differ from those of the policy: noise first, then a `Distribution`."""
 
     noise: NonNegative = 0.0
     """Standard deviation of the normal noise on each logit, drawn once and then fixed."""
-    temperature: Positive = 1.0
-    """What the logits are divided by."""
-    top_k: Count | None = None
-    """Only this many of the most probable tokens are drawn; None for all."""
-    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
-    """Only the fewest tokens are drawn whose probabilities sum to at least this."""
 
     @classmethod
     def read(cls, text: str) -> Perturbation:
@@ -66,13 +61,8 @@ class Perturbation(Settings):
         """Return the sampler's logits, given those of the policy and the seed of the noise."""
         draw = torch.Generator().manual_seed(seed)
         noise = torch.randn(logits.shape, generator=draw, dtype=torch.double)
-        logits = (logits + self.noise * noise) / self.temperature
-        ordered, tokens = logits.sort(-1, descending=True)
-        chances = ordered.softmax(-1)
-        kept = (chances.cumsum(-1) - chances < self.top_p) | (self.top_p == 1)
-        if self.top_k is not None:
-            kept[..., self.top_k :] = False
-        return logits.masked_fill(~torch.zeros_like(kept).scatter(-1, tokens, kept), NEVER)
+        logits = self.truncated((logits + self.noise * noise) / self.temperature)
+        return logits.clamp(min=NEVER)  # finite, so that no product with 0 is nan
 
 
 def perturbed_problem(seed: int, perturbation: Perturbation, **kinds: Any) -> Problem:

@@ -133,14 +133,14 @@ def _decode(
     rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
     for t in range(length):
-        token, drawn = _next_token(state.logits, None if draws is None else draws[rows, t], sampling)
+        token, drawn, logp = _next_token(state.logits, None if draws is None else draws[rows, t], sampling)
         mask[rows, t] = alive
         ids[rows, t] = token
         numbers[:, rows, t] = drawn
         if hidden is not None:
             hidden[rows, t] = state.hidden
         if whole is not None:
-            whole[rows, t] = sampling.log_probabilities(state.logits).to(dtype)
+            whole[rows, t] = logp.to(dtype)
         ended = torch.isin(token, eos)
         if policy.stops is not None:
             ended[alive] |= policy.stops.ended(ids, rows[alive], t)
@@ -229,12 +229,13 @@ class _Decoder:
         )
 
 
-def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per row from logits [n, V] with uniforms [n], or greedily without them.
 
     Returns:
-        The tokens [n], and a tensor [2, n] or [3, n] of their log-probabilities, the entropies of the
-        distributions, and the squared norms of the scores if they are wanted.
+        The tokens [n]; a tensor [2, n] or [3, n] of their log-probabilities, the entropies of the
+        distributions, and the squared norms of the scores if they are wanted; and the log-probabilities of
+        all tokens [n, V].
     """
     logp = sampling.log_probabilities(logits)
     p = logp.exp()
@@ -248,7 +249,7 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
             "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
             "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
         )
-    return token, torch.stack([chosen, entropy, *norms])
+    return token, torch.stack([chosen, entropy, *norms]), logp
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:
