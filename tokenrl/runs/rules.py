@@ -127,8 +127,8 @@ def sampling_differs(facts: Facts) -> Judgement:
 
     Float32 gives 1e-6 and bfloat16 .01 to .1. `is_half` says that a run computes in bfloat16 by itself.
     """
-    mend, void = ("--mixed-precision no", 0.5) if facts.get("is_half") else ("--dtype float32", 0.05)
-    text = f"Sampler and trainer differ by {{gap:.2g}} nats a token, up to {{largest_gap:.2g}}. Take {mend}."
+    mend, void = ("Use --mixed-precision no", 0.5) if facts.get("is_half") else ("Use --dtype float32", 0.05)
+    text = f"Sampler and training differ by {{gap:.2g}} nats per token, {{largest_gap:.2g}} at most. {mend}."
     return above(facts["gap"], watch=0.005, void=void), text
 
 
