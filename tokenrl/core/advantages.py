@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.core.baselines import BASELINES, set_size
@@ -20,10 +21,11 @@ from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.losses import PER_TOKEN
 from tokenrl.core.memories import failures_of
 from tokenrl.core.objectives import objective_advantages
-from tokenrl.core.returns import credited, reward_to_go, token_rewards
+from tokenrl.core.returns import Turns, credited, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty, zero_outside
 from tokenrl.core.scales import SCALES
 from tokenrl.errors import Refused
+from tokenrl.names import NamedFunction
 
 
 class Step(NamedTuple):
@@ -39,6 +41,8 @@ class Step(NamedTuple):
     valid: Bool[Tensor, "S n"]
     actions: Bool[Tensor, "S n T"]
     """The actions of valid rows."""
+    rewards: Float[Tensor, "S n T"]
+    """The reward of each position, with what is added to it."""
     returns: Float[Tensor, "S n #T"]
     """Return of each action [S, n, T], or [S, n, 1] where all actions of a row share the row's."""
     needed: Float[Tensor, ...]
@@ -71,6 +75,7 @@ def advantages(
     baseline_value: float | Float[Tensor, " *N"] | None = None,
     components: Float[Tensor, "N K"] | None = None,
     component_weights: Float[Tensor, " K"] | None = None,
+    turns: Int[Tensor, "N T"] | None = None,
     max_length: int | None = None,
 ) -> Advantages:
     """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
@@ -78,6 +83,13 @@ def advantages(
     What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward), then
     returns, baseline and scale. Means and standard deviations over rows use the rows' total returns, also
     with the returns 'reward_to_go'. Inputs that the chosen axes do not need are ignored.
+
+    With `turns`, one step in time is a turn instead of a token. What is added to the rewards is computed for
+    tokens as ever; then the rewards of each turn are summed, and returns, baseline and scale are those of
+    rewards and mask [N, K], with the mask 1 where a row reaches the turn. Every token of a turn gets the
+    turn's advantage and target. gamma, lam, `window`, the length of a row and 'token_whiten' then count
+    turns. With returns 'total', gamma 1 and a named baseline the actions of a row share its return, and
+    turns are ignored.
 
     Args:
         estimator: The estimator whose axes are used.
@@ -99,6 +111,9 @@ def advantages(
             components 'separate' each column has a baseline and a scale of its own, and `rewards` is ignored.
         component_weights: Weights by which the advantages of the functions are added [K]; None for 1. GDPO
             (arXiv 2601.05242) whitens the sum over the step as well, which is a second scale.
+        turns: Number of the turn of each action, from 0 and in order [N, T]; off the mask it may hold
+            anything. A reward off the mask belongs to the last turn that began before it, and to the first
+            turn if none did. The value of a turn is that of its first token.
         max_length: The largest number of actions that a row may have, for overlong_buffer.
 
     Raises:
@@ -111,26 +126,27 @@ def advantages(
     valid = mask.new_ones(mask.shape[0]) if valid is None else valid.bool()
     if estimator.components == "separate":
         columns = required("components", components, "'separate'")
-        alone = partial(advantages, replace(estimator, components="summed"), mask=mask)
-        sizes: dict[str, Any] = {"group_size": group_size, "score_norms": score_norms}
-        parts = [alone(x.nan_to_num(), valid=valid & ~x.isnan(), **sizes) for x in columns.unbind(1)]
-        # A weight on the rewards would be divided away again by the scale, so it is on the advantages.
-        weights = torch.ones(len(parts)) if component_weights is None else component_weights
-        return Advantages(*(torch.stack(x, -1) @ weights.to(columns) for x in zip(*parts, strict=True)))
+        alone = partial(advantages, replace(estimator, components="summed"), mask=mask, turns=turns)
+        alone = partial(alone, group_size=group_size, score_norms=score_norms)
+        return of_components(alone, columns, component_weights, valid)
     actions = mask & valid[:, None]
     rewards = rewards_in_time(
         estimator, rewards.detach(), mask, valid, logprobs, ref_logprobs, bootstrap, max_length
     )
+    inputs: dict[str, Any] = {"values": values, "greedy_rewards": greedy_rewards, "score_norms": score_norms}
+    inputs |= {"baseline_value": baseline_value}
+    together = estimator.returns == "total" and estimator.gamma == 1 and not callable(estimator.baseline)
+    if turns is not None and not together:
+        inputs |= {"group_size": group_size, "valid": valid}
+        return of_turns(estimator, rewards, mask, Turns.read(turns, mask), **inputs)
     targets = credited(estimator, rewards, actions, values)  # [N, T]
     to_go = estimator.returns in ("total", "reward_to_go")  # a slow loop over steps, so it runs once
     totals = (targets if to_go else reward_to_go(rewards, estimator.gamma))[:, 0].clone()
     returns = totals[:, None] if estimator.returns == "total" else targets
-    inputs: dict[str, Any] = {"values": values, "greedy_rewards": greedy_rewards, "score_norms": score_norms}
-    inputs |= {"baseline_value": baseline_value}
     name = "baseline_value" if estimator.needs_memory else choice_of("baseline", estimator.baseline).needs
     needed = required(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
     needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
-    step = Step(estimator, group_size, totals, valid, actions, returns, needed)
+    step = Step(estimator, group_size, totals, valid, actions, rewards, returns, needed)
 
     if estimator.objective != "reward":
         policy, usable = objective_advantages(step.in_sets("baseline"))
@@ -145,6 +161,50 @@ def advantages(
     if estimator.returns == "total" and divided.shape[1] == 1:
         return Advantages(zero_outside(divided[:, 0], usable), targets)
     return Advantages(zero_outside(divided.expand_as(actions), usable[:, None] & actions), targets)
+
+
+def of_components(
+    alone: Callable[..., Advantages],
+    columns: Float[Tensor, "N K"],
+    weights: Float[Tensor, " K"] | None,
+    valid: Bool[Tensor, " N"],
+) -> Advantages:
+    """Return the weighted sum of the advantages that each column of rewards has by itself."""
+    parts = [alone(x.nan_to_num(), valid=valid & ~x.isnan()) for x in columns.unbind(1)]
+    # A weight on the rewards would be divided away again by the scale, so it is on the advantages.
+    weights = torch.ones(len(parts)) if weights is None else weights
+    return Advantages(*(torch.stack(x, -1) @ weights.to(columns) for x in zip(*parts, strict=True)))
+
+
+def of_turns(
+    estimator: Estimator,
+    rewards: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    turns: Turns,
+    *,
+    values: Float[Tensor, "N T"] | None,
+    score_norms: Float[Tensor, "N T"] | None,
+    **inputs: Any,
+) -> Advantages:
+    """Compute the advantages of turns from rewards that are complete, and give each token those of its turn.
+
+    Args:
+        estimator: The estimator.
+        rewards: The reward of each position [N, T], with what is added to it.
+        mask: True where the token is an action of the policy [N, T].
+        turns: The turn of each position.
+        values: As given to `advantages`.
+        score_norms: As given to `advantages`.
+        **inputs: Further arguments of `advantages`.
+    """
+    within = {"values": (values, turns.begins), "score_norms": (score_norms, mask)}
+    inputs |= {name: turns.sums(zero_outside(x, of)) for name, (x, of) in within.items() if x is not None}
+    reached = turns.sums(turns.begins.long()) > 0
+    plain = replace(estimator, beta=0.0, overlong_buffer=0)  # what these add is in the rewards already
+    policy, targets = advantages(plain, turns.sums(rewards), reached, **inputs)
+    if policy.ndim == 2:
+        policy = zero_outside(turns.spread(policy), mask)
+    return Advantages(policy, turns.spread(targets))
 
 
 def rewards_in_time(
@@ -200,22 +260,27 @@ def baseline_of(step: Step) -> tuple[Float[Tensor, "N _"], Bool[Tensor, " N"]]:
 def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, "N _"]:
     """Call a user's function for the baseline and check what it returns.
 
-    The function is given copies, so that changing them in place changes nothing else.
+    If it has a parameter `rewards`, it also gets the reward of each position, or of each turn [N, K] where
+    steps in time are turns; the mask then has that shape. The function is given copies, so that changing them
+    in place changes nothing else.
 
     Raises:
         Stopped: When it raises an error.
-        Refused: When it returns anything but a tensor [N] or [N, T].
+        Refused: When it returns anything but a tensor [N] or one of the shape of the mask.
     """
     totals, mask, valid = step.totals, step.actions, step.valid
     name = getattr(function, "__name__", type(function).__name__)
     rows = {"group_size": step.group_size, "mask": mask.clone(), "valid": valid.clone()}
     with failures_of(name):
+        own = function.load() if isinstance(function, NamedFunction) else function
+        if "rewards" in signature(own).parameters:
+            rows["rewards"] = step.rewards.clone()
         baseline = function(totals.clone(), **rows)
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
         result = f"shape {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else type(baseline).__name__
         raise Refused(
             f"The baseline {name!r} returned {result}; it must return a tensor of one number per row "
-            f"({len(mask)}), or one per token, {tuple(mask.shape)}."
+            f"({len(mask)}), or one per token or turn, {tuple(mask.shape)}."
         )
     baseline = baseline.detach().to(totals.dtype)
     return baseline[:, None] if baseline.ndim == 1 else zero_outside(baseline, mask)

@@ -67,8 +67,9 @@ class Estimator(Settings):
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
     Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
-    module:function or path/to/file.py:function; from Python the function itself too. A class with the methods
-    `read` and `update` is a baseline with a memory, see `recipes/pages/estimators.md`."""
+    module:function or path/to/file.py:function; from Python the function itself too. If it has a parameter
+    `rewards`, it gets these [N, T] too. A class with the methods `read` and `update` is a baseline with a
+    memory, see `recipes/pages/estimators.md`."""
     baseline_constant: Number = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenrl.core.baselines import mean, std
 from tokenrl.core.choices import required
@@ -39,6 +40,33 @@ def at_last_action(mask: Bool[Tensor, "N T"]) -> Bool[Tensor, "N T"]:
     return positions == torch.where(mask, positions, 0).amax(-1, keepdim=True)
 
 
+class Turns(NamedTuple):
+    """Which turn each position of a step belongs to, where a turn is one step in time.
+
+    There are K = T turns, so that no shape depends on what was sampled; the last ones may hold nothing.
+    """
+
+    number: Int[Tensor, "N T"]
+    """The last turn that began at or before each position; 0 before the first action."""
+    begins: Bool[Tensor, "N T"]
+    """True at the first action of each turn."""
+
+    @classmethod
+    def read(cls, turns: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Turns:
+        """Read the number of the turn of each action; off the mask `turns` may hold anything."""
+        latest = torch.where(mask, turns.long(), -1).cummax(-1).values
+        begins = latest > pad(latest[:, :-1], (1, 0), value=-1)
+        return cls(latest.clamp(min=0), begins)
+
+    def sums(self, x: Float[Tensor, "N T"]) -> Float[Tensor, "N K"]:
+        """Return the sum over the positions of each turn."""
+        return torch.zeros_like(x).scatter_add(-1, self.number, x)
+
+    def spread(self, x: Float[Tensor, "N K"]) -> Float[Tensor, "N T"]:
+        """Return for each position the number of its turn."""
+        return x.gather(-1, self.number)
+
+
 def reward_to_go(rewards: Float[Tensor, "N T"], gamma: float = 1.0) -> Float[Tensor, "N T"]:
     """Return the sum of future rewards: `G_t = sum_{u >= t} gamma^(u - t) r_u`.
 
@@ -59,7 +87,7 @@ def in_window(rewards: Float[Tensor, "N T"], window: int, gamma: float = 1.0) ->
     """Return the sum of the next `window` rewards: `sum_{u=t}^{t + window - 1} gamma^(u - t) r_u`."""
     # G_t minus the part beyond the window, which is gamma^window G_{t + window}
     to_go = reward_to_go(rewards, gamma)
-    beyond = torch.nn.functional.pad(to_go, (0, window))[:, window:]
+    beyond = pad(to_go, (0, window))[:, window:]
     return to_go - gamma**window * beyond
 
 
