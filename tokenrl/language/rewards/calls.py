@@ -7,6 +7,7 @@ under a deadline run in a process of their own (worker.py), which calls them wit
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import inspect
@@ -35,7 +36,10 @@ kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
 RESERVED = {
-    "log_metric": (METRICS.split(), ("eval_", "rewards/", "completions/", "gradient/", "sampling/")),
+    "log_metric": (
+        METRICS.split(),
+        ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/"),
+    ),
     "log_extra": (["prompt", "completion", "reward", "advantage", "truncated"], ("rewards/",)),
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
@@ -55,6 +59,10 @@ class Attempt(NamedTuple):
     output: Any
     error: BaseException | None
     seconds: float
+
+
+class Overdue(BaseException):
+    """A call missed its deadline. User code that catches Exception does not catch it."""
 
 
 class CallResults(NamedTuple):
@@ -114,7 +122,7 @@ def call_rewards(
         waiting = {name: call.output for name, call in attempts.items() if inspect.isawaitable(call.output)}
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
-            attempts |= zip(waiting, _await_all(list(waiting.values())), strict=True)
+            attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
         for name, (_, error, _) in attempts.items():
             if isinstance(error, TokenrlError):
                 raise error
@@ -199,8 +207,13 @@ def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attem
     return Attempt(output, None, time.perf_counter() - began)
 
 
-def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
-    """Await all of them at the same time; return what came of each, in order."""
+def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None) -> list[Attempt]:
+    """Await all of them at the same time; return what came of each, in order.
+
+    Args:
+        awaitables: the N awaitables.
+        timeout: seconds after which those that are not done are cancelled, with the error `Overdue`.
+    """
 
     async def attempt(awaitable: Awaitable[Any]) -> Attempt:
         began = time.perf_counter()
@@ -210,10 +223,10 @@ def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
             return Attempt(None, error, time.perf_counter() - began)
         return Attempt(output, None, time.perf_counter() - began)
 
-    async def gathered() -> list[Attempt]:
-        return await asyncio.gather(*map(attempt, awaitables))
-
-    return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
+    tasks = [asyncio.run_coroutine_threadsafe(attempt(one), _event_loop()) for one in awaitables]
+    concurrent.futures.wait(tasks, timeout)
+    late = Attempt(None, Overdue(), timeout or 0.0)
+    return [late if task.cancel() else task.result() for task in tasks]  # one that is done is not cancelled
 
 
 @functools.cache
@@ -284,13 +297,19 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
 
 
 def _number(item: Any, name: str, described: partial[str]) -> float:
-    with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
-        value = item.item() if getattr(item, "ndim", None) == 0 else item  # numpy scalars and 0-d tensors
-        if value is None:
-            return math.nan
-        # An integer beyond float64 compares, but cannot be converted.
-        if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
-            return float(value)
+    number = math.nan if item is None else reward_number(item)
+    if number is not None:
+        return number
     description = f"{written(item):.80} ({type(item).__name__}) for {described()}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
     raise Stopped(f"Reward function {name} returned {description}; a reward is {allowed}.")
+
+
+def reward_number(item: Any) -> float | None:
+    """Return a number within `LARGEST_REWARD`, also of numpy or torch, as a float; None for anything else."""
+    with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
+        value = item.item() if getattr(item, "ndim", None) == 0 else item  # numpy scalars and 0-d tensors
+        # An integer beyond float64 compares, but cannot be converted.
+        if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
+            return float(value)
+    return None
