@@ -33,10 +33,9 @@ from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.collect import (
     averaged,
+    collect_rows,
     completion_rows,
     refill,
-    reward,
-    sample,
     step_metrics,
     with_estimates,
 )
@@ -60,7 +59,7 @@ def start(estimator, function, **options):
 
 
 def experienced(learner, rewards, prompts, sampling):
-    return reward(learner, rewards, sample(learner, prompts, sampling), 1)
+    return collect_rows(learner, rewards, prompts, replace(sampling, step=1))
 
 
 class Spare:

@@ -79,7 +79,9 @@ def test_the_copy_follows_the_weights_after_each_update():
 
 def test_sampling_and_training_see_the_same_policy_and_its_reference():
     learner = make_learner(make_policy(), KL, mixed_precision="bf16")
-    rollout = sample(learner, list(enumerate(make_task().train_prompts)), replace(learner.sampling, step=1))
+    rollout = sample(
+        learner, list(enumerate(make_task().train_prompts)), replace(learner.sampling, step=1), None
+    )
     with torch.no_grad():
         same, exact = (
             score(model, rollout).logprobs[rollout.mask]

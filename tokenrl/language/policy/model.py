@@ -71,8 +71,10 @@ class Policy:
         """The parameters that an optimiser may change."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
         """Token ids of one prompt, a string or a list of chat messages, in the form of `self.form`.
+
+        The chat template describes the tools to the model, functions with type hints and a docstring.
 
         Chat messages go through the chat template, which writes the special tokens itself, so none is added
         twice. A last message of the assistant is continued; after any other message a new answer begins.
@@ -90,11 +92,56 @@ class Policy:
                     ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
             begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-            turn = {"add_generation_prompt": not begun, "continue_final_message": begun}
+            turn: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
+            turn |= {"tools": [*tools]} if tools else {}
             ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **turn))
         if not ids and tokenizer.bos_token_id is None:
             raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
         return ids or [tokenizer.bos_token_id]
+
+    def reply_ids(
+        self, messages: Sequence[dict[str, Any]], *, ended: bool, chat: bool, tools: Sequence[Any] = ()
+    ) -> list[int]:
+        """Token ids that follow a turn of the policy, so that it reads messages and writes the next turn.
+
+        Nothing that was sampled is tokenised again: what the chat template writes after a turn is the
+        difference of a made-up turn with and without the messages.
+
+        Args:
+            messages: what an environment answers, messages with a `role` and `content`.
+            ended: whether the turn ended with an EOS, which the template then does not write again.
+            chat: whether the policy reads chat messages, else it reads their texts.
+            tools: the tools that the template describes.
+
+        Raises:
+            Refused: the template writes a turn differently when messages follow it, or refuses them.
+        """
+        if not chat:
+            text = "".join(message["content"] for message in messages)
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        calls = [
+            {"type": "function", "function": {"name": message["name"], "arguments": {}}}
+            for message in messages
+            if message["role"] == "tool"
+        ]
+        answer: dict[str, Any] = {"role": "assistant", "content": "?"}
+        if calls:  # some templates name the tool by the call that an answer is for
+            answer |= {"content": "", "tool_calls": calls}
+        turn = [{"role": "user", "content": "?"}, answer]
+        options: dict[str, Any] = {"tokenize": True} | ({"tools": [*tools]} if tools else {})
+        before = render(self.tokenizer, turn, self.form, self.source, add_generation_prompt=False, **options)
+        whole = render(
+            self.tokenizer, [*turn, *messages], self.form, self.source, add_generation_prompt=True, **options
+        )
+        ends = [i for i, token in enumerate(before) if token in self.eos_ids]
+        start = ends[-1] + ended if ends else len(before)
+        if whole[:start] != before[:start]:
+            raise Refused(
+                f"The chat template of {self.source!r} writes a turn of the assistant differently when "
+                "messages follow it, so an episode of several turns cannot be continued token by token: set "
+                "tokenizer.chat_template to one that leaves earlier turns as they are."
+            )
+        return list(whole[start:])
 
     def ask(self, form: PromptArguments) -> None:
         """Ask the model in this form from now on, and end its completions at the stop strings of the form.

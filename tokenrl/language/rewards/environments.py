@@ -483,3 +483,40 @@ def _line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     theirs = (number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM)
     return location(error, next(theirs, len(frames)))
+
+
+def assistant_message(
+    tokenizer: Any, ids: Sequence[int], prefix: Sequence[int], text: str, tools: Sequence[Callable[..., Any]]
+) -> Message:
+    """Return a turn of the policy as a message, with the calls of tools that are in it.
+
+    Args:
+        tokenizer: reads calls as its `response_template` says.
+        ids: token ids of the turn.
+        prefix: token ids of all that is before it.
+        text: the text of the turn.
+        tools: the tools of its environment; without tools no calls are looked for.
+
+    Returns:
+        A message with `role` and `content`; with `tool_calls` if there are any, and with `malformed`, the
+        reason, if a call cannot be parsed.
+
+    Raises:
+        Refused: there are tools, and the tokenizer has no `response_template`.
+    """
+    message = {"role": "assistant", "content": text}
+    if not tools:
+        return message
+    if getattr(tokenizer, "response_template", None) is None:
+        raise Refused(
+            "The environment has tools, but the tokenizer has no response_template, which says how calls are "
+            "written: set tokenizer.response_template, or give the environment the interface of gymnasium."
+        )
+    try:
+        parsed = tokenizer.parse_response(list(ids), prefix=list(prefix), tools=list(tools))
+        calls = parsed.get("tool_calls") or []
+        for call in calls:
+            dict(call["function"]["arguments"]), str(call["function"]["name"])
+    except Exception as error:  # the parser raises errors of many kinds
+        return message | {"malformed": describe(error)}
+    return {**message, **parsed, "tool_calls": calls} if calls else message

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import or_
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import numpy as np
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import CallResults, accepted_arguments, call_rewards, row_in_words
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
@@ -58,6 +60,17 @@ class RewardResult(NamedTuple):
     extra: dict[str, list[Any]]
 
 
+@dataclass(frozen=True)
+class EnvironmentReward:
+    """The reward that environments gave in an episode, as a reward function; it abstains if one failed."""
+
+    __name__: str
+
+    def __call__(self, environment_rewards: list[float | None], **_: Any) -> list[float | None]:
+        """Return the column of these rewards."""
+        return environment_rewards
+
+
 class Rewards:
     """Several reward functions with weights, which are called together and whose results are checked.
 
@@ -67,6 +80,8 @@ class Rewards:
         weights: float64 [F].
         binary: whether the total is 0 or 1 by declaration: a single function declared binary, of weight 1.
         pass_threshold: the least total with which a completion is right, for pass@k. None: nothing says so.
+        environments: what the policy plays episodes in; None for completions of one turn.
+        environment_weight: the weight of the environments' own rewards; 0 if they give none.
         seconds: the time that each function has taken in all calls so far, by its name.
     """
 
@@ -78,6 +93,7 @@ class Rewards:
         timeout: float | None = None,
         sources: Sequence[Any] | None = None,
         pass_threshold: float | None = None,
+        environments: Environments | None = None,
     ) -> None:
         """Take the functions; nothing is called yet.
 
@@ -92,6 +108,8 @@ class Rewards:
             pass_threshold: the least total, after the weights, with which a completion is right. None: the
                 weight of the function if there is only one and it is declared binary, else no threshold; the
                 sum of several rewards does not say when an answer is right.
+            environments: what the policy plays episodes in. Their own rewards are one more function, the last
+                one, of weight 1 unless the weights have a number for it.
 
         Raises:
             Refused: there is no function, the weights are not finite or not one per function, the timeout is
@@ -99,6 +117,11 @@ class Rewards:
         """
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         specs = list(functions) if several else [functions]
+        self.environments = environments
+        rewarded = environments is not None and environments.rewarded
+        if environments is not None and rewarded:
+            specs.append(EnvironmentReward(environments.name))
+            weights = [*weights, 1.0] if weights is not None and len(weights) == len(specs) - 1 else weights
         self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
         if not self.functions:
@@ -108,6 +131,7 @@ class Rewards:
             names = ", ".join(self.names)
             raise Refused(f"reward_weights {weights} for {names}: give {len(specs)} finite number(s).")
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
+        self.environment_weight = weights[-1] if rewarded else 0.0
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
@@ -116,8 +140,10 @@ class Rewards:
         self._here = dict(zip(self.names, self.functions, strict=True))
         self._worker = None
         if timeout is not None:
-            origin = dict(zip(self.names, sources or specs, strict=True))
-            there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, RewardModel)}
+            # The rewards of environments, which are the last, have no source and stay here.
+            origin = dict(zip(self.names, sources or specs, strict=False))
+            here = (RewardModel, EnvironmentReward)
+            there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, here)}
             self._worker = RewardWorker(there, timeout) if there else None
             self._here = {name: function for name, function in self._here.items() if name not in there}
 
@@ -140,7 +166,10 @@ class Rewards:
             Refused: a function has a parameter without a default that is neither a column nor passed to every
                 reward.
         """
-        available = dict.fromkeys((*GIVEN, *(column for column in columns if column not in WITHHELD)))
+        of_episodes = () if self.environments is None else ("environments", "environment_rewards")
+        available = dict.fromkeys(
+            (*GIVEN, *of_episodes, *(column for column in columns if column not in WITHHELD))
+        )
         for name, function in zip(self.names, self.functions, strict=True):
             accepted_arguments(function, name, available)
             if hasattr(function, "check_columns"):  # an option of the reward names a column
@@ -191,6 +220,7 @@ class Rewards:
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
         results = call_rewards(self._here, rows, state, locations)
         if self._worker is not None:
+            rows.pop("environments", None)  # they may not be sent to another process
             results = CallResults(*map(or_, results, self._worker(rows, state, locations)))
         for name, spent in results.seconds.items():
             self.seconds[name] += spent

@@ -7,10 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from tokenrl.core.returns import at_last_action
 from tokenrl.errors import locations_of
+from tokenrl.language.policy.stops import DECODING
+from tokenrl.language.rewards.environments import ENDINGS, Environments
+from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rollout import Rollout, lengths
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 
 if TYPE_CHECKING:
@@ -18,6 +23,41 @@ if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
 
 Row = Mapping[str, Any]
+
+
+def sample_rows(
+    policy: Policy,
+    generator: Generator,
+    prompts: Sequence[tuple[int, Row]],
+    sampling: Sampling,
+    *,
+    stream: str,
+    environments: Environments | None,
+) -> Rollout:
+    """Sample completions of prompts, of one turn each or, with environments, of several.
+
+    Args:
+        policy: encodes the prompts.
+        generator: samples.
+        prompts: number and row of the data of each prompt; the number decides the random numbers.
+        sampling: how to sample.
+        stream: the stream of random numbers, a name in `STREAMS`.
+        environments: the environments that the policy answers to; None for completions of one turn.
+    """
+    if environments is not None:
+        return play(policy, generator, environments, prompts, sampling, stream)
+    data = [row for _, row in prompts]
+    ids = encode(policy, [row["prompt"] for row in data], sampling, locations_of(data))
+    draws = uniforms(stream, sampling, [number for number, _ in prompts])
+    return generator.generate(ids, sampling, draws).of(prompts)
+
+
+def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
+    """Return the text of each completion; of an episode, with what the environment wrote between turns."""
+    if rollout.turns is None:
+        return policy.decode(rollout.completion_ids, rollout.mask)
+    rows = zip(rollout.completion_ids.tolist(), lengths(rollout.mask).tolist(), strict=True)
+    return list(policy.tokenizer.batch_decode([ids[:length] for ids, length in rows], **DECODING))
 
 
 def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any) -> Rollout:
@@ -30,22 +70,50 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
         **state: what `Rewards` takes besides, such as the `step`.
     """
     data, pairs = rollout.data, zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
-    texts = policy.decode(rollout.completion_ids, rollout.mask)
+    texts: list[Any] = texts_of(policy, rollout)
     ids = [row[mask].tolist() for row, mask in pairs]
     names = dict.fromkeys(name for row in data for name in row if name != "prompt")
     columns = {name: [row.get(name) for row in data] for name in names}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
     state |= {"all_may_abstain": True, "locations": locations_of(data)}
+    if rollout.messages is not None:
+        chats = zip(data, texts, rollout.messages, strict=True)
+        texts = [text if isinstance(row["prompt"], str) else [*chat] for row, text, chat in chats]
+        columns |= _episode_columns(rollout)
     result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
+    total, logged = torch.from_numpy(result.total), result.logged
+    if rollout.messages is not None:
+        rollout = replace(rollout, turn_rewards=_in_time(rollout, total, rewards.environment_weight))
+        logged = logged | episode_metrics(rollout)
     return replace(
         rollout,
-        rewards=torch.from_numpy(result.total),
+        rewards=total,
         by_function=torch.from_numpy(result.values),
         valid=torch.from_numpy(result.valid),
         logs=[{name: column[i] for name, column in result.extra.items()} for i in range(len(data))],
-        logged=((result.logged, len(data)),),
+        logged=((logged, len(data)),),
     )
+
+
+def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
+    """Return what rewards are told of episodes: the environments, and the rewards that these gave."""
+    totals, failures = rollout.turn_rewards.sum(dim=1).tolist(), rollout.failures
+    own = [None if failure else total for total, failure in zip(totals, failures, strict=True)]
+    return {"environments": list(rollout.environments), "environment_rewards": own}
+
+
+def _in_time(rollout: Rollout, total: Tensor, weight: float) -> Tensor:
+    """Return rewards in time [N, T]: those of environments, by their weight, and at the end what is left."""
+    in_turns = weight * rollout.turn_rewards
+    left = total - in_turns.sum(dim=1)
+    return in_turns + left[:, None] * at_last_action(rollout.mask.cpu())
+
+
+def episode_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the mean number of turns of the episodes of a rollout, and the share of each ending."""
+    shares = {f"episodes/{name}": rollout.endings.count(name) / len(rollout) for name in ENDINGS}
+    return {"episodes/turns": float((rollout.turns.amax(dim=1) + 1).double().mean()), **shares}
 
 
 def sample_and_reward(
@@ -77,11 +145,12 @@ def sample_and_reward(
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     generator = generator or TransformersGenerator(policy)
-    ids = encode(policy, [row["prompt"] for row in prompts], sampling, locations_of(prompts))
+    if rewards.environments is None:  # every process refuses a prompt that is too long
+        encode(policy, [row["prompt"] for row in prompts], sampling, locations_of(prompts))
+    options: dict[str, Any] = {"stream": stream, "environments": rewards.environments}
     size = max(1, batch_size // sampling.group_size)
     for start in range(rank, len(prompts), world * size):
         numbers = range(start, min(start + world * size, len(prompts)), world)
-        draws = uniforms(stream, sampling, numbers)
-        rollout = generator.generate([ids[i] for i in numbers], sampling, draws)
-        rollout = rollout.of([(i, prompts[i]) for i in numbers])
+        rows = [(i, prompts[i]) for i in numbers]
+        rollout = sample_rows(policy, generator, rows, sampling, **options)
         yield reward_rows(policy, rewards, rollout, step=sampling.step)

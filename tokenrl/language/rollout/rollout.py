@@ -33,10 +33,11 @@ class Rollout:
         prompt_index: number of each row's prompt in the data, or in the list given to the generator [N].
         completion_ids: sampled ids, padded on the right [N, T].
         mask: True on actions, which are the tokens up to and including the first EOS, or the
-            first that completes a stop string [N, T].
+            first that completes a stop string [N, T]. Of several turns, those of every turn; the tokens of
+            the environment between them are no actions.
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
-        truncated: True where the completion reached the length limit without an end [N].
+        truncated: True where the completion, or its episode, reached a limit without an end [N].
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with kernels or weights of its own reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
@@ -46,6 +47,14 @@ class Rollout:
         hidden: the last hidden state before each action [N, T, H]. A critic reads it.
         sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
             was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
+        turns: number of the turn of each action, from 0 [N, T]; this column and the next five are None
+            without an environment.
+        turn_rewards: rewards in time [N, T]: those of the environment at the last action of their turn, those
+            of functions at the last action of the row.
+        messages: what the policy and the environment wrote, N lists of chat messages.
+        endings: how each episode ended, N names of `ENDINGS`.
+        failures: what failed in each episode, N texts, empty without a failure.
+        environments: the environment of each episode, N objects.
         data: the row of the data that each prompt comes from, N mappings.
         rewards: total reward of each completion [N], in float64 on the CPU.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
@@ -76,6 +85,12 @@ class Rollout:
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
     sampling_distribution: Tensor = NOT_YET
+    turns: Tensor = NOT_YET
+    turn_rewards: Tensor = NOT_YET
+    messages: Sequence[Sequence[Mapping[str, Any]]] = NOT_YET
+    endings: Sequence[str] = NOT_YET
+    failures: Sequence[str] = NOT_YET
+    environments: Sequence[Any] = NOT_YET
     data: Sequence[Mapping[str, Any]] = NOT_YET
     rewards: Tensor = NOT_YET
     by_function: Tensor = NOT_YET
@@ -123,7 +138,10 @@ class Rollout:
     def distinct_prompts(self) -> tuple[Tensor, Tensor]:
         """Return the first row of each of B prompts [B], and which of these prompts each row has [N]."""
         options = {"return_inverse": True, "return_counts": True}
-        _, which, counts = torch.unique_consecutive(self.prompt_index, **options)
+        # Environments may have given the rows of a prompt other first observations.
+        prompts = self.prompt_index[:, None]
+        prompts = prompts if self.turns is None else torch.cat([prompts, self.prompt_ids], dim=1)
+        _, which, counts = torch.unique_consecutive(prompts, dim=0, **options)
         return counts.cumsum(0) - counts, which
 
 

@@ -46,8 +46,9 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         Stopped: no row of the step has a reward.
     """
     like = rows.logprobs
-    rewards, by_function = rows.rewards.to(like), rows.by_function.to(like)
-    rows = replace(rows, rewards=rewards, by_function=by_function, valid=rows.valid.to(like.device))
+    names = ("rewards", "by_function", "turn_rewards")
+    columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
+    rows = replace(rows, **columns, valid=rows.valid.to(like.device))
     if accelerator.num_processes > 1:
         columns = {name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3}
         # Padding would turn a bool mask into int64, and only on the processes that need padding.
@@ -55,7 +56,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         for name, x in sent.items():
             sent[name] = accelerator.pad_across_processes(x, dim=1, pad_first=name in OF_PROMPTS)
         whole = {name: x.to(columns[name].dtype) for name, x in accelerator.gather(sent).items()}
-        rows = replace(rows, **whole, hidden=None, sampling_distribution=NOT_YET, data=NOT_YET, logs=NOT_YET)
+        rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
     if not rows.valid.any():
         raise Stopped("Every reward function abstained from every completion of this step.")
     return rows
@@ -75,11 +76,12 @@ def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
 
 def advantage_inputs(rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards) -> dict[str, Any]:
     """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
-    names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
+    names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards", "turns")
     sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
     value = None if rows.keys is None else read(memory, rows.keys)  # [N]
     computed = {"baseline_value": value, "components": rows.by_function}
     computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
+    computed["rewards"] = rows.rewards if rows.turn_rewards is None else rows.turn_rewards  # [N] or [N, T]
     return sizes | {name: getattr(rows, name) for name in names} | computed
 
 

@@ -256,7 +256,7 @@ def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
     """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
     learner = run.learner
     sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
-    rollout = sample(learner, list(enumerate(rows[:4])), sampling)
+    rollout = sample(learner, list(enumerate(rows[:4])), sampling, run.rewards.environments)
     scored = logprobs_under(learner, learner.forward.model, rollout)
     apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}

@@ -23,13 +23,14 @@ from tokenrl.core.losses import k1, k3
 from tokenrl.core.rows import from_first, zero_outside, zero_spread
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.rewarded import reward_rows
-from tokenrl.language.rollout.rollout import Rollout, cat
-from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.language.rollout.rewarded import reward_rows, sample_rows, texts_of
+from tokenrl.language.rollout.rollout import Rollout, cat, lengths
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rewards.environments import Environments
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.distribution import Distribution
     from tokenrl.language.training.learner import Learner
@@ -38,17 +39,18 @@ Prompts = list[tuple[int, Mapping[str, Any]]]  # (number in the stream of prompt
 DrawPrompts = Callable[[int], Prompts]  # takes a number and returns that many further prompts
 
 
-def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
+def sample(
+    learner: Learner, prompts: Prompts, sampling: Sampling, environments: Environments | None
+) -> Rollout:
     """Sample completions with the run's generator, and compute the columns that the estimator needs."""
-    estimator = learner.estimator
-    prompt_ids = encode(learner.policy, [row["prompt"] for _, row in prompts], sampling)
-    draws = uniforms("training", sampling, [number for number, _ in prompts])
-    if draws is not None:
+    estimator, greedy = learner.estimator, not sampling.num_generations
+    if not greedy:
         norms, hidden = estimator.needs_score_norms, estimator.needs_values
         sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
         sampling = replace(sampling, keep_distribution=estimator.needs_centres)
-    rollout = learner.generator.generate(prompt_ids, sampling, draws).of(prompts)
-    if draws is None:  # greedy completions are only rewarded, never learnt from
+    options: dict[str, Any] = {"stream": "training", "environments": environments}
+    rollout = sample_rows(learner.policy, learner.generator, prompts, sampling, **options)
+    if greedy:  # greedy completions are only rewarded, never learnt from
         return rollout
     if estimator.needs_centres and rollout.sampling_distribution is None:
         raise Refused(
@@ -67,9 +69,14 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     )
 
 
-def reward(learner: Learner, rewards: Rewards, rows: Rollout, step: int) -> Rollout:
-    """Reward the completions of a step; functions can read how many steps are done, and how many will be."""
-    return reward_rows(learner.policy, rewards, rows, step=step - 1, max_steps=learner.args.max_steps)
+def collect_rows(learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling) -> Rollout:
+    """Sample completions of a step and reward them.
+
+    Reward functions can read how many steps are done, and how many there will be.
+    """
+    rows = sample(learner, prompts, sampling, rewards.environments)
+    state = {"step": sampling.step - 1, "max_steps": learner.args.max_steps}
+    return reward_rows(learner.policy, rewards, rows, **state)
 
 
 def refill(
@@ -98,7 +105,7 @@ def refill(
         first = sum(counts[: accelerator.process_index])
         prompts = draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
         if prompts:
-            new = reward(learner, rewards, sample(learner, prompts, sampling), sampling.step)
+            new = collect_rows(learner, rewards, prompts, sampling)
             order = torch.arange(len(rows))
             order[dead.repeat_interleave(size)] = len(rows) + torch.arange(len(new))
             rows = cat([rows, new]).take(order)
@@ -170,8 +177,8 @@ def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
     """Return the reward [n] of the greedy completion of each row's prompt, for ReMax (arXiv 2310.10505)."""
     size = sampling.group_size
     prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-    greedy = sample(learner, prompts, replace(sampling, num_generations=0))
-    return reward(learner, rewards, greedy, sampling.step).rewards.repeat_interleave(size)
+    greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
+    return greedy.rewards.repeat_interleave(size)
 
 
 def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
@@ -199,7 +206,7 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         group_size: completions per prompt.
     """
     rewards, valid, mask = rows.rewards, rows.valid, rows.mask
-    lengths, tokens = mask.sum(dim=1).double(), mask.sum().clamp(min=1)
+    counts, tokens = mask.sum(dim=1).double(), mask.sum().clamp(min=1)
     # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
     size = group_size if group_size > 1 else len(rewards)
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
@@ -211,11 +218,11 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         "reward_std": rewarded.std(correction=min(1, len(rewarded) - 1)),
         "frac_reward_zero_std": (differences == 0).all(dim=1).double().mean(),
         "entropy": (rows.entropy * mask).double().sum() / tokens,
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
+        "completions/mean_length": counts.mean(),
+        "completions/min_length": counts.min(),
+        "completions/max_length": counts.max(),
         "completions/clipped_ratio": rows.truncated.double().mean(),
-        "num_tokens": lengths.sum() + rows.prompt_mask.sum(),
+        "num_tokens": lengths(mask).sum() + rows.prompt_mask.sum(),
     }
     if rows.ref_logprobs is not None:
         for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
@@ -268,11 +275,13 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     logs = dict.fromkeys(name for row in rows.logs for name in row)  # of some calls a function logs none
     columns = {
         **{name: [row.get(name) for row in rows.data] for name in data},
-        "completion": policy.decode(rows.completion_ids, rows.mask),
+        "completion": texts_of(policy, rows),
         "reward": rows.rewards.tolist(),
         **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
         **{name: [row.get(name) for row in rows.logs] for name in logs},
         "advantage": advantages.tolist(),
         "truncated": rows.truncated.tolist(),
     }
+    if rows.messages is not None:
+        columns |= {"ending": rows.endings, "failure": rows.failures, "messages": rows.messages}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -36,11 +36,10 @@ from tokenrl.language.training.batch import (
 from tokenrl.language.training.collect import (
     DrawPrompts,
     averaged,
+    collect_rows,
     completion_rows,
     old_logprobs,
     refill,
-    reward,
-    sample,
     step_metrics,
     with_estimates,
 )
@@ -92,7 +91,7 @@ def training_step(
     times, before = [time.perf_counter()], dict(rewards.seconds)
 
     prompts = local(accelerator, draw_prompts(learner.args.prompts_per_step))
-    rows = reward(learner, rewards, sample(learner, prompts, sampling), step)  # n rows, G for each prompt
+    rows = collect_rows(learner, rewards, prompts, sampling)  # n rows, G for each prompt
     if estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, draw_prompts)
     times.append(time.perf_counter())
@@ -101,7 +100,7 @@ def training_step(
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
     inputs = advantage_inputs(whole, sampling, memory, rewards)
-    advantages, returns = estimator.advantages(whole.rewards, whole.mask, valid=counting.compared, **inputs)
+    advantages, returns = estimator.advantages(mask=whole.mask, valid=counting.compared, **inputs)
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
