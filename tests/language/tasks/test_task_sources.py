@@ -1,13 +1,14 @@
 """Prompts from columns and templates, and imports by name, without a file of data."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 import toy_tasks
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import DataArguments, TaskArguments, check_prompts, with_prompts
-from tokenrl.language.tasks.task import PromptTask, find_task
+from tokenrl.language.tasks.task import PromptTask, find_task, load_task
 from tokenrl.names import import_attribute
 
 ROWS = [{"question": f"q{i}", "hint": {"text": i}} for i in range(3)]
@@ -95,3 +96,74 @@ def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):
         found, _ = find_task(TaskArguments(task="target_length", **options))
         assert found.solved is None and found.train_prompts == task.train_prompts
         assert found.fingerprint == task.fingerprint  # the base model is still the same
+
+
+class Echo:
+    """An environment with gymnasium's interface on text."""
+
+    def reset(self, seed=None):
+        return f"{seed}> ", {}
+
+    def step(self, text):
+        return "", float(len(text)), True, False, {}
+
+
+def make_echo():
+    """A function that makes one."""
+    return Echo()
+
+
+@pytest.fixture
+def echo_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "env.py").write_text(
+        "class Env:\n    def reset(self, seed=None): return '', {}\n"
+        "    def step(self, text): return '', 1.0, True, False, {}\n"
+        "def make(): return Env()\nFACTORIES = {'a': Env}\n"
+    )
+    return f"{tmp_path}/env.py"
+
+
+LANDED = find_spec("tokenrl.language.rewards.environments") is not None
+after_landing = pytest.mark.skipif(not LANDED, reason="the environments are made in another branch")
+
+
+@after_landing
+@pytest.mark.parametrize("flag", ["task", "environment"])
+def test_an_environment_alone_is_a_task_of_empty_prompts(echo_file, flag):
+    for attribute in ("Env", "make"):
+        args = TaskArguments(**{flag: f"{echo_file}:{attribute}"}, max_turns=3, malformed="observe")
+        task, rewards = find_task(args)
+        assert args.task == task.name == f"{echo_file}:{attribute}"
+        assert [*task.train_prompts, *task.eval_prompts] == [{"prompt": ""}] * (512 + 64)
+        assert callable(task.environment) and rewards.environments.max_turns == 3
+        assert rewards.environments.malformed == "observe" and rewards.environments.share_seed
+    task, _ = find_task(TaskArguments(**{flag: f"{echo_file}:Env"}, eval_size=5))
+    assert len(task.eval_prompts) == 5 and len(load_task(f"{echo_file}:Env").eval_prompts) == 64
+    chat = load_task(f"{echo_file}:Env", chat=True)
+    assert chat.train_prompts[0]["prompt"] == [{"role": "user", "content": ""}]
+
+
+@after_landing
+@pytest.mark.parametrize("factory", [Echo, make_echo])
+def test_so_is_one_from_python(factory):
+    for args in (TaskArguments(environment=factory), TaskArguments(task=factory)):
+        task, rewards = find_task(args)
+        assert task.name == factory.__name__ and task.environment is factory
+        assert rewards.environments is not None and len(task.train_prompts) == 512
+
+
+@after_landing
+def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file):
+    rows = [{"prompt": f"p{i}", "environment": "a"} for i in range(10)]
+    for environment in (Echo, {"a": Echo}, f"{echo_file}:Env", f"{echo_file}:FACTORIES"):
+        task, rewards = find_task(TaskArguments(task=rows, environment=environment, reward_timeout=2.0))
+        assert len(task.train_prompts) == 8 and task.train_prompts[0]["environment"] == "a"
+        assert rewards.environments.timeout == 2.0 and len(rewards.names) == 1
+    mine = PromptTask("mine", rows, rows, [], environment=Echo)
+    assert find_task(TaskArguments(task=mine))[0].environment is Echo
+    other, _ = find_task(TaskArguments(task=mine, environment=make_echo))
+    assert other.environment is make_echo and mine.environment is Echo
+    for environment in ({"a": Echo}, f"{echo_file}:FACTORIES"):
+        with pytest.raises(Refused, match=r"a dict of environments.*give rows with --task"):
+            find_task(TaskArguments(environment=environment))

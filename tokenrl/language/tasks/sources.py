@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.runs.output import without_progress_bars
@@ -36,7 +36,22 @@ class DataArguments(Settings, group="data"):
     """One weight per reward. Default: 1 for each."""
     reward_timeout: Annotated[float, Bounds(above=0, at_most=1e6)] | None = None
     """Seconds that one call of a reward function may take. The functions then run in a process of their own,
-    which is killed at the deadline, and the run stops. Reward models are exempt. Default: no deadline."""
+    which is killed at the deadline, and the run stops. Reward models are exempt. It also bounds one call of
+    an environment, whose episode then ends as timeout, and the run goes on. Default: no deadline."""
+    environment: Annotated[str, OR_OBJECT] | None = None
+    """Environment that answers to each turn of a completion, so that a row is an episode of several turns:
+    `module:Env` or `file.py:Env`, a class or function that takes no arguments, or a dict of them by the
+    value of each row's column environment. It has gymnasium's reset and step on text, or reset and methods
+    that are tools, as in TRL. Each row of the task begins an episode; without a task the prompts are empty.
+    Default: that of the task, if it has one."""
+    max_turns: Count = 10
+    """Turns of the policy after which an episode ends."""
+    share_seed: bool = True
+    """Give the episodes of a prompt's group the same seed for reset, so that they differ by what the policy
+    does alone."""
+    malformed: Literal["end", "observe"] = "end"
+    """What follows on a call of a tool that cannot be parsed: end ends the episode, observe lets the policy
+    read the error and write on."""
     prompt_column: str = "prompt"
     """Column of a dataset that holds the prompt, which is text or chat messages. Data without a column
     prompt may have messages, whole conversations: a last turn of the assistant is the answer, and no part of
@@ -58,13 +73,20 @@ class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
     task: Annotated[str, OR_OBJECT] = "sort_digits"
-    """Name of a toy task, `module:attribute`, a JSON, CSV or Parquet file, a folder or hub name that
-    `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a datasets.Dataset, a
-    DatasetDict, a list of rows or a task object."""
+    """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV or Parquet file, a
+    folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a
+    datasets.Dataset, a DatasetDict, a list of rows or a task object."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
-    Several rewards are summed. Default: the task's own reward."""
+    Several rewards are summed, with that of an environment too. Default: the task's own reward."""
+
+    def __post_init__(self) -> None:
+        """Check the values; an environment that is named without a task is the task."""
+        super().__post_init__()
+        is_default = self.task is None or (isinstance(self.task, str) and self.task == TaskArguments.task)
+        if self.environment is not None and is_default:
+            object.__setattr__(self, "task", self.environment)
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:

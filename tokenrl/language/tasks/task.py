@@ -30,8 +30,9 @@ from tokenrl.settings import arguments, check_seed
 class Task(Protocol):
     """The attributes that training needs of a task.
 
-    Further attributes are optional: demonstrations, recommended settings, and `pass_threshold`, the least
-    reward of a right completion.
+    Further attributes are optional: demonstrations, recommended settings, `pass_threshold`, the least
+    reward of a right completion, and `environment`, which makes an episode of several turns of each row; then
+    the reward may be an empty list.
 
     Attributes:
         name: the task's name, for records and messages.
@@ -66,6 +67,8 @@ class PromptTask:
         demonstrations: rows with a `prompt` and a `completion`, for a supervised warm start.
         origin: what config.json says of data given from Python: its rows, columns and fingerprint.
         divided: whether the rows to evaluate on were taken out of the split to train on.
+        environment: a class or function that makes the environment of an episode, or a dict of them by the
+            rows' column `environment`; None if a completion is a single turn.
     """
 
     name: str
@@ -78,6 +81,12 @@ class PromptTask:
     demonstrations: Sequence[Any] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
     divided: bool = False
+    environment: Any = None
+
+
+EPISODES = 512, 64
+"""Rows to train and to evaluate on of a task that is an environment alone. They are all the same, but each
+episode is reset with a seed of its own."""
 
 
 @takes(DataArguments)
@@ -85,31 +94,35 @@ def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = Fals
     """Find a task by the name that a user gives, or make one of data.
 
     Args:
-        name: a name in `toy_tasks`; `module:attribute` or `file.py:attribute` (a task, or a callable without
-            arguments that returns one); `reasoning_gym:NAME`; a data file or a folder; or a hub dataset
-            `owner/name` or `owner/name:config`. Or the data itself: a `datasets.Dataset`, a list of rows, or
-            a mapping of splits such as a `DatasetDict`.
+        name: a name in `toy_tasks`; `module:attribute` or `file.py:attribute` (a task or an environment, or a
+            callable without arguments that returns one); `reasoning_gym:NAME`; a data file or a folder; or a
+            hub dataset `owner/name` or `owner/name:config`. Or the data itself: a `datasets.Dataset`, a list
+            of rows, or a mapping of splits such as a `DatasetDict`; or an environment's class.
         reward: a reward or a list of them that replaces the task's own: callables, or anything that
             `load_reward` takes. A dataset has no reward of its own.
         seed: seed of the choice of evaluation rows.
         chat: make prompts of a dataset that are text messages of the user.
-        options: fields of `DataArguments`: `prompt_column`, `prompt_template`, `split`, `eval_split` and
-            `eval_size`. Rows of a dataset that are evaluated on have distinct prompts; those held out of
-            the training split are at most a fifth of its prompts (with `eval_size` half of them), and rows
-            with one of these prompts leave the training set.
+        options: fields of `DataArguments`: `prompt_column`, `prompt_template`, `split`, `eval_split`,
+            `eval_size` and `environment`. Rows of a dataset that are evaluated on have distinct prompts;
+            those held out of the training split are at most a fifth of its prompts (with `eval_size` half of
+            them), and rows with one of these prompts leave the training set.
 
     Raises:
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
     check_seed(seed)
-    return _loaded(name, arguments(DataArguments, options), reward, seed, chat)
+    data = arguments(DataArguments, options)
+    return _with_environment(_loaded(name, data, reward, seed, chat), name, data.environment)
 
 
 def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
     origin: dict[str, Any] = {}
+    if callable(name) or (isinstance(name, Mapping) and name is data.environment):
+        object_name = getattr(name, "__name__", type(name).__name__)
+        return _finished(_made_task(name, object_name, data.eval_size, chat), object_name, reward)
     if isinstance(name, str):
-        task = _named_task(name, data.eval_size)
+        task = _named_task(name, data.eval_size, chat)
         if task is not None:
             return smaller_evaluation(_finished(task, name, reward), data.eval_size, seed)
         splits, where = None, f"task '{name}' is a dataset"
@@ -117,7 +130,7 @@ def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) 
         splits = sources.memory_splits(name)
         where = f"task is data ({type(name).__name__})"
         name, origin = sources.described(splits)
-    if reward is None:
+    if reward is None and data.environment is None:
         raise Refused(
             f"{where}, which has prompts but no reward: give one with --reward module:function (or a "
             "file.py, or the folder of a reward model), from Python reward=function."
@@ -135,7 +148,7 @@ def is_toy_task(name: str) -> bool:
     return name in importlib.import_module("toy_tasks").NAMES
 
 
-def _named_task(name: str, eval_size: int | None) -> Any:
+def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
     """Return the task of this name; None if it is that of a file, a folder or a hub dataset."""
     toy_tasks = importlib.import_module("toy_tasks")
     if name in toy_tasks.NAMES:
@@ -144,15 +157,48 @@ def _named_task(name: str, eval_size: int | None) -> Any:
         return PromptTask(name, *puzzles(name, eval_size), pass_threshold=1.0)
     source = name.rpartition(":")[0]
     if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
-        task = import_attribute(name, "task")
-        if callable(task) and not hasattr(task, "train_prompts"):
-            with _refusing(f"task '{name}' was called without arguments, and"):
-                task = task()
-        return task
+        return _made_task(import_attribute(name, "task"), name, eval_size, chat)
     if not (os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS):
         forms = f"module:attribute, a {'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name"
         raise Refused(f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}.")
     return None
+
+
+def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
+    """Return the task that an object is or makes; of an environment, a task of empty prompts.
+
+    Args:
+        source: a task, an environment's class, or a function without arguments that makes one of the two.
+        name: its name.
+        eval_size: rows to evaluate on of an environment; None for the usual number.
+        chat: make an empty prompt a message of the user.
+    """
+    if isinstance(source, Mapping):
+        problem = f"'{name}' is a dict of environments, from which the column 'environment' of a row chooses"
+        raise Refused(f"{problem}: give rows with --task beside --environment.")
+    task = source
+    with _refusing(f"task '{name}' was called without arguments, and"):
+        if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
+            task = task()
+            if _is_environment(task) and hasattr(task, "close"):
+                task.close()  # it was made to be looked at; each episode has its own
+    if not _is_environment(task):
+        return task
+    prompt = [{"role": "user", "content": ""}] if chat else ""
+    train, held_out = ([{"prompt": prompt}] * size for size in (EPISODES[0], eval_size or EPISODES[1]))
+    return PromptTask(name, train, held_out, [], environment=source)
+
+
+def _is_environment(value: Any) -> bool:
+    return hasattr(value, "reset") and not hasattr(value, "train_prompts")
+
+
+def _with_environment(task: Any, source: Any, environment: Any) -> Any:
+    """Return the task with the environment of the arguments, if they name one beside the task's `source`."""
+    if environment is None or environment is source:
+        return task
+    named = isinstance(environment, str)
+    return changed(task, environment=import_attribute(environment, "environment") if named else environment)
 
 
 @contextlib.contextmanager
@@ -212,21 +258,39 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             sources.check_prompts(task.eval_prompts, f"task '{task.name}', eval_prompts")
     if not is_task:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
+    task = _with_environment(task, args.task, args.environment)
+    environments = _environments(task, args)
     functions, unchanged = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
-    if functions is None or functions in ([], ()):
+    if environments is None and (functions is None or functions in ([], ())):
         raise Refused(f"The task {task.name!r} has no reward: name one with --reward module:function.")
     if not unchanged and getattr(task, "solved", None) is not None:
         task = changed(task, solved=None)
     mark = getattr(args, "pass_threshold", None)
     rewards = Rewards(
-        functions,
+        functions or [],
         list(args.reward_weights) or None,
         timeout=args.reward_timeout,
         sources=args.reward or None,
         pass_threshold=getattr(task, "pass_threshold", None) if unchanged and mark is None else mark,
+        **({} if environments is None else {"environments": environments}),
     )
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
         columns = dict.fromkeys(name for row in task.train_prompts for name in row)
     rewards.check_columns(columns)
     return task, rewards
+
+
+def _environments(task: Any, args: TaskArguments) -> Any:
+    """Return the environments of a task; None if its completions are single turns."""
+    factory = getattr(task, "environment", None)
+    if factory is None:
+        return None
+    rooms = importlib.import_module("tokenrl.language.rewards.environments")
+    return rooms.Environments(
+        factory,
+        max_turns=args.max_turns,
+        share_seed=args.share_seed,
+        malformed=args.malformed,
+        timeout=args.reward_timeout,
+    )
