@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, suggest
 from tokenrl.keywords import takes
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import sources
@@ -250,7 +251,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             f"task '{task}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and give --task data.jsonl."
         )
-    chosen = [load_reward(spec) for spec in args.reward]
+    chosen, environments = [load_reward(spec) for spec in args.reward], None
     with _refusing("The task was read, and"):
         is_task = hasattr(task, "train_prompts")
         if is_task:
@@ -259,7 +260,10 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     if not is_task:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
     task = _with_environment(task, args.task, args.environment)
-    environments = _environments(task, args)
+    if (factory := getattr(task, "environment", None)) is not None:
+        options: dict[str, Any] = {"max_turns": args.max_turns}
+        options |= {"share_seed": args.share_seed, "malformed": args.malformed}
+        environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions, unchanged = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if environments is None and (functions is None or functions in ([], ())):
         raise Refused(f"The task {task.name!r} has no reward: name one with --reward module:function.")
@@ -277,20 +281,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
         columns = dict.fromkeys(name for row in task.train_prompts for name in row)
+        if environments is not None:
+            environments.check_rows(task.train_prompts)
     rewards.check_columns(columns)
     return task, rewards
-
-
-def _environments(task: Any, args: TaskArguments) -> Any:
-    """Return the environments of a task; None if its completions are single turns."""
-    factory = getattr(task, "environment", None)
-    if factory is None:
-        return None
-    rooms = importlib.import_module("tokenrl.language.rewards.environments")
-    return rooms.Environments(
-        factory,
-        max_turns=args.max_turns,
-        share_seed=args.share_seed,
-        malformed=args.malformed,
-        timeout=args.reward_timeout,
-    )

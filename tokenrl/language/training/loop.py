@@ -168,9 +168,10 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
 
 def _warnings(run: TrainingRun, max_steps: int | None) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
-    rows = run.task.train_prompts
+    rows, episodic = run.task.train_prompts, run.rewards.environments is not None
     special = special_texts(run.learner.policy.tokenizer, rows)
-    return [*few_prompts(rows), *special, *without_effect(run.args, max_steps)]
+    few = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
+    return [*few, *special, *without_effect(run.args, max_steps)]
 
 
 def _begin(run: TrainingRun, session: Session) -> None:
@@ -180,7 +181,8 @@ def _begin(run: TrainingRun, session: Session) -> None:
         Refused: a prompt is too long for the model's context, or the checkpoint is of another run.
     """
     args, policy = run.args, run.learner.policy
-    for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
+    asked = run.task.train_prompts if run.rewards.environments is None else ()
+    for location, row in with_places(asked):  # one by one, to save memory
         encode(policy, [row["prompt"]], run.learner.sampling, [location])
     if not session.continues:
         with session.console.status(

@@ -53,12 +53,16 @@ def fill_defaults(choices: Any, task: Task, policy: Policy | None = None) -> Lay
     buffer, length = choices.estimator.overlong_buffer, filled.values.max_completion_length
     if policy is not None and buffer >= length:  # else the length may be provisional
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
-    check(filled.values)
+    check(filled.values, episodic=getattr(task, "environment", None) is not None)
     return filled
 
 
-def check(args: TrainArguments) -> None:
+def check(args: TrainArguments, *, episodic: bool = False) -> None:
     """Refuse settings that contradict each other; the bounds of each one stand beside its field.
+
+    Args:
+        args: the settings.
+        episodic: whether an environment answers, which may reward each turn.
 
     Raises:
         Refused: two settings contradict each other, or the estimator refuses a step of this shape.
@@ -69,7 +73,7 @@ def check(args: TrainArguments) -> None:
     within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
     penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")
-    if within and to_go and estimator.gamma == 1 and not penalty:
+    if within and to_go and estimator.gamma == 1 and not (penalty or episodic):
         raise Refused(
             f"{within} would compare the tokens of one completion, which have the same return, as its reward "
             "comes at the end. Take baseline 'rloo', returns 'total' and scale 'none'."
