@@ -225,8 +225,10 @@ def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None
 
     tasks = [asyncio.run_coroutine_threadsafe(attempt(one), _event_loop()) for one in awaitables]
     concurrent.futures.wait(tasks, timeout)
-    late = Attempt(None, Overdue(), timeout or 0.0)
-    return [late if task.cancel() else task.result() for task in tasks]  # one that is done is not cancelled
+    overdue = Overdue("" if timeout is None else f"{timeout:g}")
+    return [
+        Attempt(None, overdue, 0.0) if task.cancel() else task.result() for task in tasks
+    ]  # one that is done is not cancelled
 
 
 @functools.cache
@@ -297,19 +299,17 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
 
 
 def _number(item: Any, name: str, described: partial[str]) -> float:
-    number = math.nan if item is None else reward_number(item)
-    if number is not None:
-        return number
+    with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
+        return math.nan if item is None else reward_number(item)
     description = f"{written(item):.80} ({type(item).__name__}) for {described()}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
     raise Stopped(f"Reward function {name} returned {description}; a reward is {allowed}.")
 
 
-def reward_number(item: Any) -> float | None:
-    """Return a number within `LARGEST_REWARD`, also of numpy or torch, as a float; None for anything else."""
-    with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
-        value = item.item() if getattr(item, "ndim", None) == 0 else item  # numpy scalars and 0-d tensors
-        # An integer beyond float64 compares, but cannot be converted.
-        if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
-            return float(value)
-    return None
+def reward_number(item: Any) -> float:
+    """Return a number, also a scalar of numpy or torch, as a float; raise if it is no number for a reward."""
+    value = item.item() if getattr(item, "ndim", None) == 0 else item
+    # An integer beyond float64 compares, but cannot be converted.
+    if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
+        return float(value)
+    raise ValueError(f"{shown(item)} is no number within {LARGEST_REWARD:g}")

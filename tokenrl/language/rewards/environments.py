@@ -5,36 +5,32 @@ Two interfaces are understood. Gymnasium's on text: `reset(seed=...) -> (text, i
 stand around an observation. And TRL's: `reset(**row)` returns None or text, the other public methods are
 tools, and `get_reward()` rewards the whole episode. An object with `step`, whose `reset` has a parameter
 `seed`, has gymnasium's interface. Methods may be async; those of all rows are then awaited together.
-
-Environments draw from the global streams of `random` and `numpy.random`, so each episode has a state of them
-of its own, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a
-run could not be continued exactly.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
-import random
-import signal
-import time
 import traceback
-import types
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from tokenrl.errors import Refused, TokenrlError, describe, location, suggest, with_places, written
-from tokenrl.language.rewards.calls import Attempt, Overdue, await_all, restored_settings, reward_number
+from tokenrl.errors import Refused, describe, location, suggest, with_places, written
+from tokenrl.language.rewards.calls import Attempt, Overdue, reward_number
+from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.settings import LARGEST_REWARD, check_choice, check_number, shown
 
 ENDINGS = ("completed", "max_turns", "max_tokens", "context_overflow", "parse_error", "error", "timeout")
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
+REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
+RETURNS = {
+    "reset": "(text, info) in gymnasium's interface, and None or text in TRL's",
+    "step": f"(text, reward, terminated, truncated, info), where the reward is {REWARD}",
+    "get_reward": REWARD,
+}
 
 Message = dict[str, Any]
 ROOM = Path(__file__).parent
@@ -57,25 +53,6 @@ class Answer(NamedTuple):
     failure: str = ""
 
 
-class Streams:
-    """An episode's own state of the global streams of `random` and `numpy.random`; active in a `with`."""
-
-    def __init__(self, seed: int) -> None:
-        self._own = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
-
-    def __enter__(self) -> None:
-        self._outside = self._exchange(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        self._own = self._exchange(self._outside)
-
-    def _exchange(self, states: tuple[Any, Any]) -> tuple[Any, Any]:
-        before = random.getstate(), np.random.get_state()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        return before
-
-
 @dataclass(eq=False)
 class Episode:
     """The episode of one row, under way or over.
@@ -83,22 +60,38 @@ class Episode:
     Attributes:
         environment: the user's object; None if it could not be made.
         opening: the prompt of the row, with the observation of reset appended to its last user message.
+        name: the name of its factory; None if there is only one.
+        streams: its random state.
+        steps: whether the environment has gymnasium's interface.
+        rewarded: whether the environment gives rewards at all.
         tools: the tools of the environment, for the chat template; empty with gymnasium's interface.
         ending: empty while the episode goes on, else why it failed, a name of `ENDINGS`.
         failure: a sentence that says what failed; empty if nothing did.
-        rewarded: whether the environment gives rewards at all.
-        name: the name of its factory; None if there is only one.
-        streams: its random state.
     """
 
     environment: Any
     opening: str | list[Message]
+    name: str | None = None
+    streams: Streams = field(default_factory=lambda: Streams(0), repr=False)
+    steps: bool = False
+    rewarded: bool = False
     tools: Sequence[Callable[..., Any]] = ()
     ending: str = ""
     failure: str = ""
-    rewarded: bool = True
-    name: str | None = None
-    streams: Streams = field(default_factory=lambda: Streams(0), repr=False)
+
+    def fail(self, call: str, problem: BaseException | str) -> Answer:
+        """End the episode because a call raised something or returned something wrong; return that answer."""
+        self.ending = "timeout" if isinstance(problem, Overdue) else "error"
+        fault = f"returned {problem}"
+        if isinstance(problem, BaseException):
+            frames = traceback.extract_tb(problem.__traceback__)
+            theirs = (number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM)
+            line = location(problem, next(theirs, len(frames)))
+            fault = f"raised {describe(problem)}{line}"
+        if isinstance(problem, Overdue):
+            fault = f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
+        self.failure = f"{call} {fault}."
+        return Answer([], 0.0, self.ending, self.failure)
 
 
 class Environments:
@@ -149,10 +142,10 @@ class Environments:
             raise Refused("The dictionary of environments is empty: give a factory for each name.")
         self._free: dict[str | None, list[Any]] = {name: [] for name in self.factories}
         self._finished: list[Episode] = []
-        self._first = {name: self._checked(name) for name in self.factories}
-        names = [type(instance).__name__ for instance in self._first.values()]
-        self.name = names[0] if len(names) == 1 else "environment"
-        self.rewarded = any(map(_gives_rewards, self._first.values()))
+        self._first = {name: self._checked(Episode(None, "", name)) for name in self.factories}
+        kinds = [type(episode.environment).__name__ for episode in self._first.values()]
+        self.name = kinds[0] if len(kinds) == 1 else "environment"
+        self.rewarded = any(episode.rewarded for episode in self._first.values())
 
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Check that each row names an environment, the `reset` of which takes its columns.
@@ -165,11 +158,11 @@ class Environments:
             if name not in self._first:
                 problem = f"The column environment of {where} is {name!r}, which names no environment"
                 raise Refused(f"{problem}.{suggest(str(name), map(str, self._first))}")
+            environment = self._first[name].environment
             try:
-                inspect.signature(self._first[name].reset).bind(**self._options(name, row, 0))
+                inspect.signature(environment.reset).bind(**self._options(row, 0))
             except TypeError as error:
-                reset = f"{type(self._first[name]).__name__}.reset"
-                problem = f"{reset} cannot be called with the columns of {where}: {describe(error)}"
+                problem = f"{type(environment).__name__}.reset cannot take the columns of {where}: {error}"
                 raise Refused(f"{problem}. Give it parameters for those it needs, and **kwargs.") from error
 
     def reset(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
@@ -186,21 +179,13 @@ class Environments:
         while self._finished:
             episode = self._finished.pop()
             self._free[episode.name].append(episode.environment)
-        episodes, calls = [], []
-        for row, seed in zip(rows, seeds, strict=True):
-            short = int(seed) % 2**31  # numpy takes 32 bits
-            name = self._name(row)
-            episode = Episode(None, row.get("prompt", ""), name=name, streams=Streams(short))
-            episodes.append(episode)
-            instance, error, _ = self._instance(name)
-            if error is not None:
-                self._fail(episode, _named(self.factories[name]), error)
-                continue
-            episode.environment, episode.tools = instance, _tools(instance)
-            episode.rewarded = _gives_rewards(instance)
-            calls.append((episode, partial(instance.reset, **self._options(name, row, short))))
-        for (episode, _), attempt in zip(calls, self._call(calls), strict=True):
-            self._open(episode, attempt)
+        shorts = [int(seed) % 2**31 for seed in seeds]  # numpy takes 32 bits
+        pairs = list(zip(rows, shorts, strict=True))
+        episodes = [Episode(None, row.get("prompt", ""), self._name(row), Streams(s)) for row, s in pairs]
+        options = [self._options(row, short) for row, short in pairs]
+        begun = zip(map(self._make, episodes), options, strict=True)
+        resets = {e: partial(e.environment.reset, **kwargs) for e, kwargs in begun if not e.failure}
+        self._ask("reset", resets, _opened)
         return episodes
 
     def step(self, episodes: Sequence[Episode], messages: Sequence[Message]) -> list[Answer]:
@@ -211,12 +196,10 @@ class Environments:
             messages: N messages of the assistant with `content`, and with `tool_calls` or `malformed`, the
                 reason why a call cannot be parsed.
         """
-        turns = list(zip(episodes, messages, strict=True))
-        stepped = [turn for turn in turns if _is_gymnasium(turn[0].environment)]
-        steps = [(episode, partial(episode.environment.step, turn["content"])) for episode, turn in stepped]
-        attempts = zip(steps, self._call(steps), strict=True)
-        answers = {episode: self._stepped(episode, attempt) for (episode, _), attempt in attempts}
-        answers |= self._tool_answers([turn for turn in turns if turn[0] not in answers])
+        turns = dict(zip(episodes, messages, strict=True))
+        steps = {e: partial(e.environment.step, turn["content"]) for e, turn in turns.items() if e.steps}
+        answers = self._ask("step", steps, _stepped)
+        answers |= self._call_tools({e: turn for e, turn in turns.items() if not e.steps})
         return [answers[episode] for episode in episodes]
 
     def finish(self, episodes: Sequence[Episode]) -> list[Answer]:
@@ -225,264 +208,143 @@ class Environments:
         The reward is 0 with gymnasium's interface, and where there is no `get_reward`.
         """
         live = [episode for episode in episodes if not episode.failure]
-        self._finished += live
-        calls = [
-            (e, e.environment.get_reward) for e in live if e.rewarded and not _is_gymnasium(e.environment)
-        ]
-        answers = {episode: Answer([]) for episode in episodes}
-        for (episode, _), attempt in zip(calls, self._call(calls), strict=True):
-            call = f"{type(episode.environment).__name__}.get_reward"
-            failed = attempt.error and self._fail(episode, call, attempt.error)
-            answers[episode] = failed or self._rewarded(episode, call, attempt.output)
-        self._finished = [episode for episode in self._finished if not episode.failure]
-        return [answers[episode] for episode in episodes]
+        scored = {e: e.environment.get_reward for e in live if e.rewarded and not e.steps}
+        answers = self._ask("get_reward", scored, lambda _, output: Answer([], reward_number(output)))
+        self._finished += [episode for episode in live if not episode.failure]
+        return [answers.get(episode, Answer([])) for episode in episodes]
 
     def _name(self, row: Mapping[str, Any]) -> str | None:
         return None if None in self.factories else row.get("environment")
 
-    def _options(self, name: str | None, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    def _options(self, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Return the arguments of `reset`: a seed, or the columns of the row but the one that chooses."""
-        if _is_gymnasium(self._first[name]):
+        if self._first[self._name(row)].steps:
             return {"seed": seed}
-        return {key: value for key, value in row.items() if key != "environment" or name is None}
+        return {key: row[key] for key in row if key != "environment" or None in self.factories}
 
-    def _instance(self, name: str | None) -> Attempt:
-        """Return a free instance of an environment, else a new one."""
-        if self._free[name]:
-            return Attempt(self._free[name].pop(), None, 0.0)
-        return self._call([(Episode(None, ""), self.factories[name])])[0]
+    def _make(self, episode: Episode) -> Episode:
+        """Give an episode a free instance of its environment, else a new one; return the episode."""
+        make, free = self.factories[episode.name], self._free[episode.name]
+        # Made in a random state of its own, as the episode must not depend on whether the instance is new.
+        attempt = Attempt(free.pop(), None, 0.0) if free else call_all([(Streams(0), make)], self.timeout)[0]
+        instance = episode.environment = attempt.output
+        if attempt.error is not None or not callable(getattr(instance, "reset", None)):
+            name = getattr(make, "__name__", written(make))
+            episode.fail(name, attempt.error or f"a {type(instance).__name__}, which has no method reset")
+            return episode
+        episode.steps = hasattr(instance, "step") and "seed" in inspect.signature(instance.reset).parameters
+        episode.rewarded = episode.steps or hasattr(instance, "get_reward")
+        if not episode.steps:  # as TRL lists them: the class is read, as an instance may compute attributes
+            public = [
+                name for name, _ in inspect.getmembers(type(instance), inspect.isfunction) if name[0] != "_"
+            ]
+            episode.tools = [
+                getattr(instance, name) for name in public if name not in ("reset", "get_reward")
+            ]
+        return episode
 
-    def _checked(self, name: str | None) -> Any:
-        """Return the first instance of an environment, which is free then."""
-        instance, error, _ = self._instance(name)
-        if error is not None:
-            problem = self._fail(Episode(None, ""), _named(self.factories[name]), error).failure
-            raise Refused(f"{problem} An environment is made by a class or function without arguments.")
-        kind = type(instance).__name__
-        if not callable(getattr(instance, "reset", None)):
+    def _checked(self, episode: Episode) -> Episode:
+        """Make the first instance of an environment, check its tools, and set it free."""
+        if self._make(episode).failure:
             raise Refused(
-                f"The environment {kind} has no method reset: give it gymnasium's reset(seed=...) and "
-                "step(text), or reset(**row) and methods that are tools."
+                f"{episode.failure} An environment is made by a class or a function without arguments, and "
+                "has gymnasium's reset(seed=...) and step(text), or reset(**row) and methods that are tools."
             )
-        for tool in _tools(instance):
+        for tool in episode.tools:
             from transformers.utils import get_json_schema
 
             try:
                 get_json_schema(tool)
-            except Exception as fault:
+            except Exception as error:
                 raise Refused(
-                    f"{kind}.{tool.__name__} cannot be a tool ({describe(fault)}): give it type hints and a "
+                    f"{tool.__qualname__} cannot be a tool ({describe(error)}): give it type hints and a "
                     "docstring with a line for each argument below `Args:`, or a name with _ in front."
-                ) from fault
-        self._free[name].append(instance)
-        return instance
+                ) from error
+        self._free[episode.name].append(episode.environment)
+        return episode
 
-    def _call(self, calls: Sequence[tuple[Episode, Callable[[], Any]]]) -> list[Attempt]:
-        """Make one call for each of several episodes, in their random states; await async ones together."""
-        with restored_settings():
-            attempts = [self._attempt(episode.streams, call) for episode, call in calls]
-            waiting = [i for i, attempt in enumerate(attempts) if inspect.isawaitable(attempt.output)]
-            if waiting:
-                driven = [_driven(attempts[i].output, calls[i][0].streams) for i in waiting]
-                for i, attempt in zip(waiting, await_all(driven, self.timeout), strict=True):
-                    attempts[i] = attempt
-        return attempts
+    def _ask(
+        self, method: str, calls: Mapping[Episode, Callable[[], Any]], read: Callable[[Episode, Any], Answer]
+    ) -> dict[Episode, Answer]:
+        """Call a method of N environments, and make answers of what they return."""
+        attempts = call_all([(episode.streams, call) for episode, call in calls.items()], self.timeout)
+        answers = {}
+        for episode, (output, error, _) in zip(calls, attempts, strict=True):
+            call = f"{type(episode.environment).__name__}.{method}"
+            if error is not None:
+                answers[episode] = episode.fail(call, error)
+                continue
+            try:
+                answers[episode] = read(episode, output)
+            except Exception:
+                wrong = f"{shown(output)}; it must return {RETURNS[method]}"
+                answers[episode] = episode.fail(call, wrong)
+        return answers
 
-    def _attempt(self, streams: Streams, call: Callable[[], Any]) -> Attempt:
-        try:
-            with streams, deadline(self.timeout):
-                return Attempt(call(), None, 0.0)
-        except (KeyboardInterrupt, TokenrlError):  # the user's own; a deadline that is impossible
-            raise
-        except BaseException as error:
-            return Attempt(None, error, 0.0)
-
-    def _fail(self, episode: Episode, call: str, problem: BaseException | str) -> Answer:
-        """End an episode, whose environment is not used again: a call raised something, or returned it."""
-        if isinstance(problem, Overdue):
-            end = f"did not return within {self.timeout:g} s{_line(problem)}"
-            episode.failure = f"{call} {end}: make it faster, or raise reward_timeout."
-        elif isinstance(problem, BaseException):
-            episode.failure = f"{call} raised {describe(problem)}{_line(problem)}."
-        else:
-            episode.failure = f"{call} returned {problem}."
-        episode.ending = "timeout" if isinstance(problem, Overdue) else "error"
-        return Answer([], 0.0, episode.ending, episode.failure)
-
-    def _open(self, episode: Episode, attempt: Attempt) -> None:
-        """Append what `reset` returned to the prompt."""
-        call = f"{type(episode.environment).__name__}.reset"
-        output = attempt.output
-        if attempt.error is not None:
-            self._fail(episode, call, attempt.error)
-            return
-        try:
-            if _is_gymnasium(episode.environment):
-                output = _observation(*output)
-            if isinstance(output, list):
-                output = "".join(block["text"] for block in output)
-            episode.opening = _appended(episode.opening, "" if output is None else output)
-        except (TypeError, ValueError, LookupError, AttributeError):
-            text = "(text, info)" if _is_gymnasium(episode.environment) else "None, text or blocks of text"
-            self._fail(episode, call, f"{shown(output)}; it must return {text}")
-
-    def _stepped(self, episode: Episode, attempt: Attempt) -> Answer:
-        """Return the answer of `step` in gymnasium's interface."""
-        call, output = f"{type(episode.environment).__name__}.step", attempt.output
-        if attempt.error is not None:
-            return self._fail(episode, call, attempt.error)
-        try:
-            observation, reward, terminated, truncated, info = output
-            text = _observation(observation, info)
-            ending = "completed" if terminated else "max_turns" if truncated else ""
-        except (TypeError, ValueError, AttributeError):
-            shape = "(text, reward, terminated, truncated, info)"
-            return self._fail(episode, call, f"{shown(output)}; it must return {shape}")
-        answer = self._rewarded(episode, call, reward)
-        messages = [] if ending else [{"role": "user", "content": text}]
-        return answer if answer.failure else Answer(messages, answer.reward, ending)
-
-    def _rewarded(self, episode: Episode, call: str, reward: Any) -> Answer:
-        number = reward_number(reward)
-        if number is None:
-            bounds = f"a reward is a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
-            return self._fail(
-                episode, call, f"the reward {shown(reward)} ({type(reward).__name__}); {bounds}"
-            )
-        return Answer([], number)
-
-    def _tool_answers(self, turns: Sequence[tuple[Episode, Message]]) -> dict[Episode, Answer]:
+    def _call_tools(self, turns: Mapping[Episode, Message]) -> dict[Episode, Answer]:
         """Call the tools of N turns: the first call of each turn, then the second of each, and so on."""
-        answers: dict[Episode, Answer] = {}
-        for episode, turn in turns:
+        answers = {}
+        for episode, turn in turns.items():
+            answers[episode] = Answer([], ending="" if turn.get("tool_calls") else "completed")
             if reason := turn.get("malformed"):
-                message = {"role": "tool", "name": "unknown", "content": str({"error": reason})}
-                ends = self.malformed == "end"
-                answers[episode] = Answer([], ending="parse_error") if ends else Answer([message])
-            else:
-                answers[episode] = Answer([], ending="" if turn.get("tool_calls") else "completed")
+                observed = Answer([_reply("unknown", None, reason)])
+                answers[episode] = Answer([], ending="parse_error") if self.malformed == "end" else observed
         calls = [
-            [(episode, call["function"]) for call in turn.get("tool_calls") or ()] for episode, turn in turns
+            [(e, call["function"]) for call in turn.get("tool_calls") or ()] for e, turn in turns.items()
         ]
         for column in itertools.zip_longest(*calls):
             pending = [pair for pair in column if pair is not None and not pair[0].failure]
-            attempts = self._call([(e, partial(_use, e.tools, function)) for e, function in pending])
-            for (episode, function), (output, error, _) in zip(pending, attempts, strict=True):
-                if isinstance(error, Overdue):
-                    kind = type(episode.environment).__name__
-                    answers[episode] = self._fail(episode, f"{kind}.{function['name']}", error)
-                    continue
-                content = written(output if error is None else {"error": str(error)}, str)
-                message = {"role": "tool", "name": function["name"], "content": content}
-                answers[episode].messages.append(message)
+            uses = [(e.streams, partial(_use, e.tools, **function)) for e, function in pending]
+            for (episode, function), attempt in zip(pending, call_all(uses, self.timeout), strict=True):
+                name = function["name"]
+                if isinstance(attempt.error, Overdue):
+                    call = f"{type(episode.environment).__name__}.{name}"
+                    answers[episode] = episode.fail(call, attempt.error)
+                else:
+                    answers[episode].messages.append(_reply(name, attempt.output, attempt.error))
         return answers
 
 
-@contextlib.contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
-    """Interrupt Python code and waits in the block after some seconds; a signal needs no thread.
-
-    Raises:
-        Overdue: the deadline was missed.
-        Refused: signals are impossible, as outside the main thread.
-    """
-    if seconds is None:
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise Overdue
-
-    try:
-        before = signal.signal(signal.SIGALRM, interrupt)
-    except (AttributeError, ValueError) as error:
-        raise Refused(
-            f"reward_timeout bounds calls of an environment by a signal, which is impossible here "
-            f"({describe(error)}): leave it out, or run on Linux or macOS in the main thread."
-        ) from error
-    began, timer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-    finally:  # also if the signal arrived while the timer was switched off
-        signal.signal(signal.SIGALRM, before)
-        if timer[0]:
-            rest = max(timer[0] - (time.monotonic() - began), 1e-6)
-            signal.setitimer(signal.ITIMER_REAL, rest, timer[1])
-
-
-@types.coroutine
-def _driven(awaitable: Awaitable[Any], streams: Streams) -> Generator[Any, Any, Any]:
-    """Await something with the streams swapped in only while its code runs, not while it waits."""
-
-    async def awaited() -> Any:
-        return await awaitable
-
-    coroutine = awaited()
-    resume = partial(coroutine.send, None)
-    while True:
-        try:
-            with streams:
-                waits_for = resume()
-        except StopIteration as end:
-            return end.value
-        try:
-            resume = partial(coroutine.send, (yield waits_for))
-        except BaseException as error:  # such as the cancellation at the deadline
-            resume = partial(coroutine.throw, error)
-
-
-def _is_gymnasium(environment: Any) -> bool:
-    return hasattr(environment, "step") and "seed" in inspect.signature(environment.reset).parameters
-
-
-def _gives_rewards(environment: Any) -> bool:
-    return _is_gymnasium(environment) or hasattr(environment, "get_reward")
-
-
-def _tools(environment: Any) -> list[Callable[..., Any]]:
-    """Return the tools of an environment, as TRL takes them: the public functions of its class."""
-    if _is_gymnasium(environment):
-        return []
-    members = inspect.getmembers(type(environment), inspect.isfunction)
-    names = [name for name, _ in members if name not in ("reset", "get_reward") and not name.startswith("_")]
-    return [getattr(environment, name) for name in names]
-
-
-def _use(tools: Sequence[Callable[..., Any]], function: Mapping[str, Any]) -> Any:
+def _use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str, Any]) -> Any:
     named = {tool.__name__: tool for tool in tools}
-    if function["name"] not in named:
-        raise ValueError(f"There is no tool {function['name']}; there are {', '.join(named)}.")
-    return named[function["name"]](**function["arguments"])
+    if name not in named:
+        raise LookupError(f"There is no tool {name}; there are {', '.join(named)}.")
+    return named[name](**arguments)
+
+
+def _reply(name: str, output: Any, error: object = None) -> Message:
+    """Return the message of a tool, with what it returned or with the error."""
+    result = output if error is None else {"error": written(error, str)}
+    return {"role": "tool", "name": name, "content": written(result, str)}
+
+
+def _opened(episode: Episode, output: Any) -> Answer:
+    """Append what `reset` returned to the prompt, of messages at the end of the last one of the user."""
+    if episode.steps:
+        output = _observation(*output)
+    if isinstance(output, list):
+        output = "".join(block["text"] for block in output)
+    text, prompt = "" if output is None else output, episode.opening
+    if isinstance(prompt, str):
+        episode.opening = prompt + text
+    else:
+        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+        message = {**prompt[last], "content": prompt[last]["content"] + text}
+        episode.opening = [*prompt[:last], message, *prompt[last + 1 :]]
+    return Answer([])
+
+
+def _stepped(episode: Episode, output: Any) -> Answer:
+    observation, reward, terminated, truncated, info = output
+    answer = Answer([{"role": "user", "content": _observation(observation, info)}], reward_number(reward))
+    if terminated or truncated:
+        return answer._replace(messages=[], ending="completed" if terminated else "max_turns")
+    return answer
 
 
 def _observation(text: str, info: Mapping[str, Any]) -> str:
     """Return an observation between GEM's prefix and suffix; TypeError if one of them is no text."""
     return "".join([info.get("prefix") or "", text, info.get("suffix") or ""])
-
-
-def _appended(prompt: str | list[Message], text: str) -> str | list[Message]:
-    """Return the prompt with the text at its end, of messages at the end of the last one of the user."""
-    if isinstance(prompt, str):
-        return prompt + text
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
-    if last is None:
-        return [*prompt, {"role": "user", "content": text}]
-    message = {**prompt[last], "content": prompt[last]["content"] + text}
-    return [*prompt[:last], message, *prompt[last + 1 :]]
-
-
-def _named(factory: Any) -> str:
-    return str(getattr(factory, "__name__", written(factory)))
-
-
-def _line(error: BaseException) -> str:
-    """Return at which line of the user's an error came about, as in ' (envs.py, line 7)'."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = (number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM)
-    return location(error, next(theirs, len(frames)))
 
 
 def assistant_message(

@@ -1,0 +1,126 @@
+"""Calls code of environments: in the random state of its episode, with a deadline, async calls together.
+
+Environments draw from the global streams of `random` and `numpy.random`, so each episode has a state of them
+of its own, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a
+run could not be continued exactly. The deadline interrupts Python code and waits; code that neither returns
+to Python nor waits, such as a regular expression that backtracks for ever, goes on until it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import signal
+import time
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tokenrl.errors import Refused, TokenrlError, describe
+from tokenrl.language.rewards.calls import Attempt, Overdue, await_all, restored_settings
+
+
+class Streams:
+    """An episode's own state of the global streams of `random` and `numpy.random`; active in a `with`."""
+
+    def __init__(self, seed: int) -> None:
+        self._own = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
+
+    def __enter__(self) -> None:
+        self._outside = self._exchange(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = self._exchange(self._outside)
+
+    def _exchange(self, states: tuple[Any, Any]) -> tuple[Any, Any]:
+        before = random.getstate(), np.random.get_state()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        return before
+
+
+def call_all(
+    calls: Sequence[tuple[Streams, Callable[[], Any]]], timeout: float | None = None
+) -> list[Attempt]:
+    """Make N calls in order, each in its random state; await together what the async ones return.
+
+    Args:
+        calls: the random state of each call, and the call.
+        timeout: seconds that one call may take, and the async ones together; None: no limit.
+
+    Returns:
+        What came of each call; the error of one that missed the deadline is `Overdue`.
+
+    Raises:
+        Refused: a deadline is impossible here.
+    """
+    attempts = []
+    with restored_settings():
+        for streams, call in calls:
+            try:
+                with streams, deadline(timeout):
+                    attempts.append(Attempt(call(), None, 0.0))
+            except (KeyboardInterrupt, TokenrlError):  # the user's own; a deadline that is impossible
+                raise
+            except BaseException as error:
+                attempts.append(Attempt(None, error, 0.0))
+        waiting = [i for i, attempt in enumerate(attempts) if inspect.isawaitable(attempt.output)]
+        driven = [_driven(attempts[i].output, calls[i][0]) for i in waiting]
+        for i, attempt in zip(waiting, await_all(driven, timeout), strict=True):
+            attempts[i] = attempt
+    return attempts
+
+
+@contextlib.contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Interrupt Python code and waits in the block after some seconds, by a signal.
+
+    Raises:
+        Overdue: the deadline was missed.
+        Refused: signals are impossible, as outside the main thread.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise Overdue(f"{seconds:g}")
+
+    try:
+        before = signal.signal(signal.SIGALRM, interrupt)
+    except (AttributeError, ValueError) as error:
+        problem = (
+            f"reward_timeout bounds an environment by a signal, which is impossible here ({describe(error)})"
+        )
+        raise Refused(f"{problem}: leave it out, or run on Linux or macOS in the main thread.") from error
+    began, timer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    finally:  # also if the signal arrived while the timer was being switched off
+        signal.signal(signal.SIGALRM, before)
+        if timer[0]:
+            signal.setitimer(signal.ITIMER_REAL, max(timer[0] - (time.monotonic() - began), 1e-6), timer[1])
+
+
+@types.coroutine
+def _driven(awaitable: Awaitable[Any], streams: Streams) -> Generator[Any, Any, Any]:
+    """Await something with the streams swapped in while its code runs, but not while it waits."""
+    steps: Any = awaitable.__await__()
+    resume = partial(next, steps)
+    while True:
+        try:
+            with streams:
+                pending = resume()
+        except StopIteration as end:
+            return end.value
+        try:
+            resume = partial(steps.send, (yield pending))
+        except BaseException as error:  # such as the cancellation at the deadline
+            resume = partial(steps.throw, error)
