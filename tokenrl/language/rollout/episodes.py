@@ -25,8 +25,8 @@ from tokenrl.language.rollout.sampling import Sampling, key_of, uniforms
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
 
-CUT = ("max_turns", "max_tokens", "context_overflow")
-"""The endings of episodes that a limit has cut off."""
+CUT = ("max_tokens", "context_overflow")
+"""The endings of episodes that were cut off by length."""
 SAMPLED = ("sampling_logprobs", "logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
 """Columns of tokens that a generator may fill."""
 
@@ -86,7 +86,6 @@ class _Row:
         chat: whether the policy reads chat messages.
         left: number of tokens that the policy may still choose.
         tokens: token ids after the prompt, those of the policy and those of the environment.
-        chosen: number of tokens that the policy has chosen.
         rewards: position and value of each reward.
         messages: what the policy and the environment wrote, after the prompt.
         ending: how the episode ended; empty while it goes on.
@@ -100,7 +99,6 @@ class _Row:
     ending: str
     failure: str
     tokens: list[int] = field(default_factory=list)
-    chosen: int = 0
     rewards: list[tuple[int, float]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -126,7 +124,6 @@ class _Row:
         """Add a turn of the policy."""
         self.messages.append(message)
         self.tokens += ids
-        self.chosen += len(ids)
         self.left -= len(ids)
 
     def take(self, answer: Answer) -> None:
@@ -205,7 +202,8 @@ def _sampled(
     length, device = sampling.max_completion_length, policy.device
     if draws is not None:
         later = pad(draws, (0, length))  # beyond a row's own limit, where tokens are cut off
-        draws = torch.stack([later[i, rows[i].chosen : rows[i].chosen + length] for i in index])
+        chosen = [draws.shape[1] - rows[i].left for i in index]
+        draws = torch.stack([later[i, n : n + length] for i, n in zip(index, chosen, strict=True)])
     histories = [rows[i].prompt + rows[i].tokens for i in index]
     rollout = generator.generate(histories, sampling, draws)
     room = torch.tensor([rows[i].room(policy, rows[i].left) for i in index], device=device)
