@@ -14,7 +14,7 @@ import torch
 from tokenrl.cli import main
 from tokenrl.core import off_policy
 from tokenrl.core.choices import CHOICES, FROM_BEST_TO_WORST
-from tokenrl.lab import measure_bias, named_estimators
+from tokenrl.lab import measure_bias, named_estimators, turn_problems
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.report import records
 from tokenrl.lab.exact.verdict import Verdict
@@ -111,3 +111,26 @@ def test_an_expected_gradient_of_zero_is_written_as_null() -> None:
     }
     (zero, _) = json.loads(json.dumps(records(verdicts), allow_nan=False))
     assert zero["noise"] is None and zero["problems"][0]["noise"] is None and zero["ok"] is True
+
+
+def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch) -> None:
+    """Which of them are exact, and that the numbers which are printed are those that are written."""
+    monkeypatch.setattr("tokenrl.lab.exact.turns.turn_problems", lambda: turn_problems()[:3])
+    path = tmp_path / "turns.json"
+    assert main(["lab", "exact", "--turns", "--json", str(path)]) == 0
+    out, written = capsys.readouterr().out, json.loads(path.read_text())
+    exact = [record["name"] for record in written if record["status"] == "exact"]
+    assert exact == [
+        "the row's total, RLOO",
+        "to go, minus the LOO of totals",
+        "to go, minus the LOO per turn index",
+        "the same with LOO, a turn not reached counted as 0",
+        "the same, leave out the whole row",
+    ]
+    assert [record["status"] for record in written].count("biased") == 12 == len(written) - 5
+    for record in written:
+        (row,) = [line for line in out.splitlines() if line.strip().startswith(record["name"] + "  ")]
+        assert row.split()[-4] == record["status"]
+        wanted = [record[x] for x in ("relative_bias", "worst_relative_bias", "cosine")]
+        assert [float(x) for x in row.split()[-3:]] == pytest.approx(wanted, abs=6e-4)
+        assert 0.05 < wanted[1] < 1.2 or record in [x for x in written if x["status"] == "exact"]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import doctest
+from dataclasses import replace
+
 import pytest
 import torch
 
+import tokenrl.lab.exact.turns as turns_module
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES
 from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
 from tokenrl.core.rows import loss_terms
 from tokenrl.errors import Refused
+from tokenrl.lab import exact_moments, measure_bias, named_estimators, turn_problems
+from tokenrl.lab.exact.verdict import Claim
 
 N, T, K, SIZE = 8, 9, 3, 4
 """Rows, positions and turns of a step, and rows of a group."""
@@ -187,3 +193,63 @@ def test_vmap_agrees_with_a_loop(returns) -> None:
     together = torch.vmap(lambda step: estimator.advantages(**step, group_size=SIZE).policy)(columns)
     for alone, step in zip(together, steps, strict=True):
         assert torch.equal(alone, estimator.advantages(**step).policy)
+
+
+PROBLEM = replace(turn_problems()[0], group_size=2)
+
+
+def test_problems_of_turns_are_complete() -> None:
+    """All rows are listed, an answer of the environment is no action, and the score has mean zero."""
+    assert len({problem.rewards for problem in turn_problems()}) == 12
+    for problem in turn_problems():
+        chances, mask = problem.chances, problem.mask.bool()
+        assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
+        assert float(torch.einsum("pm,pmtd->d", chances, problem.scores).abs().max()) < 1e-12
+        second = (problem.turns == 1).any(-1)
+        starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
+        assert torch.equal(starts.sum(-1) == 2, second) and 0.05 < float(chances[:, second].sum()) < 0.95
+        gaps = [int((~row[: row.nonzero().max()]).sum()) for row in mask]
+        assert gaps == [3 if x else 0 for x in second.tolist()]
+        assert int((problem.rewards != 0).sum()) == len(mask) + int(second.sum())
+
+
+@pytest.mark.parametrize("returns", [None, "reward_to_go"])
+@pytest.mark.parametrize("name", named_estimators())
+def test_what_is_declared_holds_for_turns(name, returns) -> None:
+    """The catalogue on rows of two turns: no bias where none is declared, and a bias where one is."""
+    estimator = named_estimators()[name]
+    if returns is not None:
+        if estimator.returns != "total" or estimator.objective != "reward":
+            return
+        estimator = replace(estimator, returns=returns)
+    separate = estimator.components == "separate"
+    problem = (
+        replace(PROBLEM, rewards=PROBLEM.totals.abs())
+        if separate or estimator.objective != "reward"
+        else PROBLEM
+    )
+    size = max(3 if estimator.scale == "loo_std" else 2, min(estimator.fewest_rows, 3))
+    try:
+        found = exact_moments(estimator, problem, group_size=size).status
+    except Refused:  # one prompt, or a group of more than three
+        assert "other_groups_std" in estimator.scale or estimator.fewest_rows > 3
+        return
+    declared = estimator.bias_status
+    assert Claim("biased" if declared == "asymptotic" else declared, found).ok, (declared, found)
+
+
+def test_a_function_of_turns_is_measured() -> None:
+    """The reward to go minus that of the others is exact, and with the row itself inside it is not."""
+
+    def mean(totals, *, rewards, mask, one_out, **rows):
+        to_go = rewards.flip(-1).cumsum(-1).flip(-1) * mask
+        count = mask.sum(0) - one_out * mask.long()
+        return (to_go.sum(0) - one_out * to_go) / count.clamp(min=1)
+
+    for one_out, status in ((0, "asymptotic"), (1, "exact")):
+        own = Estimator(
+            returns="reward_to_go", baseline=lambda *x, n=one_out, **of: mean(*x, **of, one_out=n)
+        )
+        assert measure_bias(own, turn_problems()[:2]).found == status
+    done = doctest.testmod(turns_module)
+    assert done.attempted >= 4 and done.failed == 0

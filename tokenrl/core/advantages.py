@@ -260,7 +260,7 @@ def baseline_of(step: Step) -> tuple[Float[Tensor, "N _"], Bool[Tensor, " N"]]:
 def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, "N _"]:
     """Call a user's function for the baseline and check what it returns.
 
-    If it has a parameter `rewards`, it also gets the reward of each position, or of each turn [N, K] where
+    If it takes an argument `rewards`, it also gets the reward of each position, or of each turn [N, K] where
     steps in time are turns; the mask then has that shape. The function is given copies, so that changing them
     in place changes nothing else.
 
@@ -273,7 +273,8 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
     rows = {"group_size": step.group_size, "mask": mask.clone(), "valid": valid.clone()}
     with failures_of(name):
         own = function.load() if isinstance(function, NamedFunction) else function
-        if "rewards" in signature(own).parameters:
+        parameters = signature(own).parameters.values()
+        if any(x.name == "rewards" or x.kind is x.VAR_KEYWORD for x in parameters):
             rows["rewards"] = step.rewards.clone()
         baseline = function(totals.clone(), **rows)
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):

@@ -67,7 +67,7 @@ class Estimator(Settings):
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
     Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
-    module:function or path/to/file.py:function; from Python the function itself too. If it has a parameter
+    module:function or path/to/file.py:function; from Python the function itself too. If it takes an argument
     `rewards`, it gets these [N, T] too. A class with the methods `read` and `update` is a baseline with a
     memory, see `recipes/pages/estimators.md`."""
     baseline_constant: Number = 0.0

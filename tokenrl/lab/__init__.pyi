@@ -23,6 +23,7 @@ from tokenrl.lab.exact.samplers import (
     off_policy_moments as off_policy_moments,
     perturbed_problem as perturbed_problem,
 )
+from tokenrl.lab.exact.turns import turn_problems as turn_problems
 from tokenrl.lab.exact.verdict import Verdict as Verdict, measure_bias as measure_bias
 from tokenrl.lab.measure.measurement import (
     Measured as Measured,

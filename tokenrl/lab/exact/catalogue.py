@@ -31,6 +31,8 @@ class LabArguments(Settings):
     sampler: str | None = None
     """Compare the corrections for a sampler that differs from the policy: by noise on its logits, by
     temperature, top_k or top_p, such as noise=0.3 or temperature=0.8,top_p=0.9."""
+    turns: bool = False
+    """Compare advantages and divisors where an environment answers between two turns of the policy."""
 
 
 CONSTANT: dict[str, Any] = {"baseline": "constant", "baseline_constant": 0.5}

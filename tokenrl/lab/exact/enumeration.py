@@ -282,6 +282,8 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
     if problem.rewards.ndim == 2:  # as if of two functions, each of which rewards every other completion
         even = torch.arange(problem.rewards.shape[1]) % 2 == 0
         optional["components"] = problem.rewards[..., None] * torch.stack([even, ~even], -1)
+    if problem.turns is not None:
+        optional["turns"] = problem.turns.expand(prompts, -1, -1)
     sampled = problem.of_sampler.logprobs
     return {
         "sampling_logprobs": torch.where(sampled < RARE, problem.logprobs, sampled),

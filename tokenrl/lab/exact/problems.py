@@ -68,6 +68,7 @@ class Problem:
             estimator no value.
         after: Mean reward of each of the K steps that would follow a truncation, 0 without one [P, M, K].
         sampler: What draws the completions; None for the policy itself.
+        turns: Number of the turn of each action [M, T], where steps in time are turns; None for tokens.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Problem:
     bootstrap: Float[Tensor, "P M"] | None = None
     after: Float[Tensor, "P M K"] | None = None
     sampler: Sampler | None = None
+    turns: Int[Tensor, "M T"] | None = None
 
     @property
     def of_sampler(self) -> Problem:
@@ -163,7 +165,7 @@ class Completions(NamedTuple):
     @property
     def last(self) -> Int[Tensor, " M 1"]:
         """Position of the last token of each completion."""
-        return self.mask.sum(-1, keepdim=True).long() - 1
+        return at_last_action(self.mask.bool()).long().argmax(-1, keepdim=True)
 
 
 def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) -> Completions:
@@ -198,6 +200,7 @@ def tabular_problem(
     true_values: bool = False,
     logits: Float[Tensor, "S V"] | None = None,
     sampler: Callable[[Tensor], Tensor] | None = None,
+    rows: Completions | None = None,
 ) -> Problem:
     """Make a problem with a random policy, reference, critic and rewards.
 
@@ -215,8 +218,9 @@ def tabular_problem(
             the prefix.
         logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
         sampler: Makes the logits of the sampler [P, S, V] from those of the policy; None for the policy.
+        rows: The completions, if they are not all that `vocabulary` and `length` allow.
     """
-    rows = all_completions(vocabulary, length)
+    rows = all_completions(vocabulary, length) if rows is None else rows
     shape = (prompts, len(rows.prefixes), vocabulary)
     draw = torch.Generator().manual_seed(seed)
     random, reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)

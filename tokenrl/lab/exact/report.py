@@ -20,6 +20,7 @@ from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.problems import Problem
 from tokenrl.lab.exact.samplers import Perturbation, measure_off_policy, off_policy_moments, perturbed_problem
+from tokenrl.lab.exact.turns import compare_turns
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
@@ -77,11 +78,13 @@ def exact(args: LabArguments) -> int:
 
     if args.json is not None:
         check_place(args.json)
-    options = (args.preset, args.trl_config, args.sampler, args.estimators or None)
+    options = (args.preset, args.trl_config, args.sampler, args.estimators or None, args.turns or None)
     if options.count(None) < len(options) - 1:
-        raise Refused("--preset, --trl-config, --sampler and --estimators exclude each other; give one.")
-    if args.sampler is not None:
-        write_records(args, compare_corrections(args))
+        raise Refused(
+            "--preset, --trl-config, --sampler, --estimators, --turns exclude each other; give one."
+        )
+    if args.sampler is not None or args.turns:
+        write_records(args, compare_turns() if args.turns else compare_corrections(args))
         return 0
     explanation = explain(args)
     estimators = explanation or named_estimators()

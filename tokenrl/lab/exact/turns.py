@@ -1,0 +1,160 @@
+"""Compares advantages and divisors on problems of two turns, between which an environment answers.
+
+Only the policy's tokens are actions. What toolkits do and no `Estimator` computes is written as a baseline b
+of the user's own, so that the advantage is the return minus b; the rows of a step are one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenrl.core.baselines import rloo, weighted_mean
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import TO_GO
+from tokenrl.core.returns import Turns, at_last_action, reward_to_go
+from tokenrl.core.rows import zero_outside
+from tokenrl.lab.exact.discounting import TIMESTEP
+from tokenrl.lab.exact.enumeration import TOLERANCE, exact_moments
+from tokenrl.lab.exact.problems import Completions, Problem, tabular_problem
+from tokenrl.lab.exact.verdict import worst
+from tokenrl.runs.console import rich_console, rich_table
+
+TURN = ((0,), (1,), (2, 0), (2, 1), (2, 2))
+"""What the policy may write in a turn: 0 ends the row, 1 calls the tool, 2 is followed by one more token."""
+ANSWERS = ((0, 1, 2), (2, 1, 0))
+"""What the environment may answer to a call; it draws one of the two."""
+
+
+def turn_problem(seed: int) -> Problem:
+    """Make a problem of at most two turns, with a random policy, random rewards and groups of three.
+
+    A turn has one or two of three tokens: one ends the row, one calls a tool. A first turn that calls the
+    tool has the reward 0.3; the environment draws one of two answers of three tokens, and the policy writes a
+    second turn. Each row has a random reward at its last action, too.
+    """
+    called = [x for x in TURN if x[-1] == 1]
+    rows: list[Any] = [(x, (), ()) for x in TURN if x not in called]
+    rows += product(called, ANSWERS, TURN)
+    texts = [[(v, k) for k, part in zip((0, -1, 1), row, strict=True) for v in part] for row in rows]
+    width = max(map(len, texts))
+    ids, turns = torch.tensor([[*x, *[(0, -1)] * (width - len(x))] for x in texts]).unbind(-1)
+    mask, rank, prefix = turns >= 0, dict[Any, int](), torch.zeros_like(ids)
+    for m, t in mask.nonzero().tolist():
+        prefix[m, t] = rank.setdefault((*ids[m, :t].tolist(),), len(rank))
+    listed = Completions(ids, mask.double(), prefix, list(rank))
+    problem = tabular_problem(seed, name=f"two turns, seed {seed}", group_size=3, length=4, rows=listed)
+    answered = (turns == 1).any(-1, keepdim=True)
+    rewards = problem.rewards[..., None] * at_last_action(mask) + 0.3 * (
+        answered & at_last_action(turns == 0)
+    )
+    return replace(problem, rewards=rewards, environment=1 - 0.5 * answered.double().T, turns=turns)
+
+
+@cache
+def turn_problems() -> tuple[Problem, ...]:
+    """Return twelve random problems of two turns, on which advantages of turns can be measured.
+
+    Example:
+        A baseline of your own gets the totals [N] of rows, and rewards and mask [N, K] of turns. Here the
+        advantage is the sum over the turns to come of the reward minus the mean reward at that turn:
+
+        >>> from tokenrl import Estimator
+        >>> from tokenrl.lab import measure_bias, turn_problems
+        >>> def means(totals, *, rewards, mask, group_size, valid):
+        ...     mean = (rewards * mask).sum(0) / mask.sum(0).clamp(min=1)
+        ...     return (mean * mask).flip(-1).cumsum(-1).flip(-1)
+        >>> estimator = Estimator(returns="reward_to_go", baseline=means)
+        >>> verdict = measure_bias(estimator, problems=turn_problems()[:3])
+        >>> verdict.found, round(verdict.relative_bias, 2)
+        ('biased', 0.47)
+    """
+    return tuple(map(turn_problem, range(12)))
+
+
+def summed(_: Tensor, rewards: Tensor, mask: Tensor, row_inside: bool, absent: bool, **of: Any) -> Tensor:
+    """Return the sum over this and later turns of the mean reward at each turn [N, K].
+
+    The mean is over the rows that reach the turn, or with `absent` over all rows.
+    """
+    reached = (mask | absent).T
+    means, defined = weighted_mean(rewards.T, reached, reached.double(), leave_one_out=not row_inside)
+    return reward_to_go(zero_outside(means, defined & reached).T)
+
+
+def samples(totals: Tensor, mask: Tensor, left_out: int, **_: Any) -> Tensor:
+    """Return the mean of the totals over all turns of the step, less so many of the row's own turns [N]."""
+    turns = mask.sum(-1)
+    own = turns.clamp(max=left_out)
+    return ((turns * totals).sum() - own * totals) / (turns.sum() - own)
+
+
+def divided(totals: Tensor, mask: Tensor, valid: Tensor, by: str, **_: Any) -> Tensor:
+    """Return the baseline [N, T] with which the advantage is that of RLOO, divided by a count of tokens."""
+    begins = mask & ~pad(mask[:, :-1], (1, 0))
+    turns = Turns.read(begins.cumsum(-1) - 1, mask)
+    written = at_last_action(mask).double().argmax(-1, keepdim=True) + 1.0
+    counts = {"turns": begins.sum(-1, keepdim=True), "turn": turns.spread(turns.sums(mask.double()))}
+    counts |= {"row": written, "group": written.mean(0, keepdim=True)}
+    return totals[:, None] - (totals - rloo(totals, valid))[:, None] / counts[by].expand_as(mask).clamp(min=1)
+
+
+MEANS = ((True, False), (False, False), (False, True))
+OWN, OTHERS, ALL = ({**TO_GO, "baseline": partial(summed, row_inside=x, absent=y)} for x, y in MEANS)
+COMPARED: dict[str, dict[str, dict[str, Any]]] = {
+    "advantage of a turn's tokens": {
+        "the row's total, RLOO": {},
+        "to go, minus the LOO of totals": TO_GO,
+        "to go, minus the LOO per turn index": TIMESTEP,
+        "to go, minus the own mean per turn index": {**TIMESTEP, "leave_one_out": False},
+        "each turn minus the own mean of that index, then summed": OWN,
+        "the same with LOO": OTHERS,
+        "the same with LOO, a turn not reached counted as 0": ALL,
+        "the own turn's reward only, LOO": {**TIMESTEP, "returns": "blame_window", "window": 1},
+        "every turn a sample of its own, own mean": {"baseline": partial(samples, left_out=0)},
+        "the same, leave out the turn only": {"baseline": partial(samples, left_out=1)},
+        "the same, leave out the whole row": {"baseline": partial(samples, left_out=2)},
+    },
+    "divisor, with RLOO on totals": {
+        "the row's chosen tokens": {"aggregation": "sequence_mean"},
+        "the row's chosen and environment tokens": {"baseline": partial(divided, by="row")},
+        "the row's number of turns": {"baseline": partial(divided, by="turns")},
+        "mean within each turn, summed over turns": {"baseline": partial(divided, by="turn")},
+        "all chosen tokens of the group": {"aggregation": "token_mean"},
+        "the same and the environment's": {"baseline": partial(divided, by="group")},
+    },
+}
+"""The rows of the two tables: fields changed from RLOO."""
+EXPLANATION = (
+    "12 random problems, groups of 3. A turn has one or two of three tokens: one ends the row, one calls a "
+    "tool. A first turn that calls it has a reward of 0.3, the environment draws one of two answers of three "
+    "tokens, and the policy writes a second turn. Each row has a random reward at its end. To go: rewards "
+    "from this turn on; LOO: the mean of the other rows. Bias: |E g - grad J| / |grad J|, a wrong scale "
+    "included, the median and the worst; cosine: of E g and grad J, the least. Status: for this group size."
+)
+
+
+def compare_turns() -> list[dict[str, Any]]:
+    """Measure everything in `COMPARED` on `turn_problems`, and print its tables; one record for each line."""
+    console, records = rich_console(width=120), list[dict[str, Any]]()
+    for head, lines in COMPARED.items():
+        table = rich_table("", (head, "status"), ("bias", "worst", "cosine"), no_wrap=True)
+        # A divisor counts tokens, so its function has to get the mask of tokens.
+        problems = [replace(x, turns=None) if "divisor" in head else x for x in turn_problems()]
+        for name, fields in lines.items():
+            moments = [exact_moments(Estimator(**fields), problem) for problem in problems]
+            status, bias = worst(*(m.status for m in moments)), [m.relative_bias for m in moments]
+            cosine = min(m.cosine for m in moments)
+            numbers = {"relative_bias": median(bias), "worst_relative_bias": max(bias), "cosine": cosine}
+            table.add_row(name, status, *("0" if x < TOLERANCE else f"{x:.3f}" for x in numbers.values()))
+            records.append({"of": head, "name": name, "status": status, **numbers})
+        console.print(table)
+    console.print(EXPLANATION)
+    return records
