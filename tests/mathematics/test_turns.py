@@ -205,7 +205,7 @@ def test_problems_of_turns_are_complete() -> None:
         chances, mask = problem.chances, problem.mask.bool()
         assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
         assert float(torch.einsum("pm,pmtd->d", chances, problem.scores).abs().max()) < 1e-12
-        second = (problem.turns == 1).any(-1)
+        second = (mask & (problem.turns == 1)).any(-1)
         starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
         assert torch.equal(starts.sum(-1) == 2, second) and 0.05 < float(chances[:, second].sum()) < 0.95
         gaps = [int((~row[: row.nonzero().max()]).sum()) for row in mask]

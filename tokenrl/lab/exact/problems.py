@@ -160,7 +160,7 @@ class Completions(NamedTuple):
     ids: Int[Tensor, "M T"]
     mask: Float[Tensor, "M T"]
     prefix: Int[Tensor, "M T"]
-    prefixes: list[tuple[int, ...]]
+    prefixes: Sequence[object]
 
     @property
     def last(self) -> Int[Tensor, " M 1"]:

@@ -27,11 +27,6 @@ from tokenrl.lab.exact.problems import Completions, Problem, tabular_problem
 from tokenrl.lab.exact.verdict import worst
 from tokenrl.runs.console import rich_console, rich_table
 
-TURN = ((0,), (1,), (2, 0), (2, 1), (2, 2))
-"""What the policy may write in a turn: 0 ends the row, 1 calls the tool, 2 is followed by one more token."""
-ANSWERS = ((0, 1, 2), (2, 1, 0))
-"""What the environment may answer to a call; it draws one of the two."""
-
 
 def turn_problem(seed: int) -> Problem:
     """Make a problem of at most two turns, with a random policy, random rewards and groups of three.
@@ -40,22 +35,21 @@ def turn_problem(seed: int) -> Problem:
     tool has the reward 0.3; the environment draws one of two answers of three tokens, and the policy writes a
     second turn. Each row has a random reward at its last action, too.
     """
-    called = [x for x in TURN if x[-1] == 1]
-    rows: list[Any] = [(x, (), ()) for x in TURN if x not in called]
-    rows += product(called, ANSWERS, TURN)
-    texts = [[(v, k) for k, part in zip((0, -1, 1), row, strict=True) for v in part] for row in rows]
-    width = max(map(len, texts))
-    ids, turns = torch.tensor([[*x, *[(0, -1)] * (width - len(x))] for x in texts]).unbind(-1)
-    mask, rank, prefix = turns >= 0, dict[Any, int](), torch.zeros_like(ids)
-    for m, t in mask.nonzero().tolist():
-        prefix[m, t] = rank.setdefault((*ids[m, :t].tolist(),), len(rank))
-    listed = Completions(ids, mask.double(), prefix, list(rank))
+    ends, calls = ("0", "20", "22"), ("1", "21")
+    rows = [*ends, *map("".join, product(calls, ("012", "210"), (*ends, *calls)))]
+    ids = torch.tensor([[int(token) for token in row.ljust(7, "0")] for row in rows])
+    first = torch.tensor([[len(row) if row in ends else row.index("1") + 1] for row in rows])
+    position, length = torch.arange(7), torch.tensor([[len(row)] for row in rows])
+    mask = (position < first) | (position >= first + 3) & (position < length)
+    texts = [[row[:t] if mask[m, t] else "" for t in range(7)] for m, row in enumerate(rows)]
+    prefixes = sorted({text for row in texts for text in row})
+    prefix = torch.tensor([[prefixes.index(text) for text in row] for row in texts])
+    listed = Completions(ids, mask.double(), prefix, prefixes)
     problem = tabular_problem(seed, name=f"two turns, seed {seed}", group_size=3, length=4, rows=listed)
-    answered = (turns == 1).any(-1, keepdim=True)
-    rewards = problem.rewards[..., None] * at_last_action(mask) + 0.3 * (
-        answered & at_last_action(turns == 0)
-    )
-    return replace(problem, rewards=rewards, environment=1 - 0.5 * answered.double().T, turns=turns)
+    answered = length > first
+    rewards = problem.rewards[..., None] * at_last_action(mask) + 0.3 * (answered & (position == first - 1))
+    chances, turns = 1 - 0.5 * answered.double().T, (position >= first).long()
+    return replace(problem, rewards=rewards, environment=chances, turns=turns)
 
 
 @cache
@@ -74,7 +68,7 @@ def turn_problems() -> tuple[Problem, ...]:
         >>> estimator = Estimator(returns="reward_to_go", baseline=means)
         >>> verdict = measure_bias(estimator, problems=turn_problems()[:3])
         >>> verdict.found, round(verdict.relative_bias, 2)
-        ('biased', 0.47)
+        ('biased', 0.5)
     """
     return tuple(map(turn_problem, range(12)))
 
