@@ -1,7 +1,6 @@
 """Prompts from columns and templates, and imports by name, without a file of data."""
 
 import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -124,11 +123,6 @@ def echo_file(tmp_path, monkeypatch):
     return f"{tmp_path}/env.py"
 
 
-LANDED = find_spec("tokenrl.language.rewards.environments") is not None
-after_landing = pytest.mark.skipif(not LANDED, reason="the environments are made in another branch")
-
-
-@after_landing
 @pytest.mark.parametrize("flag", ["task", "environment"])
 def test_an_environment_alone_is_a_task_of_empty_prompts(echo_file, flag):
     for attribute in ("Env", "make"):
@@ -144,7 +138,6 @@ def test_an_environment_alone_is_a_task_of_empty_prompts(echo_file, flag):
     assert chat.train_prompts[0]["prompt"] == [{"role": "user", "content": ""}]
 
 
-@after_landing
 @pytest.mark.parametrize("factory", [Echo, make_echo])
 def test_so_is_one_from_python(factory):
     for args in (TaskArguments(environment=factory), TaskArguments(task=factory)):
@@ -153,7 +146,6 @@ def test_so_is_one_from_python(factory):
         assert rewards.environments is not None and len(task.train_prompts) == 512
 
 
-@after_landing
 def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file):
     rows = [{"prompt": f"p{i}", "environment": "a"} for i in range(10)]
     for environment in (Echo, {"a": Echo}, f"{echo_file}:Env", f"{echo_file}:FACTORIES"):

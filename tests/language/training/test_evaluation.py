@@ -11,8 +11,9 @@ import torch
 from tiny_models import LETTERS, Engine, letters, textbook_logprobs
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.evaluate import evaluation_table
+from tokenrl.language.evaluation.evaluate import MEANINGS, evaluation_table, paired_differences
 from tokenrl.language.policy.model import wrap
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.evaluation import (
@@ -23,8 +24,8 @@ from tokenrl.language.training.evaluation import (
     distinct,
     evaluate_policy,
     over_prompts,
-    paired_differences,
     probe_policy,
+    sampled_rows,
 )
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
@@ -281,3 +282,53 @@ def test_what_another_engine_does_not_return_is_computed_some_rows_at_a_time():
     found = evaluate(right_reward, policy, generations=8, generator=engine)
     assert max(sizes) <= SCORED_AT_ONCE < 8 * len(ROWS)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+class Talk:
+    """Answers each turn with "ab" until a turn holds a d; a turn is worth the number of its letters a."""
+
+    def reset(self, seed=None):
+        return "b>", {}
+
+    def step(self, text):
+        return "ab", float(text.count("a")), "d" in text, False, {}
+
+
+def test_of_episodes_what_the_policy_chose_is_measured_alone():
+    rewards = Rewards([], environments=Environments(Talk, max_turns=3))
+    policy, sampling = tiny(context=64), Sampling(9, 4)
+    found = evaluate_policy(policy, ROWS, rewards, sampling)
+    rows = sampled_rows(policy, ROWS, rewards, sampling, stream="evaluation")
+    turns = [[turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows]
+    assert {len(texts) for texts in turns} >= {1, 2} and any("ab" in row["completion"] for row in rows)
+    chosen = [row["ids"] for row in rows]
+    texts = policy.tokenizer.batch_decode(chosen, skip_special_tokens=True)
+    assert texts == ["".join(each) for each in turns]
+    assert [row["length"] for row in rows] == list(map(len, chosen))
+    for row, each in zip(rows, turns, strict=True):  # a turn that was cut is not answered
+        answered = each[:-1] if row["ending"] == "max_tokens" else each
+        assert row["reward"] == "".join(answered).count("a")
+    metrics = found.metrics
+    assert metrics["completions/mean_length"] == pytest.approx(np.mean(list(map(len, chosen))))
+    assert metrics["episodes/turns"] == pytest.approx(np.mean(list(map(len, turns))))
+    endings = [row["ending"] for row in rows]
+    assert {"completed", "max_turns"} <= {*endings} <= {"completed", "max_turns", "max_tokens"}
+    for ending in {*endings}:
+        assert metrics[f"episodes/{ending}"] == pytest.approx(endings.count(ending) / len(rows))
+    assert "episodes/error" not in metrics and "episodes/turns" in str(MEANINGS)
+    groups = [[row["ids"] for row in rows[i : i + 4]] for i in range(0, len(rows), 4)]
+    assert metrics["distinct_2"] == pytest.approx(np.mean([distinct(group, 2) for group in groups]))
+
+
+class Failing(Talk):
+    """An environment whose service is away."""
+
+    def reset(self, seed=None):
+        raise OSError("no connection")
+
+
+def test_episodes_that_all_fail_are_evaluated_as_without_a_reward():
+    rewards = Rewards([], environments=Environments(Failing))
+    evaluation = evaluate_policy(tiny(), ROWS, rewards, Sampling(4, 2))
+    assert evaluation.metrics["episodes/error"] == 1 and math.isnan(evaluation.metrics["reward"])
+    assert "no connection" in evaluation.rows[0]["failure"]

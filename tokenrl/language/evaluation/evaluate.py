@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,13 +26,16 @@ from tokenrl.language.training.evaluation import (
     Evaluation,
     check_sizes,
     evaluate_policy,
-    paired_differences,
+    over_prompts,
 )
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, field_types
+
+DIFFERENCE = "difference/"
+"""Begins the names of metrics that compare a policy with another."""
 
 
 @overload
@@ -173,6 +177,30 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
         return rewards
 
 
+def paired_differences(
+    first: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Compare two policies that were evaluated on the same prompts, prompt by prompt.
+
+    The standard error is that of the mean of the prompts' differences. It is smaller than that of two
+    separate evaluations, because what makes a prompt hard is the same for both (Miller 2024, arXiv
+    2411.00640). It is about these two sets of weights, and not about trainings with other seeds.
+
+    Args:
+        first: `Evaluation.by_prompt` of one policy.
+        other: that of the other.
+
+    Returns:
+        For each name that both have, `difference/NAME`, other minus first, and `difference/NAME_stderr`.
+        Prompts at which either has no value are left out.
+    """
+    differences: dict[str, float] = {}
+    for name in [name for name in other if name in first]:
+        mean, error = over_prompts([b - a for a, b in zip(first[name], other[name], strict=True)])
+        differences |= {f"{DIFFERENCE}{name}": mean, f"{DIFFERENCE}{name}_stderr": error}
+    return {name: value for name, value in differences.items() if not math.isnan(value)}
+
+
 def print_evaluation(args: EvaluateArguments) -> int:
     """Evaluate one or several models and print the table."""
     args = as_trained(args)
@@ -198,7 +226,9 @@ MEANINGS = {
     "distinct_1": "different tokens / all tokens, among a prompt's samples",
     "distinct_2": "different pairs of adjacent tokens / all pairs",
     "completions/mean_length": "tokens, EOS included",
-    "completions/clipped_ratio": "share cut at the maximum length, before an EOS",
+    "completions/clipped_ratio": "share cut at the limit of tokens or turns",
+    "episodes/turns": "turns of the policy in an episode",
+    "episodes/": "share of episodes that end so",
 }
 """Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
 
@@ -226,4 +256,5 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
 
 def _kind(name: str) -> str:
     """Return the key of `MEANINGS` to which a metric belongs."""
-    return next((key for key in MEANINGS if key[-1] in "/@" and name.startswith(key)), name)
+    keys = (key for key in MEANINGS if key[-1] in "/@" and name.startswith(key))
+    return name if name in MEANINGS else next(keys, name)

@@ -273,10 +273,10 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     rewards = Rewards(
         functions or [],
         list(args.reward_weights) or None,
+        environments=environments,
         timeout=args.reward_timeout,
         sources=args.reward or None,
         pass_threshold=getattr(task, "pass_threshold", None) if unchanged and mark is None else mark,
-        **({} if environments is None else {"environments": environments}),
     )
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")

@@ -184,6 +184,8 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
 
 def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
+    if run.rewards.environments is not None:  # what is asked is known once an episode has begun
+        return rows
     usable, refused = list[Mapping[str, Any]](), list[str]()
     for name, row in with_places(rows):
         try:
@@ -220,7 +222,7 @@ def _trial_steps(
     """Make training steps that change nothing: the least, and more without a signal, up to the most."""
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
-    rewards = Rewards([_ranks]) if run.warm_seconds else run.rewards
+    rewards = Rewards([_ranks], environments=run.rewards.environments) if run.warm_seconds else run.rewards
     stream = PromptStream(rows, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
 

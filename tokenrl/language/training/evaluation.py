@@ -8,6 +8,7 @@ rewards of single functions are averaged over completions or tokens.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -21,16 +22,13 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import sample_and_reward
-from tokenrl.language.rollout.rollout import lengths
+from tokenrl.language.rollout.rewarded import sample_and_reward, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.language.training.collect import completion_kl
 
 Row = Mapping[str, Any]
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
-DIFFERENCE = "difference/"
-"""Begins the names of metrics that compare a policy with another."""
 
 
 class Evaluation(NamedTuple):
@@ -76,10 +74,10 @@ def evaluate_policy(
     Returns:
         The metrics, with standard errors over prompts (`..._stderr`) but for the diversity: `reward_greedy`;
         of the sampled completions, or of the greedy ones if none are sampled, `completions/mean_length` in
-        tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy` in nats per token; and of the
-        sampled completions `reward`, `pass@k` if the rewards have a `pass_threshold`, `best@k` unless they
-        are binary, where it is the same, `distinct_1` and `distinct_2`, and `kl` and `kl_k3` if there is a
-        reference.
+        tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy` in nats per token, and with
+        environments `episodes/turns` and the share of each ending, `episodes/{ending}`; and of the sampled
+        completions `reward`, `pass@k` if the rewards have a `pass_threshold`, `best@k` unless they are
+        binary, where it is the same, `distinct_1` and `distinct_2`, and with a reference `kl` and `kl_k3`.
 
     Raises:
         Refused: there are no prompts, a prompt is too long, a k is larger than the number of generations, or
@@ -174,33 +172,14 @@ def _metrics(
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
         metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
-    metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
+    tokens = sum(row["length"] for row in rows)
+    metrics["entropy"] = sum(row["entropy"] for row in rows) / max(1, tokens)
+    if "ending" in rows[0]:
+        endings = Counter(row["ending"] for row in rows)
+        metrics["episodes/turns"] = mean("turns")
+        metrics |= {f"episodes/{name}": count / len(rows) for name, count in endings.items()}
     rewarded = ("reward", "reward_greedy")
     return {name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)}
-
-
-def paired_differences(
-    first: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
-) -> dict[str, float]:
-    """Compare two policies that were evaluated on the same prompts, prompt by prompt.
-
-    The standard error is that of the mean of the prompts' differences. It is smaller than that of two
-    separate evaluations, because what makes a prompt hard is the same for both (Miller 2024, arXiv
-    2411.00640). It is about these two sets of weights, and not about trainings with other seeds.
-
-    Args:
-        first: `Evaluation.by_prompt` of one policy.
-        other: that of the other.
-
-    Returns:
-        For each name that both have, `difference/NAME`, other minus first, and `difference/NAME_stderr`.
-        Prompts at which either has no value are left out.
-    """
-    differences: dict[str, float] = {}
-    for name in [name for name in other if name in first]:
-        mean, error = over_prompts([b - a for a, b in zip(first[name], other[name], strict=True)])
-        differences |= {f"{DIFFERENCE}{name}": mean, f"{DIFFERENCE}{name}_stderr": error}
-    return {name: value for name, value in differences.items() if not math.isnan(value)}
 
 
 class Estimate(NamedTuple):
@@ -302,21 +281,25 @@ def sampled_rows(
     options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
     for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
-        counts = lengths(batch.mask).tolist()
-        columns = {
+        pairs = zip(batch.completion_ids.cpu(), batch.mask.cpu(), strict=True)
+        columns: dict[str, Any] = {
             "place": batch.prompt_index.tolist(),
             "prompt": [row["prompt"] for row in batch.data],
-            "completion": policy.decode(batch.completion_ids, batch.mask),
+            "completion": texts_of(policy, batch),
             "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
             "rewards": batch.by_function.tolist(),
-            "ids": [ids[:n] for ids, n in zip(batch.completion_ids.tolist(), counts, strict=True)],
+            "ids": [ids[mask].tolist() for ids, mask in pairs],
             "entropy": batch.entropy.double().sum(dim=1).tolist(),
-            "length": counts,
+            "length": batch.mask.sum(dim=1).tolist(),
             "truncated": batch.truncated.tolist(),
         }
+        if batch.messages is not None:
+            turns = [sum(turn["role"] == "assistant" for turn in chat) for chat in batch.messages]
+            columns |= {"turns": turns, "ending": batch.endings, "failure": batch.failures}
+            columns |= {"messages": batch.messages}
         if reference is not None and reference_scoring is not None:
-            options_of_it = options | {"distribution": sampling.whole}
-            scores = score_in_parts(reference.model, batch, reference_scoring, **options_of_it)
+            whole = options | {"distribution": sampling.whole}
+            scores = score_in_parts(reference.model, batch, reference_scoring, **whole)
             kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
         rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

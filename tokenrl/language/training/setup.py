@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -182,7 +183,9 @@ def make_tiny(args: Any, task: Any) -> Policy:
     build = getattr(task, "build", None)
     if build is None:
         rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
-        form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
+        written = string.printable if getattr(task, "environment", None) is not None else ""
+        texts = (args.system_prompt or "", *(args.stop or ()), written)
+        form = {"texts": texts, "chat": bool(args.chat)}
         room = max(1024, getattr(args, "max_completion_length", None) or 0)
         build = partial(importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form)
     policy = wrap(*build(args.base_seed), source=TINY)
