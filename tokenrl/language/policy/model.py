@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly
-from tokenrl.language.policy.prompts import Prompt, check_form, formed, render, saved_form
+from tokenrl.language.policy.prompts import (
+    Prompt,
+    check_form,
+    for_template,
+    formed,
+    render,
+    reply_ids,
+    saved_form,
+)
 from tokenrl.language.policy.saving import check_base
 from tokenrl.language.policy.stops import DECODING, StopStrings
 from tokenrl.settings import check_choice
@@ -71,20 +79,26 @@ class Policy:
         """The parameters that an optimiser may change."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[Callable[..., Any]] = ()) -> list[int]:
         """Token ids of one prompt, a string or a list of chat messages, in the form of `self.form`.
-
-        The chat template describes the tools to the model, functions with type hints and a docstring.
 
         Chat messages go through the chat template, which writes the special tokens itself, so none is added
         twice. A last message of the assistant is continued; after any other message a new answer begins.
 
+        Args:
+            prompt: the prompt.
+            tools: functions with type hints and docstrings, which the chat template describes to the model.
+
         Raises:
             Refused: the prompt is chat messages and the tokenizer has no chat template or one that refuses
-                them, the form does not fit the prompt, or the prompt is empty and the tokenizer has no BOS.
+                them or ignores tools, the form does not fit the prompt, the prompt is text and there are
+                tools, or it is empty and the tokenizer has no BOS.
         """
         prompt, tokenizer = formed(prompt, self.form), self.tokenizer
         if isinstance(prompt, str):
+            if tools:
+                problem = f"An environment has tools, but a prompt is text: {prompt!r:.60}"
+                raise Refused(f"{problem}. Only a chat template shows tools to a model: add chat (--chat).")
             ids = list(tokenizer(prompt).input_ids)
             if ids and ids[-1] in self.eos_ids:
                 bare = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -93,55 +107,38 @@ class Policy:
         else:
             begun = bool(prompt) and prompt[-1].get("role") == "assistant"
             turn: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
-            turn |= {"tools": [*tools]} if tools else {}
+            turn |= for_template(tokenizer, tools, self.source)
             ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **turn))
         if not ids and tokenizer.bos_token_id is None:
             raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
         return ids or [tokenizer.bos_token_id]
 
     def reply_ids(
-        self, messages: Sequence[dict[str, Any]], *, ended: bool, chat: bool, tools: Sequence[Any] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        ended: bool,
+        chat: bool,
+        tools: Sequence[Callable[..., Any]] = (),
     ) -> list[int]:
-        """Token ids that follow a turn of the policy, so that it reads messages and writes the next turn.
-
-        Nothing that was sampled is tokenised again: what the chat template writes after a turn is the
-        difference of a made-up turn with and without the messages.
+        """Token ids to append to a sampled turn, so that the policy reads an answer to it and writes on.
 
         Args:
-            messages: what an environment answers, messages with a `role` and `content`.
-            ended: whether the turn ended with an EOS, which the template then does not write again.
-            chat: whether the policy reads chat messages, else it reads their texts.
-            tools: the tools that the template describes.
+            messages: the messages of the answer, of the user or of tools.
+            ended: whether the sampled turn ended with an EOS.
+            chat: whether the prompt of the episode is chat messages. Text is appended as it stands.
+            tools: the tools of the environment.
 
         Raises:
-            Refused: the template writes a turn differently when messages follow it, or refuses them.
+            Refused: the chat template cannot continue an episode token by token.
         """
-        if not chat:
+        if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        calls = [
-            {"type": "function", "function": {"name": message["name"], "arguments": {}}}
-            for message in messages
-            if message["role"] == "tool"
-        ]
-        answer: dict[str, Any] = {"role": "assistant", "content": "?"}
-        if calls:  # some templates name the tool by the call that an answer is for
-            answer |= {"content": "", "tool_calls": calls}
-        turn = [{"role": "user", "content": "?"}, answer]
-        options: dict[str, Any] = {"tokenize": True} | ({"tools": [*tools]} if tools else {})
-        before = render(self.tokenizer, turn, self.form, self.source, add_generation_prompt=False, **options)
-        whole = render(
-            self.tokenizer, [*turn, *messages], self.form, self.source, add_generation_prompt=True, **options
+        ids, end = reply_ids(
+            self.tokenizer, messages, self.form, self.source, eos_ids=self.eos_ids, tools=tools
         )
-        ends = [i for i, token in enumerate(before) if token in self.eos_ids]
-        start = ends[-1] + ended if ends else len(before)
-        if whole[:start] != before[:start]:
-            raise Refused(
-                f"The chat template of {self.source!r} writes a turn of the assistant differently when "
-                "messages follow it, so an episode of several turns cannot be continued token by token: set "
-                "tokenizer.chat_template to one that leaves earlier turns as they are."
-            )
-        return list(whole[start:])
+        return ids[end:] if ended else ids
 
     def ask(self, form: PromptArguments) -> None:
         """Ask the model in this form from now on, and end its completions at the stop strings of the form.

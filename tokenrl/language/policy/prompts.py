@@ -162,6 +162,69 @@ def render(
         raise Refused(f"{fault}. Give prompts as the template takes them, the system's words too.") from error
 
 
+def for_template(tokenizer: Any, tools: Sequence[Any], name: str) -> dict[str, Any]:
+    """Return the argument that gives tools to the chat template; none if there are no tools.
+
+    Raises:
+        Refused: the template never reads tools.
+    """
+    if tools and not re.search(r"\btools\b", str(tokenizer.get_chat_template())):
+        raise Refused(
+            f"The chat template of {name!r} never reads tools, so the policy would not see those of the "
+            "environment: take a model whose template knows tools, or an environment without them."
+        )
+    return {"tools": list(tools)} if tools else {}  # some templates write a heading above an empty list
+
+
+def reply_ids(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    form: PromptArguments,
+    name: str,
+    *,
+    eos_ids: Sequence[int],
+    tools: Sequence[Any] = (),
+) -> tuple[list[int], int]:
+    """Return the ids that a chat template writes from a turn of the assistant to its next one.
+
+    They are taken from a conversation of two dummy turns, without tokenising the episode again.
+
+    Returns:
+        The ids, and how many of them end the turn before: 1 if the template ends it with EOS, else 0.
+
+    Raises:
+        Refused: the template writes what is before or behind a turn otherwise once messages follow.
+    """
+    answer: dict[str, Any] = {"role": "assistant", "content": "?"}
+    if messages[0]["role"] == "tool":
+        call = {"name": messages[0]["name"], "arguments": {}}
+        answer |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
+    dummy = [{"role": "user", "content": "?"}, answer]
+    options = {"tokenize": True, **for_template(tokenizer, tools, name)}
+
+    def written(replies: Sequence[Mapping[str, Any]]) -> list[int]:
+        options["add_generation_prompt"] = bool(replies)
+        return list(render(tokenizer, [*dummy, *replies], form, name, **options))
+
+    before, whole = written([]), written(messages)
+    others = written([{**turn, "content": turn["content"] + " and more"} for turn in messages])
+    ends = [i for i, token in enumerate(before) if token in eos_ids]
+    later = [i for i, token in enumerate(whole) if token in eos_ids]
+    start = later[len(ends) - 1] if 0 < len(ends) <= len(later) else 0  # where the dummy turn ends
+    # The turn itself may differ, as some templates drop the thoughts of all turns but the last.
+    head = ends[-2] + 1 if len(ends) > 1 else 0
+    tail = before[ends[-1] :] if ends else before
+    same = whole[:head] == before[:head] and whole[start : start + len(tail)] == tail
+    ended = not ends or not tokenizer.decode(tail[1:]).strip()  # else EOS stands before a turn, not behind it
+    if not (same and ended and whole[: start + 1] == others[: start + 1]):
+        raise Refused(
+            f"The chat template of {name!r} writes earlier messages otherwise once others follow them, so an "
+            "episode of several turns cannot be continued token by token: give the tokenizer a chat_template "
+            "that leaves them as they are."
+        )
+    return (whole[start:], 1) if ends else (whole[len(before) :], 0)
+
+
 def _variables(form: PromptArguments) -> dict[str, Any]:
     """Return the variables that the form gives to the chat template."""
     return dict(json.loads(form.chat_template_kwargs or "{}"))

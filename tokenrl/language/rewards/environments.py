@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -305,6 +306,52 @@ class Environments:
         return answers
 
 
+def assistant_message(
+    tokenizer: Any, ids: Sequence[int], prefix_ids: Sequence[int], text: str, tools: Sequence[Any] = ()
+) -> Message:
+    """Return the message of a sampled turn, with `tool_calls` if there are tools and it calls some.
+
+    A tokenizer without a response template is read as Qwen writes calls, JSON in `<tool_call>`, if its chat
+    template does so.
+
+    Args:
+        tokenizer: the tokenizer of the policy.
+        ids: the ids of the turn.
+        prefix_ids: all ids before it.
+        text: the turn as text.
+        tools: the tools of the environment.
+
+    Returns:
+        A message with role and content; with the key `malformed`, a reason, if a call cannot be parsed.
+
+    Raises:
+        Refused: nothing says how the model writes calls.
+    """
+    message: Message = {"role": "assistant", "content": text}
+    if not tools:
+        return message
+    template = getattr(tokenizer, "response_template", None)
+    if template is None and "<tool_call>" not in str(tokenizer.get_chat_template()):
+        raise Refused(
+            "The tokenizer has no response_template, which says how the model writes tool calls: set it, or "
+            "take a model that has one."
+        )
+    try:
+        if template is None:
+            message["content"], *bodies = text.split("<tool_call>")
+            functions = [json.loads(body[: body.index("</tool_call>")]) for body in bodies]
+            calls = [{"type": "function", "function": function} for function in functions]
+        else:
+            parsed = tokenizer.parse_response(list(ids), prefix=list(prefix_ids), tools=list(tools))
+            message["content"], calls = parsed.get("content") or "", parsed.get("tool_calls") or []
+        functions = [call["function"] for call in calls]
+        if not all(isinstance(f["name"], str) and isinstance(f["arguments"], dict) for f in functions):
+            raise ValueError("a call needs a name, and arguments by name")
+    except Exception as error:
+        return {"role": "assistant", "content": text, "malformed": describe(error)}
+    return message | {"tool_calls": calls} if calls else message
+
+
 def _use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str, Any]) -> Any:
     named = {tool.__name__: tool for tool in tools}
     if name not in named:
@@ -345,40 +392,3 @@ def _stepped(episode: Episode, output: Any) -> Answer:
 def _observation(text: str, info: Mapping[str, Any]) -> str:
     """Return an observation between GEM's prefix and suffix; TypeError if one of them is no text."""
     return "".join([info.get("prefix") or "", text, info.get("suffix") or ""])
-
-
-def assistant_message(
-    tokenizer: Any, ids: Sequence[int], prefix: Sequence[int], text: str, tools: Sequence[Callable[..., Any]]
-) -> Message:
-    """Return a turn of the policy as a message, with the calls of tools that are in it.
-
-    Args:
-        tokenizer: reads calls as its `response_template` says.
-        ids: token ids of the turn.
-        prefix: token ids of all that is before it.
-        text: the text of the turn.
-        tools: the tools of its environment; without tools no calls are looked for.
-
-    Returns:
-        A message with `role` and `content`; with `tool_calls` if there are any, and with `malformed`, the
-        reason, if a call cannot be parsed.
-
-    Raises:
-        Refused: there are tools, and the tokenizer has no `response_template`.
-    """
-    message = {"role": "assistant", "content": text}
-    if not tools:
-        return message
-    if getattr(tokenizer, "response_template", None) is None:
-        raise Refused(
-            "The environment has tools, but the tokenizer has no response_template, which says how calls are "
-            "written: set tokenizer.response_template, or give the environment the interface of gymnasium."
-        )
-    try:
-        parsed = tokenizer.parse_response(list(ids), prefix=list(prefix), tools=list(tools))
-        calls = parsed.get("tool_calls") or []
-        for call in calls:
-            dict(call["function"]["arguments"]), str(call["function"]["name"])
-    except Exception as error:  # the parser raises errors of many kinds
-        return message | {"malformed": describe(error)}
-    return {**message, **parsed, "tool_calls": calls} if calls else message
