@@ -253,3 +253,64 @@ def test_a_function_of_turns_is_measured() -> None:
         assert measure_bias(own, turn_problems()[:2]).found == status
     done = doctest.testmod(turns_module)
     assert done.attempted >= 4 and done.failed == 0
+
+
+def practice(name, rewards, spans):
+    """The advantage of turn k of row i by its definition, from rewards and spans of the turns of each row."""
+    totals, rows = [sum(row) for row in rewards], range(len(rewards))
+    counts = {
+        "the row's chosen and environment tokens": lambda i, k: spans[i][-1][1],
+        "the row's number of turns": lambda i, k: len(spans[i]),
+        "mean within each turn, summed over turns": lambda i, k: spans[i][k][1] - spans[i][k][0],
+        "the same and the environment's": lambda i, k: sum(row[-1][1] for row in spans) / len(rows),
+    }
+
+    def mean(numbers):
+        return sum(numbers) / len(numbers) if numbers else 0.0
+
+    def advantage(i, k):
+        if name in counts:
+            return (totals[i] - mean([totals[j] for j in rows if j != i])) / counts[name](i, k)
+        if "sample" in name or "leave out" in name:
+            own = {"every turn a sample of its own, own mean": ()}.get(name, [(i, k)])
+            own = [(i, u) for u in range(2)] if "whole row" in name else own
+            every = [(j, u) for j in rows for u in range(len(rewards[j]))]
+            return totals[i] - mean([totals[j] for j, u in every if (j, u) not in own])
+        last = 2 if "not reached" in name else len(rewards[i])
+        others = [j for j in rows if j != i or "own mean" in name]
+        at = {u: [row[u] if u < len(row) else 0.0 for row in (rewards[j] for j in others)] for u in range(2)}
+        if "not reached" not in name:
+            at = {u: [rewards[j][u] for j in others if u < len(rewards[j])] for u in range(2)}
+        return sum(rewards[i][k:]) - sum(mean(at[u]) for u in range(k, last))
+
+    return advantage
+
+
+OWN_ROWS = [
+    *("each turn minus the own mean of that index, then summed", "the same with LOO"),
+    *("the same with LOO, a turn not reached counted as 0", "every turn a sample of its own, own mean"),
+    *("the same, leave out the turn only", "the same, leave out the whole row"),
+    *("the row's chosen and environment tokens", "the row's number of turns"),
+    *("mean within each turn, summed over turns", "the same and the environment's"),
+]
+
+
+@pytest.mark.parametrize("name", OWN_ROWS)
+def test_practices_of_toolkits_against_their_definitions(name) -> None:
+    lines = {key: fields for table in turns_module.COMPARED.values() for key, fields in table.items()}
+    problem, divisor = turn_problems()[1], name in turns_module.COMPARED["divisor, with RLOO on totals"]
+    draw = torch.Generator().manual_seed(7)
+    for chosen in torch.randint(len(problem.mask), (20, 3), generator=draw):
+        mask, turns, tokens = problem.mask[chosen].bool(), problem.turns[chosen], problem.rewards[0, chosen]
+        of_row = [sorted(set(turns[i][mask[i]].tolist())) for i in range(3)]
+        inside = [[(mask[i] & (turns[i] == k)).nonzero().flatten() for k in of_row[i]] for i in range(3)]
+        spans = [[(int(x.min()), int(x.max()) + 1) for x in row] for row in inside]
+        rewards = [[float(tokens[i, x].sum()) for x in row] for i, row in enumerate(inside)]
+        of_turns = {} if divisor else {"turns": turns}
+        result = Estimator(**lines[name]).advantages(tokens, mask, group_size=3, **of_turns).policy
+        result = result[:, None] * mask if result.ndim == 1 else result
+        wanted, advantage = torch.zeros_like(result), practice(name, rewards, spans)
+        for i, row in enumerate(inside):
+            for k, positions in enumerate(row):
+                wanted[i, positions] = advantage(i, k)
+        torch.testing.assert_close(result, wanted)
