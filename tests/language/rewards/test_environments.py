@@ -1,0 +1,309 @@
+"""Environments of gymnasium's and TRL's interface: answers, random state, reuse, failures, rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+import random
+import re
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tokenrl.errors import Refused
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import EnvironmentReward, Rewards
+
+
+class Draws:
+    """Gymnasium's interface: draws from both global streams; a word says how a step fails."""
+
+    def reset(self, seed=None):
+        self.turn = 0
+        return f"{random.random():.6f}", {"prefix": "<", "suffix": ">"}
+
+    def step(self, text):
+        self.turn += 1
+        if text == "raise":
+            raise ValueError("no map")
+        if text == "exit":
+            raise SystemExit(0)
+        if text == "hang":
+            with contextlib.suppress(Exception):
+                time.sleep(30)
+        reward = {"nan": np.nan, "none": None, "large": 1e13}.get(text, np.float32(self.turn))
+        seen = None if text == "mute" else f"{random.random():.6f} {np.random.rand():.6f}"
+        over = self.turn == 2
+        return (seen, reward, over, over or text == "long", {}) if text != "short" else seen
+
+
+class Tools:
+    """TRL's interface, with an async tool and an async reward."""
+
+    shown: object = "!"
+
+    def reset(self, secret, **_):
+        self.secret, self.calls = secret, []
+        return self.shown
+
+    def guess(self, number: int) -> str:
+        """Guess.
+
+        Args:
+            number: the guess.
+        """
+        self.calls.append(number)
+        if number < 0:
+            raise ValueError("below 0")
+        return number == self.secret
+
+    async def wait(self, seconds: float) -> str:
+        """Wait.
+
+        Args:
+            seconds: as long as this.
+        """
+        first = random.random()
+        await asyncio.sleep(seconds)
+        return f"{first:.6f} {random.random():.6f}"
+
+    async def get_reward(self):
+        return len(self.calls)
+
+
+def said(*texts):
+    return [{"role": "assistant", "content": text} for text in texts]
+
+
+def calling(*calls):
+    functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return {"content": "", "tool_calls": [{"type": "function", "function": one} for one in functions]}
+
+
+def contents(answer):
+    return [message["content"] for message in answer.messages]
+
+
+def rows(count, **columns):
+    return [{"prompt": "p ", **columns} for _ in range(count)]
+
+
+def test_episodes_of_gymnasium_end_with_their_rewards():
+    environments = Environments(Draws)
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q "}]
+    first, second = environments.reset([*rows(1), {"prompt": chat}], [1, 1])
+    observation = first.opening.removeprefix("p ")
+    assert observation[0] + observation[-1] == "<>" and first.tools == ()
+    assert second.opening == [chat[0], {"role": "user", "content": "q " + observation}]
+    assert chat[1]["content"] == "q "
+    (goes_on, cut) = environments.step([first, second], said("go", "long"))
+    assert (goes_on.ending, goes_on.reward, goes_on.messages[0]["role"]) == ("", 1.0, "user")
+    assert (cut.ending, cut.messages) == ("max_turns", [])
+    (ended,) = environments.step([first], said("go"))
+    assert (ended.ending, ended.reward, ended.messages) == ("completed", 2.0, [])  # terminated and truncated
+    assert [answer.reward for answer in environments.finish([first, second])] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("word", "ending", "failure"),
+    [
+        ("raise", "error", r"^Draws.step raised ValueError: no map \(test_environments.py, line \d+\)\.$"),
+        ("exit", "error", "Draws.step raised SystemExit"),
+        ("nan", "error", r"Draws.step returned \(.*nan.*the reward is a number from -1e\+12"),
+        ("none", "error", "the reward is a number"),
+        ("large", "error", "the reward is a number"),
+        ("mute", "error", r"it must return \(text, reward, terminated, truncated, info\)"),
+        ("short", "error", "it must return"),
+        ("hang", "timeout", r"^Draws.step did not return within 0.2 s \(test_environ.*raise reward_timeout"),
+    ],
+)
+def test_a_failure_ends_its_episode_alone_and_its_instance_is_not_used_again(word, ending, failure):
+    environments = Environments(Draws, timeout=0.2)
+    timer = signal.getitimer(signal.ITIMER_REAL)
+    before = signal.getsignal(signal.SIGALRM), np.geterr(), random.getstate()
+    first, second = environments.reset(rows(2), [1, 2])
+    bad, good = environments.step([first, second], said(word, "go"))
+    assert (bad.ending, bad.messages, bad.reward, good.ending) == (ending, [], 0.0, "")
+    assert bad.failure == first.failure
+    assert re.search(failure, bad.failure)
+    assert environments.finish([first, second])[0].reward == 0.0
+    third, fourth = environments.reset(rows(2), [1, 2])
+    assert third.environment is second.environment
+    assert fourth.environment not in (first.environment, second.environment)
+    assert before == (signal.getsignal(signal.SIGALRM), np.geterr(), random.getstate())
+    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(timer, abs=5)  # also the tests have one
+
+
+def test_an_instance_is_used_again_only_after_its_episode_was_finished():
+    environments = Environments(Draws)
+    (first,) = environments.reset(rows(1), [1])
+    (second,) = environments.reset(rows(1), [1])  # the first one is still under way
+    environments.finish([first, second])
+    third = environments.reset(rows(3), [1, 2, 3])
+    assert first.environment is not second.environment
+    assert {first.environment, second.environment} < {episode.environment for episode in third}
+
+
+def test_draws_of_others_change_no_episode_and_episodes_no_draws_of_others():
+    def played(disturbance):
+        environments, texts = Environments(Draws), []
+        disturbance()
+        episodes = environments.reset(rows(2), [7, 2**40 + 7])
+        texts += [episode.opening for episode in episodes]
+        for order in ([0, 1], [1, 0]):
+            disturbance()
+            answers = environments.step([episodes[i] for i in order], said("go", "go"))
+            texts += [contents(answers[i]) for i in order]
+        return texts
+
+    def draw():
+        random.random()
+        np.random.rand(5)
+
+    quiet, before = played(lambda: None), (random.getstate(), np.random.get_state()[1].tolist())
+    assert played(draw) == quiet
+    assert quiet[0] == quiet[1]  # 31 bits of the seed count
+    assert Environments(Draws).reset(rows(1), [8])[0].opening != quiet[0]
+    random.setstate(before[0])
+    assert played(lambda: None) == quiet
+    assert random.getstate() == before[0]
+
+
+@pytest.mark.parametrize(
+    ("shown", "opening"), [("!", "p !"), (None, "p "), ([{"type": "text", "text": "?"}], "p ?")]
+)
+def test_tools_are_called_in_order_and_their_faults_are_answers(shown, opening):
+    environments = Environments(type("Tools", (Tools,), {"shown": shown}))
+    first, second = environments.reset(rows(2, secret=3), [5, 5])
+    assert (first.opening, [tool.__name__ for tool in first.tools]) == (opening, ["guess", "wait"])
+    turn = calling(("guess", {"number": 3}), ("wait", {"seconds": 0.01}), ("guess", {"number": -1}))
+    one, two = environments.step([first, second], [turn, calling(("wait", {"seconds": 0}), ("nope", {}))])
+    assert [message["role"] for message in one.messages] == ["tool"] * 3
+    assert [message["name"] for message in one.messages] == ["guess", "wait", "guess"]
+    assert contents(one)[::2] == ["True", "{'error': 'below 0'}"]
+    assert contents(one)[1] == contents(two)[0]  # each has its own random state, though they wait together
+    assert "no tool nope" in contents(two)[1]
+    (wrong,) = environments.step([first], [calling(("guess", {"x": 1}))])
+    assert "unexpected keyword" in contents(wrong)[0] and (wrong.ending, wrong.failure) == ("", "")
+    assert environments.step([first], said("done"))[0].ending == "completed"
+    assert [answer.reward for answer in environments.finish([first, second])] == [2.0, 0.0]
+
+
+def test_an_async_tool_misses_the_deadline_without_holding_others():
+    environments = Environments(Tools, timeout=0.2)
+    first, second = environments.reset(rows(2, secret=3), [5, 6])
+    turns = [calling(("wait", {"seconds": 30}), ("guess", {"number": 1})), calling(("wait", {"seconds": 0}))]
+    late, fine = environments.step([first, second], turns)
+    assert (late.ending, late.messages, fine.ending) == ("timeout", [], "")
+    assert late.failure.startswith("Tools.wait did not return within 0.2 s")
+    assert first.environment.calls == []
+    assert [answer.reward for answer in environments.finish([first, second])] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("malformed", "ending"), [("end", "parse_error"), ("observe", "")])
+def test_a_malformed_call_ends_the_episode_or_is_observed(malformed, ending):
+    environments = Environments(Tools, malformed=malformed)
+    (answer,) = environments.step(
+        environments.reset(rows(1, secret=1), [1]), [{"content": "<", "malformed": "no JSON"}]
+    )
+    assert answer.ending == ending
+    assert contents(answer) == ([] if ending else ["{'error': 'no JSON'}"])
+
+
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("reset", lambda self, **_: 1 / 0), ("reset", lambda self, **_: 5), ("get_reward", lambda self: "x")],
+)
+def test_failures_of_reset_and_get_reward(method, call):
+    environments = Environments(type("Broken", (Tools,), {method: call}))
+    (episode,) = environments.reset(rows(1, secret=1), [1])
+    (answer,) = environments.finish([episode])
+    failure = episode.failure or answer.failure
+    assert episode.ending == "error" and failure.startswith(f"Broken.{method} r")
+    assert environments.reset(rows(1, secret=1), [1])[0].environment is not episode.environment
+
+
+def no_hints(self, number):
+    """Guess."""
+
+
+def no_docstring(self, number: int) -> str:
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("factory", "columns", "message"),
+    [
+        (lambda: 1 / 0, {}, "ZeroDivisionError.*without arguments"),
+        (object, {}, "has no method reset"),
+        ({}, {}, "is empty"),
+        (type("Bare", (Tools,), {"look": no_hints}), {}, "no_hints cannot be a tool.*type hints"),
+        (type("Bare", (Tools,), {"look": no_docstring}), {}, "no_docstring cannot be a tool.*docstring"),
+        (Tools, {}, "Tools.reset cannot take the columns of row 0.*'secret'"),
+        ({"tools": Tools}, {"secret": 1}, "environment of row 0 is None.*Available: tools"),
+        ({"tools": Tools}, {"secret": 1, "environment": "tool"}, "Did you mean 'tools'"),
+    ],
+)
+def test_what_can_never_be_played_is_refused(factory, columns, message):
+    with pytest.raises(Refused, match=message):
+        Environments(factory).check_rows(rows(1, **columns))
+
+
+def test_a_deadline_outside_the_main_thread_is_refused():
+    errors = []
+
+    def make():
+        with pytest.raises(Refused, match=r"signal.*leave it out") as error:
+            Environments(Draws, timeout=1)
+        errors.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+
+
+def test_ctrl_c_is_the_users_own():
+    def interrupted(self, **_):
+        raise KeyboardInterrupt
+
+    environments = Environments(type("Ctrl", (Tools,), {"reset": interrupted}))
+    with pytest.raises(KeyboardInterrupt):
+        environments.reset(rows(1), [1])
+
+
+def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
+    environments = Environments({"draws": Draws, "tools": Tools})
+    episodes = environments.reset(
+        [{"prompt": "", "environment": name, "secret": 1} for name in ("draws", "tools")], [1, 2]
+    )
+    assert [type(episode.environment) for episode in episodes] == [Draws, Tools]
+    objects = [episode.environment for episode in episodes]
+
+    def looks(environments, **_):
+        return [2.0 * isinstance(one, Tools) for one in environments]
+
+    columns = {"environment_rewards": [None, 0.5], "environments": objects}
+    for functions, weights, total in (
+        ([], None, [0, 0.5]),
+        ([looks], [10], [0, 20.5]),
+        ([looks], [1, 2], [0, 3]),
+    ):
+        rewards = Rewards(functions, weights, environments=environments)
+        rewards.check_columns(["prompt"])
+        result = rewards(["p", "p"], ["a", "b"], [[1], [1]], columns, step=0)
+        assert rewards.names[-1] == "environment"
+        assert result.total.tolist() == total and np.isnan(result.values[0, -1])
+    assert Rewards(looks, environments=Environments(Tools)).names == ["looks", "Tools"]
+    assert pickle.loads(pickle.dumps(EnvironmentReward("Tools"))).__name__ == "Tools"
+    with pytest.raises(Refused, match=r"looks asks for the environments.*reward_timeout"):
+        Rewards(looks, timeout=1, environments=environments)
+    bare = type("Bare", (), {"reset": lambda self, **_: None})
+    with pytest.raises(Refused, match="Bare has no get_reward"):
+        Rewards([], environments=Environments(bare))
+    with pytest.raises(Refused, match="no column"):
+        Rewards(looks).check_columns(["prompt"])
