@@ -1,0 +1,130 @@
+"""What a policy reads after its turn: replies of environments as token ids; tools, and calls of them."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import TEMPLATE, make_policy
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.rewards.environments import assistant_message
+
+# As Qwen3 writes messages: tools first, the thoughts of the last turn only, results of tools as the user's.
+TURNS = (
+    "{% if tools %}tools{% for tool in tools %} {{ tool.function.name }}{% endfor %}<eos> {% endif %}"
+    "{% for m in messages %}{{ 'u ' if m.role == 'tool' else m.role[0] + ' ' }}"
+    "{% if m.role == 'assistant' and loop.last %}on the {% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}"
+    "<eos> {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+USER = [{"role": "user", "content": "the cat"}]
+RESULT = [{"role": "tool", "name": "count", "content": "ten"}]
+
+
+def count(number: int) -> str:
+    """Count.
+
+    Args:
+        number: up to this.
+    """
+
+
+def policy_with(template):
+    policy = make_policy(kind="chat")
+    policy.tokenizer.chat_template = template
+    return policy
+
+
+@pytest.mark.parametrize(("ended", "end"), [(True, ""), (False, "<eos>")])
+@pytest.mark.parametrize(
+    ("messages", "tools", "text"),
+    [(USER, (), " u the cat<eos> a "), (RESULT, [count], " u ten<eos> a "), (RESULT * 2, [count], None)],
+)
+def test_a_reply_is_what_the_template_writes_between_two_turns(messages, tools, text, ended, end):
+    policy = policy_with(TURNS)
+    text = text or " u ten<eos> u ten<eos> a "
+    ids = policy.reply_ids(messages, ended=ended, chat=True, tools=tools)
+    assert policy.tokenizer.decode(ids) == end + text
+    turn = policy.tokenizer("sat" + "<eos>" * ended, add_special_tokens=False).input_ids
+    talk = [*USER, {"role": "assistant", "content": "sat"}, *messages]
+    decode = policy.tokenizer.decode
+    assert decode(policy.encode(talk, tools)) == decode(policy.encode(USER, tools) + turn + ids)
+
+
+def test_a_reply_to_a_policy_of_text_is_the_text_alone():
+    policy = make_policy(kind="chat")  # whose tokenizer begins each text with BOS
+    ids = policy.reply_ids([*USER, *RESULT], ended=True, chat=False)
+    assert policy.tokenizer.decode(ids) == "the catten"
+    policy.tokenizer.chat_template = TURNS
+    policy.ask(PromptArguments(chat=True))
+    assert policy.tokenizer.decode(policy.reply_ids(USER, ended=True, chat=False)) == " u the cat<eos> a "
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'two' if messages|length == 2 else 'ten' }}" + TURNS,  # a heading that changes
+        TURNS.replace("in messages", "in messages[-1:]"),  # earlier turns are dropped
+        TURNS + "{% if not add_generation_prompt %}<eos>{% endif %}",  # as Phi ends a conversation twice
+        TURNS.replace("{{ 'u '", "<eos>{{ 'u '").replace("<eos> {% endfor", " {% endfor"),  # EOS in front
+        TEMPLATE + "{% if not add_generation_prompt %}cat{% endif %}",  # no EOS, and an end of its own
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(template):
+    with pytest.raises(Refused, match=r"tiny llama.* writes earlier messages otherwise"):
+        policy_with(template).reply_ids(USER, ended=True, chat=True)
+
+
+def test_tools_are_shown_by_the_template_or_refused():
+    policy = policy_with(TURNS)
+    assert policy.tokenizer.decode(policy.encode(USER, [count])) == "tools count<eos> u the cat<eos> a "
+    with pytest.raises(Refused, match=r"tools, but a prompt is text: 'the cat'.*--chat"):
+        policy.encode("the cat", [count])
+    with pytest.raises(Refused, match="never reads tools"):
+        policy_with(TEMPLATE).encode(USER, [count])
+
+
+QWEN = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "a ",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": "<eos>|$", "content": "text"},
+    },
+}
+
+
+@pytest.mark.parametrize("template", [None, QWEN])
+def test_calls_are_read_and_malformed_ones_are_named(template, monkeypatch):
+    policy = policy_with(TURNS)
+    tokenizer = policy.tokenizer
+    monkeypatch.setattr(tokenizer, "response_template", template, raising=False)
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "".join(map(chr, ids)))  # the tiny one lacks braces
+
+    def read(text, tools=(count,)):
+        return assistant_message(tokenizer, list(map(ord, text)), list(map(ord, "u cat a ")), text, tools)
+
+    call = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
+    message = read("sat" + call + call)
+    assert (message["role"], message["content"]) == ("assistant", "sat")
+    functions = [one["function"] for one in message["tool_calls"]]
+    assert functions == [{"name": "count", "arguments": {"number": 3}}] * 2
+    assert read("sat") == {"role": "assistant", "content": "sat"}
+    assert read(call, ()) == {"role": "assistant", "content": call}
+    for wrong in (call.replace("}}", "}"), call.replace('"number": 3', ""), call.replace('"count"', "3")):
+        malformed = wrong.replace("{}", "[]")
+        assert read(malformed)["malformed"] and read(malformed)["content"] == malformed
+        assert "tool_calls" not in read(malformed)
+
+
+def test_a_model_of_which_nothing_says_how_it_calls_tools_is_refused():
+    policy = policy_with(TURNS.replace("tool_call>", "call>"))
+    with pytest.raises(Refused, match="response_template"):
+        assistant_message(policy.tokenizer, [1], [1], "sat", [count])
