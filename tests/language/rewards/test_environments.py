@@ -303,7 +303,7 @@ def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
     with pytest.raises(Refused, match=r"looks asks for the environments.*reward_timeout"):
         Rewards(looks, timeout=1, environments=environments)
     bare = type("Bare", (), {"reset": lambda self, **_: None})
-    with pytest.raises(Refused, match="Bare has no get_reward"):
+    with pytest.raises(Refused, match="given, and Bare has no get_reward: give"):
         Rewards([], environments=Environments(bare))
     with pytest.raises(Refused, match="no column"):
         Rewards(looks).check_columns(["prompt"])

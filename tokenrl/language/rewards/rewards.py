@@ -15,6 +15,7 @@ failure.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,7 +126,8 @@ class Rewards:
         self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
         if not self.functions:
-            raise Refused("No reward function was given: give at least one.")
+            lack = "" if environments is None else f", and {environments.name} has no get_reward"
+            raise Refused(f"No reward function was given{lack}: give at least one.")
         weights = [1.0] * len(specs) if weights is None else list(weights)
         if len(weights) != len(specs) or not all(math.isfinite(weight) for weight in weights):
             names = ", ".join(self.names)
@@ -144,6 +146,11 @@ class Rewards:
             origin = dict(zip(self.names, sources or specs, strict=False))
             here = (RewardModel, EnvironmentReward)
             there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, here)}
+            for name in there if environments is not None else ():
+                if "environments" in inspect.signature(self._here[name]).parameters:
+                    problem = f"Reward function {name} asks for the environments, which cannot be sent to the"
+                    mend = "leave reward_timeout out, or reward them with their own method get_reward"
+                    raise Refused(f"{problem} process that reward_timeout needs: {mend}.")
             self._worker = RewardWorker(there, timeout) if there else None
             self._here = {name: function for name, function in self._here.items() if name not in there}
 
