@@ -227,6 +227,15 @@ def test_failures_of_reset_and_get_reward(method, call):
     assert environments.reset(rows(1, secret=1), [1])[0].environment is not episode.environment
 
 
+def test_an_environment_cannot_change_the_rows_of_the_data():
+    def pops(self, secret, **_):
+        return secret.pop()
+
+    data = rows(1, secret=["a", "b"])
+    environments = Environments(type("Pops", (Tools,), {"reset": pops}))
+    assert [environments.reset(data, [1])[0].opening for _ in range(2)] == ["p b", "p b"]
+
+
 def no_hints(self, number):
     """Guess."""
 

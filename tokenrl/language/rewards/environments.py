@@ -9,6 +9,7 @@ tools, and `get_reward()` rewards the whole episode. An object with `step`, whos
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import json
@@ -27,13 +28,11 @@ from tokenrl.settings import LARGEST_REWARD, check_choice, check_number, shown
 ENDINGS = ("completed", "max_turns", "max_tokens", "context_overflow", "parse_error", "error", "timeout")
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
-RETURNS = {
-    "reset": "(text, info) in gymnasium's interface, and None or text in TRL's",
-    "step": f"(text, reward, terminated, truncated, info), where the reward is {REWARD}",
-    "get_reward": REWARD,
-}
+STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
+RESET = "(text, info) in gymnasium's interface, and None or text in TRL's"
 
 Message = dict[str, Any]
+NO_TOOLS = {"reset", "get_reward"}
 ROOM = Path(__file__).parent
 
 
@@ -82,17 +81,19 @@ class Episode:
 
     def fail(self, call: str, problem: BaseException | str) -> Answer:
         """End the episode because a call raised something or returned something wrong; return that answer."""
-        self.ending = "timeout" if isinstance(problem, Overdue) else "error"
-        fault = f"returned {problem}"
+        late = isinstance(problem, Overdue)
+        self.ending, fault = "timeout" if late else "error", f"returned {problem}"
         if isinstance(problem, BaseException):
             frames = traceback.extract_tb(problem.__traceback__)
             theirs = (number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM)
             line = location(problem, next(theirs, len(frames)))
-            fault = f"raised {describe(problem)}{line}"
-        if isinstance(problem, Overdue):
-            fault = f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
+            overdue = f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
+            fault = overdue if late else f"raised {describe(problem)}{line}"
         self.failure = f"{call} {fault}."
         return Answer([], 0.0, self.ending, self.failure)
+
+
+Reader = Callable[[Episode, Any], Answer]
 
 
 class Environments:
@@ -183,10 +184,11 @@ class Environments:
         shorts = [int(seed) % 2**31 for seed in seeds]  # numpy takes 32 bits
         pairs = list(zip(rows, shorts, strict=True))
         episodes = [Episode(None, row.get("prompt", ""), self._name(row), Streams(s)) for row, s in pairs]
-        options = [self._options(row, short) for row, short in pairs]
+        # Copied, as an environment that changed its row would change later episodes of the row.
+        options = [copy.deepcopy(self._options(row, short)) for row, short in pairs]
         begun = zip(map(self._make, episodes), options, strict=True)
         resets = {e: partial(e.environment.reset, **kwargs) for e, kwargs in begun if not e.failure}
-        self._ask("reset", resets, _opened)
+        self._ask("reset", resets, _opened, RESET)
         return episodes
 
     def step(self, episodes: Sequence[Episode], messages: Sequence[Message]) -> list[Answer]:
@@ -199,7 +201,7 @@ class Environments:
         """
         turns = dict(zip(episodes, messages, strict=True))
         steps = {e: partial(e.environment.step, turn["content"]) for e, turn in turns.items() if e.steps}
-        answers = self._ask("step", steps, _stepped)
+        answers = self._ask("step", steps, _stepped, STEP)
         answers |= self._call_tools({e: turn for e, turn in turns.items() if not e.steps})
         return [answers[episode] for episode in episodes]
 
@@ -210,7 +212,7 @@ class Environments:
         """
         live = [episode for episode in episodes if not episode.failure]
         scored = {e: e.environment.get_reward for e in live if e.rewarded and not e.steps}
-        answers = self._ask("get_reward", scored, lambda _, output: Answer([], reward_number(output)))
+        answers = self._ask("get_reward", scored, _rewarded, REWARD)
         self._finished += [episode for episode in live if not episode.failure]
         return [answers.get(episode, Answer([])) for episode in episodes]
 
@@ -219,9 +221,10 @@ class Environments:
 
     def _options(self, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Return the arguments of `reset`: a seed, or the columns of the row but the one that chooses."""
-        if self._first[self._name(row)].steps:
+        name = self._name(row)
+        if self._first[name].steps:
             return {"seed": seed}
-        return {key: row[key] for key in row if key != "environment" or None in self.factories}
+        return {key: row[key] for key in row if key != "environment" or name is None}
 
     def _make(self, episode: Episode) -> Episode:
         """Give an episode a free instance of its environment, else a new one; return the episode."""
@@ -236,12 +239,8 @@ class Environments:
         episode.steps = hasattr(instance, "step") and "seed" in inspect.signature(instance.reset).parameters
         episode.rewarded = episode.steps or hasattr(instance, "get_reward")
         if not episode.steps:  # as TRL lists them: the class is read, as an instance may compute attributes
-            public = [
-                name for name, _ in inspect.getmembers(type(instance), inspect.isfunction) if name[0] != "_"
-            ]
-            episode.tools = [
-                getattr(instance, name) for name in public if name not in ("reset", "get_reward")
-            ]
+            names = dict(inspect.getmembers(type(instance), inspect.isfunction)).keys() - NO_TOOLS
+            episode.tools = [getattr(instance, name) for name in sorted(names) if name[0] != "_"]
         return episode
 
     def _checked(self, episode: Episode) -> Episode:
@@ -265,21 +264,17 @@ class Environments:
         return episode
 
     def _ask(
-        self, method: str, calls: Mapping[Episode, Callable[[], Any]], read: Callable[[Episode, Any], Answer]
+        self, method: str, calls: Mapping[Episode, Callable[[], Any]], read: Reader, returns: str
     ) -> dict[Episode, Answer]:
-        """Call a method of N environments, and make answers of what they return."""
+        """Call a method of N environments, and make answers of what they return; `returns` describes it."""
         attempts = call_all([(episode.streams, call) for episode, call in calls.items()], self.timeout)
         answers = {}
         for episode, (output, error, _) in zip(calls, attempts, strict=True):
             call = f"{type(episode.environment).__name__}.{method}"
-            if error is not None:
-                answers[episode] = episode.fail(call, error)
-                continue
             try:
-                answers[episode] = read(episode, output)
+                answers[episode] = episode.fail(call, error) if error else read(episode, output)
             except Exception:
-                wrong = f"{shown(output)}; it must return {RETURNS[method]}"
-                answers[episode] = episode.fail(call, wrong)
+                answers[episode] = episode.fail(call, f"{shown(output)}; it must return {returns}")
         return answers
 
     def _call_tools(self, turns: Mapping[Episode, Message]) -> dict[Episode, Answer]:
@@ -290,19 +285,17 @@ class Environments:
             if reason := turn.get("malformed"):
                 observed = Answer([_reply("unknown", None, reason)])
                 answers[episode] = Answer([], ending="parse_error") if self.malformed == "end" else observed
-        calls = [
-            [(e, call["function"]) for call in turn.get("tool_calls") or ()] for e, turn in turns.items()
-        ]
+        calls = [[(e, call["function"]) for call in turn.get("tool_calls", ())] for e, turn in turns.items()]
         for column in itertools.zip_longest(*calls):
             pending = [pair for pair in column if pair is not None and not pair[0].failure]
             uses = [(e.streams, partial(_use, e.tools, **function)) for e, function in pending]
             for (episode, function), attempt in zip(pending, call_all(uses, self.timeout), strict=True):
-                name = function["name"]
+                tool = f"{type(episode.environment).__name__}.{function['name']}"
                 if isinstance(attempt.error, Overdue):
-                    call = f"{type(episode.environment).__name__}.{name}"
-                    answers[episode] = episode.fail(call, attempt.error)
+                    answers[episode] = episode.fail(tool, attempt.error)
                 else:
-                    answers[episode].messages.append(_reply(name, attempt.output, attempt.error))
+                    reply = _reply(function["name"], attempt.output, attempt.error)
+                    answers[episode].messages.append(reply)
         return answers
 
 
@@ -387,6 +380,10 @@ def _stepped(episode: Episode, output: Any) -> Answer:
     if terminated or truncated:
         return answer._replace(messages=[], ending="completed" if terminated else "max_turns")
     return answer
+
+
+def _rewarded(_: Episode, output: Any) -> Answer:
+    return Answer([], reward_number(output))
 
 
 def _observation(text: str, info: Mapping[str, Any]) -> str:
