@@ -10,7 +10,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from toy_tasks import addition, countdown, reverse_text, sentiment, sort_digits, target_length, vowels
+from toy_tasks import (
+    addition,
+    calculator,
+    countdown,
+    guess_number,
+    reverse_text,
+    sentiment,
+    sort_digits,
+    target_length,
+    vowels,
+)
 from toy_tasks.task import Task, WarmStart
 
 _FACTORIES: dict[str, Callable[..., Task]] = {
@@ -21,6 +31,8 @@ _FACTORIES: dict[str, Callable[..., Task]] = {
     "vowels": vowels.make,
     "sentiment": sentiment.make,
     "target_length": target_length.make,
+    "guess_number": guess_number.make,
+    "calculator": calculator.make,
 }
 NAMES = tuple(_FACTORIES)
 

@@ -130,6 +130,15 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     return _tokenizer(words, WORD)
 
 
+def literal_tokenizer(tokens: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for each of `tokens`, single characters or whole strings."""
+    import re
+
+    tokens = tuple(tokens)
+    strings = [re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1]
+    return _tokenizer(tokens, "|".join([*strings, CHARACTER]))
+
+
 def _tokenizer(tokens: tuple[str, ...], pattern: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer that cuts a text by the regular expression `pattern` and looks each piece up."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -40,7 +40,8 @@ class Task:
         description: One sentence that describes the task to people.
         train_prompts: Rows with a `prompt` (str) and any other columns, which the reward gets as lists.
         eval_prompts: Held-out rows of the same columns; no prompt has the canonical form of a training one.
-        reward: A pure function `reward(prompts, completions, **columns) -> list[float]`.
+        reward: A pure function `reward(prompts, completions, **columns) -> list[float]`; an empty list where
+            an environment gives the rewards.
         demonstrations: Rows `{"prompt", "completion"}` for the warm start; empty where none is needed.
         max_completion_length: The most tokens that a completion may have, the end token included, as the
             tokenizer of the task's own model counts them.
@@ -51,6 +52,8 @@ class Task:
             weights.
         train: Training settings recommended for the task's own model, with the names of the trainer's
             arguments.
+        environment: A class or function that makes the environment of an episode of several turns; None if a
+            completion is a single turn.
         build: Makes a randomly initialised model and its tokenizer from a seed.
         fingerprint: Hash of everything that a warm-started base depends on besides the seed of its weights:
             the demonstrations, the tokenizer, the model's shape and the warm start. Caches use it as a key.
@@ -60,7 +63,7 @@ class Task:
     description: str
     train_prompts: list[Row]
     eval_prompts: list[Row]
-    reward: Callable[..., list[float]]
+    reward: Any
     demonstrations: list[Row]
     max_completion_length: int
     solved: float
@@ -68,6 +71,7 @@ class Task:
     train: dict[str, Any]
     build: TinyModel
     pass_threshold: float | None = None
+    environment: Callable[[], Any] | None = None
     # It is not an argument, so dataclasses.replace(task, demonstrations=...) cannot keep an outdated hash.
     fingerprint: str = field(init=False)
 
