@@ -27,8 +27,9 @@ PROGRAMS = {
     if path.parent.name != "benchmarks" and path.stem not in PARTS
 }
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/lab/compare/
+# and tests/language/rollout/test_openenv_client.py
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
-ELSEWHERE |= {"pass_at_k"}
+ELSEWHERE |= {"pass_at_k", "openenv_client"}
 ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {
