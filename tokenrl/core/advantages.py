@@ -177,14 +177,7 @@ def of_components(
 
 
 def of_turns(
-    estimator: Estimator,
-    rewards: Float[Tensor, "N T"],
-    mask: Bool[Tensor, "N T"],
-    turns: Turns,
-    *,
-    values: Float[Tensor, "N T"] | None,
-    score_norms: Float[Tensor, "N T"] | None,
-    **inputs: Any,
+    estimator: Estimator, rewards: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], turns: Turns, **more: Any
 ) -> Advantages:
     """Compute the advantages of turns from rewards that are complete, and give each token those of its turn.
 
@@ -193,15 +186,14 @@ def of_turns(
         rewards: The reward of each position [N, T], with what is added to it.
         mask: True where the token is an action of the policy [N, T].
         turns: The turn of each position.
-        values: As given to `advantages`.
-        score_norms: As given to `advantages`.
-        **inputs: Further arguments of `advantages`.
+        **more: Further arguments of `advantages`.
     """
-    within = {"values": (values, turns.begins), "score_norms": (score_norms, mask)}
-    inputs |= {name: turns.sums(zero_outside(x, of)) for name, (x, of) in within.items() if x is not None}
+    for name, inside in (("values", turns.begins), ("score_norms", mask)):
+        if more[name] is not None:
+            more[name] = turns.sums(zero_outside(more[name], inside))
     reached = turns.sums(turns.begins.long()) > 0
     plain = replace(estimator, beta=0.0, overlong_buffer=0)  # what these add is in the rewards already
-    policy, targets = advantages(plain, turns.sums(rewards), reached, **inputs)
+    policy, targets = advantages(plain, turns.sums(rewards), reached, **more)
     if policy.ndim == 2:
         policy = zero_outside(turns.spread(policy), mask)
     return Advantages(policy, turns.spread(targets))
