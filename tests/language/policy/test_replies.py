@@ -18,6 +18,7 @@ TURNS = (
     "<eos> {% endfor %}"
     "{% if add_generation_prompt %}a {% endif %}"
 )
+SAME = TURNS.replace("on the ", "")
 USER = [{"role": "user", "content": "the cat"}]
 RESULT = [{"role": "tool", "name": "count", "content": "ten"}]
 
@@ -66,8 +67,8 @@ def test_a_reply_to_a_policy_of_text_is_the_text_alone():
     [
         "{{ 'two' if messages|length == 2 else 'ten' }}" + TURNS,  # a heading that changes
         TURNS.replace("in messages", "in messages[-1:]"),  # earlier turns are dropped
-        TURNS + "{% if not add_generation_prompt %}<eos>{% endif %}",  # as Phi ends a conversation twice
-        TURNS.replace("{{ 'u '", "<eos>{{ 'u '").replace("<eos> {% endfor", " {% endfor"),  # EOS in front
+        SAME + "{% if not add_generation_prompt %}<eos>{% endif %}",  # as Phi ends a conversation twice
+        SAME.replace("{{ 'u '", "<eos>{{ 'u '").replace("<eos> {% endfor", " {% endfor"),  # EOS in front
         TEMPLATE + "{% if not add_generation_prompt %}cat{% endif %}",  # no EOS, and an end of its own
     ],
 )
