@@ -48,6 +48,7 @@ class Policy:
         reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
+        reply_starts: where replies start in the chat template's text, for `reply_ids`.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Policy:
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
+    reply_starts: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -135,9 +137,8 @@ class Policy:
         if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        ids, end = reply_ids(
-            self.tokenizer, messages, self.form, self.source, eos_ids=self.eos_ids, tools=tools
-        )
+        state = (self.form, self.source, self.eos_ids, self.reply_starts)
+        ids, end = reply_ids(self.tokenizer, messages, *state, tools)
         return ids[end:] if ended else ids
 
     def ask(self, form: PromptArguments) -> None:

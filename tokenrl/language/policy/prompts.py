@@ -181,13 +181,14 @@ def reply_ids(
     messages: Sequence[Mapping[str, Any]],
     form: PromptArguments,
     name: str,
-    *,
     eos_ids: Sequence[int],
+    starts: dict[str, tuple[int, int]],
     tools: Sequence[Any] = (),
 ) -> tuple[list[int], int]:
     """Return the ids that a chat template writes from a turn of the assistant to its next one.
 
-    They are taken from a conversation of two dummy turns, without tokenising the episode again.
+    They are taken from a conversation of two dummy turns, without tokenising the episode again. Where they
+    start in it is checked once and remembered in `starts`.
 
     Returns:
         The ids, and how many of them end the turn before: 1 if the template ends it with EOS, else 0.
@@ -206,7 +207,11 @@ def reply_ids(
         options["add_generation_prompt"] = bool(replies)
         return list(render(tokenizer, [*dummy, *replies], form, name, **options))
 
-    before, whole = written([]), written(messages)
+    whole = written(messages)
+    key = str((tokenizer.chat_template, form, answer, len(messages), [tool.__qualname__ for tool in tools]))
+    if key in starts:  # the ids before an answer depend on none of its words
+        return whole[starts[key][0] :], starts[key][1]
+    before = written([])
     others = written([{**turn, "content": turn["content"] + " and more"} for turn in messages])
     ends = [i for i, token in enumerate(before) if token in eos_ids]
     later = [i for i, token in enumerate(whole) if token in eos_ids]
@@ -222,7 +227,8 @@ def reply_ids(
             "episode of several turns cannot be continued token by token: give the tokenizer a chat_template "
             "that leaves them as they are."
         )
-    return (whole[start:], 1) if ends else (whole[len(before) :], 0)
+    starts[key] = (start, 1) if ends else (len(before), 0)
+    return whole[starts[key][0] :], starts[key][1]
 
 
 def _variables(form: PromptArguments) -> dict[str, Any]:
