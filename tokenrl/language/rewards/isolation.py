@@ -3,7 +3,8 @@
 Environments draw from the global streams of `random` and `numpy.random`, so each episode has a state of them
 of its own, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a
 run could not be continued exactly. The deadline interrupts Python code and waits; code that neither returns
-to Python nor waits, such as a regular expression that backtracks for ever, goes on until it returns.
+to Python nor waits, such as a regular expression that backtracks for ever, goes on until it returns. An
+async method that blocks its thread instead of awaiting holds all others, which then miss their deadlines.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def call_all(
 def deadline(seconds: float | None) -> Iterator[None]:
     """Interrupt Python code and waits in the block after some seconds, by a signal.
 
+    It comes again after as many seconds, for code that catches every exception, or a finalizer that drops it.
+
     Raises:
         Overdue: the deadline was missed.
         Refused: signals are impossible, as outside the main thread.
@@ -93,17 +96,18 @@ def deadline(seconds: float | None) -> Iterator[None]:
     try:
         before = signal.signal(signal.SIGALRM, interrupt)
     except (AttributeError, ValueError) as error:
-        problem = (
-            f"reward_timeout bounds an environment by a signal, which is impossible here ({describe(error)})"
-        )
-        raise Refused(f"{problem}: leave it out, or run on Linux or macOS in the main thread.") from error
-    began, timer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+        problem = f"A signal bounds the calls of environments, and is impossible here ({describe(error)})"
+        raise Refused(
+            f"{problem}: leave reward_timeout out, or run on Linux or macOS in the main thread."
+        ) from error
+    began, timer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
     finally:  # also if the signal arrived while the timer was being switched off
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
         if timer[0]:
             signal.setitimer(signal.ITIMER_REAL, max(timer[0] - (time.monotonic() - began), 1e-6), timer[1])
