@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -280,6 +281,12 @@ def harmless(text: str) -> str:
     writing, with which a text can show something else than it says.
     """
     return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a chat message, and the calls of tools in it as JSON."""
+    parts = [message["content"], *(message.get("tool_calls") or ())]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts if part)
 
 
 def visible(text: str, limit: int | None = None) -> str:

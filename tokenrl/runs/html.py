@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenrl.runs.console import harmless, number
+from tokenrl.runs.console import harmless, message_text, number
 from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.plots import Chart, Curve, Forest, svg
 
@@ -151,7 +151,7 @@ def _messages(text: str) -> list[tuple[str, str]]:
     """Return roles and contents of the chat messages that a text holds as JSON, or else the text itself."""
     try:
         messages = json.loads(text) if text.startswith("[{") else []
-        roles = [(str(message["role"]), message["content"]) for message in messages] or [("", text)]
+        roles = [(str(message["role"]), message_text(message)) for message in messages] or [("", text)]
     except (ValueError, TypeError, KeyError):
         return [("", text)]
-    return [(role, t if isinstance(t, str) else json.dumps(t)) for role, t in roles]
+    return roles

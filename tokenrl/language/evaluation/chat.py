@@ -17,12 +17,12 @@ from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.rewarded import reward_rows
+from tokenrl.language.rollout.rewarded import prompts_of, reward_rows, sample_rows, texts_of
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.collect import prompt_text
+from tokenrl.language.training.collect import prompt_text, transcript
 from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
@@ -36,6 +36,7 @@ class Sampler:
         policy: the model.
         rewards: the reward functions; None if there are none.
         rows: the rows of the task, by what a person would type as their prompt.
+        environments: what it plays episodes in; None for completions of one turn.
     """
 
     def __init__(self, args: SampleArguments) -> None:
@@ -50,6 +51,7 @@ class Sampler:
         if args.chat is None and run is not None and read_config(run).get("chat_prompts"):
             args = replace(args, chat=True)
         args, task, self.rewards = _task_of(args)
+        self.environments = getattr(self.rewards, "environments", None)
         self.policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
         self.policy.ask(form_of(args))
         print_form(self.policy.form, args.model)
@@ -67,9 +69,9 @@ class Sampler:
         """Complete a prompt; each one gets random numbers of its own.
 
         Returns:
-            Its completions, each with its reward: None if it is not rewarded, nan if every reward function
-            abstained. A prompt that is none of the task's is answered without a reward if a reward function
-            needs a column of the task or fails on it.
+            Its completions, or its episodes with the words of the environment, each with its reward: None if
+            it is not rewarded, nan if every reward function abstained. A prompt that is none of the task's
+            is answered without a reward if a reward function needs a column of the task or fails on it.
 
         Raises:
             Refused: the prompt cannot be completed.
@@ -83,15 +85,20 @@ class Sampler:
         row = self.rows.get(text, {"prompt": alone})
         for warning in special_texts(policy.tokenizer, [row]):
             self._say("special", visible(warning))
-        room = self._length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
+        room = self._length
+        if policy.context is not None and self.environments is None:
+            room = policy.context - len(policy.encode(row["prompt"]))
         length = args.max_completion_length or max(1, min(self._length, room))
         sampling = Sampling(length, args.num_generations, args.seed, **distribution_of(args))
-        ids = encode(policy, [row["prompt"]], sampling)
-        draws = uniforms("interactive", sampling, [self._completed])
+        prompts = [(self._completed, row)]
         self._completed += 1
+        options: dict[str, Any] = {"stream": "interactive", "environments": self.environments}
         with using_threads(choose_threads(policy.size)[0]):
-            rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
-        texts = policy.decode(rollout.completion_ids, rollout.mask)
+            rollout = sample_rows(policy, TransformersGenerator(policy), prompts, sampling, **options)
+        texts = texts_of(policy, rollout)
+        if self.environments is not None:
+            columns = rollout.messages, rollout.endings, rollout.failures
+            texts = list(map(transcript, prompts_of(policy, rollout), *columns))
         return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
 
     def target(self, text: str) -> str:
@@ -106,7 +113,7 @@ class Sampler:
             return [None] * len(rollout.mask)
         try:
             self.rewards.check_columns(row)
-            rows = reward_rows(self.policy, self.rewards, rollout.of([(0, row)]), step=0)
+            rows = reward_rows(self.policy, self.rewards, rollout, step=0)
         except TokenrlError as error:
             if text in self.rows or not self._has_task:
                 raise
@@ -173,7 +180,10 @@ def print_samples(args: SampleArguments) -> int:
     """
     sampler = Sampler(args)
     example = visible(next(iter(sampler.rows), ""), 200)
-    for prompt in args.prompt or _lines(f", such as {example}" if example else ""):
+    kind, started = "completion ", f", such as {example}" if example else ""
+    if sampler.environments is not None:
+        kind, started = "episode\n", " that begins an episode, and may be empty"
+    for prompt in args.prompt or _lines(started, "" in sampler.rows):
         try:
             completions = sampler(prompt)
             target = f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""
@@ -181,7 +191,7 @@ def print_samples(args: SampleArguments) -> int:
             for text, reward in completions:
                 number = "none" if reward is None or math.isnan(reward) else f"{reward:.4f}"
                 label = f"reward {number}  " if sampler.rewards else ""
-                print(harmless(f"{label}completion {text}"), flush=True)
+                print(harmless(f"{label}{kind}{text}"), flush=True)
         except TokenrlError as error:
             if args.prompt:
                 raise
@@ -189,14 +199,14 @@ def print_samples(args: SampleArguments) -> int:
     return 0
 
 
-def _lines(example: str) -> Iterator[str]:
-    """Yield the lines that are typed or come by a pipe, but for empty ones, until there are no more."""
+def _lines(example: str, empty: bool) -> Iterator[str]:
+    """Yield the lines that are typed or come by a pipe, `empty` ones too, until there are no more."""
     terminal = sys.stdin.isatty()
     if terminal:
         print(f"Each line is a prompt{example}. Ctrl-D ends.")
     try:
         while line := input("> ") + "\n" if terminal else sys.stdin.readline():
-            if line := line.rstrip("\r\n"):
+            if (line := line.rstrip("\r\n")) or empty:
                 yield line
     except (EOFError, KeyboardInterrupt):
         print()  # so that the shell's prompt begins on a new line

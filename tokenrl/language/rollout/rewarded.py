@@ -60,6 +60,14 @@ def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
     return list(policy.tokenizer.batch_decode([ids[:length] for ids, length in rows], **DECODING))
 
 
+def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
+    """Return the prompt of each row; of an episode, what the policy read first, special tokens included."""
+    if rollout.turns is None:
+        return [row["prompt"] for row in rollout.data]
+    rows = zip(rollout.prompt_ids.cpu(), rollout.prompt_mask.cpu(), strict=True)
+    return [policy.tokenizer.decode(ids[mask], clean_up_tokenization_spaces=False) for ids, mask in rows]
+
+
 def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any) -> Rollout:
     """Call the reward functions on the completions of a rollout, and return it with their rewards.
 

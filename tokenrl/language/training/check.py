@@ -28,13 +28,13 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import logprobs_under, prompt_text, sample
+from tokenrl.language.training.collect import logprobs_under, prompt_text, sample, transcript
 from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
-from tokenrl.runs.console import duration, visible
+from tokenrl.runs.console import duration, harmless, visible
 from tokenrl.runs.findings import Finding, conclude, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import judge
@@ -129,6 +129,8 @@ def _extent(run: TrainingRun) -> tuple[int, int, int]:
 def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
     """Return a prompt as the model reads it, special tokens included; empty if there is none."""
     policy = run.learner.policy
+    if run.rewards.environments is not None:
+        return visible(records[0].rows()[0]["prompt"], LONGEST_SHOWN) if records else ""
     for row in records[0].rows() if records else rows:
         ids = encode(policy, [row["prompt"]], run.learner.sampling)[0]
         return visible(policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN)
@@ -141,6 +143,10 @@ def _show_completions(run: TrainingRun, session: Session, record: Record) -> Non
         rows = [row | {"prompt": prompt_text(row["prompt"])} for row in record.rows()[:SHOWN]]
         names = run.rewards.names if len(run.rewards.names) > 1 else []
         session.console.completions_table(rows, [*(f"rewards/{name}" for name in names), "reward"])
+        if run.rewards.environments is not None:
+            session.console.note(f"The first episode, of reward {rows[0]['reward']:.4g}:")
+            parts = (rows[0][name] for name in ("prompt", "messages", "ending", "failure"))
+            session.console.note(harmless(transcript(*parts)))
 
 
 def _check_characters(run: TrainingRun, findings: list[Finding]) -> str:

@@ -23,10 +23,11 @@ from tokenrl.core.losses import k1, k3
 from tokenrl.core.rows import from_first, zero_outside, zero_spread
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.rewarded import reward_rows, sample_rows, texts_of
+from tokenrl.language.rollout.rewarded import prompts_of, reward_rows, sample_rows, texts_of
 from tokenrl.language.rollout.rollout import Rollout, cat, lengths
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
+from tokenrl.runs.console import message_text
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -264,6 +265,13 @@ def prompt_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
+def transcript(prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None) -> str:
+    """Return an episode as text for people: what each role wrote, and how it ended."""
+    turns = [("prompt", prompt), *((turn["role"], message_text(turn)) for turn in messages)]
+    turns.append(("ending", f"{ending}. {failure}" if failure else ending))
+    return "\n".join(f"{role:<11}{text}".replace("\n", "\n" + " " * 11) for role, text in turns)
+
+
 def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
@@ -273,8 +281,9 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
     data = dict.fromkeys(name for row in rows.data for name in row)
     logs = dict.fromkeys(name for row in rows.logs for name in row)  # of some calls a function logs none
-    columns = {
+    columns: dict[str, Any] = {
         **{name: [row.get(name) for row in rows.data] for name in data},
+        "prompt": prompts_of(policy, rows),
         "completion": texts_of(policy, rows),
         "reward": rows.rewards.tolist(),
         **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
@@ -283,5 +292,6 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
         "truncated": rows.truncated.tolist(),
     }
     if rows.messages is not None:
-        columns |= {"ending": rows.endings, "failure": rows.failures, "messages": rows.messages}
+        columns |= {"ending": rows.endings, "messages": rows.messages}
+        columns |= {"failure": [failure or None for failure in rows.failures]}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

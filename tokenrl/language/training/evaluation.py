@@ -22,7 +22,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import sample_and_reward, texts_of
+from tokenrl.language.rollout.rewarded import prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.language.training.collect import completion_kl
@@ -284,7 +284,7 @@ def sampled_rows(
         pairs = zip(batch.completion_ids.cpu(), batch.mask.cpu(), strict=True)
         columns: dict[str, Any] = {
             "place": batch.prompt_index.tolist(),
-            "prompt": [row["prompt"] for row in batch.data],
+            "prompt": prompts_of(policy, batch),
             "completion": texts_of(policy, batch),
             "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
             "rewards": batch.by_function.tolist(),

@@ -183,7 +183,7 @@ def make_tiny(args: Any, task: Any) -> Policy:
     build = getattr(task, "build", None)
     if build is None:
         rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
-        written = string.printable if getattr(task, "environment", None) is not None else ""
+        written = f"{string.printable[:95]}\n" if getattr(task, "environment", None) is not None else ""
         texts = (args.system_prompt or "", *(args.stop or ()), written)
         form = {"texts": texts, "chat": bool(args.chat)}
         room = max(1024, getattr(args, "max_completion_length", None) or 0)
