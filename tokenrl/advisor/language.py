@@ -65,10 +65,13 @@ def advise_language(args: AdviseArguments) -> Advice:
     with using_threads(choose_threads(policy.size)[0]):
         probe = probe_policy(policy, rows, rewards, sampling)
     prompts = [row["prompt"] for row in (*task.train_prompts, *task.eval_prompts)]
-    room = None if policy.context is None else policy.context - max(map(len, map(policy.encode, prompts)))
+    few = [Finding("few-prompts", "watch", text) for text in few_prompts(task.train_prompts)]
+    if rewards.environments is not None:  # which begins other episodes with equal prompts, and writes to them
+        prompts, few = [], []
+    longest = max(map(len, map(policy.encode, prompts)), default=0)
+    room = None if policy.context is None else policy.context - longest
     solved, size = getattr(task, "solved", None), args.num_generations
     train, findings = fitted(train, probe, room=room, solved=solved, size=size)
-    few = [Finding("few-prompts", "watch", text) for text in few_prompts(task.train_prompts)]
     return recommendation(
         "train",
         train,

@@ -39,6 +39,7 @@ SWEPT = ("num_generations", "learning_rate")
 """Settings of which a comparison takes several values, each a problem; an arm may set its own value too."""
 SHARED = (
     *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
+    *("environment", "max_turns", "malformed"),
     *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
     *("max_steps", "max_samples", "eval_every"),
 )
@@ -117,7 +118,7 @@ def _problems_and_arms(
     swept: dict[str, Sequence[Any]] = {"model": args.model, "num_generations": args.num_generations}
     swept |= {"learning_rate": [None if isinstance(rate, str) else rate for rate in args.learning_rate]}
     problems = []
-    names = args.env or args.task or ("sort_digits",)
+    names = args.env or args.task or (shared.get("environment") or "sort_digits",)
     for name, *values in product(names, *(options or (None,) for options in swept.values())):
         chosen = {key: value for key, value in zip(swept, values, strict=True) if value is not None}
         label = ", ".join([name, *(f"{key}={chosen[key]}" for key in chosen if len(swept[key]) > 1)])

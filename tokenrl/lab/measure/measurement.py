@@ -87,11 +87,12 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     Raises:
         Refused: For a preset, a number or a layer that cannot be used, or for lack of memory.
     """
-    from tokenrl.language.tasks.task import find_task
+    from tokenrl.language.tasks.task import check_single_turn, find_task
 
     chosen = {name: Estimator.preset(name) for name in args.estimators}
     args = _checked(args, console.note)
     task, rewards = find_task(args)
+    check_single_turn(rewards, "lab measure")
     policy = _policy(args, task, console)
     parameters = chosen_parameters(policy, args.layers)
     size, layers = sum(p.numel() for p in parameters.values()), ", ".join(args.layers) or "all"

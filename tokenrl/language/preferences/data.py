@@ -27,7 +27,7 @@ from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import check_single_turn, find_task
 from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.warm_start import warm_started_base
@@ -72,6 +72,7 @@ def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
     task = rewards = None
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
+        check_single_turn(rewards, "A reward model")
     if args.data is not None:
         name = args.data if isinstance(args.data, str | Path) else "data in memory"
         options = {"split": args.split, "eval_split": args.eval_split, "eval_size": args.eval_size}

@@ -19,6 +19,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.task import check_single_turn
 from tokenrl.runs.files import write_text
 from tokenrl.settings import check_number
 
@@ -67,6 +68,7 @@ def make_preferences(
         fault = f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
         raise Refused(f"{fault}, so give an even number of at least 2.")
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
+    check_single_turn(gold, "A pair of completions")
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []

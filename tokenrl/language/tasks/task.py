@@ -285,3 +285,12 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             environments.check_rows(task.train_prompts)
     rewards.check_columns(columns)
     return task, rewards
+
+
+def check_single_turn(rewards: Rewards, purpose: str) -> None:
+    """Refuse rewards of episodes where completions of a single turn are needed; `purpose` says what for."""
+    if rewards.environments is not None:
+        problem = (
+            f"{purpose} needs completions of a single turn, and {rewards.environments.name} answers them"
+        )
+        raise Refused(f"{problem}: name a task without an environment.")

@@ -88,7 +88,8 @@ def evaluate_policy(
     if not prompts:
         raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
     if reference is not None:
-        _check_reference(policy, reference, prompts, sampling)
+        asked = prompts if rewards.environments is None else ()
+        _check_reference(policy, reference, asked, sampling)
     options: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
     options |= {"stream": "evaluation", "scoring": scoring}
     passes = []
