@@ -28,7 +28,13 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import logprobs_under, prompt_text, sample, transcript
+from tokenrl.language.training.collect import (
+    failures_of,
+    logprobs_under,
+    prompt_text,
+    sample,
+    transcript,
+)
 from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
@@ -99,6 +105,9 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
                 run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
+    rows = [row for record in records if run.rewards.environments for row in record.rows()]
+    if failed := failures_of(rows):
+        findings.append(Finding("environment-fails", "void", failed))
     observed = _trial_facts(run, records, session.eval_before) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     open_settings = [("all-truncated", "max_completion_length")]
@@ -303,7 +312,8 @@ def _lines(run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Reco
         share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
         lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
         length = fmean(record.metrics["completions/mean_length"] for record in records)
-        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
+        by_length = "episodes/max_tokens" if run.rewards.environments else "completions/clipped_ratio"
+        cut = fmean(record.metrics[by_length] for record in records)
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
         lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
     if "gap" in observed:

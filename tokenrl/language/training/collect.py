@@ -272,6 +272,12 @@ def transcript(prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, 
     return "\n".join(f"{role:<11}{text}".replace("\n", "\n" + " " * 11) for role, text in turns)
 
 
+def failures_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many of the episodes of a table failed, and how the first did; empty if none failed."""
+    failures = [row["failure"] for row in rows if row.get("failure")]
+    return f"{len(failures)} of {len(rows)} episodes failed. {failures[0]}" if failures else ""
+
+
 def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return this process's completions with their rewards and advantages, as rows of a table.
 

@@ -26,7 +26,7 @@ from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.collect import prompt_text
+from tokenrl.language.training.collect import failures_of, prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps, usual_rate
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
@@ -257,6 +257,8 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     if session.main and every and (session.step == 1 or run.due(session, every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
+        if failed := failures_of(rows):
+            session.warn_once("environment-fails", f"step {session.step}: {failed}")
     rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
     session.record(metrics, record.timings | rate)
     if rows:
