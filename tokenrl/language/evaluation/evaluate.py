@@ -226,7 +226,7 @@ MEANINGS = {
     "distinct_1": "different tokens / all tokens, among a prompt's samples",
     "distinct_2": "different pairs of adjacent tokens / all pairs",
     "completions/mean_length": "tokens, EOS included",
-    "completions/clipped_ratio": "share cut at the limit of tokens or turns",
+    "completions/clipped_ratio": "share cut at the maximum length, before an end",
     "episodes/turns": "turns of the policy in an episode",
     "episodes/": "share of episodes that end so",
 }
