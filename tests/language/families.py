@@ -24,6 +24,7 @@ STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_gr
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),
+    "qwen3": ("Qwen3", GROUPED | {"head_dim": 8}),
     "smollm3": ("SmolLM3", GROUPED | {"no_rope_layers": [1, 0]}),
     "gpt2": ("GPT2", {"n_layer": 2, "n_head": 4, "n_embd": 32}),
     "opt": ("OPT", PLAIN | {"ffn_dim": 48, "word_embed_proj_dim": 32}),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_environments import Faulty, Guess
 from tiny_models import (
     PROMPTS,
     apart,
@@ -29,6 +30,8 @@ from tiny_models import (
 )
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
 LATER = PROMPTS[2:]  # the prompts of the second process
@@ -87,6 +90,8 @@ SCENARIOS = {
     "refilled": ("dapo", {}, flat_on_both),
     "logged": ("rloo", {}, logging),
     "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
+    "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
+    "failing episodes": ("grpo", {}, vowel_reward),
 }
 
 
@@ -114,6 +119,9 @@ def outcome(name: str) -> dict:
             prompts=prompts, completion_ids=completion_ids, completions=completion_ids, log_metric=log
         )
 
+    if "episodes" in name:
+        environment = Faulty if "failing" in name else Guess
+        measured = Rewards([measured], [0.5, 1.0], environments=Environments(environment, timeout=0.5))
     step = 8 + list(SCENARIOS).index(name) % 2  # the longest completion is the first's, or the second's
     record = one_step(learner, step=step, reward=measured)
     return {

@@ -1,0 +1,127 @@
+"""A training step on episodes has the gradient that autograd finds by hand, of the chosen tokens alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from families import family_policy
+from tiny_environments import Faulty, Guess
+from tiny_models import ENDS, PROMPTS, apart, gradient, make_learner, make_policy, one_step, weights
+
+import tokenrl
+from tokenrl.core import Estimator
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training.collect import collect_rows
+
+LIMIT, SIZE = 10, 3
+"""The most tokens that the policy may choose in an episode, and the episodes of a group."""
+ESTIMATORS = {
+    "rloo": Estimator(),
+    "to go": Estimator(returns="reward_to_go"),
+    "sequence mean": Estimator(aggregation="sequence_mean", ratio="sequence_mean"),
+    "token mean": Estimator(aggregation="token_mean", ratio="token", returns="reward_to_go"),
+    "fixed length": Estimator(aggregation="fixed_length"),
+    "kl": Estimator(beta=0.3, kl_estimator="k2", kl_placement="loss"),
+    "kl in the reward": Estimator(beta=0.3),
+    "entropy": Estimator(entropy_coef=0.2, aggregation="token_mean"),
+}
+
+
+def policy_of(family, seed=0):
+    """A policy in float64 whose turns are short."""
+    policy = make_policy(dtype="float64", seed=seed, max_position_embeddings=128)
+    if family == "qwen3":
+        policy.model = family_policy("qwen3", dtype="float64", seed=seed, vocabulary=96).model
+    elif family != "llama":
+        policy.model = make_policy(family, dtype="float64", seed=seed, n_positions=128).model
+    policy.eos_ids = ENDS
+    return policy
+
+
+def loss_by_hand(policy, reference, rows, e):
+    """The loss of a step: each row is scored by itself, as a whole and without padding."""
+    logprobs, kl, entropy, returns = [], [], [], []
+    for i in range(len(rows)):
+        actions = rows.mask[i].nonzero().flatten().tolist()
+        prompt = rows.prompt_ids[i][rows.prompt_mask[i]].tolist()
+        ids = torch.tensor(prompt + rows.completion_ids[i][: actions[-1] + 1].tolist())
+        before = torch.tensor([len(prompt) + t - 1 for t in actions])
+        logp = policy.model(ids[None]).logits[0][before].log_softmax(-1)  # [actions, V]
+        with torch.no_grad():
+            ref = reference.model(ids[None]).logits[0][before].log_softmax(-1)
+        chosen = ids[before + 1, None]
+        logprobs.append(logp.gather(1, chosen).squeeze(1))
+        kl.append(logprobs[-1] - ref.gather(1, chosen).squeeze(1))
+        entropy.append(-(logp.exp() * logp).sum(-1))
+        turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
+        assert not rewards[~rows.mask[i]].any()
+        rewards = rewards[actions] - (e.beta * kl[-1].detach() if e.kl_placement == "reward" else 0)
+        begins = [int((turns == turn).nonzero().min()) if e.returns != "total" else 0 for turn in turns]
+        returns.append(torch.stack([rewards[begin:].sum() for begin in begins]))
+    total, counts = torch.tensor([r[0] for r in returns]), torch.tensor([len(r) for r in returns])
+    divisors = {"sequence_mean": len(rows) * counts, "token_mean": counts.sum().expand(len(rows))}
+    divisors |= {"fixed_length": torch.tensor(len(rows) * LIMIT).expand(len(rows))}
+    divisor = divisors.get(e.aggregation, torch.tensor(len(rows)).expand(len(rows)))
+    loss = torch.zeros(())
+    for i, logp in enumerate(logprobs):
+        group = total[i // SIZE * SIZE :][:SIZE]
+        gain = (returns[i] - (group.sum() - total[i]) / (SIZE - 1)) * logp + e.entropy_coef * entropy[i]
+        gain = gain - (e.beta * kl[i] ** 2 / 2 if e.kl_placement == "loss" else 0)
+        loss = loss - gain.sum() / divisor[i]
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [("llama", name, {}) for name in ESTIMATORS]
+    + [(family, name, {}) for family in ("gpt2", "qwen3") for name in ("rloo", "token mean")]
+    + [("llama", "to go", {"micro_batch_size": 5, "sampling_batch_size": 3})]
+    + [("llama", "token mean", {"micro_batch_size": 1}), ("gpt2", "kl", {"micro_batch_size": 2})]
+)  # fmt: skip
+def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, options):
+    """Neither KL, entropy nor divisors have a token of the environment; Unsloth ignored the mask of tools."""
+    estimator, policy, rewards = (
+        ESTIMATORS[name],
+        policy_of(family),
+        Rewards([], environments=Environments(Guess)),
+    )
+    policy.reference = (reference := policy_of(family, seed=1)).model.requires_grad_(False)
+    learner = make_learner(policy, estimator, max_completion_length=LIMIT, learning_rate=1e-9, **options)
+    prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
+    rows = collect_rows(learner, rewards, prompts, replace(learner.sampling, step=1))
+    environments_words = (~rows.mask & (rows.mask.flip(1).cumsum(1).flip(1) > 0)).sum()
+    assert environments_words > 50 and int(rows.turns.max()) == 2
+    loss_by_hand(policy, reference, rows, estimator).backward()
+    wanted = gradient(policy.model)
+    policy.model.zero_grad()
+    record = one_step(learner, reward=rewards)
+    assert record.metrics["reward"] == pytest.approx(float(rows.rewards.mean()))
+    assert wanted.norm() > 1e-3 and apart(gradient(policy.model), wanted) < 1e-6
+    entropies = rows.entropy[rows.mask]
+    assert record.metrics["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-6)
+    assert record.metrics["completions/mean_length"] == float(rows.mask.sum()) / len(rows)
+
+
+def test_a_run_names_every_failure_and_goes_on(tmp_path):
+    policy = policy_of("llama")
+    run = tokenrl.train(
+        model=policy, environment=Faulty, task=[{"prompt": f"{p} {n}"} for p in PROMPTS for n in (1, 2, 3)],
+        reward=[], reward_timeout=0.5, output_dir=tmp_path / "run", cpu=True, quiet=True, eval_size=2,
+        max_steps=4, prompts_per_step=4, num_generations=4, max_completion_length=LIMIT, learning_rate=1e-3,
+        log_completions=1,
+    )  # fmt: skip
+    assert run.exit_reason == "finished" and weights(policy.model).isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    assert all(line["episodes/error"] + line["episodes/completed"] > 0 for line in lines)
+    files = sorted((tmp_path / "run" / "completions").glob("*.parquet"))
+    rows = [row for path in files for row in parquet.read_table(path).to_pylist()]
+    failed = [row for row in rows if row["ending"] in ("error", "timeout")]
+    assert len(rows) == 64 and all(row["failure"].startswith("Faulty.") for row in failed)
+    assert not any(row["failure"] for row in rows if row not in failed)
+    shares = sum(line["episodes/error"] + line["episodes/timeout"] for line in lines)
+    assert len(failed) == round(16 * shares) > 5
