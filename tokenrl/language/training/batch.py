@@ -45,7 +45,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     Raises:
         Stopped: no row of the step has a reward.
     """
-    like = rows.logprobs
+    like, failed = rows.logprobs, next(filter(None, rows.failures or ()), "")
     names = ("rewards", "by_function", "turn_rewards")
     columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
     rows = replace(rows, **columns, valid=rows.valid.to(like.device))
@@ -58,7 +58,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         whole = {name: x.to(columns[name].dtype) for name, x in accelerator.gather(sent).items()}
         rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
     if not rows.valid.any():
-        raise Stopped("Every reward function abstained from every completion of this step.")
+        raise Stopped(f"Every reward function abstained from every completion of this step. {failed}".strip())
     return rows
 
 

@@ -1,0 +1,140 @@
+"""Runs in an environment at the command line: trained, checked, evaluated, sampled, reported and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+
+import pytest
+
+from tokenrl.cli import main
+from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.rewards.environments import ENDINGS
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.task import find_task
+from tokenrl.runs.reader import read_run
+
+ENVIRONMENT = '''
+class Talk:
+    """Says <b>; a turn is worth its digits, and one with a q ends the episode."""
+
+    def reset(self, seed=None):
+        return f"<{seed % 10}>", {}
+
+    def step(self, text):
+        digits = float(sum(letter.isdigit() for letter in text))
+        return "<b>\\n", digits, "q" in text, False, {}
+
+
+class Away(Talk):
+    """Its service is away."""
+
+    def step(self, text):
+        raise OSError("no connection")
+
+
+class Shaky(Talk):
+    """Its service is away for some turns."""
+
+    def step(self, text):
+        if text > "5":
+            raise OSError("no connection")
+        return super().step(text)
+
+
+def long(completions, **_):
+    return [float(len(text)) for text in completions]
+'''
+STOP = "abcdefghijklmnop"
+SMALL = ["--model", "tiny", "--max-turns", "3", "--max-completion-length", "24", "--stop", *STOP]
+SMALL += ["--max-steps", "2", "--prompts-per-step", "4", "--num-generations", "4", "--eval-size", "6"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a run in an environment, beside the file that defines it."""
+    folder = tmp_path_factory.mktemp("talk")
+    (folder / "talk.py").write_text(ENVIRONMENT)
+    command = ["train", "--task", f"{folder}/talk.py:Talk", *SMALL, "--output-dir", f"{folder}/run"]
+    assert main([*command, "--quiet"]) == 0
+    return folder / "run"
+
+
+def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
+    recorded = read_run(run)
+    assert recorded.config["task"] == f"{run.parent}/talk.py:Talk" and recorded.config["max_turns"] == 3
+    row = recorded.completions()[0]
+    turns = json.loads(row["messages"])
+    assert row["prompt"][0] + row["prompt"][2] == "<>" and row["ending"] in ENDINGS
+    assert {turn["role"] for turn in turns[::2]} == {"assistant"} and row["failure"] is None
+    answers = [turn["content"] for turn in turns[1::2]]
+    assert answers == ["<b>\n"] * len(answers)
+    assert [row["prompt"][1] for row in recorded.completions()[:4]] == [row["prompt"][1]] * 4
+    page = (run / "report.html").read_text()
+    assert '<div class="message user"><span class="label">user</span><div class="text">&lt;b&gt;' in page
+    assert '<div class="message assistant">' in page and "<b>\n" not in page
+    assert recorded.metrics[-1]["eval_episodes/turns"] > 0
+
+
+def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch):
+    numbers = run.parent / "numbers.json"
+    command = ["evaluate", "--model", str(run), "--json", str(numbers), "--num-generations", "2"]
+    command += ["--best-of", "2", "--reference", str(run), "--reward", f"{run.parent}/talk.py:long"]
+    assert main(command) == 0
+    assert "turns of the policy in an episode" in capsys.readouterr().out
+    metrics = json.loads(numbers.read_text())
+    of_episodes = {name: value for name, value in metrics.items() if name.startswith("episodes/")}
+    turns = of_episodes.pop("episodes/turns")
+    assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
+    assert abs(metrics["kl"]) < 1e-4
+    assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("episode\nprompt") == 2 and "prompt     7<" in out and "\nending     " in out
+    assert out.count("\nuser       <b>") >= 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    assert main(["sample", "--model", str(run), "--num-generations", "0"]) == 0
+    assert capsys.readouterr().out.count("episode\nprompt") == 2  # an empty line plays one too
+
+
+def test_best_of_n_is_measured_by_what_the_environment_gave(run):
+    policy = load_policy(run / "model")
+    args = TaskArguments(task=f"{run.parent}/talk.py:Talk", max_turns=3, eval_size=6)
+    task, gold = find_task(args)
+    policy.ask(PromptArguments(stop=tuple(STOP)))
+    choosing = Rewards([lambda completions: list(map(len, completions))], environments=gold.environments)
+    found = best_of_n_metrics(policy, task.eval_prompts, choosing, gold, Sampling(24, 4))
+    own = best_of_n_metrics(policy, task.eval_prompts, gold, gold, Sampling(24, 4))
+    assert found["best_of_n@1"] == pytest.approx(own["best_of_n@1"]) != found["best_of_n_proxy@1"]
+    assert own["best_of_n@4"] == own["best_of_n_proxy@4"] > own["best_of_n@1"]
+
+
+def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
+    command = ["train", "--check", *SMALL, "--output-dir", str(tmp_path / "new"), "--task"]
+    main([*command, f"{run.parent}/talk.py:Talk"])
+    out, error = capsys.readouterr()
+    shown = out[out.index("The first episode, of reward ") :]
+    assert "\nprompt     <" in shown and "\nassistant  " in shown and "\nending     " in shown
+    assert "few" not in error and "cannot be asked" not in error
+    assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
+    said = "Every reward function abstained from every completion of this step. Away.step raised OSError: no"
+    assert said in capsys.readouterr().err
+    main([*command, f"{run.parent}/talk.py:Shaky"])
+    error = capsys.readouterr().err
+    assert re.search(r"environment-fails: \d+ of \d+ episodes failed. Shaky.step raised OSError: no", error)
+
+
+@pytest.mark.parametrize(
+    ("command", "purpose"),
+    [(["lab", "measure"], "lab measure"), (["reward-model", "--output-dir", "OUT"], "A reward model")],
+)
+def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
+    words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
+    assert main([*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny"]) == 2
+    expected = f"{purpose} needs completions of a single turn, and Talk answers them: name a task without"
+    assert expected in capsys.readouterr().err
