@@ -100,6 +100,24 @@ def test_several_values_make_a_problem_each():
     assert toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1  # a whole number
 
 
+def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
+    file = tmp_path / "env.py"
+    methods = (
+        "def reset(self, seed=None): return '', {}",
+        "def step(self, text): return '', 1.0, True, False, {}",
+    )
+    file.write_text("\n    ".join(["class Env:", *methods]))
+    name, shared = f"{file}:Env", {"max_steps": 40, "max_turns": 3, "eval_size": 4}
+    of_task = toy("rloo", "grpo", task=name, model="tiny", shared=shared)
+    alone = toy("rloo", "grpo", task=(), model="tiny", shared={**shared, "environment": name})
+    for made in (of_task, alone):
+        assert [problem.label for problem in made.problems] == [name]
+        settings = made.run(made.problems[0], made.arms[1], 5).settings
+        assert (settings["task"], settings["max_turns"]) == (name, 3)
+    with pytest.raises(Refused, match="max_turns must be the same for all arms"):
+        toy("rloo,max_turns=2", "grpo", task=name, model="tiny", shared=shared)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

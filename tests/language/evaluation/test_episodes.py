@@ -10,14 +10,16 @@ import sys
 import pytest
 
 from tokenrl.cli import main
+from tokenrl.errors import Refused
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import load_policy
+from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.environments import ENDINGS
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.runs.reader import read_run
 
 ENVIRONMENT = '''
@@ -129,6 +131,23 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     assert re.search(r"environment-fails: \d+ of \d+ episodes failed. Shaky.step raised OSError: no", error)
 
 
+def test_equal_prompts_are_no_fault_where_an_environment_begins_the_episodes(run, capsys):
+    folder, rows = run.parent, [{"prompt": ""}] * 8
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(9)))
+    shape = [*SMALL, "--environment", f"{folder}/talk.py:Talk", "--estimator", "reinforce_timestep_mean"]
+    command = ["train", "--task", f"{folder}/rows.jsonl", *shape, "--output-dir", f"{folder}/rows"]
+    assert main(command) == 0  # whose baseline compares turns, and so needs rewards in time
+    out = capsys.readouterr().out
+    assert "distinct prompts" not in out and "episodes/turns" in out
+    task = PromptTask(
+        "mine", rows, rows, [], environment=find_task(TaskArguments(task=shape[-3]))[0].environment
+    )
+    assert find_task(TaskArguments(task=task))[1].names == ["Talk"]
+    argv = ["advise", "--task", f"{folder}/talk.py:Talk", "--model", "tiny", "--num-prompts", "4"]
+    assert main([*argv, "--num-samples", "4", "--max-completion-length", "8", "--stop", *STOP]) == 0
+    assert "distinct prompts" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "purpose"),
     [(["lab", "measure"], "lab measure"), (["reward-model", "--output-dir", "OUT"], "A reward model")],
@@ -136,5 +155,8 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
 def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
     words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
     assert main([*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny"]) == 2
+    _, gold = find_task(TaskArguments(task=f"{run.parent}/talk.py:Talk"))
+    with pytest.raises(Refused, match="A pair of completions needs completions of a single turn"):
+        make_preferences(load_policy(run / "model"), [{"prompt": "a"}], gold, Sampling(4, 2))
     expected = f"{purpose} needs completions of a single turn, and Talk answers them: name a task without"
     assert expected in capsys.readouterr().err
