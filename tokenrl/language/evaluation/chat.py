@@ -180,10 +180,8 @@ def print_samples(args: SampleArguments) -> int:
     """
     sampler = Sampler(args)
     example = visible(next(iter(sampler.rows), ""), 200)
-    kind, started = "completion ", f", such as {example}" if example else ""
-    if sampler.environments is not None:
-        kind, started = "episode\n", " that begins an episode, and may be empty"
-    for prompt in args.prompt or _lines(started, "" in sampler.rows):
+    kind = "completion " if sampler.environments is None else "episode\n"
+    for prompt in args.prompt or _lines(f", such as {example}" if example else "", "" in sampler.rows):
         try:
             completions = sampler(prompt)
             target = f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""
@@ -203,7 +201,7 @@ def _lines(example: str, empty: bool) -> Iterator[str]:
     """Yield the lines that are typed or come by a pipe, `empty` ones too, until there are no more."""
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"Each line is a prompt{example}. Ctrl-D ends.")
+        print(f"Each line is a prompt{example}{', or empty' * empty}. Ctrl-D ends.")
     try:
         while line := input("> ") + "\n" if terminal else sys.stdin.readline():
             if (line := line.rstrip("\r\n")) or empty:

@@ -119,7 +119,7 @@ def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = Fals
 
 def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
     origin: dict[str, Any] = {}
-    if callable(name) or (isinstance(name, Mapping) and name is data.environment):
+    if callable(name):
         object_name = getattr(name, "__name__", type(name).__name__)
         return _finished(_made_task(name, object_name, data.eval_size, chat), object_name, reward)
     if isinstance(name, str):
@@ -174,24 +174,15 @@ def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any
         eval_size: rows to evaluate on of an environment; None for the usual number.
         chat: make an empty prompt a message of the user.
     """
-    if isinstance(source, Mapping):
-        problem = f"'{name}' is a dict of environments, from which the column 'environment' of a row chooses"
-        raise Refused(f"{problem}: give rows with --task beside --environment.")
     task = source
-    with _refusing(f"task '{name}' was called without arguments, and"):
-        if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
+    if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
+        with _refusing(f"task '{name}' was called without arguments, and"):
             task = task()
-            if _is_environment(task) and hasattr(task, "close"):
-                task.close()  # it was made to be looked at; each episode has its own
-    if not _is_environment(task):
+    if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
         return task
     prompt = [{"role": "user", "content": ""}] if chat else ""
     train, held_out = ([{"prompt": prompt}] * size for size in (EPISODES[0], eval_size or EPISODES[1]))
     return PromptTask(name, train, held_out, [], environment=source)
-
-
-def _is_environment(value: Any) -> bool:
-    return hasattr(value, "reset") and not hasattr(value, "train_prompts")
 
 
 def _with_environment(task: Any, source: Any, environment: Any) -> Any:

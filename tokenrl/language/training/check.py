@@ -28,13 +28,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import (
-    failures_of,
-    logprobs_under,
-    prompt_text,
-    sample,
-    transcript,
-)
+from tokenrl.language.training.collect import failures_of, logprobs_under, prompt_text, sample, transcript
 from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
@@ -119,7 +113,8 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
         lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
         lines["time"] = run.forecast_duration(records[-1].timings["collect"] + records[-1].timings["update"])
         _show_completions(run, session, records[0])
-    lines["prompt"] = _rendered(run, records, train)
+    if run.rewards.environments is None:  # else the first episode shows it
+        lines["prompt"] = _rendered(run, records, train)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
@@ -138,8 +133,6 @@ def _extent(run: TrainingRun) -> tuple[int, int, int]:
 def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
     """Return a prompt as the model reads it, special tokens included; empty if there is none."""
     policy = run.learner.policy
-    if run.rewards.environments is not None:
-        return visible(records[0].rows()[0]["prompt"], LONGEST_SHOWN) if records else ""
     for row in records[0].rows() if records else rows:
         ids = encode(policy, [row["prompt"]], run.learner.sampling)[0]
         return visible(policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN)

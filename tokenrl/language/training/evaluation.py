@@ -8,7 +8,6 @@ rewards of single functions are averaged over completions or tokens.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -175,10 +174,9 @@ def _metrics(
         metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
     tokens = sum(row["length"] for row in rows)
     metrics["entropy"] = sum(row["entropy"] for row in rows) / max(1, tokens)
-    if "ending" in rows[0]:
-        endings = Counter(row["ending"] for row in rows)
+    for ending in {row["ending"]: None for row in rows if "ending" in row}:
         metrics["episodes/turns"] = mean("turns")
-        metrics |= {f"episodes/{name}": count / len(rows) for name, count in endings.items()}
+        metrics[f"episodes/{ending}"] = fmean(row["ending"] == ending for row in rows)
     rewarded = ("reward", "reward_greedy")
     return {name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)}
 

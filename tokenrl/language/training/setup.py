@@ -31,6 +31,9 @@ from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.resume import Provenance
 from tokenrl.settings import Layered
 
+WRITTEN = f"{string.printable[:95]}\n"
+"""What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
+
 
 def train_settings(args: Any, task: Task, policy: Policy | None = None) -> TrainArguments:
     """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
@@ -183,9 +186,8 @@ def make_tiny(args: Any, task: Any) -> Policy:
     build = getattr(task, "build", None)
     if build is None:
         rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
-        written = f"{string.printable[:95]}\n" if getattr(task, "environment", None) is not None else ""
-        texts = (args.system_prompt or "", *(args.stop or ()), written)
-        form = {"texts": texts, "chat": bool(args.chat)}
+        rows += [{"prompt": WRITTEN}] * (getattr(task, "environment", None) is not None)
+        form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
         room = max(1024, getattr(args, "max_completion_length", None) or 0)
         build = partial(importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form)
     policy = wrap(*build(args.base_seed), source=TINY)
