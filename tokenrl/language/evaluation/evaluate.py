@@ -227,8 +227,7 @@ MEANINGS = {
     "distinct_2": "different pairs of adjacent tokens / all pairs",
     "completions/mean_length": "tokens, EOS included",
     "completions/clipped_ratio": "share cut at the maximum length, before an end",
-    "episodes/turns": "turns of the policy in an episode",
-    "episodes/": "share of episodes that end so",
+    "episodes/": "turns of an episode, and the share of episodes that end so",
 }
 """Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
 
@@ -256,5 +255,4 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
 
 def _kind(name: str) -> str:
     """Return the key of `MEANINGS` to which a metric belongs."""
-    keys = (key for key in MEANINGS if key[-1] in "/@" and name.startswith(key))
-    return name if name in MEANINGS else next(keys, name)
+    return next((key for key in MEANINGS if key[-1] in "/@" and name.startswith(key)), name)

@@ -252,8 +252,8 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
     task = _with_environment(task, args.task, args.environment)
     if (factory := getattr(task, "environment", None)) is not None:
-        options: dict[str, Any] = {"max_turns": args.max_turns}
-        options |= {"share_seed": args.share_seed, "malformed": args.malformed}
+        names = "max_turns", "share_seed", "malformed"
+        options: dict[str, Any] = {name: getattr(args, name) for name in names}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions, unchanged = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if environments is None and (functions is None or functions in ([], ())):

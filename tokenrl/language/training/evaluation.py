@@ -87,8 +87,7 @@ def evaluate_policy(
     if not prompts:
         raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
     if reference is not None:
-        asked = prompts if rewards.environments is None else ()
-        _check_reference(policy, reference, asked, sampling)
+        _check_reference(policy, reference, prompts if rewards.environments is None else (), sampling)
     options: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
     options |= {"stream": "evaluation", "scoring": scoring}
     passes = []
@@ -172,8 +171,7 @@ def _metrics(
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
         metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
-    tokens = sum(row["length"] for row in rows)
-    metrics["entropy"] = sum(row["entropy"] for row in rows) / max(1, tokens)
+    metrics["entropy"] = sum(row["entropy"] for row in rows) / max(1, sum(row["length"] for row in rows))
     for ending in {row["ending"]: None for row in rows if "ending" in row}:
         metrics["episodes/turns"] = mean("turns")
         metrics[f"episodes/{ending}"] = fmean(row["ending"] == ending for row in rows)
