@@ -132,9 +132,13 @@ def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(ru
 def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_path):
     rows = [{"prompt": json.dumps(CHAT), "completion": "a\x1b"}]
     rows += [{"prompt": '[{"role": 1}]', "completion": "[{no"}]
+    calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    turns = [{"role": "assistant", "content": "sum", "tool_calls": calls}, {"role": "tool", "content": "<3>"}]
+    rows += [{"prompt": "1", "completion": json.dumps(turns)}]
     page = page_with(tmp_path, completions(rows))
-    assert len(page.all("div", "message")) == 2 * 2  # those that are open, and all
-    for text in ("system", "be_brief", "a\\x1b", '[{"role": 1}]', "[{no"):
+    assert len(page.all("div", "message")) == 2 * 4  # those that are open, and all
+    assert len(page.all("div", "tool")) == 2
+    for text in ("system", "be_brief", "a\\x1b", '[{"role": 1}]', "[{no", "sum", json.dumps(calls[0]), "<3>"):
         assert text in page.text
 
 
