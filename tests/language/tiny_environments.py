@@ -66,7 +66,7 @@ class Faulty(Guess):
     """Fails, hangs, or returns NaN or nothing, at random; keeps count of that."""
 
     faults: ClassVar[Counter[str]] = Counter()
-    chances: ClassVar[dict[str, float]] = {"fail": 0.05, "nan": 0.05, "nothing": 0.05, "hang": 0.01}
+    chances: ClassVar[dict[str, float]] = {"fail": 0.05, "nan": 0.05, "nothing": 0.05, "hang": 0.005}
 
     def fate(self) -> str:
         names = ["", *self.chances]

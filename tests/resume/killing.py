@@ -155,7 +155,7 @@ def left(run: Path) -> dict[str, object]:
         "summary": {name: value for name, value in summary.items() if "second" not in name},
         "steps": [json.loads(line)["step"] for line in (run / "timings.jsonl").read_text().splitlines()],
         "completions": {
-            path.name: parquet.read_table(path).to_pylist()
+            path.name: str(parquet.read_table(path).to_pylist())  # as text, where NaN equals NaN
             for path in sorted((run / "completions").glob("*.parquet"))
         },
     }
