@@ -45,8 +45,8 @@ def policy_of(family, seed=0):
 
 def loss_by_hand(policy, reference, rows, e):
     """The loss of a step: each row is scored by itself, as a whole and without padding."""
-    logprobs, kl, entropy, returns = [], [], [], []
-    for i in range(len(rows)):
+    logprobs, kl, entropy, returns = {}, {}, {}, {}
+    for i in rows.valid.nonzero().flatten().tolist():
         actions = rows.mask[i].nonzero().flatten().tolist()
         prompt = rows.prompt_ids[i][rows.prompt_mask[i]].tolist()
         ids = torch.tensor(prompt + rows.completion_ids[i][: actions[-1] + 1].tolist())
@@ -55,24 +55,21 @@ def loss_by_hand(policy, reference, rows, e):
         with torch.no_grad():
             ref = reference.model(ids[None]).logits[0][before].log_softmax(-1)
         chosen = ids[before + 1, None]
-        logprobs.append(logp.gather(1, chosen).squeeze(1))
-        kl.append(logprobs[-1] - ref.gather(1, chosen).squeeze(1))
-        entropy.append(-(logp.exp() * logp).sum(-1))
+        logprobs[i] = logp.gather(1, chosen).squeeze(1)
+        kl[i] = logprobs[i] - ref.gather(1, chosen).squeeze(1)
+        entropy[i] = -(logp.exp() * logp).sum(-1)
         turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
         assert not rewards[~rows.mask[i]].any()
-        rewards = rewards[actions] - (e.beta * kl[-1].detach() if e.kl_placement == "reward" else 0)
+        rewards = rewards[actions] - (e.beta * kl[i].detach() if e.kl_placement == "reward" else 0)
         begins = [int((turns == turn).nonzero().min()) if e.returns != "total" else 0 for turn in turns]
-        returns.append(torch.stack([rewards[begin:].sum() for begin in begins]))
-    total, counts = torch.tensor([r[0] for r in returns]), torch.tensor([len(r) for r in returns])
-    divisors = {"sequence_mean": len(rows) * counts, "token_mean": counts.sum().expand(len(rows))}
-    divisors |= {"fixed_length": torch.tensor(len(rows) * LIMIT).expand(len(rows))}
-    divisor = divisors.get(e.aggregation, torch.tensor(len(rows)).expand(len(rows)))
-    loss = torch.zeros(())
-    for i, logp in enumerate(logprobs):
-        group = total[i // SIZE * SIZE :][:SIZE]
-        gain = (returns[i] - (group.sum() - total[i]) / (SIZE - 1)) * logp + e.entropy_coef * entropy[i]
+        returns[i] = torch.stack([rewards[begin:].sum() for begin in begins])
+    loss, count, tokens = 0.0, len(returns), sum(map(len, returns.values()))
+    for i, logp in logprobs.items():
+        divisors = {"sequence_mean": count * len(logp), "token_mean": tokens, "fixed_length": count * LIMIT}
+        others = [returns[j][0] for j in returns if j // SIZE == i // SIZE and j != i]
+        gain = (returns[i] - sum(others) / len(others)) * logp + e.entropy_coef * entropy[i]
         gain = gain - (e.beta * kl[i] ** 2 / 2 if e.kl_placement == "loss" else 0)
-        loss = loss - gain.sum() / divisor[i]
+        loss = loss - gain.sum() / divisors.get(e.aggregation, count)
     return loss
 
 
@@ -82,25 +79,29 @@ def loss_by_hand(policy, reference, rows, e):
     + [(family, name, {}) for family in ("gpt2", "qwen3") for name in ("rloo", "token mean")]
     + [("llama", "to go", {"micro_batch_size": 5, "sampling_batch_size": 3})]
     + [("llama", "token mean", {"micro_batch_size": 1}), ("gpt2", "kl", {"micro_batch_size": 2})]
+    + [("llama", name, {"share_seed": False}) for name in ("to go", "kl")]
+    + [("llama", name, {"factory": Faulty}) for name in ("to go", "sequence mean", "token mean", "kl")]
 )  # fmt: skip
 def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, options):
-    """Neither KL, entropy nor divisors have a token of the environment; Unsloth ignored the mask of tools."""
-    estimator, policy, rewards = (
-        ESTIMATORS[name],
-        policy_of(family),
-        Rewards([], environments=Environments(Guess)),
-    )
+    """Neither KL, entropy nor divisors have a token of the environment, nor anything a row that failed.
+
+    Unsloth ignored the mask of tools.
+    """
+    factory, share = (options := {**options}).pop("factory", Guess), options.pop("share_seed", True)
+    rewards = Rewards([], environments=Environments(factory, share_seed=share, timeout=0.3))
+    estimator, policy = ESTIMATORS[name], policy_of(family)
     policy.reference = (reference := policy_of(family, seed=1)).model.requires_grad_(False)
     learner = make_learner(policy, estimator, max_completion_length=LIMIT, learning_rate=1e-9, **options)
     prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
     rows = collect_rows(learner, rewards, prompts, replace(learner.sampling, step=1))
-    environments_words = (~rows.mask & (rows.mask.flip(1).cumsum(1).flip(1) > 0)).sum()
-    assert environments_words > 50 and int(rows.turns.max()) == 2
+    behind = rows.mask.flip(1).cumsum(1).flip(1) > 0
+    assert (~rows.mask & behind).sum() > 50 and int(rows.turns.max()) == 2
+    assert rows.valid.all() == (factory is Guess)
     loss_by_hand(policy, reference, rows, estimator).backward()
     wanted = gradient(policy.model)
     policy.model.zero_grad()
     record = one_step(learner, reward=rewards)
-    assert record.metrics["reward"] == pytest.approx(float(rows.rewards.mean()))
+    assert record.metrics["reward"] == pytest.approx(float(rows.rewards[rows.valid].mean()))
     assert wanted.norm() > 1e-3 and apart(gradient(policy.model), wanted) < 1e-6
     entropies = rows.entropy[rows.mask]
     assert record.metrics["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-6)
