@@ -126,14 +126,14 @@ class Recorded:
     """The usual generator, keeping its prompts, or one that writes a script: a text per row in each call."""
 
     def __init__(self, policy: Policy, *script: list[str]) -> None:
-        self.policy, self.script, self.histories, self.drawn = policy, iter(script), [], []
+        self.policy, self.script, self.histories, self.draws = policy, iter(script), [], []
         self.usual = None if script else TransformersGenerator(policy)
 
     def generate(self, prompt_ids, sampling, draws) -> Rollout:
         self.histories.append([list(ids) for ids in prompt_ids])
         if self.usual:
-            self.drawn.append(self.usual.generate(prompt_ids, sampling, draws))
-            return self.drawn[-1]
+            self.draws.append(draws)
+            return self.usual.generate(prompt_ids, sampling, draws)
         texts, length = next(self.script), sampling.max_completion_length
         rows = [self.policy.tokenizer(text, add_special_tokens=False).input_ids[:length] for text in texts]
         width = max(map(len, rows))

@@ -20,7 +20,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, uniforms
 
 PROMPTS = ["the cat ", "a ", "count to ten ", "sat on "]
 SAMPLING = Sampling(max_completion_length=14, num_generations=3, step=1)
@@ -94,6 +94,17 @@ def test_what_was_sampled_is_never_tokenised_again():
             assert history in generator.histories[turn]
             changed += policy.encode(decoded(history)) != history
     assert changed > 3
+
+
+def test_the_random_numbers_of_a_row_are_counted_in_the_tokens_that_it_chose():
+    policy = guessing()
+    generator, numbers = Recorded(policy), uniforms("training", SAMPLING, range(4))
+    rollout = played(policy, generator=generator)
+    for turn, draws in enumerate(generator.draws):
+        active = (rollout.turns.amax(dim=1) >= turn).nonzero().flatten().tolist()
+        for row, own in zip(active, draws, strict=True):
+            chosen = int((rollout.mask[row] & (rollout.turns[row] < turn)).sum())
+            assert torch.equal(own[: 14 - chosen], numbers[row, chosen:]) and (chosen > 0) == (turn > 0)
 
 
 def test_no_turn_follows_the_end_of_an_episode():
