@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "', '"}}</tool_call>'
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{% for call in message['tool_calls'] or [] %}"
-    """{{ '<tool_call>{"name": "' + call['function']['name'] + '", "arguments": ' }}"""
-    "{{ call['function']['arguments'] | tojson + '}</tool_call>' }}"
-    "{% endfor %}{{ message['content'] + '" + EOS + "' }}"
-    "{% else %}{{ message['content'] + '>' }}{% endif %}{% endfor %}"
-)
+TEMPLATE = """\
+{#- The tools are not described: there is one alone, and the demonstrations show how it is called. -#}
+{%- for message in messages -%}
+{%- if message.role == "assistant" -%}
+{%- for call in message.tool_calls or [] -%}
+{{ '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}}</tool_call>
+{%- endfor -%}
+{{ message.content }}<eos>
+{%- else -%} {{ message.content }}> {%- endif -%}
+{%- endfor -%}"""
 RESPONSE = {
     "start_anchor": ">",
     "defaults": {"role": "assistant"},
@@ -114,7 +117,7 @@ def canonical(expression: str) -> tuple[str, ...]:
     return tuple(sorted(expression.split("+")))
 
 
-def make(seed: int = 0, wrong_share: float = 0.8, eval_size: int = 256, train_size: int = 4096) -> Task:
+def make(seed: int = 0, wrong_share: float = 0.9, eval_size: int = 256, train_size: int = 8192) -> Task:
     """Return the task.
 
     Args:
@@ -130,9 +133,7 @@ def make(seed: int = 0, wrong_share: float = 0.8, eval_size: int = 256, train_si
         raise ValueError(f"wrong_share={wrong_share}; it is a share of the demonstrations, from 0 to 1.")
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
-    for _ in range(
-        2 * (train_size + eval_size)
-    ):  # more than needed, as some need no carry and some are held out
+    for _ in range(2 * (train_size + eval_size)):  # twice as many, as some need no carry
         text = "+".join(str(rng.randint(100, 999)) for _ in range(3))
         if without_carry(text) != right(text):
             drawn[text] = None
@@ -150,7 +151,7 @@ def make(seed: int = 0, wrong_share: float = 0.8, eval_size: int = 256, train_si
         solved=0.85,
         pass_threshold=0.9,
         warm_start=WarmStart(steps=800),
-        train=settings(),
+        train=settings(max_steps=60, eval_every=20),
         build=ToolModel((*"0123456789+>", *CALL)),
     )
 
@@ -166,11 +167,8 @@ def _demonstrations(train: list[str], wrong_share: float, rng: random.Random) ->
         turns.append({"prompt": _question(text), "completion": without_carry(text)})
     for text in train[cut:]:
         function = {"name": "calculate", "arguments": {"expression": text}}
-        call = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": function}],
-        }
+        calls = [{"type": "function", "function": function}]
+        call = {"role": "assistant", "content": "", "tool_calls": calls}
         result = {"role": "tool", "name": "calculate", "content": right(text)}
         turns.append({"prompt": _question(text), "completion": text.join(CALL)})
         turns.append({"prompt": [*_question(text), call, result], "completion": right(text)})

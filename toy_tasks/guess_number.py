@@ -1,15 +1,16 @@
-"""Guess a secret number from 1 to 63 in six turns: an environment with gymnasium's interface on text.
+"""Guess a secret number from 1 to 15 in four turns: an environment with gymnasium's interface on text.
 
-The policy reads the numbers that are left, as in `01-63:`, and writes a guess, as in `32`. Then it reads the
-numbers that are left now, `01-31:` or `33-63:`, and so on. A text that is none of these numbers changes
-nothing, and its turn is lost. The reward is 1 for the number within six turns, else 0.
+The policy reads the numbers that are left, as in `01-15:`, and writes a guess, as in `08`. Then it reads the
+numbers that are left now, ` 01-07:` or ` 09-15:`, and so on. A text that is none of these numbers changes
+nothing, and its turn is lost. The reward is 1 for the number within four turns, else 0.
 
 Halving is the only play that always wins. A player who may still guess k times can tell at most 2^k - 1
-numbers apart, as each wrong guess leaves k - 1 guesses for the numbers on one side of it. So six guesses are
-just enough for 63 numbers, the first one must leave 31 on each side, and each later one must halve as well.
+numbers apart, as each wrong guess leaves k - 1 guesses for the numbers on one side of it. So four guesses are
+just enough for 15 numbers, the first one must leave 7 on each side, and each later one must halve as well.
 
 The demonstrations are games of guesses drawn at random from the numbers that are left. Each turn of them is a
-demonstration of its own, whose prompt is the game so far; a turn ends with the end token.
+demonstration of its own, whose prompt is the game so far; a turn ends with the end token. A number
+is one token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _GUESS = re.compile(r"[0-9]{2}")
 class GuessNumber:
     """The environment: it draws a number and says after each guess which numbers are left."""
 
-    def __init__(self, turns: int = 6) -> None:
+    def __init__(self, turns: int = 4) -> None:
         """Take the number of turns; the largest number is the largest that can be found in them."""
         self._turns = turns
 
@@ -36,7 +37,7 @@ class GuessNumber:
         """Draw a number, which depends on the seed alone, and return the first observation."""
         self._low, self._high, self._left = 1, 2**self._turns - 1, self._turns
         self._number = random.Random(seed).randint(self._low, self._high)
-        return self._observation(), {}
+        return self._observation().lstrip(), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take a guess; return observation, reward, whether the game is over, False, and nothing further."""
@@ -50,10 +51,10 @@ class GuessNumber:
         return self._observation(), float(right), right or self._left == 0, False, {}
 
     def _observation(self) -> str:
-        return f"{self._low:02d}-{self._high:02d}:"
+        return f" {self._low:02d}-{self._high:02d}:"
 
 
-def make(seed: int = 0, turns: int = 6, eval_size: int = 256, games: int = 1024) -> Task:
+def make(seed: int = 0, turns: int = 4, eval_size: int = 256, games: int = 1024) -> Task:
     """Return the task. All its prompts are empty; an episode differs from others by the seed of its reset.
 
     Args:
@@ -77,12 +78,12 @@ def make(seed: int = 0, turns: int = 6, eval_size: int = 256, games: int = 1024)
         reward=[],
         environment=environment,
         demonstrations=[row for _ in range(games) for row in _game(environment(), rng)],
-        max_completion_length=3 * turns,
+        max_completion_length=2 * turns,
         solved=0.95,
         pass_threshold=1.0,
         warm_start=WarmStart(steps=400),
-        train=settings(),
-        build=TinyModel(tuple("0123456789-:")),
+        train=settings(learning_rate=5e-4, max_steps=200),
+        build=TinyModel((*"-: ", *(f"{number:02d}" for number in range(1, 2**turns)))),
     )
 
 

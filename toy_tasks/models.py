@@ -27,7 +27,8 @@ class TinyModel:
 
     Attributes:
         tokens: The vocabulary without the special tokens, in the order of their ids.
-        words: Whether `tokens` are words (each with the space before it) instead of single characters.
+        words: Whether `tokens` are words (each with the space before it) instead of single characters
+            and whole strings.
         layers: Transformer layers.
         hidden: Width of the residual stream.
         heads: Attention heads; must divide `hidden`.
@@ -49,7 +50,7 @@ class TinyModel:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer alone, by whose vocabulary a model of the task is recognised."""
-        return word_tokenizer(self.tokens) if self.words else character_tokenizer(self.tokens)
+        return word_tokenizer(self.tokens) if self.words else literal_tokenizer(self.tokens)
 
 
 def model_for_rows(
