@@ -20,15 +20,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly
-from tokenrl.language.policy.prompts import (
-    Prompt,
-    check_form,
-    for_template,
-    formed,
-    render,
-    reply_ids,
-    saved_form,
-)
+from tokenrl.language.policy.prompts import Prompt, check_form, formed, render, reply_ids, saved_form
 from tokenrl.language.policy.saving import check_base
 from tokenrl.language.policy.stops import DECODING, StopStrings
 from tokenrl.settings import check_choice
@@ -60,7 +52,7 @@ class Policy:
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
-    reply_starts: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    reply_starts: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +101,7 @@ class Policy:
         else:
             begun = bool(prompt) and prompt[-1].get("role") == "assistant"
             turn: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
-            turn |= for_template(tokenizer, tools, self.source)
-            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **turn))
+            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, tools=tools, **turn))
         if not ids and tokenizer.bos_token_id is None:
             raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
         return ids or [tokenizer.bos_token_id]
@@ -137,9 +128,8 @@ class Policy:
         if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        state = (self.form, self.source, self.eos_ids, self.reply_starts)
-        ids, end = reply_ids(self.tokenizer, messages, *state, tools)
-        return ids[end:] if ended else ids
+        ids = reply_ids(self, messages, tools)
+        return ids[1:] if ended and ids[0] in self.eos_ids else ids
 
     def ask(self, form: PromptArguments) -> None:
         """Ask the model in this form from now on, and end its completions at the stop strings of the form.

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,55 +144,36 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
 
 
 def render(
-    tokenizer: Any, messages: Any, form: PromptArguments, name: str, *, tokenize: bool = False, **options: Any
+    tokenizer: Any, messages: Any, form: PromptArguments, name: str, tools: Sequence[Any] = (), **options: Any
 ) -> Any:
-    """Return messages as the chat template writes them, as text or as token ids.
+    """Return messages as the chat template writes them, as text, or with the option tokenize as token ids.
 
     Raises:
-        Refused: there is no template, or it refuses them.
+        Refused: there is no template, it refuses them, or it never reads tools and there are some.
     """
     from jinja2 import TemplateError
 
     _check_template(tokenizer, name)
+    if tools and not re.search(r"\btools\b", str(tokenizer.get_chat_template())):
+        raise Refused(
+            f"The chat template of {name!r} never reads tools, so the policy would not see those of the "
+            "environment: take a model whose template knows tools, or an environment without them."
+        )
+    fixed = {"tokenize": False, "return_dict": False, "tools": list(tools) or None}
     try:
-        options |= {"tokenize": tokenize, "return_dict": False, **_variables(form)}
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, **(fixed | options | _variables(form)))
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         fault = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
         raise Refused(f"{fault}. Give prompts as the template takes them, the system's words too.") from error
 
 
-def for_template(tokenizer: Any, tools: Sequence[Any], name: str) -> dict[str, Any]:
-    """Return the argument that gives tools to the chat template; none if there are no tools.
-
-    Raises:
-        Refused: the template never reads tools.
-    """
-    if tools and not re.search(r"\btools\b", str(tokenizer.get_chat_template())):
-        raise Refused(
-            f"The chat template of {name!r} never reads tools, so the policy would not see those of the "
-            "environment: take a model whose template knows tools, or an environment without them."
-        )
-    return {"tools": list(tools)} if tools else {}  # some templates write a heading above an empty list
-
-
-def reply_ids(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    form: PromptArguments,
-    name: str,
-    eos_ids: Sequence[int],
-    starts: dict[str, tuple[int, int]],
-    tools: Sequence[Any] = (),
-) -> tuple[list[int], int]:
+def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
     """Return the ids that a chat template writes from a turn of the assistant to its next one.
 
     They are taken from a conversation of two dummy turns, without tokenising the episode again. Where they
-    start in it is checked once and remembered in `starts`.
-
-    Returns:
-        The ids, and how many of them end the turn before: 1 if the template ends it with EOS, else 0.
+    start in it is checked once and remembered in `reply_starts` of the policy. The first id is the EOS that
+    ends the turn before, if the template writes one.
 
     Raises:
         Refused: the template writes what is before or behind a turn otherwise once messages follow.
@@ -201,34 +183,30 @@ def reply_ids(
         call = {"name": messages[0]["name"], "arguments": {}}
         answer |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
     dummy = [{"role": "user", "content": "?"}, answer]
-    options = {"tokenize": True, **for_template(tokenizer, tools, name)}
-
-    def written(replies: Sequence[Mapping[str, Any]]) -> list[int]:
-        options["add_generation_prompt"] = bool(replies)
-        return list(render(tokenizer, [*dummy, *replies], form, name, **options))
-
-    whole = written(messages)
-    key = str((tokenizer.chat_template, form, answer, len(messages), [tool.__qualname__ for tool in tools]))
-    if key in starts:  # the ids before an answer depend on none of its words
-        return whole[starts[key][0] :], starts[key][1]
-    before = written([])
-    others = written([{**turn, "content": turn["content"] + " and more"} for turn in messages])
-    ends = [i for i, token in enumerate(before) if token in eos_ids]
-    later = [i for i, token in enumerate(whole) if token in eos_ids]
-    start = later[len(ends) - 1] if 0 < len(ends) <= len(later) else 0  # where the dummy turn ends
-    # The turn itself may differ, as some templates drop the thoughts of all turns but the last.
-    head = ends[-2] + 1 if len(ends) > 1 else 0
-    tail = before[ends[-1] :] if ends else before
-    same = whole[:head] == before[:head] and whole[start : start + len(tail)] == tail
-    ended = not ends or not tokenizer.decode(tail[1:]).strip()  # else EOS stands before a turn, not behind it
-    if not (same and ended and whole[: start + 1] == others[: start + 1]):
-        raise Refused(
-            f"The chat template of {name!r} writes earlier messages otherwise once others follow them, so an "
-            "episode of several turns cannot be continued token by token: give the tokenizer a chat_template "
-            "that leaves them as they are."
-        )
-    starts[key] = (start, 1) if ends else (len(before), 0)
-    return whole[starts[key][0] :], starts[key][1]
+    form = {"form": policy.form, "name": policy.source, "tools": tools}
+    ids_of: Any = partial(render, policy.tokenizer, **form, tokenize=True)
+    whole, starts = ids_of([*dummy, *messages], add_generation_prompt=True), policy.reply_starts
+    key = str((policy.form, answer, len(messages), [tool.__qualname__ for tool in tools]))
+    if key not in starts:  # the ids before an answer depend on none of its words
+        before = ids_of(dummy)
+        others = [{**turn, "content": turn["content"] + " and more"} for turn in messages]
+        others = ids_of([*dummy, *others], add_generation_prompt=True)
+        ends, later = ([i for i, x in enumerate(ids) if x in policy.eos_ids] for ids in (before, whole))
+        head = start = len(before)
+        tail: list[int] = []
+        if ends:  # the turn itself may differ, as some templates drop the thoughts of all turns but the last
+            head, tail = ([-1, *ends])[-2] + 1, before[ends[-1] :]
+            start = next(iter(later[len(ends) - 1 :]), len(whole))  # where the dummy turn ends
+        same = whole[:head] == before[:head] and whole[start : start + len(tail)] == tail
+        same = same and whole[: start + 1] == others[: start + 1]
+        if not same or policy.tokenizer.decode(tail[1:]).strip():  # or EOS is before a turn, not behind it
+            raise Refused(
+                f"The chat template of {policy.source!r} writes earlier messages otherwise once others "
+                "follow them, so an episode of several turns cannot be continued token by token: give the "
+                "tokenizer a chat_template that leaves them as they are."
+            )
+        starts[key] = start
+    return whole[starts[key] :]
 
 
 def _variables(form: PromptArguments) -> dict[str, Any]:
