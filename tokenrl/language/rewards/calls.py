@@ -35,11 +35,9 @@ num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_absta
 kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_seconds
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
+BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
 RESERVED = {
-    "log_metric": (
-        METRICS.split(),
-        ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/"),
-    ),
+    "log_metric": (METRICS.split(), BEGINNINGS),
     "log_extra": (["prompt", "completion", "reward", "advantage", "truncated"], ("rewards/",)),
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
@@ -62,7 +60,7 @@ class Attempt(NamedTuple):
 
 
 class Overdue(BaseException):
-    """A call missed its deadline. User code that catches Exception does not catch it."""
+    """A call missed its deadline, of some seconds. User code that catches Exception does not catch it."""
 
 
 class CallResults(NamedTuple):
@@ -225,10 +223,8 @@ def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None
 
     tasks = [asyncio.run_coroutine_threadsafe(attempt(one), _event_loop()) for one in awaitables]
     concurrent.futures.wait(tasks, timeout)
-    overdue = Overdue("" if timeout is None else f"{timeout:g}")
-    return [
-        Attempt(None, overdue, 0.0) if task.cancel() else task.result() for task in tasks
-    ]  # one that is done is not cancelled
+    overdue = Attempt(None, Overdue(timeout), 0.0)
+    return [overdue if task.cancel() else task.result() for task in tasks]  # one that is done cannot be
 
 
 @functools.cache

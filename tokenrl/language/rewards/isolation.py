@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import random
 import signal
-import time
 import types
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -29,19 +28,15 @@ class Streams:
     """An episode's own state of the global streams of `random` and `numpy.random`; active in a `with`."""
 
     def __init__(self, seed: int) -> None:
-        self._own = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
+        self._states = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
 
-    def __enter__(self) -> None:
-        self._outside = self._exchange(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        self._own = self._exchange(self._outside)
-
-    def _exchange(self, states: tuple[Any, Any]) -> tuple[Any, Any]:
+    def _exchange(self, *_: object) -> None:
         before = random.getstate(), np.random.get_state()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        return before
+        random.setstate(self._states[0])
+        np.random.set_state(self._states[1])
+        self._states = before
+
+    __enter__ = __exit__ = _exchange
 
 
 def call_all(
@@ -81,6 +76,7 @@ def deadline(seconds: float | None) -> Iterator[None]:
     """Interrupt Python code and waits in the block after some seconds, by a signal.
 
     It comes again after as many seconds, for code that catches every exception, or a finalizer that drops it.
+    A timer of the program itself stands still in the block.
 
     Raises:
         Overdue: the deadline was missed.
@@ -91,16 +87,15 @@ def deadline(seconds: float | None) -> Iterator[None]:
         return
 
     def interrupt(*_: object) -> None:
-        raise Overdue(f"{seconds:g}")
+        raise Overdue(seconds)
 
     try:
         before = signal.signal(signal.SIGALRM, interrupt)
     except (AttributeError, ValueError) as error:
-        problem = f"A signal bounds the calls of environments, and is impossible here ({describe(error)})"
-        raise Refused(
-            f"{problem}: leave reward_timeout out, or run on Linux or macOS in the main thread."
-        ) from error
-    began, timer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        problem = f"No signal can bound the calls of environments here ({describe(error)})"
+        mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
+        raise Refused(f"{problem}: {mend}.") from error
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         try:
             yield
@@ -109,8 +104,7 @@ def deadline(seconds: float | None) -> Iterator[None]:
     finally:  # also if the signal arrived while the timer was being switched off
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
-        if timer[0]:
-            signal.setitimer(signal.ITIMER_REAL, max(timer[0] - (time.monotonic() - began), 1e-6), timer[1])
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 @types.coroutine
