@@ -22,8 +22,9 @@ from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.collect import prompt_text, transcript
+from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import completion_limit
+from tokenrl.language.training.evaluation import transcript
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads

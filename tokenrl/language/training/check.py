@@ -28,8 +28,9 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import failures_of, logprobs_under, prompt_text, sample, transcript
+from tokenrl.language.training.collect import failures_of, logprobs_under, prompt_text, sample
 from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
+from tokenrl.language.training.evaluation import transcript
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations

@@ -27,7 +27,6 @@ from tokenrl.language.rollout.rewarded import prompts_of, reward_rows, sample_ro
 from tokenrl.language.rollout.rollout import Rollout, cat, lengths
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.runs.console import message_text
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -263,13 +262,6 @@ def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[
 def prompt_text(prompt: Any) -> str:
     """Return a prompt as a person would type it: the text itself, or the last of its chat messages."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def transcript(prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None) -> str:
-    """Return an episode as text for people: what each role wrote, and how it ended."""
-    turns = [("prompt", prompt), *((turn["role"], message_text(turn)) for turn in messages)]
-    turns.append(("ending", f"{ending}. {failure}" if failure else ending))
-    return "\n".join(f"{role:<11}{text}".replace("\n", "\n" + " " * 11) for role, text in turns)
 
 
 def failures_of(rows: Sequence[Mapping[str, Any]]) -> str:

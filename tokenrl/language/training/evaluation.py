@@ -25,6 +25,7 @@ from tokenrl.language.rollout.rewarded import prompts_of, sample_and_reward, tex
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.language.training.collect import completion_kl
+from tokenrl.runs.console import message_text
 
 Row = Mapping[str, Any]
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
@@ -301,6 +302,13 @@ def sampled_rows(
             columns |= {name: values.tolist() for name, values in kl.items()}
         rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return rows
+
+
+def transcript(prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None) -> str:
+    """Return an episode as text for people: what each role wrote, and how it ended."""
+    turns = [("prompt", prompt), *((turn["role"], message_text(turn)) for turn in messages)]
+    turns.append(("ending", f"{ending}. {failure}" if failure else ending))
+    return "\n".join(f"{role:<11}{text}".replace("\n", "\n" + " " * 11) for role, text in turns)
 
 
 def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:
