@@ -95,5 +95,5 @@ def test_a_policy_trains_on_it(sessions, tmp_path):
     )  # fmt: skip
     assert run.exit_reason == "finished" and sessions.count("/ws") <= 8  # 2 prompts, 4 generations
     (rows,) = [parquet.read_table(path).to_pylist() for path in (tmp_path / "run").rglob("*1.parquet")]
-    assert all(row["failure"] == "" and row["ending"] in ENDINGS[:4] for row in rows)
+    assert all(not row["failure"] and row["ending"] in ENDINGS[:4] for row in rows)
     assert {"role": "user", "content": "no>"} in [m for row in rows for m in json.loads(row["messages"])]
