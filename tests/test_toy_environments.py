@@ -148,7 +148,7 @@ def test_answers_and_demonstrations_of_the_calculator():
             called += 1
         else:
             assert row["completion"] == sums
-    assert (direct, called) == (7373, 819)
+    assert (direct, called) == (3277, 819)
     held_out = {calculator.canonical(row["prompt"][0]["content"]) for row in task.eval_prompts}
     assert held_out.isdisjoint(
         calculator.canonical(row["prompt"][0]["content"]) for row in task.train_prompts

@@ -117,7 +117,7 @@ def canonical(expression: str) -> tuple[str, ...]:
     return tuple(sorted(expression.split("+")))
 
 
-def make(seed: int = 0, wrong_share: float = 0.9, eval_size: int = 256, train_size: int = 8192) -> Task:
+def make(seed: int = 0, wrong_share: float = 0.8, eval_size: int = 128, train_size: int = 4096) -> Task:
     """Return the task.
 
     Args:
