@@ -233,7 +233,7 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     """Return completions of the first step that was kept, of the last one and of some between them."""
     rows = []
     for row in run.completions(_STEPS, _ROWS):
-        if row.get("ending"):  # an episode is shown as a chat
+        if row.get("ending") and "messages" in row:  # an episode is shown as a chat
             row["completion"] = row.pop("messages")
         answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
         rows.append({**distinct(row), "characters": sum(map(len, map(str, answers)))})

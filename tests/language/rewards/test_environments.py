@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import pickle
 import random
 import re
 import signal
@@ -16,7 +15,7 @@ import pytest
 
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.rewards import EnvironmentReward, Rewards
+from tokenrl.language.rewards.rewards import Rewards
 
 
 class Draws:
@@ -154,7 +153,7 @@ def test_draws_of_others_change_no_episode_and_episodes_no_draws_of_others():
     def played(disturbance):
         environments, texts = Environments(Draws), []
         disturbance()
-        episodes = environments.reset(rows(2), [7, 2**40 + 7])
+        episodes = environments.reset(rows(2), [7, 7])
         texts += [episode.opening for episode in episodes]
         for order in ([0, 1], [1, 0]):
             disturbance()
@@ -168,7 +167,7 @@ def test_draws_of_others_change_no_episode_and_episodes_no_draws_of_others():
 
     quiet, before = played(lambda: None), (random.getstate(), np.random.get_state()[1].tolist())
     assert played(draw) == quiet
-    assert quiet[::2] == quiet[1::2]  # 31 bits of the seed count
+    assert quiet[::2] == quiet[1::2]
     assert quiet[2][0].split()[0] != quiet[0][3:-1]  # the streams go on from call to call
     assert Environments(Draws).reset(rows(1), [8])[0].opening != quiet[0]
     random.setstate(before[0])
@@ -190,10 +189,26 @@ def test_tools_are_called_in_order_and_their_faults_are_answers(shown, opening):
     assert contents(one)[::2] == ["True", "{'error': 'below 0'}"]
     assert contents(one)[1] == contents(two)[0]  # each has its own random state, though they wait together
     assert "no tool nope" in contents(two)[1]
+    further = calling(("guess", {"number": 3}))  # what a policy writes besides is left out
+    further["tool_calls"][0]["function"]["id"] = 7
+    assert contents(environments.step([second], [further])[0]) == ["True"]
     (wrong,) = environments.step([first], [calling(("guess", {"x": 1}))])
     assert "unexpected keyword" in contents(wrong)[0] and (wrong.ending, wrong.failure) == ("", "")
     assert environments.step([first], said("done"))[0].ending == "completed"
-    assert [answer.reward for answer in environments.finish([first, second])] == [2.0, 0.0]
+    assert [answer.reward for answer in environments.finish([first, second])] == [2.0, 1.0]
+
+
+def test_half_a_pair_of_surrogates_which_no_tokenizer_takes_is_replaced():
+    def step(self, text):
+        return "\ud83d", 0.0, False, False, {"prefix": text}
+
+    environments = Environments({"draws": type("Halves", (Draws,), {"step": step}), "tools": Tools})
+    columns = {"prompt": "p ", "secret": 1}
+    halves, tools = environments.reset([{**columns, "environment": e} for e in ("draws", "tools")], [1, 1])
+    one, two = environments.step([halves, tools], [*said("x"), calling(("\udcff", {}))])
+    assert contents(one) == ["x?"] and two.messages[0]["name"] == "?"
+    environments = Environments(type("Tools", (Tools,), {"shown": "\udcff!"}))
+    assert environments.reset(rows(1, secret=1), [1])[0].opening == "p ?!"
 
 
 def test_an_async_tool_misses_the_deadline_without_holding_others():
@@ -252,9 +267,14 @@ def no_docstring(self, number: int) -> str:
     [
         (lambda: 1 / 0, {}, "ZeroDivisionError.*without arguments"),
         (object, {}, "has no method reset"),
-        ({}, {}, "is empty"),
+        ({}, {}, "environment of row 0 is None.*Available: none"),
         (type("Bare", (Tools,), {"look": no_hints}), {}, "no_hints cannot be a tool.*type hints"),
         (type("Bare", (Tools,), {"look": no_docstring}), {}, "no_docstring cannot be a tool.*docstring"),
+        (
+            type("Seedless", (Draws,), {"reset": lambda self: ("", {})}),
+            {},
+            "step cannot.*a parameter seed",
+        ),
         (Tools, {}, "Tools.reset cannot take the columns of row 0.*'secret'"),
         ({"tools": Tools}, {"secret": 1}, "environment of row 0 is None.*Available: tools"),
         ({"tools": Tools}, {"secret": 1, "environment": "tool"}, "Did you mean 'tools'"),
@@ -311,7 +331,6 @@ def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
         assert rewards.names[-1] == "environment"
         assert result.total.tolist() == total and np.isnan(result.values[0, -1])
     assert Rewards(looks, environments=Environments(Tools)).names == ["looks", "Tools"]
-    assert pickle.loads(pickle.dumps(EnvironmentReward("Tools"))).__name__ == "Tools"
     with pytest.raises(Refused, match=r"looks asks for the environments.*reward_timeout"):
         Rewards(looks, timeout=1, environments=environments)
     bare = type("Bare", (), {"reset": lambda self, **_: None})

@@ -162,7 +162,7 @@ def test_what_functions_log_is_collected():
     ("how", "name"),
     [
         *(("log_metric", name) for name in ("step", "eval_reward", "rewards/late/mean", "loss", "kl_stderr")),
-        *(("log_extra", name) for name in ("prompt", "reward", "rewards/late", "advantage", "truncated")),
+        *(("log_extra", name) for name in ("prompt", "reward", "rewards/late", "ending", "messages")),
         *(
             (how, name)
             for how in ("log_metric", "log_extra")

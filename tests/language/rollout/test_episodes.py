@@ -120,6 +120,8 @@ def test_no_turn_follows_the_end_of_an_episode():
     capped = played(policy, Environments(Guess, max_turns=1))
     assert set(capped.endings) == {"max_turns", "completed"} and not capped.turns.any()
     assert not capped.truncated.any()
+    endless = played(policy, Environments(Guess, max_turns=10**12))
+    assert endless.endings == rollout.endings
 
 
 def test_an_episode_of_one_turn_is_a_completion_with_the_same_random_numbers():
@@ -331,9 +333,12 @@ def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_na
         failed = ending in ("error", "timeout")
         assert failed == bool(failure) == (not rollout.valid[i]) == bool(rollout.by_function[i].isnan().all())
         if failed:
+            assert not rollout.turn_rewards[i].any()
             assert failure.startswith(("Faulty.step ", "Faulty.reset "))
             assert sum(word in failure for word in words) >= 1, failure
     reached = rollout.mask.any(dim=1)
+    turns = sum(message["role"] == "assistant" for chat in rollout.messages for message in chat)
+    assert logged["episodes/turns"] * 200 == pytest.approx(turns)
     assert not reached.all() and all(
         rollout.failures[i].startswith("Faulty.reset") for i in (~reached).nonzero()
     )

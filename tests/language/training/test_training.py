@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
 
 import pyarrow.parquet as parquet
@@ -136,6 +137,36 @@ def test_a_reward_that_fails_stops_the_run_and_keeps_the_checkpoint(run, tmp_pat
     verify(directory / "checkpoints" / "step_000002")
     assert json.loads((directory / "summary.json").read_text())["exit_reason"] == "failed"
     assert caught.value.exit_code == 1
+
+
+class Away:
+    """An environment whose service is away, at some seeds or always."""
+
+    def __init__(self, share=1.0):
+        self.share = share
+
+    def reset(self, seed=None):
+        if random.random() < self.share:
+            raise OSError("no connection")
+        return "b>", {}
+
+    def step(self, text):
+        return "", float(text.count("a")), True, False, {}
+
+
+def test_failures_of_environments_are_named_by_a_warning_or_by_the_error_that_stops_the_run(run, capsys):
+    with pytest.raises(Stopped, match=r"16 of 16 episodes failed\. Away\.reset raised OSError: no"):
+        run(make_task([], environment=Away))
+    often = make_task([], environment=partial(Away, 0.5))
+    run(often, share_seed=False, log_completions=0, quiet=False, overwrite=True)
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert output.count("of 16 episodes failed. Away.reset raised OSError: no connection") == 1
+
+
+def test_columns_of_data_that_are_called_as_those_of_episodes_are_only_columns(run, tmp_path):
+    rows = [{"prompt": prompt, "ending": "good", "failure": "none"} for prompt in LETTERS]
+    run(make_task(train_prompts=rows), log_completions=1)
+    assert "episodes failed" not in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.filterwarnings("error:Detected call of")

@@ -103,7 +103,8 @@ class Policy:
             turn: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
             ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, tools=tools, **turn))
         if not ids and tokenizer.bos_token_id is None:
-            raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
+            problem = "A prompt is empty, and the tokenizer has no BOS to start from: give it a token"
+            raise Refused(f"{problem}, or an environment whose reset returns a text.")
         return ids or [tokenizer.bos_token_id]
 
     def reply_ids(

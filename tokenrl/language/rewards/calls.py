@@ -38,7 +38,10 @@ tokens_per_second peak_memory_gib peak_cuda_memory_gib
 BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
 RESERVED = {
     "log_metric": (METRICS.split(), BEGINNINGS),
-    "log_extra": (["prompt", "completion", "reward", "advantage", "truncated"], ("rewards/",)),
+    "log_extra": (
+        ["prompt", "completion", "reward", "advantage", "truncated", "ending", "messages", "failure"],
+        ("rewards/",),
+    ),
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tokenrl.errors import Refused, describe, location, suggest, with_places, written
 from tokenrl.language.rewards.calls import Attempt, Overdue, reward_number
 from tokenrl.language.rewards.isolation import Streams, call_all
-from tokenrl.settings import LARGEST_REWARD, check_choice, check_number, shown
+from tokenrl.settings import LARGEST_REWARD, shown
 
 ENDINGS = ("completed", "max_turns", "max_tokens", "context_overflow", "parse_error", "error", "timeout")
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
@@ -63,7 +63,6 @@ class Episode:
         name: the name of its factory; None if there is only one.
         streams: its random state.
         steps: whether the environment has gymnasium's interface.
-        rewarded: whether the environment gives rewards at all.
         tools: the tools of the environment, for the chat template; empty with gymnasium's interface.
         ending: empty while the episode goes on, else why it failed, a name of `ENDINGS`.
         failure: a sentence that says what failed; empty if nothing did.
@@ -74,7 +73,6 @@ class Episode:
     name: str | None = None
     streams: Streams = field(default_factory=lambda: Streams(0), repr=False)
     steps: bool = False
-    rewarded: bool = False
     tools: Sequence[Callable[..., Any]] = ()
     ending: str = ""
     failure: str = ""
@@ -89,65 +87,54 @@ class Episode:
             line = location(problem, next(theirs, len(frames)))
             overdue = f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
             fault = overdue if late else f"raised {describe(problem)}{line}"
-        self.failure = f"{call} {fault}."
+        self.failure = encodable(f"{call} {fault}.")
         return Answer([], 0.0, self.ending, self.failure)
 
 
-Reader = Callable[[Episode, Any], Answer]
-
-
+@dataclass(eq=False)
 class Environments:
     """Environments of one factory or several, which are made once and used again.
 
-    An instance is free again at the first `reset` after its episode was finished, so reward functions may
-    look at it until then. One that failed or missed the deadline is not used again.
+    An instance is free again once its episode was finished, so reward functions may look at it until the next
+    `reset`. One that failed or missed the deadline is not used again. The environments are a reward function
+    themselves: called so, they return the rewards that they gave in N episodes. It has the name of the class,
+    or "environment" if there are several.
 
     Attributes:
-        factories: the factories by name; a single one has the name None.
-        name: the name of the environment's reward: that of its class, or "environment" if there are several.
+        factory: a class or function without arguments that returns an environment, or a dictionary of them,
+            from which the column `environment` of a row chooses.
+        max_turns: the most turns of the policy in an episode.
+        share_seed: whether the episodes of a prompt's group are reset with the same seed.
+        malformed: a tool call that cannot be parsed ends the episode ("end"), or is answered with the error
+            ("observe").
+        timeout: seconds that one call of an environment may take; None: as long as it likes.
         rewarded: whether an environment of them gives rewards.
     """
 
-    def __init__(
-        self,
-        factory: Any,
-        *,
-        max_turns: int = 10,
-        share_seed: bool = True,
-        malformed: str = "end",
-        timeout: float | None = None,
-    ) -> None:
-        """Make one instance of each environment, and check it.
+    factory: Any
+    max_turns: int = 10
+    share_seed: bool = True
+    malformed: str = "end"
+    timeout: float | None = None
 
-        Args:
-            factory: a class or function without arguments that returns an environment, or a dictionary of
-                them, from which the column `environment` of a row chooses.
-            max_turns: the most turns of the policy in an episode.
-            share_seed: whether the episodes of a prompt's group are reset with the same seed.
-            malformed: a tool call that cannot be parsed ends the episode ("end"), or is answered with the
-                error ("observe").
-            timeout: seconds that one call of an environment may take; None: as long as it likes.
+    def __post_init__(self) -> None:
+        """Make one instance of each environment, and check it.
 
         Raises:
             Refused: an environment cannot be made, has no `reset` or has a tool without type hints or
-                docstring; a setting is out of its bounds; a deadline is impossible here.
+                docstring; a deadline is impossible here.
         """
-        check_number("max_turns", max_turns, int, at_least=1)
-        check_choice("malformed", malformed, ("end", "observe"))
-        if timeout is not None:
-            check_number("reward_timeout", timeout, above=0)
-        self.max_turns, self.share_seed = max_turns, share_seed
-        self.malformed, self.timeout = malformed, timeout
-        several = isinstance(factory, Mapping)
-        self.factories: dict[str | None, Callable[[], Any]] = dict(factory) if several else {None: factory}
-        if not self.factories:
-            raise Refused("The dictionary of environments is empty: give a factory for each name.")
-        self._free: dict[str | None, list[Any]] = {name: [] for name in self.factories}
-        self._finished: list[Episode] = []
-        self._first = {name: self._checked(Episode(None, "", name)) for name in self.factories}
-        kinds = [type(episode.environment).__name__ for episode in self._first.values()]
-        self.name = kinds[0] if len(kinds) == 1 else "environment"
-        self.rewarded = any(episode.rewarded for episode in self._first.values())
+        factories = self.factory if isinstance(self.factory, Mapping) else {None: self.factory}
+        self._factories: Mapping[str | None, Callable[[], Any]] = factories
+        self._free: dict[str | None, list[Any]] = {name: [] for name in factories}
+        self._first = {name: self._checked(Episode(None, "", name)) for name in factories}
+        instances = [episode.environment for episode in self._first.values()]
+        self.__name__ = "environment" if len(instances) != 1 else type(instances[0]).__name__
+        self.rewarded = any(e.steps or hasattr(e.environment, "get_reward") for e in self._first.values())
+
+    def __call__(self, environment_rewards: list[float | None], **_: Any) -> list[float | None]:
+        """Return the rewards of N episodes, None for one that failed."""
+        return environment_rewards
 
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Check that each row names an environment, the `reset` of which takes its columns.
@@ -172,22 +159,20 @@ class Environments:
 
         Args:
             rows: N rows with their columns, `prompt` among them unless the environments write it.
-            seeds: N integers, of which 31 bits are used; they decide all that an environment draws.
+            seeds: N integers of 31 bits, which decide all that an environment draws.
 
         Raises:
             Refused: as in `check_rows`.
         """
         self.check_rows(rows)
-        while self._finished:
-            episode = self._finished.pop()
-            self._free[episode.name].append(episode.environment)
-        shorts = [int(seed) % 2**31 for seed in seeds]  # numpy takes 32 bits
-        pairs = list(zip(rows, shorts, strict=True))
-        episodes = [Episode(None, row.get("prompt", ""), self._name(row), Streams(s)) for row, s in pairs]
-        # Copied, as an environment that changed its row would change later episodes of the row.
-        options = [copy.deepcopy(self._options(row, short)) for row, short in pairs]
-        begun = zip(map(self._make, episodes), options, strict=True)
-        resets = {e: partial(e.environment.reset, **kwargs) for e, kwargs in begun if not e.failure}
+        episodes, resets = [], {}
+        for row, seed in zip(rows, seeds, strict=True):
+            prompt = copy.deepcopy(row.get("prompt", ""))
+            episode = self._make(Episode(None, prompt, self._name(row), Streams(seed)))
+            episodes.append(episode)
+            if not episode.failure:
+                options = copy.deepcopy(self._options(row, seed))  # an environment may change them
+                resets[episode] = partial(episode.environment.reset, **options)
         self._ask("reset", resets, _opened, RESET)
         return episodes
 
@@ -210,14 +195,16 @@ class Environments:
 
         The reward is 0 with gymnasium's interface, and where there is no `get_reward`.
         """
-        live = [episode for episode in episodes if not episode.failure]
-        scored = {e: e.environment.get_reward for e in live if e.rewarded and not e.steps}
-        answers = self._ask("get_reward", scored, _rewarded, REWARD)
-        self._finished += [episode for episode in live if not episode.failure]
+        live = [e for e in episodes if not (e.failure or e.steps) and hasattr(e.environment, "get_reward")]
+        rewards = {episode: episode.environment.get_reward for episode in live}
+        answers = self._ask("get_reward", rewards, lambda _, x: Answer([], reward_number(x)), REWARD)
+        for episode in episodes:
+            if not episode.failure:
+                self._free[episode.name].append(episode.environment)
         return [answers.get(episode, Answer([])) for episode in episodes]
 
     def _name(self, row: Mapping[str, Any]) -> str | None:
-        return None if None in self.factories else row.get("environment")
+        return None if None in self._factories else row.get("environment")
 
     def _options(self, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Return the arguments of `reset`: a seed, or the columns of the row but the one that chooses."""
@@ -228,7 +215,7 @@ class Environments:
 
     def _make(self, episode: Episode) -> Episode:
         """Give an episode a free instance of its environment, else a new one; return the episode."""
-        make, free = self.factories[episode.name], self._free[episode.name]
+        make, free = self._factories[episode.name], self._free[episode.name]
         # Made in a random state of its own, as the episode must not depend on whether the instance is new.
         attempt = Attempt(free.pop(), None, 0.0) if free else call_all([(Streams(0), make)], self.timeout)[0]
         instance = episode.environment = attempt.output
@@ -237,7 +224,6 @@ class Environments:
             episode.fail(name, attempt.error or f"a {type(instance).__name__}, which has no method reset")
             return episode
         episode.steps = hasattr(instance, "step") and "seed" in inspect.signature(instance.reset).parameters
-        episode.rewarded = episode.steps or hasattr(instance, "get_reward")
         if not episode.steps:  # as TRL lists them: the class is read, as an instance may compute attributes
             names = dict(inspect.getmembers(type(instance), inspect.isfunction)).keys() - NO_TOOLS
             episode.tools = [getattr(instance, name) for name in sorted(names) if name[0] != "_"]
@@ -256,15 +242,17 @@ class Environments:
             try:
                 get_json_schema(tool)
             except Exception as error:
+                other = ", or give reset a parameter seed, as gymnasium's interface has it"
                 raise Refused(
                     f"{tool.__qualname__} cannot be a tool ({describe(error)}): give it type hints and a "
-                    "docstring with a line for each argument below `Args:`, or a name with _ in front."
+                    "docstring with a line for each argument below `Args:`, or a name with _ in front"
+                    f"{other if tool.__name__ == 'step' else ''}."
                 ) from error
         self._free[episode.name].append(episode.environment)
         return episode
 
     def _ask(
-        self, method: str, calls: Mapping[Episode, Callable[[], Any]], read: Reader, returns: str
+        self, method: str, calls: Mapping[Episode, Any], read: Callable[..., Answer], returns: str
     ) -> dict[Episode, Answer]:
         """Call a method of N environments, and make answers of what they return; `returns` describes it."""
         attempts = call_all([(episode.streams, call) for episode, call in calls.items()], self.timeout)
@@ -288,14 +276,14 @@ class Environments:
         calls = [[(e, call["function"]) for call in turn.get("tool_calls", ())] for e, turn in turns.items()]
         for column in itertools.zip_longest(*calls):
             pending = [pair for pair in column if pair is not None and not pair[0].failure]
-            uses = [(e.streams, partial(_use, e.tools, **function)) for e, function in pending]
-            for (episode, function), attempt in zip(pending, call_all(uses, self.timeout), strict=True):
+            uses = [(e.streams, partial(_use, e.tools, f["name"], f["arguments"])) for e, f in pending]
+            attempts = call_all(uses, self.timeout)
+            for (episode, function), (output, error, _) in zip(pending, attempts, strict=True):
                 tool = f"{type(episode.environment).__name__}.{function['name']}"
-                if isinstance(attempt.error, Overdue):
-                    answers[episode] = episode.fail(tool, attempt.error)
+                if isinstance(error, Overdue):
+                    answers[episode] = episode.fail(tool, error)
                 else:
-                    reply = _reply(function["name"], attempt.output, attempt.error)
-                    answers[episode].messages.append(reply)
+                    answers[episode].messages.append(_reply(function["name"], output, error))
         return answers
 
 
@@ -355,7 +343,7 @@ def _use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str,
 def _reply(name: str, output: Any, error: object = None) -> Message:
     """Return the message of a tool, with what it returned or with the error."""
     result = output if error is None else {"error": written(error, str)}
-    return {"role": "tool", "name": name, "content": written(result, str)}
+    return {"role": "tool", "name": encodable(name), "content": encodable(written(result, str))}
 
 
 def _opened(episode: Episode, output: Any) -> Answer:
@@ -364,13 +352,11 @@ def _opened(episode: Episode, output: Any) -> Answer:
         output = _observation(*output)
     if isinstance(output, list):
         output = "".join(block["text"] for block in output)
-    text, prompt = "" if output is None else output, episode.opening
+    text, prompt = "" if output is None else encodable(output), episode.opening
     if isinstance(prompt, str):
         episode.opening = prompt + text
     else:
-        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-        message = {**prompt[last], "content": prompt[last]["content"] + text}
-        episode.opening = [*prompt[:last], message, *prompt[last + 1 :]]
+        [message for message in prompt if message["role"] == "user"][-1]["content"] += text
     return Answer([])
 
 
@@ -382,10 +368,11 @@ def _stepped(episode: Episode, output: Any) -> Answer:
     return answer
 
 
-def _rewarded(_: Episode, output: Any) -> Answer:
-    return Answer([], reward_number(output))
-
-
 def _observation(text: str, info: Mapping[str, Any]) -> str:
     """Return an observation between GEM's prefix and suffix; TypeError if one of them is no text."""
-    return "".join([info.get("prefix") or "", text, info.get("suffix") or ""])
+    return encodable("".join([info.get("prefix") or "", text, info.get("suffix") or ""]))
+
+
+def encodable(text: str) -> str:
+    """Return a text with `?` for half a pair of surrogates, which tokenizers and files do not take."""
+    return text.encode(errors="replace").decode()

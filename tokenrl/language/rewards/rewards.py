@@ -19,7 +19,6 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from operator import or_
 from typing import Any, NamedTuple
@@ -59,17 +58,6 @@ class RewardResult(NamedTuple):
     valid: np.ndarray
     logged: dict[str, float]
     extra: dict[str, list[Any]]
-
-
-@dataclass(frozen=True)
-class EnvironmentReward:
-    """The reward that environments gave in an episode, as a reward function; it abstains if one failed."""
-
-    __name__: str
-
-    def __call__(self, environment_rewards: list[float | None], **_: Any) -> list[float | None]:
-        """Return the column of these rewards."""
-        return environment_rewards
 
 
 class Rewards:
@@ -119,21 +107,20 @@ class Rewards:
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         specs = list(functions) if several else [functions]
         self.environments = environments
-        rewarded = environments is not None and environments.rewarded
-        if environments is not None and rewarded:
-            specs.append(EnvironmentReward(environments.name))
+        if environments is not None and environments.rewarded:
+            specs.append(environments)
             weights = [*weights, 1.0] if weights is not None and len(weights) == len(specs) - 1 else weights
         self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
         if not self.functions:
-            lack = "" if environments is None else f", and {environments.name} has no get_reward"
+            lack = "" if environments is None else f", and {environments.__name__} has no get_reward"
             raise Refused(f"No reward function was given{lack}: give at least one.")
         weights = [1.0] * len(specs) if weights is None else list(weights)
         if len(weights) != len(specs) or not all(math.isfinite(weight) for weight in weights):
             names = ", ".join(self.names)
             raise Refused(f"reward_weights {weights} for {names}: give {len(specs)} finite number(s).")
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
-        self.environment_weight = weights[-1] if rewarded else 0.0
+        self.environment_weight = weights[-1] if specs[-1] is environments else 0.0
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
@@ -144,13 +131,16 @@ class Rewards:
         if timeout is not None:
             # The rewards of environments, which are the last, have no source and stay here.
             origin = dict(zip(self.names, sources or specs, strict=False))
-            here = (RewardModel, EnvironmentReward)
+            here = (RewardModel, Environments)
             there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, here)}
-            for name in there if environments is not None else ():
-                if "environments" in inspect.signature(self._here[name]).parameters:
-                    problem = f"Reward function {name} asks for the environments, which cannot be sent to the"
-                    mend = "leave reward_timeout out, or reward them with their own method get_reward"
-                    raise Refused(f"{problem} process that reward_timeout needs: {mend}.")
+            for name in there:
+                if environments and "environments" in inspect.signature(self._here[name]).parameters:
+                    problem = (
+                        f"Reward function {name} asks for the environments, which are not in the process"
+                    )
+                    raise Refused(
+                        f"{problem} where reward_timeout lets rewards run: leave reward_timeout out."
+                    )
             self._worker = RewardWorker(there, timeout) if there else None
             self._here = {name: function for name, function in self._here.items() if name not in there}
 
@@ -174,9 +164,8 @@ class Rewards:
                 reward.
         """
         of_episodes = () if self.environments is None else ("environments", "environment_rewards")
-        available = dict.fromkeys(
-            (*GIVEN, *of_episodes, *(column for column in columns if column not in WITHHELD))
-        )
+        columns = (column for column in columns if column not in WITHHELD)
+        available = dict.fromkeys((*GIVEN, *of_episodes, *columns))
         for name, function in zip(self.names, self.functions, strict=True):
             accepted_arguments(function, name, available)
             if hasattr(function, "check_columns"):  # an option of the reward names a column

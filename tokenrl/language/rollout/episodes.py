@@ -60,7 +60,8 @@ def play(
     rows = [_Row.begun(policy, episode, sampling.max_completion_length) for episode in episodes]
     parts, once = list[_Part](), replace(sampling, num_generations=min(1, sampling.num_generations))
     for turn in range(environments.max_turns):
-        active = [i for i, row in enumerate(rows) if not row.ending]
+        if not (active := [i for i, row in enumerate(rows) if not row.ending]):
+            break
         for index, length in _calls(policy, rows, active):
             of_turn = replace(once, max_completion_length=length)
             parts.append(_sampled(policy, generator, rows, index, draws, of_turn, turn))

@@ -113,7 +113,8 @@ def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
 
 def _in_time(rollout: Rollout, total: Tensor, weight: float) -> Tensor:
     """Return rewards in time [N, T]: those of environments, by their weight, and at the end what is left."""
-    in_turns = weight * rollout.turn_rewards
+    lasted = torch.tensor([not failure for failure in rollout.failures])  # others have no reward of their own
+    in_turns = weight * rollout.turn_rewards * lasted[:, None]
     left = total - in_turns.sum(dim=1)
     return in_turns + left[:, None] * at_last_action(rollout.mask.cpu())
 
@@ -121,7 +122,8 @@ def _in_time(rollout: Rollout, total: Tensor, weight: float) -> Tensor:
 def episode_metrics(rollout: Rollout) -> dict[str, float]:
     """Return the mean number of turns of the episodes of a rollout, and the share of each ending."""
     shares = {f"episodes/{name}": rollout.endings.count(name) / len(rollout) for name in ENDINGS}
-    return {"episodes/turns": float((rollout.turns.amax(dim=1) + 1).double().mean()), **shares}
+    turns = (rollout.turns.amax(dim=1) + 1) * rollout.mask.any(dim=1)  # none if reset failed
+    return {"episodes/turns": float(turns.double().mean()), **shares}
 
 
 def sample_and_reward(

@@ -84,8 +84,7 @@ class TaskArguments(DataArguments):
     def __post_init__(self) -> None:
         """Check the values; an environment that is named without a task is the task."""
         super().__post_init__()
-        is_default = self.task is None or (isinstance(self.task, str) and self.task == TaskArguments.task)
-        if self.environment is not None and is_default:
+        if self.environment is not None and self.task in (None, TaskArguments.task):
             object.__setattr__(self, "task", self.environment)
 
 

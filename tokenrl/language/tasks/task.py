@@ -252,8 +252,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
     task = _with_environment(task, args.task, args.environment)
     if (factory := getattr(task, "environment", None)) is not None:
-        names = "max_turns", "share_seed", "malformed"
-        options: dict[str, Any] = {name: getattr(args, name) for name in names}
+        options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions, unchanged = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if environments is None and (functions is None or functions in ([], ())):
@@ -281,7 +280,5 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
 def check_single_turn(rewards: Rewards, purpose: str) -> None:
     """Refuse rewards of episodes where completions of a single turn are needed; `purpose` says what for."""
     if rewards.environments is not None:
-        problem = (
-            f"{purpose} needs completions of a single turn, and {rewards.environments.name} answers them"
-        )
+        problem = f"{purpose} needs completions of one turn, and {rewards.environments.__name__} answers them"
         raise Refused(f"{problem}: name a task without an environment.")

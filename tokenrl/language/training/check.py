@@ -100,8 +100,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
                 run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
-    rows = [row for record in records if run.rewards.environments for row in record.rows()]
-    if failed := failures_of(rows):
+    if failed := failures_of([text for record in records for text in record.failures]):
         findings.append(Finding("environment-fails", "void", failed))
     observed = _trial_facts(run, records, session.eval_before) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.

@@ -264,10 +264,10 @@ def prompt_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def failures_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many of the episodes of a table failed, and how the first did; empty if none failed."""
-    failures = [row["failure"] for row in rows if row.get("failure")]
-    return f"{len(failures)} of {len(rows)} episodes failed. {failures[0]}" if failures else ""
+def failures_of(texts: Sequence[str]) -> str:
+    """Return how many of N episodes failed, of N texts, and how the first did; empty if none failed."""
+    failures = [text for text in texts if text]
+    return f"{len(failures)} of {len(texts)} episodes failed. {failures[0]}" if failures else ""
 
 
 def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:

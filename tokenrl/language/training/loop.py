@@ -257,8 +257,8 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     if session.main and every and (session.step == 1 or run.due(session, every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
-        if failed := failures_of(rows):
-            session.warn_once("environment-fails", f"step {session.step}: {failed}")
+    if session.main and (failed := failures_of(record.failures)):
+        session.warn_once("environment-fails", f"step {session.step}: {failed}")
     rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
     session.record(metrics, record.timings | rate)
     if rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -62,11 +62,13 @@ class Record(NamedTuple):
         metrics: numbers for metrics.jsonl, under TRL's names.
         rows: returns the completions as table rows; they are decoded only when it is called.
         timings: seconds of each part of the step and of each reward function (`rewards/NAME/seconds`).
+        failures: what failed in the episode of each of this process's rows; empty without an environment.
     """
 
     metrics: dict[str, float]
     rows: Callable[[], list[dict[str, Any]]]
     timings: dict[str, float]
+    failures: Sequence[str] = ()
 
 
 def training_step(
@@ -140,7 +142,8 @@ def training_step(
     times.append(time.perf_counter())
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
     timings = {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent
-    return Record(metrics, partial(completion_rows, policy, rows, rewards.names), timings)
+    table = partial(completion_rows, policy, rows, rewards.names)
+    return Record(metrics, table, timings, rows.failures or ())
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor, bool]]:
