@@ -81,6 +81,9 @@ def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
     page = (run / "report.html").read_text()
     assert '<div class="message user"><span class="label">user</span><div class="text">&lt;b&gt;' in page
     assert '<div class="message assistant">' in page and "<b>\n" not in page
+    assert (
+        '<span class="label">completion</span>' in page and '<span class="label">messages</span>' not in page
+    )
     assert recorded.metrics[-1]["eval_episodes/turns"] > 0
 
 
