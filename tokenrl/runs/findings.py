@@ -101,8 +101,6 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
     if getattr(settings, "head", "softmax") != "softmax":  # the entropy of a density may well be negative
         del metrics["entropy"]
     steps = [row for row in rows if row["step"] > 0]
-    if any("episodes/max_tokens" in row for row in steps):  # others are cut by the number of turns
-        metrics["cut"] = "episodes/max_tokens"
     few = max(FEW_STEPS, math.ceil(FEW_GROUPS / getattr(settings, "prompts_per_step", FEW_GROUPS)))
     rows_of: dict[Part, Rows] = {
         "step": [row for row in steps if row["step"] == steps[-1]["step"]],

@@ -305,8 +305,7 @@ def _lines(run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Reco
         share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
         lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
         length = fmean(record.metrics["completions/mean_length"] for record in records)
-        by_length = "episodes/max_tokens" if run.rewards.environments else "completions/clipped_ratio"
-        cut = fmean(record.metrics[by_length] for record in records)
+        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
         lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
     if "gap" in observed:
