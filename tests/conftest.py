@@ -50,3 +50,13 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def short_warm_start(tmp_path, monkeypatch):
+    """Warm starts of ten steps, in a cache of the test's own."""
+    from tokenrl.language.training import warm_start
+
+    fit = warm_start.fit
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10}))

@@ -27,9 +27,9 @@ PROGRAMS = {
     if path.parent.name != "benchmarks" and path.stem not in PARTS
 }
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/lab/compare/
-# and tests/language/rollout/test_openenv_client.py
+# tests/language/rollout/test_openenv_client.py and tests/test_toy_environments.py
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
-ELSEWHERE |= {"pass_at_k", "openenv_client"}
+ELSEWHERE |= {"pass_at_k", "openenv_client", "turns"}
 ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {
@@ -64,6 +64,7 @@ PAGES = [
         "defaults",
         "pretrained",
         "objectives",
+        "turns",
     )
 ]
 # what shortens a command of a page

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenrl.language.training import warm_start
 from toy_tasks import sentiment
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "language"
@@ -24,13 +23,6 @@ def study():
 @pytest.fixture(scope="module")
 def pipeline():
     return runpy.run_path(str(RECIPES / "rlhf_pipeline.py"))
-
-
-@pytest.fixture
-def short_warm_start(tmp_path, monkeypatch):
-    fit = warm_start.fit
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10}))
 
 
 @pytest.mark.slow

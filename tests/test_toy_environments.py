@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +156,19 @@ def test_answers_and_demonstrations_of_the_calculator():
     assert held_out.isdisjoint(
         calculator.canonical(row["prompt"][0]["content"]) for row in task.train_prompts
     )
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_each_seed_once_prints_and_draws(short_warm_start, tmp_path, capsys):
+    recipe = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "language" / "turns.py"))
+    args = recipe["Arguments"](seeds=2, max_steps=2, output_dir=tmp_path / "runs")
+    recipe["main"](args)
+    first = capsys.readouterr().out
+    lines = re.findall(r"(?m)^(\w+) (\d): greedy [-.\d]+ -> [-.\d]+, turns [.\d]+ -> [.\d]+(.*)$", first)
+    assert [line[:2] for line in lines] == [(name, seed) for name in TASKS for seed in "01"]
+    assert all(re.search(r"first guess \S+ with probability 0\.\d\d", line[2]) for line in lines[:2])
+    assert (tmp_path / "runs" / "turns.png").stat().st_size > 10_000
+    metrics = tmp_path / "runs" / "calculator_1" / "metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+    recipe["main"](args)
+    assert capsys.readouterr().out == first and metrics.stat().st_mtime_ns == written
