@@ -20,6 +20,7 @@ from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths
 from tokenrl.language.rollout.scoring import Scores
+from tokenrl.language.training.collect import failures_of
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -45,7 +46,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     Raises:
         Stopped: no row of the step has a reward.
     """
-    like, failed = rows.logprobs, next(filter(None, rows.failures or ()), "")
+    like, failed = rows.logprobs, failures_of(rows.failures or ())
     names = ("rewards", "by_function", "turn_rewards")
     columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
     rows = replace(rows, **columns, valid=rows.valid.to(like.device))
