@@ -40,8 +40,8 @@ class Answer(NamedTuple):
     """What an environment answers to a turn.
 
     Attributes:
-        messages: what the policy reads next, each with a role ("user" or "tool") and content; empty if the
-            episode is over.
+        messages: what the policy reads next, each with a role ("user" or "tool") and content. Those of an
+            episode that is over are shown to people, and no policy reads them.
         reward: the reward of the turn that was answered.
         ending: empty if the episode goes on, else a name of `ENDINGS`.
         failure: with the endings `error` and `timeout` one sentence that names class, method, problem, line.
@@ -362,10 +362,9 @@ def _opened(episode: Episode, output: Any) -> Answer:
 
 def _stepped(episode: Episode, output: Any) -> Answer:
     observation, reward, terminated, truncated, info = output
-    answer = Answer([{"role": "user", "content": _observation(observation, info)}], reward_number(reward))
-    if terminated or truncated:
-        return answer._replace(messages=[], ending="completed" if terminated else "max_turns")
-    return answer
+    messages = [{"role": "user", "content": _observation(observation, info)}]
+    ending = "completed" if terminated else "max_turns" if truncated else ""
+    return Answer(messages, reward_number(reward), ending)
 
 
 def _observation(text: str, info: Mapping[str, Any]) -> str:
