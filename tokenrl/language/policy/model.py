@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -73,7 +73,7 @@ class Policy:
         """The parameters that an optimiser may change."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, prompt: Prompt, tools: Sequence[Callable[..., Any]] = ()) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
         """Token ids of one prompt, a string or a list of chat messages, in the form of `self.form`.
 
         Chat messages go through the chat template, which writes the special tokens itself, so none is added
@@ -108,12 +108,7 @@ class Policy:
         return ids or [tokenizer.bos_token_id]
 
     def reply_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        ended: bool,
-        chat: bool,
-        tools: Sequence[Callable[..., Any]] = (),
+        self, messages: Sequence[Mapping[str, Any]], *, ended: bool, chat: bool, tools: Sequence[Any] = ()
     ) -> list[int]:
         """Token ids to append to a sampled turn, so that the policy reads an answer to it and writes on.
 

@@ -155,10 +155,8 @@ def render(
 
     _check_template(tokenizer, name)
     if tools and not re.search(r"\btools\b", str(tokenizer.get_chat_template())):
-        raise Refused(
-            f"The chat template of {name!r} never reads tools, so the policy would not see those of the "
-            "environment: take a model whose template knows tools, or an environment without them."
-        )
+        problem = f"The chat template of {name!r} never reads tools, so the policy would not see them"
+        raise Refused(f"{problem}: take a model whose template does, or an environment without tools.")
     fixed = {"tokenize": False, "return_dict": False, "tools": list(tools) or None}
     try:
         return tokenizer.apply_chat_template(messages, **(fixed | options | _variables(form)))
@@ -189,8 +187,8 @@ def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequenc
     key = str((policy.form, answer, len(messages), [tool.__qualname__ for tool in tools]))
     if key not in starts:  # the ids before an answer depend on none of its words
         before = ids_of(dummy)
-        others = [{**turn, "content": turn["content"] + " and more"} for turn in messages]
-        others = ids_of([*dummy, *others], add_generation_prompt=True)
+        longer = [{**turn, "content": turn["content"] + " and more"} for turn in messages]
+        others = ids_of([*dummy, *longer], add_generation_prompt=True)
         ends, later = ([i for i, x in enumerate(ids) if x in policy.eos_ids] for ids in (before, whole))
         head = start = len(before)
         tail: list[int] = []
@@ -200,11 +198,9 @@ def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequenc
         same = whole[:head] == before[:head] and whole[start : start + len(tail)] == tail
         same = same and whole[: start + 1] == others[: start + 1]
         if not same or policy.tokenizer.decode(tail[1:]).strip():  # or EOS is before a turn, not behind it
-            raise Refused(
-                f"The chat template of {policy.source!r} writes earlier messages otherwise once others "
-                "follow them, so an episode of several turns cannot be continued token by token: give the "
-                "tokenizer a chat_template that leaves them as they are."
-            )
+            problem = f"The chat template of {policy.source!r} writes earlier messages otherwise once others"
+            problem += " follow them, so an episode of several turns cannot be continued token by token"
+            raise Refused(f"{problem}: give the tokenizer a chat_template that leaves them as they are.")
         starts[key] = start
     return whole[starts[key] :]
 

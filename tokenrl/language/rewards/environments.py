@@ -242,12 +242,10 @@ class Environments:
             try:
                 get_json_schema(tool)
             except Exception as error:
-                other = ", or give reset a parameter seed, as gymnasium's interface has it"
-                raise Refused(
-                    f"{tool.__qualname__} cannot be a tool ({describe(error)}): give it type hints and a "
-                    "docstring with a line for each argument below `Args:`, or a name with _ in front"
-                    f"{other if tool.__name__ == 'step' else ''}."
-                ) from error
+                problem = f"{tool.__qualname__} cannot be a tool ({describe(error)})"
+                mend = "give it type hints and a docstring with a line for each argument below `Args:`"
+                seed = ", or give reset a parameter seed, as gymnasium has it" * (tool.__name__ == "step")
+                raise Refused(f"{problem}: {mend}, or a name with _ in front{seed}.") from error
         self._free[episode.name].append(episode.environment)
         return episode
 
@@ -313,10 +311,8 @@ def assistant_message(
         return message
     template = getattr(tokenizer, "response_template", None)
     if template is None and "<tool_call>" not in str(tokenizer.get_chat_template()):
-        raise Refused(
-            "The tokenizer has no response_template, which says how the model writes tool calls: set it, or "
-            "take a model that has one."
-        )
+        problem = "The tokenizer has no response_template, which says how the model writes tool calls"
+        raise Refused(f"{problem}: set it, or take a model that has one.")
     try:
         if template is None:
             message["content"], *bodies = text.split("<tool_call>")

@@ -58,12 +58,13 @@ def call_all(
     with restored_settings():
         for streams, call in calls:
             try:
-                with streams, deadline(timeout):
-                    attempts.append(Attempt(call(), None, 0.0))
+                with streams, deadline(timeout) if timeout else contextlib.nullcontext():
+                    attempt = Attempt(call(), None, 0.0)
             except (KeyboardInterrupt, TokenrlError):  # the user's own; a deadline that is impossible
                 raise
             except BaseException as error:
-                attempts.append(Attempt(None, error, 0.0))
+                attempt = Attempt(None, error, 0.0)
+            attempts.append(attempt)  # not above, where a signal between the call and the end would add two
         waiting = [i for i, attempt in enumerate(attempts) if inspect.isawaitable(attempt.output)]
         driven = [_driven(attempts[i].output, calls[i][0]) for i in waiting]
         for i, attempt in zip(waiting, await_all(driven, timeout), strict=True):
@@ -72,7 +73,7 @@ def call_all(
 
 
 @contextlib.contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
+def deadline(seconds: float) -> Iterator[None]:
     """Interrupt Python code and waits in the block after some seconds, by a signal.
 
     It comes again after as many seconds, for code that catches every exception, or a finalizer that drops it.
@@ -82,9 +83,6 @@ def deadline(seconds: float | None) -> Iterator[None]:
         Overdue: the deadline was missed.
         Refused: signals are impossible, as outside the main thread.
     """
-    if seconds is None:
-        yield
-        return
 
     def interrupt(*_: object) -> None:
         raise Overdue(seconds)
