@@ -26,11 +26,7 @@ from tokenrl.settings import check_number
 
 
 def sample_pool(
-    policy: Policy,
-    prompts: Sequence[Any],
-    sampling: Sampling,
-    *,
-    batch_size: int = 512,
+    policy: Policy, prompts: Sequence[Any], sampling: Sampling, *, batch_size: int = 512
 ) -> list[list[str]]:
     """Sample a pool of N completions for each prompt, from which best-of-n chooses.
 

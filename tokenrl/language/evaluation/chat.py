@@ -93,9 +93,9 @@ class Sampler:
         sampling = Sampling(length, args.num_generations, args.seed, **distribution_of(args))
         prompts = [(self._completed, row)]
         self._completed += 1
-        options: dict[str, Any] = {"stream": "interactive", "environments": self.environments}
+        options = "interactive", self.environments
         with using_threads(choose_threads(policy.size)[0]):
-            rollout = sample_rows(policy, TransformersGenerator(policy), prompts, sampling, **options)
+            rollout = sample_rows(policy, TransformersGenerator(policy), prompts, sampling, *options)
         texts = texts_of(policy, rollout)
         if self.environments is not None:
             columns = rollout.messages, rollout.endings, rollout.failures

@@ -22,12 +22,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import completion_limit
-from tokenrl.language.training.evaluation import (
-    Evaluation,
-    check_sizes,
-    evaluate_policy,
-    over_prompts,
-)
+from tokenrl.language.training.evaluation import Evaluation, check_sizes, evaluate_policy, over_prompts
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json

@@ -30,7 +30,6 @@ def sample_rows(
     generator: Generator,
     prompts: Sequence[tuple[int, Row]],
     sampling: Sampling,
-    *,
     stream: str,
     environments: Environments | None,
 ) -> Rollout:
@@ -157,10 +156,9 @@ def sample_and_reward(
     generator = generator or TransformersGenerator(policy)
     if rewards.environments is None:  # every process refuses a prompt that is too long
         encode(policy, [row["prompt"] for row in prompts], sampling, locations_of(prompts))
-    options: dict[str, Any] = {"stream": stream, "environments": rewards.environments}
     size = max(1, batch_size // sampling.group_size)
     for start in range(rank, len(prompts), world * size):
         numbers = range(start, min(start + world * size, len(prompts)), world)
         rows = [(i, prompts[i]) for i in numbers]
-        rollout = sample_rows(policy, generator, rows, sampling, **options)
+        rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments)
         yield reward_rows(policy, rewards, rollout, step=sampling.step)

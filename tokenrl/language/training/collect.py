@@ -48,8 +48,7 @@ def sample(
         norms, hidden = estimator.needs_score_norms, estimator.needs_values
         sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
         sampling = replace(sampling, keep_distribution=estimator.needs_centres)
-    options: dict[str, Any] = {"stream": "training", "environments": environments}
-    rollout = sample_rows(learner.policy, learner.generator, prompts, sampling, **options)
+    rollout = sample_rows(learner.policy, learner.generator, prompts, sampling, "training", environments)
     if greedy:  # greedy completions are only rewarded, never learnt from
         return rollout
     if estimator.needs_centres and rollout.sampling_distribution is None:
