@@ -77,7 +77,7 @@ def test_demonstrations_of_games_are_legal_and_each_first_guess_occurs():
         low, high = map(int, row["prompt"].rpartition(EOS)[2].removesuffix(":").split("-"))
         assert low <= int(row["completion"]) <= high
     first = [row["completion"] for row in rows if row["prompt"] == "01-15:"]
-    assert len(first) == 1024 and len(set(first)) == 15
+    assert len(first) == 2048 and len(set(first)) == 15
 
 
 def wins(middle):

@@ -54,7 +54,7 @@ class GuessNumber:
         return f" {self._low:02d}-{self._high:02d}:"
 
 
-def make(seed: int = 0, turns: int = 4, eval_size: int = 128, games: int = 1024) -> Task:
+def make(seed: int = 0, turns: int = 4, eval_size: int = 128, games: int = 2048) -> Task:
     """Return the task. All its prompts are empty; an episode differs from others by the seed of its reset.
 
     Args:
@@ -81,8 +81,8 @@ def make(seed: int = 0, turns: int = 4, eval_size: int = 128, games: int = 1024)
         max_completion_length=2 * turns,
         solved=0.95,
         pass_threshold=1.0,
-        warm_start=WarmStart(steps=400),
-        train=settings(learning_rate=5e-4, max_steps=300),
+        warm_start=WarmStart(steps=1000),
+        train=settings(learning_rate=1e-3, max_steps=200),
         build=TinyModel((*"-: ", *(f"{number:02d}" for number in range(1, 2**turns)))),
     )
 
