@@ -21,14 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 822, "core": 1_856, "runs": 2_358, "control": 1_391, "advisor": 554},
-    **{"language": 2, "language/policy": 691, "language/rewards": 750, "language/tasks": 528},
-    **{"language/rollout": 866, "language/training": 2_533, "language/preferences": 589},
-    **{"language/evaluation": 402, "lab": 2, "lab/exact": 1_246, "lab/measure": 646, "lab/compare": 1_543},
+    **{"top": 822, "core": 1_900, "runs": 2_364, "control": 1_391, "advisor": 556},
+    **{"language": 2, "language/policy": 736, "language/rewards": 1_076, "language/tasks": 565},
+    **{"language/rollout": 1_099, "language/training": 2_566, "language/preferences": 592},
+    **{"language/evaluation": 415, "lab": 2, "lab/exact": 1_354, "lab/measure": 647, "lab/compare": 1_544},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 16_779, 158, 6_540, 19_167, 3_714, 571
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 17_631, 162, 6_895, 20_804, 3_800, 752
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
