@@ -135,12 +135,8 @@ class Rewards:
             there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, here)}
             for name in there:
                 if environments and "environments" in inspect.signature(self._here[name]).parameters:
-                    problem = (
-                        f"Reward function {name} asks for the environments, which are not in the process"
-                    )
-                    raise Refused(
-                        f"{problem} where reward_timeout lets rewards run: leave reward_timeout out."
-                    )
+                    problem = f"Reward function {name} asks for the environments, which stay in this process"
+                    raise Refused(f"{problem}: leave reward_timeout out, which moves it to another.")
             self._worker = RewardWorker(there, timeout) if there else None
             self._here = {name: function for name, function in self._here.items() if name not in there}
 

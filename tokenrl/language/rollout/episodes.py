@@ -214,13 +214,10 @@ def _sampled(
     texts = policy.decode(rollout.completion_ids, kept)
     for j, i in enumerate(index):
         row, ids = rows[i], rollout.completion_ids[j][kept[j]].tolist()
-        message = {"role": "assistant", "content": texts[j]}
-        if cut[j]:  # an unfinished turn is never acted on
-            row.write(message, ids)
+        tools = () if cut[j] else row.episode.tools  # an unfinished turn is never acted on
+        row.write(assistant_message(policy.tokenizer, ids, histories[j], texts[j], tools), ids)
+        if cut[j]:
             row.ending = "context_overflow" if row.left else "max_tokens"
-        else:
-            tools = row.episode.tools
-            row.write(assistant_message(policy.tokenizer, ids, histories[j], texts[j], tools), ids)
     return _Part(rollout, kept, torch.tensor(index, device=device), starts, turn)
 
 
