@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tokenrl.core.returns import at_last_action
 from tokenrl.errors import locations_of
@@ -90,8 +89,11 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
         columns |= _episode_columns(rollout)
     result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
     total, logged = torch.from_numpy(result.total), result.logged
-    if rollout.messages is not None:
-        rollout = replace(rollout, turn_rewards=_in_time(rollout, total, rewards.environment_weight))
+    if rollout.messages is not None:  # in time: rewards of environments, by their weight; at the end the rest
+        lasted = torch.tensor([not failure for failure in rollout.failures])  # others have none of their own
+        in_turns = rewards.environment_weight * rollout.turn_rewards * lasted[:, None]
+        rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask.cpu())
+        rollout = replace(rollout, turn_rewards=in_turns + rest)
         logged = logged | episode_metrics(rollout)
     return replace(
         rollout,
@@ -108,14 +110,6 @@ def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
     totals, failures = rollout.turn_rewards.sum(dim=1).tolist(), rollout.failures
     own = [None if failure else total for total, failure in zip(totals, failures, strict=True)]
     return {"environments": list(rollout.environments), "environment_rewards": own}
-
-
-def _in_time(rollout: Rollout, total: Tensor, weight: float) -> Tensor:
-    """Return rewards in time [N, T]: those of environments, by their weight, and at the end what is left."""
-    lasted = torch.tensor([not failure for failure in rollout.failures])  # others have no reward of their own
-    in_turns = weight * rollout.turn_rewards * lasted[:, None]
-    left = total - in_turns.sum(dim=1)
-    return in_turns + left[:, None] * at_last_action(rollout.mask.cpu())
 
 
 def episode_metrics(rollout: Rollout) -> dict[str, float]:
