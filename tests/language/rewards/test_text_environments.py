@@ -112,14 +112,22 @@ def test_episodes_of_gymnasium_end_with_their_rewards():
 @pytest.mark.parametrize(
     ("word", "ending", "failure"),
     [
-        ("raise", "error", r"^Draws.step raised ValueError: no map \(test_environments.py, line \d+\)\.$"),
+        (
+            "raise",
+            "error",
+            r"^Draws.step raised ValueError: no map \(test_text_environments.py, line \d+\)\.$",
+        ),
         ("exit", "error", "Draws.step raised SystemExit"),
         ("nan", "error", r"Draws.step returned \(.*nan.*the reward is a number from -1e\+12"),
         ("none", "error", "the reward is a number"),
         ("large", "error", "the reward is a number"),
         ("mute", "error", r"it must return \(text, reward, terminated, truncated, info\)"),
         ("short", "error", "it must return"),
-        ("hang", "timeout", r"^Draws.step did not return within 0.2 s \(test_environ.*raise reward_timeout"),
+        (
+            "hang",
+            "timeout",
+            r"^Draws.step did not return within 0.2 s \(test_text_environ.*raise reward_timeout",
+        ),
     ],
 )
 def test_a_failure_ends_its_episode_alone_and_its_instance_is_not_used_again(word, ending, failure):
