@@ -20,7 +20,7 @@ from tokenrl.settings import arguments, lay
 Prompt = str | list[dict[str, Any]]
 
 FORM = tuple(field.name for field in fields(PromptArguments))
-OURS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
+OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
 """Arguments of a chat template that are given by this module, and so by nobody else."""
 
 
