@@ -219,6 +219,15 @@ def test_half_a_pair_of_surrogates_which_no_tokenizer_takes_is_replaced():
     assert environments.reset(rows(1, secret=1), [1])[0].opening == "p ?!"
 
 
+@pytest.mark.parametrize(("shown", "failure"), [(None, ""), ("!", "Tools.reset returned a text, but")])
+def test_a_prompt_without_a_message_of_the_user_can_be_followed_by_no_observation(shown, failure):
+    prompt = [{"role": "system", "content": "s"}]
+    environments = Environments(type("Tools", (Tools,), {"shown": shown}))
+    (episode,) = environments.reset([{"prompt": prompt, "secret": 1}], [1])
+    assert episode.failure.startswith(failure) and bool(episode.failure) == bool(failure)
+    assert episode.opening == prompt
+
+
 def test_an_async_tool_misses_the_deadline_without_holding_others():
     environments = Environments(Tools, timeout=0.2)
     first, second = environments.reset(rows(2, secret=3), [5, 6])

@@ -351,8 +351,12 @@ def _opened(episode: Episode, output: Any) -> Answer:
     text, prompt = "" if output is None else encodable(output), episode.opening
     if isinstance(prompt, str):
         episode.opening = prompt + text
-    else:
-        [message for message in prompt if message["role"] == "user"][-1]["content"] += text
+    elif text:
+        users = [message for message in prompt if message["role"] == "user"]
+        if not users:
+            problem = "a text, but the prompt has no message of the user at the end of which it could stand"
+            return episode.fail(f"{type(episode.environment).__name__}.reset", problem)
+        users[-1]["content"] += text
     return Answer([])
 
 
