@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -88,18 +89,21 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
         texts = [text if isinstance(row["prompt"], str) else [*chat] for row, text, chat in chats]
         columns |= _episode_columns(rollout)
     result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
-    total, logged = torch.from_numpy(result.total), result.logged
+    total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
+    logged = result.logged
     if rollout.messages is not None:  # in time: rewards of environments, by their weight; at the end the rest
-        lasted = torch.tensor([not failure for failure in rollout.failures])  # others have none of their own
-        in_turns = rewards.environment_weight * rollout.turn_rewards * lasted[:, None]
+        failed = torch.tensor([bool(failure) for failure in rollout.failures])  # such a row counts nowhere
+        total, valid = total.masked_fill(failed, 0), valid & ~failed
+        values = values.masked_fill(failed[:, None], math.nan)
+        in_turns = rewards.environment_weight * rollout.turn_rewards.masked_fill(failed[:, None], 0)
         rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask.cpu())
         rollout = replace(rollout, turn_rewards=in_turns + rest)
         logged = logged | episode_metrics(rollout)
     return replace(
         rollout,
         rewards=total,
-        by_function=torch.from_numpy(result.values),
-        valid=torch.from_numpy(result.valid),
+        by_function=values,
+        valid=valid,
         logs=[{name: column[i] for name, column in result.extra.items()} for i in range(len(data))],
         logged=((logged, len(data)),),
     )
