@@ -42,12 +42,13 @@ def played(policy, environments=None, prompts=PROMPTS, numbers=None, generator=N
     return play(policy, generator, environments, rows, replace(SAMPLING, **sampling), "training")
 
 
-def scripted(*script, context=512, limit=400, **row):
+def scripted(*script, context=512, limit=400, malformed="end", **row):
     """The rollout of a safe in which the policy writes a script, and the generator, which kept its inputs."""
     policy = chat_policy(context)
     generator, rows = Recorded(policy, *([text] for text in script)), [(0, {"prompt": ASKED, **row})]
     sampling = Sampling(max_completion_length=limit, step=1)
-    return play(policy, generator, Environments(Safe), rows, sampling, "training"), generator
+    environments = Environments(Safe, malformed=malformed)
+    return play(policy, generator, environments, rows, sampling, "training"), generator
 
 
 ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "Open it."}]
@@ -195,6 +196,44 @@ def test_calls_of_tools_are_answered_until_a_turn_calls_none():
     assert decoded(rollout.completion_ids[0][rollout.mask[0]]) == (
         f"{call(2)}<eos>hm {call(3)}{call(4)}<eos>done<eos>"
     )
+
+
+def test_a_turn_of_the_assistant_in_the_prompt_is_no_action():
+    """NeMo-RL trained on it."""
+    asked = [ASKED[1], {"role": "assistant", "content": "Why?"}, {"role": "user", "content": "Please."}]
+    rollout, _ = scripted(call(3) + "<eos>", "done<eos>", prompt=asked)
+    decoded = chat_policy().tokenizer.decode
+    assert "assistant:Why?<eos>user:Please. There is a safe." in decoded(rollout.prompt_ids[0])
+    assert decoded(rollout.completion_ids[0][rollout.mask[0]]) == f"{call(3)}<eos>done<eos>"
+    assert [m["role"] for m in rollout.messages[0]] == ["assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("malformed", ["end", "observe"])
+def test_a_call_that_cannot_be_parsed_ends_the_episode_or_is_answered(malformed):
+    rollout, _ = scripted(
+        "<tool_call>{3</tool_call><eos>", call(3) + "<eos>", "done<eos>", malformed=malformed
+    )
+    roles = [m["role"] for m in rollout.messages[0]]
+    if malformed == "end":
+        assert rollout.endings == ["parse_error"] and roles == ["assistant"]
+        assert not rollout.turn_rewards.any()
+    else:
+        assert rollout.endings == ["completed"] and roles == ["assistant", "tool"] * 2 + ["assistant"]
+        assert "error" in rollout.messages[0][1]["content"] and float(rollout.turn_rewards.sum()) == 0.75
+    assert not rollout.truncated.any()
+
+
+def test_a_greedy_episode_begins_as_its_group_and_takes_the_likeliest_tokens():
+    """ReMax compares a row with it, so both must be episodes of the same seed."""
+    policy = guessing()
+    greedy, sampled = played(policy, num_generations=0), played(policy)
+    for i in range(4):
+        prompt, other = greedy.prompt_ids[i][greedy.prompt_mask[i]], sampled.prompt_ids[3 * i]
+        assert torch.equal(prompt, other[sampled.prompt_mask[3 * i]])
+        actions = greedy.mask[i].nonzero().flatten()
+        ids = torch.cat([prompt, greedy.completion_ids[i][: actions[-1] + 1]])
+        likeliest = policy.model(ids[None]).logits[0].argmax(-1)
+        assert torch.equal(likeliest[len(prompt) - 1 + actions], greedy.completion_ids[i][actions])
 
 
 @pytest.mark.parametrize("limit", [len(call(3)), len(call(3)) - 1, 3])
