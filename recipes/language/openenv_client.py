@@ -9,6 +9,7 @@ written for TextArena's servers, such as the one of Wordle; for another server c
 Each episode of a step has a connection of its own, so the server must allow as many sessions as a step has
 completions (`MAX_CONCURRENT_ENVS`). `--reward-timeout 60` ends an episode whose server does not answer. Seeds
 are sent with reset; only a server that uses them gives the completions of a prompt the same episode.
+Where the machine has a proxy (`HTTP_PROXY`), name a server that it cannot reach in `NO_PROXY`.
 """
 
 # /// script

@@ -61,6 +61,8 @@ def sessions(monkeypatch):
     with serve(play, "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # on machines that have a proxy
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setenv("OPENENV_URL", f"ws://127.0.0.1:{server.socket.getsockname()[1]}/")
         yield seen
         server.shutdown()
