@@ -2,7 +2,7 @@
 
 `guess_number` finds one of 15 numbers in four turns. The base guesses at random among the numbers that are
 left; training makes the middle the first guess. `calculator` adds three numbers of three digits, too hard for
-the model's head. The base calls the tool in one episode of ten; training makes it the rule. Runs that are in
+the model's head. The base calls the tool in one episode of six; training makes it the rule. Runs that are in
 the folder already are read, not trained again.
 """
 
