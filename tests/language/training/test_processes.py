@@ -91,7 +91,7 @@ SCENARIOS = {
     "logged": ("rloo", {}, logging),
     "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
     "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
-    "failing episodes": ("grpo", {}, vowel_reward),
+    "failing episodes": ("grpo", {"num_generations": 4}, vowel_reward),
 }
 
 
