@@ -37,6 +37,7 @@ POLICY_GRADIENT = {
             "reward_to_go",
             "--environment",
             "episodes.py:Faulty",
+            "--no-share-seed",
         ),
         *("--reward-timeout", "1", "--max-completion-length", "12"),
         *("--task", "digits.jsonl", "--model", "warm", "--eval-size", "2"),
