@@ -28,7 +28,7 @@ LIMITS = {
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 17_629, 162, 6_893, 20_928, 3_800, 752
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 17_629, 162, 6_893, 20_929, 3_800, 752
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
