@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tiny_environments import CALLS
 from tiny_models import TEMPLATE, make_policy
 
 from tokenrl.errors import Refused
@@ -89,20 +90,7 @@ def test_tools_are_shown_by_the_template_or_refused():
         policy_with(TEMPLATE).encode(USER, [count])
 
 
-QWEN = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "a ",
-    "fields": {
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close": "</tool_call>",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close_pattern": "<eos>|$", "content": "text"},
-    },
-}
+QWEN = CALLS | {"start_anchor": "a "}
 
 
 @pytest.mark.parametrize("template", [None, QWEN])

@@ -231,12 +231,13 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
         for name in SAMPLED
         if (x := getattr(parts[0].rollout, name) if parts else None) is not None
     }
-    mask, turns = torch.zeros(shape, dtype=torch.bool, device=device), torch.zeros(shape, dtype=torch.int64)
-    turns = turns.to(device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    turns = torch.zeros(shape, dtype=torch.int64, device=device)
     for part in parts:
-        mask[part.cells], turns[part.cells] = True, part.turn
+        cells = part.cells
+        mask[cells], turns[cells] = True, part.turn
         for name, column in columns.items():
-            column[part.cells] = getattr(part.rollout, name)[part.kept]
+            column[cells] = getattr(part.rollout, name)[part.kept]
     turn_rewards = torch.zeros(shape, dtype=torch.float64)
     for i, row in enumerate(rows):
         for position, value in row.rewards:

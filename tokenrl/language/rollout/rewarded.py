@@ -32,6 +32,7 @@ def sample_rows(
     sampling: Sampling,
     stream: str,
     environments: Environments | None,
+    prompt_ids: Sequence[list[int]] | None = None,
 ) -> Rollout:
     """Sample completions of prompts, of one turn each or, with environments, of several.
 
@@ -42,13 +43,18 @@ def sample_rows(
         sampling: how to sample.
         stream: the stream of random numbers, a name in `STREAMS`.
         environments: the environments that the policy answers to; None for completions of one turn.
+        prompt_ids: the token ids of the prompts, where they are known already; episodes have others.
     """
     if environments is not None:
         return play(policy, generator, environments, prompts, sampling, stream)
-    data = [row for _, row in prompts]
-    ids = encode(policy, [row["prompt"] for row in data], sampling, locations_of(data))
+    ids = prompt_ids or encoded(policy, [row for _, row in prompts], sampling)
     draws = uniforms(stream, sampling, [number for number, _ in prompts])
     return generator.generate(ids, sampling, draws).of(prompts)
+
+
+def encoded(policy: Policy, data: Sequence[Row], sampling: Sampling) -> list[list[int]]:
+    """Return the token ids of the prompts of rows of the data; a refusal names the row."""
+    return encode(policy, [row["prompt"] for row in data], sampling, locations_of(data))
 
 
 def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
@@ -152,11 +158,12 @@ def sample_and_reward(
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     generator = generator or TransformersGenerator(policy)
-    if rewards.environments is None:  # every process refuses a prompt that is too long
-        encode(policy, [row["prompt"] for row in prompts], sampling, locations_of(prompts))
+    # All of them on every process, so that every process refuses a prompt that is too long.
+    ids = None if rewards.environments else encoded(policy, prompts, sampling)
     size = max(1, batch_size // sampling.group_size)
     for start in range(rank, len(prompts), world * size):
         numbers = range(start, min(start + world * size, len(prompts)), world)
         rows = [(i, prompts[i]) for i in numbers]
-        rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments)
+        tokens = None if ids is None else [ids[i] for i in numbers]
+        rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments, tokens)
         yield reward_rows(policy, rewards, rollout, step=sampling.step)

@@ -173,8 +173,9 @@ def _metrics(
     for i, name in enumerate(rewards.names):
         metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
     metrics["entropy"] = sum(row["entropy"] for row in rows) / max(1, sum(row["length"] for row in rows))
-    for ending in {row["ending"]: None for row in rows if "ending" in row}:
+    if "ending" in rows[0]:
         metrics["episodes/turns"] = mean("turns")
+    for ending in dict.fromkeys(row["ending"] for row in rows if "ending" in row):
         metrics[f"episodes/{ending}"] = fmean(row["ending"] == ending for row in rows)
     rewarded = ("reward", "reward_greedy")
     return {name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)}
