@@ -26,7 +26,7 @@ FREE = (
 """Settings that may change when a run continues."""
 ROUNDING = (
     *("micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "training_attention"),
-    *("tokens_per_pass", "threads", "cpu"),
+    *("tokens_per_pass", "threads", "cpu", "generator", "generator_cache"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _MENDS = {
@@ -161,6 +161,8 @@ class Provenance:
                 raise Refused(f"The run was started with other {part}: {'; '.join(wrong)}. {mend}")
         self.inexact = [text for name, text in differ["settings"].items() if name in ROUNDING]
         self.inexact += differ["versions"].values()
+        if (generator := self.settings.get("generator", "transformers")) != "transformers":
+            self.inexact.append(f"{generator} has random numbers of its own")
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from tiny_models import (
 import tokenrl
 from tokenrl.language.training import loop
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.learner import make_learner
 
 
 def starts_with_a(completions, **_):
@@ -280,7 +278,7 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
         made.sync = lambda policy: None
         return made
 
-    monkeypatch.setattr(loop, "make_learner", partial(make_learner, engine=engine))
+    monkeypatch.setattr(loop, "engine_of", lambda args: engine)
     assert check_policy(make_policy()).flags == ("sampling-differs",)
     assert re.search(r"differ by 0\.\d+ nats per token, \d\S* at most", problems(capsys)[0])
     corrected = tokenrl.Estimator.preset("rloo", importance="token", importance_cap=2.0)

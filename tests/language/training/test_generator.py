@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ from tokenrl.errors import Refused
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
 from tokenrl.language.training import loop
-from tokenrl.language.training.learner import make_learner
 
 FILLED = ("logprobs", "entropy", "score_norms", "hidden")
 
@@ -251,7 +249,7 @@ def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
         made.append(kind(policy))
         return made[-1]
 
-    monkeypatch.setattr(loop, "make_learner", partial(make_learner, engine=engine))
+    monkeypatch.setattr(loop, "engine_of", lambda args: engine)
     policy = make_policy()
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True}

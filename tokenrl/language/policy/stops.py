@@ -42,7 +42,7 @@ class StopStrings:
                     f"stop holds {string!r}, but {inside[0]!r} is a special token, which the text of a "
                     f"completion leaves out. Give {inside[0]!r} alone, or a string without it."
                 )
-        self._ids = {special[string] for string in strings if string in special}
+        self.ids = {special[string] for string in strings if string in special}
         self.strings = [string for string in strings if string not in special]
         self._longest = max(map(len, self.strings), default=0)
         token_ids = sorted(tokenizer.get_vocab().values())
@@ -51,7 +51,7 @@ class StopStrings:
         last = {string[-1] for string in self.strings} | ({"\ufffd"} if self.strings else set())
         self._may_end = torch.zeros(token_ids[-1] + 1, dtype=torch.bool)
         self._may_end[token_ids] = torch.tensor(
-            [i in self._ids or not last.isdisjoint(text) for i, text in zip(token_ids, texts, strict=True)]
+            [i in self.ids or not last.isdisjoint(text) for i, text in zip(token_ids, texts, strict=True)]
         )
 
     def ended(self, ids: Tensor, rows: Tensor, t: int) -> Tensor:
@@ -79,7 +79,7 @@ class StopStrings:
 
     def _completes(self, ids: Sequence[int]) -> bool:
         """Return whether the last token completes a string, from as few tokens before it as show that."""
-        if ids[-1] in self._ids:
+        if ids[-1] in self.ids:
             return True
         width = self._longest + MARGIN
         if width < len(ids):

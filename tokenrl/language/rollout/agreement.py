@@ -76,6 +76,23 @@ def check_scoring(
     return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
 
 
+def check_generator(generator: Any) -> None:
+    """Compare the log-probabilities that an engine reports of a few tokens with those of each row alone.
+
+    Args:
+        generator: a dataclass with the field `policy`, whose weights the engine holds already.
+
+    Raises:
+        Refused: they differ by more than rounding.
+    """
+    rollout = _sampled(generator, hidden=False)
+    trial = _Trial.of(generator.policy, rollout, hidden=False, gradient=False)
+    try:
+        trial.compare(f"sampling by {type(generator).__name__}", rollout.sampling_logprobs, None)
+    except _Wrong as error:
+        raise Refused(f"{error}, against the trainer's. The engine computes another model.") from error
+
+
 def _recomputes(policy: Policy) -> bool:
     """Whether activations are recomputed in the backward pass, so that no cache is kept."""
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in policy.model.modules())
@@ -83,18 +100,15 @@ def _recomputes(policy: Policy) -> bool:
 
 def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> list[str]:
     """Return in words the fault of every way of scoring, of sharing prompts, and of logits in chunks."""
-    prompts, length = _prompts(policy)
+    prompts, _ = _prompts(policy)
     with torch.no_grad():
         first = policy.model(torch.tensor([prompts[0]], device=policy.device), use_cache=False)
     if not torch.isfinite(first.logits).all():
         return ["", "", ""]
-    draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
-    sampling = Sampling(length, 2, keep_hidden=hidden)
-    endless = replace(policy, eos_ids=(), stops=None)  # completions have all tokens
     trials: list[_Trial] = []
 
     def sample() -> None:
-        rollout = TransformersGenerator(endless).generate(prompts, sampling, draws)
+        rollout = _sampled(TransformersGenerator(policy), hidden)
         trials.append(_Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters())))
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
 
@@ -109,6 +123,15 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     if head_of(model) is not None:
         whole = _failure(compare, model, Scoring(share and not unshared, PIECE))
     return [wrong, unshared, "" if wrong else whole]
+
+
+def _sampled(generator: Any, hidden: bool) -> Rollout:
+    """Sample two completions of a longer and of a shorter prompt, which do not end early."""
+    prompts, length = _prompts(generator.policy)
+    draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
+    endless = replace(generator, policy=replace(generator.policy, eos_ids=(), stops=None))
+    rollout: Rollout = endless.generate(prompts, Sampling(length, 2, keep_hidden=hidden), draws)
+    return rollout
 
 
 def _prompts(policy: Policy) -> tuple[list[list[int]], int]:

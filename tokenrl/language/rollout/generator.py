@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 BLOCK = 256
 """Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
 
+NOT_FINITE = (
+    "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
+    "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
+)
+
 
 class Generator(Protocol):
     """An engine that samples completions. If it holds a copy of the weights, `sync` updates the copy."""
@@ -245,10 +250,7 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     entropy = entropy_of(logp, p)  # [n]
     # A NaN in any logit of a row makes the entropy of the row NaN, so checking their sum is enough.
     if not math.isfinite(float(entropy.sum())):
-        raise Stopped(
-            "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
-            "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
-        )
+        raise Stopped(NOT_FINITE)
     return token, torch.stack([chosen, entropy, *norms]), logp
 
 

@@ -24,6 +24,13 @@ from tokenrl.settings import OPEN, Bounds, Count, Natural, NonNegative, Positive
 class SamplingArguments(Distribution, group="sampling"):
     """How completions are sampled in training, and from which prompts."""
 
+    generator: Literal["transformers", "vllm"] = "transformers"
+    """What samples in training and in its evaluations. vllm: an engine in the same process, which is faster
+    with large models on a GPU; it holds a second copy of the weights and draws random numbers of its own, so
+    a run is not bit-exact. Needs the extra vllm."""
+    generator_cache: Positive = 2.0
+    """GiB that vllm takes for keys and values; rows that do not fit wait. It bounds the length of prompt and
+    completion together."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     truncate_prompts: bool = False

@@ -33,6 +33,7 @@ from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
 from tokenrl.language.training.setup import (
     adapt,
+    engine_of,
     fill_defaults,
     load_base,
     make_accelerator,
@@ -148,7 +149,8 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
     threads, reason = choose_threads(policy.size, args.threads)
     with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
         chosen = {"threads": threads, "output_dir": session.directory}
-        learner = make_learner(SimpleNamespace(**vars(args) | chosen), policy, accelerator)
+        settings = SimpleNamespace(**vars(args) | chosen)
+        learner = make_learner(settings, policy, accelerator, engine_of(args))
     run = TrainingRun(
         args=learner.args,
         task=task,

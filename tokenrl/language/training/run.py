@@ -167,11 +167,13 @@ class TrainingRun:
     def facts(self) -> dict[str, Any]:
         """Return the last lines of the header, which are printed when the model is ready."""
         policy = self.learner.policy
-        trained = sum(p.numel() for p in policy.trainable_parameters())
+        trained, generator = sum(p.numel() for p in policy.trainable_parameters()), self.args.generator
+        engine = f"by {generator}, with random numbers of its own: the run is not bit-exact"
         return {
             "trained": f"{trained:,} parameters, on {policy.device}",
             "threads": self.threads,
             "computing": self.learner.forward.words,
+            **({} if generator == "transformers" else {"sampling": engine}),
             **self.learner.forward.scoring.remarks,
         }
 

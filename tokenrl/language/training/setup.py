@@ -22,6 +22,7 @@ from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_chec
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
@@ -93,6 +94,8 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             f"diagnostics_every compares two halves of an update's prompts, but {shape} leaves one prompt "
             "in an update: take fewer minibatches or more prompts, or diagnostics_every=0."
         )
+    if args.generator == "vllm" and args.top_p < 1 and args.min_p:
+        raise Refused("vllm applies min_p before top_p, and scoring after it: give top_p or min_p, not both.")
     if args.dtype == "float16":
         raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
     if estimator.ratio == "none" and updates > 1:
@@ -226,12 +229,23 @@ def make_accelerator(args: Any) -> Any:
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     world, prompts = accelerator.num_processes, args.prompts_per_step
+    if world > 1 and args.generator == "vllm":
+        raise Refused(f"vllm samples in a run of one process, and this run has {world}: take transformers.")
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
         valid = f"{down} or {up}" if down else up
         problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
         raise Refused(f"{problem}. Give {valid}.")
     return accelerator
+
+
+def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
+    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
+    if args.generator == "transformers":
+        return TransformersGenerator
+    from tokenrl.language.rollout.vllm import VllmGenerator
+
+    return partial(VllmGenerator.start, cache=args.generator_cache)
 
 
 def provenance_of(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Provenance:
