@@ -25,6 +25,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
+from tokenrl.names import NamedFunction
 
 T = TypeVar("T")
 
@@ -91,7 +92,12 @@ class Settings:
         cls.group = group
 
     def __post_init__(self) -> None:
-        """Refuse values that are not allowed."""
+        """Refuse values that are not allowed; a text such as `module:function` becomes that function."""
+        for name, value in vars(self).items():
+            is_named = type(value) is str and ":" in value
+            hint = field_types(type(self))[name] if is_named else None  # type: ignore[arg-type]
+            if OR_FUNCTION in getattr(hint, "__metadata__", ()):
+                object.__setattr__(self, name, NamedFunction(value))
         check(self)
 
 

@@ -158,8 +158,6 @@ class Estimator(Settings):
 
     def __post_init__(self) -> None:
         """Refuse unknown names, numbers out of range, and choices that exclude each other."""
-        if type(self.baseline) is str and ":" in self.baseline:
-            object.__setattr__(self, "baseline", NamedFunction(self.baseline))
         super().__post_init__()
         self._check_combinations()
 

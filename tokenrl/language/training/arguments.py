@@ -17,17 +17,18 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import OPEN, Bounds, Count, Natural, NonNegative, Positive, Seed, Settings
+from tokenrl.settings import OPEN, OR_FUNCTION, Bounds, Count, Natural, NonNegative, Positive, Seed, Settings
 
 
 @dataclass(frozen=True)
 class SamplingArguments(Distribution, group="sampling"):
     """How completions are sampled in training, and from which prompts."""
 
-    generator: Literal["transformers", "vllm"] = "transformers"
+    generator: Annotated[Literal["transformers", "vllm"], OR_FUNCTION] = "transformers"
     """What samples in training and in its evaluations. vllm: an engine in the same process, which is faster
     with large models on a GPU; it holds a second copy of the weights and draws random numbers of its own, so
-    a run is not bit-exact. Needs the extra vllm."""
+    a run is not bit-exact. Needs the extra vllm. A function of the policy and of sampling_batch_size makes an
+    engine of your own (Generator of tokenrl.language)."""
     generator_cache: Positive = 2.0
     """GiB that vllm takes for keys and values; rows that do not fit wait. It bounds the length of prompt and
     completion together."""

@@ -243,6 +243,8 @@ def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
     """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
     if args.generator == "transformers":
         return TransformersGenerator
+    if args.generator != "vllm":
+        return args.generator
     from tokenrl.language.rollout.vllm import VllmGenerator
 
     return partial(VllmGenerator.start, cache=args.generator_cache)
