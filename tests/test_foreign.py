@@ -151,6 +151,12 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
         ("sft", "warmup_steps", "The learning rate falls linearly to 0, without a warm-up."),
         ("control", "warmup_steps", ""),
         ("control", "lr_scheduler_type", "It is --learning-rate-schedule."),
+        ("train", "use_vllm", "It is --generator vllm, one engine, in the process of the run."),
+        (
+            "sample",
+            "use_vllm",
+            "This command samples with transformers; the setting generator of tokenrl train takes vllm.",
+        ),
         ("sft", "loss_type", ""),
         ("control", "per_device_train_batch_size", ""),
         ("train", "made_up", ""),

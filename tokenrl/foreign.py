@@ -101,7 +101,6 @@ def meaning(
         return ""
     if f"estimator.{name}" in settings:
         return f"It is an axis of the estimator: {_written({f'estimator.{name}': value}, opening)}."
-    name = "use_vllm" if re.match("vllm_(?!importance_)", str(name)) else name
     rows = [row for row in table() if name in row.names and row.needs <= settings]
     exact = [row for row in rows if value is not None and str(value).lower() in row.values]
     for row in exact or [row for row in rows if not row.values]:
