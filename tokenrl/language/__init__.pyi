@@ -36,6 +36,7 @@ from tokenrl.language.rollout.generator import (
 )
 from tokenrl.language.rollout.rollout import Rollout as Rollout
 from tokenrl.language.rollout.sampling import Sampling as Sampling
+from tokenrl.language.rollout.vllm import VllmGenerator as VllmGenerator
 from tokenrl.language.tasks.sources import read_splits as read_splits
 from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task, load_task as load_task
 from tokenrl.language.training.arguments import (
