@@ -28,11 +28,12 @@ def run(tmp_path):
     run = tmp_path / "my run"
     run.mkdir()
     about = {"title": f"sorting {EVIL}", "command": f"tokenrl train {EVIL}", "versions": versions()}
-    write_json(run / "config.json", {**about, "seed": 3, "solved": 0.9, "chat": True})
+    write_json(run / "config.json", {**about, "seed": 3, "solved": 0.9, "chat": True, "generator": "vllm"})
     with closing(MetricsLog(run)) as log:
         log.write(0, {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01})
         for step in (1, 2, 3, 4):
-            log.write(step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1)})
+            off = {"sampling/logp_difference/max": 1e-5 / step}
+            log.write(step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1), **off})
     for step, text in ((1, EVIL), (2, "middle"), (10, "& last\n\x00\ud800")):
         row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
         write_completions(run / "completions", step, [row | {"cut": True}] * 20)
@@ -57,7 +58,7 @@ def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
     for part in ("completed, 2 steps, 1:01, 99 tokens/s", "reward0.125 → 0.877 ± 0.012", "pass@4- → 0.5",
                  "held-out sampled 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
                  "before clipping last 2", "max_grad_norm scaled down; 1 means all last 1", '"chat": true',
-                 "a middle and the last step"):  # fmt: skip
+                 "a middle and the last step", "Sampled by vllm, with at most 1e-05 nats"):  # fmt: skip
         assert part in " ".join(page.text.split())
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert len(page.all("svg")) == 4  # two sizes, the norm, and whether it was clipped

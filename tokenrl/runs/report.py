@@ -109,10 +109,13 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     command = config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}") or _FROM_PYTHON
     words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     warm = (summary.get("warm_started") or {}).get("in_words")
-    warm_start = html.paragraph(f"Warm start on demonstrations: {warm}." if warm else "")
+    remarks = [f"Warm start on demonstrations: {warm}." if warm else "", kept_weights(summary)]
+    engine, gaps = config.get("generator"), run.series("sampling/logp_difference/max")[1]
+    if gaps and engine not in (None, "transformers"):
+        gap = f"{number(max(gaps))} nats between its log-probability of a token and the trainer's"
+        remarks.append(f"Sampled by {engine}, with at most {gap}.")
     verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
-    weights = html.paragraph(kept_weights(summary))
-    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, warm_start, weights])
+    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, *map(html.paragraph, remarks)])
     before, after = (with_errors(distinct(summary.get(name))) for name in ("eval_before", "eval_after"))
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
     yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])
@@ -150,12 +153,10 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
     output = Path(output)
     check_place(output)
-    pages = {name: run.path / "report.html" for name, run in recorded.items()}
-    links = {
-        name: quote(Path(os.path.relpath(page, output.parent)).as_posix())
-        for name, page in pages.items()
-        if page.is_file()
-    }
+    links = {}
+    for name, run in recorded.items():
+        if (page := run.path / "report.html").is_file():
+            links[name] = quote(Path(os.path.relpath(page, output.parent)).as_posix())
     about = {name: f"{run.title}; {ending(run.summary)}" for name, run in recorded.items()}
     marks = {run.mark for run in recorded.values()}
     mark = marks.pop() if len(marks) == 1 else None
