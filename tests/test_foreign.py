@@ -74,7 +74,7 @@ def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
     for name, value, remark in [*rows, *((name, value, "") for name, value in numbers.items())]:
         hints = (meaning(name, settings, {name: value}, flags=flags)[:-1] for flags in (True, False))
         hints = (re.sub("^It is (an axis of the estimator: )?", "", hint) for hint in hints)
-        flags, keywords = (hint.removesuffix(f", {remark}") for hint in hints)
+        flags, keywords = (hint.removesuffix(remark) for hint in hints)
         made = arguments(TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator}))
         assert made == parse("train", COMMANDS["train"], shlex.split(flags)), (name, value)
         changed += made != TrainArguments()

@@ -38,7 +38,7 @@ class Row(NamedTuple):
         values: their values for which the row holds, in small letters; empty if it holds for any value.
         ours: our settings with their values; a value is None where it is the one that was given.
         formula: arithmetic that gives the value of the only setting, such as `a x b / c`; or empty.
-        remark: what ends the sentence; without a setting of ours the whole sentence.
+        remark: what ends the sentence, with a comma before it; without a setting of ours the whole sentence.
         needs: the settings that a command must have for the row to hold.
     """
 
@@ -48,11 +48,6 @@ class Row(NamedTuple):
     formula: str
     remark: str
     needs: set[str]
-
-    @property
-    def ending(self) -> str:
-        """The remark as the end of a sentence."""
-        return f", {self.remark}" if self.remark else ""
 
 
 @cache
@@ -70,6 +65,7 @@ def _row(line: str) -> Row:
     ours = dict(zip(words[::2], words[1::2] or [None], strict=True))
     needs = {name.strip("()") for name in ours} | {*NAME.findall(formula)} - THEIRS
     ours = {} if target.startswith("(") else ours
+    remark = f", {remark}" if ours and remark else remark
     return Row(names.split(), values.split(), ours, formula, remark, needs)
 
 
@@ -106,7 +102,7 @@ def meaning(
     for row in exact or [row for row in rows if not row.values]:
         return _sentence(row, name, options, opening)
     valued = [
-        f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.ending}" for row in rows if row.ours
+        f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.remark}" for row in rows if row.ours
     ]
     return f"Of its values {'; '.join(valued)}." if valued else ""
 
@@ -124,7 +120,7 @@ def _sentence(row: Row, name: str, options: Mapping[str, Any], opening: str) -> 
         ours[first] = _result(row.formula, numbers)
     elif value is None and not row.remark:
         ours[first] = options.get(name)
-    return f"It is {_written(ours, opening)}{arithmetic}{row.ending}."
+    return f"It is {_written(ours, opening)}{arithmetic}{row.remark}."
 
 
 def _result(formula: str, numbers: Mapping[str, float]) -> int | None:

