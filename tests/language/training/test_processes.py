@@ -138,7 +138,7 @@ def failing_in_the_second(completion_ids, trainer_state, **_):
     return vowel_reward(None, completion_ids)
 
 
-def whole_run(directory: Path, reward=vowel_reward) -> None:
+def whole_run(directory: Path, reward=vowel_reward, **options) -> None:
     """A short run through `tokenrl.train`."""
     import tokenrl
 
@@ -147,7 +147,17 @@ def whole_run(directory: Path, reward=vowel_reward) -> None:
     task = make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward)
     how = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 2, "save_every": 2, "keep": "best"}
     how |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
-    tokenrl.train(model=policy, task=task, output_dir=directory, **how)
+    tokenrl.train(model=policy, task=task, output_dir=directory, **how, **options)
+
+
+def assert_same_metrics(run: Path, other: Path) -> None:
+    """The lines of metrics.jsonl of two runs are equal to rounding."""
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (run, other)]
+    assert len(lines[0]) == len(lines[1]) >= 4
+    for mine, alone in zip(*(map(json.loads, text) for text in lines), strict=True):
+        assert mine.keys() == alone.keys()
+        for key, value in alone.items():
+            assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
 STEPS = 40
@@ -231,12 +241,17 @@ THIS = str(Path(__file__).resolve())
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def launch(*program: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run Python on a program with this checkout's packages, and wait for it."""
+def environment(**variables: str) -> dict[str, str]:
+    """The variables with which a program finds this checkout's packages."""
     paths = [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return os.environ | variables
+
+
+def launch(*program: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run Python on a program with this checkout's packages, and wait for it."""
     how = {"capture_output": True, "text": True, "timeout": 240}
-    return subprocess.run([sys.executable, *program], env=os.environ | variables, **how)
+    return subprocess.run([sys.executable, *program], env=environment(**variables), **how)
 
 
 @pytest.fixture(scope="module")
@@ -291,12 +306,7 @@ def test_the_scenarios_are_what_they_say(two):
 
 def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
     whole_run(tmp_path / "run")
-    lines = [(d / "run" / "metrics.jsonl").read_text().splitlines() for d in (two[0], tmp_path)]
-    assert len(lines[0]) == len(lines[1]) >= 4
-    for mine, alone in zip(*(map(json.loads, text) for text in lines), strict=True):
-        assert mine.keys() == alone.keys()
-        for key, value in alone.items():
-            assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    assert_same_metrics(two[0] / "run", tmp_path / "run")
     from safetensors.torch import load_file
 
     both, one = (load_file(d / "run" / "model" / "model.safetensors") for d in (two[0], tmp_path))
