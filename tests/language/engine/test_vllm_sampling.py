@@ -1,0 +1,155 @@
+"""What vLLM samples is what the policy says: distribution, seeds, ends; and nothing else is disturbed."""
+
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engines import IDS, gap, sampled, scaled, started, wide_policy
+from scipy.stats import chisquare
+from tiny_models import make_tokenizer
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.stops import StopStrings
+from tokenrl.language.rollout import vllm
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
+
+pytestmark = pytest.mark.vllm
+DISTRIBUTIONS = [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0}]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    policy = wide_policy()
+    policy.stops = StopStrings(make_tokenizer(), ["<pad>"])  # so that the engine knows the tokenizer
+    with started(policy) as engine:
+        yield engine
+
+
+def alone(engine, rollout, row, distribution):
+    """The policy's log-probabilities [T, V] of a row, in a forward pass of its own."""
+    row = rollout.take(torch.tensor([row]))
+    ids = torch.cat([row.prompt_ids, row.completion_ids], 1)
+    with torch.no_grad():
+        logits = engine.policy.model(ids).logits[:, row.prompt_ids.shape[1] - 1 : -1]
+    return distribution.log_probabilities(logits)[0]
+
+
+@pytest.mark.parametrize("vocabulary", [13, 90, 96])
+def test_tokens_are_drawn_from_the_distribution_of_the_policy(vocabulary):
+    """The engine pads the vocabulary to 64s; a row beyond it would soon be drawn at a high temperature."""
+    with started(wide_policy(vocabulary=vocabulary)) as engine:
+        for settings in DISTRIBUTIONS:
+            distribution = Sampling(1, **settings)
+            whole = sampled(engine, [[3, 7, 4]], keep_distribution=True, **settings)
+            for row in range(4):
+                ours = alone(engine, whole, row, distribution)
+                theirs = whole.sampling_distribution[row, : len(ours)]
+                assert theirs.shape == ours.shape and torch.equal(theirs.isinf(), ours.isinf())
+                assert torch.allclose(theirs, ours, atol=1e-4)
+            many = sampled(engine, [[3, 7, 4]], num_generations=3000, max_completion_length=1, **settings)
+            counts = torch.bincount(many.completion_ids[:, 0], minlength=vocabulary)
+            p = alone(engine, many, 0, distribution)[0].double().exp()
+            assert len(counts) == vocabulary and not counts[p == 0].any()
+            rare = p < 5 / 3000  # their sum is one class
+            observed = [*counts[~rare].tolist(), int(counts[rare].sum())]
+            expected = [*p[~rare].tolist(), float(p[rare].sum()) + 1e-12]
+            assert chisquare(observed, 3000 * np.array(expected) / sum(expected)).pvalue > 1e-3, settings
+
+
+def test_rows_follow_from_seed_stream_and_step(engine):
+    rows = sampled(engine)
+    assert torch.equal(sampled(engine).completion_ids, rows.completion_ids)
+    assert len(torch.unique(rows.completion_ids[:4], dim=0)) == 4
+    for other in ({"seed": 1}, {"step": 2}, {"stream": "evaluation"}):
+        assert not torch.equal(sampled(engine, **other).completion_ids[:, :3], rows.completion_ids[:, :3])
+    greedy = {"num_generations": 0, "max_completion_length": 20}
+    usual = sampled(TransformersGenerator(engine.policy), **greedy)
+    assert torch.equal(sampled(engine, **greedy).completion_ids, usual.completion_ids)
+    assert sampled(engine, **greedy).sampling_logprobs.shape == usual.sampling_logprobs.shape
+
+
+@pytest.mark.parametrize(
+    ("eos", "strings"),
+    [
+        *((tuple(range(1, 90, 9)), []), ((), ["t"]), ((), ["th", "e "]), ((4, 9), ["he", "a"])),
+        *(((), ["\u00e9", "o"]), ((50,), ["<pad>", "i"]), ((), ["<bos>", "<eos>", "<pad>"])),
+    ],
+)
+def test_a_row_ends_where_the_policy_ends_it(engine, eos, strings):
+    stops = StopStrings(engine.policy.tokenizer, strings) if strings else None
+    policy = replace(engine.policy, eos_ids=eos, stops=stops)
+    rows = sampled(replace(engine, policy=policy), num_generations=60, temperature=2.0)
+    for ids, mask, truncated in zip(rows.completion_ids, rows.mask, rows.truncated, strict=True):
+        length, one = int(mask.sum()), torch.tensor([0])
+        ends = [int(ids[t]) in eos or (stops and bool(stops.ended(ids[None], one, t))) for t in range(length)]
+        assert mask[:length].all() and not any(ends[:-1])
+        assert bool(truncated) == (not ends[-1]) and (length == 8 or ends[-1])
+    full = rows.mask[:, -1] & (rows.mask.sum(1) == 8)
+    assert (full & rows.truncated).any() and (full & ~rows.truncated).any()  # both at the last token
+    assert gap(engine, rows, Sampling(1, temperature=2.0)) < 1e-4
+
+
+def test_weights_reach_the_engine_and_what_was_computed_with_others_is_dropped(engine):
+    """Prompts and completions of the old weights are in the cache when the same are sampled again."""
+    policy, settings = engine.policy, {"prompts": [*IDS, 20 * [3, 4], 20 * [3, 4] + [5]]}
+    before = sampled(engine, **settings)
+    for _ in range(20):
+        engine.sync(policy)
+        again = sampled(engine, **settings)
+    assert torch.equal(again.completion_ids, before.completion_ids)
+    assert torch.allclose(again.sampling_logprobs, before.sampling_logprobs, atol=1e-6, rtol=0)
+    scaled(policy, 1.5)
+    engine.sync(policy)
+    after = sampled(engine, **settings)
+    scaled(policy, 1 / 1.5)
+    moved = gap(engine, after)
+    scaled(policy, 1.5)
+    assert gap(engine, after) < 1e-4 < 0.1 < moved
+    scaled(policy, 1 / 1.5)
+    engine.sync(policy)
+    assert gap(engine, sampled(engine, **settings)) < 1e-4
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "q_proj", "down_proj", "lm_head", "model.norm"])
+def test_an_update_that_scales_one_matrix_is_refused_at_the_start(monkeypatch, layer):
+    right = vllm.checkpoint_weights
+
+    def wrong(model):
+        return {name: w * (1.3 if layer in name else 1.0) for name, w in right(model).items()}
+
+    monkeypatch.setattr(vllm, "checkpoint_weights", wrong)
+    with pytest.raises(Refused, match="off by .* standard deviations, against the trainer's"), started(
+        wide_policy()
+    ):
+        pass
+
+
+def test_rows_that_wait_for_room_or_lose_theirs_are_right():
+    """Of 64 rows of 200 tokens a cache of 1 MiB holds few at once, and some lose their place."""
+    policy = wide_policy(max_position_embeddings=512)
+    with started(policy, cache=0.002) as engine:
+        rows = sampled(engine, num_generations=20, max_completion_length=200)
+        assert rows.mask.shape == (60, 200) and gap(engine, rows) < 1e-3
+
+
+def test_random_states_threads_and_signals_are_as_they_were():
+    def state():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+        threads = torch.get_num_threads(), torch.set_num_threads
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate(), threads, handlers
+
+    before, policy = state(), wide_policy()
+    assert state() == before
+    for _ in range(2):  # a second engine after the first was closed
+        with started(policy) as engine:
+            assert state() == before
+            assert gap(engine, sampled(engine)) < 1e-4 and state() == before
+            engine.sync(policy)
+            assert state() == before
+        assert state() == before
