@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
@@ -137,6 +139,23 @@ class Provenance:
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
     inexact: list[str] = field(default_factory=list)
+
+    def check_processes(self, agreed: Callable[[Sequence[int]], Sequence[int]]) -> None:
+        """Compare with the other processes, but not the base model, whose weights the main one gives to all.
+
+        Args:
+            agreed: returns the largest of each of the numbers that all processes pass to it.
+
+        Raises:
+            Refused: settings, data or tokenizer of another process are not those of this one.
+        """
+        values = {**self.settings, **self.fingerprints}
+        names = sorted(values.keys() - {*FREE, *ROUNDING, "base model"})
+        numbers = [crc32(re.sub(" at 0x[0-9a-f]+", "", repr(values[name])).encode()) for name in names]
+        extremes = agreed([*numbers, *(-number for number in numbers)])  # the largest, and minus the least
+        if wrong := [name for i, name in enumerate(names) if extremes[i] + extremes[i + len(names)]]:
+            mend = "Start all of them with the same command, on the same data."
+            raise Refused(f"The processes of this run differ in {', '.join(wrong)}. {mend}")
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""

@@ -186,13 +186,13 @@ class Session:
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
-            Refused: the checkpoint is of other settings, data or models.
+            Refused: the checkpoint is of other settings, data or models, or another process of this run is.
         """
-        self.args = args
-        self._spent = spent
+        self.args, self._spent = args, spent
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         self._provenance.settings = plain(settings)
+        self._provenance.check_processes(self.agreed)
         self.rows = [{"step": 0, **_named(self.eval_before)}]
         if self._continued is not None:
             self._continue(self._continued)

@@ -73,8 +73,8 @@ def change(name: str, rows: dict[Any, Any]) -> torch.Tensor:
 
 
 def ending_its_node(completion_ids, trainer_state, **_):
-    """A reward that kills the second node, launcher and process, in the third step."""
-    if trainer_state.global_step == 2 and os.environ["RANK"] == "1":
+    """In the program `killed` this reward kills the second node, launcher and process, in the third step."""
+    if sys.argv[2:] == ["killed"] and trainer_state.global_step == 2 and os.environ["RANK"] == "1":
         for process in (os.getppid(), os.getpid()):
             os.kill(process, signal.SIGKILL)
     return vowel_reward(None, completion_ids)
@@ -89,8 +89,7 @@ def main(directory: Path, program: str) -> None:
         torch.save(changes, directory / f"rank{os.environ['RANK']}.pt")
         whole_run(directory / "run")
     else:
-        reward = ending_its_node if program == "killed" else vowel_reward
-        whole_run(directory / "killed", reward, resume="auto")
+        whole_run(directory / "killed", ending_its_node, resume="auto")
 
 
 def two_nodes(directory: Path, program: str) -> list[tuple[int, str]]:
@@ -144,9 +143,9 @@ def test_a_node_that_is_killed_ends_the_other_and_both_continue(tmp_path):
     ended = two_nodes(tmp_path, "killed")  # a timeout here is a node that waits for ever
     assert sorted(code for code, _ in ended) == [-signal.SIGKILL, 1]
     told = " ".join("".join(output for _, output in ended).split())
-    assert re.search("At step 3: Another process of this run has ended .* step_000002; --resume auto", told)
+    assert re.search("At step [23]: Another process of this run has ended .*/step_000002; --resume", told)
     assert [code for code, _ in two_nodes(tmp_path, "resumed")] == [0, 0]
-    whole_run(tmp_path / "run")
+    whole_run(tmp_path / "run", ending_its_node)
     assert_same_metrics(tmp_path / "killed", tmp_path / "run")
 
 

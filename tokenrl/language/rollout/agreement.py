@@ -9,7 +9,7 @@ is used; a model for which both are wrong is refused. No random numbers are draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
@@ -146,12 +146,17 @@ def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
 
 def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
     """Return the faults of any of the processes, since all processes have to score alike."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return faults
-    wrong = torch.tensor([[int(bool(fault)) for fault in faults]], device=accelerator.device)
-    anywhere = accelerator.gather(wrong).amax(dim=0).tolist()
+    anywhere = largest(accelerator, [int(bool(fault)) for fault in faults])
     elsewhere = "it is wrong on another process"
     return [fault or elsewhere * there for fault, there in zip(faults, anywhere, strict=True)]
+
+
+def largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
+    """Return for each number the largest value over all processes; without an accelerator there is one."""
+    if accelerator is None or accelerator.num_processes == 1:  # it need not wait for its device
+        return numbers
+    everywhere: Tensor = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return everywhere.amax(dim=0).tolist()
 
 
 class _Wrong(Exception):

@@ -12,14 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import largest
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
@@ -97,7 +96,7 @@ def train(
         choices,
         every=choices.logging_steps if choices.logging_steps > 1 else 10,
         main=accelerator.is_main_process,
-        agreed=partial(_largest, accelerator),
+        agreed=partial(largest, accelerator),
     ) as session:
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
@@ -292,11 +291,3 @@ def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), map(str, findings))
     run.learner.accelerator.wait_for_everyone()
     return ended
-
-
-def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
-    """Return for each number the largest value over all processes."""
-    if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
-        return numbers
-    largest: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()
-    return largest
