@@ -124,8 +124,9 @@ def test_an_update_that_scales_one_matrix_is_refused_at_the_start(monkeypatch, l
         return {name: w * (1.3 if layer in name else 1.0) for name, w in right(model).items()}
 
     monkeypatch.setattr(vllm, "checkpoint_weights", wrong)
-    with pytest.raises(Refused, match="off by .* standard deviations, against the trainer's"), started(
-        wide_policy()
+    with (
+        pytest.raises(Refused, match="off by .* standard deviations, against the trainer's"),
+        started(wide_policy()),
     ):
         pass
 
@@ -142,7 +143,13 @@ def test_random_states_threads_and_signals_are_as_they_were():
     def state():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
         threads = torch.get_num_threads(), torch.set_num_threads
-        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate(), threads, handlers
+        return (
+            torch.get_rng_state().tolist(),
+            str(np.random.get_state()),
+            random.getstate(),
+            threads,
+            handlers,
+        )
 
     before, policy = state(), wide_policy()
     assert state() == before
