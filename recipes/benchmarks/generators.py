@@ -48,7 +48,7 @@ def make_policy(args: argparse.Namespace) -> tuple[language.Policy, list[list[in
         texts = [row["prompt"] for row in task.train_prompts[: args.prompts]]
         return policy, policy.encode_all(texts, max_completion_length=args.length)
     attention = "eager" if args.dtype == "bfloat16" and not torch.cuda.is_available() else None
-    model, tokenizer = make_model(Shape(**M135), attention)  # as runs choose it
+    model, tokenizer = make_model(Shape(**M135), attention)  # as runs choose it up to 128 tokens
     policy = language.wrap(model.to(getattr(torch, args.dtype)), tokenizer, source="135m")
     return replace(policy, eos_ids=()), torch.randint(2, 49_152, (args.prompts, args.prompt)).tolist()
 
