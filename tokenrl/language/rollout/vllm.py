@@ -80,6 +80,7 @@ class VllmGenerator:
                 engine = LLM(
                     model=folder,
                     load_format="dummy",  # the weights come from memory
+                    model_impl="vllm",  # its other one changes the classes of transformers, of the trainer too
                     generation_config="vllm",  # no defaults of the model for sampling
                     skip_tokenizer_init=policy.stops is None,
                     dtype=str(next(policy.model.parameters()).dtype).removeprefix("torch."),
@@ -94,8 +95,12 @@ class VllmGenerator:
                     disable_log_stats=True,
                 )
             generator = cls(policy, engine)
-            generator.sync(policy)
-            check_generator(generator)
+            try:
+                generator.sync(policy)
+                check_generator(generator)
+            except BaseException:
+                generator.close()  # what is left of an engine would spoil the next of this process
+                raise
         return generator
 
     def generate(
@@ -180,10 +185,7 @@ class VllmGenerator:
 
     def close(self) -> None:
         """Free the engine with its copy of the weights."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         self.engine.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def checkpoint_weights(model: Any) -> dict[str, Tensor]:

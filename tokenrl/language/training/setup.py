@@ -96,6 +96,8 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         )
     if args.generator == "vllm" and args.top_p < 1 and args.min_p:
         raise Refused("vllm applies min_p before top_p, and scoring after it: give top_p or min_p, not both.")
+    if args.generator == "vllm" and not 0.01 <= args.temperature <= 2:
+        raise Refused(f"temperature was given as {args.temperature:g}; vllm samples from 0.01 to 2.")
     if args.dtype == "float16":
         raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
     if estimator.ratio == "none" and updates > 1:

@@ -1,0 +1,164 @@
+"""Runs that vLLM samples for: its numbers are the trainer's at every step, and a run lives as any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import started, trained, uneven, wide_policy
+from tiny_environments import Guess
+from tiny_models import ENDS, PROMPTS, apart, gradient, make_learner, one_step, weights
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.core import Estimator
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.scoring import score
+
+pytestmark = pytest.mark.vllm
+LORA = {"lora_r": 2}  # on all linear layers
+TIED = {"tie_word_embeddings": True}
+
+
+def rows_of(run):
+    """The rows of metrics.jsonl after training steps."""
+    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "options", "limit"),
+    [
+        *((family, {}, {}, 1e-4) for family in ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "opt")),
+        ("gemma2", {}, {}, 1e-2),  # on a CPU vLLM approximates the soft cap of attention
+        ("llama", TIED, {}, 1e-4),
+        *(("qwen2", {"tie_word_embeddings": tied}, LORA, 1e-4) for tied in (False, True)),
+        ("gpt2", {}, LORA, 1e-4),
+        ("llama", {"dtype": "bfloat16"}, {}, 0.3),
+        ("llama", {}, {"mixed_precision": "bf16"}, 0.3),
+    ],
+)
+def test_sampler_and_trainer_agree_at_every_step(tmp_path, family, config, options, limit):
+    policy = wide_policy(family, **config)
+    policy.eos_ids = ENDS
+    before = weights(policy.model)
+    rows = rows_of(trained(tmp_path / "run", policy, **{"max_steps": 20, "learning_rate": 3e-3} | options))
+    gaps = [row["sampling/logp_difference/max"] for row in rows]
+    assert len(gaps) == 20 and max(gaps) < limit, gaps
+    assert options.get("lora_r") or apart(weights(policy.model), before) > 0.01
+    assert all(abs(row["sampling/kept_mass"] - 1) < 10 * limit for row in rows)
+
+
+CENTRED = Estimator.preset("grpo", importance_centre=True)
+
+
+@pytest.mark.parametrize("estimator", ["remax", "a2c", "optimal", "ppo", CENTRED], ids=str)
+def test_what_the_engine_does_not_return_is_computed(tmp_path, estimator):
+    """Greedy completions, hidden states, score norms, entropies and whole distributions."""
+    options = {"num_iterations": 2} if estimator == "ppo" else {}
+    run = trained(tmp_path / "run", policy := wide_policy(kind="chat"), estimator=estimator, **options)
+    assert run.exit_reason == "finished" and weights(policy.model).isfinite().all()
+    assert all(row["grad_norm"] > 0 and row["entropy"] > 0 for row in rows_of(run))
+
+
+def test_the_centred_gradient_is_that_of_the_trainers_own_distribution():
+    class Own:
+        """An engine's rows, with the numbers of the trainer in place of its own."""
+
+        def __init__(self, engine):
+            self.engine = engine
+
+        def generate(self, *given):
+            rows = self.engine.generate(*given)
+            seen, width = torch.cat([rows.prompt_ids, rows.completion_ids], 1), rows.mask.shape[1]
+            mask = torch.cat([rows.prompt_mask, rows.mask], 1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            with torch.no_grad():
+                logits = model(seen, attention_mask=mask, position_ids=positions).logits[:, -width - 1 : -1]
+                logprobs = score(model, rows).logprobs.masked_fill(~rows.mask, 0)
+            whole = logits.log_softmax(-1).masked_fill(~rows.mask[..., None], 0)
+            return replace(rows, sampling_logprobs=logprobs, sampling_distribution=whole)
+
+        def sync(self, policy):
+            """Sample from the old weights."""
+
+    gradients, policy = [], wide_policy()
+    model = policy.model
+    with started(policy) as engine:
+        for generator in (engine, Own(engine)):
+            learner = make_learner(policy, CENTRED, learning_rate=1e-12)
+            learner.generator = generator
+            one_step(learner)
+            gradients.append(gradient(model))
+    assert gradients[1].norm() > 1e-3 and apart(*gradients) < 1e-3
+
+
+def test_episodes_of_several_turns_run_unchanged(tmp_path):
+    policy = wide_policy(max_position_embeddings=128)
+    policy.eos_ids = ENDS
+    task = [{"prompt": f"{prompt} {n}"} for prompt in PROMPTS for n in range(3)]
+    options = {"task": task, "environment": Guess, "reward": [], "max_completion_length": 24}
+    run = trained(tmp_path / "run", policy, eval_size=2, learning_rate=1e-4, **options)
+    rows = rows_of(run)
+    assert len(rows) == 3 and max(row["sampling/logp_difference/max"] for row in rows) < 1e-4
+    assert max(row["episodes/turns"] for row in rows) > 1
+
+
+def test_a_run_is_checked_and_continued_also_by_the_other_generator(tmp_path, capsys, handlers):
+    (tmp_path / "base").mkdir()
+    policy = wide_policy()
+    policy.model.save_pretrained(tmp_path / "base")
+    policy.tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{p} {n}"}) for p in PROMPTS for n in "123")
+    )
+    (tmp_path / "r.py").write_text(
+        "def f(completions, **_):\n    return [len(c) % 5 / 5 for c in completions]\n"
+    )
+    command = ["train", "--model", str(tmp_path / "base"), "--task", str(tmp_path / "data.jsonl"), "--cpu"]
+    command += ["--reward", f"{tmp_path}/r.py:f", "--prompts-per-step", "4", "--num-generations", "4"]
+    command += ["--max-completion-length", "8", "--generator-cache", "0.05", "--eval-size", "2"]
+    command += ["--output-dir", str(tmp_path / "run")]
+    assert main([*command, "--generator", "vllm", "--max-steps", "4", "--check"]) == 0
+    assert "vllm" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    for steps, generator in ((3, "vllm"), (5, "vllm"), (7, "transformers"), (9, "vllm")):
+        resume = ["--resume", "auto"] * (steps > 3)
+        assert main([*command, "--generator", generator, "--max-steps", str(steps), *resume]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("the run is not bit-exact" in out) == (generator == "vllm")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 9
+    assert main(["evaluate", "--model", str(tmp_path / "run")]) == 0
+
+
+def test_a_signal_saves_a_checkpoint_and_ends_as_usual(tmp_path, handlers):
+    def signalled(step, _):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = trained(tmp_path / "run", wide_policy(), callback=signalled, max_steps=9)
+    assert (run.exit_reason, run.exit_code) == ("SIGTERM", 143)
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    run = trained(tmp_path / "run", wide_policy(), resume="auto", max_steps=9)
+    assert run.exit_reason == "finished" and run.steps == 9
+
+
+def test_a_learning_rate_of_0_leaves_the_numbers_as_they_were(tmp_path):
+    """A second run in the same process, from a model in memory and a configuration that was never saved."""
+    rewards = []
+
+    def recorded(completion_ids, **_):
+        rewards.append(uneven(completion_ids))
+        return rewards[-1]
+
+    policy = wide_policy()
+    pair = policy.model, policy.tokenizer
+    for name in ("first", "second"):
+        run = trained(tmp_path / name, pair, reward=recorded, learning_rate=1e-30, max_steps=20)
+        assert max(row["sampling/logp_difference/max"] for row in rows_of(run)) < 1e-5
+    half = len(rewards) // 2
+    assert rewards[:half] == rewards[half:]
