@@ -125,7 +125,7 @@ def test_an_update_that_scales_one_matrix_is_refused_at_the_start(monkeypatch, l
 
     monkeypatch.setattr(vllm, "checkpoint_weights", wrong)
     with (
-        pytest.raises(Refused, match="off by .* standard deviations, against the trainer's"),
+        pytest.raises(Refused, match=r"off by .* standard deviations, against the trainer's"),
         started(wide_policy()),
     ):
         pass

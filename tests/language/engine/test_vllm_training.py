@@ -13,11 +13,8 @@ from engines import started, trained, uneven, wide_policy
 from tiny_environments import Guess
 from tiny_models import ENDS, PROMPTS, apart, gradient, make_learner, one_step, weights
 
-import tokenrl
 from tokenrl.cli import main
 from tokenrl.core import Estimator
-from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.scoring import score
 
 pytestmark = pytest.mark.vllm

@@ -80,7 +80,7 @@ class VllmGenerator:
                 engine = LLM(
                     model=folder,
                     load_format="dummy",  # the weights come from memory
-                    model_impl="vllm",  # its other one changes the classes of transformers, of the trainer too
+                    model_impl="vllm",  # its other one changes the classes of the trainer
                     generation_config="vllm",  # no defaults of the model for sampling
                     skip_tokenizer_init=policy.stops is None,
                     dtype=str(next(policy.model.parameters()).dtype).removeprefix("torch."),

@@ -1,0 +1,96 @@
+"""What fails in vLLM is one paragraph of words, and nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from engines import gap, sampled, started, trained, wide_policy
+from tiny_models import make_task
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rollout.vllm import VllmGenerator
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("llama", {"dtype": "float64"}, "float64"),
+        ("llama", {"head_dim": 8}, "head_dim=8"),
+        ("mixtral", {"num_local_experts": 4}, "against the trainer's|new weights"),  # a reload spoils experts
+        ("smollm3", {}, "vLLM cannot sample from 'smollm3', a SmolLM3ForCausalLM"),
+    ],
+)
+def test_a_model_that_the_engine_cannot_sample_is_refused_and_the_next_is_not(family, config, words):
+    with pytest.raises(Refused, match=words), started(wide_policy(family, **config)):
+        pass
+    with started(wide_policy()) as engine:
+        assert gap(engine, sampled(engine)) < 1e-4
+
+
+def test_a_custom_architecture_is_refused():
+    policy = wide_policy()
+    policy.model.__class__ = type("OwnForCausalLM", (type(policy.model),), {})
+    with pytest.raises(Refused, match=r"OwnForCausalLM.*generator transformers samples without it"):
+        VllmGenerator.start(policy, cache=0.05)
+
+
+def fail(*_, **__):
+    raise RuntimeError("the engine is dead")
+
+
+def diverge(policy):
+    with torch.no_grad():
+        next(policy.model.parameters()).fill_(math.nan)
+
+
+@pytest.mark.parametrize("fault", ["generate", "sync", "NaN"])
+def test_what_fails_in_a_run_ends_it_in_words_and_the_last_checkpoint_continues(tmp_path, monkeypatch, fault):
+    policy = wide_policy()
+
+    def broken(step, _):
+        if step == 3 and fault == "NaN":
+            diverge(policy)
+            engines[-1].sync(policy)
+        elif step == 3:
+            monkeypatch.setattr(
+                engines[-1].engine, "generate" if fault == "generate" else "collective_rpc", fail
+            )
+
+    engines, start = [], VllmGenerator.start.__func__
+
+    def kept(cls, *given, **options):
+        engines.append(start(cls, *given, **options))
+        return engines[-1]
+
+    monkeypatch.setattr(VllmGenerator, "start", classmethod(kept))
+    words = {"generate": "fails while sampling", "sync": "does not take the new weights", "NaN": "not finite"}
+    options = {"max_steps": 6, "save_every": 2, "callback": broken}
+    with pytest.raises(Stopped, match=words[fault]) as caught:
+        trained(tmp_path / "run", policy, **options)
+    assert caught.value.exit_code == 1 and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+    run = trained(tmp_path / "run", wide_policy(), **options | {"callback": None, "resume": "auto"})
+    assert run.exit_reason == "finished" and run.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"generator_cache": 1e-6}, "vLLM cannot sample"),
+        ({"temperature": 2.5}, "temperature was given as 2.5; vllm samples from 0.01 to 2"),
+        ({"top_p": 0.5, "min_p": 0.1}, "give top_p or min_p, not both"),
+    ],
+)
+def test_settings_that_the_engine_cannot_keep_are_refused(tmp_path, options, words):
+    with pytest.raises(Refused, match=words):
+        trained(tmp_path / "run", wide_policy(), **options)
+
+
+def test_a_prompt_longer_than_the_cache_holds_is_named(tmp_path):
+    policy = wide_policy(max_position_embeddings=4096)
+    task = make_task(["the cat " * 400] * 8)
+    with pytest.raises((Refused, Stopped), match=r"vLLM fails while sampling.*(length|context|tokens)"):
+        trained(tmp_path / "run", policy, task=task, generator_cache=3e-4)
