@@ -141,7 +141,8 @@ def test_every_recipe_is_in_the_list_with_its_command():
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     # tests/control/test_control_recipes.py
     control = {name for name in PROGRAMS if PROGRAMS[name].parent.name == "control"}
-    here = {name.split()[0] for name in (*SHORT, *FIGURES, "reinforce_one_page", TABLE, "defaults")}
+    alone = ("reinforce_one_page", TABLE, "defaults", "sampler_mismatch")
+    here = {name.split()[0] for name in (*SHORT, *FIGURES, *alone)}
     assert here | control | ELSEWHERE == set(PROGRAMS)
 
 
@@ -339,6 +340,20 @@ def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypat
     for line in out.splitlines()[-2:]:
         first, second, difference = map(float, re.findall(r" [+-]?([\d.]+)", line.split("±")[0])[-3:])
         assert abs(abs(second - first) - difference) < 0.0021 and 0 <= first <= 1
+
+
+def test_samplers_that_differ_are_trained_and_measured(tmp_path, monkeypatch, capsys, handlers):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    flags = "--task vowels --mismatches old=2 --corrections sequence --seeds 2 --max-steps 2"
+    out = run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys)
+    gaps = {line[:20].strip(): float(line.split()[-2]) for line in out.splitlines()[1:3]}
+    assert gaps["same none"] < 1e-5 and 1e-3 < gaps["old=2 sequence"] < 1
+    assert out.count("descriptive") == 1 and len(list(tmp_path.glob("runs/*/*.png"))) == 1
+    assert run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys) == out  # read, not trained again
+    rounded = "--task vowels --lengths 1 9 --mismatches"
+    out = [run("sampler_mismatch", f"{rounded} bits={n}", tmp_path, monkeypatch, capsys) for n in (16, 4)]
+    fine, coarse = ([float(line.split()[2]) for line in text.splitlines()[-2:]] for text in out)
+    assert all(0 < a < b < 1 for a, b in zip(fine, coarse, strict=True))
 
 
 def test_figure_of_objectives(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A baseline given by its name on the command line: a whole run, and its config.json."""
+"""A baseline or an engine given by its name on the command line: a whole run, and its config.json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ def half(totals, group_size, mask, valid):
     return torch.full_like(totals, 0.5)
 def fails(totals, **rows):
     raise ValueError("no idea")
+def engine(policy, rows_at_once):
+    from tokenrl.language import TransformersGenerator
+    open("engine.txt", "a").write(str(rows_at_once))
+    return TransformersGenerator(policy, rows_at_once)
 """
 REWARD = "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
 QUICK = """train --task rows.jsonl --reward paid.py:share --cpu --quiet --max-steps 2 --prompts-per-step 2
@@ -40,9 +44,13 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
     assert train("run", "--estimator.baseline", "mine.py:half") == 0
     assert baseline_of(tmp_path / "run") == "mine.py:half"
     assert train("same", "--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5") == 0
-    assert main(["train", "--config", "run", "--output-dir", "again"]) == 0
-    metrics = {(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "same", "again")}
-    assert len(metrics) == 1
+    named = ("--estimator.baseline", "mine.py:half", "--generator", "mine.py:engine")
+    assert train("engine", *named) == 0
+    for name in ("run", "engine"):
+        assert main(["train", "--config", name, "--output-dir", f"{name}-again"]) == 0
+    assert (tmp_path / "engine.txt").read_text() == "NoneNone"  # once a run
+    names = ("run", "same", "engine", "run-again", "engine-again")
+    assert len({(tmp_path / name / "metrics.jsonl").read_text() for name in names}) == 1
 
 
 def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
@@ -55,6 +63,8 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
         assert train("run", "--estimator.baseline", spec) == 2
         assert words in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "run" / "config.json").exists()
+    assert train("run", "--generator", "mine.py:engin") == 2
+    assert "Did you mean 'engine'" in capsys.readouterr().err
     for spec, code in (("mine.py:half", 0), ("mine.py:halv", 2)):  # an agent takes it too
         assert main([*AGENT.split(), "--estimator.baseline", spec]) == code
     assert "Did you mean 'half'" in capsys.readouterr().err
