@@ -142,9 +142,10 @@ def main(
     axes.set(xlabel="step", ylabel="greedy reward, held out", ylim=(0, 1))
     axes.legend(frameon=False)
     figure.savefig(output_dir / "sampler_mismatch.png")
-    for found in judge_scores(scores, margin=0.02).families[0].differences:
-        low, high = found.adjusted.low, found.adjusted.high
-        print(f"{found.arm} - same: {found.mean.value:+.3f} [{low:+.3f}, {high:+.3f}] {found.verdict}")
+    for difference in judge_scores(scores, margin=0.02).families[0].differences:
+        bounds, mean = difference.adjusted, difference.mean.value
+        interval = f"[{bounds.low:+.3f}, {bounds.high:+.3f}]"
+        print(f"{difference.arm} - same: {mean:+.3f} {interval} {difference.verdict}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, promp
 def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(monkeypatch, prompts, valid):
     three = SimpleNamespace(num_processes=3)
     monkeypatch.setattr("accelerate.Accelerator", lambda **options: three)
-    args = SimpleNamespace(cpu=True, mixed_precision="no", prompts_per_step=prompts)
+    args = SimpleNamespace(cpu=True, generator="transformers", mixed_precision="no", prompts_per_step=prompts)
     with pytest.raises(Refused, match=rf"cannot be shared equally by 3 processes.* Give {valid}\."):
         make_accelerator(args)
 
