@@ -25,7 +25,7 @@ DISTRIBUTIONS = [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0
 
 @pytest.fixture(scope="module")
 def engine():
-    policy = wide_policy()
+    policy = wide_policy(max_position_embeddings=512)  # a block of the cache has 128 tokens
     policy.stops = StopStrings(make_tokenizer(), ["<pad>"])  # so that the engine knows the tokenizer
     with started(policy) as engine:
         yield engine
@@ -97,7 +97,7 @@ def test_a_row_ends_where_the_policy_ends_it(engine, eos, strings):
 
 def test_weights_reach_the_engine_and_what_was_computed_with_others_is_dropped(engine):
     """Prompts and completions of the old weights are in the cache when the same are sampled again."""
-    policy, settings = engine.policy, {"prompts": [*IDS, 20 * [3, 4], 20 * [3, 4] + [5]]}
+    policy, settings = engine.policy, {"prompts": [*IDS, 100 * [3, 4], 100 * [3, 4] + [5]]}
     before = sampled(engine, **settings)
     for _ in range(20):
         engine.sync(policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(monk
     args = SimpleNamespace(cpu=True, generator="transformers", mixed_precision="no", prompts_per_step=prompts)
     with pytest.raises(Refused, match=rf"cannot be shared equally by 3 processes.* Give {valid}\."):
         make_accelerator(args)
+    args.generator = "vllm"
+    with pytest.raises(Refused, match="vllm samples in a run of one process, and this run has 3"):
+        make_accelerator(args)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_without_vllm_a_run_that_asks_for_it_says_what_to_install(tmp_path):
+    with pytest.raises(Refused, match=r"needs the package vllm.*tokenrl-lm\[vllm\]"):
+        run(tmp_path / "run", generator="vllm")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**400, 1.5, "1", None])
