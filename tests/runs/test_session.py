@@ -250,6 +250,18 @@ def test_processes_with_other_settings_are_refused(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes():
+    def compared(seed, steps, words):
+        numbers = []
+        provenance = Provenance(settings={"seed": seed, "max_steps": steps, "reward": [partial(sum, words)]})
+        provenance.check_processes(lambda given: [numbers.append(n) or n for n in given])
+        return numbers[:3]
+
+    ours = compared(1, 5, "ab")
+    theirs = compared(2, 6, "ba")  # in each process a set has an order of its own
+    assert [mine == other for mine, other in zip(ours, theirs, strict=True)] == [False, True, False]
+
+
 def test_processes_beside_the_main_one_continue_from_a_checkpoint_and_never_write_one(tmp_path):
     counter, beside = Counter(), Counter()
     main, other = (Saver(tmp_path, SavingArguments(), active=active) for active in (True, False))

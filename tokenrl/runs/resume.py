@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from json import JSONEncoder
 from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
@@ -13,10 +13,10 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import ROWS_HASH, checkpoints, step_of, tables
 from tokenrl.runs.directory import newest, numbered
-from tokenrl.runs.files import flat, remove, verify, write_text, writing
+from tokenrl.runs.files import flat, plain, remove, verify, write_text, writing
 from tokenrl.runs.metrics import hash_of_rows, line_of, read_metrics
 from tokenrl.runs.origin import versions
-from tokenrl.settings import arguments
+from tokenrl.settings import Settings, arguments
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class Provenance:
         fingerprints: of the data, the tokenizer and the base model, by these names.
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
-        settings: the settings of the run as JSON holds them; known once the run begins.
+        settings: the settings of the run; known once the run begins.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
 
@@ -143,6 +143,8 @@ class Provenance:
     def check_processes(self, agreed: Callable[[Sequence[int]], Sequence[int]]) -> None:
         """Compare with the other processes, but not the base model, whose weights the main one gives to all.
 
+        Of functions and objects no text is compared: it may hold an address, a device or a set in any order.
+
         Args:
             agreed: returns the largest of each of the numbers that all processes pass to it.
 
@@ -150,8 +152,9 @@ class Provenance:
             Refused: settings, data or tokenizer of another process are not those of this one.
         """
         values = {**self.settings, **self.fingerprints}
-        names = sorted(values.keys() - {*FREE, *ROUNDING, "base model"})
-        numbers = [crc32(re.sub(" at 0x[0-9a-f]+", "", repr(values[name])).encode()) for name in names]
+        names = sorted(values.keys() - {*FREE, *ROUNDING, "base model"} | {"max_steps"})
+        text = JSONEncoder(skipkeys=True, default=lambda x: vars(x) if isinstance(x, Settings) else "").encode
+        numbers = [crc32(text(values[name]).encode()) for name in names]
         extremes = agreed([*numbers, *(-number for number in numbers)])  # the largest, and minus the least
         if wrong := [name for i, name in enumerate(names) if extremes[i] + extremes[i + len(names)]]:
             mend = "Start all of them with the same command, on the same data."
@@ -161,7 +164,7 @@ class Provenance:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
-            "settings": dict(self.settings),
+            "settings": plain(self.settings),
             "data or models": self.fingerprints,
             "processes": {"processes": self.processes},
             "versions": {**packages, "device": self.device},
@@ -180,8 +183,8 @@ class Provenance:
                 raise Refused(f"The run was started with other {part}: {'; '.join(wrong)}. {mend}")
         self.inexact = [text for name, text in differ["settings"].items() if name in ROUNDING]
         self.inexact += differ["versions"].values()
-        if (generator := self.settings.get("generator", "transformers")) != "transformers":
-            self.inexact.append(f"{generator} has random numbers of its own")
+        if self.settings.get("generator") == "vllm":
+            self.inexact.append("vllm has random numbers of its own")
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
 

@@ -35,7 +35,7 @@ from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
-from tokenrl.runs.files import atomic_directory, plain, write_json
+from tokenrl.runs.files import atomic_directory, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, versions
 from tokenrl.runs.output import without_warnings
@@ -191,7 +191,7 @@ class Session:
         self.args, self._spent = args, spent
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
-        self._provenance.settings = plain(settings)
+        self._provenance.settings = settings
         self._provenance.check_processes(self.agreed)
         self.rows = [{"step": 0, **_named(self.eval_before)}]
         if self._continued is not None:

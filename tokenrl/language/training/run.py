@@ -167,13 +167,13 @@ class TrainingRun:
     def facts(self) -> dict[str, Any]:
         """Return the last lines of the header, which are printed when the model is ready."""
         policy = self.learner.policy
-        trained, generator = sum(p.numel() for p in policy.trainable_parameters()), self.args.generator
-        engine = f"by {generator}, with random numbers of its own: the run is not bit-exact"
+        trained = sum(p.numel() for p in policy.trainable_parameters())
+        engine = "by vllm, with random numbers of its own: the run is not bit-exact"
         return {
             "trained": f"{trained:,} parameters, on {policy.device}",
             "threads": self.threads,
             "computing": self.learner.forward.words,
-            **({} if generator == "transformers" else {"sampling": engine}),
+            **({"sampling": engine} if self.args.generator == "vllm" else {}),
             **self.learner.forward.scoring.remarks,
         }
 
