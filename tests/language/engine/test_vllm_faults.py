@@ -92,8 +92,10 @@ def test_settings_that_the_engine_cannot_keep_are_refused(tmp_path, options, wor
         trained(tmp_path / "run", wide_policy(), **options)
 
 
-def test_a_prompt_longer_than_the_cache_holds_is_named(tmp_path):
+@pytest.mark.parametrize(("words", "length"), [(400, 8), (1, 1500)])
+def test_rows_longer_than_the_cache_holds_are_refused_before_the_first_step(tmp_path, words, length):
+    """The engine would end such completions early, and say nothing."""
     policy = wide_policy(max_position_embeddings=4096)
-    task = make_task(["the cat " * 400] * 8)
-    with pytest.raises((Refused, Stopped), match=r"vLLM fails while sampling.*(length|context|tokens)"):
-        trained(tmp_path / "run", policy, task=task, generator_cache=3e-4)
+    options = {"task": make_task(["the cat " * words] * 8), "max_completion_length": length}
+    with pytest.raises(Refused, match=r"up to \d+ tokens, and generator_cache has room for \d+: raise it"):
+        trained(tmp_path / "run", policy, generator_cache=3e-4, **options)

@@ -111,9 +111,12 @@ class VllmGenerator:
         `logprobs`, `entropy`, `score_norms` and `hidden` are None, since they are the trainer's numbers.
 
         Raises:
-            Stopped: the engine fails, or its log-probabilities are not finite.
+            Stopped: the engine fails, its cache is too small, or its log-probabilities are not finite.
         """
-        size = sampling.group_size
+        size, longest = sampling.group_size, max(map(len, prompt_ids)) + sampling.max_completion_length
+        if longest > (most := self.engine.model_config.max_model_len):
+            sizes = f"up to {longest} tokens, and generator_cache has room for {most}: raise it"
+            raise Stopped(f"A prompt with its completion has {sizes}, or lower max_completion_length.")
         requests = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(size)]
         with _reported("fails while sampling", Stopped), _undisturbed(self.policy.device):
             parameters = self._parameters(sampling, draws, len(requests))
@@ -131,6 +134,7 @@ class VllmGenerator:
         logprobs = _padded((torch.tensor(row.logprobs)[row.start_indices] for row in flat), mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
+        whole = _padded(map(_distribution, flat), mask) if sampling.keep_distribution else None
         prompts = pad_left(prompt_ids, self.policy.pad_id, torch.device("cpu"))
         index = torch.arange(len(prompt_ids)).repeat_interleave(size)
         rollout = Rollout(
@@ -141,9 +145,8 @@ class VllmGenerator:
             mask=mask,
             sampling_logprobs=logprobs,
             truncated=~finished,
+            sampling_distribution=whole,
         )
-        if sampling.keep_distribution:
-            rollout = replace(rollout, sampling_distribution=_padded(map(_distribution, flat), mask))
         columns = {name: x.to(self.policy.device) for name, x in rollout.columns().items()}
         return replace(rollout, **columns)
 
