@@ -189,8 +189,7 @@ def exact_values(
     policy = np.asarray(policy, np.float64)
     if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
         raise Refused(f"policy {policy.shape} must have four probabilities for each of {env.cells} cells.")
-    chances = transitions(env)
-    moves = np.einsum("sa,sat->st", policy, chances)
+    moves = np.einsum("sa,sat->st", policy, transitions(env))
     ends, end_rewards = list(env.ends), list(env.ends.values())
     alive = ~np.isin(np.arange(env.cells), ends)
     rewards = env.step_reward * alive + moves[:, ends] @ end_rewards
@@ -214,8 +213,7 @@ def exact_return(
     Raises:
         Refused: As for `exact_values`.
     """
-    values = exact_values(env, policy, gamma=gamma, horizon=horizon)
-    return float(values[env.starts].mean())
+    return float(exact_values(env, policy, gamma=gamma, horizon=horizon)[env.starts].mean())
 
 
 LAST = 11

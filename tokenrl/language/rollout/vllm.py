@@ -35,8 +35,6 @@ IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_
 """Environment variables of vLLM: it has no process of its own, so that it reads the trainer's weights, and
 its threads are not bound to cores, which the trainer uses too."""
 FALL_BACK = "--generator transformers samples without it"
-SEEDS = 2**53
-"""Number of different seeds of completions: as many as there are uniform numbers of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,6 @@ class VllmGenerator:
                     max_model_len=-1,  # as long as the cache allows
                     kv_cache_memory_bytes=int(cache * 2**30),
                     gpu_memory_utilization=0.01,  # only a test of free memory where the cache is given
-                    disable_log_stats=True,
                 )
             generator = cls(policy, engine)
             try:
@@ -134,7 +131,7 @@ class VllmGenerator:
         logprobs = _padded((torch.tensor(row.logprobs)[row.start_indices] for row in flat), mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
-        whole = _padded(map(_distribution, flat), mask) if sampling.keep_distribution else None
+        whole: Any = _padded(map(_distribution, flat), mask) if sampling.keep_distribution else None
         prompts = pad_left(prompt_ids, self.policy.pad_id, torch.device("cpu"))
         index = torch.arange(len(prompt_ids)).repeat_interleave(size)
         rollout = Rollout(
@@ -170,7 +167,8 @@ class VllmGenerator:
         }
         if draws is None:
             return [SamplingParams(temperature=0, **common)] * rows
-        seeds = (draws[:, 0].double() * SEEDS).long().tolist()
+        # As many seeds as there are uniform numbers of 64 bits.
+        seeds = (draws[:, 0].double() * 2**53).long().tolist()
         return [SamplingParams(temperature=sampling.temperature, seed=seed, **common) for seed in seeds]
 
     def sync(self, policy: Policy) -> None:

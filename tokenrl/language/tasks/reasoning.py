@@ -50,8 +50,7 @@ class ReasoningScore:
 
 
 def _answer(text: str) -> str:
-    opened = text.rpartition("<answer>")[2]
-    return opened.partition("</answer>")[0].strip()
+    return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 Rows = list[dict[str, Any]]

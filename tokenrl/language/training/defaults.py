@@ -211,8 +211,7 @@ def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
         choices, task, policy, usual=SFT_ANY, usual_of_toys=SFT_TOY, recommended=recommended, supervised=True
     )
     layers.append(("given", vars(choices)))
-    every = max(1, lay(*layers).values.max_steps // 10)
-    return lay(("default", {"eval_every": every}), *layers)
+    return lay(("default", {"eval_every": max(1, lay(*layers).values.max_steps // 10)}), *layers)
 
 
 def _below(

@@ -23,6 +23,7 @@ from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
@@ -243,13 +244,9 @@ def make_accelerator(args: Any) -> Any:
 
 def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
     """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
-    if args.generator == "transformers":
-        return TransformersGenerator
-    if args.generator != "vllm":
-        return args.generator
-    from tokenrl.language.rollout.vllm import VllmGenerator
-
-    return partial(VllmGenerator.start, cache=args.generator_cache)
+    if args.generator == "vllm":
+        return partial(VllmGenerator.start, cache=args.generator_cache)
+    return TransformersGenerator if args.generator == "transformers" else args.generator
 
 
 def provenance_of(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Provenance:

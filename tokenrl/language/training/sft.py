@@ -92,8 +92,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             policy = make_policy(choices, task, session.console.note)
             scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        chosen = {"threads": threads, "output_dir": session.directory}
-        args = SftArguments(**vars(filled.values) | chosen)
+        args = SftArguments(**vars(filled.values) | {"threads": threads, "output_dir": session.directory})
         stack.enter_context(using_threads(threads))
         training = SupervisedTraining(
             policy,
