@@ -144,8 +144,7 @@ class VllmGenerator:
             truncated=~finished,
             sampling_distribution=whole,
         )
-        columns = {name: x.to(self.policy.device) for name, x in rollout.columns().items()}
-        return replace(rollout, **columns)
+        return replace(rollout, **{name: x.to(self.policy.device) for name, x in rollout.columns().items()})
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:
         """Return vLLM's parameters of each row; without random numbers those of greedy completions."""
