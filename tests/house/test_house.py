@@ -21,14 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 825, "core": 1_896, "runs": 2_377, "control": 1_384, "advisor": 556},
-    **{"language": 2, "language/policy": 736, "language/rewards": 1_076, "language/tasks": 564},
-    **{"language/rollout": 1_298, "language/training": 2_576, "language/preferences": 590},
-    **{"language/evaluation": 415, "lab": 2, "lab/exact": 1_352, "lab/measure": 647, "lab/compare": 1_542},
+    **{"top": 825, "core": 1_898, "runs": 2_378, "control": 1_391, "advisor": 556},
+    **{"language": 2, "language/policy": 736, "language/rewards": 1_076, "language/tasks": 565},
+    **{"language/rollout": 1_298, "language/training": 2_580, "language/preferences": 592},
+    **{"language/evaluation": 415, "lab": 2, "lab/exact": 1_354, "lab/measure": 647, "lab/compare": 1_544},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 17_838, 163, 7_106, 21_468, 3_980, 752
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 17_859, 163, 7_112, 21_468, 3_980, 752
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -128,7 +128,11 @@ OTHER_EPISODES = 1000
 # steps. Pieces of episodes keep slow environments busy. An entropy bonus keeps the lander from hovering too
 # early; it falls to 0, because the policy is evaluated with sampled actions. A falling learning rate
 # removes the noise of the last updates.
-PPO: dict[str, Any] = {"num_envs": 16, "num_iterations": 4, "learning_rate_schedule": "linear"}
+PPO: dict[str, Any] = {
+    "num_envs": 16,
+    "num_iterations": 4,
+    "learning_rate_schedule": "linear",
+}
 LANDER: dict[str, Any] = PPO | {
     "estimator": Estimator.preset("ppo", gamma=0.999, lam=0.98, entropy_coef=0.01, value_clip=None),
     "num_steps": 512,

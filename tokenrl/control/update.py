@@ -87,7 +87,8 @@ class Units(NamedTuple):
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Units:
         """Return the units with every column changed by the function."""
-        return self._replace(**{name: function(x) for name, x in self._asdict().items() if x is not None})
+        columns = self._asdict().items()
+        return self._replace(**{name: function(x) for name, x in columns if x is not None})
 
 
 def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:

@@ -189,7 +189,8 @@ def exact_values(
     policy = np.asarray(policy, np.float64)
     if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
         raise Refused(f"policy {policy.shape} must have four probabilities for each of {env.cells} cells.")
-    moves = np.einsum("sa,sat->st", policy, transitions(env))
+    chances = transitions(env)
+    moves = np.einsum("sa,sat->st", policy, chances)
     ends, end_rewards = list(env.ends), list(env.ends.values())
     alive = ~np.isin(np.arange(env.cells), ends)
     rewards = env.step_reward * alive + moves[:, ends] @ end_rewards
@@ -213,7 +214,8 @@ def exact_return(
     Raises:
         Refused: As for `exact_values`.
     """
-    return float(exact_values(env, policy, gamma=gamma, horizon=horizon)[env.starts].mean())
+    values = exact_values(env, policy, gamma=gamma, horizon=horizon)
+    return float(values[env.starts].mean())
 
 
 LAST = 11

@@ -55,7 +55,8 @@ class Turns(NamedTuple):
     def read(cls, turns: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Turns:
         """Read the number of the turn of each action; off the mask `turns` may hold anything."""
         latest = torch.where(mask, turns.long(), -1).cummax(-1).values
-        return cls(latest.clamp(min=0), latest > pad(latest[:, :-1], (1, 0), value=-1))
+        begins = latest > pad(latest[:, :-1], (1, 0), value=-1)
+        return cls(latest.clamp(min=0), begins)
 
     def sums(self, x: Float[Tensor, "N T"]) -> Float[Tensor, "N K"]:
         """Return the sum over the positions of each turn."""
@@ -86,7 +87,8 @@ def in_window(rewards: Float[Tensor, "N T"], window: int, gamma: float = 1.0) ->
     """Return the sum of the next `window` rewards: `sum_{u=t}^{t + window - 1} gamma^(u - t) r_u`."""
     # G_t minus the part beyond the window, which is gamma^window G_{t + window}
     to_go = reward_to_go(rewards, gamma)
-    return to_go - gamma**window * pad(to_go, (0, window))[:, window:]
+    beyond = pad(to_go, (0, window))[:, window:]
+    return to_go - gamma**window * beyond
 
 
 def lambda_return(

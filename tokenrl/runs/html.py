@@ -136,7 +136,8 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
         cards.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), card)
     steps = [list(of_step.values())[:_OPEN] for of_step in cards.values()]
     some = [steps[place] for place in sorted({0, len(steps) // 2, len(steps) - 1}) if rows]
-    return {"kind": "completions", "all": samples, "some": some, "numeric": numeric} if rows else {}
+    block = {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
+    return block if rows else {}
 
 
 def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:

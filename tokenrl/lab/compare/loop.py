@@ -196,7 +196,8 @@ def _print_result(comparison: Comparison, console: Console) -> None:
     """Print scores and verdicts on each problem, what they do not mean, and the path of the report."""
     for family in comparison.judgement.families:
         title = f"{family.problem}: {comparison.plan.metric}, mean over the seeds that did not fail"
-        table = rich_table(title, ("arm",), ("failed", "score", f"against {family.reference}", "verdict"))
+        columns = ("failed", "score", f"against {family.reference}", "verdict")
+        table = rich_table(title, ("arm",), columns)
         for arm in family.arms:
             difference = family.against_reference.get(arm.arm)
             cells = (difference.apart, difference.verdict) if difference else ("", "reference")

@@ -52,7 +52,8 @@ class RunTable(NamedTuple):
 
     def curves_of(self, problem: str) -> pd.DataFrame:
         """Return the curves of the runs on a problem that are compared."""
-        return self.curves[(self.curves["problem"] == problem) & (self.curves["role"] == "comparison")]
+        of_problem = self.curves["problem"] == problem
+        return self.curves[of_problem & (self.curves["role"] == "comparison")]
 
 
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:

@@ -234,4 +234,5 @@ def record(name: str, estimator: Estimator, problems: Sequence[Problem]) -> dict
 
 def kept_mass(problem: Problem) -> float:
     """Return the policy's probability of what the sampler can produce: the mean weight of a completion."""
-    return float((problem.chances * (problem.of_sampler.chances > 0)).sum(-1).mean())
+    drawn = problem.of_sampler.chances > 0
+    return float((problem.chances * drawn).sum(-1).mean())

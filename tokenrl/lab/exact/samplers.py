@@ -59,7 +59,8 @@ class Perturbation(Distribution):
 
     def logits(self, logits: Float[Tensor, "*N V"], seed: int) -> Float[Tensor, "*N V"]:
         """Return the sampler's logits, given those of the policy and the seed of the noise."""
-        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+        draw = torch.Generator().manual_seed(seed)
+        noise = torch.randn(logits.shape, generator=draw, dtype=torch.double)
         logits = self.truncated((logits + self.noise * noise) / self.temperature)
         return logits.clamp(min=NEVER)  # finite, so that no product with 0 is nan
 

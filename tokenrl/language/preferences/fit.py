@@ -225,8 +225,10 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
-        session.keep(SavedPolicy(reward_model), provenance_of(reward_model, rows), training=training)
-        session.open(_header(args, data, reward_model) | {"threads": f"{threads} ({reason})"})
+        provenance = provenance_of(reward_model, rows)
+        session.keep(SavedPolicy(reward_model), provenance, training=training)
+        header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
+        session.open(header)
 
         def evaluate() -> dict[str, float]:
             return session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))

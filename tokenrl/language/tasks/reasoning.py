@@ -50,7 +50,8 @@ class ReasoningScore:
 
 
 def _answer(text: str) -> str:
-    return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    opened = text.rpartition("<answer>")[2]
+    return opened.partition("</answer>")[0].strip()
 
 
 Rows = list[dict[str, Any]]

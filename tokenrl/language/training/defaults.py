@@ -211,7 +211,8 @@ def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
         choices, task, policy, usual=SFT_ANY, usual_of_toys=SFT_TOY, recommended=recommended, supervised=True
     )
     layers.append(("given", vars(choices)))
-    return lay(("default", {"eval_every": max(1, lay(*layers).values.max_steps // 10)}), *layers)
+    every = max(1, lay(*layers).values.max_steps // 10)
+    return lay(("default", {"eval_every": every}), *layers)
 
 
 def _below(

@@ -92,7 +92,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             policy = make_policy(choices, task, session.console.note)
             scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        args = SftArguments(**vars(filled.values) | {"threads": threads, "output_dir": session.directory})
+        chosen = {"threads": threads, "output_dir": session.directory}
+        args = SftArguments(**vars(filled.values) | chosen)
         stack.enter_context(using_threads(threads))
         training = SupervisedTraining(
             policy,

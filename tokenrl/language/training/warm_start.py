@@ -319,7 +319,8 @@ class WarmStart:
         for when, probe in (("before", before), ("after", after)):
             facts |= {f"reward_{when}": probe["reward"], f"spread_{when}": probe["unequal"]}
             facts[f"loss_{when}"] = getattr(training, f"loss_{when}")
-        return facts | {"in_words": (LEARNT if training.step else SKIPPED).format_map(facts)}, code
+        sentence = LEARNT if training.step else SKIPPED
+        return facts | {"in_words": sentence.format_map(facts)}, code
 
     def _probe(self) -> dict[str, float]:
         """Measure the sampled reward, the share of unequal groups and that of completions that are cut."""
