@@ -6,11 +6,15 @@ import pytest
 import torch
 from families import family_policy
 from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer, quickly
+from transformers.cache_utils import DynamicLayer
 
 import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.cache import GrowingLayer
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring
 
 
@@ -35,9 +39,14 @@ def without(*names):
     return lambda options: [options.pop(name, None) for name in names] and None
 
 
+def cache_of(options):
+    """The cache that a forward pass is given; transformers calls it `cache` from 5.24 on."""
+    return options.get("cache") or options.get("past_key_values")
+
+
 def detached(options):
     """Cut the gradient's path through the cache, as an update in `no_grad` would."""
-    cache = options.get("past_key_values")
+    cache = cache_of(options)
     if cache is not None and torch.is_grad_enabled():
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
@@ -45,7 +54,7 @@ def detached(options):
 
 def overwritten(options):
     """Write over the cache in place after it was read, as a recurrent state may be."""
-    cache = options.get("past_key_values")
+    cache = cache_of(options)
 
     def write(out):
         if cache is not None:
@@ -87,7 +96,12 @@ def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, 
     options = {"dtype": dtype, "initializer_range": spread}
     check_scoring(make_policy(architecture, **options))
     absolute = [("position_ids",)] if architecture == "gpt2" else []
-    for names in (("attention_mask",), ("attention_mask", "position_ids"), ("past_key_values",), *absolute):
+    for names in (
+        ("attention_mask",),
+        ("attention_mask", "position_ids"),
+        ("past_key_values", "cache"),
+        *absolute,
+    ):
         wrong = changed(make_policy(architecture, **options), without(*names))
         with pytest.raises(Refused, match=r"tiny .* sampling gives log-probabilities that are off by"):
             check_scoring(wrong)
@@ -146,13 +160,74 @@ def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarke
     assert not scoring.share_prompt and not scoring.remarks and policy.model.training
 
 
-@pytest.mark.parametrize("worst", [0, 1, 2])
+def broken(*_, **__):
+    raise AttributeError("no such attribute in this release")
+
+
+def negative(layer, keys, values, *_, **__):
+    """Return other keys than those that were given, as a layer does whose meaning a release has changed."""
+    keys, values = original_update(layer, keys, values)
+    return -keys, values
+
+
+def bare(layer, keys, values):
+    """Begin a layer without the attributes that transformers 5.24 took away."""
+    original_start(layer, keys, values)
+    for name in ("dtype", "device"):
+        vars(layer).pop(name, None)
+
+
+original_update = GrowingLayer.update
+original_start = DynamicLayer.lazy_initialization
+LIBRARY = {
+    "the layer's type": ("tokenrl.language.rollout.cache.DynamicLayer", type("Other", (), {})),
+    "a layer's update": ("tokenrl.language.rollout.cache.GrowingLayer.update", negative),
+    "the choice of rows": ("transformers.cache_utils.Cache.reorder_cache", broken),
+    "the rows of a layer": ("transformers.cache_utils.DynamicLayer.reorder_cache", broken),
+    "attributes of a layer": ("transformers.cache_utils.DynamicLayer.lazy_initialization", bare),
+    "the layers": ("tokenrl.language.rollout.cache.Cache.make_room", broken),
+}
+
+
+@pytest.mark.parametrize("release", LIBRARY)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_where_a_release_lacks_what_the_fast_way_reads_the_plain_way_samples_the_same(
+    release, kind, monkeypatch
+):
+    policy = make_policy(kind)
+    prompts, draws = [[5, 6, 7], [8]], torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
+    before = TransformersGenerator(policy).generate(prompts, Sampling(12, 3), draws)
+    monkeypatch.setattr(*LIBRARY[release], raising=False)
+    scoring = check_scoring(policy)
+    plain = release not in ("the layer's type", "attributes of a layer")
+    assert policy.plain_cache == plain == ("cache" in scoring.remarks)
+    after = TransformersGenerator(policy).generate(prompts, Sampling(12, 3), draws)
+    assert torch.equal(before.completion_ids, after.completion_ids)
+    assert torch.allclose(before.logprobs, after.logprobs, atol=1e-5)
+
+
+def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tokenrl.language.rollout.cache.GrowingLayer.update", broken)
+    result = tokenrl.train(
+        model=make_policy(),
+        task=make_task(),
+        output_dir=tmp_path / "run",
+        max_steps=2,
+        eval_generations=1,
+        cpu=True,
+    )
+    assert result.exit_code == 0 and result.policy.plain_cache
+    header = " ".join(capsys.readouterr().out.split())
+    assert "as the model keeps it" in header and "no such attribute in this release" in header
+
+
+@pytest.mark.parametrize("worst", [0, 1, 2, 3])
 def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
     seen = []
 
     def gather(failed):
         seen.append([*map(bool, failed[0])])
-        return torch.tensor([failed[0].tolist(), [worst == 2, worst == 1, False]]).int()
+        return torch.tensor([failed[0].tolist(), [worst == 2, worst == 1, False, worst == 3]]).int()
 
     other = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
     policy = make_policy()
@@ -161,11 +236,15 @@ def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
             check_scoring(policy, accelerator=other)
     else:
         scoring = check_scoring(policy, accelerator=other)
-        assert scoring.share_prompt == (worst == 0) == (not scoring.remarks)
-    assert seen == [[False, False, False]]
+        assert scoring.share_prompt == (worst != 1) and set(scoring.remarks) == {
+            1: {"prompts"},
+            3: {"cache"},
+        }.get(worst, set())
+        assert policy.plain_cache == (worst == 3)
+    assert seen == [[False, False, False, False]]
     with pytest.raises(Refused, match="off by"):  # a process that refuses tells the others first
         check_scoring(changed(make_policy(), without("attention_mask")), accelerator=other)
-    assert seen[1:] == [[True, False, False]]
+    assert seen[1:] == [[True, False, False, False]]
 
 
 TRAINED = ["lfm2", "granite_hybrid", "falcon_h1", "mamba", "qwen3_5"]

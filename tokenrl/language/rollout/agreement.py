@@ -57,9 +57,9 @@ def check_scoring(
         Refused: sampling is wrong for this model, or both ways of scoring are.
     """
     with torch.random.fork_rng(devices=[]):
-        wrong, prompts, logits = _on_any_process(
-            accelerator, _faults(policy, model or policy.model, hidden, gradient)
-        )
+        faults = _faults(policy, model or policy.model, hidden, gradient)
+    wrong, prompts, logits, cache = _on_any_process(accelerator, faults)
+    policy.plain_cache = bool(cache)
     if wrong:
         raise Refused(
             f"The model {policy.source!r} ({type(policy.model).__name__}) cannot be sampled and scored in "
@@ -67,10 +67,11 @@ def check_scoring(
             "return a cache: choose another architecture, or another release of transformers."
         )
     choices = {
-        "prompts": (prompts, "computed anew for each completion"),
-        "logits": (logits, "of all tokens at once"),
+        "cache": (cache, "as the model keeps it, with each prompt read for each completion, in sampling"),
+        "prompts": (prompts, "computed anew for each completion when scored"),
+        "logits": (logits, "of all tokens at once when scored"),
     }
-    remarks = {name: f"{choice} when scored ({fault})" for name, (fault, choice) in choices.items() if fault}
+    remarks = {name: f"{choice} ({fault})" for name, (fault, choice) in choices.items() if fault}
     head = head_of(policy.model)
     at_once = None if logits or head is None else tokens_at_once(head.out_features)
     return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
@@ -99,22 +100,29 @@ def _recomputes(policy: Policy) -> bool:
 
 
 def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> list[str]:
-    """Return in words the fault of every way of scoring, of sharing prompts, and of logits in chunks."""
+    """Return in words the faults of a policy, empty texts where there is none.
+
+    Returns:
+        The fault of every way of sampling or of scoring; of sharing prompts; of logits in chunks; and of a
+        cache whose rows are chosen and for which memory is set aside.
+    """
     prompts, _ = _prompts(policy)
     with torch.no_grad():
         first = policy.model(torch.tensor([prompts[0]], device=policy.device), use_cache=False)
     if not torch.isfinite(first.logits).all():
-        return ["", "", ""]
+        return ["", "", "", ""]
     trials: list[_Trial] = []
 
-    def sample() -> None:
-        rollout = _sampled(TransformersGenerator(policy), hidden)
-        trials.append(_Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters())))
+    def sample(plain_cache: bool) -> None:
+        rollout = _sampled(TransformersGenerator(replace(policy, plain_cache=plain_cache)), hidden)
+        trials[:] = [_Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))]
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
 
-    if wrong := _failure(sample):
-        return [wrong, "", ""]
-    compare, share, unshared = trials[0].score, not _recomputes(policy), ""
+    cache = _failure(sample, False)
+    if cache and _failure(sample, True):
+        return [cache, "", "", ""]
+    compare, share = trials[0].score, not _recomputes(policy)
+    unshared = wrong = ""
     if share:
         unshared = _failure(compare, model, Scoring())
     if unshared or not share:
@@ -122,7 +130,7 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     whole = "the head is no linear layer"
     if head_of(model) is not None:
         whole = _failure(compare, model, Scoring(share and not unshared, PIECE))
-    return [wrong, unshared, "" if wrong else whole]
+    return [wrong, unshared, "" if wrong else whole, cache]
 
 
 def _sampled(generator: Any, hidden: bool) -> Rollout:

@@ -16,7 +16,8 @@ class Cache:
     """The cache that a forward pass returned, and the name by which the model takes it back.
 
     Attributes:
-        name: `past_key_values`, or `cache_params` where a model keeps recurrent states and nothing else.
+        name: `cache` from transformers 5.24 on; before that `past_key_values`, or `cache_params` where a
+            model keeps recurrent states and nothing else.
         held: a `transformers.Cache` of keys and values, of recurrent states, or of both.
     """
 
@@ -30,9 +31,10 @@ class Cache:
         Raises:
             Refused: the output holds none.
         """
-        for name in ("past_key_values", "cache_params"):
-            if getattr(out, name, None) is not None:
-                return cls(name, getattr(out, name))
+        for name in ("cache", "past_key_values", "cache_params"):
+            held = getattr(out, name, None)
+            if held is not None:
+                return cls(name, held)
         raise Refused("The model returns no cache of the tokens that it was fed, so none can follow them.")
 
     def select(self, index: Tensor) -> None:
@@ -47,7 +49,7 @@ class Cache:
         """
         layers: Any = getattr(self.held, "layers", [])
         for number, layer in enumerate(layers):
-            if type(layer) is DynamicLayer and layer.is_initialized:
+            if type(layer) is DynamicLayer and layer.keys is not None:
                 layers[number] = GrowingLayer(layer, tokens)
 
     @property
@@ -68,11 +70,16 @@ class Cache:
 
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
-        return {self.name: self.held} | (positions if self.name == "past_key_values" else {})
+        layers: Any = getattr(self.held, "layers", [])
+        states_alone = self.name == "cache_params" or (bool(layers) and all(map(_has_no_keys, layers)))
+        return {self.name: self.held} | ({} if states_alone else positions)
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of t tokens, in memory that has room for more; without autograd.
+
+    Of the layer whose place it takes it reads the keys and the values only, and it overrides all methods that
+    a forward pass calls, so that it does not rely on attributes that a release may rename.
 
     Attributes:
         whole: the memory of keys and of values, each [n, heads, room, d].
@@ -85,7 +92,9 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
         """Take over what a layer holds, and set aside memory for `tokens` more."""
         assert layer.keys is not None and layer.values is not None
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.is_initialized = True
+        self.dtype = layer.keys.dtype
+        self.device = layer.keys.device
         self._hold(layer.keys, layer.values, layer.keys.shape[2] + tokens)
 
     @property
@@ -110,6 +119,10 @@ class GrowingLayer(DynamicLayer):
         """Return t."""
         return self.length
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that the next tokens can look at, and the position of the first."""
+        return self.length + query_length, 0
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make the rows `beam_idx` the new batch."""
         self._hold(self.keys[beam_idx], self.values[beam_idx], self.whole[0].shape[2])
@@ -122,6 +135,10 @@ class GrowingLayer(DynamicLayer):
 
 def _is_recurrent(layer: Any) -> bool:
     return hasattr(layer, "update_recurrent_state")
+
+
+def _has_no_keys(layer: Any) -> bool:
+    return getattr(layer, "keys", None) is None
 
 
 def _unwritten(states: Tensor, *_: Any, **__: Any) -> Tensor:

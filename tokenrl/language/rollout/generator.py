@@ -7,13 +7,12 @@ of processes, and two estimators can be compared on common random numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Stopped
@@ -27,6 +26,11 @@ if TYPE_CHECKING:
 
 BLOCK = 256
 """Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
+LOOK_EVERY = 8
+"""Tokens of a completion that a device samples between two looks at which rows are left. A look waits until
+the device has computed all that it was given; rows that end before it are sampled on, and cut."""
+UNIT, UNIFORM_BITS = 40, 31
+"""On a device probabilities are whole numbers of 2**-UNIT, and uniforms whole numbers of 2**-UNIFORM_BITS."""
 
 NOT_FINITE = (
     "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
@@ -70,7 +74,8 @@ class TransformersGenerator:
     """Samples from the policy's own model, so there are no weights to copy and nothing to free.
 
     The forward pass of each distinct prompt is computed once and its cache is repeated for the rows of the
-    group. Rows that are finished leave the batch.
+    group. Rows that are finished leave the batch. For a policy with `plain_cache`, the prompt is computed for
+    each row and rows stay, so that the cache is only handed back to the model.
 
     Attributes:
         policy: the policy whose model is sampled from.
@@ -92,10 +97,9 @@ class TransformersGenerator:
         Raises:
             Stopped: the model's logits are not finite.
         """
-        model, size, parts, device = self.policy.model, sampling.group_size, [], self.policy.device
+        model, size, parts = self.policy.model, sampling.group_size, []
         if draws is not None:
-            # float64, as rounding errors of a float32 CDF could change which token is drawn; MPS has none.
-            draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            draws = _on_device(draws, self.policy.device)
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
         recomputes = model.training  # only under activation checkpointing, which would keep no cache
         try:
@@ -129,7 +133,8 @@ def _decode(
     ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
-    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling)
+    padded = len({len(prompt) for prompt in prompts}) > 1
+    state = _Decoder(policy, prompt_ids, prompt_mask if padded else None, prompt_index, sampling)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
     numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
@@ -137,6 +142,7 @@ def _decode(
     whole = numbers.new_zeros(*shape, state.logits.shape[-1]) if sampling.keep_distribution else None
     rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
+    look_every = 1 if device.type == "cpu" or policy.stops is not None else LOOK_EVERY
     for t in range(length):
         token, drawn, logp = _next_token(state.logits, None if draws is None else draws[rows, t], sampling)
         mask[rows, t] = alive
@@ -150,17 +156,25 @@ def _decode(
         if policy.stops is not None:
             ended[alive] |= policy.stops.ended(ids, rows[alive], t)
         alive = alive & ~ended
-        remaining = int(alive.sum())
-        if not remaining or t + 1 == length:
+        if t + 1 == length:
             break
-        if remaining <= 0.75 * len(rows):  # copying the cache costs as much as keeping a few finished rows
-            state.select(alive.nonzero().squeeze(1))
-            rows, token, alive = rows[alive], token[alive], alive[alive]
+        if (t + 1) % look_every == 0:
+            left = _rows_left(alive, drawn[1])
+            if not len(left):
+                break
+            # Copying the cache costs as much as keeping a few finished rows.
+            if len(left) <= 0.75 * len(rows) and not policy.plain_cache:
+                left = left.to(device, non_blocking=True)
+                state.select(left)
+                rows, token, alive = rows[left], token[left], alive[left]
         state.advance(token)
     truncated = torch.zeros_like(mask[:, 0]).index_put((rows,), alive)  # [N], which have not ended
     off = ~mask  # finished rows were fed more tokens until they left
-    ids[off] = policy.pad_id
+    ids.masked_fill_(off, policy.pad_id)
     logprobs, entropy, *norms = numbers.masked_fill_(off, 0)
+    longest, finite = torch.stack([mask.any(0).sum(), torch.isfinite(entropy).all()]).tolist()
+    if not finite:
+        raise Stopped(NOT_FINITE)
     rollout = Rollout(
         prompt_ids=prompt_ids[prompt_index],
         prompt_mask=prompt_mask[prompt_index],
@@ -175,7 +189,19 @@ def _decode(
         hidden=None if hidden is None else hidden.masked_fill_(off[..., None], 0),
         sampling_distribution=NOT_YET if whole is None else whole.masked_fill_(off[..., None], 0),
     )
-    return rollout.take(torch.arange(shape[0], device=device))  # cut to the longest completion
+    return rollout.cut(prompt_ids.shape[1], longest)
+
+
+def _rows_left(alive: Tensor, entropy: Tensor) -> Tensor:
+    """Return the unfinished rows of the batch, on the host, in one transfer.
+
+    Raises:
+        Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
+    """
+    unfinished, finite = torch.stack([alive, torch.isfinite(entropy)]).cpu()
+    if not finite.all():
+        raise Stopped(NOT_FINITE)
+    return unfinished.nonzero().squeeze(1)
 
 
 class _Decoder:
@@ -186,22 +212,28 @@ class _Decoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        policy: Policy,
         prompt_ids: Tensor,
-        prompt_mask: Tensor,
+        prompt_mask: Tensor | None,
         prompt_index: Tensor,
         sampling: Sampling,
     ) -> None:
-        self.model = model
+        """Read the prompts; without padding there is no mask, so that attention can use a faster kernel."""
+        self.model = policy.model
         self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
-        # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
-        self.mask = None if bool(prompt_mask.all()) else prompt_mask
-        self.position = prompt_mask.sum(dim=1)  # [B], position of the next token
+        if policy.plain_cache:
+            prompt_ids = prompt_ids[prompt_index]
+            prompt_mask = None if prompt_mask is None else prompt_mask[prompt_index]
+        width = prompt_ids.shape[1]
+        self.mask = prompt_mask
+        self.position = torch.full_like(prompt_ids[:, 0], width)  # [B], position of the next token
+        if prompt_mask is not None:
+            self.position = prompt_mask.sum(dim=1)
         end = last(1, prompt_ids.device)
-        out = model(prompt_ids, **self._positions(prompt_ids.shape[1]), **self.options, logits_to_keep=end)
-        self._store(out)
-        self.select(prompt_index)
-        self.cache.make_room(sampling.max_completion_length)
+        self._store(self.model(prompt_ids, **self._positions(width), **self.options, logits_to_keep=end))
+        if not policy.plain_cache:
+            self.select(prompt_index)
+            self.cache.make_room(sampling.max_completion_length)
 
     def _positions(self, width: int) -> dict[str, Tensor]:
         """Return attention mask and positions of the `width` next tokens; nothing if no prompt is padded."""
@@ -247,51 +279,70 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
     norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
-    entropy = entropy_of(logp, p)  # [n]
-    # A NaN in any logit of a row makes the entropy of the row NaN, so checking their sum is enough.
-    if not math.isfinite(float(entropy.sum())):
-        raise Stopped(NOT_FINITE)
-    return token, torch.stack([chosen, entropy, *norms]), logp
+    return token, torch.stack([chosen, entropy_of(logp, p), *norms]), logp
+
+
+def _on_device(uniforms: Tensor, device: torch.device) -> Tensor:
+    """Return uniforms [N, T] as `draw` takes them: float64 on a CPU, whole numbers on a device."""
+    if device.type == "cpu":
+        return uniforms
+    return (uniforms * 2**UNIFORM_BITS).long().to(device)
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
 
-    The uniforms are float64, since rounding errors of a float32 CDF could change which token is drawn. For a
-    large vocabulary only the sums of blocks are converted, and the probabilities of one block a row.
+    With the rounding errors of float32, a CDF could draw another token, or one of probability 0 where a
+    device adds in another order. So the sums are in float64 on a CPU. A device may have no float64; there the
+    probabilities are whole numbers, whose sums are exact. For a large vocabulary a CPU converts only the sums
+    of blocks, and the probabilities of one block per row.
 
     Args:
         p: probabilities [n, V].
-        uniforms: random numbers in [0, 1) [n].
+        uniforms: random numbers in [0, 1) [n], in float64 or as whole numbers of 2**-UNIFORM_BITS.
 
     Returns:
         The tokens [n].
     """
+    exact = not uniforms.is_floating_point()
+    if exact:
+        p = (p * 2**UNIT).long()
     vocabulary = p.shape[1]
     if vocabulary <= BLOCK:
-        return _invert(_cdf(p, uniforms), uniforms)
+        cdf = _cdf(p, uniforms)
+        return _invert(cdf, _threshold(cdf[:, -1], uniforms))
     whole = vocabulary // BLOCK * BLOCK
     sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
     if whole < vocabulary:
         sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
     cdf = _cdf(sums, uniforms)
-    block = _invert(cdf, uniforms)
+    threshold = _threshold(cdf[:, -1], uniforms)
+    block = _invert(cdf, threshold)
     inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
     values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
-    # What is left of the uniform within its block is again uniform.
     chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
-    below = cdf.gather(1, block[:, None]).squeeze(1) - chosen
-    rest = ((uniforms * cdf[:, -1] - below) / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
-    return block * BLOCK + _invert(_cdf(values, uniforms), rest)
+    rest = threshold - (cdf.gather(1, block[:, None]).squeeze(1) - chosen)
+    cdf = _cdf(values, uniforms)
+    if not exact:  # what is left of the uniform within its block is again uniform
+        share = (rest / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
+        rest = _threshold(cdf[:, -1], share)
+    return block * BLOCK + _invert(cdf, rest)
 
 
 def _cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     return p.to(uniforms.dtype).cumsum(dim=1)
 
 
-def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
-    """Return in each row the first entry [n] below whose end in the CDF [n, V] the uniform lies."""
-    # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
-    # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
-    index = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+def _threshold(total: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the product of a CDF's total [n] and the uniforms [n], which is below the total."""
+    if uniforms.is_floating_point():
+        return uniforms * total  # rounding leaves the total near 1 and not at 1
+    spare = UNIT - UNIFORM_BITS  # bits of the total that are left out, so that the product has 63 bits
+    return ((total >> spare) * uniforms) >> (UNIFORM_BITS - spare)
+
+
+def _invert(cdf: Tensor, threshold: Tensor) -> Tensor:
+    """Return in each row the first entry [n] below whose end in the CDF [n, V] the threshold [n] lies."""
+    # right=True finds the first entry above the threshold, so a token of probability 0 is never chosen.
+    index = torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(1)
     return index.clamp(max=cdf.shape[1] - 1)

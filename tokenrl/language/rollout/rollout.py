@@ -121,9 +121,14 @@ class Rollout:
             name: x[host if x.is_cpu else index] if isinstance(x, Tensor) else [x[i] for i in host.tolist()]
             for name, x in self.columns().items()
         }
-        P = max(1, int(columns["prompt_mask"].sum(dim=1).max()))
-        T = max(1, int(lengths(columns["mask"]).max()))
-        return replace(self, **{name: _fitted(name, x, P, T) for name, x in columns.items()})
+        prompt_lengths = columns["prompt_mask"].sum(dim=1)
+        P, T = torch.stack([prompt_lengths.max(), lengths(columns["mask"]).max()]).tolist()
+        return replace(self, **columns).cut(P, T)
+
+    def cut(self, P: int, T: int) -> Rollout:
+        """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
+        P, T = max(1, P), max(1, T)
+        return replace(self, **{name: _fitted(name, x, P, T) for name, x in self.columns().items()})
 
     def of(self, prompts: Sequence[tuple[int, Mapping[str, Any]]]) -> Rollout:
         """Give each row the number and the data of its prompt.
