@@ -12,7 +12,7 @@ from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.generator import draw
+from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import Chunks, head_of, score_tokens
 from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score, score_in_parts
 
@@ -147,6 +147,26 @@ def test_logits_of_all_tokens_never_exist(trained):
     with _Largest() as seen:
         objective(policy, rollout)
     assert seen.most >= tokens * vocabulary
+
+
+@pytest.mark.parametrize("vocabulary", [5, 200, 1000])
+def test_whole_numbers_draw_what_float64_draws(vocabulary):
+    """As on a device without float64; the CDF of whole numbers is that of any order of the sums."""
+    torch.manual_seed(0)
+    p = torch.softmax(4 * torch.randn(4000, vocabulary), dim=1)
+    p[:, ::7] = 0
+    p[:, vocabulary // 2 :] *= 1e-9  # most of the weight lies in the first half
+    p /= p.sum(dim=1, keepdim=True)
+    uniforms = torch.rand(4000, dtype=torch.double)
+    uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    whole = on_device(uniforms, torch.device("meta")).dtype  # the type of any device other than the CPU
+    numbers = (uniforms * 2**UNIFORM_BITS).long()
+    assert whole == numbers.dtype
+    tokens = draw(p, numbers)
+    assert (p.gather(1, tokens[:, None]) > 0).all()
+    cdf = p.double().cumsum(dim=1)
+    near = (cdf / cdf[:, -1:] - uniforms[:, None]).abs().amin(dim=1) < 1e-6
+    assert torch.equal(tokens[~near], draw(p, uniforms)[~near]) and near.sum() < 400
 
 
 def test_drawing_in_two_steps_is_drawing_in_one():

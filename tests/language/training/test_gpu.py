@@ -8,7 +8,7 @@ from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy
 
 from tokenrl import train
 from tokenrl.language.rollout.scoring import Scoring, score
-from tokenrl.language.training.forward import Forward, half_copy, with_eager_attention
+from tokenrl.language.training.forward import Forward, half_copy, with_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def test_the_gradient_is_that_of_a_processor(way):
     if way == "chunks":
         scoring = Scoring(tokens_at_once=5)
     if way == "eager":
-        model = with_eager_attention(model)
+        model = with_attention(model, "eager")
     if way == "half":
         copied, copies = half_copy(there)
         model, half = copied.model, Forward(copied, copied.model, scoring, copies)

@@ -27,7 +27,7 @@ from tokenrl.language.policy.model import Policy, add_lora
 from tokenrl.language.rollout.scoring import Scoring, score
 from tokenrl.language.training import forward
 from tokenrl.language.training.collect import sample
-from tokenrl.language.training.forward import Forward, half_copy, with_eager_attention
+from tokenrl.language.training.forward import Forward, half_copy, with_attention
 
 KL = Estimator.preset("grpo", beta=0.1)
 
@@ -118,7 +118,7 @@ def test_weights_that_transformers_keeps_exact_stay_so():
 def test_eager_attention_has_the_same_weights_and_gradient(architecture):
     policy = make_policy(architecture)
     rollout = sampled(policy)
-    twin = with_eager_attention(policy.model)
+    twin = with_attention(policy.model, "eager")
     assert twin.config._attn_implementation == "eager" != policy.model.config._attn_implementation
     found = []
     for model in (policy.model, twin):

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenrl.core.statistics import generator_of
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rollout import Rollout, to_host
 from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Scoring, score
 
 
@@ -124,7 +124,7 @@ def project(
         after: Called after each pass of eight probes.
 
     Returns:
-        The projections, in the precision of the model.
+        The projections on the CPU, in the precision of the model.
     """
     parameters = dict(parameters)
     index, row_of = _distinct(rollout)
@@ -132,11 +132,8 @@ def project(
     distinct = rollout.take(index)
 
     def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        def model(*args: Any, **options: Any) -> Any:
-            return torch.func.functional_call(policy.model, changed, args, options)
-
-        # `score` only calls its model, so a function will do
-        scored = score(model, distinct, whole, distribution=distribution, entropy=entropy)  # type: ignore[arg-type]
+        model = _Changed(policy.model, changed)
+        scored = score(model, distinct, whole, distribution=distribution, entropy=entropy)
         return (scored.logprobs,) if scored.entropy is None else (scored.logprobs, scored.entropy)
 
     def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -151,10 +148,23 @@ def project(
             after()
     out = []
     for column in zip(*tangents, strict=True):
-        inside = torch.where(distinct.mask, torch.cat(column), 0)
+        (derivatives,) = to_host([torch.cat(column)])
+        inside = torch.where(distinct.mask, derivatives, 0)
         whole = inside.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
         out.append(torch.nn.functional.pad(whole, (0, 0, 0, width - whole.shape[1])))
     return Projections(out[0], out[1] if entropy else None)
+
+
+class _Changed(nn.Module):
+    """A model whose forward pass takes other values of some of its parameters."""
+
+    def __init__(self, model: nn.Module, changed: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.changed = changed
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return torch.func.functional_call(self.model, self.changed, args, options)
 
 
 def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:

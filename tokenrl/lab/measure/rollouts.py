@@ -17,7 +17,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import USUAL, Scoring, score
+from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ def collect(
     return Samples(parts=tuple(parts), group_size=g, scoring=scoring, **whole)
 
 
-@torch.no_grad()
 def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    scored = score(policy.model, rollout, scoring, distribution=sampling, entropy=True)
+    options: dict[str, Any] = {"scoring": scoring, "rows_at_once": None}
+    scored = score_in_parts(policy.model, rollout, **options, distribution=sampling, entropy=True)
     assert scored.entropy is not None
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
-            reference = score(model, rollout, scoring, distribution=sampling.whole).logprobs
+            reference = score_in_parts(model, rollout, **options, distribution=sampling.whole).logprobs
     columns = {"mask": rollout.mask}
     for name, x in (("logprobs", scored.logprobs), ("ref_logprobs", reference), ("entropy", scored.entropy)):
         columns[name] = torch.where(rollout.mask, x, 0)

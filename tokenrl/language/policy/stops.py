@@ -58,18 +58,17 @@ class StopStrings:
         """Return which rows end with the token at position t.
 
         Args:
-            ids: ids of N completions [N, T].
+            ids: ids of N completions, on the CPU [N, T].
             rows: the rows that have not ended before t [n].
             t: the position.
 
         Returns:
             Booleans [n].
         """
-        self._may_end = self._may_end.to(ids.device)
         token = ids[rows, t].clamp(max=len(self._may_end) - 1)  # a model may have more ids than its tokenizer
         ended = self._may_end[token]
         texts = ids[rows[ended], : t + 1].tolist()
-        ended[ended.clone()] = torch.tensor([self._completes(row) for row in texts], device=ids.device).bool()
+        ended[ended.clone()] = torch.tensor([self._completes(row) for row in texts]).bool()
         return ended
 
     def cut(self, text: str) -> str:

@@ -210,11 +210,11 @@ class _Trial:
         width = rollout.completion_ids.shape[1]
         logprobs, states, spread = [], [], []
         with torch.set_grad_enabled(gradient):
-            for row in (rollout.take(torch.tensor([i], device=rollout.mask.device)) for i in range(4)):
-                ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1)
+            for row in (rollout.take(torch.tensor([i])) for i in range(4)):
+                ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1).to(policy.device)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
                 logp = UNCHANGED.log_probabilities(out.logits[:, -width - 1 : -1])
-                logprobs.append(logp.gather(2, row.completion_ids[:, :, None]).squeeze(2))
+                logprobs.append(logp.gather(2, ids[:, -width:, None]).squeeze(2))
                 spread.append(logp.detach().std())
                 states += [out.hidden_states[-1][:, -width - 1 : -1].detach()] if hidden else []
             chosen = torch.cat(logprobs)
@@ -247,7 +247,8 @@ class _Trial:
         limit = self.tolerances[0]
         # In half precision a mixture of experts may send a few tokens elsewhere: their mean is compared then.
         typical = limit > TOLERANCES[torch.float32][0]
-        errors = {"log-probabilities": (logprobs.detach() - self.logprobs).abs() / self.spread}
+        logprobs = logprobs.detach().to(self.logprobs.device)
+        errors = {"log-probabilities": (logprobs - self.logprobs).abs() / self.spread}
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
             errors["hidden states"] = off / self.hidden.float().std()

@@ -165,7 +165,7 @@ class _Part(NamedTuple):
     @property
     def cells(self) -> tuple[Tensor, Tensor]:
         """Row and position of each token that was kept, in the table of all rows."""
-        positions = self.starts[:, None] + torch.arange(self.kept.shape[1], device=self.kept.device)
+        positions = self.starts[:, None] + torch.arange(self.kept.shape[1])
         return self.rows[:, None].expand_as(self.kept)[self.kept], positions[self.kept]
 
 
@@ -200,17 +200,17 @@ def _sampled(
     turn: int,
 ) -> _Part:
     """Sample a turn of the rows `index` and add it to them; a turn that reaches a limit ends its episode."""
-    length, device = sampling.max_completion_length, policy.device
+    length = sampling.max_completion_length
     if draws is not None:
         later = pad(draws, (0, length))  # beyond a row's own limit, where tokens are cut off
         chosen = [draws.shape[1] - rows[i].left for i in index]
         draws = torch.stack([later[i, n : n + length] for i, n in zip(index, chosen, strict=True)])
     histories = [rows[i].prompt + rows[i].tokens for i in index]
-    rollout = generator.generate(histories, sampling, draws)
-    room = torch.tensor([rows[i].room(policy, rows[i].left) for i in index], device=device)
-    kept = rollout.mask & (torch.arange(rollout.mask.shape[1], device=device) < room[:, None])
+    rollout = generator.generate(histories, sampling, draws).on_host()
+    room = torch.tensor([rows[i].room(policy, rows[i].left) for i in index])
+    kept = rollout.mask & (torch.arange(rollout.mask.shape[1]) < room[:, None])
     cut = rollout.truncated | (rollout.mask.sum(dim=1) > room)
-    starts = torch.tensor([len(rows[i].tokens) for i in index], device=device)
+    starts = torch.tensor([len(rows[i].tokens) for i in index])
     texts = policy.decode(rollout.completion_ids, kept)
     for j, i in enumerate(index):
         row, ids = rows[i], rollout.completion_ids[j][kept[j]].tolist()
@@ -218,38 +218,41 @@ def _sampled(
         row.write(assistant_message(policy.tokenizer, ids, histories[j], texts[j], tools), ids)
         if cut[j]:
             row.ending = "context_overflow" if row.left else "max_tokens"
-    return _Part(rollout, kept, torch.tensor(index, device=device), starts, turn)
+    return _Part(rollout, kept, torch.tensor(index), starts, turn)
 
 
 def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size: int) -> Rollout:
     """Put the rows into a table."""
-    device, shape = policy.device, (len(rows), max(1, *(len(row.tokens) for row in rows)))
-    prompt_ids, prompt_mask = pad_left([row.prompt for row in rows], policy.pad_id, device)
+    shape = len(rows), max(1, *(len(row.tokens) for row in rows))
+    prompt_ids, prompt_mask = pad_left([row.prompt for row in rows], policy.pad_id)
     whole = [row.tokens + [policy.pad_id] * (shape[1] - len(row.tokens)) for row in rows]
     columns: dict[str, Any] = {
-        name: torch.zeros(*shape, *x.shape[2:], dtype=x.dtype, device=device)
+        name: torch.zeros(*shape, *x.shape[2:], dtype=x.dtype, device=x.device)
         for name in SAMPLED
         if (x := getattr(parts[0].rollout, name) if parts else None) is not None
     }
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)
-    turns = torch.zeros(shape, dtype=torch.int64, device=device)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    turns = torch.zeros(shape, dtype=torch.int64)
     for part in parts:
         cells = part.cells
         mask[cells], turns[cells] = True, part.turn
         for name, column in columns.items():
-            column[cells] = getattr(part.rollout, name)[part.kept]
+            of_part = getattr(part.rollout, name)
+            target = tuple(index.to(column.device) for index in cells)
+            source = tuple(index.to(column.device) for index in part.kept.nonzero(as_tuple=True))
+            column[target] = of_part[source]
     turn_rewards = torch.zeros(shape, dtype=torch.float64)
     for i, row in enumerate(rows):
         for position, value in row.rewards:
             turn_rewards[i, max(0, position)] += value
-    columns.setdefault("sampling_logprobs", torch.zeros(shape, device=device))
+    columns.setdefault("sampling_logprobs", torch.zeros(shape))
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        prompt_index=torch.arange(len(rows), device=device) // size,
-        completion_ids=torch.tensor(whole, device=device),
+        prompt_index=torch.arange(len(rows)) // size,
+        completion_ids=torch.tensor(whole),
         mask=mask,
-        truncated=torch.tensor([row.ending in CUT for row in rows], device=device),
+        truncated=torch.tensor([row.ending in CUT for row in rows]),
         turns=turns,
         turn_rewards=turn_rewards,
         messages=[row.messages for row in rows],

@@ -17,20 +17,18 @@ from torch import Tensor
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.drawing import draw, on_device
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import NOT_YET, Rollout, cat, pad_left
+from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_host
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.policy.stops import StopStrings
 
-BLOCK = 256
-"""Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
 LOOK_EVERY = 8
 """Tokens of a completion that a device samples between two looks at which rows are left. A look waits until
 the device has computed all that it was given; rows that end before it are sampled on, and cut."""
-UNIT, UNIFORM_BITS = 40, 31
-"""On a device probabilities are whole numbers of 2**-UNIT, and uniforms whole numbers of 2**-UNIFORM_BITS."""
 
 NOT_FINITE = (
     "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
@@ -99,7 +97,7 @@ class TransformersGenerator:
         """
         model, size, parts = self.policy.model, sampling.group_size, []
         if draws is not None:
-            draws = _on_device(draws, self.policy.device)
+            draws = on_device(draws, self.policy.device)
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
         recomputes = model.training  # only under activation checkpointing, which would keep no cache
         try:
@@ -127,69 +125,127 @@ def _decode(
     The prompts are numbered from `first` on.
     """
     device, length = policy.device, sampling.max_completion_length
-    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, device)
-    prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(sampling.group_size)
-    shape = (len(prompt_index), length)
-    ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
+    prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
+    state = _Decoder(policy, prompt_ids, prompt_mask, prompt_index, sampling)
+    drawn = _Drawn((len(prompt_index), length), state, sampling, policy.pad_id)
     eos = torch.tensor(policy.eos_ids, device=device)
-    padded = len({len(prompt) for prompt in prompts}) > 1
-    state = _Decoder(policy, prompt_ids, prompt_mask if padded else None, prompt_index, sampling)
-    dtype = torch.promote_types(state.logits.dtype, torch.float32)
-    count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
-    numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
-    hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if sampling.keep_hidden else None
-    whole = numbers.new_zeros(*shape, state.logits.shape[-1]) if sampling.keep_distribution else None
-    rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
+    rows = torch.arange(len(prompt_index), device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
-    look_every = 1 if device.type == "cpu" or policy.stops is not None else LOOK_EVERY
+    look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    looked = 0  # tokens of a row at the last look
     for t in range(length):
-        token, drawn, logp = _next_token(state.logits, None if draws is None else draws[rows, t], sampling)
-        mask[rows, t] = alive
-        ids[rows, t] = token
-        numbers[:, rows, t] = drawn
-        if hidden is not None:
-            hidden[rows, t] = state.hidden
-        if whole is not None:
-            whole[rows, t] = logp.to(dtype)
-        ended = torch.isin(token, eos)
-        if policy.stops is not None:
-            ended[alive] |= policy.stops.ended(ids, rows[alive], t)
-        alive = alive & ~ended
-        if t + 1 == length:
+        uniforms = None if draws is None else draws[rows, t]
+        token, numbers, logp = _next_token(state.logits, uniforms, sampling)
+        drawn.write(t, rows, alive, token, numbers, state.hidden, logp)
+        alive = alive & ~torch.isin(token, eos)
+        is_last = t + 1 == length
+        looks = is_last or (t + 1) % look_every == 0
+        if looks and policy.stops is not None:
+            alive = alive & ~_end_at_stops(policy.stops, drawn.ids, drawn.mask, looked, t)[rows]
+            looked = t + 1
+        if is_last:
             break
-        if (t + 1) % look_every == 0:
-            left = _rows_left(alive, drawn[1])
+        if looks:
+            left = _rows_left(alive, numbers[1])
             if not len(left):
                 break
             # Copying the cache costs as much as keeping a few finished rows.
             if len(left) <= 0.75 * len(rows) and not policy.plain_cache:
-                left = left.to(device, non_blocking=True)
+                left = left.to(device)
                 state.select(left)
                 rows, token, alive = rows[left], token[left], alive[left]
         state.advance(token)
-    truncated = torch.zeros_like(mask[:, 0]).index_put((rows,), alive)  # [N], which have not ended
-    off = ~mask  # finished rows were fed more tokens until they left
-    ids.masked_fill_(off, policy.pad_id)
-    logprobs, entropy, *norms = numbers.masked_fill_(off, 0)
-    longest, finite = torch.stack([mask.any(0).sum(), torch.isfinite(entropy).all()]).tolist()
-    if not finite:
-        raise Stopped(NOT_FINITE)
     rollout = Rollout(
         prompt_ids=prompt_ids[prompt_index],
         prompt_mask=prompt_mask[prompt_index],
         prompt_index=first + prompt_index,
-        completion_ids=ids,
-        mask=mask,
-        sampling_logprobs=logprobs,
-        truncated=truncated,
-        logprobs=logprobs,
-        entropy=entropy,
-        score_norms=norms[0] if norms else None,
-        hidden=None if hidden is None else hidden.masked_fill_(off[..., None], 0),
-        sampling_distribution=NOT_YET if whole is None else whole.masked_fill_(off[..., None], 0),
-    )
-    return rollout.cut(prompt_ids.shape[1], longest)
+        truncated=torch.zeros_like(drawn.mask[:, 0]).index_put((rows,), alive),  # those that have not ended
+        **drawn.columns(),
+    ).on_host()
+    if not rollout.entropy.isfinite().all():
+        raise Stopped(NOT_FINITE)
+    return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
+
+
+class _Drawn:
+    """The tokens of N completions that were drawn so far, and what is known of each.
+
+    Attributes:
+        ids: the tokens [N, T].
+        mask: True on the tokens up to the end of their completion, behind which rows may go on [N, T].
+    """
+
+    def __init__(self, shape: tuple[int, int], state: _Decoder, sampling: Sampling, pad_id: int) -> None:
+        logits, hidden = state.logits, state.hidden
+        self._pad_id = pad_id
+        self.ids = torch.full(shape, pad_id, device=logits.device)
+        self.mask = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
+        self._numbers = torch.zeros(count, *shape, device=logits.device, dtype=dtype)
+        self._hidden = hidden.new_zeros(*shape, hidden.shape[-1]) if sampling.keep_hidden else None
+        self._whole = None
+        if sampling.keep_distribution:
+            self._whole = self._numbers.new_zeros(*shape, logits.shape[-1])
+
+    def write(
+        self,
+        t: int,
+        rows: Tensor,
+        alive: Tensor,
+        token: Tensor,
+        numbers: Tensor,
+        hidden: Tensor,
+        logp: Tensor,
+    ) -> None:
+        """Write what was drawn at position t for some rows, some of which are still `alive`."""
+        self.mask[rows, t] = alive
+        self.ids[rows, t] = token
+        self._numbers[:, rows, t] = numbers
+        if self._hidden is not None:
+            self._hidden[rows, t] = hidden
+        if self._whole is not None:
+            self._whole[rows, t] = logp.to(self._whole.dtype)
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a `Rollout`, which are 0 off the mask."""
+        off = ~self.mask
+        logprobs, entropy, *norms = self._numbers.masked_fill(off, 0)
+        wide = {"hidden": self._hidden, "sampling_distribution": self._whole}
+        return {
+            "completion_ids": self.ids.masked_fill(off, self._pad_id),
+            "mask": self.mask,
+            "sampling_logprobs": logprobs,
+            "logprobs": logprobs,
+            "entropy": entropy,
+            "score_norms": norms[0] if norms else None,
+            **{name: None if x is None else x.masked_fill_(off[..., None], 0) for name, x in wide.items()},
+        }
+
+
+def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
+    """Cut the mask behind stop strings that tokens from `start` to `end` complete.
+
+    Args:
+        stops: the stop strings.
+        ids: ids of N completions [N, T].
+        mask: True on their tokens so far, changed in place [N, T].
+        start: position of the first token that was not looked at before.
+        end: position of the last token.
+
+    Returns:
+        True for the rows that a stop string has ended [N].
+    """
+    host_ids, host_mask = to_host([ids, mask])
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    for position in range(start, end + 1):
+        rows = host_mask[:, position].nonzero().squeeze(1)
+        over = rows[stops.ended(host_ids, rows, position)]
+        ended[over] = True
+        host_mask[over, position + 1 :] = False
+    mask.copy_(host_mask)
+    return ended.to(ids.device)
 
 
 def _rows_left(alive: Tensor, entropy: Tensor) -> Tensor:
@@ -214,25 +270,25 @@ class _Decoder:
         self,
         policy: Policy,
         prompt_ids: Tensor,
-        prompt_mask: Tensor | None,
+        prompt_mask: Tensor,
         prompt_index: Tensor,
         sampling: Sampling,
     ) -> None:
-        """Read the prompts; without padding there is no mask, so that attention can use a faster kernel."""
+        """Read the prompts, and make each the rows of its group."""
         self.model = policy.model
         self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
         if policy.plain_cache:
             prompt_ids = prompt_ids[prompt_index]
-            prompt_mask = None if prompt_mask is None else prompt_mask[prompt_index]
+            prompt_mask = prompt_mask[prompt_index]
         width = prompt_ids.shape[1]
-        self.mask = prompt_mask
-        self.position = torch.full_like(prompt_ids[:, 0], width)  # [B], position of the next token
-        if prompt_mask is not None:
-            self.position = prompt_mask.sum(dim=1)
-        end = last(1, prompt_ids.device)
-        self._store(self.model(prompt_ids, **self._positions(width), **self.options, logits_to_keep=end))
+        # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
+        self.mask = None if prompt_mask.all() else prompt_mask.to(policy.device)
+        self.position = prompt_mask.sum(dim=1).to(policy.device)  # [B], position of the next token
+        ids = prompt_ids.to(policy.device)
+        end = last(1, policy.device)
+        self._store(self.model(ids, **self._positions(width), **self.options, logits_to_keep=end))
         if not policy.plain_cache:
-            self.select(prompt_index)
+            self.select(prompt_index.to(policy.device))
             self.cache.make_room(sampling.max_completion_length)
 
     def _positions(self, width: int) -> dict[str, Tensor]:
@@ -280,69 +336,3 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     chosen = logp.gather(1, token[:, None]).squeeze(1)
     norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
     return token, torch.stack([chosen, entropy_of(logp, p), *norms]), logp
-
-
-def _on_device(uniforms: Tensor, device: torch.device) -> Tensor:
-    """Return uniforms [N, T] as `draw` takes them: float64 on a CPU, whole numbers on a device."""
-    if device.type == "cpu":
-        return uniforms
-    return (uniforms * 2**UNIFORM_BITS).long().to(device)
-
-
-def draw(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
-
-    With the rounding errors of float32, a CDF could draw another token, or one of probability 0 where a
-    device adds in another order. So the sums are in float64 on a CPU. A device may have no float64; there the
-    probabilities are whole numbers, whose sums are exact. For a large vocabulary a CPU converts only the sums
-    of blocks, and the probabilities of one block per row.
-
-    Args:
-        p: probabilities [n, V].
-        uniforms: random numbers in [0, 1) [n], in float64 or as whole numbers of 2**-UNIFORM_BITS.
-
-    Returns:
-        The tokens [n].
-    """
-    exact = not uniforms.is_floating_point()
-    if exact:
-        p = (p * 2**UNIT).long()
-    vocabulary = p.shape[1]
-    if vocabulary <= BLOCK:
-        cdf = _cdf(p, uniforms)
-        return _invert(cdf, _threshold(cdf[:, -1], uniforms))
-    whole = vocabulary // BLOCK * BLOCK
-    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
-    if whole < vocabulary:
-        sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-    cdf = _cdf(sums, uniforms)
-    threshold = _threshold(cdf[:, -1], uniforms)
-    block = _invert(cdf, threshold)
-    inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
-    values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
-    chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
-    rest = threshold - (cdf.gather(1, block[:, None]).squeeze(1) - chosen)
-    cdf = _cdf(values, uniforms)
-    if not exact:  # what is left of the uniform within its block is again uniform
-        share = (rest / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
-        rest = _threshold(cdf[:, -1], share)
-    return block * BLOCK + _invert(cdf, rest)
-
-
-def _cdf(p: Tensor, uniforms: Tensor) -> Tensor:
-    return p.to(uniforms.dtype).cumsum(dim=1)
-
-
-def _threshold(total: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the product of a CDF's total [n] and the uniforms [n], which is below the total."""
-    if uniforms.is_floating_point():
-        return uniforms * total  # rounding leaves the total near 1 and not at 1
-    spare = UNIT - UNIFORM_BITS  # bits of the total that are left out, so that the product has 63 bits
-    return ((total >> spare) * uniforms) >> (UNIFORM_BITS - spare)
-
-
-def _invert(cdf: Tensor, threshold: Tensor) -> Tensor:
-    """Return in each row the first entry [n] below whose end in the CDF [n, V] the threshold [n] lies."""
-    # right=True finds the first entry above the threshold, so a token of probability 0 is never chosen.
-    index = torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(1)
-    return index.clamp(max=cdf.shape[1] - 1)

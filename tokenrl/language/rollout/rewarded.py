@@ -49,7 +49,7 @@ def sample_rows(
         return play(policy, generator, environments, prompts, sampling, stream)
     ids = prompt_ids or encoded(policy, [row for _, row in prompts], sampling)
     draws = uniforms(stream, sampling, [number for number, _ in prompts])
-    return generator.generate(ids, sampling, draws).of(prompts)
+    return generator.generate(ids, sampling, draws).on_host().of(prompts)
 
 
 def encoded(policy: Policy, data: Sequence[Row], sampling: Sampling) -> list[list[int]]:
@@ -69,7 +69,7 @@ def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
     """Return the prompt of each row; of an episode, what the policy read first, special tokens included."""
     if rollout.turns is None:
         return [row["prompt"] for row in rollout.data]
-    rows = zip(rollout.prompt_ids.cpu(), rollout.prompt_mask.cpu(), strict=True)
+    rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
     return [policy.tokenizer.decode(ids[mask], clean_up_tokenization_spaces=False) for ids, mask in rows]
 
 
@@ -82,7 +82,7 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
         rollout: N completions with the `data` of their prompts.
         **state: what `Rewards` takes besides, such as the `step`.
     """
-    data, pairs = rollout.data, zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
+    data, pairs = rollout.data, zip(rollout.completion_ids, rollout.mask, strict=True)
     texts: list[Any] = texts_of(policy, rollout)
     ids = [row[mask].tolist() for row, mask in pairs]
     names = dict.fromkeys(name for row in data for name in row if name != "prompt")
@@ -102,7 +102,7 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
         total, valid = total.masked_fill(failed, 0), valid & ~failed
         values = values.masked_fill(failed[:, None], math.nan)
         in_turns = rewards.environment_weight * rollout.turn_rewards.masked_fill(failed[:, None], 0)
-        rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask.cpu())
+        rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask)
         rollout = replace(rollout, turn_rewards=in_turns + rest)
         logged = logged | episode_metrics(rollout)
     return replace(

@@ -1,8 +1,13 @@
-"""Holds the rows of a step in one table: each column has an entry for every completion."""
+"""Holds the rows of a step in one table: each column has an entry for every completion.
+
+The table lies on the CPU, but for columns with three dimensions, whatever device the model is on. A forward
+pass copies the rows that it needs to the device. What is read back from a device has to wait until the device
+has computed all that it was given, so it is read in one transfer (`to_host`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
@@ -56,9 +61,9 @@ class Rollout:
         failures: what failed in each episode, N texts, empty without a failure.
         environments: the environment of each episode, N objects.
         data: the row of the data that each prompt comes from, N mappings.
-        rewards: total reward of each completion [N], in float64 on the CPU.
+        rewards: total reward of each completion [N], in float64.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
-        valid: False where every function abstained [N], on the CPU.
+        valid: False where every function abstained [N].
         logs: what reward functions gave to `log_extra` for each row, N mappings.
         logged: not a column: for each call of the reward functions the means of what they gave to
             `log_metric`, and the number of rows; rows that were replaced since count too.
@@ -114,16 +119,22 @@ class Rollout:
         names = [field.name for field in fields(self) if field.name != "logged"]
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
+    def on_host(self) -> Rollout:
+        """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
+        columns = {name: x for name, x in self.columns().items() if isinstance(x, Tensor) and x.ndim < 3}
+        host: dict[str, Any] = dict(zip(columns, to_host(columns.values()), strict=True))
+        return replace(self, **host)
+
     def take(self, index: Tensor) -> Rollout:
         """Select the rows `index` [n], cut to their longest prompt and completion."""
-        host = index.cpu()  # once, since a device is waited for
-        columns: dict[str, Any] = {
-            name: x[host if x.is_cpu else index] if isinstance(x, Tensor) else [x[i] for i in host.tolist()]
-            for name, x in self.columns().items()
-        }
-        prompt_lengths = columns["prompt_mask"].sum(dim=1)
-        P, T = torch.stack([prompt_lengths.max(), lengths(columns["mask"]).max()]).tolist()
-        return replace(self, **columns).cut(P, T)
+        columns = dict[str, Any]()
+        for name, x in self.columns().items():
+            if isinstance(x, Tensor):
+                columns[name] = x[index.to(x.device)]
+            else:
+                columns[name] = [x[i] for i in index.tolist()]
+        longest_prompt = int(columns["prompt_mask"].sum(dim=1).max())
+        return replace(self, **columns).cut(longest_prompt, int(lengths(columns["mask"]).max()))
 
     def cut(self, P: int, T: int) -> Rollout:
         """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
@@ -136,7 +147,7 @@ class Rollout:
         Args:
             prompts: number and row of the data of each of the B prompts that were given to the generator.
         """
-        numbers = torch.tensor([number for number, _ in prompts], device=self.mask.device)
+        numbers = torch.tensor([number for number, _ in prompts])
         data = [prompts[i][1] for i in self.prompt_index.tolist()]
         return replace(self, prompt_index=numbers[self.prompt_index], data=data)
 
@@ -173,7 +184,22 @@ def lengths(mask: Tensor) -> Tensor:
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copy tensors of any shapes and types to the CPU, in one transfer; those that are there stay there."""
+    tensors = [x.detach() for x in tensors]
+    away = [x for x in tensors if not x.is_cpu]
+    if not away:
+        return tensors
+    sizes = [x.numel() * x.element_size() for x in away]
+    flat = torch.cat([x.reshape(-1).view(torch.uint8) for x in away]).cpu()
+    # A copy of each, because memory has to begin at a multiple of the size of the numbers in it.
+    parts = iter(flat.split(sizes))
+    return [x if x.is_cpu else next(parts).clone().view(x.dtype).view(x.shape) for x in tensors]
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)

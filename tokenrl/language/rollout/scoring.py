@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of, score_norm_of
-from tokenrl.core.rows import in_rows
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.rollout import Rollout, pad_right
+from tokenrl.language.rollout.rollout import Rollout, pad_right, to_host
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -81,7 +80,7 @@ def score(
 
     Args:
         model: a causal language model.
-        rollout: N completions; see `Rollout` for shapes.
+        rollout: N completions on the CPU; see `Rollout` for shapes. They are copied to the model's device.
         scoring: how the model is scored.
         distribution: the distribution of tokens that was sampled from.
         entropy: also return the entropies.
@@ -91,19 +90,23 @@ def score(
             is returned too; all logits exist at once then.
     """
     forward = _shared if scoring.share_prompt else _plain
+    device = next(model.parameters()).device
+    completion_ids = rollout.completion_ids.to(device)
     at_once = scoring.tokens_at_once if centres is None else None
     if at_once is not None and int(rollout.mask.sum()) > at_once:
         head = head_of(model)
         assert head is not None  # `check_scoring` found it
         with without_head(head) as inputs:
             inside, states = forward(model, rollout, hidden, inputs)
-        chunks, mask = Chunks(at_once, distribution, entropy, score_norms), rollout.mask
-        numbers = score_tokens(inside[mask], head, rollout.completion_ids[mask], chunks)
-        logprobs, entropies, norms = (in_rows(x, mask) for x in numbers)
+        chunks = Chunks(at_once, distribution, entropy, score_norms)
+        row, position = rollout.mask.nonzero(as_tuple=True)
+        actions = row.to(device), position.to(device)
+        numbers = score_tokens(inside[actions], head, completion_ids[actions], chunks)
+        logprobs, entropies, norms = (x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
     logits, states = forward(model, rollout, hidden, None)
-    logp = distribution.log_probabilities(logits, rollout.completion_ids)  # [N, T, V]
-    logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
+    logp = distribution.log_probabilities(logits, completion_ids)  # [N, T, V]
+    logprobs = logp.gather(2, completion_ids[:, :, None]).squeeze(2)
     p = logp.exp() if entropy or score_norms else logp
     # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
     kept = logp.masked_fill(logp == -torch.inf, 0) if centres else logp
@@ -112,7 +115,7 @@ def score(
         entropy_of(logp, p) if entropy else None,
         score_norm_of(logprobs, p) if score_norms else None,
         states,
-        None if centres is None else centres(kept, rollout.sampling_distribution),
+        None if centres is None else centres(kept, rollout.sampling_distribution.to(device)),
     )
 
 
@@ -120,9 +123,10 @@ def score(
 def score_in_parts(
     model: nn.Module, rollout: Rollout, scoring: Scoring, *, rows_at_once: int | None, **options: Any
 ) -> Scores:
-    """Score without an autograd graph, some rows at a time.
+    """Score without an autograd graph, some rows at a time; return the scores on the CPU.
 
-    A part is cut to its longest completion; its entries beyond that are 0.
+    Hidden states stay on the model's device. A part is cut to its longest completion; its entries beyond that
+    are 0.
 
     Args:
         model: a causal language model.
@@ -133,11 +137,13 @@ def score_in_parts(
     """
     n, width = rollout.mask.shape
     parts = []
-    for rows in torch.arange(n, device=rollout.mask.device).split(rows_at_once or n):
+    for rows in torch.arange(n).split(rows_at_once or n):
         scores = score(model, rollout.take(rows), scoring, **options)
         parts.append([None if x is None else pad_right(x, width) for x in scores])
-    columns = zip(*parts, strict=True)
-    return Scores._make(None if column[0] is None else torch.cat(column) for column in columns)
+    columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    small = [x for x in columns if x is not None and x.ndim < 3]
+    host = iter(to_host(small))
+    return Scores._make(x if x is None or x.ndim == 3 else next(host) for x in columns)
 
 
 def with_missing_fields(
@@ -167,9 +173,12 @@ def with_missing_fields(
     options: dict[str, Any] = missing | {"distribution": distribution, "rows_at_once": rows_at_once}
     options.pop("logprobs", None)  # every scoring computes those
     scores = score_in_parts(policy.model, rollout, scoring, **options)
-    columns, off = {name: getattr(scores, name) for name in missing}, ~rollout.mask
-    shaped = {2: off, 3: off[..., None]}
-    return replace(rollout, **{name: x.masked_fill(shaped[x.ndim], 0) for name, x in columns.items()})
+    columns = dict[str, Any]()
+    for name in missing:
+        x = getattr(scores, name)
+        off = ~rollout.mask if x.ndim == 2 else ~rollout.mask[..., None]
+        columns[name] = x.masked_fill(off.to(x.device), 0)
+    return replace(rollout, **columns)
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -186,8 +195,11 @@ def _shared(
     `inputs`.
     """
     first_row, index = rollout.distinct_prompts()
-    ids, mask, width = rollout.prompt_ids[first_row], rollout.prompt_mask[first_row], rollout.mask.shape[1]
-    padded = not bool(mask.all())
+    padded = not bool(rollout.prompt_mask.all())
+    width, device = rollout.mask.shape[1], next(model.parameters()).device
+    ids = rollout.prompt_ids[first_row].to(device)
+    mask = rollout.prompt_mask[first_row].to(device)
+    index = index.to(device)
     positions = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden}
     out = model(ids, **positions, **options, logits_to_keep=last(1, mask.device))
@@ -197,7 +209,7 @@ def _shared(
         return first, state
     cache = Cache.of(out)
     cache.select(index)
-    tokens = rollout.completion_ids[:, :-1]  # [N, T-1]
+    tokens = rollout.completion_ids[:, :-1].to(device)  # [N, T-1]
     if cache.recurrent:
         cache.keep_states()
         if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
@@ -218,8 +230,9 @@ def _plain(
 ) -> tuple[Tensor, Tensor | None]:
     """The same as `_shared`, with the prompt computed again for each row."""
     width = rollout.completion_ids.shape[1]
-    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
-    mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
+    device = next(model.parameters()).device
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1].to(device)
+    mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1].to(device)
     options = {"use_cache": False, "output_hidden_states": hidden}
     positions = {"attention_mask": mask, "position_ids": _positions(mask)}
     out = model(ids, **positions, **options, logits_to_keep=last(width, mask.device))

@@ -13,7 +13,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -132,9 +132,9 @@ class VllmGenerator:
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
         whole: Any = _padded(map(_distribution, flat), mask) if sampling.keep_distribution else None
-        prompts = pad_left(prompt_ids, self.policy.pad_id, torch.device("cpu"))
+        prompts = pad_left(prompt_ids, self.policy.pad_id)
         index = torch.arange(len(prompt_ids)).repeat_interleave(size)
-        rollout = Rollout(
+        return Rollout(
             prompt_ids=prompts[0][index],
             prompt_mask=prompts[1][index],
             prompt_index=index,
@@ -144,7 +144,6 @@ class VllmGenerator:
             truncated=~finished,
             sampling_distribution=whole,
         )
-        return replace(rollout, **{name: x.to(self.policy.device) for name, x in rollout.columns().items()})
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:
         """Return vLLM's parameters of each row; without random numbers those of greedy completions."""

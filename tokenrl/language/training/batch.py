@@ -18,7 +18,7 @@ from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths
+from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths, to_host
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.collect import failures_of
 
@@ -49,14 +49,17 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     like, failed = rows.logprobs, failures_of(rows.failures or ())
     names = ("rewards", "by_function", "turn_rewards")
     columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
-    rows = replace(rows, **columns, valid=rows.valid.to(like.device))
+    rows = replace(rows, **columns)
     if accelerator.num_processes > 1:
         columns = {name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3}
         # Padding would turn a bool mask into int64, and only on the processes that need padding.
         sent = {name: x.to(torch.uint8) if x.dtype == torch.bool else x for name, x in columns.items()}
         for name, x in sent.items():
+            x = x.to(accelerator.device)
             sent[name] = accelerator.pad_across_processes(x, dim=1, pad_first=name in OF_PROMPTS)
-        whole = {name: x.to(columns[name].dtype) for name, x in accelerator.gather(sent).items()}
+        gathered = accelerator.gather(sent)
+        host = dict(zip(gathered, to_host(gathered.values()), strict=True))
+        whole = {name: x.to(columns[name].dtype) for name, x in host.items()}
         rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
     if not rows.valid.any():
         raise Stopped(f"Every reward function abstained from every completion of this step. {failed}".strip())
@@ -128,7 +131,7 @@ def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Ten
     """
     columns = (learning, lengths(rows.mask), rows.prompt_mask.sum(dim=1))
     packed = _packed(learner, *(x.tolist() for x in columns))
-    return [torch.tensor(sorted(part), device=learning.device) for part in packed]
+    return [torch.tensor(sorted(part)) for part in packed]
 
 
 def _packed(
@@ -162,21 +165,18 @@ def _packed(
 def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
     """Return the arguments of `Estimator.loss` for the rows of a micro-batch with their present scores.
 
+    They are on the device of the scores.
+
     If the present policy is also the one that sampled, the denominator of the ratio is the same number
     without its gradient: the ratio is 1, and its gradient is that of the log-probabilities.
     """
-    old = scores.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
-    return {
-        "logprobs": scores.logprobs,
-        "advantages": rows.advantages,
-        "weights": rows.weights,
-        "mask": rows.mask,
-        "old_logprobs": old,
-        "sampling_logprobs": rows.sampling_logprobs,
-        "ref_logprobs": rows.ref_logprobs,
-        "entropy": scores.entropy,
-        "centres": scores.centres,
-    }
+    names = ("advantages", "weights", "mask", "old_logprobs", "sampling_logprobs", "ref_logprobs")
+    columns = {name: getattr(rows, name) for name in names}
+    device = scores.logprobs.device
+    inputs = {name: None if x is None else x.to(device) for name, x in columns.items()}
+    if rows.old_logprobs is None:
+        inputs["old_logprobs"] = scores.logprobs.detach()
+    return inputs | {"logprobs": scores.logprobs, "entropy": scores.entropy, "centres": scores.centres}
 
 
 def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:

@@ -124,7 +124,7 @@ def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
         columns["greedy_rewards"] = greedy_rewards(learner, rewards, sampling, rows)
     columns = {name: x.to(rows.logprobs) for name, x in columns.items()}
     if estimator.needs_memory:
-        columns["keys"] = data_keys(rows.data).to(rows.logprobs.device)
+        columns["keys"] = data_keys(rows.data)
     return replace(rows, **columns)
 
 

@@ -280,7 +280,7 @@ def sampled_rows(
     options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
     for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
-        pairs = zip(batch.completion_ids.cpu(), batch.mask.cpu(), strict=True)
+        pairs = zip(batch.completion_ids, batch.mask, strict=True)
         columns: dict[str, Any] = {
             "place": batch.prompt_index.tolist(),
             "prompt": prompts_of(policy, batch),

@@ -19,6 +19,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
@@ -31,6 +34,8 @@ Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, eac
 LARGE, SHORT = 10_000_000, 128
 """On a CPU, a model of at least so many parameters is computed in bfloat16 where the processor multiplies in
 it, and its updates compute attention by the plain formula with completions of at most so many tokens."""
+UNREAD = "sdpa_with_unread_masks"
+"""The name under which transformers holds `sdpa` with masks that are applied without a look at them."""
 ACTIVATIONS = 4 * 2**30
 """Bytes that the activations of a pass may take, where its size is left open."""
 NUMBERS = 34
@@ -92,9 +97,10 @@ def choose_forward(
     precision, reason = choose_precision(args, policy, accelerator)
     attention = _attention(args, policy, accelerator)
     tokens = args.tokens_per_pass or _tokens(policy)
+    policy = with_unread_masks(policy, accelerator.device)
 
     def updated(model: nn.Module) -> nn.Module:
-        return with_eager_attention(model) if attention == "eager" else model
+        return with_attention(model, "eager") if attention == "eager" else model
 
     try:
         model = updated(policy.model)
@@ -177,21 +183,50 @@ def half_copy(policy: Policy) -> tuple[Policy, Copies]:
     return replace(policy, model=model), [pair for pair in pairs if pair[0].requires_grad]
 
 
-def with_eager_attention(model: nn.Module) -> nn.Module:
-    """Return the same model, with the same weights, whose attention is computed by its plain formula.
+def with_attention(model: nn.Module, implementation: str) -> nn.Module:
+    """Return the same model, with the same weights, and another implementation of attention.
+
+    Args:
+        model: the model.
+        implementation: a name that transformers has, such as `eager` for the plain formula.
 
     Raises:
         Refused: the model has no such attention.
     """
     twin: Any = _copied(model, {})
     try:
-        twin.set_attn_implementation("eager")
+        twin.set_attn_implementation(implementation)
     except Exception as error:  # code of any architecture
-        text = (
-            f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
-        )
-        raise Refused(text) from error
+        problem = f"The attention {implementation!r} does not work with this model ({describe(error)})"
+        raise Refused(f"{problem}. Give training_attention='as_loaded'.") from error
     return twin  # type: ignore[no-any-return]
+
+
+def with_unread_masks(policy: Policy, device: torch.device) -> Policy:
+    """Return the policy with an attention that does not read its masks; on a CPU the policy as it is.
+
+    With `sdpa` transformers looks in each forward pass whether the mask hides anything, and so waits for the
+    device. Where a model does not take this attention, it keeps its own.
+    """
+    loaded = getattr(policy.model.config, "_attn_implementation", None)
+    if device.type == "cpu" or loaded != "sdpa":
+        return policy
+    AttentionInterface.register(UNREAD, sdpa_attention_forward)
+    AttentionMaskInterface.register(UNREAD, _applied_mask)
+    try:
+        reference = policy.reference and with_attention(policy.reference, UNREAD)
+        changed = replace(policy, model=with_attention(policy.model, UNREAD), reference=reference)
+        check_scoring(changed, gradient=False)
+    except Refused:
+        return policy
+    return changed
+
+
+def _applied_mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """Make the mask of `sdpa`; leave it out only where no row is padded, which needs no look at values."""
+    if attention_mask is not None:
+        options["allow_is_causal_skip"] = False
+    return sdpa_mask(attention_mask=attention_mask, **options)  # type: ignore[no-any-return]
 
 
 def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:

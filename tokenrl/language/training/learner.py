@@ -85,7 +85,8 @@ class Critic:
             The loss before the update, summed over all processes.
         """
         old, losses = self.values(hidden).detach(), list[Tensor]()
-        fixed = {"returns": returns.float(), "weights": weights.float(), "old_values": old}
+        fixed = {"returns": returns.float(), "weights": weights.float()}
+        fixed = {name: x.to(old.device) for name, x in fixed.items()} | {"old_values": old}
         for _ in range(self.iterations):
             self.optimizer.zero_grad()
             loss = estimator.critic_loss(self.values(hidden), **fixed)

@@ -7,31 +7,32 @@ that is not quite the one that is trained, and so does one that leaves tokens ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from tokenrl.language.rollout.rollout import Rollout, to_host
 
-def differences(inputs: Mapping[str, Any]) -> Tensor:
-    """Return of each row of a micro-batch how far sampler and trainer are apart, without a graph [n, 4].
+
+def differences(rows: Rollout, logprobs: Tensor) -> Tensor:
+    """Return of each row of a micro-batch how far sampler and trainer are apart [n, 4].
 
     Args:
-        inputs: the arguments of `Estimator.loss`.
+        rows: the rows of the micro-batch.
+        logprobs: their log-probabilities under the policy that is trained, on the CPU [n, T].
 
     Returns:
         The sum over tokens of the log ratio `log pi - log mu`, in nats, with pi the trainer's probability and
         mu the sampler's; the sum and the largest of its absolute values; and the number of tokens.
     """
-    mask = inputs["mask"].bool()
-    gaps = torch.where(mask, inputs["logprobs"].detach() - inputs["sampling_logprobs"], 0).double()
+    gaps = torch.where(rows.mask, logprobs - rows.sampling_logprobs, 0).double()
     sizes = gaps.abs()
-    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
+    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), rows.mask.sum(1)], dim=1)
 
 
-def mismatch_metrics(parts: list[Tensor]) -> dict[str, float]:
+def mismatch_metrics(parts: Sequence[tuple[Rollout, Tensor]]) -> dict[str, float]:
     """Return the metrics of the rows of all processes; every process has to call this.
 
     A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be
@@ -39,7 +40,8 @@ def mismatch_metrics(parts: list[Tensor]) -> dict[str, float]:
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        parts: what `differences` returned for the micro-batches of this process.
+        parts: the rows of each micro-batch of this process, with their log-probabilities under the policy
+            that is trained [n, T].
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
@@ -47,7 +49,9 @@ def mismatch_metrics(parts: list[Tensor]) -> dict[str, float]:
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w. They are those
         of the rows that the first update learns from; none if there are no such rows.
     """
-    rows = gather_object(torch.cat(parts).tolist() if parts else [])
+    host = to_host(logprobs for _, logprobs in parts)
+    apart = [differences(part, logprobs) for (part, _), logprobs in zip(parts, host, strict=True)]
+    rows = gather_object(torch.cat(apart).tolist() if apart else [])
     if not rows:
         return {}
     ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T

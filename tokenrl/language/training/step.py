@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import flat_gradient, generator_of
+from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
     advantage_inputs,
@@ -43,7 +44,7 @@ from tokenrl.language.training.collect import (
     step_metrics,
     with_estimates,
 )
-from tokenrl.language.training.mismatch import differences, mismatch_metrics
+from tokenrl.language.training.mismatch import mismatch_metrics
 
 if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
@@ -106,13 +107,15 @@ def training_step(
 
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
-    history, gaps = list[dict[str, float]](), list[Tensor]()
+    history: list[dict[str, float]] = []
+    scored: list[tuple[Rollout, Tensor]] = []  # rows of the first update, with their log-probabilities
     for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
         learning = learning_rows(learner, counting, advantages, chosen)  # [N]
         halves, groups = halved(counting, chosen, learning, sampling) if measured else ([learning], None)
-        sums, first_half_gradient = torch.zeros(3, dtype=torch.float64), None
+        sums: list[Tensor] = []
+        first_half_gradient = None
         learner.optimizer.zero_grad()
         for half in halves:
             for index in micro_batches(learner, rows, local(accelerator, half)):
@@ -122,22 +125,23 @@ def training_step(
                 loss = estimator.loss(**inputs)
                 accelerator.backward(loss)
                 learner.forward.accumulate_gradients()
-                sums += loss_statistics(learner, loss, inputs)
-                gaps += [] if history else [differences(inputs)]
+                sums.append(loss_statistics(learner, loss, inputs))
+                if not history:  # the first update of the rollout
+                    scored.append((part, scores.logprobs))
             if first_half_gradient is None and measured:
                 first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
         noise = learner.gradient_noise(first_half_gradient, groups)
-        norm = float(accelerator.clip_grad_norm_(parameters, limit))
-        if learner.accepts(norm, bool(learning.any())):
+        norm, *sums = to_host([accelerator.clip_grad_norm_(parameters, limit), *sums])
+        if learner.accepts(float(norm), bool(learning.any())):
             learner.optimizer.step()
         learner.forward.copy_weights()
-        history.append(update_metrics(learner, sums, norm) | noise)
+        history.append(update_metrics(learner, sums, float(norm)) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
-    metrics |= mismatch_metrics(gaps) | update_baselines(learner, memory, rows, whole, returns)
+    metrics |= mismatch_metrics(scored) | update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
@@ -164,7 +168,7 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor
         for part in order.tensor_split(args.num_minibatches):
             chosen = torch.zeros(rows // size, dtype=torch.bool)
             chosen[part] = True
-            yield chosen.repeat_interleave(size).to(learner.accelerator.device), measured
+            yield chosen.repeat_interleave(size), measured
             measured = False
 
 
@@ -190,15 +194,15 @@ def loss_statistics(learner: Learner, loss: Tensor, inputs: Mapping[str, Any]) -
         columns = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
         beyond = beyond_bounds(learner.estimator, *columns) & learnt
         counts = torch.stack([beyond.sum(), learnt.sum()])
-    return torch.cat([loss.detach()[None], counts]).cpu().double()
+    return torch.cat([loss.detach()[None], counts])
 
 
-def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, float]:
+def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> dict[str, float]:
     """Return the metrics of an update.
 
     Args:
         learner: the settings.
-        sums: what `loss_statistics` returned, summed over the micro-batches of this process.
+        parts: what `loss_statistics` returned for the micro-batches of this process.
         norm: norm of the gradient before clipping.
 
     Returns:
@@ -206,7 +210,9 @@ def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, flo
         share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios in `CLIPPED`.
     """
     accelerator, limit = learner.accelerator, learner.args.max_grad_norm or math.inf
-    sums = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
+    sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
     metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
     if learner.estimator.ratio in CLIPPED:
         metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))

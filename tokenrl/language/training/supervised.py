@@ -179,11 +179,11 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
 def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     """Put tokenised demonstrations into a rollout, one row for each, so that `score` can score them."""
     prompts, completions = zip(*pairs, strict=True)
-    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
-    backwards, mask = pad_left([c[::-1] for c in completions], policy.pad_id, policy.device)
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
+    backwards, mask = pad_left([c[::-1] for c in completions], policy.pad_id)
     ids, mask = backwards.flip(1), mask.flip(1)
-    zeros = torch.zeros(mask.shape, device=policy.device)
-    index = torch.arange(len(pairs), device=policy.device)
+    zeros = torch.zeros(mask.shape)
+    index = torch.arange(len(pairs))
     return Rollout(prompt_ids, prompt_mask, index, ids, mask, zeros, zeros[:, 0].bool())
 
 
@@ -236,8 +236,9 @@ class SupervisedTraining(Descent):
         batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.batch()])
         self._forward.copy_weights()
         logprobs = score(self._forward.model, batch, self._forward.scoring).logprobs
-        self.tokens += int(batch.mask.sum())
-        loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
+        tokens = int(batch.mask.sum())
+        self.tokens += tokens
+        loss = -torch.where(batch.mask.to(logprobs.device), logprobs, 0).sum() / tokens
         return self.update(loss, self._forward.accumulate_gradients)
 
 

@@ -1,0 +1,215 @@
+"""Runs trainings and other commands on the CPU and then on a pretended device, and prints what they gave.
+
+    python tests/devices/on_device.py KIND FOLDER NAME [NAME ...]
+
+KIND is `cuda` or `mps` (see `pretended.py`). Prints a line of JSON for each name: the rows of metrics of both
+runs, the waits of one step by their lines, and the error of a run that failed, with its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pretended
+import torch
+
+import tokenrl
+from tokenrl.lab import measure_gradients
+
+PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
+STEPS = 3
+
+
+def odd(completions: list[str], **_: Any) -> list[float]:
+    """The number of odd digits up to 5, so that almost every group has a spread."""
+    return [float(sum(letter in "135" for letter in text)) for text in completions]
+
+
+def first_is_odd(completions: list[str], **_: Any) -> list[float]:
+    return [float(text[:1] in ("1", "3", "5")) for text in completions]
+
+
+def preset(name: str, **changes: Any) -> Any:
+    return tokenrl.Estimator.preset(name, **changes)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "padded": {"task": PADDED, "max_completion_length": 24},
+    "ppo": {"estimator": "ppo", "num_minibatches": 2, "num_iterations": 2},
+    "kl in the loss": {"estimator": preset("grpo", beta=0.1), "task": PADDED},
+    "kl in the reward": {"estimator": preset("rloo", beta=0.1, kl_placement="reward")},
+    "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2},
+    "remax": {"estimator": "remax"},
+    "dapo": {"estimator": "dapo", "reward": first_is_odd, "max_refills": 2},
+    "objective": {"estimator": preset("rloo", objective="max_at_k", objective_order=2)},
+    "memory": {"estimator": "reinforce_running_mean"},
+    "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
+    "importance": {"estimator": preset("rloo", importance="sequence", importance_cap=2.0)},
+    "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
+    "optimal": {"estimator": preset("rloo", baseline="optimal")},
+    "entropy": {"estimator": preset("rloo", entropy_coef=0.01)},
+    "top_k and top_p": {"top_k": 5, "top_p": 0.9},
+    "bfloat16": {"mixed_precision": "bf16"},
+    "passes": {"estimator": "grpo", "micro_batch_size": 4, "num_iterations": 2},
+    "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "warm start": {"warm_start": True, "warm_start_steps": 4},
+    "diagnostics": {"diagnostics_every": 1},
+    "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
+    "guess_number": {"task": "guess_number", "reward": None},
+    "calculator": {"task": "calculator", "reward": None},
+    "check": {"check": True},
+}
+"""By name, what a training has besides `COMMON`."""
+COMMON = {
+    "task": "sort_digits",
+    "model": "tiny",
+    "reward": odd,
+    "estimator": "rloo",
+    "max_steps": STEPS,
+    "prompts_per_step": 4,
+    "num_generations": 4,
+    "learning_rate": 1e-3,
+    "eval_size": 4,
+    "eval_every": 0,
+    "seed": 1,
+    "quiet": True,
+}
+
+
+def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
+    """Train; return the rows of metrics and the waits of the last step but one."""
+    marks: list[dict[str, int]] = []
+    options = {name: value for name, value in (COMMON | options).items() if value is not None}
+    callback = lambda step, metrics: marks.append(dict(pretended.waits))  # noqa: E731
+    result = tokenrl.train(**options, output_dir=folder, cpu=cpu, callback=callback)
+    assert (result.policy.device.type == pretended.NAME) != cpu
+    rows = []
+    waits: dict[str, int] = {}
+    if not options.get("check"):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if len(marks) >= 2:
+        waits = {line: n - marks[-3].get(line, 0) for line, n in marks[-2].items()}
+    return {"rows": rows, "waits": {line: n for line, n in waits.items() if n}}
+
+
+def continued(folder: Path, cpu: bool, *, begins_on_cpu: bool) -> dict[str, Any]:
+    """Train two steps, on the CPU or where `cpu` says, and continue where `cpu` says."""
+    trained(folder, cpu or begins_on_cpu, max_steps=2, save_every=1, estimator="ppo")
+    return trained(folder, cpu, max_steps=4, resume="auto", estimator="ppo")
+
+
+def left_for_the_cpu(folder: Path, cpu: bool) -> dict[str, Any]:
+    """Train two steps where `cpu` says, and continue on the CPU."""
+    trained(folder, cpu, max_steps=2, save_every=1, estimator="ppo")
+    return trained(folder, True, max_steps=4, resume="auto", estimator="ppo")
+
+
+def evaluated(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
+    model = str(folder.parent / "made on the CPU" / "model")
+    shared = {"model": model, "task": "sort_digits", "reward": odd, "eval_size": 4, "seed": 0}
+    evaluation = tokenrl.evaluate(**shared, max_completion_length=8, **options)
+    return {"rows": [dict(evaluation.metrics)]}
+
+
+def sampled(folder: Path, cpu: bool) -> dict[str, Any]:
+    model = str(folder.parent / "made on the CPU" / "model")
+    texts = tokenrl.sample(model=model, prompt="385927>", num_generations=3, seed=0, max_completion_length=24)
+    return {"rows": [{"completions": texts}]}
+
+
+def measured(folder: Path, cpu: bool) -> dict[str, Any]:
+    """Measure gradients; two backward passes stand for the derivatives that wrapped tensors do not have."""
+    torch.func.jvp = _by_two_backward_passes
+    torch.vmap = _one_by_one
+    model = str(folder.parent / "made on the CPU" / "model")
+    sizes = {"num_prompts": 16, "prompts_per_step": 4, "num_generations": 4, "probes": 8}
+    result = measure_gradients(model=model, task="sort_digits", estimators=("rloo", "grpo"), **sizes, cpu=cpu)
+    return {"rows": [{f"{m.estimator}/noise": m.noise for m in result.estimators}]}
+
+
+def _by_two_backward_passes(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    with torch.enable_grad():
+        values = {name: p.detach().requires_grad_() for name, p in primals[0].items()}
+        outputs = function(values)
+        seeds = [torch.zeros_like(x, requires_grad=True) for x in outputs]
+        gradients = torch.autograd.grad(outputs, list(values.values()), seeds, create_graph=True)
+        directions = [tangents[0][name] for name in values]
+        return None, torch.autograd.grad(gradients, seeds, directions, materialize_grads=True)
+
+
+def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    def mapped(directions: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        count = len(next(iter(directions.values())))
+        each = [function({name: x[i] for name, x in directions.items()}) for i in range(count)]
+        return tuple(torch.stack(column) for column in zip(*each, strict=True))
+
+    return mapped
+
+
+def fine_tuned(folder: Path, cpu: bool) -> dict[str, Any]:
+    tokenrl.sft(
+        task="sort_digits", model="tiny", max_steps=3, output_dir=folder, quiet=True, eval_size=4, cpu=cpu
+    )
+    return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+
+
+def preferred(folder: Path, cpu: bool) -> dict[str, Any]:
+    sizes = {"max_steps": 3, "num_pairs": 32}
+    tokenrl.train_reward_model(task="sort_digits", output_dir=folder, quiet=True, cpu=cpu, **sizes)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"rows": rows + trained(folder / "policy", cpu, reward=str(folder / "model"))["rows"]}
+
+
+def agent(folder: Path, cpu: bool) -> dict[str, Any]:
+    tokenrl.train_agent(env="CartPole-v1", estimator="ppo", output_dir=folder, max_steps=2, quiet=True)
+    return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+
+
+COMMANDS: Mapping[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "continue": partial(continued, begins_on_cpu=False),
+    "continue from the CPU": partial(continued, begins_on_cpu=True),
+    "continue on the CPU": left_for_the_cpu,
+    "evaluate": partial(evaluated, num_generations=2),
+    "evaluate with a reference": partial(evaluated, num_generations=2, reference="REFERENCE"),
+    "best of n": partial(evaluated, best_of=4),
+    "sample": sampled,
+    "lab measure": measured,
+    "sft": fine_tuned,
+    "reward model": preferred,
+    "control": agent,
+}
+NAMES = [*RUNS, *COMMANDS]
+
+
+def attempted(name: str, folder: Path, cpu: bool) -> dict[str, Any]:
+    """Run it; an error is a result too."""
+    pretended.waits.clear()
+    command = COMMANDS.get(name) or partial(trained, **RUNS.get(name, {}))
+    if name == "evaluate with a reference":
+        command = partial(command, reference=str(folder.parent / "made on the CPU" / "model"))
+    try:
+        return command(folder, cpu)
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def main() -> None:
+    kind, root, *names = sys.argv[1:]
+    if any(name in COMMANDS for name in names):
+        trained(Path(root, "made on the CPU"), cpu=True, max_steps=1)
+    results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
+    pretended.begin(kind)
+    for name in names:
+        results[name]["device"] = attempted(name, Path(root, f"{name} device"), False)
+        print(json.dumps({"name": name, **results[name]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
