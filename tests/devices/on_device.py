@@ -8,6 +8,8 @@ runs, the waits of one step by their lines, and the error of a run that failed, 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 import traceback
@@ -21,6 +23,7 @@ import torch
 
 import tokenrl
 from tokenrl.lab import measure_gradients
+from tokenrl.language.policy import loading
 
 PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
 STEPS = 3
@@ -94,7 +97,7 @@ def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     waits: dict[str, int] = {}
     if not options.get("check"):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if len(marks) >= 2:
+    if len(marks) >= 3:
         waits = {line: n - marks[-3].get(line, 0) for line, n in marks[-2].items()}
     return {"rows": rows, "waits": {line: n for line, n in waits.items() if n}}
 
@@ -130,8 +133,9 @@ def measured(folder: Path, cpu: bool) -> dict[str, Any]:
     torch.vmap = _one_by_one
     model = str(folder.parent / "made on the CPU" / "model")
     sizes = {"num_prompts": 16, "prompts_per_step": 4, "num_generations": 4, "probes": 8}
-    result = measure_gradients(model=model, task="sort_digits", estimators=("rloo", "grpo"), **sizes, cpu=cpu)
-    return {"rows": [{f"{m.estimator}/noise": m.noise for m in result.estimators}]}
+    options = {"task": "sort_digits", "reward": odd, "estimators": ("rloo", "grpo"), "cpu": cpu}
+    result = measure_gradients(model=model, **options, **sizes)
+    return {"rows": [{f"{m.estimator}/noise": m.noise.value for m in result.estimators}]}
 
 
 def _by_two_backward_passes(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
@@ -153,16 +157,29 @@ def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     return mapped
 
 
+def on_a_mac(folder: Path, cpu: bool) -> dict[str, Any]:
+    """Train a small model where the device is no faster with it; the result is that of the CPU."""
+    header = io.StringIO()
+    devices = loading.SLOW_WITH_SMALL
+    loading.SLOW_WITH_SMALL = (pretended.NAME,)
+    try:
+        with contextlib.redirect_stdout(header):
+            result = tokenrl.train(**COMMON | {"quiet": False}, output_dir=folder, cpu=cpu or None)
+    finally:
+        loading.SLOW_WITH_SMALL = devices
+    assert result.policy.device.type == "cpu"
+    assert ("a Mac's GPU is no faster" in " ".join(header.getvalue().split())) != cpu
+    return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+
+
 def fine_tuned(folder: Path, cpu: bool) -> dict[str, Any]:
-    tokenrl.sft(
-        task="sort_digits", model="tiny", max_steps=3, output_dir=folder, quiet=True, eval_size=4, cpu=cpu
-    )
+    tokenrl.sft(task="sort_digits", model="tiny", max_steps=3, output_dir=folder, quiet=True, eval_size=4)
     return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
 
 
 def preferred(folder: Path, cpu: bool) -> dict[str, Any]:
     sizes = {"max_steps": 3, "num_pairs": 32}
-    tokenrl.train_reward_model(task="sort_digits", output_dir=folder, quiet=True, cpu=cpu, **sizes)
+    tokenrl.train_reward_model(task="sort_digits", output_dir=folder, quiet=True, **sizes)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {"rows": rows + trained(folder / "policy", cpu, reward=str(folder / "model"))["rows"]}
 
@@ -181,6 +198,7 @@ COMMANDS: Mapping[str, Callable[[Path, bool], dict[str, Any]]] = {
     "best of n": partial(evaluated, best_of=4),
     "sample": sampled,
     "lab measure": measured,
+    "a small model on a Mac": on_a_mac,
     "sft": fine_tuned,
     "reward model": preferred,
     "control": agent,

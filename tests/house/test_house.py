@@ -40,8 +40,8 @@ LIMITS = {
     "lab/compare": 19_700,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
-intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack when it is set, and
-is lowered when the room gets lighter; raising one is a line in a commit that says why."""
+intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
+when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
 PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 214_700, 164, 84_700, 269_600, 54_500, 7_500
 STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 40, 48_000, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from accelerate import PartialState
-
 from tokenrl.advisor.advice import Advice, Reason, describe_bias, merge, recommendation, rounded, with_changes
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
+from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.rewards.model import RewardModel
@@ -52,7 +51,7 @@ def advise_language(args: AdviseArguments) -> Advice:
     train_settings(TrainArguments(**settings), task)  # refused before anything is loaded
     policy = make_policy(args, task, Console().note)
     train = train_settings(TrainArguments(**settings | {"num_generations": None}), task, policy)
-    policy.model.to(PartialState().device)
+    policy.model.to(device_for(policy.size))
     check_scoring(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
     rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]

@@ -37,8 +37,8 @@ class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArgument
     rows_at_once: Count | None = None
     """Completions per forward pass, halved while memory runs out; changes no number. Default: as many as have
     16 million logits, at most 1024."""
-    cpu: bool = False
-    """Stay on the CPU even if there is an accelerator."""
+    cpu: bool | None = None
+    """As in train."""
     seed: Seed = 0
     """Seed of sampling, of the random directions, of the intervals and of a new adapter."""
     json: str | None = None

@@ -113,8 +113,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
 
 def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     """Load the policy; from a run that trained an adapter, the policy in which only that adapter trains."""
-    from accelerate import Accelerator
-
+    from tokenrl.language.policy.loading import device_for
     from tokenrl.language.policy.model import load_policy
     from tokenrl.language.training.setup import make_policy
 
@@ -126,7 +125,7 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
         )
         args = replace(args, model=trained)  # type: ignore[arg-type]
     policy = make_policy(args, task, console.note)
-    policy.model.to(Accelerator(cpu=args.cpu).device)
+    policy.model.to(device_for(policy.size, args.cpu))
     return policy
 
 

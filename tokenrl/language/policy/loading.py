@@ -14,9 +14,17 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
+
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.runs.files import model_directory
+
+LARGE = 10_000_000
+"""Parameters of a large model, which is bound by its matrix products. A smaller one is bound by the number of
+its operations: bfloat16 does not make it faster, nor does a device whose operations take long to start."""
+SLOW_WITH_SMALL = ("mps",)
+"""Types of such devices."""
 
 
 def find_model(name_or_path: str | Path) -> str:
@@ -148,3 +156,23 @@ def quietly() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+def device_for(parameters: int, cpu: bool | None = None) -> torch.device:
+    """Return the device on which a model is computed: the accelerator if there is one, else the CPU.
+
+    Args:
+        parameters: number of the model's parameters.
+        cpu: True for the CPU, False for the accelerator; None for the CPU if the accelerator is no faster.
+    """
+    from accelerate import PartialState
+
+    device = PartialState().device
+    if cpu is None:
+        cpu = not gains_from(device, parameters)
+    return torch.device("cpu") if cpu else device
+
+
+def gains_from(device: torch.device | None, parameters: int) -> bool:
+    """Return whether a model with so many parameters may be faster on a device than on the CPU."""
+    return device is None or device.type not in SLOW_WITH_SMALL or parameters >= LARGE

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.loading import find_model, loading
+from tokenrl.language.policy.loading import find_model, gains_from, loading
 from tokenrl.language.policy.prompts import check_form, formed, render, saved_form
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class RewardModel:
             source: a folder that `save_pretrained` wrote, with the tokenizer, or the run directory of a
                 reward model; its name names the metric. Or a pair of model and tokenizer.
             batch_size: texts per forward pass when scoring.
-            device: where the model runs; None means the accelerator if there is one, else the CPU.
+            device: where the model runs. None: the accelerator if there is one from which it gains, else the
+                CPU.
 
         Raises:
             Refused: the folder holds no model or no tokenizer, the model has more than one label, or weights
@@ -77,7 +78,9 @@ class RewardModel:
         self.batch_size = batch_size
         # Built for CUDA, torch names cuda as the current accelerator on a machine without a GPU too.
         if device is None and torch.accelerator.is_available():
-            device = str(torch.accelerator.current_accelerator())
+            accelerator = torch.accelerator.current_accelerator()
+            if gains_from(accelerator, sum(p.numel() for p in model.parameters())):
+                device = str(accelerator)
         self.model: Any = model.to(device or "cpu").eval()
         text_config = model.config.get_text_config()
         pads = (text_config.pad_token_id, self.tokenizer.pad_token_id)

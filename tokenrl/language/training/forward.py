@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring
@@ -31,9 +32,9 @@ from tokenrl.language.training.arguments import TrainArguments
 
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
 
-LARGE, SHORT = 10_000_000, 128
-"""On a CPU, a model of at least so many parameters is computed in bfloat16 where the processor multiplies in
-it, and its updates compute attention by the plain formula with completions of at most so many tokens."""
+SHORT = 128
+"""On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
+so many tokens."""
 UNREAD = "sdpa_with_unread_masks"
 """The name under which transformers holds `sdpa` with masks that are applied without a look at them."""
 ACTIVATIONS = 4 * 2**30

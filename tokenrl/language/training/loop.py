@@ -15,6 +15,7 @@ from typing import Any
 from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, with_places
 from tokenrl.keywords import arguments_of_call, takes
+from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -134,6 +135,9 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
         with console.status("loading the model"):
             policy = load_base(choices, task, console.note)
         args, origins = fill_defaults(choices, task, policy)
+        if device_for(policy.size, args.cpu).type != accelerator.device.type:
+            on_cpu = SimpleNamespace(**vars(args) | {"cpu": True})
+            accelerator = make_accelerator(on_cpu)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy))
         if args.warm_start:
             stage = WarmStart(policy, task, rewards, args, console, accelerator)

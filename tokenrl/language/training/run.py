@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.core.presets import preset_name
@@ -169,8 +171,11 @@ class TrainingRun:
         policy = self.learner.policy
         trained = sum(p.numel() for p in policy.trainable_parameters())
         engine = "by vllm, with random numbers of its own: the run is not bit-exact"
+        device = str(policy.device)
+        if device == "cpu" and self.args.cpu is None and torch.accelerator.is_available():
+            device = "cpu, as a Mac's GPU is no faster with a small model (--no-cpu takes it all the same)"
         return {
-            "trained": f"{trained:,} parameters, on {policy.device}",
+            "trained": f"{trained:,} parameters, on {device}",
             "threads": self.threads,
             "computing": self.learner.forward.words,
             **({"sampling": engine} if self.args.generator == "vllm" else {}),

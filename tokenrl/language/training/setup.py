@@ -18,6 +18,7 @@ from tokenrl.core.baselines import check_horizon
 from tokenrl.core.memories import memory_of, read
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import TINY
+from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
@@ -225,12 +226,17 @@ def make_accelerator(args: Any) -> Any:
     # accelerate remembers the device and the precision of the first run of a program; each run has its own.
     alone = PartialState._shared_state.get("num_processes") == 1  # else processes must not be joined again
     AcceleratorState._reset_state(reset_partial_state=alone)
+    # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
+    cpu = args.cpu or not torch.accelerator.is_available()
+    # Accelerate would take the device of this variable even if it is told to take the CPU.
+    device = os.environ.pop("ACCELERATE_TORCH_DEVICE", None) if args.cpu else None
     try:
-        # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
-        cpu = args.cpu or not torch.accelerator.is_available()
         accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
+    finally:
+        if device is not None:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = device
     world, prompts = accelerator.num_processes, args.prompts_per_step
     if world > 1 and args.generator == "vllm":
         raise Refused(f"vllm samples in a run of one process, and this run has {world}: take transformers.")
@@ -268,9 +274,7 @@ def provenance_of(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: A
 
 def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
     """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
-    from accelerate import PartialState
-
     policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    policy.model.to(PartialState().device)
+    policy.model.to(device_for(policy.size))
     check_scoring(policy, gradient=False)
     return policy

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
+from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
@@ -90,6 +91,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.status("loading the model"):
             policy = make_policy(choices, task, session.console.note)
+            policy.model.to(device_for(policy.size))
             scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
         chosen = {"threads": threads, "output_dir": session.directory}
