@@ -10,10 +10,12 @@ import runpy
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
+import tokenrl
 from tokenrl.language import load_task
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "benchmarks"
@@ -27,7 +29,7 @@ def program(monkeypatch):
     """Gives the names of a program, which imports its neighbours from its folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield lambda name: runpy.run_path(str(FOLDER / name))
-    for name in ("floor", "one_trainer", "step_against_trl"):
+    for name in ("floor", "gpu_parts", "one_trainer", "step_against_trl"):
         sys.modules.pop(name, None)
 
 
@@ -115,6 +117,78 @@ def test_a_race_is_told_by_medians_over_seeds(race):
     assert race["level"](history(20.0, 40)[:4]) < 0.8 and race["level"](history(20.0, 40)[2:]) == -math.inf
 
 
+@pytest.fixture
+def gpu(program):
+    """The names of the program for a machine with a GPU."""
+    return program("on_your_gpu.py")
+
+
+def rows_of(*norms, length=4.0):
+    return [{"reward": 0.5, "completions/mean_length": length, "grad_norm": norm} for norm in norms]
+
+
+def test_trainings_are_compared_for_as_long_as_their_completions_agree(gpu):
+    verdict, cpu = gpu["verdict"], rows_of(2.0, 1.0, 1.0)
+    assert verdict(cpu, cpu)[0] == "equal up to rounding"
+    words, largest = verdict(cpu, rows_of(2.0, 1.002, 1.0))  # a thousandth of the largest, which is 2
+    assert words == "equal up to rounding"
+    assert largest["grad_norm"] == (pytest.approx(0.002), pytest.approx(0.00201))
+    assert verdict(cpu, rows_of(2.0, 1.0, 1.003))[0] == "not equal: grad_norm"
+    longer = [*rows_of(2.0), *rows_of(9.0, 9.0, length=5.0)]
+    words, largest = verdict(cpu, longer)
+    assert words == "equal up to rounding in the first 1 of 3 steps, after which completions differ"
+    assert largest["grad_norm"][0] == 0
+    words, largest = verdict(cpu, rows_of(2.5, 1.0, 1.0, length=5.0))
+    assert words.startswith("not equal: the completions of the first step differ")
+    assert largest["grad_norm"][0] == 0.5  # the first step is compared all the same
+    assert verdict(cpu, cpu[:2])[0] == "not equal: 2 steps in place of 3"
+    lost = rows_of(2.0, None, 1.0)
+    assert (
+        verdict(lost, lost)[0] == "equal up to rounding" and verdict(cpu, lost)[0] == "not equal: grad_norm"
+    )
+
+
+def test_a_part_that_fails_is_a_line_and_the_others_are_there(gpu):
+    here = dict.fromkeys(gpu["ESTIMATORS"], rows_of(2.0))
+    there = here | {"rloo": {"error": "ValueError: a | b"}}
+    lines = gpu["numbers_tables"](here, there, "Numbers").splitlines()
+    assert "| rloo | failed: ValueError: a / b |  |" in lines
+    assert "| ppo, with a critic | equal up to rounding | 1 of 1 |" in lines
+    assert lines[-1] == "3 of 3 metrics do not differ at all."
+    full = {"seconds": [9.0, 2.0], "sampling": [9.0, 0.5], "tokens": [64, 64], "peak_mb": 1234.5}
+    theirs, memory = full | {"seconds": [9.0, 4.0], "sampling": []}, {"error": "out of memory"}
+    row = gpu["speed_row"]
+    numbers = ["2.000", "0.500", "32", "1,234"]
+    assert row("a", full, theirs, 2) == ["a", *numbers, "4.000", "16", "1,234", "2.00"]
+    assert row("a", full, memory, 2) == ["a", *numbers, "out of memory", "", "", ""]
+    assert row("a", memory, theirs, 2) == ["a", "out of memory", "", "", "", "4.000", "16", "1,234", ""]
+    reason = gpu["reason"]
+    assert reason("torch.OutOfMemoryError: CUDA out of memory. Tried to\nmore", 1) == "out of memory"
+    assert reason("x\ntorch.AcceleratorError: CUDA error: y\nFor debugging, z\n", 1).endswith("error: y")
+    assert reason("", -9) == "ended by signal 9, perhaps for want of memory"
+    assert gpu["Budget"](time.monotonic() + 1).run("late", {})["error"].startswith("left out")
+
+
+def test_waits_are_counted_in_a_quiet_run(program, tmp_path):
+    waits = program("gpu_parts.py")["Waits"]()
+
+    def reward(completions, **columns):
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+        return [float(len(text)) for text in completions]
+
+    size = {"max_steps": 3, "prompts_per_step": 2, "num_generations": 2, "eval_size": 1}
+    size |= {"eval_every": 0, "eval_generations": 0, "log_completions": 0, "quiet": True}
+    tokenrl.train(task="vowels", reward=reward, callback=waits, output_dir=tmp_path / "run", **size)
+    waits.ends.pop()  # the last step has an evaluation
+    found = waits.result()
+    assert found["waits"] == 3
+    assert [(line.rpartition(":")[0][-18:], times) for line, times in found["lines"]] == [
+        ("test_benchmarks.py", 3)
+    ]
+
+
 def printed_by(program, *arguments, folder):
     """The JSON in the last line that a program prints."""
     command = [sys.executable, str(FOLDER / program), *arguments]
@@ -154,3 +228,63 @@ def test_a_measurement(who, changed, tmp_path):
     if who == "tokenrl":
         # attention with half the keys and values; feed-forward; norms; embedding and head
         assert found["parameters"] == 16 * 16 * 3 + 3 * 16 * 16 + 3 * 16 + 2 * 16 * 96
+
+
+@pytest.mark.slow
+def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
+    command = [sys.executable, str(FOLDER / "on_your_gpu.py"), "--cpu", "--tiny", "--output", "table.md"]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == (tmp_path / "table.md").read_text().strip()
+    cells = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    table = {row[0]: row[1:] for row in cells}
+    for name in ("rloo", "grpo, KL in the loss", "ppo, with a critic"):
+        assert table[name] == ["equal up to rounding", "2 of 2"]
+    assert "38 of 38 metrics do not differ at all." in done.stdout
+    assert table["float32 again"] == ["0.0e+00", "0.0e+00"] and table["TF32"][0] == "there is none here"
+    mean, most = map(float, table["bfloat16"])
+    assert 0 < mean < most < 0.2
+    assert table["not counted"] == ["all"]
+    seconds, sampling, rate, peak = (float(cell.replace(",", "")) for cell in table["tiny"][:4])
+    assert 0 < sampling < seconds and rate == pytest.approx(2 * 4 * 4 / seconds, rel=0.05) and peak > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="there may be an Apple GPU, which no variable hides")
+def test_without_a_gpu_nothing_is_measured_unasked():
+    command = [sys.executable, str(FOLDER / "on_your_gpu.py"), "--tiny"]
+    settings = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=100)
+    assert done.returncode == 2 and "torch has no GPU here" in done.stderr and done.stdout == ""
+
+
+STUB = """
+import json, os, sys
+class GRPOConfig:
+    def __init__(self, **settings): pass
+class GRPOTrainer:
+    def __init__(self, **settings): pass
+    def remove_callback(self, callback): pass
+    def train(self):
+        print(json.dumps({"tokenrl": "tokenrl" in sys.modules, "spin": os.environ.get("GOMP_SPINCOUNT")}))
+        sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_openmp_waits_in_each_trainer_as_it_does_for_its_users(tmp_path, monkeypatch):
+    """What the command tokenrl sets before torch is loaded reaches tokenrl alone."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "trl.py").write_text(STUB)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    asked = json.dumps({"who": "trl", "shape": TINY, "steps": 2})
+    assert printed_by("one_trainer.py", asked, folder=tmp_path) == {"tokenrl": False, "spin": None}
+    parts = {"one_trainer.py": {"who": "tokenrl", "shape": TINY, "steps": 2}}
+    parts["gpu_parts.py"] = {"part": "train_estimators", "steps": 1, "tiny": True, "cpu": True}
+    for name, asked in parts.items():
+        command = [sys.executable, "-X", "importtime", str(FOLDER / name), json.dumps(asked)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        order = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+        assert order.index("tokenrl") < order.index("torch"), name

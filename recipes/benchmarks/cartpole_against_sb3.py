@@ -8,7 +8,8 @@ for CartPole.
 
 The time is processor time of rollouts and updates, without imports, making of networks and environments, or
 evaluation. All are evaluated alike: tokenrl after each update (some 1,300 steps at first, 32,000 at last),
-the others after every 1,024 steps. All have one thread. They take turns, seed by seed, so that a machine that
+the others after every 1,024 steps. All have one thread, so that none waits for another, and OpenMP's spin
+count, which the command tokenrl sets, plays no part. They take turns, seed by seed, so that a machine that
 slows down slows all of them. The program prints medians over seeds, and ratios to tokenrl with the same seed.
 Then all go on for a fixed number of steps, tokenrl with the solved policy, which gives the steps per second
 of processor time in long episodes.

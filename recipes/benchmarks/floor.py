@@ -12,6 +12,8 @@ and the update. `step_against_trl.py` measures it in each of its rounds. By hand
 
     python recipes/benchmarks/one_trainer.py '{"who": "floor", "work": "short"}'
 
+It imports torch alone, neither trainer: the threads of its products wait for each other as OpenMP has it.
+
 Look for: the rate with few rows is far below that with many, where the weights come from memory.
 """
 
@@ -58,23 +60,32 @@ def operations(shape: Shape, length: float) -> tuple[float, float]:
     return shape.prompts * read, shape.prompts * shape.group * sampled
 
 
+def device() -> str:
+    """The kind of device that both trainers take, if they are not told otherwise."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def rate(shape: Shape, rows: int) -> float:
     """Operations per second of products of so many rows with each of the model's matrices."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device()
     body, head = matrices(shape)
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
         # Every layer has matrices of its own: a single layer would stay in the processor's cache.
-        weights = [torch.full((o, i), 0.01, dtype=dtype, device=device) for i, o in (*body, head)]
-        inputs = {size: torch.ones(rows, size, dtype=dtype, device=device) for size, _ in body}
+        weights = [torch.full((o, i), 0.01, dtype=dtype, device=kind) for i, o in (*body, head)]
+        inputs = {size: torch.ones(rows, size, dtype=dtype, device=kind) for size, _ in body}
         for _ in range(REPEATS):
             began = time.perf_counter()
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            if kind != "cpu":
+                torch.accelerator.synchronize()
             seconds = time.perf_counter() - began
             rates.append(2 * rows * sum(weight.numel() for weight in weights) / seconds)
     return max(rates)

@@ -34,10 +34,11 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from tokenrl import language  # before torch, as the command does: it sets a variable of OpenMP
+
+# isort: split
 import torch
 from one_trainer import M135, Shape, make_model
-
-from tokenrl import language
 
 
 def make_policy(args: argparse.Namespace) -> tuple[language.Policy, list[list[int]]]:

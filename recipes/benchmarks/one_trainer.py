@@ -8,7 +8,11 @@ trainer, but matrix products alone (`floor.py`). To repeat one by hand:
     python recipes/benchmarks/one_trainer.py '{"who": "trl", "work": "short", "steps": 4, "bf16": true}'
 
 The reward function is the clock: both trainers call it once a step, so a step lasts from one call to the next
-and includes all that a trainer does. The peak is read at the last of these calls, before anything is saved.
+and includes all that a trainer does. The peak is read at the last of these calls, which ends the training, so
+that nothing is saved. With `"cpu": true` both leave a GPU alone.
+
+A process that measures tokenrl imports it before torch, as the command does: it sets a variable that OpenMP
+reads when torch is loaded. One that measures TRL, or the floor, does not import it, and leaves OpenMP alone.
 
 Look for: `seconds` fall to a steady level after the first steps; `tokens` are equal where no completion may
 end early.
@@ -24,6 +28,7 @@ end early.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -31,10 +36,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from floor import floor
+from floor import device, floor
 
 LETTERS = "".join(chr(c) for c in range(33, 127))
 CHAT = (
@@ -81,39 +87,59 @@ WORK = {
     "135m": Shape(**M135),
     "lora": Shape(**M135, prompt=40, length=48, chat=True, lora_r=8),
 }
+LONG: dict[str, Any] = {"prompts": 8, "prompt": 64, "length": 128}
+QWEN: dict[str, Any] = {"vocabulary": 151_936, "kv_heads": 2, "tied": True}
+GPU_WORK = {
+    "gpu-1m": Shape(**LONG),
+    "gpu-135m": Shape(**M135 | LONG),
+    "gpu-0.5b": Shape(**QWEN | LONG, layers=24, hidden=896, intermediate=4864, heads=14),
+    "gpu-1.5b": Shape(**QWEN | LONG, layers=28, hidden=1536, intermediate=8960, heads=12),
+}
+
+
+class Measured(KeyboardInterrupt):
+    """Ends a training after its last measured step as Ctrl-C would: without a word, and nothing is saved."""
 
 
 class Clock:
-    """The reward function of both trainers: something cheap that differs within a group."""
+    """The reward function of both trainers: something cheap that differs within a group.
 
-    def __init__(self, shape: Shape) -> None:
+    It ends the training at its last call, of `steps`.
+    """
+
+    def __init__(self, shape: Shape, steps: int, kind: str) -> None:
         self.__name__, self.shape = "reward", shape
+        self.steps, self.kind = steps, kind
         self.calls: list[float] = []
         self.tokens: list[int] = []
-        self.peak = 0.0
+        self.parameters, self.peak = 0, 0.0
 
     def __call__(self, completions: list[Any], completion_ids: list[Any], **columns: Any) -> list[float]:
         if len(completions) == self.shape.prompts * self.shape.group:  # else tokenrl evaluates one prompt
             self.calls.append(time.perf_counter())
             self.tokens.append(sum(map(len, completion_ids)))
-            self.peak = peak_megabytes()
+            self.peak = max(self.peak, peak_megabytes(self.kind))
+            if len(self.calls) == self.steps:
+                raise Measured
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         rewards = [sum(map(ord, text)) % 7 for text in texts]
         return [float(reward == 0 if self.shape.binary else reward) for reward in rewards]
 
 
-def peak_megabytes() -> float:
-    """The most memory so far: of tensors on a GPU if there is one, else of the process."""
+def peak_megabytes(kind: str) -> float:
+    """The most memory so far: of tensors on a GPU, else of the process; on an Apple GPU what it holds now."""
     import torch
 
-    if torch.cuda.is_available():
+    if kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
+    if kind == "mps":
+        return torch.mps.driver_allocated_memory() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def make_model(shape: Shape, attention: str | None = None) -> tuple[Any, Any]:
-    """A model with random weights, equal for equal shapes, and a tokenizer of single characters."""
+def make_model(shape: Shape, attention: str | None = None, kind: str = "cpu") -> tuple[Any, Any]:
+    """A model with random weights, equal for equal arguments, and a tokenizer of single characters."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -139,7 +165,8 @@ def make_model(shape: Shape, attention: str | None = None) -> tuple[Any, Any]:
     )
     torch.manual_seed(0)
     chosen = {} if attention is None else {"attn_implementation": attention}
-    return AutoModelForCausalLM.from_config(config, **chosen), tokenizer
+    with torch.device(kind):  # a GPU draws the weights of a large model in no time
+        return AutoModelForCausalLM.from_config(config, **chosen), tokenizer
 
 
 def make_prompts(shape: Shape, steps: int) -> list[dict[str, Any]]:
@@ -173,13 +200,13 @@ def train_with_trl(
         peft_config: the adapter to train, if not all weights.
         **settings: further options of TRL's configuration.
     """
-    import torch
     import trl
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
 
     disable_progress_bars()
-    settings |= {"beta": 0.0, "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available()}
+    settings = {"use_cpu": device() == "cpu"} | settings
+    settings |= {"beta": 0.0, "gradient_checkpointing": False}
     settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     settings |= {"dataloader_pin_memory": False}
     if estimator == "grpo":
@@ -198,10 +225,10 @@ def train_with_trl(
     trainer.train()
 
 
-def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> dict[str, Any]:
+def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> None:
     from peft import LoraConfig
 
-    model, tokenizer = make_model(shape, spec.get("attention"))
+    model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
     if not shape.ends:  # an end that is beyond the model's vocabulary costs nothing and is never drawn
         tokenizer.add_special_tokens({"eos_token": "<never>"})
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
@@ -221,18 +248,16 @@ def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, fold
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         bf16=spec.get("bf16", False),
+        use_cpu=clock.kind == "cpu",
     )
-    return {}
 
 
-def train_tokenrl(
-    shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str
-) -> dict[str, Any]:
+def train_tokenrl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> None:
     import tokenrl
     from tokenrl.language import wrap
 
-    model, tokenizer = make_model(shape)
-    parameters = sum(p.numel() for p in model.parameters())  # before an adapter adds some
+    model, tokenizer = make_model(shape, kind=clock.kind)
+    clock.parameters = sum(p.numel() for p in model.parameters())  # before an adapter adds some
     policy = wrap(model, tokenizer)
     if not shape.ends:
         policy.eos_ids = ()
@@ -255,24 +280,38 @@ def train_tokenrl(
         "eval_generations": 0,
         "log_completions": 0,
         "quiet": True,
+        "cpu": clock.kind == "cpu",
     }
     tokenrl.train(model=policy, task=task, output_dir=f"{folder}/run", **options | spec.get("options", {}))
-    return {"parameters": parameters}
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure what a dict of JSON asks for; one step more than asked, because steps lie between calls."""
-    shape = Shape(**spec["shape"]) if "shape" in spec else WORK[spec["work"]]
+    """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls.
+
+    `sampling` has the seconds of sampling and reward of each step; of tokenrl only.
+    """
+    shape = Shape(**spec["shape"]) if "shape" in spec else (WORK | GPU_WORK)[spec["work"]]
     if spec["who"] == "floor":
         return floor(shape, spec.get("length") or shape.length)
-    clock, train = Clock(shape), {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
+    if spec["who"] == "tokenrl":
+        import tokenrl  # noqa: F401  # before torch
+    clock = Clock(shape, spec["steps"] + 1, "cpu" if spec.get("cpu") else device())
+    train = {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
     with tempfile.TemporaryDirectory() as folder:
-        result = train(shape, spec, clock, spec["steps"] + 1, folder)
+        with contextlib.suppress(Measured):
+            train(shape, spec, clock, clock.steps, folder)
+        timings = Path(folder, "run", "timings.jsonl")
+        rows = [json.loads(line) for line in timings.open()] if timings.exists() else []
     full = shape.prompts * shape.group * shape.length
     if not shape.ends and set(clock.tokens) != {full}:
         raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
-    seconds = [after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)]
-    return result | {"seconds": seconds, "tokens": clock.tokens, "peak_mb": clock.peak}
+    return {
+        "seconds": [after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)],
+        "sampling": [row["collect"] for row in rows],
+        "tokens": clock.tokens,
+        "peak_mb": clock.peak,
+        "parameters": clock.parameters,
+    }
 
 
 def machine() -> dict[str, Any]:

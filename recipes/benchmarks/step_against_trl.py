@@ -47,7 +47,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from one_trainer import WORK
+from one_trainer import GPU_WORK, WORK
 
 CHILD = Path(__file__).with_name("one_trainer.py")
 SETTINGS = [(bf16, attention) for bf16 in (False, True) for attention in ("sdpa", "eager")]
@@ -104,7 +104,8 @@ def seconds_and_peak(result: dict[str, Any] | None, steps: int) -> tuple[float, 
 def compare(name: str, args: argparse.Namespace) -> Comparison:
     """Measure both in turn; once all settings of TRL have failed, it is not tried again."""
     comparison = Comparison(name)
-    spec = {"shape": asdict(WORK[name]), "steps": args.steps, "estimator": args.estimator}
+    shape = (WORK | GPU_WORK)[name]
+    spec = {"shape": asdict(shape), "steps": args.steps, "estimator": args.estimator}
     for number in range(args.rounds):
         settings = SETTINGS if number == 0 else [comparison.setting] if comparison.setting else []
         by_setting = {}
@@ -120,7 +121,7 @@ def compare(name: str, args: argparse.Namespace) -> Comparison:
         comparison.tokenrl.append(seconds_and_peak(result, args.steps))
         tell(f"{name}, round {number + 1}: tokenrl", comparison.tokenrl[-1])
         tokens = statistics.median(result["tokens"]) if result else 0  # 0: all completions at full length
-        length = tokens / (WORK[name].prompts * WORK[name].group)
+        length = tokens / (shape.prompts * shape.group)
         products = run({"who": "floor", "shape": spec["shape"], "length": length})
         comparison.floor += [products["floor"]] if products else []
     return comparison
@@ -185,7 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = {"choices": WORK, "default": list(WORK), "metavar": "NAME", "help": ", ".join(WORK)}
+    words = f"{', '.join(WORK)} (these are the default), {', '.join(GPU_WORK)}"
+    names = {"choices": [*WORK, *GPU_WORK], "default": list(WORK), "metavar": "NAME", "help": words}
     parser.add_argument("--work", nargs="+", **names)
     parser.add_argument("--estimator", choices=("grpo", "rloo"), default="grpo")
     parser.add_argument("--rounds", type=int, default=3)

@@ -59,10 +59,12 @@ class Watch:
     """
 
     def __init__(self, asked: dict[str, Any]) -> None:
+        if asked["who"] == "tokenrl":
+            import tokenrl  # noqa: F401  # before torch, as the command does: it sets a variable of OpenMP
         from transformers import AutoModelForCausalLM  # noqa: F401  # both need it: its import counts
 
         began = time.time()
-        import tokenrl.language as language
+        import tokenrl.language as language  # torch is there already: for TRL no variable is set
 
         self.__name__ = "reward"
         self.asked, self.language = asked, language
@@ -170,6 +172,8 @@ def race(asked: dict[str, Any]) -> list[tuple[int, float, float]] | None:
 
 def compare(name: str, args: argparse.Namespace) -> str:
     """Train with both in turn on every seed, and return a line of the table."""
+    import torch  # noqa: F401  # before tokenrl, which then sets no variable that both would inherit
+
     import tokenrl.language as language
 
     task = language.load_task(name)

@@ -27,11 +27,11 @@ LIMITS = {
     "control": 16_200,
     "advisor": 6_500,
     "language": 100,
-    "language/policy": 8_100,
+    "language/policy": 8_200,
     "language/rewards": 12_700,
     "language/tasks": 7_100,
     "language/rollout": 17_600,
-    "language/training": 31_100,
+    "language/training": 31_200,
     "language/preferences": 7_500,
     "language/evaluation": 5_400,
     "lab": 100,
@@ -42,7 +42,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 214_700, 164, 84_700, 269_600, 54_500, 7_500
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 215_000, 164, 84_900, 271_500, 59_300, 7_500
 STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 40, 48_000, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
