@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
+from transformers import DynamicCache
 
 import toy_tasks
 from tokenrl import Estimator
@@ -89,10 +90,9 @@ def logprobs_of(prompt_ids, ids):
 @torch.no_grad()
 def sample(prompt_ids, dice=None):
     """One completion per row and its mask, [N, T]; without dice always the most likely token (greedy)."""
-    ids, cache, tokens = prompt_ids, None, []
+    ids, cache, tokens = prompt_ids, DynamicCache(), []
     for _ in range(length):
-        out = model(ids, past_key_values=cache, use_cache=True)
-        probs, cache = out.logits[:, -1].softmax(-1), out.past_key_values
+        probs = model(ids, None, None, cache).logits[:, -1].softmax(-1)  # releases name the cache differently
         ids = probs.multinomial(1, generator=dice) if dice else probs.argmax(-1, keepdim=True)
         tokens.append(ids)  # a row that has ended goes on, but its mask ends at the first eos
     ids = torch.cat(tokens, dim=1)
