@@ -252,3 +252,43 @@ def test_a_run_whose_reward_hangs_stops_with_exit_code_1_and_names_its_checkpoin
     assert (summary["exit_reason"], summary["steps"], caught.value.exit_code) == ("failed", 2, 1)
     assert str(tmp_path / "run" / "checkpoints" / "step_000002") in str(caught.value)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["reward_timeout"] == 1
+
+
+WINDOWS = """
+import os, signal
+import rewards
+from tokenrl.errors import Refused
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
+
+for module, names in {os: ("fork", "killpg", "setsid"), signal: ("SIGALRM", "setitimer")}.items():
+    for name in names:
+        delattr(module, name)
+
+class World:
+    def reset(self, seed):
+        return "", {}
+
+    def step(self, text):
+        return "", 0.0, True, False, {}
+
+for make in (lambda: Rewards(rewards.length, timeout=5), lambda: Environments(World, timeout=5)):
+    try:
+        make()
+    except Refused as error:
+        print(error)
+assert Rewards(rewards.length).names == ["length"] and Environments(World).timeout is None
+"""
+
+
+def test_on_windows_a_deadline_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "rewards.py").write_text(FILE)
+    (tmp_path / "program.py").write_text(WINDOWS)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    functions, environments = done.stdout.splitlines()
+    for line in (functions, environments):
+        assert f"({sys.platform})" in line and "leave reward_timeout out, or run on Linux or macOS" in line
+        assert line.endswith(".") and "Error" not in line
+    assert "end a reward function" in functions and "calls of environments" in environments

@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import random
 import signal
+import sys
 import types
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -87,11 +88,13 @@ def deadline(seconds: float) -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise Overdue(seconds)
 
+    mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
+    if not (hasattr(signal, "SIGALRM") and hasattr(signal, "setitimer")):
+        raise Refused(f"This system ({sys.platform}) has no timer for the calls of environments: {mend}.")
     try:
         before = signal.signal(signal.SIGALRM, interrupt)
-    except (AttributeError, ValueError) as error:
+    except ValueError as error:
         problem = f"No signal can bound the calls of environments here ({describe(error)})"
-        mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
         raise Refused(f"{problem}: {mend}.") from error
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:

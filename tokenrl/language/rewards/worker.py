@@ -32,6 +32,8 @@ from tokenrl.settings import check_number
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
+NEEDED = ("fork", "killpg", "setsid")
+"""Functions of the module os that Windows lacks."""
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 
 
@@ -48,9 +50,14 @@ class RewardWorker:
                 all of them.
 
         Raises:
-            Refused: the timeout is not above 0, or a function cannot be pickled.
+            Refused: the timeout is not above 0, a function cannot be pickled, or the system is Windows.
         """
         check_number("reward_timeout", timeout, above=0)
+        if not all(hasattr(os, name) for name in NEEDED):
+            raise Refused(
+                f"This system ({sys.platform}) cannot end a reward function with all that it has started, as "
+                "reward_timeout does: leave reward_timeout out, or run on Linux or macOS."
+            )
         self.timeout = timeout
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
