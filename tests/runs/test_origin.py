@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.names import NamedFunction
-from tokenrl.runs.origin import Origin
+from tokenrl.runs import origin as origins
+from tokenrl.runs.console import Console
+from tokenrl.runs.origin import TESTED, Origin, versions
 
 
 @dataclass
@@ -64,3 +68,56 @@ def test_no_command_repeats_a_run_with_nameless_objects(options, monkeypatch):
     assert origin(reward=(paid,)).command
     monkeypatch.setattr(paid, "__module__", "__main__")  # no other program can import it
     assert origin(reward=(paid,)).command == ""
+
+
+# ---- versions ----
+
+
+def test_the_tested_versions_are_those_of_the_constraints():
+    """The tests also ran with a release of torch that is newer, and not in the constraints for its size."""
+    text = Path(__file__).parents[2].joinpath("constraints.txt").read_text()
+    pins = dict(re.findall(r'^(\w+)==(\d+\.\d+)\S*(?:; python_version >= "3.11")?$', text, re.MULTILINE))
+    assert {name: pins[name] for name in TESTED} | {"torch": TESTED["torch"]} == TESTED
+    assert [int(number) for number in pins["torch"].split(".")] <= [*map(int, TESTED["torch"].split("."))]
+
+
+def header(monkeypatch, **installed):
+    monkeypatch.setattr(origins, "versions", lambda: versions() | TESTED | installed)
+    page = io.StringIO()
+    Console(file=page).start("tokenrl train", {"seed": 0})
+    return " ".join(page.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("installed", "line"),
+    [
+        (
+            {"transformers": "5.99.1"},
+            "versions transformers 5.99.1 is newer than {transformers}, the newest that",
+        ),
+        (
+            {"torch": "3.0.0+cpu"},
+            "versions torch 3.0.0+cpu is newer than {torch}, the newest that was tested",
+        ),
+        (
+            {"peft": "7.1", "torch": "3.0"},
+            "torch 3.0 is newer than {torch}, the newest that was tested; peft 7.1 is",
+        ),
+    ],
+)
+def test_the_header_names_a_library_that_is_newer_than_any_that_was_tested(monkeypatch, installed, line):
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
+    assert line.format(**TESTED) in header(monkeypatch, **installed)
+
+
+def test_the_header_has_no_such_line_where_nothing_newer_is_used(monkeypatch):
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
+    monkeypatch.delitem(sys.modules, "gymnasium", raising=False)
+    older = {name: re.sub(r"\d+$", "0", version) for name, version in TESTED.items()}
+    mended = {name: f"{version}.99" for name, version in TESTED.items()}
+    for installed in (older, mended, TESTED, {"gymnasium": "99.0"}):
+        assert "versions" not in header(monkeypatch, **installed)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    assert "versions gymnasium 99.0 is newer" in header(monkeypatch, gymnasium="99.0")

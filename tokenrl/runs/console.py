@@ -16,6 +16,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.runs.best import kept_weights
+from tokenrl.runs.origin import untested_versions
 from tokenrl.runs.output import drop_output
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class Console:
         self.rich = rich_console(quiet=quiet, file=file)
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
-        """Print the header: a table of facts about the run, and a note below it."""
-        self.facts(title, facts)
+        """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
+        self.facts(title, {**facts, **untested_versions()})
         self.print(note, style="italic dim")
 
     @contextmanager

@@ -15,8 +15,15 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 _PACKAGES: tuple[str, ...] = ("tokenizers",)
 _PACKAGES += ("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors")
+TESTED = {"torch": "2.15", "transformers": "5.24", "accelerate": "1.15", "datasets": "5.2", "peft": "0.21"}
+TESTED |= {"gymnasium": "1.4"}
+"""The newest release of each library with which the tests passed, without the number of its last mending."""
+_BROUGHT = {"datasets": "transformers", "peft": "transformers"}
+"""Libraries that a run with a model may import later, after its header."""
 
 
 @dataclass(frozen=True)
@@ -95,3 +102,16 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             by_name[package] = metadata.version(package)
     return by_name
+
+
+def untested_versions() -> dict[str, str]:
+    """Return a line of the header about libraries that are newer than any that was tested; none if none is.
+
+    Only what this process uses counts: what it has imported, and what models bring along.
+    """
+    newer = []
+    for package, tested in TESTED.items():
+        version = versions().get(package) if _BROUGHT.get(package, package) in sys.modules else None
+        if version is not None and Version(version).release[:2] > Version(tested).release:
+            newer.append(f"{package} {version} is newer than {tested}, the newest that was tested")
+    return {"versions": "; ".join(newer)} if newer else {}
