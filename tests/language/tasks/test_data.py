@@ -225,7 +225,7 @@ def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch):
 
 
 def test_empty_data_is_refused(tmp_path, monkeypatch):
-    datasets.Dataset.from_list([]).save_to_disk("none")
+    datasets.Dataset.from_list(ROWS).select(range(0)).save_to_disk("none")
     for name, content in {"a.jsonl": "", "a.csv": "", "b.csv": "prompt,answer\n", "a.json": "[]"}.items():
         (tmp_path / name).write_text(content)
     for name in ("none", "a.jsonl", "a.csv", "b.csv", "a.json"):
