@@ -10,8 +10,11 @@ BIN       := $(VENV)/bin
 PACKAGE   := $(VENV)/.installed-package
 STAMP     := $(VENV)/.installed
 VLLM      := .venv-vllm
+# The newest torch that test-newest takes. Plain torch is the newest of all, and on Linux a build for GPUs of several GB.
+NEWEST_TORCH ?= torch==2.13.0
+QUICK     := -m "not slow and not gpu and not vllm" -n $(WORKERS) --dist loadfile
 
-.PHONY: install train test test-slow test-gpu test-vllm lint type format check clean
+.PHONY: install train test test-newest test-lowest test-slow test-gpu test-vllm lint type format check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +23,7 @@ help:
 	@echo "make test       quick tests            make test-slow   the slow ones"
 	@echo "make test-gpu   those that need a GPU (skipped without one)"
 	@echo "make test-vllm  those of sampling with vLLM, on the CPU, in the environment $(VLLM)"
+	@echo "make test-newest, make test-lowest   the quick tests with the newest releases, with the lowest ones"
 	@echo "make lint type  ruff, mypy             make format      ruff format and fixes"
 	@echo "make check      lint, type, test       make clean       remove caches and the environment"
 
@@ -40,7 +44,22 @@ train: $(PACKAGE)
 	$(BIN)/tokenrl train --task $(TASK) --estimator $(ESTIMATOR) --seed $(SEED) --output-dir $(RUN) --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest $(QUICK)
+
+# The quick tests in environments of their own, without constraints.txt: with what is newest on this day, and with the
+# lower bounds of pyproject.toml, for which pip has no option and uv has one. Releases that old have no builds for
+# Python 3.13. uv looks for builds where pip does.
+test-newest test-lowest: LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
+test-newest: VENV := .venv-newest
+test-newest: RELEASES := $(NEWEST_TORCH)
+test-lowest: VENV := .venv-lowest
+test-lowest: RELEASES := --resolution lowest-direct
+test-newest test-lowest:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python $(LINKS) --upgrade $(RELEASES) -e '.[dev]'
+	$(VENV)/bin/uv pip freeze --python $(VENV)/bin/python
+	$(VENV)/bin/python -m pytest $(QUICK)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" -n $(WORKERS) --timeout=1800
@@ -75,5 +94,5 @@ format: $(STAMP)
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .venv-newest .venv-lowest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
