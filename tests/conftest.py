@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from hypothesis import settings
+from quick_runs import shorten
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -26,6 +27,15 @@ def pytest_configure(config) -> None:
 def pytest_collection() -> None:
     """Collect no garbage while tests are found: each time all modules of torch would be looked through."""
     gc.disable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shortened(request):
+    """Quick runs read, check and flush less often than slow ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("markexpr").startswith("not slow"):
+            shorten(patch)
+        yield
 
 
 def pytest_collection_finish() -> None:
