@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from test_toy_tasks import LOADED as TASKS
 
 import toy_tasks
 from toy_tasks import models
 
-TASKS = {name: toy_tasks.load(name) for name in toy_tasks.NAMES}
 every_task = pytest.mark.parametrize("name", toy_tasks.NAMES)
 of_text = pytest.mark.parametrize("name", [name for name in toy_tasks.NAMES if name != "calculator"])
 

@@ -141,8 +141,9 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     } | {"token": Estimator(aggregation="token_mean")}
     measured = measure_estimators(samples, seen, estimators, prompts_per_step=4, replicates=300)
     found = {m.estimator: m for m in measured}
+    truths = {name: exact_moments(e, problem, group_size=2) for name, e in estimators.items()}
     for name, m in found.items():
-        exact = exact_moments(estimators[name], problem, group_size=2)
+        exact = truths[name]
         assert m.coupled == (name == "token") and m.units == (groups // 4 if name == "token" else groups)
         if name == "token":  # its units are steps already
             units = contributions(estimators[name], samples, seen, prompts_per_step=4).values[:, 0]
@@ -153,9 +154,8 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
         assert m.variance.value == pytest.approx(exact.variance / 4, rel=0.15 * (512 / groups) ** 0.5)
         assert m.signal.value == pytest.approx(float(exact.mean.square().sum()), rel=0.5)
         assert m.cosine.low - 1e-9 <= exact.cosine <= m.cosine.high + 1e-9, name
-    plain = exact_moments(estimators["reinforce"], problem, group_size=2)
     for name in ("rloo", "remax", "grpo"):
-        ratio = plain.noise / exact_moments(estimators[name], problem, group_size=2).noise
+        ratio = truths["reinforce"].noise / truths[name].noise
         assert found[name].quieter.low <= ratio <= found[name].quieter.high, name
     assert found["rloo"].cosine.value == pytest.approx(1, abs=1e-12)
     assert found["reinforce"].quieter.value == 1.0

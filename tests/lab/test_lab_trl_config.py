@@ -88,11 +88,15 @@ def words(out: str) -> str:
     return " ".join(re.sub("[─━]", "", out).split())
 
 
+@pytest.fixture(scope="module")
+def verdict():
+    return measure_bias("rloo")
+
+
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch, verdict):
     """The estimators that are measured, in place of their measurement, which takes seconds."""
     estimators = []
-    verdict = measure_bias("rloo")
     monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: (estimators.append(e), verdict)[1])
     return estimators
 

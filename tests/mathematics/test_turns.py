@@ -213,11 +213,14 @@ def test_problems_of_turns_are_complete() -> None:
         assert int((problem.rewards != 0).sum()) == len(mask) + int(second.sum())
 
 
+CATALOGUE = named_estimators()
+
+
 @pytest.mark.parametrize("returns", [None, "reward_to_go"])
-@pytest.mark.parametrize("name", named_estimators())
+@pytest.mark.parametrize("name", CATALOGUE)
 def test_what_is_declared_holds_for_turns(name, returns) -> None:
     """The catalogue on rows of two turns: no bias where none is declared, and a bias where one is."""
-    estimator = named_estimators()[name]
+    estimator = CATALOGUE[name]
     if returns is not None:
         if estimator.returns != "total" or estimator.objective != "reward":
             return
