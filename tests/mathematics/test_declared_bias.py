@@ -93,7 +93,13 @@ MIXED += [
 ]
 
 
-@pytest.mark.parametrize("fields", MIXED, ids=str)
+SLOW = [{"baseline": name, **TO_GO_KL, "aggregation": "fixed_length"} for name in AXES["baseline"][3:]]
+"""What changes a constant divisor only."""
+
+
+@pytest.mark.parametrize(
+    "fields", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MIXED], ids=str
+)
 def test_combinations_hold_what_they_declare(fields: dict) -> None:
     verdict = measure_bias(Estimator(**fields), SMALL if "objective" not in fields else LEVELS)
     off = verdict.declared == "biased" and verdict.cosine < 1 - 1e-5
@@ -281,8 +287,11 @@ def own_if_long(totals, *, group_size, mask, **_):
 PERMANENT = {"longer": longer(2), "median": median_from(4), "trimmed": trimmed, "own": own_if_long}
 
 
-@pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean"])
-@pytest.mark.parametrize("name", PERMANENT)
+@pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [(name, "token_mean") for name in PERMANENT]
+    + [pytest.param(name, "sequence_sum", marks=[pytest.mark.slow] * (name != "own")) for name in PERMANENT],
+)
 def test_a_permanent_bias_that_only_some_problems_show_is_not_called_asymptotic(name, aggregation) -> None:
     """The mean over tokens has a bias that vanishes, which must not hide the one that stays."""
     assert measure_bias(Estimator(baseline=PERMANENT[name], aggregation=aggregation)).found == "biased"
