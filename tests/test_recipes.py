@@ -342,8 +342,9 @@ def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypat
         assert abs(abs(second - first) - difference) < 0.0021 and 0 <= first <= 1
 
 
-def test_samplers_that_differ_are_trained_and_measured(tmp_path, monkeypatch, capsys, handlers):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+def test_samplers_that_differ_are_trained_and_measured(
+    short_warm_start, tmp_path, monkeypatch, capsys, handlers
+):
     flags = "--task vowels --mismatches old=2 --corrections sequence --seeds 2 --max-steps 2"
     out = run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys)
     gaps = {line[:20].strip(): float(line.split()[-2]) for line in out.splitlines()[1:3]}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tokenrl import Estimator
 from tokenrl.cli import COMMANDS
@@ -66,8 +67,11 @@ def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declare
     assert rewards == [[2, 1], [0.5, -0.5]]
 
 
-def test_the_page_is_what_the_raw_tables_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_page_is_what_the_raw_tables_say(drawn, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(STUDY)
+    if not drawn:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
     recipe = runpy.run_path(str(STUDY / "rebuild.py"))
     page = tmp_path / "README.md"
     lines = (STUDY / "README.md").read_text().splitlines(keepends=True)

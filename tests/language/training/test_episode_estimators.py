@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_environments import Faulty, Guess
-from tiny_models import ENDS, gradient, make_learner, make_policy, one_step, weights
+from tiny_models import ENDS, gradient, make_learner, make_policy, one_step, quickly, weights
 
 from tokenrl.core import Estimator
 from tokenrl.language.rewards.environments import Environments
@@ -22,6 +22,8 @@ ESTIMATORS = {
     "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
     "truncated": Estimator(truncations="mask", aggregation="token_mean", returns="reward_to_go"),
 }
+ALIKE = {"otb", "gmpo", "prime_rl", "gdpo", "unsloth", "openrlhf_default", "trl_rloo"}
+"""Those that others are like in what they read of a token."""
 COLUMNS = ("logprobs", "sampling_logprobs", "entropy", "score_norms", "hidden")
 
 
@@ -65,7 +67,7 @@ def disturb(monkeypatch, where):
     return changed
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", quickly(ESTIMATORS, ALIKE))
 def test_no_estimator_reads_what_is_computed_of_the_environments_tokens(name, monkeypatch):
     """Whatever their log-probabilities, entropies and hidden states are, the update has the same bits."""
     usual, measured = trained(ESTIMATORS[name])

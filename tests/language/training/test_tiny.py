@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import quickly
 
 import tokenrl
 from tokenrl.cli import main
@@ -66,7 +67,7 @@ def data(tmp_path, monkeypatch):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quickly(KINDS, {"toy task", "Python file", "text as chat", "chosen column"}))
 def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     small = SMALL.split() if KINDS[kind].startswith("train") else []
     assert main([*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run"]) == 0
