@@ -84,17 +84,18 @@ def remembered(check_scoring):
         models = [policy.model, *([] if model in (None, policy.model) else [model])]
         of = (*map(_state, models), *_code(), policy.context, *sorted(how.items()))
         if of not in known:
-            known[of] = check_scoring(policy, model, accelerator=accelerator, **how)
-        return copy.deepcopy(known[of])
+            known[of] = check_scoring(policy, model, accelerator=accelerator, **how), policy.plain_cache
+        scoring, policy.plain_cache = copy.deepcopy(known[of])
+        return scoring
 
     return check
 
 
 def _code():
     """The functions that the check uses, of which a test may have put others in their place."""
-    from tokenrl.language.rollout import agreement
+    from tokenrl.language.rollout import agreement, cache
 
-    return agreement.TransformersGenerator.generate, agreement.score
+    return agreement.TransformersGenerator.generate, agreement.score, cache.GrowingLayer.update
 
 
 def _state(model):

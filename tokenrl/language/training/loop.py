@@ -185,10 +185,10 @@ def _begin(run: TrainingRun, session: Session) -> None:
     Raises:
         Refused: a prompt is too long for the model's context, or the checkpoint is of another run.
     """
-    args, policy = run.args, run.learner.policy
+    args, policy, sampling = run.args, run.learner.policy, run.learner.sampling
     asked = run.task.train_prompts if run.rewards.environments is None else ()
     for location, row in with_places(asked):  # one by one, to save memory
-        encode(policy, [row["prompt"]], run.learner.sampling, [location])
+        encode(policy, [row["prompt"]], sampling, [location])
     if not session.continues:
         with session.console.status(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"

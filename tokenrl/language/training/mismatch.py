@@ -8,31 +8,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from tokenrl.language.rollout.rollout import Rollout, to_host
+from tokenrl.language.rollout.rollout import to_host
 
 
-def differences(rows: Rollout, logprobs: Tensor) -> Tensor:
-    """Return of each row of a micro-batch how far sampler and trainer are apart [n, 4].
+class Scored(NamedTuple):
+    """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
+
+    mask: Tensor
+    """True on actions, on the CPU [n, T]."""
+    sampling_logprobs: Tensor
+    """Those of the sampler, on the CPU."""
+    logprobs: Tensor
+    """Those of the policy that is trained, on its device."""
+
+
+def differences(mask: Tensor, sampling_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """Return of each row how far sampler and trainer are apart [n, 4].
 
     Args:
-        rows: the rows of the micro-batch.
-        logprobs: their log-probabilities under the policy that is trained, on the CPU [n, T].
+        mask: True on actions [n, T].
+        sampling_logprobs: log-probabilities of the sampler [n, T].
+        logprobs: log-probabilities under the policy that is trained [n, T].
 
     Returns:
         The sum over tokens of the log ratio `log pi - log mu`, in nats, with pi the trainer's probability and
         mu the sampler's; the sum and the largest of its absolute values; and the number of tokens.
     """
-    gaps = torch.where(rows.mask, logprobs - rows.sampling_logprobs, 0).double()
+    gaps = torch.where(mask, logprobs - sampling_logprobs, 0).double()
     sizes = gaps.abs()
-    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), rows.mask.sum(1)], dim=1)
+    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
 
 
-def mismatch_metrics(parts: Sequence[tuple[Rollout, Tensor]]) -> dict[str, float]:
+def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
     """Return the metrics of the rows of all processes; every process has to call this.
 
     A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be
@@ -40,8 +53,7 @@ def mismatch_metrics(parts: Sequence[tuple[Rollout, Tensor]]) -> dict[str, float
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        parts: the rows of each micro-batch of this process, with their log-probabilities under the policy
-            that is trained [n, T].
+        parts: the micro-batches of this process.
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
@@ -49,8 +61,10 @@ def mismatch_metrics(parts: Sequence[tuple[Rollout, Tensor]]) -> dict[str, float
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w. They are those
         of the rows that the first update learns from; none if there are no such rows.
     """
-    host = to_host(logprobs for _, logprobs in parts)
-    apart = [differences(part, logprobs) for (part, _), logprobs in zip(parts, host, strict=True)]
+    host = to_host(part.logprobs for part in parts)
+    apart = []
+    for part, logprobs in zip(parts, host, strict=True):
+        apart.append(differences(part.mask, part.sampling_logprobs, logprobs))
     rows = gather_object(torch.cat(apart).tolist() if apart else [])
     if not rows:
         return {}

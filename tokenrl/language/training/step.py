@@ -44,7 +44,7 @@ from tokenrl.language.training.collect import (
     step_metrics,
     with_estimates,
 )
-from tokenrl.language.training.mismatch import mismatch_metrics
+from tokenrl.language.training.mismatch import Scored, mismatch_metrics
 
 if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
@@ -108,7 +108,7 @@ def training_step(
     old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
     history: list[dict[str, float]] = []
-    scored: list[tuple[Rollout, Tensor]] = []  # rows of the first update, with their log-probabilities
+    scored: list[Scored] = []  # the rows that the first update learns from
     for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
@@ -127,7 +127,7 @@ def training_step(
                 learner.forward.accumulate_gradients()
                 sums.append(loss_statistics(learner, loss, inputs))
                 if not history:  # the first update of the rollout
-                    scored.append((part, scores.logprobs))
+                    scored.append(Scored(part.mask, part.sampling_logprobs, scores.logprobs.detach()))
             if first_half_gradient is None and measured:
                 first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
