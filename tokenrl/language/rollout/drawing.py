@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenrl.language.rollout.rollout import to_device
+
 BLOCK = 256
 """Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
 UNIT, UNIFORM_BITS = 40, 31
@@ -15,7 +17,7 @@ def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
     """Return uniforms [N, T] as `draw` takes them: float64 on a CPU, whole numbers on a device."""
     if device.type == "cpu":
         return uniforms
-    return (uniforms * 2**UNIFORM_BITS).long().to(device)
+    return to_device((uniforms * 2**UNIFORM_BITS).long(), device)
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:

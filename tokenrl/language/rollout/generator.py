@@ -19,7 +19,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.drawing import draw, on_device
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_host
+from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _decode(
                 break
             # Copying the cache costs as much as keeping a few finished rows.
             if len(left) <= 0.75 * len(rows) and not policy.plain_cache:
-                left = left.to(device)
+                left = to_device(left, device)
                 state.select(left)
                 rows, token, alive = rows[left], token[left], alive[left]
         state.advance(token)
@@ -282,13 +282,13 @@ class _Decoder:
             prompt_mask = prompt_mask[prompt_index]
         width = prompt_ids.shape[1]
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
-        self.mask = None if prompt_mask.all() else prompt_mask.to(policy.device)
-        self.position = prompt_mask.sum(dim=1).to(policy.device)  # [B], position of the next token
-        ids = prompt_ids.to(policy.device)
+        self.mask = None if prompt_mask.all() else to_device(prompt_mask, policy.device)
+        self.position = to_device(prompt_mask.sum(dim=1), policy.device)  # [B], position of the next token
+        ids = to_device(prompt_ids, policy.device)
         end = last(1, policy.device)
         self._store(self.model(ids, **self._positions(width), **self.options, logits_to_keep=end))
         if not policy.plain_cache:
-            self.select(prompt_index.to(policy.device))
+            self.select(to_device(prompt_index, policy.device))
             self.cache.make_room(sampling.max_completion_length)
 
     def _positions(self, width: int) -> dict[str, Tensor]:

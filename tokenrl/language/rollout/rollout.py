@@ -197,6 +197,11 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x if x.is_cpu else next(parts).clone().view(x.dtype).view(x.shape) for x in tensors]
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device, without waiting for what CUDA still has to compute."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.rollout import Rollout, pad_right, to_host
+from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_host
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -91,7 +91,7 @@ def score(
     """
     forward = _shared if scoring.share_prompt else _plain
     device = next(model.parameters()).device
-    completion_ids = rollout.completion_ids.to(device)
+    completion_ids = to_device(rollout.completion_ids, device)
     at_once = scoring.tokens_at_once if centres is None else None
     if at_once is not None and int(rollout.mask.sum()) > at_once:
         head = head_of(model)
@@ -100,7 +100,7 @@ def score(
             inside, states = forward(model, rollout, hidden, inputs)
         chunks = Chunks(at_once, distribution, entropy, score_norms)
         row, position = rollout.mask.nonzero(as_tuple=True)
-        actions = row.to(device), position.to(device)
+        actions = to_device(row, device), to_device(position, device)
         numbers = score_tokens(inside[actions], head, completion_ids[actions], chunks)
         logprobs, entropies, norms = (x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
@@ -197,9 +197,9 @@ def _shared(
     first_row, index = rollout.distinct_prompts()
     padded = not bool(rollout.prompt_mask.all())
     width, device = rollout.mask.shape[1], next(model.parameters()).device
-    ids = rollout.prompt_ids[first_row].to(device)
-    mask = rollout.prompt_mask[first_row].to(device)
-    index = index.to(device)
+    ids = to_device(rollout.prompt_ids[first_row], device)
+    mask = to_device(rollout.prompt_mask[first_row], device)
+    index = to_device(index, device)
     positions = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden}
     out = model(ids, **positions, **options, logits_to_keep=last(1, mask.device))
@@ -209,7 +209,7 @@ def _shared(
         return first, state
     cache = Cache.of(out)
     cache.select(index)
-    tokens = rollout.completion_ids[:, :-1].to(device)  # [N, T-1]
+    tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
     if cache.recurrent:
         cache.keep_states()
         if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
@@ -231,8 +231,10 @@ def _plain(
     """The same as `_shared`, with the prompt computed again for each row."""
     width = rollout.completion_ids.shape[1]
     device = next(model.parameters()).device
-    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1].to(device)
-    mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1].to(device)
+    whole = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
+    visible = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)
+    ids = to_device(whole[:, :-1], device)
+    mask = to_device(visible[:, :-1], device)
     options = {"use_cache": False, "output_hidden_states": hidden}
     positions = {"attention_mask": mask, "position_ids": _positions(mask)}
     out = model(ids, **positions, **options, logits_to_keep=last(width, mask.device))

@@ -18,7 +18,7 @@ from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths, to_host
+from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths, to_device, to_host
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.collect import failures_of
 
@@ -173,7 +173,7 @@ def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
     names = ("advantages", "weights", "mask", "old_logprobs", "sampling_logprobs", "ref_logprobs")
     columns = {name: getattr(rows, name) for name in names}
     device = scores.logprobs.device
-    inputs = {name: None if x is None else x.to(device) for name, x in columns.items()}
+    inputs = {name: None if x is None else to_device(x, device) for name, x in columns.items()}
     if rows.old_logprobs is None:
         inputs["old_logprobs"] = scores.logprobs.detach()
     return inputs | {"logprobs": scores.logprobs, "entropy": scores.entropy, "centres": scores.centres}
