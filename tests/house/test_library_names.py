@@ -39,6 +39,11 @@ NAMES = {
     "transformers.cache_utils:LinearAttentionLayer.update_recurrent_state": CACHE,
     "transformers:PreTrainedModel._keep_in_fp32_modules_strict": FORWARD,
     "transformers:PreTrainedModel.set_attn_implementation": FORWARD,
+    "transformers:PretrainedConfig._attn_implementation": FORWARD,
+    "transformers:AttentionInterface.register": FORWARD,
+    "transformers:AttentionMaskInterface.register": FORWARD,
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": FORWARD,
+    "transformers.masking_utils:sdpa_mask": FORWARD,
     "transformers:PreTrainedModel.get_output_embeddings": HEAD,
     "transformers:PreTrainedModel.enable_input_require_grads": MODEL,
     "transformers:PreTrainedModel.gradient_checkpointing_enable": MODEL,
@@ -84,6 +89,7 @@ NAMES = {
     "vllm:LLM.collective_rpc": VLLM,
     "vllm:LLM.apply_model": VLLM,
     "vllm:LLM.reset_prefix_cache": VLLM,
+    "vllm:LLM.llm_engine": VLLM,
     "vllm.v1.engine.llm_engine:LLMEngine.engine_core": VLLM,
     "vllm.logprobs:FlatLogprobs.start_indices": VLLM,
 }
@@ -106,7 +112,8 @@ def exists(name: str) -> bool:
         owner = reduce(getattr, owners, importlib.import_module(module))
     except (ImportError, AttributeError):
         return False
-    return hasattr(owner, last) or any(re.search(rf"self\.{last}\b.* = ", text) for text in texts_of(owner))
+    declared = hasattr(owner, last) or last in getattr(owner, "__annotations__", {})
+    return declared or any(re.search(rf"self\.{last}\b.* = ", text) for text in texts_of(owner))
 
 
 def texts_of(owner: Any) -> list[str]:
