@@ -159,7 +159,7 @@ def test_how_a_run_computes_follows_from_rules(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     known = {"avx512_bf16": machine is MULTIPLIES, "amx_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
     left_open = {"training_attention": None, "mixed_precision": None}
     args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()
@@ -192,7 +192,7 @@ def test_in_bfloat16_on_a_cpu_sampling_takes_the_attention_of_updates(precision)
 
 def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(monkeypatch):
     monkeypatch.setattr(forward, "LARGE", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # in float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # in float32
     assert make_learner(make_policy(), "rloo").args.training_attention == "eager"
     policy = make_policy()
     policy.model.set_attn_implementation = lambda name: 1 / 0

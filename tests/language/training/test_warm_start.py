@@ -162,7 +162,7 @@ def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused
 def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(half, run, cache, tmp_path, monkeypatch):
     """One that was ended, and a longer one after a shorter one; a shorter one starts anew."""
     monkeypatch.setattr(forward, "LARGE", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half}, raising=False)
     whole, update, made = run(warm_start_steps=6), SupervisedTraining.learn, []
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "other"))
     dtype = torch.bfloat16 if half else torch.float32
