@@ -14,7 +14,7 @@ import pytest
 from on_device import COMMANDS, NAMES, RUNS
 
 PROGRAM = Path(__file__).with_name("on_device.py")
-QUICK = ["padded", "ppo"]
+QUICK = ["padded"]
 LENGTH = 24  # tokens of the completions of `padded`
 TOLERANCE = {"rel_tol": 2e-3, "abs_tol": 2e-4}
 
@@ -58,9 +58,10 @@ def assert_close(expected: Any, actual: Any, where: str) -> None:
         for name in expected:
             assert_close(expected[name], actual[name], f"{where} {name}")
     elif isinstance(expected, float) and not math.isnan(expected):
-        # A difference of two log-probabilities is rounding and nothing else.
-        small = {"rel_tol": 0, "abs_tol": 1e-4} if "logp_difference" in where else TOLERANCE
-        assert math.isclose(expected, actual, **small), f"{where}: {expected} on the CPU, {actual}"
+        tolerance = TOLERANCE
+        if "logp_difference" in where:  # it is rounding and nothing else
+            tolerance = {"rel_tol": 0, "abs_tol": 5e-3 if where.startswith("bfloat16") else 1e-4}
+        assert math.isclose(expected, actual, **tolerance), f"{where}: {expected} on the CPU, {actual}"
     elif not isinstance(expected, float):
         assert expected == actual, where
 

@@ -95,6 +95,12 @@ MIXED += [
 
 SLOW = [{"baseline": name, **TO_GO_KL, "aggregation": "fixed_length"} for name in AXES["baseline"][3:]]
 """What changes a constant divisor only."""
+ALIKE = (
+    {"aggregation": "fixed_length", "ratio": "token"},
+    {"aggregation": "token_mean"},
+    {"truncations": "mask"},
+)
+SLOW += [form | more for form in FORMS[1:] for more in ALIKE]
 
 
 @pytest.mark.parametrize(

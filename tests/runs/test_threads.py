@@ -46,8 +46,8 @@ SPIN = "GOMP_SPINCOUNT"
 @pytest.mark.parametrize(
     ("imports", "variables", "count"),
     [
-        ("tokenrl", {}, "1000"),
-        ("tokenrl.cli", {}, "1000"),
+        ("tokenrl", {}, "10000"),
+        ("tokenrl.cli", {}, "10000"),
         ("torch, tokenrl", {}, None),  # OpenMP has read it before
         ("tokenrl", {SPIN: "7"}, "7"),
         ("tokenrl", {"OMP_WAIT_POLICY": "ACTIVE"}, None),

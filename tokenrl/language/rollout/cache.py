@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from tokenrl.errors import Refused
+
+try:
+    from transformers.cache_utils import DynamicLayer
+except ImportError:  # a release without it: no layer is replaced
+    DynamicLayer = object  # type: ignore[assignment, misc]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import LARGE
@@ -212,22 +209,29 @@ def with_unread_masks(policy: Policy, device: torch.device) -> Policy:
     loaded = getattr(policy.model.config, "_attn_implementation", None)
     if device.type == "cpu" or loaded != "sdpa":
         return policy
-    AttentionInterface.register(UNREAD, sdpa_attention_forward)
-    AttentionMaskInterface.register(UNREAD, _applied_mask)
     try:
+        _register_unread_masks()
         reference = policy.reference and with_attention(policy.reference, UNREAD)
         changed = replace(policy, model=with_attention(policy.model, UNREAD), reference=reference)
         check_scoring(changed, gradient=False)
-    except Refused:
+    except (Refused, ImportError):  # another release of transformers may have no such names
         return policy
     return changed
 
 
-def _applied_mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """Make the mask of `sdpa`; leave it out only where no row is padded, which needs no look at values."""
-    if attention_mask is not None:
-        options["allow_is_causal_skip"] = False
-    return sdpa_mask(attention_mask=attention_mask, **options)  # type: ignore[no-any-return]
+def _register_unread_masks() -> None:
+    """Let transformers know an attention whose mask is left out only where none is given."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def applied_mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+        if attention_mask is not None:
+            options["allow_is_causal_skip"] = False
+        return sdpa_mask(attention_mask=attention_mask, **options)  # type: ignore[no-any-return]
+
+    AttentionInterface.register(UNREAD, sdpa_attention_forward)
+    AttentionMaskInterface.register(UNREAD, applied_mask)
 
 
 def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:
