@@ -342,6 +342,7 @@ def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypat
         assert abs(abs(second - first) - difference) < 0.0021 and 0 <= first <= 1
 
 
+@pytest.mark.slow
 def test_samplers_that_differ_are_trained_and_measured(
     short_warm_start, tmp_path, monkeypatch, capsys, handlers
 ):

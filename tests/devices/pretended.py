@@ -77,7 +77,7 @@ class Pretended(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Pretended:
         if inner.dtype in without:
-            raise TypeError(f"Cannot convert to {inner.dtype}: this device does not have it.")
+            raise TypeError(f"{_line()}: cannot convert to {inner.dtype}, which this device does not have.")
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -154,7 +154,9 @@ def _check_devices(operation: Any, name: str, args: Any, leaves: list[torch.Tens
         indices = [x for x in args[1] if x is not None]
         host = [x for x in host if not any(x is index for index in indices)]
     if host:
-        raise RuntimeError(f"{operation}: expected all tensors on the same device, but one is on the CPU.")
+        raise RuntimeError(
+            f"{_line()}: {operation} expected all tensors on one device, but one is on the CPU."
+        )
 
 
 def _count(operation: Any, name: str, args: Any, wanted: str | None, here: bool) -> None:

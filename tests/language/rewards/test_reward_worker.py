@@ -211,6 +211,7 @@ def test_faults_come_back_with_function_row_and_cause(name):
         assert "worked.py" in cause and "1 / len(text)" in cause
 
 
+@pytest.mark.slow
 def test_arguments_that_cannot_be_sent_are_named():
     with pytest.raises(Refused, match="half has a parameter 'level'"):
         call(["half"], columns={"other": [0] * 4})

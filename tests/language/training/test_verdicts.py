@@ -53,7 +53,10 @@ def test_a_run_that_learns_has_no_flag(trained):
     assert trained.flags == () and summary_of(trained.output_dir)["flags"] == []
 
 
-@pytest.mark.parametrize(("collect", "rewarding", "warnings"), [(4.0, 0.0, 1), (4.0, 3.5, 0), (2.0, 0.0, 0)])
+@pytest.mark.parametrize(
+    ("collect", "rewarding", "warnings"),
+    [(4.0, 0.0, 1), (4.0, 3.5, 0), pytest.param(2.0, 0.0, 0, marks=pytest.mark.slow)],
+)
 def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
     collect, rewarding, warnings, tmp_path, capsys, monkeypatch
 ):
