@@ -135,6 +135,9 @@ def test_whatever_is_raised_is_a_failure_of_the_environment(tmp_path, capsys, me
         assert summary["exit_reason"] == "failed" and message in summary["error"]
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # gymnasium closes it once more
 def test_an_interrupt_passes_and_an_environment_that_cannot_be_closed_loses_nothing(tmp_path):
     register(raises="step", error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):  # outside a run, where Python handles signals itself

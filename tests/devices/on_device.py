@@ -45,7 +45,7 @@ def preset(name: str, **changes: Any) -> Any:
 RUNS: dict[str, dict[str, Any]] = {
     "padded": {"task": PADDED, "max_completion_length": 24},
     "ppo": {"estimator": "ppo", "num_minibatches": 2, "num_iterations": 2},
-    "kl in the loss": {"estimator": preset("grpo", beta=0.1), "task": PADDED},
+    "kl in the loss": {"estimator": preset("grpo", beta=0.1), "task": PADDED, "max_completion_length": 16},
     "kl in the reward": {"estimator": preset("rloo", beta=0.1, kl_placement="reward")},
     "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2},
     "remax": {"estimator": "remax"},
