@@ -236,10 +236,11 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
     for part in parts:
         cells = part.cells
         mask[cells], turns[cells] = True, part.turn
+        inside = part.kept.nonzero(as_tuple=True)  # the same tokens in the table of the part
         for name, column in columns.items():
             of_part = getattr(part.rollout, name)
             target = tuple(index.to(column.device) for index in cells)
-            source = tuple(index.to(column.device) for index in part.kept.nonzero(as_tuple=True))
+            source = tuple(index.to(column.device) for index in inside)
             column[target] = of_part[source]
     turn_rewards = torch.zeros(shape, dtype=torch.float64)
     for i, row in enumerate(rows):

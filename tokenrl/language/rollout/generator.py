@@ -245,7 +245,7 @@ def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end
         ended[over] = True
         host_mask[over, position + 1 :] = False
     mask.copy_(host_mask)
-    return ended.to(ids.device)
+    return to_device(ended, ids.device)
 
 
 def _rows_left(alive: Tensor, entropy: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def with_missing_fields(
     for name in missing:
         x = getattr(scores, name)
         off = ~rollout.mask if x.ndim == 2 else ~rollout.mask[..., None]
-        columns[name] = x.masked_fill(off.to(x.device), 0)
+        columns[name] = x.masked_fill(to_device(off, x.device), 0)
     return replace(rollout, **columns)
 
 

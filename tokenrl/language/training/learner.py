@@ -19,6 +19,7 @@ from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.rollout import to_device
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.batch import sum_gradients
@@ -86,7 +87,7 @@ class Critic:
         """
         old, losses = self.values(hidden).detach(), list[Tensor]()
         fixed = {"returns": returns.float(), "weights": weights.float()}
-        fixed = {name: x.to(old.device) for name, x in fixed.items()} | {"old_values": old}
+        fixed = {name: to_device(x, old.device) for name, x in fixed.items()} | {"old_values": old}
         for _ in range(self.iterations):
             self.optimizer.zero_grad()
             loss = estimator.critic_loss(self.values(hidden), **fixed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.rollout import Rollout, pad_left
+from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
@@ -238,7 +238,7 @@ class SupervisedTraining(Descent):
         logprobs = score(self._forward.model, batch, self._forward.scoring).logprobs
         tokens = int(batch.mask.sum())
         self.tokens += tokens
-        loss = -torch.where(batch.mask.to(logprobs.device), logprobs, 0).sum() / tokens
+        loss = -torch.where(to_device(batch.mask, logprobs.device), logprobs, 0).sum() / tokens
         return self.update(loss, self._forward.accumulate_gradients)
 
 
