@@ -117,25 +117,37 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
 
 
 def test_a_damaged_cache_changes_no_data_file_and_is_named_for_a_folder(tmp_path):
-    sources = [write_rows(tmp_path / name, ROWS) for name in ("rows.csv", "folder/rows.csv")]
-    sources[1] = str(tmp_path / "folder")
-    first = list(map(read_splits, sources))
+    names = ("rows.parquet", "folder/rows.parquet", "plain/rows.csv")
+    file, folder, plain = (write_rows(tmp_path / name, ROWS).replace("/rows.csv", "") for name in names)
+    folder = str(tmp_path / "folder")
+    assert read_splits(file) == read_splits(folder) == {"train": ROWS}
     cached = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".arrow", ".json")]
-    assert first[0] == first[1] and cached
+    assert cached
     for path in cached:
         path.write_bytes(path.read_bytes()[:60])
-    assert read_splits(sources[0]) == first[0]
+    assert read_splits(file) == {"train": ROWS}
+    assert read_splits(plain) == {"train": [row | {"answer": int(row["answer"])} for row in ROWS]}
     with pytest.raises(Refused, match="if it is damaged, delete it"):
-        read_splits(sources[1])
+        read_splits(folder)
 
 
-def test_a_hub_name_reaches_datasets_with_its_configuration(monkeypatch):
-    asked = []
+def hub(monkeypatch, features, load, name="parquet"):
+    """Have a builder of `datasets` stand for every name on the hub; return what it was called with."""
+    calls = []
+    builder = SimpleNamespace(name=name, info=SimpleNamespace(features=features), config=SimpleNamespace())
+    builder.download_and_prepare = lambda: None
+    builder.as_dataset = load
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: calls.append(args) or builder)
+    return calls
+
+
+@pytest.mark.parametrize("features", [None, {"prompt": "string"}])
+def test_a_hub_name_reaches_datasets_with_its_configuration(monkeypatch, features):
     data = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or data)
+    calls = hub(monkeypatch, features, lambda: data, "parquet" if features is None else "json")
     load_task("owner/name", reward=reward, eval_size=2)
     load_task("owner/name:main", reward=reward, eval_size=2)
-    assert asked == [("owner/name", None), ("owner/name", "main")]
+    assert calls == [("owner/name", None), ("owner/name", "main")]
 
 
 def test_a_task_of_the_users_own_module_or_file(tmp_path):
@@ -209,16 +221,16 @@ def test_an_object_that_is_no_task_is_refused_with_what_it_lacks(tmp_path):
 
 
 def test_a_dataset_without_a_reward_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: pytest.fail("was read"))
+    hub(monkeypatch, None, lambda: pytest.fail("was read"))
     with pytest.raises(Refused, match="--reward module:function"):
         load_task("owner/name")
 
 
 def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch):
-    def load_dataset(*args):
+    def as_dataset():
         raise RuntimeError("generation\n  failed") from ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub(monkeypatch, None, as_dataset)
     with pytest.raises(Refused, match="generation failed caused by ConnectionError: no route") as caught:
         load_task("owner/name", reward=reward)
     assert "\n" not in str(caught.value)
@@ -242,6 +254,11 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
     [
         ("a.jsonl", b'null\n{"prompt": "a"}\n', "line 1 of .* is null"),
         ("a.json", b"\xef\xbb\xbf\n null\n", "line 2 of .* is null"),
+        ("a.json", b'[{"prompt": "a"}, 3]', "item 2 of .* is 3: a row is an object"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b",}\n', "in line 3, column 16"),
+        ("a.csv", b'prompt,answer\n"a\nb",1\nc,d,e\n', "line 4 of .* has 3 cells, and there are 2 columns"),
+        ("a.csv", b'prompt,answer\n"a,1\n', "unexpected end of data"),
+        ("a.csv", b"prompt,prompt\na,b\n", "two columns of .* are called 'prompt'"),
         ("a.jsonl", b'{"prompt": "a"}\n' * 9 + b"null", "line 10 of .* is null"),
         ("a.json", b'\n[ null, {"prompt": "a"}]', "item 1 of .* is null"),
         ("a.json", b'[{"prompt": "a"},\n {"prompt": "b"},\n null\n]', "item 3 of .* is null"),
@@ -251,10 +268,7 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
         ("folder/train.jsonl", b'null\n{"prompt": "a"}\n', "line 1 of .*train.jsonl is null"),
     ],
 )
-def test_a_row_at_which_the_reader_would_crash_is_refused_before_with_its_line(
-    tmp_path, monkeypatch, read, name, content, place
-):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it may end by a signal"))
+def test_a_file_that_holds_no_rows_is_refused_with_its_line(tmp_path, read, name, content, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Refused, match=place):

@@ -28,7 +28,7 @@ from tokenrl.language.preferences.evaluation import encode_pairs, preference_met
 from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.tasks.sources import recorded
+from tokenrl.language.tasks.records import recorded
 from tokenrl.language.training.setup import provenance_of
 from tokenrl.language.training.supervised import Descent
 from tokenrl.runs.checkpoint import tables

@@ -17,7 +17,7 @@ import numpy as np
 from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
-from tokenrl.language.tasks.sources import fault_of_prompt, read_splits, without_nulls
+from tokenrl.language.tasks.sources import fault_of_prompt, memory_splits, read_splits, without_nulls
 from tokenrl.runs.findings import Finding, Weight, conclude
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
@@ -70,8 +70,7 @@ def load_pairs(
     """
     named = isinstance(data, str | Path)
     name = f"data '{data}'" if named else "the preference data"
-    splits = read_splits(str(data)) if named else data
-    splits = splits if isinstance(splits, Mapping) else {split: splits}
+    splits = read_splits(str(data)) if named else memory_splits(data)
     held_out_split = find_eval_split(splits, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'")
     if held_out_split is None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Literal
 
-from tokenrl.errors import Refused, suggest
+from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.settings import Count, NonNegative, Settings
 
 
@@ -111,18 +112,34 @@ class _Answer(Settings):
             problem = f"The data has no column '{self.column}' of answers.{suggest(self.column, available)}"
             raise Refused(f"{problem} Name it: {self.__name__}(column='...').")
 
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse an answer that no completion can equal, as it is neither text nor a number."""
+        for position, row in with_places(rows):
+            answer = row.get(self.column)
+            if isinstance(answer, bool) or not isinstance(answer, str | Number | None):
+                kind = type(answer).__name__
+                problem = f"{position}: the answer in the column '{self.column}' is {answer!r:.100} ({kind})"
+                raise Refused(f"{problem}. {self.__name__} takes text or a number: write it as the text.")
+
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Reward N completions."""
         pairs = zip(completion_texts(completions), columns[self.column], strict=True)
-        return [None if answer is None else self._compare(text, str(answer)) for text, answer in pairs]
+        return [None if _is_missing(answer) else self._compare(text, answer) for text, answer in pairs]
 
-    def _compare(self, text: str, answer: str) -> float | None:
+    def _compare(self, text: str, answer: Any) -> float | None:
         raise NotImplementedError
+
+
+def _is_missing(answer: Any) -> bool:
+    """Return whether there is no answer: None, or the NaN that stands for it in tables of numbers."""
+    return answer is None or answer != answer
 
 
 @dataclass(frozen=True)
 class ExactMatch(_Answer):
-    """1 where the completion is the text in a column of the data, else 0; abstains where the column is None.
+    """1 where the completion is the text or number in a column, else 0; abstains where the column is None.
+
+    A whole number among fractions, such as 7.0, may be written without its point.
 
     Attributes:
         column: the column that holds the answer.
@@ -140,8 +157,11 @@ class ExactMatch(_Answer):
     __name__ = "exact_match"
     binary = True
 
-    def _compare(self, text: str, answer: str) -> float:
-        return float(self._normal(text) == self._normal(answer))
+    def _compare(self, text: str, answer: Any) -> float:
+        forms = {self._normal(str(answer))}
+        if isinstance(answer, float) and answer.is_integer():
+            forms.add(str(int(answer)))
+        return float(self._normal(text) in forms)
 
     def _normal(self, text: str) -> str:
         text = text.casefold() if self.ignore_case else text
@@ -209,8 +229,9 @@ class NumericAnswer(_Answer):
     __name__ = "numeric_answer"
     binary = True
 
-    def _compare(self, text: str, answer: str) -> float | None:
-        number, right = final_number(text), final_number(answer)
+    def _compare(self, text: str, answer: Any) -> float | None:
+        number = final_number(text)
+        right = final_number(str(answer))
         if right is None:
             return None
         return float(number is not None and abs(number - right) <= self.tolerance * max(1.0, abs(right)))

@@ -167,6 +167,17 @@ class Rewards:
             if hasattr(function, "check_columns"):  # an option of the reward names a column
                 function.check_columns(available)
 
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Check, before anything is sampled, the values of rows that an environment or a reward asks for.
+
+        Raises:
+            Refused: one of them cannot be used; the message names the row.
+        """
+        functions: list[Any] = [self.environments, *self.functions]
+        for function in functions:
+            if hasattr(function, "check_rows"):
+                function.check_rows(rows)
+
     def __call__(
         self,
         prompts: Sequence[Any],

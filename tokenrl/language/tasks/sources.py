@@ -6,10 +6,7 @@ library tells a user neither what was asked for nor how to mend it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import string
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,14 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
+from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 
 Row = Mapping[str, Any]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
-BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"  # what may stand before a value: a mark of UTF-8, and space
 
 
 @dataclass(frozen=True)
@@ -107,67 +103,58 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if is_file and path.suffix not in FORMATS:
         raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
-    if is_file and path.stat().st_size < 64 and not path.read_bytes().strip(b"[] \t\r\n"):
-        raise Refused(f"The file '{name}' is empty: give data with at least one row.")
-    import datasets
-
     try:
-        # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
-        with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
-            for file in [path] if is_file else sorted(path.rglob("*")):
-                _check_lines(file)
-            if is_file:
-                data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=aside)
-            elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-                data = datasets.load_from_disk(os.fspath(path))
-            else:
-                hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
-                data = datasets.load_dataset(hub_name, config or None)
-            splits = data if isinstance(data, dict) else {"train": data}
-            tables = {split: rows.to_list() for split, rows in splits.items()}
-            return {"train": _at_lines(tables["train"], path)} if is_file else tables
+        if is_file and path.suffix != ".parquet":
+            splits = {"train": read_rows([path], FORMATS[path.suffix])}
+        else:
+            splits = _by_datasets(path, name)
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
-            f"task '{name}': the data could not be read ({describe(error)})."
-            + f" The hub needs a network or a copy in {datasets.config.HF_DATASETS_CACHE}, which must be "
-            "writable; if it is damaged, delete it." * (not is_file)
+            f"task '{name}': the data could not be read ({describe(error)}).{_cache(path)}"
         ) from error
+    if is_file and not splits["train"]:
+        raise Refused(f"The file '{name}' is empty: give data with at least one row.")
+    return splits
 
 
-def _check_lines(file: Path) -> None:
-    """Check that no row of a JSON file is null, and that JSON and CSV are UTF-8.
+def _cache(path: Path) -> str:
+    """Return where the cache of the hub is, for the message about data that is no file."""
+    if path.is_file():
+        return ""
+    import datasets
 
-    pyarrow (26.0) ends the process by a segmentation fault where a block of lines begins with a null.
+    cache = datasets.config.HF_DATASETS_CACHE
+    return (
+        f" The hub needs a network or a copy in {cache}, which must be writable; if it is damaged, delete it."
+    )
 
-    Raises:
-        ValueError: they are not; the message names the line, or the item of a list.
+
+def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Read what `datasets` finds: a Parquet file, a folder or a hub dataset.
+
+    Where these are JSON or CSV files without types that their author declared, it only names them.
     """
-    kind = FORMATS.get(file.suffix)
-    if kind not in ("json", "csv") or not file.is_file():
-        return
-    with file.open("rb") as lines:
-        is_list = kind == "json" and lines.read(64).lstrip(BEFORE_JSON).startswith(b"[")
-        lines.seek(0)
-        for number, row in enumerate(json.load(lines) if is_list else lines, start=1):
-            position = f"{'item' if is_list else 'line'} {number} of {file}"
-            try:
-                line = json.dumps(row, ensure_ascii=False).encode() if is_list else row
-                line.decode()
-            except UnicodeError as error:
-                raise ValueError(f"{position} is no UTF-8") from error
-            if kind == "json" and line.lstrip(BEFORE_JSON).startswith(b"null"):
-                raise ValueError(f"{position} is null: a row is an object; remove the null")
+    import datasets
 
-
-def _at_lines(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """Give each row the line of the file that holds it as its place, unless some take more than a line."""
-    if file.suffix == ".parquet":
-        return rows
-    numbers = [n for n, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
-    numbers = numbers[1:] if file.suffix == ".csv" else numbers  # without the names of the columns
-    if len(numbers) != len(rows):
-        return rows
-    return [Placed(row, f"line {number}") for row, number in zip(rows, numbers, strict=True)]
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return memory_splits(datasets.load_from_disk(os.fspath(path)))
+    # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
+    with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
+        if path.is_file():
+            builder = datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=aside)
+        else:
+            hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
+            builder = datasets.load_dataset_builder(hub_name, config or None)
+        plain = builder.info.features is None and getattr(builder.config, "sep", ",") == ","
+        if builder.name in ("json", "csv") and plain:
+            manager = datasets.DownloadManager()
+            files = manager.download_and_extract(builder.config.data_files)
+            return {
+                str(split): read_rows([Path(file) for file in manager.iter_files(paths)], builder.name)
+                for split, paths in files.items()
+            }
+        builder.download_and_prepare()
+        return memory_splits(builder.as_dataset())
 
 
 def with_prompts(
@@ -298,9 +285,6 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
     return ""
 
 
-IN_MEMORY = "in-memory:"
-"""How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
-
 FORMS = (
     "a name, a task object, a datasets.Dataset (from_pandas, from_dict, from_list; of a stream "
     'from_list(list(data.take(N)))), a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
@@ -334,7 +318,7 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(data, datasets.Dataset):
             # A function that with_transform applies to rows is applied where they are read one by one.
             custom = data.format["type"] == "custom"
-            return [dict(row) for row in data] if custom else data.to_list()  # type: ignore[return-value]
+            return _before_arrow([dict(row) for row in data] if custom else data.to_list())
         description = " ".join(repr(data).split())
         raise Refused(f"{where} is {description:.100} ({type(data).__name__}); it must be {FORMS}.")
     for index, row in enumerate(data):
@@ -348,31 +332,38 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
     return [dict(row) for row in data]
 
 
-def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
-    """Return 12 hexadecimal digits that equal rows in equal splits share, whatever object held them."""
-    digest = hashlib.sha256()
-    for name, rows in splits.items():
-        digest.update(f"{name} {len(rows)}\n".encode())
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()[:12]
+def _before_arrow(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table of Arrow with the values that they had before they came into it.
 
-
-def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]:
-    """Return the name of data that was given from Python, and what is recorded of it."""
-    columns = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
-    rows = {name: len(rows) for name, rows in splits.items()}
-    origin: dict[str, Any] = {"rows": rows, "columns": list(columns), "fingerprint": fingerprint(splits)}
-    return IN_MEMORY + origin["fingerprint"], origin
-
-
-def recorded(task: Any) -> dict[str, Any]:
-    """Return what config.json says besides the name of a task.
-
-    Args:
-        task: the task, or None. Data that was given from Python is described as `task_rows`; `chat_prompts`
-            says that prompts are chat messages.
+    Arrow gives every mapping of a column the keys of all of them, with None where it had none, and a chat
+    template would write these keys; so they leave messages and tools. pandas turns whole numbers with missing
+    values among them into fractions; a column of fractions that are all whole, with a missing value, is
+    therefore one of whole numbers.
     """
-    origin, rows = getattr(task, "origin", None), getattr(task, "train_prompts", ())
-    chats = any(not isinstance(row["prompt"], str) for row in rows)
-    return ({"task_rows": origin} if origin else {}) | ({"chat_prompts": True} if chats else {})
+    for name in rows[0] if rows else ():
+        column = [row[name] for row in rows]
+        numbers = [value for value in column if value is not None]
+        if len(numbers) < len(column) and all(_is_whole(value) for value in numbers):
+            column = [None if value is None else int(value) for value in column]
+        elif name == "tools" or any(map(_is_chat, column)):
+            column = [_without_padding(value) for value in column]
+        for row, value in zip(rows, column, strict=True):
+            row[name] = value
+    return rows
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) <= 2**53
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(part, Mapping) and "role" in part for part in value)
+
+
+def _without_padding(value: Any) -> Any:
+    """Return a value of messages or of tools without the keys that are None, at any depth."""
+    if isinstance(value, list):
+        return [_without_padding(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _without_padding(part) for key, part in value.items() if part is not None}
+    return value

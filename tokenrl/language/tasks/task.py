@@ -20,7 +20,7 @@ from tokenrl.keywords import takes
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks import sources
+from tokenrl.language.tasks import records, sources
 from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, smaller_evaluation
 from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments
@@ -130,7 +130,7 @@ def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) 
     else:
         splits = sources.memory_splits(name)
         where = f"task is data ({type(name).__name__})"
-        name, origin = sources.described(splits)
+        name, origin = records.described(splits)
     if reward is None and data.environment is None:
         raise Refused(
             f"{where}, which has prompts but no reward: give one with --reward module:function (or a "
@@ -237,7 +237,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
     task: Any = args.task
-    if isinstance(task, str) and task.startswith(sources.IN_MEMORY):
+    if isinstance(task, str) and task.startswith(records.IN_MEMORY):
         raise Refused(
             f"task '{task}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and give --task data.jsonl."
@@ -271,9 +271,9 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
         columns = dict.fromkeys(name for row in task.train_prompts for name in row)
-        if environments is not None:
-            environments.check_rows(task.train_prompts)
     rewards.check_columns(columns)
+    for rows in (task.train_prompts, task.eval_prompts):
+        rewards.check_rows(rows)
     return task, rewards
 
 

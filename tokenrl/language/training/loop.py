@@ -21,7 +21,7 @@ from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import largest
 from tokenrl.language.rollout.sampling import encode
-from tokenrl.language.tasks.sources import recorded
+from tokenrl.language.tasks.records import recorded, remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
@@ -176,7 +176,7 @@ def _warnings(run: TrainingRun, max_steps: int | None) -> list[str]:
     rows, episodic = run.task.train_prompts, run.rewards.environments is not None
     special = special_texts(run.learner.policy.tokenizer, rows)
     few = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
-    return [*few, *special, *without_effect(run.args, max_steps)]
+    return [*few, *special, *remarks(rows), *without_effect(run.args, max_steps)]
 
 
 def _begin(run: TrainingRun, session: Session) -> None:

@@ -25,7 +25,7 @@ from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.vllm import VllmGenerator
-from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
+from tokenrl.language.tasks.records import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import demonstrations, training_defaults

@@ -18,7 +18,8 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.held_out import smaller_evaluation
-from tokenrl.language.tasks.sources import described, memory_splits, read_splits, recorded, with_prompts
+from tokenrl.language.tasks.records import described, recorded
+from tokenrl.language.tasks.sources import memory_splits, read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.defaults import (

@@ -1,0 +1,146 @@
+"""Reads JSON and CSV files value by value, so that a reward gets what stands in the file.
+
+`datasets` reads both through tables whose columns have one type each. There a text that looks like a date
+becomes a date, one fraction makes fractions of all whole numbers beside it, `007` becomes 7, and the texts
+`NA` and `None` become missing values: a right completion then earns 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Placed
+
+SPACE = re.compile(r"[ \t\r\n]*")
+HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
+LONGEST_CELL = 2**31 - 1
+
+
+def read_rows(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
+    """Read the files of a split.
+
+    Of JSON, a list of objects or objects one after another (JSON Lines), each value is what `json.loads`
+    gives. Of CSV a column holds numbers if each of its cells is just how Python writes that number, and else
+    the texts that stand there; an empty cell is None. A row without one of the columns has None there.
+
+    Args:
+        files: their paths.
+        kind: json or csv.
+
+    Returns:
+        The rows, all with the same columns. Each knows its line, or its item in a list of JSON.
+
+    Raises:
+        ValueError: a file is no UTF-8 or is not of this kind; the message names the line or the item.
+    """
+    rows: list[Placed] = []
+    for file in files:
+        read = _csv_rows if kind == "csv" else _json_rows
+        for row in read(_text(file), file):
+            row.place += "" if len(files) == 1 else f" of {file.name}"
+            rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    if kind == "csv":
+        columns = {name: _column(cells) for name, cells in columns.items()}
+    return [
+        Placed({name: values[number] for name, values in columns.items()}, row.place)
+        for number, row in enumerate(rows)
+    ]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} of {file} is no UTF-8") from error
+
+
+def _json_rows(text: str, file: Path) -> Iterator[Placed]:
+    """Yield the objects of a JSON list, or those that follow each other in a text."""
+    has_escapes = "\\u" in text  # only so can a half of a surrogate pair be written
+    for location, value in _json_values(text):
+        position = f"{location} of {file}"
+        if not isinstance(value, dict):
+            written = json.dumps(value)
+            remedy = "; remove the null" if value is None else ""
+            raise ValueError(f"{position} is {written:.60}: a row is an object{remedy}")
+        if has_escapes and HALF_OF_PAIR.search(json.dumps(value, ensure_ascii=False)):
+            raise ValueError(f"{position} is no UTF-8: it holds half of a surrogate pair")
+        yield Placed(value, location)
+
+
+def _json_values(text: str) -> Iterator[tuple[str, Any]]:
+    """Yield the location of each value, and the value."""
+    if text.lstrip().startswith("["):
+        for number, value in enumerate(json.loads(text), start=1):
+            yield f"item {number}", value
+        return
+    decoder = json.JSONDecoder()
+    end = 0
+    line = 1
+    while (start := _after_space(text, end)) < len(text):
+        line += text.count("\n", end, start)
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.msg} in line {error.lineno}, column {error.colno}") from error
+        yield f"line {line}", value
+        line += text.count("\n", start, end)
+
+
+def _after_space(text: str, start: int) -> int:
+    space = SPACE.match(text, start)
+    assert space is not None
+    return space.end()
+
+
+def _csv_rows(text: str, file: Path) -> Iterator[Placed]:
+    """Yield the rows of a CSV file as texts; lines without any cell are skipped."""
+    csv.field_size_limit(LONGEST_CELL)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] = []
+    last = 0
+    for cells in lines:
+        first = last + 1
+        last = lines.line_num
+        if not names:
+            names = cells
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"two columns of {file} are called {twice[0]!r}: name each by itself")
+        elif len(cells) > len(names):
+            problem = f"line {first} of {file} has {len(cells)} cells, and there are {len(names)} columns"
+            raise ValueError(f'{problem}: write a cell with a comma in quotes, "like, this"')
+        elif cells:
+            padded = cells + [""] * (len(names) - len(cells))
+            yield Placed(dict(zip(names, padded, strict=True)), f"line {first}")
+
+
+def _column(cells: Sequence[str | None]) -> list[Any]:
+    """Return the values of a column of CSV."""
+    written = [cell for cell in cells if cell]
+    numbers = {cell: _number(cell) for cell in written}
+    if None in numbers.values():
+        return [cell or None for cell in cells]
+    return [numbers[cell] if cell else None for cell in cells]
+
+
+def _number(cell: str) -> int | float | None:
+    """Return the number that Python writes just as this cell; None if there is none."""
+    for kind in (int, float):
+        try:
+            number = kind(cell)
+        except ValueError:
+            continue
+        if str(number) == cell and math.isfinite(number):
+            return number
+    return None
