@@ -151,7 +151,7 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
         ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: the chosen is None"),
         ([{"prompt": "p", "chosen": "a", "rejected": [BAD]}], "some of prompt, chosen and rejected are text"),
         ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
-        ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "row 0: the prompt is 3"),
+        ([{"prompt": True, "chosen": "a", "rejected": "b"}], "row 0: the prompt is True"),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}],
             "row 0: margin was given as 'big'",

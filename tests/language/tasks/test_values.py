@@ -19,6 +19,7 @@ from tokenrl.language.rewards.library import ExactMatch, NumericAnswer
 from tokenrl.language.tasks.records import canonical, fingerprint, remarks
 from tokenrl.language.tasks.sources import TaskArguments, memory_splits, read_splits
 from tokenrl.language.tasks.task import PromptTask, find_task
+from tokenrl.language.training.defaults import demonstrations
 
 TEXTS = st.one_of(
     st.sampled_from(["2005-07-22", "2005-07-22T10:00:00Z", "12:30", "007", "7.0", "1e5", "-0", "1_000"]),
@@ -234,3 +235,19 @@ def test_objects_without_a_form_are_said():
         "the values of tool, call are objects without a __repr__ of their own: "
         "if they change, a continuation of this run cannot notice it."
     ]
+
+
+def test_a_column_of_numbers_is_text_where_text_is_needed():
+    with open("a.csv", "w") as file:
+        file.write(
+            "prompt,completion,chosen,rejected\n" + "".join(f"{i},{i + 1},{i + 1},{i}.5\n" for i in range(9))
+        )
+    task, _ = find_task(TaskArguments(task="a.csv", reward=(ExactMatch("chosen"),)))
+    assert {row["prompt"] for row in task.train_prompts + task.eval_prompts} == set("012345678")
+    row = demonstrations(task)[0]
+    assert (row["completion"], int(row["prompt"]) + 1) == (
+        str(int(row["prompt"]) + 1),
+        int(row["completion"]),
+    )
+    pairs, _ = load_pairs("a.csv")
+    assert (pairs[0].prompt, pairs[0].rejected) == ("0", "0.5")

@@ -17,7 +17,7 @@ import numpy as np
 from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
-from tokenrl.language.tasks.sources import fault_of_prompt, memory_splits, read_splits, without_nulls
+from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, memory_splits, read_splits
 from tokenrl.runs.findings import Finding, Weight, conclude
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
@@ -108,7 +108,7 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
 
 
 def _pair(row: Row, where: str) -> Pair:
-    prompt, chosen, rejected = (without_nulls(row.get(name)) for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected"))
     for name, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
         fault = "" if name == "prompt" and value is None else fault_of_prompt(value, name)
         if fault:

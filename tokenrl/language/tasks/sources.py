@@ -6,6 +6,7 @@ library tells a user neither what was asked for nor how to mend it.
 
 from __future__ import annotations
 
+import math
 import os
 import string
 import tempfile
@@ -186,7 +187,7 @@ def with_prompts(
     elif column == "messages" and column in columns:
         prompted = _from_conversations(rows, where)
     elif column in columns:
-        prompted = [{**row, "prompt": without_nulls(row[column])} for row in rows]
+        prompted = [{**row, "prompt": as_prompt(row[column])} for row in rows]
     else:
         problem = f"{where} has no column '{column}'.{suggest(column, columns)}"
         raise Refused(f"{problem} Name it by prompt_column, or give a prompt_template (--prompt-template).")
@@ -218,22 +219,24 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
     return filled
 
 
-def without_nulls(prompt: Any) -> Any:
-    """Drop keys that are None from chat messages.
+def as_prompt(value: Any) -> Any:
+    """Return a value of a column that holds texts or chat messages as one of the two.
 
-    Arrow gives every message the keys of all messages, with None where it had none, and a chat template would
-    take these keys as given.
+    A number is the text that Python writes, as in a column of CSV. Messages lose their keys that are None:
+    Arrow gives every message the keys of all messages, and a chat template would take these keys as given.
     """
-    if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
-        return prompt
-    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        return value
+    return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
 def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
     prompted, first = [], dict[bool, str]()
     for position, row in with_places(rows):
-        messages = without_nulls(row["messages"])
+        messages = as_prompt(row["messages"])
         fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
         if fault:
             raise Refused(f"{where}, {position}: of the column 'messages', {fault}; it holds chat messages.")

@@ -18,6 +18,7 @@ from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.sources import as_prompt
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.supervised import Pair, encode_demonstrations
 from tokenrl.settings import Layered, lay
@@ -77,7 +78,9 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     """
     rows = list(getattr(task, "demonstrations", None) or [])
     placed = with_places(task.train_prompts)
-    rows = rows or [Placed({**row, "completion": row[column]}, at) for at, row in placed if column in row]
+    rows = rows or [
+        Placed({**row, "completion": as_prompt(row[column])}, at) for at, row in placed if column in row
+    ]
     if not rows:
         raise Refused(f"The task {task.name!r} has no demonstrations, nor rows with prompt and {column}.")
     return rows
