@@ -86,10 +86,10 @@ def read(memory: Memory, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """
     name = type(memory).__name__
     with failures_of(name):
-        values = memory.read(keys.cpu())
+        values = memory.read(keys.cpu().clone())  # copies in both directions: either may be changed in place
     if not isinstance(values, Tensor) or values.shape != keys.shape or not values.isfinite().all():
         raise Refused(f"The baseline {name!r} must return a tensor of {len(keys)} finite numbers from read.")
-    return values.detach().double()
+    return values.detach().double().clone()
 
 
 def update(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
 import re
 import sys
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -328,13 +330,76 @@ def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     assert countdown[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
 
 
-def test_a_reward_that_changes_its_prompts_changes_none_of_the_task():
-    def greedy(prompts, completions):
-        for prompt in prompts:
-            prompt[0]["content"] = "changed"
-            prompt.append({"role": "assistant", "content": "added"})
-        return [1.0] * len(completions)
+def spoil(value):
+    """Change a value in place as far as it can be."""
+    for item in [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        spoil(item)
+    if isinstance(value, list | dict | set):
+        value.clear()
+    if isinstance(value, np.ndarray):
+        value[:] = 0
 
-    prompt = [{"role": "user", "content": "hello"}]
-    Rewards(greedy)([prompt, prompt], ["a", "b"], [[1], [2]], {}, step=0)
-    assert prompt == [{"role": "user", "content": "hello"}]
+
+COLUMNS = {
+    "texts": ["a", None, True, 3.5],
+    "lists": [[1, 2], [[1], "b"], [], [{"k": [0]}]],
+    "dicts": [{"k": {"deep": [1]}}] * 4,  # one object in several rows, as in a group
+    "sets": [{1}, (1, [2]), np.arange(3), {"k": {2}}],
+    "environments": [[1]] * 4,  # a column as any other, without an environment
+}
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_a_function_changes_in_place_reaches_nobody_else(tmp_path, chat, timeout):
+    file = tmp_path / "spoiling.py"
+    written = "import asyncio, copy\nimport numpy as np\n" + inspect.getsource(spoil)
+    for name, begins in {"first": "def", "second": "async def", "third": "def"}.items():
+        written += f"""
+{begins} {name}(trainer_state, log_extra, log_metric, **columns):
+    before = repr(columns | vars(trainer_state))
+    for row in columns["dicts"]:
+        row["k"]["deep"].append(2)
+    log_extra("seen_by_{name}", [before] * 4)
+    log_extra("lengths_{name}", [len(row["k"]["deep"]) for row in columns["dicts"]])
+    spoil(columns | vars(trainer_state))
+    vars(trainer_state).clear()
+    return [1.0] * 4
+"""
+    file.write_text(written)
+    names = ("first", "second", "third")
+    specs = [f"{file}:{name}" for name in names]
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else [*PROMPTS]
+    completions = [[{"role": "assistant", "content": text}] for text in COMPLETIONS] if chat else COMPLETIONS
+    data = copy.deepcopy((prompts, completions, IDS, COLUMNS))
+    rewards = Rewards(specs, timeout=timeout, sources=specs)
+    results = [rewards(*data, step=2) for _ in range(2)]
+    assert repr(data) == repr((prompts, completions, IDS, COLUMNS))
+    seen = [text for result in results for name in names for text in result.extra[f"seen_by_{name}"]]
+    assert len(set(seen)) == 1 and "'deep': [1]" in seen[0]
+    assert results[1].extra["lengths_second"] == [2] * 4
+    assert not chat or "'content': 'three'" in seen[0]
+
+
+def test_a_failing_function_is_told_its_row_though_it_has_copies():
+    def fails(prompts, completions, **_):
+        for prompt, completion in zip(prompts, [*completions], strict=True):
+            prompt[0]["content"] = "changed"
+            completions.clear()
+            assert completion[0]["content"] != "three"
+
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    with pytest.raises(
+        Stopped, match=r"AssertionError.*working on the completion .*three.* of the prompt .*p1"
+    ):
+        call(fails, prompts=prompts)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("value", [threading.Lock(), [{"k": (x for x in "ab")}]])
+def test_rows_that_cannot_be_copied_are_refused(value, held_out):
+    plain, wrong = [{"prompt": "a", "answer": 1}], [{"prompt": "b", "answer": value}]
+    task = PromptTask("mine", *((plain, wrong) if held_out else (wrong, plain)), reward=length)
+    where = "eval" if held_out else "train"
+    with pytest.raises(Refused, match=rf"{where}_prompts, row 0: column 'answer' holds .* cannot be copied"):
+        find_task(EvaluateArguments(task=task))

@@ -271,6 +271,22 @@ def test_an_environment_cannot_change_the_rows_of_the_data():
     assert [environments.reset(data, [1])[0].opening for _ in range(2)] == ["p b", "p b"]
 
 
+def test_a_tool_cannot_change_the_turn_that_called_it():
+    def take(self, items: list) -> str:
+        """Take.
+
+        Args:
+            items: what is there.
+        """
+        return items[0].pop("name")
+
+    environments = Environments(type("Takes", (Tools,), {"take": take}))
+    turn = calling(("take", {"items": [{"name": "key"}]}), ("take", {"items": [{"name": "key"}]}))
+    turn["tool_calls"][1] = turn["tool_calls"][0]
+    (answer,) = environments.step(environments.reset(rows(1, secret=1), [1]), [turn])
+    assert contents(answer) == ["key", "key"] and "key" in str(turn)
+
+
 def no_hints(self, number):
     """Guess."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from tokenrl.core.returns import at_last_action
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
@@ -75,7 +76,8 @@ def pool_rewards(
     for row, texts in zip(rows, pool, strict=True):
         distinct = list(dict.fromkeys(texts))
         columns = {name: [value] * len(distinct) for name, value in row.items() if name != "prompt"}
-        values = reward(prompts=[row["prompt"]] * len(distinct), completions=distinct, **columns)
+        columns |= {"prompts": [row["prompt"]] * len(distinct), "completions": distinct}
+        values = reward(**copied(columns))
         value_of = dict(zip(distinct, values, strict=True))
         rewards.append(np.array([value_of[text] for text in texts], dtype=np.float64))
     return rewards

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -45,6 +46,8 @@ RESERVED = {
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
 
+PLAIN = {str, int, float, bool, type(None)}
+"""Types of values that cannot be changed in place."""
 TORCH_SETTINGS = "default_dtype default_device num_threads deterministic_debug_mode float32_matmul_precision"
 
 
@@ -88,8 +91,11 @@ def call_rewards(
     state: Mapping[str, Any],
     locations: Sequence[str] = (),
     announce: Callable[[str], None] = lambda stage: None,
+    objects: Mapping[str, Any] | None = None,
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
+
+    Each function gets copies, so what it changes in place changes nothing for anybody else.
 
     Args:
         named: the functions by their distinct names.
@@ -98,6 +104,7 @@ def call_rewards(
         locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
         announce: called before every stage with the function that is waited for, so that the message of a
             missed deadline can name it.
+        objects: further arguments, which are passed as they are.
 
     Raises:
         Stopped: a function raised anything (SystemExit too), or did not return for each completion a number
@@ -114,12 +121,13 @@ def call_rewards(
         logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
 
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
-    shared, attempts = {"trainer_state": SimpleNamespace(**state)}, {}
+    arguments, attempts = {**rows, "trainer_state": SimpleNamespace(**state)}, {}
+    pairs: dict[str, list[Any]] = {name: [] for name in named}
     with restored_settings():
         for name, function in named.items():
             announce(f"Reward function {name}")
             logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
-            attempts[name] = _attempt(function, name, {**rows, **shared, **logs})
+            attempts[name] = _attempt(function, name, arguments, {**logs, **(objects or {})}, pairs[name])
         waiting = {name: call.output for name, call in attempts.items() if inspect.isawaitable(call.output)}
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
@@ -128,7 +136,7 @@ def call_rewards(
             if isinstance(error, TokenrlError):
                 raise error
             if error is not None:
-                raise _failure(name, error, described) from error
+                raise _failure(name, error, described, pairs[name]) from error
     values = {name: checked_rewards(name, call.output, described) for name, call in attempts.items()}
     return CallResults(values, extra, logged, {name: call.seconds for name, call in attempts.items()})
 
@@ -158,8 +166,13 @@ def row_in_words(
     return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{where}"
 
 
-def _failure(name: str, error: BaseException, described: partial[str]) -> Stopped:
-    """Say what a reward function raised, at which of its lines, and for which completion or prompts."""
+def _failure(
+    name: str, error: BaseException, described: partial[str], pairs: Sequence[tuple[Any, Any]]
+) -> Stopped:
+    """Say what a reward function raised, at which of its lines, and for which completion or prompts.
+
+    `pairs` are the prompts and completions that it was called with.
+    """
     prompts, completions, _ = described.args
     line = location(error, 1)  # frame 0 is the call in this file
     problem = f"Reward function {name} raised {describe(error)}{line}."
@@ -168,8 +181,7 @@ def _failure(name: str, error: BaseException, described: partial[str]) -> Stoppe
     # The function is not called again, as it may be paid for. The variables of its frames show its row.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     values = {id(value) for frame in frames for value in frame.f_locals.values()}
-    pairs = enumerate(zip(prompts, completions, strict=True))
-    held = {row: (id(prompt) in values) + (id(text) in values) for row, (prompt, text) in pairs}
+    held = {row: (id(prompt) in values) + (id(text) in values) for row, (prompt, text) in enumerate(pairs)}
     most = max(held.values(), default=0)
     nearest = {described(row) for row, count in held.items() if count == most > 0}
     if len(nearest) == 1:
@@ -197,10 +209,32 @@ def restored_settings() -> Iterator[None]:
                 getattr(torch, f"set_{name}")(value)
 
 
-def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attempt:
+def copied(value: Any) -> Any:
+    """Return a value of the data that shares nothing with it which could be changed in place."""
+    if type(value) in PLAIN:
+        return value
+    if type(value) is list:
+        return [*map(copied, value)]
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def _attempt(
+    function: Reward,
+    name: str,
+    arguments: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    pairs: list[tuple[Any, Any]],
+) -> Attempt:
+    """Call a function with copies of the arguments it takes; add its prompts and completions to `pairs`."""
     began = time.perf_counter()
     try:
-        output = function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
+        names = accepted_arguments(function, name, {**arguments, **objects})
+        own = {key: objects[key] if key in objects else copied(arguments[key]) for key in names}
+        columns = (own.get(key, arguments[key]) for key in ("prompts", "completions"))
+        pairs += zip(*columns, strict=True)
+        output = function(**own)
     except KeyboardInterrupt:  # the user's own
         raise
     except BaseException as error:

@@ -9,7 +9,6 @@ tools, and `get_reward()` rewards the whole episode. An object with `step`, whos
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.errors import Refused, describe, location, suggest, with_places, written
-from tokenrl.language.rewards.calls import Attempt, Overdue, reward_number
+from tokenrl.language.rewards.calls import Attempt, Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.settings import LARGEST_REWARD, shown
 
@@ -167,11 +166,11 @@ class Environments:
         self.check_rows(rows)
         episodes, resets = [], {}
         for row, seed in zip(rows, seeds, strict=True):
-            prompt = copy.deepcopy(row.get("prompt", ""))
+            prompt = copied(row.get("prompt", ""))
             episode = self._make(Episode(None, prompt, self._name(row), Streams(seed)))
             episodes.append(episode)
             if not episode.failure:
-                options = copy.deepcopy(self._options(row, seed))  # an environment may change them
+                options = copied(self._options(row, seed))  # an environment may change them
                 resets[episode] = partial(episode.environment.reset, **options)
         self._ask("reset", resets, _opened, RESET)
         return episodes
@@ -274,7 +273,9 @@ class Environments:
         calls = [[(e, call["function"]) for call in turn.get("tool_calls", ())] for e, turn in turns.items()]
         for column in itertools.zip_longest(*calls):
             pending = [pair for pair in column if pair is not None and not pair[0].failure]
-            uses = [(e.streams, partial(_use, e.tools, f["name"], f["arguments"])) for e, f in pending]
+            uses = [
+                (e.streams, partial(_use, e.tools, f["name"], copied(f["arguments"]))) for e, f in pending
+            ]
             attempts = call_all(uses, self.timeout)
             for (episode, function), (output, error, _) in zip(pending, attempts, strict=True):
                 tool = f"{type(episode.environment).__name__}.{function['name']}"

@@ -2,7 +2,8 @@
 
 A reward is a function `f(prompts, completions, **columns) -> list[float | None]`, sync or async, that is
 called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
-reward models have it too. A reward with an attribute `binary = True` promises 1 for right and 0 for wrong,
+reward models have it too. Each function gets copies of the rows and completions, so what it changes in place
+reaches neither another function nor a later step. A reward with an attribute `binary = True` promises 1 for right and 0 for wrong,
 which gives pass@k its meaning. One with an attribute `range = (low, high)` promises to stay between the two,
 which says how large a difference of rewards is; a binary one has the range (0, 1) by itself. The library's
 rewards say both themselves where they hold. A reward that breaks its promise stops the run.
@@ -213,7 +214,6 @@ class Rewards:
             Refused: a function asks for a column that does not exist.
         """
         rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
-        # Messages are copied: a reward that changed them would change the prompts of later steps.
         rows["prompts"] = [p if isinstance(p, str) else [*map(dict, p)] for p in prompts]
         rows["completion_ids"] = list(completion_ids)
         rows["completions"] = [
@@ -221,9 +221,11 @@ class Rewards:
             for p, c in zip(prompts, completions, strict=True)
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
-        results = call_rewards(self._here, rows, state, locations)
+        # Environments are no data: they are not copied, and stay in this process.
+        names = () if self.environments is None else ("environments",)
+        objects = {name: rows.pop(name) for name in names if name in rows}
+        results = call_rewards(self._here, rows, state, locations, objects=objects)
         if self._worker is not None:
-            rows.pop("environments", None)  # they may not be sent to another process
             results = CallResults(*map(or_, results, self._worker(rows, state, locations)))
         for name, spent in results.seconds.items():
             self.seconds[name] += spent

@@ -215,7 +215,8 @@ def _sampled(
     for j, i in enumerate(index):
         row, ids = rows[i], rollout.completion_ids[j][kept[j]].tolist()
         tools = () if cut[j] else row.episode.tools  # an unfinished turn is never acted on
-        row.write(assistant_message(policy.tokenizer, ids, histories[j], texts[j], tools), ids)
+        before = row.prompt + row.tokens  # the engine may have changed the list that it was given
+        row.write(assistant_message(policy.tokenizer, ids, before, texts[j], tools), ids)
         if cut[j]:
             row.ending = "context_overflow" if row.left else "max_tokens"
     return _Part(rollout, kept, torch.tensor(index), starts, turn)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, suggest
+from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, describe, raised, suggest, with_places
 from tokenrl.keywords import takes
+from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
@@ -25,7 +26,7 @@ from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, s
 from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments
 from tokenrl.names import import_attribute
-from tokenrl.settings import arguments, check_seed
+from tokenrl.settings import arguments, check_seed, shown
 
 
 class Task(Protocol):
@@ -270,11 +271,27 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     )
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
+        for attribute in ("train_prompts", "eval_prompts"):
+            _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
         columns = dict.fromkeys(name for row in task.train_prompts for name in row)
     rewards.check_columns(columns)
     for rows in (task.train_prompts, task.eval_prompts):
         rewards.check_rows(rows)
     return task, rewards
+
+
+def _check_copies(rows: Sequence[Row], where: str) -> None:
+    """Refuse rows with a value that cannot be copied, since each function that gets rows gets copies."""
+    for position, row in with_places(rows):
+        for name, value in row.items():
+            try:
+                copied(value)
+            except Exception as error:
+                problem = f"{where}, {position}: column {name!r} holds {shown(value)}, which cannot be copied"
+                raise Refused(
+                    f"{problem} ({describe(error)}), and each function gets copies of the rows. Give texts, "
+                    "numbers, and lists or dicts of them; keep other objects in the module of the function."
+                ) from error
 
 
 def check_single_turn(rewards: Rewards, purpose: str) -> None:
