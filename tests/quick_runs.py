@@ -26,6 +26,9 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     if "tokenrl.language.training.forward" in sys.modules:
         forward = sys.modules["tokenrl.language.training.forward"]
         patch.setattr(forward, "check_scoring", remembered(forward.check_scoring))
+    if "tokenrl.language.policy.saved" in sys.modules:
+        saved = sys.modules["tokenrl.language.policy.saved"]
+        patch.setattr(saved.SavedPolicy, "check", tried(saved.SavedPolicy.check))
 
 
 def read_flags_once(patch: pytest.MonkeyPatch, flags) -> None:
@@ -89,6 +92,23 @@ def remembered(check_scoring):
         return scoring
 
     return check
+
+
+def tried(check):
+    """The trial of saving, made once for the same bits of a model with an equal tokenizer."""
+    passed = set()
+
+    @wraps(check)
+    def once(self, folder):
+        policy, model = self.policy, self.policy.model
+        tokenizer, settings = policy.tokenizer, getattr(model, "generation_config", None)
+        ends = getattr(policy, "eos_ids", ()), tokenizer.get_vocab(), tokenizer.chat_template
+        key = self.kind, _state(model), type(tokenizer), str(ends), settings and settings.to_json_string()
+        if key not in passed:
+            check(self, folder)
+            passed.add(key)
+
+    return once
 
 
 def _code():

@@ -68,6 +68,9 @@ class Counter:
     def tensors(self):
         return [self.weight]
 
+    def check(self, folder):
+        self.write(folder)
+
 
 class Killed(BaseException):
     """Ends a run at once, as SIGKILL does: nothing is saved."""
@@ -237,7 +240,7 @@ def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
 
     def agreed(numbers):
         asked.append(numbers)
-        return [signal.SIGTERM, 0] if len(asked) == 4 else numbers  # another process was asked to stop
+        return [signal.SIGTERM, 0] if len(asked) == 5 else numbers  # another process was asked to stop
 
     ended = live(tmp_path / "other", main=False, agreed=agreed)
     assert not (tmp_path / "other").exists()
@@ -246,7 +249,7 @@ def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
 
 def test_processes_with_other_settings_are_refused(tmp_path):
     with pytest.raises(Refused, match="The processes of this run differ in best_metric"):
-        live(tmp_path / "run", agreed=lambda numbers: [numbers[0] + 1, *numbers[1:]])
+        live(tmp_path / "run", agreed=lambda numbers: [numbers[0] + bool(numbers[1:]), *numbers[1:]])
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -593,7 +596,10 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
     assert json.loads(Path("runs/train-2/config.json").read_text())["output_dir"] == "runs/train-2"
     commands = ["sample --model runs/train-2", "report runs/train-1 runs/train-2"]
     assert capsys.readouterr().out.endswith("".join(f"next    tokenrl {one}\n" for one in commands))
-    lonely = live(None, main=False, agreed=lambda numbers: numbers if numbers[1:] else [7], max_steps=0)
+    first = iter([[7], [0]])
+    lonely = live(
+        None, main=False, agreed=lambda numbers: numbers if numbers[1:] else next(first), max_steps=0
+    )
     assert lonely.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
 
 

@@ -312,6 +312,11 @@ class SavedPolicy:
             raise Refused(f"The policy in {folder} has {text}. Give these settings, or leave load out.")
         self.policy.load_state_dict(saved.state_dict())
 
+    def check(self, folder: Path) -> None:
+        """Write the policy into an empty folder and read it back, before the first step."""
+        self.write(folder)
+        self.read(folder)
+
     def tensors(self) -> Iterable[Tensor]:
         """Return all that `write` writes, which must be finite."""
         return self.policy.state_dict().values()

@@ -11,15 +11,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, raised
 from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import DEBRIS, STEP
-from tokenrl.runs.files import atomic_directory, verify
+from tokenrl.runs.files import atomic_directory, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ class Model(Protocol):
     def tensors(self) -> Iterable[Tensor]:
         """Return the weights that are trained."""
 
+    def check(self, folder: Path) -> None:
+        """Refuse a model that would be another one when saved into an empty folder and loaded from there."""
+
 
 class Saver:
     """Saves checkpoints of a model and of all else that a run needs in order to continue."""
@@ -98,6 +101,29 @@ class Saver:
         The parts are restored in their order, and before the model.
         """
         self._model, self._parts = model, parts | {"best": self.best}
+
+    def check(
+        self, parts: Mapping[str, Resumable], agreed: Callable[[Sequence[int]], Sequence[int]] = list
+    ) -> None:
+        """Save the model and the states of the parts once before the first step, and read them again.
+
+        Args:
+            parts: the parts whose states a user's code may make.
+            agreed: returns the largest of each of the numbers that all processes pass to it.
+
+        Raises:
+            Refused: the model or a state cannot be saved, or not so that the same is read again.
+        """
+        fault: TokenrlError | None = None
+        try:
+            if self._active and self._model is not None:
+                with trial_directory(self._folder.with_name("model")) as folder:
+                    self._model.check(folder)
+                    check_states(folder, parts)
+        except TokenrlError as error:
+            fault = error
+        if any(agreed([int(fault is not None)])):
+            raise fault or Refused("The main process of this run cannot save it, and says why.")
 
     def check_finite(self, step: int) -> None:
         """Refuse weights that are not finite after a step.
@@ -227,6 +253,25 @@ def write_state(folder: Path, state: Any) -> None:
         return leaf.item() if isinstance(leaf, np.generic) else leaf
 
     torch.save(tree_map(savable, state), folder / _STATE)
+
+
+def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
+    """Write the state of each part into a folder and read it back, as a continuation does.
+
+    Raises:
+        Refused: one of them cannot be written or read, or the part does not take it.
+    """
+    for name, part in parts.items():
+        try:
+            write_state(folder, {name: part.state_dict()})
+            part.load_state_dict(read_state(folder)[name])
+        except USER_CODE_FAILED as error:
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            fault = f"it holds a {kind[1]}" if kind else raised(error)
+            raise Refused(
+                f"The state of {name!r} cannot be saved and read again: {fault}. Let its state_dict return "
+                "numbers, text, tensors and arrays, in dicts and lists, and its load_state_dict take them."
+            ) from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:

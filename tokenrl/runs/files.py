@@ -181,6 +181,20 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
             recover(directory)
 
 
+@contextmanager
+def trial_directory(directory: Path) -> Iterator[Path]:
+    """Yield a hidden empty folder beside `directory`, and remove it; after a crash `recover` does."""
+    aside, _ = _beside(directory)
+    try:
+        with writing(directory):
+            recover(directory)
+            aside.mkdir()
+        yield aside
+    finally:
+        with suppress(OSError):
+            recover(directory)
+
+
 def recover(directory: Path) -> None:
     """Bring back the folder that an interrupted `atomic_directory` had hidden, and remove what it left."""
     aside, old = _beside(directory)

@@ -164,9 +164,10 @@ class Session:
             self.stop.pass_on()
 
     def keep(self, model: Model, provenance: Provenance, **parts: Resumable) -> None:
-        """Register what checkpoints hold: the model, what it is made from, and all else that has a state."""
+        """Register what checkpoints hold, and refuse what could not be read again (see `Saver.check`)."""
         self._provenance = provenance
         self.saver.keep(model, {"maker": provenance, "session": self, **parts})
+        self.saver.check(parts, self.agreed)
 
     def open(self, facts: Mapping[str, Any]) -> None:
         """Print the rest of the header, and catch signals from here on."""

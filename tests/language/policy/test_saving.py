@@ -8,14 +8,15 @@ import torch
 import yaml
 from families import FAMILIES, family_policy
 from saved_states import equal, through_a_checkpoint
-from tiny_models import make_learner, make_model, make_policy, make_tokenizer, one_step, quickly
+from tiny_models import make_learner, make_model, make_policy, make_task, make_tokenizer, one_step, quickly
 
 import tokenrl
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy, wrap
+from tokenrl.language.policy.saved import SavedPolicy
 from tokenrl.language.policy.saving import (
     Card,
-    SavedPolicy,
     fingerprint,
     save_policy,
     tokenizer_fingerprint,
@@ -270,3 +271,152 @@ def test_a_value_is_shown_as_it_is_by_markdown():
         assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text  # an escaped mark is shown as itself
         assert not re.search(r"(?<!\\)[$&<*`~\[\]]", written) and "__" not in written
     assert "in_side" in title
+
+
+# ---- what is saved is the policy: tried before the first step, and at the end ----
+
+
+def generation(policy, **settings):
+    vars(policy.model.generation_config).update(settings)
+
+
+def tied_by_hand(policy):
+    policy.model.lm_head.weight = policy.model.get_input_embeddings().weight
+
+
+def untied_by_hand(policy):
+    policy.model.config.tie_word_embeddings = True
+    policy.model.lm_head.weight = torch.nn.Parameter(torch.zeros(96, 32))
+
+
+def with_a_bias(policy):
+    policy.model.lm_head = torch.nn.Linear(32, 96)
+
+
+def with_other_code(policy):
+    policy.model.lm_head.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+def with_a_tokenizer_of_its_own(policy):
+    class Upper(type(policy.tokenizer)):
+        def _encode_plus(self, text, *args, **options):
+            return super()._encode_plus(text.upper(), *args, **options)
+
+    policy.tokenizer.__class__ = Upper
+
+
+def with_weights_that_no_file_takes(policy):
+    policy.model.model.layers[0].mlp.up_proj.weight = policy.model.model.layers[1].mlp.up_proj.weight
+
+
+UNSAVABLE = [
+    (lambda policy: generation(policy, temperature=0.7, do_sample=False), r"generation settings .*do_sample"),
+    (
+        lambda policy: generation(policy, num_beams=1, num_return_sequences=3),
+        "generation settings .*num_return",
+    ),
+    (tied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
+    (with_a_bias, r"model .*differ: lm_head.bias"),
+    (with_weights_that_no_file_takes, r"(weights|model) of this run cannot .*up_proj"),
+    (with_a_tokenizer_of_its_own, "tokenizer .*other tokens"),
+]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize(("change", "words"), UNSAVABLE)
+def test_what_cannot_be_saved_is_refused_before_the_first_step(change, words, size, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0 if size == "large" else 10**7)
+    policy = make_policy()
+    change(policy)
+    with pytest.raises(Refused, match=words):
+        trained(policy, tmp_path / "run", with_check=True)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def trained(policy, folder, with_check=False, **options):
+    """A run of one step."""
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "eval_generations": 0}
+    return tokenrl.train(
+        model=policy, task=make_task(), output_dir=folder, quiet=True, cpu=True, check=with_check,
+        max_completion_length=4, **sizes, **options,
+    )  # fmt: skip
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.arange(0, 90, 9)[None]).logits
+
+
+def test_a_model_with_code_of_its_own_is_refused_where_logits_are_compared(tmp_path):
+    policy = make_policy()
+    with_other_code(policy)
+    with pytest.raises(Refused, match=r"logits are off by 0.5 .* undo other changes"):
+        SavedPolicy(policy).check(tmp_path)
+
+
+def test_at_the_end_what_has_been_saved_is_compared_too(tmp_path):
+    policy = make_policy()
+    SavedPolicy(policy).hand_over(tmp_path, Card("t", {}, []))
+    with_other_code(policy)
+    with pytest.raises(Stopped, match="logits are off"):
+        SavedPolicy(policy).hand_over(tmp_path, Card("t", {}, []))
+
+
+ADAPTERS = [
+    {"target_modules": ["lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("options", ADAPTERS, ids=str)
+def test_an_adapter_on_tied_embeddings_is_saved_as_it_is(options, size, tmp_path, monkeypatch):
+    """Whatever of the two layers it changes, model/ and the adapter alone are the policy of the run."""
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0 if size == "large" else 10**7)
+    save_policy(make_policy(tie_word_embeddings=True), tmp_path / "base")
+    base = load_policy(tmp_path / "base")
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    policy = wrap(get_peft_model(base.model, config), base.tokenizer)
+    with torch.no_grad():
+        for weight in policy.trainable_parameters():
+            weight += 0.1 * torch.arange(weight.numel()).cos().view_as(weight)
+    folders = [tmp_path / name for name in ("trial", "model", "checkpoint")]
+    for folder in folders:
+        folder.mkdir()
+    SavedPolicy(policy).check(folders[0])
+    SavedPolicy(policy).hand_over(folders[1], Card("t", {}, []))
+    SavedPolicy(policy).write(folders[2])
+    for folder in folders[1:]:
+        expected = logits_of(policy.model)
+        torch.testing.assert_close(logits_of(load_policy(folder).model), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(
+        logits_of(policy.model), logits_of(load_policy(tmp_path / "base").model), atol=0.1
+    )
+
+
+@pytest.mark.parametrize("stop", [None, ("<pad>",)])
+def test_plain_generate_ends_where_completions_were_learnt_to_end(stop, tmp_path):
+    """The generation settings of an old configuration know another end than the tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    policy = make_policy(eos_token_id=5)
+    policy.ask(PromptArguments(stop=stop))
+    ends = {*policy.eos_ids, *([2] if stop else [])}
+    assert {1, 5} <= ends
+    before = policy.model.generation_config.to_dict()
+    save_policy(policy, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(model.generation_config.eos_token_id) == ends
+    assert policy.model.generation_config.to_dict() == before  # a copy was written
+    for end in ends:
+        with torch.no_grad():  # every first token is this end
+            model.lm_head.register_forward_hook(lambda *_, end=end: torch.eye(96)[end].expand(1, 1, 96))
+        ids = torch.tensor([[7, 8]])
+        assert model.generate(ids, max_new_tokens=9, pad_token_id=0, do_sample=False).shape == (1, 3)
+        model.lm_head._forward_hooks.clear()

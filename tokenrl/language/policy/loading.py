@@ -140,10 +140,10 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hide the progress bars of transformers inside the block, and a warning between it and peft.
+    """Hide the progress bars of transformers inside the block, and warnings between it and peft.
 
     A run has a progress bar of its own. Peft asks a model whether it recomputes activations under the name
-    that this had before transformers 5.
+    that this had before transformers 5, and warns of tied embeddings, which `merged` takes care of.
     """
     from transformers.utils import logging
 
@@ -152,6 +152,7 @@ def quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", ".*tied", UserWarning)
             yield
     finally:
         if enabled:

@@ -21,7 +21,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly
 from tokenrl.language.policy.prompts import Prompt, check_form, formed, render, reply_ids, saved_form
-from tokenrl.language.policy.saving import check_base
+from tokenrl.language.policy.saving import check_base, merged
 from tokenrl.language.policy.stops import DECODING, StopStrings
 from tokenrl.settings import check_choice
 
@@ -223,7 +223,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     """
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise Refused(
@@ -289,7 +289,7 @@ def load_policy(
             model: Any = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
             check_base(model, Path(name))
             if merge_adapter:
-                model = model.merge_and_unload().requires_grad_(True)
+                model = merged(model).requires_grad_(True)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])

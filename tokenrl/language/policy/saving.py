@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,74 +38,58 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
         card: what README.md says, in the folder of the adapter too; None writes no card.
     """
     model = policy.model
-    if _has_adapter(model):
-        _write_adapter(policy, directory / "adapter", _base_of(model))
+    if has_adapter(model):
+        write_adapter(policy, directory / "adapter", base_of(model))
         if card is not None:
             write_text(directory / "adapter" / "README.md", replace(card, kind="adapter").text())
-        model = copy.deepcopy(model).merge_and_unload()
+        model = merged(copy.deepcopy(model))
     model.save_pretrained(directory)
+    write_generation(policy, model, directory)
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
         write_text(directory / "README.md", card.text())
 
 
-@dataclass
-class SavedPolicy:
-    """A policy or a reward model as checkpoints hold it: all of its weights, or its adapter alone.
+def merged(model: Any) -> Any:
+    """Merge an adapter into the weights of its model, in place.
 
-    Attributes:
-        policy: the policy or the reward model.
+    A weight that an adapted layer shares with another layer, as a head does with the embedding, becomes two,
+    since the adapter changes only one of them.
+
+    Args:
+        model: a model wrapped by peft.
+
+    Returns:
+        The model without the adapter.
     """
-
-    policy: Any
-
-    def __post_init__(self) -> None:
-        """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.
-
-        Raises:
-            Refused: beside an adapter other weights are trained too.
-        """
-        model = self.policy.model
-        if not _has_adapter(model):
-            return
-        held = {weight.data_ptr() for weight in _adapter_weights(model).values()}
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if outside := [name for name, p in trained if p.data_ptr() not in held]:
-            raise Refused(
-                f"The model has an adapter, but {len(outside)} weights outside it would be trained too, "
-                f"such as {outside[0]}: freeze them, or name their modules in peft's modules_to_save."
-            )
-
-    @cached_property
-    def _base(self) -> dict[str, Any]:
-        return _base_of(self.policy.model)  # frozen, so once is enough
-
-    def write(self, folder: Path) -> None:
-        """Write the weights and the tokenizer into an existing folder, which then loads as a model.
-
-        A folder with an adapter alone loads on top of the base model that the adapter was trained on, and is
-        refused where that model is not to be found.
-        """
-        if not _has_adapter(self.policy.model):
-            save_policy(self.policy, folder)
-            return
-        with quietly():
-            _write_adapter(self.policy, folder, self._base)
-
-    def read(self, folder: Path) -> None:
-        """Give the model the weights that `write` wrote, bit for bit.
-
-        Raises:
-            Refused: the folder holds the weights of another model, or of an adapter on another base.
-        """
-        read_weights(self.policy.model, folder)
-
-    def tensors(self) -> Iterable[Tensor]:
-        """Return the weights that are trained."""
-        return [p for p in self.policy.model.parameters() if p.requires_grad]
+    owners, tied = defaultdict(list), True
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            owners[weight].append((path, module, name))
+    for weight, (first, *others) in owners.items():
+        is_adapted = any(re.search("base_layer|original_module", path) for path, *_ in (first, *others))
+        for _, module, name in others if is_adapted else ():
+            setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+            tied = False
+    whole = model.merge_and_unload()
+    for config in () if tied else (whole.config, whole.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return whole
 
 
-def _has_adapter(model: Any) -> bool:
+def write_generation(policy: Any, model: Any, directory: Path) -> None:
+    """Write how transformers generates with a model, whose completions end where those of the policy do."""
+    settings = copy.deepcopy(getattr(model, "generation_config", None))
+    if settings is None:  # of a reward model
+        return
+    stops = getattr(policy, "stops", None)
+    if ends := sorted({*policy.eos_ids, *(stops.ids if stops else ())}):
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    settings.save_pretrained(directory)
+
+
+def has_adapter(model: Any) -> bool:
+    """Return whether a model is wrapped by peft."""
     return hasattr(model, "disable_adapter")
 
 
@@ -120,7 +105,7 @@ def read_weights(model: Any, folder: Path) -> None:
         Refused: the weights cannot be read, or are those of another model.
     """
     try:
-        (_read_adapter if _has_adapter(model) else _read_whole)(model, folder)
+        (_read_adapter if has_adapter(model) else _read_whole)(model, folder)
     except Refused:
         raise
     except Exception as error:  # files that are absent, damaged or something else raise many kinds of errors
@@ -144,15 +129,15 @@ def _read_whole(model: Any, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _adapter_weights(model: Any) -> dict[str, Tensor]:
+def adapter_weights(model: Any) -> dict[str, Tensor]:
     """Return an adapter's weights; frozen embeddings belong to the base, of which peft would ask the hub."""
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def _write_adapter(policy: Any, folder: Path, base: Mapping[str, Any]) -> None:
-    """Write the adapter alone, with its tokenizer and what `_base_of` says of the base it belongs to."""
+def write_adapter(policy: Any, folder: Path, base: Mapping[str, Any]) -> None:
+    """Write the adapter alone, with its tokenizer and what `base_of` says of the base it belongs to."""
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
     policy.tokenizer.save_pretrained(folder)
@@ -163,7 +148,7 @@ def _read_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    saved, present = load_file(folder / "adapter_model.safetensors"), _adapter_weights(model)
+    saved, present = load_file(folder / "adapter_model.safetensors"), adapter_weights(model)
     if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
         raise ValueError("the names or the shapes of its adapter's weights differ")
     check_base(model, folder)
@@ -184,7 +169,7 @@ def check_base(model: Any, folder: Path) -> None:
     """
     if not (folder / BASE).exists():  # written by peft itself
         return
-    recorded, base = json.loads((folder / BASE).read_bytes()), _base_of(model)
+    recorded, base = json.loads((folder / BASE).read_bytes()), base_of(model)
     if recorded["dtypes"] == base["dtypes"] and recorded != base:
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
         raise Refused(
@@ -193,7 +178,7 @@ def check_base(model: Any, folder: Path) -> None:
         )
 
 
-def _base_of(model: nn.Module) -> dict[str, Any]:
+def base_of(model: nn.Module) -> dict[str, Any]:
     """Return what tells the base under an adapter apart from others: its fingerprint and its precision."""
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     return {"sha256": _hash_of(frozen), "dtypes": sorted({str(p.dtype) for p in frozen.values()})}
@@ -237,7 +222,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-_KINDS = {
+KINDS = {
     "policy": ("transformers", "AutoModelForCausalLM", "This model was trained by tokenrl. It loads so:"),
     "adapter": ("peft", "AutoPeftModelForCausalLM", "This is a LoRA adapter alone, trained by tokenrl."),
     "reward model": (
@@ -274,7 +259,7 @@ class Card:
         """Return the card as Markdown, with the front matter that the hub reads."""
         from huggingface_hub import ModelCardData
 
-        library, auto, about = _KINDS[self.kind]
+        library, auto, about = KINDS[self.kind]
         data = ModelCardData(
             library_name=library,
             base_model=os.fspath(self.base) if isinstance(self.base, str | os.PathLike) else None,

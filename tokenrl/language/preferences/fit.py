@@ -21,7 +21,8 @@ from torch.nn.functional import logsigmoid
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, form_of
-from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
+from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
@@ -226,7 +227,8 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
         provenance = provenance_of(reward_model, rows)
-        session.keep(SavedPolicy(reward_model), provenance, training=training)
+        saved = SavedPolicy(reward_model, "reward model")
+        session.keep(saved, provenance, training=training)
         header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
         session.open(header)
 
@@ -309,4 +311,4 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
     facts["weights"] = ended.weights
     base, origin = session.args.model, session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
-    session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))
+    session.finish(ended, lambda path: SavedPolicy(ended.reward_model, "reward model").hand_over(path, card))

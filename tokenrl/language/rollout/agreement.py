@@ -144,7 +144,7 @@ def _sampled(generator: Any, hidden: bool) -> Rollout:
 
 def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
     """Return a longer and a shorter prompt, and how many tokens follow them, as the context allows."""
-    vocabulary = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = len(policy.model.get_input_embeddings().weight)  # type: ignore[operator]
     context = policy.context or 64
     length = max(1, min(4, context // 3))
     ids = [(7 * i + 3) * vocabulary // 53 % vocabulary for i in range(7)]

@@ -17,7 +17,8 @@ from tokenrl.errors import Refused, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
-from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
+from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import largest
 from tokenrl.language.rollout.sampling import encode
@@ -292,6 +293,6 @@ def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
-    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), map(str, findings))
+    session.finish(ended, lambda path: SavedPolicy(ended.policy).hand_over(path, card), map(str, findings))
     run.learner.accelerator.wait_for_everyone()
     return ended

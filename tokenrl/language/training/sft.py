@@ -13,7 +13,8 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
-from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
+from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
@@ -119,7 +120,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         }
         title = f"{name}, supervised, seed {args.seed}"
         provenance = provenance_of(policy, {"demonstrations": rows})
-        session.keep(SavedPolicy(policy), provenance, training=training)
+        saved = SavedPolicy(policy)
+        session.keep(saved, provenance, training=training)
         session.open(facts)
         if not session.continues:
             session.evaluated(evaluate())
@@ -135,7 +137,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         facts |= {"final loss": training.loss_after}
         facts["weights"] = ended.weights
         card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
-        session.finish(ended, lambda path: save_policy(policy, path, card=card))
+        session.finish(ended, lambda path: saved.hand_over(path, card))
         return ended
 
 

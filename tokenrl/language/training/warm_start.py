@@ -28,8 +28,8 @@ from rich.filesize import decimal
 from tokenrl.errors import Interrupted, Refused, describe
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.policy.saved import SavedPolicy
 from tokenrl.language.policy.saving import (
-    SavedPolicy,
     fingerprint,
     read_weights,
     save_policy,
