@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import signal
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -96,6 +99,7 @@ def live(
     *,
     before=nothing,
     maker=None,
+    counter=None,
     main=True,
     agreed=list,
     samples=None,
@@ -103,7 +107,7 @@ def live(
     **options,
 ):
     """A whole run; `before` is called at the start of each step, and `at_step` after its update."""
-    counter, args = Counter(), Settings(output_dir=directory and str(directory), **options)
+    counter, args = counter or Counter(), Settings(output_dir=directory and str(directory), **options)
     args = resume_settings(args, "train")
     with Session("train", args, main=main, agreed=agreed) as session:
         session.keep(counter, maker or Provenance(), counter=counter)
@@ -364,9 +368,83 @@ def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_k
     live(tmp_path / "earlier", **options, resume="auto")  # from step 3, whose best one is that of step 2
     live(tmp_path / "whole", **options)
     assert left(tmp_path / "earlier") == left(tmp_path / "whole")
-    (tmp_path / "whole" / "checkpoints" / "step_000004" / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(Stopped, match=r"best weights cannot be read.*step_000004"):
-        live(tmp_path / "whole", **options, resume="auto")
+
+
+def damaged(run, step):
+    (run / "checkpoints" / f"step_{step:06d}" / "weights.safetensors").write_bytes(b"")
+
+
+def lost(run, step):
+    shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+
+
+@pytest.mark.parametrize("harm", [damaged, lost])
+@pytest.mark.parametrize("step", [5, 9, 14])  # before a better one, after the best one, and at the end
+def test_a_lost_best_checkpoint_is_told_of_and_the_run_ends_with_weights_that_it_has(
+    harm, step, tmp_path, capsys
+):
+    """The steps are the same as without the loss, and the summary says which weights model/ holds."""
+    options = {"max_steps": 14, "score": falling, "keep": "best", "save_every": 1, "quiet": False}
+    best = 2 if step == 5 else 4
+    live(tmp_path / "whole", **options)
+    live(tmp_path / "last", max_steps=14, score=falling)
+    if step == 14:  # while it runs
+        ended = live(tmp_path / "run", lambda s: s.step == 12 and harm(s.output_dir, best), **options)
+    else:
+        with pytest.raises(Killed):
+            live(tmp_path / "run", at(step - 1, Killed()), **options)
+        harm(tmp_path / "run", best)
+        ended = live(tmp_path / "run", **options, resume="auto")
+    heard = " ".join("".join(capsys.readouterr()).split())
+    assert heard.count(f"of step {best}, are lost") == 1
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole") and ended.exit_code == 0
+    same_as = "whole" if best == 2 else "last"
+    assert left(tmp_path / "run")[0] == left(tmp_path / same_as)[0]
+    assert (ended.best == {}) == (same_as == "last")
+
+
+UNREAD = [
+    (deque, "it holds a collections.deque"),
+    (partial(defaultdict, int), "it holds a collections.defaultdict"),
+    (Path, "it holds a pathlib"),
+    (lambda: range(3), "it holds a range"),
+    (lambda: random.Random(0), "it holds a random.Random"),
+    (lambda: math.sqrt, "it holds a math.sqrt"),
+    (lambda: lambda: 0, "PicklingError|AttributeError"),
+    (lambda: np.array([object()]), "numpy.object_"),
+]
+"""What `torch.load` does not read with `weights_only`, and why."""
+
+
+@pytest.mark.parametrize(("made", "reason"), UNREAD)
+def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_at_the_first_save(
+    made, reason, tmp_path
+):
+    class Remembering(Counter):
+        memory = None
+
+        def state_dict(self):
+            return super().state_dict() | {"memory": self.memory}
+
+    counter = Remembering()
+    counter.memory = made()
+    with pytest.raises(Refused, match=rf"The state of 'counter' cannot be .*({reason}).*in dicts and lists"):
+        live(tmp_path / "run", counter=counter)
+    assert not (tmp_path / "run").exists()
+    counter.memory = []
+    with pytest.raises(Stopped, match=rf"At step 2: The state of this run cannot be .*({reason})"):
+        live(tmp_path / "run", lambda session: setattr(counter, "memory", made()), counter=counter)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(lines(tmp_path / "run")) == 3
+
+
+def test_a_state_that_its_part_does_not_take_is_refused_before_the_first_step(tmp_path):
+    class Refusing(Counter):
+        def load_state_dict(self, state):
+            raise KeyError("window")
+
+    with pytest.raises(Refused, match=r"The state of 'counter' .*KeyError: 'window' \(test_session.py, line"):
+        live(tmp_path, counter=Refusing())
 
 
 def test_a_run_that_failed_names_the_checkpoint_with_its_best_weights(tmp_path):

@@ -152,7 +152,7 @@ class Saver:
             rows_hash: the SHA-256 of the rows of metrics.jsonl up to the step; without it none is saved.
 
         Raises:
-            Stopped: the weights are not finite, or the checkpoint could not be written.
+            Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
         """
         model = self._model
         if not self._active or model is None or step == self._saved:
@@ -165,7 +165,13 @@ class Saver:
         with atomic_directory(path) as partial:
             model.write(partial)
             state = {name: part.state_dict() for name, part in self._parts.items()}
-            write_state(partial, {"step": step, **state})
+            try:
+                write_state(partial, {"step": step, **state})
+                _load(partial, mmap=True)  # what the tensors hold need not be read
+            except (OSError, RuntimeError):  # of the disk
+                raise
+            except Exception as error:  # pickle raises errors of all kinds
+                raise Stopped(_not_plain("this run", error)) from error
             if rows_hash:
                 (partial / ROWS_HASH).write_text(rows_hash)
         try:
@@ -186,8 +192,8 @@ class Saver:
                 os.rename(older, hidden)
                 shutil.rmtree(hidden)
 
-    def restore(self, path: Path) -> int:
-        """Continue from a checkpoint; return its step.
+    def restore(self, path: Path, warn: Callable[[str], object] = str) -> int:
+        """Continue from a checkpoint; return its step. A lost best one is warned of (see `whole_best`).
 
         Raises:
             Refused: the state does not fit this run.
@@ -206,21 +212,37 @@ class Saver:
                 raise Refused(f"{fault} Continue with the model and the tokenrl that saved it.") from error
         self._model.read(path)
         self._saved = step_of(path)
+        self.whole_best(self._saved, warn)
         return self._saved
+
+    def whole_best(self, step: int, warn: Callable[[str], object]) -> dict[str, Any]:
+        """Return what summary.json says of the weights in model/, of which only whole ones count.
+
+        Args:
+            step: the current step, whose weights are in memory.
+            warn: prints a warning if the best weights are damaged or gone; they are then forgotten.
+        """
+        best = self.best.until(None)
+        if best not in (None, step):
+            try:
+                verify(self._folder / f"step_{best:06d}")
+            except Refused as fault:
+                self.best.steps.clear()
+                then = "model/ gets those of a better evaluation to come, or else of the last step"
+                warn(f"The best weights so far, of step {best}, are lost, so {then}. {fault}")
+        return self.best.summary()
 
     def read_best(self, step: int) -> None:
         """Give the model the best weights, if these are to be kept and are not those of `step`, the last.
 
         Raises:
-            Stopped: their checkpoint is damaged or gone.
+            Stopped: their checkpoint was damaged since `whole_best`.
         """
         best = self.best.until(None)
         if self._model is None or best in (None, step):
             return
-        path = self._folder / f"step_{best:06d}"
         try:
-            verify(path)
-            self._model.read(path)
+            self._model.read(self._folder / f"step_{best:06d}")
         except Refused as fault:
             raise Stopped(f"The best weights cannot be read. {fault}") from fault
 
@@ -264,14 +286,19 @@ def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
     for name, part in parts.items():
         try:
             write_state(folder, {name: part.state_dict()})
-            part.load_state_dict(read_state(folder)[name])
+            part.load_state_dict(_load(folder)[name])
         except USER_CODE_FAILED as error:
-            kind = re.search(r"GLOBAL (\S+)", str(error))
-            fault = f"it holds a {kind[1]}" if kind else raised(error)
-            raise Refused(
-                f"The state of {name!r} cannot be saved and read again: {fault}. Let its state_dict return "
-                "numbers, text, tensors and arrays, in dicts and lists, and its load_state_dict take them."
-            ) from error
+            raise Refused(_not_plain(repr(name), error)) from error
+
+
+def _not_plain(owner: str, error: BaseException) -> str:
+    """Say that a state cannot be read again, what it holds or else the error, and what helps."""
+    kind = re.search(r"GLOBAL (\S+)", str(error))
+    fault = f"it holds a {kind[1]}" if kind else raised(error)
+    return (
+        f"The state of {owner} cannot be saved and read again: {fault}. Let each state_dict return numbers, "
+        "text, tensors and arrays, in dicts and lists, and each load_state_dict take them."
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -280,10 +307,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         Refused: the file is missing or damaged, or it holds code, which is not run.
     """
-    import torch
-
     try:
-        return dict(torch.load(folder / _STATE, weights_only=True, map_location="cpu"))
+        return _load(folder)
     except Exception as error:  # a damaged archive and a pickle with code raise many kinds of errors
         fault = f"{folder} holds no state from which a run can continue ({describe(error)})."
         raise Refused(f"{fault} Give another checkpoint, or start from its weights with --model.") from error
+
+
+def _load(folder: Path, **options: Any) -> dict[str, Any]:
+    import torch
+
+    return dict(torch.load(folder / _STATE, weights_only=True, map_location="cpu", **options))

@@ -17,9 +17,8 @@ writes its own loop and asks the session what is due::
             session.record(metrics)
         session.finish(Outcome(**session.outcome("finished")), write_model)
 
-Checkpoints are saved between two steps: when one is due, and at the end. A step that fails saves nothing.
-Before `begin`, every error that a user can mend is raised as `Refused`. After it, as `Stopped`: summary.json
-says why the run failed, and the message names the last checkpoint.
+Checkpoints are saved between two steps and at the end; a step that fails saves nothing. What a user can mend
+is `Refused` before `begin`, and `Stopped` after it: summary.json says why, the message names a checkpoint.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ class Session:
 
     def _continue(self, path: Path) -> None:
         """Restore the state of a checkpoint, and remove what the run wrote after it."""
-        self.step = self._recorded = self.saver.restore(path)
+        self.step = self._recorded = self.saver.restore(path, self.console.warn)
         if self.main:
             cut_back(self.output_dir, self.step)
         self.rows = [r for r in read_metrics(self.output_dir / "metrics.jsonl") if r["step"] <= self.step]
@@ -331,7 +330,7 @@ class Session:
             "eval_before": self.eval_before,
             "eval_after": self._evaluated[1] if self.is_evaluated else {},
             "wall_seconds": self.wall_seconds,
-            "best": self.saver.best.summary(),
+            "best": self.saver.whole_best(self.step, self.console.warn),
         }
 
     def finish(self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()) -> None:
@@ -393,8 +392,8 @@ class Session:
         with contextlib.suppress(Refused):
             if path := find_checkpoint(self.output_dir)[0]:
                 checkpoint = f"The last complete checkpoint is {path}; --resume auto continues from it."
-        words = filter(None, [f"At step {self.step}:", *messages, checkpoint, kept_weights(summary)])
-        return Stopped(" ".join(words))
+        words = f"At step {self.step}:", *messages, checkpoint, kept_weights(summary)
+        return Stopped(" ".join(filter(None, words)))
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:
