@@ -154,6 +154,8 @@ class Session:
             stopped = error if isinstance(error, Stopped) else explain(error) if error else None
             if stopped is not None and not self._begun:
                 raise Refused(f"Before the first step: {stopped}") from error
+            if isinstance(error, Refused):  # code that cannot know that the run has begun
+                stopped = Stopped(str(error))
             if isinstance(error, Exception) and self._begun:
                 failed = self._failed(stopped or error)
                 if stopped is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
@@ -56,7 +56,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
 
     Raises:
         Refused: an argument cannot be used; raised before anything is run.
-        Stopped: a signal ended the comparison; the same call goes on with it.
+        Stopped: a signal ended the comparison, or a file of a run that it made is damaged; the same call
+            goes on with it.
 
     Example:
         >>> import tokenrl
@@ -84,6 +85,10 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
             rows += read_runs(plan, runs, root)
         comparison = judge_runs(root, plan, RunTable.of_rows(rows))
         write_comparison(comparison)
+    except Refused as error:
+        if not rows:
+            raise
+        raise Stopped(str(error)) from error
     finally:
         lock.release()
     _print_result(comparison, console)

@@ -71,6 +71,20 @@ class StopStrings:
         ended[ended.clone()] = torch.tensor([self._completes(row) for row in texts]).bool()
         return ended
 
+    def end(self, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
+        """End completions at their first stop string, which an engine may have noticed later.
+
+        Args:
+            ids: ids of N completions, on the CPU [N, T].
+            lengths: their numbers of tokens, changed in place [N].
+            finished: True for those that have ended, changed in place [N].
+        """
+        alive = torch.arange(len(ids))
+        for t in range(ids.shape[1]):
+            alive = alive[lengths[alive] > t]
+            ended = self.ended(ids, alive, t)
+            lengths[alive[ended]], finished[alive[ended]] = t + 1, True
+
     def cut(self, text: str) -> str:
         """Return the text before the first stop string in it; all of it if there is none."""
         starts = [start for string in self.strings if (start := text.find(string)) >= 0]

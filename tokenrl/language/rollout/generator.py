@@ -37,7 +37,10 @@ NOT_FINITE = (
 
 
 class Generator(Protocol):
-    """An engine that samples completions. If it holds a copy of the weights, `sync` updates the copy."""
+    """An engine that samples completions. If it holds a copy of the weights, `sync` updates the copy.
+
+    What an engine other than the default one returns is checked in each rollout, see `training.engines`.
+    """
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -59,11 +62,14 @@ class Generator(Protocol):
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Sample from the weights of this policy from now on; called after the updates of each step."""
+        """Sample from the weights of this policy from now on; called at the start and after each step."""
         ...
 
     def close(self) -> None:
-        """Free memory and processes that the generator holds; nothing is sampled afterwards."""
+        """Free memory and processes that the generator holds; nothing is sampled afterwards.
+
+        An error in it is only a warning.
+        """
         ...
 
 

@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rewards.isolation import Streams
 from tokenrl.language.rollout.agreement import check_generator
 from tokenrl.language.rollout.generator import NOT_FINITE
@@ -124,7 +123,7 @@ class VllmGenerator:
         finished = torch.tensor([completion.finish_reason == "stop" for completion in completions])
         lengths = torch.tensor([len(row) for row in tokens])
         if self.policy.stops is not None:
-            _end(self.policy.stops, ids, lengths, finished)
+            self.policy.stops.end(ids, lengths, finished)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         flat = [completion.logprobs for completion in completions]
         # At each position the sampled token comes first, and then all tokens if they are wanted.
@@ -219,15 +218,6 @@ def _save_configuration(policy: Policy, folder: str) -> None:
     configuration.save_pretrained(folder)
     if policy.stops is not None:
         policy.tokenizer.save_pretrained(folder)
-
-
-def _end(stops: StopStrings, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
-    """End completions [N, T] at their first stop string, which the engine may have noticed later."""
-    alive = torch.arange(len(ids))
-    for t in range(ids.shape[1]):
-        alive = alive[lengths[alive] > t]
-        ended = stops.ended(ids, alive, t)
-        lengths[alive[ended]], finished[alive[ended]] = t + 1, True
 
 
 def _padded(rows: Iterable[Tensor], mask: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class SamplingArguments(Distribution, group="sampling"):
     """What samples in training and in its evaluations. vllm: an engine in the same process, made for large
     models on a GPU; small ones on a CPU are slower with it. It holds a second copy of the weights, and draws
     random numbers of its own, so that a run is not bit-exact. Needs the extra vllm. A function of the policy
-    and of sampling_batch_size makes an engine of your own (Generator of tokenrl.language)."""
+    and of sampling_batch_size makes an engine of your own (Generator of tokenrl.language), whose rollouts are
+    checked."""
     generator_cache: Positive = 2.0
     """GiB that vllm takes for keys and values; rows that do not fit wait. It bounds the length of prompt and
     completion together."""

@@ -24,6 +24,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.batch import sum_gradients
 from tokenrl.language.training.defaults import sampling_of
+from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.forward import Forward, choose_forward, shape_of
 from tokenrl.runs.schedules import make_schedule
 
@@ -291,7 +292,7 @@ def make_learner(
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,
-        generator=engine(forward.policy, args.sampling_batch_size),
+        generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
     )
     if args.estimator.needs_values:

@@ -191,6 +191,7 @@ def _begin(run: TrainingRun, session: Session) -> None:
     for location, row in with_places(asked):  # one by one, to save memory
         encode(policy, [row["prompt"]], sampling, [location])
     if not session.continues:
+        run.learner.sync()
         with session.console.status(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
         ):
@@ -205,7 +206,7 @@ def _begin(run: TrainingRun, session: Session) -> None:
         )
     if session.continues:
         run.set_rate(session.step)
-    run.learner.sync()  # the weights may be those of a checkpoint
+        run.learner.sync()  # the weights are those of the checkpoint
 
 
 def _one_step(run: TrainingRun, step: int) -> Record:

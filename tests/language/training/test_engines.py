@@ -1,0 +1,330 @@
+"""What an engine of one's own returns is checked: a wrong rollout is refused, and a right one is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import count
+
+import pytest
+import torch
+from tiny_models import ENDS, PROMPTS, Engine, letter_task, letters_trained, make_policy
+
+from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.language.policy.stops import StopStrings
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.sampling import Sampling, uniforms
+from tokenrl.language.rollout.scoring import USUAL
+from tokenrl.language.training.engines import start_engine
+
+LENGTH, GROUP = 6, 3
+NAN, INF = math.nan, math.inf
+SWAPPED = torch.arange(4 * GROUP).roll(GROUP)
+
+
+class Spoilt(Engine):
+    """Spoils what an engine returns; the rest of the columns may be filled too."""
+
+    def __init__(self, policy, spoil):
+        super().__init__(policy)
+        self.spoil = spoil
+
+    def generate(self, prompt_ids, sampling, draws):
+        return self.spoil(super().generate(prompt_ids, sampling, draws))
+
+
+class Filled(Spoilt):
+    """Fills all the columns that it can."""
+
+    def generate(self, prompt_ids, sampling, draws):
+        keep = {"keep_score_norms": True, "keep_hidden": True, "keep_distribution": True}
+        sampling = dataclasses.replace(sampling, **keep)
+        return self.spoil(TransformersGenerator(self.policy).generate(prompt_ids, sampling, draws))
+
+
+def sampled(spoil, kind=Spoilt, *, generations=GROUP, stops=(), **options) -> tuple[Rollout, Rollout]:
+    """What a spoilt engine returns once it is checked, and what it returned."""
+    policy = make_policy(initializer_range=0.1)
+    policy.eos_ids, seen = ENDS, []
+    if stops:
+        policy.stops = StopStrings(policy.tokenizer, stops)
+    engine = start_engine(
+        lambda policy, _: kind(policy, lambda r: seen.append(spoil(r)) or seen[0]), policy, USUAL, None
+    )
+    sampling = Sampling(LENGTH, generations, step=1, **options)
+    ids = [policy.encode(prompt) for prompt in PROMPTS]
+    return engine.generate(ids, sampling, uniforms("training", sampling, range(4))), seen[0]
+
+
+def changed(name, change):
+    """Change one column of a rollout."""
+    return lambda r: dataclasses.replace(r, **{name: change(getattr(r, name))})
+
+
+def set_at(name, value, row=4, column=0):
+    """Change one number of a column."""
+
+    def change(x):
+        x = x.clone()
+        x[(row, column) if x.ndim > 1 else row] = value
+        return x
+
+    return changed(name, change)
+
+
+def longer(rollout):
+    """All completions go on for as long again."""
+    twice = {
+        name: torch.cat([getattr(rollout, name)] * 2, 1) for name in ("completion_ids", "sampling_logprobs")
+    }
+    return dataclasses.replace(rollout, mask=torch.ones_like(twice["completion_ids"]).bool(), **twice)
+
+
+def behind(name, value):
+    """Put a number behind the end of each completion, where nothing counts."""
+    return lambda r: changed(name, lambda x: x.masked_fill(~r.mask, value))(r)
+
+
+def without_ends(rollout):
+    """Leave the ends out, as engines do that return a text without its last token."""
+    last = rollout.mask.sum(1) - 1
+    ended = (~rollout.truncated & (last > 0))[:, None]
+    off = ended & (torch.arange(rollout.mask.shape[1]) == last[:, None])
+    return dataclasses.replace(rollout, mask=rollout.mask & ~off)
+
+
+WRONG = {
+    # what it is
+    "None": (lambda r: None, "it is None"),
+    "a dict": (lambda r: vars(r), "it is {"),
+    "a list of rollouts": (lambda r: [r], "it is [Rollout"),
+    "a coroutine": (lambda r: (x for x in [r]), "it is <generator"),
+    "no log-probabilities": (changed("sampling_logprobs", lambda x: None), "it has the columns"),
+    "a column of later": (lambda r: dataclasses.replace(r, rewards=torch.zeros(12)), "it has the columns"),
+    "turns": (lambda r: dataclasses.replace(r, turns=torch.zeros_like(r.completion_ids)), "columns"),
+    "lists": (changed("completion_ids", lambda x: x.tolist()), "completion_ids is [["),
+    "an array": (changed("mask", lambda x: x.numpy()), "mask is array"),
+    # shapes
+    "rows too few": (lambda r: r.take(torch.arange(11)), "[N = 12, P"),
+    "rows too many": (lambda r: r.take(torch.arange(13) % 12), "[N = 12, P"),
+    "one row of each prompt": (lambda r: r.take(torch.arange(0, 12, 3)), "[N = 12"),
+    "no rows": (lambda r: dataclasses.replace(r, **{k: x[:0] for k, x in r.columns().items()}), "[N = 12"),
+    "a flat mask": (changed("mask", torch.Tensor.flatten), "[N = 12, T = 6]"),
+    "a narrow mask": (changed("mask", lambda x: x[:, :-1]), "[N = 12, T = 6]"),
+    "shifted log-probabilities": (changed("sampling_logprobs", lambda x: x[:, 1:]), "[N = 12, T = 6]"),
+    "truncated of tokens": (lambda r: dataclasses.replace(r, truncated=r.mask), "[N = 12]"),
+    # kinds
+    "real ids": (changed("completion_ids", torch.Tensor.float), "has numbers of type torch.float32"),
+    "booleans as ids": (changed("completion_ids", torch.Tensor.bool), "must be whole numbers"),
+    "whole log-probabilities": (changed("sampling_logprobs", torch.Tensor.long), "must be finite numbers"),
+    "complex": (changed("sampling_logprobs", lambda x: x + 0j), "must be finite numbers"),
+    "a mask of twos": (changed("mask", lambda x: x.long() * 2), "mask has numbers"),
+    "a soft mask": (changed("mask", lambda x: x * 0.5), "True or False"),
+    "on no device": (changed("completion_ids", lambda x: x.to("meta")), "NotImplementedError"),
+    # prompts
+    "rows exchanged": (changed("prompt_index", lambda x: x.flip(0)), "prompt_index does not count"),
+    "prompts counted from 1": (changed("prompt_index", lambda x: x + 1), "prompt_index does not count"),
+    "generations first": (changed("prompt_index", lambda x: torch.arange(4).repeat(3)), "prompt_index"),
+    "prompts exchanged": (changed("prompt_ids", lambda x: x[SWAPPED]), "the prompt is not the one"),
+    "prompts padded on the right": (
+        lambda r: changed("prompt_mask", lambda x: x.flip(1))(changed("prompt_ids", lambda x: x.flip(1))(r)),
+        "padded on the left",
+    ),
+    "a prompt cut": (set_at("prompt_mask", False, row=0, column=-2), "the prompt is not the one"),
+    "prompts shortened": (
+        lambda r: dataclasses.replace(r, prompt_ids=r.prompt_ids[:, -2:], prompt_mask=r.prompt_mask[:, -2:]),
+        "the prompt is not",
+    ),
+    "a token in front of the prompts": (
+        lambda r: dataclasses.replace(
+            r,
+            prompt_ids=torch.nn.functional.pad(r.prompt_ids, (1, 0)),
+            prompt_mask=torch.nn.functional.pad(r.prompt_mask, (1, 0), value=True),
+        ),
+        "the prompt is not",
+    ),
+    # completions
+    "empty": (changed("mask", lambda x: x & (torch.arange(12) != 5)[:, None]), "no token, first in row 5"),
+    "all empty": (changed("mask", torch.zeros_like), "no token"),
+    "no tokens at all": (
+        lambda r: dataclasses.replace(
+            r, **{k: getattr(r, k)[:, :0] for k in ("mask", "completion_ids", "sampling_logprobs")}
+        ),
+        "no token",
+    ),
+    "too long": (longer, "more than 6 tokens"),
+    "a gap": (changed("mask", lambda x: x & (torch.arange(6) != 1)), "mask is not True"),
+    "begins late": (set_at("mask", False, row=0), "mask is not True"),
+    "goes on behind the end": (changed("mask", torch.ones_like), "mask is not True up to the first end"),
+    "ids below 0": (set_at("completion_ids", -1), "other numbers than 0 to 95, first in row 4"),
+    "ids of no token": (set_at("completion_ids", 96), "other numbers than 0 to 95"),
+    "without ends": (without_ends, "neither an end nor"),
+    "nothing truncated": (changed("truncated", torch.zeros_like), "neither an end nor"),
+    "all truncated": (changed("truncated", torch.ones_like), "or both"),
+    # numbers
+    "nan": (set_at("sampling_logprobs", NAN), "must be finite numbers, at most 0, first in row 4"),
+    "minus infinity": (set_at("sampling_logprobs", -INF), "at most 0"),
+    "positive": (changed("sampling_logprobs", torch.neg), "at most 0"),
+    "probabilities": (changed("sampling_logprobs", torch.exp), "at most 0"),
+    # other numbers than the policy's
+    "zeros": (changed("sampling_logprobs", torch.zeros_like), "differ from the trainer's by"),
+    "sums over the completion": (changed("sampling_logprobs", lambda x: 3 * x), "differ from the trainer's"),
+}  # fmt: skip
+WRONG_FILLED = {
+    "entropy nan": (set_at("entropy", NAN), "entropy must be finite numbers, at least 0"),
+    "entropy below 0": (changed("entropy", torch.neg), "entropy must be"),
+    "score norms below 0": (changed("score_norms", torch.neg), "score_norms must be"),
+    "hidden nan": (set_at("hidden", NAN), "hidden must be finite numbers"),
+    "hidden of another model": (changed("hidden", lambda x: x[..., :-1]), "[N = 12, T = 6, H = 32]"),
+    "a distribution of fewer tokens": (changed("sampling_distribution", lambda x: x[..., :-1]), "V = 96]"),
+    "logits as a distribution": (changed("sampling_distribution", lambda x: x + 3), "add up to 1"),
+    "the distribution of other tokens": (
+        changed("sampling_distribution", lambda x: x.roll(1, 2)),
+        "agree with",
+    ),
+    "log-probabilities of another policy": (changed("logprobs", lambda x: 1.3 * x), "logprobs differ from"),
+    "entropies in bits": (changed("entropy", lambda x: x / math.log(2)), "entropy differ from"),
+}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "kind"),
+    [
+        pytest.param(*case, kind, id=name)
+        for cases, kind in ((WRONG, Spoilt), (WRONG_FILLED, Filled))
+        for name, case in cases.items()
+    ],
+)
+def test_a_wrong_rollout_is_told_in_words(spoil, words, kind):
+    with pytest.raises(Stopped) as caught:
+        sampled(spoil, kind)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{kind.__name__}.generate returned a rollout that cannot be used: ")
+
+
+def test_completions_of_other_prompts_are_told_by_their_log_probabilities():
+    """The prompts are those asked for, and the completions those of the prompt before."""
+
+    def exchange(r):
+        columns = ("completion_ids", "mask", "sampling_logprobs", "truncated")
+        return dataclasses.replace(r, **{name: getattr(r, name)[SWAPPED] for name in columns})
+
+    policy = make_policy()  # of larger weights, so that the prompt matters
+    engine = start_engine(lambda policy, _: Spoilt(policy, exchange), policy, USUAL, None)
+    sampling, ids = Sampling(LENGTH, GROUP, step=1), [policy.encode(prompt) for prompt in PROMPTS]
+    with pytest.raises(Stopped, match="other weights, another distribution or another prompt"):
+        engine.generate(ids, sampling, uniforms("training", sampling, range(4)))
+
+
+RIGHT = {
+    "as it is": lambda r: r,
+    "ids of 32 bits": changed("completion_ids", torch.Tensor.int),
+    "a mask of numbers": changed("mask", torch.Tensor.float),
+    "truncated of numbers": changed("truncated", torch.Tensor.long),
+    "log-probabilities of 64 bits": changed("sampling_logprobs", torch.Tensor.double),
+    "rounding above 0": changed("sampling_logprobs", lambda x: x + 1e-7),
+    "anything behind the end": behind("sampling_logprobs", NAN),
+    "any id behind the end": behind("completion_ids", -100),
+    "a wider table": lambda r: r.cut(r.prompt_ids.shape[1] + 3, LENGTH + 4),
+    "with a graph": changed("sampling_logprobs", lambda x: x.requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("kind", [Spoilt, Filled])
+@pytest.mark.parametrize("spoil", RIGHT.values(), ids=RIGHT)
+def test_a_right_rollout_is_read_as_training_reads_it(spoil, kind):
+    expected = sampled(lambda r: r, kind)[0]
+    rollout, returned = sampled(spoil, kind)
+    assert rollout.columns().keys() == expected.columns().keys()
+    for name, x in rollout.columns().items():
+        torch.testing.assert_close(x, getattr(expected, name), check_dtype=False, atol=1e-6, rtol=0)
+        assert (
+            not x.requires_grad and x.data_ptr() != getattr(returned, name).data_ptr()
+        )  # a buffer of its own
+
+
+def test_greedy_completions_are_the_most_probable_and_of_one_row_each():
+    assert len(sampled(lambda r: r, generations=0)[0]) == 4
+
+    class Sampled(Engine):
+        def generate(self, prompt_ids, sampling, draws):
+            return super().generate(prompt_ids, sampling, torch.rand(4, LENGTH))
+
+    with pytest.raises(Stopped, match=r"\d\d% of its greedy tokens are not the most probable"):
+        sampled(lambda r: r, lambda policy, _: Sampled(policy), generations=0)
+
+
+def test_a_completion_that_goes_on_behind_a_stop_string_is_wrong():
+    sampled(lambda r: r, stops=["e"])
+    with pytest.raises(Stopped, match="goes on behind a stop string"):
+        sampled(
+            lambda r: r,
+            lambda policy, spoil: Spoilt(dataclasses.replace(policy, stops=None), spoil),
+            stops=["e"],
+        )
+
+
+def ends(completions, **_):
+    return [text.count("a") - len(text) / 9 for text in completions]
+
+
+class Failing(Engine):
+    """Fails at one call of a method."""
+
+    def __init__(self, policy, method, call, error):
+        super().__init__(policy)
+        works, calls = getattr(self, method), count(1)
+
+        def fails(*arguments):
+            if next(calls) == call:
+                raise error
+            return works(*arguments)
+
+        setattr(self, method, fails)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "error", "kind"),
+    [
+        ("generate", 1, ValueError("no such thing"), Refused),
+        ("generate", 1, SystemExit(0), Refused),
+        ("generate", 3, SystemExit(0), Stopped),  # after both evaluations before the first step
+        ("generate", 4, Refused("not ready"), Stopped),
+        ("sync", 1, SystemExit(0), Refused),
+        ("sync", 3, ValueError("no such thing"), Stopped),
+        ("close", 1, ValueError("is gone"), None),
+        ("close", 1, SystemExit(1), None),
+    ],
+)
+def test_an_engine_that_fails_is_told_in_words(tmp_path, method, call, error, kind):
+    def train():
+        return letters_trained(
+            tmp_path, letter_task(ends), generator=lambda p, _: Failing(p, method, call, error), quiet=False
+        )
+
+    words = f"Failing.{method} failed: it raised {describe(error)}".removesuffix(": ")
+    if kind is None:  # an engine that cannot be closed does not fail the run
+        with pytest.warns(UserWarning, match=words):
+            assert (result := train()).exit_code == 0 and result.exit_reason == "finished"
+        return
+    with pytest.raises(kind) as caught:
+        train()
+    assert (str(error) if isinstance(error, Refused) else words) in str(caught.value)
+    assert caught.value.exit_code == (2 if kind is Refused else 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p, _: None, "made None, which has no method generate and no sync and no close"),
+        (lambda p, _: TransformersGenerator, "missing 1 required positional argument"),
+        (lambda p: None, "could not be made: it raised TypeError"),
+        (lambda p, _: 1 / 0, "could not be made: it raised ZeroDivisionError"),
+        (lambda p, _: TransformersGenerator(dataclasses.replace(p, eos_ids=())), "cannot be used"),
+    ],
+)
+def test_what_is_no_engine_is_refused_before_the_first_step(tmp_path, make, words):
+    with pytest.raises(Refused) as caught:
+        letters_trained(tmp_path, letter_task(ends), generator=make)
+    assert words in str(caught.value)

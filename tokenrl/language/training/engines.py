@@ -1,0 +1,359 @@
+"""Holds an engine to what it was asked for, and measures how far its sampler is from the trainer.
+
+An engine is a `Generator` of another package or of a user. A run learns from what it returns, so each rollout
+is checked before anything reads it, and the first ones are compared with the trainer. A generator with
+weights or arithmetic of its own (another engine, another precision) samples from a policy that is not quite
+the one that is trained, and so does one that leaves tokens out without saying so: each step measures by how
+much. The default generator samples from the trainer's own model, and its rollouts are taken as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from tokenrl.core.rows import completion_mask
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, explain, raised
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Scoring, score_in_parts
+from tokenrl.settings import shown
+
+METHODS = ("generate", "sync", "close")
+COLUMNS = {
+    "prompt_ids": ("NP", "whole numbers"),
+    "prompt_mask": ("NP", "True or False"),
+    "prompt_index": ("N", "whole numbers"),
+    "completion_ids": ("NT", "whole numbers"),
+    "mask": ("NT", "True or False"),
+    "sampling_logprobs": ("NT", "finite numbers, at most 0"),
+    "truncated": ("N", "True or False"),
+    "logprobs": ("NT", "finite numbers, at most 0"),
+    "entropy": ("NT", "finite numbers, at least 0"),
+    "score_norms": ("NT", "finite numbers, at least 0"),
+    "hidden": ("NTH", "finite numbers"),
+    "sampling_distribution": ("NTV", "log-probabilities that add up to 1 and agree with sampling_logprobs"),
+}
+"""The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps
+others."""
+ROUNDING = 0.05
+"""Most by which a number of a token may miss its range, or the trainer's own number of it on average."""
+COMPARED = 32
+"""Completions of a first rollout that the trainer scores."""
+FARTHEST = 1.0
+"""Most nats per token between the log-probabilities of an engine and the trainer's. Rounded or older weights
+and another temperature stay below it, and a warning tells of them (`off-policy`)."""
+LESS_PROBABLE = 0.25
+"""By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
+own way; and this share of the tokens may be even less probable."""
+
+
+def start_engine(
+    make: Callable[[Policy, int | None], Generator],
+    policy: Policy,
+    scoring: Scoring,
+    rows_at_once: int | None,
+) -> Generator:
+    """Start a generator; unless it is the default one, all that it returns is checked.
+
+    Args:
+        make: makes the generator from the policy and `rows_at_once`.
+        policy: the policy that is sampled.
+        scoring: how the policy is scored.
+        rows_at_once: the most completions that are sampled at once; None for all.
+
+    Raises:
+        Refused: the generator cannot be made, or lacks a method.
+    """
+    try:
+        engine = make(policy, rows_at_once)
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        raise explain(error) or Refused(f"The generator could not be made: {raised(error)}.") from error
+    if type(engine) is TransformersGenerator and engine.policy is policy:
+        return engine
+    if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
+        problem = f"generator made {shown(engine)}, which has no method {' and no '.join(missing)}"
+        raise Refused(f"{problem}. It must be a function that returns a tokenrl.language.Generator.")
+    return CheckedEngine(engine, policy, scoring)
+
+
+class WrongRollout(Exception):
+    """Raised where a rollout is not what an engine was asked for; says in words what is wrong."""
+
+
+@dataclass
+class CheckedEngine:
+    """An engine whose rollouts are checked, and whose failures are told in words.
+
+    Attributes:
+        engine: samples the completions.
+        policy: the policy that is sampled, with the weights of the trainer.
+        scoring: how the policy is scored.
+        compared: whether the first greedy completions (True) and the first others (False) were compared with
+            the trainer already.
+    """
+
+    engine: Generator
+    policy: Policy
+    scoring: Scoring
+    compared: set[bool] = field(default_factory=set)
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+    ) -> Rollout:
+        """Sample completions as `Generator.generate` says.
+
+        Raises:
+            Stopped: the engine failed, or returned something else than it was asked for.
+        """
+        copied = [list(ids) for ids in prompt_ids]  # an engine may change what it is given
+        answer = self._call("generate", copied, sampling, draws)
+        try:
+            rollout = checked(answer, prompt_ids, sampling, self.policy)
+            if (draws is None) not in self.compared:
+                self._compare(rollout, sampling, greedy=draws is None)
+                self.compared.add(draws is None)
+        except Exception as error:
+            fault = str(error) if isinstance(error, WrongRollout) else describe(error)
+            text = f"{type(self.engine).__name__}.generate returned a rollout that cannot be used: {fault}."
+            raise explain(error) or Stopped(
+                f"{text} See tokenrl.language.Rollout for its columns."
+            ) from error
+        return rollout
+
+    def sync(self, policy: Policy) -> None:
+        """Let the engine sample from the weights that this policy has now."""
+        self._call("sync", policy)
+
+    def close(self) -> None:
+        """Close the engine. An error is only a warning, because the engine is not needed any more."""
+        try:
+            self._call("close")
+        except TokenrlError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the engine."""
+        try:
+            return getattr(self.engine, method)(*arguments)
+        except TokenrlError:
+            raise
+        except USER_CODE_FAILED as error:
+            text = f"{type(self.engine).__name__}.{method} failed: {raised(error)}."
+            raise explain(error) or Stopped(text) from error
+
+    def _compare(self, rollout: Rollout, sampling: Sampling, *, greedy: bool) -> None:
+        """Compare some rows of a first rollout with the trainer, which has the same weights then.
+
+        Raises:
+            WrongRollout: log-probabilities are far from the trainer's, or greedy tokens are improbable ones.
+        """
+        rows = rollout.take(torch.arange(min(COMPARED, len(rollout))))
+        # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
+        distribution = Distribution(top_k=1) if greedy else sampling
+        options: dict[str, Any] = {"distribution": distribution, "rows_at_once": None}
+        scores = score_in_parts(self.policy.model, rows, self.scoring, entropy=not greedy, **options)
+        if greedy:
+            gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
+            if (share := float((gaps > LESS_PROBABLE).double().mean())) > LESS_PROBABLE:
+                raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
+            return
+        for name, most in {"sampling_logprobs": FARTHEST, "logprobs": ROUNDING, "entropy": ROUNDING}.items():
+            reported = getattr(rows, name)
+            expected: Any = scores.entropy if name == "entropy" else scores.logprobs
+            gap = 0.0 if reported is None else _mean_gap(reported, expected, rows.mask)
+            if gap > most / min(1.0, sampling.temperature):  # which divides what rounding changes
+                raise WrongRollout(
+                    f"{name} differ from the trainer's by {gap:.2g} nats per token, so these tokens are of "
+                    "other weights, another distribution or another prompt"
+                )
+
+
+def checked(answer: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, policy: Policy) -> Rollout:
+    """Return the rollout that an engine returned as training reads it: copied, on the CPU, 0 off the mask.
+
+    Args:
+        answer: what the engine returned.
+        prompt_ids: ids of the B prompts that it was given.
+        sampling: how it was to sample.
+        policy: the policy that was to be sampled.
+
+    Raises:
+        WrongRollout: it is not what was asked for.
+    """
+    if not isinstance(answer, Rollout):
+        raise WrongRollout(f"it is {shown(answer)}")
+    columns, shape = answer.on_host().columns(), policy.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if not set(list(COLUMNS)[:7]) <= columns.keys() <= COLUMNS.keys():
+        raise WrongRollout(f"it has the columns {', '.join(columns)}")
+    sizes = {"N": len(prompt_ids) * sampling.group_size, "H": shape.hidden_size, "V": shape.vocab_size}
+    for name, x in columns.items():
+        columns[name] = _column(name, x, sizes)
+    columns["completion_ids"] = columns["completion_ids"].masked_fill(~columns["mask"], policy.pad_id)
+    table, index = Rollout(**columns), torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size)
+    prompts, present = (x[index] for x in pad_left(prompt_ids, policy.pad_id))
+    asked: dict[str, Any] = {"prompt_index": index, "prompt_ids": prompts, "prompt_mask": present}
+    for words, wrong in _faults(table, asked, sampling, policy):
+        if wrong.any():
+            raise WrongRollout(f"{words}, first in row {int(wrong.int().argmax())} of {len(wrong)}")
+    for name in columns.keys() & list(COLUMNS)[7:] | {"sampling_logprobs"}:
+        x = columns[name]
+        off = to_device(~table.mask, x.device)
+        asked[name] = x.masked_fill(off if x.ndim == 2 else off[..., None], 0)
+    return replace(table, **asked).cut(prompts.shape[1], int(table.mask.sum(dim=1).max()))
+
+
+def _column(name: str, x: Any, sizes: dict[str, int]) -> Tensor:
+    """Return a copy of a column in the type that training reads; refuse one of another shape or kind.
+
+    Args:
+        name: its name.
+        x: the column.
+        sizes: the lengths of the axes that are known; others are added as columns have them.
+    """
+    axes, kind = COLUMNS[name]
+    if not isinstance(x, Tensor):
+        raise WrongRollout(f"{name} is {shown(x)}, not a tensor")
+    expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, x.shape, strict=False)]
+    if x.ndim != len(axes) or list(x.shape) != expected:
+        words = ", ".join(f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in axes)
+        raise WrongRollout(f"{name} has the shape {list(x.shape)} instead of [{words}]")
+    whole = not (x.is_floating_point() or x.is_complex())
+    if kind == "True or False":
+        dtype, fits = torch.bool, bool(((x == 0) | (x == 1)).all())
+    elif kind == "whole numbers":
+        dtype, fits = torch.int64, whole and x.dtype != torch.bool
+    else:
+        dtype, fits = torch.promote_types(x.dtype, torch.float32), x.is_floating_point()
+    if not fits:
+        raise WrongRollout(f"{name} has numbers of type {x.dtype}; they must be {kind}")
+    return x.detach().to(dtype, copy=True)
+
+
+def _faults(
+    table: Rollout, asked: dict[str, Tensor], sampling: Sampling, policy: Policy
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what may be wrong with the rows of a table, in words, and for which rows it is [N].
+
+    What comes later reads what was right before.
+    """
+    mask, ids, present = table.mask, table.completion_ids, asked["prompt_mask"]
+    counts, limit = mask.sum(dim=1), sampling.max_completion_length
+    yield "prompt_index does not count the prompts in order", table.prompt_index != asked["prompt_index"]
+    prompts = table.cut(present.shape[1], mask.shape[1])
+    same = (prompts.prompt_mask == present) & ((prompts.prompt_ids == asked["prompt_ids"]) | ~present)
+    more = table.prompt_mask.sum(dim=1) != present.sum(dim=1)
+    yield "the prompt is not the one that was given, padded on the left", more | ~same.all(dim=1)
+    yield "a completion has no token", counts == 0
+    yield f"a completion has more than {limit} tokens", counts > limit
+    vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    outside = (ids < 0) | (ids >= vocabulary)
+    yield f"completion_ids holds other numbers than 0 to {vocabulary - 1}", (outside & mask).any(dim=1)
+    actions = completion_mask(ids, policy.eos_ids, counts)
+    yield "mask is not True up to the first end, and False from there on", (mask != actions).any(dim=1)
+    ended = torch.isin(ids.gather(1, counts[:, None] - 1)[:, 0], torch.tensor(policy.eos_ids).long())
+    by_string, ends = policy.stops is not None, counts.clone()
+    if policy.stops is not None:
+        policy.stops.end(ids, ends, ended)
+    yield "a completion goes on behind a stop string", ends != counts
+    # An engine may read the text of a stop string in another way.
+    open_end = ~ended & ~table.truncated & (not by_string)
+    yield (
+        "a completion has neither an end nor truncated = True, or both",
+        open_end | (ended & table.truncated),
+    )
+    for name, x in table.columns().items():
+        kind = COLUMNS[name][1]
+        if kind.startswith(("finite", "log")):
+            yield f"{name} must be {kind}", (mask & ~_in_range(x, table, kind).cpu()).any(dim=1)
+
+
+def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
+    """Return of which tokens the numbers are of a kind, but for rounding [N, T]."""
+    if kind.startswith("log"):
+        chosen = x.gather(2, to_device(table.completion_ids[..., None], x.device)).squeeze(2)
+        apart = (chosen - to_device(table.sampling_logprobs, x.device)).abs()
+        return (x.logsumexp(dim=2).abs() <= ROUNDING) & (apart <= ROUNDING)
+    finite = x.isfinite() if x.ndim == 2 else x.isfinite().all(dim=2)
+    if kind.endswith("at most 0"):
+        return finite & (x <= ROUNDING)
+    return finite & (x >= -ROUNDING) if kind.endswith("at least 0") else finite
+
+
+def _mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
+    """Return the mean size of the difference of two numbers of each token, over the actions."""
+    return float((a - b)[mask].abs().double().mean())
+
+
+class Scored(NamedTuple):
+    """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
+
+    mask: Tensor
+    """True on actions, on the CPU [n, T]."""
+    sampling_logprobs: Tensor
+    """Those of the sampler, on the CPU."""
+    logprobs: Tensor
+    """Those of the policy that is trained, on its device."""
+
+
+def differences(mask: Tensor, sampling_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """Return of each row how far sampler and trainer are apart [n, 4].
+
+    Args:
+        mask: True on actions [n, T].
+        sampling_logprobs: log-probabilities of the sampler [n, T].
+        logprobs: log-probabilities under the policy that is trained [n, T].
+
+    Returns:
+        The sum over tokens of the log ratio `log pi - log mu`, in nats, with pi the trainer's probability and
+        mu the sampler's; the sum and the largest of its absolute values; and the number of tokens.
+    """
+    gaps = torch.where(mask, logprobs - sampling_logprobs, 0).double()
+    sizes = gaps.abs()
+    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
+
+
+def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
+    """Return the metrics of the rows of all processes; every process has to call this.
+
+    A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be
+    that of the policy on the sampler's rows. Its mean is 1 in expectation, if the sampler can draw whatever
+    the policy can, and else the policy's probability of what the sampler keeps.
+
+    Args:
+        parts: the micro-batches of this process.
+
+    Returns:
+        `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
+        sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
+        many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w. They are those
+        of the rows that the first update learns from; none if there are no such rows.
+    """
+    host = to_host(part.logprobs for part in parts)
+    apart = []
+    for part, logprobs in zip(parts, host, strict=True):
+        apart.append(differences(part.mask, part.sampling_logprobs, logprobs))
+    rows = gather_object(torch.cat(apart).tolist() if apart else [])
+    if not rows:
+        return {}
+    ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T
+    log_total = ratios.logsumexp(0)
+    effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
+    return {
+        "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
+        "sampling/logp_difference/max": float(largest.max()),
+        "sampling/effective_sample_size": effective / len(rows),
+        "sampling/kept_mass": float((log_total - math.log(len(rows))).exp()),
+    }
