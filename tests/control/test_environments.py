@@ -129,6 +129,25 @@ def test_actions_without_bounds_and_numbers_that_do_not_start_at_zero(recwarn):
     assert [str(one.message) for one in recwarn] == []
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("most", [0.1, 1 / 3, 7.7, 1e4])
+def test_actions_never_leave_their_space(dtype, most):
+    """The bounds of 64 bits are rounded to the nearest number of 32 bits, which may lie outside."""
+    box = spaces.Box(np.array([-most, most / 3], dtype), np.array([most, most], dtype), dtype=dtype)
+    envs = Environments(register_odd(THREE, box), 3)
+    extremes = np.array([[-1, -1], [1, 1], [9, -9]], np.float32)
+    actions = envs.translate(extremes)
+    assert actions.dtype == dtype and all(box.contains(action) for action in actions)
+    np.testing.assert_allclose(actions, [box.low, box.high, [box.high[0], box.low[1]]], rtol=1e-3)
+
+
+def test_bounds_that_are_no_bounds_leave_actions_as_they_are():
+    for dtype in (np.float16, np.float32, np.float64):
+        most = np.inf if dtype is np.float16 else np.finfo(dtype).max
+        envs = Environments(register_odd(THREE, spaces.Box(-most, most, (1,), dtype)), 1)
+        assert envs.translate(np.array([[0.25]], np.float32)).tolist() == [[0.25]]
+
+
 @pytest.mark.parametrize(("env", "back_and_forth"), [("gridworld", (1, 3)), ("walk", (0, 1))])
 def test_a_longer_limit_is_not_cut_by_the_environment_itself(env, back_and_forth):
     """Neither the goal nor an end is ever reached."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from counting_env import register
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.control.environments import Environments, describe
@@ -90,6 +93,54 @@ def test_whole_episodes_one_each(limit, length):
     assert rollout.final_observations.tolist() == [[0, length]] * 3
     assert rollout.terminated.tolist() == [limit == 100] * 3 == (~rollout.truncated).tolist()
     assert rollout.returns.tolist() == [sum(range(length + 1))] * 3
+
+
+class Together(VectorEnv):
+    """Copies that end after their number plus 2 steps; `own` memory is written again in each step."""
+
+    observation_space = single_observation_space = spaces.Box(-9, 99, (2,), np.float32)
+    single_action_space = spaces.Discrete(2)
+
+    def __init__(self, num_envs=1, own=True, **_):
+        self.num_envs, self.own, self.closed = num_envs, own, False
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.memory = np.zeros((num_envs, 2), np.float32), np.zeros(num_envs), *np.zeros((2, num_envs), bool)
+
+    def _answer(self):
+        self.memory[0][:], self.memory[1][:] = self.time[:, None], self.time * (self.time % 3)
+        self.memory[2][:] = self.time == np.arange(self.num_envs) + 2
+        return self.memory if self.own else [x.copy() for x in self.memory]
+
+    def reset(self, *, seed=None, options=None):
+        self.time = np.zeros(self.num_envs)
+        return self._answer()[0], {}
+
+    def step(self, actions):
+        self.time = np.where(self.memory[2], 0, self.time + 1)
+        answer = self._answer()
+        if self.own:
+            actions[:] = 0
+        return *answer, {}
+
+
+@pytest.mark.parametrize("num_steps", [None, 5])
+def test_environments_may_write_into_the_same_memory_again(num_steps):
+    def rollout(own):
+        gymnasium.registry.pop("tokenrl-tests/Together-v0", None)
+        gymnasium.register(
+            "tokenrl-tests/Together-v0", vector_entry_point=Together, max_episode_steps=9, kwargs={"own": own}
+        )
+        envs = Environments("tokenrl-tests/Together-v0", 3)
+        if num_steps is None:
+            return collect_episodes(envs, policy_of(), 9, draws(), seed=0)
+        pieces = Pieces(envs, num_steps, seed=0)
+        pieces.collect(policy_of(), draws())
+        return pieces.collect(policy_of(), draws())
+
+    expected, other = rollout(False), rollout(True)
+    assert expected.actions.any() and len(expected.rewards.unique()) > 2
+    for name, x in expected._asdict().items():
+        assert torch.equal(getattr(other, name), x), name
 
 
 def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():

@@ -239,6 +239,14 @@ def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tm
     assert (tmp_path / "metrics.jsonl").read_text() == kept
 
 
+def test_a_refusal_that_comes_after_the_first_step_is_a_failure(tmp_path):
+    with pytest.raises(Stopped, match="At step 3: give another table") as caught:
+        live(tmp_path / "run", at(3, Refused("give another table.")))
+    assert caught.value.exit_code == 1 and not isinstance(caught.value, Refused)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["exit_reason"], summary["error"]) == ("failed", "give another table.")
+
+
 def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
     asked = []
 

@@ -26,7 +26,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, nearest, raised, suggest
 from tokenrl.names import import_source
-from tokenrl.settings import check_number
+from tokenrl.settings import LARGEST, check_number
 
 WORLDS = "tokenrl.control.worlds"
 GRID, WALK = f"{WORLDS}:GridWorld", f"{WORLDS}:Walk"
@@ -231,11 +231,13 @@ class Environments:
         actions: Any = self.vector.single_action_space
         self._start = int(actions.start) if isinstance(actions, spaces.Discrete) else None
         if self._start is None:
-            self._low, self._high = np.asarray(actions.low, np.float32), np.asarray(actions.high, np.float32)
-            bounded = np.isfinite(self._low) & np.isfinite(self._high)
-            least, most = np.where(bounded, self._low, -1.0), np.where(bounded, self._high, 1.0)
-            self._middle = ((least + most) / 2).astype(np.float32)
-            self._half = ((most - least) / 2).astype(np.float32)
+            self._low, self._high = actions.low, actions.high
+            exact = np.promote_types(actions.dtype, np.float32)
+            low, high = actions.low.astype(exact), actions.high.astype(exact)
+            bounded = (np.abs(low) <= LARGEST) & (np.abs(high) <= LARGEST)
+            least, most = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+            self._middle = ((least + most) / 2).astype(exact)
+            self._half = ((most - least) / 2).astype(exact)
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start a new episode in every copy; return the observations [E, O].
@@ -256,7 +258,7 @@ class Environments:
 
         Returns:
             Observations [E, O], where the last of an episode is its final one; rewards, terminated and
-            truncated, each [E].
+            truncated, each [E]. They are copies, since an environment may write into the same memory again.
 
         Raises:
             Stopped: the environment raised an error.
@@ -268,22 +270,23 @@ class Environments:
         """Call a method of the copies; return its results with flat observations, but without the infos."""
         try:
             answer = getattr(self.vector, method)(*args, **options)
-            return () if answer is None else (self.flat(answer[0]), *answer[1:4])
+            return () if answer is None else (self.flat(answer[0]), *map(np.array, answer[1:4]))
         except USER_CODE_FAILED as error:
             raise Stopped(f"The environment {self.env} failed in {method}(): {raised(error)}.") from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""
         if self._start is not None:
-            return actions + self._start if self._start else actions
-        return np.clip(self._middle + self._half * actions, self._low, self._high)
+            return actions + self._start
+        scaled = self._middle + self._half * actions
+        return np.clip(scaled, self._low, self._high).astype(self._low.dtype)
 
     def flat(self, observations: np.ndarray) -> np.ndarray:
         """Flatten the observations of E copies to [E, O]."""
         space = self._observations
         if isinstance(space, spaces.Discrete):
             return np.eye(int(space.n), dtype=np.float32)[observations - int(space.start)]
-        return np.asarray(observations, np.float32).reshape(len(observations), -1)
+        return np.array(observations, np.float32).reshape(len(observations), -1)
 
     def close(self) -> None:
         """Close the copies. An error is only a warning, because they are not needed any more."""

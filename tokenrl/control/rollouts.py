@@ -161,7 +161,7 @@ def _play(
         now = torch.from_numpy(observation)
         actions = act(now, noise[t % chunk])
         observation, reward, terminated, truncated = envs.step(actions.numpy())
-        history.append((now, actions, reward, terminated.copy(), truncated.copy(), idle))
+        history.append((now, actions, reward, terminated, truncated, idle))
         over = terminated | truncated
         idle = idle | over if once else over & ~idle
         if once and idle.all():

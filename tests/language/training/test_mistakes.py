@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -44,6 +45,39 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
     assert "has no effect" not in capsys.readouterr().out
     assert main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")]) == 2
     assert "no effect" not in capsys.readouterr().err  # refused for its objects alone: its settings load
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"GRADIENT_ACCUMULATION_STEPS": "8"},
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 has no effect: a run",
+        ),
+        ({"MIXED_PRECISION": "bf16"}, "ACCELERATE_MIXED_PRECISION=bf16 has no effect"),
+        (
+            {"DYNAMO_BACKEND": "inductor", "USE_FSDP": "true"},
+            "=inductor, ACCELERATE_USE_FSDP=true have no effect",
+        ),
+        ({"USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true has no effect"),
+        ({"USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true has no effect"),
+        ({"USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG=true has no effect"),
+        # As `accelerate launch` sets them, and what says where a run computes.
+        ({"GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "no", "USE_CPU": "true"}, ""),
+    ],
+)
+def test_variables_of_accelerate_that_change_numbers_are_overruled(
+    tmp_path, monkeypatch, capsys, variables, words
+):
+    run(tmp_path / "usual", quiet=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    run(tmp_path / "run")
+    out = " ".join(capsys.readouterr().out.split())
+    assert words in out and (words or "no effect" not in out)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("usual", "run")]
+    assert metrics[0] == metrics[1]
+    assert all(os.environ[f"ACCELERATE_{name}"] == value for name, value in variables.items())
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,20 @@ WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
 
 
+HEEDED = (
+    "USE_CPU",
+    "TORCH_DEVICE",
+    "CPU_AFFINITY",
+    "NUM_PROCESSES",
+    "DEBUG_MODE",
+    "LOG_LEVEL",
+    "ENABLE_RICH",
+)
+"""Variables of accelerate, without their prefix, that say where a run computes and not what."""
+OFF = ("", "no", "none", "false", "0", "1", "default")
+"""Values with which the others change nothing, as `accelerate launch` sets them."""
+
+
 def train_settings(args: Any, task: Task, policy: Policy | None = None) -> TrainArguments:
     """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
     return TrainArguments(**vars(fill_defaults(args, task, policy).values))
@@ -123,7 +137,7 @@ def _try_out(args: TrainArguments) -> None:
 
 
 def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]:
-    """Yield a warning for each setting that was changed but has no effect together with the others.
+    """Yield a warning for each setting, or variable, that was changed but has no effect with the others.
 
     Args:
         args: the settings of the run.
@@ -132,6 +146,9 @@ def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]
     if args.max_samples is not None and max_steps not in (None, args.max_steps):
         limit = f"max_samples={args.max_samples} says how long the run is: {args.max_steps} steps or fewer"
         yield f"max_steps={max_steps} has no effect, because {limit}."
+    if loud := [f"{name}={os.environ[name]}" for name in overruled() if os.environ[name].lower() not in OFF]:
+        have = "have" if len(loud) > 1 else "has"
+        yield f"{', '.join(loud)} {have} no effect: a run computes as its recorded settings say."
     if args.warmup_steps >= args.max_steps:
         less = f"is not less than max_steps={args.max_steps}, so the learning rate stays below its peak"
         yield f"warmup_steps={args.warmup_steps} {less}."
@@ -229,14 +246,14 @@ def make_accelerator(args: Any) -> Any:
     # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
     cpu = args.cpu or not torch.accelerator.is_available()
     # Accelerate would take the device of this variable even if it is told to take the CPU.
-    device = os.environ.pop("ACCELERATE_TORCH_DEVICE", None) if args.cpu else None
+    hidden = [*overruled(), *["ACCELERATE_TORCH_DEVICE"] * (args.cpu is True)]
+    values = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     finally:
-        if device is not None:
-            os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        os.environ.update(values)
     world, prompts = accelerator.num_processes, args.prompts_per_step
     if world > 1 and args.generator == "vllm":
         raise Refused(f"vllm samples in a run of one process, and this run has {world}: take transformers.")
@@ -246,6 +263,12 @@ def make_accelerator(args: Any) -> Any:
         problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
         raise Refused(f"{problem}. Give {valid}.")
     return accelerator
+
+
+def overruled() -> list[str]:
+    """Return the environment variables of accelerate by which it would compute otherwise than a run says."""
+    names = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    return sorted(name for name in names if name.removeprefix("ACCELERATE_") not in HEEDED)
 
 
 def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
