@@ -202,7 +202,7 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
         elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
             hint = hint | str  # the name of a function
         elif hint == bool | None:  # an open switch is --NAME or --no-NAME, or not given
-            hint, value = bool, bool(value)
+            hint = bool
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
             hint, metavar = Literal[True, False, "auto"], "[auto]"
         yield owner, field.name, _flag(hint, value, texts[field.name], metavar)

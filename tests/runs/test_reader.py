@@ -71,6 +71,16 @@ def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
     ]
     page = ended._repr_html_()
     assert "<td>rewards/&lt;a&gt;/mean</td><td>-</td><td>3.5</td>" in page and str(tmp_path) in page
+    assert ended.metrics == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 0.25}\n{"step": 1, "reward": 0.5}\n')
+    assert (
+        ended.metrics
+        == read_run(tmp_path).metrics
+        == [
+            {"step": 0, "eval_reward": 0.25},
+            {"step": 1, "reward": 0.5},
+        ]
+    )
 
 
 PLACES = [

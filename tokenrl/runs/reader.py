@@ -23,8 +23,32 @@ from tokenrl.runs.console import ending, evaluations
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 
+class Tabled:
+    """What is shown as a small table with some lines below it, in a terminal and in a notebook."""
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Return the rows of the table, its header first."""
+        return [(type(self).__name__,)]
+
+    def _ending(self) -> list[str]:
+        """Return the lines below the table."""
+        return []
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self._rows(), strict=True)]
+        name, *numbers = (f"{{:{sign}{width}}}" for sign, width in zip("<>>", widths, strict=False))
+        lines = ["  ".join([name, *numbers]).format(*row) for row in self._rows()]
+        return "\n".join([*lines, *self._ending()])
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows())
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
+
+
 @dataclass(frozen=True, repr=False)
-class Outcome:
+class Outcome(Tabled):
     """The result of a run; each training adds fields of its own. It is shown as a small table.
 
     Attributes:
@@ -58,7 +82,13 @@ class Outcome:
         """In words, which weights model/ holds."""
         return kept_weights(self.summary()) or "of the last step"
 
-    def _rows(self) -> list[tuple[str, str, str]]:
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl in order, each with its `step`; empty if the run wrote none."""
+        path = self.output_dir / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    def _rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table: evaluations before and after training."""
         return [(type(self).__name__, "before", "after"), *evaluations(self.summary())]
 
@@ -66,18 +96,6 @@ class Outcome:
         """Return the lines below the table: how the run ended, which weights it kept, and its directory."""
         summary = self.summary()
         return [*filter(None, [ending(summary), kept_weights(summary)]), str(self.output_dir)]
-
-    def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self._rows(), strict=True)]
-        name, *numbers = (f"{{:{sign}{width}}}" for sign, width in zip("<>>", widths, strict=True))
-        lines = ["  ".join([name, *numbers]).format(*row) for row in self._rows()]
-        return "\n".join([*lines, *self._ending()])
-
-    def _repr_html_(self) -> str:
-        """Return the table for a notebook."""
-        cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows())
-        rows = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,13 @@ import pytest
 from tiny_models import make_task, quickly, vowel_reward
 
 import tokenrl
-from tokenrl.cli import main
+from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
+from tokenrl.flags import parse
+from tokenrl.language.evaluation.arguments import EvaluateArguments
+from tokenrl.language.evaluation.evaluate import as_trained
+from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language.training.arguments import TrainArguments
 from toy_tasks import load
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
@@ -58,6 +63,108 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
     main(["evaluate", "--model", run, "--json", "numbers.json"])
     assert "held-out prompts of words.jsonl" in " ".join(capsys.readouterr().out.split())
     assert json.loads(Path("numbers.json").read_text()) == pytest.approx(told.metrics)
+
+
+ROWS = [{"question": word} for word in WORDS]
+RECORDED = {
+    **{"task": "vowels", "share_seed": False, "top_k": 3, "temperature": 0.7, "malformed": "observe"},
+    **{"max_turns": 4, "eval_size": 5, "prompt_column": "question", "reward": ["exact_match"], "seed": 2},
+    **{"reward_weights": [2.0], "max_completion_length": 7, "truncate_prompts": True, "command": "tokenrl"},
+}
+FREE = ("share_seed", "malformed", "max_turns", "eval_size", "prompt_column", "reward", "reward_weights")
+IN_MEMORY = {"task": "in-memory:0123", "command": ""}
+
+
+def recorded(folder, **changes):
+    """The directory of a run that has nothing but its configuration."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(RECORDED | changes))
+    (folder / "metrics.jsonl").write_text("")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 1.0, "top_k": 0, "seed": 0}, "--temperature 1 --top-k 0 --seed 0"),
+        ({"share_seed": True, "truncate_prompts": False}, "--share-seed --no-truncate-prompts"),
+        ({"malformed": "end", "max_turns": 10}, "--malformed end --max-turns 10"),
+        ({"prompt_column": "prompt", "split": "train"}, "--prompt-column prompt --split train"),
+        ({"task": "vowels", "max_completion_length": 256}, "--task vowels --max-completion-length 256"),
+        ({"reward_weights": (1.0,)}, "--reward-weights 1"),
+        ({"environment": "envs.py:Env"}, "--environment envs.py:Env"),
+    ],
+)
+def test_what_is_given_counts_also_where_it_is_the_default_and_all_else_is_the_run_s(
+    tmp_path, options, words
+):
+    run = recorded(tmp_path / "run")
+    typed = parse("evaluate", COMMANDS["evaluate"], ["--model", run, *words.split()])
+    expected = {n: tuple(v) if isinstance(v, list) else v for n, v in RECORDED.items() if n != "command"}
+    for args in (typed, EvaluateArguments(model=run, **options)):
+        filled = vars(as_trained(args))
+        assert {name: filled[name] for name in expected | options} == expected | options
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "same", "length"),
+    [
+        ({}, {"task": "sort_digits"}, False, None),  # it has a limit of its own
+        ({}, {"task": "other.jsonl"}, False, 7),
+        ({}, {"task": load("vowels")}, True, 7),
+        ({}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward)}, False, 7),
+        ({}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)}, False, None),
+        ({}, {"task": ROWS}, False, 7),
+        (IN_MEMORY, {"task": ROWS}, True, 7),
+        (IN_MEMORY, {"task": {"train": ROWS, "test": ROWS}}, True, 7),
+        (IN_MEMORY, {"task": "vowels"}, False, None),
+        (IN_MEMORY | {"task": "mine"}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)}, True, 7),
+    ],
+)
+def test_the_settings_of_the_data_are_those_of_the_run_for_its_own_task(
+    tmp_path, changes, options, same, length
+):
+    filled = as_trained(EvaluateArguments(model=recorded(tmp_path / "run", **changes), **options))
+    usual = vars(TrainArguments())
+    for name in FREE:
+        value = RECORDED[name] if same else usual[name]
+        assert getattr(filled, name) == (tuple(value) if isinstance(value, list) else value), name
+    assert filled.max_completion_length == length
+    assert (filled.temperature, filled.top_k, filled.seed, filled.truncate_prompts) == (0.7, 3, 2, True)
+
+
+def test_weights_are_those_of_the_same_rewards_and_objects_are_asked_for(tmp_path):
+    reward = {"reward": [f"{vowel_reward.__module__}:vowel_reward"]}
+    run = recorded(tmp_path / "run", **IN_MEMORY | reward)
+    for function, weights in ((vowel_reward, (2.0,)), ("exact_match", ())):
+        filled = as_trained(EvaluateArguments(model=run, task=ROWS, reward=(function,)))
+        assert filled.reward_weights == weights and filled.max_completion_length == 7
+    for unnamed in ("__main__:f", "rewards:f.<locals>.g", "rewards:<lambda>"):
+        recorded(tmp_path / "run", **IN_MEMORY, reward=[unnamed])
+        with pytest.raises(Refused, match=r"have no name here: say with --task .* and with --reward by what"):
+            as_trained(EvaluateArguments(model=run, task=ROWS))
+    environment = "envs.py:Env"
+    assert TrainArguments(environment=environment).task == environment
+    assert TrainArguments(environment=environment, task="sort_digits").task == "sort_digits"
+    assert (TrainArguments().task, EvaluateArguments().task) == ("sort_digits", None)
+
+
+def test_rows_and_functions_given_again_are_evaluated_as_in_the_run_and_the_result_is_a_short_table(trained):
+    def longer(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    data = {"task": ROWS, "reward": longer}
+    trained(**data, truncate_prompts=True)
+    told = tokenrl.evaluate(model="run", **data)
+    after = json.loads(Path("run/summary.json").read_text())["eval_after"]
+    assert told.metrics.items() >= after.items() and len(told.rows) == OWN["eval_size"]
+    length = OWN["max_completion_length"]
+    assert told.metrics["max_completion_length"] == told.sampling.max_completion_length == length
+    lines = str(told).splitlines()
+    assert lines[0].split() == ["Evaluation", "value"] and len(lines) < 20 and max(map(len, lines)) < 100
+    assert lines[-1] == "3 prompts, a greedy completion and 4 samples of each, of at most 5 tokens"
+    assert "<td>reward_greedy</td>" in told._repr_html_()
+    assert len(tokenrl.sample(model="run", prompt="cat")[0]) == 4
 
 
 def test_another_task_brings_its_own_reward_and_length(trained, capsys):

@@ -7,24 +7,25 @@ from typing import Annotated
 
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.settings import OR_OBJECT, Bounds, Count, Natural, Number, Positive, Seed
+from tokenrl.language.tasks.sources import OpenTaskArguments
+from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, Natural, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
-class SampleArguments(Distribution, TaskArguments, PromptArguments, LoadingArguments):
+class SampleArguments(Distribution, OpenTaskArguments, PromptArguments, LoadingArguments):
     """Complete the prompts given, or prompts read line by line, and print them with their rewards.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
-    task with its data, its reward and the length of completions. With --task that task's own reward and
-    length count. If the run's task or reward cannot be used, completions have no rewards.
+    task with its data, its reward and the length of completions. With --task for another task only the
+    length is the run's, unless the task has a limit of its own. If the run's task or reward cannot be used,
+    completions have no rewards.
     """
 
     model: str = ""
     """Local directory or hub name."""
     prompt: tuple[str, ...] = ()
     """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
-    task: Annotated[str, OR_OBJECT] | None = None  # type: ignore[assignment]
+    task: Annotated[str, OR_OBJECT] = OPEN
     """Print the rewards of this task beside each completion; named as in train. Prompts that are none of the
     task's are answered too, without a reward where it needs more than the prompt. Default: that of the run,
     if there is one; --reward also works without a task."""
@@ -38,21 +39,19 @@ class SampleArguments(Distribution, TaskArguments, PromptArguments, LoadingArgum
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
+class EvaluateArguments(OpenTaskArguments, PromptArguments, LoadingArguments):
     """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
     task with its data, its reward and the length of completions, the distribution of tokens (temperature,
-    top_k, top_p, min_p) and the seed. With --task that task's own reward and length count, and only the
-    distribution and the seed are the run's. Several runs
-    must agree, but for their seeds, of which the first counts.
+    top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the seed and the
+    length are the run's, and of these not the length if the task has a limit of its own. Several runs must
+    agree, but for their seeds, of which the first counts.
     """
 
     model: str | tuple[str, ...] = ""
     """Local directory or hub name. Several are evaluated one after the other, on the same prompts and with
     the same random numbers, and each is compared with the first, prompt by prompt."""
-    task: Annotated[str, OR_OBJECT] | None = None  # type: ignore[assignment]
-    """As in train. Default: that of the run, without which it must be named."""
     num_generations: Natural | None = None
     """Sampled completions per prompt, besides the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()
@@ -68,7 +67,8 @@ class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
     reference: str | None = None
     """Directory or hub name of the model that training started from; the KL to it is reported."""
     max_completion_length: Count | None = None
-    """Maximum number of tokens in a completion. Default: that of the run, else the task's, else 256."""
+    """Maximum number of tokens in a completion. Default: that of the run, but for another task its own limit,
+    if it has one; without a run the task's, else 256."""
     temperature: Positive | None = None
     """Temperature at which completions are sampled. Default: that of the run, else 1."""
     top_k: Natural | None = None

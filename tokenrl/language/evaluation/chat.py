@@ -49,7 +49,8 @@ class Sampler:
         if not args.model:
             raise Refused("Name the model that completes prompts: --model DIRECTORY_OR_HUB_NAME.")
         run = run_of(args.model)
-        if args.chat is None and run is not None and read_config(run).get("chat_prompts"):
+        config = {} if run is None else read_config(run)
+        if args.chat is None and config.get("chat_prompts"):
             args = replace(args, chat=True)
         args, task, self.rewards = _task_of(args)
         self.environments = getattr(self.rewards, "environments", None)
@@ -61,9 +62,10 @@ class Sampler:
             rows = [row for row in rows if isinstance(row["prompt"], str)]
         self._args, self.rows = args, {prompt_text(row["prompt"]): row for row in rows}
         self._has_task = task is not None
-        self._length = (
-            args.max_completion_length or completion_limit(task, args.model, self.policy, otherwise=64)[0]
-        )
+        length = args.max_completion_length
+        if task is None:  # that of the run cannot be used, but its length can
+            length = length or config.get("max_completion_length")
+        self._length = length or completion_limit(task, args.model, self.policy, otherwise=64)[0]
         self._completed, self._said = 0, set[str]()
 
     def __call__(self, text: str) -> list[tuple[str, float | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,15 +20,15 @@ from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
+from tokenrl.language.tasks.task import find_task, limit_of
 from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.evaluation import Evaluation, check_sizes, evaluate_policy, over_prompts
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
-from tokenrl.runs.files import check_place, write_json
+from tokenrl.runs.files import check_place, plain, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, field_types
+from tokenrl.settings import arguments, field_types, lay
 
 DIFFERENCE = "difference/"
 """Begins the names of metrics that compare a policy with another."""
@@ -70,7 +71,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     for name in names:
         result = _evaluated(args, name)
         compared = paired_differences(results[names[0]].by_prompt, result.by_prompt) if results else {}
-        results[name] = result._replace(metrics=result.metrics | compared)
+        results[name] = replace(result, metrics=result.metrics | compared)
     if args.json is not None:
         numbers: dict[str, Any] = {name: evaluation.metrics for name, evaluation in results.items()}
         write_json(Path(args.json), numbers if len(names) > 1 else numbers[names[0]])
@@ -101,35 +102,56 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
     """Fill in what the arguments leave open of the task and its data, and print what was taken.
 
     Args:
-        args: the arguments, those of `tokenrl evaluate` or `tokenrl sample`.
+        args: the arguments, those of `tokenrl evaluate` or `tokenrl sample`; what is left open is None.
         models: the models, as they were named.
-        *further: names of settings that are taken from a run even if the task is not.
+        *further: names of settings that are taken from a run whatever the task is.
 
     Raises:
         Refused: as `as_trained` says.
     """
-    usual, from_runs, names = vars(type(args)()), dict[str, Any](), set(further)
-    plain = usual | vars(Distribution())
-    if args.task is None:
-        names |= {*field_types(TaskArguments), "max_completion_length", "truncate_prompts"}
-    names -= {"reward_weights"} if args.reward else set()  # which weigh the run's own rewards
-    left_open = [name for name in usual if name in names and getattr(args, name) == usual[name]]
+    from_runs, values = dict[str, Any](), vars(args)
     runs = {model: read_config(run) for model in models if (run := run_of(model)) is not None}
     for model, config in runs.items():
-        settings = {name: config[name] for name in left_open if name in config}
-        if args.task is None and config.get("command") == "":
+        names = {*further, *_names_for(args, config)}
+        settings = {name: config[name] for name in values if name in names & config.keys()}
+        settings = {name: value for name, value in settings.items() if values[name] is None}
+        objects = [settings.get(name) for name in ("reward", "environment")]
+        if config.get("command") == "" and (args.task is None or re.search("<|__main__:", str(objects))):
             unnamed = f"The run of {model} was given objects of a Python program, which have no name here"
-            raise Refused(f"{unnamed}: say with --task what it was trained on, and with --reward by what.")
+            words = "say with --task what it was trained on, and with --reward by what"
+            raise Refused(f"{unnamed}: {words}; an environment is --environment.")
         for name in [n for n in settings if n != "seed" and from_runs.get(n, settings[n]) != settings[n]]:
             differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
             raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
         from_runs = settings | from_runs
-    from_runs = {name: value for name, value in from_runs.items() if value and value != plain[name]}
-    if from_runs:
-        values = {n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in from_runs.items()}
-        words = ", ".join(f"{name} {value}" for name, value in values.items())
+    usual = vars(TaskArguments()) | {"task": args.environment}
+    filled = arguments(
+        type(args), vars(lay(("default", usual), ("run", from_runs), ("given", values)).values)
+    )
+    usual = usual | vars(Distribution()) | {"seed": 0, "truncate_prompts": False}
+    taken = {name: getattr(filled, name) for name in from_runs}
+    taken = {name: value for name, value in taken.items() if value != usual.get(name)}
+    if taken:
+        texts = {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in taken.items()}
+        words = ", ".join(f"{name} {text}" for name, text in texts.items())
         print(visible(f"tokenrl: as in the run of {', '.join(runs)}: {words}"), file=sys.stderr)
-    return arguments(type(args), vars(args) | from_runs)
+    return filled
+
+
+def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
+    """Return the settings of a run that hold for the arguments too: all of them if its task is theirs.
+
+    Data from Python has no name, and counts as the run's if that was given data from Python too. Another task
+    may bring a limit of its own for the length.
+    """
+    task, recorded, names = args.task, str(config.get("task")), {"max_completion_length", "truncate_prompts"}
+    name = task if isinstance(task, str) else getattr(task, "name", getattr(task, "__name__", IN_MEMORY))
+    in_memory = name is IN_MEMORY and recorded.startswith(IN_MEMORY)
+    if not (task is None or in_memory or str(name) == recorded):
+        return names - {"max_completion_length"} if limit_of(task) else names
+    names |= {*field_types(TaskArguments)}
+    weighed = args.reward is None or plain(args.reward) == config.get("reward")
+    return names if weighed else names - {"reward_weights"}
 
 
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
@@ -158,8 +180,9 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         if args.best_of:
             gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
             best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
-            evaluation = evaluation._replace(metrics=evaluation.metrics | best)
-    return evaluation
+            evaluation = replace(evaluation, metrics=evaluation.metrics | best)
+    limit = {"max_completion_length": sampling.max_completion_length}
+    return replace(evaluation, metrics=evaluation.metrics | limit)
 
 
 def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
@@ -222,6 +245,7 @@ MEANINGS = {
     "distinct_2": "different pairs of adjacent tokens / all pairs",
     "completions/mean_length": "tokens, EOS included",
     "completions/clipped_ratio": "share cut at the maximum length, before an end",
+    "max_completion_length": "most tokens that a completion could have",
     "episodes/": "turns of an episode, and the share of episodes that end so",
 }
 """Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""

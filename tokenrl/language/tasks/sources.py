@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
 from tokenrl.runs.output import without_progress_bars
-from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
+from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, Number, Settings
 
 Row = Mapping[str, Any]
 
@@ -69,10 +69,11 @@ class DataArguments(Settings, group="data"):
 class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
-    task: Annotated[str, OR_OBJECT] = "sort_digits"
+    task: Annotated[str, OR_OBJECT] = OPEN
     """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV or Parquet file, a
     folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a
-    datasets.Dataset, a DatasetDict, a list of rows or a task object."""
+    datasets.Dataset, a DatasetDict, a list of rows or a task object. Default: the environment, if one is
+    named, else sort_digits."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
@@ -81,8 +82,36 @@ class TaskArguments(DataArguments):
     def __post_init__(self) -> None:
         """Check the values; an environment that is named without a task is the task."""
         super().__post_init__()
-        if self.environment is not None and self.task in (None, TaskArguments.task):
-            object.__setattr__(self, "task", self.environment)
+        if self.task is None:
+            usual = "sort_digits" if self.environment is None else self.environment
+            object.__setattr__(self, "task", usual)
+
+
+@dataclass(frozen=True)
+class OpenTaskArguments(TaskArguments, group="data"):
+    """How prompts are read, and how rewards are weighted and called. Left out: as in the model's run."""
+
+    task: Annotated[str, OR_OBJECT] = OPEN
+    """As in train. Default: that of the run, if there is one."""
+    reward: Annotated[tuple[str, ...], OR_OBJECT] = OPEN
+    """As in train. Default: that of the run for the same task, else the task's own reward."""
+    reward_weights: tuple[Number, ...] = OPEN
+    """One weight per reward. Default: those of the run for the same rewards, else 1 for each."""
+    max_turns: Count = OPEN
+    """Turns of the policy after which an episode ends. Default: that of the run, else 10."""
+    share_seed: bool = OPEN
+    """As in train. Default: as in the run, else shared."""
+    malformed: Literal["end", "observe"] = OPEN
+    """As in train. Default: that of the run, else end."""
+    prompt_column: str = OPEN
+    """Column of a dataset that holds the prompt. Default: that of the run, else prompt."""
+    split: str = OPEN
+    """Split of a dataset to train on, of which rows are held out if it has no other. Default: that of the
+    run, else train."""
+
+    def __post_init__(self) -> None:
+        """Check the values; an open task stays open until the model's run is read."""
+        super(TaskArguments, self).__post_init__()
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:

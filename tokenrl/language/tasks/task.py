@@ -166,6 +166,13 @@ def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
     return None
 
 
+def limit_of(task: Any) -> int | None:
+    """Return the most tokens of a completion that a task itself has, an object or by its name; else None."""
+    return getattr(
+        _named_task(task, None, False) if isinstance(task, str) else task, "max_completion_length", None
+    )
+
+
 def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
     """Return the task that an object is or makes; of an environment, a task of empty prompts.
 

@@ -25,21 +25,35 @@ from tokenrl.language.rollout.rewarded import prompts_of, sample_and_reward, tex
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.language.training.collect import completion_kl
-from tokenrl.runs.console import message_text
+from tokenrl.runs.console import distinct as distinct_rewards, message_text, with_errors
+from tokenrl.runs.reader import Tabled
 
 Row = Mapping[str, Any]
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
 
 
-class Evaluation(NamedTuple):
-    """The metrics of an evaluation, and its greedy completions as table rows, one for each prompt.
+@dataclass(frozen=True, repr=False)
+class Evaluation(Tabled):
+    """An evaluation. It is shown as a small table of its metrics.
 
-    `by_prompt` has the metrics that are means over prompts, for each prompt by itself.
+    Attributes:
+        metrics: the metrics by name.
+        rows: the greedy completions as table rows, one for each prompt.
+        by_prompt: the metrics that are means over prompts, for each prompt by itself.
+        sampling: how completions were sampled, such as its `max_completion_length`.
     """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     by_prompt: dict[str, list[float]]
+    sampling: Sampling
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [(type(self).__name__, "value"), *with_errors(distinct_rewards(self.metrics)).items()]
+
+    def _ending(self) -> list[str]:
+        sizes = f"{len(self.rows)} prompts, a greedy completion and {self.sampling.num_generations} samples"
+        return [f"{sizes} of each, of at most {self.sampling.max_completion_length} tokens"]
 
 
 def evaluate_policy(
@@ -101,7 +115,7 @@ def evaluate_policy(
     by_prompt = {"reward_greedy": [row["reward"] for row in greedy]}
     if size:
         by_prompt |= _by_prompt(rows, size, rewards, k)
-    return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt)
+    return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling)
 
 
 def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class SftResult(Outcome):
     loss_after: float | None
     policy: Policy = field(repr=False)
 
-    def _rows(self) -> list[tuple[str, str, str]]:
+    def _rows(self) -> list[tuple[str, ...]]:
         return [*super()._rows(), ("loss", number(self.loss_before), number(self.loss_after))]
 
 
