@@ -25,6 +25,7 @@ SMALL = (
     tabular_problem(3, prompts=2, group_size=3, vocabulary=2, rewards="graded", length=2),
     tabular_problem(5, prompts=1, group_size=2, rewards="dense"),
     problem_of_mdp(random_mdp(2), steps=2, beyond=2, group_size=2, critic="true"),
+    tabular_problem(19, prompts=2, group_size=3, vocabulary=2, rewards="graded"),
 )
 """Problems on which a whole axis is measured in a second, and which show every bias."""
 LEVELS = (
@@ -76,6 +77,11 @@ MIXED += [
     {"baseline": "group_mean", "scale": "batch_std", "scale_ddof": 0},
     {"baseline": "none", "aggregation": "token_mean", "returns": "reward_to_go"},
     {"baseline": "shrinkage", "shrinkage_weight": 0.0},
+]
+MIXED += [
+    {"baseline": name, "components": "separate", "zero_spread": zero_spread}
+    for name in ("quantile", "opo")
+    for zero_spread in ("drop", "refill")
 ]
 FORMS = [BEST_OF_2 | {"objective_form": form} for form in ("leave_one_out", "sloo_minus_one", "sloo")]
 FORMS += [{"objective": "log_success", "objective_form": form} for form in ("maxrl", "leave_one_out")]

@@ -107,8 +107,10 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
         return effect
     if callable(estimator.baseline):
         return Effect(UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
+    baseline = choice_of("baseline", estimator.baseline)
     had_gradient = (
-        not choice_of("baseline", estimator.baseline).centred
+        not baseline.centred
+        or (estimator.components == "separate" and not baseline.additive)
         or not OBJECTIVES[estimator.objective, estimator.form].centred
         or estimator.scale == "token_whiten"
         or estimator.overlong_buffer > 0

@@ -60,6 +60,7 @@ class Choice(Effect):
             steps of one row. None if it compares nothing.
         needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
         centred: Whether the baseline equals the return in every group of equal returns.
+        additive: Whether the baselines of several reward functions add up to that of their sum.
         whole_row: Whether a ratio, a weight or an entropy sums over the row, which must then not be split.
         row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
         discounted: The effect with gamma below 1.
@@ -69,6 +70,7 @@ class Choice(Effect):
     compares: Literal["group", "step", "row"] | None = None
     needs: str = ""
     centred: bool = False
+    additive: bool = True
     whole_row: bool = False
     row_inside: Effect | None = None
     discounted: Effect | None = None
@@ -93,7 +95,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "running_mean": MEMORY,
         "tracker": MEMORY,
         "rloo": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
-        "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
+        "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True, additive=False),
         "group_mean": Choice(
             UP_TO_SCALE,
             "the row's own return is in the mean of its group: ascends E[R] - E[b]/G, (G-1)/G of the "
@@ -266,7 +268,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "components": {
         "summed": Choice(EXACT, "the rewards of all functions are added first"),
-        "separate": Choice(EXACT, "the baselines of the functions add up as their rewards do"),
+        "separate": Choice(EXACT, "gradients add up, and that of each function has its own baseline"),
     },
     # These effects hold if the dropped groups had no advantage; `bias.zero_spread_effect` says when that is
     # so. Only rewards are compared: a group of equal rewards whose bootstrap values differ had an advantage.

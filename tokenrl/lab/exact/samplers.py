@@ -93,7 +93,7 @@ def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None 
 
     Args:
         estimator: Any estimator, without a memory of its own.
-        problems: Problems with a sampler; by default four, with noise, a temperature, or both.
+        problems: Problems with a sampler; by default five, with noise, a temperature, or both.
 
     Raises:
         Refused: When the estimator can be used on none of the problems.
@@ -124,9 +124,11 @@ def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None 
 def default_sampled_problems() -> tuple[Problem, ...]:
     """Return problems that together show every known bias of a sampler that differs."""
     small = {"vocabulary": 2, "length": 2, "group_size": 3}
+    pairs = {"vocabulary": 2, "length": 1, "group_size": 2}
     return (
         perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", vocabulary=2, length=2, group_size=6),
         perturbed_problem(41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small),
         perturbed_problem(42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small),
         perturbed_problem(43, Perturbation(noise=0.6), prompts=2, vocabulary=2, length=1, group_size=5),
+        perturbed_problem(46, Perturbation(noise=0.6), prompts=3, rewards="graded", **pairs),
     )

@@ -268,14 +268,20 @@ def default_problems() -> tuple[Problem, ...]:
 
 
 def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
-    """Return the main problems, with larger groups for other objectives and rewards in [0, 1] for a log."""
+    """Return the main problems, with larger groups for other objectives and rewards in [0, 1] for a log.
+
+    Where groups of equal rewards are left out, no reward follows a truncation, as `core.bias` assumes.
+    """
+    problems = default_problems()
+    if estimator.zero_spread != "keep":
+        problems = tuple(replace(p, after=None, bootstrap=None) for p in problems)
     if estimator.objective == "reward":
-        return default_problems()
+        return problems
     larger = (
         tabular_problem(13, prompts=2, group_size=5, vocabulary=2, length=2),
         tabular_problem(14, prompts=1, group_size=6, vocabulary=2, rewards="graded"),
     )
-    problems = (*larger, *default_problems())
+    problems = (*larger, *problems)
     if estimator.objective == "max_at_k":
         return problems
     return tuple(replace(p, rewards=p.rewards.abs() / p.rewards.abs().max()) for p in problems)
@@ -293,13 +299,15 @@ def binary_problems() -> tuple[Problem, ...]:
 
 @cache
 def wide_problems(group_size: int) -> tuple[Problem, ...]:
-    """Return problems with larger groups, more prompts, longer completions and larger rewards."""
+    """Return problems with larger groups, more prompts, longer completions, larger and equal rewards."""
     length = max(tokens for tokens in (1, 2, 3) if (tokens + 1) ** group_size <= MOST_STEPS)
     long = tabular_problem(11, group_size=5, vocabulary=2, length=6)
     return (
         tabular_problem(10, group_size=group_size, vocabulary=2, length=length),
         replace(long, rewards=5 * long.rewards),
         tabular_problem(12, prompts=4, group_size=2, vocabulary=2, length=2),
+        # Groups of equal rewards that come from several functions.
+        tabular_problem(19, prompts=2, group_size=3, vocabulary=2, rewards="graded"),
     )
 
 
