@@ -58,7 +58,7 @@ def draw(verdicts: dict[str, Verdict], output: Path) -> None:
     left.set_xlabel("degrees between E[g] and grad J: a point a problem, steps of 2 to 8 rows")
     right.set_xlabel("noise: tr Var g / |E g|² on the first problem")
     for status in dict.fromkeys(verdict.found for verdict in verdicts.values()):
-        remark = ": shrinks as the step grows" * (status == "asymptotic")
+        remark = ": shrinks as more rows are divided together" * (status == "asymptotic")
         left.scatter([], [], color=COLOURS[status], label=status + remark)
     left.legend(frameon=False, loc="lower right", fontsize=9)
     for axes in (left, right):

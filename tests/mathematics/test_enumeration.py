@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from math import comb
 
 import pytest
@@ -101,7 +102,10 @@ def test_rloo_is_exact_and_its_variance_that_of_a_u_statistic(size: int) -> None
 
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_weight_of_difficulty_of_a_group_std(ddof: int) -> None:
-    """Binary rewards: E[g] = w_G(p) grad p, w = E[s_K^2/(std_K + eps)]/(p(1 - p)), K ~ Binomial(G, p)."""
+    """Binary rewards: E[g] = w_G(p) grad p, w = E[s_K^2/(std_K + eps)]/(p(1 - p)), K ~ Binomial(G, p).
+
+    With RLOO's mean of the others it is G/(G - 1) times that.
+    """
     problem = tabular_problem(7, rewards="binary")
     p = float((problem.chances * problem.totals).sum())
     grpo = Estimator(baseline="group_mean", scale="group_std", scale_ddof=ddof, scale_eps=0.01)
@@ -111,5 +115,7 @@ def test_weight_of_difficulty_of_a_group_std(ddof: int) -> None:
             variance = k / size * (1 - k / size)
             std = (variance * size / (size - ddof)) ** 0.5
             wanted += comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + 0.01)
-        found = exact_moments(grpo, problem, group_size=size)
-        torch.testing.assert_close(found.mean, wanted / (p * (1 - p)) * problem.gradient(), **CLOSE)
+        for baseline, factor in (("group_mean", 1.0), ("rloo", size / (size - 1))):
+            found = exact_moments(replace(grpo, baseline=baseline), problem, group_size=size)
+            weighted = factor * wanted / (p * (1 - p)) * problem.gradient()
+            torch.testing.assert_close(found.mean, weighted, **CLOSE)

@@ -149,7 +149,8 @@ def spread_chances(problem: Problem, size: int) -> torch.Tensor:
 def test_truncations_that_are_masked_or_dropped(size: int) -> None:
     """Masked: grad E[m R] - J grad P(m = 1), m = 1 for rows that ended by themselves, so that ending is paid.
 
-    Dropped: P(two or more are left) grad E[R | not truncated].
+    Dropped: P(two or more are left) grad E[R | not truncated]. With a fixed baseline b both ascend
+    E[m (R - b)].
     """
     problem = tabular_problem(51)
     ended = ~problem.truncated
@@ -161,6 +162,12 @@ def test_truncations_that_are_masked_or_dropped(size: int) -> None:
     mean = (left * problem.totals).sum() / kept
     wanted = two * ascent(problem, (problem.totals - mean) * ended) / kept
     torch.testing.assert_close(mean_of({"truncations": "drop"}, problem, size), wanted, **CLOSE)
+    for b in (0.0, 0.8):
+        wanted = ascent(problem, (problem.totals - b) * ended)
+        some = (1 - (1 - kept) ** size) / kept
+        for how, factor in (("mask", 1.0), ("drop", some)):
+            fields = {"truncations": how, "baseline": "constant", "baseline_constant": b}
+            torch.testing.assert_close(mean_of(fields, problem, size), factor * wanted, **CLOSE)
 
 
 def test_dropped_and_refilled_groups_weigh_prompts() -> None:
@@ -172,6 +179,8 @@ def test_dropped_and_refilled_groups_weigh_prompts() -> None:
     dropped, refilled = (mean_of({"zero_spread": what}, problem, 2) for what in ("drop", "refill"))
     torch.testing.assert_close(dropped, 2 * weights[:, None] * target, **CLOSE)
     torch.testing.assert_close(refilled, target / kept.mean(), **CLOSE)
+    alone = tabular_problem(11, vocabulary=2, rewards="binary")
+    torch.testing.assert_close(mean_of({"zero_spread": "drop"}, alone, 2), alone.gradient(), **CLOSE)
 
 
 def test_a_long_row_is_penalised_before_the_baseline() -> None:

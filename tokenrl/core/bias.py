@@ -145,7 +145,7 @@ def combination_effects(estimator: Estimator, alone: list[Effect]) -> list[Effec
         "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
         "coefficient": term and rescaled,
         "each reward function is divided by its own spread, so it has another weight than in J; with rewards "
-        "of 0 and 1, a mean baseline and 'group_std' it ascends sum_k w_G(p_k) grad p_k": separate,
+        "of 0 and 1, 'group_mean' and 'group_std' it ascends sum_k w_G(p_k) grad p_k": separate,
         "prompts stay weighted unequally, and the direction of each is right in the limit only": unequal,
     }
     shrunk = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"

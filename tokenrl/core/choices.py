@@ -157,9 +157,10 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "none": Choice(EXACT, "advantages are not divided"),
         "group_std": Choice(
             BIASED,
-            "the row's own return is in the divisor: with binary rewards and a mean baseline each prompt "
-            "ascends at w_G(p) grad p, w_G(p) = E[s_K^2/(std_K + eps)]/(p(1-p)) with K ~ Binomial(G, p), "
-            "s_K^2 = K/G(1 - K/G); with three or more reward levels there is no objective",
+            "the row's own return is in the divisor: with binary rewards and the baseline 'group_mean' each "
+            "prompt ascends at w_G(p) grad p, w_G(p) = E[s_K^2/(std_K + eps)]/(p(1-p)) with K ~ "
+            "Binomial(G, p), s_K^2 = K/G(1 - K/G), and with 'rloo' at G/(G-1) times that; with three or more "
+            "reward levels there is no objective",
             PER_PROMPT,
             compares="group",
         ),
@@ -276,8 +277,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "keep": Choice(EXACT, "groups of equal returns have the advantage 0 and count in the divisor"),
         "drop": Choice(
             PER_PROMPT,
-            "the step is divided by the number of kept groups: a prompt is weighted by E[1/kept | it is "
-            "kept]; with one prompt per step the result is 1/P(kept) of the gradient",
+            "the step is divided by the number of kept groups: of B prompts each is weighted by "
+            "B E[1/kept | it is kept], which is 1 with one prompt per step",
         ),
         "refill": Choice(
             UP_TO_SCALE,
@@ -289,11 +290,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "keep": Choice(EXACT, "a truncated completion is an outcome like any other"),
         "mask": Choice(
             BIASED,
-            "truncated rows stay in the baseline and have no gradient: ascends E[m R] - b P(m = 1), m = 1 "
-            "for rows that are not truncated and b = J held fixed, as if each truncated row had the reward b",
+            "truncated rows stay in the baseline and have no gradient: ascends E[m (R - b)], m = 1 for rows "
+            "that are not truncated and b held fixed at its mean (J with 'rloo', 0 with 'none'), as if each "
+            "truncated row had the reward b",
         ),
         "drop": Choice(
-            BIASED, "ascends the reward given that the completion is not truncated, E[R | not cut]"
+            BIASED,
+            "truncated rows count nowhere: ascends E[R | m = 1], m = 1 for rows that are not truncated, if b "
+            "is their mean ('rloo', 'group_mean'), and E[m (R - b)] with a fixed b, such as 0 with 'none'",
         ),
     },
 }
