@@ -15,7 +15,7 @@ import torch
 from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES
-from tokenrl.core.importance import score_centres
+from tokenrl.core.importance import importance_weights, score_centres
 from tokenrl.core.rows import loss_terms, zero_spread
 from tokenrl.core.targets import OBJECTIVES
 from tokenrl.errors import Refused
@@ -379,6 +379,14 @@ REFUSED = [
     ({"importance_bound": "mask"}, "importance_bound is set.*Set importance=token"),
     ({"importance": "token", "importance_bound": "mask"}, "neither is set. Set importance_cap"),
     ({"importance": "token", "importance_cap": 1.0, "importance_floor": 1.0}, "must be below"),
+    *(
+        (
+            {"importance": weights, "importance_bound": "mask", name: bound},
+            f"a bound at 1 .{name}.*'truncate'",
+        )
+        for weights in ("token", "sequence", "geometric")
+        for name, bound in (("importance_cap", 1.0), ("importance_cap", 1 + 1e-9), ("importance_floor", 1.0))
+    ),
     ({"importance_centre": True, "importance": "sequence"}, "importance 'sequence' weights whole"),
     ({"importance_centre": True, "ratio": "sequence_mean"}, "ratio 'sequence_mean' weights whole"),
     ({"importance": "token", "importance_cap": 0.9}, "importance_cap"),
@@ -390,6 +398,14 @@ REFUSED = [
 def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(Refused, match=words):
         Estimator(**fields)
+
+
+@pytest.mark.parametrize("bound", [{"importance_cap": 1.0001}, {"importance_floor": 0.9999}], ids=str)
+@pytest.mark.parametrize("weights", ["token", "sequence", "geometric"])
+def test_rounding_masks_nothing(weights: str, bound: dict) -> None:
+    rounding = torch.linspace(-2e-7, 2e-7, 24).reshape(4, 6)
+    masked = Estimator(importance=weights, importance_bound="mask", **bound)
+    assert (importance_weights(masked, rounding, torch.ones(4, 6, dtype=torch.bool)) > 0.999).all()
 
 
 def test_the_status_of_a_baseline_of_ones_own_is_unknown_where_it_decides() -> None:

@@ -85,7 +85,7 @@ def declared_off_policy(estimator: Estimator) -> Effect:
 
 
 def check_importance(estimator: Estimator) -> None:
-    """Refuse bounds without weights, a mask without bounds, and centres that do not exist."""
+    """Refuse bounds without weights, a mask without bounds or at 1, and centres that do not exist."""
     names = [x for x in ("importance_cap", "importance_floor") if getattr(estimator, x) is not None]
     masks = estimator.importance_bound == "mask"
     if estimator.importance == "none" and (names or masks):
@@ -98,6 +98,14 @@ def check_importance(estimator: Estimator) -> None:
         raise Refused(
             "importance_bound 'mask' sets weights beyond importance_cap and importance_floor to 0, but "
             "neither is set. Set importance_cap, for example 3, or importance_bound 'truncate'."
+        )
+    at_1 = [name for name in names if 0.9999 < getattr(estimator, name) < 1.0001]
+    if masks and at_1:
+        raise Refused(
+            f"importance_bound 'mask' has a bound at 1 ({at_1[0]}). Where sampler and policy agree, a weight "
+            "is 1 up to rounding, which would decide whether the completion counts. Set "
+            "importance_cap to 1.0001 or more and importance_floor to 0.9999 or less, such as 3 and 0.3, or "
+            "importance_bound 'truncate', which rounding does not change."
         )
     if len(names) == 2 and estimator.importance_floor == estimator.importance_cap:
         raise Refused("importance_floor must be below importance_cap, but both are 1. Move one of them.")
