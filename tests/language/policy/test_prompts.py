@@ -99,7 +99,7 @@ def test_flags_say_yes_no_or_nothing(tmp_path):
     command, kwargs = COMMANDS["sft"], '{"enable_thinking": false}'
     given = ["--system-prompt", "Be brief.", "--stop", "Q:", "\n\n", "--chat-template-kwargs", kwargs]
     args = parse("sft", command, [*given, "--chat"])
-    assert [getattr(args, field) for field in FORM] == ["Be brief.", True, kwargs, ("Q:", "\n\n")]
+    assert [getattr(args, field) for field in FORM] == ["Be brief.", True, kwargs, None, ("Q:", "\n\n")]
     assert parse("sft", command, ["--no-chat", "--stop"]).chat is False
     assert {getattr(parse("sft", command, []), field) for field in FORM} == {None}
     (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from tiny_models import vowel_reward
@@ -12,7 +13,9 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.measurement import measure_gradients
+from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import load_policy
+from tokenrl.language.policy.prompts import render, saved_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.task import PromptTask
 
@@ -121,3 +124,82 @@ def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, m
     text = judge.tokenizer.apply_chat_template(whole, tokenize=False)
     expected = judge.tokenizer(text, add_special_tokens=False).input_ids
     assert judge.encode("cat", "mat") == again.encode("cat", "mat") == expected
+
+
+CLOCK = "\n{{ strftime_now('%d %b %Y, %-H') if strftime_now is defined }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture
+def days(monkeypatch):
+    """Each look at the clock is on another day."""
+    import datetime
+
+    class Calendar(datetime.datetime):
+        day_of_month = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            cls.day_of_month += 1
+            return cls(2030, 1, cls.day_of_month, 7, 30)
+
+    monkeypatch.setattr("tokenrl.language.policy.prompts.datetime", Calendar)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Calendar)
+
+
+@pytest.fixture
+def dated(saved, tmp_path):
+    """A model whose chat template reads the clock."""
+    shutil.copytree(saved(kind="chat"), tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text(CLOCK)
+    return str(tmp_path / "dated")
+
+
+def prompts_of(model, form):
+    policy = load_policy(model)
+    policy.ask(PromptArguments(**form))
+    return render(policy.tokenizer, [{"role": "user", "content": "the cat"}], policy.form, "dated").strip()
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward-model"])
+def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, days, tmp_path):
+    """It stands in config.json, so that a continuation and an evaluation on another day ask the same."""
+    run = tmp_path / "run"
+
+    def trained(steps, **how):
+        shape = {"model": dated, "output_dir": str(run), "quiet": True, "save_every": 1, "max_steps": steps}
+        if command == "reward-model":
+            pairs = [
+                {"prompt": [{"role": "user", "content": w}], "chosen": w, "rejected": w[:1]} for w in WORDS
+            ]
+            return tokenrl.train_reward_model(data=pairs, eval_size=2, batch_size=2, **shape | how)
+        if command == "sft":
+            rows = {"task": ROWS, "prompt_column": "question", "chat": True, "batch_size": 2}
+            return tokenrl.sft(**rows, **shape | how)
+        task = PromptTask(
+            "words", [{"prompt": w} for w in WORDS[:6]], [{"prompt": w} for w in WORDS[6:]], looking
+        )
+        return tokenrl.train(task=task, chat=True, **SMALL | shape | how)
+
+    trained(1)
+    recorded = json.loads((run / "config.json").read_text())["chat_time"]
+    assert re.fullmatch(r"2030-01-\d\dT07", recorded)
+    given = {"output_dir": str(tmp_path / "given"), "chat_time": recorded}
+    trained(1, **given)
+    for steps in (2, 3):  # on other days
+        trained(steps, resume="auto")
+        trained(steps, resume="auto", **given)
+        assert json.loads((run / "config.json").read_text())["chat_time"] == recorded
+    assert (tmp_path / "given" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+    if command != "reward-model":
+        day = f"{recorded[8:10]} Jan 2030, 7 the cat"
+        assert prompts_of(run, saved_form(str(run))).startswith(day)
+        assert not prompts_of(dated, {}).startswith(day)
+
+
+def test_a_time_is_given_by_hand_and_others_are_refused(dated, saved):
+    assert prompts_of(dated, {"chat_time": "1999-12-31"}).startswith("31 Dec 1999, 0 the cat")
+    with pytest.raises(Refused, match=r"chat_time was given as 'tomorrow'; write a time as"):
+        PromptArguments(chat_time="tomorrow")
+    policy = load_policy(saved(kind="chat"))  # reads no clock
+    policy.ask(PromptArguments(chat=True))
+    assert policy.form.chat_time is None

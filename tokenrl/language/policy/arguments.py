@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
@@ -28,6 +29,9 @@ class PromptArguments(Settings, group="prompts and ends"):
     chat_template_kwargs: str | None = None
     """Variables for the model's chat template, in JSON such as '{"enable_thinking": false}'; from Python a
     dict."""
+    chat_time: str | None = None
+    """The time that a chat template which reads the clock is told, such as 2026-01-31T12:00. Default: that of
+    the run's start, to the hour, for all of its prompts, also when it continues on another day."""
     stop: tuple[str, ...] | None = None
     """Strings that end a completion: it is finished where one appears in its text, which is cut before it. In
     a shell write $'\\n' for a line break."""
@@ -39,6 +43,11 @@ class PromptArguments(Settings, group="prompts and ends"):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         super().__post_init__()
+        try:
+            datetime.fromisoformat(self.chat_time or "2000-01-01")
+        except ValueError as error:
+            text = f"chat_time was given as {self.chat_time!r}; write a time as 2026-01-31T12:00"
+            raise Refused(f"{text}, or a day as 2026-01-31.") from error
         for text in self.stop or ():
             if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
                 raise Refused(f"stop holds {text!r}: give a character; a shell makes a line break of $'\\n'.")

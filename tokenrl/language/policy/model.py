@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly
-from tokenrl.language.policy.prompts import Prompt, check_form, formed, render, reply_ids, saved_form
+from tokenrl.language.policy.prompts import (
+    Prompt,
+    check_form,
+    formed,
+    render,
+    reply_ids,
+    saved_form,
+    with_time,
+)
 from tokenrl.language.policy.saving import check_base, merged
 from tokenrl.language.policy.stops import DECODING, StopStrings
 from tokenrl.settings import check_choice
@@ -136,6 +144,7 @@ class Policy:
         Raises:
             Refused: the model cannot be asked so; the message says why.
         """
+        form = with_time(self.tokenizer, form)
         if form != self.form:
             check_form(self.tokenizer, form, self.source)
             self.form, self.stops = form, StopStrings(self.tokenizer, form.stop) if form.stop else None

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from tokenrl.settings import arguments, lay
 Prompt = str | list[dict[str, Any]]
 
 FORM = tuple(field.name for field in fields(PromptArguments))
+CLOCK = (
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(text=format) -%}"
+    "{%- for part in time_parts -%}{%- set text.text = text.text.replace(part, time_parts[part]) -%}"
+    "{%- endfor -%}{{ text.text }}{%- endmacro %}{{ '' }}"
+)
+"""Put before a chat template it hides the clock that transformers gives to templates under this name."""
 OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
 """Arguments of a chat template that are given by this module, and so by nobody else."""
 
@@ -78,6 +85,7 @@ def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
     parts = ["each text as a message of the user"] if form.chat else []
     parts += [f"system prompt {form.system_prompt!r}"] if form.system_prompt else []
     parts += [f"chat template with {form.chat_template_kwargs}"] if _variables(form) else []
+    parts += [f"chat template at {form.chat_time}"] if form.chat_time else []
     parts += [f"completions end at {' or '.join(map(repr, form.stop))}"] if form.stop else []
     inherited = parts and saved_form(model) == {name: value for name, value in vars(form).items() if value}
     return {"asked": "; ".join(parts) + (f" (as the run of {model})" if inherited else "")} if parts else {}
@@ -87,6 +95,21 @@ def print_form(form: PromptArguments, model: Any) -> None:
     """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
     for line in form_line(form, model).values():
         print(f"tokenrl: asked: {line}", file=sys.stderr)
+
+
+def with_time(tokenizer: Any, form: PromptArguments) -> PromptArguments:
+    """Return a form with the present time, to the hour, if the chat template reads the clock and has none."""
+    if form.chat_time or "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+        return form
+    return replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
+
+
+def time_parts(time: str) -> dict[str, str]:
+    """Return what `strftime` makes of each of its directives, also without the zeros in front, as in %-d."""
+    moment = datetime.fromisoformat(time)
+    parts = {letter: moment.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyY"}
+    bare = {f"%-{letter}": text.lstrip("0") or "0" for letter, text in parts.items()}
+    return bare | {f"%{letter}": text for letter, text in parts.items()}
 
 
 def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
@@ -157,7 +180,10 @@ def render(
     if tools and not re.search(r"\btools\b", str(tokenizer.get_chat_template())):
         problem = f"The chat template of {name!r} never reads tools, so the policy would not see them"
         raise Refused(f"{problem}: take a model whose template does, or an environment without tools.")
-    fixed = {"tokenize": False, "return_dict": False, "tools": list(tools) or None}
+    fixed: dict[str, Any] = {"tokenize": False, "return_dict": False, "tools": list(tools) or None}
+    if form.chat_time:
+        template = tokenizer.get_chat_template(tools=list(tools) or None)
+        fixed |= {"chat_template": CLOCK + template, "time_parts": time_parts(form.chat_time)}
     try:
         return tokenizer.apply_chat_template(messages, **(fixed | options | _variables(form)))
     except TemplateError as error:

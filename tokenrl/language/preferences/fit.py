@@ -221,7 +221,8 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         parameters = sum(p.numel() for p in reward_model.model.parameters())
         threads, reason = choose_threads(parameters, choices.threads)
         stack.enter_context(using_threads(threads))
-        chosen = {"threads": threads, "output_dir": session.directory}
+        form = reward_model.form
+        chosen = {"threads": threads, "output_dir": session.directory, "chat_time": form.chat_time}
         args = RewardModelArguments(**vars(fill_defaults(choices, data)) | chosen)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)

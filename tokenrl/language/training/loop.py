@@ -152,7 +152,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
     provenance = provenance_of(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, reason = choose_threads(policy.size, args.threads)
     with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
-        chosen = {"threads": threads, "output_dir": session.directory}
+        chosen = {"threads": threads, "output_dir": session.directory, "chat_time": policy.form.chat_time}
         settings = SimpleNamespace(**vars(args) | chosen)
         learner = make_learner(settings, policy, accelerator, engine_of(args))
     run = TrainingRun(

@@ -96,7 +96,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             policy.model.to(device_for(policy.size))
             scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        chosen = {"threads": threads, "output_dir": session.directory}
+        chosen = {"threads": threads, "output_dir": session.directory, "chat_time": policy.form.chat_time}
         args = SftArguments(**vars(filled.values) | chosen)
         stack.enter_context(using_threads(threads))
         training = SupervisedTraining(
