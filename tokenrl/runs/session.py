@@ -278,6 +278,11 @@ class Session:
         return self._evaluated[0] == self.step
 
     @property
+    def evaluation(self) -> dict[str, float]:
+        """The metrics of the latest evaluation."""
+        return self._evaluated[1]
+
+    @property
     def owes_evaluation(self) -> bool:
         """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
         return not self.is_evaluated and not self.stop.requested
@@ -330,7 +335,7 @@ class Session:
             "exit_code": code,
             "steps": self.step,
             "eval_before": self.eval_before,
-            "eval_after": self._evaluated[1] if self.is_evaluated else {},
+            "eval_after": self.evaluation if self.is_evaluated else {},
             "wall_seconds": self.wall_seconds,
             "best": self.saver.whole_best(self.step, self.console.warn),
         }

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 
@@ -249,17 +249,47 @@ def test_a_malformed_call_ends_the_episode_or_is_observed(malformed, ending):
     assert contents(answer) == ([] if ending else ["{'error': 'no JSON'}"])
 
 
-@pytest.mark.parametrize(
-    ("method", "call"),
-    [("reset", lambda self, **_: 1 / 0), ("reset", lambda self, **_: 5), ("get_reward", lambda self: "x")],
-)
-def test_failures_of_reset_and_get_reward(method, call):
-    environments = Environments(type("Broken", (Tools,), {method: call}))
+@pytest.mark.parametrize("method", ["reset", "get_reward"])
+def test_failures_of_reset_and_get_reward(method):
+    environments = Environments(type("Broken", (Tools,), {method: lambda self, **_: 1 / 0}))
     (episode,) = environments.reset(rows(1, secret=1), [1])
     (answer,) = environments.finish([episode])
     failure = episode.failure or answer.failure
     assert episode.ending == "error" and failure.startswith(f"Broken.{method} r")
     assert environments.reset(rows(1, secret=1), [1])[0].environment is not episode.environment
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "wrong"),
+    [
+        (Tools, "reset", 5),
+        (Tools, "get_reward", "x"),
+        (Draws, "reset", "text"),
+        (Draws, "reset", (5, {})),
+        (Draws, "step", ("text", 1.0)),
+        (Draws, "step", ("text", 1.0, True, {})),
+        (Draws, "step", None),
+    ],
+)
+def test_what_a_method_has_never_returned_rightly_is_refused_at_its_first_calls(kind, method, wrong):
+    calls = []
+
+    def returns_wrong(self, *text, seed=None, **_):
+        calls.append(method)
+        return wrong
+
+    environments = Environments(type("Wrong", (kind,), {method: returns_wrong}))
+    with pytest.raises(Stopped, match=rf"^Wrong.{method} returned .*it must return"):
+        episodes = environments.reset(rows(9, secret=1), range(9))
+        environments.step(episodes, said(*["go"] * 9))
+        environments.finish(episodes)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("step", [lambda self: None, lambda self, text, more: None, 5])
+def test_a_step_that_takes_no_text_is_refused(step):
+    with pytest.raises(Refused, match=r"Wrong.step cannot be called with a text alone"):
+        Environments(type("Wrong", (Draws,), {"step": step}))
 
 
 def test_an_environment_cannot_change_the_rows_of_the_data():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from functools import partial
 
 import pyarrow.parquet as parquet
@@ -16,6 +17,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import load_policy
 from tokenrl.runs.checkpoint import read_state
 from tokenrl.runs.files import verify
+from tokenrl.runs.reader import read_run
 
 WITHIN = Estimator(baseline="none", returns="episode_normalized")
 STANDARDISED = Estimator(baseline="none", returns="reward_to_go", scale="episode_std")
@@ -155,12 +157,23 @@ class Away:
 
 
 def test_failures_of_environments_are_named_by_a_warning_or_by_the_error_that_stops_the_run(run, capsys):
-    with pytest.raises(Stopped, match=r"16 of 16 episodes failed\. Away\.reset raised OSError: no"):
+    with pytest.raises(
+        Refused, match=r"step: There .* 20 of 20 episodes failed\. Away\.reset raised OSError: no"
+    ):
         run(make_task([], environment=Away))
     often = make_task([], environment=partial(Away, 0.5))
-    run(often, share_seed=False, log_completions=0, quiet=False, overwrite=True)
+    result = run(often, share_seed=False, log_completions=1, quiet=False, overwrite=True)
     output = " ".join("".join(capsys.readouterr()).split())
-    assert output.count("of 16 episodes failed. Away.reset raised OSError: no connection") == 1
+    failed = "of 16 episodes failed. Away.reset raised OSError: no connection"
+    assert output.count(failed) == 1
+    for words in ("evaluation after step 0:", "environment-fails: in the last evaluation"):
+        assert re.search(rf"warning: {words} \d+ of \d+ episodes failed. Away", output)
+    assert "environment-fails" in result.flags
+    if told := re.search(r"held-out reward was (\S+) before training and (\S+) after it", output):
+        both = (result.eval_before["reward"], result.eval_after["reward"])
+        assert [float(x) for x in told.groups()] == pytest.approx(both, rel=0.01)
+    for row in read_run(result.output_dir).completions():  # a reward of 0 would be one that was given
+        assert (row["reward"] is None) == bool(row["failure"])
 
 
 def test_columns_of_data_that_are_called_as_those_of_episodes_are_only_columns(run, tmp_path):

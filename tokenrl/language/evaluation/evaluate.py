@@ -22,6 +22,7 @@ from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
+from tokenrl.language.training.collect import failures_of
 from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.evaluation import Evaluation, check_sizes, evaluate_policy, over_prompts
 from tokenrl.language.training.setup import load_placed
@@ -177,6 +178,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k or ((1, generations) if generations else ())
         evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, k=k, reference=reference)
+        if failed := failures_of(evaluation.failures):
+            print(f"tokenrl: {visible(f'{model}: {failed}')}", file=sys.stderr)
         if args.best_of:
             gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
             best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)

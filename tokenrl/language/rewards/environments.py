@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenrl.errors import Refused, describe, location, suggest, with_places, written
+from tokenrl.errors import Refused, Stopped, describe, location, suggest, with_places, written
 from tokenrl.language.rewards.calls import Attempt, Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.settings import LARGEST_REWARD, shown
@@ -120,11 +120,12 @@ class Environments:
         """Make one instance of each environment, and check it.
 
         Raises:
-            Refused: an environment cannot be made, has no `reset` or has a tool without type hints or
-                docstring; a deadline is impossible here.
+            Refused: an environment cannot be made, has no `reset`, a `step` that takes no text, or a tool
+                without type hints or docstring; a deadline is impossible here.
         """
         factories = self.factory if isinstance(self.factory, Mapping) else {None: self.factory}
         self._factories: Mapping[str | None, Callable[[], Any]] = factories
+        self._right = set[str]()  # the methods that have returned what they must
         self._free: dict[str | None, list[Any]] = {name: [] for name in factories}
         self._first = {name: self._checked(Episode(None, "", name)) for name in factories}
         instances = [episode.environment for episode in self._first.values()]
@@ -235,6 +236,14 @@ class Environments:
                 f"{episode.failure} An environment is made by a class or a function without arguments, and "
                 "has gymnasium's reset(seed=...) and step(text), or reset(**row) and methods that are tools."
             )
+        if episode.steps:
+            name = f"{type(episode.environment).__name__}.step"
+            try:
+                inspect.signature(episode.environment.step).bind("a text")
+            except TypeError as error:
+                raise Refused(
+                    f"{name} cannot be called with a text alone: {error}. Return {STEP}."
+                ) from error
         for tool in episode.tools:
             from transformers.utils import get_json_schema
 
@@ -251,15 +260,28 @@ class Environments:
     def _ask(
         self, method: str, calls: Mapping[Episode, Any], read: Callable[..., Answer], returns: str
     ) -> dict[Episode, Answer]:
-        """Call a method of N environments, and make answers of what they return; `returns` describes it."""
-        attempts = call_all([(episode.streams, call) for episode, call in calls.items()], self.timeout)
-        answers = {}
-        for episode, (output, error, _) in zip(calls, attempts, strict=True):
-            call = f"{type(episode.environment).__name__}.{method}"
-            try:
-                answers[episode] = episode.fail(call, error) if error else read(episode, output)
-            except Exception:
-                answers[episode] = episode.fail(call, f"{shown(output)}; it must return {returns}")
+        """Call a method of N environments, and make answers of what they return; `returns` describes it.
+
+        Two are called before the others. What is wrong in both, and was never right, is no failure of an
+        episode but a mistake in the code.
+
+        Raises:
+            Stopped: a method has never returned what it must.
+        """
+        answers, episodes = {}, list(calls)
+        for some in (episodes[:2], episodes[2:]):
+            attempts = call_all([(episode.streams, calls[episode]) for episode in some], self.timeout)
+            wrong = dict[str, str]()
+            for episode, (output, error, _) in zip(some, attempts, strict=True):
+                call = f"{type(episode.environment).__name__}.{method}"
+                try:
+                    answers[episode] = episode.fail(call, error) if error else read(episode, output)
+                    self._right |= set() if error else {call}
+                except Exception:
+                    answers[episode] = episode.fail(call, f"{shown(output)}; it must return {returns}")
+                    wrong[call] = episode.failure
+            if never := wrong.keys() - self._right:
+                raise Stopped(wrong[min(never)])
         return answers
 
     def _call_tools(self, turns: Mapping[Episode, Message]) -> dict[Episode, Answer]:

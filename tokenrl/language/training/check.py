@@ -35,7 +35,7 @@ from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
-from tokenrl.runs.console import duration, harmless, visible
+from tokenrl.runs.console import duration, harmless, number, visible
 from tokenrl.runs.findings import Finding, conclude, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import judge
@@ -98,9 +98,10 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
                 smaller = replace(run, task=smaller_evaluation(run.task, held_out_size))
                 session.evaluated(_attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {})
                 run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
+                run.failures = smaller.failures
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
-    if failed := failures_of([text for record in records for text in record.failures]):
+    if failed := failures_of([*run.failures, *(text for record in records for text in record.failures)]):
         findings.append(Finding("environment-fails", "void", failed))
     observed = _trial_facts(run, records, session.eval_before) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
@@ -146,7 +147,7 @@ def _show_completions(run: TrainingRun, session: Session, record: Record) -> Non
         names = run.rewards.names if len(run.rewards.names) > 1 else []
         session.console.completions_table(rows, [*(f"rewards/{name}" for name in names), "reward"])
         if run.rewards.environments is not None:
-            session.console.note(f"The first episode, of reward {rows[0]['reward']:.4g}:")
+            session.console.note(f"The first episode, of reward {number(rows[0]['reward'])}:")
             parts = (rows[0][name] for name in ("prompt", "messages", "ending", "failure"))
             session.console.note(harmless(transcript(*parts)))
 

@@ -273,16 +273,18 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
     A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
-    itself. Where each token has an advantage of its own, the row holds that of the first token.
+    itself. The reward is None where every function abstained, as from an episode that failed. Where each
+    token has an advantage of its own, the row holds that of the first token.
     """
     advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
+    rewarded = zip(rows.rewards.tolist(), rows.valid.tolist(), strict=True)
     data = dict.fromkeys(name for row in rows.data for name in row)
     logs = dict.fromkeys(name for row in rows.logs for name in row)  # of some calls a function logs none
     columns: dict[str, Any] = {
         **{name: [row.get(name) for row in rows.data] for name in data},
         "prompt": prompts_of(policy, rows),
         "completion": texts_of(policy, rows),
-        "reward": rows.rewards.tolist(),
+        "reward": [x if valid else None for x, valid in rewarded],
         **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
         **{name: [row.get(name) for row in rows.logs] for name in logs},
         "advantage": advantages.tolist(),

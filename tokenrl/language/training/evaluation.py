@@ -41,12 +41,14 @@ class Evaluation(Tabled):
         rows: the greedy completions as table rows, one for each prompt.
         by_prompt: the metrics that are means over prompts, for each prompt by itself.
         sampling: how completions were sampled, such as its `max_completion_length`.
+        failures: what failed in each episode, an empty text if nothing did; none without an environment.
     """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     by_prompt: dict[str, list[float]]
     sampling: Sampling
+    failures: Sequence[str] = ()
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [(type(self).__name__, "value"), *with_errors(distinct_rewards(self.metrics)).items()]
@@ -105,17 +107,18 @@ def evaluate_policy(
         _check_reference(policy, reference, prompts if rewards.environments is None else (), sampling)
     options: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
     options |= {"stream": "evaluation", "scoring": scoring}
-    passes = []
+    passes, failures = [], list[str]()
     for count in dict.fromkeys((0, size)):  # the greedy completions, then those that are sampled
         draw = replace(sampling, num_generations=count)
         rows = sampled_rows(policy, prompts, rewards, draw, reference=reference if count else None, **options)
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
+        failures += [row["failure"] for row in passes[-1] if "failure" in row]
     greedy, rows = passes[0], passes[-1]
     by_prompt = {"reward_greedy": [row["reward"] for row in greedy]}
     if size:
         by_prompt |= _by_prompt(rows, size, rewards, k)
-    return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling)
+    return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling, failures)
 
 
 def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:

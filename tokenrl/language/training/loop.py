@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenrl.core.memories import memory_of
-from tokenrl.errors import Refused, with_places
+from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
@@ -116,7 +116,7 @@ def train(
                 record = session.timed(partial(_one_step, run, step))
                 metrics = dict(record.metrics)
                 if run.due(session, run.args.eval_every):
-                    metrics |= session.evaluated(_evaluate(run, step))
+                    metrics |= _evaluated(run, session)
                 _record(run, session, record, metrics)
                 if step == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
@@ -195,7 +195,7 @@ def _begin(run: TrainingRun, session: Session) -> None:
         with session.console.status(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
         ):
-            session.evaluated(_evaluate(run, step=0))
+            _evaluated(run, session)
     recorded_facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
     recorded_facts |= {"warm_started": run.warm_started} if run.warm_started else {}
     names = {"task": run.task.name, "model": policy.source}
@@ -237,7 +237,11 @@ def _one_step(run: TrainingRun, step: int) -> Record:
 
 
 def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
-    """Evaluate the policy on the held-out prompts, and keep the mean reward of each."""
+    """Evaluate the policy on the held-out prompts, and keep the mean reward of each, and what failed.
+
+    Raises:
+        Stopped: every episode of the evaluation before the first step failed.
+    """
     count, learner, began = run.args.eval_generations, run.learner, time.perf_counter()
     evaluation = evaluate_policy(
         learner.forward.policy,
@@ -252,7 +256,18 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     run.eval_seconds = time.perf_counter() - began
     each = evaluation.by_prompt
     run.means = [*run.means[:1], each.get("reward", each["reward_greedy"])]
+    run.failures = evaluation.failures
+    if run.failures and all(run.failures) and not step:
+        raise Stopped(f"There is nothing to learn from: {failures_of(run.failures)}")
     return evaluation.metrics
+
+
+def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
+    """Evaluate the policy and record it; say once if episodes fail. Return the metrics of the step."""
+    metrics = session.evaluated(_evaluate(run, session.step))
+    if failed := failures_of(run.failures):
+        session.warn_once("evaluation-fails", f"evaluation after step {session.step}: {failed}")
+    return metrics
 
 
 def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[str, float]) -> None:
@@ -276,15 +291,16 @@ def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     """Choose the best and the worst completion of each of the first two groups, as an example for people."""
     out = []
     for start in range(0, min(len(rows), 2 * group), group):
-        ranked = sorted(rows[start : start + group], key=lambda row: row["reward"])
-        out += [ranked[-1], ranked[0]] if group > 1 else ranked
+        rewarded = [row for row in rows[start : start + group] if row["reward"] is not None]
+        ranked = sorted(rewarded or rows[start : start + 1], key=lambda row: row["reward"])
+        out += [ranked[-1], ranked[0]] if len(ranked) > 1 else ranked
     return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
 
 
 def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
-        session.evaluated(_evaluate(run, session.step))
+        _evaluated(run, session)
     findings, warmed = judge_end(run, session, reason), run.warm_started
     ended = run.result(session, reason)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}

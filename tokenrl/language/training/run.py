@@ -14,7 +14,7 @@ schedule of the learning rate and the evaluations follow the samples too, in the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,7 +51,8 @@ class RunResult(Outcome):
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
-            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`. Of a check, a
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`,
+            `environment-fails` (episodes of the last evaluation failed). Of a check, a
             short name for each problem and then for each remark, such as `nothing-to-learn` (all rewards are
             equal); the exit code is 2 if there was a problem.
         warm_started: what `warm_start` found; empty without such a stage.
@@ -85,6 +86,7 @@ class TrainingRun:
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
             replaced ones included.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
+        failures: what failed in each episode of the latest evaluation; empty without an environment.
     """
 
     args: TrainArguments
@@ -101,6 +103,7 @@ class TrainingRun:
     sampled: list[tuple[float, float]] = field(default_factory=list)
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
+    failures: Sequence[str] = ()
 
     @property
     def spent(self) -> bool:

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from tokenrl.errors import Stopped
+from tokenrl.language.training.collect import failures_of
 from tokenrl.language.training.defaults import is_own
 from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import TrainingRun
@@ -92,20 +93,24 @@ def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
     numbers, solved = dict[str, Any](), getattr(run.task, "solved", None) or math.inf
     if session.is_evaluated and session.step:
         numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
-        gain, error = over_prompts([now - then for then, now in zip(*run.means, strict=True)])
+        gains = [now - then for then, now in zip(*run.means, strict=True)]
+        gain, error = over_prompts(gains)
         error = 0.0 if math.isnan(error) else error
         if reason == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         else:
-            before, after = (over_prompts(rewards).value for rewards in run.means)
+            both = session.eval_before, session.evaluation  # the numbers that people see
+            before, after = (metrics.get("reward", metrics["reward_greedy"]) for metrics in both)
             numbers |= {
-                **{"gain": gain, "gain_stderr": error, "held_out": len(run.means[0])},
+                **{"gain": gain, "gain_stderr": error, "held_out": sum(not math.isnan(x) for x in gains)},
                 **{"before_reward": before, "after_reward": after, "step_reward": after},
                 "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
             }
     observed = run_facts(run, session.rows, "step", "recent", **numbers)
     findings = judge(observed, "nothing-learnt", "entropy-collapsed")
     findings = [finding for finding in findings if finding.weight != "watch"]
+    if session.is_evaluated and (failed := failures_of(run.failures)):
+        findings.append(Finding("environment-fails", "act", f"in the last evaluation {failed}"))
     if "policy-destroyed" in session.flags:
         names = {"nothing-learnt": "policy-destroyed"}
         findings = [replace(finding, flag=names.get(finding.flag, finding.flag)) for finding in findings]
