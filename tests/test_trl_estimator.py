@@ -30,6 +30,18 @@ def odd(completion_ids, **columns) -> list[float]:
     return [float(ids[0] % 2) for ids in completion_ids]
 
 
+def of_environment(prompts, trainer) -> dict:
+    """Completions of which the environment has written every third token."""
+    draw = torch.Generator().manual_seed(7)
+    lengths = torch.randint(2, 6, (len(prompts),), generator=draw).tolist()
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": [torch.randint(0, 10, (n,), generator=draw).tolist() for n in lengths],
+        "logprobs": None,
+        "env_mask": [[int(position % 3 != 1) for position in range(n)] for n in lengths],
+    }
+
+
 def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[torch.Tensor]:
     """The gradients of a tiny model in the updates of TRL's trainer, or of that of an estimator."""
     from datasets import Dataset
@@ -46,12 +58,12 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         def on_pre_optimizer_step(self, args, state, control, model, **more):
             seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
 
-    trainer_of_trl = fields.pop("trainer", "GRPO")
+    trainer_of_trl, rollout_func = fields.pop("trainer", "GRPO"), fields.pop("rollout_func", None)
     config = getattr(trl, f"{trainer_of_trl}Config")(
         output_dir=str(folder),
         max_steps=model_steps,
         optim="sgd",
-        learning_rate=0.1,
+        learning_rate=fields.pop("learning_rate", 0.1),
         per_device_train_batch_size=8,
         num_generations=4,
         max_completion_length=5,
@@ -66,6 +78,8 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
     rows = Dataset.from_list([{"prompt": f"{n}{n}"} for n in range(10)] * 4)
     options = {"reward_funcs": [length_of, odd], "train_dataset": rows, "processing_class": tokenizer}
     options |= {"model": model.double(), "callbacks": [Watch()]}
+    if rollout_func is not None:
+        options["rollout_func"] = rollout_func
     if estimator is None:
         trainer = getattr(trl, f"{trainer_of_trl}Trainer")(args=config, **options)
     else:
@@ -92,6 +106,7 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         ("trl_grpo", {"loss_type": "bnpo"}),
         ("trl_grpo,ratio=none", {"loss_type": "vespo"}),
         ("trl_grpo,beta=0.3", {"beta": 0.3}),
+        ("trl_grpo", {"rollout_func": of_environment}),
     ],
 )
 def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
@@ -124,6 +139,25 @@ def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
     (ours,) = gradients(recipe, tmp_path, Estimator.preset(preset))
     (theirs,) = gradients(recipe, tmp_path, **fields)
     assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 1 - 1e-9
+
+
+@pytest.mark.slow
+def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, tmp_path) -> None:
+    """So the estimator has beta divided by the bound, and steps that are longer in proportion."""
+    own = Estimator.preset("trl_grpo,ratio=none,beta=0.6")
+    ours = gradients(recipe, tmp_path, own, 3, learning_rate=0.05)
+    theirs = gradients(recipe, tmp_path, None, 3, loss_type="cispo", epsilon_high=0.5, beta=0.3)
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one / 2 - other).norm() / other.norm()) < 1e-5
+
+
+@pytest.mark.slow
+def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path) -> None:
+    own = Estimator.preset("rloo")
+    with_field, without = (
+        gradients(recipe, tmp_path, own, mask_truncated_completions=masks)[0] for masks in (True, False)
+    )
+    assert torch.equal(with_field, without)
 
 
 IDLE = [

@@ -6,8 +6,9 @@
 
 It needs TRL: `pip install -c constraints.txt -e '.[benchmarks]'`. The class can be copied alone. TRL samples,
 calls the rewards, keeps the reference model and updates; the advantages and the loss are those of the
-estimator. Of GRPOConfig the fields of the loss (loss_type, scale_rewards, epsilon, beta ...) are not used.
-With the estimator `trl_grpo` the gradient is that of GRPOTrainer itself.
+estimator. Of GRPOConfig the fields of the loss (loss_type, scale_rewards, epsilon, beta,
+mask_truncated_completions ...) are not used. Tokens that a tool or an environment wrote (TRL's tool_mask) are
+not learnt from. With the estimator `trl_grpo` the gradient is that of GRPOTrainer itself.
 """
 
 # /// script
@@ -43,6 +44,7 @@ class EstimatorTrainer(GRPOTrainer):
         if config.use_vllm or config.world_size > 1:
             raise Refused("This trainer is for one process and without vLLM; set use_vllm=False.")
         config.beta = e.beta  # with beta 0 TRL has no reference
+        config.mask_truncated_completions = False
         self.estimator, self.rewards = estimator, torch.zeros(0, 0)
         super().__init__(*args, args=config, **options)
 
@@ -53,7 +55,7 @@ class EstimatorTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """Sample, and put the advantages and the weights of tokens of the whole rollout beside the rows."""
         rollout: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        mask = rollout["completion_mask"]
+        mask = rollout["completion_mask"] * rollout.get("tool_mask", 1)  # 0 for what a tool has written
         step = {"mask": mask, "valid": ~self.rewards.isnan().all(1)}  # rows without any reward abstain
         if "old_per_token_logps" not in rollout and self.estimator.needs_kl:
             with torch.no_grad():
@@ -69,7 +71,7 @@ class EstimatorTrainer(GRPOTrainer):
             **step,
         ).policy
         weights = self.estimator.token_weights(max_length=self.max_completion_length, **step)
-        return rollout | {"weights": weights}
+        return rollout | {"weights": weights, "actions": mask}
 
     def _logprobs(self, model: Any, rows: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the log-probability [N, T] and the entropy [N, T] of each token of the completions."""
@@ -90,7 +92,7 @@ class EstimatorTrainer(GRPOTrainer):
             logprobs,
             inputs["advantages"],
             inputs["weights"] * (slices if self.model.training else 1.0),
-            inputs["completion_mask"],
+            inputs["actions"],
             old_logprobs=inputs.get("old_per_token_logps", logprobs.detach()),
             ref_logprobs=inputs.get("ref_per_token_logps"),
             entropy=entropy,

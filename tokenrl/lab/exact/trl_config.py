@@ -124,15 +124,22 @@ def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) 
 
 
 def _derived(values: Mapping[str, str]) -> dict[str, str]:
-    """Return the updates from one rollout, and the bound of CISPO, as conditions name them."""
+    """Return the updates from one rollout, CISPO's bound and the weights of KL and entropy relative to it."""
     number = {name: _number(name, values[name], int) for name in COUNTS if values[name] != "none"}
     accumulated = number["gradient_accumulation_steps"]
     slices = number.get("generation_batch_size", 0) // number["per_device_train_batch_size"] or accumulated
     rollout = number.get("steps_per_generation", slices) * number["num_iterations"]
     name = "epsilon" if values["epsilon_high"] == "none" else "epsilon_high"
-    excess = _number(name, values[name], float) - 1
+    bound = _number(name, values[name], float)
+    capped = values.get("loss_type") == "cispo" and bound <= 1
+    if capped:
+        check_number(name, bound, above=0)
+    derived = {"capped": str(capped).lower(), "excess": f"{bound - 1:.12g}"}
+    for term in ("beta", "entropy_coef"):
+        weight = _number(term, values.get(term, "0"), float)
+        derived[f"relative_{term}"] = f"{weight / bound if capped else weight:.12g}"
     updates = "several" if accumulated % rollout else "1"
-    return {"updates": updates, "capped": str(excess <= 0).lower(), "excess": f"{excess:.12g}"}
+    return {"updates": updates, **derived}
 
 
 def _number(name: str, text: str, kind: type[float]) -> float:
