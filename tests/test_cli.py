@@ -391,3 +391,12 @@ def test_the_bare_command(capsys):
     for argv, code, said in (([], 2, "train"), (["--help"], 0, "train"), (["--version"], 0, ".")):
         assert main(argv) == code
         assert said in capsys.readouterr().out
+
+
+def test_the_path_of_a_page_cannot_change_the_terminal(tmp_path, capsys):
+    run = tmp_path / "a\x1b[31mrun\u202e"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 1}\n{"step": 1, "reward": 1}\n')
+    assert main(["report", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert r"a\x1b[31mrun\u202e/report.html" in out and "\x1b" not in out and len(out.splitlines()) == 1

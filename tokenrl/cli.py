@@ -25,7 +25,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
-from tokenrl.runs.console import harmless
+from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.output import UNREAD, checked_output, hush_libraries, prepare_streams, without_warnings
 from tokenrl.settings import Settings
 
@@ -58,7 +58,7 @@ def write_report(args: ReportArguments) -> int:
         page = report_comparison(run)
     else:
         page = report_from_directory(run)
-    print(page)
+    print(visible(str(page)))
     return 0
 
 

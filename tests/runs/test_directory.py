@@ -84,9 +84,9 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
     run, outside = finished_run(tmp_path / "run"), tmp_path / "elsewhere"
     outside.mkdir()
     (outside / "kept").write_text("kept")
-    for folder in (*MINE[:3], "checkpoints/.step_000004.partial", "checkpoints/.step_000005.old"):
+    for folder in MINE[:3]:
         (run / folder).mkdir()
-    for name in (*MINE[3:], ".report.html.partial", "completions/.step_000004.parquet.partial"):
+    for name in MINE[3:]:
         (run / name).write_text("x")
     for link in (run / "model" / "link", run / "checkpoints" / "step_000009"):
         link.symlink_to(outside)
@@ -97,6 +97,28 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
         left = set(tree(run))
     assert left == {".lock", "checkpoints", "completions", "completions/weights.bin", *MINE}
     assert (outside / "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize("how", ["overwrite", "resume", "refused"])
+def test_what_a_kill_left_half_written_or_half_removed_goes_when_the_directory_is_next_used(how, tmp_path):
+    run = finished_run(tmp_path / "run")
+    (run / ".download.partial").write_text("mine")
+    before = tree(run)
+    for folder in ("checkpoints/.step_000004.partial", "checkpoints/.step_000005.old", ".model.partial"):
+        (run / folder).mkdir()
+        (run / folder / "weights.safetensors").write_text("x")
+    for name in (
+        ".report.html.partial",
+        ".metrics.jsonl.partial",
+        "completions/.step_000004.parquet.partial",
+    ):
+        (run / name).write_text("x")
+    if how == "refused":
+        with pytest.raises(Refused, match="already holds a run"):
+            RunDirectory(run)
+    else:
+        RunDirectory(run, **{how: True}).release()
+    assert tree(run).keys() - {".lock"} == before.keys() - {".lock"}
 
 
 def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path):

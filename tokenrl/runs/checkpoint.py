@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, raised
 from tokenrl.runs.best import Best, SelectionArguments
-from tokenrl.runs.directory import DEBRIS, STEP
-from tokenrl.runs.files import atomic_directory, trial_directory, verify
+from tokenrl.runs.directory import STEP, remove_debris
+from tokenrl.runs.files import atomic_directory, remove, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
 
 if TYPE_CHECKING:
@@ -158,9 +157,7 @@ class Saver:
         if not self._active or model is None or step == self._saved:
             return
         self.check_finite(step)
-        for debris in self._folder.glob(".step_*"):  # of a crash; this run has the lock: nobody writes there
-            if re.fullmatch(DEBRIS, debris.name):
-                shutil.rmtree(debris, ignore_errors=True)
+        remove_debris(self._folder)
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             model.write(partial)
@@ -190,7 +187,7 @@ class Saver:
             hidden = older.with_name(f".{older.name}.old")  # a removal cut short must not leave half of it
             with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
                 os.rename(older, hidden)
-                shutil.rmtree(hidden)
+                remove(hidden)
 
     def restore(self, path: Path, warn: Callable[[str], object] = str) -> int:
         """Continue from a checkpoint; return its step. A lost best one is warned of (see `whole_best`).

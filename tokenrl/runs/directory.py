@@ -74,8 +74,12 @@ class RunDirectory:
                 raise
             message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             raise Refused(message) from error
-        with contextlib.suppress(OSError):  # what a crash left while the model was replaced
+        with contextlib.suppress(OSError):  # what a crash left while something was replaced or removed
             recover(run / "model")
+            for name in _FOLDERS:
+                remove_debris(run / name)
+            for name in _PARTIAL:
+                remove(run / name)
         held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
         if held and not (overwrite or resume):
             self.release()
@@ -132,6 +136,14 @@ def _refuse_foreign(run: Path) -> None:
             return
     listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise Refused(f"The output directory {run} holds no run, but {listing}. Give a new or empty one.")
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what a crash left of checkpoints or tables in a folder, in which no other process writes."""
+    for path in list(folder.glob(".step_*")):
+        if re.fullmatch(DEBRIS, path.name):
+            with contextlib.suppress(OSError):
+                remove(path)
 
 
 def acquire_lock(folder: Path, busy: str) -> Any:

@@ -11,14 +11,18 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe, written
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+FORMLESS = " whose contents cannot be compared"
 
 
 @contextmanager
@@ -118,6 +122,33 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch, of any rank
         return plain(value.tolist())
     return f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
+
+
+def canonical(value: Any) -> str:
+    """Return JSON that equal values share in every process, also where JSON has no form for them.
+
+    Sets have no order of their own, and the text of an object without a `__repr__` holds its address in
+    memory: in its stead stands `FORMLESS`.
+    """
+    return json.dumps(_ordered(value), sort_keys=True)
+
+
+def _ordered(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else canonical(key): _ordered(part) for key, part in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_ordered(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted(canonical(part) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__name__, *(_ordered(getattr(value, part.name)) for part in fields(value))]
+    if hasattr(value, "tolist"):  # an array of numpy, whose text leaves out most of it
+        return _ordered(value.tolist())
+    return ADDRESS.sub(FORMLESS, written(value, str))
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

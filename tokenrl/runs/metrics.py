@@ -135,7 +135,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
             infinite = {name: float(x) for name, x in row.items() if x in ("Infinity", "-Infinity")}
             rows.append({**row, **infinite, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             if number == len(lines):  # it has no newline: a crash cut it short
                 break
             fault = f"Line {number} of {path} is damaged ({describe(error)})"

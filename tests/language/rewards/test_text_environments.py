@@ -330,6 +330,9 @@ def no_docstring(self, number: int) -> str:
     [
         (lambda: 1 / 0, {}, "ZeroDivisionError.*without arguments"),
         (object, {}, "has no method reset"),
+        (type("Odd", (Draws,), {"step": 5}), {}, "an? Odd, whose step is no method"),
+        (type("Odd", (Draws,), {"step": property(lambda self: 1 / 0)}), {}, "Odd raised ZeroDivisionError"),
+        (type("Odd", (Draws,), {"reset": property(lambda self: 1 / 0)}), {}, "Odd raised ZeroDivisionError"),
         ({}, {}, "environment of row 0 is None.*Available: none"),
         (type("Bare", (Tools,), {"look": no_hints}), {}, "no_hints cannot be a tool.*type hints"),
         (type("Bare", (Tools,), {"look": no_docstring}), {}, "no_docstring cannot be a tool.*docstring"),

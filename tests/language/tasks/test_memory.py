@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import UserDict
 
 import datasets
 import pandas
 import pytest
+from tiny_models import make_policy
 
 import tokenrl
 from tokenrl.cli import main
@@ -185,6 +187,28 @@ def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_p
 
 
 # ---- fingerprints ----
+
+
+@pytest.mark.parametrize(
+    "meta", [{1: "x", "b": 2}, {None: 1, True: 2}, {(1, 2): 3, "a": 1}, [{"a": {1: 2, "b": 3}}]]
+)
+def test_columns_of_dicts_with_keys_of_several_kinds_train_and_have_a_fingerprint(meta, tmp_path):
+    def rows(value):
+        return [{"prompt": word, "meta": value} for word in ("the cat", "a dog", "the mat", "on")]
+
+    assert fingerprint({"train": rows(meta)}) == fingerprint({"train": copy.deepcopy(rows(meta))})
+    assert fingerprint({"train": rows(meta)}) != fingerprint({"train": rows({1: "x", "b": 3})})
+    assert fingerprint({"train": rows({1: 2})}) == fingerprint({"train": rows({"1": 2})})  # as JSON has it
+    seen = []
+
+    def reward(completions, meta, **_):
+        seen.extend(meta)
+        return [float(len(text)) for text in completions]
+
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "eval_size": 1}
+    quiet = {"output_dir": tmp_path / "run", "quiet": True, "cpu": True, "max_completion_length": 4}
+    tokenrl.train(model=make_policy(), task=rows(meta), reward=reward, **sizes, **quiet)
+    assert seen and all(value == meta for value in seen)
 
 
 def test_the_fingerprint_is_that_of_the_rows_not_of_the_object_that_holds_them():

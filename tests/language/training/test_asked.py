@@ -126,7 +126,8 @@ def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, m
     assert judge.encode("cat", "mat") == again.encode("cat", "mat") == expected
 
 
-CLOCK = "\n{{ strftime_now('%d %b %Y, %-H') if strftime_now is defined }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+CLOCK = "\n{{ strftime_now('%d %b %Y, %-H') if strftime_now is defined }} "
+CLOCK += "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 @pytest.fixture

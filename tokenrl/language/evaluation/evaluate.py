@@ -20,7 +20,8 @@ from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
+from tokenrl.language.tasks.records import IN_MEMORY
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
 from tokenrl.language.training.collect import failures_of
 from tokenrl.language.training.defaults import completion_limit

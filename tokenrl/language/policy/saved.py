@@ -203,7 +203,7 @@ def _moved(model: nn.Module) -> nn.Module:
     for weight in (p for p in moved.parameters() if p.requires_grad):
         size = float(weight.float().square().mean().sqrt()) or 1.0
         ramp = torch.arange(weight.numel(), device=weight.device).cos().view_as(weight)
-        weight += (STEP * size * ramp).to(weight.dtype)
+        weight.add_((STEP * size * ramp).to(weight.dtype))
     return moved
 
 

@@ -19,7 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenrl.errors import Refused, Stopped, describe, location, suggest, with_places, written
+from tokenrl.errors import (
+    USER_CODE_FAILED,
+    Refused,
+    Stopped,
+    describe,
+    location,
+    suggest,
+    with_places,
+    written,
+)
 from tokenrl.language.rewards.calls import Attempt, Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.settings import LARGEST_REWARD, shown
@@ -219,11 +228,19 @@ class Environments:
         # Made in a random state of its own, as the episode must not depend on whether the instance is new.
         attempt = Attempt(free.pop(), None, 0.0) if free else call_all([(Streams(0), make)], self.timeout)[0]
         instance = episode.environment = attempt.output
-        if attempt.error is not None or not callable(getattr(instance, "reset", None)):
-            name = getattr(make, "__name__", written(make))
-            episode.fail(name, attempt.error or f"a {type(instance).__name__}, which has no method reset")
+        fault: Any = attempt.error
+        try:
+            if fault is None and not callable(getattr(instance, "reset", None)):
+                fault = f"a {type(instance).__name__}, which has no method reset"
+            if fault is None and hasattr(instance, "step"):
+                episode.steps = "seed" in inspect.signature(instance.reset).parameters
+                if episode.steps and not callable(instance.step):
+                    fault = f"a {type(instance).__name__}, whose step is no method"
+        except USER_CODE_FAILED as error:  # attributes may be computed
+            fault = error
+        if fault is not None:
+            episode.fail(getattr(make, "__name__", written(make)), fault)
             return episode
-        episode.steps = hasattr(instance, "step") and "seed" in inspect.signature(instance.reset).parameters
         if not episode.steps:  # as TRL lists them: the class is read, as an instance may compute attributes
             names = dict(inspect.getmembers(type(instance), inspect.isfunction)).keys() - NO_TOOLS
             episode.tools = [getattr(instance, name) for name in sorted(names) if name[0] != "_"]

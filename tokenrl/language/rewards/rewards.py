@@ -3,8 +3,8 @@
 A reward is a function `f(prompts, completions, **columns) -> list[float | None]`, sync or async, that is
 called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
 reward models have it too. Each function gets copies of the rows and completions, so what it changes in place
-reaches neither another function nor a later step. A reward with an attribute `binary = True` promises 1 for right and 0 for wrong,
-which gives pass@k its meaning. One with an attribute `range = (low, high)` promises to stay between the two,
+reaches neither another function nor a later step. A reward with an attribute `binary = True` promises 1 for
+right and 0 for wrong, which gives pass@k its meaning. One with an attribute `range = (low, high)` promises to stay between the two,
 which says how large a difference of rewards is; a binary one has the range (0, 1) by itself. The library's
 rewards say both themselves where they hold. A reward that breaks its promise stops the run.
 
@@ -222,8 +222,9 @@ class Rewards:
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
         # Environments are no data: they are not copied, and stay in this process.
-        names = () if self.environments is None else ("environments",)
-        objects = {name: rows.pop(name) for name in names if name in rows}
+        objects: dict[str, Any] = {}
+        if self.environments is not None and "environments" in rows:
+            objects["environments"] = rows.pop("environments")
         results = call_rewards(self._here, rows, state, locations, objects=objects)
         if self._worker is not None:
             results = CallResults(*map(or_, results, self._worker(rows, state, locations)))

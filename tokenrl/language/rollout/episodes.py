@@ -8,8 +8,9 @@ chosen, so an episode depends neither on the other rows of its batch nor on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 CUT = ("max_tokens", "context_overflow")
 """The endings of episodes that were cut off by length."""
+CHARACTERS = 32
+"""Characters that a token has at most, in text that a model can make sense of."""
 SAMPLED = ("sampling_logprobs", "logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
 """Columns of tokens that a generator may fill."""
 
@@ -107,9 +110,11 @@ class _Row:
     def begun(cls, policy: Policy, episode: Episode, limit: int) -> _Row:
         """Return the row of an episode that was reset, and that may have failed in that."""
         opening, ending, failure = episode.opening, episode.ending, episode.failure
-        ids = [policy.pad_id] if ending else policy.encode(opening, tools=episode.tools)
+        encoded = partial(policy.encode, tools=episode.tools)
+        ids = [policy.pad_id] if ending else _encoded(policy, encoded, opening)
         if policy.context is not None and len(ids) >= policy.context:
-            size = f"has {len(ids)} tokens, and the model's context {policy.context}"
+            more = " or more" if len(ids) > 2 * policy.context else ""
+            size = f"has {len(ids)} tokens{more}, and the model's context {policy.context}"
             ids, ending = [policy.pad_id], "context_overflow"
             failure = f"The prompt with its first observation {size}."
         chat = bool(policy.form.chat) or not isinstance(opening, str)
@@ -138,11 +143,30 @@ class _Row:
         if not self.left:
             return "max_tokens"
         ended = self.tokens[-1] in policy.eos_ids
-        ids = policy.reply_ids(answer.messages, ended=ended, chat=self.chat, tools=self.episode.tools)
+        encoded = partial(policy.reply_ids, ended=ended, chat=self.chat, tools=self.episode.tools)
+        ids = _encoded(policy, encoded, answer.messages)
         if self.room(policy, len(ids) + 1) <= len(ids):
             return "context_overflow"
         self.tokens += ids
         return ""
+
+
+def _encoded(policy: Policy, encode: Callable[[Any], list[int]], said: Any) -> list[int]:
+    """Return the tokens of what an environment says, a text or messages.
+
+    Of what is far longer than the context only the beginning is read, if that alone is too long.
+    """
+    if policy.context is not None:
+        most = CHARACTERS * policy.context
+        short = said[:most] if isinstance(said, str) else [_shortened(turn, most) for turn in said]
+        if short != said and len(ids := encode(short)) > 2 * policy.context:
+            return ids
+    return encode(said)
+
+
+def _shortened(message: dict[str, Any], most: int) -> dict[str, Any]:
+    content = message.get("content")
+    return message | {"content": content[:most]} if isinstance(content, str) else message
 
 
 class _Part(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.tasks.sources import DataArguments, Row, with_prompts
+from tokenrl.runs.files import canonical
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
@@ -112,4 +112,4 @@ def separate(
 
 def prompt_key(prompt: Any) -> str:
     """Return a prompt, text or chat messages, as a text that equal prompts share."""
-    return json.dumps(prompt, sort_keys=True, default=str)
+    return canonical(prompt)

@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
-from tokenrl.errors import written
 from tokenrl.language.tasks.sources import Row
+from tokenrl.runs.files import FORMLESS, canonical
 
 IN_MEMORY = "in-memory:"
 """How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
-
-ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-FORMLESS = " whose contents cannot be compared"
-
-
-def canonical(value: Any) -> Any:
-    """Return a value as JSON can write it, the same for equal values in every process.
-
-    Sets have no order of their own, and the text of an object without a `__repr__` holds its address in
-    memory: in its stead stands `FORMLESS`.
-    """
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
-            return {key: canonical(part) for key, part in value.items()}
-        return sorted(_text([canonical(key), canonical(part)]) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return [canonical(part) for part in value]
-    if isinstance(value, set | frozenset):
-        return sorted(_text(canonical(part)) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return [type(value).__name__, *(canonical(getattr(value, part.name)) for part in fields(value))]
-    if hasattr(value, "tolist"):  # an array of numpy, whose text leaves out most of it
-        return canonical(value.tolist())
-    return ADDRESS.sub(FORMLESS, written(value, str))
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -51,7 +18,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     columns = dict.fromkeys(name for row in rows for name in row)
     missing = {name: sum(row.get(name) is None for row in rows) for name in columns}
     partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
-    formless = [name for name in columns if any(FORMLESS in _text(canonical(row.get(name))) for row in rows)]
+    formless = [name for name in columns if any(FORMLESS in canonical(row.get(name)) for row in rows)]
     warnings = []
     if partly:
         holes = f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}"
@@ -68,7 +35,7 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
     for name, rows in splits.items():
         digest.update(f"{name} {len(rows)}\n".encode())
         for row in rows:
-            digest.update(_text(canonical(row)).encode() + b"\n")
+            digest.update(canonical(row).encode() + b"\n")
     return digest.hexdigest()[:12]
 
 

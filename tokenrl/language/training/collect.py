@@ -8,7 +8,6 @@ and a table of its completions.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from tokenrl.language.rollout.rewarded import prompts_of, reward_rows, sample_ro
 from tokenrl.language.rollout.rollout import Rollout, cat, lengths
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
+from tokenrl.runs.files import canonical
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -130,7 +130,7 @@ def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
 
 def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
-    texts = (json.dumps(dict(row), sort_keys=True, default=repr) for row in data)
+    texts = (canonical(row) for row in data)
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
 
