@@ -107,19 +107,18 @@ class SavedPolicy:
             Refused: something cannot be saved, or not so that transformers loads the same model.
         """
         trial, model = copy.copy(self.policy), self.policy.model
-        with _saving("weights", "Give a model that can be copied, with an adapter that can be merged."):
+        with _saving("model", "Give one that can be copied, with an adapter that can be merged."):
             trial.model = _moved(model) if _is_small(model) else _hollow(model)
         base = _bare(trial.model)
-        with _saving("configuration", "Set model.config to values that transformers can write."):
-            base.config.save_pretrained(folder)
         mend = "Mend generation_config.json, or model.generation_config: sampling needs do_sample true."
         with _saving("generation settings", mend):
             write_generation(trial, base, folder)
-        with _saving("tokenizer", "Give one that save_pretrained can write."):
-            trial.tokenizer.save_pretrained(folder)
-        if _is_small(model):
-            with _saving("weights", "Give a model that save_pretrained can write."):
+        with _saving("model or tokenizer", "Give what save_pretrained can write."):
+            if _is_small(model):
                 save_policy(trial, folder)
+            else:
+                base.config.save_pretrained(folder)
+                trial.tokenizer.save_pretrained(folder)
         self._compare(trial, folder)
 
     def hand_over(self, folder: Path, card: Card) -> None:
@@ -152,14 +151,14 @@ class SavedPolicy:
         with _saving("model", mend):
             if _is_small(model):
                 loaded, keys = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-                if wrong := [name for kind in keys.values() if isinstance(kind, set | list) for name in kind]:
+                if wrong := [*keys["missing_keys"], *keys["unexpected_keys"], *keys["mismatched_keys"]]:
                     raise ValueError(f"loaded again, its weights differ: {', '.join(map(str, wrong))[:200]}")
                 _compare_logits(model, loaded)
             elif getattr(_bare(model), "hf_quantizer", None) is None:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
                 with torch.device("meta"):
-                    made = auto.from_config(config, **options)
-                _compare_shapes(_hollow(model), made)
+                    skeleton = auto.from_config(config, **options)
+                _compare_shapes(_hollow(model), skeleton)
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def _moved(model: nn.Module) -> nn.Module:
     for weight in (p for p in moved.parameters() if p.requires_grad):
         size = float(weight.float().square().mean().sqrt()) or 1.0
         ramp = torch.arange(weight.numel(), device=weight.device).cos().view_as(weight)
-        weight.add_((STEP * size * ramp).to(weight.dtype))
+        weight.add_(ramp, alpha=STEP * size)
     return moved
 
 
@@ -229,10 +228,10 @@ def _hollow(model: Any) -> Any:
     return merged(hollow) if has_adapter(model) else hollow
 
 
-def _compare_shapes(model: nn.Module, made: nn.Module) -> None:
+def _compare_shapes(model: nn.Module, skeleton: nn.Module) -> None:
     """Compare names and shapes of weights, of which a shared one is saved once, with those to be loaded."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    loaded = {name: weight.shape for name, weight in made.named_parameters(remove_duplicate=False)}
-    names = {**shapes, **dict(made.named_parameters())}
+    loaded = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
+    names = {**shapes, **dict(skeleton.named_parameters())}
     if wrong := [name for name in names if shapes.get(name) != loaded.get(name)]:
         raise ValueError(f"loaded again, its weights differ: {', '.join(wrong)[:200]}")

@@ -151,17 +151,18 @@ class _Row:
         return ""
 
 
-def _encoded(policy: Policy, encode: Callable[[Any], list[int]], said: Any) -> list[int]:
+def _encoded(policy: Policy, encode: Callable[[Any], list[int]], observation: Any) -> list[int]:
     """Return the tokens of what an environment says, a text or messages.
 
     Of what is far longer than the context only the beginning is read, if that alone is too long.
     """
     if policy.context is not None:
         most = CHARACTERS * policy.context
-        short = said[:most] if isinstance(said, str) else [_shortened(turn, most) for turn in said]
-        if short != said and len(ids := encode(short)) > 2 * policy.context:
+        is_text = isinstance(observation, str)
+        short = observation[:most] if is_text else [_shortened(turn, most) for turn in observation]
+        if short != observation and len(ids := encode(short)) > 2 * policy.context:
             return ids
-    return encode(said)
+    return encode(observation)
 
 
 def _shortened(message: dict[str, Any], most: int) -> dict[str, Any]:
