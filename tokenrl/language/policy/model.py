@@ -23,6 +23,7 @@ from tokenrl.language.policy.loading import find_model, loading, quietly
 from tokenrl.language.policy.prompts import (
     Prompt,
     check_form,
+    following_ids,
     formed,
     render,
     reply_ids,
@@ -119,22 +120,30 @@ class Policy:
         return ids or [tokenizer.bos_token_id]
 
     def reply_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, ended: bool, chat: bool, tools: Sequence[Any] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        ended: bool,
+        chat: bool,
+        tools: Sequence[Any] = (),
+        before: Sequence[int] = (),
     ) -> list[int]:
         """Token ids to append to a sampled turn, so that the policy reads an answer to it and writes on.
 
         Args:
-            messages: the messages of the answer, of the user or of tools.
+            messages: those of the answer, of the user or of tools.
             ended: whether the sampled turn ended with an EOS.
             chat: whether the prompt of the episode is chat messages. Text is appended as it stands.
             tools: the tools of the environment.
+            before: the ids that a text follows.
 
         Raises:
             Refused: the chat template cannot continue an episode token by token.
         """
         if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
-            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            alone = {"add_special_tokens": False}
+            return following_ids(self, before, text) or list(self.tokenizer(text, **alone).input_ids)
         ids = reply_ids(self, messages, tools)
         return ids[1:] if ended and ids[0] in self.eos_ids else ids
 

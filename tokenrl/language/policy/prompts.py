@@ -30,6 +30,11 @@ CLOCK = (
 OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
 """Arguments of a chat template that are given by this module, and so by nobody else."""
 
+TAIL = 16
+"""Tokens before a text that are looked at to see how it reads behind them."""
+ANCHORS = ("\n", ".", "=", "a")
+"""Texts behind which another is encoded; one of them does not merge with its beginning."""
+
 
 def form_of(args: Any) -> PromptArguments:
     """Return the part of a command's arguments that says how prompts reach the model."""
@@ -229,6 +234,55 @@ def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequenc
             raise Refused(f"{problem}: give the tokenizer a chat_template that leaves them as they are.")
         starts[key] = start
     return whole[starts[key] :]
+
+
+def following_ids(policy: Any, before: Sequence[int], text: str, prompt: Prompt = "") -> list[int] | None:
+    """Return the ids of a text that follows other tokens, so that all of them together read as written.
+
+    Many tokenizers put a space in front of a text that they are given alone, as most of sentencepiece do: "7"
+    after "3+4=" would then be read as "3+4= 7". Such a text is encoded behind another one instead.
+
+    Args:
+        policy: gives the tokenizer.
+        before: the ids that the text follows.
+        text: the text.
+        prompt: what `before` was made of, if that is a prompt. In front of the answer to chat messages the
+            template may itself write a space.
+
+    Returns:
+        The ids; None if there are none that read so, though the tokenizer can write such a text.
+    """
+    tokenizer, tail = policy.tokenizer, [*before[-TAIL:]]
+    read = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
+    def ids_of(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False).input_ids)
+
+    alone, start = ids_of(text), read(tail)
+    begins = set(before) <= set(tokenizer.all_special_ids)
+    if begins or read(tail + alone) == start + text:
+        return alone
+    text = _space_before(policy, prompt, text) + text
+    right = {start + text, read(ids_of(start + text))}  # as written, as far as the tokenizer can write it
+    for anchor in ("", start, *ANCHORS):
+        head, whole = ids_of(anchor), ids_of(anchor + text)
+        ids = whole[len(head) :]
+        if whole[: len(head)] == head and read(tail + ids) in right:
+            return ids
+    whole_text = prompt + text if prompt and isinstance(prompt, str) else start + text
+    return alone if read(ids_of(whole_text)).strip() != whole_text.strip() else None
+
+
+def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
+    """Return the white space that the chat template writes between a prompt and its answer."""
+    prompt = formed(prompt, policy.form)
+    if isinstance(prompt, str) or prompt[-1]["role"] == "assistant":
+        return ""
+    written = partial(render, policy.tokenizer, form=policy.form, name=policy.source)
+    opening = written(prompt, add_generation_prompt=True)
+    whole = written([*prompt, {"role": "assistant", "content": text}])
+    answer = whole.removeprefix(opening)
+    return answer[: len(answer) - len(answer.lstrip())] if whole.startswith(opening) else ""
 
 
 def _variables(form: PromptArguments) -> dict[str, Any]:

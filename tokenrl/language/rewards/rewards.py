@@ -4,9 +4,10 @@ A reward is a function `f(prompts, completions, **columns) -> list[float | None]
 called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
 reward models have it too. Each function gets copies of the rows and completions, so what it changes in place
 reaches neither another function nor a later step. A reward with an attribute `binary = True` promises 1 for
-right and 0 for wrong, which gives pass@k its meaning. One with an attribute `range = (low, high)` promises to stay between the two,
-which says how large a difference of rewards is; a binary one has the range (0, 1) by itself. The library's
-rewards say both themselves where they hold. A reward that breaks its promise stops the run.
+right and 0 for wrong, which gives pass@k its meaning. One with an attribute `range = (low, high)` promises to
+stay between the two, which says how large a difference of rewards is; a binary one has the range (0, 1) by
+itself. The library's rewards say both themselves where they hold. A reward that breaks its promise stops the
+run.
 
 A reward lies between -1e12 and 1e12, and so does the weighted sum (`LARGEST_REWARD`): far larger numbers
 would overflow float32, in which advantages are computed. Whatever a reward raises, `sys.exit` included,

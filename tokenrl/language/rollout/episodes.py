@@ -143,7 +143,9 @@ class _Row:
         if not self.left:
             return "max_tokens"
         ended = self.tokens[-1] in policy.eos_ids
-        encoded = partial(policy.reply_ids, ended=ended, chat=self.chat, tools=self.episode.tools)
+        before = self.prompt + self.tokens
+        tools = self.episode.tools
+        encoded = partial(policy.reply_ids, ended=ended, chat=self.chat, tools=tools, before=before)
         ids = _encoded(policy, encoded, answer.messages)
         if self.room(policy, len(ids) + 1) <= len(ids):
             return "context_overflow"

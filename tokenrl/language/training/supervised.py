@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.prompts import following_ids
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.tasks.sources import fault_of_prompt
@@ -166,13 +167,23 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
             raise Refused(f"The demonstration of {location} has {', '.join(row)}; it needs {needed}.")
         if fault := fault_of_prompt(text, "completion"):
             raise Refused(f"The demonstration of {location}: {fault}.")
-        ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
+        before = policy.encode(row["prompt"])
+        ids = following_ids(policy, before, text, row["prompt"])
+        if ids is None:
+            problem = (
+                f"The demonstration of {location}: behind its prompt the tokenizer cannot write {text!r:.60}"
+            )
+            raise Refused(
+                f"{problem} so that both read as written. Give the prompt an end behind which it can."
+            )
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
             raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
-        options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-        pairs.append((policy.encode_all([row["prompt"]], locations=[location], **options)[0], ids))
+        if policy.context is not None and len(before) + len(ids) > policy.context:
+            options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
+            policy.encode_all([row["prompt"]], locations=[location], **options)  # refuses it
+        pairs.append((before, ids))
     return pairs
 
 

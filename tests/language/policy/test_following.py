@@ -1,0 +1,181 @@
+"""What follows other tokens is encoded as following them: demonstrations, turns, answers, preferences."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import SENTENCES, make_model
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.training.supervised import encode_demonstrations
+
+TEXTS = [*SENTENCES, "3+4=7\n1+1=2 3+4= 7 (a) b.", "user: hi assistant: yes no", "[INST] hi [/INST] yes"]
+TEMPLATES = {
+    "line": "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+    "space": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    "inst": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    "special": "{% for m in messages %}<s>{{ m.role + '\n' + m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{{ 'assistant\n' }}{% endif %}",
+}
+
+
+def tokenizer_of(kind):
+    """A tokenizer that puts a space, or a BOS too, in front of each text that it is given alone."""
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<unk>"]
+    model = (
+        models.Unigram()
+        if "unigram" in kind
+        else models.BPE(unk_token="<unk>", byte_fallback="legacy" in kind)
+    )
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>") if kind == "wordpiece" else model)
+    if "metaspace" in kind:
+        scheme = "first" if "first" in kind else "always"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    elif "legacy" in kind:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+        backend.decoder = decoders.Sequence(parts)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("[^▁]▁"), "isolated")
+    elif kind == "wordpiece":
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space="space" in kind)
+        backend.decoder = decoders.ByteLevel()
+    options = {"vocab_size": 220, "special_tokens": special, "show_progress": False}
+    if "unigram" in kind:
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **options)
+    elif kind == "wordpiece":
+        trainer = trainers.WordPieceTrainer(**options)
+    else:
+        trainer = trainers.BpeTrainer(**options)
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    if "whole" in kind:  # as Mistral's, trained on words
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    if "bos" in kind:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+KINDS = ["metaspace", "metaspace bos", "metaspace first whole bos", "unigram metaspace", "legacy bos"]
+KINDS += ["byte level with space", "byte level bos", "wordpiece"]
+
+
+def policy_of(kind, template=None):
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = TEMPLATES.get(template)
+    return wrap(make_model("llama", vocab_size=max(tokenizer.get_vocab().values()) + 1), tokenizer)
+
+
+def read(policy, ids):
+    return policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        *[("3+4=", "7"), ("3+4= ", "7"), ("3+4=", " 7"), ("1+1", "=2"), ("(a", ")"), ("the c", "at sat")],
+        *[
+            ("count to ten:", " one two\nthree"),
+            ("a\n", "b"),
+            ("the cat", "\n"),
+            ("the", ""),
+            ("", "the cat"),
+        ],
+    ],
+)
+def test_prompt_and_demonstration_read_as_written(kind, prompt, completion):
+    policy = policy_of(kind)
+    ((before, ids),) = encode_demonstrations(policy, [{"prompt": prompt, "completion": completion}])
+    assert before == policy.encode(prompt) and ids[-1] == policy.tokenizer.eos_token_id
+    bare = [i for i in (*before, *ids) if i not in (0, 1)]
+    if kind == "wordpiece":  # writes spaces of its own between words, and within none
+        written = read(policy, policy.encode(prompt + completion)).replace(" ", "")
+        assert read(policy, bare).replace(" ", "") == written
+        return
+    assert read(policy, bare).removeprefix(" " * ("space" in kind)) == prompt + completion
+    assert ids.count(0) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answers_of_a_chat_read_as_the_template_writes_them(kind, template):
+    policy, messages = policy_of(kind, template), [{"role": "user", "content": "hi"}]
+    ((before, ids),) = encode_demonstrations(policy, [{"prompt": messages, "completion": "yes"}])
+    assert before == policy.encode(messages)
+    whole = policy.tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": "yes"}], tokenize=False
+    )
+    written = read(policy, policy.tokenizer(whole, add_special_tokens=False).input_ids)
+    alone = template == "inst" and kind == "byte level bos"  # its text reads as given, without the space
+    expected = written[: written.rindex("yes") + 3]
+    assert read(policy, before + ids[:-1]) == (expected.replace(" yes", "yes") if alone else expected)
+    begun = [*messages, {"role": "assistant", "content": "y"}]
+    ((before, ids),) = encode_demonstrations(policy, [{"prompt": begun, "completion": "es"}])
+    assert read(policy, before + ids[:-1]).endswith("yes")
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_later_turns_of_text_read_as_written(kind):
+    policy = policy_of(kind)
+    row = policy.encode("3+4=")
+    for text in ("7\n", "1+1=", "2", " yes"):
+        before = read(policy, row)
+        row += policy.reply_ids([{"role": "user", "content": text}], ended=False, chat=False, before=row)
+        assert read(policy, row) == before + text
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_preferences_are_read_as_written(kind):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = tokenizer_of(kind)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=300, num_labels=1, pad_token_id=1, **size)
+    judge = RewardModel((LlamaForSequenceClassification(config), tokenizer))
+    for chosen in ("7", " 7", "\n"):
+        assert (
+            tokenizer.decode(judge.encode("3+4=", chosen), skip_special_tokens=True).strip(" ")
+            == "3+4=" + chosen
+        )
+
+
+def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {
+        "<unk>": 0,
+        "3+4=": 1,
+        "7": 2,
+        "3+4=7": 3,
+    }  # whole texts; several are written with spaces between
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    policy = wrap(make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    with pytest.raises(Refused, match=r"The demonstration of row 0.*cannot write '7'.*Give the prompt"):
+        encode_demonstrations(policy, [{"prompt": "3+4=", "completion": "7"}])
+    assert policy.reply_ids([{"role": "user", "content": "7"}], ended=False, chat=False, before=[1]) == [2]
