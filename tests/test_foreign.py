@@ -15,7 +15,8 @@ from test_recipes import make_chat_model_and_data
 import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
+from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Refused, nearest
 from tokenrl.flags import parse
 from tokenrl.foreign import OF_DATA, check_flags, meaning, settings_of, table
 from tokenrl.language.training.arguments import TrainArguments
@@ -84,9 +85,11 @@ def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
     assert "estimator=dict(beta=0.1)" in meaning("beta", settings | {"arms"}, {"beta": 0.1})
 
 
-def test_arithmetic_is_done_where_its_numbers_are_known(monkeypatch):
+def test_arithmetic_is_done_where_its_numbers_are_known(tmp_path, monkeypatch):
     batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": "4", "num_generations": 4}
     rows, train = [{"prompt": "1"}] * 1_000, KNOWN["train"]
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1"}\n' * 3 + "\n")
     for name, options, hint in (
         ("num_train_epochs", {"task": rows}, "max_steps=188 (epochs 3 x rows 1,000 / prompts_per_step 16)"),
         ("epochs", {"task": {"train": rows}, "prompts_per_step": 1}, "max_steps=3000 ("),
@@ -101,6 +104,11 @@ def test_arithmetic_is_done_where_its_numbers_are_known(monkeypatch):
         ("gradient_accumulation_steps", batch, "prompts_per_step=8 (per_device_train_batch_size 8 x"),
         ("generation_batch_size", {"generation_batch_size": 64}, "prompts_per_step=8 ("),
         ("steps_per_generation", {"steps_per_generation": 2}, "num_minibatches=2 ("),
+        (
+            "epochs",
+            {"task": "rows.jsonl", "prompts_per_step": 2},
+            "max_steps=5 (epochs 3 x rows 3 / prompts_",
+        ),
     ):
         assert meaning(name, train, {name: 3} | options).startswith(f"It is {hint}"), name
     assert "batch_size=32 (" in meaning("per_device_train_batch_size", KNOWN["sft"], batch)
@@ -113,7 +121,8 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
     for name in OF_TRL.split():
         with pytest.raises(Refused, match=f"^There is no setting '{name}'") as caught:
             tokenrl.train(**{name: 8})
-        assert "Available" not in str(caught.value) and "\n" not in str(caught.value)
+        hint, *whole = str(caught.value).split("\n")
+        assert "Available" not in hint and all(line.startswith("All together: ") for line in whole)
         with pytest.raises(Refused, match=f"^There is no flag --{name}. (?!See)"):
             check_flags([f"--{name}", "8"], field_types(COMMANDS["train"].arguments), "tokenrl train", {})
     for flag in ("--gradient-accumulation-steps", "--num_train_epochs"):
@@ -180,7 +189,82 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     said = capsys.readouterr().err
     assert "trl.yaml cannot be used" in said
     assert "no setting 'num_train_epochs'. It is max_steps (epochs 1 x rows" in said
-    assert "no setting 'beta'. It is an axis of the estimator: estimator=Estimator(beta=0.04)." in said
+    preset = "estimator=Estimator.preset('trl_grpo', beta=0.04)"
+    assert f"no setting 'beta'. It is an axis of the estimator: {preset}." in said
+    assert said.endswith(f"\nAll together: {preset}, learning_rate=1e-06\n")
+
+
+TOGETHER = [
+    (
+        "train --seed 8 --loss_type dr_grpo --scale_rewards False --num_train_epochs 3 --bf16 --epochs=8 "
+        "--per_device_train_batch_size 8 --beta 0.04 --task rows.jsonl --max_prompt_length 9 --ds 8",
+        "train --seed 8 --task rows.jsonl --estimator trl_grpo,aggregation=fixed_length,scale=none,beta=.04 "
+        "--prompts-per-step 1 --max-steps 24 --mixed-precision bf16",
+    ),
+    ("train --rloo_k 4 --lr 1e-5", "train --estimator trl_rloo --num-generations 4 --learning-rate 1e-5"),
+    (
+        "train --estimator rloo --lr 1 --loss_type grpo",
+        "train --estimator rloo,aggregation=sequence_mean --learning-rate 1",
+    ),
+    ("train --adv_estimator remax --clip_ratio .3", "train --estimator remax,epsilon=.3"),
+    (
+        "train --use_kl_loss True --max_response_length 9",
+        "train --estimator verl_grpo --max-completion-length 9",
+    ),
+    ("train --init_kl_coef .1", "train --estimator openrlhf_default,beta=.1"),
+    (
+        "compare --arms rloo --lr 1e-5 --loss_type grpo --seeds 2",
+        "compare --arms rloo --seeds 2 --learning-rate 1e-5 --estimator.aggregation sequence_mean",
+    ),
+    (
+        "control --total_timesteps 10000 --gae_lambda .9 --clip_range .1 --ent_coef .01 --n_steps 128 "
+        "--n_envs 4 --n_epochs 3 --batch_size 64 --vf_coef .4",
+        "control --estimator ppo,lam=.9,epsilon=.1,entropy_coef=.01 --num-steps 128 --num-envs 4 "
+        "--max-steps 20 --num-iterations 3 --num-minibatches 8 --value-coef .4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("foreign", "ours"), TOGETHER, ids=[case[0][:30] for case in TOGETHER])
+def test_the_last_line_is_the_whole_command(foreign, ours, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1"}\n' * 3)
+    assert main(foreign.split()) == 2
+    *hints, whole = capsys.readouterr().err.removeprefix("tokenrl: ").splitlines()
+    assert len(hints) > 0 and all(line.startswith("There is no flag --") for line in hints)
+    name, *words = shlex.split(whole.removeprefix("All together: tokenrl "))
+    parsed = (parse(name, COMMANDS[name], given) for given in (words, ours.split()[1:]))
+    assert next(parsed) == next(parsed)
+
+
+def test_the_last_line_is_the_whole_call_with_objects_left_out():
+    rows = [{"prompt": "1"}] * 32
+    with pytest.raises(Refused) as caught:
+        tokenrl.train(task=rows, reward=len, num_train_epochs=2, scale_rewards=False, quiet=True)
+    assert str(caught.value).splitlines()[-1] == (
+        "All together: task=..., reward=..., estimator=Estimator.preset('trl_grpo', scale='none'), "
+        "quiet=True, max_steps=4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "meant"),
+    [
+        ("gpro", PRESETS, "grpo"),
+        ("grop", PRESETS, "grpo"),
+        ("dr_gpro", PRESETS, "dr_grpo"),
+        ("trl_gpro", PRESETS, "trl_grpo"),
+        ("gsop", PRESETS, "gspo"),
+        ("rlo", PRESETS, "rloo"),
+        ("solution", ["answer", "completions"], "answer"),
+        ("ground_truth", ["completions", "solution"], "solution"),
+        ("prompt", ["question", "prompt_id"], "question"),
+        ("answr", ["answer", "question"], "answer"),
+        ("max_stpes", ["max_steps", "max_samples"], "max_steps"),
+    ],
+)
+def test_names_are_suggested_by_meaning_and_by_distance(name, names, meant):
+    assert nearest(name, names) == f" Did you mean '{meant}'?"
 
 
 def test_the_page_has_the_names_and_the_values_that_hints_have():
@@ -200,10 +284,13 @@ def test_the_page_has_the_names_and_the_values_that_hints_have():
             assert row.formula in ours, name
 
 
-@pytest.mark.parametrize("example", re.findall(r"^\$ tokenrl (.*)\n(tokenrl: .*)$", PAGE.read_text(), re.M))
-def test_the_page_shows_what_is_printed(example, capsys):
-    assert main(shlex.split(example[0])) == 2
-    assert capsys.readouterr().err == f"{example[1]}\n"
+SHOWN = re.findall(r"^\$ tokenrl (.*)\n(tokenrl: (?:(?![$`]).*\n)*)", PAGE.read_text(), re.M)
+
+
+@pytest.mark.parametrize(("typed", "printed"), SHOWN)
+def test_the_page_shows_what_is_printed(typed, printed, capsys):
+    assert main(shlex.split(typed)) == 2
+    assert capsys.readouterr().err == printed
 
 
 def test_the_script_of_the_page_runs_and_its_command_makes_the_same_run(tmp_path, monkeypatch):

@@ -66,10 +66,25 @@ def locations_of(rows: Iterable[Any]) -> list[str]:
     return [row.place for row in rows if isinstance(row, Placed)]
 
 
+ALIKE = (
+    {"answer", "answers", "solution", "target", "label", "ground_truth", "reference", "output", "completion"},
+    {"prompt", "question", "problem", "query", "instruction", "input", "text"},
+)
+"""Names that columns of data have for the same."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ' Did you mean X?' for an error message, or an empty text if none of the names is near."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """Return ' Did you mean X?' for an error message, or an empty text if none of the names is near.
+
+    A name of the same meaning goes first, and of those that are written alike one of the same letters.
+    """
+    names = list(names)
+    meant: set[str] = next((words for words in ALIKE if name in words), set())
+    near = [other for other in names if other in meant]
+    near += sorted(
+        difflib.get_close_matches(name, names, n=9), key=lambda other: sorted(other) != sorted(name)
+    )
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -1,9 +1,10 @@
 """Says what settings of other toolkits are called here. Imports no torch.
 
 The table foreign.txt has the names of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and
-scripts), the commonest ones of OpenRLHF and verl, and names that tokenrl itself had before. Whoever gives one
-as a keyword, as a flag or in a configuration is told ours with the value that it has here; of what tokenrl
-has not, a sentence says what happens instead.
+scripts), the commonest ones of OpenRLHF, verl and Stable-Baselines3, and names that tokenrl itself had
+before. Whoever gives one as a keyword, as a flag or in a configuration is told ours with the value that it
+has here; of what tokenrl has not, a sentence says what happens instead. At the end stands the whole command,
+which starts from the toolkit's own estimator, since names that are left out have its defaults.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from math import ceil, prod
@@ -23,10 +24,15 @@ from tokenrl.errors import Refused, nearest, suggest
 TRL = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
 """The defaults of TRL for numbers of its arithmetic."""
 THEIRS = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size", "ratio"}
-THEIRS |= {"steps_per_generation", "ppo_mini_batch_size", "processes", "rows", "epochs"}
+THEIRS |= {"steps_per_generation", "ppo_mini_batch_size", "processes", "rows", "epochs", "size"}
+THEIRS |= {"total_timesteps"}
 """Names in the arithmetic of the table that are no settings of ours."""
 OF_DATA = {"prompts_per_step": 16, "batch_size": 64}
-"""Our defaults for data that is given from Python."""
+"""Our defaults for data whose number of rows is known."""
+OF_AGENTS = {"num_envs": 64}
+"""Our defaults for agents."""
+PLAIN = (str, int, float)
+"""Types of values that are written as they are."""
 NAME, POSITIVE = re.compile("[a-z_]{2,}"), re.compile(r"(?=.*[1-9])\d{0,15}[.]?\d{0,15}")
 
 
@@ -55,6 +61,13 @@ def table() -> list[Row]:
     """Read the rows of foreign.txt."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     return [_row(line) for line in text.splitlines() if re.match("[a-z].* [|] ", line)]
+
+
+@cache
+def starts() -> list[list[str]]:
+    """Read the lines of foreign.txt that say where a whole command starts: a preset, a setting, and names."""
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    return [line.split()[1:] for line in text.splitlines() if line.startswith("starts ")]
 
 
 def _row(line: str) -> Row:
@@ -90,45 +103,84 @@ def meaning(
         A sentence, or an empty text: the name is our own, or not known, or has no meaning for this command.
     """
     settings, options = set(settings), options or {}
-    value, preset = options.get(name), options.get("estimator")
-    opening = f"Estimator.preset({preset!r}, " if isinstance(preset, str) else "Estimator("
-    opening = "" if flags else "dict(" if "arms" in settings else opening
+    opening = "" if flags else _opening(settings, options)
     if name in settings:
         return ""
     if f"estimator.{name}" in settings:
-        return f"It is an axis of the estimator: {_written({f'estimator.{name}': value}, opening)}."
+        axis = {f"estimator.{name}": options.get(name)}
+        return f"It is an axis of the estimator: {_written(axis, opening)}."
     rows = [row for row in table() if name in row.names and row.needs <= settings]
-    exact = [row for row in rows if value is not None and str(value).lower() in row.values]
-    for row in exact or [row for row in rows if not row.values]:
-        return _sentence(row, name, options, opening)
+    for row in _holding(rows, options.get(name)):
+        if not row.ours:
+            return row.remark
+        ours, arithmetic = _ours(row, name, options), ""
+        if row.formula:
+            numbers = {n: f"{n} {number:,.12g}" for n, number in _numbers(name, options).items()}
+            words = re.split(f"({NAME.pattern})", row.formula)
+            arithmetic = f" ({''.join(numbers.get(word, word) for word in words)})"
+        return f"It is {_written(ours, opening)}{arithmetic}{row.remark}."
     valued = [
         f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.remark}" for row in rows if row.ours
     ]
     return f"Of its values {'; '.join(valued)}." if valued else ""
 
 
-def _sentence(row: Row, name: str, options: Mapping[str, Any], opening: str) -> str:
-    """Return what a row says of a name, for the values that were given."""
-    if not row.ours:
-        return row.remark
-    ours, arithmetic = dict[str, Any](row.ours), ""
+def _opening(settings: Iterable[str], options: Mapping[str, Any]) -> str:
+    """Return what opens the estimator of a call, such as `Estimator.preset('grpo', `."""
+    preset = options.get("estimator")
+    opening = f"Estimator.preset({preset!r}, " if isinstance(preset, str) else "Estimator("
+    return "dict(" if "arms" in settings else opening
+
+
+def _holding(rows: Sequence[Row], value: Any) -> Sequence[Row]:
+    """Return the rows of a name that hold for a value, the first of which counts."""
+    exact = [row for row in rows if value is not None and str(value).lower() in row.values]
+    return exact or [row for row in rows if not row.values]
+
+
+def _ours(row: Row, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our settings that a row names, with their values as far as these are known."""
+    ours = dict[str, Any](row.ours)
     (first, value), *_ = ours.items()
     if row.formula:
-        numbers = _numbers(name, options)
-        words = {name: f"{name} {number:,.12g}" for name, number in numbers.items()}
-        arithmetic = f" ({NAME.sub(lambda match: words.get(match[0], match[0]), row.formula)})"
-        ours[first] = _result(row.formula, numbers)
+        ours[first] = _result(row.formula, _numbers(name, options))
     elif value is None and not row.remark:
         ours[first] = options.get(name)
-    return f"It is {_written(ours, opening)}{arithmetic}{row.remark}."
+    return ours
+
+
+def translated(names: Iterable[str], settings: Iterable[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our settings that names of other toolkits stand for together, with the values that are known.
+
+    Where they say nothing else, the estimator is the default of their toolkit.
+
+    Args:
+        names: the names, with underscores.
+        settings: the settings that the command has, from `settings_of`.
+        options: what the same call gives, its values by name.
+    """
+    names, settings, ours = list(names), set(settings), dict[str, Any]()
+    for name in [*names, *names]:  # twice, as arithmetic may need what a later name stands for
+        rows = [row for row in table() if name in row.names and row.needs <= settings]
+        for row in _holding(rows, options.get(name))[:1]:
+            if row.ours:
+                ours |= _ours(row, name, {**ours, **options})
+        if f"estimator.{name}" in settings:
+            ours[f"estimator.{name}"] = options[name]
+    ours = {name: value for name, value in ours.items() if value is not None}
+    presets = [preset for preset, needed, *of in starts() if needed in settings and {*of} & {*names}]
+    if presets and ours and not {"estimator", "arms"} & {*options, *ours}:
+        return {"estimator": presets[0]} | ours
+    return ours
 
 
 def _result(formula: str, numbers: Mapping[str, float]) -> int | None:
     """Do arithmetic such as `a x b / c`, and round up; None if not all its numbers are known."""
     if not {*NAME.findall(formula)} <= numbers.keys():
         return None
-    factors, _, divisor = formula.partition(" / ")
-    result = prod(numbers[factor] for factor in factors.split(" x ")) / numbers.get(divisor, 1)
+    above, _, below = formula.partition(" / ")
+    result = prod(numbers[name] for name in above.split(" x "))
+    result /= prod(numbers[name] for name in NAME.findall(below))
     return ceil(round(result, 9))
 
 
@@ -137,14 +189,16 @@ def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
     data = next((options[key] for key in ("task", "train_dataset") if options.get(key) is not None), "")
     data = data.get("train", "") if isinstance(data, Mapping) else data
     rows = {"rows": len(data)} if hasattr(data, "__len__") and not isinstance(data, str) else {}
+    if isinstance(data, str) and data.endswith(".jsonl") and os.path.isfile(data):
+        rows = {"rows": sum(1 for line in Path(data).read_bytes().splitlines() if line.strip())}
     theirs = {**TRL, "processes": os.environ.get("WORLD_SIZE", 1), **options, **rows}
-    theirs |= {"epochs": options.get(name), "ratio": options.get(name)}
-    plain = {key: str(value) for key, value in theirs.items() if isinstance(value, str | int | float)}
+    theirs |= dict.fromkeys(("epochs", "ratio", "size"), options.get(name))
+    plain = {key: str(value) for key, value in theirs.items() if isinstance(value, PLAIN)}
     numbers = {key: float(value) for key, value in plain.items() if POSITIVE.fullmatch(value)}
-    sizes: dict[str, Any] = OF_DATA if rows else {}
+    sizes: dict[str, Any] = OF_AGENTS | (OF_DATA if rows else {})
     if options.keys() & TRL.keys() - {"num_generations"}:
         batches = [row for row in table() if "gradient_accumulation_steps" in row.names]
-        sizes = {setting: _result(row.formula, numbers) for row in batches for setting in row.ours}
+        sizes |= {setting: _result(row.formula, numbers) for row in batches for setting in row.ours}
     return {name: size for name, size in sizes.items() if size is not None} | numbers
 
 
@@ -155,7 +209,7 @@ def _written(ours: Mapping[str, Any], opening: str) -> str:
         ours: the settings with their values.
         opening: what opens an estimator as a keyword, such as `Estimator(`; empty to write flags.
     """
-    plain = {name: value for name, value in ours.items() if isinstance(value, str | int | float)}
+    plain = {name: value for name, value in ours.items() if isinstance(value, PLAIN)}
     if not opening:
         return " ".join(_flag(name, plain.get(name)) for name in ours)
     plain = {name: repr(int(v) if str(v).isdigit() else v) for name, v in plain.items()}
@@ -184,10 +238,24 @@ def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
             there is.
     """
     settings, names = settings_of(hints), [name for name in options if name not in hints]
-    _refuse("setting", {repr(n): meaning(n, settings, options) or suggest(n, hints).strip() for n in names})
+    ours = translated(names, settings, options)
+    refused = {repr(n): meaning(n, settings, {**options, **ours}) or suggest(n, hints).strip() for n in names}
+    call = {name: value for name, value in options.items() if name in hints} | ours
+    opening = _opening(settings, call)
+    if any("." in name for name in ours):  # axes of that estimator
+        call.pop("estimator", None)
+    objects = [f"{name}=..." for name, value in call.items() if not isinstance(value, PLAIN)]
+    plain = {name: value for name, value in call.items() if isinstance(value, PLAIN)}
+    _refuse("setting", refused, ours, ", ".join([*objects, _written(plain, opening)]))
 
 
-def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str, options: Mapping[str, Any]) -> None:
+def check_flags(
+    unknown: list[str],
+    hints: Mapping[str, Any],
+    prog: str,
+    options: Mapping[str, Any],
+    typed: Iterable[str] = (),
+) -> None:
     """Refuse words of a command line that are no flags of the command.
 
     Args:
@@ -195,6 +263,7 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str, options
         hints: the type of each setting that the command has.
         prog: the command.
         options: the settings that the command line gives, by name.
+        typed: all words of the command line.
 
     Raises:
         Refused: there is such a word; the message says for each what its flag is called here, or is near.
@@ -206,18 +275,37 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str, options
             values[flag] = value or None
         else:
             values[flag] = values[flag] or word
+    names = {flag: flag[2:].replace("-", "_") for flag in values}
+    options = {**options, **{names[flag]: value or "true" for flag, value in values.items()}}
+    ours = translated(names.values(), settings, options)
     flags, refused = [_flag(setting) for setting in settings], {}
-    options = {**options, **{flag[2:].replace("-", "_"): value for flag, value in values.items()}}
-    for flag in values:
+    for flag, name in names.items():
         near = f"{nearest(flag, flags)} See {prog} --help.".strip()
-        refused[flag] = meaning(flag[2:].replace("-", "_"), settings, options, flags=True) or near
-    _refuse("flag", refused)
+        refused[flag] = meaning(name, settings, options | ours, flags=True) or near
+    words, left, is_value = [prog], list(unknown), False
+    for word in typed:
+        is_value = left[:1] == [word] and (is_value or word.startswith("--"))
+        if is_value:
+            left.pop(0)
+        else:
+            words.append(shlex.quote(word))
+    _refuse("flag", refused, ours, " ".join([*words, _written(ours, "")]))
 
 
-def _refuse(kind: str, hints: Mapping[str, str]) -> None:
-    """Refuse names that there are not, in one paragraph; those with the same hint share it."""
+def _refuse(kind: str, hints: Mapping[str, str], ours: Mapping[str, Any], whole: str) -> None:
+    """Refuse names that there are not, one hint a line; those with the same hint share it.
+
+    Args:
+        kind: what the names are.
+        hints: a hint for each name.
+        ours: our settings that the names stand for together.
+        whole: the call with these instead. It is shown if it says more than the hints do.
+    """
     by_hint: dict[str, list[str]] = {}
     for name, hint in hints.items():
         by_hint.setdefault(hint, []).append(name)
+    lines = [f"There is no {kind} {' or '.join(n)}. {hint}" for hint, n in by_hint.items()]
+    if ours and (len(hints) > 1 or len(ours) > 1):
+        lines.append(f"All together: {whole}")
     if hints:
-        raise Refused(" ".join(f"There is no {kind} {' or '.join(n)}. {hint}" for hint, n in by_hint.items()))
+        raise Refused("\n".join(lines))

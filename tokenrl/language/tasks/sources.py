@@ -25,6 +25,10 @@ Row = Mapping[str, Any]
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+USUAL_TASK = "_".join(("sort", "digits"))
+"""The default of a task: an object of its own, so that it is known from an equal name that was given."""
+
+
 @dataclass(frozen=True)
 class DataArguments(Settings, group="data"):
     """How prompts are read, and how rewards are weighted and called."""
@@ -69,11 +73,11 @@ class DataArguments(Settings, group="data"):
 class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
-    task: Annotated[str, OR_OBJECT] = OPEN
+    task: Annotated[str, OR_OBJECT] = USUAL_TASK
     """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV or Parquet file, a
     folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a
-    datasets.Dataset, a DatasetDict, a list of rows or a task object. Default: the environment, if one is
-    named, else sort_digits."""
+    datasets.Dataset, a DatasetDict, a list of rows or a task object. An environment that is named without a
+    task is the task."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
@@ -82,9 +86,8 @@ class TaskArguments(DataArguments):
     def __post_init__(self) -> None:
         """Check the values; an environment that is named without a task is the task."""
         super().__post_init__()
-        if self.task is None:
-            usual = "sort_digits" if self.environment is None else self.environment
-            object.__setattr__(self, "task", usual)
+        if self.environment is not None and (self.task is None or self.task is USUAL_TASK):
+            object.__setattr__(self, "task", self.environment)
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             f"task '{task}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and give --task data.jsonl."
         )
-    chosen, environments = [load_reward(spec) for spec in args.reward], None
+    chosen, environments = [load_reward(spec) for spec in args.reward or ()], None
     with _refusing("The task was read, and"):
         is_task = hasattr(task, "train_prompts")
         if is_task:
@@ -270,7 +270,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     mark = getattr(args, "pass_threshold", None)
     rewards = Rewards(
         functions or [],
-        list(args.reward_weights) or None,
+        list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
         sources=args.reward or None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, nearest
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
@@ -171,8 +171,8 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
     rows = with_prompts(splits[args.split], where, args)
     if column not in rows[0]:
-        columns = ", ".join(rows[0])
-        raise Refused(f"{where} has no column {column!r}; name one of {columns} with --completion-column.")
+        fault = f"{where} has no column {column!r}; name one of {', '.join(rows[0])} with --completion-column"
+        raise Refused(f"{fault}.{nearest(column, rows[0])}")
     name, origin = (args.task, {}) if named else described(splits)
     rest = [row for split in splits if split != args.split for row in splits[split]]
     task = PromptTask(name, rows, rest, None, origin=origin)
