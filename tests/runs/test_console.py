@@ -1,5 +1,6 @@
 import io
 import math
+import re
 
 from tokenrl.runs.console import Console, Progress, duration, ending, measured, number, visible
 
@@ -20,6 +21,16 @@ def use_everything(console):
     console.warn("all groups [bold] equal")
     console.finish({"exit_reason": "odd\x1b[2J", "eval_after": {"odd\x9b": 1.0}})
     console.finish(SUMMARY)
+
+
+def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools():
+    call = f"<tool_call>{{'name': 'add', 'arguments': {{'a': {'1' * 90}}}}}</tool_call>"
+    for calls in (1, 9):
+        row = {"prompt": "1 + 1", "completion": f"{call * calls}<42>the answer is 42", "messages": []}
+        file = io.StringIO()
+        Console(file=file).completions_table([row])
+        text = re.sub(r"\s", "", file.getvalue())
+        assert call[:40].replace(" ", "") in text and "theansweris42" in text and len(text) < 700
 
 
 def printed(**options):

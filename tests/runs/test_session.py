@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runs.pages import Page
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, checkpoints, read_state
@@ -164,6 +165,7 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
         "eval_before",
         "eval_after",
         "wall_seconds",
+        "warnings",
         "best",
     }
     config = json.loads((tmp_path / "config.json").read_text())
@@ -247,6 +249,27 @@ def test_a_refusal_that_comes_after_the_first_step_is_a_failure(tmp_path):
     assert (summary["exit_reason"], summary["error"]) == ("failed", "give another table.")
 
 
+def test_the_report_of_a_run_that_failed_or_fell_has_the_warnings_of_the_screen(tmp_path, capsys):
+    def warn(session):
+        session.warn_once("fell", f"step {session.step}: the policy fell; try a lower rate.")
+        at(5, Stopped("The reward has gone."))(session)
+
+    with pytest.raises(Stopped):
+        live(tmp_path / "run", warn, save_every=2)
+    summary, page = (tmp_path / "run" / name for name in ("summary.json", "report.html"))
+    warned = json.loads(summary.read_text())["warnings"]
+    assert warned == ["step 1: the policy fell; try a lower rate."]
+    words = " ".join(Page(page.read_text("utf-8")).text.split())
+    remedy = "The last complete checkpoint is "
+    parts = ["The run failed", "The reward has gone.", remedy, "step_000004", warned[0], "failed, 4 steps"]
+    assert [words.index(part) for part in parts] == sorted(words.index(part) for part in parts)
+    assert "Held-out evaluation, before → at step 4, the last evaluation" in words and "0 → 40" in words
+    # Continued, what was told before stands there too.
+    live(tmp_path / "run", lambda session: session.console.warn("further"), save_every=2, resume="auto")
+    assert json.loads(summary.read_text())["warnings"] == [*warned, "further"]
+    assert "Warnings" in page.read_text("utf-8") and "The run failed" not in page.read_text("utf-8")
+
+
 def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
     asked = []
 
@@ -323,10 +346,13 @@ def falling(step):
     return {"reward": REWARDS[step], "loss": -REWARDS[step]}
 
 
+TOLD = ("wall_seconds", "warnings")
+
+
 def left(run):
-    """What a run has left: weights of its model, checkpoints, and its summary but for the time."""
+    """What a run has left: weights of its model, checkpoints, and its summary but for time and warnings."""
     weights = load_file(run / "model" / "weights.safetensors")["weight"].tolist()
-    summary = {name: value for name, value in summary_of(run).items() if name != "wall_seconds"}
+    summary = {name: value for name, value in summary_of(run).items() if name not in TOLD}
     return weights, [path.name for path in checkpoints(run / "checkpoints")], str(summary)
 
 

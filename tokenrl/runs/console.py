@@ -36,6 +36,7 @@ FAILURES = ("policy-destroyed", "nothing-learnt")
 _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
 _HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _CELL = 60  # characters of a prompt or completion shown in a table
+_EPISODE = 300  # the same of an episode
 
 
 def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None = None) -> RichConsole:
@@ -102,6 +103,7 @@ class Console:
         """
         self.every, self.each = every, "step"
         self.rich = rich_console(quiet=quiet, file=file)
+        self.warnings = list[str]()  # so far, printed or not
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
         """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
@@ -144,7 +146,10 @@ class Console:
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
-            texts = [visible(str(row.get(key, "")), _CELL) for key in ("prompt", "completion")]
+            # Of an episode the end is shown too, as the answer comes after the calls of tools.
+            most, end = (_EPISODE, _EPISODE // 2) if "messages" in row else (_CELL, 0)
+            texts = [visible(str(row.get("prompt", "")), _CELL)]
+            texts.append(visible(str(row.get("completion", "")), most, end))
             table.add_row(*texts, *(number(row.get(key)) for key in numbers))
         self.print(table)
 
@@ -153,7 +158,8 @@ class Console:
         self.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """Print a warning."""
+        """Print a warning, and keep it for the report."""
+        self.warnings += [message] if message not in self.warnings else []
         self.print(f"warning: {message}", style="yellow")
 
     def check(
@@ -290,10 +296,10 @@ def message_text(message: Mapping[str, Any]) -> str:
     return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts if part)
 
 
-def visible(text: str, limit: int | None = None) -> str:
-    r"""Return a harmless text on one line, at most `limit` characters of it, with newlines as \n."""
+def visible(text: str, limit: int | None = None, end: int = 0) -> str:
+    r"""Return a harmless text on one line, at most `limit` characters, `end` of its end, newlines as \n."""
     if limit is not None and len(text) > limit:
-        text = text[: limit - 1] + "…"
+        text = f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
     return harmless(text).replace("\n", r"\n").replace("\t", r"\t")
 
 

@@ -115,10 +115,14 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
         gap = f"{number(max(gaps))} nats between its log-probability of a token and the trainer's"
         remarks.append(f"Sampled by {engine}, with at most {gap}.")
     verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
-    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, *map(html.paragraph, remarks)])
-    before, after = (with_errors(distinct(summary.get(name))) for name in ("eval_before", "eval_after"))
+    told = [*filter(None, map(summary.get, ("error", "remedy"))), *summary.get("warnings", ())]
+    box = html.verdict("The run failed" if "error" in summary else "Warnings", told, ()) if told else {}
+    texts = html.paragraph(ending(summary), "soft"), verdict, *map(html.paragraph, remarks)
+    yield html.Section("", [box, *texts])
+    evaluations, when = _evaluations(run)
+    before, after = (with_errors(distinct(metrics)) for metrics in evaluations)
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
-    yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])
+    yield html.Section(f"Held-out evaluation, before → {when} (± standard error)", [html.cards(both)])
     stage = run.path / "warm_start.jsonl"
     if stage.is_file():
         curve = _curve(read_metrics(stage), "loss", "loss of demonstrations", 2)
@@ -169,6 +173,22 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         _learning("Learning curves", charts),
     ]
     return html.write_page(output, f"Comparison of {len(recorded)} runs", sections)
+
+
+def _evaluations(run: RecordedRun) -> tuple[list[Mapping[str, Any]], str]:
+    """Return the evaluations before and after training, and when the latter was.
+
+    That of a run that has failed, or goes on, is its last one.
+    """
+    rows = {}
+    for row in run.metrics:
+        if metrics := {key[5:]: value for key, value in row.items() if key.startswith("eval_")}:
+            rows[row["step"]] = metrics
+    before, after = (run.summary.get(name) for name in ("eval_before", "eval_after"))
+    last = max(rows, default=0)
+    if after or not last:
+        return [before or rows.get(0, {}), after or {}], "after training"
+    return [before or rows.get(0, {}), rows[last]], f"at step {last}, the last evaluation"
 
 
 def _learning(heading: str, charts: Sequence[Chart]) -> html.Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from json import JSONEncoder
@@ -53,6 +54,14 @@ def resume_settings(args: T, kind: str) -> T:
     stored = read_config(output_dir) | {"output_dir": str(output_dir)}
     left_open = {name: stored[name] for name, value in vars(args).items() if value is None and name in stored}
     return arguments(type(args), vars(args) | left_open)
+
+
+def how_to_continue(run: Path) -> str:
+    """Return in words from which checkpoint a run that failed can be continued."""
+    with contextlib.suppress(Refused):
+        if path := find_checkpoint(run)[0]:
+            return f"The last complete checkpoint is {path}; --resume auto continues from it."
+    return "No checkpoint had been saved yet: see --save-minutes and --save-every."
 
 
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:

@@ -40,13 +40,13 @@ from tokenrl.runs.origin import Origin, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
-from tokenrl.runs.resume import Provenance, cut_back, find_checkpoint
+from tokenrl.runs.resume import Provenance, cut_back, find_checkpoint, how_to_continue
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 
 T = TypeVar("T")
 Agreed = Callable[[Sequence[int]], Sequence[int]]
 Names = Mapping[str, str | None]
-_KEPT = ("eval_before", "_evaluated", "_warned", "flags", "ended", "training_seconds")
+_KEPT = ("eval_before", "_evaluated", "_told", "flags", "ended", "training_seconds")
 """The fields of a `Session` that a continuation goes on from."""
 
 
@@ -57,9 +57,7 @@ class Session:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
         args: its settings; until `begin` the arguments that are known so far.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
-        console: prints for people.
-        saver: saves checkpoints and restores them.
-        stop: catches the signals that ask the run to stop.
+        console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; known from `begin` on.
         step: number of the current step, from 1; 0 before the first.
@@ -77,13 +75,10 @@ class Session:
 
         Args:
             kind: the command that runs.
-            args: its settings: `output_dir` (None takes the next of the numbered ones), `overwrite`
-                (replace the run that the directory already holds), `quiet` (print nothing, and hide the
-                warnings of libraries), and those of `SavingArguments` and `TrackerArguments`.
+            args: its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process; an attribute too.
-            agreed: returns the largest of each of the numbers that all processes pass to it, so that all of
-                them stop, save and continue at the same step; an attribute too.
+            agreed: returns the largest of each of the numbers that all processes pass; an attribute too.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
@@ -112,7 +107,7 @@ class Session:
         self._atexit = contextlib.ExitStack()
         self.step = self._recorded = self._total = 0  # the current step, the last in the log, that of the end
         self.rows: list[dict[str, Any]] = []
-        self.flags, self._warned = list[str](), list[str]()
+        self.flags, self._told = list[str](), dict[str, str]()  # warnings by their topic
         self.ended: str | None = None
         self._spent: Callable[[], bool] = bool
         self._begun = False
@@ -154,8 +149,7 @@ class Session:
             stopped = error if isinstance(error, Stopped) else explain(error) if error else None
             if stopped is not None and not self._begun:
                 raise Refused(f"Before the first step: {stopped}") from error
-            if isinstance(error, Refused):  # code that cannot know that the run has begun
-                stopped = Stopped(str(error))
+            stopped = Stopped(str(error)) if isinstance(error, Refused) else stopped
             if isinstance(error, Exception) and self._begun:
                 failed = self._failed(stopped or error)
                 if stopped is not None:
@@ -183,8 +177,7 @@ class Session:
         Args:
             args: the settings, a dataclass, complete and with the directory in `output_dir`.
             names: by field, the text that stands in config.json for an object given from Python.
-            spent: returns whether the run has used up a budget other than its steps, so that this step is the
-                last; the default returns False.
+            spent: returns whether another budget than the steps is used up, so that this step is the last.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
@@ -307,8 +300,8 @@ class Session:
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
-        if topic not in self._warned:
-            self._warned.append(topic)
+        if topic not in self._told:
+            self._told[topic] = message
             self.console.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
@@ -318,8 +311,9 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in _KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self._seconds = state["wall_seconds"]
+        self.console.warnings[:0] = self._told.values()
 
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
@@ -335,7 +329,7 @@ class Session:
             "exit_code": code,
             "steps": self.step,
             "eval_before": self.eval_before,
-            "eval_after": self.evaluation if self.is_evaluated else {},
+            "eval_after": self._evaluated[1] if self.is_evaluated else {},
             "wall_seconds": self.wall_seconds,
             "best": self.saver.whole_best(self.step, self.console.warn),
         }
@@ -359,18 +353,19 @@ class Session:
         self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
-        write_json(self.output_dir / "summary.json", ended.summary())
+        summary = ended.summary() | {"warnings": [*self.console.warnings, *(texts := list(warnings))]}
+        write_json(self.output_dir / "summary.json", summary)
         try:
             report_from_directory(self.output_dir)
             report = f"\nreport  {Path(self.directory, 'report.html')}"
         except Exception as error:  # a report that fails must not lose the trained model
             report, again = "", f"For another attempt: tokenrl report {self.output_dir}"
             self.console.warn(f"No report could be made: {error} {again}")
-        self.console.finish(ended.summary())
-        for text in warnings:
+        self.console.finish(summary)
+        for text in texts:
             self.console.warn(text)
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
-        for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
+        for command in next_commands(self.kind, self.args, summary, bool(self.origin.command)):
             self.console.note(f"next    {command}")
 
     def save(self) -> None:
@@ -391,15 +386,13 @@ class Session:
             messages = list(dict.fromkeys([*messages, str(fault)]))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         summary = Outcome(**self.outcome("failed") | failed).summary()
+        remedy = how_to_continue(self.output_dir)
+        facts: dict[str, Any] = {"flags": self.flags, "warnings": self.console.warnings}
+        facts |= {"error": " ".join(messages), "remedy": remedy}
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
-            facts = {"flags": self.flags, "error": " ".join(messages)}
             write_json(self.output_dir / "summary.json", summary | facts)
             report_from_directory(self.output_dir)
-        checkpoint = "No checkpoint had been saved yet: see --save-minutes and --save-every."
-        with contextlib.suppress(Refused):
-            if path := find_checkpoint(self.output_dir)[0]:
-                checkpoint = f"The last complete checkpoint is {path}; --resume auto continues from it."
-        words = f"At step {self.step}:", *messages, checkpoint, kept_weights(summary)
+        words = f"At step {self.step}:", *messages, remedy, kept_weights(summary)
         return Stopped(" ".join(filter(None, words)))
 
 

@@ -42,7 +42,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     if not lost and (new := [flag for flag in POLICY_LOST if flag in findings]):
         lost = new[:1]
         session.flags += lost
-        session.console.warn(f"step {step}: {findings[lost[0]].text}")
+        session.warn_once(lost[0], f"step {step}: {findings[lost[0]].text}")
     for flag in ("all-truncated", "slow-reward", "slow-machine"):
         if flag in findings:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
