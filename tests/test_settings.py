@@ -7,11 +7,14 @@ import json
 import math
 import typing
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
 
 import tokenrl.lab
 from tokenrl.cli import COMMANDS, main
@@ -19,6 +22,7 @@ from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare.problems import read_arm
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import (
     Bounds,
     Count,
@@ -243,6 +247,28 @@ def test_an_estimator_is_written_in_one_way_everywhere(written, tmp_path):
         assert dict(read_arm(written, {}, Sample).estimator.__dict__) == dict(WITHOUT_STD.__dict__)
     for words in lines:
         assert parse("train", COMMANDS["train"], words).estimator == WITHOUT_STD
+
+
+@pytest.mark.parametrize(
+    "make", [lambda options: TrainArguments(**options), partial(arguments, TrainArguments)]
+)
+def test_numbers_of_numpy_and_torch_become_plain(make):
+    numbers = {"seed": np.int64(3), "learning_rate": np.float32(0.5), "max_steps": torch.tensor(4)}
+    several = {
+        "reward_weights": (np.float64(1), 2),
+        "warm_start": np.bool_(False),
+        "temperature": np.array(2),
+    }
+    values = vars(make(numbers | several))
+    plain = {"seed": 3, "learning_rate": 0.5, "max_steps": 4, "reward_weights": (1.0, 2), "warm_start": False}
+    for name, value in (plain | {"temperature": 2}).items():
+        assert values[name] == value and type(values[name]) is type(value)
+    assert json.dumps({name: values[name] for name in plain})
+    weights = arguments(TrainArguments, {"reward_weights": np.array([1.0, 0.5])}).reward_weights
+    assert weights == (1.0, 0.5) and type(weights[0]) is float
+    assert type(Estimator(beta=np.float64(0.5)).beta) is float
+    with pytest.raises(Refused, match="seed was given as -1"):
+        make({"seed": np.int64(-1)})
 
 
 def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():

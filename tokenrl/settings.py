@@ -93,12 +93,22 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that are not allowed; a text such as `module:function` becomes that function."""
+        for name in rules_of(type(self)):  # type: ignore[arg-type]
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name, value in vars(self).items():
             is_named = type(value) is str and ":" in value
             hint = field_types(type(self))[name] if is_named else None  # type: ignore[arg-type]
             if OR_FUNCTION in getattr(hint, "__metadata__", ()):
                 object.__setattr__(self, name, NamedFunction(value))
         check(self)
+
+
+def plain(value: Any) -> Any:
+    """Return a number or an array of numpy or torch as plain numbers, also inside a tuple; else the value."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    is_array = hasattr(value, "tolist") and hasattr(value, "ndim")
+    return value.tolist() if is_array else value
 
 
 class Rule(NamedTuple):
@@ -320,6 +330,8 @@ def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
 
 
 def _converted(value: Any, hint: Any) -> Any:
+    if OR_OBJECT not in getattr(hint, "__metadata__", ()):
+        value = plain(value)
     hint = _bare(hint)
     union = get_origin(hint) in (Union, UnionType)
     parts = [_bare(part) for part in get_args(hint)] if union else [hint]

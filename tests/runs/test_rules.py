@@ -57,6 +57,7 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
      {"recent_effective_samples": 0.5}),
     ("off-policy", "act", OFF | {"importance": "token"}, {}, {"importance_centre": True}),
     ("sampling-differs", "watch", {"gap": 0.04, "largest_gap": 1.0}, {}, {"gap": 1e-3}),
+    ("off-policy", "act", OFF | {"short_texts": "shorten"}, {}, {"recent_logp_difference": 0.05}),
     ("nothing-to-learn", "void", {"step_equal": 1, "step_reward": 0.5, "groups": "4 groups"}, {},
      {"step_equal": 0.95}),
     ("few-signals", "watch", {"step_equal": 0.95, "groups": "4 groups"}, {}, {"step_equal": 0.8}),

@@ -123,11 +123,9 @@ def no_entropy(facts: Facts) -> Judgement:
 
 @rule("sampling-differs", "gap largest_gap")
 def sampling_differs(facts: Facts) -> Judgement:
-    """Sampler and trainer differ by `gap` nats per token on average and by `largest_gap` at most.
-
-    Float32 gives 1e-6 and bfloat16 .01 to .1. `is_half` says that a run computes in bfloat16 by itself.
-    """
+    """Sampler and trainer differ by `gap` nats a token, in float32 by 1e-6, in bfloat16 by .01 to .1."""
     mend, void = ("Use --mixed-precision no", 0.5) if facts.get("is_half") else ("Use --dtype float32", 0.05)
+    mend = facts.get("short_texts") or mend
     text = f"Sampler and training differ by {{gap:.2g}} nats per token, {{largest_gap:.2g}} at most. {mend}."
     return above(facts["gap"], watch=0.005, void=void), text
 
@@ -137,8 +135,9 @@ def sampled_off_policy(facts: Facts) -> Judgement:
     """The sampler is another policy than the trainer's; see `language.training.mismatch` for the numbers."""
     is_off = facts["recent_logp_difference"] > APART or facts["recent_effective_samples"] < MOST
     text = "Log-probabilities of sampler and training differ by {recent_logp_difference:.2g} nats per token; "
-    text += "completions are worth {recent_effective_samples:.0%} of as many of the policy's own. Sample and "
-    text += "train in one precision, or change --estimator.importance, which is {importance}."
+    text += "completions are worth {recent_effective_samples:.0%} of as many of the policy's own. "
+    text += facts.get("short_texts") or "Sample and train in one precision"
+    text += ", or change --estimator.importance, which is {importance}."
     return "act" if is_off and not facts.get("importance_centre") else None, text
 
 

@@ -2,11 +2,24 @@
 
 import pytest
 import torch
+from families import family_policy
 from tiny_models import TEMPLATE, completions, make_model, make_policy, make_task, make_tokenizer
+from transformers import PythonBackend
 
 import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.loading import switch_dropout_off
+from tokenrl.language.policy.model import (
+    enable_gradient_checkpointing,
+    load_policy,
+    wrap,
+)
+from tokenrl.language.policy.stops import decoded
+from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.arguments import SftArguments
 
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -185,8 +198,64 @@ def test_dropout_is_off_also_where_checkpointing_needs_training_mode(model):
     ids = torch.tensor([[84, 56, 44, 39]])
     expected = policy.model(ids).logits
     enable_gradient_checkpointing(policy)
-    assert policy.model.training
+    assert any(module.training for module in policy.model.modules())
     torch.testing.assert_close(policy.model(ids, use_cache=False).logits, expected)
+
+
+def test_routers_add_no_noise_under_checkpointing_and_return_no_logits():
+    policy = family_policy("mixtral", output_router_logits=True, router_jitter_noise=0.5)
+    switch_dropout_off(policy.model)
+    assert not check_scoring(policy).remarks
+    enable_gradient_checkpointing(policy)
+    scoring = check_scoring(policy)
+    rollout = TransformersGenerator(policy).generate([[5, 6, 7]], Sampling(4, 2), torch.rand(2, 4))
+    first, second = (score(policy.model, rollout, scoring).logprobs for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.detach(), rollout.sampling_logprobs, atol=1e-4, rtol=0)
+    assert any(m.training for m in policy.model.modules())  # activations are still recomputed after sampling
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ messages[-1].content[:2] }}"])
+def test_a_prompt_whose_end_the_template_cuts_is_refused(template):
+    policy = make_policy(kind="chat")
+    policy.tokenizer.chat_template = template
+    prompt = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat sat"}]
+    with pytest.raises(Refused, match=r"chat template of 'tiny llama' cuts the last message.*'cat sat'"):
+        policy.encode(prompt)
+
+
+class Spelling(PythonBackend):
+    """A tokenizer in Python that knows letters, and fails on all ids that are none of them."""
+
+    def __init__(self, **options):
+        super().__init__(eos_token="z", **options)
+
+    vocab_size = 26
+
+    def get_vocab(self):
+        return {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+
+    def _tokenize(self, text, **_):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token)
+
+    def _convert_id_to_token(self, index):
+        return {i: letter for letter, i in self.get_vocab().items()}[index]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+@pytest.mark.parametrize("stop", [None, ("c",)])
+def test_ids_that_the_tokenizer_lacks_have_no_text(stop):
+    policy = wrap(make_model("llama"), Spelling())
+    policy.ask(PromptArguments(stop=stop))
+    ids = torch.tensor([[0, 60, 1, 80, 2]])
+    assert policy.decode(ids, ids >= 0) == ["abc" if stop is None else "ab"]
+    assert decoded(policy.tokenizer, [[60], []], skip_special_tokens=False) == ["", ""]
+    assert policy.stops is None or policy.stops.ended(ids, torch.tensor([0]), 4).tolist() == [True]
 
 
 def test_checkpointing_is_refused_where_it_is_not_supported(monkeypatch):

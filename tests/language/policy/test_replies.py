@@ -90,6 +90,18 @@ def test_tools_are_shown_by_the_template_or_refused():
         policy_with(TEMPLATE).encode(USER, [count])
 
 
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
+def test_of_named_templates_the_one_for_tools_shows_tools(names):
+    policy = policy_with(dict(zip(names, (TEMPLATE, TURNS), strict=True)))
+    assert policy.tokenizer.decode(policy.encode(USER, [count])) == "tools count<eos> u the cat<eos> a "
+    if "default" in names:
+        assert policy.encode(USER) == policy_with(TEMPLATE).encode(USER)
+        assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
+        return
+    with pytest.raises(Refused, match=r"several chat templates.*\['rag', 'tool_use'\].*set tokenizer"):
+        policy.encode(USER)
+
+
 QWEN = CALLS | {"start_anchor": "a "}
 
 

@@ -71,6 +71,7 @@ def test_all_weights_come_back(family, dtype, tmp_path):
     [
         {},
         {"modules_to_save": ["lm_head"]},
+        {"adapter_name": "mine"},
         pytest.param({"use_dora": True}, marks=pytest.mark.slow),
         pytest.param({"bias": "all"}, marks=pytest.mark.slow),
     ],
@@ -80,10 +81,13 @@ def test_an_adapter_alone_comes_back(options, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     policies = []
+    name = {key: value for key, value in options.items() if key == "adapter_name"}
+    options = {key: value for key, value in options.items() if key not in name}
     for seed in (0, 1):
         torch.manual_seed(seed)
         config = LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options))
-        policies.append(wrap(get_peft_model(make_model(dtype="bfloat16"), config), make_tokenizer()))
+        model = get_peft_model(make_model(dtype="bfloat16"), config, **name)
+        policies.append(wrap(model, make_tokenizer()))
     first, again = policies
     one_step(make_learner(first))
     places = [weight.data_ptr() for weight in again.trainable_parameters()]
@@ -94,6 +98,7 @@ def test_an_adapter_alone_comes_back(options, tmp_path):
     assert [weight.data_ptr() for weight in SavedPolicy(again).tensors()] == places
     files = {file.name for file in tmp_path.iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert all(file.is_file() for file in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,15 @@ def test_another_adapter_is_refused_and_changes_nothing(case, tmp_path):
     with pytest.raises(Refused, match=words):
         SavedPolicy(policy).read(tmp_path)
     assert equal(tensors_of(policy.model), before)
+
+
+def test_of_two_active_adapters_none_can_be_trained():
+    policy = adapted(make_policy())
+    policy.model.add_adapter("second", policy.model.peft_config["default"])
+    assert list(SavedPolicy(policy).tensors())  # the first alone is active
+    policy.model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(Refused, match=r"2 active adapters \(default, second\), and one is trained"):
+        SavedPolicy(policy)
 
 
 def test_weights_trained_beside_an_adapter_are_refused():

@@ -157,7 +157,9 @@ def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarke
     policy = make_policy()
     enable_gradient_checkpointing(policy)
     scoring = check_scoring(policy)
-    assert not scoring.share_prompt and not scoring.remarks and policy.model.training
+    assert (
+        not scoring.share_prompt and not scoring.remarks and any(m.training for m in policy.model.modules())
+    )
 
 
 def broken(*_, **__):

@@ -290,3 +290,11 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
         result = check_policy(make_policy(), mixed_precision=precision)
         assert (result.exit_code, result.flags) == (0, flags)
     assert "no-entropy" in check_policy(make_policy(), temperature=1e-3).flags
+
+
+def test_a_longrope_model_is_told_behind_how_many_tokens_its_positions_change(check_policy, capsys):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 8.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    policy = make_policy(rope_parameters=rope | factors)
+    assert check_policy(policy, max_completion_length=16).flags == ("sampling-differs",)
+    assert re.search(r"at most\. In a text of more than 12 tokens .*--max-completion", problems(capsys)[0])

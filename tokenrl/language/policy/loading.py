@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from torch import nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import TINY
@@ -177,3 +178,20 @@ def device_for(parameters: int, cpu: bool | None = None) -> torch.device:
 def gains_from(device: torch.device | None, parameters: int) -> bool:
     """Return whether a model with so many parameters may be faster on a device than on the CPU."""
     return device is None or device.type not in SLOW_WITH_SMALL or parameters >= LARGE
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set every dropout rate to zero, and leave the logits of routers out of the output.
+
+    With dropout, what is scored is not what was sampled from. Of the logits the model would make a loss.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):  # rates that the forward pass hands to functions
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+    model.eval()

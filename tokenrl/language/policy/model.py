@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
-from tokenrl.language.policy.loading import find_model, loading, quietly
+from tokenrl.language.policy.loading import find_model, loading, quietly, switch_dropout_off
 from tokenrl.language.policy.prompts import (
     Prompt,
     check_form,
@@ -31,7 +31,7 @@ from tokenrl.language.policy.prompts import (
     with_time,
 )
 from tokenrl.language.policy.saving import check_base, merged
-from tokenrl.language.policy.stops import DECODING, StopStrings
+from tokenrl.language.policy.stops import StopStrings, decoded
 from tokenrl.settings import check_choice
 
 
@@ -133,7 +133,7 @@ class Policy:
         Args:
             messages: those of the answer, of the user or of tools.
             ended: whether the sampled turn ended with an EOS.
-            chat: whether the prompt of the episode is chat messages. Text is appended as it stands.
+            chat: whether the prompt is chat messages. Text is appended as it stands.
             tools: the tools of the environment.
             before: the ids that a text follows.
 
@@ -142,8 +142,7 @@ class Policy:
         """
         if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
-            alone = {"add_special_tokens": False}
-            return following_ids(self, before, text) or list(self.tokenizer(text, **alone).input_ids)
+            return following_ids(self, before, text) or self.tokenizer.encode(text, add_special_tokens=False)
         ids = reply_ids(self, messages, tools)
         return ids[1:] if ended and ids[0] in self.eos_ids else ids
 
@@ -207,7 +206,7 @@ class Policy:
         A text is cut before the stop string that ended it.
         """
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
-        texts = list(self.tokenizer.batch_decode(rows, **DECODING))
+        texts = decoded(self.tokenizer, rows)
         return texts if self.stops is None else [self.stops.cut(text) for text in texts]
 
     def add_reference(self) -> None:
@@ -319,21 +318,6 @@ def load_policy(
     return policy
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to zero.
-
-    With dropout, sampling and scoring would each draw masks of their own, and the log-probabilities that are
-    scored would not be those of the distribution that was sampled from.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):  # rates that the forward pass hands to functions
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
-    model.eval()
-
-
 def enable_gradient_checkpointing(policy: Policy) -> None:
     """Recompute activations in the backward pass, which takes less memory and more time.
 
@@ -349,9 +333,9 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise Refused(f"gradient_checkpointing fails ({describe(error)}): leave it off.") from error
-    # Under LoRA the embedding is frozen, so without this no input of a block would require a gradient.
-    model.enable_input_require_grads()
-    model.train()  # transformers checkpoints only in training mode; every dropout rate is zero
+    model.enable_input_require_grads()  # under LoRA the embedding is frozen, and no block would get one
+    for module in model.modules():  # transformers checkpoints only in training mode, where routers add noise
+        module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def add_lora(

@@ -16,6 +16,7 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.stops import decoded
 from tokenrl.settings import arguments, lay
 
 Prompt = str | list[dict[str, Any]]
@@ -133,7 +134,7 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     if not (form.chat or variables or form.system_prompt):
         return
     _check_template(tokenizer, name)
-    read = set(re.findall(r"\w+", str(tokenizer.get_chat_template()))).difference(OURS)
+    read = set(re.findall(r"\w+", str(tokenizer.chat_template))).difference(OURS)  # of all named templates
     if unread := [variable for variable in variables if variable not in read]:
         reason = f"which the chat template of {name!r} never reads, or which each prompt sets itself"
         raise Refused(f"chat_template_kwargs sets {unread[0]!r}, {reason}: leave it out.")
@@ -182,12 +183,17 @@ def render(
     from jinja2 import TemplateError
 
     _check_template(tokenizer, name)
-    if tools and not re.search(r"\btools\b", str(tokenizer.get_chat_template())):
+    shown = list(tools) or None
+    try:
+        template = str(tokenizer.get_chat_template(tools=shown))
+    except ValueError as error:  # it has several, and none is named default
+        problem = f"The tokenizer of {name!r} has several chat templates ({describe(error)})"
+        raise Refused(f"{problem}: set tokenizer.chat_template to one of them.") from error
+    if tools and not re.search(r"\btools\b", template):
         problem = f"The chat template of {name!r} never reads tools, so the policy would not see them"
         raise Refused(f"{problem}: take a model whose template does, or an environment without tools.")
-    fixed: dict[str, Any] = {"tokenize": False, "return_dict": False, "tools": list(tools) or None}
+    fixed: dict[str, Any] = {"tokenize": False, "return_dict": False, "tools": shown}
     if form.chat_time:
-        template = tokenizer.get_chat_template(tools=list(tools) or None)
         fixed |= {"chat_template": CLOCK + template, "time_parts": time_parts(form.chat_time)}
     try:
         return tokenizer.apply_chat_template(messages, **(fixed | options | _variables(form)))
@@ -195,6 +201,14 @@ def render(
         roles = ", ".join(str(message.get("role")) for message in messages)
         fault = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
         raise Refused(f"{fault}. Give prompts as the template takes them, the system's words too.") from error
+    except ValueError as error:
+        if not options.get("continue_final_message"):
+            raise
+        fault = f"The chat template of {name!r} cuts the last message of a prompt, which the policy continues"
+        end = messages[-1]["content"][-60:]
+        raise Refused(
+            f"{fault}: {end!r}. End the prompt otherwise, or with a message of the user."
+        ) from error
 
 
 def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
@@ -253,7 +267,9 @@ def following_ids(policy: Any, before: Sequence[int], text: str, prompt: Prompt 
         The ids; None if there are none that read so, though the tokenizer can write such a text.
     """
     tokenizer, tail = policy.tokenizer, [*before[-TAIL:]]
-    read = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
+    def read(ids: list[int]) -> str:
+        return decoded(tokenizer, [ids], skip_special_tokens=False)[0]
 
     def ids_of(words: str) -> list[int]:
         return list(tokenizer(words, add_special_tokens=False).input_ids)

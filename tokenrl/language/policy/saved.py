@@ -64,6 +64,9 @@ class SavedPolicy:
         model = self.policy.model
         if not has_adapter(model):
             return
+        if len(names := model.active_adapters) != 1:
+            problem = f"The model has {len(names)} active adapters ({', '.join(names)})"
+            raise Refused(f"{problem}, and one is trained: choose it by model.set_adapter.")
         held = {weight.data_ptr() for weight in adapter_weights(model).values()}
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if outside := [name for name, p in trained if p.data_ptr() not in held]:

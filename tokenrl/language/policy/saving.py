@@ -133,12 +133,18 @@ def adapter_weights(model: Any) -> dict[str, Tensor]:
     """Return an adapter's weights; frozen embeddings belong to the base, of which peft would ask the hub."""
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    name = model.active_adapter
+    return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
 def write_adapter(policy: Any, folder: Path, base: Mapping[str, Any]) -> None:
     """Write the adapter alone, with its tokenizer and what `base_of` says of the base it belongs to."""
-    policy.model.save_pretrained(folder, save_embedding_layers=False)
+    name = policy.model.active_adapter
+    policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[name])
+    if name != "default":  # peft writes such an adapter into a folder of its name
+        for file in (folder / name).iterdir():
+            file.replace(folder / file.name)
+        (folder / name).rmdir()
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
     policy.tokenizer.save_pretrained(folder)
     write_json(folder / BASE, base)
@@ -152,7 +158,7 @@ def _read_adapter(model: Any, folder: Path) -> None:
     if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
         raise ValueError("the names or the shapes of its adapter's weights differ")
     check_base(model, folder)
-    set_peft_model_state_dict(model, saved)
+    set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
 
 
 def check_base(model: Any, folder: Path) -> None:

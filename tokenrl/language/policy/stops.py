@@ -104,4 +104,20 @@ class StopStrings:
         return self.cut(text) != text
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return list(self._tokenizer.batch_decode(rows, **DECODING))
+        return decoded(self._tokenizer, rows)
+
+
+def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], **changes: Any) -> list[str]:
+    """Return the texts of rows of ids; ids of the model that are none of the tokenizer's have no text.
+
+    Args:
+        tokenizer: the tokenizer.
+        rows: N rows of ids.
+        **changes: arguments of `batch_decode` that differ from `DECODING`.
+    """
+    try:
+        return list(tokenizer.batch_decode(rows, **DECODING | changes))
+    except Exception:  # tokenizers written in Python fail on such ids, each in a way of its own
+        held = set(tokenizer.get_vocab().values())
+        rows = [[i for i in row if i in held] for row in rows]
+        return list(tokenizer.batch_decode(rows, **DECODING | changes))

@@ -350,7 +350,7 @@ def assistant_message(
     if not tools:
         return message
     template = getattr(tokenizer, "response_template", None)
-    if template is None and "<tool_call>" not in str(tokenizer.get_chat_template()):
+    if template is None and "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
         problem = "The tokenizer has no response_template, which says how the model writes tool calls"
         raise Refused(f"{problem}: set it, or take a model that has one.")
     try:

@@ -105,7 +105,7 @@ class TransformersGenerator:
         if draws is not None:
             draws = on_device(draws, self.policy.device)
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
-        recomputes = model.training  # only under activation checkpointing, which would keep no cache
+        training = [m for m in model.modules() if m.training]  # those that recompute, which keep no cache
         try:
             model.eval()
             for start in range(0, len(prompt_ids), groups):
@@ -113,7 +113,8 @@ class TransformersGenerator:
                 numbers = None if draws is None else draws[start * size : end * size]
                 parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, start))
         finally:
-            model.train(recomputes)
+            for module in training:
+                module.training = True
         return parts[0] if len(parts) == 1 else cat(parts)
 
     def sync(self, policy: Policy) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tokenrl.core.returns import at_last_action
 from tokenrl.errors import locations_of
-from tokenrl.language.policy.stops import DECODING
+from tokenrl.language.policy.stops import decoded
 from tokenrl.language.rewards.environments import ENDINGS, Environments
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
@@ -62,7 +62,7 @@ def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
     if rollout.turns is None:
         return policy.decode(rollout.completion_ids, rollout.mask)
     rows = zip(rollout.completion_ids.tolist(), lengths(rollout.mask).tolist(), strict=True)
-    return list(policy.tokenizer.batch_decode([ids[:length] for ids, length in rows], **DECODING))
+    return decoded(policy.tokenizer, [ids[:length] for ids, length in rows])
 
 
 def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
@@ -70,7 +70,7 @@ def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
     if rollout.turns is None:
         return [row["prompt"] for row in rollout.data]
     rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
-    return [policy.tokenizer.decode(ids[mask], clean_up_tokenization_spaces=False) for ids, mask in rows]
+    return decoded(policy.tokenizer, [ids[mask].tolist() for ids, mask in rows], skip_special_tokens=False)
 
 
 def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any) -> Rollout:

@@ -131,9 +131,23 @@ def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dic
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
         "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or ours),
         "uncut": uncut,
+        "short_texts": _advice_on_positions(run.learner.policy.model.config),
         **numbers,
     }
     return facts(rows, args, *parts, **numbers)
+
+
+def _advice_on_positions(config: Any) -> str:
+    """Return what a longrope model needs, whose positions change in long texts; empty for other models."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one for each type of layer
+    limits = [
+        rope["original_max_position_embeddings"] for rope in each if rope.get("rope_type") == "longrope"
+    ]
+    if not limits:
+        return ""
+    text = f"In a text of more than {min(limits):,} tokens this model changes the positions of all (longrope)"
+    return f"{text}, also of those sampled before: keep the prompt with --max-completion-length below that"
 
 
 def steps_without_signal(run: TrainingRun, session: Session) -> int:
