@@ -216,6 +216,9 @@ def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp
     assert summary_of(tmp_path)["exit_reason"] == "finished"
     with pytest.raises(Refused, match="overwrite"):  # the directory is unlocked, and holds the run
         live(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tokenrl", "train"])  # a command has nothing left to end
+    assert live(tmp_path / "typed").exit_code == 0
+    assert summary_of(tmp_path / "typed")["exit_reason"] == "finished"
 
 
 def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):

@@ -36,7 +36,7 @@ from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
-from tokenrl.runs.origin import Origin, versions
+from tokenrl.runs.origin import Origin, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
@@ -155,8 +155,8 @@ class Session:
                 if stopped is not None:
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
-        if error is None and self._exit_code == 0:  # a signal after the outcome is not lost
-            self.stop.pass_on()
+        if error is None and self._exit_code == 0 and not typed_command():
+            self.stop.pass_on()  # a signal after the outcome is not lost; a command ends anyway
 
     def keep(self, model: Model, provenance: Provenance, **parts: Resumable) -> None:
         """Register what checkpoints hold, and refuse what could not be read again (see `Saver.check`)."""

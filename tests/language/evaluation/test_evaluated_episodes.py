@@ -99,8 +99,9 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch)
     assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
     assert abs(metrics["kl"]) < 1e-4
     assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("episode\nprompt") == 2 and "prompt     7<" in out and "\nending     " in out
+    out, said = capsys.readouterr()
+    assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
+    assert said.count("Talk begins its episodes itself, so they are played without that prompt") == 1
     assert out.count("\nuser       <b>") >= 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
     assert main(["sample", "--model", str(run), "--num-generations", "0"]) == 0
@@ -126,6 +127,10 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     shown = out[out.index("The first episode, of reward ") :]
     assert "\nprompt     <" in shown and "\nassistant  " in shown and "\nending     " in shown
     assert "few" not in error and "cannot be asked" not in error
+    longer = ["--max-completion-length", "3", "--stop", *STOP[:4], "--max-turns", "1"]
+    assert main([*command, f"{run.parent}/talk.py:Talk", *longer]) == 2
+    cut = r"\d\d% of the completions are cut off at 3 tokens. Raise --max-completion-length"
+    assert re.search(cut, " ".join(capsys.readouterr().err.split()))
     assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
     said = (
         r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"

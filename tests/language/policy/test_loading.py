@@ -127,6 +127,9 @@ def test_a_directory_of_something_else_says_what_it_is(sources, tmp_path, capsys
     assert main(["sample", "--model", str(unfinished), "--prompt", "a"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "has not saved its model yet" in said and "sentencepiece" not in said
+    (unfinished / "summary.json").write_text('{"exit_reason": "failed", "error": "The reward is nan."}')
+    with pytest.raises(Refused, match=r"failed and has no model .The reward is nan.*step_000002"):
+        load_policy(unfinished)
 
 
 # ---- programs in the place of models ----

@@ -80,7 +80,7 @@ class Sampler:
             Refused: the prompt cannot be completed.
             Stopped: a reward function failed on a prompt of the task.
         """
-        args, policy = self._args, self.policy
+        args, policy, text = self._args, self.policy, self.asked(text)
         if fault := fault_of_prompt(text):
             raise Refused(f"It cannot be completed, since {fault}.")
         like = next((row["prompt"] for row in self.rows.values()), [] if policy.form.chat else "")
@@ -103,6 +103,14 @@ class Sampler:
             columns = rollout.messages, rollout.endings, rollout.failures
             texts = list(map(transcript, prompts_of(policy, rollout), *columns))
         return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
+
+    def asked(self, text: str) -> str:
+        """Return a text as a prompt: the empty one where an environment begins all its episodes itself."""
+        if text and self.environments is not None and {*self.rows} == {""}:
+            name = self.environments.__name__
+            self._say("prompt", f"{name} begins its episodes itself, so they are played without that prompt.")
+            return ""
+        return text
 
     def target(self, text: str) -> str:
         """Return what the row of a prompt of the task holds beside it, such as the answer."""
@@ -185,6 +193,7 @@ def print_samples(args: SampleArguments) -> int:
     example = visible(next(iter(sampler.rows), ""), 200)
     kind = "completion " if sampler.environments is None else "episode\n"
     for prompt in args.prompt or _lines(f", such as {example}" if example else "", "" in sampler.rows):
+        prompt = sampler.asked(prompt)
         try:
             completions = sampler(prompt)
             target = f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""

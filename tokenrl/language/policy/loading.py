@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -92,6 +92,9 @@ def _check_contents(folder: Path, named: Path) -> None:
     elif _kind(folder) is not None:
         latest = max((folder / "checkpoints").glob("step_*"), default="none yet")
         fault = f"is a run that has not saved its model yet. Its latest checkpoint: {latest}"
+        with suppress(OSError, ValueError, KeyError):
+            error = json.loads((folder / "summary.json").read_bytes())["error"]
+            fault = f"is a run that failed and has no model ({error}). Its latest checkpoint: {latest}"
     elif (folder / "plan.json").exists():
         fault = "is the directory of a comparison; give that of one of its runs"
     elif not ((folder / "config.json").exists() or (folder / "adapter_config.json").exists()):

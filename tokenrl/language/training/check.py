@@ -292,6 +292,9 @@ def _trial_facts(run: TrainingRun, records: Sequence[Record], before: Mapping[st
         "who": "The greedy completions of held-out prompts",
         "before_greedy": before.get("reward_greedy") if equal < 1 else None,
     }
+    if run.rewards.environments is not None:  # a turn that was cut off is never acted on
+        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
+        numbers["recent_cut"] = cut if cut < 1 else None  # the rule all-truncated says that
     if not any(math.isfinite(record.metrics["grad_norm"]) for record in records):
         numbers["step_grad_norm"] = math.inf
     if not (policy.eos_ids or policy.stops):  # then all are cut

@@ -177,7 +177,14 @@ def _warnings(run: TrainingRun, max_steps: int | None) -> list[str]:
     rows, episodic = run.task.train_prompts, run.rewards.environments is not None
     special = special_texts(run.learner.policy.tokenizer, rows)
     few = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
-    return [*few, *special, *remarks(rows), *without_effect(run.args, max_steps)]
+    size = len(run.task.eval_prompts)
+    most = run.args.eval_size or 0
+    some = "half of the prompts" if getattr(run.task, "divided", False) else "all that there are"
+    fewer = f"eval_size was given as {most:,}, but {size:,} prompts are held out, at most {some}."
+    warnings = [*few, *special, *remarks(rows)]
+    if size < most:
+        warnings.append(fewer)
+    return [*warnings, *without_effect(run.args, max_steps)]
 
 
 def _begin(run: TrainingRun, session: Session) -> None:
