@@ -92,6 +92,25 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def distinct(completions, **_):
+    return [len(set(text)) / 4 for text in completions]
+
+
+@pytest.mark.parametrize(("options", "falls"), [({}, False), ({"learning_rate": 30.0}, True)])
+def test_a_check_says_whether_its_steps_lower_the_held_out_reward(check, options, falls, capsys):
+    model, tokenizer = letters()
+    before = weights(model)
+    result = check(
+        distinct, model=(model, tokenizer), max_steps=60, eval_generations=4, quiet=False, **options
+    )
+    assert torch.equal(weights(model), before) and ("reward-falls" in result.flags) == falls
+    captured = capsys.readouterr()
+    numbers = re.search(r"held out +reward (\S+), (\S+) after the trial steps", captured.out)
+    assert (float(numbers[2]) < float(numbers[1]) - 0.1) == falls
+    said = " ".join((captured.out + captured.err).split())
+    assert ("try --learning-rate 0.0001, which is usual here" in said) == falls
+
+
 @pytest.mark.parametrize("estimator", ["ppo", "dapo", "reinforce_running_mean"])
 def test_a_check_changes_no_weight(check, estimator, monkeypatch):
     model, tokenizer = letters()
@@ -133,11 +152,11 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
         "prompt of row 13 has 10 tokens, with its completion 18, more than the model's context of 16: give",
         "answers-too-long": "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
         "nothing-to-learn": "In none of 16 groups of 8 completions do the rewards differ; their mean is 0.",
-        "unusual-rate": "The learning rate 0.1 is 100 times the 0.001 that is usual for this model.",
+        "unusual-rate": "The learning rate 0.1 is 1e+03 times the 0.0001 that is usual for this model.",
     }
     assert result.flags == tuple(said)
     assert all(words in line for line, words in zip(found, said.values(), strict=True))
-    assert "--learning-rate 0.001" in found[3]
+    assert "--learning-rate 0.0001" in found[3]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +181,7 @@ def test_small_steps_are_repeated_until_there_is_a_signal(check):
 
     small = {"prompts_per_step": 1, "num_generations": 2, "eval_generations": 0}
     assert check(late, **small).exit_code == 0
-    assert calls.count(2) == 6  # steps 1 to 5, and the evaluation of two prompts
+    assert calls.count(2) == 7  # steps 1 to 5, and two evaluations of two prompts
     assert check(nothing, **small).flags == ("nothing-to-learn",)
 
 
@@ -180,10 +199,10 @@ def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
     fields = {"eval_prompts": [{"prompt": f"{x}{prompt}"} for x in "abcd" for prompt in LETTERS][:55]}
     options = {"max_steps": max_steps, "fields": fields, "eval_generations": 2, "eval_every": every}
     assert check(counted, quiet=False, **options).exit_code == 0
-    assert calls == [128] * steps + [held_out, 2 * held_out]
+    assert calls == [128] * steps + 2 * [held_out, 2 * held_out]
     shown = " ".join(capsys.readouterr().out.split())
     assert f"making {steps - 1} more and evaluating" in shown or steps == 1
-    time = r"as before the first step; that takes about 0:\d\d"
+    time = r"with these steps and without; that takes about 0:\d\d"
     assert re.search(rf"evaluating {held_out} of 55 held-out prompts, {time}", shown)
     assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in shown
 

@@ -39,9 +39,12 @@ def own(digits):
 
 def test_the_rate_falls_with_size_through_the_known_points():
     known = ((50_000, 1e-3), (134_515_008, 1e-5), (10**9, 1e-6))
-    assert [default_rate(size) for size, _ in known] == [rate for _, rate in known]
-    assert default_rate(100) == 1e-3 and default_rate(7 * 10**9) == 1e-6  # constant beyond the points
-    rates = [default_rate(10**power) for power in range(4, 11)]
+    assert [default_rate(size, trained=False) for size, _ in known] == [rate for _, rate in known]
+    assert (
+        default_rate(100, trained=False) == 1e-3 and default_rate(7 * 10**9) == 1e-6
+    )  # constant beyond them
+    assert [default_rate(10**power) for power in (3, 6, 7, 9)] == [1e-4, 1e-4, 5e-5, 1e-6]
+    rates = [default_rate(10**power, trained=False) for power in range(4, 11)]
     assert rates == sorted(rates, reverse=True)
     for size, lora, supervised, expected in (
         (134_515_008, True, False, 1e-4),
@@ -63,7 +66,7 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     other = make_policy()
     found = training_defaults(TrainArguments(model="x", lora_r=2), digits, other)
     expected = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8, "eval_every": 6}
-    assert vars(found.values).items() >= {**expected, "lr_scheduler_type": "constant"}.items()
+    assert vars(found.values).items() >= {**expected, "lr_scheduler_type": "linear"}.items()
     assert found.values.learning_rate == default_rate(parameter_count(other), lora=True)
     assert found.origins["learning_rate"] == "21.7 k parameters, LoRA"
     assert found.origins["max_steps"] == OTHER
@@ -140,11 +143,11 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     result = train(task=toy, model=str(saved()), **given)
     said = capsys.readouterr().out
     assert "1 steps (given) x 8 prompts x 8 completions (default for other models)" in said
-    assert "0.001 (21.7 k parameters), constant (default)" in said
+    assert "0.0001 (21.7 k parameters), linear (default)" in said
     longest = len(make_tokenizer()("the cat sat on the mat").input_ids) + 1
     assert f"up to {longest + 4} tokens (the longest demonstration has {longest} with EOS)" in said
     config = json.loads((result.output_dir / "config.json").read_text())
-    assert (config["learning_rate"], config["max_completion_length"]) == (1e-3, longest + 4)
+    assert (config["learning_rate"], config["max_completion_length"]) == (1e-4, longest + 4)
     again = configured(TrainArguments, result.output_dir, "train")
     repeated = training_defaults(again, toy, make_policy())
     assert set(repeated.origins.values()) == {"given"}
@@ -156,7 +159,7 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
     how = {"model": make_policy(), "task": make_task(), "learning_rate": 5.0, "check": True, "cpu": True}
     result = train(**how, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
     said = " ".join(capsys.readouterr().out.split())
-    assert "5 (given), constant (default), sgd" in said and "unusual-rate" not in result.flags
+    assert "5 (given), linear (default), sgd" in said and "unusual-rate" not in result.flags
 
 
 def test_the_header_says_that_prompts_were_held_out_of_those_to_train_on():

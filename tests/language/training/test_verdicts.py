@@ -89,7 +89,9 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trai
     assert step <= 5 and after == pytest.approx(sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3)
     assert shown.count("The policy is destroyed") == 1 and "more generations" not in shown + message
     assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
-    assert "The learning rate, 0.3, is the likely cause: try --learning-rate 0.001, which is usual" in message
+    assert (
+        "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001, which is usual" in message
+    )
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
     assert f"The last complete checkpoint is {last}; --resume auto" in message
     verify(last)
@@ -166,7 +168,7 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
         ({"demonstrations": DEMONSTRATIONS}, "add --warm-start"),
         ({"max_completion_length": 1}, "cut at 1 tokens, before an end: raise --max-completion-length"),
     ):
-        result = train(tmp_path / "run", nothing, fields, check=True)
+        result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
         shown = said(capsys)
         assert result.flags == ("nothing-to-learn",) and remedy in shown

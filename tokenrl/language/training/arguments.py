@@ -51,7 +51,7 @@ class OptimiserArguments(Settings, group="optimiser"):
     nothing. sgd, without momentum, subtracts learning_rate x gradient; it needs a learning_rate, and shows
     factors if max_grad_norm is 0. A critic always learns with AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = OPEN
-    """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: constant."""
+    """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: linear."""
     warmup_steps: Natural = 0
     """Steps over which the learning rate rises from 0 to its peak."""
     weight_decay: NonNegative = 0.0
@@ -186,8 +186,9 @@ class TrainArguments(
     for its own model; else a quarter more than the longest demonstration has; without demonstrations 256. The
     default is at most what the longest prompt leaves of the model's context."""
     learning_rate: Positive = OPEN
-    """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M parameters, 1e-5 for 135 M, and
-    1e-6 from 1 B on; ten times that with LoRA, at most 1e-3. None with --optimizer sgd."""
+    """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M random parameters (at most 1e-4
+    for weights that have learnt before), 1e-5 for 135 M, and 1e-6 from 1 B on; ten times that with LoRA, at
+    most 1e-3. None with --optimizer sgd."""
     seed: Seed = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
     max_samples: Count | None = None
@@ -198,9 +199,9 @@ class TrainArguments(
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Try everything out without a change of the weights, in a twentieth of the run or so: print completions
-    with rewards, all problems with how to mend them, and what the run will take, and stop. Exit code 0:
-    passed (there may be remarks); 2: there is a problem."""
+    """Try everything out in a twentieth of the run or so, whose steps are taken back: print completions with
+    rewards, whether the steps lower the held-out reward, all problems with how to mend them, and what the run
+    will take, and stop. Exit code 0: passed (there may be remarks); 2: there is a problem."""
     cpu: bool | None = None
     """Use the CPU even if there is a GPU. Default: the GPU if there is one; but on a Mac the CPU for models
     below 10 M parameters, which its GPU does not make faster (--no-cpu: its GPU for those too)."""

@@ -1,8 +1,8 @@
-"""Checks a run before its first update (`--check`), without a change of its weights.
+"""Checks a run before its first update (`--check`), and leaves its weights as they are.
 
-A check looks at texts and settings, makes training steps that change nothing, evaluates the policy, compares
-the log-probabilities of sampling and scoring, and prints every problem that it finds. It shows a prompt as
-the model reads it, and completions with their rewards.
+A check looks at texts and settings, makes a few training steps and takes them back, evaluates the policy with
+and without these steps, compares the log-probabilities of sampling and scoring, and prints every problem that
+it finds. It shows a prompt as the model reads it, and completions with their rewards.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import failures_of, logprobs_under, prompt_text, sample
 from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
-from tokenrl.language.training.evaluation import transcript
+from tokenrl.language.training.evaluation import over_prompts, transcript
+from tokenrl.language.training.learner import Learner, make_optimizer
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
 from tokenrl.runs.console import duration, harmless, number, visible
-from tokenrl.runs.findings import Finding, conclude, share_equal
+from tokenrl.runs.findings import Finding, Weight, conclude, lower_rate, share_equal
 from tokenrl.runs.metrics import peak_memory
-from tokenrl.runs.rules import judge
+from tokenrl.runs.rules import SURE, judge
 from tokenrl.runs.session import Session
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     The work is bounded by the length of the run (see `_extent`), and does not depend on the machine's speed.
 
     Args:
-        run: the run. Its weights stay as they are, bit for bit.
+        run: the run. Its weights are as they were at the end, bit for bit.
         session: the session, which has been opened.
         evaluate: evaluates the policy of a run on its held-out prompts, as before the first step.
 
@@ -81,24 +82,33 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     least, most, held_out_size = _extent(run)
     trial, gap = _trial_steps(run, train, (least, most), findings), dict[str, float]()
     prompts = f"{held_out_size:,} of {len(run.task.eval_prompts):,} held-out prompts"
-    activity = f"evaluating {prompts}, as before the first step"
-    if train:
-        with session.console.status("making a first training step, which changes no weight"):
-            records += islice(trial, 1)
-    if records:
-        collect, update = (records[0].timings[part] for part in ("collect", "update"))
-        evaluation = collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
-        rest = duration(max(1.0, (least - 1) * (collect + update) + evaluation))
-        further = f"making {least - 1} more and " * (least > 1)
-        activity = f"{further}{activity}; that takes about {rest}"
+    smaller = replace(run, task=smaller_evaluation(run.task, held_out_size), means=[])
+
+    def evaluated() -> Mapping[str, float]:
+        has_failed = any(finding.flag == "evaluation-failed" for finding in findings)
+        if has_failed or len(held_out) < len(run.task.eval_prompts):
+            return {}
+        return _attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {}
+
+    with _weights_restored(run.learner):
+        if train:
+            with session.console.status("making a first training step, which is taken back"):
+                records += islice(trial, 1)
+        if records:
+            collect, update = (records[0].timings[part] for part in ("collect", "update"))
+            evaluation = collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
+            rest = duration(max(1.0, (least - 1) * (collect + update) + 2 * evaluation))
+            further = f"making {least - 1} more and " * (least > 1)
+            activity = f"{further}evaluating {prompts}, with these steps and without"
+            with session.console.status(f"{activity}; that takes about {rest}"):
+                records += trial
+                if not run.warm_seconds:  # else the steps were made for their time alone
+                    evaluated()
     if records or not train:
-        with session.console.status(activity):
-            records += trial if records else []
-            if len(held_out) == len(run.task.eval_prompts):
-                smaller = replace(run, task=smaller_evaluation(run.task, held_out_size))
-                session.evaluated(_attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {})
-                run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
-                run.failures = smaller.failures
+        with session.console.status(f"evaluating {prompts}, as before the first step"):
+            session.evaluated(evaluated())
+            run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
+            run.failures = smaller.failures
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
     if failed := failures_of([*run.failures, *(text for record in records for text in record.failures)]):
@@ -109,7 +119,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
     unasked = {flag for flag, name in open_settings if getattr(session.args, name) is None}
     findings += [each for each in judge(observed) if each.weight != "watch" or each.flag not in unasked]
-    lines = _lines(run, observed, records) | lines
+    lines = _lines(run, observed, records) | _judge_steps(smaller, observed, findings) | lines
     if records:
         lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
         lines["time"] = run.forecast_duration(records[-1].timings["collect"] + records[-1].timings["update"])
@@ -129,6 +139,38 @@ def _extent(run: TrainingRun) -> tuple[int, int, int]:
     prompts = min(held_out, max(run.num_evaluations * held_out // SHARE, LEAST_PROMPTS))
     # The first two steps are slower than later ones.
     return min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts)
+
+
+@contextlib.contextmanager
+def _weights_restored(learner: Learner) -> Iterator[None]:
+    """Let a block train the policy, and give it the weights back that it had before."""
+    parameters = learner.policy.trainable_parameters()
+    copies = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, copy_before in zip(parameters, copies, strict=True):
+                parameter.copy_(copy_before)
+        learner.sync()
+
+
+def _judge_steps(run: TrainingRun, observed: Mapping[str, Any], findings: list[Finding]) -> dict[str, str]:
+    """Compare the held-out rewards after and before the trial steps, and add a finding if they have fallen.
+
+    Returns:
+        A line of the table, if both were evaluated.
+    """
+    if len(run.means) < 2:
+        return {}
+    after, before = map(fmean, run.means)
+    gain, error = over_prompts([now - then for now, then in zip(*run.means, strict=True)])
+    if -gain > 2 * error:
+        text = f"The trial steps lower the held-out reward from {before:.3g} to {after:.3g}. "
+        advice, changes = lower_rate(observed)
+        weight: Weight = "void" if -gain > SURE * error else "watch"
+        findings.append(Finding("reward-falls", weight, text + advice, changes))
+    return {"held out": f"reward {before:.3g}, {after:.3g} after the trial steps"}
 
 
 def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
@@ -228,16 +270,16 @@ def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
 def _trial_steps(
     run: TrainingRun, rows: Rows, extent: tuple[int, int], findings: list[Finding]
 ) -> Iterator[Record]:
-    """Make training steps that change nothing: the least, and more without a signal, up to the most."""
+    """Make training steps at the full learning rate: the least, and more without a signal, up to the most."""
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
     rewards = Rewards([_ranks], environments=run.rewards.environments) if run.warm_seconds else run.rewards
     stream = PromptStream(rows, args.seed)
-    still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
+    optimizer = make_optimizer(args, learner.policy)
 
     def step() -> Record:
         critic, memory = copy.deepcopy((learner.critic, run.memory))
-        trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
+        trial = replace(learner, optimizer=optimizer, critic=critic, diagnostics=GradientDiagnostics(0))
         return training_step(trial, rewards, memory, len(records) + 1, stream.draw_prompts)
 
     least, most = extent

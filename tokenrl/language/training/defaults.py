@@ -1,7 +1,8 @@
 """Lays the settings of a user over those that a task recommends and over the defaults, by model and LoRA.
 
-What a toy task recommends holds for its own tiny model. Any other model gets its learning rate from its size,
-and its completion length from the task's demonstrations as its own tokenizer writes them.
+What a toy task recommends holds for its own tiny model. Any other model gets its learning rate from its size
+and from whether it has learnt anything yet, and its completion length from the task's demonstrations as its
+own tokenizer writes them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Placed, Refused, with_places
+from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
@@ -27,7 +29,7 @@ ANY = {
     "max_steps": 200,
     "prompts_per_step": 16,
     "num_generations": 8,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "linear",
 }
 TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
 """A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
@@ -37,24 +39,33 @@ RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
 """Parameters and learning rate: the toy tasks' tiny models; GPT-2 and its like (Ziegler et al. 2019 took
 1.4e-5 for 124 M); TRL's default, which is made for 1e9 and more (GRPO, DAPO and others take the same)."""
 LEAST_SUPERVISED, LARGEST_RATE = 2e-5, 1e-3
+LARGEST_TRAINED = 1e-4
+"""Largest rate for rewards, without an adapter, of weights that have learnt before: higher ones make a tiny
+model forget more than it learns (recipes/pages/one_learning_rate.md has the runs)."""
 
 
-def default_rate(parameters: int, *, lora: bool = False, supervised: bool = False) -> float:
+def default_rate(
+    parameters: int, *, lora: bool = False, supervised: bool = False, trained: bool = True
+) -> float:
     """Return the peak learning rate for a model of this size, to one significant figure.
 
     It lies on the power laws between the points of `RATES`, and is constant beyond the first and the last.
-    Supervised training takes ten times that, at least 2e-5 (TRL's default). An adapter takes ten times the
+    Rewards teach weights that have learnt before at 1e-4 at most, as they have something to lose. Supervised
+    training takes ten times that, at least 2e-5 (TRL's default). An adapter takes ten times the
     rate of full weights (Schulman et al. 2025, "LoRA Without Regret"). No rate is above 1e-3.
 
     Args:
         parameters: number of the model's parameters, without an adapter.
         lora: whether only a LoRA adapter is trained.
         supervised: whether demonstrations are learnt from, not rewards.
+        trained: whether the weights have learnt before, from texts, demonstrations or rewards.
     """
     sizes, rates = np.log(np.array(RATES)).T
     rate = math.exp(np.interp(math.log(max(1, parameters)), sizes, rates))
     if supervised:
         rate = max(10 * rate, LEAST_SUPERVISED)
+    elif trained:
+        rate = min(rate, LARGEST_TRAINED)
     return min(LARGEST_RATE, float(f"{10 * rate if lora else rate:.0e}"))
 
 
@@ -241,8 +252,11 @@ def _below(
     """
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
     unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
-    size = f"{count / unit:.3g} {letter} parameters{', LoRA' * bool(choices.lora_r)}"
-    rate = default_rate(count, lora=bool(choices.lora_r), supervised=supervised)
+    is_random = policy is not None and policy.source == TINY and not getattr(choices, "warm_start", False)
+    size = f"{count / unit:.3g} {letter} {'random ' if is_random else ''}parameters"
+    if choices.lora_r:
+        size += ", LoRA"
+    rate = default_rate(count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random)
     top = ("recommended by the task", recommended)
     if hasattr(task, "build") and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)

@@ -252,6 +252,15 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
             )
 
 
+def make_optimizer(args: Any, policy: Policy) -> torch.optim.Optimizer:
+    """Make the optimiser of a run, at its full learning rate, for the policy's trainable parameters."""
+    make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
+    fused = (args.optimizer == "adamw" and policy.device.type in ("cpu", "cuda")) or None
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
+    optimizer: torch.optim.Optimizer = make(policy.trainable_parameters(), **options)
+    return optimizer
+
+
 def make_learner(
     args: Any,
     policy: Policy,
@@ -280,10 +289,7 @@ def make_learner(
             policy.reference.to(device)
     forward, computing = choose_forward(args, policy, accelerator)
     args = TrainArguments(**vars(args) | computing)
-    make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
-    fused = (args.optimizer == "adamw" and device.type in ("cpu", "cuda")) or None
-    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
-    optimizer = make(policy.trainable_parameters(), **options)
+    optimizer = make_optimizer(args, policy)
     learner = Learner(
         policy=policy,
         forward=forward,
