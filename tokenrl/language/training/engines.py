@@ -1,22 +1,18 @@
-"""Holds an engine to what it was asked for, and measures how far its sampler is from the trainer.
+"""Holds an engine to what it was asked for.
 
 An engine is a `Generator` of another package or of a user. A run learns from what it returns, so each rollout
-is checked before anything reads it, and the first ones are compared with the trainer. A generator with
-weights or arithmetic of its own (another engine, another precision) samples from a policy that is not quite
-the one that is trained, and so does one that leaves tokens out without saying so: each step measures by how
-much. The default generator samples from the trainer's own model, and its rollouts are taken as they are.
+is checked before anything reads it, and the first ones are compared with the trainer. The default generator
+samples from the trainer's own model, and its rollouts are taken as they are.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from tokenrl.core.rows import completion_mask
@@ -24,7 +20,7 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, des
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host
+from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, score_in_parts
 from tokenrl.settings import shown
@@ -295,65 +291,3 @@ def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
 def _mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
     """Return the mean size of the difference of two numbers of each token, over the actions."""
     return float((a - b)[mask].abs().double().mean())
-
-
-class Scored(NamedTuple):
-    """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
-
-    mask: Tensor
-    """True on actions, on the CPU [n, T]."""
-    sampling_logprobs: Tensor
-    """Those of the sampler, on the CPU."""
-    logprobs: Tensor
-    """Those of the policy that is trained, on its device."""
-
-
-def differences(mask: Tensor, sampling_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-    """Return of each row how far sampler and trainer are apart [n, 4].
-
-    Args:
-        mask: True on actions [n, T].
-        sampling_logprobs: log-probabilities of the sampler [n, T].
-        logprobs: log-probabilities under the policy that is trained [n, T].
-
-    Returns:
-        The sum over tokens of the log ratio `log pi - log mu`, in nats, with pi the trainer's probability and
-        mu the sampler's; the sum and the largest of its absolute values; and the number of tokens.
-    """
-    gaps = torch.where(mask, logprobs - sampling_logprobs, 0).double()
-    sizes = gaps.abs()
-    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
-
-
-def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
-    """Return the metrics of the rows of all processes; every process has to call this.
-
-    A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be
-    that of the policy on the sampler's rows. Its mean is 1 in expectation, if the sampler can draw whatever
-    the policy can, and else the policy's probability of what the sampler keeps.
-
-    Args:
-        parts: the micro-batches of this process.
-
-    Returns:
-        `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
-        sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
-        many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w. They are those
-        of the rows that the first update learns from; none if there are no such rows.
-    """
-    host = to_host(part.logprobs for part in parts)
-    apart = []
-    for part, logprobs in zip(parts, host, strict=True):
-        apart.append(differences(part.mask, part.sampling_logprobs, logprobs))
-    rows = gather_object(torch.cat(apart).tolist() if apart else [])
-    if not rows:
-        return {}
-    ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T
-    log_total = ratios.logsumexp(0)
-    effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
-    return {
-        "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
-        "sampling/logp_difference/max": float(largest.max()),
-        "sampling/effective_sample_size": effective / len(rows),
-        "sampling/kept_mass": float((log_total - math.log(len(rows))).exp()),
-    }

@@ -44,7 +44,7 @@ from tokenrl.language.training.collect import (
     step_metrics,
     with_estimates,
 )
-from tokenrl.language.training.engines import Scored, mismatch_metrics
+from tokenrl.language.training.mismatch import Scored, mismatch_metrics
 
 if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
