@@ -18,7 +18,8 @@ from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.evaluation import Estimate, Probe
+from tokenrl.language.training.evaluation import Estimate
+from tokenrl.language.training.probe import Probe
 from tokenrl.language.training.setup import train_settings
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)

@@ -17,7 +17,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.evaluation import Probe, probe_policy
+from tokenrl.language.training.probe import Probe, probe_policy
 from tokenrl.language.training.setup import make_policy, train_settings
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import plain

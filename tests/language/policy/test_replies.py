@@ -8,7 +8,7 @@ from tiny_models import TEMPLATE, make_policy
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.rewards.environments import assistant_message
+from tokenrl.language.rewards.tools import assistant_message
 
 # As Qwen3 writes messages: tools first, the thoughts of the last turn only, results of tools as the user's.
 TURNS = (

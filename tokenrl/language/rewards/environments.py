@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from tokenrl.errors import (
 )
 from tokenrl.language.rewards.calls import Attempt, Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import Streams, call_all
+from tokenrl.language.rewards.tools import Message, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
 ENDINGS = ("completed", "max_turns", "max_tokens", "context_overflow", "parse_error", "error", "timeout")
@@ -39,7 +39,6 @@ REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
 RESET = "(text, info) in gymnasium's interface, and None or text in TRL's"
 
-Message = dict[str, Any]
 NO_TOOLS = {"reset", "get_reward"}
 ROOM = Path(__file__).parent
 
@@ -312,9 +311,7 @@ class Environments:
         calls = [[(e, call["function"]) for call in turn.get("tool_calls", ())] for e, turn in turns.items()]
         for column in itertools.zip_longest(*calls):
             pending = [pair for pair in column if pair is not None and not pair[0].failure]
-            uses = [
-                (e.streams, partial(_use, e.tools, f["name"], copied(f["arguments"]))) for e, f in pending
-            ]
+            uses = [(e.streams, partial(use, e.tools, f["name"], copied(f["arguments"]))) for e, f in pending]
             attempts = call_all(uses, self.timeout)
             for (episode, function), (output, error, _) in zip(pending, attempts, strict=True):
                 tool = f"{type(episode.environment).__name__}.{function['name']}"
@@ -323,57 +320,6 @@ class Environments:
                 else:
                     answers[episode].messages.append(_reply(function["name"], output, error))
         return answers
-
-
-def assistant_message(
-    tokenizer: Any, ids: Sequence[int], prefix_ids: Sequence[int], text: str, tools: Sequence[Any] = ()
-) -> Message:
-    """Return the message of a sampled turn, with `tool_calls` if there are tools and it calls some.
-
-    A tokenizer without a response template is read as Qwen writes calls, JSON in `<tool_call>`, if its chat
-    template does so.
-
-    Args:
-        tokenizer: the tokenizer of the policy.
-        ids: the ids of the turn.
-        prefix_ids: all ids before it.
-        text: the turn as text.
-        tools: the tools of the environment.
-
-    Returns:
-        A message with role and content; with the key `malformed`, a reason, if a call cannot be parsed.
-
-    Raises:
-        Refused: nothing says how the model writes calls.
-    """
-    message: Message = {"role": "assistant", "content": text}
-    if not tools:
-        return message
-    template = getattr(tokenizer, "response_template", None)
-    if template is None and "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
-        problem = "The tokenizer has no response_template, which says how the model writes tool calls"
-        raise Refused(f"{problem}: set it, or take a model that has one.")
-    try:
-        if template is None:
-            message["content"], *bodies = text.split("<tool_call>")
-            functions = [json.loads(body[: body.index("</tool_call>")]) for body in bodies]
-            calls = [{"type": "function", "function": function} for function in functions]
-        else:
-            parsed = tokenizer.parse_response(list(ids), prefix=list(prefix_ids), tools=list(tools))
-            message["content"], calls = parsed.get("content") or "", parsed.get("tool_calls") or []
-        functions = [call["function"] for call in calls]
-        if not all(isinstance(f["name"], str) and isinstance(f["arguments"], dict) for f in functions):
-            raise ValueError("a call needs a name, and arguments by name")
-    except Exception as error:
-        return {"role": "assistant", "content": text, "malformed": describe(error)}
-    return message | {"tool_calls": calls} if calls else message
-
-
-def _use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str, Any]) -> Any:
-    named = {tool.__name__: tool for tool in tools}
-    if name not in named:
-        raise LookupError(f"There is no tool {name}; there are {', '.join(named)}.")
-    return named[name](**arguments)
 
 
 def _reply(name: str, output: Any, error: object = None) -> Message:

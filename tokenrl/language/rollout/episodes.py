@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenrl.language.rewards.environments import Answer, Environments, Episode, assistant_message
+from tokenrl.language.rewards.environments import Answer, Environments, Episode
+from tokenrl.language.rewards.tools import assistant_message
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling, key_of, uniforms

@@ -1,4 +1,4 @@
-"""Measures a policy by rewarded completions: evaluates it on held-out prompts, and probes it on others.
+"""Measures a policy by rewarded completions of held-out prompts.
 
 pass@k, best@k, groups of equal rewards, diversity and KL are estimated without bias for each prompt and
 averaged over prompts, so their standard errors are over prompts; lengths, truncations, entropy and the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -333,74 +333,3 @@ def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:
     """Return the rewards of each prompt's `size` completions, without those that are NaN."""
     totals = np.array([row["reward"] for row in rows], dtype=np.float64).reshape(-1, size)
     return [row[~np.isnan(row)] for row in totals]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Summary of what a policy achieved on some training prompts.
-
-    Attributes:
-        prompts: number of prompts.
-        samples: number of completions of each prompt.
-        binary: whether the reward is declared to be 0 or 1, so that `best_of` is pass@k.
-        reward: mean reward; pass@1 if binary.
-        best_of: for each k, the expected best reward of k completions; pass@k if binary.
-        dead_groups: for each G, the probability that G completions of a prompt have equal rewards.
-        truncated: share of completions cut at the maximum length before an EOS.
-        length: mean number of tokens per completion.
-        longest: number of tokens of the longest completion.
-        entropy: mean entropy of the policy, in nats per token.
-        passed: for each k, the probability that one or more of k completions have the `pass_threshold` of the
-            rewards; empty if they have none.
-    """
-
-    prompts: int
-    samples: int
-    binary: bool
-    reward: Estimate
-    best_of: dict[int, Estimate]
-    dead_groups: dict[int, Estimate]
-    truncated: Estimate
-    length: float
-    longest: int
-    entropy: float
-    passed: dict[int, Estimate] = field(default_factory=dict)
-
-    @property
-    def unequal(self) -> float:
-        """Share of groups with unequal rewards, for the largest group size that was measured."""
-        return 1 - self.dead_groups[max(self.dead_groups)].value
-
-
-def probe_policy(policy: Policy, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling) -> Probe:
-    """Sample several completions of each prompt and summarise their rewards, lengths and entropy.
-
-    Completions for which every reward function abstains are left out; a prompt with fewer than k remaining
-    completions is left out of the estimates for k.
-
-    Raises:
-        Refused: there are no prompts or fewer than two samples, or a prompt does not fit into the context.
-        Stopped: a reward function failed.
-    """
-    samples = sampling.num_generations
-    if not prompts or samples < 2:
-        raise Refused(f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more.")
-    rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
-    totals, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
-    sizes, mark = [2**power for power in range(samples.bit_length())], rewards.pass_threshold
-    best = {k: over_prompts([best_of(row, k) for row in totals]) for k in sizes}
-    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in totals]) for k in sizes}
-    cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)
-    return Probe(
-        prompts=len(totals),
-        samples=samples,
-        binary=rewards.binary,
-        reward=best[1],
-        best_of=best,
-        dead_groups={k: over_prompts([all_equal(row, k) for row in totals]) for k in sizes[1:]},
-        truncated=over_prompts(cut.tolist()),
-        length=float(np.mean(lengths)),
-        longest=max(lengths),
-        entropy=sum(row["entropy"] for row in rows) / max(1, sum(lengths)),
-        passed=right,
-    )

@@ -41,8 +41,8 @@ from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count, sampling_of
-from tokenrl.language.training.evaluation import probe_policy
 from tokenrl.language.training.forward import Forward, choose_forward, choose_precision
+from tokenrl.language.training.probe import probe_policy
 from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console

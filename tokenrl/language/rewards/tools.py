@@ -1,0 +1,67 @@
+"""Reads the calls of tools that a policy writes in a turn, and makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenrl.errors import Refused, describe
+
+Message = dict[str, Any]
+
+
+def assistant_message(
+    tokenizer: Any, ids: Sequence[int], prefix_ids: Sequence[int], text: str, tools: Sequence[Any] = ()
+) -> Message:
+    """Return the message of a sampled turn, with `tool_calls` if there are tools and it calls some.
+
+    A tokenizer without a response template is read as Qwen writes calls, JSON in `<tool_call>`, if its chat
+    template does so.
+
+    Args:
+        tokenizer: the tokenizer of the policy.
+        ids: the ids of the turn.
+        prefix_ids: all ids before it.
+        text: the turn as text.
+        tools: the tools of the environment.
+
+    Returns:
+        A message with role and content; with the key `malformed`, a reason, if a call cannot be parsed.
+
+    Raises:
+        Refused: nothing says how the model writes calls.
+    """
+    message: Message = {"role": "assistant", "content": text}
+    if not tools:
+        return message
+    template = getattr(tokenizer, "response_template", None)
+    if template is None and "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
+        problem = "The tokenizer has no response_template, which says how the model writes tool calls"
+        raise Refused(f"{problem}: set it, or take a model that has one.")
+    try:
+        if template is None:
+            message["content"], *bodies = text.split("<tool_call>")
+            functions = [json.loads(body[: body.index("</tool_call>")]) for body in bodies]
+            calls = [{"type": "function", "function": function} for function in functions]
+        else:
+            parsed = tokenizer.parse_response(list(ids), prefix=list(prefix_ids), tools=list(tools))
+            message["content"], calls = parsed.get("content") or "", parsed.get("tool_calls") or []
+        functions = [call["function"] for call in calls]
+        if not all(isinstance(f["name"], str) and isinstance(f["arguments"], dict) for f in functions):
+            raise ValueError("a call needs a name, and arguments by name")
+    except Exception as error:
+        return {"role": "assistant", "content": text, "malformed": describe(error)}
+    return message | {"tool_calls": calls} if calls else message
+
+
+def use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str, Any]) -> Any:
+    """Call the tool of this name.
+
+    Raises:
+        LookupError: there is none.
+    """
+    named = {tool.__name__: tool for tool in tools}
+    if name not in named:
+        raise LookupError(f"There is no tool {name}; there are {', '.join(named)}.")
+    return named[name](**arguments)
