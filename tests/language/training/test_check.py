@@ -241,6 +241,47 @@ def test_characters_that_the_tokenizer_loses_are_counted(check, prompts, demonst
     assert all(flag in captured.err for flag in flags) and (result.exit_code == 0 or flags)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stop", "unread"),
+    [
+        ("additional_special_tokens", None, True),
+        ("extra_special_tokens", None, True),
+        ("additional_special_tokens", "<think>", False),  # it ends completions
+        ("plain", None, False),
+    ],
+)
+def test_special_tokens_that_no_reward_sees_are_said_by_the_check_and_once_in_a_run(
+    check_policy, tmp_path, capsys, kind, stop, unread
+):
+    seen = []
+
+    def reward(completions, **_):
+        seen.extend(completions)
+        return [float(len(text) % 2) for text in completions]
+
+    policy = make_policy(kind="chat")
+    if kind == "plain":
+        policy.tokenizer.add_tokens(["<think>"])
+    else:
+        policy.tokenizer.add_special_tokens({kind: ["<think>"]})
+    task = make_task()
+    task.reward = reward
+    result = check_policy(policy, task, stop=stop, quiet=False)
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert ("unread-tokens" in result.flags, result.exit_code) == (unread, 0)
+    words = r"completions hold special tokens \(<think>\), which the text of a completion leaves out: rewards"
+    assert bool(re.search(words, printed)) == unread
+    shape = {
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "cpu": True,
+    }
+    tokenrl.train(model=policy, task=task, max_steps=3, stop=stop, output_dir=tmp_path / "run", **shape)
+    assert len(re.findall(words, " ".join(capsys.readouterr().out.split()))) == unread
+    assert any("<think>" in text for text in seen) == (kind == "plain")
+
+
 def test_a_length_that_the_task_set_is_no_remark(check_policy):
     """All completions are cut, and rewards differ: only a limit that the user gave is worth a remark."""
     model, task = (make_model(eos_token_id=95), make_tokenizer("pad")), make_task()
@@ -314,6 +355,6 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
 def test_a_longrope_model_is_told_behind_how_many_tokens_its_positions_change(check_policy, capsys):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 8.0}
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
-    policy = make_policy(rope_parameters=rope | factors)
+    policy = make_policy(kind="chat", rope_parameters=rope | factors)
     assert check_policy(policy, max_completion_length=16).flags == ("sampling-differs",)
     assert re.search(r"at most\. In a text of more than 12 tokens .*--max-completion", problems(capsys)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,9 +13,21 @@ from tokenrl.errors import Refused
 
 DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 """Arguments of `batch_decode`: the text of a completion as the model wrote it, without special tokens."""
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 MARGIN = 8
 """Characters that the decoded end of a text may lack at its own ends: a space that the tokenizer strips, and
 parts of a character whose bytes are several tokens."""
+
+
+@functools.lru_cache(maxsize=8)
+def markers(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens by id, without those of a role such as BOS or padding.
+
+    They may mean something, as `<think>` does, and decoded text leaves them out all the same.
+    """
+    roles = {getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {i: name for i, name in added.items() if name not in roles}
 
 
 class StopStrings:

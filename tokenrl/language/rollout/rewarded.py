@@ -11,7 +11,7 @@ import torch
 
 from tokenrl.core.returns import at_last_action
 from tokenrl.errors import locations_of
-from tokenrl.language.policy.stops import decoded
+from tokenrl.language.policy.stops import decoded, markers
 from tokenrl.language.rewards.environments import ENDINGS, Environments
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
@@ -63,6 +63,22 @@ def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
         return policy.decode(rollout.completion_ids, rollout.mask)
     rows = zip(rollout.completion_ids.tolist(), lengths(rollout.mask).tolist(), strict=True)
     return decoded(policy.tokenizer, [ids[:length] for ids, length in rows])
+
+
+def unread_tokens(policy: Policy, rollout: Rollout) -> str:
+    """Say which special tokens the completions hold that rewards do not read; empty if there are none."""
+    names, ends = markers(policy.tokenizer), {*policy.eos_ids, *(policy.stops.ids if policy.stops else ())}
+    ids = torch.tensor([i for i in names if i not in ends], dtype=torch.long)
+    inside = torch.isin(rollout.completion_ids, ids) & rollout.mask
+    if not inside.any():
+        return ""
+    tokens = sorted({names[i] for i in rollout.completion_ids[inside].tolist()})
+    count = f"{int(inside.any(dim=1).sum()):,} of {len(rollout):,} completions"
+    return (
+        f"{count} hold special tokens ({', '.join(tokens[:5])}), which the text of a completion leaves out: "
+        "rewards and environments do not see them. Read them in completion_ids, or register them in the "
+        "tokenizer as tokens that are not special."
+    )
 
 
 def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:

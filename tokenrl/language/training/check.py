@@ -113,6 +113,8 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
     if failed := failures_of([*run.failures, *(text for record in records for text in record.failures)]):
         findings.append(Finding("environment-fails", "void", failed))
+    unread = [record.unread for record in records if record.unread and not run.warm_seconds]
+    findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
     observed = _trial_facts(run, records, session.eval_before) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     open_settings = [("all-truncated", "max_completion_length")]

@@ -288,6 +288,8 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
         write_completions(session.output_dir / "completions", session.step, rows)
     if session.main and (failed := failures_of(record.failures)):
         session.warn_once("environment-fails", f"step {session.step}: {failed}")
+    if session.main and record.unread:
+        session.warn_once("unread-tokens", f"step {session.step}: {record.unread}")
     rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
     session.record(metrics, record.timings | rate)
     if rows:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import flat_gradient, generator_of
+from tokenrl.language.rollout.rewarded import unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
@@ -64,12 +65,14 @@ class Record(NamedTuple):
         rows: returns the completions as table rows; they are decoded only when it is called.
         timings: seconds of each part of the step and of each reward function (`rewards/NAME/seconds`).
         failures: what failed in the episode of each of this process's rows; empty without an environment.
+        unread: what `unread_tokens` says of this process's rows.
     """
 
     metrics: dict[str, float]
     rows: Callable[[], list[dict[str, Any]]]
     timings: dict[str, float]
     failures: Sequence[str] = ()
+    unread: str = ""
 
 
 def training_step(
@@ -147,7 +150,7 @@ def training_step(
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
     timings = {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent
     table = partial(completion_rows, policy, rows, rewards.names)
-    return Record(metrics, table, timings, rows.failures or ())
+    return Record(metrics, table, timings, rows.failures or (), unread_tokens(policy, rows))
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor, bool]]:
