@@ -29,7 +29,14 @@ def test_choices_that_exclude_each_other_are_refused() -> None:
     for kind in ("full_path", "k2_sequence"):
         with pytest.raises(Refused, match="Set kl_placement 'loss'"):
             Estimator(beta=0.1, kl_estimator=kind)
-    for fields in ({"baseline": "episode_mean"}, {"scale": "episode_std"}):
+    to_go, separate = {"returns": "reward_to_go"}, {"components": "separate"}
+    for fields in (
+        {"baseline": "episode_mean"},
+        {"scale": "episode_std"},
+        {"baseline": "episode_mean", **to_go, **separate},
+        {"scale": "episode_std", **to_go, **separate},
+        {"baseline": "none", "returns": "episode_normalized", **separate},
+    ):
         with pytest.raises(Refused, match="reward_to_go"):
             Estimator(**fields)
     for baseline in ("rloo", "running_mean", "remax", "batch_mean"):

@@ -197,10 +197,11 @@ class Estimator(Settings):
                 "kl_placement 'loss', or take kl_estimator 'k1', which is exact in the reward."
             )
         for axis in self.within_rows:
-            if axis != "returns" and self.returns == "total":
+            if self.components == "separate" or (axis != "returns" and self.returns == "total"):
                 raise Refused(
-                    f"{getattr(self, axis)!r} compares the steps of one row, which with returns 'total' all "
-                    f"have the same return. Set returns 'reward_to_go', or choose another {axis}."
+                    f"{getattr(self, axis)!r} compares the steps of one row, which with returns 'total' or "
+                    "components 'separate' all have the same return. Set returns 'reward_to_go' and "
+                    f"components 'summed', or choose another {axis}."
                 )
         of_totals = not callable(self.baseline) and self.baseline not in IN_UNITS_OF_THE_EPISODE
         if self.returns == "episode_normalized" and of_totals:
