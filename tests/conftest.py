@@ -30,9 +30,10 @@ def pytest_collection() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shortened(request):
-    """Quick runs read, check and flush less often than slow ones."""
+def _shortened(request, tmp_path_factory):
+    """Quick runs read, check and flush less often than slow ones; the user's own key is left alone."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
         if request.config.getoption("markexpr").startswith("not slow"):
             shorten(patch)
         yield

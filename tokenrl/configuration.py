@@ -1,23 +1,51 @@
-"""Reads settings from files: the config.json of a run, or settings in JSON or YAML. Imports no torch."""
+"""Reads settings from files: the config.json of a run, or settings in JSON or YAML. Imports no torch.
+
+The config.json of a run may name code: a task, rewards, an environment, a baseline, an engine. Whoever reads
+the run of somebody else must not execute it. So config.json also holds a signature of each file that the
+settings name, made of its content and a key that only this user can read. `check_code` refuses a name whose
+file has no such signature, has changed since, or lies in the directory of the run.
+"""
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_bytes
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.settings import arguments, check
+from tokenrl.names import source_file
+from tokenrl.settings import Settings, arguments, check
 
 T = TypeVar("T")
 
 RECORDED = (
     *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
-    *("chat_prompts", "task_rows", "warm_started"),
+    *("chat_prompts", "task_rows", "warm_started", "code"),
 )
 """Names in the config.json of a run that are no settings."""
+_CODE = ("task", "reward", "environment", "env", "generator")
+"""Settings that may name code, as `module:name` or `file.py:name`; axes of the estimator may too."""
+_NO_CODE = {"task": r"reasoning_gym:.*|.*/.*(?<!\.py):[^:]*", "reward": r"\s*[A-Za-z_]\w*\s*\(.*"}
+"""Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
+
+
+@dataclass(frozen=True)
+class TrustArguments(Settings, group="trust"):
+    """Whether code that a run names is executed."""
+
+    trust_run: bool = False
+    """Execute whatever the config.json of a run names: task, rewards, environment, baseline, engine. Give it
+    only for runs of people whom you trust. Without it, what you name yourself is executed, and of what the
+    run names only files outside of its directory with which you trained it yourself and that have not changed
+    since."""
 
 
 def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, anew: bool = False) -> T:
@@ -38,14 +66,28 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
     if kind_of_file != command:
         raise Refused(f"The configuration {path} is for `tokenrl {kind_of_file}`; give it to that command.")
     try:
-        of_a_run = "versions" in stored
+        of_a_run = directory_of(path, stored) is not None
         left_out = [*RECORDED, *["output_dir"] * (anew and of_a_run)]
         left_out += ["resume", "overwrite"] * (of_a_run or not anew)
+        left_out += ["trust_run", "trust_remote_code"] * of_a_run
         settings = arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
         check(settings, objects=False)
         return settings
     except Refused as error:
         raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
+
+
+def directory_of(path: str | os.PathLike[str], stored: Mapping[str, Any]) -> Path | None:
+    """Return the directory of the run that a configuration is of; None of settings that a person wrote.
+
+    Args:
+        path: the configuration: a directory, its config.json, or a file of settings.
+        stored: what it holds.
+    """
+    file = Path(path).resolve()
+    if file.is_dir():
+        return file
+    return file.parent if file.name == "config.json" or "versions" in stored else None
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -79,3 +121,92 @@ def _from_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     return {str(name): value for name, value in config.items()} if isinstance(config, dict) else config
+
+
+def signatures(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the signatures of the files that settings name, by the text that names each, for config.json."""
+    return {text: signature for text in _code_in(settings) if (signature := _signature(text))}
+
+
+def _code_in(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts in settings that name code, each with the name of its setting."""
+    axes = settings.get("estimator", {})
+    values = {f"estimator.{axis}": value for axis, value in getattr(axes, "__dict__", axes).items()}
+    values |= {name: settings.get(name) for name in _CODE}
+    named = dict[str, str]()
+    for name, value in values.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            no_code = _NO_CODE.get(name, "")
+            if isinstance(text, str) and ":" in text and not re.fullmatch(no_code, text, re.DOTALL):
+                named[text] = name
+    return named
+
+
+def _signature(text: str) -> str | None:
+    """Sign a name and the content of the file that importing it executes; None without a file or a key."""
+    file = source_file(text.rpartition(":")[0])
+    with suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        if file is not None:
+            return hmac.new(_key(), text.encode() + b"\0" + file.read_bytes(), "sha256").hexdigest()
+    return None
+
+
+def _key() -> bytes:
+    """Return the key of this user, which is made when it is first needed."""
+    file = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "tokenrl", "key")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=file.parent, delete=False) as partial:  # nobody else can read it
+            partial.write(token_bytes(32))
+        os.replace(partial.name, file)
+    return file.read_bytes()
+
+
+def check_code(
+    settings: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    stored: Mapping[str, Any],
+    typed: Collection[str] = (),
+    *,
+    trusted: bool,
+) -> None:
+    """Refuse code that the configuration of a run names, unless it is trusted or this user trained with it.
+
+    Args:
+        settings: the settings that are taken from the configuration.
+        path: the directory of the run, its config.json, or a file of settings, which may name any code.
+        stored: all that the configuration holds, with the signatures of the run.
+        typed: the settings that the user gave instead; `estimator` stands for all its axes.
+        trusted: whether the user trusts the run (--trust-run).
+
+    Raises:
+        Refused: it names code that must not be executed. Nothing has been imported.
+    """
+    run = directory_of(path, stored)
+    if trusted or run is None:
+        return
+    recorded, faults = stored.get("code"), []
+    for text, name in _code_in(settings).items():
+        fault = _fault(text, run, recorded if isinstance(recorded, dict) else {})
+        if fault and not {name, name.partition(".")[0]} & {*typed}:
+            faults.append(f"{name} {text!r:.200} {fault}")
+    if faults:
+        raise Refused(
+            f"The configuration of the run in {run} names code that is not executed: {'; '.join(faults)}. "
+            "Give these settings yourself, or --trust-run (trust_run=True) if you trust whoever made the run."
+        )
+
+
+def _fault(text: str, run: Path, recorded: Mapping[str, Any]) -> str:
+    """Say why code that a run names must not be executed; nothing if it may be."""
+    source = text.rpartition(":")[0]
+    file = source_file(source)
+    if file is None:
+        return f"was not found from {Path.cwd()}"
+    folders = [file.parent] if source.endswith(".py") else [file.parent, Path.cwd()]
+    if any(place.resolve().is_relative_to(run) for place in (file, *folders)):
+        return "is looked for in the directory of the run"
+    signature = _signature(text)
+    if signature is None or recorded.get(text) != signature:
+        return "is no file with which you trained this run, or it has changed since"
+    return ""

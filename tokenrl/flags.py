@@ -21,7 +21,7 @@ from docstring_parser import parse_from_object
 from typing_extensions import Required, TypedDict
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from tokenrl.configuration import configured, read_config
+from tokenrl.configuration import check_code, configured, directory_of, read_config
 from tokenrl.control.arguments import ABOUT_AGENT, AGENTS, ControlArguments, agent_settings
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -32,7 +32,10 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
 from tokenrl.settings import OR_FUNCTION, arguments, field_types
 
-ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
+ABOUT_CONFIG = (
+    "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it. Code that a run "
+    "names is executed only if you trained the run with it yourself, or with --trust-run."
+)
 FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
 ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
@@ -74,7 +77,10 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     start = _starting_settings(name, command, options)
     hints = dict(field_types(kind))
     if kind is CompareArguments:
-        stored = read_config(options.pop("config")) if "config" in options else {}
+        config = options.pop("config", None)
+        stored = {} if config is None else read_config(config)
+        if config is not None and directory_of(config, stored):
+            raise Refused(f"{config} is the configuration of a run; compare takes a file of settings.")
         runs = ControlArguments if "env" in stored | options else TrainArguments
         shared, unknown = _shared(runs, unknown, prog)
         start = with_shared(stored | shared)
@@ -128,11 +134,14 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
     kind = command.arguments
     if not command.trains:
         return {}
+    typed = options.keys() | {f"estimator.{axis}" for axis in options.get("axes", {})}
     config, agent, preset, axes = (options.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
     anew = not (options.get("resume") or options.get("overwrite"))
     start = {} if config is None else vars(configured(kind, config, name, anew=anew))
+    if config is not None:
+        check_code(start, config, read_config(config), typed, trusted=options.get("trust_run", False))
     if agent is not None:
         start = agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,28 @@ def import_source(source: str, whose: str) -> Any:
         sys.path.remove(folder)
         if folder not in sys.path:
             sys.path.append(folder)
+
+
+def source_file(source: str) -> Path | None:
+    """Return the file that `import_source` would execute; nothing is imported, also no package around it.
+
+    Args:
+        source: a module by its name, or a file by its path, which ends in .py.
+
+    Returns:
+        The file, with links as they are; None if there is none, or Python alone can say which it is.
+    """
+    if source.endswith(".py"):
+        return Path(source) if Path(source).is_file() else None
+    package, *inner = source.split(".")
+    try:
+        spec = PathFinder.find_spec(package, [str(Path.cwd())]) or importlib.util.find_spec(package)
+        for name in inner:
+            package = f"{package}.{name}"
+            spec = spec and PathFinder.find_spec(package, spec.submodule_search_locations or [])
+    except (ImportError, ValueError):  # a module without a specification, such as __main__
+        return None
+    return Path(str(spec.origin)) if spec is not None and spec.has_location else None
 
 
 def import_file(file: Path) -> Any:

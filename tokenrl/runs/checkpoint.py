@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tokenrl.configuration import TrustArguments
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, raised
 from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import STEP, remove_debris
@@ -30,7 +31,7 @@ ROWS_HASH = "metrics_sha256.txt"
 
 
 @dataclass(frozen=True)
-class SavingArguments(SelectionArguments, group="checkpoints"):
+class SavingArguments(SelectionArguments, TrustArguments, group="checkpoints"):
     """When a run saves checkpoints, and from which it continues.
 
     A checkpoint is also saved at the end of a run and when a signal ends it. A step that fails saves nothing:

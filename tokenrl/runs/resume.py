@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
 
-from tokenrl.configuration import read_config
+from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import ROWS_HASH, checkpoints, step_of, tables
 from tokenrl.runs.directory import newest, numbered
@@ -24,7 +24,7 @@ T = TypeVar("T")
 FREE = (
     *("output_dir", "max_steps", "max_samples", "save_every", "save_minutes", "keep_checkpoints", "resume"),
     *("overwrite", "logging_steps", "log_completions", "quiet", "report_to", "tracker_project", "run_name"),
-    *("video", "stop_after_zero_spread", "stop_after_nonfinite", "check"),
+    *("video", "stop_after_zero_spread", "stop_after_nonfinite", "check", "trust_run"),
 )
 """Settings that may change when a run continues."""
 ROUNDING = (
@@ -46,6 +46,9 @@ def resume_settings(args: T, kind: str) -> T:
     Args:
         args: the arguments, a dataclass.
         kind: the command that runs; without an `output_dir`, its newest numbered run is continued.
+
+    Raises:
+        Refused: code would be executed that the run names and this user did not (see `check_code`).
     """
     choices: Any = args
     output_dir = numbered(kind, newest(kind)) if choices.output_dir is None else choices.output_dir
@@ -53,6 +56,7 @@ def resume_settings(args: T, kind: str) -> T:
         return args
     stored = read_config(output_dir) | {"output_dir": str(output_dir)}
     left_open = {name: stored[name] for name, value in vars(args).items() if value is None and name in stored}
+    check_code(left_open, output_dir, stored, trusted=choices.trust_run)
     return arguments(type(args), vars(args) | left_open)
 
 

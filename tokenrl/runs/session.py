@@ -29,12 +29,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenrl.configuration import signatures
 from tokenrl.errors import Refused, Stopped, describe, explain
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
-from tokenrl.runs.files import atomic_directory, write_json
+from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, typed_command, versions
 from tokenrl.runs.output import without_warnings
@@ -196,7 +197,7 @@ class Session:
             return
         if not self.continues:
             remove_run_files(self.output_dir)
-        config = {**settings, **facts, "command": self.origin.command}
+        config = {**settings, **facts, "command": self.origin.command, "code": signatures(plain(settings))}
         write_json(self.output_dir / "config.json", {"versions": versions(), **config})
         if self.step >= args.max_steps or self._over():
             self.console.note("Nothing is left to do: the run had ended.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from tokenrl.configuration import TrustArguments
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import OpenTaskArguments
@@ -12,13 +13,14 @@ from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, Natural, Number, Po
 
 
 @dataclass(frozen=True)
-class SampleArguments(Distribution, OpenTaskArguments, PromptArguments, LoadingArguments):
+class SampleArguments(Distribution, OpenTaskArguments, PromptArguments, LoadingArguments, TrustArguments):
     """Complete the prompts given, or prompts read line by line, and print them with their rewards.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
     task with its data, its reward and the length of completions. With --task for another task only the
     length is the run's, unless the task has a limit of its own. If the run's task or reward cannot be used,
-    completions have no rewards.
+    completions have no rewards. Code that the run names is executed only if you trained the run with it
+    yourself, or with --trust-run.
     """
 
     model: str = ""
@@ -39,14 +41,15 @@ class SampleArguments(Distribution, OpenTaskArguments, PromptArguments, LoadingA
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(OpenTaskArguments, PromptArguments, LoadingArguments):
+class EvaluateArguments(OpenTaskArguments, PromptArguments, LoadingArguments, TrustArguments):
     """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
     task with its data, its reward and the length of completions, the distribution of tokens (temperature,
     top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the seed and the
     length are the run's, and of these not the length if the task has a limit of its own. Several runs must
-    agree, but for their seeds, of which the first counts.
+    agree, but for their seeds, of which the first counts. Code that a run names is executed only if you
+    trained the run with it yourself, or with --trust-run.
     """
 
     model: str | tuple[str, ...] = ""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from tokenrl.configuration import read_config
+from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.arguments import EvaluateArguments
@@ -122,6 +122,7 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
             unnamed = f"The run of {model} was given objects of a Python program, which have no name here"
             words = "say with --task what it was trained on, and with --reward by what"
             raise Refused(f"{unnamed}: {words}; an environment is --environment.")
+        check_code(settings, str(run_of(model)), config, trusted=args.trust_run)
         for name in [n for n in settings if n != "seed" and from_runs.get(n, settings[n]) != settings[n]]:
             differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
             raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")

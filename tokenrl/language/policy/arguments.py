@@ -74,7 +74,7 @@ class LoadingArguments(Settings, group="model"):
     dtype: Dtype = "float32"
     """Precision of the weights; auto keeps the precision that they were saved in."""
     trust_remote_code: bool = False
-    """Run Python code that is shipped with a model."""
+    """Run Python code that is shipped with a model. The configuration of a run does not set it."""
 
 
 @dataclass(frozen=True)

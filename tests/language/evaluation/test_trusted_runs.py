@@ -1,0 +1,160 @@
+"""What a run of somebody else names is executed only if the user names it, or trusts the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.configuration import configured
+from tokenrl.errors import Refused
+from tokenrl.language.training.arguments import TrainArguments
+
+WORDS = "".join(f'{{"prompt": "{word}"}}\n' for word in ("cat", "dog", "mat", "log", "one", "two"))
+OWN = "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]\n"
+EVIL = f"open({{!r}}, 'w').close()\n{OWN}mean = lambda rewards, **_: rewards\ntask = None\n"
+SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "cpu": True, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with `rewards.py`, `words.jsonl`, and `run`, which was trained with them."""
+    folder = tmp_path_factory.mktemp("trusted")
+    (folder / "words.jsonl").write_text(WORDS)
+    (folder / "rewards.py").write_text(OWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "settings"))
+        patch.chdir(folder)
+        data = {"task": "words.jsonl", "reward": "rewards.py:vowels", "model": "tiny", "eval_size": 1}
+        tokenrl.train(**data, **SMALL, output_dir="run", max_completion_length=4)
+    return folder
+
+
+@pytest.fixture
+def stranger(folder, tmp_path, monkeypatch):
+    """`stranger(**names)`: a copy of the run, whose config.json names other code; `evil.py` tells."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    monkeypatch.chdir(tmp_path)
+    for place in ("run/evil.py", "beside.py", "run/inner/evil.py"):
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(place).write_text(EVIL.format(str(tmp_path / "executed")))
+    Path("run/inner/__init__.py").write_text(EVIL.format(str(tmp_path / "executed")))
+    Path("link.py").symlink_to("run/evil.py")
+    Path("run/out.py").symlink_to("../rewards.py")
+
+    def stranger(**names):
+        config = json.loads(Path("run/config.json").read_text())
+        Path("run/config.json").write_text(json.dumps(config | names))
+
+    return stranger
+
+
+NAMES = {
+    "in the run": "run/evil.py:vowels",
+    "by dots": "run/../run/evil.py:vowels",
+    "behind a link": "link.py:vowels",
+    "through a link": "run/out.py:vowels",
+    "module": "run.evil:vowels",
+    "package": "run.inner.evil:vowels",
+    "beside it": "beside.py:vowels",
+    "module beside it": "beside:vowels",
+    "other attribute": "rewards.py:__builtins__",
+    "standard library": "subprocess:Popen",
+    "attribute of a module": "beside.vowels:x",
+    "two colons": "beside.py:vowels:x",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("setting", ["task", "reward", "environment"])
+def test_no_code_of_a_stranger_is_executed(stranger, setting, name, capsys):
+    value = [name] if setting == "reward" else name
+    stranger(**{setting: value, "code": {name: "0" * 64}, "trust_run": True})
+    assert main(["evaluate", "--model", "run"]) == 2
+    said = capsys.readouterr().err
+    assert f"{setting} '{name}' " in said and "--trust-run" in said and "Traceback" not in said
+    assert not Path("executed").exists()
+
+
+TRAINED = {"task": "run/evil.py:task", "reward": ["run/evil.py:vowels"], "environment": "run/evil.py:task"}
+BASELINE = {"baseline": "run/evil.py:mean"}
+COMMANDS = {
+    "evaluate --model run/model": TRAINED,
+    "evaluate --model run/checkpoints/step_000001": TRAINED,
+    "sample --model run --prompt cat --num-generations 1": TRAINED,
+    "train --reward rewards.py:vowels --output-dir run --resume auto": {"environment": "run/evil.py:task"},
+    "sft --output-dir run --resume auto": {"environment": "run/evil.py:task"},
+    "train --config run": TRAINED,
+    "train --config run/config.json --task words.jsonl": TRAINED,
+    "train --config run --reward rewards.py:vowels --estimator.scale none": {"estimator": BASELINE},
+    "train --config run --reward rewards.py:vowels": {"estimator": "rloo,baseline=run/evil.py:mean"},
+    "train --config run --reward rewards.py:vowels --quiet": {"generator": "run/evil.py:task"},
+    "sft --config run": TRAINED | {"kind": "sft"},
+    "control --config run": {"kind": "control", "env": "run/evil.py:Mine-v0"},
+    "control --config run --env CartPole-v1": {"kind": "control", "estimator": BASELINE},
+    "compare --config run": {"reward": ["run/evil.py:vowels"], "arms": ["rloo", "grpo"]},
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, command, capsys):
+    stranger(**COMMANDS[command])
+    if command.startswith(("control", "compare", "sft --config")):  # which know fewer settings
+        Path("run/config.json").write_text(json.dumps(COMMANDS[command]))
+    shown = command.startswith("sample")  # without rewards
+    assert main(command.split()) == (0 if shown else 2)
+    said = capsys.readouterr().err
+    reason = "configuration of a run" if "compare" in command else "names code that is not executed: "
+    assert reason in said and "Traceback" not in said
+    assert not Path("executed").exists() and not Path("runs").exists()
+
+
+def test_runs_of_ones_own_work_from_anywhere_until_a_file_of_theirs_changes(stranger, monkeypatch):
+    Path("run").rename("moved")
+    assert main(["train", "--config", "moved", "--output-dir", "again"]) == 0
+    for run in ("moved", "again"):
+        assert main(["evaluate", "--model", run]) == 0
+    Path("rewards.py").write_text(OWN + "# changed")
+    assert main(["evaluate", "--model", "moved"]) == main(["train", "--config", "moved"]) == 2
+    assert main(["evaluate", "--model", "moved", "--trust-run"]) == 0
+    Path("rewards.py").write_text(OWN)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "of-somebody-else")
+    assert main(["evaluate", "--model", "moved"]) == 2
+    assert main(["evaluate", "--model", "moved", "--reward", "rewards.py:vowels"]) == 0
+
+
+def test_what_flags_name_and_what_is_trusted_is_executed(stranger):
+    stranger(reward=["run/evil.py:vowels"])
+    assert tokenrl.evaluate(model="run", reward="run/evil.py:vowels").metrics
+    Path("executed").unlink()
+    with pytest.raises(
+        Refused, match=r"reward 'run/evil.py:vowels' is looked for in the directory of the run"
+    ):
+        tokenrl.evaluate(model="run")
+    assert tokenrl.evaluate(model="run", trust_run=True).metrics
+    assert Path("executed").exists()
+
+
+def test_no_run_says_that_it_is_trusted(stranger):
+    stranger(trust_run=True, trust_remote_code=True)
+    settings = configured(TrainArguments, "run", "train")
+    assert not (settings.trust_run or settings.trust_remote_code)
+
+
+def test_modules_are_not_looked_for_in_the_run_as_the_current_directory(stranger, monkeypatch, capsys):
+    stranger(task="../words.jsonl", reward=["toy_tasks.vowels:load"])
+    monkeypatch.chdir("run")
+    assert main(["evaluate", "--model", "."]) == 2
+    assert "is looked for in the directory of the run" in capsys.readouterr().err
+
+
+def test_the_key_is_this_user_s_alone(stranger):
+    key = Path("settings/tokenrl/key")
+    assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
+    assert os.listdir(key.parent) == ["key"]
