@@ -17,7 +17,7 @@ import tyro
 
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
-from tokenrl.errors import Refused, TokenrlError, suggest
+from tokenrl.errors import Refused, TokenrlError, explain, suggest
 from tokenrl.flags import Command, parse
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.exact.catalogue import LabArguments
@@ -111,7 +111,10 @@ def _run(argv: list[str]) -> int:
     args = parse(name, COMMANDS[name], argv[len(name.split()) :])
     module, _, function = COMMANDS[name].function.partition(":")
     with without_warnings(getattr(args, "quiet", False)):
-        result = getattr(importlib.import_module(module), function)(args)
+        try:
+            result = getattr(importlib.import_module(module), function)(args)
+        except SystemExit as error:
+            raise explain(error) or error from error
     return result if isinstance(result, int) else getattr(result, "exit_code", 0)
 
 

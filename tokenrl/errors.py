@@ -7,7 +7,10 @@ command line prints only the message and exits with `exit_code`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -103,7 +106,7 @@ def written(thing: object, write: Callable[[Any], str] = repr) -> str:
     """Return an object as `repr` or `str` writes it; only its type if that fails, as by its own method."""
     try:
         return write(thing)
-    except Exception:
+    except USER_CODE_FAILED:
         return f"a {type(thing).__name__} that cannot be written"
 
 
@@ -135,7 +138,9 @@ def location(error: BaseException, frame: int = -1) -> str:
 
 
 def explain(error: BaseException) -> Stopped | None:
-    """Return an error in plain words for PyTorch's own of used up memory or a lost process; else None."""
+    """Return an error in plain words for `sys.exit`, used up memory, or a lost process; else None."""
+    if isinstance(error, SystemExit):
+        return Stopped(f"Code that was called would have ended this program: {raised(error)}.")
     used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return Stopped(
@@ -150,3 +155,32 @@ def explain(error: BaseException) -> Stopped | None:
             f"of them again to continue the run. PyTorch said: {describe(error)}"
         )
     return None
+
+
+@contextlib.contextmanager
+def own_process() -> Iterator[None]:
+    """End a process that user code forks in the block, where it would come out of the block (see `leave`)."""
+    owner = os.getpid()
+    try:
+        yield
+    finally:
+        leave(owner)
+
+
+def leave(owner: int) -> None:
+    """End this process at once if it is not the one with the id `owner`, but was forked by user code.
+
+    A helper that ends by `sys.exit`, by an error or by returning would otherwise do what only the owner may
+    do: go on training, report a failure, or remove files and locks. Its exit code is that of Python.
+    """
+    if os.getpid() == owner:
+        return
+    error = sys.exc_info()[1]
+    code = error.code if isinstance(error, SystemExit) else None
+    with contextlib.suppress(Exception):  # its output may be closed
+        if isinstance(code, str) or not isinstance(error, SystemExit | None):
+            traceback.print_exception(error)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)

@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, describe, suggest
+from tokenrl.errors import USER_CODE_FAILED, Refused, describe, own_process, suggest
 
 FILE_MODULE = "tokenrl_file_"
 
@@ -100,7 +100,8 @@ def import_source(source: str, whose: str) -> Any:
     # it cannot hide a package that tokenrl imports later.
     sys.path.insert(0, folder)
     try:
-        return import_file(file) if file else importlib.import_module(source)
+        with own_process():
+            return import_file(file) if file else importlib.import_module(source)
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"

@@ -25,7 +25,7 @@ from tokenrl.control.run import AgentRun, ControlResult, finish, header
 from tokenrl.control.setup import fill_defaults, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
-from tokenrl.errors import Refused, describe as describe_error
+from tokenrl.errors import Refused, describe as describe_error, own_process
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.runs.console import duration
 from tokenrl.runs.findings import Finding, conclude, facts
@@ -79,7 +79,7 @@ def train_agent(
         saved = SavedPolicy(run.agent.policy, spec.env)
         session.keep(saved, Provenance({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
         title = f"{spec.env}, {preset_name(choices.estimator)}, seed {choices.seed}"
-        with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
+        with contextlib.closing(run.envs), contextlib.closing(run.eval_envs), own_process():
             session.console.start(f"tokenrl control: {spec.env}", header(run))
             session.open({"threads": run.threads})
             if choices.check:

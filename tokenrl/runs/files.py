@@ -19,7 +19,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, written
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe, own_process, written
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FORMLESS = " whose contents cannot be compared"
@@ -40,7 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
             if path.is_fifo() or path.is_char_device():
                 yield path
                 return
-            yield partial
+            with own_process():
+                yield partial
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
@@ -196,7 +197,8 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         directory.parent.mkdir(exist_ok=True)
         recover(directory)
         aside.mkdir()
-        yield aside
+        with own_process():
+            yield aside
         _seal(aside)
         if directory.exists():
             os.rename(directory, old)

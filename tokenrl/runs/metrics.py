@@ -311,3 +311,8 @@ def _installed(names: tuple[str, ...]) -> list[str]:
             mend = f"pip install {name.replace('_', '-')}, or leave report_to out"
             raise Refused(f"report_to was given as {name!r}, but that tracker is not installed: {mend}.")
     return there if "all" in names else list(dict.fromkeys(names))
+
+
+def of_evaluation(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of an evaluation by their names in metrics.jsonl."""
+    return {"eval_" + name: value for name, value in metrics.items()}

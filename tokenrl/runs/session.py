@@ -24,19 +24,20 @@ is `Refused` before `begin`, and `Stopped` after it: summary.json says why, the 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import Refused, Stopped, describe, explain
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, describe, explain, leave
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
-from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
+from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
@@ -85,7 +86,7 @@ class Session:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
         self.kind, self.main, self._quiet, self.agreed = kind, main, args.quiet or not main, agreed
-        self.console = Console(quiet=self._quiet, every=every)
+        self._owner, self.console = os.getpid(), Console(quiet=self._quiet, every=every)
         self._trackers = Trackers(args, self.console.warn)
         if args.overwrite and args.resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
@@ -141,9 +142,10 @@ class Session:
         """Close the run. If an error ended it, save its state, record the failure, and raise it again.
 
         Raises:
-            Refused: a `Stopped` came before `begin`, so that nothing has been lost.
-            Stopped: a `Stopped` came after `begin`; the message adds the step and the last checkpoint.
+            Refused: a `Stopped` or `sys.exit` came before `begin`, so that nothing has been lost.
+            Stopped: one of them came after `begin`; the message adds the step and the last checkpoint.
         """
+        leave(self._owner)
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
@@ -151,7 +153,7 @@ class Session:
             if stopped is not None and not self._begun:
                 raise Refused(f"Before the first step: {stopped}") from error
             stopped = Stopped(str(error)) if isinstance(error, Refused) else stopped
-            if isinstance(error, Exception) and self._begun:
+            if isinstance(error, USER_CODE_FAILED) and self._begun:
                 failed = self._failed(stopped or error)
                 if stopped is not None:
                     raise failed from error
@@ -189,7 +191,7 @@ class Session:
         settings = {**self.origin.settings, "kind": self.kind}
         self._provenance.settings = settings
         self._provenance.check_processes(self.agreed)
-        self.rows = [{"step": 0, **_named(self.eval_before)}]
+        self.rows = [{"step": 0, **of_evaluation(self.eval_before)}]
         if self._continued is not None:
             self._continue(self._continued)
         self._begun = True
@@ -206,7 +208,7 @@ class Session:
         self._log = MetricsLog(self.output_dir)
         self._atexit.callback(self._log.close)
         if self.step == 0:
-            self.record(_named(self.eval_before))
+            self.record(of_evaluation(self.eval_before))
 
     def _continue(self, path: Path) -> None:
         """Restore the state of a checkpoint, and remove what the run wrote after it."""
@@ -251,8 +253,8 @@ class Session:
         if self.step == 0:
             self.eval_before = dict(metrics)
         if self.step == self._recorded:  # after the last step, whose line is already written
-            self._trackers.write(self.step, _named(metrics))
-        return _named(metrics)
+            self._trackers.write(self.step, of_evaluation(metrics))
+        return of_evaluation(metrics)
 
     def timed(self, update: Callable[[], T]) -> T:
         """Make an update and return what it returns; its seconds count, those of evaluations do not."""
@@ -338,8 +340,8 @@ class Session:
     def finish(self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()) -> None:
         """Save a checkpoint and the model, write summary, plot and report, and print the result.
 
-        `write` fills the empty folder that becomes `model/`; `warnings` come after the result. The trained
-        model has the weights of the best evaluation from here on, if these are to be kept.
+        `write` fills the empty folder that becomes `model/`, from here on with the weights of the best
+        evaluation, if these are to be kept; `warnings` come after the result.
 
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
@@ -376,15 +378,16 @@ class Session:
                 self.console.warn("Another program changed metrics.jsonl, which has been written again.")
             self.saver.save(self.step, self._log.rows_hash.hexdigest())
 
-    def _failed(self, error: Exception) -> Stopped:
+    def _failed(self, error: BaseException) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
-        messages = [str(error) if isinstance(error, Stopped) else describe(error)]
-        if not self.main:
-            return Stopped(messages[0])
+        errors = [error]
         try:
             self.save()
-        except Stopped as fault:
-            messages = list(dict.fromkeys([*messages, str(fault)]))
+        except USER_CODE_FAILED as fault:  # the state of a memory is made by user code too
+            errors.append(explain(fault) or fault)
+        messages = [*dict.fromkeys(str(e) if isinstance(e, Stopped) else describe(e) for e in errors)]
+        if not self.main:
+            return Stopped(messages[0])
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         summary = Outcome(**self.outcome("failed") | failed).summary()
         remedy = how_to_continue(self.output_dir)
@@ -395,7 +398,3 @@ class Session:
             report_from_directory(self.output_dir)
         words = f"At step {self.step}:", *messages, remedy, kept_weights(summary)
         return Stopped(" ".join(filter(None, words)))
-
-
-def _named(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {"eval_" + name: value for name, value in metrics.items()}

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, location, suggest, written
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe, location, own_process, suggest, written
 from tokenrl.settings import LARGEST_REWARD, shown
 
 Reward = Callable[..., Any]
@@ -234,7 +234,8 @@ def _attempt(
         own = {key: objects[key] if key in objects else copied(arguments[key]) for key in names}
         columns = (own.get(key, arguments[key]) for key in ("prompts", "completions"))
         pairs += zip(*columns, strict=True)
-        output = function(**own)
+        with own_process():
+            output = function(**own)
     except KeyboardInterrupt:  # the user's own
         raise
     except BaseException as error:
@@ -253,7 +254,8 @@ def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None
     async def attempt(awaitable: Awaitable[Any]) -> Attempt:
         began = time.perf_counter()
         try:
-            output = await awaitable
+            with own_process():
+                output = await awaitable
         except BaseException as error:  # no Ctrl-C is among them: Python raises it in the main thread only
             return Attempt(None, error, time.perf_counter() - began)
         return Attempt(output, None, time.perf_counter() - began)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenrl.core.memories import memory_of
-from tokenrl.errors import Refused, Stopped, with_places
+from tokenrl.errors import Refused, Stopped, own_process, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
@@ -104,7 +104,7 @@ def train(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
         run = _prepare(choices, task, rewards, accelerator, session)
-        with closing(run.learner.generator), using_threads(run.args.threads):
+        with closing(run.learner.generator), using_threads(run.args.threads), own_process():
             session.open(run.facts())
             for warning in _warnings(run, args.max_steps):
                 session.console.warn(warning)

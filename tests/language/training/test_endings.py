@@ -1,0 +1,176 @@
+"""Code of a user that calls `sys.exit`, in the run or in a process that it forked, ends no run in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.errors import Refused, Stopped
+from tokenrl.runs.files import replacing
+
+FILE = """
+import os, sys, torch
+from tokenrl.language import TransformersGenerator
+
+def leave(code=0):
+    if os.environ["HOW"] == "fork":
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return
+        os.environ["HOW"] = os.environ["CHILD"]
+    if os.environ["HOW"] == "exit":
+        sys.exit(code)
+    if os.environ["HOW"] == "error":
+        raise ValueError("in the child")
+
+def share(completions, trainer_state=None, **rows):
+    if os.environ["WHERE"] == "reward" and trainer_state.global_step == 2:
+        leave()
+    return [text.count("a") / 9 for text in completions]
+
+async def waiting(completions, trainer_state=None, **rows):
+    if os.environ["WHERE"] == "async" and trainer_state.global_step == 2:
+        leave()
+    return [0.0] * len(completions)
+
+def engine(policy, rows_at_once):
+    if os.environ["WHERE"] == "factory":
+        leave()
+    made = Engine(policy, rows_at_once)
+    return made
+
+class Engine(TransformersGenerator):
+    calls = syncs = 0
+    def generate(self, *args, **options):
+        Engine.calls += 1
+        if os.environ["WHERE"] == "generate" and Engine.calls == 3:
+            leave()
+        return super().generate(*args, **options)
+    def sync(self, policy):
+        Engine.syncs += 1
+        if os.environ["WHERE"] == "sync" and Engine.syncs == 2:
+            leave()
+        return super().sync(policy)
+
+class Memory:
+    updates = 0
+    def read(self, keys):
+        return torch.zeros(len(keys))
+    def update(self, keys, **rows):
+        Memory.updates += 1
+        if os.environ["WHERE"] == "memory" and Memory.updates == 2:
+            leave()
+    def state_dict(self):
+        if os.environ["WHERE"] == "state" and Memory.updates == 2:
+            leave()
+        return {}
+    def load_state_dict(self, state):
+        pass
+
+class Words(Exception):
+    def __str__(self):
+        leave()
+        return "words"
+
+def wordy(completions, trainer_state=None, **rows):
+    if os.environ["WHERE"] == "words" and trainer_state.global_step == 2:
+        raise Words
+    return [0.0] * len(completions)
+"""
+QUICK = """train --task rows.jsonl --reward mine.py:share mine.py:waiting mine.py:wordy --cpu --max-steps 3
+--prompts-per-step 2 --num-generations 2 --eval-size 2 --save-every 1 --max-completion-length 6 --threads 1
+--eval-generations 0 --generator mine.py:engine --estimator.baseline mine.py:Memory --output-dir run"""
+WHERE = ("reward", "async", "factory", "generate", "sync", "memory", "state")
+
+
+@pytest.fixture
+def place(saved, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(FILE)
+    rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOW", "exit")
+    return [*QUICK.split(), "--model", str(saved())]
+
+
+@pytest.mark.parametrize("where", [*WHERE, "words"])
+def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, capsys):
+    monkeypatch.setenv("WHERE", where)
+    assert main(place) == (2 if where == "factory" else 1)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and ("SystemExit: 0" in said or where == "words")
+    assert Path("run/summary.json").exists() == (where != "factory")
+    if where != "factory":
+        summary = json.loads(Path("run/summary.json").read_text())
+        assert summary["exit_reason"] == "failed" and ("SystemExit" in summary["error"] or where == "words")
+        monkeypatch.setenv("WHERE", "")
+        assert main([*place, "--resume", "auto"]) == 0
+
+
+def test_sys_exit_in_a_callback_is_a_failure_also_from_python(place, monkeypatch):
+    monkeypatch.setenv("WHERE", "")
+    options = {
+        "task": "rows.jsonl",
+        "reward": "mine.py:share",
+        "model": place[-1],
+        "max_completion_length": 4,
+    }
+    small = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 2, "quiet": True, "cpu": True}
+    with pytest.raises(Stopped, match=r"At step 1: .*SystemExit: 0 \(test_endings.py, line \d+\)"):
+        tokenrl.train(callback=lambda *_: sys.exit(0), output_dir="called", **options, **small)
+    with pytest.raises(Refused, match=r"Before the first step: .*SystemExit"):
+        tokenrl.train(generator=lambda *_: sys.exit(0), output_dir="made", **options, **small)
+    assert json.loads(Path("called/summary.json").read_text())["exit_reason"] == "failed"
+
+
+PROGRAM = """
+import json, os, sys
+from tokenrl.cli import main
+for where, child in json.loads(sys.argv[1]):
+    os.environ |= {"WHERE": where, "HOW": "fork", "CHILD": child}
+    code = main([*sys.argv[2:], "--output-dir", f"run-{where}-{child}", "--quiet"])
+    print(where, child, code, flush=True)
+"""
+CASES = [("", ""), *((where, "exit") for where in WHERE), ("reward", "error"), ("generate", "error")]
+CASES += [("state", "error"), ("reward", "return"), ("async", "return")]
+FILES = ("metrics.jsonl", "model/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(3, 3), (None, 0), ("words", 1), (ValueError("words"), 1), ("returns", 0)], ids=str
+)
+def test_a_forked_process_never_comes_out_of_a_block_of_its_owner(tmp_path, end, code):
+    with contextlib.suppress(Exception), replacing(tmp_path / "file") as partial:
+        partial.write_text("whole")
+        child = os.fork()
+        if not child and isinstance(end, Exception):
+            raise end
+        if not child and end != "returns":
+            sys.exit(end)
+        if child:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+@pytest.mark.slow
+def test_a_forked_helper_that_ends_changes_nothing(place):
+    """The child comes out of the user's code in each place, and its parent trains on."""
+    program = [sys.executable, "-c", PROGRAM, json.dumps(CASES), *place]
+    paths = os.pathsep.join([os.getcwd(), *sys.path])
+    how = {"capture_output": True, "text": True, "timeout": 200, "env": os.environ | {"PYTHONPATH": paths}}
+    done = subprocess.run(program, **how)
+    printed = [line for line in done.stdout.splitlines() if line.split()[-1:] in (["0"], ["1"], ["2"])]
+    assert printed == [f"{where} {child} 0" for where, child in CASES], done.stderr
+    runs = [Path(f"run-{where}-{child}") for where, child in CASES]
+    left = [[(run / name).read_bytes() for name in FILES] for run in runs]
+    assert all(files == left[0] for files in left)
+    assert all(len(list((run / "checkpoints").iterdir())) == 2 for run in runs)
