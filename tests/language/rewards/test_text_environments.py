@@ -9,12 +9,15 @@ import re
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.calls import Overdue
 from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.language.rewards.rewards import Rewards
 
 
@@ -404,3 +407,28 @@ def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
         Rewards([], environments=Environments(bare))
     with pytest.raises(Refused, match="no column"):
         Rewards(looks).check_columns(["prompt"])
+
+
+def test_a_deadline_that_comes_as_the_call_returns_leaves_no_alarm():
+    """Calls that end within microseconds of their deadline return or are overdue, and nothing later is."""
+    began, alarms = time.perf_counter, []
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)  # of pytest
+    previous = signal.signal(signal.SIGALRM, lambda *_: alarms.append("ours"))
+    handler = signal.getsignal(signal.SIGALRM)
+
+    def call(end):
+        while began() < end:
+            pass
+        return "done"
+
+    try:
+        for number in range(2000):
+            end = began() + 4e-4 + (number % 40 - 20) * 1e-6
+            (attempt,) = call_all([(Streams(0), partial(call, end))], 4e-4)
+            assert attempt.output == "done" or isinstance(attempt.error, Overdue)
+            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), number
+            assert signal.getsignal(signal.SIGALRM) is handler, number
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+    assert not alarms

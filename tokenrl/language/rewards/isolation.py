@@ -2,26 +2,27 @@
 
 Environments draw from the global streams of `random` and `numpy.random`, so each episode has a state of them
 of its own, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a
-run could not be continued exactly. The deadline interrupts Python code and waits; code that neither returns
-to Python nor waits, such as a regular expression that backtracks for ever, goes on until it returns. An
-async method that blocks its thread instead of awaiting holds all others, which then miss their deadlines.
+run could not be continued exactly. The deadline interrupts Python code and waits. It cannot end code that
+neither returns to Python nor waits in it, such as a regular expression that backtracks for ever or
+`os.system`; a loop around `except BaseException`; a finalizer (`__del__`), whose errors Python drops; or what
+follows after an environment has taken SIGALRM for itself. An async method that blocks its thread instead of
+awaiting holds all others, which then miss their deadlines.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import random
 import signal
 import sys
 import types
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Refused, TokenrlError, describe
+from tokenrl.errors import Refused, TokenrlError, describe, own_process
 from tokenrl.language.rewards.calls import Attempt, Overdue, await_all, restored_settings
 
 
@@ -59,13 +60,13 @@ def call_all(
     with restored_settings():
         for streams, call in calls:
             try:
-                with streams, deadline(timeout) if timeout else contextlib.nullcontext():
-                    attempt = Attempt(call(), None, 0.0)
+                with streams, own_process():
+                    attempt = Attempt(within(timeout, call) if timeout else call(), None, 0.0)
             except (KeyboardInterrupt, TokenrlError):  # the user's own; a deadline that is impossible
                 raise
             except BaseException as error:
                 attempt = Attempt(None, error, 0.0)
-            attempts.append(attempt)  # not above, where a signal between the call and the end would add two
+            attempts.append(attempt)
         waiting = [i for i, attempt in enumerate(attempts) if inspect.isawaitable(attempt.output)]
         driven = [_driven(attempts[i].output, calls[i][0]) for i in waiting]
         for i, attempt in zip(waiting, await_all(driven, timeout), strict=True):
@@ -73,38 +74,44 @@ def call_all(
     return attempts
 
 
-@contextlib.contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Interrupt Python code and waits in the block after some seconds, by a signal.
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call something, and interrupt Python code and waits in it after some seconds, by a signal.
 
     It comes again after as many seconds, for code that catches every exception, or a finalizer that drops it.
-    A timer of the program itself stands still in the block.
+    Once the call has returned, no signal raises anything, also one that came at that very moment. A timer of
+    the program itself stands still during the call.
 
     Raises:
         Overdue: the deadline was missed.
         Refused: signals are impossible, as outside the main thread.
     """
+    calling = False
 
     def interrupt(*_: object) -> None:
-        raise Overdue(seconds)
+        if calling:
+            raise Overdue(seconds)
 
     mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
     if not (hasattr(signal, "SIGALRM") and hasattr(signal, "setitimer")):
         raise Refused(f"This system ({sys.platform}) has no timer for the calls of environments: {mend}.")
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
     try:
         before = signal.signal(signal.SIGALRM, interrupt)
     except ValueError as error:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         problem = f"No signal can bound the calls of environments here ({describe(error)})"
         raise Refused(f"{problem}: {mend}.") from error
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         try:
-            yield
+            calling = True
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+            return call()
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-    finally:  # also if the signal arrived while the timer was being switched off
+            calling = False
+    finally:  # also if the signal arrived in the line above, as it may before Python 3.11
+        calling = False
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)  # None: not of Python
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
