@@ -1,20 +1,35 @@
+import typing
+
 from tokenrl.control.run import ControlResult as ControlResult
-from tokenrl.control.training import train_agent as train_agent
 from tokenrl.core.estimator import Estimator as Estimator
 from tokenrl.errors import Refused as Refused, Stopped as Stopped, TokenrlError as TokenrlError
-from tokenrl.lab.compare.loop import compare as compare
 from tokenrl.lab.exact.verdict import measure_bias as measure_bias
-from tokenrl.language.evaluation.chat import sample as sample
-from tokenrl.language.evaluation.evaluate import evaluate as evaluate
 from tokenrl.language.policy.model import load_policy as load_policy
 from tokenrl.language.preferences.fit import (
     RewardModelResult as RewardModelResult,
-    train_reward_model as train_reward_model,
 )
 from tokenrl.language.rewards.model import RewardModel as RewardModel
 from tokenrl.language.tasks.task import PromptTask as PromptTask
-from tokenrl.language.training.loop import train as train
 from tokenrl.language.training.run import RunResult as RunResult
-from tokenrl.language.training.sft import SftResult as SftResult, sft as sft
+from tokenrl.language.training.sft import SftResult as SftResult
+
+if typing.TYPE_CHECKING:
+    from tokenrl.signatures import (
+        compare as compare,
+        evaluate as evaluate,
+        sample as sample,
+        sft as sft,
+        train as train,
+        train_agent as train_agent,
+        train_reward_model as train_reward_model,
+    )
+else:
+    from tokenrl.control.training import train_agent as train_agent
+    from tokenrl.lab.compare.loop import compare as compare
+    from tokenrl.language.evaluation.chat import sample as sample
+    from tokenrl.language.evaluation.evaluate import evaluate as evaluate
+    from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
+    from tokenrl.language.training.loop import train as train
+    from tokenrl.language.training.sft import sft as sft
 
 __version__: str

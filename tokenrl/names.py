@@ -154,7 +154,8 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     """Make `__getattr__` and `__dir__` of a package so that each public name is imported when first used.
 
     The public names are listed once, as the imports of the `__init__.pyi` beside the package's `__init__.py`,
-    and type checkers read them there too.
+    and type checkers read them there too. Of functions whose keywords are settings they see the signatures in
+    `tokenrl/signatures.pyi`; the import in the branch `else` says where these are at run time.
 
     Args:
         package: name of the package.
@@ -162,7 +163,7 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     stub = Path(str(sys.modules[package].__file__)).with_suffix(".pyi")
     homes = {
         name.name: str(statement.module)
-        for statement in ast.parse(stub.read_text(encoding="utf-8")).body
+        for statement in ast.walk(ast.parse(stub.read_text(encoding="utf-8")))
         if isinstance(statement, ast.ImportFrom)
         for name in statement.names
     }

@@ -1,10 +1,11 @@
+import typing
+
 from tokenrl.control.arguments import ControlArguments as ControlArguments, agent_settings as agent_settings
 from tokenrl.control.environments import Environments as Environments, describe as describe
 from tokenrl.control.evaluation import seed_of as seed_of
 from tokenrl.control.policies import Policy as Policy
 from tokenrl.control.rollouts import collect_episodes as collect_episodes
 from tokenrl.control.run import ControlResult as ControlResult
-from tokenrl.control.training import train_agent as train_agent
 from tokenrl.control.worlds import (
     GRIDWORLD_STEPS as GRIDWORLD_STEPS,
     Bandit as Bandit,
@@ -13,3 +14,10 @@ from tokenrl.control.worlds import (
     exact_return as exact_return,
     exact_values as exact_values,
 )
+
+if typing.TYPE_CHECKING:
+    from tokenrl.signatures import (
+        train_agent as train_agent,
+    )
+else:
+    from tokenrl.control.training import train_agent as train_agent

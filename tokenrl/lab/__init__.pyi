@@ -1,3 +1,5 @@
+import typing
+
 from tokenrl.lab.compare.decisions import judge_scores as judge_scores
 from tokenrl.lab.exact.catalogue import named_estimators as named_estimators
 from tokenrl.lab.exact.control_problem import (
@@ -27,5 +29,11 @@ from tokenrl.lab.exact.turns import turn_problems as turn_problems
 from tokenrl.lab.exact.verdict import Verdict as Verdict, measure_bias as measure_bias
 from tokenrl.lab.measure.measurement import (
     Measured as Measured,
-    measure_gradients as measure_gradients,
 )
+
+if typing.TYPE_CHECKING:
+    from tokenrl.signatures import (
+        measure_gradients as measure_gradients,
+    )
+else:
+    from tokenrl.lab.measure.measurement import measure_gradients as measure_gradients

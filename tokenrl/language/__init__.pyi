@@ -1,3 +1,5 @@
+import typing
+
 from tokenrl.language.evaluation import best_of_n as best_of_n
 from tokenrl.language.evaluation.best_of_n import (
     best_of_n_kl as best_of_n_kl,
@@ -17,7 +19,6 @@ from tokenrl.language.preferences.evaluation import (
 from tokenrl.language.preferences.fit import (
     RewardModelResult as RewardModelResult,
     fit_reward_model as fit_reward_model,
-    train_reward_model as train_reward_model,
 )
 from tokenrl.language.preferences.pairs import Pair as Pair, read_pairs as read_pairs
 from tokenrl.language.preferences.sampled import (
@@ -38,7 +39,7 @@ from tokenrl.language.rollout.rollout import Rollout as Rollout
 from tokenrl.language.rollout.sampling import Sampling as Sampling
 from tokenrl.language.rollout.vllm import VllmGenerator as VllmGenerator
 from tokenrl.language.tasks.sources import read_splits as read_splits
-from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task, load_task as load_task
+from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task
 from tokenrl.language.training.arguments import (
     SftArguments as SftArguments,
     TrainArguments as TrainArguments,
@@ -50,3 +51,12 @@ from tokenrl.language.training.evaluation import (
 )
 from tokenrl.language.training.supervised import fit as fit
 from tokenrl.language.training.warm_start import warm_started_base as warm_started_base
+
+if typing.TYPE_CHECKING:
+    from tokenrl.signatures import (
+        load_task as load_task,
+        train_reward_model as train_reward_model,
+    )
+else:
+    from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
+    from tokenrl.language.tasks.task import load_task as load_task
