@@ -33,7 +33,7 @@ RECORDED = (
 """Names in the config.json of a run that are no settings."""
 _CODE = ("task", "reward", "environment", "env", "generator")
 """Settings that may name code, as `module:name` or `file.py:name`; axes of the estimator may too."""
-_NO_CODE = {"task": r"reasoning_gym:.*|.*/.*(?<!\.py):[^:]*", "reward": r"\s*[A-Za-z_]\w*\s*\(.*"}
+_NO_CODE = {"task": r"(reasoning_gym|in-memory):.*|.*/.*(?<!\.py):[^:]*", "reward": r"\s*[A-Za-z_]\w*\s*\(.*"}
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
 

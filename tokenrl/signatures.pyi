@@ -31,6 +31,7 @@ def train(
     best_metric: str | os.PathLike[str] | None = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     check: bool = ...,
     cpu: bool | None = ...,
     diagnostics_every: int = ...,
@@ -103,6 +104,7 @@ def train(
     training_attention: typing.Literal['as_loaded', 'eager'] | None = ...,
     truncate_prompts: bool = ...,
     trust_remote_code: bool = ...,
+    trust_run: bool = ...,
     value_iterations: int = ...,
     value_learning_rate: float = ...,
     warm_start: bool | typing.Literal['auto'] = ...,
@@ -118,6 +120,7 @@ def sft(
     best_metric: str | os.PathLike[str] | None = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     completion_column: str | os.PathLike[str] = ...,
     dtype: typing.Literal['float32', 'bfloat16', 'float16', 'float64', 'auto'] = ...,
     environment: typing.Any | None = ...,
@@ -158,6 +161,7 @@ def sft(
     threads: int | None = ...,
     tracker_project: str | os.PathLike[str] | None = ...,
     trust_remote_code: bool = ...,
+    trust_run: bool = ...,
 ) -> SftResult: ...
 
 def train_reward_model(
@@ -168,6 +172,7 @@ def train_reward_model(
     center_rewards_coefficient: float = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     check: bool = ...,
     data: typing.Any | None = ...,
     eval_every: int | None = ...,
@@ -204,6 +209,7 @@ def train_reward_model(
     temperature: float = ...,
     threads: int | None = ...,
     tracker_project: str | os.PathLike[str] | None = ...,
+    trust_run: bool = ...,
     weight_decay: float = ...,
 ) -> RewardModelResult: ...
 
@@ -252,6 +258,7 @@ def train_agent(
     threads: int | None = ...,
     time_limits: typing.Literal['bootstrap', 'end'] = ...,
     tracker_project: str | os.PathLike[str] | None = ...,
+    trust_run: bool = ...,
     value_coef: float = ...,
     value_learning_rate: float | None = ...,
     value_network: typing.Literal['separate', 'shared'] = ...,
@@ -264,6 +271,7 @@ def evaluate(
     best_of: int = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     dtype: typing.Literal['float32', 'bfloat16', 'float16', 'float64', 'auto'] = ...,
     environment: typing.Any | None = ...,
     eval_size: int | None = ...,
@@ -293,6 +301,7 @@ def evaluate(
     top_p: float | None = ...,
     truncate_prompts: bool | None = ...,
     trust_remote_code: bool = ...,
+    trust_run: bool = ...,
 ) -> Evaluation: ...
 
 @typing.overload
@@ -301,6 +310,7 @@ def evaluate(
     best_of: int = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     dtype: typing.Literal['float32', 'bfloat16', 'float16', 'float64', 'auto'] = ...,
     environment: typing.Any | None = ...,
     eval_size: int | None = ...,
@@ -330,12 +340,14 @@ def evaluate(
     top_p: float | None = ...,
     truncate_prompts: bool | None = ...,
     trust_remote_code: bool = ...,
+    trust_run: bool = ...,
 ) -> dict[str, Evaluation]: ...
 
 def sample(
     args: SampleArguments | None = ..., *,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     dtype: typing.Literal['float32', 'bfloat16', 'float16', 'float64', 'auto'] = ...,
     environment: typing.Any | None = ...,
     eval_size: int | None = ...,
@@ -362,6 +374,7 @@ def sample(
     top_k: int = ...,
     top_p: float = ...,
     trust_remote_code: bool = ...,
+    trust_run: bool = ...,
 ) -> list[list[str]]: ...
 
 def compare(
@@ -374,6 +387,7 @@ def compare(
     best_metric: typing.Any = ...,
     chat: typing.Any = ...,
     chat_template_kwargs: typing.Any = ...,
+    chat_time: typing.Any = ...,
     check: typing.Any = ...,
     check_reference: bool = ...,
     cpu: typing.Any = ...,
@@ -472,6 +486,7 @@ def compare(
     training_attention: typing.Any = ...,
     truncate_prompts: typing.Any = ...,
     trust_remote_code: typing.Any = ...,
+    trust_run: typing.Any = ...,
     value_coef: typing.Any = ...,
     value_iterations: typing.Any = ...,
     value_learning_rate: typing.Any = ...,
@@ -489,6 +504,7 @@ def measure_gradients(
     base_seed: int = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
+    chat_time: str | os.PathLike[str] | None = ...,
     cpu: bool | None = ...,
     dtype: typing.Literal['float32', 'bfloat16', 'float16', 'float64', 'auto'] = ...,
     environment: typing.Any | None = ...,

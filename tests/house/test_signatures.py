@@ -152,7 +152,7 @@ CALLS: Sequence[tuple[str, str]] = [
     ("tokenrl.train(reward=['exact_match', len], reward_weights=[1, 2], stop='a', output_dir=Path('x'))", ""),
     ("tokenrl.train(chat_template_kwargs={'a': 1}, warm_start='auto', temperature=1, max_steps=None)", ""),
     ("tokenrl.train(estimator={'preset': 'grpo'}, generator=print, callback=lambda step, row: None)", ""),
-    ("tokenrl.compare(arms=['rloo', 'grpo'], seeds=3, task='vowels', max_steps=3).decisions", ""),
+    ("tokenrl.compare(arms=['rloo', 'grpo'], seeds=3, task='vowels', max_steps=3)", ""),
     ("tokenrl.train_agent(env='CartPole-v1', agent='tuned', hidden=[3, 4]).metrics", ""),
     ("tokenrl.evaluate(model=['a', 'b'])['a'].metrics, tokenrl.evaluate(model=Path('a')).sampling.seed", ""),
     (

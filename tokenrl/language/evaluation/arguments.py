@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tokenrl.configuration import TrustArguments
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.tasks.sources import OpenTaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, Natural, Number, Positive, Seed
+
+
+@dataclass(frozen=True)
+class OpenTaskArguments(TaskArguments, group="data"):
+    """How prompts are read, and how rewards are weighted and called. Left out: as in the model's run."""
+
+    task: Annotated[str, OR_OBJECT] = OPEN
+    """As in train. Default: that of the run, if there is one."""
+    reward: Annotated[tuple[str, ...], OR_OBJECT] = OPEN
+    """As in train. Default: that of the run for the same task, else the task's own reward."""
+    reward_weights: tuple[Number, ...] = OPEN
+    """One weight per reward. Default: those of the run for the same rewards, else 1 for each."""
+    max_turns: Count = OPEN
+    """Turns of the policy after which an episode ends. Default: that of the run, else 10."""
+    share_seed: bool = OPEN
+    """As in train. Default: as in the run, else shared."""
+    malformed: Literal["end", "observe"] = OPEN
+    """As in train. Default: that of the run, else end."""
+    prompt_column: str = OPEN
+    """Column of a dataset that holds the prompt. Default: that of the run, else prompt."""
+    split: str = OPEN
+    """Split of a dataset to train on, of which rows are held out if it has no other. Default: that of the
+    run, else train."""
+
+    def __post_init__(self) -> None:
+        """Check the values; an open task stays open until the model's run is read."""
+        super(TaskArguments, self).__post_init__()
 
 
 @dataclass(frozen=True)

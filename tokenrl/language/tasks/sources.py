@@ -18,15 +18,15 @@ from typing import Annotated, Any, Literal
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
 from tokenrl.runs.output import without_progress_bars
-from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, Number, Settings
+from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 
 Row = Mapping[str, Any]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-USUAL_TASK = "_".join(("sort", "digits"))
-"""The default of a task: an object of its own, so that it is known from an equal name that was given."""
+class LeftOut(str):
+    """The default of a task, which is known from an equal name that was given."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class DataArguments(Settings, group="data"):
 class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
-    task: Annotated[str, OR_OBJECT] = USUAL_TASK
+    task: Annotated[str, OR_OBJECT] = LeftOut("sort_digits")
     """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV or Parquet file, a
     folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a
     datasets.Dataset, a DatasetDict, a list of rows or a task object. An environment that is named without a
@@ -86,35 +86,8 @@ class TaskArguments(DataArguments):
     def __post_init__(self) -> None:
         """Check the values; an environment that is named without a task is the task."""
         super().__post_init__()
-        if self.environment is not None and (self.task is None or self.task is USUAL_TASK):
+        if self.environment is not None and (self.task is None or isinstance(self.task, LeftOut)):
             object.__setattr__(self, "task", self.environment)
-
-
-@dataclass(frozen=True)
-class OpenTaskArguments(TaskArguments, group="data"):
-    """How prompts are read, and how rewards are weighted and called. Left out: as in the model's run."""
-
-    task: Annotated[str, OR_OBJECT] = OPEN
-    """As in train. Default: that of the run, if there is one."""
-    reward: Annotated[tuple[str, ...], OR_OBJECT] = OPEN
-    """As in train. Default: that of the run for the same task, else the task's own reward."""
-    reward_weights: tuple[Number, ...] = OPEN
-    """One weight per reward. Default: those of the run for the same rewards, else 1 for each."""
-    max_turns: Count = OPEN
-    """Turns of the policy after which an episode ends. Default: that of the run, else 10."""
-    share_seed: bool = OPEN
-    """As in train. Default: as in the run, else shared."""
-    malformed: Literal["end", "observe"] = OPEN
-    """As in train. Default: that of the run, else end."""
-    prompt_column: str = OPEN
-    """Column of a dataset that holds the prompt. Default: that of the run, else prompt."""
-    split: str = OPEN
-    """Split of a dataset to train on, of which rows are held out if it has no other. Default: that of the
-    run, else train."""
-
-    def __post_init__(self) -> None:
-        """Check the values; an open task stays open until the model's run is read."""
-        super(TaskArguments, self).__post_init__()
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
