@@ -17,7 +17,7 @@ import tyro
 
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
-from tokenrl.errors import Refused, TokenrlError, explain, suggest
+from tokenrl.errors import Refused, Silent, TokenrlError, explain, suggest
 from tokenrl.flags import Command, parse
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.exact.catalogue import LabArguments
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with checked_output():
             return _run(argv)
     except TokenrlError as error:
-        print(f"tokenrl: {harmless(str(error))}", file=sys.stderr)
+        if not isinstance(error, Silent):
+            print(f"tokenrl: {harmless(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return UNREAD
@@ -113,7 +114,7 @@ def _run(argv: list[str]) -> int:
     with without_warnings(getattr(args, "quiet", False)):
         try:
             result = getattr(importlib.import_module(module), function)(args)
-        except SystemExit as error:
+        except (SystemExit, RuntimeError) as error:
             raise explain(error) or error from error
     return result if isinstance(result, int) else getattr(result, "exit_code", 0)
 

@@ -36,10 +36,18 @@ class Refused(TokenrlError, ValueError):
     exit_code = 2
 
 
+class Silent(Refused):
+    """Raised in the other processes of a run that the main one refuses; the command line is silent."""
+
+
 class Stopped(TokenrlError, RuntimeError):
     """Raised during a run; the last complete checkpoint stays as it was (exit code 1)."""
 
     exit_code = 1
+
+
+class Lost(Stopped):
+    """Raised where another process of this run has ended."""
 
 
 class Interrupted(TokenrlError):
@@ -150,7 +158,7 @@ def explain(error: BaseException) -> Stopped | None:
         )
     network = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "/gloo/" in str(error)
     if network and isinstance(error, RuntimeError):
-        return Stopped(
+        return Lost(
             "Another process of this run has ended or does not answer; what it printed says why. Start all "
             f"of them again to continue the run. PyTorch said: {describe(error)}"
         )

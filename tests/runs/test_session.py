@@ -27,7 +27,7 @@ from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import Provenance, resume_settings
+from tokenrl.runs.resume import Provenance, check_processes, resume_settings
 from tokenrl.runs.session import Session
 
 
@@ -278,7 +278,7 @@ def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
 
     def agreed(numbers):
         asked.append(numbers)
-        return [signal.SIGTERM, 0] if len(asked) == 5 else numbers  # another process was asked to stop
+        return [signal.SIGTERM, 0] if len(asked) == 8 else numbers  # another process was asked to stop
 
     ended = live(tmp_path / "other", main=False, agreed=agreed)
     assert not (tmp_path / "other").exists()
@@ -294,8 +294,8 @@ def test_processes_with_other_settings_are_refused(tmp_path):
 def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes():
     def compared(seed, steps, words):
         numbers = []
-        provenance = Provenance(settings={"seed": seed, "max_steps": steps, "reward": [partial(sum, words)]})
-        provenance.check_processes(lambda given: [numbers.append(n) or n for n in given])
+        settings = {"seed": seed, "max_steps": steps, "reward": (partial(sum, words),)}
+        check_processes(settings, lambda given: [numbers.append(n) or n for n in given])
         return numbers[:3]
 
     ours = compared(1, 5, "ab")
@@ -711,10 +711,8 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
     assert json.loads(Path("runs/train-2/config.json").read_text())["output_dir"] == "runs/train-2"
     commands = ["sample --model runs/train-2", "report runs/train-1 runs/train-2"]
     assert capsys.readouterr().out.endswith("".join(f"next    tokenrl {one}\n" for one in commands))
-    first = iter([[7], [0]])
-    lonely = live(
-        None, main=False, agreed=lambda numbers: numbers if numbers[1:] else next(first), max_steps=0
-    )
+    taken = iter([[0, 0], [7, 0]])
+    lonely = live(None, main=False, agreed=lambda numbers: next(taken, numbers), max_steps=0)
     assert lonely.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
 
 

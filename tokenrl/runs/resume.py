@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Silent
 from tokenrl.runs.checkpoint import ROWS_HASH, checkpoints, step_of, tables
-from tokenrl.runs.directory import newest, numbered
+from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_text, writing
 from tokenrl.runs.metrics import hash_of_rows, line_of, read_metrics
 from tokenrl.runs.origin import versions
 from tokenrl.settings import Settings, arguments
 
 T = TypeVar("T")
+Agreed = Callable[[Sequence[int]], Sequence[int]]
 
 FREE = (
     *("output_dir", "max_steps", "max_samples", "save_every", "save_minutes", "keep_checkpoints", "resume"),
@@ -32,6 +33,10 @@ ROUNDING = (
     *("tokens_per_pass", "threads", "cpu", "generator", "generator_cache"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
+_APART = {*ROUNDING, "output_dir", "quiet", "save_every", "save_minutes", "keep_checkpoints", "base model"}
+_APART |= {"logging_steps", "log_completions", "report_to", "tracker_project", "run_name", "trust_run"}
+_APART -= {"generator"}
+"""What may differ between the processes of a run; all get the weights of the main one's base model."""
 _MENDS = {
     "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
     "data or models": "Restore them, or start a new run from the checkpoint's weights with --model.",
@@ -111,6 +116,34 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     return None, []
 
 
+def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
+    """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
+
+    Returns:
+        The directory, what is wrong with newer checkpoints, the number of the directory, and the step of the
+        checkpoint; 0 where there is none.
+
+    Raises:
+        Refused: the directory or the checkpoint cannot be used.
+    """
+    if args.overwrite and args.resume:
+        raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
+    if not main:
+        return None, [], 0, 0
+    if args.output_dir is None:
+        directory = new_directory(kind)
+        number = int(directory.path.name.rpartition("-")[2])
+    else:
+        held_run = {"overwrite": args.overwrite, "resume": bool(args.resume)}
+        directory, number = RunDirectory(Path(args.output_dir).absolute(), **held_run), 0
+    try:
+        path, skipped = find_checkpoint(directory.path, args.resume) if args.resume else (None, [])
+    except Refused:
+        directory.release()
+        raise
+    return directory, skipped, number, step_of(path) if path else 0
+
+
 def _recorded_until(metrics: Path) -> int:
     """Return the last step up to which metrics.jsonl has a row for every step; -1 if it has none."""
     steps = [row.get("step") for row in read_metrics(metrics)] if metrics.exists() else []
@@ -153,26 +186,6 @@ class Provenance:
     settings: Mapping[str, Any] = field(default_factory=dict)
     inexact: list[str] = field(default_factory=list)
 
-    def check_processes(self, agreed: Callable[[Sequence[int]], Sequence[int]]) -> None:
-        """Compare with the other processes, but not the base model, whose weights the main one gives to all.
-
-        Of functions and objects no text is compared: it may hold an address, a device or a set in any order.
-
-        Args:
-            agreed: returns the largest of each of the numbers that all processes pass to it.
-
-        Raises:
-            Refused: settings, data or tokenizer of another process are not those of this one.
-        """
-        values = {**self.settings, **self.fingerprints}
-        names = sorted(values.keys() - {*FREE, *ROUNDING, "base model"} | {"max_steps"})
-        text = JSONEncoder(skipkeys=True, default=lambda x: vars(x) if isinstance(x, Settings) else "").encode
-        numbers = [crc32(text(values[name]).encode()) for name in names]
-        extremes = agreed([*numbers, *(-number for number in numbers)])  # the largest, and minus the least
-        if wrong := [name for i, name in enumerate(names) if extremes[i] + extremes[i + len(names)]]:
-            mend = "Start all of them with the same command, on the same data."
-            raise Refused(f"The processes of this run differ in {', '.join(wrong)}. {mend}")
-
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         packages = {name: version for name, version in versions().items() if name != "platform"}
@@ -210,3 +223,49 @@ def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
         for name in sorted({*stored, *ours})
         if stored.get(name) != ours.get(name)
     }
+
+
+def check_processes(values: Mapping[str, Any], agreed: Agreed) -> None:
+    """Compare values by name, such as settings, with those of the other processes, but not those of `_APART`.
+
+    Of data, functions and objects no text is compared: it may hold an address, or a set in any order.
+
+    Args:
+        values: the values; the names are the same in all processes.
+        agreed: returns the largest of each of the numbers that all processes pass to it.
+
+    Raises:
+        Refused: a value of another process is not that of this one; all processes raise it.
+    """
+    names = sorted(values.keys() - _APART)
+    encode = JSONEncoder(skipkeys=True, default=lambda x: vars(x) if isinstance(x, Settings) else "").encode
+    plainly = {name: "" if isinstance(value := values[name], list | dict) else value for name in names}
+    numbers = [crc32(encode(plainly[name]).encode()) for name in names]
+    extremes = agreed([*numbers, *(-number for number in numbers)])  # the largest, and minus the least
+    if wrong := [name for i, name in enumerate(names) if extremes[i] + extremes[i + len(names)]]:
+        mend = "Start all of them with the same command, on the same data."
+        raise Refused(f"The processes of this run differ in {', '.join(wrong)}. {mend}")
+
+
+def together(main: bool, agreed: Agreed, prepare: Callable[[], T]) -> T:
+    """Return what `prepare` returns in this process, unless it refuses in this or in the main process.
+
+    Args:
+        main: whether this is the main process.
+        agreed: returns the largest of each of the numbers that all processes pass to it.
+        prepare: what each process does, which may refuse.
+
+    Raises:
+        Refused: `prepare` refused, here or in another process. If it did so in the main process, the others
+            raise `Silent`, and those too in which it did not.
+    """
+    try:
+        result, fault = prepare(), None
+    except Refused as error:
+        result, fault = None, error
+    by_main, by_any = agreed([int(main and fault is not None), int(fault is not None)])
+    if fault is not None and (main or not by_main):
+        raise fault
+    if by_any:
+        raise (Refused if main else Silent)("Another process of this run refuses it, and says why.")
+    return result  # type: ignore[return-value]

@@ -26,27 +26,35 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, describe, explain, leave
+from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, describe, explain, leave
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
+from tokenrl.runs.checkpoint import Model, Resumable, Saver
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
-from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run_files
+from tokenrl.runs.directory import numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
-from tokenrl.runs.resume import Provenance, cut_back, find_checkpoint, how_to_continue
+from tokenrl.runs.resume import (
+    Agreed,
+    Provenance,
+    check_processes,
+    claim,
+    cut_back,
+    how_to_continue,
+    together,
+)
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 
 T = TypeVar("T")
-Agreed = Callable[[Sequence[int]], Sequence[int]]
 Names = Mapping[str, str | None]
 _KEPT = ("eval_before", "_evaluated", "_told", "flags", "ended", "training_seconds")
 """The fields of a `Session` that a continuation goes on from."""
@@ -88,18 +96,12 @@ class Session:
         self.kind, self.main, self._quiet, self.agreed = kind, main, args.quiet or not main, agreed
         self._owner, self.console = os.getpid(), Console(quiet=self._quiet, every=every)
         self._trackers = Trackers(args, self.console.warn)
-        if args.overwrite and args.resume:
-            raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
-        if args.output_dir is None:
-            self._directory = new_directory(kind) if main else None
-            (number,) = agreed([int(self._directory.path.name.rpartition("-")[2]) if self._directory else 0])
-            self.directory = str(numbered(kind, number))
-        else:
-            held_run = {"overwrite": args.overwrite, "resume": bool(args.resume)}
-            self._directory = RunDirectory(Path(args.output_dir).absolute(), **held_run) if main else None
-            self.directory = str(args.output_dir)
+        claimed = together(main, agreed, partial(claim, kind, args, main=main))
+        self._directory, self._skipped, *numbers = claimed
+        number, step = agreed(numbers)
+        self.directory = str(numbered(kind, number) if args.output_dir is None else args.output_dir)
         self.args, self.output_dir = args, Path(self.directory).absolute()
-        self._continued, self._skipped = self._find(args.resume) if args.resume else (None, [])
+        self._continued = self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None
         self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=self._quiet)
         self.saver = Saver(self.output_dir / "checkpoints", args, active=main)
@@ -119,17 +121,9 @@ class Session:
         self.step_seconds = self.training_seconds = 0.0
         self._began, self._seconds = time.monotonic(), 0.0  # seconds before the run was continued
 
-    def _find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """Find the checkpoint to continue from; the main process tells the others its step."""
-        path, skipped = None, list[str]()
-        if self._directory is not None:
-            try:
-                path, skipped = find_checkpoint(self.output_dir, resume)
-            except Refused:
-                self._directory.release()
-                raise
-        (step,) = self.agreed([step_of(path) if path else 0])
-        return (self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None), skipped
+    def compare(self, values: Mapping[str, Any]) -> None:
+        """Refuse values by name, such as settings, in which the processes of this run differ."""
+        together(self.main, self.agreed, partial(check_processes, values, self.agreed))
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -138,7 +132,7 @@ class Session:
         self._atexit.enter_context(without_warnings(self._quiet))
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
         """Close the run. If an error ended it, save its state, record the failure, and raise it again.
 
         Raises:
@@ -151,7 +145,8 @@ class Session:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
             stopped = error if isinstance(error, Stopped) else explain(error) if error else None
             if stopped is not None and not self._begun:
-                raise Refused(f"Before the first step: {stopped}") from error
+                kind = Silent if isinstance(stopped, Lost) and not self.main else Refused
+                raise kind(f"Before the first step: {stopped}") from error
             stopped = Stopped(str(error)) if isinstance(error, Refused) else stopped
             if isinstance(error, USER_CODE_FAILED) and self._begun:
                 failed = self._failed(stopped or error)
@@ -190,7 +185,7 @@ class Session:
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         self._provenance.settings = settings
-        self._provenance.check_processes(self.agreed)
+        self.compare({**settings, **self._provenance.fingerprints})
         self.rows = [{"step": 0, **of_evaluation(self.eval_before)}]
         if self._continued is not None:
             self._continue(self._continued)

@@ -16,7 +16,7 @@ from tokenrl.cli import main
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
-from tokenrl.language.training.setup import make_accelerator
+from tokenrl.language.training.setup import check_shares
 from tokenrl.settings import arguments
 
 QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0, "cpu": True}
@@ -106,15 +106,13 @@ def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, promp
 
 
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
-def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(monkeypatch, prompts, valid):
-    three = SimpleNamespace(num_processes=3)
-    monkeypatch.setattr("accelerate.Accelerator", lambda **options: three)
-    args = SimpleNamespace(cpu=True, generator="transformers", mixed_precision="no", prompts_per_step=prompts)
+def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(prompts, valid):
+    args = SimpleNamespace(generator="transformers", prompts_per_step=prompts)
     with pytest.raises(Refused, match=rf"cannot be shared equally by 3 processes.* Give {valid}\."):
-        make_accelerator(args)
+        check_shares(args, 3)
     args.generator = "vllm"
     with pytest.raises(Refused, match="vllm samples in a run of one process, and this run has 3"):
-        make_accelerator(args)
+        check_shares(args, 3)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")

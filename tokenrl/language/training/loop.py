@@ -34,6 +34,7 @@ from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
 from tokenrl.language.training.setup import (
     adapt,
+    check_shares,
     engine_of,
     fill_defaults,
     load_base,
@@ -45,7 +46,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.language.training.warm_start import WarmStart
 from tokenrl.runs.metrics import write_completions
-from tokenrl.runs.resume import resume_settings
+from tokenrl.runs.resume import Agreed, check_processes, resume_settings, together
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -91,14 +92,15 @@ def train(
         raise Refused(f"callback was given as {callback!r}; it must be a function of a step and its metrics.")
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
-    task, rewards = find_task(choices)
-    accelerator = make_accelerator(fill_defaults(choices, task).values)  # refused before anything is loaded
+    accelerator = make_accelerator(choices)
+    main, agreed = accelerator.is_main_process, partial(largest, accelerator)
+    task, rewards = together(main, agreed, partial(_task_of, choices, accelerator.num_processes, agreed))
     with Session(
         "train",
         choices,
         every=choices.logging_steps if choices.logging_steps > 1 else 10,
-        main=accelerator.is_main_process,
-        agreed=partial(largest, accelerator),
+        main=main,
+        agreed=agreed,
     ) as session:
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
@@ -129,6 +131,18 @@ def train(
             return _finish(run, session, reason)
 
 
+def _task_of(choices: Any, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
+    """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
+
+    Raises:
+        Refused: the processes were started in different ways, or the task or a setting cannot be used.
+    """
+    check_processes({**vars(choices), "resume": bool(choices.resume)}, agreed)
+    task, rewards = find_task(choices)
+    check_shares(fill_defaults(choices, task).values, world)
+    return task, rewards
+
+
 def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> TrainingRun:
     """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
@@ -150,6 +164,7 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
             del stage  # and its copy of the weights
         adapt(args, policy)
     provenance = provenance_of(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
+    session.compare({**vars(args), **provenance.fingerprints, "size of the model": policy.size})
     threads, reason = choose_threads(policy.size, args.threads)
     with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
         chosen = {"threads": threads, "output_dir": session.directory, "chat_time": policy.form.chat_time}

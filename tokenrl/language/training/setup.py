@@ -232,10 +232,10 @@ def adapt(args: Any, policy: Policy) -> None:
 
 
 def make_accelerator(args: Any) -> Any:
-    """Make accelerate's handle of device, precision and processes, as the settings of a run say.
+    """Make accelerate's handle of device, precision and processes, as the arguments of a run say.
 
     Raises:
-        Refused: accelerate refuses the settings, or the processes cannot share the prompts equally.
+        Refused: accelerate refuses the settings.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
@@ -249,12 +249,16 @@ def make_accelerator(args: Any) -> Any:
     hidden = [*overruled(), *["ACCELERATE_TORCH_DEVICE"] * (args.cpu is True)]
     values = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        return Accelerator(cpu=cpu, mixed_precision="no")
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     finally:
         os.environ.update(values)
-    world, prompts = accelerator.num_processes, args.prompts_per_step
+
+
+def check_shares(args: Any, world: int) -> None:
+    """Refuse settings with which a number of processes cannot share a step equally."""
+    prompts = args.prompts_per_step
     if world > 1 and args.generator == "vllm":
         raise Refused(f"vllm samples in a run of one process, and this run has {world}: take transformers.")
     if prompts % world:
@@ -262,7 +266,6 @@ def make_accelerator(args: Any) -> Any:
         valid = f"{down} or {up}" if down else up
         problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
         raise Refused(f"{problem}. Give {valid}.")
-    return accelerator
 
 
 def overruled() -> list[str]:
