@@ -98,8 +98,8 @@ LATER = {
     "torch.cpu:get_capabilities": ("torch", "2.10"),
 }
 """Names that the lowest supported releases lack, with their own; the package asks whether they are there."""
-OF_TUPLES = {"_replace", "_make", "_asdict", "_fields"}
-"""Names with which Python's named tuples are documented."""
+DOCUMENTED = {"_replace", "_make", "_asdict", "_fields", "_exit"}
+"""Names with which Python documents named tuples, and `os._exit`."""
 UNDOCUMENTED = {"transformers", "peft", "accelerate", "datasets", "huggingface_hub", "vllm"}
 """Libraries whose documented names can be imported from the top, for the most part."""
 
@@ -163,7 +163,7 @@ def own_names(sources: list[Source]) -> set[str]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in OF_TUPLES
+    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
 
 
 def private_names(source: Source, own: set[str]) -> Iterator[str]:
