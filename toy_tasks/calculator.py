@@ -18,38 +18,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toy_tasks.models import EOS, TinyModel, literal_tokenizer
+from toy_tasks.models import CALLS, READS_CALLS, TinyModel, literal_tokenizer
 from toy_tasks.task import Row, Task, WarmStart, binary, hold_out, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "', '"}}</tool_call>'
-TEMPLATE = """\
-{#- The tools are not described: there is one alone, and the demonstrations show how it is called. -#}
-{%- for message in messages -%}
-{%- if message.role == "assistant" -%}
-{%- for call in message.tool_calls or [] -%}
-{{ '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
-{{- call.function.arguments | tojson }}}</tool_call>
-{%- endfor -%}
-{{ message.content }}<eos>
-{%- else -%} {{ message.content }}> {%- endif -%}
-{%- endfor -%}"""
-RESPONSE = {
-    "start_anchor": ">",
-    "defaults": {"role": "assistant"},
-    "fields": {
-        "content": {"close": EOS},
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close": "</tool_call>",
-            "content": "json",
-            "repeats": True,
-            "transform": {"type": "function", "function": "{content}"},
-        },
-    },
-}
 _EXPRESSION = re.compile(r"[0-9]{1,4}(?:\+[0-9]{1,4}){0,9}")
 
 
@@ -61,12 +36,12 @@ class ToolModel(TinyModel):
         chat_template: Writes messages and calls; a `>` asks for a turn of the assistant.
     """
 
-    chat_template: str = TEMPLATE
+    chat_template: str = CALLS
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer alone."""
         tokenizer = literal_tokenizer(self.tokens)
-        tokenizer.chat_template, tokenizer.response_template = self.chat_template, RESPONSE
+        tokenizer.chat_template, tokenizer.response_template = self.chat_template, READS_CALLS
         return tokenizer
 
 

@@ -19,6 +19,33 @@ CHARACTER = r"[\s\S]"
 WORD = r" ?[a-z]+|[\s\S]"  # the space belongs to the word after it, so prompt + completion is the text
 
 LINES = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+"""A chat template for messages alone."""
+CALLS = """\
+{#- The tools are not described: demonstrations show how they are called. -#}
+{%- for message in messages -%}
+{%- if message.role == "assistant" -%}
+{%- for call in message.tool_calls or [] -%}
+{{ '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}}</tool_call>
+{%- endfor -%}
+{{ message.content }}<eos>
+{%- else -%} {{ message.content }}> {%- endif -%}
+{%- endfor -%}"""
+READS_CALLS = {
+    "start_anchor": ">",
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "content": {"close": EOS},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
+"""A chat template for calls of tools, and how a tokenizer reads such a call."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +86,7 @@ def model_for_rows(
     *,
     texts: Iterable[str] = (),
     chat: bool = False,
+    tools: bool = False,
     room: int = 1024,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Return a new tiny model for any rows of data, and its tokenizer.
@@ -72,6 +100,7 @@ def model_for_rows(
         seed: Seed of the initial weights, which otherwise depend on the number of characters alone.
         texts: What else prompts or completions hold, such as a system prompt.
         chat: Whether prompts that are text will be sent as chat messages too.
+        tools: Whether the policy will call tools, which needs chats.
         room: The tokens of the context beside those of the longest row.
     """
     rows, further = list(rows), "".join(texts)
@@ -80,6 +109,8 @@ def model_for_rows(
     alphabet = tuple(sorted(set().union(*whole)))
     model, tokenizer = TinyModel(alphabet, context=room + max(map(len, whole)))(seed)
     tokenizer.chat_template = LINES if is_chat else None
+    if tools:
+        tokenizer.chat_template, tokenizer.response_template = CALLS, READS_CALLS
     return model, tokenizer
 
 

@@ -16,7 +16,9 @@ from tiny_models import quickly
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.language.policy.model import load_policy
-from toy_tasks.models import UNKNOWN, model_for_rows
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.tools import assistant_message
+from toy_tasks.models import EOS, UNKNOWN, model_for_rows
 
 SMALL = "--max-steps 1 --prompts-per-step 2 --num-generations 2 --eval-size 2 --eval-generations 1 --cpu"
 PYTHON = """
@@ -128,3 +130,34 @@ def test_tiny_is_a_directory_of_that_name_where_there_is_one_and_no_model_to_eva
     settings = {"task": "own.py:task", "max_steps": 1, "eval_generations": 0, "quiet": True}
     result = tokenrl.train(model="tiny", output_dir="run", **settings)
     assert result.policy.source == "tiny" and result.policy.size == load_policy(str(saved())).size
+
+
+class Shop:
+    """An environment with a tool."""
+
+    def reset(self, **row):
+        """Begin."""
+
+    def price(self, item: str) -> str:
+        """Return a price.
+
+        Args:
+            item: what is sold.
+        """
+        return "3"
+
+
+def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
+    user = {"role": "user", "content": "tea?"}
+    call = {"name": "price", "arguments": {"item": "tea"}}
+    text = f"<tool_call>{json.dumps(call)}</tool_call>"
+    rows = [{"prompt": [user], "completion": text}]
+    sft = tokenrl.sft(task=rows, environment=Shop, model="tiny", max_steps=1, output_dir=tmp_path, quiet=True)
+    policy, tools = sft.policy, Environments(Shop).reset(rows, [0])[0].tools
+    prompt = policy.encode([user])
+    ids = policy.tokenizer(text + EOS, add_special_tokens=False).input_ids
+    message = assistant_message(policy.tokenizer, ids, prompt, text, tools)
+    assert message["tool_calls"] == [{"type": "function", "function": call}]
+    assert (
+        policy.encode([user, message, {"role": "tool", "content": "3"}])[: len(prompt + ids)] == prompt + ids
+    )

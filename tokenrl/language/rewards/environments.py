@@ -116,6 +116,7 @@ class Environments:
             ("observe").
         timeout: seconds that one call of an environment may take; None: as long as it likes.
         rewarded: whether an environment of them gives rewards.
+        has_tools: whether an environment of them has tools.
     """
 
     factory: Any
@@ -139,6 +140,7 @@ class Environments:
         instances = [episode.environment for episode in self._first.values()]
         self.__name__ = "environment" if len(instances) != 1 else type(instances[0]).__name__
         self.rewarded = any(e.steps or hasattr(e.environment, "get_reward") for e in self._first.values())
+        self.has_tools = any(episode.tools for episode in self._first.values())
 
     def __call__(self, environment_rewards: list[float | None], **_: Any) -> list[float | None]:
         """Return the rewards of N episodes, None for one that failed."""

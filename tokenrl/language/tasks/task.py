@@ -115,7 +115,7 @@ def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = Fals
     """
     check_seed(seed)
     data = arguments(DataArguments, options)
-    return _with_environment(_loaded(name, data, reward, seed, chat), name, data.environment)
+    return with_environment(_loaded(name, data, reward, seed, chat), name, data.environment)
 
 
 def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
@@ -193,7 +193,7 @@ def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any
     return PromptTask(name, train, held_out, [], environment=source)
 
 
-def _with_environment(task: Any, source: Any, environment: Any) -> Any:
+def with_environment(task: Any, source: Any, environment: Any) -> Any:
     """Return the task with the environment of the arguments, if they name one beside the task's `source`."""
     if environment is None or environment is source:
         return task
@@ -258,7 +258,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             sources.check_prompts(task.eval_prompts, f"task '{task.name}', eval_prompts")
     if not is_task:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
-    task = _with_environment(task, args.task, args.environment)
+    task = with_environment(task, args.task, args.environment)
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)

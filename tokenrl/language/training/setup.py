@@ -22,6 +22,7 @@ from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.vllm import VllmGenerator
@@ -210,8 +211,10 @@ def make_tiny(args: Any, task: Any) -> Policy:
     build = getattr(task, "build", None)
     if build is None:
         rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
-        rows += [{"prompt": WRITTEN}] * (getattr(task, "environment", None) is not None)
         form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
+        if getattr(task, "environment", None) is not None:
+            rows.append({"prompt": WRITTEN})
+            form["tools"] = Environments(task.environment).has_tools
         room = max(1024, getattr(args, "max_completion_length", None) or 0)
         build = partial(importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form)
     policy = wrap(*build(args.base_seed), source=TINY)

@@ -21,7 +21,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.records import described, recorded
 from tokenrl.language.tasks.sources import memory_splits, read_splits, with_prompts
-from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
+from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
 from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.defaults import (
     completion_limit,
@@ -175,5 +175,5 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         raise Refused(f"{fault}.{nearest(column, rows[0])}")
     name, origin = (args.task, {}) if named else described(splits)
     rest = [row for split in splits if split != args.split for row in splits[split]]
-    task = PromptTask(name, rows, rest, None, origin=origin)
+    task = with_environment(PromptTask(name, rows, rest, None, origin=origin), None, args.environment)
     return task, None, demonstrations(task, column)
