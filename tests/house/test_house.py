@@ -21,29 +21,29 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 11_000,
-    "core": 20_200,
-    "runs": 29_300,
-    "control": 16_200,
+    "top": 13_500,
+    "core": 20_300,
+    "runs": 31_300,
+    "control": 16_300,
     "advisor": 6_500,
     "language": 100,
-    "language/policy": 8_200,
-    "language/rewards": 12_700,
-    "language/tasks": 7_100,
-    "language/rollout": 17_600,
-    "language/training": 31_200,
+    "language/policy": 11_300,
+    "language/rewards": 13_700,
+    "language/tasks": 8_700,
+    "language/rollout": 18_100,
+    "language/training": 35_500,
     "language/preferences": 7_500,
-    "language/evaluation": 5_400,
+    "language/evaluation": 6_000,
     "lab": 100,
-    "lab/exact": 16_000,
+    "lab/exact": 16_200,
     "lab/measure": 7_000,
-    "lab/compare": 19_700,
+    "lab/compare": 19_800,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 215_000, 164, 84_900, 271_500, 59_300, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 40, 48_000, 45
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_800, 170, 93_400, 297_300, 59_400, 7_500
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 40, 50_900, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
