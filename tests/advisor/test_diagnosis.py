@@ -123,6 +123,16 @@ def test_rewards_differ_if_chance_would_not_explain_it(made_up, evaluated, flag)
     assert [name for name in found if name.startswith("reward-")] == [flag] * bool(flag)
 
 
+@pytest.mark.parametrize(
+    ("flags", "flag"), [([], ""), (["nothing-learnt"], "reward-flat"), (["entropy-collapsed"], "")]
+)
+def test_what_a_run_has_learnt_is_what_it_said_at_its_end(made_up, flags, flag):
+    path = made_up("train", **FLAT | {"evaluated": {0: 0.5, 40: 0.52}})
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"flags": flags}))
+    assert [name for name in findings_of(path) if name.startswith("reward-")] == [flag] * bool(flag)
+
+
 def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts_cannot_show_it(made_up):
     run = {"reward": lambda step: 0.2 + step / 200, "evaluated": {0: 0.2, 40: 0.22}}
     advice = advise_run(str(made_up("train", **run)))

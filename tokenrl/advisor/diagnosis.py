@@ -140,6 +140,9 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     now, peak = compared[-1], max(compared)
     comparisons, running = len(compared) - 1, not run.summary and in_use(run.path)
     gained = any(_differs(means[-1], means[0], 2) > 0 for means in (compared, parts))
+    flags = run.summary.get("flags") if run.kind == "train" and len(evaluated) > 1 else None
+    if flags is not None and run.summary["exit_reason"] == "finished":
+        gained = "nothing-learnt" not in flags  # the run compared the same prompts, which this cannot
     rising = len(parts) > 1 and _differs(parts[-1], parts[-2], 1) > 0
     kl = [value for at, value in zip(*run.series("kl"), strict=True) if at <= peak.step]
     return {
