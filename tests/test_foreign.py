@@ -308,7 +308,7 @@ def test_the_script_of_the_page_runs_and_its_command_makes_the_same_run(tmp_path
     assert main(["train", *words, *brief_flags.split()]) == 0
     scripted, typed = (json.loads(Path(f"runs/{run}/config.json").read_text()) for run in ("sums", "command"))
     differ = {name for name in scripted | typed if scripted.get(name) != typed.get(name)}
-    assert differ == {"command", "output_dir", "task", "task_rows", "title", "reward"}
+    assert differ == {"code", "command", "output_dir", "task", "task_rows", "title", "reward"}
     assert Path("runs/sums/metrics.jsonl").read_bytes() == Path("runs/command/metrics.jsonl").read_bytes()
 
 

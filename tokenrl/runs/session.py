@@ -311,7 +311,7 @@ class Session:
         for name in _KEPT:
             setattr(self, name, state.get(name, getattr(self, name)))
         self._seconds = state["wall_seconds"]
-        self.console.warnings[:0] = self._told.values()
+        self.console.warnings += self._told.values()
 
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""

@@ -117,6 +117,7 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
         shape = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
         how = {"model": make_policy(), "task": make_task(prompts), "output_dir": tmp_path / "run"}
         how |= {"eval_every": 1, "learning_rate": 0.01, "threads": 1, "quiet": True, "cpu": True}
+        how |= {"lr_scheduler_type": "constant"}  # others fall to 0 at the last step
         return tokenrl.train(**how | shape | changes)
 
     first = train()

@@ -24,9 +24,9 @@ from tokenrl.language.training.evaluation import (
     distinct,
     evaluate_policy,
     over_prompts,
-    probe_policy,
     sampled_rows,
 )
+from tokenrl.language.training.probe import probe_policy
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 

@@ -42,6 +42,8 @@ from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import SURE, judge
 from tokenrl.runs.session import Session
 
+FEW_PROMPTS = 4
+"""Of fewer held-out prompts the error of a mean is too uncertain to say that a reward has fallen."""
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[TrainingRun], Mapping[str, float]]
@@ -166,8 +168,9 @@ def _judge_steps(run: TrainingRun, observed: Mapping[str, Any], findings: list[F
     if len(run.means) < 2:
         return {}
     after, before = map(fmean, run.means)
-    gain, error = over_prompts([now - then for now, then in zip(*run.means, strict=True)])
-    if -gain > 2 * error:
+    gains = [now - then for now, then in zip(*run.means, strict=True)]
+    gain, error = over_prompts(gains)
+    if -gain > 2 * error and len(gains) >= FEW_PROMPTS:
         text = f"The trial steps lower the held-out reward from {before:.3g} to {after:.3g}. "
         advice, changes = lower_rate(observed)
         weight: Weight = "void" if -gain > SURE * error else "watch"

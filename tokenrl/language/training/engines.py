@@ -76,7 +76,8 @@ def start_engine(
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
-        raise explain(error) or Refused(f"The generator could not be made: {raised(error)}.") from error
+        text = f"The generator could not be made: {raised(error)}."
+        raise _in_words(error, Refused(text)) from error
     if type(engine) is TransformersGenerator and engine.policy is policy:
         return engine
     if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
@@ -87,6 +88,13 @@ def start_engine(
 
 class WrongRollout(Exception):
     """Raised where a rollout is not what an engine was asked for; says in words what is wrong."""
+
+
+def _in_words(error: BaseException, ours: TokenrlError) -> TokenrlError:
+    """Return what used up memory or a lost process means, or else an error that names the engine."""
+    if isinstance(error, SystemExit):
+        return ours
+    return explain(error) or ours
 
 
 @dataclass
@@ -148,7 +156,7 @@ class CheckedEngine:
             raise
         except USER_CODE_FAILED as error:
             text = f"{type(self.engine).__name__}.{method} failed: {raised(error)}."
-            raise explain(error) or Stopped(text) from error
+            raise _in_words(error, Stopped(text)) from error
 
     def _compare(self, rollout: Rollout, sampling: Sampling, *, greedy: bool) -> None:
         """Compare some rows of a first rollout with the trainer, which has the same weights then.
