@@ -100,8 +100,15 @@ def distinct(completions, **_):
 def test_a_check_says_whether_its_steps_lower_the_held_out_reward(check, options, falls, capsys):
     model, tokenizer = letters()
     before = weights(model)
+    held_out = [{"prompt": prompt} for prompt in LETTERS[:8]]
     result = check(
-        distinct, model=(model, tokenizer), max_steps=60, eval_generations=4, quiet=False, **options
+        distinct,
+        fields={"eval_prompts": held_out},
+        model=(model, tokenizer),
+        max_steps=60,
+        eval_generations=4,
+        quiet=False,
+        **options,
     )
     assert torch.equal(weights(model), before) and ("reward-falls" in result.flags) == falls
     captured = capsys.readouterr()

@@ -42,7 +42,7 @@ from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import SURE, judge
 from tokenrl.runs.session import Session
 
-FEW_PROMPTS = 4
+FEW_PROMPTS = 8
 """Of fewer held-out prompts the error of a mean is too uncertain to say that a reward has fallen."""
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
