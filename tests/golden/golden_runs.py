@@ -75,7 +75,8 @@ RUNS: dict[str, Run] = {
             _TRAIN.replace("--output-dir run", "--output-dir base") + "--max-steps 1",
             _TRAIN.replace("sort_digits", "data.jsonl") + "--model base/model --estimator dr_grpo "
             "--prompt-template '{question}>' --reward exact_match 'length(target=4)' --reward-weights 1 0.5 "
-            "--eval-size 4 --max-completion-length 6 --learning-rate 0.0005 --truncate-prompts",
+            "--eval-size 4 --max-completion-length 6 --learning-rate 0.0005 --lr-scheduler-type constant "
+            "--truncate-prompts",
         ),
         files={"data.jsonl": _SUMS},
     ),
