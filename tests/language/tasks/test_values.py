@@ -56,7 +56,7 @@ def alone(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-EACH = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EACH = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "folder/train.jsonl"])

@@ -127,7 +127,7 @@ def test_sys_exit_in_a_callback_is_a_failure_also_from_python(place, monkeypatch
     small = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 2, "quiet": True, "cpu": True}
     with pytest.raises(Stopped, match=r"At step 1: .*SystemExit: 0 \(test_endings.py, line \d+\)"):
         tokenrl.train(callback=lambda *_: sys.exit(0), output_dir="called", **options, **small)
-    with pytest.raises(Refused, match=r"Before the first step: .*SystemExit"):
+    with pytest.raises(Refused, match=r"The generator could not be made: it raised SystemExit"):
         tokenrl.train(generator=lambda *_: sys.exit(0), output_dir="made", **options, **small)
     assert json.loads(Path("called/summary.json").read_text())["exit_reason"] == "failed"
 

@@ -121,6 +121,7 @@ def check(place: Path, names: list[str]) -> None:
         assert "tokenrl" not in other and "differ" not in other, (name, other)
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_refused_at_once(place):
     check(place, ["resume of the main", "lora_r of the other", "output directory", "rows"])
 
