@@ -82,7 +82,7 @@ def make(seed: int = 0, turns: int = 4, eval_size: int = 128, games: int = 2048)
         solved=0.95,
         pass_threshold=1.0,
         warm_start=WarmStart(steps=1000),
-        train=settings(learning_rate=1e-3, prompts_per_step=64, max_steps=100),
+        train=settings(learning_rate=5e-4, prompts_per_step=64, max_steps=200),
         build=TinyModel((*"-: ", *(f"{number:02d}" for number in range(1, 2**turns)))),
     )
 
