@@ -295,6 +295,7 @@ def test_figure_of_samplers_that_differ(tmp_path, monkeypatch, capsys):
     assert biases["no correction", "0.5"] > biases["token", "0.5"] > biases["sequence", "0.5"] == 0
 
 
+@pytest.mark.slow
 def test_figure_of_length_bias(tmp_path, monkeypatch, capsys):
     out = drawn("figures length-bias", tmp_path, monkeypatch, capsys)
     rows = {(r[0], int(r[1])): [float(x) for x in r[2:]] for r in map(str.split, out.splitlines()[1:7])}
@@ -334,7 +335,8 @@ def test_figure_of_variance(tmp_path, monkeypatch, capsys):
     assert mean < three < two
 
 
-@pytest.mark.parametrize("task", ["hidden", pytest.param("difficulty", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["hidden", "difficulty"])
 def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypatch, capsys, handlers):
     out = run("pass_at_k", f"--task {task} --seeds 3 --max-steps 1", tmp_path, monkeypatch, capsys)
     for line in out.splitlines()[-2:]:
