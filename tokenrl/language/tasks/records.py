@@ -18,7 +18,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     columns = dict.fromkeys(name for row in rows for name in row)
     missing = {name: sum(row.get(name) is None for row in rows) for name in columns}
     partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
-    formless = [name for name in columns if any(FORMLESS in canonical(row.get(name)) for row in rows)]
+    formless = [name for name in columns if any(_is_formless(row.get(name)) for row in rows)]
     warnings = []
     if partly:
         holes = f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}"
@@ -27,6 +27,11 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         objects = f"the values of {', '.join(formless)} are objects without a __repr__ of their own"
         warnings.append(f"{objects}: if they change, a continuation of this run cannot notice it.")
     return warnings
+
+
+def _is_formless(value: Any) -> bool:
+    is_plain = isinstance(value, str | int | float)  # of most data, which need not be written a second time
+    return not is_plain and FORMLESS in canonical(value)
 
 
 def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
