@@ -19,7 +19,10 @@ def pytest_configure(config) -> None:
     settings.register_profile("same", derandomize=True)
     if config.getoption("markexpr").startswith("not slow"):
         settings.load_profile("same")
-    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)
 
@@ -70,4 +73,6 @@ def short_warm_start(tmp_path, monkeypatch):
 
     fit = warm_start.fit
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10}))
+    monkeypatch.setattr(
+        warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10})
+    )

@@ -20,7 +20,12 @@ SMALL: dict[str, Any] = {
     "max_completion_length": [1, 2, 6, 20, 64],
     **{"max_samples": [None, 1, 20], "eval_size": [1, 2, 10**9], "num_minibatches": [1, 2, 3]},
     **{"max_refills": [0, 1, 3], "num_steps": [None, 2, 7], "max_episode_steps": [None, 1, 5]},
-    **{"eval_episodes": [1, 3], "hidden": [(), (1,), (4, 3)], "num_pairs": [4, 20], "num_prompts": [1, 4, 8]},
+    **{
+        "eval_episodes": [1, 3],
+        "hidden": [(), (1,), (4, 3)],
+        "num_pairs": [4, 20],
+        "num_prompts": [1, 4, 8],
+    },
     **{"num_samples": [2, 4], "episodes": [2, 3], "best_of": [0, 2, 3], "k": [(), (1,), (1, 2)]},
     **{"probes": [2, 8], "hidden_size": [None, 16, 7], "threads": [None, 1]},
     "temperature": [1.0, 0.3, 1e-30, 1e30],
@@ -29,7 +34,22 @@ SMALL: dict[str, Any] = {
 }
 """Settings whose allowed values could take for ever, or fill the memory; a few that take neither."""
 TEXTS = ("", "x", "prompt", "../up", "é\x00", "x" * 999, "\ud800", "{a", "none", "--seed")
-ODD = (math.nan, math.inf, -math.inf, -1, 0, 10**10, 2**63, 10**400, 1e31, 1e-45, -1e30, 1.5, True, None)
+ODD = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    0,
+    10**10,
+    2**63,
+    10**400,
+    1e31,
+    1e-45,
+    -1e30,
+    1.5,
+    True,
+    None,
+)
 WRONG = ("x", "", [], [1], {}, {"a": 1}, b"x", (math.nan,), (None, 1))
 
 
@@ -56,9 +76,13 @@ def allowed(rng: random.Random, name: str, hint: Any) -> Any:
 
 def number(rng: random.Random, kind: type, bounds: Bounds) -> Any:
     """A number within bounds: one of them, one beside it, or one between."""
-    limits = [b for b in (bounds.at_least, bounds.above, bounds.at_most, bounds.below) if b is not None]
+    limits = [
+        b for b in (bounds.at_least, bounds.above, bounds.at_most, bounds.below) if b is not None
+    ]
     usual = [0, 1, 2, 3, 7] if kind is int else [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0, 2.0, 10.0]
-    beside = [x + y if kind is int else math.nextafter(x, y * math.inf) for x in limits for y in (-1, 1)]
+    beside = [
+        x + y if kind is int else math.nextafter(x, y * math.inf) for x in limits for y in (-1, 1)
+    ]
     return kind(rng.choice([x for x in (*usual * 3, *limits, *beside) if bounds.hold(x)]))
 
 
@@ -91,8 +115,14 @@ def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
     given = drawn(rng, kind, {})
     for name in ("estimator", "run_dir"):  # no flags, or not of this form
         given.pop(name, None)
-    words = {f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in base}
-    argv = [word for flag, value in base.items() for word in (f"--{flag.replace('_', '-')}", *value.split())]
+    words = {
+        f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in base
+    }
+    argv = [
+        word
+        for flag, value in base.items()
+        for word in (f"--{flag.replace('_', '-')}", *value.split())
+    ]
     if "estimator" in field_types(kind) and rng.random() < 0.5:
         for name, value in rng.sample(list(estimator(rng).items()), 2):
             words[f"--estimator.{name.replace('_', '-')}"] = value
@@ -104,6 +134,11 @@ def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
             several = value if isinstance(value, (tuple, list)) else [value]
             argv += [flag, *("1" + "0" * 400 if one == 10**400 else str(one) for one in several)]
     if rng.random() < 0.05:
-        place, word = rng.randrange(len(argv) + 1), rng.choice(["--", "-x", "extra", "--nonsense", ""])
+        place, word = (
+            rng.randrange(len(argv) + 1),
+            rng.choice(["--", "-x", "extra", "--nonsense", ""]),
+        )
         argv.insert(place, word)
-    return [word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv]  # as a shell can give
+    return [
+        word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv
+    ]  # as a shell can give

@@ -9,7 +9,11 @@ def commands(page: Path) -> list[list[str]]:
     """The words of the commands that a page shows, after `tokenrl`, without comments and torchrun."""
     shown = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     lines = [re.sub("^torchrun .* -m ", "", line) for block in shown for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"tokenrl [a-z-]+ ", line)]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in lines
+        if re.match(r"tokenrl [a-z-]+ ", line)
+    ]
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:

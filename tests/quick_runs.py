@@ -87,7 +87,10 @@ def remembered(check_scoring):
         models = [policy.model, *([] if model in (None, policy.model) else [model])]
         of = (*map(_state, models), *_code(), policy.context, *sorted(how.items()))
         if of not in known:
-            known[of] = check_scoring(policy, model, accelerator=accelerator, **how), policy.plain_cache
+            known[of] = (
+                check_scoring(policy, model, accelerator=accelerator, **how),
+                policy.plain_cache,
+            )
         scoring, policy.plain_cache = copy.deepcopy(known[of])
         return scoring
 
@@ -103,7 +106,13 @@ def tried(check):
         policy, model = self.policy, self.policy.model
         tokenizer, settings = policy.tokenizer, getattr(model, "generation_config", None)
         ends = getattr(policy, "eos_ids", ()), tokenizer.get_vocab(), tokenizer.chat_template
-        key = self.kind, _state(model), type(tokenizer), str(ends), settings and settings.to_json_string()
+        key = (
+            self.kind,
+            _state(model),
+            type(tokenizer),
+            str(ends),
+            settings and settings.to_json_string(),
+        )
         if key not in passed:
             check(self, folder)
             passed.add(key)
@@ -132,4 +141,9 @@ def _state(model):
     for name, x in chain(model.named_parameters(), model.named_buffers()):
         bits = sha256(x.detach().flatten().view(torch.uint8).numpy()).digest()
         tensors.append((name, x.dtype, x.shape, x.requires_grad, bits))
-    return tuple(modules), tuple(tensors), model.config.to_json_string(), model.config._attn_implementation
+    return (
+        tuple(modules),
+        tuple(tensors),
+        model.config.to_json_string(),
+        model.config._attn_implementation,
+    )

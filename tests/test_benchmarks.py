@@ -41,7 +41,10 @@ def benchmark(program):
 
 def test_table_has_ratios_of_rounds_the_highest_peaks_and_what_failed(benchmark):
     comparison, row = benchmark["Comparison"], benchmark["table_row"]
-    trl, ours = [(4.0, 900.0), (2.0, 1000.0), (3.0, 800.0)], [(2.0, 500.0), (0.5, 400.0), (3.0, 300.0)]
+    trl, ours = (
+        [(4.0, 900.0), (2.0, 1000.0), (3.0, 800.0)],
+        [(2.0, 500.0), (0.5, 400.0), (3.0, 300.0)],
+    )
     line = row(comparison("fixed", (True, "eager"), trl, ours, [1.5, 0.5, 1.0]))
     numbers = "3.000 2.000 2.00 (1.00 to 4.00) 1,000 500 2.00 1.000 0.33 0.50"
     assert " ".join(line.split()) == f"fixed bfloat16 eager {numbers}"
@@ -56,11 +59,22 @@ def test_table_has_ratios_of_rounds_the_highest_peaks_and_what_failed(benchmark)
 
 def test_the_operations_of_a_step_are_counted_by_hand(program):
     """One layer of width 4 with half as many keys, 6 inner units and 10 tokens in the vocabulary."""
-    small = {"hidden": 4, "heads": 2, "kv_heads": 1, "intermediate": 6, "layers": 1, "vocabulary": 10}
+    small = {
+        "hidden": 4,
+        "heads": 2,
+        "kv_heads": 1,
+        "intermediate": 6,
+        "layers": 1,
+        "vocabulary": 10,
+    }
     names, small = program("floor.py"), small | {"prompts": 2, "group": 3, "prompt": 2}
     shape, adapter = (program("one_trainer.py")["Shape"](**small, lora_r=r) for r in (0, 2))
-    weights = 2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 6  # queries and outputs, keys and values, feed-forward
-    attention = 2 * 2 * 4  # with each token that is attended to: a score, and its share of the values
+    weights = (
+        2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 6
+    )  # queries and outputs, keys and values, feed-forward
+    attention = (
+        2 * 2 * 4
+    )  # with each token that is attended to: a score, and its share of the values
     read = 2 * (2 * 2 * weights + attention * (1 + 2) + 2 * 4 * 10)  # and one row of the head
     sampled = 6 * (2 * 2 * (weights + 4 * 10) + attention * (3 + 4))  # two of three tokens are read
     assert names["operations"](shape, 3) == (read, sampled)
@@ -81,7 +95,11 @@ def test_best_setting_is_found_in_the_first_round_alone(benchmark):
         if what["who"] == "trl" and not what["bf16"] and what["attention"] == "sdpa":
             return None  # one setting fails
         seconds = 3.0 if what.get("attention") == "eager" else 4.0
-        return {"seconds": [seconds + what.get("bf16", 0)] * 4, "peak_mb": 10.0, "tokens": [64 * 30] * 4}
+        return {
+            "seconds": [seconds + what.get("bf16", 0)] * 4,
+            "peak_mb": 10.0,
+            "tokens": [64 * 30] * 4,
+        }
 
     benchmark["compare"].__globals__["run"] = run
     args = argparse.Namespace(steps=4, rounds=3, estimator="rloo", tokenrl={})
@@ -90,7 +108,12 @@ def test_best_setting_is_found_in_the_first_round_alone(benchmark):
     assert (found.trl, found.tokenrl) == ([(3.0, 10.0)] * 3, [(4.0, 10.0)] * 3)
     assert found.floor == [30] * 3  # it counts the tokens that a completion really had, in the mean
     once = [("trl", False, "eager"), ("tokenrl", None, None)]
-    assert asked == [*(("trl", *setting) for setting in benchmark["SETTINGS"]), once[1], *once, *once]
+    assert asked == [
+        *(("trl", *setting) for setting in benchmark["SETTINGS"]),
+        once[1],
+        *once,
+        *once,
+    ]
 
 
 @pytest.fixture
@@ -100,7 +123,10 @@ def race(program):
 
 
 def history(seconds, steps, reward=0.96):
-    return [(0, 5.0, 0.1), *[(steps - k, seconds - k, reward + 0.01 * (k - 1.5)) for k in (3, 2, 1, 0)]]
+    return [
+        (0, 5.0, 0.1),
+        *[(steps - k, seconds - k, reward + 0.01 * (k - 1.5)) for k in (3, 2, 1, 0)],
+    ]
 
 
 def test_a_race_is_told_by_medians_over_seeds(race):
@@ -110,11 +136,16 @@ def test_a_race_is_told_by_medians_over_seeds(race):
     assert " ".join(row.split()) == "sort_digits 0.100 to 0.95 20.0 50 10.0 50 2.00 (1.00 to 3.00)"
     assert len(row) == len(race["HEADING"])
     missed = {"trl": history(40.0, 200, 0.9), "tokenrl": history(9.0, 30)}
-    row = race["table_row"]("sort_digits", 0.95, [*done, missed, {"trl": None, "tokenrl": history(9.0, 30)}])
+    row = race["table_row"](
+        "sort_digits", 0.95, [*done, missed, {"trl": None, "tokenrl": history(9.0, 30)}]
+    )
     assert row.endswith("2.00 (1.00 to 3.00)  reached by both with 3 of 5 seeds")
     assert "reached by both with no seed" in race["table_row"]("sort_digits", 0.95, [missed])
     assert race["level"](history(20.0, 40)) == pytest.approx(0.96)
-    assert race["level"](history(20.0, 40)[:4]) < 0.8 and race["level"](history(20.0, 40)[2:]) == -math.inf
+    assert (
+        race["level"](history(20.0, 40)[:4]) < 0.8
+        and race["level"](history(20.0, 40)[2:]) == -math.inf
+    )
 
 
 @pytest.fixture
@@ -130,7 +161,9 @@ def rows_of(*norms, length=4.0):
 def test_trainings_are_compared_for_as_long_as_their_completions_agree(gpu):
     verdict, cpu = gpu["verdict"], rows_of(2.0, 1.0, 1.0)
     assert verdict(cpu, cpu)[0] == "equal up to rounding"
-    words, largest = verdict(cpu, rows_of(2.0, 1.002, 1.0))  # a thousandth of the largest, which is 2
+    words, largest = verdict(
+        cpu, rows_of(2.0, 1.002, 1.0)
+    )  # a thousandth of the largest, which is 2
     assert words == "equal up to rounding"
     assert largest["grad_norm"] == (pytest.approx(0.002), pytest.approx(0.00201))
     assert verdict(cpu, rows_of(2.0, 1.0, 1.003))[0] == "not equal: grad_norm"
@@ -144,7 +177,8 @@ def test_trainings_are_compared_for_as_long_as_their_completions_agree(gpu):
     assert verdict(cpu, cpu[:2])[0] == "not equal: 2 steps in place of 3"
     lost = rows_of(2.0, None, 1.0)
     assert (
-        verdict(lost, lost)[0] == "equal up to rounding" and verdict(cpu, lost)[0] == "not equal: grad_norm"
+        verdict(lost, lost)[0] == "equal up to rounding"
+        and verdict(cpu, lost)[0] == "not equal: grad_norm"
     )
 
 
@@ -161,10 +195,24 @@ def test_a_part_that_fails_is_a_line_and_the_others_are_there(gpu):
     numbers = ["2.000", "0.500", "32", "1,234"]
     assert row("a", full, theirs, 2) == ["a", *numbers, "4.000", "16", "1,234", "2.00"]
     assert row("a", full, memory, 2) == ["a", *numbers, "out of memory", "", "", ""]
-    assert row("a", memory, theirs, 2) == ["a", "out of memory", "", "", "", "4.000", "16", "1,234", ""]
+    assert row("a", memory, theirs, 2) == [
+        "a",
+        "out of memory",
+        "",
+        "",
+        "",
+        "4.000",
+        "16",
+        "1,234",
+        "",
+    ]
     reason = gpu["reason"]
-    assert reason("torch.OutOfMemoryError: CUDA out of memory. Tried to\nmore", 1) == "out of memory"
-    assert reason("x\ntorch.AcceleratorError: CUDA error: y\nFor debugging, z\n", 1).endswith("error: y")
+    assert (
+        reason("torch.OutOfMemoryError: CUDA out of memory. Tried to\nmore", 1) == "out of memory"
+    )
+    assert reason("x\ntorch.AcceleratorError: CUDA error: y\nFor debugging, z\n", 1).endswith(
+        "error: y"
+    )
     assert reason("", -9) == "ended by signal 9, perhaps for want of memory"
     assert gpu["Budget"](time.monotonic() + 1).run("late", {})["error"].startswith("left out")
 
@@ -208,9 +256,19 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, 
     task.build(0)[0].save_pretrained(tmp_path / "model")
     task.build(0)[1].save_pretrained(tmp_path / "model")
     asked = {"who": who, "task": "sort_digits", "model": str(tmp_path / "model"), "target": target}
-    asked |= {"prompts": 4, "group": 4, "rate": 1e-4, "steps": 6, "every": 1, "held_out": 4, "seed": 1}
+    asked |= {
+        "prompts": 4,
+        "group": 4,
+        "rate": 1e-4,
+        "steps": 6,
+        "every": 1,
+        "held_out": 4,
+        "seed": 1,
+    }
     asked |= {"bf16": False, "options": {}, "started": time.time()}
-    found = printed_by("time_to_reward.py", "--child", json.dumps(asked), folder=tmp_path)["history"]
+    found = printed_by("time_to_reward.py", "--child", json.dumps(asked), folder=tmp_path)[
+        "history"
+    ]
     assert [step for step, _, _ in found] == list(range(last + 1))
     assert all(0 < seconds < 120 and 0 <= reward <= 1 for _, seconds, reward in found)
 
@@ -232,26 +290,46 @@ def test_a_measurement(who, changed, tmp_path):
 
 @pytest.mark.slow
 def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
-    command = [sys.executable, str(FOLDER / "on_your_gpu.py"), "--cpu", "--tiny", "--output", "table.md"]
+    command = [
+        sys.executable,
+        str(FOLDER / "on_your_gpu.py"),
+        "--cpu",
+        "--tiny",
+        "--output",
+        "table.md",
+    ]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=tmp_path, timeout=280)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=settings, cwd=tmp_path, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == (tmp_path / "table.md").read_text().strip()
-    cells = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    cells = [
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")
+    ]
     table = {row[0]: row[1:] for row in cells}
     for name in ("rloo", "grpo, KL in the loss", "ppo, with a critic"):
         assert table[name] == ["equal up to rounding", "2 of 2"]
     assert "38 of 38 metrics do not differ at all." in done.stdout
-    assert table["float32 again"] == ["0.0e+00", "0.0e+00"] and table["TF32"][0] == "there is none here"
+    assert (
+        table["float32 again"] == ["0.0e+00", "0.0e+00"]
+        and table["TF32"][0] == "there is none here"
+    )
     mean, most = map(float, table["bfloat16"])
     assert 0 < mean < most < 0.2
     assert table["not counted"] == ["all"]
     seconds, sampling, rate, peak = (float(cell.replace(",", "")) for cell in table["tiny"][:4])
-    assert 0 < sampling < seconds and rate == pytest.approx(2 * 4 * 4 / seconds, rel=0.05) and peak > 50
+    assert (
+        0 < sampling < seconds
+        and rate == pytest.approx(2 * 4 * 4 / seconds, rel=0.05)
+        and peak > 50
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "darwin", reason="there may be an Apple GPU, which no variable hides")
+@pytest.mark.skipif(
+    sys.platform == "darwin", reason="there may be an Apple GPU, which no variable hides"
+)
 def test_without_a_gpu_nothing_is_measured_unasked():
     command = [sys.executable, str(FOLDER / "on_your_gpu.py"), "--tiny"]
     settings = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -23,9 +23,28 @@ from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 
-TRAIN = ["train", "--task", "vowels", "--max-steps", "2", "--prompts-per-step", "2", "--num-generations", "3"]
+TRAIN = [
+    "train",
+    "--task",
+    "vowels",
+    "--max-steps",
+    "2",
+    "--prompts-per-step",
+    "2",
+    "--num-generations",
+    "3",
+]
 TRAIN += ["--eval-generations", "1", "--eval-size", "16", "--output-dir", "run"]
-EVALUATE = ["evaluate", "--task", "vowels", "--eval-size", "16", "--json", "numbers.json", "--model"]
+EVALUATE = [
+    "evaluate",
+    "--task",
+    "vowels",
+    "--eval-size",
+    "16",
+    "--json",
+    "numbers.json",
+    "--model",
+]
 
 REWARDS = """
 calls = 0
@@ -56,7 +75,9 @@ def assert_repeats(name: str, run: Path) -> None:
     getattr(importlib.import_module(module), function)(continued)
     recorded = shlex.split(json.loads((run / "config.json").read_text())["command"])  # by a program
     assert main([*recorded[1:], "--quiet"]) == 0 and (run / "metrics.jsonl").read_bytes() == whole
-    assert main([name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet"]) == 0
+    assert (
+        main([name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet"]) == 0
+    )
     (weights,) = (run / "model").glob("*.safetensors")
     for file in ("metrics.jsonl", f"model/{weights.name}"):
         assert (run / file).read_bytes() == (Path("again") / file).read_bytes(), file
@@ -67,7 +88,12 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     more = "--estimator grpo --estimator.scale none --estimator.beta 0.1 --lora-r 2 --seed 3"
     assert main([*TRAIN, *more.split()]) == 0
     out = capsys.readouterr().out
-    assert "no measure of progress" in out and "2/2" in out and "reward_greedy" in out and "scale none" in out
+    assert (
+        "no measure of progress" in out
+        and "2/2" in out
+        and "reward_greedy" in out
+        and "scale none" in out
+    )
     assert_repeats("train", Path("run"))
     assert "is for `tokenrl train`; give it to that command" in capsys.readouterr().err
     assert main([*EVALUATE, "run/model"]) == 0
@@ -75,12 +101,22 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["eval_after"]
     assert numbers["reward_greedy"] == pytest.approx(after["reward_greedy"])
-    assert main(["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]) == 0
+    assert (
+        main(
+            ["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["prompt", "reward", "reward"] * 2
     file = tmp_path / "run" / "config.json"
-    without = {name: value for name, value in json.loads(file.read_text()).items() if name != "kind"}
-    for text in (file.read_text(), json.dumps(without)):  # a run of before its kind was written has none
+    without = {
+        name: value for name, value in json.loads(file.read_text()).items() if name != "kind"
+    }
+    for text in (
+        file.read_text(),
+        json.dumps(without),
+    ):  # a run of before its kind was written has none
         file.write_text(text)
         (tmp_path / "run" / "report.html").unlink()
         assert main(["report", "run"]) == 0
@@ -112,7 +148,14 @@ def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
     assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
     assert "best@3" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert {"best@1", "best@3", "best@3_stderr", "rewards/reward/mean", "distinct_2", "kl"} <= numbers.keys()
+    assert {
+        "best@1",
+        "best@3",
+        "best@3_stderr",
+        "rewards/reward/mean",
+        "distinct_2",
+        "kl",
+    } <= numbers.keys()
     assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])
     assert main([*arguments, "--k", "8", "--num-generations", "2"]) == 2
     assert "num_generations=2" in capsys.readouterr().err
@@ -127,7 +170,9 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
-    apart = math.hypot(trained["reward_stderr"], base["reward_stderr"])  # if the prompts were others
+    apart = math.hypot(
+        trained["reward_stderr"], base["reward_stderr"]
+    )  # if the prompts were others
     assert 0 < trained["difference/reward_stderr"] != pytest.approx(apart)
     assert "difference/reward" not in base
     alone = tokenrl.evaluate(model=tmp_path / "run", task="vowels", eval_size=16)
@@ -155,7 +200,9 @@ def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatc
     assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt     abc>"
     assert all(line.startswith("completion ") for line in [*out[1:5], *out[6:]])
     assert len(err) == 1 and "context" in err[0]
-    code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **how)  # a byte that is no UTF-8
+    code, read_on, err = talk(
+        ["\udcff", "abc>"], "--model", model, **how
+    )  # a byte that is no UTF-8
     assert code == 0 and read_on == out[:5] and len(err) == 1 and r"holds '\udcff'" in err[0]
     code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **how)
     assert (code, none) == (2, []) and r"abc\ud800" in err[0] and "UTF-8" in err[0]
@@ -173,9 +220,20 @@ def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path
         "def secret(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]\n"
     )
     how = {"monkeypatch": monkeypatch, "capsys": capsys}
-    own = ["--reward", "made_up_rewards:length", "--num-generations", "8", "--prompt", "xyz>", "bcd>"]
+    own = [
+        "--reward",
+        "made_up_rewards:length",
+        "--num-generations",
+        "8",
+        "--prompt",
+        "xyz>",
+        "bcd>",
+    ]
     _, out, _ = talk([], "--model", model, *own, **how)
-    assert [line for line in out if line.startswith("prompt")] == ["prompt     xyz>", "prompt     bcd>"]
+    assert [line for line in out if line.startswith("prompt")] == [
+        "prompt     xyz>",
+        "prompt     bcd>",
+    ]
     parts = re.findall(r"^reward (\S+)  completion (.*)$", "\n".join(out), re.MULTILINE)
     assert len(parts) == 16
     assert [reward for reward, _ in parts] == [
@@ -219,7 +277,15 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
     pairs = [(x, n) for x in "abcdefgh" for n in (1, 2, 3)]
     rows = [{"prompt": f"{x}>", "chosen": "a" * n, "rejected": "b" * n} for x, n in pairs]
     (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    judge = ["reward-model", "--data", "preferences.jsonl", "--model", model, "--output-dir", "judge"]
+    judge = [
+        "reward-model",
+        "--data",
+        "preferences.jsonl",
+        "--model",
+        model,
+        "--output-dir",
+        "judge",
+    ]
     assert main([*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4"]) == 0
     assert "Bradley-Terry" in capsys.readouterr().out
     summary = json.loads((tmp_path / "judge" / "summary.json").read_text())
@@ -240,15 +306,26 @@ def test_an_agent_is_trained_and_its_configuration_repeats_it():
 
 
 def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
-    (tmp_path / "mine.yaml").write_text("task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n")
+    (tmp_path / "mine.yaml").write_text(
+        "task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n"
+    )
     args = parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
     grpo = Estimator.preset("grpo")
     assert args == TrainArguments(task="vowels", max_steps=2, learning_rate=1e-3, estimator=grpo)
     text = "# a comment\nreward: [exact_match, x.py:one]\nestimator:\n  beta: 2.5E-2\nmicro_batch_size: null"
     (tmp_path / "other.yml").write_text(text)
     args = parse("train", COMMANDS["train"], ["--config", "other.yml"])
-    assert args == TrainArguments(reward=("exact_match", "x.py:one"), estimator=Estimator(beta=0.025))
-    flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
+    assert args == TrainArguments(
+        reward=("exact_match", "x.py:one"), estimator=Estimator(beta=0.025)
+    )
+    flags = [
+        "--config=mine.yaml",
+        "--estimator",
+        "dapo",
+        "--estimator.scale-ddof",
+        "0",
+        "--no-quiet",
+    ]
     args = parse("train", COMMANDS["train"], flags)
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
     (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
@@ -258,12 +335,20 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     ):
         assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
     stored = {"output_dir": "old", "resume": "auto", "overwrite": True}
-    for made_by in ({"versions": {}}, {}):  # what a flag says of an old run counts, and not what a file says
+    for made_by in (
+        {"versions": {}},
+        {},
+    ):  # what a flag says of an old run counts, and not what a file says
         (tmp_path / "config.json").write_text(json.dumps(stored | made_by))
-        for words, resume, overwrite in (("--overwrite", None, True), ("--resume auto", "auto", False)):
+        for words, resume, overwrite in (
+            ("--overwrite", None, True),
+            ("--resume auto", "auto", False),
+        ):
             args = parse("train", COMMANDS["train"], ["--config", "config.json", *words.split()])
             assert (args.output_dir, args.resume, args.overwrite) == ("old", resume, overwrite)
-    args = parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"])
+    args = parse(
+        "compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"]
+    )
     assert args.learning_rate == (1e-3, "tuned") and args.shared == {"max_steps": 3}
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")
     assert main(["train", "--config", "wrong.yaml"]) == 2
@@ -298,9 +383,14 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     with pytest.raises(SystemExit) as exit:
         main(["train", "--help"])
     assert exit.value.code == 0
-    parts = re.split(r"^\W*((?:[A-Za-z]+ )*)options\W*$", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    parts = re.split(
+        r"^\W*((?:[A-Za-z]+ )*)options\W*$", capsys.readouterr().out, flags=re.MULTILINE
+    )[1:]
     shown = {title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)}
-    assert list(shown)[:4] == ["", "sampling", "optimiser", "KL control"] and list(shown)[-1] == "estimator"
+    assert (
+        list(shown)[:4] == ["", "sampling", "optimiser", "KL control"]
+        and list(shown)[-1] == "estimator"
+    )
     first = flags_of(shown[""])
     dozen = "task reward model estimator output-dir max-steps prompts-per-step num-generations "
     assert first[:11] == [*dozen.split(), "max-completion-length", "learning-rate", "seed"]
@@ -331,14 +421,28 @@ def test_python_dash_m_is_the_command():
 
 
 def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monkeypatch):
-    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt")  # imported first, as Ctrl-C would hit it
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([sys.executable, "-m", "tokenrl", "--version"], capture_output=True, text=True)
+    (tmp_path / "tyro.py").write_text(
+        "raise KeyboardInterrupt"
+    )  # imported first, as Ctrl-C would hit it
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenrl", "--version"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 NO_TEXT = os.fsdecode(b"x\xff")  # what Python makes of bytes that are no UTF-8
-TEXTS = ("run-name", "tracker-project", "output-dir", "resume", "split", "system-prompt", "prompt-template")
+TEXTS = (
+    "run-name",
+    "tracker-project",
+    "output-dir",
+    "resume",
+    "split",
+    "system-prompt",
+    "prompt-template",
+)
 
 
 @pytest.mark.parametrize(
@@ -348,8 +452,14 @@ TEXTS = ("run-name", "tracker-project", "output-dir", "resume", "split", "system
         (["--estimator.baseline", "opa"], "Did you mean 'opo'"),
         (["--task", "good.jsonl"], "--reward"),
         (["--reward", "made_up_rewards:fails"], "KeyError"),
-        *((["--" + flag, NO_TEXT], "was given as 'x\\udcff'; it must be text in UTF-8") for flag in TEXTS),
-        *((["--" + flag, NO_TEXT], "must be values, each text in UTF-8") for flag in ("report-to", "stop")),
+        *(
+            (["--" + flag, NO_TEXT], "was given as 'x\\udcff'; it must be text in UTF-8")
+            for flag in TEXTS
+        ),
+        *(
+            (["--" + flag, NO_TEXT], "must be values, each text in UTF-8")
+            for flag in ("report-to", "stop")
+        ),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, capsys, tmp_path):
@@ -360,7 +470,9 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, capsys, tm
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_paths_that_are_no_text_end_in_a_whole_model_or_before_the_first_step(tmp_path, monkeypatch, capsys):
+def test_paths_that_are_no_text_end_in_a_whole_model_or_before_the_first_step(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / f"{NO_TEXT}.json").write_text(json.dumps({"task": "vowels", "lora_r": 2}))
     monkeypatch.setattr(sys, "argv", ["tokenrl", *TRAIN, "--config", f"{NO_TEXT}.json"])
     assert main([*sys.argv[1:], "--quiet"]) == 0
@@ -374,9 +486,13 @@ def test_paths_that_are_no_text_end_in_a_whole_model_or_before_the_first_step(tm
 def test_a_failure_during_the_run_is_exit_code_1(capsys):
     assert main([*TRAIN, "--quiet", "--reward", "made_up_rewards:fails_later"]) == 1
     said = capsys.readouterr().err
-    assert re.search(r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", said)
+    assert re.search(
+        r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", said
+    )
     summary = json.loads(Path("run", "summary.json").read_text())
-    assert summary["exit_reason"] == "failed" and "fails_later raised SystemExit" in summary["error"]
+    assert (
+        summary["exit_reason"] == "failed" and "fails_later raised SystemExit" in summary["error"]
+    )
     assert "Traceback" not in said
 
 
@@ -399,4 +515,8 @@ def test_the_path_of_a_page_cannot_change_the_terminal(tmp_path, capsys):
     (run / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 1}\n{"step": 1, "reward": 1}\n')
     assert main(["report", str(run)]) == 0
     out = capsys.readouterr().out
-    assert r"a\x1b[31mrun\u202e/report.html" in out and "\x1b" not in out and len(out.splitlines()) == 1
+    assert (
+        r"a\x1b[31mrun\u202e/report.html" in out
+        and "\x1b" not in out
+        and len(out.splitlines()) == 1
+    )

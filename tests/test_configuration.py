@@ -33,8 +33,14 @@ SPOILT = {
     "tag.yaml": "seed: !!python/object/apply:os.system ['touch oops']\n",
     "bytes.json": "\udcff",
     "surrogate.json": '{"run_name": "a\\udcff"}',
-    **{f"model_{n}.json": f'{{"model": {x}}}' for n, x in enumerate(("false", "5", "[]", '["x"]', "{}"))},
-    **{f"data_{n}.json": f'{{"data": {x}, "task": {x}}}' for n, x in enumerate(("true", "[1]", "{}"))},
+    **{
+        f"model_{n}.json": f'{{"model": {x}}}'
+        for n, x in enumerate(("false", "5", "[]", '["x"]', "{}"))
+    },
+    **{
+        f"data_{n}.json": f'{{"data": {x}, "task": {x}}}'
+        for n, x in enumerate(("true", "[1]", "{}"))
+    },
 }
 ESTIMATORS = [5, ["rloo"], "rlooo", {"baseline": {"name": "rloo"}}, {"baselin": "rloo"}, None]
 ESTIMATORS += [{"window": 1.5, "gamma": "1"}, {"scale_ddof": True}]
@@ -53,7 +59,9 @@ def assert_refused(command: str, path, capsys) -> str:
     assert main([*command.split(), "--config", str(path)]) == 2
     out, said = capsys.readouterr()
     lines = max(1, said.count("There is no setting"))  # a hint for each name
-    assert said.startswith("tokenrl: ") and said.count("\n") == lines and len(said) < 1500 and not out, said
+    assert (
+        said.startswith("tokenrl: ") and said.count("\n") == lines and len(said) < 1500 and not out
+    ), said
     return said
 
 
@@ -78,7 +86,12 @@ def test_a_file_that_is_not_there_is_refused(capsys):
         assert "cannot be read" in assert_refused("train", name, capsys)
 
 
-RESULTS = ["lab exact --estimators rloo", "lab measure", "evaluate --model x", "advise --env bandit"]
+RESULTS = [
+    "lab exact --estimators rloo",
+    "lab measure",
+    "evaluate --model x",
+    "advise --env bandit",
+]
 
 
 @pytest.mark.parametrize("command", RESULTS)

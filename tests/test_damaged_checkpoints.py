@@ -20,7 +20,17 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("TOKENRL_CACHE", str(place / "cache"))
-        train = ["train", "--task", "vowels", "--estimator", "a2c", "--max-steps", "4", "--save-every", "2"]
+        train = [
+            "train",
+            "--task",
+            "vowels",
+            "--estimator",
+            "a2c",
+            "--max-steps",
+            "4",
+            "--save-every",
+            "2",
+        ]
         assert main([*train, *SMALL, "--output-dir", "train"]) == 0
         control = ["control", "--env", "bandit", "--max-steps", "2", "--save-every", "1", "--quiet"]
         assert main([*control, "--output-dir", "control"]) == 0
@@ -32,7 +42,10 @@ def damaged(place, tmp_path, monkeypatch):
     """The working directory holds checkpoints as a run does, each with one bit of its weights flipped."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENRL_CACHE", str(place / "cache"))
-    for run, step, weights in (("train", 4, "model.safetensors"), ("control", 2, "policy.safetensors")):
+    for run, step, weights in (
+        ("train", 4, "model.safetensors"),
+        ("control", 2, "policy.safetensors"),
+    ):
         name = f"checkpoints/step_{step:06d}"
         shutil.copytree(place / run / name, tmp_path / run / name)
         whole = (tmp_path / run / name / weights).read_bytes()
@@ -71,6 +84,12 @@ def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, 
 
 def test_checkpoints_hold_no_code(place):
     """Loading a pickle runs what it says: the only archive is read without that (see `read_state`)."""
-    found = [path for run in ("train", "control") for path in (place / run / "checkpoints").rglob("*.*")]
-    files = {path.name for path in found if path.is_file() and path.suffix not in (".json", ".txt", ".jinja")}
+    found = [
+        path for run in ("train", "control") for path in (place / run / "checkpoints").rglob("*.*")
+    ]
+    files = {
+        path.name
+        for path in found
+        if path.is_file() and path.suffix not in (".json", ".txt", ".jinja")
+    }
     assert files == {"model.safetensors", "policy.safetensors", "trainer_state.pt"}

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ROWS = re.findall(r"^\| (\d+) \|.*\| (`.*`) \|$", (HERE / "faults.md").read_text(encoding="utf-8"), re.M)
+ROWS = re.findall(
+    r"^\| (\d+) \|.*\| (`.*`) \|$", (HERE / "faults.md").read_text(encoding="utf-8"), re.M
+)
 
 
 def test_all_faults_are_in_the_table():

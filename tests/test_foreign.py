@@ -23,7 +23,9 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import ANY, SFT_ANY
 from tokenrl.settings import arguments, field_types
 
-KNOWN = {name: set(settings_of(field_types(command.arguments))) for name, command in COMMANDS.items()}
+KNOWN = {
+    name: set(settings_of(field_types(command.arguments))) for name, command in COMMANDS.items()
+}
 PAGE = Path(__file__).parents[1] / "recipes" / "pages" / "coming_from_trl.md"
 
 # All of GRPOConfig, RLOOConfig and the trainers of TRL 1.16 that has another name here or none, and the
@@ -59,8 +61,15 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
         commands = [name for name, known in KNOWN.items() if row.needs <= known]
         assert commands, row
         for name in row.names:
-            assert any(meaning(name, KNOWN[command]) for command in commands), f"{name} is never told"
-    rows = [(name, value, row.needs) for row in table() for name in row.names for value in row.values or [""]]
+            assert any(meaning(name, KNOWN[command]) for command in commands), (
+                f"{name} is never told"
+            )
+    rows = [
+        (name, value, row.needs)
+        for row in table()
+        for name in row.names
+        for value in row.values or [""]
+    ]
     assert len(rows) == len({(name, value, tuple(sorted(needs))) for name, value, needs in rows})
     for known in KNOWN.values():
         assert [name for name in known if meaning(name, known)] == []
@@ -69,11 +78,25 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
 def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
     settings, changed = KNOWN["train"], 0
     translated = [row for row in table() if row.ours]
-    rows = [(name, value, row.remark) for row in translated for name in row.names for value in row.values]
-    numbers = {"lr": 1e-5, "beta": 0.04, "epsilon_high": 0.28, "delta": 2.0, "kl_coef": 0.1, "eval_steps": 5}
+    rows = [
+        (name, value, row.remark)
+        for row in translated
+        for name in row.names
+        for value in row.values
+    ]
+    numbers = {
+        "lr": 1e-5,
+        "beta": 0.04,
+        "epsilon_high": 0.28,
+        "delta": 2.0,
+        "kl_coef": 0.1,
+        "eval_steps": 5,
+    }
     numbers |= {"use_cpu": True, "rloo_k": 4, "response_length": 9, "model_name_or_path": "a/b c"}
     for name, value, remark in [*rows, *((name, value, "") for name, value in numbers.items())]:
-        hints = (meaning(name, settings, {name: value}, flags=flags)[:-1] for flags in (True, False))
+        hints = (
+            meaning(name, settings, {name: value}, flags=flags)[:-1] for flags in (True, False)
+        )
         hints = (re.sub("^It is (an axis of the estimator: )?", "", hint) for hint in hints)
         flags, keywords = (hint.removesuffix(remark) for hint in hints)
         made = arguments(TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator}))
@@ -86,14 +109,26 @@ def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
 
 
 def test_arithmetic_is_done_where_its_numbers_are_known(tmp_path, monkeypatch):
-    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": "4", "num_generations": 4}
+    batch = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": "4",
+        "num_generations": 4,
+    }
     rows, train = [{"prompt": "1"}] * 1_000, KNOWN["train"]
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "1"}\n' * 3 + "\n")
     for name, options, hint in (
-        ("num_train_epochs", {"task": rows}, "max_steps=188 (epochs 3 x rows 1,000 / prompts_per_step 16)"),
+        (
+            "num_train_epochs",
+            {"task": rows},
+            "max_steps=188 (epochs 3 x rows 1,000 / prompts_per_step 16)",
+        ),
         ("epochs", {"task": {"train": rows}, "prompts_per_step": 1}, "max_steps=3000 ("),
-        ("epochs", {"task": rows, **batch}, "max_steps=375 (epochs 3 x rows 1,000 / prompts_per_step 8)"),
+        (
+            "epochs",
+            {"task": rows, **batch},
+            "max_steps=375 (epochs 3 x rows 1,000 / prompts_per_step 8)",
+        ),
         (
             "epochs",
             {"task": rows, "per_device_train_batch_size": "x"},
@@ -101,7 +136,11 @@ def test_arithmetic_is_done_where_its_numbers_are_known(tmp_path, monkeypatch):
         ),
         ("epochs", {"task": "a.jsonl"}, "max_steps (epochs 3 x rows / prompts_per_step), less if"),
         ("warmup_ratio", {"warmup_ratio": 0.07, "max_steps": 100}, "warmup_steps=7 (ratio 0.07 x"),
-        ("gradient_accumulation_steps", batch, "prompts_per_step=8 (per_device_train_batch_size 8 x"),
+        (
+            "gradient_accumulation_steps",
+            batch,
+            "prompts_per_step=8 (per_device_train_batch_size 8 x",
+        ),
         ("generation_batch_size", {"generation_batch_size": 64}, "prompts_per_step=8 ("),
         ("steps_per_generation", {"steps_per_generation": 2}, "num_minibatches=2 ("),
         (
@@ -113,7 +152,9 @@ def test_arithmetic_is_done_where_its_numbers_are_known(tmp_path, monkeypatch):
         assert meaning(name, train, {name: 3} | options).startswith(f"It is {hint}"), name
     assert "batch_size=32 (" in meaning("per_device_train_batch_size", KNOWN["sft"], batch)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--prompts-per-step 16 (" in meaning("gradient_accumulation_steps", train, batch, flags=True)
+    assert "--prompts-per-step 16 (" in meaning(
+        "gradient_accumulation_steps", train, batch, flags=True
+    )
     assert {name: (ANY | SFT_ANY)[name] for name in OF_DATA} == OF_DATA
 
 
@@ -124,7 +165,9 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
         hint, *whole = str(caught.value).split("\n")
         assert "Available" not in hint and all(line.startswith("All together: ") for line in whole)
         with pytest.raises(Refused, match=f"^There is no flag --{name}. (?!See)"):
-            check_flags([f"--{name}", "8"], field_types(COMMANDS["train"].arguments), "tokenrl train", {})
+            check_flags(
+                [f"--{name}", "8"], field_types(COMMANDS["train"].arguments), "tokenrl train", {}
+            )
     for flag in ("--gradient-accumulation-steps", "--num_train_epochs"):
         assert main(["train", flag, "8"]) == main(["train", f"{flag}=8"]) == 2
         assert capsys.readouterr().err.startswith(f"tokenrl: There is no flag {flag}. ")
@@ -151,7 +194,11 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
             "Of its values true and group is --estimator.scale group_std; batch is --estimator.scale "
             "batch_std; false and none is --estimator.scale none.",
         ),
-        ("train", "per_device_eval_batch_size", "Held-out prompts are sampled 256 completions at a time."),
+        (
+            "train",
+            "per_device_eval_batch_size",
+            "Held-out prompts are sampled 256 completions at a time.",
+        ),
         ("reward-model", "train_dataset", "It is --data."),
         ("train", "train_dataset", "It is --task."),
         ("train", "resume_from_checkpoint", "It is --resume."),
@@ -201,7 +248,10 @@ TOGETHER = [
         "train --seed 8 --task rows.jsonl --estimator trl_grpo,aggregation=fixed_length,scale=none,beta=.04 "
         "--prompts-per-step 1 --max-steps 24 --mixed-precision bf16",
     ),
-    ("train --rloo_k 4 --lr 1e-5", "train --estimator trl_rloo --num-generations 4 --learning-rate 1e-5"),
+    (
+        "train --rloo_k 4 --lr 1e-5",
+        "train --estimator trl_rloo --num-generations 4 --learning-rate 1e-5",
+    ),
     (
         "train --estimator rloo --lr 1 --loss_type grpo",
         "train --estimator rloo,aggregation=sequence_mean --learning-rate 1",
@@ -276,7 +326,9 @@ def test_the_page_has_the_names_and_the_values_that_hints_have():
     assert len(shown) > 50
     for name, ours in shown.items():
         assert name in settings or meaning(name, settings), name
-        assert name not in settings or "the same" in ours or re.search(rf"`(estimator.)?{name}`", ours), name
+        assert (
+            name not in settings or "the same" in ours or re.search(rf"`(estimator.)?{name}`", ours)
+        ), name
         assert f"estimator.{name}" not in settings or f"`estimator.{name}`" in ours, name
         for row in (row for row in table() if name in row.names and row.needs <= settings):
             for word in (word for pair in row.ours.items() for word in pair if word):
@@ -298,7 +350,10 @@ def test_the_script_of_the_page_runs_and_its_command_makes_the_same_run(tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     make_chat_model_and_data(tmp_path)
     write_files(PAGE)
-    train, brief = tokenrl.train, {"model": "model", "max_steps": 2, "quiet": True, "eval_generations": 0}
+    train, brief = (
+        tokenrl.train,
+        {"model": "model", "max_steps": 2, "quiet": True, "eval_generations": 0},
+    )
     monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | brief))
     runpy.run_path("sums.py", run_name="__main__")
     runpy.run_path("with_tokenrl.py")
@@ -306,10 +361,15 @@ def test_the_script_of_the_page_runs_and_its_command_makes_the_same_run(tmp_path
     words = ["model" if "HuggingFaceTB" in word else word for word in words]
     brief_flags = "--max-steps 2 --quiet --eval-generations 0 --output-dir runs/command"
     assert main(["train", *words, *brief_flags.split()]) == 0
-    scripted, typed = (json.loads(Path(f"runs/{run}/config.json").read_text()) for run in ("sums", "command"))
+    scripted, typed = (
+        json.loads(Path(f"runs/{run}/config.json").read_text()) for run in ("sums", "command")
+    )
     differ = {name for name in scripted | typed if scripted.get(name) != typed.get(name)}
     assert differ == {"code", "command", "output_dir", "task", "task_rows", "title", "reward"}
-    assert Path("runs/sums/metrics.jsonl").read_bytes() == Path("runs/command/metrics.jsonl").read_bytes()
+    assert (
+        Path("runs/sums/metrics.jsonl").read_bytes()
+        == Path("runs/command/metrics.jsonl").read_bytes()
+    )
 
 
 def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refused():
@@ -317,7 +377,9 @@ def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refuse
         output_dir = "x"
 
     for function in (tokenrl.train, tokenrl.sft, tokenrl.evaluate, tokenrl.sample):
-        with pytest.raises(Refused, match=r"\(GRPOConfig\); it must be \w+Arguments. Give settings as"):
+        with pytest.raises(
+            Refused, match=r"\(GRPOConfig\); it must be \w+Arguments. Give settings as"
+        ):
             function(args=GRPOConfig(), model="m")
     with pytest.raises(Refused, match="the keywords seed, quiet would be lost"):
         tokenrl.train(COMMANDS["train"].arguments(), seed=1, quiet=True)

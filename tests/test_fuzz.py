@@ -60,7 +60,9 @@ def checked(kind: str, block: int, run) -> None:
                 found = run(random.Random(f"{kind} {number}"))
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)
-            own = [f"{one.filename}:{one.lineno}" for one in place if "/tokenrl/" in one.filename][-1:]
+            own = [f"{one.filename}:{one.lineno}" for one in place if "/tokenrl/" in one.filename][
+                -1:
+            ]
             found = f"{type(error).__name__}: {error!s:.300} at {own}"
         if found:
             wrong.append(f"FUZZ={kind}:{number}  {found}")
@@ -102,7 +104,12 @@ def trained(train, settings: dict[str, Any], folder: Path, weights) -> str:
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_random_settings_of_train(block, tiny, tmp_path):
     def run(rng: random.Random) -> str:
-        fixed = {"output_dir": str(tmp_path / "run"), "quiet": True, "cpu": True, "overwrite": False}
+        fixed = {
+            "output_dir": str(tmp_path / "run"),
+            "quiet": True,
+            "cpu": True,
+            "overwrite": False,
+        }
         fixed |= {"resume": None, "report_to": ()}
         settings = drawn(rng, TrainArguments, fixed)
         small = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 1}
@@ -111,7 +118,9 @@ def test_random_settings_of_train(block, tiny, tmp_path):
             settings["model"] = tiny
         if rng.random() < 0.95:
             settings |= {"task": make_task(), "reward": ()}
-        return trained(tokenrl.train, settings, tmp_path / "run", lambda result: result.policy.model)
+        return trained(
+            tokenrl.train, settings, tmp_path / "run", lambda result: result.policy.model
+        )
 
     checked("train", block, run)
 
@@ -120,12 +129,26 @@ def test_random_settings_of_train(block, tiny, tmp_path):
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_random_settings_of_control(block, tmp_path):
     def run(rng: random.Random) -> str:
-        fixed = {"output_dir": str(tmp_path / "run"), "quiet": True, "overwrite": False, "report_to": ()}
+        fixed = {
+            "output_dir": str(tmp_path / "run"),
+            "quiet": True,
+            "overwrite": False,
+            "report_to": (),
+        }
         settings = drawn(rng, ControlArguments, fixed)
         if rng.random() < 0.95:
-            settings["env"] = rng.choice(["bandit", "gridworld", "walk", "CartPole-v1", "Pendulum-v1"])
-        settings = {"max_steps": 2, "num_envs": 3, "eval_episodes": 2, "max_episode_steps": 7} | settings
-        return trained(tokenrl.train_agent, settings, tmp_path / "run", lambda result: result.policy)
+            settings["env"] = rng.choice(
+                ["bandit", "gridworld", "walk", "CartPole-v1", "Pendulum-v1"]
+            )
+        settings = {
+            "max_steps": 2,
+            "num_envs": 3,
+            "eval_episodes": 2,
+            "max_episode_steps": 7,
+        } | settings
+        return trained(
+            tokenrl.train_agent, settings, tmp_path / "run", lambda result: result.policy
+        )
 
     checked("control", block, run)
 
@@ -150,16 +173,26 @@ def command_line(rng: random.Random, tiny: str, done: str) -> tuple[str, list[st
     """A command with its words, most of which could be meant."""
     name = rng.choice(list(BASES))
     words = [word.split("=") for word in BASES[name].split()]
-    base = {key: value for key, value in words if key in ("output_dir", "estimators") or rng.random() < 0.97}
+    base = {
+        key: value
+        for key, value in words
+        if key in ("output_dir", "estimators") or rng.random() < 0.97
+    }
     if name not in ("control", "report", "lab exact"):
         base["model"] = tiny if rng.random() < 0.95 else "nowhere"
     if name == "advise":
-        base |= rng.choice([{"env": "bandit"}, {"task": "sort_digits", "eval_size": "2"}, {"run": done}])
+        base |= rng.choice(
+            [{"env": "bandit"}, {"task": "sort_digits", "eval_size": "2"}, {"run": done}]
+        )
     if name == "control":
-        base["env"] = rng.choice(["bandit", "gridworld", "CartPole-v1", "Pendulum-v1", "Nothing-v0"])
+        base["env"] = rng.choice(
+            ["bandit", "gridworld", "CartPole-v1", "Pendulum-v1", "Nothing-v0"]
+        )
     argv = flags(rng, COMMANDS[name].arguments, base)
     if name == "report":
-        argv += rng.choice([[], [done], [done, done], [done, "run"], ["x" * 999], [done, "--output", "a/b"]])
+        argv += rng.choice(
+            [[], [done], [done, done], [done, "run"], ["x" * 999], [done, "--output", "a/b"]]
+        )
     return name, [*name.split(), *argv]
 
 
@@ -170,9 +203,13 @@ def test_random_command_lines(block, tiny, tmp_path, monkeypatch):
     inside = tmp_path / "work" / "inside"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
-    tokenrl.train_agent(env="bandit", max_steps=1, num_envs=2, eval_episodes=2, output_dir="done", quiet=True)
+    tokenrl.train_agent(
+        env="bandit", max_steps=1, num_envs=2, eval_episodes=2, output_dir="done", quiet=True
+    )
     pair = {"prompt": "a", "chosen": "the cat", "rejected": "the dog"}
-    Path("pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": p}) + "\n" for p in "abcdefgh"))
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps(pair | {"prompt": p}) + "\n" for p in "abcdefgh")
+    )
 
     def run(rng: random.Random) -> str:
         shutil.rmtree("run", ignore_errors=True)
@@ -197,6 +234,10 @@ def test_random_command_lines(block, tiny, tmp_path, monkeypatch):
             return f"exit code 0 without a model: {argv}"
         files = Path("run", "model").glob("*.safetensors") if made else ()
         weights = [tensor for file in files for tensor in load_file(file).values()]
-        return "" if all(bool(torch.isfinite(tensor).all()) for tensor in weights) else f"not finite: {argv}"
+        return (
+            ""
+            if all(bool(torch.isfinite(tensor).all()) for tensor in weights)
+            else f"not finite: {argv}"
+        )
 
     checked("line", block, run)

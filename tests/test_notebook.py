@@ -22,14 +22,18 @@ def surroundings(tmp_path, monkeypatch):
 
 
 def outputs(cell, kind: str) -> str:
-    return "".join(output.get("text", "") for output in cell["outputs"] if output.get("name") == kind)
+    return "".join(
+        output.get("text", "") for output in cell["outputs"] if output.get("name") == kind
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_outputs_are_those_of_one_whole_run(path):
     code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    assert path.stat().st_size < 300_000 and not re.search(r"/(tmp|home|root|work)/", path.read_text())
+    assert path.stat().st_size < 300_000 and not re.search(
+        r"/(tmp|home|root|work)/", path.read_text()
+    )
 
 
 @pytest.mark.slow
@@ -39,10 +43,17 @@ def test_a_notebook_runs_and_its_assertions_hold(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell["outputs"] = []
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
+    ).execute()
     code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
-    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"]) == 3
-    header = next(outputs(cell, "stdout") for cell in code if "tokenrl train: " in outputs(cell, "stdout"))
+    assert (
+        sum("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"])
+        == 3
+    )
+    header = next(
+        outputs(cell, "stdout") for cell in code if "tokenrl train: " in outputs(cell, "stdout")
+    )
     # One stream of plain lines: rich would make an output of each, or move the cursor of a terminal.
     assert "step 40/40  reward" in header and "\x1b" not in header and "\r" not in header
 
@@ -61,8 +72,12 @@ def test_an_interruption_ends_the_run_but_not_the_notebook(tmp_path):
             printed += message["content"].get("text", "")
             if "step     1/10000" in message["content"].get("text", ""):
                 kernels.interrupt_kernel()
-        answer = kernel.execute_interactive("assert r.steps < 10_000 and (r.output_dir / 'model').is_dir()")
+        answer = kernel.execute_interactive(
+            "assert r.steps < 10_000 and (r.output_dir / 'model').is_dir()"
+        )
         assert answer["content"]["status"] == "ok"
-        assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "SIGINT"
+        assert (
+            json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "SIGINT"
+        )
     finally:
         kernels.shutdown_kernel(now=True)

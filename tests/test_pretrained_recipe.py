@@ -51,7 +51,9 @@ def pretrain(folder: Path, steps: int = 80) -> None:
 
     texts = docstrings()
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator(texts, vocab_size=600, special_tokens=["<|end|>"], show_progress=False)
+    backend.train_from_iterator(
+        texts, vocab_size=600, special_tokens=["<|end|>"], show_progress=False
+    )
     ends = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **ends)
     model = tiny_llama(tokenizer, layers=2, hidden=96, heads=4, context=128)
@@ -76,7 +78,9 @@ def test_the_recipe_goes_from_the_model_as_it_is_over_the_warm_start_to_the_resu
     pretrain(tmp_path / "model")
     recipe, run = runpy.run_path(str(RECIPE)), tmp_path / "run"
     recipe["main"](
-        recipe["Args"](model=str(tmp_path / "model"), task="target_length", max_steps=30, output_dir=run)
+        recipe["Args"](
+            model=str(tmp_path / "model"), task="target_length", max_steps=30, output_dir=run
+        )
     )
     stages = json.loads((run / "stages.json").read_text())
     assert list(stages) == ["as it is", "warm-started", "trained"]
@@ -108,7 +112,9 @@ def real_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model_learns_the_form_and_then_from_rewards(real_model, tmp_path, monkeypatch, capsys):
+def test_a_real_model_learns_the_form_and_then_from_rewards(
+    real_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     words = f"train --task sort_digits --model {real_model} --lora-r 8 --warm-start --warm-start-steps 60"
     words += " --max-steps 4 --eval-size 16 --output-dir"

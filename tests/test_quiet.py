@@ -28,7 +28,16 @@ def files(tmp_path_factory):
 
 STEP = "--prompts-per-step 2 --num-generations 2 --eval-generations 0 --max-steps 1 --max-completion-length 6"
 RUNS = {
-    "train": ["train", "--task", "rows.jsonl", "--reward", "exact_match", "--lora-r", "2", *STEP.split()],
+    "train": [
+        "train",
+        "--task",
+        "rows.jsonl",
+        "--reward",
+        "exact_match",
+        "--lora-r",
+        "2",
+        *STEP.split(),
+    ],
     "sft": ["sft", "--task", "rows.jsonl", "--max-steps", "1"],
     "reward-model": ["reward-model", "--data", "rows.jsonl", "--max-steps", "1"],
     "control": ["control", "--env", "CartPole-v1", "--max-steps", "1"],

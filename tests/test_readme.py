@@ -25,14 +25,18 @@ PAGES += [FOLDER / f"{name}.md" for name in ("classic_systems", "estimators", "r
 
 def row(name):
     e = Estimator.preset(name)
-    return f"| `{name}` | {e.baseline} | {e.scale} | {e.aggregation} | {e.ratio} | {e.bias_status} |"
+    return (
+        f"| `{name}` | {e.baseline} | {e.scale} | {e.aggregation} | {e.ratio} | {e.bias_status} |"
+    )
 
 
 def named(page):
     return re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
 
 
-PAPERS = [name for name, preset in PRESETS.items() if not preset.beyond]  # the others are in defaults.md
+PAPERS = [
+    name for name, preset in PRESETS.items() if not preset.beyond
+]  # the others are in defaults.md
 
 
 def test_every_preset_has_its_row():
@@ -54,7 +58,9 @@ def test_every_page_is_reached_from_the_readme_or_from_that_of_the_recipes():
     pages = {f"pages/{path.name}" for path in FOLDER.glob("*.md")} | {"README.md"}
     linked = set(re.findall(r"\]\(recipes/((?:pages/)?\w+\.md)\)", README))
     assert "README.md" in linked
-    assert pages == linked | set(re.findall(r"\]\((pages/\w+\.md)\)", (RECIPES / "README.md").read_text()))
+    assert pages == linked | set(
+        re.findall(r"\]\((pages/\w+\.md)\)", (RECIPES / "README.md").read_text())
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,9 +81,17 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, capsys):
     rows = [json.dumps({"prompt": f"{n}>", "answer": str(n)}) for n in range(20)]
     Path("data.jsonl").write_text("\n".join(rows))
     model, train = TinyModel(tokens=tuple("0123456789>"))(seed=0), tokenrl.train
-    short = {"model": model, "max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quiet": True}
+    short = {
+        "model": model,
+        "max_steps": 1,
+        "max_completion_length": 2,
+        "eval_generations": 0,
+        "quiet": True,
+    }
     monkeypatch.setattr(tokenrl, "train", lambda **settings: train(**settings | short))
-    blocks = [b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    blocks = [
+        b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
     assert len(blocks) >= 3
     for page in PAGES:
         write_files(page)
@@ -96,7 +110,9 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, handlers):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     first = ["train", "--output-dir", "runs/sort_digits-rloo-seed0"]  # as `make train` does
     for name, *words in [first, *commands(ROOT / "README.md")]:
-        short = ["--max-steps", "1", "--eval-generations", "0", "--quiet"] if name == "train" else []
+        short = (
+            ["--max-steps", "1", "--eval-generations", "0", "--quiet"] if name == "train" else []
+        )
         if name != "compare" and "HuggingFaceTB" not in " ".join(words):  # minutes, and a download
             assert main([name, *words, *short]) == 0, words
 

@@ -69,7 +69,11 @@ PAGES = [
     )
 ]
 # what shortens a command of a page
-BRIEF = {"train": "--max-steps 1 --eval-generations 0", "compare": "--dry-run", "advise": "--num-samples 2"}
+BRIEF = {
+    "train": "--max-steps 1 --eval-generations 0",
+    "compare": "--dry-run",
+    "advise": "--num-samples 2",
+}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
@@ -87,9 +91,13 @@ def make_chat_model_and_data(folder: Path) -> None:
 
     tokenizer = character_tokenizer(string.printable)
     tokenizer.chat_template = TEMPLATE
-    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=256).save_pretrained(folder / "model")
+    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=256).save_pretrained(
+        folder / "model"
+    )
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"question": f"What is {i} + 1?", "answer": f"Count on.\n#### {i + 1}"} for i in range(12)]
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"Count on.\n#### {i + 1}"} for i in range(12)
+    ]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -104,7 +112,9 @@ def base(tmp_path_factory):
         folder, fit = tmp_path_factory.mktemp("cache"), warm_start.fit
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TOKENRL_CACHE", str(folder))
-            patch.setattr(warm_start, "fit", lambda *args, **more: fit(*args, **(more | {"max_steps": 20})))
+            patch.setattr(
+                warm_start, "fit", lambda *args, **more: fit(*args, **(more | {"max_steps": 20}))
+            )
             warm_start.warm_started_base(toy_tasks.load("sort_digits"))
         return folder
 
@@ -128,13 +138,17 @@ def test_every_recipe_says_from_what_uv_makes_its_environment():
         header = tomllib.loads(re.sub("(?m)^# ", "", block))
         name, _, extra = header["dependencies"][0].rstrip("]").partition("[")
         assert name == project["name"] and extra in {"", *project["optional-dependencies"]}
-        assert (path.parent / header["tool"]["uv"]["sources"][name]["path"]).resolve() == RECIPES.parent
+        assert (
+            path.parent / header["tool"]["uv"]["sources"][name]["path"]
+        ).resolve() == RECIPES.parent
 
 
 def test_every_recipe_is_in_the_list_with_its_command():
     text = (RECIPES / "README.md").read_text()
     paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
-    assert {link for link in re.findall(r"\]\((\w+/\w+\.py)\)", text) if "benchmarks" not in link} == paths
+    assert {
+        link for link in re.findall(r"\]\((\w+/\w+\.py)\)", text) if "benchmarks" not in link
+    } == paths
     named = set(re.findall(r"python recipes/(\w+/\w+\.py)", text))
     assert {name for name in named if "benchmarks" not in name} == paths
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_notebook.py
@@ -149,18 +163,31 @@ def test_every_recipe_is_in_the_list_with_its_command():
 def test_one_page_is_one_page_of_torch_and_core():
     text = (PROGRAMS["reinforce_one_page"]).read_text()
     assert len(re.sub("# /// script.*# ///\n\n", "", text, flags=re.DOTALL).splitlines()) < 150
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     modules = {getattr(node, "module", None) or node.names[0].name for node in nodes}
-    assert modules <= {"dataclasses", "torch", "tyro", "transformers", "toy_tasks", "tokenrl", "tokenrl.core"}
+    assert modules <= {
+        "dataclasses",
+        "torch",
+        "tyro",
+        "transformers",
+        "toy_tasks",
+        "tokenrl",
+        "tokenrl.core",
+    }
     named = [node.names for node in nodes if getattr(node, "module", None) == "tokenrl"]
     assert {name.name for names in named for name in names} <= {"Estimator"}  # which is of core
     assert not any(alias.name == "tokenrl" for node in nodes for alias in node.names)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "train_lm" else pytest.param(name, marks=pytest.mark.slow) for name in SHORT]
+    "name",
+    [name if name == "train_lm" else pytest.param(name, marks=pytest.mark.slow) for name in SHORT],
 )
-def test_recipe_leaves_a_complete_run_of_what_it_says(name, base, tmp_path, monkeypatch, capsys, handlers):
+def test_recipe_leaves_a_complete_run_of_what_it_says(
+    name, base, tmp_path, monkeypatch, capsys, handlers
+):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("TOKENRL_CACHE", str(base() if name in RUNGS else tmp_path / "cache"))
@@ -235,8 +262,13 @@ def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers)
     if page.stem == "pretrained":
         make_chat_model_and_data(tmp_path)
     for name, *words in commands(page):
-        local = ["model" if page.stem == "pretrained" and "HuggingFaceTB" in word else word for word in words]
-        if "HuggingFaceTB" not in " ".join(local) and "vllm" not in words:  # which have to be downloaded
+        local = [
+            "model" if page.stem == "pretrained" and "HuggingFaceTB" in word else word
+            for word in words
+        ]
+        if (
+            "HuggingFaceTB" not in " ".join(local) and "vllm" not in words
+        ):  # which have to be downloaded
             passed = (0, 2) if "--check" in words else (0,)
             assert main([name, *local, *BRIEF.get(name, "").split()]) in passed, words
 
@@ -247,7 +279,9 @@ def said(*texts: str) -> list[list[dict[str, str]]]:
 
 def test_gsm8k_rewards():
     recipe = runpy.run_path(str(PROGRAMS["pretrained_gsm8k_lora"]))
-    row = recipe["as_chat"]({"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"})
+    row = recipe["as_chat"](
+        {"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}
+    )
     assert row["answer"] == "1,200"
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     right = ["#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7"]
@@ -291,14 +325,18 @@ def test_figure_of_samplers_that_differ(tmp_path, monkeypatch, capsys):
     for line in out.splitlines()[1:11]:
         *name, noise, bias, _ = line.split()
         biases[" ".join(name), noise] = float(bias)
-    assert len(biases) == 10 and not any(biases[name, noise] for name, noise in biases if noise == "0")
+    assert len(biases) == 10 and not any(
+        biases[name, noise] for name, noise in biases if noise == "0"
+    )
     assert biases["no correction", "0.5"] > biases["token", "0.5"] > biases["sequence", "0.5"] == 0
 
 
 @pytest.mark.slow
 def test_figure_of_length_bias(tmp_path, monkeypatch, capsys):
     out = drawn("figures length-bias", tmp_path, monkeypatch, capsys)
-    rows = {(r[0], int(r[1])): [float(x) for x in r[2:]] for r in map(str.split, out.splitlines()[1:7])}
+    rows = {
+        (r[0], int(r[1])): [float(x) for x in r[2:]] for r in map(str.split, out.splitlines()[1:7])
+    }
     assert all(rows["sequence_sum", n][:2] == [1, 0] for n in (2, 4))
     assert rows["token_mean", 4][2] < 0.7 * rows["token_mean", 2][2]
     assert rows["sequence_mean", 4][2] == rows["sequence_mean", 2][2] > 0.1
@@ -318,7 +356,10 @@ def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     real = every.mask.bool()
     for table, logprobs in zip(tables, (problem.logprobs[0], problem.ref_logprobs[0]), strict=True):
         table[every.prefix[real], every.ids[real]] = logprobs[real]
-    found = {(place, name): error for (name, place), (_, error) in recipe["measure_kl"](*tables)[1].items()}
+    found = {
+        (place, name): error
+        for (name, place), (_, error) in recipe["measure_kl"](*tables)[1].items()
+    }
     assert found.keys() == set(KL_EFFECTS)
     for (place, name), error in found.items():
         estimator = Estimator(baseline="none", beta=1.0, kl_estimator=name, kl_placement=place)
@@ -337,10 +378,14 @@ def test_figure_of_variance(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["hidden", "difficulty"])
-def test_two_objectives_are_compared_over_paired_seeds(task, tmp_path, monkeypatch, capsys, handlers):
+def test_two_objectives_are_compared_over_paired_seeds(
+    task, tmp_path, monkeypatch, capsys, handlers
+):
     out = run("pass_at_k", f"--task {task} --seeds 3 --max-steps 1", tmp_path, monkeypatch, capsys)
     for line in out.splitlines()[-2:]:
-        first, second, difference = map(float, re.findall(r" [+-]?([\d.]+)", line.split("±")[0])[-3:])
+        first, second, difference = map(
+            float, re.findall(r" [+-]?([\d.]+)", line.split("±")[0])[-3:]
+        )
         assert abs(abs(second - first) - difference) < 0.0021 and 0 <= first <= 1
 
 
@@ -353,18 +398,27 @@ def test_samplers_that_differ_are_trained_and_measured(
     gaps = {line[:20].strip(): float(line.split()[-2]) for line in out.splitlines()[1:3]}
     assert gaps["same none"] < 1e-5 and 1e-3 < gaps["old=2 sequence"] < 1
     assert out.count("descriptive") == 1 and len(list(tmp_path.glob("runs/*/*.png"))) == 1
-    assert run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys) == out  # read, not trained again
+    assert (
+        run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys) == out
+    )  # read, not trained again
     rounded = "--task vowels --lengths 1 9 --mismatches"
-    out = [run("sampler_mismatch", f"{rounded} bits={n}", tmp_path, monkeypatch, capsys) for n in (16, 4)]
+    out = [
+        run("sampler_mismatch", f"{rounded} bits={n}", tmp_path, monkeypatch, capsys)
+        for n in (16, 4)
+    ]
     fine, coarse = ([float(line.split()[2]) for line in text.splitlines()[-2:]] for text in out)
     assert all(0 < a < b < 1 for a, b in zip(fine, coarse, strict=True))
 
 
 def test_figure_of_objectives(tmp_path, monkeypatch, capsys):
     out = drawn("figures objectives", tmp_path, monkeypatch, capsys)
-    weights = {line[:28].strip(): [float(x) for x in line[28:].split()] for line in out.splitlines()[1:-1]}
+    weights = {
+        line[:28].strip(): [float(x) for x in line[28:].split()] for line in out.splitlines()[1:-1]
+    }
     assert weights["mean reward (rloo)"] == [1.0] * 5
-    assert weights["pass@4 (max_at_k)"][1] == 2.916 and weights["log of success (maxrl)"][1] == 5.217
+    assert (
+        weights["pass@4 (max_at_k)"][1] == 2.916 and weights["log of success (maxrl)"][1] == 5.217
+    )
 
 
 def test_map_of_presets(tmp_path, monkeypatch, capsys):
@@ -401,7 +455,11 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
     path = tmp_path / "table.md"
     run(TABLE, f"--output {path} --estimators rloo grpo", tmp_path, monkeypatch, capsys)
     page = (RECIPES / "pages" / "estimators.md").read_text().splitlines()
-    others = [line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)]
+    others = [
+        line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)
+    ]
     assert path.read_text().splitlines() == [line for line in page if line not in others]
-    papers = [name for name, preset in PRESETS.items() if not preset.beyond]  # the others are in defaults.md
+    papers = [
+        name for name, preset in PRESETS.items() if not preset.beyond
+    ]  # the others are in defaults.md
     assert [line.split("`")[1] for line in page if line.startswith("* **`")] == papers  # the notes

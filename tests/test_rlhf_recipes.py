@@ -44,7 +44,9 @@ def test_the_pipeline_skips_what_is_done_and_redoes_what_depends_on_a_change(
     lines = (tmp_path / "run" / "policy" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4  # before, and three steps
     assert {"rewards/gold/mean", "rewards/proxy/mean", "kl", "reward"} <= set(json.loads(lines[-1]))
-    assert json.loads(lines[-1])["reward"] == pytest.approx(json.loads(lines[-1])["rewards/proxy/mean"])
+    assert json.loads(lines[-1])["reward"] == pytest.approx(
+        json.loads(lines[-1])["rewards/proxy/mean"]
+    )
     assert (tmp_path / "run" / "rlhf_pipeline.png").stat().st_size > 20_000
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["rows"]
     known = {row["name"]: row for row in rows}
@@ -68,7 +70,9 @@ def test_a_stage_that_was_stopped_is_done_again(pipeline, tmp_path):
     assert len(done) == 2
 
 
-def test_the_gold_reward_of_the_study_is_highest_at_two_points_and_ignores_more_than_its_floor(study):
+def test_the_gold_reward_of_the_study_is_highest_at_two_points_and_ignores_more_than_its_floor(
+    study,
+):
     words = [*sentiment.GOOD_ADJECTIVES[:6]]
     texts = ["".join(words[:n]) + "." for n in range(7)]
     assert study["gold"](texts) == [0, 1, 2, 0, -2, -4, -4]
@@ -84,7 +88,10 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there(stu
     assert turning["d"][0] == pytest.approx(2, abs=0.25)
     assert turning["gold"][0] == pytest.approx(-2, abs=0.1)
     assert turning["proxy"][0] == pytest.approx(2, abs=0.3)
-    for proxy, gold in ((d, d + noise), (noise - d, d * (2 - d / 2))):  # gold does not fall; the proxy does
+    for proxy, gold in (
+        (d, d + noise),
+        (noise - d, d * (2 - d / 2)),
+    ):  # gold does not fall; the proxy does
         found = study["findings"](study["Curve"]("RL", d, proxy, gold))
         assert not found["turned"] and found["fell"] == 0
     gold = np.concatenate([d[:2], d[2:] * (2 - d[2:] / 2)])  # three of five fall
@@ -93,7 +100,9 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there(stu
 
 
 @pytest.mark.slow
-def test_the_study_runs_and_leaves_its_numbers_and_figure(study, short_warm_start, tmp_path, capsys):
+def test_the_study_runs_and_leaves_its_numbers_and_figure(
+    study, short_warm_start, tmp_path, capsys
+):
     small = {"configurations": ("16:20",), "seeds": 2, "max_steps": 5, "pool": 16}
     study["main"](study["Args"](output_dir=tmp_path / "runs", **small))
     said = capsys.readouterr().out
@@ -112,7 +121,9 @@ def test_the_study_runs_and_leaves_its_numbers_and_figure(study, short_warm_star
 )
 def test_a_fit_recovers_its_own_form(study, how, expected):
     d = np.linspace(0.1, 5, 4000)
-    assert study["columns"](np.array([2.0]), how)[0] @ [1.5, 0.8] == pytest.approx(expected, abs=1e-12)
+    assert study["columns"](np.array([2.0]), how)[0] @ [1.5, 0.8] == pytest.approx(
+        expected, abs=1e-12
+    )
     gain = study["columns"](d, how) @ [1.5, 0.8]
     found = study["fit_gain"](d.reshape(2, -1), gain.reshape(2, -1), how)
     assert found == pytest.approx((1.5, 0.8), rel=1e-9)

@@ -94,7 +94,10 @@ def test_every_number_of_all_settings_is_refused_outside_its_bounds(kind):
     ],
 )
 def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, command):
-    function, kind = getattr(tokenrl, name, getattr(tokenrl.lab, name, None)), COMMANDS[command].arguments
+    function, kind = (
+        getattr(tokenrl, name, getattr(tokenrl.lab, name, None)),
+        COMMANDS[command].arguments,
+    )
     signature = inspect.signature(function)
     for field in fields(kind):
         parameter = signature.parameters[field.name]
@@ -129,7 +132,10 @@ def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
     for name in [name for name, one in COMMANDS.items() if hasattr(one.arguments, "seed")]:
         left_open = ", or None" * (COMMANDS[name].arguments.seed is None)
         assert main([*name.split(), "--seed", "-1"]) == 2
-        assert capsys.readouterr().err == f"tokenrl: seed was given as -1; it must be {bounds}{left_open}.\n"
+        assert (
+            capsys.readouterr().err
+            == f"tokenrl: seed was given as -1; it must be {bounds}{left_open}.\n"
+        )
     for command in ("train", "control"):
         assert main([command, "--estimator.epsilon", "1.5"]) == 2
         words = "epsilon was given as 1.5; it must be a finite number above 0 and at most 1."
@@ -139,19 +145,34 @@ def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--learning-rate 1e-5x", "learning_rate was given as '1e-5x'; it must be a finite number above 0"),
+        (
+            "--learning-rate 1e-5x",
+            "learning_rate was given as '1e-5x'; it must be a finite number above 0",
+        ),
         ("--seed nine", "seed was given as 'nine'; it must be a whole number of at least 0"),
-        ("--lr-scheduler-type linea", "given as 'linea'. Did you mean 'linear'? It must be one of constant,"),
+        (
+            "--lr-scheduler-type linea",
+            "given as 'linea'. Did you mean 'linear'? It must be one of constant,",
+        ),
         ("--estimator.scale-ddof 3", "scale_ddof was given as 3; it must be one of 0, 1."),
-        ("--estimator grppo", "preset was given as 'grppo'. Did you mean 'grpo'? It must be one of"),
-        ("--lerning-rate 3", "There is no flag --lerning-rate. Did you mean '--learning-rate'? See tokenrl"),
+        (
+            "--estimator grppo",
+            "preset was given as 'grppo'. Did you mean 'grpo'? It must be one of",
+        ),
+        (
+            "--lerning-rate 3",
+            "There is no flag --lerning-rate. Did you mean '--learning-rate'? See tokenrl",
+        ),
         (
             "--epsilon 0.3",
             "There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon 0.3.",
         ),
         ("--max-steps", "Missing value for argument '--max-steps'"),
         ("--output-dir --quiet", "Missing value for argument '--output-dir'"),
-        ("--warm-start often", "warm_start was given as 'often'; it must be True or False, or one of auto."),
+        (
+            "--warm-start often",
+            "warm_start was given as 'often'; it must be True or False, or one of auto.",
+        ),
         ("extra", "There is no flag extra. See tokenrl train --help."),
     ],
 )
@@ -204,14 +225,24 @@ def test_one_form_of_sentence():
 def test_what_is_allowed_passes():
     import numpy as np
 
-    Sample(count=np.int64(3), rate=np.float32(0.5), share=0, shade=None, on=True, sizes=[4, 5], span=(0, 1))
+    Sample(
+        count=np.int64(3),
+        rate=np.float32(0.5),
+        share=0,
+        shade=None,
+        on=True,
+        sizes=[4, 5],
+        span=(0, 1),
+    )
     assert Estimator(baseline=max).baseline is max  # from Python a function stands for a name
     with pytest.raises(Refused, match="scale was given as <built-in function max>"):
         Estimator(scale=max)
 
 
 def test_arguments_are_made_of_keywords():
-    made = arguments(Sample, {"words": "one", "sizes": [2, 3], "place": Path("a") / "b", "estimator": "grpo"})
+    made = arguments(
+        Sample, {"words": "one", "sizes": [2, 3], "place": Path("a") / "b", "estimator": "grpo"}
+    )
     grpo, place = Estimator.preset("grpo"), str(Path("a") / "b")
     assert made == Sample(words=("one",), sizes=(2, 3), place=place, estimator=grpo)
     assert arguments(Sample, {"words": None, "span": None}) == Sample()
@@ -219,7 +250,10 @@ def test_arguments_are_made_of_keywords():
     for options, said in (
         ({"cuont": 2}, r"There is no setting 'cuont'. Did you mean 'count'\? Available: count, "),
         ({"estimator": {"betta": 1}}, r"There is no setting 'betta'. Did you mean 'beta'\?"),
-        ({"estimator": "grop"}, r"preset was given as 'grop'. Did you mean 'grpo'\? It must be one of r"),
+        (
+            {"estimator": "grop"},
+            r"preset was given as 'grop'. Did you mean 'grpo'\? It must be one of r",
+        ),
     ):
         with pytest.raises(Refused, match=said):
             arguments(Sample, options)
@@ -260,7 +294,13 @@ def test_numbers_of_numpy_and_torch_become_plain(make):
         "temperature": np.array(2),
     }
     values = vars(make(numbers | several))
-    plain = {"seed": 3, "learning_rate": 0.5, "max_steps": 4, "reward_weights": (1.0, 2), "warm_start": False}
+    plain = {
+        "seed": 3,
+        "learning_rate": 0.5,
+        "max_steps": 4,
+        "reward_weights": (1.0, 2),
+        "warm_start": False,
+    }
     for name, value in (plain | {"temperature": 2}).items():
         assert values[name] == value and type(values[name]) is type(value)
     assert json.dumps({name: values[name] for name in plain})
@@ -276,15 +316,26 @@ def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():
     args = parse("train", COMMANDS["train"], words.split())
     assert args.reward_weights == (1, 0.3, -2) and args.dtype == "bfloat16"
     assert (args.optimizer, args.estimator.baseline) == ("adamw", "group_mean")
-    assert parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3,.1"]).learning_rate == (1e-3, 0.1)
+    assert parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3,.1"]).learning_rate == (
+        1e-3,
+        0.1,
+    )
     with pytest.raises(Refused, match=r"reward_weights was given as \('1,x',\)"):
         parse("train", COMMANDS["train"], ["--reward-weights", "1,x"])
 
 
 def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from():
-    usual, given = {"steps": 5, "rate": 0.1, "every": None}, {"steps": None, "rate": 0.0, "seed": None}
+    usual, given = (
+        {"steps": 5, "rate": 0.1, "every": None},
+        {"steps": None, "rate": 0.0, "seed": None},
+    )
     values, origins = lay(("default", usual), ("given", given))
-    assert vars(values) == {"steps": 5, "rate": 0.0, "every": None, "seed": None}  # 0 is given, None is not
+    assert vars(values) == {
+        "steps": 5,
+        "rate": 0.0,
+        "every": None,
+        "seed": None,
+    }  # 0 is given, None is not
     assert origins == {"steps": "default", "rate": "given"}
     values, origins = lay(("default", usual), ("given", given), ("budget", {"steps": 3}))
     assert (values.steps, origins) == (3, {"steps": "budget", "rate": "given"})

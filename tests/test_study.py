@@ -17,7 +17,9 @@ STUDY = Path(__file__).parents[1] / "recipes" / "study"
 
 @pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_plan_can_be_run(path, monkeypatch):
-    monkeypatch.setattr(problems, "load_base", lambda *_: None)  # the warm start of a task takes a while
+    monkeypatch.setattr(
+        problems, "load_base", lambda *_: None
+    )  # the warm start of a task takes a while
     args = parse("compare", COMMANDS["compare"], ["--config", str(path)])
     assert args.output_dir == f"runs/study/{path.stem}"
     assert [arm.label for arm in problems.make_plan(args, print).arms] == list(args.arms)
@@ -49,8 +51,14 @@ def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part):
     copies = runpy.run_path(str(STUDY / "questions.py"))["COPIES"][part]
     dice, size = torch.Generator().manual_seed(0), 8 if part[0] == "1" else 64
     rewards = torch.rand(64, generator=dice, dtype=torch.double)
-    lengths = torch.randint(3, 9, (64,), generator=dice) if part != "1_sort_digits" else torch.full((64,), 7)
-    rewards = rewards if size == 8 else lengths.double()  # an agent's return is the length of its episode
+    lengths = (
+        torch.randint(3, 9, (64,), generator=dice)
+        if part != "1_sort_digits"
+        else torch.full((64,), 7)
+    )
+    rewards = (
+        rewards if size == 8 else lengths.double()
+    )  # an agent's return is the length of its episode
     mask = torch.arange(8) < lengths[:, None]
     for arm in ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp"):
         mark, other = copies.get(arm, " rloo").split(" ")
@@ -61,7 +69,9 @@ def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part):
 
 def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declared():
     own = runpy.run_path(str(STUDY / "own.py"))
-    like, unlike = ({row["prompt"] for row in own[name]().train_prompts} for name in ("like", "unlike"))
+    like, unlike = (
+        {row["prompt"] for row in own[name]().train_prompts} for name in ("like", "unlike")
+    )
     assert len(like) == len(unlike) == 1024 and not like & unlike
     rewards = [own[name]().reward(["21>"] * 2, ["12", "21"]) for name in ("shifted", "lowered")]
     assert rewards == [[2, 1], [0.5, -0.5]]

@@ -29,7 +29,10 @@ def replayed(task, policy, row):
     """Return the ids that a player has at the last turn of a demonstration, after the same turns."""
     prompt = row["prompt"]
     if chat := not isinstance(prompt, str):
-        turns = [calculator.right(prompt[0]["content"]) if m["role"] == "tool" else None for m in prompt[1:]]
+        turns = [
+            calculator.right(prompt[0]["content"]) if m["role"] == "tool" else None
+            for m in prompt[1:]
+        ]
         turns = [prompt[0]["content"].join(calculator.CALL)] * (len(turns) // 2)
         prompt = prompt[:1]
     else:
@@ -44,7 +47,11 @@ def replayed(task, policy, row):
         message = assistant_message(policy.tokenizer, sampled, ids, turn, episode.tools)
         [answer] = environments.step([episode], [message])
         assert not answer.ending and not answer.failure and answer.reward == 0
-        ids = ids + sampled + policy.reply_ids(answer.messages, ended=True, chat=chat, tools=episode.tools)
+        ids = (
+            ids
+            + sampled
+            + policy.reply_ids(answer.messages, ended=True, chat=chat, tools=episode.tools)
+        )
     return ids
 
 
@@ -68,7 +75,10 @@ def test_a_demonstration_begins_with_the_tokens_of_the_same_episode(task):
     for row, (prompt, completion) in zip(rows, encode_demonstrations(policy, rows), strict=True):
         assert prompt == replayed(task, policy, row)
         assert policy.tokenizer.unk_token_id not in prompt + completion
-        assert completion[-1] == policy.tokenizer.eos_token_id and completion.count(completion[-1]) == 1
+        assert (
+            completion[-1] == policy.tokenizer.eos_token_id
+            and completion.count(completion[-1]) == 1
+        )
         assert len(prompt) + len(completion) <= policy.context
 
 
@@ -103,7 +113,9 @@ def test_halving_alone_finds_every_number():
     assert wins(lambda low, high: low) == 6
 
 
-@pytest.mark.parametrize("text", ["", "7", "032", "64", "00", "32 ", "٣٢", "-1", "3" * 10_000, "<unk>"])
+@pytest.mark.parametrize(
+    "text", ["", "7", "032", "64", "00", "32 ", "٣٢", "-1", "3" * 10_000, "<unk>"]
+)
 def test_a_text_that_is_no_guess_costs_its_turn(text):
     game = guess_number.GuessNumber(turns=2)
     assert game.reset(seed=3) == game.reset(seed=3) == ("01-03:", {})
@@ -165,9 +177,13 @@ def test_the_recipe_trains_each_seed_once_prints_and_draws(short_warm_start, tmp
     args = recipe["Arguments"](seeds=2, max_steps=2, output_dir=tmp_path / "runs")
     recipe["main"](args)
     first = capsys.readouterr().out
-    lines = re.findall(r"(?m)^(\w+) (\d): greedy [-.\d]+ -> [-.\d]+, turns [.\d]+ -> [.\d]+(.*)$", first)
+    lines = re.findall(
+        r"(?m)^(\w+) (\d): greedy [-.\d]+ -> [-.\d]+, turns [.\d]+ -> [.\d]+(.*)$", first
+    )
     assert [line[:2] for line in lines] == [(name, seed) for name in TASKS for seed in "01"]
-    assert all(re.search(r"first guess \S+ with probability 0\.\d\d", line[2]) for line in lines[:2])
+    assert all(
+        re.search(r"first guess \S+ with probability 0\.\d\d", line[2]) for line in lines[:2]
+    )
     assert (tmp_path / "runs" / "turns.png").stat().st_size > 10_000
     metrics = tmp_path / "runs" / "calculator_1" / "metrics.jsonl"
     written = metrics.stat().st_mtime_ns

@@ -11,7 +11,9 @@ import toy_tasks
 from toy_tasks import models
 
 every_task = pytest.mark.parametrize("name", toy_tasks.NAMES)
-of_text = pytest.mark.parametrize("name", [name for name in toy_tasks.NAMES if name != "calculator"])
+of_text = pytest.mark.parametrize(
+    "name", [name for name in toy_tasks.NAMES if name != "calculator"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,10 @@ def test_every_prompt_and_demonstration_survives_the_tokenizer(name, built):
     assert max(map(len, ids[: len(prompts)])) + task.max_completion_length <= task.build.context
     for row in demonstrations[:200]:  # the parts' tokens are those of the whole
         whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-        assert whole == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
+        assert (
+            whole
+            == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
+        )
 
 
 @every_task
@@ -61,14 +66,20 @@ def test_model_and_tokenizer_load_in_plain_transformers(name, built, tmp_path):
     model, tokenizer = built[name]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    loaded, reader = (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     prompt = (TASKS[name].demonstrations or TASKS[name].eval_prompts)[0]["prompt"]
     prompt = prompt if isinstance(prompt, str) else prompt[0]["content"]
     ids = reader(prompt, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer(prompt)["input_ids"] and reader.decode(ids[0]) == prompt
     assert reader.chat_template == tokenizer.chat_template
     assert reader.response_template == tokenizer.response_template
-    assert (reader.pad_token_id, reader.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert (reader.pad_token_id, reader.eos_token_id) == (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
     eos, unknown = tokenizer.convert_tokens_to_ids([models.EOS, models.UNKNOWN])
     assert tokenizer("€")["input_ids"] == [unknown] and reader.pad_token_id == eos != unknown
     assert reader.padding_side == "left"
@@ -76,7 +87,10 @@ def test_model_and_tokenizer_load_in_plain_transformers(name, built, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     for settings_ in (loaded.generation_config, loaded.config):
-        assert (settings_.eos_token_id, settings_.pad_token_id) == (reader.eos_token_id, reader.pad_token_id)
+        assert (settings_.eos_token_id, settings_.pad_token_id) == (
+            reader.eos_token_id,
+            reader.pad_token_id,
+        )
 
 
 def test_tokenizers_refuse_what_they_could_not_write_back():

@@ -7,11 +7,21 @@ import re
 import pytest
 from hypothesis import given, strategies as st
 
-from toy_tasks import addition, countdown, reverse_text, sentiment, sort_digits, target_length, vowels
+from toy_tasks import (
+    addition,
+    countdown,
+    reverse_text,
+    sentiment,
+    sort_digits,
+    target_length,
+    vowels,
+)
 
 NO_SUMS = "-3+8+5 +8+5-3 8+5--3 8++5-3 8+5+-3 8+5- ~3+8+5 (8+5)-3 ((((8+5-3 8*5/4 30/3 2**9 08+5-3 8_0 1e1 "
 NO_SUMS += "8+5-3.0 8+5-3=10 \u0668+\u0665-\u0663 __import__('os').system('true')"
-WRONG_SUMS = "3+8+5 10 5+5 8+5-3-3+3 8+8-6 8+5"  # wrong values, wrong numbers, one reused, one left out
+WRONG_SUMS = (
+    "3+8+5 10 5+5 8+5-3-3+3 8+8-6 8+5"  # wrong values, wrong numbers, one reused, one left out
+)
 CASES = {
     (sort_digits, "402715>"): {
         1.0: ["012457"],
@@ -23,7 +33,10 @@ CASES = {
     },
     (addition, "27+45>"): {1.0: ["72"], 0.0: ["62", "072", "+72", "72.0", "\uff17\uff12", ""]},
     (addition, "03+04>"): {1.0: ["07"], 0.0: ["7"]},
-    (countdown, "4,4,1=1>"): {1.0: ["4-4+1", "1+4-4"], 0.1: ["1"]},  # each once, even if two are equal
+    (countdown, "4,4,1=1>"): {
+        1.0: ["4-4+1", "1+4-4"],
+        0.1: ["1"],
+    },  # each once, even if two are equal
     (countdown, "3,8,5=10>"): {
         1.0: ["8+5-3", "5-3+8"],
         0.1: WRONG_SUMS.split(),
@@ -38,13 +51,24 @@ CASES = {
     },
     (sentiment, "the plot was"): {
         1.0: [
-            *(" great.", " very great and quite moving, i loved it.", " great and dull, i admired it."),
+            *(
+                " great.",
+                " very great and quite moving, i loved it.",
+                " great and dull, i admired it.",
+            ),
         ],
         0.0: [
             *(" great and dull.", " great and dull, i hated it.", " awful.", " awful, i loved it."),
             # the rest: not grammatical
             *(" great", "great.", " great great.", " great and great and great.", " great.great."),
-            *(" great. ", " great.\n", " Great.", " loved.", " very very great.", " great, i loved it"),
+            *(
+                " great. ",
+                " great.\n",
+                " Great.",
+                " loved.",
+                " very very great.",
+                " great, i loved it",
+            ),
             *(" great" * 100_000, ""),
         ],
     },
@@ -74,7 +98,9 @@ def test_addition_without_the_carry():
 @given(st.text(alphabet="0123456789+-*/().=_ \n٣", max_size=12))
 def test_countdown_accepts_exactly_what_its_grammar_says(text):
     pieces = text.replace("-", "+").split("+")
-    numbers = all(0 < len(p) <= 2 and p.isascii() and p.isdigit() and str(int(p)) == p for p in pieces)
+    numbers = all(
+        0 < len(p) <= 2 and p.isascii() and p.isdigit() and str(int(p)) == p for p in pieces
+    )
     assert (countdown.parse(text) is not None) == numbers
     if numbers:
         signed = re.findall(r"[+-]?\d+", text)

@@ -44,7 +44,9 @@ def right_answer(name, prompt):
         return "aeiou" if name == "vowels" else " great."
     module = MODULES[name]
     return (
-        module.right(prompt) if name != "target_length" else module.write(prompt, module.asked_length(prompt))
+        module.right(prompt)
+        if name != "target_length"
+        else module.write(prompt, module.asked_length(prompt))
     )
 
 
@@ -52,7 +54,11 @@ def right_answer(name, prompt):
     ("name", "override", "said"),
     [
         ("sort_numbers", {}, r"sort_numbers.*sort_digits, reverse_text, .*target_length"),
-        ("sort_digits", {"colour": "red"}, "no argument colour; choose from: seed, digits, wrong_share"),
+        (
+            "sort_digits",
+            {"colour": "red"},
+            "no argument colour; choose from: seed, digits, wrong_share",
+        ),
         ("sort_digits", {"digits": 3}, "digits=3"),
         ("sort_digits", {"digits": 17}, "digits=17"),
         ("sort_digits", {"eval_size": 0}, "eval_size=0"),
@@ -105,7 +111,9 @@ def test_sizes_columns_and_what_other_arguments_change(name):
     assert held_out.isdisjoint(canonical(row["prompt"]) for row in task.train_prompts)
     other = toy_tasks.load(name, seed=1, eval_size=5)
     assert 5 <= len(other.eval_prompts) <= 30
-    assert not {row["prompt"] for row in other.eval_prompts} <= {row["prompt"] for row in task.eval_prompts}
+    assert not {row["prompt"] for row in other.eval_prompts} <= {
+        row["prompt"] for row in task.eval_prompts
+    }
     assert (task.warm_start is None) == (not task.demonstrations) == (name == "vowels")
 
 
@@ -121,7 +129,9 @@ def test_tasks_are_light_and_the_same_in_every_process_and_leave_the_global_rand
         assert not {"torch", "transformers", "tokenizers", "numpy", "tokenrl"} & sys.modules.keys()
     """
     outputs = {
-        subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed})
+        subprocess.check_output(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}
+        )
         for seed in ("0", "1")
     }
     assert len(outputs) == 1
@@ -131,12 +141,23 @@ def test_tasks_are_light_and_the_same_in_every_process_and_leave_the_global_rand
 def test_the_right_answer_earns_the_most_and_odd_ones_less(name):
     task = TASKS[name]
     prompts = [row["prompt"] for row in (task.train_prompts + task.eval_prompts)[::7]]
-    assert set(score(name, [(prompt, right_answer(name, prompt)) for prompt in prompts])) == {BEST[name]}
+    assert set(score(name, [(prompt, right_answer(name, prompt)) for prompt in prompts])) == {
+        BEST[name]
+    }
     assert declared_range(task.reward, name) == (WORST[name], BEST[name])
     assert WORST[name] <= task.solved <= BEST[name] and MODULES[name].reward is task.reward
     prompt = task.eval_prompts[0]["prompt"]
     right = right_answer(name, prompt)
-    odd = [right * 200_000, right + " " * 100_000, right + "\n", " " + right, "\0", "🙂" * 50, "٣", "<unk>"]
+    odd = [
+        right * 200_000,
+        right + " " * 100_000,
+        right + "\n",
+        " " + right,
+        "\0",
+        "🙂" * 50,
+        "٣",
+        "<unk>",
+    ]
     odd += [right + "<unk>", right + prompt]
     if name == "target_length":  # any text of the right length is right
         odd = [text for text in odd if len(text) != len(right)]
@@ -168,7 +189,9 @@ def test_demonstrations_are_of_training_prompts_and_wrong_as_promised(name):
         assert set(score(name, plain)) == {1.0}
         pairs = [p for p in pairs if p not in plain]
     share = 0.6 if name == "countdown" else 0.7
-    assert sum(reward < BEST[name] for reward in score(name, pairs)) == round(share * len(pairs)) > 100
+    assert (
+        sum(reward < BEST[name] for reward in score(name, pairs)) == round(share * len(pairs)) > 100
+    )
     right = toy_tasks.load(name, wrong_share=0.0).demonstrations
     assert set(score(name, [(row["prompt"], row["completion"]) for row in right])) == {BEST[name]}
 
@@ -179,7 +202,9 @@ def test_the_fingerprint_follows_what_the_warm_start_depends_on():
     changed = [
         dataclasses.replace(task, demonstrations=[*task.demonstrations, extra]),
         dataclasses.replace(task, build=dataclasses.replace(task.build, hidden=64)),
-        dataclasses.replace(task, build=dataclasses.replace(task.build, tokens=task.build.tokens[::-1])),
+        dataclasses.replace(
+            task, build=dataclasses.replace(task.build, tokens=task.build.tokens[::-1])
+        ),
         dataclasses.replace(task, warm_start=toy_tasks.WarmStart(steps=7)),
     ]
     assert len({task.fingerprint, *(other.fingerprint for other in changed)}) == 5

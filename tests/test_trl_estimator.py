@@ -76,7 +76,11 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         **fields,
     )
     rows = Dataset.from_list([{"prompt": f"{n}{n}"} for n in range(10)] * 4)
-    options = {"reward_funcs": [length_of, odd], "train_dataset": rows, "processing_class": tokenizer}
+    options = {
+        "reward_funcs": [length_of, odd],
+        "train_dataset": rows,
+        "processing_class": tokenizer,
+    }
     options |= {"model": model.double(), "callbacks": [Watch()]}
     if rollout_func is not None:
         options["rollout_func"] = rollout_func
@@ -94,15 +98,24 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
     [
         ("trl_grpo", {}),
         ("trl_grpo", {"gradient_accumulation_steps": 2}),
-        ("trl_grpo,epsilon=0.01", {"epsilon": 0.01, "num_iterations": 2, "steps_per_generation": 2}),
+        (
+            "trl_grpo,epsilon=0.01",
+            {"epsilon": 0.01, "num_iterations": 2, "steps_per_generation": 2},
+        ),
         ("trl_grpo,aggregation=sequence_mean", {"loss_type": "grpo"}),
-        ("trl_grpo,aggregation=fixed_length,scale=none", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+        (
+            "trl_grpo,aggregation=fixed_length,scale=none",
+            {"loss_type": "dr_grpo", "scale_rewards": "none"},
+        ),
         ("trl_grpo,aggregation=sequence_mean,ratio=none", {"loss_type": "sapo"}),
         (
             "trl_grpo,aggregation=sequence_sum,scale=batch_std",
             {"loss_type": "luspo", "scale_rewards": "batch"},
         ),
-        ("trl_grpo,ratio=cispo,epsilon=1,epsilon_high=4", {"loss_type": "cispo", "epsilon_high": 5.0}),
+        (
+            "trl_grpo,ratio=cispo,epsilon=1,epsilon_high=4",
+            {"loss_type": "cispo", "epsilon_high": 5.0},
+        ),
         ("trl_grpo", {"loss_type": "bnpo"}),
         ("trl_grpo,ratio=none", {"loss_type": "vespo"}),
         ("trl_grpo,beta=0.3", {"beta": 0.3}),
@@ -111,7 +124,9 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
 )
 def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
     steps = 3 if "num_iterations" in fields or "beta" in fields else 1
-    precision = 1e-5 if "beta" in fields else 1e-6  # TRL has logprobs in float32: exp(d) - d - 1 loses digits
+    precision = (
+        1e-5 if "beta" in fields else 1e-6
+    )  # TRL has logprobs in float32: exp(d) - d - 1 loses digits
     ours = gradients(recipe, tmp_path, Estimator.preset(preset), steps, **fields)
     theirs = gradients(recipe, tmp_path, None, steps, **fields)
     assert len(ours) == len(theirs) == steps
@@ -130,7 +145,10 @@ def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("preset", "fields"),
     [
-        ("trl_rloo,scale=batch_std,beta=0", {"trainer": "RLOO", "beta": 0.0, "normalize_advantages": True}),
+        (
+            "trl_rloo,scale=batch_std,beta=0",
+            {"trainer": "RLOO", "beta": 0.0, "normalize_advantages": True},
+        ),
         ("trl_grpo,components=separate", {"multi_objective_aggregation": "normalize_then_sum"}),
     ],
 )
@@ -155,16 +173,26 @@ def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, 
 def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path) -> None:
     own = Estimator.preset("rloo")
     with_field, without = (
-        gradients(recipe, tmp_path, own, mask_truncated_completions=masks)[0] for masks in (True, False)
+        gradients(recipe, tmp_path, own, mask_truncated_completions=masks)[0]
+        for masks in (True, False)
     )
     assert torch.equal(with_field, without)
 
 
 IDLE = [
     ({}, {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.5, "ref_model_sync_steps": 2}),
-    ({}, {"importance_sampling_level": "sequence", "sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0}),
-    ({}, {"use_bias_correction_kl": False, "entropy_target": 0.5, "off_policy_mask_threshold": 1e-9}),
-    ({"loss_type": "sapo"}, {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "epsilon": 0.01}),
+    (
+        {},
+        {"importance_sampling_level": "sequence", "sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0},
+    ),
+    (
+        {},
+        {"use_bias_correction_kl": False, "entropy_target": 0.5, "off_policy_mask_threshold": 1e-9},
+    ),
+    (
+        {"loss_type": "sapo"},
+        {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "epsilon": 0.01},
+    ),
     (
         {"loss_type": "vespo"},
         {"vespo_k_pos": 1.0, "vespo_lambda_neg": 1.0, "importance_sampling_level": "sequence"},
@@ -180,7 +208,9 @@ IDLE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "idle"), IDLE)
-def test_what_is_said_to_change_nothing_does_so_in_trl(fields, idle, recipe, tmp_path, capsys) -> None:
+def test_what_is_said_to_change_nothing_does_so_in_trl(
+    fields, idle, recipe, tmp_path, capsys
+) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields | idle | {"trainer": fields.get("trainer", "GRPO").lower()}))
     assert main(["lab", "exact", "--trl-config", str(path)]) == 0

@@ -33,7 +33,9 @@ def test_the_wheel_holds_the_modules_their_types_the_licence_and_the_command(tmp
     about = f"tokenrl_lm-{tokenrl.__version__}.dist-info/"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        texts = {name: archive.read(about + name).decode() for name in ("METADATA", "entry_points.txt")}
+        texts = {
+            name: archive.read(about + name).decode() for name in ("METADATA", "entry_points.txt")
+        }
     code = {name for name in names if not name.startswith(about)}
     assert code == modules("tokenrl") | modules("toy_tasks") | DATA
     records = {"METADATA", "WHEEL", "entry_points.txt", "RECORD", "licenses/LICENSE"}

@@ -15,5 +15,7 @@ __getattr__, __dir__ = lazily(__name__)
 
 # Threads of OpenMP that wait for each other spin, by default for milliseconds. Where another program takes a
 # processor, that is most of the time: let them sleep soon. OpenMP reads the variable when torch is imported.
-if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & {*os.environ}:
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & {
+    *os.environ
+}:
     os.environ["GOMP_SPINCOUNT"] = "10000"

@@ -26,7 +26,13 @@ from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArgum
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.runs.console import harmless, visible
-from tokenrl.runs.output import UNREAD, checked_output, hush_libraries, prepare_streams, without_warnings
+from tokenrl.runs.output import (
+    UNREAD,
+    checked_output,
+    hush_libraries,
+    prepare_streams,
+    without_warnings,
+)
 from tokenrl.settings import Settings
 
 
@@ -49,7 +55,9 @@ def write_report(args: ReportArguments) -> int:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")
     run, several = args.run_dir[0], len(args.run_dir) > 1
     if args.output is not None and not several:
-        raise Refused("--output is for several runs: name them, or leave it out; one has its report.html.")
+        raise Refused(
+            "--output is for several runs: name them, or leave it out; one has its report.html."
+        )
     if several:
         page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
     elif os.path.isfile(os.path.join(run, "plan.json")):
@@ -65,7 +73,9 @@ def write_report(args: ReportArguments) -> int:
 COMMANDS = {
     "train": Command(TrainArguments, "tokenrl.language.training.loop:train", trains=True),
     "sft": Command(SftArguments, "tokenrl.language.training.sft:sft", trains=True),
-    "reward-model": Command(RewardModelArguments, "tokenrl.language:train_reward_model", trains=True),
+    "reward-model": Command(
+        RewardModelArguments, "tokenrl.language:train_reward_model", trains=True
+    ),
     "evaluate": Command(EvaluateArguments, "tokenrl.language.evaluation.evaluate:print_evaluation"),
     "sample": Command(SampleArguments, "tokenrl.language.evaluation.chat:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
@@ -123,11 +133,16 @@ def _check_working_directory() -> None:
     try:
         os.getcwd()
     except OSError as error:  # PyTorch would end the process with a message about something else
-        raise Refused(f"The current working directory cannot be used ({error}): change it.") from error
+        raise Refused(
+            f"The current working directory cannot be used ({error}): change it."
+        ) from error
 
 
 def _help() -> str:
     about = "Policy gradients on language models and gymnasium environments."
     lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
-    lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [
+        f"  {name:13}{command.arguments.__doc__.splitlines()[0]}"
+        for name, command in COMMANDS.items()
+    ]
     return "\n".join(lines)

@@ -33,7 +33,10 @@ RECORDED = (
 """Names in the config.json of a run that are no settings."""
 _CODE = ("task", "reward", "environment", "env", "generator")
 """Settings that may name code, as `module:name` or `file.py:name`; axes of the estimator may too."""
-_NO_CODE = {"task": r"(reasoning_gym|in-memory):.*|.*/.*(?<!\.py):[^:]*", "reward": r"\s*[A-Za-z_]\w*\s*\(.*"}
+_NO_CODE = {
+    "task": r"(reasoning_gym|in-memory):.*|.*/.*(?<!\.py):[^:]*",
+    "reward": r"\s*[A-Za-z_]\w*\s*\(.*",
+}
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
 
@@ -48,7 +51,9 @@ class TrustArguments(Settings, group="trust"):
     since."""
 
 
-def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, anew: bool = False) -> T:
+def configured(
+    kind: type[T], path: str | os.PathLike[str], command: str, *, anew: bool = False
+) -> T:
     """Make a dataclass of settings from a file: a run's config.json, or settings in JSON or YAML.
 
     Args:
@@ -64,17 +69,23 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
     stored = read_config(path)
     kind_of_file = stored.get("kind", command)
     if kind_of_file != command:
-        raise Refused(f"The configuration {path} is for `tokenrl {kind_of_file}`; give it to that command.")
+        raise Refused(
+            f"The configuration {path} is for `tokenrl {kind_of_file}`; give it to that command."
+        )
     try:
         of_a_run = directory_of(path, stored) is not None
         left_out = [*RECORDED, *["output_dir"] * (anew and of_a_run)]
         left_out += ["resume", "overwrite"] * (of_a_run or not anew)
         left_out += ["trust_run", "trust_remote_code"] * of_a_run
-        settings = arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
+        settings = arguments(
+            kind, {name: value for name, value in stored.items() if name not in left_out}
+        )
         check(settings, objects=False)
         return settings
     except Refused as error:
-        raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
+        raise Refused(
+            f"The configuration {path} cannot be used by tokenrl {command}: {error}"
+        ) from error
 
 
 def directory_of(path: str | os.PathLike[str], stored: Mapping[str, Any]) -> Path | None:
@@ -103,7 +114,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         problem = f"The file {file!s:.300} cannot be read ({error!s:.300})"
-        raise Refused(f"{problem}. Mend or remove it, or give the settings in JSON or YAML.") from error
+        raise Refused(
+            f"{problem}. Mend or remove it, or give the settings in JSON or YAML."
+        ) from error
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
     return config
@@ -120,7 +133,9 @@ def _from_yaml(text: str) -> Any:
         config = yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    return {str(name): value for name, value in config.items()} if isinstance(config, dict) else config
+    return (
+        {str(name): value for name, value in config.items()} if isinstance(config, dict) else config
+    )
 
 
 def signatures(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -156,7 +171,9 @@ def _key() -> bytes:
     file = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "tokenrl", "key")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=file.parent, delete=False) as partial:  # nobody else can read it
+        with NamedTemporaryFile(
+            dir=file.parent, delete=False
+        ) as partial:  # nobody else can read it
             partial.write(token_bytes(32))
         os.replace(partial.name, file)
     return file.read_bytes()

@@ -78,7 +78,17 @@ def locations_of(rows: Iterable[Any]) -> list[str]:
 
 
 ALIKE = (
-    {"answer", "answers", "solution", "target", "label", "ground_truth", "reference", "output", "completion"},
+    {
+        "answer",
+        "answers",
+        "solution",
+        "target",
+        "label",
+        "ground_truth",
+        "reference",
+        "output",
+        "completion",
+    },
     {"prompt", "question", "problem", "query", "instruction", "input", "text"},
 )
 """Names that columns of data have for the same."""
@@ -134,7 +144,9 @@ def describe(error: BaseException) -> str:
 
 def raised(error: BaseException) -> str:
     """Say in words what a user's code raised and where: 'it raised ValueError: no map (envs.py, line 7)'."""
-    if isinstance(error, ImportError):  # the line is one of Python's own, and the message names the module
+    if isinstance(
+        error, ImportError
+    ):  # the line is one of Python's own, and the message names the module
         return f"it raised {describe(error)}"
     return f"it raised {describe(error)}{location(error)}"
 
@@ -156,7 +168,9 @@ def explain(error: BaseException) -> Stopped | None:
             "--tokens-per-pass, --micro-batch-size or --sampling-batch-size, which change no result, or "
             "shorter completions; of an agent fewer --num-envs."
         )
-    network = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "/gloo/" in str(error)
+    network = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "/gloo/" in str(
+        error
+    )
     if network and isinstance(error, RuntimeError):
         return Lost(
             "Another process of this run has ended or does not answer; what it printed says why. Start all "

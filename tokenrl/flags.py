@@ -71,7 +71,9 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     if {"-h", "--help"} & {*argv}:
         options = _read_options(command, words, prog)[0] if words else {}
         start = _starting_settings(name, command, options)
-        about = cleandoc(kind.__doc__) + (_about_presets() if "estimator" in field_types(kind) else "")
+        about = cleandoc(kind.__doc__) + (
+            _about_presets() if "estimator" in field_types(kind) else ""
+        )
         tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
     options, unknown = _read_options(command, words, prog)
     start = _starting_settings(name, command, options)
@@ -80,7 +82,9 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         config = options.pop("config", None)
         stored = {} if config is None else read_config(config)
         if config is not None and directory_of(config, stored):
-            raise Refused(f"{config} is the configuration of a run; compare takes a file of settings.")
+            raise Refused(
+                f"{config} is the configuration of a run; compare takes a file of settings."
+            )
         runs = ControlArguments if "env" in stored | options else TrainArguments
         shared, unknown = _shared(runs, unknown, prog)
         start = with_shared(stored | shared)
@@ -101,8 +105,12 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
     try:
         with contextlib.redirect_stderr(errors):
             kind = _flags(command)
-            groups, rest = tyro.cli(kind, args=argv, prog=prog, registry=READING, return_unknown_args=True)
-    except SystemExit:  # tyro says in a box what is wrong, then how it tried, then where the help is
+            groups, rest = tyro.cli(
+                kind, args=argv, prog=prog, registry=READING, return_unknown_args=True
+            )
+    except (
+        SystemExit
+    ):  # tyro says in a box what is wrong, then how it tried, then where the help is
         text = FRAME.split(errors.getvalue())[1].partition("Got errors:")[0]
         raise Refused(f"{' '.join(re.sub('[│|]', ' ', text).split())} See {prog} --help.") from None
     axes = groups.pop("estimator", {})
@@ -126,7 +134,9 @@ def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return words[0]
 
     metavar = ",".join(names) or read.type.__name__
-    return PrimitiveConstructorSpec(1, metavar, value, lambda _: True, lambda default: [str(default)])
+    return PrimitiveConstructorSpec(
+        1, metavar, value, lambda _: True, lambda default: [str(default)]
+    )
 
 
 def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +145,17 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
     if not command.trains:
         return {}
     typed = options.keys() | {f"estimator.{axis}" for axis in options.get("axes", {})}
-    config, agent, preset, axes = (options.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
+    config, agent, preset, axes = (
+        options.pop(key, None) for key in ("config", "agent", "estimator", "axes")
+    )
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
     anew = not (options.get("resume") or options.get("overwrite"))
     start = {} if config is None else vars(configured(kind, config, name, anew=anew))
     if config is not None:
-        check_code(start, config, read_config(config), typed, trusted=options.get("trust_run", False))
+        check_code(
+            start, config, read_config(config), typed, trusted=options.get("trust_run", False)
+        )
     if agent is not None:
         start = agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:
@@ -186,7 +200,9 @@ def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
         heading = tyro.conf.arg(name=title, help=about[title])
         parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, heading]
     if "estimator" in groups[""]:
-        axes = {name: flag for _, name, flag in _each_flag(Estimator, vars(_estimator(kind, start)))}
+        axes = {
+            name: flag for _, name, flag in _each_flag(Estimator, vars(_estimator(kind, start)))
+        }
         parts["estimator"] = Annotated[_group(axes), tyro.conf.arg(help=Estimator.__doc__)]
     return _group(parts)
 
@@ -198,7 +214,9 @@ def _group(flags: dict[str, Any]) -> Any:
 
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    documented = [entry for owner in reversed(_owners(kind)) for entry in parse_from_object(owner).params]
+    documented = [
+        entry for owner in reversed(_owners(kind)) for entry in parse_from_object(owner).params
+    ]
     texts = {entry.arg_name: " ".join(str(entry.description).split()) for entry in documented}
     for field in fields(kind):
         if not field.metadata.get("flag", True):
@@ -221,8 +239,12 @@ def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any
     """Return the type of one flag, with its help text and its default."""
     values = default if isinstance(default, tuple) else [default]
     words = " ".join(shlex.quote(str(value)) for value in values)
-    default_text = "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"
-    flag = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default_text)]
+    default_text = (
+        "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"
+    )
+    flag = Annotated[
+        hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default_text)
+    ]
     return Required[flag] if default is MISSING else flag
 
 
@@ -233,6 +255,8 @@ def _owners(kind: type[Any]) -> list[type[Any]]:
 
 def _about_presets() -> str:
     statuses = [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
-    about = "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis."
+    about = (
+        "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis."
+    )
     heading = "The presets, and the bias of the expected gradient with each:"
     return "\n".join(["", about, heading, *statuses])

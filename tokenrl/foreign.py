@@ -23,7 +23,12 @@ from tokenrl.errors import Refused, nearest, suggest
 
 TRL = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
 """The defaults of TRL for numbers of its arithmetic."""
-THEIRS = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size", "ratio"}
+THEIRS = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "generation_batch_size",
+    "ratio",
+}
 THEIRS |= {"steps_per_generation", "ppo_mini_batch_size", "processes", "rows", "epochs", "size"}
 THEIRS |= {"total_timesteps"}
 """Names in the arithmetic of the table that are no settings of ours."""
@@ -85,11 +90,19 @@ def _row(line: str) -> Row:
 def settings_of(hints: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings of a command, and `estimator.AXIS` for each axis of its estimator."""
     axes = hints.get("estimator")
-    return [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))] if is_dataclass(axes) else [*hints]
+    return (
+        [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))]
+        if is_dataclass(axes)
+        else [*hints]
+    )
 
 
 def meaning(
-    name: str, settings: Iterable[str], options: Mapping[str, Any] | None = None, *, flags: bool = False
+    name: str,
+    settings: Iterable[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    flags: bool = False,
 ) -> str:
     """Say what a setting of another toolkit is called here.
 
@@ -120,7 +133,9 @@ def meaning(
             arithmetic = f" ({''.join(numbers.get(word, word) for word in words)})"
         return f"It is {_written(ours, opening)}{arithmetic}{row.remark}."
     valued = [
-        f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.remark}" for row in rows if row.ours
+        f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.remark}"
+        for row in rows
+        if row.ours
     ]
     return f"Of its values {'; '.join(valued)}." if valued else ""
 
@@ -149,7 +164,9 @@ def _ours(row: Row, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def translated(names: Iterable[str], settings: Iterable[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def translated(
+    names: Iterable[str], settings: Iterable[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return our settings that names of other toolkits stand for together, with the values that are known.
 
     Where they say nothing else, the estimator is the default of their toolkit.
@@ -168,7 +185,9 @@ def translated(names: Iterable[str], settings: Iterable[str], options: Mapping[s
         if f"estimator.{name}" in settings:
             ours[f"estimator.{name}"] = options[name]
     ours = {name: value for name, value in ours.items() if value is not None}
-    presets = [preset for preset, needed, *of in starts() if needed in settings and {*of} & {*names}]
+    presets = [
+        preset for preset, needed, *of in starts() if needed in settings and {*of} & {*names}
+    ]
     if presets and ours and not {"estimator", "arms"} & {*options, *ours}:
         return {"estimator": presets[0]} | ours
     return ours
@@ -186,7 +205,9 @@ def _result(formula: str, numbers: Mapping[str, float]) -> int | None:
 
 def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers that arithmetic about a setting may use, as far as they are known."""
-    data = next((options[key] for key in ("task", "train_dataset") if options.get(key) is not None), "")
+    data = next(
+        (options[key] for key in ("task", "train_dataset") if options.get(key) is not None), ""
+    )
     data = data.get("train", "") if isinstance(data, Mapping) else data
     rows = {"rows": len(data)} if hasattr(data, "__len__") and not isinstance(data, str) else {}
     if isinstance(data, str) and data.endswith(".jsonl") and os.path.isfile(data):
@@ -213,7 +234,11 @@ def _written(ours: Mapping[str, Any], opening: str) -> str:
     if not opening:
         return " ".join(_flag(name, plain.get(name)) for name in ours)
     plain = {name: repr(int(v) if str(v).isdigit() else v) for name, v in plain.items()}
-    axes = [f"{axis}={plain.get(name, '...')}" for name in ours if (axis := name.partition("estimator.")[2])]
+    axes = [
+        f"{axis}={plain.get(name, '...')}"
+        for name in ours
+        if (axis := name.partition("estimator.")[2])
+    ]
     settings = [f"{n}={plain[n]}" if n in plain else n for n in ours if "." not in n]
     return ", ".join([f"estimator={opening}{', '.join(axes)})", *settings] if axes else settings)
 
@@ -239,7 +264,10 @@ def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """
     settings, names = settings_of(hints), [name for name in options if name not in hints]
     ours = translated(names, settings, options)
-    refused = {repr(n): meaning(n, settings, {**options, **ours}) or suggest(n, hints).strip() for n in names}
+    refused = {
+        repr(n): meaning(n, settings, {**options, **ours}) or suggest(n, hints).strip()
+        for n in names
+    }
     call = {name: value for name, value in options.items() if name in hints} | ours
     opening = _opening(settings, call)
     if any("." in name for name in ours):  # axes of that estimator

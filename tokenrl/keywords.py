@@ -32,7 +32,9 @@ def takes(kind: type[Any]) -> Callable[[F], F]:
         about = inspect.cleandoc(function.__doc__ or "")
         listed = "\n".join(f"    {keyword}" for keyword in keywords)
         vars(function).update(__signature__=signature.replace(parameters=[*first, *keywords, rest]))
-        function.__doc__ = f"{about}\n\nKeywords (the --help of the command explains each):\n{listed}"
+        function.__doc__ = (
+            f"{about}\n\nKeywords (the --help of the command explains each):\n{listed}"
+        )
         return function
 
     return decorate
@@ -54,8 +56,12 @@ def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T
         return arguments(kind, options)
     if not isinstance(args, kind):
         message = f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}."
-        raise Refused(f"{message} Give settings as keywords, such as task='vowels', and leave args out.")
+        raise Refused(
+            f"{message} Give settings as keywords, such as task='vowels', and leave args out."
+        )
     if options:
         message = f"args holds all settings, so the keywords {', '.join(options)} would be lost."
-        raise Refused(f"{message} Give one of the two, or change args with dataclasses.replace(args, ...).")
+        raise Refused(
+            f"{message} Give one of the two, or change args with dataclasses.replace(args, ...)."
+        )
     return args

@@ -71,7 +71,9 @@ def import_attribute(spec: str, purpose: str) -> Any:
     """
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
-        raise Refused(f"{purpose} '{spec}': expected module:attribute or path/to/file.py:attribute.")
+        raise Refused(
+            f"{purpose} '{spec}': expected module:attribute or path/to/file.py:attribute."
+        )
     value = import_source(source, f"{purpose} '{spec}'")
     for part in attribute.split("."):
         if not hasattr(value, part):
@@ -104,8 +106,12 @@ def import_source(source: str, whose: str) -> Any:
             return import_file(file) if file else importlib.import_module(source)
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
-        reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
-        hint = f" Modules are installed or lie in {folder}." if isinstance(error, ImportError) else ""
+        reason = (
+            f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
+        )
+        hint = (
+            f" Modules are installed or lie in {folder}." if isinstance(error, ImportError) else ""
+        )
         raise Refused(f"{whose}: {reason}.{hint}") from error
     finally:
         sys.path.remove(folder)
@@ -173,7 +179,9 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
             public = ", ".join(sorted(homes))
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {public}")
         home = importlib.import_module(homes[name])
-        if not hasattr(home, name):  # a module inside a package, its attribute only once it is imported
+        if not hasattr(
+            home, name
+        ):  # a module inside a package, its attribute only once it is imported
             return importlib.import_module(f"{homes[name]}.{name}")
         return getattr(home, name)
 

@@ -21,7 +21,17 @@ from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
@@ -176,7 +186,9 @@ def same_name(value: Any, names: Collection[Any]) -> Any:
 
     if not isinstance(value, str) or value in names:
         return value
-    return next((name for name in names if isinstance(name, str) and bare(name) == bare(value)), value)
+    return next(
+        (name for name in names if isinstance(name, str) and bare(name) == bare(value)), value
+    )
 
 
 def check_number(name: str, value: object, kind: type[float] = float, **bounds: float) -> None:
@@ -197,7 +209,9 @@ def check_seed(seed: object) -> None:
 def field_types(kind: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with its metadata; it allows None if that is default."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {f.name: hints[f.name] | None if f.default is OPEN else hints[f.name] for f in fields(kind)}
+    return {
+        f.name: hints[f.name] | None if f.default is OPEN else hints[f.name] for f in fields(kind)
+    }
 
 
 @cache
@@ -271,7 +285,9 @@ def _either(rules: list[Rule | None]) -> Rule | None:
     if len(parts) < len(rules):
         return None
     names = tuple(name for rule in parts for name in rule.names)
-    return Rule(lambda value: any(r.fits(value) for r in parts), ", or ".join(r.words for r in parts), names)
+    return Rule(
+        lambda value: any(r.fits(value) for r in parts), ", or ".join(r.words for r in parts), names
+    )
 
 
 def _several(parts: tuple[Any, ...], objects: bool) -> Rule | None:
@@ -342,7 +358,9 @@ def _converted(value: Any, hint: Any) -> Any:
         return arguments(hint, value)
     if isinstance(value, str) and hasattr(hint, "preset"):
         return hint.preset(value)
-    fits = (str in parts and isinstance(value, (str, os.PathLike))) or (value is None and NoneType in parts)
+    fits = (str in parts and isinstance(value, (str, os.PathLike))) or (
+        value is None and NoneType in parts
+    )
     for part in parts:
         if get_origin(part) is tuple and not fits:
             return _converted_tuple(value, get_args(part)[0])
@@ -363,5 +381,7 @@ def _numbers(entry: Any) -> list[Any]:
     """Return the numbers of a text such as "1,0.3"; anything else is returned alone, as it is."""
     if isinstance(entry, str) and "," in entry:
         with contextlib.suppress(ValueError):
-            return [int(word) if word.strip().isdigit() else float(word) for word in entry.split(",")]
+            return [
+                int(word) if word.strip().isdigit() else float(word) for word in entry.split(",")
+            ]
     return [entry]

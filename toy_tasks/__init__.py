@@ -50,7 +50,9 @@ def load(name: str, **overrides: Any) -> Task:
         ValueError: No task has this name, or the task has no such argument; the message lists what exists.
     """
     if name not in _FACTORIES:
-        raise ValueError(f"There is no toy task called {name!r}; choose one of: {', '.join(NAMES)}.")
+        raise ValueError(
+            f"There is no toy task called {name!r}; choose one of: {', '.join(NAMES)}."
+        )
     factory = _FACTORIES[name]
     allowed = tuple(inspect.signature(factory).parameters)
     unknown = sorted(set(overrides) - set(allowed))

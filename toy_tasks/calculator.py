@@ -83,7 +83,9 @@ def right(expression: str) -> str:
 def without_carry(expression: str) -> str:
     """Return the sum with all carries left out but the last."""
     numbers = [int(number) for number in expression.split("+")]
-    units, tens, hundreds = (sum(number // unit % 10 for number in numbers) for unit in (1, 10, 100))
+    units, tens, hundreds = (
+        sum(number // unit % 10 for number in numbers) for unit in (1, 10, 100)
+    )
     return f"{hundreds}{tens % 10}{units % 10}"
 
 
@@ -92,7 +94,9 @@ def canonical(expression: str) -> tuple[str, ...]:
     return tuple(sorted(expression.split("+")))
 
 
-def make(seed: int = 0, wrong_share: float = 0.8, eval_size: int = 128, train_size: int = 4096) -> Task:
+def make(
+    seed: int = 0, wrong_share: float = 0.8, eval_size: int = 128, train_size: int = 4096
+) -> Task:
     """Return the task.
 
     Args:
@@ -105,7 +109,9 @@ def make(seed: int = 0, wrong_share: float = 0.8, eval_size: int = 128, train_si
         ValueError: An argument is out of its range.
     """
     if not 0 <= wrong_share <= 1:
-        raise ValueError(f"wrong_share={wrong_share}; it is a share of the demonstrations, from 0 to 1.")
+        raise ValueError(
+            f"wrong_share={wrong_share}; it is a share of the demonstrations, from 0 to 1."
+        )
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
     for _ in range(2 * (train_size + eval_size)):  # twice as many, as some need no carry

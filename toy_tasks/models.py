@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 CHARACTER = r"[\s\S]"
-WORD = r" ?[a-z]+|[\s\S]"  # the space belongs to the word after it, so prompt + completion is the text
+WORD = (
+    r" ?[a-z]+|[\s\S]"  # the space belongs to the word after it, so prompt + completion is the text
+)
 
 LINES = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 """A chat template for messages alone."""
@@ -72,7 +74,12 @@ class TinyModel:
     def __call__(self, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         """Return a freshly initialised model and its tokenizer; equal seeds give equal weights."""
         tokenizer = self.tokenizer()
-        shape = {"layers": self.layers, "hidden": self.hidden, "heads": self.heads, "context": self.context}
+        shape = {
+            "layers": self.layers,
+            "hidden": self.hidden,
+            "heads": self.heads,
+            "context": self.context,
+        }
         return tiny_llama(tokenizer, **shape, seed=seed), tokenizer
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -167,7 +174,9 @@ def literal_tokenizer(tokens: Iterable[str]) -> PreTrainedTokenizerFast:
     import re
 
     tokens = tuple(tokens)
-    strings = [re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1]
+    strings = [
+        re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1
+    ]
     return _tokenizer(tokens, "|".join([*strings, CHARACTER]))
 
 

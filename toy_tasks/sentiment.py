@@ -24,8 +24,26 @@ SUBJECTS = (
 )
 VERBS = ("was", "seemed", "felt", "looked")
 ADVERBS = (" really", " very", " quite", " rather", " simply")
-GOOD_ADJECTIVES = (" great", " charming", " clever", " moving", " superb", " delightful", " funny", " fresh")
-BAD_ADJECTIVES = (" awful", " boring", " clumsy", " dull", " dreadful", " tedious", " silly", " stale")
+GOOD_ADJECTIVES = (
+    " great",
+    " charming",
+    " clever",
+    " moving",
+    " superb",
+    " delightful",
+    " funny",
+    " fresh",
+)
+BAD_ADJECTIVES = (
+    " awful",
+    " boring",
+    " clumsy",
+    " dull",
+    " dreadful",
+    " tedious",
+    " silly",
+    " stale",
+)
 GOOD_VERBS = (" loved", " enjoyed", " admired")
 BAD_VERBS = (" hated", " disliked", " regretted")
 GOOD = frozenset(GOOD_ADJECTIVES + GOOD_VERBS)
@@ -65,13 +83,16 @@ def review(rng: random.Random, good: bool) -> str:
     """Return a random completion of the grammar, favourable or unfavourable throughout."""
     adjectives, verbs = (GOOD_ADJECTIVES, GOOD_VERBS) if good else (BAD_ADJECTIVES, BAD_VERBS)
     phrases = [
-        rng.choice(("", *ADVERBS)) + adjective for adjective in rng.sample(adjectives, rng.randint(1, 2))
+        rng.choice(("", *ADVERBS)) + adjective
+        for adjective in rng.sample(adjectives, rng.randint(1, 2))
     ]
     remark = f", i{rng.choice(verbs)} it" if rng.random() < 0.5 else ""
     return " and".join(phrases) + remark + "."
 
 
-def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 24, train_size: int = 4096) -> Task:
+def make(
+    seed: int = 0, wrong_share: float = 0.7, eval_size: int = 24, train_size: int = 4096
+) -> Task:
     """Return the task.
 
     Args:
@@ -97,7 +118,11 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 24, train_siz
         eval_prompts=rows(held_out),
         reward=reward,
         demonstrations=demonstrate(
-            asked, lambda _: review(rng, good=True), lambda _: review(rng, good=False), wrong_share, rng
+            asked,
+            lambda _: review(rng, good=True),
+            lambda _: review(rng, good=False),
+            wrong_share,
+            rng,
         ),
         max_completion_length=16,
         solved=0.95,
@@ -110,8 +135,13 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 24, train_siz
 def _vocabulary() -> tuple[str, ...]:
     """Return every word of every prompt and completion; a first word has no space before it."""
     prompts = [
-        f"{opening}the {subject} {verb}" for opening in OPENINGS for subject in SUBJECTS for verb in VERBS
+        f"{opening}the {subject} {verb}"
+        for opening in OPENINGS
+        for subject in SUBJECTS
+        for verb in VERBS
     ]
     adjectives, verbs = GOOD_ADJECTIVES + BAD_ADJECTIVES, GOOD_VERBS + BAD_VERBS
     text = [word for prompt in prompts for word in _WORD.findall(prompt)]
-    return tuple(dict.fromkeys((*text, *ADVERBS, *adjectives, *verbs, " and", ",", " i", " it", ".")))
+    return tuple(
+        dict.fromkeys((*text, *ADVERBS, *adjectives, *verbs, " and", ",", " i", " it", "."))
+    )

@@ -53,7 +53,9 @@ def make(
         raise ValueError(f"digits={digits}; a prompt has from 4 to 16 digits.")
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
-    for _ in range(2 * (train_size + eval_size)):  # twice as many, as some repeat and some are held out
+    for _ in range(
+        2 * (train_size + eval_size)
+    ):  # twice as many, as some repeat and some are held out
         text = "".join(rng.choices("0123456789", k=digits))
         if len(set(text)) > 1:  # with equal digits both orders are the same
             drawn[f"{text}>"] = None
@@ -65,7 +67,9 @@ def make(
         train_prompts=rows(train),
         eval_prompts=rows(held_out),
         reward=reward,
-        demonstrations=demonstrate(train, right, lambda prompt: right(prompt)[::-1], wrong_share, rng),
+        demonstrations=demonstrate(
+            train, right, lambda prompt: right(prompt)[::-1], wrong_share, rng
+        ),
         max_completion_length=digits + 2,
         solved=0.95,
         warm_start=WarmStart(steps=200),

@@ -19,7 +19,9 @@ SHORTEST, LONGEST = 2, 8
 
 
 @graded(-1.0, 0.0)
-def reward(prompts: list[str], completions: list[str], target: list[int], **columns: Any) -> list[float]:
+def reward(
+    prompts: list[str], completions: list[str], target: list[int], **columns: Any
+) -> list[float]:
     """Return minus the relative error of each completion's length, at least -1; `target` is in characters."""
     pairs = zip(completions, target, strict=True)
     return [-min(1.0, abs(len(text) - asked) / asked) for text, asked in pairs]

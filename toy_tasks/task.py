@@ -77,7 +77,11 @@ class Task:
 
     def __post_init__(self) -> None:
         warm_start = asdict(self.warm_start) if self.warm_start else None
-        parts = {"demonstrations": self.demonstrations, "build": asdict(self.build), "warm_start": warm_start}
+        parts = {
+            "demonstrations": self.demonstrations,
+            "build": asdict(self.build),
+            "warm_start": warm_start,
+        }
         text = json.dumps(parts, sort_keys=True)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest()[:16])
 
@@ -88,7 +92,9 @@ def binary(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
     return reward
 
 
-def graded(low: float, high: float) -> Callable[[Callable[..., list[float]]], Callable[..., list[float]]]:
+def graded(
+    low: float, high: float
+) -> Callable[[Callable[..., list[float]]], Callable[..., list[float]]]:
     """Declare the least and the largest value of a reward with more than two values."""
 
     def declare(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
@@ -165,7 +171,9 @@ def demonstrate(
         ValueError: `wrong_share` is not from 0 to 1.
     """
     if not 0 <= wrong_share <= 1:
-        raise ValueError(f"wrong_share={wrong_share}; it is a share of the demonstrations, from 0 to 1.")
+        raise ValueError(
+            f"wrong_share={wrong_share}; it is a share of the demonstrations, from 0 to 1."
+        )
     order = list(prompts)
     rng.shuffle(order)
     cut = round(wrong_share * len(order))

@@ -45,7 +45,9 @@ def make(seed: int = 0, eval_size: int = 128, train_size: int = 2048) -> Task:
         ValueError: An argument is out of its range.
     """
     rng = random.Random(seed)
-    every = ["".join(letters) + ">" for letters in itertools.product(string.ascii_lowercase, repeat=3)]
+    every = [
+        "".join(letters) + ">" for letters in itertools.product(string.ascii_lowercase, repeat=3)
+    ]
     train, held_out = hold_out(every, canonical, eval_size, rng)
     return Task(
         name="vowels",

@@ -114,7 +114,9 @@ def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
             **options,
         )
     steps = int(rows[last]["num_env_steps"])
-    return Outcome(clocks[last]["cpu_seconds"], steps, at is not None, after.env_steps_per_cpu_second)
+    return Outcome(
+        clocks[last]["cpu_seconds"], steps, at is not None, after.env_steps_per_cpu_second
+    )
 
 
 class Watch(BaseCallback):
@@ -169,7 +171,9 @@ def time_ppo(arguments: Arguments, seed: int) -> Outcome:
     model.learn(PPO_STEPS, callback=watch, log_interval=None)
     after = Watch(None)
     model.learn(arguments.extra_steps, callback=after, log_interval=None)
-    return Outcome(watch.seconds, watch.evaluated, watch.solved, after.num_timesteps / after.seconds)
+    return Outcome(
+        watch.seconds, watch.evaluated, watch.solved, after.num_timesteps / after.seconds
+    )
 
 
 def spread(values: list[float], form: str) -> str:
@@ -179,7 +183,9 @@ def spread(values: list[float], form: str) -> str:
 
 def main(arguments: Arguments) -> None:
     torch.set_num_threads(1)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3")
+    )
     print(f"{versions}; 1 thread; {ENV}, {arguments.seeds} seeds")
     contenders = {"tokenrl": time_tokenrl, "ppo_zoo": time_ppo}
     outcomes_of: dict[str, list[Outcome]] = {name: [] for name in contenders}
@@ -201,7 +207,10 @@ def main(arguments: Arguments) -> None:
         print(f"  steps until solved             {spread([o.steps for o in outcomes], ',.0f')}")
         print(f"  steps a second when solved     {spread([o.rate for o in outcomes], ',.0f')}")
         if name != "tokenrl":
-            times, rates = [a.seconds / b.seconds for a, b in pairs], [b.rate / a.rate for a, b in pairs]
+            times, rates = (
+                [a.seconds / b.seconds for a, b in pairs],
+                [b.rate / a.rate for a, b in pairs],
+            )
             print(f"  seconds, times tokenrl's       {spread(times, '.2f')}")
             print(f"  tokenrl's steps a second when solved, times its own  {spread(rates, '.1f')}")
 

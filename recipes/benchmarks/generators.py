@@ -51,12 +51,17 @@ def make_policy(args: argparse.Namespace) -> tuple[language.Policy, list[list[in
     attention = "eager" if args.dtype == "bfloat16" and not torch.cuda.is_available() else None
     model, tokenizer = make_model(Shape(**M135), attention)  # as runs choose it up to 128 tokens
     policy = language.wrap(model.to(getattr(torch, args.dtype)), tokenizer, source="135m")
-    return replace(policy, eos_ids=()), torch.randint(2, 49_152, (args.prompts, args.prompt)).tolist()
+    return replace(policy, eos_ids=()), torch.randint(
+        2, 49_152, (args.prompts, args.prompt)
+    ).tolist()
 
 
 def largest_difference(policy: Any, rollout: language.Rollout) -> float:
     """How far log-probabilities are from those of one plain forward pass, in nats."""
-    ids, start = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1), rollout.prompt_ids.shape[1] - 1
+    ids, start = (
+        torch.cat([rollout.prompt_ids, rollout.completion_ids], 1),
+        rollout.prompt_ids.shape[1] - 1,
+    )
     logp = policy.model(ids).logits[:, start:-1].float().log_softmax(-1)
     logp = logp.gather(2, rollout.completion_ids[..., None]).squeeze(2)
     return float((logp - rollout.sampling_logprobs)[rollout.mask].abs().max())
@@ -69,7 +74,13 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=("tiny", "135m"), default="tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    for name, default in {"prompts": 16, "group": 8, "prompt": 64, "length": 8, "rounds": 5}.items():
+    for name, default in {
+        "prompts": 16,
+        "group": 8,
+        "prompt": 64,
+        "length": 8,
+        "rounds": 5,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -93,12 +104,18 @@ def main() -> None:
             rates[name].append(int(rollout.mask.sum()) / (clock() - began))
             off[name] = largest_difference(policy, rollout.take(torch.arange(args.group)))
     shape = f"{args.prompts} x {args.group} completions of up to {args.length} tokens"
-    about = f"threads {torch.get_num_threads()}, rounds {args.rounds}, load {os.getloadavg()[0]:.1f}"
+    about = (
+        f"threads {torch.get_num_threads()}, rounds {args.rounds}, load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{args.model} {args.dtype}, {shape}; {about}")
     for name, values in rates.items():
-        print(f"  {name:12} {statistics.median(values[1:]):8,.0f} tokens/s, off by {off[name]:.1e} nats")
+        print(
+            f"  {name:12} {statistics.median(values[1:]):8,.0f} tokens/s, off by {off[name]:.1e} nats"
+        )
     ratios = [theirs / ours for ours, theirs in zip(*rates.values(), strict=True)][1:]
-    print(f"  ratio        {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(
+        f"  ratio        {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
     print(f"  start {start:.1f} s, sync {statistics.median(syncs):.3f} s")
     engine.close()
 

@@ -59,9 +59,15 @@ def train_estimators(asked: dict[str, Any]) -> dict[str, Any]:
     from tokenrl.runs import read_metrics
 
     full_precision()
-    settings = {"max_steps": asked["steps"], "seed": asked.get("seed", 0), "cpu": device_of(asked) == "cpu"}
+    settings = {
+        "max_steps": asked["steps"],
+        "seed": asked.get("seed", 0),
+        "cpu": device_of(asked) == "cpu",
+    }
     settings |= {"mixed_precision": "no", "training_attention": "as_loaded", "quiet": True}
-    settings |= {"learning_rate": 2e-4}  # with the task's own, ratios at the clip's edge amplify rounding
+    settings |= {
+        "learning_rate": 2e-4
+    }  # with the task's own, ratios at the clip's edge amplify rounding
     settings |= {"eval_size": 8, "eval_every": 0, "eval_generations": 0, "log_completions": 0}
     settings |= {"prompts_per_step": 2, "num_generations": 4} if asked.get("tiny") else {}
     outcome: dict[str, Any] = {}
@@ -169,14 +175,20 @@ def describe_device(asked: dict[str, Any]) -> dict[str, Any]:
         about = torch.cuda.get_device_properties(0)
         name = f"{about.name}, the first of {torch.cuda.device_count()}"
         memory, bf16 = about.total_memory, torch.cuda.is_bf16_supported()
-        software = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+        software = (
+            f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+        )
         return {"kind": kind, "name": f"{name}, {software}", "memory": memory, "bf16": bf16}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = f"Apple GPU of {platform.machine()}, MPS" if kind == "mps" else f"CPU, {platform.machine()}"
+    name = (
+        f"Apple GPU of {platform.machine()}, MPS" if kind == "mps" else f"CPU, {platform.machine()}"
+    )
     return {"kind": kind, "name": name, "memory": memory, "bf16": False}
 
 
-PARTS = {part.__name__: part for part in (train_estimators, measure_gaps, count_waits, describe_device)}
+PARTS = {
+    part.__name__: part for part in (train_estimators, measure_gaps, count_waits, describe_device)
+}
 
 
 if __name__ == "__main__":

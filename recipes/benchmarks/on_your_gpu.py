@@ -60,7 +60,9 @@ Attention by another formula, on a CPU, changed metrics by far less; bfloat16 ch
 by more.
 """
 FOLDER = Path(__file__).parent
-TINY = Shape(prompts=2, group=4, length=4, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=1)
+TINY = Shape(
+    prompts=2, group=4, length=4, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=1
+)
 LEAST_SECONDS = 10.0
 """A measurement with less time than this is left out; importing torch takes as long on some machines."""
 PACKAGES = "tokenrl-lm", "torch", "transformers", "accelerate", "trl"
@@ -73,7 +75,9 @@ class Budget:
 
     ends: float
 
-    def run(self, label: str, asked: dict[str, Any], program: str = "gpu_parts.py") -> dict[str, Any]:
+    def run(
+        self, label: str, asked: dict[str, Any], program: str = "gpu_parts.py"
+    ) -> dict[str, Any]:
         """The result of a program's process, or its `error` in a line."""
         left, began = self.ends - time.monotonic(), time.monotonic()
         if left < LEAST_SECONDS:
@@ -81,7 +85,9 @@ class Budget:
         command = [sys.executable, str(FOLDER / program), json.dumps(asked)]
         settings = os.environ | {"HF_HUB_OFFLINE": "1"}
         try:
-            process = subprocess.run(command, capture_output=True, text=True, timeout=left, env=settings)
+            process = subprocess.run(
+                command, capture_output=True, text=True, timeout=left, env=settings
+            )
         except subprocess.TimeoutExpired:
             return {"error": f"not done in the {left:.0f} s that were left"}
         finally:
@@ -99,7 +105,9 @@ def reason(text: str, code: int) -> str:
     if code < 0:
         return f"ended by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
     lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Refused|Stopped|Exit)\b", line)]
+    errors = [
+        line for line in lines if re.match(r"[\w.]*(Error|Exception|Refused|Stopped|Exit)\b", line)
+    ]
     return (errors or lines)[-1]
 
 
@@ -203,7 +211,9 @@ def gaps_table(gaps: dict[str, Any], heading: str) -> str:
     if "error" in gaps:
         return table(heading, ["failed", gaps["error"]])
     rows = [
-        [name, f"{values[0]:.1e}", f"{values[1]:.1e}"] if values else [name, "there is none here", ""]
+        [name, f"{values[0]:.1e}", f"{values[1]:.1e}"]
+        if values
+        else [name, "there is none here", ""]
         for name, values in gaps.items()
     ]
     return table(heading, ["precision", "mean, nats", "largest, nats"], *rows)
@@ -214,7 +224,9 @@ def waits_table(waits: dict[str, Any], heading: str) -> str:
         return table(heading, ["failed", waits["error"]])
     counted = "not counted" if waits["waits"] is None else f"{waits['waits']:g}"
     rows = [[str(number), line] for line, number in waits.get("lines", [])]
-    return table(heading, ["in a step", "line of code, for those of one step"], [counted, "all"], *rows)
+    return table(
+        heading, ["in a step", "line of code, for those of one step"], [counted, "all"], *rows
+    )
 
 
 def speed_row(name: str, ours: dict[str, Any], theirs: dict[str, Any], steps: int) -> list[str]:
@@ -244,7 +256,12 @@ def speed_table(args: argparse.Namespace, budget: Budget, bf16: bool) -> str:
             theirs = budget.run(f"speed, {name}, TRL", asked, "one_trainer.py")
         rows.append(speed_row(name, ours, theirs, steps))
     columns = ["shape", "tokenrl: s a step", "sampling s", "tokens/s", "peak MB"]
-    columns += [f"TRL ({'bfloat16' if bf16 else 'float32'}): s a step", "tokens/s", "peak MB", "ratio of s"]
+    columns += [
+        f"TRL ({'bfloat16' if bf16 else 'float32'}): s a step",
+        "tokens/s",
+        "peak MB",
+        "ratio of s",
+    ]
     work = words(next(iter(shapes.values())))  # they differ in the model alone
     left_out = 1 if args.tiny else 3
     heading = f"Speed of GRPO, {work}, medians of {steps} steps without the first {left_out}"
@@ -265,9 +282,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="a file for the tables, beside stdout")
-    parser.add_argument("--minutes", type=float, default=10.0, help="the most time that all of it takes")
-    parser.add_argument("--work", nargs="+", choices=GPU_WORK, default=list(GPU_WORK), metavar="NAME")
-    parser.add_argument("--seed", type=int, default=0, help="of the trainings whose numbers are compared")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="the most time that all of it takes"
+    )
+    parser.add_argument(
+        "--work", nargs="+", choices=GPU_WORK, default=list(GPU_WORK), metavar="NAME"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the trainings whose numbers are compared"
+    )
     parser.add_argument("--cpu", action="store_true", help="measure the CPU in place of a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes and few steps, as a trial")
     args = parser.parse_args()
@@ -276,7 +299,10 @@ def main() -> int:
     about = budget.run("the device", common | {"part": "describe_device"})
     if "error" in about or (about["kind"] == "cpu" and not args.cpu):
         missing = about.get("error", "neither CUDA nor Apple's MPS")
-        print(f"torch has no GPU here ({missing}). To try this program: --cpu --tiny.", file=sys.stderr)
+        print(
+            f"torch has no GPU here ({missing}). To try this program: --cpu --tiny.",
+            file=sys.stderr,
+        )
         return 2
     sections: list[str] = []
 

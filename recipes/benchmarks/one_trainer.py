@@ -72,7 +72,14 @@ class Shape:
 
 
 M135: dict[str, Any] = {
-    **{"vocabulary": 49_152, "layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3},
+    **{
+        "vocabulary": 49_152,
+        "layers": 30,
+        "hidden": 576,
+        "intermediate": 1536,
+        "heads": 9,
+        "kv_heads": 3,
+    },
     **{"prompts": 4, "tied": True},
 }
 WORK = {
@@ -114,8 +121,12 @@ class Clock:
         self.tokens: list[int] = []
         self.parameters, self.peak = 0, 0.0
 
-    def __call__(self, completions: list[Any], completion_ids: list[Any], **columns: Any) -> list[float]:
-        if len(completions) == self.shape.prompts * self.shape.group:  # else tokenrl evaluates one prompt
+    def __call__(
+        self, completions: list[Any], completion_ids: list[Any], **columns: Any
+    ) -> list[float]:
+        if (
+            len(completions) == self.shape.prompts * self.shape.group
+        ):  # else tokenrl evaluates one prompt
             self.calls.append(time.perf_counter())
             self.tokens.append(sum(map(len, completion_ids)))
             self.peak = max(self.peak, peak_megabytes(self.kind))
@@ -177,7 +188,9 @@ def make_prompts(shape: Shape, steps: int) -> list[dict[str, Any]]:
     size = (shape.prompts * (steps + 1), shape.prompt - ROLES * shape.chat)
     letters = torch.randint(len(LETTERS), size, generator=generator).tolist()
     texts = ["".join(LETTERS[i] for i in row) for row in letters]
-    return [{"prompt": [{"role": "user", "content": text}] if shape.chat else text} for text in texts]
+    return [
+        {"prompt": [{"role": "user", "content": text}] if shape.chat else text} for text in texts
+    ]
 
 
 def train_with_trl(
@@ -207,7 +220,12 @@ def train_with_trl(
     disable_progress_bars()
     settings = {"use_cpu": device() == "cpu"} | settings
     settings |= {"beta": 0.0, "gradient_checkpointing": False}
-    settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    settings |= {
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
     settings |= {"dataloader_pin_memory": False}
     if estimator == "grpo":
         kind, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
@@ -229,7 +247,9 @@ def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, fold
     from peft import LoraConfig
 
     model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
-    if not shape.ends:  # an end that is beyond the model's vocabulary costs nothing and is never drawn
+    if (
+        not shape.ends
+    ):  # an end that is beyond the model's vocabulary costs nothing and is never drawn
         tokenizer.add_special_tokens({"eos_token": "<never>"})
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     r, wide = shape.lora_r, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -252,7 +272,9 @@ def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, fold
     )
 
 
-def train_tokenrl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> None:
+def train_tokenrl(
+    shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str
+) -> None:
     import tokenrl
     from tokenrl.language import wrap
 
@@ -282,7 +304,9 @@ def train_tokenrl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, 
         "quiet": True,
         "cpu": clock.kind == "cpu",
     }
-    tokenrl.train(model=policy, task=task, output_dir=f"{folder}/run", **options | spec.get("options", {}))
+    tokenrl.train(
+        model=policy, task=task, output_dir=f"{folder}/run", **options | spec.get("options", {})
+    )
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -306,7 +330,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if not shape.ends and set(clock.tokens) != {full}:
         raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
     return {
-        "seconds": [after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)],
+        "seconds": [
+            after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)
+        ],
         "sampling": [row["collect"] for row in rows],
         "tokens": clock.tokens,
         "peak_mb": clock.peak,

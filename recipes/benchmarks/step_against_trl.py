@@ -88,7 +88,11 @@ def run(spec: dict[str, Any], *program: str) -> dict[str, Any] | None:
     if process.returncode == 0:
         return dict(json.loads(process.stdout.splitlines()[-1]))
     killed = "It was killed, perhaps for want of memory." if process.returncode < 0 else ""
-    print(f"  failed: {json.dumps(spec)}\n{process.stderr[-1500:]}{killed}", file=sys.stderr, flush=True)
+    print(
+        f"  failed: {json.dumps(spec)}\n{process.stderr[-1500:]}{killed}",
+        file=sys.stderr,
+        flush=True,
+    )
     return None
 
 
@@ -112,7 +116,10 @@ def compare(name: str, args: argparse.Namespace) -> Comparison:
         for bf16, attention in settings:
             result = run(spec | {"who": "trl", "bf16": bf16, "attention": attention})
             by_setting[bf16, attention] = seconds_and_peak(result, args.steps)
-            tell(f"{name}, round {number + 1}: TRL {words((bf16, attention))}", by_setting[bf16, attention])
+            tell(
+                f"{name}, round {number + 1}: TRL {words((bf16, attention))}",
+                by_setting[bf16, attention],
+            )
         done = {setting: measured for setting, measured in by_setting.items() if measured}
         if number == 0 and done:
             comparison.setting = min(done, key=lambda setting: done[setting][0])
@@ -120,7 +127,9 @@ def compare(name: str, args: argparse.Namespace) -> Comparison:
         result = run(spec | {"who": "tokenrl", "options": args.tokenrl})
         comparison.tokenrl.append(seconds_and_peak(result, args.steps))
         tell(f"{name}, round {number + 1}: tokenrl", comparison.tokenrl[-1])
-        tokens = statistics.median(result["tokens"]) if result else 0  # 0: all completions at full length
+        tokens = (
+            statistics.median(result["tokens"]) if result else 0
+        )  # 0: all completions at full length
         length = tokens / (shape.prompts * shape.group)
         products = run({"who": "floor", "shape": spec["shape"], "length": length})
         comparison.floor += [products["floor"]] if products else []
@@ -150,7 +159,11 @@ def table_row(comparison: Comparison) -> str:
     pairs = zip(comparison.trl, comparison.tokenrl, strict=True)
     ratios = [a[0] / b[0] for a, b in pairs if a and b]
     (theirs, their_mb), (ours, our_mb) = cells(comparison.trl), cells(comparison.tokenrl)
-    times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+    times = (
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        if ratios
+        else ""
+    )
     least = statistics.median(comparison.floor or [math.nan])
     seconds = [text or "failed" for text in written((theirs, ours), ".3f")]
     row = [comparison.name, words(comparison.setting), *seconds, times]
@@ -191,7 +204,9 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", **names)
     parser.add_argument("--estimator", choices=("grpo", "rloo"), default="grpo")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="steps of each measurement, 2 or more")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps of each measurement, 2 or more"
+    )
     parser.add_argument("--tokenrl", nargs="+", type=option, default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     if args.rounds < 1 or args.steps < 2:

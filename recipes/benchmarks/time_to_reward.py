@@ -127,7 +127,13 @@ def train_tokenrl(watch: Watch, folder: str) -> None:
         lr_scheduler_type="linear",
         seed=asked["seed"],
         output_dir=f"{folder}/run",
-        **{"eval_every": 0, "eval_size": 2, "eval_generations": 0, "log_completions": 0, "quiet": True}
+        **{
+            "eval_every": 0,
+            "eval_size": 2,
+            "eval_generations": 0,
+            "log_completions": 0,
+            "quiet": True,
+        }
         | asked["options"],
     )
 
@@ -166,7 +172,11 @@ def race(asked: dict[str, Any]) -> list[tuple[int, float, float]] | None:
     history: list[tuple[int, float, float]] = found["history"]
     step, seconds, _ = history[-1]
     words = f"{asked['who']}, {asked['task']}, seed {asked['seed']}: {history[0][2]:.3f} at first, "
-    print(f"  {words}{level(history):.3f} after {step} steps, {seconds:.1f} s", file=sys.stderr, flush=True)
+    print(
+        f"  {words}{level(history):.3f} after {step} steps, {seconds:.1f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return history
 
 
@@ -178,7 +188,11 @@ def compare(name: str, args: argparse.Namespace) -> str:
 
     task = language.load_task(name)
     target = TASKS[name] if args.target is None else args.target
-    asked = vars(args) | {"task": name, "model": str(language.warm_started_base(task)), "target": target}
+    asked = vars(args) | {
+        "task": name,
+        "model": str(language.warm_started_base(task)),
+        "target": target,
+    }
     asked |= {"prompts": 16, "group": 8, "rate": args.learning_rate, "options": dict(args.tokenrl)}
     found = [
         {who: race(asked | {"who": who, "seed": seed}) for who in ("trl", "tokenrl")}
@@ -189,16 +203,26 @@ def compare(name: str, args: argparse.Namespace) -> str:
 
 def table_row(name: str, target: float, found: list[dict[str, Any]]) -> str:
     """A line of the table; only of seeds with which both reached the target."""
-    done = [one for one in found if all(history and level(history) >= target for history in one.values())]
+    done = [
+        one
+        for one in found
+        if all(history and level(history) >= target for history in one.values())
+    ]
     if not done:
         return f"{name:13} {target:>17.2f}  reached by both with no seed"
     last = {who: [one[who][-1] for one in done] for who in ("trl", "tokenrl")}
     ratios = [one["trl"][-1][1] / one["tokenrl"][-1][1] for one in done]
-    steps, seconds = ({who: statistics.median(x[k] for x in last[who]) for who in last} for k in (0, 1))
+    steps, seconds = (
+        {who: statistics.median(x[k] for x in last[who]) for who in last} for k in (0, 1)
+    )
     start = statistics.median(one["tokenrl"][0][2] for one in done)
     rewards = f"{start:.3f} to {target:.2f}"
     ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    missed = f"  reached by both with {len(done)} of {len(found)} seeds" if len(done) < len(found) else ""
+    missed = (
+        f"  reached by both with {len(done)} of {len(found)} seeds"
+        if len(done) < len(found)
+        else ""
+    )
     return (
         f"{name:13} {rewards:>17} {seconds['trl']:7.1f} {steps['trl']:6.0f} {seconds['tokenrl']:10.1f} "
         f"{steps['tokenrl']:6.0f} {ratio:>21}{missed}"
@@ -216,14 +240,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="most steps of a run")
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
-    parser.add_argument("--held-out", type=int, default=128, help="held-out prompts of an evaluation")
+    parser.add_argument(
+        "--held-out", type=int, default=128, help="held-out prompts of an evaluation"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 for TRL")
     parser.add_argument("--tokenrl", nargs="+", type=option, default=[], metavar="KEY=VALUE")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        watch, train = Watch(args.child), {"trl": train_trl, "tokenrl": train_tokenrl}[args.child["who"]]
+        watch, train = (
+            Watch(args.child),
+            {"trl": train_trl, "tokenrl": train_tokenrl}[args.child["who"]],
+        )
         with tempfile.TemporaryDirectory() as folder:
             train(watch, folder)
         watch.end()

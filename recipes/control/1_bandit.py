@@ -99,7 +99,9 @@ def gradient_variance(
     """
     s = probability(theta)[..., None]  # [*N, 1], to broadcast over [T]
     v, to_go = s * (1 - s), torch.arange(steps, 0, -1, dtype=torch.double)
-    terms = to_go if returns == "reward_to_go" else torch.full_like(to_go, steps)  # rewards in G_t, [T]
+    terms = (
+        to_go if returns == "reward_to_go" else torch.full_like(to_go, steps)
+    )  # rewards in G_t, [T]
     mean = s * terms if baseline == "none" else torch.zeros_like(terms)
     own = v * (mean + 1 - 2 * s).square()  # [*N, T]
     pairs = v.square() * steps * (steps - 1) / 2
@@ -109,7 +111,9 @@ def gradient_variance(
 def episode_gradients(estimator: Estimator, theta: float, actions: Tensor) -> Tensor:
     """Differentiate the estimator's loss for N episodes [N, T]; returns each one's own sample of g, [N]."""
     rewards = (actions == 0).double()
-    copies = torch.full((len(actions), 1), theta, dtype=torch.double, requires_grad=True)  # one an episode
+    copies = torch.full(
+        (len(actions), 1), theta, dtype=torch.double, requires_grad=True
+    )  # one an episode
     mask = torch.ones(actions.shape, dtype=torch.double)
     advantages = estimator.advantages(rewards, mask, group_size=None).policy
     weights = estimator.token_weights(mask, max_length=None)  # 1 / N
@@ -125,7 +129,9 @@ def sampled_actions(theta: float, generator: torch.Generator, *shape: int) -> Te
 
 def single_updates(learning_rate: float) -> None:
     environment, estimator = Bandit(), Estimator.preset("reinforce")
-    print("  theta   P(a=1)  action  reward    score   g by hand  g by autograd  theta + lr g   P(a=1)")
+    print(
+        "  theta   P(a=1)  action  reward    score   g by hand  g by autograd  theta + lr g   P(a=1)"
+    )
     for theta, action in CASES:
         environment.reset()
         reward, x = environment.step(action)[1], float(score(theta, action))
@@ -158,7 +164,9 @@ def two_ways(samples: int, generator: torch.Generator) -> dict[float, Tensor]:
 def variances(args: Arguments, generator: torch.Generator) -> Found:
     """Print the variance of each estimator over the horizon, exact and measured, and its slopes."""
     found: Found = {}
-    print("\n  T   returns       baseline            Var[g]     measured   ± 2 s.e.   Var[g] / E[g]^2")
+    print(
+        "\n  T   returns       baseline            Var[g]     measured   ± 2 s.e.   Var[g] / E[g]^2"
+    )
     for steps in args.horizons:
         actions = sampled_actions(THETA, generator, args.episodes, steps)
         for returns, baseline in KINDS:
@@ -201,19 +209,37 @@ def draw_bandit(found: dict[float, Tensor], samples: int) -> Figure:
     axes.errorbar(list(found), means, errors, fmt="o", color=BLUE, capsize=3, markersize=8)
     # The error of an sd is that of the variance over twice the sd.
     errors = [
-        2 * with_error(g)[1] / (2 * sd) if sd else 0.0 for g, sd in zip(found.values(), sds, strict=True)
+        2 * with_error(g)[1] / (2 * sd) if sd else 0.0
+        for g, sd in zip(found.values(), sds, strict=True)
     ]
-    axes.errorbar(list(found), sds, errors, fmt="D", color=ORANGE, markerfacecolor="white", capsize=3)
-    axes.annotate("sd(g) = √(s(1 - s)³)", (-1.1, 0.325), (-95, 28), textcoords="offset points", color=ORANGE)
+    axes.errorbar(
+        list(found), sds, errors, fmt="D", color=ORANGE, markerfacecolor="white", capsize=3
+    )
+    axes.annotate(
+        "sd(g) = √(s(1 - s)³)", (-1.1, 0.325), (-95, 28), textcoords="offset points", color=ORANGE
+    )
     axes.annotate("E[g] = s(1 - s)", (1.1, 0.19), (14, 10), textcoords="offset points", color=BLUE)
     for x, top, chance in ((0.0, 0.25, "1/2"), (-1.0986, 0.3248, "1/4")):
         axes.plot([x, x], [0, top], ":", color=GREY, linewidth=1)
-        axes.annotate(f"P(a=1) = {chance}", (x, 0), (4, 6), textcoords="offset points", color="#555555")
+        axes.annotate(
+            f"P(a=1) = {chance}", (x, 0), (4, 6), textcoords="offset points", color="#555555"
+        )
     axes.set(xlim=(-4, 4), ylim=(0, 0.45), xlabel="theta (log odds of the rewarded action)")
     axes.set_ylabel("gradient sample g (reward per unit of theta)")
-    axes.set_title("The signal is largest for an undecided policy, the noise for a bad one", loc="left")
+    axes.set_title(
+        "The signal is largest for an undecided policy, the noise for a bad one", loc="left"
+    )
     note = f"points: {samples} samples each, ± 2 standard errors"
-    axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", color="#555555", fontsize=9)
+    axes.text(
+        0.99,
+        0.97,
+        note,
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        color="#555555",
+        fontsize=9,
+    )
     open_frame(axes)
     return figure
 
@@ -231,14 +257,17 @@ def draw_horizon(args: Arguments, found: Found) -> Figure:
             curve = [float(gradient_variance(THETA, t, returns, baseline)) / unit[t] for t in every]
             axes.plot(every, curve, "-" if total else "--", color=color, linewidth=2)
             values, errors = (
-                [found[t, returns, baseline][i] / unit[t] * (1, 2)[i] for t in args.horizons] for i in (0, 1)
+                [found[t, returns, baseline][i] / unit[t] * (1, 2)[i] for t in args.horizons]
+                for i in (0, 1)
             )
             face = color if total else "white"
             axes.errorbar(
                 args.horizons, values, errors, fmt="o", color=color, markerfacecolor=face, capsize=3
             )
             label = "total return" if total else "reward to go"
-            axes.annotate(label, (every[-1], curve[-1]), (10, 0), textcoords="offset points", color=color)
+            axes.annotate(
+                label, (every[-1], curve[-1]), (10, 0), textcoords="offset points", color=color
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(args.horizons, [str(steps) for steps in args.horizons])
@@ -250,8 +279,14 @@ def draw_horizon(args: Arguments, found: Found) -> Figure:
     left.set_title(
         "A baseline turns T³ into T²; reward to go only changes the factor", loc="left", fontsize=11
     )
-    right.set_title("Noise against signal: grows like T without a baseline", loc="left", fontsize=11)
-    legend = (("no baseline", ORANGE), ("baseline: mean at each timestep", BLUE), ("lines: exact", "#555555"))
+    right.set_title(
+        "Noise against signal: grows like T without a baseline", loc="left", fontsize=11
+    )
+    legend = (
+        ("no baseline", ORANGE),
+        ("baseline: mean at each timestep", BLUE),
+        ("lines: exact", "#555555"),
+    )
     for line, (text, color) in enumerate(legend):
         left.text(0.02, 0.97 - 0.055 * line, text, transform=left.transAxes, va="top", color=color)
     return figure
@@ -260,7 +295,9 @@ def draw_horizon(args: Arguments, found: Found) -> Figure:
 def main(args: Arguments) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     single_updates(args.learning_rate)
-    draw_bandit(two_ways(args.samples, generator), args.samples).savefig(args.output_dir / "bandit.png")
+    draw_bandit(two_ways(args.samples, generator), args.samples).savefig(
+        args.output_dir / "bandit.png"
+    )
     generator = torch.Generator().manual_seed(args.seed)
     draw_horizon(args, variances(args, generator)).savefig(args.output_dir / "variance_horizon.png")
     print(f"figures: bandit.png and variance_horizon.png in {args.output_dir}")

@@ -125,7 +125,9 @@ def converged(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     outside = near.shape[1] - np.argmin(near[:, ::-1], axis=1)  # one past the last update outside
     first = np.where(near.all(1), 0, outside)
     reached = first < near.shape[1]
-    return np.where(reached, first + rewards.shape[1] - near.shape[1] + 1, rewards.shape[1]), reached
+    return np.where(
+        reached, first + rewards.shape[1] - near.shape[1] + 1, rewards.shape[1]
+    ), reached
 
 
 def learning(args: Arguments) -> tuple[dict, dict]:
@@ -133,12 +135,16 @@ def learning(args: Arguments) -> tuple[dict, dict]:
     runs = {name: histories(args, name, e) for name, e in ESTIMATORS.items()}
     until = {name: converged(h["reward"]) for name, h in runs.items()}
     vanilla, ratios = until["vanilla"][0], {}
-    print(f"1. Learning: {args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval]")
+    print(
+        f"1. Learning: {args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval]"
+    )
     for name, h in runs.items():
         episodes, reached = until[name]
         ratios[name] = np.exp(interval(np.log(vanilla / episodes)))
         steps, base = (x["num_env_steps"] for x in (h, runs["vanilla"]))
-        log_steps = np.log(base[range(args.seeds), vanilla - 1] / steps[range(args.seeds), episodes - 1])
+        log_steps = np.log(
+            base[range(args.seeds), vanilla - 1] / steps[range(args.seeds), episodes - 1]
+        )
         print(
             f"{name:13} episodes to convergence {mean_with_interval(episodes * EPISODES, '.0f')}, median "
             f"{np.median(episodes) * EPISODES:.0f}, reached by {reached.sum()} of {args.seeds}\n"
@@ -152,7 +158,9 @@ def learning(args: Arguments) -> tuple[dict, dict]:
 
 def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]]:
     """Return J of one policy, and the ratios of the vanilla gradient's variance to that with a baseline."""
-    policy = run(args, f"stages/{updates}", ESTIMATORS["running mean"], seed=0, updates=updates).policy
+    policy = run(
+        args, f"stages/{updates}", ESTIMATORS["running mean"], seed=0, updates=updates
+    ).policy
     envs = Environments("gridworld", args.gradients * EPISODES, GRIDWORLD_STEPS)
     generator = torch.Generator().manual_seed(0)
     rollout = collect_episodes(envs, policy, GRIDWORLD_STEPS, generator, seed=0)
@@ -175,7 +183,11 @@ def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]
         samples[name] = gradient.reshape(args.gradients, -1).numpy()
     print(f"after {updates:3} updates, J = {j:6.3f}:", end="")
     ratios = {name: variance_ratio(samples["vanilla"], samples[name]) for name in ("J", "V(s)")}
-    print("".join(f"   vanilla / {name} {with_interval(ratio, '.2f')}" for name, ratio in ratios.items()))
+    print(
+        "".join(
+            f"   vanilla / {name} {with_interval(ratio, '.2f')}" for name, ratio in ratios.items()
+        )
+    )
     return j, ratios
 
 
@@ -202,7 +214,9 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
     for name, h in runs.items():
         for axes, metric in ((left, "reward"), (middle, "reward_std")):
             means = rolling(h[metric], WINDOW)
-            episodes = (np.arange(means.shape[1]) + h[metric].shape[1] - means.shape[1] + 1) * EPISODES
+            episodes = (
+                np.arange(means.shape[1]) + h[metric].shape[1] - means.shape[1] + 1
+            ) * EPISODES
             draw_band(axes, episodes, means, COLOURS[name], name)
     left.axhline(BEST, color=GREY, linestyle=":", label="best possible")
     left.set(ylim=(0.6, 0.96), ylabel="mean return of an episode")
@@ -224,7 +238,9 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
 
 def main(args: Arguments) -> None:
     runs, ratios = learning(args)
-    print(f"\n2. Variance of the gradient of {EPISODES} episodes, {args.gradients} times at the same weights")
+    print(
+        f"\n2. Variance of the gradient of {EPISODES} episodes, {args.gradients} times at the same weights"
+    )
     variances = {updates: measure(args, updates) for updates in args.stages}
     draw_learning(runs, ratios, variances).savefig(args.output)
     print(f"figure: {args.output}")

@@ -102,7 +102,9 @@ def forward(weights: Weights, observations: np.ndarray) -> tuple[np.ndarray, np.
     """Return the hidden layer [T, H] and P(1) [T]; for one observation [D], they are [H] and [1]."""
     hidden = np.maximum(observations @ weights.w1.T + weights.b1, 0.0)
     logits = hidden @ weights.w2 + weights.b2
-    return hidden, 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without an exponential that overflows
+    return hidden, 0.5 + 0.5 * np.tanh(
+        0.5 * logits
+    )  # the sigmoid, without an exponential that overflows
 
 
 def backward(weights: Weights, episode: Episode, advantages: np.ndarray) -> Weights:
@@ -111,7 +113,10 @@ def backward(weights: Weights, episode: Episode, advantages: np.ndarray) -> Weig
     d_logits = advantages * (episode.actions - probabilities)  # [T]
     d_hidden = np.outer(d_logits, weights.w2) * (hidden > 0)  # [T, H]; a ReLU at 0 has no slope
     return Weights(
-        d_hidden.T @ episode.observations, d_hidden.sum(0), hidden.T @ d_logits, d_logits.sum(keepdims=True)
+        d_hidden.T @ episode.observations,
+        d_hidden.sum(0),
+        hidden.T @ d_logits,
+        d_logits.sum(keepdims=True),
     )
 
 
@@ -151,7 +156,9 @@ def play(env: gymnasium.Env, weights: Weights, generator: np.random.Generator) -
         observations.append(observation)
         rewards.append(reward)
         over = terminated or truncated
-    return Episode(np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards))
+    return Episode(
+        np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards)
+    )
 
 
 def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
@@ -159,7 +166,9 @@ def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
     first, actions, world = np.random.SeedSequence(settings.seed).spawn(3)
     env, generator = gymnasium.make("CartPole-v1"), np.random.default_rng(actions)
     env.reset(seed=int(world.generate_state(1)[0]))
-    weights = initial_weights(env.observation_space.shape[0], settings.hidden, np.random.default_rng(first))
+    weights = initial_weights(
+        env.observation_space.shape[0], settings.hidden, np.random.default_rng(first)
+    )
     squares = Weights(*map(np.zeros_like, weights))
     while True:
         episodes = [play(env, weights, generator) for _ in range(settings.episodes_per_update)]
@@ -172,9 +181,17 @@ def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
 # What follows runs the agent over seeds and draws it.
 
 COLOURS = {"REINFORCE": "#0072B2", "DQN": "#D55E00"}  # Okabe and Ito
-OTHERS = ("#D55E00", "#CC79A7", "#009E73", "#0072B2")  # of the variations; the usual setting is black
+OTHERS = (
+    "#D55E00",
+    "#CC79A7",
+    "#009E73",
+    "#0072B2",
+)  # of the variations; the usual setting is black
 SUGGESTED = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
-WIDTH, TAIL = 100, 500  # episodes in a rolling mean and in the evaluation; in the comparison of variations
+WIDTH, TAIL = (
+    100,
+    500,
+)  # episodes in a rolling mean and in the evaluation; in the comparison of variations
 # Network, batch and buffer are rl-baselines3-zoo's; its other settings are for 50,000 steps, and a longer run
 # loses its policy again. These converge: a smaller rate that falls to 0, and slower target networks. They
 # were chosen by a trial with seed 0.
@@ -185,8 +202,11 @@ DQN = {
 }  # fmt: skip
 USUAL = Settings()
 VARIATIONS = {
-    "gamma": {f"gamma {gamma:g}": replace(USUAL, gamma=gamma) for gamma in (0.8, 0.95, 0.99, 0.999)},
-    "window": {f"window {n}": replace(USUAL, window=n) for n in (5, 10, 20, 50)} | {"no window": USUAL},
+    "gamma": {
+        f"gamma {gamma:g}": replace(USUAL, gamma=gamma) for gamma in (0.8, 0.95, 0.99, 0.999)
+    },
+    "window": {f"window {n}": replace(USUAL, window=n) for n in (5, 10, 20, 50)}
+    | {"no window": USUAL},
     "plain": {"standardised": USUAL, "not standardised": replace(USUAL, standardise=False)},
     "undiscounted": {
         "gamma 0.99": USUAL,
@@ -239,7 +259,9 @@ def dqn(seed: int, steps: int) -> Run:
 
     torch.set_num_threads(1)  # networks so small gain nothing from more
     start, env = time.process_time(), Monitor(gymnasium.make("CartPole-v1"))
-    agent = Agent("MlpPolicy", env, lambda left: 5e-4 * left, seed=seed, device="cpu", **DQN).learn(steps)
+    agent = Agent("MlpPolicy", env, lambda left: 5e-4 * left, seed=seed, device="cpu", **DQN).learn(
+        steps
+    )
     greedy = evaluate(lambda seen: agent.predict(seen, deterministic=True)[0], seed)
     return Run(np.array(env.get_episode_rewards()), greedy, time.process_time() - start)
 
@@ -276,9 +298,13 @@ def summary(kind: str, runs: list[Run]) -> str:
     when = np.array([reached(one) for one in runs])  # [seeds, 2]
     episodes, steps = (f"{x:,.0f}" if np.isfinite(x) else "never" for x in np.median(when, axis=0))
     number = f"{np.isfinite(when[:, 0]).sum()} of {len(runs)} seeds"
-    best, last = ([f(rolling(one.returns)) for one in runs] for f in (np.max, lambda mean: mean[-1]))
+    best, last = (
+        [f(rolling(one.returns)) for one in runs] for f in (np.max, lambda mean: mean[-1])
+    )
     greedy = [one.greedy.mean() for one in runs]
-    print(f"{kind}, {len(runs)} seeds: a mean of 475 in {number}, median {episodes} episodes, {steps} steps")
+    print(
+        f"{kind}, {len(runs)} seeds: a mean of 475 in {number}, median {episodes} episodes, {steps} steps"
+    )
     means = {
         "highest mean of 100 training episodes": best,
         "the last 100 training episodes": last,
@@ -301,7 +327,9 @@ def draw(runs: dict[str, list[Run]], title: str) -> Figure:
             for one in of_kind:
                 mean = rolling(one.returns)
                 episodes = np.arange(len(mean)) + len(one.returns) - len(mean) + 1
-                curves.append((np.cumsum(one.returns)[episodes - 1] if by_steps else episodes, mean))
+                curves.append(
+                    (np.cumsum(one.returns)[episodes - 1] if by_steps else episodes, mean)
+                )
                 axes.plot(*curves[-1], color=COLOURS[kind], linewidth=0.7, alpha=0.4)
             grid = np.geomspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 2000)
             means = np.array([np.interp(grid, *curve) for curve in curves])
@@ -312,7 +340,9 @@ def draw(runs: dict[str, list[Run]], title: str) -> Figure:
     right.set_xscale("log")
     left.legend(frameon=False, loc="lower right")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.supxlabel("bands: 95 % of the mean over seeds (bootstrap); thin lines: each seed", fontsize=9)
+    figure.supxlabel(
+        "bands: 95 % of the mean over seeds (bootstrap); thin lines: each seed", fontsize=9
+    )
     return figure
 
 
@@ -341,13 +371,28 @@ def vary(args: Arguments) -> Figure:
             if name != "usual":
                 means = np.array([rolling(returns) for returns in runs[settings]])
                 x = np.arange(means.shape[1]) + args.episodes - means.shape[1] + 1
-                last = mean_with_interval([returns[-TAIL:].mean() for returns in runs[settings]], ".0f")
-                draw_band(axes, x, means, "black" if settings == USUAL else next(colours), f"{name}: {last}")
+                last = mean_with_interval(
+                    [returns[-TAIL:].mean() for returns in runs[settings]], ".0f"
+                )
+                draw_band(
+                    axes,
+                    x,
+                    means,
+                    "black" if settings == USUAL else next(colours),
+                    f"{name}: {last}",
+                )
         label_axes(axes, "episodes")
-        axes.legend(frameon=False, fontsize=8.5, loc="lower right", title=f"mean of the last {TAIL} episodes")
+        axes.legend(
+            frameon=False,
+            fontsize=8.5,
+            loc="lower right",
+            title=f"mean of the last {TAIL} episodes",
+        )
         axes.set_title(variation, loc="left", fontsize=11)
     figure.supylabel("return, mean of 100 episodes", fontsize=10)
-    figure.supxlabel("bands and brackets: 95 % of the mean over seeds; black: the usual setting", fontsize=9)
+    figure.supxlabel(
+        "bands and brackets: 95 % of the mean over seeds; black: the usual setting", fontsize=9
+    )
     return figure
 
 
@@ -357,9 +402,14 @@ def tell(name: str, runs: list[np.ndarray], usual: list[np.ndarray]) -> None:
     seeds = f"{np.isfinite(when).sum()} of {len(runs)} seeds"
     print(f"{name}: 475 in {seeds}, median {np.median(when):,.0f} episodes")
     for words, last in ((f"the last {TAIL}", TAIL), ("all", 0)):
-        ours, theirs = ([float(returns[-last:].mean()) for returns in kind] for kind in (runs, usual))
+        ours, theirs = (
+            [float(returns[-last:].mean()) for returns in kind] for kind in (runs, usual)
+        )
         gains = mean_with_interval([a - b for a, b in zip(ours, theirs, strict=True)], "+.0f")
-        print(f"  {words} episodes {mean_with_interval(ours, '.0f')}; against the usual {gains}", flush=True)
+        print(
+            f"  {words} episodes {mean_with_interval(ours, '.0f')}; against the usual {gains}",
+            flush=True,
+        )
 
 
 def main(args: Arguments) -> None:
@@ -372,7 +422,9 @@ def main(args: Arguments) -> None:
                 agent = dqn(seed, args.dqn_steps) if kind == "DQN" else None
                 of_kind.append(agent or reinforce(replace(USUAL, seed=seed), args.episodes))
                 (episodes, steps), last = reached(of_kind[-1]), rolling(of_kind[-1].returns)[-1]
-                print(f"{kind}, seed {seed}: 475 in {episodes:,.0f} episodes, {steps:,.0f} steps; {last:.0f}")
+                print(
+                    f"{kind}, seed {seed}: 475 in {episodes:,.0f} episodes, {steps:,.0f} steps; {last:.0f}"
+                )
         title = "\n".join(summary(kind, of_kind) for kind, of_kind in runs.items())
         figure, output = draw(runs, title), args.output or Path("numpy_cartpole.png")
     figure.savefig(output)

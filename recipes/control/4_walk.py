@@ -63,7 +63,9 @@ KINDS = {
     "raw": PLAIN,
     "raw, V": replace(PLAIN, baseline="value"),
 }
-COLOURS = dict(zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))  # Okabe and Ito
+COLOURS = dict(
+    zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True)
+)  # Okabe and Ito
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
     rewards, mask = torch.zeros(1, 10, dtype=torch.double), torch.ones(1, 10, dtype=torch.bool)
     rewards[0, -1] = 1.0
     normal = replace(NORMALISED, scale_ddof=0, scale_eps=0)
-    raw, normalised = (e.advantages(rewards, mask, group_size=None).policy[0] for e in (PLAIN, normal))
+    raw, normalised = (
+        e.advantages(rewards, mask, group_size=None).policy[0] for e in (PLAIN, normal)
+    )
     print("  t  reward      G_t   normalised   the action taken becomes, raw / normalised")
     for t in range(10):
-        words = " / ".join("more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t]))
+        words = " / ".join(
+            "more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t])
+        )
         print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
     return raw, normalised
 
@@ -113,7 +119,9 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     for _ in range(episodes):
         seen, logprobs, rewards, over = [env.reset()[0]], [], [], False
         while not over:
-            policy = torch.distributions.Categorical(logits=heads[0](body(torch.from_numpy(seen[-1]))))
+            policy = torch.distributions.Categorical(
+                logits=heads[0](body(torch.from_numpy(seen[-1])))
+            )
             action = policy.sample()
             logprobs.append(policy.log_prob(action))
             observation, reward, terminated, truncated, _ = env.step(int(action))
@@ -199,12 +207,16 @@ def draw_table(axes: Axes, raw: torch.Tensor, normalised: torch.Tensor) -> None:
     axes.legend(loc="lower right", frameon=False)
 
 
-def draw(args: Arguments, runs: dict[str, np.ndarray], last: dict[str, np.ndarray], table: tuple) -> Figure:
+def draw(
+    args: Arguments, runs: dict[str, np.ndarray], last: dict[str, np.ndarray], table: tuple
+) -> Figure:
     figure = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_learning(left, runs, args)
     best = max(last, key=lambda name: last[name].mean())
-    left.set_title(f"{args.env}: {best} ends highest, at {last[best].mean():.2f}", loc="left", fontsize=11)
+    left.set_title(
+        f"{args.env}: {best} ends highest, at {last[best].mean():.2f}", loc="left", fontsize=11
+    )
     draw_seeds(middle, last)
     low, high = last["normalised, V"].min(), last["normalised, V"].max()
     title = f"Normalised, V: one seed ends at {low:.2f}, another at {high:.2f}"
@@ -223,7 +235,9 @@ def main(args: Arguments) -> None:
             print(
                 f"textbook's loop, seed 42, {words} the value head: {textbook(42, value_head=value_head):.4f}"
             )
-    print(f"\n{args.env}: mean returns over {args.seeds} seeds [95 % interval], last 100 episodes and all")
+    print(
+        f"\n{args.env}: mean returns over {args.seeds} seeds [95 % interval], last 100 episodes and all"
+    )
     runs: dict[str, np.ndarray] = {}
     for name in KINDS:
         runs[name] = returns_of(args, name)
@@ -234,7 +248,11 @@ def main(args: Arguments) -> None:
             flush=True,
         )
     last = {name: returns[:, -100:].mean(1) for name, returns in runs.items()}
-    for one, other in (("normalised, V", "normalised"), ("raw, V", "raw"), ("raw, V", "normalised, V")):
+    for one, other in (
+        ("normalised, V", "normalised"),
+        ("raw, V", "raw"),
+        ("raw, V", "normalised, V"),
+    ):
         print(f"{one} minus {other}, seed by seed: {mean_with_interval(last[one] - last[other])}")
     draw(args, runs, last, table).savefig(args.output)
     print(f"figure: {args.output}")

@@ -106,14 +106,19 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
     if not (folder / "summary.json").is_file():
         return False
     wanted = json.loads(json.dumps(settings, default=vars))
-    config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+    config, summary = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "summary.json")
+    )
     return summary["exit_reason"] == "finished" and wanted.items() <= config.items()
 
 
 def train(arguments: Arguments, env: str, agent: str, seed: int) -> Run:
     """Train one agent, unless that has been done; a signal raises KeyboardInterrupt or SystemExit."""
     settings = agent_settings(agent, env) | {"seed": seed, "video": arguments.video}
-    settings |= {"eval_episodes": arguments.eval_episodes, "eval_every": 0}  # before and after training
+    settings |= {
+        "eval_episodes": arguments.eval_episodes,
+        "eval_every": 0,
+    }  # before and after training
     settings |= {} if arguments.max_steps is None else {"max_steps": arguments.max_steps}
     folder = arguments.output_dir / f"{env}-{agent}-seed{seed}"
     if arguments.overwrite or not finished(folder, settings):
@@ -128,7 +133,9 @@ def train_all(arguments: Arguments) -> Iterator[Run]:
     counts = arguments.seeds[: len(arguments.env)]
     for env, seeds in zip_longest(arguments.env, counts, fillvalue=arguments.seeds[-1]):
         if "classic" in arguments.agent and not describe(env).discrete:
-            print("The classic agent chooses among actions by softmax; here it gets the Gaussian head.")
+            print(
+                "The classic agent chooses among actions by softmax; here it gets the Gaussian head."
+            )
         for seed in range(seeds):
             for agent in arguments.agent:
                 yield train(arguments, env, agent, seed)
@@ -149,12 +156,20 @@ def solved(runs: list[Run]) -> int:
 def print_table(groups: Groups) -> None:
     for (env, agent), runs in groups.items():
         threshold = runs[0].summary["threshold"]
-        score = "" if threshold is None else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
-        steps, cpu = (np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds"))
+        score = (
+            ""
+            if threshold is None
+            else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
+        )
+        steps, cpu = (
+            np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds")
+        )
         print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
         print(f"  mean {mean_with_interval(ends(runs), '.1f')}{score}")
         episodes = np.mean([played(run) for run in runs])
-        print(f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU s of training")
+        print(
+            f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU s of training"
+        )
 
 
 def played(run: Run) -> int:
@@ -166,7 +181,9 @@ def curve(run: Run, axis: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps or episodes so far, and the mean return of at least `SMOOTHED` episodes around there."""
     rows = [row for row in run.updates if row["episodes"]]
     each = [row["episodes"] for row in rows]
-    so_far = np.cumsum(each) if axis == "episodes" else np.array([row["num_env_steps"] for row in rows])
+    so_far = (
+        np.cumsum(each) if axis == "episodes" else np.array([row["num_env_steps"] for row in rows])
+    )
     window = 2 * round(SMOOTHED / 2 / np.mean(each)) + 1
     return so_far, np.array(smooth([row["reward"] for row in rows], window))
 
@@ -176,7 +193,9 @@ def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
     curves = [curve(run, axis) for run in runs if played(run)]
     if curves:
         places = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
-        draw_band(axes, places, np.array([np.interp(places, x, y) for x, y in curves]), COLOURS[agent])
+        draw_band(
+            axes, places, np.array([np.interp(places, x, y) for x, y in curves]), COLOURS[agent]
+        )
     end = np.mean([played(run) if axis == "episodes" else run.summary["env_steps"] for run in runs])
     draw_mean(axes, end, ends(runs), COLOURS[agent])
 
@@ -197,7 +216,9 @@ def draw(groups: Groups) -> Figure:
             axes.set_xscale("log")
             axes.set_xlabel(axis)
             open_frame(axes)
-        score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in agents.items())
+        score = ", ".join(
+            f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in agents.items()
+        )
         title = env if threshold is None else f"{env}\nsolved at {threshold:g}: {score}"
         grid[0][column].set_title(title, loc="left", fontsize=11)
     for axes in grid[:, 0]:
@@ -206,15 +227,15 @@ def draw(groups: Groups) -> Figure:
         place = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
         grid[0][0].text(0.03, 0.8 - 0.09 * line, agent, fontweight="bold", **place)
     lines = f"lines: mean over seeds of the return in training, over {SMOOTHED} episodes or more"
-    rest = (
-        "a run that has ended keeps its last one; bands, bars: 95 %; dots: fresh episodes; dotted: threshold"
-    )
+    rest = "a run that has ended keeps its last one; bands, bars: 95 %; dots: fresh episodes; dotted: threshold"
     figure.supxlabel(f"{lines}\n{rest}", fontsize=9, color="#555555")
     return figure
 
 
 def main(arguments: Arguments) -> None:
-    print(f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error")
+    print(
+        f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error"
+    )
     groups: Groups = defaultdict(list)
     for run in train_all(arguments):
         print(run, flush=True)

@@ -94,7 +94,12 @@ class Side(NamedTuple):
 
 def train_both(arguments: Arguments, name: str, estimator: Estimator, seed: int) -> tuple[Any, Any]:
     """Train the agent and the language model with the same object; returns the two results."""
-    common: dict[str, Any] = {"estimator": estimator, "seed": seed, "eval_every": 0, "diagnostics_every": 1}
+    common: dict[str, Any] = {
+        "estimator": estimator,
+        "seed": seed,
+        "eval_every": 0,
+        "diagnostics_every": 1,
+    }
     common |= {"overwrite": True, "quiet": True}
     folder = arguments.output_dir / f"{name}-seed{seed}"
     agent = tokenrl.train_agent(
@@ -135,13 +140,17 @@ def train_all(arguments: Arguments) -> tuple[list[Any], list[Any]]:
     return list(agents), list(models)
 
 
-def side(name: str, unit: str, rows: int, length: str, facts: dict[str, str], results: list[Any]) -> Side:
+def side(
+    name: str, unit: str, rows: int, length: str, facts: dict[str, str], results: list[Any]
+) -> Side:
     updates: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in VARIANTS}
     after: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for variant, result in zip([*VARIANTS] * (len(results) // len(VARIANTS)), results, strict=True):
         updates[variant].append(read_metrics(result.output_dir / "metrics.jsonl")[1:])
         after[variant].append(result.eval_after["reward"])
-    first, last = (mean(run[i][length] for runs in updates.values() for run in runs) for i in (0, -1))
+    first, last = (
+        mean(run[i][length] for runs in updates.values() for run in runs) for i in (0, -1)
+    )
     facts = {"N": f"{rows} {unit}s", **facts, "T": f"{first:.1f} at first, {last:.1f} at last"}
     return Side(name, unit, rows, facts, updates, after)
 
@@ -165,7 +174,9 @@ def curves(one: Side, bins: int) -> Curves:
     How noisy a gradient is depends on how good the policy is, and the variants learn at different speeds: so
     they are compared at equal rewards. The bins hold equally many updates, of all variants together.
     """
-    pooled = {variant: [row for run in runs for row in run] for variant, runs in one.updates.items()}
+    pooled = {
+        variant: [row for run in runs for row in run] for variant, runs in one.updates.items()
+    }
     rewards = [row["reward"] for rows in pooled.values() for row in rows]
     edges = np.quantile(rewards, np.linspace(0, 1, bins + 1)[1:-1])
     found: Curves = {variant: {} for variant in VARIANTS}
@@ -174,14 +185,18 @@ def curves(one: Side, bins: int) -> Curves:
         for b in sorted(set(place)):
             part = [row for row, at in zip(rows, place, strict=True) if at == b]
             noises = [noise_of(row) for row in part]
-            found[variant][b] = Point(mean(row["reward"] for row in part), *interval(noises).tolist())
+            found[variant][b] = Point(
+                mean(row["reward"] for row in part), *interval(noises).tolist()
+            )
     return found
 
 
 def times(curve: Curves) -> float:
     """Return how many times larger the noise is without the baseline: the median over bins that have both."""
     without, having = curve["without"], curve["with"]
-    ratios = [without[b].noise / having[b].noise for b in without if b in having and having[b].noise > 0]
+    ratios = [
+        without[b].noise / having[b].noise for b in without if b in having and having[b].noise > 0
+    ]
     return median(ratios) if ratios else math.nan
 
 
@@ -199,14 +214,24 @@ def print_table(both: list[Side], found: list[Curves]) -> None:
         line(f"reward after, {variant}", cells)
     for variant in VARIANTS:
         rows = [[row for run in one.updates[variant] for row in run] for one in both]
-        ratios = [[r["gradient/snr"] for r in side if r.get("gradient/snr") is not None] for side in rows]
-        line(f"median signal/noise, {variant}", [f"{median(ratio or [math.nan]):.2f}" for ratio in ratios])
-    line("noise, without / with", [f"{times(curve):.2f} (median, at equal reward)" for curve in found])
+        ratios = [
+            [r["gradient/snr"] for r in side if r.get("gradient/snr") is not None] for side in rows
+        ]
+        line(
+            f"median signal/noise, {variant}",
+            [f"{median(ratio or [math.nan]):.2f}" for ratio in ratios],
+        )
+    line(
+        "noise, without / with",
+        [f"{times(curve):.2f} (median, at equal reward)" for curve in found],
+    )
     for one, curve in zip(both, found, strict=True):
         print(f"\n{one.name}: noise tr Var(g) of an update (95 % interval), by mean reward")
         for variant in VARIANTS:
             for reward, noise, low, high in curve[variant].values():
-                print(f"  {reward:8.3f} {variant:>8} baseline {noise:12.5g} ({low:.5g} to {high:.5g})")
+                print(
+                    f"  {reward:8.3f} {variant:>8} baseline {noise:12.5g} ({low:.5g} to {high:.5g})"
+                )
 
 
 def draw_rewards(axes: Axes, one: Side) -> None:
@@ -221,7 +246,9 @@ def draw_rewards(axes: Axes, one: Side) -> None:
     axes.set_xlabel("update")
     axes.set_ylabel(f"mean reward of the update's {one.unit}s")
     when = one.facts["reward"]
-    axes.set_title(f"{one.name}: {one.facts['N']} per update, reward {when}", loc="left", fontsize=11)
+    axes.set_title(
+        f"{one.name}: {one.facts['N']} per update, reward {when}", loc="left", fontsize=11
+    )
 
 
 def draw_noise(axes: Axes, one: Side, curve: Curves) -> None:
@@ -249,11 +276,14 @@ def draw(both: list[Side], found: list[Curves]) -> Figure:
         place = {"transform": grid[0][1].transAxes, "ha": "right", "color": COLOURS[variant]}
         grid[0][1].text(0.98, 0.2 - 0.08 * line, names[variant], **place)
     gains = [
-        f"{times(curve):.2g} times the noise on {one.name}" for one, curve in zip(both, found, strict=True)
+        f"{times(curve):.2g} times the noise on {one.name}"
+        for one, curve in zip(both, found, strict=True)
     ]
     title = f"Without the baseline the gradient has {gains[0]}, {gains[1]}"
     figure.suptitle(title, x=0.01, ha="left")
-    figure.supxlabel("thin lines: seeds; bars: 95 % of a bootstrap over updates", fontsize=9, color="#555555")
+    figure.supxlabel(
+        "thin lines: seeds; bars: 95 % of a bootstrap over updates", fontsize=9, color="#555555"
+    )
     return figure
 
 

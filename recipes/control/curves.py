@@ -43,7 +43,9 @@ def rolling(values: np.ndarray, window: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(values, window, axis=1).mean(-1)
 
 
-def draw_band(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str | None = None) -> None:
+def draw_band(
+    axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str | None = None
+) -> None:
     """Draw the mean over seeds of curves [S, T] at x [T], in a band of its interval."""
     mean, low, high = interval(curves)
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -153,34 +153,50 @@ def sweep(args: Arguments, env: str) -> Sweep:
             result = train(args, env, beta, seed)
             with torch.no_grad():
                 policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
-            metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]  # without the evaluation before
+            metrics = read_metrics(result.output_dir / "metrics.jsonl")[
+                1:
+            ]  # without the evaluation before
             found["rewards"].append([row["reward"] for row in metrics])
             found["entropies"].append([row["entropy"] for row in metrics])
             found["returns"].append(exact_return(grid, policy, horizon=GRIDWORLD_STEPS))
             found["chances"].append(chances_of(grid, policy))
             found["collapsed"].append("entropy-collapsed" in result.flags)
-    shaped = {k: np.array(v).reshape(len(args.betas), args.seeds, *np.shape(v)[1:]) for k, v in found.items()}
+    shaped = {
+        k: np.array(v).reshape(len(args.betas), args.seeds, *np.shape(v)[1:])
+        for k, v in found.items()
+    }
     return Sweep(env, args.betas, **shaped)
 
 
 def paths(grid: GridWorld) -> dict[str, float]:
     """Return the exact returns of the shortest path to each end: down, then right; or right at once."""
     cells = np.arange(grid.cells)
-    moves = {"goal": np.where(cells < grid.cells - grid.size, 2, 1), "decoy": np.full(grid.cells, 1)}
+    moves = {
+        "goal": np.where(cells < grid.cells - grid.size, 2, 1),
+        "decoy": np.full(grid.cells, 1),
+    }
     names = ENDS[: len(grid.ends)]
-    return {end: exact_return(grid, np.eye(4)[moves[end]], horizon=GRIDWORLD_STEPS) for end in names}
+    return {
+        end: exact_return(grid, np.eye(4)[moves[end]], horizon=GRIDWORLD_STEPS) for end in names
+    }
 
 
 def print_facts(env: str) -> None:
     """Print exact returns: of the shortest path to each end, of a uniform policy and of its first steps."""
     grid, uniform = grid_of(env), np.full((grid_of(env).cells, 4), 0.25)
     best = ", ".join(f"{end} {value:.3f}" for end, value in paths(grid).items())
-    ends = ", ".join(f"{end} {p:.1%}" for end, p in zip(ENDS, chances_of(grid, uniform), strict=True))
+    ends = ", ".join(
+        f"{end} {p:.1%}" for end, p in zip(ENDS, chances_of(grid, uniform), strict=True)
+    )
     mean = exact_return(grid, uniform, horizon=GRIDWORLD_STEPS)
-    print(f"\n{env}: returns of the shortest paths: {best}; of a uniform policy {mean:.3f} (ends: {ends})")
+    print(
+        f"\n{env}: returns of the shortest paths: {best}; of a uniform policy {mean:.3f} (ends: {ends})"
+    )
     if grid.decoy is not None:
         later = exact_values(grid, uniform, horizon=GRIDWORLD_STEPS - 1)[grid.size]
-        print(f"a first step down, away from the decoy, then uniform: {grid.step_reward + later:.3f}")
+        print(
+            f"a first step down, away from the decoy, then uniform: {grid.step_reward + later:.3f}"
+        )
 
 
 def print_table(s: Sweep) -> None:
@@ -231,7 +247,10 @@ def draw_final(axes: Axes, s: Sweep) -> None:
     for end, value in paths(grid_of(s.env)).items():
         axes.axhline(value, color=GREY, linestyle=":", zorder=0)
         axes.text(len(s.betas) - 0.5, value, end, color=GREY, ha="right", va="bottom")
-    axes.set(xlabel="beta at the start (dots: seeds; bars: mean, 95 %)", ylabel="return of the final policy")
+    axes.set(
+        xlabel="beta at the start (dots: seeds; bars: mean, 95 %)",
+        ylabel="return of the final policy",
+    )
 
 
 def draw(sweeps: list[Sweep]) -> Figure:
@@ -260,7 +279,9 @@ def title(s: Sweep) -> str:
 
 
 def main(args: Arguments) -> None:
-    print(f"{args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval over seeds]")
+    print(
+        f"{args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval over seeds]"
+    )
     sweeps = []
     for env in ENVIRONMENTS:
         print_facts(env)

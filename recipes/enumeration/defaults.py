@@ -21,7 +21,9 @@ from tokenrl.core import PRESETS
 from tokenrl.lab import Verdict
 
 RECIPES = Path(__file__).parents[1]
-HEAD = "| preset | baseline / scale | aggregation | ratio | KL | expected gradient | cosine | noise |"
+HEAD = (
+    "| preset | baseline / scale | aggregation | ratio | KL | expected gradient | cosine | noise |"
+)
 COLOURS = {  # of Okabe and Ito
     "exact": "#009E73",
     "exact_up_to_scale": "#0072B2",
@@ -52,7 +54,9 @@ def draw(verdicts: dict[str, Verdict], output: Path) -> None:
         angles = [math.degrees(math.acos(cosine)) for cosine in cosines]
         colour = COLOURS[verdict.found]
         left.plot([0, max(angles)], [height, height], color=colour, linewidth=1.2)
-        left.scatter(angles, [height] * len(angles), color=colour, edgecolors="white", s=50, zorder=3)
+        left.scatter(
+            angles, [height] * len(angles), color=colour, edgecolors="white", s=50, zorder=3
+        )
         right.barh(height, verdict.noise, color=colour, height=0.6)
     left.set_yticks(range(len(verdicts)), list(reversed(verdicts)))
     left.set_xlabel("degrees between E[g] and grad J: a point a problem, steps of 2 to 8 rows")
@@ -75,7 +79,9 @@ def main(
 ) -> None:
     """Write the page and the figure."""
     verdicts = {name: measure_bias(name) for name in estimators}
-    table = "\n".join([HEAD, "|---|---|---|---|---|---|---|---|", *(row(*one) for one in verdicts.items())])
+    table = "\n".join(
+        [HEAD, "|---|---|---|---|---|---|---|---|", *(row(*one) for one in verdicts.items())]
+    )
     above, _, rest = (RECIPES / "pages" / "defaults.md").read_text(encoding="utf-8").partition(HEAD)
     below = rest.partition("\n\n")[2]
     output.write_text(f"{above}{table}\n\n{below}", encoding="utf-8")

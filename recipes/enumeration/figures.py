@@ -27,7 +27,14 @@ from torch import Tensor
 
 from tokenrl import Estimator
 from tokenrl.core import PER_TOKEN, PRESETS
-from tokenrl.lab import Moments, Problem, all_completions, exact_moments, prompt_weight, tabular_problem
+from tokenrl.lab import (
+    Moments,
+    Problem,
+    all_completions,
+    exact_moments,
+    prompt_weight,
+    tabular_problem,
+)
 
 # The palette of Okabe and Ito.
 BLUE, GREEN, YELLOW, RED, PINK = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
@@ -71,7 +78,9 @@ def save(figure: Figure, output: Path) -> None:
     print(f"figure: {output}")
 
 
-def measure_kl(logits: Tensor, reference: Tensor) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
+def measure_kl(
+    logits: Tensor, reference: Tensor
+) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
     """Return the KL, and by (estimate, place) the expected value and the relative error of the gradient."""
     logits = logits.clone().requires_grad_()
     tables = torch.stack([logits, reference]).log_softmax(-1)
@@ -109,10 +118,18 @@ def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
     draw = torch.Generator().manual_seed(seed)
     reference, line = torch.randn(2, len(EVERY.prefixes), 3, generator=draw, dtype=torch.double)
     steps = torch.logspace(-1.1, 0.55, 60, dtype=torch.double)
-    kls, points = zip(*(measure_kl(reference + step * line, reference) for step in steps), strict=True)
-    print("relative error of the gradient:\n    KL " + " ".join(f"{n + ' ' + p:>18}" for n, p in points[0]))
+    kls, points = zip(
+        *(measure_kl(reference + step * line, reference) for step in steps), strict=True
+    )
+    print(
+        "relative error of the gradient:\n    KL "
+        + " ".join(f"{n + ' ' + p:>18}" for n, p in points[0])
+    )
     for place in range(4, len(kls), 11):
-        print(f"{kls[place]:6.3f} " + " ".join(f"{error:18.2e}" for _, error in points[place].values()))
+        print(
+            f"{kls[place]:6.3f} "
+            + " ".join(f"{error:18.2e}" for _, error in points[place].values())
+        )
     figure = Figure(figsize=(13, 4.4), dpi=100, layout="constrained")
     shown = "k2", "k2_sequence", "k1"
     ratios = {n: [p[n, "loss"][0] / k for p, k in zip(points, kls, strict=True)] for n in shown}
@@ -184,7 +201,9 @@ def variance(
         write(axes, f"RLOO, G = {size}", (mean, height), (10, 0), color=RED)
     axes.set(ylim=(0, 1.12 * max(*rloo.values(), at_zero)), xlim=(constants[0], constants[-1]))
     axes.set(xlabel="baseline b; of RLOO its mean", ylabel="variance of one completion's gradient")
-    axes.set_title("The expected reward is a good baseline, not the best; estimating it costs", loc="left")
+    axes.set_title(
+        "The expected reward is a good baseline, not the best; estimating it costs", loc="left"
+    )
     save(figure, output)
 
 
@@ -269,7 +288,13 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     axes = figure.subplots()
     axes.plot(p, [(x * (1 - x)) ** -0.5 for x in p], color="black", linestyle="--", linewidth=1.3)
     write(axes, "limit of large G:\n$1/\\sqrt{p(1-p)}$", (0.0065, 19))
-    write(axes, "lines: by the advantages\ndots: all groups enumerated", (0.5, 5.3), ha="center", color=GREY)
+    write(
+        axes,
+        "lines: by the advantages\ndots: all groups enumerated",
+        (0.5, 5.3),
+        ha="center",
+        color=GREY,
+    )
     axes.axhline(1, color="#777777", linewidth=1)
     alike = "every prompt alike: the gradient of J (RLOO)"
     write(axes, alike, (0.5, 1), (0, -10), ha="center", fontsize=9, color=GREY)
@@ -277,8 +302,17 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     for size, colour in SIZES.items():
         weights = prompt_weight(GRPO, torch.tensor(p).double(), size)
         axes.plot(p, weights, color=colour, linewidth=2.2)
-        write(axes, f"G = {size}", (p[-1], float(weights[-1])), (6, 0), color=colour, fontweight="bold")
-        dots = [weight_by_enumeration(seed, size) for seed in (48, 0, 1, 6, 49)] if size <= 8 else []
+        write(
+            axes,
+            f"G = {size}",
+            (p[-1], float(weights[-1])),
+            (6, 0),
+            color=colour,
+            fontweight="bold",
+        )
+        dots = (
+            [weight_by_enumeration(seed, size) for seed in (48, 0, 1, 6, 49)] if size <= 8 else []
+        )
         for x, weight in dots:
             axes.scatter([x], [weight], s=34, zorder=3, color=colour, edgecolors="white")
         rare, tenth, half = (float(prompt_weight(GRPO, x, size)) for x in (0.001, 0.1, 0.5))
@@ -286,11 +320,15 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
         enumeration = f"{max(away):.1e}" if away else "-"
         row = f"{size:3}   {rare:8.3f} {tenth:8.3f} {half:8.3f} {tenth / half:15.3f}"
         print(f"{row} {enumeration:>21}")
-    print(f"lim   {0.001**-0.5 / 0.999**0.5:8.3f} {0.09**-0.5:8.3f} {2:8.3f} {0.09**-0.5 / 2:15.3f}")
+    print(
+        f"lim   {0.001**-0.5 / 0.999**0.5:8.3f} {0.09**-0.5:8.3f} {2:8.3f} {0.09**-0.5 / 2:15.3f}"
+    )
     axes.set(xscale="logit", yscale="log", xlim=(0.001, 0.999), ylabel="weight w of the prompt's grad p",
              xlabel="chance p that a completion of the prompt is right")  # fmt: skip
     label_ticks(axes, (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999), (0.5, 1, 2, 4, 8, 16, 32))
-    axes.set_title("GRPO lifts prompts that are nearly always failed or solved, if G is large", loc="left")
+    axes.set_title(
+        "GRPO lifts prompts that are nearly always failed or solved, if G is large", loc="left"
+    )
     save(figure, output)
 
 
@@ -319,7 +357,10 @@ def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> No
     print(f"{'w(p), G = ' + str(group_size):28}" + "".join(f"p = {x:<8g}" for x in shown))
     for name, (preset, colour) in WEIGHED.items():
         axes.plot(p, prompt_weight(preset, p, group_size), color=colour, linewidth=2.2, label=name)
-        print(f"{name:28}" + "".join(f"{float(prompt_weight(preset, x, group_size)):<12.3f}" for x in shown))
+        print(
+            f"{name:28}"
+            + "".join(f"{float(prompt_weight(preset, x, group_size)):<12.3f}" for x in shown)
+        )
     axes.set(xlim=(0, 1), yscale="log", ylim=(0.02, 10), ylabel="weight w of the prompt's grad p",
              xlabel="p, the success rate of the prompt")  # fmt: skip
     label_ticks(axes, (0, 0.25, 0.5, 0.75, 1), (0.02, 0.1, 0.5, 1, 2, 4, 8))
@@ -334,7 +375,9 @@ def pull(estimator: Estimator, problem: Problem, length: int, reward: float, row
     others = torch.cartesian_prod(*[torch.arange(len(chances))] * (rows - 1))  # [X, N - 1]
     one = (torch.arange(width) < length).double().expand(len(others), 1, width)
     masks = torch.cat([one, problem.mask[others]], dim=1)  # [X, N, T], the completion first
-    rewards = torch.cat([torch.full((len(others), 1), reward), problem.rewards[0, others]], dim=1).double()
+    rewards = torch.cat(
+        [torch.full((len(others), 1), reward), problem.rewards[0, others]], dim=1
+    ).double()
 
     def coefficient(rewards: Tensor, mask: Tensor) -> Tensor:
         advantages = estimator.advantages(rewards, mask, group_size=rows).policy
@@ -343,7 +386,9 @@ def pull(estimator: Estimator, problem: Problem, length: int, reward: float, row
     return float(rows * chances[others].prod(-1) @ torch.vmap(coefficient)(rewards, masks))
 
 
-def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] = (2, 3, 4, 6, 8)) -> None:
+def length_bias(
+    output: Path = Path("length_bias.png"), sizes: tuple[int, ...] = (2, 3, 4, 6, 8)
+) -> None:
     """The bias of `sequence_mean` and `token_mean`, which divide by length, and what it favours.
 
     RLOO's advantages are exact if the tokens of a completion are summed (`sequence_sum`). `sequence_mean`
@@ -368,25 +413,46 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
         for rows in sizes:
             moments = exact_moments(estimator, problem, group_size=rows)
             errors.append(math.tan(math.radians(angle(moments))))
-            print(f"{name:15} {rows:3} {moments.cosine:8.5f} {moments.relative_bias:15.5f} {errors[-1]:9.2e}")
+            print(
+                f"{name:15} {rows:3} {moments.cosine:8.5f} {moments.relative_bias:15.5f} {errors[-1]:9.2e}"
+            )
         if name == "sequence_sum":
             continue
         left.plot(sizes, errors, "o-", color=colour, linewidth=2.2, markeredgecolor="white")
         write(left, name, (sizes[-1], errors[-1]), (8, 0), color=colour, fontweight="bold")
         if name == "token_mean":
-            left.plot(sizes, [0.7 * errors[-1] * sizes[-1] / n for n in sizes], ":", color="#777777")
-            write(left, "1/N", (sizes[1], 0.7 * errors[-1] * sizes[-1] / sizes[1]), (-22, -8), color=GREY)
+            left.plot(
+                sizes, [0.7 * errors[-1] * sizes[-1] / n for n in sizes], ":", color="#777777"
+            )
+            write(
+                left,
+                "1/N",
+                (sizes[1], 0.7 * errors[-1] * sizes[-1] / sizes[1]),
+                (-22, -8),
+                color=GREY,
+            )
     left.set_xscale("log", base=2)
-    left.set(yscale="log", xlabel="N, rows a step", ylabel="tangent of the angle from grad J to E[g]")
+    left.set(
+        yscale="log", xlabel="N, rows a step", ylabel="tangent of the angle from grad J to E[g]"
+    )
     label_ticks(left, sizes, (0.03, 0.05, 0.1, 0.2))
     left.set_title("Error of the direction (sequence_sum: 0)", loc="left")
     lengths, mean_length = range(1, 5), float(problem.chances[0] @ problem.mask.sum(-1))
     for name, colour in LENGTHS.items():
         unit = mean_length if name == "token_mean" else 1.0
         for reward in (0.0, 1.0):
-            pulls = [unit * pull(Estimator(aggregation=name), problem, n, reward, 8) for n in lengths]
-            print(f"{name:15} reward {reward:.0f}, lengths 1 to 4: " + " ".join(f"{x:7.3f}" for x in pulls))
-            look = {"linewidth": 2.2, "markersize": 8, "markerfacecolor": colour if reward else "white"}
+            pulls = [
+                unit * pull(Estimator(aggregation=name), problem, n, reward, 8) for n in lengths
+            ]
+            print(
+                f"{name:15} reward {reward:.0f}, lengths 1 to 4: "
+                + " ".join(f"{x:7.3f}" for x in pulls)
+            )
+            look = {
+                "linewidth": 2.2,
+                "markersize": 8,
+                "markerfacecolor": colour if reward else "white",
+            }
             right.plot(lengths, pulls, "o-", color=colour, **look)
         write(right, name, (4, pulls[-1]), (12, 0), color=colour, fontweight="bold")
     right.axhline(0, color="#777777", linewidth=1)
@@ -396,5 +462,11 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
 
 
 if __name__ == "__main__":
-    others = {"grpo-difficulty": grpo_difficulty, "length-bias": length_bias, "objectives": objectives}
-    tyro.extras.subcommand_cli_from_dict({"map": map_of_presets, "variance": variance, "kl": kl, **others})
+    others = {
+        "grpo-difficulty": grpo_difficulty,
+        "length-bias": length_bias,
+        "objectives": objectives,
+    }
+    tyro.extras.subcommand_cli_from_dict(
+        {"map": map_of_presets, "variance": variance, "kl": kl, **others}
+    )

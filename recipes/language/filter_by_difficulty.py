@@ -54,9 +54,15 @@ def main(args: Args) -> None:
     model = args.model or str(warm_started_base(task))
     prompts = task.train_prompts[: args.prompts]
     measured = replace(task, eval_prompts=prompts)
-    rates = tokenrl.evaluate(model=model, task=measured, num_generations=args.samples).by_prompt["reward"]
-    kept = [prompt for prompt, rate in zip(prompts, rates, strict=True) if args.low <= rate <= args.high]
-    print(f"kept {len(kept)} of {len(rates)} prompts, with mean rewards from {args.low} to {args.high}")
+    rates = tokenrl.evaluate(model=model, task=measured, num_generations=args.samples).by_prompt[
+        "reward"
+    ]
+    kept = [
+        prompt for prompt, rate in zip(prompts, rates, strict=True) if args.low <= rate <= args.high
+    ]
+    print(
+        f"kept {len(kept)} of {len(rates)} prompts, with mean rewards from {args.low} to {args.high}"
+    )
     filtered = replace(task, train_prompts=kept)
     tokenrl.train(model=model, task=filtered, max_steps=args.max_steps, output_dir=args.output_dir)
 

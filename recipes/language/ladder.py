@@ -67,7 +67,9 @@ def main(
 ) -> None:
     task, estimator = toy_tasks.load("sort_digits"), RUNGS[rung]
 
-    def right(prompts, completions, **_):  # 1 for a right answer, 0 for a wrong one, and shift added to both
+    def right(
+        prompts, completions, **_
+    ):  # 1 for a right answer, 0 for a wrong one, and shift added to both
         return [reward + shift for reward in task.reward(prompts, completions)]
 
     print(f"bias of the gradient: {estimator.bias_status} ({estimator.bias_reason})")
@@ -80,7 +82,9 @@ def main(
         output_dir=f"runs/ladder_{rung}",
         overwrite=True,  # a rung takes the place of its own last run
     )
-    print(f"right answers on held-out prompts, greedy: {result.eval_after['reward_greedy'] - shift:.3f}")
+    print(
+        f"right answers on held-out prompts, greedy: {result.eval_after['reward_greedy'] - shift:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -40,14 +40,22 @@ class Env:
         self.connection = opened.enter_context(
             connect(f"{url.rstrip('/')}/ws", max_size=None, close_timeout=1)
         )
-        self.close = weakref.finalize(self, opened.close)  # called when nothing refers to this any more
+        self.close = weakref.finalize(
+            self, opened.close
+        )  # called when nothing refers to this any more
 
     def reset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         return self.observed(self.answer("reset", {"seed": seed})["observation"]), {}
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         data = self.answer("step", {self.action: text})
-        return self.observed(data["observation"]), float(data["reward"] or 0.0), data["done"], False, {}
+        return (
+            self.observed(data["observation"]),
+            float(data["reward"] or 0.0),
+            data["done"],
+            False,
+            {},
+        )
 
     def answer(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
         """Send a message, and return the data of the server's answer."""

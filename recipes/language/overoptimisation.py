@@ -61,10 +61,25 @@ from tokenrl.runs import read_metrics, write_json
 from toy_tasks.sentiment import balance
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
-T = (0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's 97.5 % point, by n - 1
+T = (
+    0,
+    12.71,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # Student's 97.5 % point, by n - 1
 Pool = list[np.ndarray]  # by prompt, [N]
 Key = tuple[str, str]  # width:pairs of the reward model, RL or best-of-n
-LENGTH, WIDTH, PER_BLOCK = 16, 64, 5  # tokens of a review, width of the policy, RL steps averaged to a point
+LENGTH, WIDTH, PER_BLOCK = (
+    16,
+    64,
+    5,
+)  # tokens of a review, width of the policy, RL steps averaged to a point
 FALL = 0.25  # a seed falls if it loses more gold than this after the turn; a point's error is below 0.08
 HOW = ("RL", "best-of-n")
 
@@ -157,7 +172,9 @@ def best_of(base: Base, proxies: Pool, args: Args) -> np.ndarray:
     return np.array(rows)
 
 
-def pursue(judge: RewardModel, base: Base, proxies: Pool, steps: int, seed: int, run: Path) -> np.ndarray:
+def pursue(
+    judge: RewardModel, base: Base, proxies: Pool, steps: int, seed: int, run: Path
+) -> np.ndarray:
     """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold has weight 0."""
 
     def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -173,7 +190,9 @@ def pursue(judge: RewardModel, base: Base, proxies: Pool, steps: int, seed: int,
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
         raise SystemExit(result.exit_code)
     metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]
-    found = np.array([[m[k] for k in ("kl", "rewards/proxy/mean", "rewards/gold/mean")] for m in metrics])
+    found = np.array(
+        [[m[k] for k in ("kl", "rewards/proxy/mean", "rewards/gold/mean")] for m in metrics]
+    )
     found[:, 2] = standard(found[:, 2], base.gold)
     return found[: steps // PER_BLOCK * PER_BLOCK].reshape(-1, PER_BLOCK, 3).mean(axis=1)
 
@@ -229,10 +248,14 @@ def draw(curves: dict[Key, Curve], found: dict[Key, dict[str, Any]]) -> Figure:
         axes.set_ylabel("gain on the base (its s.d.)")
     count = {h: sum(found[name, h]["fell"] for name in names) for h in HOW}
     title = f"Gold falls while the proxy rises: under RL with {count['RL']} of "
-    title += f"{len(names) * len(curve.gold)} reward models, under best-of-n with {count['best-of-n']}"
+    title += (
+        f"{len(names) * len(curve.gold)} reward models, under best-of-n with {count['best-of-n']}"
+    )
     figure.suptitle(title, fontsize=13, fontweight="bold")
     handles = {
-        text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+        text: line
+        for axes in grid.flat
+        for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -245,7 +268,9 @@ def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
         mean = values.mean(axis=0)
         axes.plot(d.mean(axis=0), mean, color=colour, linewidth=2.2, label=f"{name} (thin: a seed)")
     line = np.linspace(0.05, float(d.max()), 100)
-    axes.plot(line, columns(line, curve.how) @ found["fit"], "k--", linewidth=1.2, label="fit to gold")
+    axes.plot(
+        line, columns(line, curve.how) @ found["fit"], "k--", linewidth=1.2, label="fit to gold"
+    )
     if found["fell"]:
         label = "turn (mean of seeds that fall)"
         axes.axvline(found["d"][0], color=GREY, linewidth=1, linestyle=":", label=label)
@@ -266,13 +291,18 @@ def measure(args: Args, base: Base) -> dict[Key, Curve]:
             metrics = preference_metrics(score_pairs(judge, encode_pairs(judge, held)), held)
             proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
             run = args.output_dir / name.replace(":", "_") / f"seed_{seed}"
-            rows.setdefault((name, "RL"), []).append(pursue(judge, base, proxies, args.max_steps, seed, run))
+            rows.setdefault((name, "RL"), []).append(
+                pursue(judge, base, proxies, args.max_steps, seed, run)
+            )
             rows.setdefault((name, "best-of-n"), []).append(best_of(base, proxies, args))
             accuracy = "accuracy {accuracy:.3f} of {noise_ceiling:.3f}".format(**metrics)
             print(f"seed {seed} {name:>8}: {accuracy}", flush=True)
     curves = {key: np.moveaxis(np.stack(found), 2, 0) for key, found in rows.items()}
     # An estimate of a KL near 0 can be negative.
-    return {key: Curve(key[1], np.sqrt(np.maximum(kl, 1e-4)), *gains) for key, (kl, *gains) in curves.items()}
+    return {
+        key: Curve(key[1], np.sqrt(np.maximum(kl, 1e-4)), *gains)
+        for key, (kl, *gains) in curves.items()
+    }
 
 
 def main(args: Args) -> None:
@@ -282,7 +312,9 @@ def main(args: Args) -> None:
     task = narrow(WIDTH)
     path, rows = str(warm_started_base(task)), task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
     prompts = [row["prompt"] for row in rows]
-    texts = best_of_n.sample_pool(load_policy(path), prompts, Sampling(LENGTH, num_generations=args.pool))
+    texts = best_of_n.sample_pool(
+        load_policy(path), prompts, Sampling(LENGTH, num_generations=args.pool)
+    )
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
     curves = measure(args, base)
     found = {key: findings(curve) for key, curve in curves.items()}

@@ -29,7 +29,14 @@ from toy_tasks.models import TinyModel
 
 ARMS = {"hidden": ("rloo", "max_at_k"), "difficulty": ("rloo", "maxrl")}
 STEPS = {"hidden": 150, "difficulty": 20}
-T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262}  # Student's t, by degrees of freedom
+T_95 = {
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    7: 2.365,
+    9: 2.262,
+}  # Student's t, by degrees of freedom
 
 
 @dataclass
@@ -46,7 +53,10 @@ class Args:
 
 def right(completions: list[str], answers: list[str], **_) -> list[float]:
     """1 if the first character is one of the answers."""
-    return [float(text[:1] in set(accepted)) for text, accepted in zip(completions, answers, strict=True)]
+    return [
+        float(text[:1] in set(accepted))
+        for text, accepted in zip(completions, answers, strict=True)
+    ]
 
 
 right.binary = True
@@ -55,7 +65,9 @@ right.binary = True
 def task_of(name: str) -> tokenrl.PromptTask:
     """Make the task: rows with a prompt of one digit, and the digits that are right."""
     accepted = {"hidden": ("0", "0", "0", "1", "1"), "difficulty": ("012345", "67", "8")}[name]
-    rows = [{"prompt": f"{i % 10}{i // 10}>", "answers": accepted[i % len(accepted)]} for i in range(60)]
+    rows = [
+        {"prompt": f"{i % 10}{i // 10}>", "answers": accepted[i % len(accepted)]} for i in range(60)
+    ]
     if name == "hidden":
         rows = [{"prompt": f"{i}>", "answers": answers} for i in range(10) for answers in accepted]
     return tokenrl.PromptTask(name, rows, rows, right, max_completion_length=2)
@@ -70,18 +82,24 @@ def numbers(args: Args, estimator: str, seed: int) -> dict[str, float]:
             max_steps=args.max_steps or STEPS[args.task], prompts_per_step=16, num_generations=8,
             learning_rate=1e-3, eval_every=0, output_dir=folder, overwrite=True, quiet=True,
         )  # fmt: skip
-        measured = tokenrl.evaluate(model=f"{run.output_dir}/model", task=task, num_generations=32, k=(1, 8))
+        measured = tokenrl.evaluate(
+            model=f"{run.output_dir}/model", task=task, num_generations=32, k=(1, 8)
+        )
     if args.task == "hidden":
         return {f"pass@{k}": measured.metrics[f"pass@{k}"] for k in (1, 8)}
     kinds = {"six digits are right": "012345", "two": "67", "one": "8"}
     rates = list(zip(task.eval_prompts, measured.by_prompt["reward"], strict=True))
-    return {name: fmean(x for row, x in rates if row["answers"] == kind) for name, kind in kinds.items()}
+    return {
+        name: fmean(x for row, x in rates if row["answers"] == kind) for name, kind in kinds.items()
+    }
 
 
 def main(args: Args) -> None:
     """Train both arms on each seed and print the means and the paired differences."""
     first, second = ARMS[args.task]
-    pairs = [(numbers(args, first, seed), numbers(args, second, seed)) for seed in range(args.seeds)]
+    pairs = [
+        (numbers(args, first, seed), numbers(args, second, seed)) for seed in range(args.seeds)
+    ]
     print(f"{'':22}{first:>10}{second:>10}   difference")
     for name in pairs[0][0]:
         differences = [b[name] - a[name] for a, b in pairs]

@@ -101,7 +101,10 @@ def number_in(text: str) -> Decimal | None:
 def right(completions: list[list[dict]], answer: list[str], **_) -> list[float]:
     """Reward 1 for exactly the right number in any form: 1,200 and $1200.00 are 1200."""
     pairs = zip(completions, answer, strict=True)
-    return [float(number_in(messages[0]["content"]) == number_in(expected)) for messages, expected in pairs]
+    return [
+        float(number_in(messages[0]["content"]) == number_in(expected))
+        for messages, expected in pairs
+    ]
 
 
 def well_formed(completions: list[list[dict]], **_) -> list[float]:

@@ -76,7 +76,9 @@ def table(stages: dict[str, dict[str, float]]) -> str:
 
 def main(args: Args) -> None:
     print(f"{args.model} on {args.task}, as it is ...", flush=True)
-    baseline = tokenrl.evaluate(model=args.model, task=args.task, eval_size=args.eval_size, seed=args.seed)
+    baseline = tokenrl.evaluate(
+        model=args.model, task=args.task, eval_size=args.eval_size, seed=args.seed
+    )
     result = tokenrl.train(
         task=args.task,
         model=args.model,

@@ -69,7 +69,9 @@ class Args:
 
 args = tyro.cli(Args)
 estimator = Estimator.preset(args.estimator)
-task = toy_tasks.load("sort_digits")  # 402715> should become 012457; the reward is 1 for exactly that, else 0
+task = toy_tasks.load(
+    "sort_digits"
+)  # 402715> should become 012457; the reward is 1 for exactly that, else 0
 model, tokenizer = task.build(args.seed)  # a Llama of half a million parameters, random so far
 eos, length = tokenizer.eos_token_id, task.max_completion_length
 dice = torch.Generator().manual_seed(args.seed)
@@ -92,17 +94,23 @@ def sample(prompt_ids, dice=None):
     """One completion per row and its mask, [N, T]; without dice always the most likely token (greedy)."""
     ids, cache, tokens = prompt_ids, DynamicCache(), []
     for _ in range(length):
-        probs = model(ids, None, None, cache).logits[:, -1].softmax(-1)  # releases name the cache differently
+        probs = (
+            model(ids, None, None, cache).logits[:, -1].softmax(-1)
+        )  # releases name the cache differently
         ids = probs.multinomial(1, generator=dice) if dice else probs.argmax(-1, keepdim=True)
         tokens.append(ids)  # a row that has ended goes on, but its mask ends at the first eos
     ids = torch.cat(tokens, dim=1)
-    return ids, completion_mask(ids, [eos])  # ending is an action like any other, so the eos is inside
+    return ids, completion_mask(
+        ids, [eos]
+    )  # ending is an action like any other, so the eos is inside
 
 
 def rewards_of(prompts, ids, mask):
     """Reward of each completion, [N]."""
     written = [row[kept] for row, kept in zip(ids, mask, strict=True)]
-    return torch.tensor(task.reward(prompts, tokenizer.batch_decode(written, skip_special_tokens=True)))
+    return torch.tensor(
+        task.reward(prompts, tokenizer.batch_decode(written, skip_special_tokens=True))
+    )
 
 
 def evaluate(when):
@@ -127,11 +135,15 @@ for _ in range(args.warm_steps):
 evaluate("after the warm start")
 
 # 2. REINFORCE: sample, reward, advantage, score, loss, step.
-print(f"estimator {args.estimator}; its gradient is {estimator.bias_status}: {estimator.bias_reason}")
+print(
+    f"estimator {args.estimator}; its gradient is {estimator.bias_status}: {estimator.bias_reason}"
+)
 running_mean = RunningMean(estimator.running_mean_decay, estimator.running_mean_init)
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
 for step in range(1, args.steps + 1):
-    chosen = torch.randint(len(task.train_prompts), (args.prompts_per_step,), generator=dice).tolist()
+    chosen = torch.randint(
+        len(task.train_prompts), (args.prompts_per_step,), generator=dice
+    ).tolist()
     prompts = [task.train_prompts[i]["prompt"] for i in chosen for _ in range(args.num_generations)]
     prompt_ids = encode(prompts)  # [N, P], the G rows of a prompt together
     ids, mask = sample(prompt_ids, dice)  # [N, T]
@@ -149,7 +161,9 @@ for step in range(1, args.steps + 1):
     loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=logprobs.detach())
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one unlucky batch must not undo the rest
+    torch.nn.utils.clip_grad_norm_(
+        model.parameters(), 1.0
+    )  # one unlucky batch must not undo the rest
     optimizer.step()
     if step % 10 == 0 or step == args.steps:
         print(f"step {step:4d}  reward {rewards.mean():.3f}", flush=True)

@@ -159,7 +159,9 @@ def reinforce(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder
         raise SystemExit(result.exit_code)
 
 
-def sampled(name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args) -> list[dict[str, Any]]:
+def sampled(
+    name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
+) -> list[dict[str, Any]]:
     """Rows of the table for a policy: sampled, with its KL, and greedy."""
     found = evaluate_policy(
         load_policy(str(model)),
@@ -171,22 +173,35 @@ def sampled(name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
     kl = [found["kl"], found["kl_stderr"]]
     return [
         {"name": f"{name}, sampled", "gold": [found["reward"], found["reward_stderr"]], "kl": kl},
-        {"name": f"{name}, greedy", "gold": [found["reward_greedy"], found["reward_greedy_stderr"]]},
+        {
+            "name": f"{name}, greedy",
+            "gold": [found["reward_greedy"], found["reward_greedy_stderr"]],
+        },
     ]
 
 
-def selected(reward_model: Path, base: Path, task: toy_tasks.Task, args: Args) -> list[dict[str, Any]]:
+def selected(
+    reward_model: Path, base: Path, task: toy_tasks.Task, args: Args
+) -> list[dict[str, Any]]:
     """Rows of the table for best-of-n: the reward model chooses, the gold reward measures the choice."""
     sampling = Sampling(task.max_completion_length, num_generations=args.pool, seed=args.seed)
     judges = Rewards(RewardModel(reward_model / "model", batch_size=256)), Rewards(task.reward)
-    found = best_of_n.best_of_n_metrics(load_policy(str(base)), task.eval_prompts, *judges, sampling)
+    found = best_of_n.best_of_n_metrics(
+        load_policy(str(base)), task.eval_prompts, *judges, sampling
+    )
 
     def measured(name: str, n: int) -> list[float]:
         return [found[f"{name}@{n}"], found[f"{name}@{n}_stderr"]]
 
     gold, kl = (partial(measured, name) for name in ("best_of_n", "best_of_n_kl"))
     return [
-        {"name": f"best of {n}", "n": n, "gold": gold(n), "kl": kl(n), "bound": best_of_n.kl_bound(n)}
+        {
+            "name": f"best of {n}",
+            "n": n,
+            "gold": gold(n),
+            "kl": kl(n),
+            "bound": best_of_n.kl_bound(n),
+        }
         for n in SIZES
         if n <= args.pool
     ]
@@ -233,7 +248,9 @@ def draw(results: dict[str, Any], metrics: list[dict[str, Any]], task: str) -> F
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot(np.sqrt(np.maximum(kl, 0)), gold, color=BLUE, alpha=0.5)
-    for row in (row for row in results["rows"] if "kl" in row and row.get("n") != 1):  # best of 1 is the base
+    for row in (
+        row for row in results["rows"] if "kl" in row and row.get("n") != 1
+    ):  # best of 1 is the base
         colour = GREEN if "n" in row else BLUE if row["name"].startswith("RL") else GREY
         at = np.sqrt(max(row["kl"][0], 0)), row["gold"][0]
         axes.errorbar(*at, yerr=2 * row["gold"][1], color=colour, marker="o", capsize=3)
@@ -241,7 +258,9 @@ def draw(results: dict[str, Any], metrics: list[dict[str, Any]], task: str) -> F
         axes.annotate(row["name"].removesuffix(", sampled"), at, (-7, 5), **look)
     axes.margins(0.14)
     axes.set(xlabel="sqrt(KL to the base), sqrt(nats)", ylabel="gold reward, held-out prompts")
-    axes.set_title(f"{task}: {verdict(results)}\nline: RL in training; bars: 2 standard errors", loc="left")
+    axes.set_title(
+        f"{task}: {verdict(results)}\nline: RL in training; bars: 2 standard errors", loc="left"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EAEAEA", linewidth=0.8)
     return figure
@@ -263,7 +282,9 @@ def main(args: Args) -> None:
     folders: dict[str, Path] = {}
     inputs: dict[str, Any] = {}
     for name, (work, fields) in STAGES.items():
-        inputs |= {field: getattr(args, field) for field in fields}  # a stage depends on all before it
+        inputs |= {
+            field: getattr(args, field) for field in fields
+        }  # a stage depends on all before it
         folders[name] = stage(args, name, dict(inputs), partial(work, args, task, folders))
     results = json.loads((folders["evaluation"] / "results.json").read_text())
     print("\n" + table(results) + "\n" + verdict(results))

@@ -33,7 +33,13 @@ from matplotlib.figure import Figure
 
 import tokenrl
 from tokenrl.lab import judge_scores
-from tokenrl.language import Sampling, TransformersGenerator, VllmGenerator, load_task, warm_started_base
+from tokenrl.language import (
+    Sampling,
+    TransformersGenerator,
+    VllmGenerator,
+    load_task,
+    warm_started_base,
+)
 from tokenrl.runs import read_run
 
 CORRECTIONS = {
@@ -56,16 +62,24 @@ class Engine:
         if mismatch == "bits=16":
             self.copy.model.bfloat16()
         self.greedy = TransformersGenerator(policy)
-        self.engine = (VllmGenerator.start if backend == "vllm" else TransformersGenerator)(self.copy)
+        self.engine = (VllmGenerator.start if backend == "vllm" else TransformersGenerator)(
+            self.copy
+        )
 
     def sync(self, policy) -> None:
         self.syncs += 1
         if self.kind == "old" and (self.syncs - 1) % self.value:
             return
-        for copied, weight in zip(self.copy.model.parameters(), policy.model.parameters(), strict=True):
+        for copied, weight in zip(
+            self.copy.model.parameters(), policy.model.parameters(), strict=True
+        ):
             copied.data.copy_(weight.data)  # which rounds to bfloat16
-            if self.kind == "bits" and self.value < 16 and weight.ndim == 2:  # each row to its own multiples
-                unit = weight.data.abs().amax(1, keepdim=True).clamp(min=1e-9) / (2 ** (self.value - 1) - 1)
+            if (
+                self.kind == "bits" and self.value < 16 and weight.ndim == 2
+            ):  # each row to its own multiples
+                unit = weight.data.abs().amax(1, keepdim=True).clamp(min=1e-9) / (
+                    2 ** (self.value - 1) - 1
+                )
                 copied.data.copy_((weight.data / unit).round() * unit)
         self.engine.sync(self.copy)
 
@@ -91,12 +105,16 @@ def measure(task, engine_of, lengths: tuple[int, ...]) -> None:
     rollout = engine.generate(ids, Sampling(longest, 8), draws)
     with torch.no_grad():
         logits = policy.model(torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)).logits
-    logprobs = logits[:, -longest - 1 : -1].log_softmax(-1).gather(2, rollout.completion_ids[..., None])
+    logprobs = (
+        logits[:, -longest - 1 : -1].log_softmax(-1).gather(2, rollout.completion_ids[..., None])
+    )
     gaps = (logprobs.squeeze(2) - rollout.sampling_logprobs).double()
     for length in lengths:
         weights = gaps[:, :length].sum(1).exp()
         share = weights.mean() ** 2 / (weights**2).mean()
-        print(f"{length:4} tokens: {gaps[:, :length].abs().mean():.1e} nats each, effective {share:.4f}")
+        print(
+            f"{length:4} tokens: {gaps[:, :length].abs().mean():.1e} nats each, effective {share:.4f}"
+        )
     engine.close()
 
 
@@ -113,10 +131,18 @@ def main(
 ) -> None:
     """Train what is not there yet, print a row for each arm and the verdicts, and draw the curves."""
     if lengths:
-        return measure(load_task(task), partial(Engine, mismatch=mismatches[0], backend=generator), lengths)
-    axes, scores = (figure := Figure(figsize=(7, 3.6), dpi=150, layout="constrained")).subplots(), []
+        return measure(
+            load_task(task), partial(Engine, mismatch=mismatches[0], backend=generator), lengths
+        )
+    axes, scores = (
+        (figure := Figure(figsize=(7, 3.6), dpi=150, layout="constrained")).subplots(),
+        [],
+    )
     print("sampler, correction    before   after   least    most  nats/token   effective")
-    for mismatch, correction in [("same", "none"), *((m, c) for m in mismatches for c in corrections)]:
+    for mismatch, correction in [
+        ("same", "none"),
+        *((m, c) for m in mismatches for c in corrections),
+    ]:
         runs, arm = [], f"{mismatch} {correction}"
         for seed in range(seeds):
             folder = output_dir / "_".join((task, estimator, generator, *arm.split(), str(seed)))
@@ -129,11 +155,17 @@ def main(
                     output_dir=folder, overwrite=True, quiet=True,
                 )  # fmt: skip
             runs.append(read_run(folder))
-        curves = np.array([run.series("eval_reward_greedy") for run in runs])  # [seeds, 2, evaluations]
+        curves = np.array(
+            [run.series("eval_reward_greedy") for run in runs]
+        )  # [seeds, 2, evaluations]
         ends = curves[:, 1, -1]
         numbers = [curves[:, 1, 0].mean(), ends.mean(), ends.min(), ends.max()]
-        nats, share = (fmean(x for run in runs for x in run.series(f"sampling/{n}")[1]) for n in APART)
-        print(f"{arm:20}", *(f"{x:7.3f}" for x in numbers), f"{nats:11.1e} {share:11.2f}", flush=True)
+        nats, share = (
+            fmean(x for run in runs for x in run.series(f"sampling/{n}")[1]) for n in APART
+        )
+        print(
+            f"{arm:20}", *(f"{x:7.3f}" for x in numbers), f"{nats:11.1e} {share:11.2f}", flush=True
+        )
         scores += [(arm, seed, end) for seed, end in enumerate(ends)]
         colour = "#555555" if mismatch == "same" else CORRECTIONS[correction][1]
         if mismatch in ("same", mismatches[0]):

@@ -32,11 +32,15 @@ from tokenrl.language import load_task
 class EstimatorTrainer(GRPOTrainer):
     """GRPOTrainer with the advantages and the loss of an estimator, on one process and without vLLM."""
 
-    def __init__(self, estimator: Estimator, *args: Any, config: GRPOConfig, **options: Any) -> None:
+    def __init__(
+        self, estimator: Estimator, *args: Any, config: GRPOConfig, **options: Any
+    ) -> None:
         """Take an estimator, and what GRPOTrainer takes; its `args` is called config."""
         e = estimator
         if e.needs_values or e.needs_greedy or e.needs_score_norms or e.needs_memory:
-            raise Refused(f"TRL has no input for the baseline {e.baseline!r}. Choose rloo or group_mean.")
+            raise Refused(
+                f"TRL has no input for the baseline {e.baseline!r}. Choose rloo or group_mean."
+            )
         if e.zero_spread != "keep" or e.truncations != "keep" or e.needs_sampling_logprobs:
             raise Refused(
                 "Give the estimator zero_spread=keep and truncations=keep, and no importance weights."
@@ -55,8 +59,13 @@ class EstimatorTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """Sample, and put the advantages and the weights of tokens of the whole rollout beside the rows."""
         rollout: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        mask = rollout["completion_mask"] * rollout.get("tool_mask", 1)  # 0 for what a tool has written
-        step = {"mask": mask, "valid": ~self.rewards.isnan().all(1)}  # rows without any reward abstain
+        mask = rollout["completion_mask"] * rollout.get(
+            "tool_mask", 1
+        )  # 0 for what a tool has written
+        step = {
+            "mask": mask,
+            "valid": ~self.rewards.isnan().all(1),
+        }  # rows without any reward abstain
         if "old_per_token_logps" not in rollout and self.estimator.needs_kl:
             with torch.no_grad():
                 rollout["old_per_token_logps"] = self._logprobs(self.model, rollout)[0]
@@ -76,7 +85,8 @@ class EstimatorTrainer(GRPOTrainer):
     def _logprobs(self, model: Any, rows: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the log-probability [N, T] and the entropy [N, T] of each token of the completions."""
         ids, mask = (
-            torch.cat([rows[f"prompt_{name}"], rows[f"completion_{name}"]], 1) for name in ("ids", "mask")
+            torch.cat([rows[f"prompt_{name}"], rows[f"completion_{name}"]], 1)
+            for name in ("ids", "mask")
         )
         width = rows["completion_ids"].shape[1]
         logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
@@ -99,7 +109,9 @@ class EstimatorTrainer(GRPOTrainer):
         )
 
 
-def main(estimator: str = "rloo", max_steps: int = 40, learning_rate: float = 1e-3, seed: int = 0) -> None:
+def main(
+    estimator: str = "rloo", max_steps: int = 40, learning_rate: float = 1e-3, seed: int = 0
+) -> None:
     """Train a tiny model, made here, on the toy task vowels."""
     from datasets import Dataset
 

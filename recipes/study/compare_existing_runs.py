@@ -35,7 +35,9 @@ def main(
     failure_below: float | None = None,
 ) -> None:
     runs = [read_run(path) for path in directories if (path / "metrics.jsonl").is_file()]
-    settings = pd.json_normalize([run.config for run in runs]).astype(str)  # one column per axis or setting
+    settings = pd.json_normalize([run.config for run in runs]).astype(
+        str
+    )  # one column per axis or setting
     names = [name for name in settings if settings[name].nunique() > 1]
     names = [name for name in names if name.partition(".")[0] not in NO_SETTINGS]
     rows = []
@@ -46,7 +48,8 @@ def main(
                 "arm": ", ".join(f"{name}={value}" for name, value in values.items()) or "all runs",
                 "seed": run.config["seed"],
                 "score": fmean(rewards) if rewards else float("nan"),
-                "failed": run.summary.get("exit_reason") not in ("finished", "solved", "stuck", "learnt"),
+                "failed": run.summary.get("exit_reason")
+                not in ("finished", "solved", "stuck", "learnt"),
             }
         )
     (family,) = judge_scores(rows, margin=margin, failure_below=failure_below).families

@@ -37,15 +37,23 @@ def main(comparison: tyro.conf.Positional[Path], metric: str = "area") -> None:
         low, high = problem["reward_range"] or (np.nan, np.nan)
         runs.loc[runs["problem"] == problem["label"], "score"] = (runs[metric] - low) / (high - low)
     if runs["score"].isna().any():
-        raise SystemExit(f"Each run needs the score {metric}, and each task a reward with a declared range.")
+        raise SystemExit(
+            f"Each run needs the score {metric}, and each task a reward with a declared range."
+        )
     table = runs.pivot(index=["arm", "seed"], columns="problem", values="score")
-    scores = {arm: of_arm.to_numpy() for arm, of_arm in table.groupby("arm", sort=False)}  # [runs, tasks]
+    scores = {
+        arm: of_arm.to_numpy() for arm, of_arm in table.groupby("arm", sort=False)
+    }  # [runs, tasks]
     np.random.seed(0)  # rliable draws from this generator
-    means, ends = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    means, ends = library.get_interval_estimates(
+        scores, lambda x: np.array([metrics.aggregate_iqm(x)])
+    )
     shares, _ = library.create_performance_profile(scores, GRID)
     rows = {arm: [means[arm][0], *ends[arm][:, 0], *shares[arm]] for arm in scores}
     columns = ["interquartile mean", "low", "high", *(f"above {score:.1f}" for score in GRID)]
-    print(pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string(float_format="%.3f"))
+    print(
+        pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string(float_format="%.3f")
+    )
 
 
 if __name__ == "__main__":

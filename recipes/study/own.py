@@ -73,5 +73,9 @@ def _weighted(positive: float, negative: float) -> Baseline:
     return baseline
 
 
-positives_half, positives_quarter, positives_none = (_weighted(weight, 1) for weight in (0.5, 0.25, 0))
-negatives_half, negatives_quarter, negatives_none = (_weighted(1, weight) for weight in (0.5, 0.25, 0))
+positives_half, positives_quarter, positives_none = (
+    _weighted(weight, 1) for weight in (0.5, 0.25, 0)
+)
+negatives_half, negatives_quarter, negatives_none = (
+    _weighted(1, weight) for weight in (0.5, 0.25, 0)
+)

@@ -91,7 +91,9 @@ def forest(
     for place, one in enumerate(against.values()):
         colour, ends = COLOURS.get(one.verdict, "black"), one.adjusted
         axes.plot([ends.low, ends.high], [place - up] * 2, color=colour, lw=1 if hollow else 2)
-        axes.plot(one.mean.value, place - up, "o", color=colour, mfc="white" if hollow else colour, ms=7)
+        axes.plot(
+            one.mean.value, place - up, "o", color=colour, mfc="white" if hollow else colour, ms=7
+        )
     axes.set_yticks(range(len(against)), [label.rpartition(":")[2] for label in against])
     axes.set_ylim(len(against) - 0.5, -0.5)
 
@@ -100,7 +102,9 @@ def rates(axes: Axes, part: str) -> str:
     """Questions 1 and 8: differences to rloo, filled at each arm's own rate, hollow at one rate for all."""
     parts = [name for name in (part, f"{part}_fixed") if (TABLES / name).exists()]
     (runs, _, margin), rows = read(part), []
-    chosen, clipped = (runs.groupby("arm")[name].mean() for name in ("learning_rate", "grad_clipped"))
+    chosen, clipped = (
+        runs.groupby("arm")[name].mean() for name in ("learning_rate", "grad_clipped")
+    )
     greedy = judged(part, "area_greedy").against_reference
     for each in zip(*(judged(name).arms for name in parts), strict=True):
         arm = each[0].arm
@@ -118,7 +122,15 @@ def rates(axes: Axes, part: str) -> str:
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
     axes.set_xlabel("area minus that of rloo (grey: within the margin)")
-    heads = ["arm", "declared bias", "own rate", "clipped updates", "area", "against rloo", "verdict"]
+    heads = [
+        "arm",
+        "declared bias",
+        "own rate",
+        "clipped updates",
+        "area",
+        "against rloo",
+        "verdict",
+    ]
     heads += ["area at 2e-4", "against rloo", "verdict"] * (len(parts) - 1)
     return table([*heads, "greedy area against rloo, own rate (exploratory)"], rows)
 
@@ -146,7 +158,9 @@ def division(axes: Axes, part: str) -> str:
     axes.set_xlabel("difference in area (grey: within the margin)")
     rows = [[c, *shown[c], *verdict(against, c), *ends[c]] for c in areas]
     heads = ["cell", "rate without", "rate with", "area without", "with minus without", "verdict"]
-    return table([*heads, "reward at the first evaluation (exploratory)", "at the last (exploratory)"], rows)
+    return table(
+        [*heads, "reward at the first evaluation (exploratory)", "at the last (exploratory)"], rows
+    )
 
 
 def entropy(axes: Axes, part: str) -> str:
@@ -158,7 +172,9 @@ def entropy(axes: Axes, part: str) -> str:
         a, b = through(curves, score)
         left = curves[score] - b + a * np.exp(curves["entropy"])
         over[score] = left.groupby([curves["arm"], curves["path"]]).mean()
-    slopes = {arm: [through(run)[0] for _, run in of.groupby("path")] for arm, of in curves.groupby("arm")}
+    slopes = {
+        arm: [through(run)[0] for _, run in of.groupby("path")] for arm, of in curves.groupby("arm")
+    }
     heats = np.linspace(curves["entropy"].min(), curves["entropy"].max(), 100)
     axes.plot(heats, b - a * np.exp(heats), color="black", lw=1)
     error, rows = float(np.sqrt((left**2).mean())), []
@@ -169,12 +185,26 @@ def entropy(axes: Axes, part: str) -> str:
         says = "on the curve" if low > -MARGIN and high < MARGIN else "undecided"
         says = "off the curve" if low > MARGIN or high < -MARGIN else says
         words = {score: signed(one) for score, one in found.items()}
-        apart = signed(interval(np.subtract(slopes[arm], slopes["rloo"]), 0.05 / 8)) if arm != "rloo" else ""
-        cells = [marked(part, arm), f"{last[arm]:.3f}", words["reward"], says, words["reward_greedy"]]
+        apart = (
+            signed(interval(np.subtract(slopes[arm], slopes["rloo"]), 0.05 / 8))
+            if arm != "rloo"
+            else ""
+        )
+        cells = [
+            marked(part, arm),
+            f"{last[arm]:.3f}",
+            words["reward"],
+            says,
+            words["reward_greedy"],
+        ]
         rows.append([*cells, f"{np.mean(slopes[arm]):.2f}", apart])
         each = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
-        axes.plot(each["entropy"], each["reward"], "o-", ms=3, lw=1, label=marked(part, arm, tick=""))
-    axes.set_title(f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}", loc="left", size=10)
+        axes.plot(
+            each["entropy"], each["reward"], "o-", ms=3, lw=1, label=marked(part, arm, tick="")
+        )
+    axes.set_title(
+        f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}", loc="left", size=10
+    )
     axes.set_xlabel("entropy H of a token, nats")
     axes.set_ylabel("held-out sampled reward R")
     axes.legend(fontsize=8, frameon=False)
@@ -255,19 +285,27 @@ def noise(axes: Axes, part: str) -> str:
     for arm in family.arms:
         here, before = measured.loc[("half way", arm.arm)], measured.loc[("start", arm.arm)]
         cells = [marked(part, arm.arm), here["bias"], f"{before['noise']:.3g}"]
-        rows.append([*cells, "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**here), f"{arm.mean:.3f}"])
+        rows.append(
+            [*cells, "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**here), f"{arm.mean:.3f}"]
+        )
         colour, copy = "#0072b2" if here["bias"] == "exact" else "#c24e00", arm.arm in COPIES[part]
         look = {"mfc": "none", "ms": 9} if copy else {}
         axes.plot(here["noise"], arm.mean, "o", color=colour, **look)
         shift = (5, -10 if copy else 4)
-        axes.annotate(arm.arm, (here["noise"], arm.mean), shift, textcoords="offset points", fontsize=8)
+        axes.annotate(
+            arm.arm, (here["noise"], arm.mean), shift, textcoords="offset points", fontsize=8
+        )
     heard = measured["noise"].loc["half way"].round(9)
     found = correlations(heard, areas(part), part)
     axes.set_title(f"{part[2:]}: rank correlation {found}", loc="left", size=10)
     axes.set_xscale("log")
-    axes.set_xlabel("noise of a step's gradient after 50 steps (blue: unbiased; ring: a copy of another arm)")
+    axes.set_xlabel(
+        "noise of a step's gradient after 50 steps (blue: unbiased; ring: a copy of another arm)"
+    )
     axes.set_ylabel("area at its own rate")
-    return table(["arm", "declared bias", "noise at the start", "noise after 50 steps", "area"], rows)
+    return table(
+        ["arm", "declared bias", "noise at the start", "noise after 50 steps", "area"], rows
+    )
 
 
 def lora(axes: Axes, part: str) -> str:
@@ -276,7 +314,9 @@ def lora(axes: Axes, part: str) -> str:
     runs = pd.concat([full, read(part).runs]).drop_duplicates("path")
     at_best, peaks = list[pd.DataFrame](), dict[str, np.ndarray]()
     ranks = runs["arm"].str.extract(r"lora_r=(\d+)")[0].radd("rank ").fillna("all weights")
-    takes = np.random.default_rng(0).integers(0, runs["seed"].nunique(), (10_000, runs["seed"].nunique()))
+    takes = np.random.default_rng(0).integers(
+        0, runs["seed"].nunique(), (10_000, runs["seed"].nunique())
+    )
     for rank, of in runs.groupby(ranks, sort=False):
         areas = of.pivot(index="seed", columns="learning_rate", values="area")
         axes.plot(areas.columns, areas.mean(), "o-", ms=4, lw=1, label=rank)
@@ -291,7 +331,8 @@ def lora(axes: Axes, part: str) -> str:
     for arm, end in zip(family.arms, last.arms, strict=True):
         best, ratio = peaks[arm.arm], peaks[arm.arm] / peaks["all weights"]
         ends = [
-            "{:.3g} [{:.3g}, {:.3g}]".format(x[0], *np.quantile(x[1:], [0.025, 0.975])) for x in (best, ratio)
+            "{:.3g} [{:.3g}, {:.3g}]".format(x[0], *np.quantile(x[1:], [0.025, 0.975]))
+            for x in (best, ratio)
         ]
         rows.append([arm.arm, *ends, *told(family, arm), *told(last, end)])
     axes.set_xscale("log")
@@ -301,7 +342,13 @@ def lora(axes: Axes, part: str) -> str:
     axes.set_ylabel("area")
     axes.legend(fontsize=8, frameon=False)
     heads = ["arm", "best rate (95 %)", "divided by that of all weights", "area at its own rate"]
-    heads += ["against all weights", "verdict", "reward at the end", "against all weights", "verdict"]
+    heads += [
+        "against all weights",
+        "verdict",
+        "reward at the end",
+        "against all weights",
+        "verdict",
+    ]
     return table(heads, rows)
 
 
@@ -350,11 +397,15 @@ def rank_correlation(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
     """Return Spearman's correlation with a 95 % interval from all resamplings of the arms."""
     n = len(x)
     takes = np.array(list(combinations_with_replacement(range(n), n)))
-    chances = stats.multinomial.pmf((takes[:, :, None] == np.arange(n)).sum(1), n, np.full(n, 1 / n))
+    chances = stats.multinomial.pmf(
+        (takes[:, :, None] == np.arange(n)).sum(1), n, np.full(n, 1 / n)
+    )
     a, b = (stats.rankdata(of.to_numpy()[takes], axis=1) - (n + 1) / 2 for of in (x, y))
     spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     found = (a * b).sum(1) / np.where(spread, spread, np.inf)
-    chances = np.where(spread, chances, 0)  # no correlation where all arms of a resampling are the same
+    chances = np.where(
+        spread, chances, 0
+    )  # no correlation where all arms of a resampling are the same
     order = found.argsort()
     low, high = np.searchsorted(chances[order].cumsum() / chances.sum(), [0.025, 0.975])
     return float(stats.spearmanr(x, y)[0]), float(found[order[low]]), float(found[order[high]])

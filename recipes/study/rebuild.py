@@ -57,7 +57,9 @@ def run(part: str) -> None:
     found: Any = tokenrl.compare(**yaml.safe_load((STUDY / f"{part}.yaml").read_text()))
     folder, table = TABLES / part, found.table
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = [read_run(found.output_dir / path).summary.get("wall_seconds") for path in table.runs["path"]]
+    seconds = [
+        read_run(found.output_dir / path).summary.get("wall_seconds") for path in table.runs["path"]
+    ]
     table.runs.assign(seconds=seconds).to_csv(folder / "runs.csv", index=False)
     table.curves[table.curves["role"] != "tuning"].to_csv(folder / "curves.csv", index=False)
     shutil.copy(found.output_dir / "comparison.json", folder)
@@ -71,7 +73,9 @@ def measure_difficulty() -> None:
     """Question 2: measure how often the base model is right on each training prompt of sort_digits."""
     task: Any = load_task("sort_digits")
     measured = replace(task, eval_prompts=task.train_prompts)
-    found = tokenrl.evaluate(model=str(warm_started_base(task)), task=measured, num_generations=64).by_prompt
+    found = tokenrl.evaluate(
+        model=str(warm_started_base(task)), task=measured, num_generations=64
+    ).by_prompt
     prompts = [row["prompt"] for row in task.train_prompts]
     table = pd.DataFrame({"prompt": prompts, "right": found["reward"]})
     table.to_csv(TABLES / "difficulty.csv", index=False, float_format="%g")
@@ -83,7 +87,9 @@ def measure_pass_at_8(part: str) -> None:
     baseline = {arm: {} if arm == "rloo" else {"baseline": arm} for arm in runs["arm"].unique()}
     bias = {arm: measure_bias(tokenrl.Estimator(**given)).found for arm, given in baseline.items()}
     models = [(one.arm, one.seed, f"runs/study/{part}/{one.path}", 0) for one in runs.itertuples()]
-    models += [("base", draw, str(warm_started_base(load_task(part[2:]))), draw) for draw in range(10)]
+    models += [
+        ("base", draw, str(warm_started_base(load_task(part[2:]))), draw) for draw in range(10)
+    ]
     for arm, seed, model, draw in models:
         how: dict[str, Any] = {"task": part[2:], "num_generations": 16, "k": (8,), "seed": draw}
         found = tokenrl.evaluate(model=model, **how).metrics["pass@8"]
@@ -94,19 +100,30 @@ def measure_pass_at_8(part: str) -> None:
 def measure_noise(part: str) -> None:
     """Question 6: measure the noise of every arm, at the start of a task and half way."""
     task, runs, rows = part[2:], read(part).runs, []
-    half: dict[str, Any] = {"learning_rate": float(runs[runs["arm"] == "rloo"]["learning_rate"].iloc[0])}
+    half: dict[str, Any] = {
+        "learning_rate": float(runs[runs["arm"] == "rloo"]["learning_rate"].iloc[0])
+    }
     half |= {"output_dir": f"runs/study/6_half_way/{task}", "overwrite": True, "quiet": True}
     tokenrl.train(task=task, max_steps=50, eval_every=50, lr_scheduler_type="constant", **half)
     how: dict[str, Any] = {"num_prompts": 512, "prompts_per_step": 16, "num_generations": 8}
     measured = [(task, tuple(arm.arm for arm in judged(part).arms), "")]
-    constants = ("shifted", "lowered") if task == "sort_digits" else ()  # constant baselines of -1 and .5
+    constants = (
+        ("shifted", "lowered") if task == "sort_digits" else ()
+    )  # constant baselines of -1 and .5
     measured += [(f"recipes/study/own.py:{name}", ("reinforce",), f" {name}") for name in constants]
-    for policy, model in (("start", warm_started_base(load_task(task))), ("half way", half["output_dir"])):
+    for policy, model in (
+        ("start", warm_started_base(load_task(task))),
+        ("half way", half["output_dir"]),
+    ):
         for of, arms, suffix in measured:
-            for one in measure_gradients(task=of, model=str(model), estimators=arms, **how).estimators:
+            for one in measure_gradients(
+                task=of, model=str(model), estimators=arms, **how
+            ).estimators:
                 cells = {"policy": policy, "arm": one.estimator + suffix, "bias": one.declared}
                 rows.append(cells | asdict(one.noise) | {"cosine": one.cosine.value})
-    pd.DataFrame(rows).rename(columns={"value": "noise"}).to_csv(TABLES / part / "noise.csv", index=False)
+    pd.DataFrame(rows).rename(columns={"value": "noise"}).to_csv(
+        TABLES / part / "noise.csv", index=False
+    )
 
 
 def rebuild(page: Path, figures: Path) -> None:
@@ -116,7 +133,9 @@ def rebuild(page: Path, figures: Path) -> None:
     for name, parts in SECTIONS.items():
         across, down = min(len(parts), 2), -(-len(parts) // 2)
         figure = Figure((6 * across + 1, 4.6 * down), layout="constrained")
-        for axes, part in zip(figure.subplots(down, across, squeeze=False).flat, parts, strict=False):
+        for axes, part in zip(
+            figure.subplots(down, across, squeeze=False).flat, parts, strict=False
+        ):
             mark, body = f"<!-- table {name} {part} -->\n", getattr(questions, name[2:])(axes, part)
             axes.spines[["top", "right"]].set_visible(False)
             assert mark in text, f"the page has no {mark}"
@@ -135,7 +154,9 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
     """
     if from_nothing:
         seconds = [pd.read_csv(path)["seconds"].sum() for path in TABLES.glob("*/runs.csv")]
-        print(f"The runs took {sum(seconds) / 3600:.1f} hours of one processor where the tables were made.")
+        print(
+            f"The runs took {sum(seconds) / 3600:.1f} hours of one processor where the tables were made."
+        )
         parts = tuple(sorted(path.stem for path in STUDY.glob("*.yaml")))
     for part in parts:
         run(part)

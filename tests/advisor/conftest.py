@@ -46,7 +46,9 @@ def made_up(tmp_path):
     """
     open_runs = ExitStack()
 
-    def write(kind, *, steps=STEPS, running=False, evaluated=None, solved=None, settings=(), **metrics):
+    def write(
+        kind, *, steps=STEPS, running=False, evaluated=None, solved=None, settings=(), **metrics
+    ):
         if kind == "train":
             arguments = train_settings(TrainArguments(**TRAIN | dict(settings)), task=None)
         else:
@@ -61,11 +63,21 @@ def made_up(tmp_path):
         rows |= {name.replace("__", "/"): value for name, value in metrics.items()}
         with closing(MetricsLog(path)) as log:
             for step in range(steps + 1):
-                row = {name: value(step) if callable(value) else value for name, value in rows.items()}
-                row = {name: value for name, value in row.items() if value is not None} if step else {}
+                row = {
+                    name: value(step) if callable(value) else value for name, value in rows.items()
+                }
+                row = (
+                    {name: value for name, value in row.items() if value is not None}
+                    if step
+                    else {}
+                )
                 reward = (evaluated or {0: 0.0, STEPS: 0.8}).get(step)
                 if reward is not None:
-                    row |= {"eval_reward": reward, "eval_reward_greedy": reward, "eval_reward_stderr": 0.01}
+                    row |= {
+                        "eval_reward": reward,
+                        "eval_reward_greedy": reward,
+                        "eval_reward_stderr": 0.01,
+                    }
                 log.write(step, row)
         if running:
             open_runs.callback(acquire_lock(path, "").release)

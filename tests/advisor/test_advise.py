@@ -73,9 +73,13 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
     assert returns["mean"] == pytest.approx(returns["length"]) and 14 < returns["mean"] < 32
     arguments = parsed("tokenrl control --config c.json")
     assert arguments.estimator.baseline == "timestep_mean"
-    assert arguments.estimator.entropy_coef == pytest.approx(0.1, rel=0.2)  # measured, and rounded to a digit
+    assert arguments.estimator.entropy_coef == pytest.approx(
+        0.1, rel=0.2
+    )  # measured, and rounded to a digit
     assert (arguments.head, arguments.num_envs, arguments.reward_scale) == ("softmax", 64, 1.0)
-    assert main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0
+    assert (
+        main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0
+    )
     assert main(["train", "--config", "c.json"]) == 2
     assert "is for `tokenrl control`" in capsys.readouterr().err
 
@@ -84,11 +88,18 @@ def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsy
     _, advice = advised(capsys, "--env", "Pendulum-v1", "--episodes", "2")
     assert advice["measured"]["parameters"] == 3 * 128 + 128 + 128 * 128 + 128 + 2 * (128 + 1)
     arguments = parsed("tokenrl control --config c.json")
-    assert arguments.head == "gaussian" and arguments.num_steps is not None and arguments.reward_scale < 1
+    assert (
+        arguments.head == "gaussian"
+        and arguments.num_steps is not None
+        and arguments.reward_scale < 1
+    )
     assert arguments.estimator.gamma == 0.95  # no episode of Pendulum ends by itself
     reasons = {setting["name"]: setting["reason"] for setting in advice["settings"]}
     assert {"estimator.baseline", "reward_scale", "num_iterations"} <= reasons.keys()
-    assert reasons["estimator.scale"].startswith("PPO divides") and "GAE" in reasons["estimator.returns"]
+    assert (
+        reasons["estimator.scale"].startswith("PPO divides")
+        and "GAE" in reasons["estimator.returns"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +148,10 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
         ([*LONG, "--baseline", "remax"], "baseline 'remax' cannot be set"),
         (["--env", "CartPole-v1", "--config", "nowhere/c.json"], "nowhere/c.json"),
         (["--env", "CartPole-v1", "--episodes", "1"], "at least 2"),
-        (["--task", "vowels", "--baseline", "none", "--max-completion-length", "501"], "--allow-no-baseline"),
+        (
+            ["--task", "vowels", "--baseline", "none", "--max-completion-length", "501"],
+            "--allow-no-baseline",
+        ),
     ],
 )
 def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
@@ -152,7 +166,9 @@ def test_no_baseline_passes_with_a_finding_where_it_is_allowed(capsys):
         _, advice = advised(capsys, *argv)
         found = {finding["flag"]: finding["weight"] for finding in advice["findings"]}
         assert found["no-baseline"] == weight
-        assert all(finding["changes"] == {} for finding in advice["findings"]), "what was asked for stays"
+        assert all(finding["changes"] == {} for finding in advice["findings"]), (
+            "what was asked for stays"
+        )
         arguments = parsed("tokenrl control --config c.json")
         assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
 
@@ -164,13 +180,18 @@ def fitted_to(*, reward=0.25, dead=(0.4, 0.2, 0.1), cut=0.0, entropy=0.5, binary
     one = Estimate(reward, 0.02)
     found = Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy)
     found = replace(found, passed={1: one} if binary else {})
-    given = TrainArguments(prompts_per_step=16, max_completion_length=8, estimator=Estimator(**axes))
-    train, findings = fitted(train_settings(given, task=None), found, room=room, solved=solved, size=size)
+    given = TrainArguments(
+        prompts_per_step=16, max_completion_length=8, estimator=Estimator(**axes)
+    )
+    train, findings = fitted(
+        train_settings(given, task=None), found, room=room, solved=solved, size=size
+    )
     return train, {finding.flag for finding in findings}
 
 
 @pytest.mark.parametrize(
-    "dead, size", [((0.6, 0.4, 0.2), 4), ((0.7, 0.6, 0.5), 8), ((0.9, 0.8, 0.6), 8), ((0.0, 0.0, 0.0), 4)]
+    "dead, size",
+    [((0.6, 0.4, 0.2), 4), ((0.7, 0.6, 0.5), 8), ((0.9, 0.8, 0.6), 8), ((0.0, 0.0, 0.0), 4)],
 )
 def test_the_smallest_group_of_which_half_live(dead, size):
     train, _ = fitted_to(dead=dead)
@@ -208,19 +229,30 @@ def test_the_share_of_groups_without_signal_is_measured_and_beyond_that_computed
     assert without_signal(replace(found, binary=False)) == said  # the formula is for 0 and 1
 
 
-@pytest.mark.parametrize("cut, room, length", [(0.05, None, 8), (0.2, None, 16), (0.2, 12, 12), (0.2, 8, 8)])
+@pytest.mark.parametrize(
+    "cut, room, length", [(0.05, None, 8), (0.2, None, 16), (0.2, 12, 12), (0.2, 8, 8)]
+)
 def test_many_cut_completions_ask_for_a_longer_limit(cut, room, length):
     assert fitted_to(cut=cut, room=room)[0].max_completion_length == length
 
 
 def test_a_task_is_measured_and_the_files_can_be_run(capsys):
     shown, advice = advised(capsys, "--task", "vowels", *FEW, "--lora-r", "2", "--lora-alpha", "3")
-    assert "without_signal" in shown and "rloo" in shown and "tokenrl train --config c.json" in shown
+    assert (
+        "without_signal" in shown and "rloo" in shown and "tokenrl train --config c.json" in shown
+    )
     found = advice["measured"]
-    assert (found["prompts"], found["samples"]) == (8, 4) and advice["arguments"]["task"] == "vowels"
+    assert (found["prompts"], found["samples"]) == (8, 4) and advice["arguments"][
+        "task"
+    ] == "vowels"
     arguments = parsed("tokenrl train --config c.json")
-    assert (arguments.num_generations, arguments.lora_alpha) == (advice["arguments"]["num_generations"], 3)
-    (adapter,) = [setting["reason"] for setting in advice["settings"] if setting["name"] == "lora_r"]
+    assert (arguments.num_generations, arguments.lora_alpha) == (
+        advice["arguments"]["num_generations"],
+        3,
+    )
+    (adapter,) = [
+        setting["reason"] for setting in advice["settings"] if setting["name"] == "lora_r"
+    ]
     own, whole = (int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", adapter))
     assert 0 < own < whole / 5
     assert main(["control", "--config", "c.json"]) == 2

@@ -69,7 +69,9 @@ def test_what_is_found_in_a_run(made_up, kind, what, flag, weight, changes):
     assert (found.weight, dict(found.changes)) == (weight, changes), found.text
     for name, value in found.changes.items():  # the arguments advised hold the change
         axis = name.removeprefix("estimator.")
-        assert getattr(advice.arguments if axis == name else advice.arguments.estimator, axis) == value
+        assert (
+            getattr(advice.arguments if axis == name else advice.arguments.estimator, axis) == value
+        )
 
 
 @pytest.mark.parametrize(
@@ -80,9 +82,15 @@ def test_what_is_found_in_a_run(made_up, kind, what, flag, weight, changes):
         ("control", {"evaluated": {0: 20.0, 20: 480, 40: 476}, "solved": 475.0}),
         ("control", {"entropy": -3.0, "settings": {"env": "Pendulum-v1", "head": "gaussian"}}),
         ("train", {"entropy": lambda step: 1.0 if step > 36 else 0.01}),
-        ("control", {"reward_std": 0.0, "settings": {"num_envs": 1}}),  # episodes that are not compared
+        (
+            "control",
+            {"reward_std": 0.0, "settings": {"num_envs": 1}},
+        ),  # episodes that are not compared
         ("control", {"settings": {"env": "bandit", "estimator": PLAIN}}),
-        ("control", {"settings": {"estimator": Estimator(baseline="none", returns="episode_normalized")}}),
+        (
+            "control",
+            {"settings": {"estimator": Estimator(baseline="none", returns="episode_normalized")}},
+        ),
         ("train", {"clip_ratio": 0.1, "kl": 3.0, "settings": {"estimator": KL}}),
         ("control", {"explained_variance": 0.5, "settings": PIECES}),
     ],
@@ -104,7 +112,9 @@ def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up)
     advice = advise_run(str(made_up("train", settings={"learning_rate": 8e-4}, **LOST)))
     assert "policy-destroyed" in [finding.flag for finding in advice.findings]
     assert advice.line.endswith("--learning-rate 0.0002")  # and no other change
-    assert "policy-destroyed" not in findings_of(made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.9}}))
+    assert "policy-destroyed" not in findings_of(
+        made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.9}})
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +123,10 @@ def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up)
         ({0: 0.5, 40: 0.6}, ""),  # 7 standard errors of the difference
         ({0: 0.5, 40: 0.52}, "reward-flat"),  # 1.4
         ({0: 0.5, 20: 0.9, 40: 0.6}, "reward-fell"),
-        ({0: 0.50, 10: 0.53, 20: 0.53, 30: 0.53, 40: 0.533}, ""),  # 2.33, however many evaluations there are
+        (
+            {0: 0.50, 10: 0.53, 20: 0.53, 30: 0.53, 40: 0.533},
+            "",
+        ),  # 2.33, however many evaluations there are
         ({0: 0.50, 20: 0.53, 40: 0.5}, "reward-flat"),  # 2.1: the best of two is lucky
         ({0: 1.0}, "reward-flat"),  # one evaluation compares with nothing: quarters of the steps
     ],
@@ -133,7 +146,9 @@ def test_what_a_run_has_learnt_is_what_it_said_at_its_end(made_up, flags, flag):
     assert [name for name in findings_of(path) if name.startswith("reward-")] == [flag] * bool(flag)
 
 
-def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts_cannot_show_it(made_up):
+def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts_cannot_show_it(
+    made_up,
+):
     run = {"reward": lambda step: 0.2 + step / 200, "evaluated": {0: 0.2, 40: 0.22}}
     advice = advise_run(str(made_up("train", **run)))
     assert [finding.flag for finding in advice.findings] == ["still-rising"]
@@ -142,7 +157,12 @@ def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts
 
 @pytest.mark.parametrize("solved", [None, 0.95])
 def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_up, capsys, solved):
-    run = {"reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "evaluated": {0: 1.0, 40: 1.0}}
+    run = {
+        "reward": 1.0,
+        "reward_std": 0.0,
+        "frac_reward_zero_std": 1.0,
+        "evaluated": {0: 1.0, 40: 1.0},
+    }
     path = made_up("train", solved=solved, completions__clipped_ratio=0.2, **run)
     advice = advise_run(str(path))
     assert advice.line == "" and not any(finding.changes for finding in advice.findings)
@@ -154,10 +174,17 @@ def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_
 
 def test_the_command_makes_the_changes_that_the_table_shows_and_no_others(made_up):
     """Two problems; the second, a flat reward, is explained by the first."""
-    dead = {"frac_reward_zero_std": 1.0, "reward": 0.0, "reward_std": 0.0, "evaluated": {0: 0.0, 40: 0.0}}
+    dead = {
+        "frac_reward_zero_std": 1.0,
+        "reward": 0.0,
+        "reward_std": 0.0,
+        "evaluated": {0: 0.0, 40: 0.0},
+    }
     advice = advise_run(str(made_up("train", **dead)))
     changes = [dict(finding.changes) for finding in advice.findings]
-    assert changes == [{"num_generations": 8}, {}] and advice.line.endswith(".json --num-generations 8")
+    assert changes == [{"num_generations": 8}, {}] and advice.line.endswith(
+        ".json --num-generations 8"
+    )
 
 
 def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
@@ -174,7 +201,9 @@ def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
     (killed / "summary.json").unlink()
     assert advise_run(str(killed)).measured["status"].endswith("; unfinished")
     failed = made_up("train", steps=5)
-    (failed / "summary.json").write_text(json.dumps({"exit_reason": "failed", "error": "the disk is full"}))
+    (failed / "summary.json").write_text(
+        json.dumps({"exit_reason": "failed", "error": "the disk is full"})
+    )
     assert "; failed; the disk is full" in advise_run(str(failed)).measured["status"]
 
 
@@ -187,8 +216,12 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
     )
     name, *argv = shlex.split(advice.line)[1:]
     arguments = parse(name, COMMANDS[name], argv)
-    assert vars(arguments) == vars(advice.arguments) and arguments.estimator == Estimator(entropy_coef=0.01)
-    assert arguments.output_dir is None and arguments.resume is None, "another run, in a new directory"
+    assert vars(arguments) == vars(advice.arguments) and arguments.estimator == Estimator(
+        entropy_coef=0.01
+    )
+    assert arguments.output_dir is None and arguments.resume is None, (
+        "another run, in a new directory"
+    )
 
 
 def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
@@ -252,7 +285,9 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
         empty: "holds no metrics.jsonl",
         foreign: "is a run of `tokenrl sft`",
         made_up("train", steps=0): "has not made a step yet",
-        made_up("control", reward=float("nan")): "in which an episode ended",  # pieces of long episodes
+        made_up(
+            "control", reward=float("nan")
+        ): "in which an episode ended",  # pieces of long episodes
         broken: "Line 4 of",
         without: "metrics.jsonl",
     }
@@ -267,8 +302,26 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     """Two tiny runs: the diagnosis reads what they wrote, and its command runs."""
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    control = ["--env", "gridworld", "--num-envs", "8", "--eval-episodes", "10", "--diagnostics-every", "2"]
-    train = ["--task", "vowels", "--prompts-per-step", "4", "--num-generations", "2", "--eval-every", "0"]
+    control = [
+        "--env",
+        "gridworld",
+        "--num-envs",
+        "8",
+        "--eval-episodes",
+        "10",
+        "--diagnostics-every",
+        "2",
+    ]
+    train = [
+        "--task",
+        "vowels",
+        "--prompts-per-step",
+        "4",
+        "--num-generations",
+        "2",
+        "--eval-every",
+        "0",
+    ]
     own = control if kind == "control" else [*train, "--eval-generations", "2"]
     assert main([kind, *own, "--max-steps", "4", "--output-dir", "run", "--quiet"]) == 0
     assert main(["advise", "--run", "run", "--json", "a.json"]) == 0
@@ -277,13 +330,21 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     facts = json.loads((tmp_path / "a.json").read_text())["measured"]
     assert ("snr" in facts) == (kind == "control")  # only that run measured it
     line = shown.partition("Run it: ")[2].partition("\n")[0]
-    assert "No setting needs a change" in shown or main([*shlex.split(line)[1:], "--check"]) in (0, 2)
+    assert "No setting needs a change" in shown or main([*shlex.split(line)[1:], "--check"]) in (
+        0,
+        2,
+    )
     assert not (tmp_path / "runs").exists() and (tmp_path / "run" / "config.json").exists()
 
 
 NAMED = {
     "control": {"env": "{}:Mine-v0", "estimator": {"baseline": "{}:run"}},
-    "train": {"task": "{}:run", "reward": ["{}:run"], "model": "{}:run", "estimator": {"baseline": "{}:run"}},
+    "train": {
+        "task": "{}:run",
+        "reward": ["{}:run"],
+        "model": "{}:run",
+        "estimator": {"baseline": "{}:run"},
+    },
 }
 """Settings of a run that name code, by kind."""
 
@@ -291,7 +352,9 @@ NAMED = {
 @pytest.mark.parametrize("command", ["advise --run a", "report a", "report a b"])
 @pytest.mark.parametrize("source", ["mine.py", "mine"])
 @pytest.mark.parametrize("kind", NAMED)
-def test_reading_a_run_executes_nothing_that_it_names(made_up, tmp_path, monkeypatch, kind, source, command):
+def test_reading_a_run_executes_nothing_that_it_names(
+    made_up, tmp_path, monkeypatch, kind, source, command
+):
     (tmp_path / "mine.py").write_text("open('executed', 'w')")
     for name in ("a", "b"):
         counts = {"num_samples": lambda step: 8 * step, "episodes": 8, "grad_clipped": 0.0}
@@ -308,7 +371,11 @@ def test_reading_a_run_executes_nothing_that_it_names(made_up, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("recorded", "env", "limit"),
-    [(700, "mine.py:Mine-v0", "700"), (None, "CartPole-v1", "500"), (None, "mine.py:Mine-v0", "inf")],
+    [
+        (700, "mine.py:Mine-v0", "700"),
+        (None, "CartPole-v1", "500"),
+        (None, "mine.py:Mine-v0", "inf"),
+    ],
 )
 def test_the_horizon_is_what_the_run_recorded_or_that_of_a_registered_environment(
     made_up, recorded, env, limit

@@ -29,7 +29,13 @@ class Counting(gymnasium.Env):
     def step(self, action):
         self.steps += 1
         reward = 10.0 * self.episode + self.steps
-        return self._answer(), reward, self.steps >= self.lengths[self.episode % len(self.lengths)], False, {}
+        return (
+            self._answer(),
+            reward,
+            self.steps >= self.lengths[self.episode % len(self.lengths)],
+            False,
+            {},
+        )
 
 
 def register(limit=100, **options):

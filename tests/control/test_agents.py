@@ -37,15 +37,26 @@ def test_tuned_settings_are_settings_of_that_environment(env):
     ("agent", "env", "message"),
     [
         ("clasic", "CartPole-v1", "agent was given as 'clasic'. Did you mean 'classic'"),
-        ("tuned", "gridworld", "no settings for 'gridworld'.*CartPole-v1, Acrobot-v1, LunarLander-v3"),
+        (
+            "tuned",
+            "gridworld",
+            "no settings for 'gridworld'.*CartPole-v1, Acrobot-v1, LunarLander-v3",
+        ),
     ],
 )
-def test_an_agent_without_settings_is_refused_naming_those_there_are(agent, env, message, tmp_path, capsys):
+def test_an_agent_without_settings_is_refused_naming_those_there_are(
+    agent, env, message, tmp_path, capsys
+):
     with pytest.raises(Refused, match=message):
         train_agent(agent=agent, env=env, output_dir=tmp_path / "run", **SHORT)
-    assert main(["control", "--agent", agent, "--env", env, "--output-dir", str(tmp_path / "run")]) == 2
+    assert (
+        main(["control", "--agent", agent, "--env", env, "--output-dir", str(tmp_path / "run")])
+        == 2
+    )
     said = capsys.readouterr().err
-    assert said.startswith("tokenrl: ") and "Traceback" not in said and not (tmp_path / "run").exists()
+    assert (
+        said.startswith("tokenrl: ") and "Traceback" not in said and not (tmp_path / "run").exists()
+    )
 
 
 def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
@@ -63,7 +74,9 @@ def test_flags_override_the_agent_wherever_they_stand():
     step = {"returns": "reward_to_go", "gamma": 0.99, "scale_eps": 1e-8}
     own_steps = Estimator("episode_mean", scale="episode_std", **step)
     assert classic["estimator"] == own_steps
-    assert parsed("--agent", "classic", "--env", "Acrobot-v1") == arguments(ControlArguments, classic)
+    assert parsed("--agent", "classic", "--env", "Acrobot-v1") == arguments(
+        ControlArguments, classic
+    )
     flags = ["--hidden", "32", "--env=Acrobot-v1", "--agent=classic", "--estimator.gamma", "0.9"]
     changed = classic | {"hidden": (32,), "estimator": replace(classic["estimator"], gamma=0.9)}
     assert parsed(*flags) == arguments(ControlArguments, changed)
@@ -81,18 +94,47 @@ DOUBT = "so more episodes may decide otherwise"
 @pytest.mark.parametrize(
     ("env", "mean", "error", "start", "end"),
     [
-        ("CartPole-v1", 497.31, 0.9, "solved: mean return 497.31 ± 0.9 of 100 fresh", "actions 500 ± 0)"),
-        ("Acrobot-v1", -120.5, 3.0, "not solved: mean return -120.5 ± 3 of 100", "actions 500 ± 0)"),
+        (
+            "CartPole-v1",
+            497.31,
+            0.9,
+            "solved: mean return 497.31 ± 0.9 of 100 fresh",
+            "actions 500 ± 0)",
+        ),
+        (
+            "Acrobot-v1",
+            -120.5,
+            3.0,
+            "not solved: mean return -120.5 ± 3 of 100",
+            "actions 500 ± 0)",
+        ),
         ("Pendulum-v1", -190.0, 0.9, "mean return -190 ± 0.9", "500 ± 0)"),
         ("CartPole-v1", 474.0, 1.0, "not solved: ", DOUBT),
         ("CartPole-v1", 476.5, 1.0, "solved: ", DOUBT),
         ("CartPole-v1", 478.0, 1.0, "solved: ", "500 ± 0)"),
-        ("CartPole-v1", 500.0, math.nan, "solved: mean return 500 of 100 fresh episodes", "500 ± 0)"),
-        ("CartPole-v1", None, 0.0, "not evaluated: the run was ended at step 7, before", "threshold 475"),
+        (
+            "CartPole-v1",
+            500.0,
+            math.nan,
+            "solved: mean return 500 of 100 fresh episodes",
+            "500 ± 0)",
+        ),
+        (
+            "CartPole-v1",
+            None,
+            0.0,
+            "not evaluated: the run was ended at step 7, before",
+            "threshold 475",
+        ),
     ],
 )
 def test_the_verdict_in_words(env, mean, error, start, end):
-    found = {"reward": mean, "reward_stderr": error, "reward_greedy": 500.0, "reward_greedy_stderr": 0.0}
+    found = {
+        "reward": mean,
+        "reward_stderr": error,
+        "reward_greedy": 500.0,
+        "reward_greedy_stderr": 0.0,
+    }
     said = verdict(describe(env), {} if mean is None else found, 100, 7)
     assert said.startswith(start) and said.endswith(end) and "nan" not in said
 
@@ -116,7 +158,9 @@ def test_the_classic_agent_learns_cartpole(tmp_path):
     So two of any three seeds are below 350 in 5 % of the cases, and all three below 450 in 2 %.
     """
     results = [
-        train_agent(agent="classic", seed=seed, output_dir=tmp_path / str(seed), eval_every=0, quiet=True)
+        train_agent(
+            agent="classic", seed=seed, output_dir=tmp_path / str(seed), eval_every=0, quiet=True
+        )
         for seed in range(3)
     ]
     assert all(result.eval_before["reward"] < 40 for result in results)

@@ -32,7 +32,9 @@ def test_mean_and_variance_are_those_of_all_episodes(steps, returns, baseline):
         chances = torch.where(actions == 0, s, 1 - s).prod(-1)
         to_go = torch.arange(steps, 0, -1).double()
         means = s * (to_go if returns == "reward_to_go" else torch.full((steps,), steps))
-        exact = {"none": "none"}.get(baseline, lambda totals, mask, b=means, **_: b.expand(mask.shape))
+        exact = {"none": "none"}.get(
+            baseline, lambda totals, mask, b=means, **_: b.expand(mask.shape)
+        )
         g = episode_gradients(Estimator(returns=returns, baseline=exact), theta, actions)
         mean = float(chances @ g)
         assert mean == pytest.approx(float(expected(theta, steps)), rel=1e-10, abs=1e-12)

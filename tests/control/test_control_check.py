@@ -35,7 +35,9 @@ def test_a_check_that_passes_shows_returns_and_time(check, tmp_path, capsys):
     assert re.search(
         r"Check passed.* returns \d+ to \d+ in 4 episodes observations [0-3]\.\d+ at most", shown
     )
-    assert re.search(r"time \S+ s per update, about 0:\d\d for 10 updates and 11 evaluations", shown)
+    assert re.search(
+        r"time \S+ s per update, about 0:\d\d for 10 updates and 11 evaluations", shown
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,7 +69,10 @@ def test_all_problems_are_told_at_once_and_quiet_ones_too(tmp_path, capsys):
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 3
-    assert "1. nothing-to-learn: In none of 4 episodes do the rewards differ; their mean is -10." in lines[1]
+    assert (
+        "1. nothing-to-learn: In none of 4 episodes do the rewards differ; their mean is -10."
+        in lines[1]
+    )
     assert "2. unusual-rate: The learning rate 3 is 150 times the 0.02 that is usual" in lines[2]
 
 
@@ -84,5 +89,7 @@ def test_observations_far_from_1_are_a_remark_unless_they_are_normalised(check, 
     env = counting_env.register(lengths=(30, 20))
     result = check(env=env)  # its rewards do not depend on the actions
     assert (result.exit_code, result.flags) == (2, ["nothing-to-learn", "observations-far-from-1"])
-    assert "observations-far-from-1: The largest absolute value of an observation was 29" in said(capsys)
+    assert "observations-far-from-1: The largest absolute value of an observation was 29" in said(
+        capsys
+    )
     assert check(env=env, normalize_observations=True).flags == ["nothing-to-learn"]

@@ -75,7 +75,9 @@ def test_numpy_beside_dqn(printed):
 def test_walk(printed, tmp_path):
     out = printed("4_walk", "--seeds 1 --episodes 8 --hidden 8")
     table = [line.split()[:4] for line in out.splitlines() if re.match(r" +\d ", line)]
-    assert [float(row[2]) for row in table] == pytest.approx([0.99 ** (9 - t) for t in range(10)], abs=1e-4)
+    assert [float(row[2]) for row in table] == pytest.approx(
+        [0.99 ** (9 - t) for t in range(10)], abs=1e-4
+    )
     normalised = [float(row[3]) for row in table]
     assert sum(normalised) == pytest.approx(0, abs=1e-3)
     assert sum(x * x for x in normalised) == pytest.approx(10, abs=1e-2)
@@ -97,9 +99,13 @@ def test_agents(printed, tmp_path):
     flags = "--env CartPole-v1 Acrobot-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 --eval-episodes 2"
     out = printed("5_agents", flags)
     for agent in ("classic", "tuned"):
-        assert re.search(rf"^CartPole-v1, {agent}: .*\n  mean .*, 0 of 2 seeds reach 475$", out, re.MULTILINE)
+        assert re.search(
+            rf"^CartPole-v1, {agent}: .*\n  mean .*, 0 of 2 seeds reach 475$", out, re.MULTILINE
+        )
         assert re.search(rf"^Pendulum-v1, {agent}: -\S+\n  mean [^,]+, [^,]+$", out, re.MULTILINE)
-        summary = json.loads((tmp_path / f"runs/agents/CartPole-v1-{agent}-seed1/summary.json").read_text())
+        summary = json.loads(
+            (tmp_path / f"runs/agents/CartPole-v1-{agent}-seed1/summary.json").read_text()
+        )
         assert (summary["steps"], summary["solved"]) == (1, False)
         assert f"{summary['eval_after']['reward']:.1f} ± " in out
     assert (tmp_path / "agents.png").stat().st_size > 1000

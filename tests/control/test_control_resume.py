@@ -10,7 +10,14 @@ from safetensors.torch import load_file
 
 from tokenrl import train_agent
 
-SMALL = {"num_envs": 4, "eval_episodes": 3, "max_steps": 6, "hidden": (8,), "save_every": 3, "eval_every": 2}
+SMALL = {
+    "num_envs": 4,
+    "eval_episodes": 3,
+    "max_steps": 6,
+    "hidden": (8,),
+    "save_every": 3,
+    "eval_every": 2,
+}
 PIECES = {"num_steps": 7, "estimator": "ppo", "num_iterations": 2, "num_minibatches": 3}
 MUCH = {
     "normalize_observations": True,
@@ -48,7 +55,9 @@ def continued(run, name, options):
         pytest.param({"env": "Taxi-v4", "max_episode_steps": 30}, marks=pytest.mark.slow),
         pytest.param({"env": "bandit"}, marks=pytest.mark.slow),
     ],
-    ids=lambda options: options.get("env", "CartPole-v1") + "_critic" * ("value_network" in options),
+    ids=lambda options: (
+        options.get("env", "CartPole-v1") + "_critic" * ("value_network" in options)
+    ),
 )
 def test_whole_episodes_continue_exactly(tmp_path, options):
     """All numbers of the log and all weights are equal, though no state of an environment was saved."""

@@ -34,13 +34,20 @@ def short(tmp_path, name="run", **options):
 
 
 def rows(result, name="metrics"):
-    return [json.loads(line) for line in (result.output_dir / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (result.output_dir / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     """One run with much of what there is, and what it printed."""
-    options = {"save_every": 1, "diagnostics_every": 1, "learning_rate_schedule": "linear", "quiet": False}
+    options = {
+        "save_every": 1,
+        "diagnostics_every": 1,
+        "learning_rate_schedule": "linear",
+        "quiet": False,
+    }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         with using_threads(2):
@@ -55,7 +62,9 @@ def test_a_run_leaves_a_complete_directory(once):
     folder, lines = result.output_dir, rows(result)
     assert (result.exit_reason, result.exit_code, result.steps) == ("finished", 0, 2)
     assert [line["step"] for line in lines] == [0, 1, 2]
-    assert {"entropy", "grad_norm", "gradient/snr", "eval_reward", "eval_reward_greedy"} <= set(lines[1])
+    assert {"entropy", "grad_norm", "gradient/snr", "eval_reward", "eval_reward_greedy"} <= set(
+        lines[1]
+    )
     steps = [line["reward"] * line["episodes"] for line in lines[1:]]
     assert [line["num_env_steps"] for line in lines[1:]] == [steps[0], sum(steps)]
     assert all(line["reward"] == line["episode_length"] for line in lines[1:])
@@ -84,7 +93,9 @@ def test_a_saved_policy_acts_as_it_did_and_a_second_run_needs_overwrite(once, tm
         assert again.steps == 0 and again.eval_before == again.eval_after
         assert again.eval_after["reward_greedy"] == result.eval_after["reward_greedy"]
     loaded = read_policy(result.output_dir).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in result.policy.state_dict().items())
+    assert all(
+        torch.equal(loaded[name], value) for name, value in result.policy.state_dict().items()
+    )
     with pytest.raises(Refused, match="already holds a run"):
         short(tmp_path, **options)
     with pytest.raises(Refused, match="hidden"):
@@ -106,7 +117,10 @@ def test_a_run_depends_on_its_seed_and_not_on_evaluations_in_between(tmp_path):
         short(tmp_path, str(place), eval_every=every, seed=seed, estimator="a2c", max_steps=3)
         for place, (every, seed) in enumerate([(1, 0), (0, 0), (1, 1)])
     )
-    lines = [[{k: v for k, v in row.items() if "eval" not in k} for row in rows(r)] for r in (often, never)]
+    lines = [
+        [{k: v for k, v in row.items() if "eval" not in k} for row in rows(r)]
+        for r in (often, never)
+    ]
     assert lines[0] == lines[1] and often.eval_after == never.eval_after
     assert rows(often)[1]["entropy"] != rows(other)[1]["entropy"]
 
@@ -127,7 +141,9 @@ def test_a_run_depends_on_its_seed_and_not_on_evaluations_in_between(tmp_path):
 )  # fmt: skip
 def test_everything_runs_together(tmp_path, options):
     lines = rows(short(tmp_path, **options))
-    assert all(math.isfinite(lines[-1][key]) for key in ("reward", "entropy", "grad_norm", "eval_reward"))
+    assert all(
+        math.isfinite(lines[-1][key]) for key in ("reward", "entropy", "grad_norm", "eval_reward")
+    )
     if "num_steps" in options:  # as many steps as asked for but the resets
         assert 4 * 32 - lines[1]["episodes"] <= lines[1]["num_env_steps"] <= 4 * 32
 
@@ -192,7 +208,9 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, at_step):
 
 def test_a_run_that_cannot_go_on_names_its_checkpoint(tmp_path, at_step):
     at_step(3, lambda rollout: rollout.rewards.fill_(math.nan))
-    with pytest.raises(Stopped, match=r"At step 3: .*not finite.*last complete checkpoint is .*step_000002"):
+    with pytest.raises(
+        Stopped, match=r"At step 3: .*not finite.*last complete checkpoint is .*step_000002"
+    ):
         short(tmp_path, max_steps=5, save_every=1, stop_after_nonfinite=1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"
     assert not (tmp_path / "run" / "model").exists()
@@ -203,7 +221,9 @@ def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapse
 ):
     """Its rewards are 1 and 0; a mean of .8 is reached on the way, and said once."""
     threshold = [0.8]
-    monkeypatch.setattr(training, "describe", lambda env, _: replace(describe(env), solved=threshold[0]))
+    monkeypatch.setattr(
+        training, "describe", lambda env, _: replace(describe(env), solved=threshold[0])
+    )
     options = {"env": "bandit", "hidden": (), "num_envs": 32, "max_steps": 40, "learning_rate": 0.3}
     options |= {"eval_every": 3, "eval_episodes": 40}
     full = short(tmp_path, **options | {"quiet": False})
@@ -254,7 +274,12 @@ def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
 @pytest.mark.parametrize("seed", range(10))
 def test_cartpole_is_solved_on_every_seed(tmp_path, seed):
     result = train(
-        env="CartPole-v1", seed=seed, output_dir=str(tmp_path), max_steps=60, eval_every=0, quiet=True
+        env="CartPole-v1",
+        seed=seed,
+        output_dir=str(tmp_path),
+        max_steps=60,
+        eval_every=0,
+        quiet=True,
     )
     assert result.eval_after["reward"] >= 475
     assert result.eval_after["reward_greedy"] >= 475

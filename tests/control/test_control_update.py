@@ -40,10 +40,17 @@ def rollout_of(*, width=4):
 
 
 def agent_of(estimator, *, critic="separate", **options):
-    settings = {"num_envs": 4, "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 10} | options
+    settings = {
+        "num_envs": 4,
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "max_steps": 10,
+    } | options
     args = ControlArguments(estimator=estimator, hidden=(4,), value_network=critic, **settings)
     used = critic if estimator.needs_values else None
-    shape = Shape(3, "softmax", 2, (4,), critic=used, normalize_observations=args.normalize_observations)
+    shape = Shape(
+        3, "softmax", 2, (4,), critic=used, normalize_observations=args.normalize_observations
+    )
     policy = Policy(shape, torch.Generator().manual_seed(1)).double()
     return Agent(
         policy=policy,
@@ -83,7 +90,9 @@ def test_the_update_is_reinforce_by_hand():
     estimator = Estimator(baseline="none", returns="reward_to_go")
     agent, rollout = agent_of(estimator, reward_scale=3.0), rollout_of()
     to_go = rollout.rewards.flip(1).cumsum(1).flip(1)
-    expected = slope_of(agent, 3 * (to_go * logprobs_of(agent, rollout) * rollout.mask).sum() / len(LENGTHS))
+    expected = slope_of(
+        agent, 3 * (to_go * logprobs_of(agent, rollout) * rollout.mask).sum() / len(LENGTHS)
+    )
     torch.testing.assert_close(moved(agent, rollout), expected)
 
 
@@ -99,13 +108,18 @@ def test_the_update_of_the_textbook_agent_of_the_walk(value_head, row):
     every = rollout_of()
     rollout = Rollout(*(x[row : row + 1] for x in every))
     policy, n = agent.policy, int(LENGTHS[row])
-    to_go = torch.stack([sum(0.99**k * r for k, r in enumerate(rollout.rewards[0, t:n])) for t in range(n)])
+    to_go = torch.stack(
+        [sum(0.99**k * r for k, r in enumerate(rollout.rewards[0, t:n])) for t in range(n)]
+    )
     returns = (to_go - to_go.mean()) / (to_go.std() + 1e-8)
     logprobs = logprobs_of(agent, rollout)[0, :n]
     loss = -(logprobs * returns).mean()
     if value_head:
         values = policy.values(rollout.observations[0, :n])
-        loss = -(logprobs * (returns - values.detach())).mean() + 0.5 * (values - returns).square().mean()
+        loss = (
+            -(logprobs * (returns - values.detach())).mean()
+            + 0.5 * (values - returns).square().mean()
+        )
     slope = slope_of(agent, loss)
     expected = -slope * min(1.0, 0.5 / (float(slope.norm()) + 1e-6))
     torch.testing.assert_close(moved(agent, rollout), expected)
@@ -154,7 +168,9 @@ def test_the_first_of_several_passes_has_ratio_one():
     once = moved(agent_of(clipped), rollout_of())
     torch.testing.assert_close(once, moved(agent_of(plain), rollout_of()))
     both = moved(agent_of(clipped, num_iterations=2), rollout_of())
-    assert not torch.allclose(both, moved(agent_of(plain, num_iterations=2), rollout_of()), rtol=1e-3)
+    assert not torch.allclose(
+        both, moved(agent_of(plain, num_iterations=2), rollout_of()), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +197,9 @@ def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():
         agent.policy.head.weight.mul_(200)
     entropies = [learn(agent, rollout, 1)["entropy"] for _ in range(30)]
     assert entropies[-1] > entropies[0] + 0.01
-    assert [scheduled(agent.args, step).entropy_coef for step in (1, 6, 10)] == pytest.approx([1.0, 0.5, 0.1])
+    assert [scheduled(agent.args, step).entropy_coef for step in (1, 6, 10)] == pytest.approx(
+        [1.0, 0.5, 0.1]
+    )
     assert scheduled(replace(agent.args, entropy_schedule="constant"), 6).entropy_coef == 1.0
 
 
@@ -206,7 +224,8 @@ def test_diagnostics_compare_halves_of_whole_episodes():
 def test_a_shared_critic_weighs_half_beside_the_policy():
     estimator = Estimator.preset("a2c")
     none, half, whole = (
-        moved(agent_of(estimator, critic="shared", value_coef=c), rollout_of()) for c in (0.0, 0.5, 1.0)
+        moved(agent_of(estimator, critic="shared", value_coef=c), rollout_of())
+        for c in (0.0, 0.5, 1.0)
     )
     torch.testing.assert_close(half - none, (whole - none) / 2)
     assert (whole - none).abs().max() > 1e-3
@@ -214,8 +233,12 @@ def test_a_shared_critic_weighs_half_beside_the_policy():
 
 def test_running_mean_and_scale_of_observations_learn_after_their_use():
     estimator = Estimator(baseline="running_mean", running_mean_decay=0.5, running_mean_init=3.0)
-    scaled, plain = (agent_of(estimator, reward_scale=2.0, normalize_observations=on) for on in (True, False))
-    torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))  # none so far
+    scaled, plain = (
+        agent_of(estimator, reward_scale=2.0, normalize_observations=on) for on in (True, False)
+    )
+    torch.testing.assert_close(
+        moved(scaled, rollout_of()), moved(plain, rollout_of())
+    )  # none so far
     assert scaled.policy.scale.count == LENGTHS.sum()
     expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout_of().rewards.sum(1).mean())
     assert scaled.memory.value == pytest.approx(expected)
@@ -253,7 +276,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops():
         ({"baseline": "none"}, 8, "only a critic"),
         ({"baseline": "rloo", "returns": "gae"}, 8, "cannot be compared"),
         ({"baseline": "value", "returns": "episode_normalized"}, 8, "or normalised"),
-        ({"baseline": "value", "returns": "reward_to_go", "scale": "batch_std"}, 8, "cannot be compared"),
+        (
+            {"baseline": "value", "returns": "reward_to_go", "scale": "batch_std"},
+            8,
+            "cannot be compared",
+        ),
     ],
 )
 def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):

@@ -75,7 +75,9 @@ def register_odd(observations, actions=spaces.Discrete(2), answer=None):  # noqa
             return answer + 1, float(action), False, False, {}
 
     gymnasium.registry.pop("tokenrl-tests/Odd-v0", None)
-    gymnasium.register("tokenrl-tests/Odd-v0", entry_point=Odd, max_episode_steps=3, disable_env_checker=True)
+    gymnasium.register(
+        "tokenrl-tests/Odd-v0", entry_point=Odd, max_episode_steps=3, disable_env_checker=True
+    )
     return "tokenrl-tests/Odd-v0"
 
 
@@ -89,7 +91,11 @@ TWO, THREE = spaces.Discrete(2), spaces.Discrete(3)
         (THREE, spaces.MultiDiscrete([2, 3]), r"Actions of .* MultiDiscrete\(\[2 3\]\)"),
         (THREE, spaces.Box(-1, 1, (2, 2)), r"Box\(.*\(2, 2\).*with one axis"),
         (THREE, spaces.Box(0, 9, (2,), np.int64), "int64.*Box of real numbers"),
-        (spaces.Box(0, 255, (96, 96, 3), np.uint8), TWO, r"pictures \(Box, shape 96 x 96 x 3, dtype uint8\)"),
+        (
+            spaces.Box(0, 255, (96, 96, 3), np.uint8),
+            TWO,
+            r"pictures \(Box, shape 96 x 96 x 3, dtype uint8\)",
+        ),
         (spaces.Box(0, 255, (4, 4), np.uint8), TWO, "pictures"),
         (spaces.Box(0, 1, (5, 205), np.float32), TWO, "pictures"),  # one more than 1,024 numbers
         (spaces.Box(0, 1, (32, 32), np.float32), TWO, ""),
@@ -97,7 +103,9 @@ TWO, THREE = spaces.Discrete(2), spaces.Discrete(3)
         (spaces.Box(0, 1, (5000,), np.float32), TWO, ""),
     ],
 )
-def test_spaces_that_are_not_supported_and_tables_that_are_flattened(observations, actions, message):
+def test_spaces_that_are_not_supported_and_tables_that_are_flattened(
+    observations, actions, message
+):
     env = register_odd(observations, actions)
     if not message:
         assert describe(env).observation_size == np.prod(observations.shape)
@@ -122,7 +130,9 @@ def test_actions_without_bounds_and_numbers_that_do_not_start_at_zero(recwarn):
     envs = Environments(register_odd(THREE, spaces.Box(low, high)), 1)
     taken = envs.translate(np.array([[7.0, 2.0, 0.5], [-7.0, -2.0, -1.0]]))
     assert taken.tolist() == [[7, 2, 2.5], [-7, 0, -2]]
-    envs = Environments(register_odd(spaces.Discrete(3, start=5), spaces.Discrete(2, start=-1), 6), 2)
+    envs = Environments(
+        register_odd(spaces.Discrete(3, start=5), spaces.Discrete(2, start=-1), 6), 2
+    )
     assert envs.reset(0).tolist() == [[0, 1, 0]] * 2
     observations, rewards, _, _ = envs.step(np.array([0, 1]))
     assert rewards.tolist() == [-1, 0] and observations.tolist() == [[0, 0, 1]] * 2
@@ -203,17 +213,27 @@ def write(tmp_path, monkeypatch):
 def test_a_run_in_an_environment_of_ones_own_can_be_repeated(write, capsys, source, entry):
     """A file, or a module in the current directory; its class may be given by its name, too."""
     write("a_file", entry=entry)
-    for again in (["--env", f"{source}:a_file-v0", *SMALL], ["--config", "one/config.json", "--quiet"]):
-        assert main(["control", *again, "--output-dir", "two" if "--config" in again else "one"]) == 0
+    for again in (
+        ["--env", f"{source}:a_file-v0", *SMALL],
+        ["--config", "one/config.json", "--quiet"],
+    ):
+        assert (
+            main(["control", *again, "--output-dir", "two" if "--config" in again else "one"]) == 0
+        )
     assert capsys.readouterr() == ("", "")
     one, two = (Path(name, "metrics.jsonl").read_text() for name in ("one", "two"))
-    assert one == two and json.loads(Path("one/config.json").read_text())["env"] == f"{source}:a_file-v0"
+    assert (
+        one == two
+        and json.loads(Path("one/config.json").read_text())["env"] == f"{source}:a_file-v0"
+    )
 
 
 def test_it_is_imported_once_and_without_warnings(write, recwarn):
     name = write("once")
     first, again, other = (find(f"{path}:{name}-v0") for path in ("once.py", "./once.py", "once"))
-    assert first.entry_point is again.entry_point is not other.entry_point  # the module registers anew
+    assert (
+        first.entry_point is again.entry_point is not other.entry_point
+    )  # the module registers anew
     assert [str(one.message) for one in recwarn] == []
     assert (describe("once:once-v0").horizon, describe("once.py:CartPole-v1").horizon) == (7, 500)
 
@@ -222,8 +242,16 @@ def test_it_is_imported_once_and_without_warnings(write, recwarn):
     ("text", "env", "message"),
     [
         (FILE, "nofile.py:X-v0", "there is no file .*nofile.py; give its path from"),
-        ("raise RuntimeError('no licence')", "wrong.py:X-v0", r"raised RuntimeError: no licence\.$"),
-        ("", "wrong.py:X-v0", r"registers no environment 'X-v0'. Call gymnasium.register\('X-v0', ...\)"),
+        (
+            "raise RuntimeError('no licence')",
+            "wrong.py:X-v0",
+            r"raised RuntimeError: no licence\.$",
+        ),
+        (
+            "",
+            "wrong.py:X-v0",
+            r"registers no environment 'X-v0'. Call gymnasium.register\('X-v0', ...\)",
+        ),
         (FILE, "wrong.py:wrnog-v0", "Did you mean 'wrong-v0'.*Available: wrong-v0, wrongOther-v1"),
         (FILE, "wrong.py:", "registers no environment ''. Available: wrong-v0, wrongOther-v1"),
     ],

@@ -51,7 +51,9 @@ class Failing(gymnasium.Env):
         return np.array([0, self._find(self.observations, 0)], np.float32), {}
 
     def close(self):
-        if not Failing.closed:  # some releases of gymnasium close the other copies when they are collected
+        if (
+            not Failing.closed
+        ):  # some releases of gymnasium close the other copies when they are collected
             Failing.closed = True
             self._fail("close")
 
@@ -76,7 +78,9 @@ POLICY = Policy(Shape(2, "softmax", 2, hidden=()), torch.Generator().manual_seed
 
 
 def episodes(env):
-    return collect_episodes(Environments(env, 2), POLICY, 20, torch.Generator().manual_seed(0), seed=0)
+    return collect_episodes(
+        Environments(env, 2), POLICY, 20, torch.Generator().manual_seed(0), seed=0
+    )
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -87,7 +91,10 @@ def episodes(env):
         ({"rewards": {7: -1.1e12}}, "gave the reward -1.1e.12 in step 7.*at most 1e.12 in size"),
         ({"rewards": {2: None}}, "gave the reward nan in step 2"),
         ({"observations": {5: NAN}}, r"gave the observation \[0.0, nan\] in step 5"),
-        ({"observations": {0: NAN}}, r"gave the observation \[0.0, nan\] at the start of an episode"),
+        (
+            {"observations": {0: NAN}},
+            r"gave the observation \[0.0, nan\] at the start of an episode",
+        ),
         ({"rewards": {6: NAN}, "observations": {2: NAN}}, "in step 2 of"),
     ],
 )
@@ -110,7 +117,9 @@ def test_numbers_after_the_end_of_an_episode_do_not_count():
 
     class Unequal(Failing):
         def reset(self, *, seed=None, options=None):
-            self.length, self.rewards = (2, {1: 5.0}) if seed == 0 else (8, {} if seed else {1: NAN})
+            self.length, self.rewards = (
+                (2, {1: 5.0}) if seed == 0 else (8, {} if seed else {1: NAN})
+            )
             return super().reset(seed=seed)
 
     assert episodes(register(Unequal)).returns.tolist() == [6, 8]
@@ -127,7 +136,11 @@ def test_whatever_is_raised_is_a_failure_of_the_environment(tmp_path, capsys, me
     if method == "numbers":
         register(rewards={3: NAN})
     else:
-        register(raises=method if command == "control" else "step", error=error, after=0 if at_once else 100)
+        register(
+            raises=method if command == "control" else "step",
+            error=error,
+            after=0 if at_once else 100,
+        )
     assert main([command, "--env", ID, *flags]) == (2 if at_once else 1)
     said, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
     message = "gave the reward nan in step 3 of an episode" if method == "numbers" else message

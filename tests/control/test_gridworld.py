@@ -48,7 +48,11 @@ def test_pictures():
     picture = env.render()
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     corners = [tuple(map(int, picture[y, x])) for y, x in ((16, 16), (48, 48), (16, 48))]
-    assert corners == [(213, 94, 0), (0, 158, 115), (204, 121, 167)]  # the agent, the goal, the decoy
+    assert corners == [
+        (213, 94, 0),
+        (0, 158, 115),
+        (204, 121, 167),
+    ]  # the agent, the goal, the decoy
     assert GridWorld().render() is None
 
 
@@ -59,7 +63,9 @@ def test_values_of_the_shortest_way_are_distances():
     wanted = np.where(steps > 0, 1 - 0.01 * steps, 0)
     assert exact_values(GridWorld(), down_then_right) == pytest.approx(wanted)
     assert exact_return(GridWorld(), down_then_right) == pytest.approx(0.94)
-    assert exact_return(GridWorld(random_start=True), down_then_right) == pytest.approx(wanted[:15].mean())
+    assert exact_return(GridWorld(random_start=True), down_then_right) == pytest.approx(
+        wanted[:15].mean()
+    )
     assert exact_return(GridWorld(), down_then_right, horizon=6) == pytest.approx(0.94)
     assert exact_return(GridWorld(), down_then_right, horizon=5) == pytest.approx(-0.05)
 
@@ -95,7 +101,9 @@ def test_exact_return_is_the_mean_of_episodes():
     assert abs(np.mean(returns) - exact_return(env, policy, horizon=12)) < 5 * error
 
 
-@pytest.mark.parametrize("options", [{}, {"slip": 0.3, "random_start": True, "render_mode": "rgb_array"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"slip": 0.3, "random_start": True, "render_mode": "rgb_array"}]
+)
 @pytest.mark.filterwarnings("ignore:.*alternative render modes")
 def test_gymnasium_accepts_it(options):
     assert check_env(GridWorld(**options)) is None  # it raises otherwise
@@ -109,8 +117,13 @@ def test_moves_walls_and_ends():
     assert [cell for cell, *_ in seen] == [1, 2, 3, 3, 7, 11, 15]
     assert [reward for _, reward, *_ in seen] == [-0.5] * 6 + [2.5]
     assert [(t, u) for *_, t, u in seen] == [(False, False)] * 6 + [(True, False)]
-    assert [s[2:] for s in play(GridWorld(time_limit=3), [UP] * 5)] == [(False, False)] * 2 + [(False, True)]
-    for limit, end in ((6, (True, False)), (5, (False, True))):  # the step into the goal is no truncation
+    assert [s[2:] for s in play(GridWorld(time_limit=3), [UP] * 5)] == [(False, False)] * 2 + [
+        (False, True)
+    ]
+    for limit, end in (
+        (6, (True, False)),
+        (5, (False, True)),
+    ):  # the step into the goal is no truncation
         assert play(GridWorld(time_limit=limit), [RIGHT, DOWN] * 3)[-1][2:] == end
     for options, steps in (({}, 50), ({"time_limit": None}, 60)):
         assert len(play(GridWorld(**options), [UP] * 60)) == steps
@@ -125,7 +138,9 @@ def test_numbers_of_the_trap(capsys):
     """Those that the docstring of GridWorld states; only the goal reaches the threshold."""
     ENTROPY.print_facts("trap")
     said = capsys.readouterr().out
-    assert "goal 0.900, decoy 0.490; of a uniform policy 0.340 (ends: goal 4.6%, decoy 83.9%" in said
+    assert (
+        "goal 0.900, decoy 0.490; of a uniform policy 0.340 (ends: goal 4.6%, decoy 83.9%" in said
+    )
     assert "then uniform: 0.210" in said and 0.49 < describe("trap").solved < 0.9
     plain, down = ENTROPY.grid_of("gridworld"), np.eye(4)[[DOWN] * 36]
     halves = (TO_THE_RIGHT + down) / 2  # down first, and then no step leads up to the decoy
@@ -133,7 +148,9 @@ def test_numbers_of_the_trap(capsys):
         *((TRAP, TO_THE_RIGHT, [0, 1, 0]), (TRAP, down, [0, 0, 1]), (TRAP, halves, [0.5, 0.5, 0])),
         (plain, halves[:16], [1, 0, 0]),
     ):
-        assert ENTROPY.chances_of(grid, policy) == pytest.approx(chances, abs=1e-8)  # walls hold some up
+        assert ENTROPY.chances_of(grid, policy) == pytest.approx(
+            chances, abs=1e-8
+        )  # walls hold some up
 
 
 @pytest.mark.parametrize(
@@ -143,7 +160,10 @@ def test_numbers_of_the_trap(capsys):
         (lambda: GridWorld(decoy=0), "decoy was given as 0.*from 1 to 14"),
         (lambda: exact_values(GridWorld(), np.full((4, 4), 0.25)), "policy"),
         (lambda: exact_values(GridWorld(), np.full((16, 4), 0.5)), "policy"),
-        (lambda: exact_values(TRAP, TO_THE_RIGHT), "From cell 2 the policy never ends"),  # at the right wall
+        (
+            lambda: exact_values(TRAP, TO_THE_RIGHT),
+            "From cell 2 the policy never ends",
+        ),  # at the right wall
     ],
 )
 def test_mistakes_are_refused(make, words):

@@ -14,15 +14,31 @@ import torch
 
 from tokenrl.core import Estimator
 
-R = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "3_numpy.py")))
+R = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "3_numpy.py"))
+)
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-STANDARDISED = {"baseline": "episode_mean", "scale": "episode_std", "scale_ddof": 0, "scale_eps": 1e-8}
+STANDARDISED = {
+    "baseline": "episode_mean",
+    "scale": "episode_std",
+    "scale_ddof": 0,
+    "scale_eps": 1e-8,
+}
 VARIATIONS = {
     "usual": ({}, {**STANDARDISED, "returns": "reward_to_go", "gamma": 0.99}),
     "gamma": ({"gamma": 0.8}, {**STANDARDISED, "returns": "reward_to_go", "gamma": 0.8}),
-    "window": ({"window": 3}, {**STANDARDISED, "returns": "blame_window", "window": 3, "gamma": 0.99}),
-    "plain": ({"standardise": False}, {"baseline": "none", "returns": "reward_to_go", "gamma": 0.99}),
-    "undiscounted": ({"standardise": False, "gamma": 1.0}, {"baseline": "none", "returns": "reward_to_go"}),
+    "window": (
+        {"window": 3},
+        {**STANDARDISED, "returns": "blame_window", "window": 3, "gamma": 0.99},
+    ),
+    "plain": (
+        {"standardise": False},
+        {"baseline": "none", "returns": "reward_to_go", "gamma": 0.99},
+    ),
+    "undiscounted": (
+        {"standardise": False, "gamma": 1.0},
+        {"baseline": "none", "returns": "reward_to_go"},
+    ),
 }
 
 
@@ -41,9 +57,15 @@ def padded(parts):
 def test_the_gradient_by_hand_is_autograds_of_the_estimator(name):
     """To 1e-10 in float64, over a step of five episodes of unequal length."""
     changed, fields = VARIATIONS[name]
-    settings, weights, generator = replace(R.Settings(), **changed), drawn_weights(), np.random.default_rng(1)
+    settings, weights, generator = (
+        replace(R.Settings(), **changed),
+        drawn_weights(),
+        np.random.default_rng(1),
+    )
     episodes = [
-        R.Episode(generator.normal(size=(t, 4)), generator.integers(2, size=t), generator.normal(size=t))
+        R.Episode(
+            generator.normal(size=(t, 4)), generator.integers(2, size=t), generator.normal(size=t)
+        )
         for t in (7, 1, 12, 4, 9)
     ]
     parts = [R.backward(weights, e, R.advantages_of(e.rewards, settings)) for e in episodes]
@@ -55,7 +77,9 @@ def test_the_gradient_by_hand_is_autograds_of_the_estimator(name):
     logits = torch.relu(observations @ w1.T + b1) @ w2 + b2
     logprobs = torch.distributions.Bernoulli(logits=logits).log_prob(actions.double())
     advantages = estimator.advantages(rewards, mask, group_size=None).policy
-    loss = estimator.loss(logprobs, advantages, estimator.token_weights(mask, max_length=None), mask)
+    loss = estimator.loss(
+        logprobs, advantages, estimator.token_weights(mask, max_length=None), mask
+    )
     for mine, theirs in zip(found, torch.autograd.grad(-loss, parameters), strict=True):
         assert float(theirs.abs().max()) > 1e-3
         torch.testing.assert_close(torch.tensor(mine), theirs, **CLOSE)

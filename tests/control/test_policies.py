@@ -11,7 +11,8 @@ from tokenrl.control.policies import LOG_STD_RANGE, ObservationScale, Policy, Sh
 
 def policy_of(head, actions, *, hidden=(5,), critic=None, **options):
     policy = Policy(
-        Shape(3, head, actions, hidden=hidden, critic=critic, **options), torch.Generator().manual_seed(1)
+        Shape(3, head, actions, hidden=hidden, critic=critic, **options),
+        torch.Generator().manual_seed(1),
     )
     with torch.no_grad():
         policy.head.weight.mul_(100)  # away from the nearly uniform start
@@ -26,7 +27,9 @@ def test_initial_weights():
     """Orthogonal weights with a head near 0 make a uniform policy; the uniform ones are those of PyTorch."""
     x = observations()
     first = Policy(Shape(3, "softmax", 4, (64,)), torch.Generator().manual_seed(1)).double()
-    torch.testing.assert_close(first(x).softmax(-1), torch.full((6, 4), 0.25).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        first(x).softmax(-1), torch.full((6, 4), 0.25).double(), atol=0.02, rtol=0
+    )
     kind = Shape(3, "softmax", 4, (64,), critic="shared", initial_weights="uniform")
     policy, again = (Policy(kind, torch.Generator().manual_seed(1)) for _ in range(2))
     for layer in (policy.body[0], policy.head, policy.critic):
@@ -34,7 +37,9 @@ def test_initial_weights():
             bound = layer.in_features**-0.5
             assert weight.abs().max() <= bound and weight.abs().max() > 0.3 * bound
     deviation = policy.head.weight.detach().std() * 64**0.5
-    assert float(deviation) == pytest.approx(3**-0.5, rel=0.15)  # of numbers uniform between -1 and 1
+    assert float(deviation) == pytest.approx(
+        3**-0.5, rel=0.15
+    )  # of numbers uniform between -1 and 1
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
 
 
@@ -44,20 +49,29 @@ def test_log_std_stays_in_its_range():
         with torch.no_grad():
             policy.head.bias[2:] = bias
         spread = policy.act(x, torch.ones(1, 2, dtype=torch.double)) - policy.act(x, None)
-        torch.testing.assert_close(spread, torch.full_like(spread, limit).exp(), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(
+            spread, torch.full_like(spread, limit).exp(), rtol=1e-6, atol=1e-12
+        )
     assert LOG_STD_RANGE == (-20, 2)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_outputs_and_gradients_are_those_of_the_modules(activation, critic):
-    policy, x = policy_of("softmax", 2, hidden=(5, 4), critic=critic, activation=activation), observations()
+    policy, x = (
+        policy_of("softmax", 2, hidden=(5, 4), critic=critic, activation=activation),
+        observations(),
+    )
     before = x.clone()
-    outputs = policy.head(policy.body(x)), policy.critic(policy.body(x) if critic == "shared" else x)[:, 0]
+    outputs = (
+        policy.head(policy.body(x)),
+        policy.critic(policy.body(x) if critic == "shared" else x)[:, 0],
+    )
     for found, wanted in zip((policy(x), policy.values(x)), outputs, strict=True):
         assert torch.equal(found, wanted)
         slopes = (
-            torch.autograd.grad(y.sum(), policy.parameters(), allow_unused=True) for y in (found, wanted)
+            torch.autograd.grad(y.sum(), policy.parameters(), allow_unused=True)
+            for y in (found, wanted)
         )
         for one, two in zip(*slopes, strict=True):
             assert one is two is None or torch.equal(one, two)
@@ -87,7 +101,9 @@ def test_scores_are_those_of_torch_and_their_norms_those_of_autograd(head, size)
     scored = policy.score(x, actions)
     torch.testing.assert_close(scored.logprobs, expected.log_prob(actions))
     torch.testing.assert_close(scored.entropy, expected.entropy())
-    slopes = [torch.autograd.grad(y.sum(), policy.head.bias) for y in (scored.entropy, expected.entropy())]
+    slopes = [
+        torch.autograd.grad(y.sum(), policy.head.bias) for y in (scored.entropy, expected.entropy())
+    ]
     torch.testing.assert_close(*slopes)
     parameters = policy(x).detach().requires_grad_()
     policy.forward = lambda _: parameters

@@ -33,7 +33,9 @@ def test_unequal_episodes_are_not_mixed_with_those_that_follow():
     assert lengths.unique().numel() > 3
     assert torch.equal(rollout.rewards.sum(1), lengths.float())  # one point a step
     assert torch.equal(rollout.mask, torch.arange(rollout.mask.shape[1]) < lengths[:, None])
-    beyond = (rollout.final_observations[:, 0].abs() > 2.4) | (rollout.final_observations[:, 2].abs() > 0.209)
+    beyond = (rollout.final_observations[:, 0].abs() > 2.4) | (
+        rollout.final_observations[:, 2].abs() > 0.209
+    )
     assert beyond.all()  # the states in which poles fall, not the fresh ones after the reset
 
 
@@ -77,7 +79,9 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
         single.reset(seed=11 + row)
         actions = rollout.actions[row, rollout.mask[row]]
         played = [single.step(int(action)) for action in actions]
-        assert [step[1] for step in played] == pytest.approx(rollout.rewards[row, rollout.mask[row]].tolist())
+        assert [step[1] for step in played] == pytest.approx(
+            rollout.rewards[row, rollout.mask[row]].tolist()
+        )
         assert played[-1][2] == bool(rollout.terminated[row])
         assert not any(step[2] or step[3] for step in played[:-1])
 
@@ -104,7 +108,11 @@ class Together(VectorEnv):
     def __init__(self, num_envs=1, own=True, **_):
         self.num_envs, self.own, self.closed = num_envs, own, False
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.memory = np.zeros((num_envs, 2), np.float32), np.zeros(num_envs), *np.zeros((2, num_envs), bool)
+        self.memory = (
+            np.zeros((num_envs, 2), np.float32),
+            np.zeros(num_envs),
+            *np.zeros((2, num_envs), bool),
+        )
 
     def _answer(self):
         self.memory[0][:], self.memory[1][:] = self.time[:, None], self.time * (self.time % 3)
@@ -128,7 +136,10 @@ def test_environments_may_write_into_the_same_memory_again(num_steps):
     def rollout(own):
         gymnasium.registry.pop("tokenrl-tests/Together-v0", None)
         gymnasium.register(
-            "tokenrl-tests/Together-v0", vector_entry_point=Together, max_episode_steps=9, kwargs={"own": own}
+            "tokenrl-tests/Together-v0",
+            vector_entry_point=Together,
+            max_episode_steps=9,
+            kwargs={"own": own},
         )
         envs = Environments("tokenrl-tests/Together-v0", 3)
         if num_steps is None:
@@ -166,7 +177,9 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
     observations = torch.arange(envs * n * 2.0).reshape(envs, n, 2)
     after = -torch.arange(envs * 2.0).reshape(envs, 2) - 1
     actions, rewards = torch.arange(envs * n).reshape(envs, n), observations[..., 0] + 0.5
-    rollout = into_rows(Steps(observations, actions, rewards, over & kind, over & ~kind, dummy), after)
+    rollout = into_rows(
+        Steps(observations, actions, rewards, over & kind, over & ~kind, dummy), after
+    )
     assert rollout.env_steps == int((~dummy).sum())
     following, place, row = torch.cat([observations[:, 1:], after[:, None]], 1), 0, []
     for e, t in itertools.product(range(envs), range(n)):
@@ -175,7 +188,10 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
             own = rollout.mask[place]
             assert own.tolist() == [True] * len(row) + [False] * (len(own) - len(row))
             for found, all_of in zip(rollout[:3], (observations, actions, rewards), strict=True):
-                assert torch.equal(found[place, own], all_of[e, row]) and (found[place, ~own] == 0).all()
+                assert (
+                    torch.equal(found[place, own], all_of[e, row])
+                    and (found[place, ~own] == 0).all()
+                )
             ends = over[e, t] & kind[e, t], over[e, t] & ~kind[e, t]
             assert (rollout.terminated[place], rollout.truncated[place]) == ends
             assert torch.equal(rollout.final_observations[place], following[e, t])

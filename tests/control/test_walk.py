@@ -25,7 +25,9 @@ def play(actions: list[int], **options) -> list[tuple]:
     return seen
 
 
-@pytest.mark.parametrize(("name", "step_reward", "best"), [("walk", 0.01, 1.1), ("costly_walk", -0.01, 0.9)])
+@pytest.mark.parametrize(
+    ("name", "step_reward", "best"), [("walk", 0.01, 1.1), ("costly_walk", -0.01, 0.9)]
+)
 @pytest.mark.parametrize(("action", "side"), [(1, 1), (0, -1)])
 @pytest.mark.filterwarnings("ignore:.*alternative render modes")
 def test_it_ends_beyond_1_and_pays_by_the_side(action, side, name, step_reward, best):

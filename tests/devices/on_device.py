@@ -45,7 +45,11 @@ def preset(name: str, **changes: Any) -> Any:
 RUNS: dict[str, dict[str, Any]] = {
     "padded": {"task": PADDED, "max_completion_length": 24},
     "ppo": {"estimator": "ppo", "num_minibatches": 2, "num_iterations": 2},
-    "kl in the loss": {"estimator": preset("grpo", beta=0.1), "task": PADDED, "max_completion_length": 16},
+    "kl in the loss": {
+        "estimator": preset("grpo", beta=0.1),
+        "task": PADDED,
+        "max_completion_length": 16,
+    },
     "kl in the reward": {"estimator": preset("rloo", beta=0.1, kl_placement="reward")},
     "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2},
     "remax": {"estimator": "remax"},
@@ -123,7 +127,9 @@ def evaluated(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
 
 def sampled(folder: Path, cpu: bool) -> dict[str, Any]:
     model = str(folder.parent / "made on the CPU" / "model")
-    texts = tokenrl.sample(model=model, prompt="385927>", num_generations=3, seed=0, max_completion_length=24)
+    texts = tokenrl.sample(
+        model=model, prompt="385927>", num_generations=3, seed=0, max_completion_length=24
+    )
     return {"rows": [{"completions": texts}]}
 
 
@@ -169,12 +175,18 @@ def on_a_mac(folder: Path, cpu: bool) -> dict[str, Any]:
         loading.SLOW_WITH_SMALL = devices
     assert result.policy.device.type == "cpu"
     assert ("a Mac's GPU is no faster" in " ".join(header.getvalue().split())) != cpu
-    return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+    return {
+        "rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    }
 
 
 def fine_tuned(folder: Path, cpu: bool) -> dict[str, Any]:
-    tokenrl.sft(task="sort_digits", model="tiny", max_steps=3, output_dir=folder, quiet=True, eval_size=4)
-    return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+    tokenrl.sft(
+        task="sort_digits", model="tiny", max_steps=3, output_dir=folder, quiet=True, eval_size=4
+    )
+    return {
+        "rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    }
 
 
 def preferred(folder: Path, cpu: bool) -> dict[str, Any]:
@@ -185,8 +197,12 @@ def preferred(folder: Path, cpu: bool) -> dict[str, Any]:
 
 
 def agent(folder: Path, cpu: bool) -> dict[str, Any]:
-    tokenrl.train_agent(env="CartPole-v1", estimator="ppo", output_dir=folder, max_steps=2, quiet=True)
-    return {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+    tokenrl.train_agent(
+        env="CartPole-v1", estimator="ppo", output_dir=folder, max_steps=2, quiet=True
+    )
+    return {
+        "rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    }
 
 
 COMMANDS: Mapping[str, Callable[[Path, bool], dict[str, Any]]] = {

@@ -61,7 +61,9 @@ def begin(kind: str) -> torch.device:
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.autograd.set_multithreading_enabled(False)  # else a backward pass leaves the thread of the mode
+    torch.autograd.set_multithreading_enabled(
+        False
+    )  # else a backward pass leaves the thread of the mode
     os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
     if kind == "mps":
         without.add(torch.float64)
@@ -77,7 +79,9 @@ class Pretended(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Pretended:
         if inner.dtype in without:
-            raise TypeError(f"{_line()}: cannot convert to {inner.dtype}, which this device does not have.")
+            raise TypeError(
+                f"{_line()}: cannot convert to {inner.dtype}, which this device does not have."
+            )
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -97,7 +101,9 @@ class Pretended(torch.Tensor):
         return self.cpu().tolist()
 
     def storage(self) -> Any:
-        return self.inner.storage()  # of which safetensors reads the address, to see which weights are tied
+        return (
+            self.inner.storage()
+        )  # of which safetensors reads the address, to see which weights are tied
 
     @property
     def data(self) -> Pretended:
@@ -109,14 +115,18 @@ class Pretended(torch.Tensor):
         self.inner = value.inner
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return compute(operation, args, kwargs or {})
 
 
 class _Operations(TorchDispatchMode):
     """Sees the operations that make tensors, which have no argument on the device."""
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return compute(operation, args, kwargs or {})
 
 

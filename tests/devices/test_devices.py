@@ -36,7 +36,9 @@ def results(tmp_path_factory):
             folder = str(tmp_path_factory.mktemp(kind))
             variables = os.environ | {"OMP_NUM_THREADS": "1"}
             command = [sys.executable, str(PROGRAM), kind, folder, *group]
-            process = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=1500)
+            process = subprocess.run(
+                command, capture_output=True, text=True, env=variables, timeout=1500
+            )
             for line in process.stdout.splitlines():
                 if line.startswith("{"):
                     result = json.loads(line)
@@ -66,7 +68,9 @@ def assert_close(expected: Any, actual: Any, where: str) -> None:
         tolerance = TOLERANCE
         if "logp_difference" in where:  # it is rounding and nothing else
             tolerance = {"rel_tol": 0, "abs_tol": 5e-3 if where.startswith("bfloat16") else 1e-4}
-        assert math.isclose(expected, actual, **tolerance), f"{where}: {expected} on the CPU, {actual}"
+        assert math.isclose(expected, actual, **tolerance), (
+            f"{where}: {expected} on the CPU, {actual}"
+        )
     elif not isinstance(expected, float):
         assert expected == actual, where
 
@@ -89,7 +93,9 @@ def test_a_step_waits_at_most_ten_times_and_once_for_eight_tokens(results, kind,
     waits = results(kind, name)["device"]["waits"]
     sampling = {line: n for line, n in waits.items() if "rollout/generator.py" in line}
     rest = {line: n for line, n in waits.items() if line not in sampling}
-    calls = 1 if RUNS[name].get("task") not in ("guess_number", "calculator") else 10  # turns of episodes
+    calls = (
+        1 if RUNS[name].get("task") not in ("guess_number", "calculator") else 10
+    )  # turns of episodes
     calls = 3 if name in ("dapo", "remax") else calls
     length = RUNS[name].get("max_completion_length", 8)
     looks = 2 if name == "stop strings" else 1  # of each, one is for the texts

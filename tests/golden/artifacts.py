@@ -38,10 +38,20 @@ def _content(path: Path) -> Content | None:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return [{name: tensor.double().flatten() for name, tensor in sorted(load_file(path).items())}]
-    if path.name in ("metrics.jsonl", "preferences.jsonl", "preferences_eval.jsonl", "evaluation.json"):
+        return [
+            {name: tensor.double().flatten() for name, tensor in sorted(load_file(path).items())}
+        ]
+    if path.name in (
+        "metrics.jsonl",
+        "preferences.jsonl",
+        "preferences_eval.jsonl",
+        "evaluation.json",
+    ):
         text = path.read_text(encoding="utf-8")
-        return [flat(json.loads(line)) for line in ([text] if path.suffix == ".json" else text.splitlines())]
+        return [
+            flat(json.loads(line))
+            for line in ([text] if path.suffix == ".json" else text.splitlines())
+        ]
     if path.name == "summary.json":
         summary = json.loads(path.read_text(encoding="utf-8"))
         return [flat({name: summary.get(name) for name in SUMMARY})]
@@ -79,7 +89,9 @@ def difference(before: dict[str, Content], after: dict[str, Content]) -> str | N
                 if key not in second:
                     return f"{name}, line {number}: {key} is missing"
                 if not equal(key, value, second[key]):
-                    return f"{name}, line {number}: {key} {brief(value)} became {brief(second[key])}"
+                    return (
+                        f"{name}, line {number}: {key} {brief(value)} became {brief(second[key])}"
+                    )
         if len(old) != len(new):
             return f"{name}, {len(old)} lines became {len(new)}"
     return None
@@ -89,7 +101,9 @@ def equal(name: str, before: Any, after: Any) -> bool:
     """Compare numbers and tensors within the tolerance of their name, and anything else exactly."""
     import torch
 
-    relative = 1e-4 if any(part.startswith(LOOSE) for part in (name, name.split(".")[-1])) else RELATIVE
+    relative = (
+        1e-4 if any(part.startswith(LOOSE) for part in (name, name.split(".")[-1])) else RELATIVE
+    )
     if isinstance(before, torch.Tensor):
         same = isinstance(after, torch.Tensor) and before.shape == after.shape
         return same and torch.allclose(after, before, rtol=relative, atol=ABSOLUTE, equal_nan=True)

@@ -122,12 +122,18 @@ def compare(before: Side, after: Side, names: list[str], jobs: int) -> int:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compare the golden runs of a commit and the working tree.")
+    parser = argparse.ArgumentParser(
+        description="Compare the golden runs of a commit and the working tree."
+    )
     parser.add_argument("commit", help="what the working tree is compared with")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--cache", type=Path, help="keep the commit's results here, and use those kept")
-    parser.add_argument("--keep", type=Path, help="leave the working tree's results in this new folder")
+    parser.add_argument(
+        "--cache", type=Path, help="keep the commit's results here, and use those kept"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="leave the working tree's results in this new folder"
+    )
     args = parser.parse_args()
     if args.keep and args.keep.exists() and any(args.keep.iterdir()):
         parser.error(f"--keep {args.keep}: the folder is not empty")
@@ -155,7 +161,9 @@ def main() -> int:
         except Failed as error:
             print(f"The commit {args.commit} cannot be compared with: {error}", file=sys.stderr)
             return 2
-    print(f"{different} of {len(args.only)} runs differ from {commit[:12]}, {time.monotonic() - began:.0f} s")
+    print(
+        f"{different} of {len(args.only)} runs differ from {commit[:12]}, {time.monotonic() - began:.0f} s"
+    )
     return 1 if different else 0
 
 

@@ -23,7 +23,9 @@ _TRAIN = (
     "--eval-generations 1 --prompts-per-step 8 "
 )
 _CONTROL = "control --output-dir run --quiet --max-steps 4 --eval-every 2 --eval-episodes 10 --num-envs 16 "
-_SUMS = "".join(f'{{"question": "{n}{9 - n}{n // 2}", "answer": "{9 - n}"}}\n' for n in range(10)) * 2
+_SUMS = (
+    "".join(f'{{"question": "{n}{9 - n}{n // 2}", "answer": "{9 - n}"}}\n' for n in range(10)) * 2
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,20 @@ RUNS: dict[str, Run] = {
     "dapo_refill": Run((_TRAIN + "--estimator dapo --num-generations 4 --max-refills 3",)),
     "running_mean": Run((_TRAIN + "--estimator reinforce_running_mean --reward-timeout 60",)),
     "remax_graded": Run(
-        (_TRAIN + "--task vowels --estimator remax --estimator.entropy-coef 0.01 --num-generations 4",)
+        (
+            _TRAIN
+            + "--task vowels --estimator remax --estimator.entropy-coef 0.01 --num-generations 4",
+        )
     ),
     "optimal": Run((_TRAIN + "--estimator optimal --max-steps 3 --gradient-checkpointing",)),
     "two_processes": Run((_TRAIN + "--estimator rloo --save-every 3",), processes=2),
     "two_processes_critic": Run(
-        (_TRAIN + "--estimator ppo --num-minibatches 2 --max-steps 3 --micro-batch-size 8",), processes=2
+        (_TRAIN + "--estimator ppo --num-minibatches 2 --max-steps 3 --micro-batch-size 8",),
+        processes=2,
     ),
-    "lora": Run((_TRAIN + "--estimator grpo --estimator.beta 0.05 --lora-r 4 --learning-rate 0.005",)),
+    "lora": Run(
+        (_TRAIN + "--estimator grpo --estimator.beta 0.05 --lora-r 4 --learning-rate 0.005",)
+    ),
     "data_file": Run(
         (
             _TRAIN.replace("--output-dir run", "--output-dir base") + "--max-steps 1",
@@ -84,12 +92,15 @@ RUNS: dict[str, Run] = {
         (
             "reward-model --task sort_digits --output-dir run --quiet --num-pairs 200 --eval-size 40 "
             "--batch-size 16 --max-steps 4 --eval-every 2",
-            _TRAIN.replace("--output-dir run", "--output-dir policy") + "--max-steps 2 --reward run/model",
+            _TRAIN.replace("--output-dir run", "--output-dir policy")
+            + "--max-steps 2 --reward run/model",
         )
     ),
     "sft": Run(("sft --task sort_digits --output-dir run --quiet --max-steps 4",)),
     "sft_lora": Run(
-        ("sft --task sort_digits --output-dir run --quiet --max-steps 4 --lora-r 4 --learning-rate 0.01",),
+        (
+            "sft --task sort_digits --output-dir run --quiet --max-steps 4 --lora-r 4 --learning-rate 0.01",
+        ),
     ),
     "cartpole": Run((_CONTROL + "--save-every 2 --diagnostics-every 2",)),
     "cartpole_critic": Run(
@@ -136,7 +147,11 @@ def execute(name: str, tree: Path, folder: Path, models: Path) -> None:
         for command in run.commands:
             words = [*launcher, str(HERE / "launch.py"), *shlex.split(command)]
             done = subprocess.run(
-                words, cwd=folder, env=environment(tree, models), stdout=log, stderr=subprocess.STDOUT
+                words,
+                cwd=folder,
+                env=environment(tree, models),
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
             if done.returncode:
                 said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")

@@ -57,10 +57,18 @@ FIRST, SECOND = {"step": 0, "a": 1.0}, {"step": 1, "a": -0.0}
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("metrics.jsonl", lines(FIRST, {"step": 1, "a": 0.5}), "metrics.jsonl, line 2: a -0.0 became 0.5"),
+        (
+            "metrics.jsonl",
+            lines(FIRST, {"step": 1, "a": 0.5}),
+            "metrics.jsonl, line 2: a -0.0 became 0.5",
+        ),
         ("metrics.jsonl", lines(FIRST), "metrics.jsonl, 2 lines became 1"),
         ("metrics.jsonl", None, "metrics.jsonl is missing"),
-        ("metrics.jsonl", lines({"step": 0, "b": 2}, SECOND), "metrics.jsonl, line 1: a is missing"),
+        (
+            "metrics.jsonl",
+            lines({"step": 0, "b": 2}, SECOND),
+            "metrics.jsonl, line 1: a is missing",
+        ),
         ("metrics.jsonl", lines(FIRST | {"b": 2}, SECOND), None),  # what only the second run has
         ("summary.json", summary(1.0, 4), None),  # a clock
         ("summary.json", summary(1.5, 3), "summary.json, line 1: eval_after.reward 1.0 became 1.5"),

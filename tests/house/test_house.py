@@ -80,12 +80,16 @@ class Source:
 
     @cached_property
     def functions(self) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-        return {n.name: n for n in self.nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+        return {
+            n.name: n for n in self.nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
 
     @cached_property
     def code(self) -> int:
         """Lines that are neither blank, nor comment, nor docstring."""
-        texts = [n for n in self.nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+        texts = [
+            n for n in self.nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+        ]
         strings = [n for n in texts if isinstance(n.value.value, str)]
         said = {line for n in strings for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
         lines = [line.strip() for line in self.text.splitlines()]
@@ -125,7 +129,9 @@ def read(folder: str) -> list[Source]:
     for path in sorted((ROOT / folder).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         package = parts[-1] == "__init__"
-        sources.append(Source(".".join(parts[:-1] if package else parts), path.read_text(), package))
+        sources.append(
+            Source(".".join(parts[:-1] if package else parts), path.read_text(), package)
+        )
     return sources
 
 
@@ -146,7 +152,11 @@ def test_every_room_keeps_its_budget():
     assert {room: weight for room, weight in rooms.items() if weight > LIMITS.get(room, 0)} == {}
     heart = [source for source in PACKAGE_SOURCES if in_heart(source)]
     sizes = {"package": sum(rooms.values()), "files": len(PACKAGE_SOURCES), "heart": total(heart)}
-    sizes |= {"tests": total(TEST_SOURCES), "recipes": total(RECIPE_SOURCES), "toys": total(TOY_SOURCES)}
+    sizes |= {
+        "tests": total(TEST_SOURCES),
+        "recipes": total(RECIPE_SOURCES),
+        "toys": total(TOY_SOURCES),
+    }
     limits = dict(zip(sizes, (PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS), strict=True))
     assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
 
@@ -196,7 +206,9 @@ def test_a_step_can_be_held_in_one_head():
 
 
 def test_no_file_is_called_utils():
-    names = [source.module.split(".")[-1] for source in PACKAGE_SOURCES + RECIPE_SOURCES + TEST_SOURCES]
+    names = [
+        source.module.split(".")[-1] for source in PACKAGE_SOURCES + RECIPE_SOURCES + TEST_SOURCES
+    ]
     assert {"utils", "util", "helpers", "misc", "common"}.isdisjoint(names)
 
 
@@ -242,7 +254,9 @@ def upward(source: Source) -> list[str]:
 def test_imports_only_go_down():
     everything = PACKAGE_SOURCES + TOY_SOURCES + RECIPE_SOURCES
     assert {s.module: upward(s) for s in everything if upward(s)} == {}
-    assert [s.module for s in TEST_SOURCES for name in s.imports() if name.split(".")[0] == "recipes"] == []
+    assert [
+        s.module for s in TEST_SOURCES for name in s.imports() if name.split(".")[0] == "recipes"
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -255,7 +269,10 @@ def test_imports_only_go_down():
         ("tokenrl.language.rewards.calls", "from tokenrl.language.tasks import task"),
         ("tokenrl.lab.exact.report", "from tokenrl.lab.measure.measurement import measure"),
         ("tokenrl.errors", "from tokenrl.core import Estimator"),
-        ("tokenrl.control.run", "if TYPE_CHECKING:\n    from tokenrl.language.policy.policy import Policy"),
+        (
+            "tokenrl.control.run",
+            "if TYPE_CHECKING:\n    from tokenrl.language.policy.policy import Policy",
+        ),
         ("tokenrl.advisor", "import tokenrl.cli"),
         ("tokenrl.language.tasks.task", "import toy_tasks"),
         ("toy_tasks.addition", "from tokenrl.core import Estimator"),
@@ -297,13 +314,20 @@ def deep_imports(source: Source) -> list[str]:
 
 
 def test_recipes_and_documents_use_public_names_only():
-    blocks = [b for d in DOCUMENTS for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.DOTALL)]
+    blocks = [
+        b for d in DOCUMENTS for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.DOTALL)
+    ]
     cells = [cell for book in NOTEBOOKS for cell in json.loads(book.read_text())["cells"]]
     blocks += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     shown = [*RECIPE_SOURCES, *(Source("document", block) for block in blocks)]
     assert blocks and {s.module: deep_imports(s) for s in shown if deep_imports(s)} == {}
-    assert deep_imports(Source("recipes.x", "from tokenrl.core.kl import k1")) == ["tokenrl.core.kl"]
-    assert deep_imports(Source("recipes.x", "import tokenrl\nfrom tokenrl.lab import measure_bias")) == []
+    assert deep_imports(Source("recipes.x", "from tokenrl.core.kl import k1")) == [
+        "tokenrl.core.kl"
+    ]
+    assert (
+        deep_imports(Source("recipes.x", "import tokenrl\nfrom tokenrl.lab import measure_bias"))
+        == []
+    )
 
 
 @pytest.mark.parametrize("room", ["", *PUBLIC_ROOMS])
@@ -334,13 +358,25 @@ def test_every_public_name_is_there_and_documented(room):
 )
 def test_light_imports_stay_light(code):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-X", "importtime", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     times = [line for line in done.stderr.splitlines() if "import time:" in line]
     imported = {line.rpartition("|")[2].strip() for line in times}
     assert "tokenrl" in imported  # else the listing was not understood
-    heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "pandas", "gymnasium"}
+    heavy = {
+        "torch",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "peft",
+        "matplotlib",
+        "pandas",
+        "gymnasium",
+    }
     assert imported & {*heavy, "jinja2", "scipy", "scipy.stats"} == set()
 
 
@@ -358,14 +394,29 @@ def unsafe(source: Source) -> list[str]:
             loads = name == "torch.load" and options.get("weights_only") != "True"
             if runs or loads or options.get("allow_pickle", "False") != "False":
                 found.append(f"{source.module}, line {node.lineno}: {name}")
-    picklers = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    picklers = {
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "shelve",
+        "marshal",
+    }
     return found + [name for name in source.imports() if name.split(".")[0] in picklers]
 
 
 def test_nothing_runs_data_as_code():
     assert [line for source in PACKAGE_SOURCES + TOY_SOURCES for line in unsafe(source)] == []
     for line in (
-        *("eval(text)", "exec(text)", "import pickle", "from pickle import loads", "torch.load(path)"),
+        *(
+            "eval(text)",
+            "exec(text)",
+            "import pickle",
+            "from pickle import loads",
+            "torch.load(path)",
+        ),
         *("torch.load(path, weights_only=False)", "numpy.load(path, allow_pickle=True)"),
     ):
         assert len(unsafe(Source("x", line))) == 1
@@ -381,7 +432,9 @@ def silent_tests(source: Source, beside: dict[str, Source]) -> list[str]:
     for node in source.nodes:
         if isinstance(node, ast.ImportFrom) and node.module in beside:
             theirs = beside[node.module].functions
-            functions |= {a.name: theirs[a.name] for a in node.names if a.name in theirs.keys() - functions}
+            functions |= {
+                a.name: theirs[a.name] for a in node.names if a.name in theirs.keys() - functions
+            }
 
     def asserts(name: str, seen: frozenset[str] = frozenset()) -> bool:
         for node in ast.walk(functions[name]):
@@ -389,7 +442,9 @@ def silent_tests(source: Source, beside: dict[str, Source]) -> list[str]:
                 return True
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func).split(".")[-1]
-                checked = any(k.arg == "check" and ast.unparse(k.value) == "True" for k in node.keywords)
+                checked = any(
+                    k.arg == "check" and ast.unparse(k.value) == "True" for k in node.keywords
+                )
                 if called in ("raises", "warns", "fail") or called.startswith("assert") or checked:
                     return True
                 if called in functions and called not in seen and asserts(called, seen | {name}):
@@ -401,7 +456,9 @@ def silent_tests(source: Source, beside: dict[str, Source]) -> list[str]:
 
 def test_every_test_asserts_something():
     beside = {source.module.split(".")[-1]: source for source in TEST_SOURCES}
-    assert {s.module: silent_tests(s, beside) for s in TEST_SOURCES if silent_tests(s, beside)} == {}
+    assert {
+        s.module: silent_tests(s, beside) for s in TEST_SOURCES if silent_tests(s, beside)
+    } == {}
     helper = "def check(x):\n    assert x\n"
     assert silent_tests(Source("x", "def test_a():\n    print(1)\n"), {}) == ["test_a"]
     assert silent_tests(Source("x", helper + "def test_b():\n    check(1)\n"), {}) == []
@@ -413,8 +470,12 @@ def test_every_test_asserts_something():
 
 def named_paths(text: str) -> set[str]:
     """Paths that a document names: relative links, and files or folders of this repository."""
-    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
-    words = re.findall(r"(?<![\w./-])((?:\./)?(?:tokenrl|toy_tasks|recipes|tests)/[\w./-]*\w\.\w+)", text)
+    links = {
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
+    }
+    words = re.findall(
+        r"(?<![\w./-])((?:\./)?(?:tokenrl|toy_tasks|recipes|tests)/[\w./-]*\w\.\w+)", text
+    )
     return {path for path in {*links, *words} if path}
 
 

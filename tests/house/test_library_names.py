@@ -22,7 +22,11 @@ from test_house import PACKAGE_SOURCES, Source
 
 ROOT = Path(__file__).parents[2]
 MODEL, SAVING = "language/policy/model.py", "language/policy/saving.py"
-CACHE, HEAD, FORWARD = "language/rollout/cache.py", "language/rollout/head.py", "language/training/forward.py"
+CACHE, HEAD, FORWARD = (
+    "language/rollout/cache.py",
+    "language/rollout/head.py",
+    "language/training/forward.py",
+)
 VLLM, CHAT = "language/rollout/vllm.py", "language/rewards/environments.py"
 AGENTS, METRICS = "control/environments.py", "runs/metrics.py"
 
@@ -134,7 +138,11 @@ def test_the_library_still_has_the_name(name):
 
 def test_a_name_that_is_gone_is_noticed():
     assert exists("torch.utils._pytree:tree_map") and exists("transformers:DynamicCache.layers")
-    gone = ("torch.utils._pytree:tree", "torch.utils._trees:tree_map", "transformers:DynamicCache.levels")
+    gone = (
+        "torch.utils._pytree:tree",
+        "torch.utils._trees:tree_map",
+        "transformers:DynamicCache.levels",
+    )
     assert not any(map(exists, gone))
 
 
@@ -171,7 +179,11 @@ def private_names(source: Source, own: set[str]) -> Iterator[str]:
     for node in source.nodes:
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
             yield from () if ast.unparse(node.value) in ("self", "cls") else (node.attr,)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "getattr",
+            "hasattr",
+            "setattr",
+        ):
             words = [word.value for word in node.args[1:2] if isinstance(word, ast.Constant)]
             yield from (word for word in words if is_private(str(word)))
         if isinstance(node, ast.Import):
@@ -194,8 +206,14 @@ def test_every_private_name_of_a_library_is_in_the_table():
     own = own_names(PACKAGE_SOURCES)
     used = {source.module: [*private_names(source, own)] for source in PACKAGE_SOURCES}
     assert {m: n for m, names in used.items() if (n := [x for x in names if not listed(x)])} == {}
-    private = {last for last in (row.split(".")[-1] for row in NAMES) if is_private(last) and ":" not in last}
-    assert private <= {name for names in used.values() for name in names}  # none is hidden by one of our own
+    private = {
+        last
+        for last in (row.split(".")[-1] for row in NAMES)
+        if is_private(last) and ":" not in last
+    }
+    assert private <= {
+        name for names in used.values() for name in names
+    }  # none is hidden by one of our own
 
 
 @pytest.mark.parametrize(
@@ -205,7 +223,10 @@ def test_every_private_name_of_a_library_is_in_the_table():
         ("getattr(model, '_no_such_modules', None)", "_no_such_modules"),
         ("from torch._dynamo import reset", "torch._dynamo:reset"),
         ("import torch._dynamo", "torch._dynamo"),
-        ("from transformers.cache_utils import StaticLayer", "transformers.cache_utils:StaticLayer"),
+        (
+            "from transformers.cache_utils import StaticLayer",
+            "transformers.cache_utils:StaticLayer",
+        ),
     ],
 )
 def test_a_name_that_is_not_in_the_table_is_noticed(line, name):

@@ -49,7 +49,13 @@ FUNCTIONS: list[tuple[str, Any, str, str, tuple[Any, ...]]] = [
     ("train_reward_model", RewardModelArguments, "*", "RewardModelResult", ()),
     ("train_agent", ControlArguments, "*, agent: str | None = ...", "ControlResult", ()),
     ("evaluate", EvaluateArguments, "*, model: str | os.PathLike[str] = ...", "Evaluation", ()),
-    ("evaluate", EvaluateArguments, "*, model: list[str] | tuple[str, ...]", "dict[str, Evaluation]", ()),
+    (
+        "evaluate",
+        EvaluateArguments,
+        "*, model: list[str] | tuple[str, ...]",
+        "dict[str, Evaluation]",
+        (),
+    ),
     ("sample", SampleArguments, "*", "list[list[str]]", ()),
     ("compare", CompareArguments, "*", "Comparison | Plan", BOTH),
     ("measure_gradients", MeasureArguments, "*", "Measured", ()),
@@ -88,7 +94,9 @@ def written(hint: Any) -> str:
         item = written(parts[0])
         return f"{item} | Sequence[{item}]"
     if parts:
-        return " | ".join(dict.fromkeys(word for part in parts for word in written(part).split(" | ")))
+        return " | ".join(
+            dict.fromkeys(word for part in parts for word in written(part).split(" | "))
+        )
     if hint is Estimator:
         return "Estimator | str | Mapping[str, typing.Any]"
     names = {str: "str | os.PathLike[str]", type(None): "None", Any: "typing.Any"}
@@ -112,17 +120,23 @@ def signatures() -> str:
         hints = keywords(kind)
         for other in shared:  # either command may have it, with another type
             hints = dict.fromkeys(keywords(other), "typing.Any") | hints
-        required = [n for n, p in inspect.signature(kind).parameters.items() if p.default is p.empty]
+        required = [
+            n for n, p in inspect.signature(kind).parameters.items() if p.default is p.empty
+        ]
         lines = [
             f"    {n}: {hint}{'' if n in required else ' = ...'},"
             for n, hint in sorted(hints.items())
             if not re.search(rf"\b{n}:", first)
         ]
-        takes_args = "args" in inspect.signature(getattr(tokenrl, name, measure_gradients)).parameters
+        takes_args = (
+            "args" in inspect.signature(getattr(tokenrl, name, measure_gradients)).parameters
+        )
         opening = f"args: {kind.__name__} | None = ..., {first}" if takes_args else first
         overload = "@typing.overload\n" if names.count(name) > 1 else ""
         parts.append(
-            f"{overload}def {name}(\n    {opening},\n" + "\n".join(lines) + f"\n) -> {result}: ...\n"
+            f"{overload}def {name}(\n    {opening},\n"
+            + "\n".join(lines)
+            + f"\n) -> {result}: ...\n"
         )
     return "\n".join(parts)
 
@@ -132,7 +146,10 @@ def test_the_signatures_are_those_of_the_settings():
 
 
 CALLS: Sequence[tuple[str, str]] = [
-    ("tokenrl.train(task='vowels', max_step=3)", 'Unexpected keyword argument "max_step" for "train"'),
+    (
+        "tokenrl.train(task='vowels', max_step=3)",
+        'Unexpected keyword argument "max_step" for "train"',
+    ),
     ("tokenrl.train(max_steps='3')", 'has incompatible type "str"; expected "int | None"'),
     (
         "tokenrl.train(lr_scheduler_type='step')",
@@ -148,13 +165,28 @@ CALLS: Sequence[tuple[str, str]] = [
     ("tokenrl.control.train_agent(max_step=3)", "Unexpected keyword"),
     ("tokenrl.lab.measure_gradients(max_step=3)", "Unexpected keyword"),
     ("tokenrl.language.load_task('a', prompt_colum='q')", "Unexpected keyword"),
-    ("tokenrl.train(task=[{'prompt': 'a'}], reward=len, model=('a', 'b'), estimator='grpo', seed=1)", ""),
-    ("tokenrl.train(reward=['exact_match', len], reward_weights=[1, 2], stop='a', output_dir=Path('x'))", ""),
-    ("tokenrl.train(chat_template_kwargs={'a': 1}, warm_start='auto', temperature=1, max_steps=None)", ""),
-    ("tokenrl.train(estimator={'preset': 'grpo'}, generator=print, callback=lambda step, row: None)", ""),
+    (
+        "tokenrl.train(task=[{'prompt': 'a'}], reward=len, model=('a', 'b'), estimator='grpo', seed=1)",
+        "",
+    ),
+    (
+        "tokenrl.train(reward=['exact_match', len], reward_weights=[1, 2], stop='a', output_dir=Path('x'))",
+        "",
+    ),
+    (
+        "tokenrl.train(chat_template_kwargs={'a': 1}, warm_start='auto', temperature=1, max_steps=None)",
+        "",
+    ),
+    (
+        "tokenrl.train(estimator={'preset': 'grpo'}, generator=print, callback=lambda step, row: None)",
+        "",
+    ),
     ("tokenrl.compare(arms=['rloo', 'grpo'], seeds=3, task='vowels', max_steps=3)", ""),
     ("tokenrl.train_agent(env='CartPole-v1', agent='tuned', hidden=[3, 4]).metrics", ""),
-    ("tokenrl.evaluate(model=['a', 'b'])['a'].metrics, tokenrl.evaluate(model=Path('a')).sampling.seed", ""),
+    (
+        "tokenrl.evaluate(model=['a', 'b'])['a'].metrics, tokenrl.evaluate(model=Path('a')).sampling.seed",
+        "",
+    ),
     (
         "tokenrl.train(TrainArguments(), callback=None).policy, tokenrl.language.load_task([1], eval_size=3)",
         "",
@@ -165,7 +197,10 @@ CALLS: Sequence[tuple[str, str]] = [
 @pytest.mark.slow
 def test_a_type_checker_sees_names_and_types(tmp_path):
     api = pytest.importorskip("mypy.api")
-    heads = ["from pathlib import Path", "import tokenrl, tokenrl.control, tokenrl.lab, tokenrl.language"]
+    heads = [
+        "from pathlib import Path",
+        "import tokenrl, tokenrl.control, tokenrl.lab, tokenrl.language",
+    ]
     heads.append("from tokenrl.language.training.arguments import TrainArguments")
     (tmp_path / "calls.py").write_text("\n".join([*heads, *(call for call, _ in CALLS)]))
     options = ["--config-file", "", "--ignore-missing-imports", "--follow-imports", "silent"]

@@ -42,7 +42,9 @@ def problem_of_policy(
     parameters = policy.trainable_parameters()
     scoring = check_scoring(policy)
     every = all_completions(vocabulary, length, policy.eos_ids)
-    rollouts = [rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts]
+    rollouts = [
+        rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts
+    ]
     logprobs, entropy, slopes = [], [], []
     for rollout in rollouts:
         scores = score(policy.model, rollout, scoring, entropy=True)
@@ -75,7 +77,9 @@ def problem_of_policy(
     )
 
 
-def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, length: int) -> Rollout:
+def rollout_of_all(
+    policy: Policy, prompt: Sequence[int], *, vocabulary: int, length: int
+) -> Rollout:
     """Return all completions of one prompt as if each had been sampled once; the logprobs are set to 0."""
     every = all_completions(vocabulary, length, policy.eos_ids)
     prompt_ids, prompt_mask = pad_left([prompt] * len(every.ids), policy.pad_id, policy.device)
@@ -96,7 +100,9 @@ def _slopes(quantity: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Return the gradient [M, T, D] of each entry of [M, T], with one backward pass per entry."""
     rows = []
     for entry in quantity.flatten():
-        parts = torch.autograd.grad(entry, list(parameters), retain_graph=True, materialize_grads=True)
+        parts = torch.autograd.grad(
+            entry, list(parameters), retain_graph=True, materialize_grads=True
+        )
         rows.append(torch.cat([part.flatten() for part in parts]))
     return torch.stack(rows).reshape(*quantity.shape, -1)
 

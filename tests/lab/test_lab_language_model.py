@@ -18,7 +18,12 @@ from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.step import training_step
 
 torch.set_num_threads(1)
-GRPO = {"baseline": "group_mean", "scale": "group_std", "aggregation": "sequence_mean", "ratio": "token"}
+GRPO = {
+    "baseline": "group_mean",
+    "scale": "group_std",
+    "aggregation": "sequence_mean",
+    "ratio": "token",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,10 @@ def logprob_by_itself(model, prompt: list[int], completion: list[int]) -> torch.
 
 def flat_gradient(value: torch.Tensor, model) -> torch.Tensor:
     return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)]
+        [
+            g.flatten()
+            for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+        ]
     )
 
 
@@ -61,14 +69,20 @@ def test_the_list_is_complete_and_its_gradient_that_of_j(policy: Policy, problem
                 continue
             logp = logprob_by_itself(model, PROMPTS[0], y)
             value = value + logp.exp() * points_of(0, y)
-            divergence = divergence + logp.exp() * (logp - logprob_by_itself(policy.reference, PROMPTS[0], y))
+            divergence = divergence + logp.exp() * (
+                logp - logprob_by_itself(policy.reference, PROMPTS[0], y)
+            )
     parts = [flat_gradient(x, model)[None] for x in (value, divergence)]
     torch.testing.assert_close(problem.gradient(), parts[0], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(problem.gradient(beta=0.3), parts[0] - 0.3 * parts[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        problem.gradient(beta=0.3), parts[0] - 0.3 * parts[1], rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, GRPO, {"beta": 0.3, "entropy_coef": 0.2}], ids=str)
-def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem, fields: dict) -> None:
+def test_the_loss_of_all_groups_through_the_scoring_code(
+    policy: Policy, problem, fields: dict
+) -> None:
     """Sum over all 1600 groups of chance times loss, one backward pass through `score`."""
     estimator = Estimator(**fields)
     pairs = torch.cartesian_prod(torch.arange(40), torch.arange(40))  # [1600, 2]
@@ -76,7 +90,11 @@ def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem
     scores = score(policy.model, rollout, entropy=True)
 
     def loss_of(pair: torch.Tensor) -> torch.Tensor:
-        mask, old, ref = problem.mask[pair], problem.logprobs[0, pair], problem.ref_logprobs[0, pair]
+        mask, old, ref = (
+            problem.mask[pair],
+            problem.logprobs[0, pair],
+            problem.ref_logprobs[0, pair],
+        )
         given = {"group_size": 2, "logprobs": old, "ref_logprobs": ref}
         advantages = estimator.advantages(problem.rewards[0, pair], mask, **given).policy
         weights = estimator.token_weights(mask, max_length=3)
@@ -85,7 +103,9 @@ def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem
 
     loss = problem.chances[0, pairs].prod(-1) @ torch.vmap(loss_of)(pairs)
     wanted = -flat_gradient(loss, policy.model)[None]
-    torch.testing.assert_close(exact_moments(estimator, problem).mean, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        exact_moments(estimator, problem).mean, wanted, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +116,9 @@ def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem
     ],
     ids=["rloo", "grpo", "kl", "token_mean"],
 )
-def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, fields: dict, groups: int) -> None:
+def test_training_has_the_exact_mean_and_variance(
+    policy: Policy, problem, fields: dict, groups: int
+) -> None:
     """Gradients left by `training_step`, sampling included, against the enumerated E[g] and tr Var g.
 
     A step of n groups of one prompt has the mean of n group gradients, where no axis couples groups. Along
@@ -121,7 +143,9 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
     rewards, running = Rewards(points), RunningMean(0.9)
     found = []
     for step in range(1, steps + 1):
-        stream = {groups: [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]}
+        stream = {
+            groups: [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]
+        }
         training_step(learner, rewards, running, step, stream.__getitem__)
         parameters = policy.trainable_parameters()  # a step without a signal leaves no gradient
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -131,7 +155,10 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
     error = exact.variance / groups
     assert float(distance.square().sum(-1).mean()) == pytest.approx(error, rel=0.25)
     draw = torch.Generator().manual_seed(0)
-    directions = [exact.mean[0], *torch.randn(5, distance.shape[1], generator=draw, dtype=torch.double)]
+    directions = [
+        exact.mean[0],
+        *torch.randn(5, distance.shape[1], generator=draw, dtype=torch.double),
+    ]
     for u in directions:
         along = distance @ u
         assert abs(float(along.mean())) < 4.5 * float(along.std()) / steps**0.5

@@ -46,13 +46,17 @@ def directions(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
     """The probes as one matrix [K, D], in the order of the parameters, as `project` scales them."""
     parameters = chosen_parameters(policy)
     drawn = probes(parameters, count, seed=seed)
-    return torch.cat([torch.cat([p[n].flatten(1) for n in parameters], 1) for p in drawn]) / count**0.5
+    return (
+        torch.cat([torch.cat([p[n].flatten(1) for n in parameters], 1) for p in drawn]) / count**0.5
+    )
 
 
 def projected_samples(policy: Policy, samples: Samples, count: int) -> Projections:
     options = {"count": count, "seed": 0, "width": 2, "entropy": True}
     parts = [project(policy, p, chosen_parameters(policy), **options) for p in samples.parts]
-    return Projections(torch.cat([p.logprobs for p in parts]), torch.cat([p.entropy for p in parts]))
+    return Projections(
+        torch.cat([p.logprobs for p in parts]), torch.cat([p.entropy for p in parts])
+    )
 
 
 # Projected scores
@@ -60,7 +64,10 @@ def projected_samples(policy: Policy, samples: Samples, count: int) -> Projectio
 
 @pytest.mark.parametrize(
     ("architecture", "tolerance"),
-    [("gpt2", 1e-10), ("llama", 1e-5)],  # a Llama computes its norms in float32 for weights of any type
+    [
+        ("gpt2", 1e-10),
+        ("llama", 1e-5),
+    ],  # a Llama computes its norms in float32 for weights of any type
     ids=["gpt2", "llama"],
 )
 def test_projections_are_those_of_exact_scores(architecture: str, tolerance: float) -> None:
@@ -69,10 +76,17 @@ def test_projections_are_those_of_exact_scores(architecture: str, tolerance: flo
     z = directions(policy, 11, seed=5)
     for x, prompt in enumerate(PROMPTS):
         rollout = rollout_of_all(policy, prompt, vocabulary=4, length=2)
-        doubled = rollout.take(torch.arange(len(rollout.mask)).repeat(2))  # equal rows are computed once
-        found = project(policy, doubled, chosen_parameters(policy), count=11, seed=5, width=3, entropy=True)
+        doubled = rollout.take(
+            torch.arange(len(rollout.mask)).repeat(2)
+        )  # equal rows are computed once
+        found = project(
+            policy, doubled, chosen_parameters(policy), count=11, seed=5, width=3, entropy=True
+        )
         assert found.entropy is not None
-        for got, exact in ((found.logprobs, problem.scores), (found.entropy, problem.entropy_slopes)):
+        for got, exact in (
+            (found.logprobs, problem.scores),
+            (found.entropy, problem.entropy_slopes),
+        ):
             wanted = (exact[x] @ z.T).repeat(2, 1, 1)  # [2 M, T, K]
             torch.testing.assert_close(got[:, :2], wanted, rtol=tolerance, atol=tolerance)
             assert got[:, 2].abs().max() == 0
@@ -118,7 +132,9 @@ def test_layers_are_chosen_by_name(policy: Policy) -> None:
     ],
     ids=lambda e: f"{e.baseline}-{e.scale}-{e.aggregation}-{e.ratio}-{e.entropy_coef}",
 )
-def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Samples, estimator) -> None:
+def test_a_step_is_the_gradient_that_training_takes(
+    policy: Policy, samples: Samples, estimator
+) -> None:
     """The loss of one step of four prompts, once through the model and autograd, once from projections."""
     z = directions(policy, 9)
     rows = torch.arange(16)
@@ -142,16 +158,25 @@ def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Sam
     found = contributions(estimator, samples, seen, prompts_per_step=4, coupled=True)
     torch.testing.assert_close(found.values[0, 0], wanted, rtol=1e-8, atol=1e-8)
     alone = contributions(estimator, samples, seen, prompts_per_step=4)
-    assert alone.coupled == (estimator.aggregation == "token_mean" or estimator.scale == "token_whiten")
+    assert alone.coupled == (
+        estimator.aggregation == "token_mean" or estimator.scale == "token_whiten"
+    )
     mean = alone.values[: 4 // alone.groups].mean(0)[0]
     torch.testing.assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples) -> None:
     seen = projected_samples(policy, samples, 8)
-    found = contributions(Estimator(baseline="running_mean"), samples, seen, prompts_per_step=8).values
-    for step, others in ((slice(8), slice(32, None)), (slice(8, None), slice(32))):  # of groups, of rows
-        mean = Estimator(baseline="constant", baseline_constant=float(samples.rewards[others].mean()))
+    found = contributions(
+        Estimator(baseline="running_mean"), samples, seen, prompts_per_step=8
+    ).values
+    for step, others in (
+        (slice(8), slice(32, None)),
+        (slice(8, None), slice(32)),
+    ):  # of groups, of rows
+        mean = Estimator(
+            baseline="constant", baseline_constant=float(samples.rewards[others].mean())
+        )
         expected = contributions(mean, samples, seen, prompts_per_step=8).values
         torch.testing.assert_close(found[step], expected[step])
 
@@ -164,7 +189,9 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
     dropped = contributions(Estimator(zero_spread="drop"), flat, seen, prompts_per_step=4)
     kept = contributions(Estimator(), flat, seen, prompts_per_step=4)
     assert dropped.coupled and not kept.coupled
-    torch.testing.assert_close(dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14
+    )
     torch.testing.assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
 
 
@@ -174,7 +201,9 @@ def test_parts_are_sampled_as_one(policy: Policy, samples: Samples) -> None:
     assert len(whole.parts) == 1 and len(samples.parts) == 3
     assert torch.equal(whole.mask, samples.mask) and torch.equal(whole.rewards, samples.rewards)
     torch.testing.assert_close(whole.logprobs, samples.logprobs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(whole.logprobs.sum(-1), whole.parts[0].logprobs.sum(-1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        whole.logprobs.sum(-1), whole.parts[0].logprobs.sum(-1), rtol=1e-10, atol=0
+    )
 
 
 def test_smaller_groups_are_slices_of_the_larger(policy: Policy, samples: Samples) -> None:
@@ -205,7 +234,9 @@ def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -
     printed = capsys.readouterr().out
     assert "Over 16 prompts of points with 4 completions" in printed and "not resolved" in printed
     again = measure_gradients(model=policy, estimators=("rloo",), rows_at_once=8, **FEW)
-    assert again.estimators[0].variance.value == pytest.approx(found.estimators[0].variance.value, rel=1e-9)
+    assert again.estimators[0].variance.value == pytest.approx(
+        found.estimators[0].variance.value, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,14 +265,18 @@ def test_rows_are_halved_while_memory_runs_out(policy: Policy, monkeypatch) -> N
     def scarce(most: int):
         def in_little_memory(policy, rollout, *args, **options):
             if len(rollout.mask) > most:
-                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+                raise RuntimeError(
+                    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"
+                )
             return project(policy, rollout, *args, **options)
 
         return in_little_memory
 
     monkeypatch.setattr(measurement, "project", scarce(16))
     found = measure_gradients(model=policy, estimators=("rloo",), **FEW)
-    assert found.estimators[0].variance.value == pytest.approx(plain.estimators[0].variance.value, rel=1e-9)
+    assert found.estimators[0].variance.value == pytest.approx(
+        plain.estimators[0].variance.value, rel=1e-9
+    )
     monkeypatch.setattr(measurement, "project", scarce(3))
     with pytest.raises(Refused, match=r"Memory ran out .*--probes.*--layers last"):
         measure_gradients(model=policy, estimators=("rloo",), **FEW)
@@ -274,7 +309,9 @@ def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):
     found = measure_with(MeasureArguments(model=str(tmp_path / "run"), **how), Console(file=page))
     assert "trained an adapter" in page.getvalue() and found.model.endswith("adapter")
     again = measure_gradients(model=policy, **how)
-    assert found.estimators[0].variance.value == pytest.approx(again.estimators[0].variance.value, rel=1e-9)
+    assert found.estimators[0].variance.value == pytest.approx(
+        again.estimators[0].variance.value, rel=1e-9
+    )
     merged = measure_gradients(model=str(tmp_path / "run" / "model"), **how)  # all weights
     assert merged.estimators[0].variance.value > 2 * found.estimators[0].variance.value
     (tmp_path / "base" / "config.json").unlink()

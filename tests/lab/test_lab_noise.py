@@ -64,7 +64,16 @@ def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Sa
     ones, old = torch.ones(len(chosen)).bool(), problem.logprobs[prompt, chosen]
     greedy = problem.totals[prompt, problem.greedy[prompt]].expand(len(chosen))
     rewards = problem.totals[prompt, chosen]
-    rows = problem.mask[chosen].bool(), rewards, ones, ~ones, greedy, old, old, torch.zeros_like(old)
+    rows = (
+        problem.mask[chosen].bool(),
+        rewards,
+        ones,
+        ~ones,
+        greedy,
+        old,
+        old,
+        torch.zeros_like(old),
+    )
     return Samples((), group_size, *rows)
 
 
@@ -74,7 +83,9 @@ def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Te
     chance, gradient = [], []
     for x, (i, j) in itertools.product(range(2), itertools.product(range(m), repeat=2)):
         pair = torch.tensor([i, j])
-        slopes = step_slopes(estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2).logprobs
+        slopes = step_slopes(
+            estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2
+        ).logprobs
         chance.append(problem.chances[x, pair].prod() / 2)
         gradient.append(torch.einsum("nt,ntd->d", slopes, problem.scores[x, pair]))
     return torch.stack(chance), torch.stack(gradient)
@@ -144,14 +155,18 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     truths = {name: exact_moments(e, problem, group_size=2) for name, e in estimators.items()}
     for name, m in found.items():
         exact = truths[name]
-        assert m.coupled == (name == "token") and m.units == (groups // 4 if name == "token" else groups)
+        assert m.coupled == (name == "token") and m.units == (
+            groups // 4 if name == "token" else groups
+        )
         if name == "token":  # its units are steps already
             units = contributions(estimators[name], samples, seen, prompts_per_step=4).values[:, 0]
             assert m.variance.value == pytest.approx(float(units.var(0).sum()), rel=1e-10)
             continue
         noise = exact.noise / 4  # of a step of four groups
         assert m.noise.low <= noise <= m.noise.high and m.noise.high / m.noise.low < 3, name
-        assert m.variance.value == pytest.approx(exact.variance / 4, rel=0.15 * (512 / groups) ** 0.5)
+        assert m.variance.value == pytest.approx(
+            exact.variance / 4, rel=0.15 * (512 / groups) ** 0.5
+        )
         assert m.signal.value == pytest.approx(float(exact.mean.square().sum()), rel=0.5)
         assert m.cosine.low - 1e-9 <= exact.cosine <= m.cosine.high + 1e-9, name
     for name in ("rloo", "remax", "grpo"):
@@ -169,13 +184,20 @@ def test_group_sizes_agree_with_the_enumerated_truth(policy: Policy) -> None:
     samples, seen = drawn(problem, chosen, 4), Projections(problem.scores[0, chosen], None)
     chosen_ones = {"rloo": Estimator(), "grpo": GRPO, "none": Estimator(baseline="none")}
     sizes = measure_group_sizes(samples, seen, chosen_ones, prompts_per_step=8, replicates=300)
-    assert [(s.estimator, s.group_size) for s in sizes] == [(n, g) for n in ("rloo", "grpo") for g in (2, 4)]
+    assert [(s.estimator, s.group_size) for s in sizes] == [
+        (n, g) for n in ("rloo", "grpo") for g in (2, 4)
+    ]
     for s in sizes:
         exact = exact_moments(chosen_ones[s.estimator], problem, group_size=s.group_size)
         noise = exact.noise * s.group_size / 32
         assert s.noise.low <= noise <= s.noise.high
         if s.group_size == 4:
-            ratio = exact_moments(chosen_ones[s.estimator], problem, group_size=2).noise * 2 / exact.noise / 4
+            ratio = (
+                exact_moments(chosen_ones[s.estimator], problem, group_size=2).noise
+                * 2
+                / exact.noise
+                / 4
+            )
             assert s.quieter.low <= ratio <= s.quieter.high and s.quieter.high / s.quieter.low < 2
 
 

@@ -46,7 +46,16 @@ def test_a_table_records_and_progress(once) -> None:
     assert [r["estimator"] for r in found] == SOME[1:]
     for record in found:
         assert list(record)[:8] == [
-            *("estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise", "ok")
+            *(
+                "estimator",
+                "declared",
+                "found",
+                "cosine",
+                "relative_bias",
+                "variance",
+                "noise",
+                "ok",
+            )
         ]
         assert {record["declared"], record["found"]} <= set(FROM_BEST_TO_WORST)
         assert (
@@ -95,7 +104,9 @@ def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path
         (["--json", "missing/lab.json"], "directory does not exist"),
     ],
 )
-def test_mistakes_are_refused_before_any_work(arguments, words, capsys, tmp_path, monkeypatch) -> None:
+def test_mistakes_are_refused_before_any_work(
+    arguments, words, capsys, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: pytest.fail("measured"))
     assert main(["lab", "exact", *arguments]) == 2
@@ -129,7 +140,9 @@ def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch) -> None
     ]
     assert [record["status"] for record in written].count("biased") == 12 == len(written) - 5
     for record in written:
-        (row,) = [line for line in out.splitlines() if line.strip().startswith(record["name"] + "  ")]
+        (row,) = [
+            line for line in out.splitlines() if line.strip().startswith(record["name"] + "  ")
+        ]
         assert row.split()[-4] == record["status"]
         wanted = [record[x] for x in ("relative_bias", "worst_relative_bias", "cosine")]
         assert [float(x) for x in row.split()[-3:]] == pytest.approx(wanted, abs=6e-4)

@@ -15,22 +15,39 @@ GROUP_OF_TWO = {"num_generations": 2, "scale_rewards": True}
 SEVERAL = {"num_iterations": 2}
 CASES = [
     ({"learning_rate": 1e-6, "num_generations": 8}, "trl_grpo", []),
-    ({"trainer": "rloo", "epsilon": 0.1}, "trl_rloo", ["epsilon: each rollout is used for one update"]),
+    (
+        {"trainer": "rloo", "epsilon": 0.1},
+        "trl_rloo",
+        ["epsilon: each rollout is used for one update"],
+    ),
     (
         {"normalize_advantages": True, "beta": 0},
         "trl_rloo,scale=batch_std,beta=0",
         ["deviation of the advant"],
     ),
-    ({"loss_type": "grpo", "delta": 3.0}, "trl_grpo,aggregation=sequence_mean,dual_clip=3", ["delta: each"]),
+    (
+        {"loss_type": "grpo", "delta": 3.0},
+        "trl_grpo,aggregation=sequence_mean,dual_clip=3",
+        ["delta: each"],
+    ),
     (
         {"loss_type": "dr_grpo", "ref_model_sync_steps": 64},
         "trl_grpo,aggregation=fixed_length",
         ["still on: scale_rewards", "ref_model_sync_steps: beta is 0"],
     ),
-    ({"loss_type": "dr_grpo", "scale_rewards": False}, "trl_grpo,aggregation=fixed_length,scale=none", []),
+    (
+        {"loss_type": "dr_grpo", "scale_rewards": False},
+        "trl_grpo,aggregation=fixed_length,scale=none",
+        [],
+    ),
     ({"loss_type": "bnpo"}, "trl_grpo", ["one pass on one device"]),
     (
-        {"loss_type": "bnpo", "per_device_train_batch_size": 1, "generation_batch_size": 8, **SEVERAL},
+        {
+            "loss_type": "bnpo",
+            "per_device_train_batch_size": 1,
+            "generation_batch_size": 8,
+            **SEVERAL,
+        },
         "trl_grpo,aggregation=sequence_mean",
         ["it is loss_type grpo", "used for several updates"],
     ),
@@ -49,7 +66,11 @@ CASES = [
         "trl_grpo,ratio=cispo,epsilon=1,epsilon_high=4,beta=0.3",
         ["epsilon_high: each rollout"],
     ),
-    ({"trainer": "rloo", "mask_truncated_completions": True}, "trl_rloo,truncations=mask", ["lacks it"]),
+    (
+        {"trainer": "rloo", "mask_truncated_completions": True},
+        "trl_rloo,truncations=mask",
+        ["lacks it"],
+    ),
     ({"top_entropy_quantile": 0.2}, "trl_grpo", ["Tokens of low entropy have no"]),
     (
         {"top_entropy_quantile": 0.2, "importance_sampling_level": "sequence"},
@@ -57,7 +78,11 @@ CASES = [
         ["Every token keeps its gradient"],
     ),
     (
-        {"top_entropy_quantile": 0.2, "importance_sampling_level": "sequence", "loss_type": "vespo"},
+        {
+            "top_entropy_quantile": 0.2,
+            "importance_sampling_level": "sequence",
+            "loss_type": "vespo",
+        },
         "trl_grpo,ratio=none",
         ["Tokens of low entropy have no", "importance_sampling_level: VESPO"],
     ),
@@ -71,14 +96,24 @@ CASES = [
         "trl_grpo,ratio=none,aggregation=sequence_mean",
         ["the slope of the gate is 1", "epsilon: this loss_type has no clip"],
     ),
-    ({"loss_type": "vespo", "vespo_k_pos": 1}, "trl_grpo,ratio=none", ["vespo_k_pos: each rollout"]),
+    (
+        {"loss_type": "vespo", "vespo_k_pos": 1},
+        "trl_grpo,ratio=none",
+        ["vespo_k_pos: each rollout"],
+    ),
     (
         {"loss_type": "luspo", "importance_sampling_level": "sequence", "scale_rewards": "batch"},
         "trl_grpo,ratio=sequence_mean,aggregation=sequence_sum,scale=batch_std",
         ["importance_sampling_level: each rollout"],
     ),
     (
-        {"beta": 0.04, "use_vllm": True, "vllm_mode": "server", "ref_model_mixup_alpha": 0.5, **GROUP_OF_TWO},
+        {
+            "beta": 0.04,
+            "use_vllm": True,
+            "vllm_mode": "server",
+            "ref_model_mixup_alpha": 0.5,
+            **GROUP_OF_TWO,
+        },
         "trl_grpo,beta=0.04",
         ["ref_model_mixup_alpha: sync_ref_model is off", "the gradient of k2", "leaves the sign"],
     ),
@@ -119,12 +154,16 @@ def verdict():
 def measured(monkeypatch, verdict):
     """The estimators that are measured, in place of their measurement, which takes seconds."""
     estimators = []
-    monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: (estimators.append(e), verdict)[1])
+    monkeypatch.setattr(
+        "tokenrl.lab.exact.report.measure_bias", lambda e: (estimators.append(e), verdict)[1]
+    )
     return estimators
 
 
 @pytest.mark.parametrize(("fields", "name", "remarks"), CASES)
-def test_a_configuration_of_trl_is_an_estimator(fields, name, remarks, measured, capsys, tmp_path) -> None:
+def test_a_configuration_of_trl_is_an_estimator(
+    fields, name, remarks, measured, capsys, tmp_path
+) -> None:
     path = tmp_path / "grpo.json"
     path.write_text(json.dumps(fields))
     assert main(["lab", "exact", "--trl-config", str(path)]) == 0
@@ -155,7 +194,9 @@ def test_a_configuration_of_trl_is_an_estimator(fields, name, remarks, measured,
         ("a.json", "[1]", "a.json"),
     ],
 )
-def test_what_is_no_configuration_is_refused(name, text, message, measured, capsys, tmp_path) -> None:
+def test_what_is_no_configuration_is_refused(
+    name, text, message, measured, capsys, tmp_path
+) -> None:
     path = tmp_path / name
     path.write_text(text)
     assert main(["lab", "exact", "--trl-config", str(path)]) == 2 and measured == []
@@ -170,13 +211,21 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
         assert main(["lab", "exact", "--trl-config", str(path)]) == 0
         out = words(capsys.readouterr().out)
         assert measured[-2] == Estimator.preset(name)
-        assert "changes nothing" not in out and "beyond" not in out  # no field differs from its default
+        assert (
+            "changes nothing" not in out and "beyond" not in out
+        )  # no field differs from its default
 
 
 def test_a_preset_is_explained_beside_rloo(capsys) -> None:
     assert main(["lab", "exact", "--preset", "unsloth"]) == 0
     out = words(capsys.readouterr().out)
-    for part in ("Unsloth 2026.10.9", "estimator trl_grpo", "gradient biased", "(asymptotic)", "unsloth_zoo"):
+    for part in (
+        "Unsloth 2026.10.9",
+        "estimator trl_grpo",
+        "gradient biased",
+        "(asymptotic)",
+        "unsloth_zoo",
+    ):
         assert part in out
     (row,) = re.findall(r"unsloth biased biased ([0-9.]+)", out)
     assert float(row) == pytest.approx(measure_bias("trl_grpo").cosine, abs=1e-6)

@@ -12,7 +12,9 @@ PROMPTS = [[1], [2, 3]]
 WORDS = ["a", "b c"]
 
 
-def tiny_policy(architecture: str = "gpt2", *, seed: int = 0, spread: float = 0.5, layers: int = 2) -> Policy:
+def tiny_policy(
+    architecture: str = "gpt2", *, seed: int = 0, spread: float = 0.5, layers: int = 2
+) -> Policy:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         GPT2Config,
@@ -38,7 +40,9 @@ def tiny_policy(architecture: str = "gpt2", *, seed: int = 0, spread: float = 0.
 
 
 def points_of(prompt: int, ids: list[int]) -> float:
-    return math.sin(3 * prompt + sum((place + 1) * token for place, token in enumerate(ids))) + 0.4 * len(ids)
+    return math.sin(
+        3 * prompt + sum((place + 1) * token for place, token in enumerate(ids))
+    ) + 0.4 * len(ids)
 
 
 def points(prompts, completion_ids, **_) -> list[float]:

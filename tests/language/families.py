@@ -19,7 +19,13 @@ LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
     "head_dim": 8,
 }
-STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+STATES = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+}
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", GROUPED),
@@ -39,7 +45,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "DeepseekV3",
         PLAIN
         | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4}
-        | {"qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+        | {
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+        }
         | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
     ),
     "olmo2": ("Olmo2", GROUPED),
@@ -64,7 +76,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "recurrent_gemma": (
         "RecurrentGemma",
-        PLAIN | {"block_types": ["recurrent", "attention"], "attention_window_size": 8, "lru_width": 32},
+        PLAIN
+        | {"block_types": ["recurrent", "attention"], "attention_window_size": 8, "lru_width": 32},
     ),
 }
 """Prefix of the class names in transformers, and the settings of a tiny model, by family."""
@@ -80,7 +93,9 @@ def family_policy(
     names = [f"{prefix}TextConfig", f"{prefix}Config"]
     config_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
     classes = [f"{prefix}ForCausalLM", f"{prefix}LMHeadModel"]
-    model_class = next((getattr(transformers, n) for n in classes if hasattr(transformers, n)), None)
+    model_class = next(
+        (getattr(transformers, n) for n in classes if hasattr(transformers, n)), None
+    )
     if config_class is None or model_class is None:
         pytest.skip(f"the installed transformers has no {prefix}")
     sizes = {
@@ -94,4 +109,6 @@ def family_policy(
         torch.manual_seed(seed)
         model = model_class(config_class(**(sizes | special | settings | config)))
     model = model.to(getattr(torch, dtype))
-    return Policy(model=model.eval(), tokenizer=None, eos_ids=(), pad_id=0, context=None, source=family)
+    return Policy(
+        model=model.eval(), tokenizer=None, eos_ids=(), pad_id=0, context=None, source=family
+    )

@@ -22,7 +22,9 @@ def equal(first, second) -> bool:
         same = isinstance(second, torch.Tensor) and first.dtype == second.dtype
         return same and first.shape == second.shape and bytes_of(first) == bytes_of(second)
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(
+            equal(first[key], second[key]) for key in first
+        )
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(equal, first, second))
     return type(first) is type(second) and json.dumps(first) == json.dumps(second)

@@ -66,7 +66,12 @@ class Faulty(Guess):
     """Fails, hangs, or returns NaN or nothing, at random; keeps count of that."""
 
     faults: ClassVar[Counter[str]] = Counter()
-    chances: ClassVar[dict[str, float]] = {"fail": 0.05, "nan": 0.05, "nothing": 0.05, "hang": 0.005}
+    chances: ClassVar[dict[str, float]] = {
+        "fail": 0.05,
+        "nan": 0.05,
+        "nothing": 0.05,
+        "hang": 0.005,
+    }
 
     def fate(self) -> str:
         names = ["", *self.chances]
@@ -84,7 +89,9 @@ class Faulty(Guess):
     def step(self, text):
         fate = self.fate()
         observation, reward, *rest = super().step(text)
-        return None if fate == "nothing" else (observation, np.nan if fate == "nan" else reward, *rest)
+        return (
+            None if fate == "nothing" else (observation, np.nan if fate == "nan" else reward, *rest)
+        )
 
 
 CHAT = (
@@ -117,7 +124,9 @@ def chat_policy(context: int = 512) -> Policy:
     """A tiny policy of characters that reads chats and is told of tools."""
     from toy_tasks.models import TinyModel
 
-    model, tokenizer = TinyModel(tuple(string.printable), layers=1, hidden=16, heads=2, context=context)(0)
+    model, tokenizer = TinyModel(
+        tuple(string.printable), layers=1, hidden=16, heads=2, context=context
+    )(0)
     tokenizer.chat_template, tokenizer.response_template = CHAT, CALLS
     return wrap(model, tokenizer, source="tiny chat")
 
@@ -135,7 +144,10 @@ class Recorded:
             self.draws.append(draws)
             return self.usual.generate(prompt_ids, sampling, draws)
         texts, length = next(self.script), sampling.max_completion_length
-        rows = [self.policy.tokenizer(text, add_special_tokens=False).input_ids[:length] for text in texts]
+        rows = [
+            self.policy.tokenizer(text, add_special_tokens=False).input_ids[:length]
+            for text in texts
+        ]
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.policy.pad_id] * (width - len(row)) for row in rows])
         mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])

@@ -50,16 +50,22 @@ def make_tokenizer(kind: str = "pad"):
     )
     backend.train_from_iterator(SENTENCES, trainer)
     if kind == "chat":
-        backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+        backend.post_processor = processors.TemplateProcessing(
+            "<bos> $A", special_tokens=[("<bos>", 0)]
+        )
     if kind == "closing":
-        backend.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+        backend.post_processor = processors.TemplateProcessing(
+            "$A <eos>", special_tokens=[("<eos>", 1)]
+        )
     special = {"eos_token": "<eos>"}
     if kind != "no_pad":
         special["pad_token"] = "<eos>" if kind == "pad_is_eos" else "<pad>"
     if kind == "chat":
         special["bos_token"] = "<bos>"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="right" if kind == "pads_right" else "left", **special
+        tokenizer_object=backend,
+        padding_side="right" if kind == "pads_right" else "left",
+        **special,
     )
     if kind == "chat":
         tokenizer.chat_template = TEMPLATE
@@ -67,12 +73,22 @@ def make_tokenizer(kind: str = "pad"):
 
 
 def make_model(
-    architecture: str = "llama", *, vocabulary: int = 96, seed: int = 0, dtype: str = "float32", **config
+    architecture: str = "llama",
+    *,
+    vocabulary: int = 96,
+    seed: int = 0,
+    dtype: str = "float32",
+    **config,
 ):
     """A random model of 2 layers x 32; its weights are large, so that what comes before matters."""
     import transformers as t
 
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.25}
+    common = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.25,
+    }
     heads = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -191,14 +207,18 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how
     return TransformersGenerator(policy).generate(prompt_ids, sampling, draws)
 
 
-def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None, places=None):
+def one_step(
+    learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None, places=None
+):
     """One `training_step` on fixed prompts, or on those at some places; returns its record."""
     from tokenrl.core.memories import RunningMean
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.step import training_step
 
     numbered = [(place, {"prompt": prompts[place]}) for place in places or range(len(prompts))]
-    spare = [(100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])]
+    spare = [
+        (100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])
+    ]
     stream, mean = iter(numbered + spare), running_mean or RunningMean(0.9, 0.2)
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
     return training_step(learner, rewards, mean, step, lambda count: [*islice(stream, count)])
@@ -261,7 +281,11 @@ class Engine:
 def preset_for_groups_of_three(name):
     """The estimator of a preset, with an order that groups of three rows allow."""
     estimator = Estimator.preset(name)
-    return dataclasses.replace(estimator, objective_order=2) if estimator.objective_order else estimator
+    return (
+        dataclasses.replace(estimator, objective_order=2)
+        if estimator.objective_order
+        else estimator
+    )
 
 
 def raised(reward):
@@ -270,14 +294,22 @@ def raised(reward):
 
 
 def stepped(
-    estimator, *, architecture="llama", dtype="float32", reward=flat_second_prompt, engine=None, **options
+    estimator,
+    *,
+    architecture="llama",
+    dtype="float32",
+    reward=flat_second_prompt,
+    engine=None,
+    **options,
 ):
     """One step from the same weights; the reference differs from the policy if there is one."""
     # Weights small enough that float32's rounding stays below the tolerances.
     policy = make_policy(architecture, dtype=dtype, initializer_range=0.1)
     policy.eos_ids = ENDS
     if estimator.needs_reference:
-        policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(False)
+        policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(
+            False
+        )
     learner = make_learner(policy, estimator, **options)
     if engine is not None:
         learner.generator = engine(policy)

@@ -32,12 +32,22 @@ def advantages(rewards, *, mask=None, baseline_value=0.5, **fields):
     size = rewards.shape[1] if mask is None else fields.pop("group_size")
     rewards = rewards.reshape(-1) if mask is None else rewards
     mask = torch.ones(len(rewards), 3, dtype=rewards.dtype) if mask is None else mask
-    names = ("valid", "logprobs", "ref_logprobs", "values", "greedy_rewards", "score_norms", "bootstrap")
+    names = (
+        "valid",
+        "logprobs",
+        "ref_logprobs",
+        "values",
+        "greedy_rewards",
+        "score_norms",
+        "bootstrap",
+    )
     extra = {k: fields.pop(k) for k in names if k in fields}
     if fields.get("baseline") == "optimal":
         extra.setdefault("score_norms", torch.ones_like(mask, dtype=rewards.dtype))
     e = Estimator(**fields)
-    return e.advantages(rewards, mask, group_size=size, baseline_value=baseline_value, **extra).policy
+    return e.advantages(
+        rewards, mask, group_size=size, baseline_value=baseline_value, **extra
+    ).policy
 
 
 def some_inputs(n, t, dtype=torch.double):
@@ -51,7 +61,9 @@ def some_inputs(n, t, dtype=torch.double):
 
 
 def fits(scale, size, rows=99):
-    return not (scale == "loo_std" and size < 3) and not (scale == "other_groups_std" and rows == size)
+    return not (scale == "loo_std" and size < 3) and not (
+        scale == "other_groups_std" and rows == size
+    )
 
 
 @quick
@@ -61,10 +73,16 @@ def test_means_against_their_definitions(rewards) -> None:
     centred = (rewards - rewards.mean(1, keepdim=True)).reshape(-1)
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(advantages(rewards, baseline="group_mean"), centred, **close)
-    torch.testing.assert_close(advantages(rewards, baseline="batch_mean"), flat - flat.mean(), **close)
-    torch.testing.assert_close(advantages(rewards, baseline="rloo"), size / (size - 1) * centred, **close)
+    torch.testing.assert_close(
+        advantages(rewards, baseline="batch_mean"), flat - flat.mean(), **close
+    )
+    torch.testing.assert_close(
+        advantages(rewards, baseline="rloo"), size / (size - 1) * centred, **close
+    )
     others = [(row.sum() - r) / (size - 1) for row in rewards for r in row]
-    torch.testing.assert_close(advantages(rewards, baseline="rloo"), flat - torch.stack(others), **close)
+    torch.testing.assert_close(
+        advantages(rewards, baseline="rloo"), flat - torch.stack(others), **close
+    )
     assert torch.equal(advantages(rewards, baseline="none"), flat)
     torch.testing.assert_close(advantages(rewards, baseline="running_mean"), flat - 0.5)
     constant = advantages(rewards, baseline="constant", baseline_constant=2.0)
@@ -89,7 +107,9 @@ def test_scales_against_their_definitions(rewards, ddof, eps) -> None:
         "token_whiten": (flat - tokens.mean()) / std(tokens),
     }
     if size > 2:
-        others = [(r, torch.cat([row[:i], row[i + 1 :]])) for row in rewards for i, r in enumerate(row)]
+        others = [
+            (r, torch.cat([row[:i], row[i + 1 :]])) for row in rewards for i, r in enumerate(row)
+        ]
         wanted["loo_std"] = torch.stack([r / std(rest) for r, rest in others])
     if prompts > 1:
         apart = [torch.cat([rewards[:x], rewards[x + 1 :]]) for x in range(prompts)]
@@ -128,14 +148,19 @@ def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
     """Removing a row of each group gives the others the same advantages, whatever the row holds."""
     if exclude_each_other(baseline, scale, returns):
         return
-    rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1, 0.7, -2.0, 5.0, 1.5, 0.2, 6.0, 1.1, 3.3])
+    rewards = torch.tensor(
+        [1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1, 0.7, -2.0, 5.0, 1.5, 0.2, 6.0, 1.1, 3.3]
+    )
     rewards = rewards.double()
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]] * 4).double()
     fields = {"baseline": baseline, "scale": scale, "returns": returns}
     more = some_inputs(16, 3)
     valid = ~torch.eye(4, dtype=torch.bool).flatten()  # another place in each group
     spoiled = rewards.masked_fill(~valid, torch.nan)
-    spoilt = {k: x.masked_fill(~valid.reshape(-1, *[1] * (x.ndim - 1)), torch.nan) for k, x in more.items()}
+    spoilt = {
+        k: x.masked_fill(~valid.reshape(-1, *[1] * (x.ndim - 1)), torch.nan)
+        for k, x in more.items()
+    }
     got = advantages(spoiled, mask=mask, group_size=4, valid=valid, **fields, **spoilt)
     rest = {k: x[valid] for k, x in more.items()}
     without = advantages(rewards[valid], mask=mask[valid], group_size=3, **fields, **rest)
@@ -170,10 +195,18 @@ def test_returns_by_hand() -> None:
     assert returns_of(dense, gamma=0.5) == [[4, 6, 8, 8]]
     assert returns_of(dense, gamma=1 - 1e-7) == [pytest.approx([15, 14, 12, 8])]
     assert all(x < 3 for x in returns_of(torch.ones(1, 3000), gamma=0.5)[0])  # no power overflows
-    for window, gamma, wanted in ((1, 1.0, dense[0]), (2, 1.0, [3, 6, 12, 8]), (2, 0.5, [2, 4, 8, 8])):
-        assert returns_of(dense, returns="blame_window", window=window, gamma=gamma) == [list(wanted)]
+    for window, gamma, wanted in (
+        (1, 1.0, dense[0]),
+        (2, 1.0, [3, 6, 12, 8]),
+        (2, 0.5, [2, 4, 8, 8]),
+    ):
+        assert returns_of(dense, returns="blame_window", window=window, gamma=gamma) == [
+            list(wanted)
+        ]
     assert returns_of(dense, returns="blame_window", window=9) == [[15, 14, 12, 8]]
-    got = advantages(dense, mask=torch.ones(1, 4), group_size=None, baseline="none", returns="blame_window")
+    got = advantages(
+        dense, mask=torch.ones(1, 4), group_size=None, baseline="none", returns="blame_window"
+    )
     assert got.tolist() == [[15, 14, 12, 8]]
 
 
@@ -217,7 +250,9 @@ def test_returns_normalised_in_each_episode(ddof) -> None:
     rewards = torch.randn(3, 5, generator=draw, dtype=torch.double) * mask
     shared = {"gamma": 0.9, "scale_ddof": ddof, "scale_eps": 1e-8, "mask": mask, "group_size": None}
     values = torch.full_like(rewards, 0.5).masked_fill(~mask, torch.nan)
-    got = advantages(rewards, baseline="value", returns="episode_normalized", values=values, **shared)
+    got = advantages(
+        rewards, baseline="value", returns="episode_normalized", values=values, **shared
+    )
     to_go = torch.tensor(returns_of(rewards, mask, gamma=0.9)).double()
     for row, n in ((0, 5), (1, 3)):
         wanted = (to_go[row, :n] - to_go[row, :n].mean()) / to_go[row, :n].std(correction=ddof)
@@ -278,7 +313,9 @@ def test_shrinkage_mixes_two_means_that_leave_the_row_out() -> None:
     assert 0.2 < estimated < 1
     for weight, lam in ((0.25, 0.25), (None, estimated)):
         got = totals[0] - advantages(totals, baseline="shrinkage", shrinkage_weight=weight)[:5]
-        torch.testing.assert_close(got, lam * own + (1 - lam) * means.mean(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            got, lam * own + (1 - lam) * means.mean(), rtol=1e-10, atol=1e-12
+        )
     alike = torch.tensor([[4.0, 2.0, 3.0]] * 3)  # equal means of all prompts
     assert advantages(alike, baseline="shrinkage").tolist() == pytest.approx([1, -1, 0] * 3)
 
@@ -292,11 +329,16 @@ def test_a_baseline_of_the_users_own() -> None:
         mask.zero_(), valid.zero_()
         return totals.mul_(2.0).mean() / 2 + torch.zeros(len(totals))
 
-    rewards, valid = torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), torch.tensor([True, True, True, False])
+    rewards, valid = (
+        torch.tensor([[1.0, 2.0], [3.0, torch.nan]]),
+        torch.tensor([True, True, True, False]),
+    )
     got = advantages(rewards, baseline=mine, valid=valid)
     assert got.tolist() == [-0.5, 0.5, 1.5, 0] and rewards[0].tolist() == [1, 2] and valid.any()
     assert torch.equal(seen["valid"], valid) and torch.equal(seen["mask"].any(1), valid)
-    each = advantages(rewards, baseline=lambda totals, mask, **_: 2.0 * mask, returns="reward_to_go")
+    each = advantages(
+        rewards, baseline=lambda totals, mask, **_: 2.0 * mask, returns="reward_to_go"
+    )
     assert seen["group_size"] == 2 and each.tolist()[:2] == [[-1] * 3, [0] * 3]
 
 
@@ -308,7 +350,10 @@ def test_a_kl_in_the_reward_by_hand(returns, wanted) -> None:
     """It is added per token before the baseline, masked positions may hold anything, nothing has a slope."""
     logprobs = torch.tensor([[-1.0, -2.0, torch.nan], [-0.5, -0.25, -0.125]], requires_grad=True)
     ref = torch.tensor([[-1.5, -1.0, -torch.inf], [-0.5, -0.5, -0.5]])
-    rewards, mask = torch.tensor([1.0, 4.0], requires_grad=True), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    rewards, mask = (
+        torch.tensor([1.0, 4.0], requires_grad=True),
+        torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    )
     e = Estimator(beta=2.0, returns=returns)
     got = e.advantages(rewards, mask, group_size=2, logprobs=logprobs, ref_logprobs=ref)
     # log ratios .5, -1 and 0, .25, .375: returns 1 - 2(-.5) = 2 and 4 - 2(.625) = 2.75
@@ -328,10 +373,23 @@ def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
     for baseline, scale in [(b, "none") for b in BASELINES] + [("none", s) for s in SCALES]:
         if exclude_each_other(baseline, scale, returns):
             continue
-        fields = {"baseline": baseline, "scale": scale, "returns": returns, "beta": 0.1, "gamma": 0.9}
+        fields = {
+            "baseline": baseline,
+            "scale": scale,
+            "returns": returns,
+            "beta": 0.1,
+            "gamma": 0.9,
+        }
 
         def policy(r, m, v, lp, fields=fields):
-            inputs = {"mask": m, "group_size": 3, "valid": v, "logprobs": lp, "ref_logprobs": lp / 2, **more}
+            inputs = {
+                "mask": m,
+                "group_size": 3,
+                "valid": v,
+                "logprobs": lp,
+                "ref_logprobs": lp / 2,
+                **more,
+            }
             weights = Estimator(**fields).token_weights(m.to(dtype), max_length=7, valid=v)
             return advantages(r, **fields, **inputs), weights
 
@@ -365,7 +423,9 @@ def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
 def test_inputs_that_are_missing_or_do_not_fit_are_refused(fields, size, words) -> None:
     rows = 1 if size == 0 else 4
     with pytest.raises(Refused, match=words):
-        Estimator(**fields).advantages(torch.arange(rows * 1.0), torch.ones(rows, 3), group_size=size or None)
+        Estimator(**fields).advantages(
+            torch.arange(rows * 1.0), torch.ones(rows, 3), group_size=size or None
+        )
     with pytest.raises(ValueError, match="fit"):
         Estimator().advantages(torch.arange(2.0), torch.ones(4, 3), group_size=2)
 
@@ -391,7 +451,8 @@ def test_the_spread_of_equal_others_is_exactly_zero() -> None:
     rewards = torch.tensor([[1.0, 0.1], [0.1, 0.1]])
     for scale, shape in (("loo_std", (1, 4)), ("other_groups_std", (2, 2))):
         got, plain = (
-            advantages(rewards.reshape(shape), **f) for f in ({"scale": scale, "scale_eps": 1e-6}, {})
+            advantages(rewards.reshape(shape), **f)
+            for f in ({"scale": scale, "scale_eps": 1e-6}, {})
         )
         torch.testing.assert_close(got[0], plain[0] / 1e-6, rtol=1e-6, atol=0)
         with pytest.raises(Refused, match=f"{scale}.*Give a scale_eps above 0"):
@@ -403,7 +464,10 @@ def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
     draw = torch.Generator().manual_seed(3)
     columns = torch.rand(8, 2, generator=draw, dtype=torch.double) * torch.tensor([1.0, 100.0])
     columns[5, 1] = torch.nan
-    weights, mask = torch.tensor([2.0, -0.5], dtype=torch.double), torch.ones(8, 3, dtype=torch.double)
+    weights, mask = (
+        torch.tensor([2.0, -0.5], dtype=torch.double),
+        torch.ones(8, 3, dtype=torch.double),
+    )
     inputs = {"group_size": 4, "components": columns, "component_weights": weights}
     totals = (columns * weights).nansum(1)
     e = Estimator.preset("gdpo", scale_eps=0.0)

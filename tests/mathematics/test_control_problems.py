@@ -61,10 +61,18 @@ def test_the_gradient_is_that_of_the_bellman_equation(gamma: float, beyond: int)
 
 
 ASCENDS = {
-    "J_gamma": ("total, discounted", "total, batch mean, discounted", "cut, total, V^pi follows, discounted"),
+    "J_gamma": (
+        "total, discounted",
+        "total, batch mean, discounted",
+        "cut, total, V^pi follows, discounted",
+    ),
     "neither": (
         *("reward to go, discounted", "blame window shorter", "GAE lam 0.5, any V"),
-        *("GAE lam 0.5, V^pi, discounted", "to go, timestep mean of all (of 2 here)", "to go, episode mean"),
+        *(
+            "GAE lam 0.5, V^pi, discounted",
+            "to go, timestep mean of all (of 2 here)",
+            "to go, episode mean",
+        ),
         *("to go, episode mean and std", "to go, episode mean and std, reward 1"),
         *("episode normalised, then V", "cut, any V follows", "cut, taken for an end"),
     ),
@@ -106,7 +114,9 @@ def test_gae_by_the_true_value_is_discounted_reward_to_go_in_the_mean(lam: float
 
 
 @pytest.mark.parametrize(("all_of", "size"), [(False, 2), (False, 3), (True, 2), (True, 3)])
-def test_a_timestep_mean_of_the_others_is_exact_though_lengths_differ(all_of: bool, size: int) -> None:
+def test_a_timestep_mean_of_the_others_is_exact_though_lengths_differ(
+    all_of: bool, size: int
+) -> None:
     """With the row inside, step t counts E[1 - 1/n_t], n_t - 1 ~ Binomial(G - 1, P(alive at t))."""
     problem = problem_of_mdp(random_mdp(5, one_start=True), steps=2 if size == 3 else 3)
     estimator = Estimator(baseline="timestep_mean", leave_one_out=not all_of, **TO_GO)
@@ -173,7 +183,11 @@ def test_groups_equal_in_rewards_and_not_in_what_follows_have_a_gradient() -> No
 def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     print_objectives()
     lines = capsys.readouterr().out.splitlines()
-    rows = {line[2:44].strip(): line.split()[-1] for line in lines if line[:3].strip() and "  " in line[3:]}
+    rows = {
+        line[2:44].strip(): line.split()[-1]
+        for line in lines
+        if line[:3].strip() and "  " in line[3:]
+    }
     assert rows["total, discounted"] == "J_gamma" and set(ROWS) <= set(rows)
     done = doctest.testmod(discounting)
     assert done.attempted >= 4 and done.failed == 0

@@ -83,8 +83,12 @@ MIXED += [
     for name in ("quantile", "opo")
     for zero_spread in ("drop", "refill")
 ]
-FORMS = [BEST_OF_2 | {"objective_form": form} for form in ("leave_one_out", "sloo_minus_one", "sloo")]
-FORMS += [{"objective": "log_success", "objective_form": form} for form in ("maxrl", "leave_one_out")]
+FORMS = [
+    BEST_OF_2 | {"objective_form": form} for form in ("leave_one_out", "sloo_minus_one", "sloo")
+]
+FORMS += [
+    {"objective": "log_success", "objective_form": form} for form in ("maxrl", "leave_one_out")
+]
 MIXED += [
     form | more
     for form in FORMS
@@ -99,7 +103,9 @@ MIXED += [
 ]
 
 
-SLOW = [{"baseline": name, **TO_GO_KL, "aggregation": "fixed_length"} for name in AXES["baseline"][3:]]
+SLOW = [
+    {"baseline": name, **TO_GO_KL, "aggregation": "fixed_length"} for name in AXES["baseline"][3:]
+]
 """What changes a constant divisor only."""
 ALIKE = (
     {"aggregation": "fixed_length", "ratio": "token"},
@@ -138,7 +144,11 @@ def test_reasons_of_what_depends_on_several_fields() -> None:
         ({"objective": "log_success"}, "biased", "on rewards of 0 and 1 it is exact"),
         ({**BEST_OF_2, "zero_spread": "drop"}, "exact_per_prompt", "kept groups"),
         ({**BEST_OF_2, "objective_form": "sloo", "zero_spread": "drop"}, "biased", "of their own"),
-        ({**LOSS_KL, "objective": "log_success", "objective_form": "leave_one_out"}, "biased", "coefficient"),
+        (
+            {**LOSS_KL, "objective": "log_success", "objective_form": "leave_one_out"},
+            "biased",
+            "coefficient",
+        ),
         ({"returns": "gae", "lam": 1.0}, "exact", "no choice"),
         ({"returns": "gae"}, "biased", "lam < 1"),
         ({"baseline": "group_mean", "aggregation": "token_mean"}, "asymptotic", "(G-1)/G"),
@@ -163,7 +173,11 @@ def test_importance_weights_leave_most_of_the_bias_of_a_sampler_that_differs() -
         draw = torch.Generator().manual_seed(seed)
         logits, noise = torch.randn(2, 7, 3, generator=draw, dtype=torch.double)
         trainer, sampler = (tabular_problem(seed, logits=x) for x in (logits, logits + 0.2 * noise))
-        chances, rewards, logprobs = sampler.chances[0], trainer.totals[0], trainer.logprobs[0].clone()
+        chances, rewards, logprobs = (
+            sampler.chances[0],
+            trainer.totals[0],
+            trainer.logprobs[0].clone(),
+        )
         loss = Estimator(**fields).loss(
             logprobs.requires_grad_(),
             (rewards - chances @ rewards) * chances,
@@ -181,7 +195,9 @@ def test_importance_weights_leave_most_of_the_bias_of_a_sampler_that_differs() -
     assert 0.13 < without < 0.19 and 0.08 < capped < 0.13 and abs(capped - uncapped) < 0.01
 
 
-@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis in CHOICES for name in CHOICES[axis]])
+@pytest.mark.parametrize(
+    ("axis", "name"), [(axis, name) for axis in CHOICES for name in CHOICES[axis]]
+)
 def test_every_name_has_a_stated_bias(axis: str, name: str) -> None:
     row = CHOICES[axis][name]
     for effect in (row, row.row_inside, row.discounted):
@@ -226,8 +242,16 @@ def test_problems_that_cannot_be_used() -> None:
 
 
 WRONG = [
-    ({"scale group_std": "exact", "aggregation sequence_mean": "exact"}, Estimator.preset("grpo"), "biased"),
-    ({"scale group_std": "asymptotic"}, Estimator(baseline="group_mean", scale="group_std"), "biased"),
+    (
+        {"scale group_std": "exact", "aggregation sequence_mean": "exact"},
+        Estimator.preset("grpo"),
+        "biased",
+    ),
+    (
+        {"scale group_std": "asymptotic"},
+        Estimator(baseline="group_mean", scale="group_std"),
+        "biased",
+    ),
     ({"baseline group_mean": "exact"}, Estimator(baseline="group_mean"), "exact_up_to_scale"),
     ({"scale batch_std": "exact_per_prompt"}, Estimator(scale="batch_std"), "asymptotic"),
     ({"baseline rloo": "biased"}, Estimator(), "exact"),  # needlessly
@@ -235,7 +259,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "estimator", "found"), WRONG, ids=lambda x: str(x)[:30])
-def test_a_wrong_declaration_is_caught(monkeypatch, changes: dict, estimator: Estimator, found: str) -> None:
+def test_a_wrong_declaration_is_caught(
+    monkeypatch, changes: dict, estimator: Estimator, found: str
+) -> None:
     for choice, status in changes.items():
         axis, name = choice.split()
         monkeypatch.setitem(CHOICES[axis], name, replace(CHOICES[axis][name], status=status))
@@ -252,7 +278,11 @@ def test_a_baseline_of_ones_own_gets_a_measured_status() -> None:
 
     def least_of_others(totals, *, group_size, **_):
         groups = totals.reshape(-1, 1, group_size).expand(-1, group_size, -1)
-        return groups.masked_fill(torch.eye(group_size, dtype=torch.bool), torch.inf).amin(-1).flatten()
+        return (
+            groups.masked_fill(torch.eye(group_size, dtype=torch.bool), torch.inf)
+            .amin(-1)
+            .flatten()
+        )
 
     def largest(totals, *, group_size, **_):
         return of_groups(totals, group_size).amax(-1).repeat_interleave(group_size)
@@ -306,11 +336,18 @@ PERMANENT = {"longer": longer(2), "median": median_from(4), "trimmed": trimmed, 
 @pytest.mark.parametrize(
     ("name", "aggregation"),
     [(name, "token_mean") for name in PERMANENT]
-    + [pytest.param(name, "sequence_sum", marks=[pytest.mark.slow] * (name != "own")) for name in PERMANENT],
+    + [
+        pytest.param(name, "sequence_sum", marks=[pytest.mark.slow] * (name != "own"))
+        for name in PERMANENT
+    ],
 )
-def test_a_permanent_bias_that_only_some_problems_show_is_not_called_asymptotic(name, aggregation) -> None:
+def test_a_permanent_bias_that_only_some_problems_show_is_not_called_asymptotic(
+    name, aggregation
+) -> None:
     """The mean over tokens has a bias that vanishes, which must not hide the one that stays."""
-    assert measure_bias(Estimator(baseline=PERMANENT[name], aggregation=aggregation)).found == "biased"
+    assert (
+        measure_bias(Estimator(baseline=PERMANENT[name], aggregation=aggregation)).found == "biased"
+    )
 
 
 def in_float32(totals, *, group_size, **_):
@@ -337,10 +374,17 @@ def test_what_was_tried_is_said_and_goes_beyond_the_main_problems() -> None:
         assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
     only_in_larger = Estimator(baseline=median_from(9))
     verdict = measure_bias(only_in_larger)
-    assert verdict.found == "exact" and "4 prompts, groups of 8, 6 tokens, rewards of 1" in verdict.tried
-    assert repr(verdict).startswith(f"{only_in_larger.baseline.__name__}: exact, cosine 1.000, noise ")
+    assert (
+        verdict.found == "exact"
+        and "4 prompts, groups of 8, 6 tokens, rewards of 1" in verdict.tried
+    )
+    assert repr(verdict).startswith(
+        f"{only_in_larger.baseline.__name__}: exact, cosine 1.000, noise "
+    )
     assert measure_bias(only_in_larger, group_size=10).found == "biased"
-    assert "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried  # these problems and no others
+    assert (
+        "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried
+    )  # these problems and no others
 
 
 def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
@@ -349,9 +393,15 @@ def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None
         shown,
         f"<code>{shown}</code>",
     )
-    assert "exact (declared biased), cosine" in repr(replace(measure_bias("rloo"), declared="biased"))
+    assert "exact (declared biased), cosine" in repr(
+        replace(measure_bias("rloo"), declared="biased")
+    )
     assert measure_bias("dr_grpo", SMALL).found == "exact_up_to_scale"
-    for estimator, words in (("rlo", "rloo"), (None, "instead of None"), (3, "the name of a preset")):
+    for estimator, words in (
+        ("rlo", "rloo"),
+        (None, "instead of None"),
+        (3, "the name of a preset"),
+    ):
         with pytest.raises(Refused, match=words):
             measure_bias(estimator, SMALL)
     for size in (1, 16, 2.5):
@@ -392,4 +442,6 @@ def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -
 def test_the_problems_differ() -> None:
     problems = default_problems()
     assert {len(p.chances) for p in problems} == {1, 2, 3}
-    assert {p.rewards.ndim for p in problems} == {2, 3} and len({p.name for p in problems}) == len(problems)
+    assert {p.rewards.ndim for p in problems} == {2, 3} and len({p.name for p in problems}) == len(
+        problems
+    )

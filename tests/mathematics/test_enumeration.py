@@ -25,7 +25,11 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
     mean, second = torch.zeros_like(theta).detach(), 0.0
     for chosen in itertools.product(range(completions), repeat=len(of_row)):
         y = torch.tensor(chosen)
-        mask, old, ref = problem.mask[y], problem.logprobs[of_row, y], problem.ref_logprobs[of_row, y]
+        mask, old, ref = (
+            problem.mask[y],
+            problem.logprobs[of_row, y],
+            problem.ref_logprobs[of_row, y],
+        )
         logprobs = old + problem.scores[of_row, y] @ theta
         entropy = problem.entropy[of_row, y] + problem.entropy_slopes[of_row, y] @ theta
         advantages = estimator.advantages(
@@ -53,14 +57,24 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
     "fields",
     [
         {},
-        {"baseline": "group_mean", "scale": "group_std", "aggregation": "sequence_mean", "ratio": "token"},
+        {
+            "baseline": "group_mean",
+            "scale": "group_std",
+            "aggregation": "sequence_mean",
+            "ratio": "token",
+        },
         {"aggregation": "token_mean", "entropy_coef": 0.4},
         {"beta": 0.3, "kl_estimator": "k3", "kl_placement": "loss"},
         {"baseline": "optimal"},
         {"baseline": "remax", "aggregation": "fixed_length"},
         {"baseline": "value", "returns": "gae", "lam": 0.5},
         {"ratio": "sequence_mean", "aggregation": "sequence_mean", "returns": "reward_to_go"},
-        {"beta": 0.3, "kl_estimator": "k2_sequence", "kl_placement": "loss", "aggregation": "token_mean"},
+        {
+            "beta": 0.3,
+            "kl_estimator": "k2_sequence",
+            "kl_placement": "loss",
+            "aggregation": "token_mean",
+        },
         {"entropy_coef": 0.4, "entropy_form": "sequence", "ratio": "sequence_product"},
         {"beta": 0.3, "returns": "reward_to_go", "baseline": "running_mean", "gamma": 0.8},
     ],
@@ -71,7 +85,10 @@ def test_one_group_at_a_time(fields: dict, prompts: int, size: int, kind: str) -
     problem = tabular_problem(3, prompts=prompts, vocabulary=2, rewards=kind)
     assert (problem.greedy > 0).all()  # so that 'remax' uses more than the first completion
     estimator = Estimator(**fields)
-    fast, slow = exact_moments(estimator, problem, group_size=size), by_hand(estimator, problem, size)
+    fast, slow = (
+        exact_moments(estimator, problem, group_size=size),
+        by_hand(estimator, problem, size),
+    )
     torch.testing.assert_close(fast.mean.sum(0), slow.mean.sum(0), **CLOSE)
     assert fast.second == pytest.approx(slow.second, rel=1e-10)
     pieces = exact_moments(estimator, problem, group_size=size, chunk=7)

@@ -18,8 +18,12 @@ from tokenrl.errors import Refused
 def test_presets(name) -> None:
     e = Estimator.preset(name)
     first = {"unsloth": "trl_grpo"}.get(name, name)  # of equal presets the first has the name
-    assert len(PRESETS) >= 39 and preset_name(e) == first and e.reference == PRESETS[first].paper != ""
-    assert (PRESETS[name].beyond != "") == (name in list(PRESETS)[-9:])  # those of toolkits stand last
+    assert (
+        len(PRESETS) >= 39 and preset_name(e) == first and e.reference == PRESETS[first].paper != ""
+    )
+    assert (PRESETS[name].beyond != "") == (
+        name in list(PRESETS)[-9:]
+    )  # those of toolkits stand last
     changed = Estimator.preset(name, epsilon=0.11)
     assert changed == dataclasses.replace(e, epsilon=0.11)
     assert (changed.reference, preset_name(changed)) == ("", "custom estimator")
@@ -56,7 +60,9 @@ def test_unknown_names_are_refused_with_the_nearest(axis) -> None:
 def test_unknown_presets_and_fields_are_refused() -> None:
     with pytest.raises(Refused, match="Did you mean 'dr_grpo'"):
         Estimator.preset("drgrpoo")
-    with pytest.raises(Refused, match="The estimator 'grpo,scale' cannot be used: write 'scale' as NAME=VAL"):
+    with pytest.raises(
+        Refused, match="The estimator 'grpo,scale' cannot be used: write 'scale' as NAME=VAL"
+    ):
         Estimator.preset("grpo,scale")
     with pytest.raises(Refused, match="Did you mean 'beta'"):
         Estimator.preset("rloo", betta=0.1)
@@ -80,19 +86,30 @@ def test_command_line(capsys) -> None:
 
 def test_defaults_and_fields_of_presets() -> None:
     """RLOO is the default; what papers fix is written out, whatever table the presets come from."""
-    assert Estimator() == Estimator.preset("rloo") == Estimator(beta=0.0, gamma=1, lam=0.95, window=16)
+    assert (
+        Estimator() == Estimator.preset("rloo") == Estimator(beta=0.0, gamma=1, lam=0.95, window=16)
+    )
     e = Estimator()
     assert (e.baseline, e.aggregation, e.kl_placement, e.kl_estimator) == (
         *("rloo", "sequence_sum", "reward", "k1"),
     )
-    clip, std = {"ratio": "token", "epsilon": 0.2}, {"scale": "group_std", "scale_ddof": 1, "scale_eps": 1e-4}
+    clip, std = (
+        {"ratio": "token", "epsilon": 0.2},
+        {"scale": "group_std", "scale_ddof": 1, "scale_eps": 1e-4},
+    )
     loss = {"kl_estimator": "k3", "kl_placement": "loss", "aggregation": "sequence_mean"}
     assert Estimator.preset("grpo") == Estimator("group_mean", **std, **clip, **loss)
-    assert Estimator.preset("dr_grpo") == Estimator("group_mean", aggregation="fixed_length", **clip)
+    assert Estimator.preset("dr_grpo") == Estimator(
+        "group_mean", aggregation="fixed_length", **clip
+    )
 
 
 NEEDS = {
-    "groups": [{}, {"baseline": "none", "scale": "group_std"}, {"baseline": "none", "zero_spread": "drop"}],
+    "groups": [
+        {},
+        {"baseline": "none", "scale": "group_std"},
+        {"baseline": "none", "zero_spread": "drop"},
+    ],
     "kl": [{"beta": 0.1}],
     "entropy": [{"entropy_coef": 0.1}],
     "values": [{"baseline": "value"}, {"baseline": "none", "returns": "gae"}],
@@ -133,7 +150,10 @@ TO_GO = {"baseline": "none", "returns": "reward_to_go"}
 @pytest.mark.parametrize(
     ("fields", "subtracts"),
     [
-        *((fields, False) for fields in (TO_GO, {"baseline": "constant"}, TO_GO | {"returns": "gae"})),
+        *(
+            (fields, False)
+            for fields in (TO_GO, {"baseline": "constant"}, TO_GO | {"returns": "gae"})
+        ),
         ({"baseline": "none", "scale": "batch_std"}, False),
         ({}, True),
         ({"baseline": "constant", "baseline_constant": -0.5}, True),

@@ -78,7 +78,9 @@ def test_whitening_weighs_hard_prompts_down_in_small_steps(size: int, ratio: flo
         rewards = torch.cat([torch.arange(size) < n for n in k]).double()
         advantages = e.advantages(rewards, torch.ones(2 * size, 1), group_size=size).policy
         pairs = zip(k, chances, strict=True)
-        chance = torch.tensor([comb(size, n) * p**n * (1 - p) ** (size - n) for n, p in pairs]).prod()
+        chance = torch.tensor(
+            [comb(size, n) * p**n * (1 - p) ** (size - n) for n, p in pairs]
+        ).prod()
         for x, p in enumerate(chances):
             rows = slice(x * size, (x + 1) * size)
             slope = (advantages[rows] * (rewards[rows] - p)).mean()
@@ -180,7 +182,9 @@ def test_dropped_and_refilled_groups_weigh_prompts() -> None:
     torch.testing.assert_close(dropped, 2 * weights[:, None] * target, **CLOSE)
     torch.testing.assert_close(refilled, target / kept.mean(), **CLOSE)
     alone = tabular_problem(11, vocabulary=2, rewards="binary")
-    torch.testing.assert_close(mean_of({"zero_spread": "drop"}, alone, 2), alone.gradient(), **CLOSE)
+    torch.testing.assert_close(
+        mean_of({"zero_spread": "drop"}, alone, 2), alone.gradient(), **CLOSE
+    )
 
 
 def test_a_long_row_is_penalised_before_the_baseline() -> None:
@@ -227,7 +231,9 @@ def off_policy(problem: Problem, **fields: object) -> torch.Tensor:
 
     def step(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = problem.mask[y]
-        got = e.advantages(problem.totals[0, y], rows, group_size=2, values=problem.values[0, y]).policy
+        got = e.advantages(
+            problem.totals[0, y], rows, group_size=2, values=problem.values[0, y]
+        ).policy
         return got, e.token_weights(rows, max_length=3)
 
     advantages, weights = torch.vmap(step)(pairs)

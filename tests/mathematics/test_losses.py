@@ -123,7 +123,9 @@ def test_nothing_leaks_from_masked_positions(name, spoil, terms) -> None:
     tensors, advantages, weights, mask = step_of(e)
     clean = gradient(e, tensors, advantages, weights, mask, slice(None))
     spoiled = {k: x.masked_fill(mask == 0, spoil) for k, x in tensors.items()}
-    dirty = gradient(e, spoiled, advantages, weights.masked_fill(mask == 0, spoil), mask, slice(None))
+    dirty = gradient(
+        e, spoiled, advantages, weights.masked_fill(mask == 0, spoil), mask, slice(None)
+    )
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a, b)
     # a row of zero weight may hold anything too
@@ -170,7 +172,9 @@ def test_the_error_of_a_mean_is_that_of_independent_groups() -> None:
     rows = torch.tensor([[a + b, a, c + d, c] for a, b, c, d in draws], dtype=torch.double)
     squares = torch.stack([mean_and_error(x, 2)[1] ** 2 for x in rows])
     assert float(squares.mean()) == pytest.approx(float(rows.mean(-1).var(correction=0)), rel=1e-12)
-    alone = torch.stack([mean_and_error(x, 1)[1] ** 2 for x in rows])  # rows of a group are not independent
+    alone = torch.stack(
+        [mean_and_error(x, 1)[1] ** 2 for x in rows]
+    )  # rows of a group are not independent
     assert alone.mean() < 0.8 * squares.mean()
 
 
@@ -236,10 +240,14 @@ def test_the_geometric_mean_of_clipped_ratios_by_hand(advantage) -> None:
     slopes = [-len(ratios) * x for x in torch.autograd.grad(wanted, logs)[0].tolist()]
     fields = {"ratio": "geometric_clip", "epsilon": 0.2, "epsilon_high": 0.3}
     found = run(ratios.tolist(), advantage, **fields)
-    assert found[0] == pytest.approx(-len(ratios) * wanted.item()) and found[1] == pytest.approx(slopes)
+    assert found[0] == pytest.approx(-len(ratios) * wanted.item()) and found[1] == pytest.approx(
+        slopes
+    )
     half = torch.tensor([[1.0, 0.0]], dtype=torch.double)
     assert run([1.1, torch.nan], 2.0, mask=half, **fields)[1] == pytest.approx([-2.2, 0.0])
-    assert run([1.1, 0.5], 2.0, **fields | {"epsilon": 1.0})[1] == pytest.approx([-2 * 0.55**0.5] * 2)
+    assert run([1.1, 0.5], 2.0, **fields | {"epsilon": 1.0})[1] == pytest.approx(
+        [-2 * 0.55**0.5] * 2
+    )
 
 
 @pytest.mark.parametrize("sides", [1, 2])
@@ -281,7 +289,9 @@ def test_the_loss_of_a_critic() -> None:
     goal, old = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 2.9]])
     e = Estimator(value_clip=0.5)
     loss = e.critic_loss(values, goal, ONE, old_values=old)
-    assert loss.item() == pytest.approx((1.5**2 + 1.0**2) / 2)  # the clipped 0.5 is further off than 1.0
+    assert loss.item() == pytest.approx(
+        (1.5**2 + 1.0**2) / 2
+    )  # the clipped 0.5 is further off than 1.0
     assert torch.autograd.grad(loss, values)[0].tolist() == [[0.0, 1.0]]
     with pytest.raises(Refused, match="old_values"):
         e.critic_loss(values, goal, ONE)
@@ -301,7 +311,9 @@ def test_estimates_of_the_kl() -> None:
 
 def test_entropy_of_a_token() -> None:
     x = torch.randn(5, 7, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(token_entropy(x), torch.distributions.Categorical(logits=x).entropy())
+    torch.testing.assert_close(
+        token_entropy(x), torch.distributions.Categorical(logits=x).entropy()
+    )
     assert torch.autograd.gradcheck(token_entropy, x.requires_grad_())
     half = torch.tensor([0.0, 0.0, -torch.inf], requires_grad=True)
     entropy = token_entropy(half)
@@ -311,7 +323,15 @@ def test_entropy_of_a_token() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "wanted"),
-    [(6.0, 0.5), (6.6, 0.505), (5.4, 0.495), (60.0, 0.51), (-3.0, 0.49), (math.inf, 0.51), (math.nan, 0.5)],
+    [
+        (6.0, 0.5),
+        (6.6, 0.505),
+        (5.4, 0.495),
+        (60.0, 0.51),
+        (-3.0, 0.49),
+        (math.inf, 0.51),
+        (math.nan, 0.5),
+    ],
 )
 def test_beta_moves_by_the_formula(kl, wanted):
     """K = 0.1, target 6: the relative error, at most a fifth either way, times a tenth; never to 0."""

@@ -17,7 +17,10 @@ def test_the_tracker_by_hand() -> None:
     tracker = memory_of(Estimator(baseline="tracker", tracker_decay=0.5, running_mean_init=0.2))
     keys = torch.tensor([7, 7, 2**62, 5])
     assert tracker.read(keys).tolist() == pytest.approx([0.2] * 4)
-    rewards, valid = torch.tensor([1.0, 0.5, 0.0, torch.nan]), torch.tensor([True, True, True, False])
+    rewards, valid = (
+        torch.tensor([1.0, 0.5, 0.0, torch.nan]),
+        torch.tensor([True, True, True, False]),
+    )
     assert update(tracker, keys, rewards, valid) == pytest.approx(0.2)  # what the step has read
     mean = 0.9 * 0.2 + 0.1 * 0.5
     first, second = 1.6 / 2.5, 0.1 / 1.5
@@ -25,7 +28,9 @@ def test_the_tracker_by_hand() -> None:
     again = memory_of(Estimator(baseline="tracker", tracker_decay=0.5))
     again.load_state_dict(tracker.state_dict())
     for one in (tracker, again):
-        update(one, keys[:1], torch.tensor([[0.0, 1.0]]))  # in control the rewards of an episode are summed
+        update(
+            one, keys[:1], torch.tensor([[0.0, 1.0]])
+        )  # in control the rewards of an episode are summed
     assert torch.equal(tracker.read(keys), again.read(keys))
     assert tracker.read(keys[:1]).tolist() == pytest.approx([1.8 / 2.25])
     for wrong in (1.5, -0.1):
@@ -77,7 +82,10 @@ def test_a_class_of_ones_own_is_a_memory() -> None:
     assert (e.bias_status, e.needs_memory) == ("exact", True)
     memory, keys = memory_of(e), torch.tensor([3, 4])
     assert update(memory, keys, torch.tensor([2.0, 3.0])) == 0.0
-    assert memory.read(keys).tolist() == [2.0, 3.0] and memory_of(e).read(keys).tolist() == [0.0, 0.0]
+    assert memory.read(keys).tolist() == [2.0, 3.0] and memory_of(e).read(keys).tolist() == [
+        0.0,
+        0.0,
+    ]
     verdict = measure_bias(e, [tabular_problem(1, prompts=2, vocabulary=2)])
     assert verdict.found == "exact" and "the memory held fixed" in verdict.tried
     with pytest.raises(Refused, match="'Forgetful' has no state_dict and no load_state_dict"):
@@ -91,7 +99,9 @@ def test_a_class_of_ones_own_is_a_memory() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.5, 7.0]), st.booleans()), min_size=2, max_size=7),
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 1.0, 2.5, 7.0]), st.booleans()), min_size=2, max_size=7
+    ),
     st.sampled_from([0.01, 0.3, 0.5, 0.7, 1.0]),
 )
 def test_the_quantile_of_the_other_rows(rows, share) -> None:
@@ -101,8 +111,12 @@ def test_the_quantile_of_the_other_rows(rows, share) -> None:
     wanted = []
     for i, (reward, counts) in enumerate(rows):
         others = sorted(r for j, (r, v) in enumerate(rows) if v and j != i)
-        least = next((r for r in others if sum(x <= r for x in others) >= share * len(others)), reward)
+        least = next(
+            (r for r in others if sum(x <= r for x in others) >= share * len(others)), reward
+        )
         wanted.append(reward - least if counts else 0.0)
     spoiled = rewards.masked_fill(~valid, torch.nan)
-    found = e.advantages(spoiled, torch.ones(len(rows), 1), group_size=len(rows), valid=valid).policy
+    found = e.advantages(
+        spoiled, torch.ones(len(rows), 1), group_size=len(rows), valid=valid
+    ).policy
     assert found.tolist() == wanted

@@ -47,8 +47,16 @@ def advantages(estimator):
     ("name", "error", "words"),
     [
         ("fails", Stopped, "The baseline '.*mine.py:fails' failed: it raised ValueError: no idea"),
-        ("leaves", Stopped, r"The baseline '.*leaves' failed: it raised SystemExit: 0 \(mine.py, line"),
-        ("narrow", Refused, r"The baseline '.*mine.py:narrow' returned shape \(1,\).*one number per row"),
+        (
+            "leaves",
+            Stopped,
+            r"The baseline '.*leaves' failed: it raised SystemExit: 0 \(mine.py, line",
+        ),
+        (
+            "narrow",
+            Refused,
+            r"The baseline '.*mine.py:narrow' returned shape \(1,\).*one number per row",
+        ),
         ("number", Refused, "The baseline '.*mine.py:number' returned float.*one number per row"),
         ("constant", Refused, "mine.py:constant' is a int; name a function"),
         ("halv", Refused, "halv.*Did you mean 'half'"),
@@ -62,7 +70,9 @@ def test_what_is_wrong_with_it_is_said(mine, name, error, words):
 
 def test_a_name_without_its_function_is_refused_with_both_forms():
     for wrong in ("mine.py", "roo", "", 5):
-        with pytest.raises(Refused, match=r"one of none, .*or a function: module:function or path/to"):
+        with pytest.raises(
+            Refused, match=r"one of none, .*or a function: module:function or path/to"
+        ):
             Estimator(baseline=wrong)
     with pytest.raises(Refused, match=r"there is no file no/such\.py"):
         advantages(Estimator(baseline="no/such.py:half"))
@@ -73,11 +83,17 @@ def test_the_named_function_is_the_baseline_and_is_imported_once_when_it_is_used
     estimator = Estimator(baseline=spec)
     assert not (tmp_path / "mine.times").exists()
     assert estimator.bias_status == "unknown" and not estimator.needs_groups
-    for one in (estimator, dataclasses.replace(estimator, beta=0.1), dataclasses.replace(estimator)):
+    for one in (
+        estimator,
+        dataclasses.replace(estimator, beta=0.1),
+        dataclasses.replace(estimator),
+    ):
         assert torch.equal(advantages(dataclasses.replace(one, beta=0.0)), SCORES - 0.5)
     assert (tmp_path / "mine.times").read_text() == "x"
     sent = pickle.loads(pickle.dumps(estimator))
     assert torch.equal(advantages(sent), SCORES - 0.5)
-    assert sent == estimator == arguments(Estimator, {"baseline": spec}) and hash(sent) == hash(estimator)
+    assert sent == estimator == arguments(Estimator, {"baseline": spec}) and hash(sent) == hash(
+        estimator
+    )
     assert json.loads(json.dumps(dataclasses.asdict(estimator)))["baseline"] == spec
     assert estimator != Estimator() and estimator.reference == ""

@@ -61,13 +61,18 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str) -> None:
             torch.randint(0, 3, (size,), generator=draw).double() - 1,
         ):
             if size < e.fewest_rows:
-                with pytest.raises(Refused, match=f"at least {e.fewest_rows} rows, and they have {size}"):
+                with pytest.raises(
+                    Refused, match=f"at least {e.fewest_rows} rows, and they have {size}"
+                ):
                     advantages(e, rewards)
                 continue
             expected = rewards.new_tensor(by_listing_subsets(rewards.tolist(), order, form))
             torch.testing.assert_close(advantages(e, rewards), expected, atol=1e-12, rtol=1e-12)
             row = torch.tensor([torch.nan]).double()
-            more, valid = torch.cat([row, rewards, row]), torch.tensor([False, *[True] * size, False])
+            more, valid = (
+                torch.cat([row, rewards, row]),
+                torch.tensor([False, *[True] * size, False]),
+            )
             padded = advantages(e, more, valid)
             torch.testing.assert_close(padded, torch.cat([row * 0, expected, row * 0]).nan_to_num())
             few = valid & (torch.arange(len(valid)) < e.fewest_rows)
@@ -84,7 +89,10 @@ def test_order_1_is_rloo_to_the_last_bit_and_equal_rewards_cancel_exactly() -> N
         e = Estimator(objective=objective, objective_order=order, objective_form=form)
         for value in (0.0, 0.1, 0.7):
             assert not choice.centred or not advantages(e, torch.full((8,), value)).any()
-    for fields in ({"objective_form": "sloo", "objective_order": 3}, {"objective_form": "no_baseline"}):
+    for fields in (
+        {"objective_form": "sloo", "objective_order": 3},
+        {"objective_form": "no_baseline"},
+    ):
         e = Estimator(objective="max_at_k", **{"objective_order": 3, **fields})
         assert advantages(e, torch.full((8,), 0.7)).all()
 
@@ -112,7 +120,9 @@ def test_the_log_of_success_divides_by_a_mean() -> None:
     for form, expected in table.items():
         e = Estimator(objective="log_success", objective_form=form)
         for values, (success, failure) in zip((rewards, none, lone), expected, strict=True):
-            torch.testing.assert_close(advantages(e, values)[:2], values.new_tensor([success, failure]))
+            torch.testing.assert_close(
+                advantages(e, values)[:2], values.new_tensor([success, failure])
+            )
         valid = torch.tensor([True, True, True, False, True])
         assert advantages(e, rewards, valid)[3] == 0
 
@@ -128,7 +138,9 @@ def slope(objective, p: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
-def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_success_rate(size: int) -> None:
+def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_success_rate(
+    size: int,
+) -> None:
     p = torch.tensor([0.02, 0.1, 0.35, 0.6, 0.97]).double()
     laws = [({}, lambda p: p), ({"baseline": "group_mean"}, lambda p: (size - 1) / size * p)]
     for form in MAX_FORMS:
@@ -145,12 +157,18 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     others = {"objective": "log_success", "objective_form": "leave_one_out"}
     terms = [(math.comb(size - 1, k), k) for k in range(1, size)]
     mean = sum(c * p**k * (1 - p) ** (size - 1 - k) * (size - 1) / k for c, k in terms)
-    torch.testing.assert_close(prompt_weight(Estimator(**others), p, size), mean, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        prompt_weight(Estimator(**others), p, size), mean, atol=1e-10, rtol=1e-10
+    )
     std = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}
     spread = [(k / size * (1 - k / size)) for k in range(size + 1)]
     chances = [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
-    divided = sum(c * s / (s**0.5 + 0.01) for c, s in zip(chances, spread, strict=True)) / (p * (1 - p))
-    torch.testing.assert_close(prompt_weight(Estimator(**std), p, size), divided, atol=1e-10, rtol=1e-10)
+    divided = sum(c * s / (s**0.5 + 0.01) for c, s in zip(chances, spread, strict=True)) / (
+        p * (1 - p)
+    )
+    torch.testing.assert_close(
+        prompt_weight(Estimator(**std), p, size), divided, atol=1e-10, rtol=1e-10
+    )
     assert prompt_weight("rloo", 0.5, size).item() == pytest.approx(1.0)
 
 
@@ -165,13 +183,18 @@ def test_the_target_of_the_lab_is_the_gradient_of_the_objective_summed_over_all_
             index = list(drawn)
             total = total + (chances[:, index].prod(-1) * problem.totals[:, index].amax(-1)).sum()
         slopes = slopes_in_probability(e, problem.totals, problem.chances, 5)
-        torch.testing.assert_close(slopes, torch.autograd.grad(total, chances)[0], atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(
+            slopes, torch.autograd.grad(total, chances)[0], atol=1e-12, rtol=1e-12
+        )
 
 
 def test_negative_rewards_have_no_logarithm() -> None:
     e, valid = Estimator(objective="log_success"), torch.tensor([True, True, False])
     check_rewards(e, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
-    for rewards in (torch.tensor([1.0, -0.5, 0.0]), torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]])):
+    for rewards in (
+        torch.tensor([1.0, -0.5, 0.0]),
+        torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]),
+    ):
         with pytest.raises(Refused, match=r"the reward -0\.5\. Give rewards of 0 or more"):
             check_rewards(e, rewards, valid)
         check_rewards(Estimator(), rewards, valid)
@@ -232,7 +255,10 @@ REFUSED = [
     ({"objective": "log_success", "returns": "reward_to_go"}, "Set returns 'total'"),
     ({"objective": "log_success", "beta": 0.1}, "kl_placement 'loss'"),
     ({"objective": "log_success", "overlong_buffer": 4}, "Leave overlong_buffer out"),
-    ({"objective": "max_at_k", "objective_order": 1, "objective_form": "sloo_minus_one"}, "2 or more"),
+    (
+        {"objective": "max_at_k", "objective_order": 1, "objective_form": "sloo_minus_one"},
+        "2 or more",
+    ),
 ]
 
 

@@ -46,7 +46,9 @@ def chosen(logits, every):
     return logits.log_softmax(-1)[:, every.prefix, every.ids] * every.mask
 
 
-def gradients(fields, sampler, seed, *, prompts=1, rewards="continuous", size=2, vocabulary=3, length=2):
+def gradients(
+    fields, sampler, seed, *, prompts=1, rewards="continuous", size=2, vocabulary=3, length=2
+):
     """E[g] with rows of the sampler, and the gradients of J(policy) and J(sampler) in the same logits."""
     estimator, every = Estimator(**fields), all_completions(vocabulary, length)
     shape = (prompts, len(every.prefixes), vocabulary)
@@ -65,7 +67,9 @@ def gradients(fields, sampler, seed, *, prompts=1, rewards="continuous", size=2,
     log_pi, log_mu = chosen(z, every), chosen(mu_logits, every).detach()
     sampled = torch.where(log_mu < -1e3, log_pi.detach(), log_mu)  # never drawn: any number will do
     targets = [
-        torch.autograd.grad(((logs.sum(-1).exp() * problem.totals).sum(-1)).mean(), z, retain_graph=True)[0]
+        torch.autograd.grad(
+            ((logs.sum(-1).exp() * problem.totals).sum(-1)).mean(), z, retain_graph=True
+        )[0]
         for logs in (log_pi, chosen(mu_logits, every))
     ]
     pairs = z.log_softmax(-1), mu_logits.detach().log_softmax(-1)
@@ -131,7 +135,10 @@ ALIKE = {"truncated", "floored"}
 KL = {"beta": 0.3}
 ESTIMATORS = [
     *({"baseline": name} for name in ("none", "constant", "running_mean", "rloo", "group_mean")),
-    *({"baseline": name} for name in ("batch_mean", "remax", "opo", "optimal", "shrinkage", "value")),
+    *(
+        {"baseline": name}
+        for name in ("batch_mean", "remax", "opo", "optimal", "shrinkage", "value")
+    ),
     {"baseline": "timestep_mean"},
     {"baseline": "opo", "leave_one_out": False},
     {"baseline": "value", "returns": "reward_to_go"},
@@ -173,7 +180,13 @@ def test_what_is_declared_off_policy_is_what_is_found(correction: str) -> None:
 def random_estimator(rng: random.Random) -> Estimator | None:
     """Any choice on some axes and any objective, often with an exact correction; None if refused."""
     fields = {axis: rng.choice(names) for axis, names in AXES.items() if rng.random() < 0.25}
-    numbers = {"beta": 0.3, "entropy_coef": 0.2, "gamma": 0.8, "leave_one_out": False, "overlong_buffer": 3}
+    numbers = {
+        "beta": 0.3,
+        "entropy_coef": 0.2,
+        "gamma": 0.8,
+        "leave_one_out": False,
+        "overlong_buffer": 3,
+    }
     numbers |= {"importance_cap": 1.2, "importance_floor": 0.9, "importance_centre": True}
     fields |= {name: number for name, number in numbers.items() if rng.random() < 0.12}
     if rng.random() < 0.5:
@@ -229,7 +242,10 @@ def test_a_random_walk_through_the_axes_finds_no_wrong_declaration(seed: int, co
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("sampler", ["temperature", "both", "top-k"])
 def test_the_lab_agrees_with_autograd_through_the_logits(sampler: str, correction: str) -> None:
-    fields, kinds = CORRECTIONS[correction], {"prompts": 2, "rewards": "graded", "vocabulary": 3, "length": 2}
+    fields, kinds = (
+        CORRECTIONS[correction],
+        {"prompts": 2, "rewards": "graded", "vocabulary": 3, "length": 2},
+    )
     draw = torch.Generator().manual_seed(5)
     torch.randn(3, 2, 3, 3, generator=draw, dtype=torch.double)
     noise = torch.randn(2, 3, 3, generator=draw, dtype=torch.double)
@@ -245,7 +261,9 @@ def test_the_lab_agrees_with_autograd_through_the_logits(sampler: str, correctio
         torch.testing.assert_close(matrix.sum(0), wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("text", ["temperature=0.8", "noise=1", "top_p=0.9", "top_k=2", "noise=.3,top_p=.8"])
+@pytest.mark.parametrize(
+    "text", ["temperature=0.8", "noise=1", "top_p=0.9", "top_k=2", "noise=.3,top_p=.8"]
+)
 def test_centred_scores_are_on_policy_for_the_sampler(text: str) -> None:
     centred = Estimator(importance_centre=True, baseline="constant", baseline_constant=0.5)
     problems = [perturbed_problem(seed, Perturbation.read(text)) for seed in range(20)]
@@ -263,9 +281,15 @@ def test_the_mean_weight_is_the_probability_of_what_the_sampler_keeps() -> None:
         mu, pi = problem.of_sampler.chances, problem.chances
         kept = mu > 0
         weights = (pi / mu).where(kept, 0.0)
-        assert float((mu * weights).sum()) == pytest.approx(kept_mass(problem)) == float((pi * kept).sum())
+        assert (
+            float((mu * weights).sum())
+            == pytest.approx(kept_mass(problem))
+            == float((pi * kept).sum())
+        )
         assert kept_mass(problem) < 1
-        baseline = (mu * problem.totals).sum()  # of RLOO: the mean of the other, which the sampler drew
+        baseline = (
+            mu * problem.totals
+        ).sum()  # of RLOO: the mean of the other, which the sampler drew
         gain = pi * kept * (problem.totals - baseline)
         mean = off_policy_moments(Estimator(importance="sequence"), problem)[0].mean[0]
         torch.testing.assert_close(mean, torch.einsum("pm,pmtd->d", gain, problem.scores))
@@ -275,7 +299,10 @@ def test_the_table_of_corrections(capsys, tmp_path) -> None:
     """Its numbers, by autograd through the logits, over the same problems."""
     path = tmp_path / "table.json"
     assert main(["lab", "exact", "--sampler", "temperature=0.8", "--json", str(path)]) == 0
-    out, records = capsys.readouterr().out, {r["correction"]: r for r in json.loads(path.read_text())}
+    out, records = (
+        capsys.readouterr().out,
+        {r["correction"]: r for r in json.loads(path.read_text())},
+    )
     assert "a sampler with temperature=0.8" in " ".join(out.split()) and "can produce" not in out
     assert list(records) == list(TABLE) and "exact_for_sampler" in out and "exact_for_policy" in out
     for name in ("none", "none, centred", "token", "geometric", "sequence, mask 3", "sequence"):
@@ -364,9 +391,14 @@ def test_centres_of_tokens_that_are_never_sampled_are_finite() -> None:
     log_pi = logits[:2].log_softmax(-1)
     for fields, weights in (
         ({}, [1.0, 1.0]),
-        ({"importance": "token", "importance_cap": 1.1}, (log_pi.exp() / log_mu[:2].exp()).clamp(max=1.1)),
+        (
+            {"importance": "token", "importance_cap": 1.1},
+            (log_pi.exp() / log_mu[:2].exp()).clamp(max=1.1),
+        ),
     ):
-        centre = score_centres(Estimator(importance_centre=True, **fields), logits.log_softmax(-1), log_mu)
+        centre = score_centres(
+            Estimator(importance_centre=True, **fields), logits.log_softmax(-1), log_mu
+        )
         wanted = (log_mu[:2].exp() * torch.as_tensor(weights).detach() * log_pi).sum()
         slopes = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (centre, wanted)]
         assert centre.item() == pytest.approx(wanted.item())
@@ -385,7 +417,11 @@ REFUSED = [
             f"a bound at 1 .{name}.*'truncate'",
         )
         for weights in ("token", "sequence", "geometric")
-        for name, bound in (("importance_cap", 1.0), ("importance_cap", 1 + 1e-9), ("importance_floor", 1.0))
+        for name, bound in (
+            ("importance_cap", 1.0),
+            ("importance_cap", 1 + 1e-9),
+            ("importance_floor", 1.0),
+        )
     ),
     ({"importance_centre": True, "importance": "sequence"}, "importance 'sequence' weights whole"),
     ({"importance_centre": True, "ratio": "sequence_mean"}, "ratio 'sequence_mean' weights whole"),
@@ -400,7 +436,9 @@ def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) ->
         Estimator(**fields)
 
 
-@pytest.mark.parametrize("bound", [{"importance_cap": 1.0001}, {"importance_floor": 0.9999}], ids=str)
+@pytest.mark.parametrize(
+    "bound", [{"importance_cap": 1.0001}, {"importance_floor": 0.9999}], ids=str
+)
 @pytest.mark.parametrize("weights", ["token", "sequence", "geometric"])
 def test_rounding_masks_nothing(weights: str, bound: dict) -> None:
     rounding = torch.linspace(-2e-7, 2e-7, 24).reshape(4, 6)

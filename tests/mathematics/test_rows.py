@@ -36,7 +36,11 @@ def test_groups_without_spread() -> None:
 @pytest.mark.parametrize(
     ("ends", "lengths", "wanted"),
     [
-        ((2, 3), None, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]),  # the docstring's example
+        (
+            (2, 3),
+            None,
+            [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]],
+        ),  # the docstring's example
         ((3,), None, [[1] * 4, [1, 1, 0, 0], [1] * 4, [1] * 4]),
         ((), None, [[1] * 4] * 4),
         ((2, 3), [4, 1, 3, 0], [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]),
@@ -68,7 +72,11 @@ def test_what_is_kept() -> None:
 def test_the_loss_compares_other_rows_than_it_learns_from() -> None:
     """A group of equal rewards is in the mean of the step, and a masked row is not among the tokens."""
     axes = {"aggregation": "token_mean", "truncations": "mask", "zero_spread": "drop"}
-    given = {"group_size": 2, "max_length": 2, "truncated": torch.tensor([False, True, False, False])}
+    given = {
+        "group_size": 2,
+        "max_length": 2,
+        "truncated": torch.tensor([False, True, False, False]),
+    }
     rewards = torch.tensor([1.0, 0.0, 3.0, 3.0])
     terms = loss_terms(Estimator(baseline="batch_mean", **axes), rewards, torch.ones(4, 2), **given)
     assert terms.advantages.tolist() == [-0.75, -1.75, 1.25, 1.25]

@@ -24,18 +24,27 @@ N, T, K, SIZE = 8, 9, 3, 4
 def a_step(seed=0, turns=K):
     """Rows of one to `turns` turns with gaps between them, and every input; off the mask these are junk."""
     draw = torch.Generator().manual_seed(seed)
-    mask, number = torch.zeros(N, T, dtype=torch.bool), torch.randint(-9, 99, (N, T), generator=draw)
+    mask, number = (
+        torch.zeros(N, T, dtype=torch.bool),
+        torch.randint(-9, 99, (N, T), generator=draw),
+    )
     for i in range(N):
         position = i % min(turns, 2)
         for k in range(i % turns + 1):
             actions = int(torch.randint(1, 3, (1,), generator=draw))
-            mask[i, position : position + actions], number[i, position : position + actions] = True, k
+            mask[i, position : position + actions], number[i, position : position + actions] = (
+                True,
+                k,
+            )
             position += actions + int(torch.randint(0, 2, (1,), generator=draw))
     random = torch.randn(4, N, T, generator=draw, dtype=torch.double)
     names = ("logprobs", "ref_logprobs", "values")
     inputs = dict(zip(names, random[1:], strict=True)) | {"score_norms": random[1].abs()}
     inputs = {name: x.masked_fill(~mask, torch.nan) for name, x in inputs.items()}
-    inputs |= {"greedy_rewards": torch.randn(N, generator=draw, dtype=torch.double), "baseline_value": 0.4}
+    inputs |= {
+        "greedy_rewards": torch.randn(N, generator=draw, dtype=torch.double),
+        "baseline_value": 0.4,
+    }
     return {"rewards": random[0], "mask": mask, "turns": number, "group_size": SIZE, **inputs}
 
 
@@ -77,9 +86,13 @@ def test_a_turn_is_a_step_in_time(baseline, scale, returns) -> None:
         return
     step = a_step()
     step["valid"] = torch.arange(N) != 5
-    estimator = Estimator(baseline=baseline, scale=scale, returns=returns, gamma=0.9, lam=0.8, window=1)
+    estimator = Estimator(
+        baseline=baseline, scale=scale, returns=returns, gamma=0.9, lam=0.8, window=1
+    )
     rewards, reached = by_loops(step, "rewards")
-    inputs = {name: step[name] for name in ("group_size", "greedy_rewards", "baseline_value", "valid")}
+    inputs = {
+        name: step[name] for name in ("group_size", "greedy_rewards", "baseline_value", "valid")
+    }
     inputs |= {
         "values": by_loops(step, "values", first=True)[0],
         "score_norms": by_loops(step, "score_norms")[0],
@@ -98,19 +111,30 @@ def test_reward_to_go_of_turns_by_hand() -> None:
     turns = torch.tensor([[7, 0, 0, 7, 1, 7], [0, 5, 5, 5, 5, 5]])
     rewards = torch.tensor([[1, 0, 2, 4, 8, 16], [32, 0, 64, 0, 0, 0]]).double()
     inputs = {"group_size": 2, "turns": turns, "bootstrap": torch.tensor([100.0, 0.0]).double()}
-    result = Estimator(returns="reward_to_go", baseline="none", gamma=0.5).advantages(rewards, mask, **inputs)
+    result = Estimator(returns="reward_to_go", baseline="none", gamma=0.5).advantages(
+        rewards, mask, **inputs
+    )
     second = 24 + 0.5 * 100
     first = 7 + 0.5 * second
     wanted = torch.tensor([[0, first, first, 0, second, 0], [96, 0, 0, 0, 0, 0]]).double()
     torch.testing.assert_close(result.policy, wanted)
-    window = Estimator(returns="blame_window", window=1, baseline="rloo").advantages(rewards, mask, **inputs)
-    torch.testing.assert_close(window.policy[0], torch.tensor([0.0, 7 - 96, 7 - 96, 0, 124 - 96, 0]).double())
+    window = Estimator(returns="blame_window", window=1, baseline="rloo").advantages(
+        rewards, mask, **inputs
+    )
+    torch.testing.assert_close(
+        window.policy[0], torch.tensor([0.0, 7 - 96, 7 - 96, 0, 124 - 96, 0]).double()
+    )
 
 
 def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
     """A KL in the reward, and the penalty on long rows by the number of their tokens."""
     step = a_step(1)
-    fields = {"beta": 0.3, "overlong_buffer": 4, "returns": "reward_to_go", "baseline": "timestep_mean"}
+    fields = {
+        "beta": 0.3,
+        "overlong_buffer": 4,
+        "returns": "reward_to_go",
+        "baseline": "timestep_mean",
+    }
     result = Estimator(**fields).advantages(**step, max_length=6)
     kl = torch.where(step["mask"], step["logprobs"] - step["ref_logprobs"], 0.0)
     lengths = step["mask"].sum(-1)
@@ -130,7 +154,9 @@ def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline) -> None
     numbers = step.pop("turns")
     total = Estimator(baseline=baseline, scale="group_std")
     without, result = total.advantages(**step), total.advantages(**step, turns=numbers)
-    assert torch.equal(without.policy, result.policy) and torch.equal(without.returns, result.returns)
+    assert torch.equal(without.policy, result.policy) and torch.equal(
+        without.returns, result.returns
+    )
     if baseline in ("opo", "optimal", "value"):  # lengths, norms and values are those of turns
         return
     to_go = Estimator(baseline=baseline, scale="group_std", returns="reward_to_go")
@@ -147,7 +173,8 @@ def test_components_and_loss_terms_have_turns_too() -> None:
     estimator = Estimator(components="separate", baseline="timestep_mean", returns="reward_to_go")
     parts = [Estimator(baseline="timestep_mean", returns="reward_to_go") for _ in range(2)]
     wanted = sum(
-        p.advantages(x, step["mask"], **inputs).policy for p, x in zip(parts, components.T, strict=True)
+        p.advantages(x, step["mask"], **inputs).policy
+        for p, x in zip(parts, components.T, strict=True)
     )
     separate = {**inputs, "components": components}
     result = estimator.advantages(step["rewards"], step["mask"], **separate).policy
@@ -155,7 +182,9 @@ def test_components_and_loss_terms_have_turns_too() -> None:
     terms = loss_terms(estimator, step["rewards"], step["mask"], max_length=T, **separate)
     assert torch.equal(terms.advantages, result)
     assert not torch.allclose(
-        estimator.advantages(step["rewards"], step["mask"], group_size=SIZE, components=components).policy,
+        estimator.advantages(
+            step["rewards"], step["mask"], group_size=SIZE, components=components
+        ).policy,
         wanted,
     )
 
@@ -187,10 +216,14 @@ def test_a_function_of_the_users_own_gets_turns() -> None:
 @pytest.mark.parametrize("returns", AXES["returns"])
 def test_vmap_agrees_with_a_loop(returns) -> None:
     steps = [a_step(seed) for seed in range(3)]
-    columns = {k: torch.stack([s[k] for s in steps]) for k in ("rewards", "mask", "turns", "values")}
+    columns = {
+        k: torch.stack([s[k] for s in steps]) for k in ("rewards", "mask", "turns", "values")
+    }
     baseline = "value" if returns == "episode_normalized" else "timestep_mean"
     estimator = Estimator(returns=returns, baseline=baseline, gamma=0.9)
-    together = torch.vmap(lambda step: estimator.advantages(**step, group_size=SIZE).policy)(columns)
+    together = torch.vmap(lambda step: estimator.advantages(**step, group_size=SIZE).policy)(
+        columns
+    )
     for alone, step in zip(together, steps, strict=True):
         assert torch.equal(alone, estimator.advantages(**step).policy)
 
@@ -207,7 +240,10 @@ def test_problems_of_turns_are_complete() -> None:
         assert float(torch.einsum("pm,pmtd->d", chances, problem.scores).abs().max()) < 1e-12
         second = (mask & (problem.turns == 1)).any(-1)
         starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
-        assert torch.equal(starts.sum(-1) == 2, second) and 0.05 < float(chances[:, second].sum()) < 0.95
+        assert (
+            torch.equal(starts.sum(-1) == 2, second)
+            and 0.05 < float(chances[:, second].sum()) < 0.95
+        )
         gaps = [int((~row[: row.nonzero().max()]).sum()) for row in mask]
         assert gaps == [3 if x else 0 for x in second.tolist()]
         assert int((problem.rewards != 0).sum()) == len(mask) + int(second.sum())
@@ -281,7 +317,10 @@ def practice(name, rewards, spans):
             return totals[i] - mean([totals[j] for j, u in every if (j, u) not in own])
         last = 2 if "not reached" in name else len(rewards[i])
         others = [j for j in rows if j != i or "own mean" in name]
-        at = {u: [row[u] if u < len(row) else 0.0 for row in (rewards[j] for j in others)] for u in range(2)}
+        at = {
+            u: [row[u] if u < len(row) else 0.0 for row in (rewards[j] for j in others)]
+            for u in range(2)
+        }
         if "not reached" not in name:
             at = {u: [rewards[j][u] for j in others if u < len(rewards[j])] for u in range(2)}
         return sum(rewards[i][k:]) - sum(mean(at[u]) for u in range(k, last))
@@ -291,7 +330,10 @@ def practice(name, rewards, spans):
 
 OWN_ROWS = [
     *("each turn minus the own mean of that index, then summed", "the same with LOO"),
-    *("the same with LOO, a turn not reached counted as 0", "every turn a sample of its own, own mean"),
+    *(
+        "the same with LOO, a turn not reached counted as 0",
+        "every turn a sample of its own, own mean",
+    ),
     *("the same, leave out the turn only", "the same, leave out the whole row"),
     *("the row's chosen and environment tokens", "the row's number of turns"),
     *("mean within each turn, summed over turns", "the same and the environment's"),
@@ -300,13 +342,24 @@ OWN_ROWS = [
 
 @pytest.mark.parametrize("name", OWN_ROWS)
 def test_practices_of_toolkits_against_their_definitions(name) -> None:
-    lines = {key: fields for table in turns_module.COMPARED.values() for key, fields in table.items()}
-    problem, divisor = turn_problems()[1], name in turns_module.COMPARED["divisor, with RLOO on totals"]
+    lines = {
+        key: fields for table in turns_module.COMPARED.values() for key, fields in table.items()
+    }
+    problem, divisor = (
+        turn_problems()[1],
+        name in turns_module.COMPARED["divisor, with RLOO on totals"],
+    )
     draw = torch.Generator().manual_seed(7)
     for chosen in torch.randint(len(problem.mask), (20, 3), generator=draw):
-        mask, turns, tokens = problem.mask[chosen].bool(), problem.turns[chosen], problem.rewards[0, chosen]
+        mask, turns, tokens = (
+            problem.mask[chosen].bool(),
+            problem.turns[chosen],
+            problem.rewards[0, chosen],
+        )
         of_row = [sorted(set(turns[i][mask[i]].tolist())) for i in range(3)]
-        inside = [[(mask[i] & (turns[i] == k)).nonzero().flatten() for k in of_row[i]] for i in range(3)]
+        inside = [
+            [(mask[i] & (turns[i] == k)).nonzero().flatten() for k in of_row[i]] for i in range(3)
+        ]
         spans = [[(int(x.min()), int(x.max()) + 1) for x in row] for row in inside]
         rewards = [[float(tokens[i, x].sum()) for x in row] for i, row in enumerate(inside)]
         of_turns = {} if divisor else {"turns": turns}

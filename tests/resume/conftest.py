@@ -12,7 +12,9 @@ from killing import REWARD, Nursery
 def nursery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nursery")
     (folder / "rewards.py").write_text(REWARD)
-    shutil.copy(Path(__file__).parents[1] / "language" / "tiny_environments.py", folder / "episodes.py")
+    shutil.copy(
+        Path(__file__).parents[1] / "language" / "tiny_environments.py", folder / "episodes.py"
+    )
     rows = [json.dumps({"prompt": f"{n * 98765 % 999999:06d}>"}) for n in range(1, 11)]
     (folder / "digits.jsonl").write_text("\n".join(rows))
     found = Nursery(folder)

@@ -26,7 +26,9 @@ from tests.states import state_of
 FORK = get_context("forkserver")
 TRAININGS = ["control.training", "language.preferences.fit", "language.training.loop"]
 TRAININGS += ["language.training.sft"]
-FORK.set_forkserver_preload(["peft", "transformers", *(f"tokenrl.{training}" for training in TRAININGS)])
+FORK.set_forkserver_preload(
+    ["peft", "transformers", *(f"tokenrl.{training}" for training in TRAININGS)]
+)
 PATIENCE = {8.0: signal.SIGTERM, 40.0: signal.SIGALRM}
 """Seconds after the first failure at which a launcher asks the other processes to end, and at which it kills
 them. One that waits for the first contact with another ends when it is asked; later ones must end unasked."""
@@ -37,7 +39,16 @@ def sorted_digits(prompts, completions, **_):
 TRAIN = [
     *("train", "--task", "sort_digits", "--reward", "rewards.py:sorted_digits", "--quiet"),
     *("--max-steps", "9", "--prompts-per-step", "4", "--num-generations", "4", "--eval-size", "8"),
-    *("--eval-every", "3", "--save-every", "2", "--log-completions", "2", "--learning-rate", "1e-3"),
+    *(
+        "--eval-every",
+        "3",
+        "--save-every",
+        "2",
+        "--log-completions",
+        "2",
+        "--learning-rate",
+        "1e-3",
+    ),
 ]
 
 
@@ -86,7 +97,10 @@ class Nursery:
             children[-1].start()
         wait_for(children)
         calls = [json.loads(file.read_text()) for file in told]
-        return [{"code": child.exitcode, "calls": one} for child, one in zip(children, calls, strict=True)]
+        return [
+            {"code": child.exitcode, "calls": one}
+            for child, one in zip(children, calls, strict=True)
+        ]
 
     @property
     def said(self) -> str:
@@ -106,7 +120,9 @@ def wait_for(children: list[Any]) -> None:
         time.sleep(0.01)
 
 
-def live(folder: Path, argv: list[str], moments: dict[Any, int], world: dict[str, Any], told: Path) -> None:
+def live(
+    folder: Path, argv: list[str], moments: dict[Any, int], world: dict[str, Any], told: Path
+) -> None:
     """Run a command line in this process, which has just been forked, and end it with the exit code."""
     os.chdir(folder)
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -150,10 +166,14 @@ def left(run: Path) -> dict[str, object]:
     summary = json.loads((run / "summary.json").read_text())
     return {
         "metrics": (run / "metrics.jsonl").read_bytes(),
-        "weights": {path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")},
+        "weights": {
+            path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")
+        },
         "state": state_of(newest),
         "summary": {name: value for name, value in summary.items() if "second" not in name},
-        "steps": [json.loads(line)["step"] for line in (run / "timings.jsonl").read_text().splitlines()],
+        "steps": [
+            json.loads(line)["step"] for line in (run / "timings.jsonl").read_text().splitlines()
+        ],
         "completions": {
             path.name: str(parquet.read_table(path).to_pylist())  # as text, where NaN equals NaN
             for path in sorted((run / "completions").glob("*.parquet"))
@@ -162,7 +182,14 @@ def left(run: Path) -> dict[str, object]:
 
 
 def check_killed_runs_end_equal(
-    nursery: Nursery, folder: Path, argv: list[str], kills: int, seed: int, *, processes=1, places=("",)
+    nursery: Nursery,
+    folder: Path,
+    argv: list[str],
+    kills: int,
+    seed: int,
+    *,
+    processes=1,
+    places=("",),
 ) -> None:
     """Kill runs, continue them to their end, and compare each with a run that was not killed.
 
@@ -188,7 +215,10 @@ def check_killed_runs_end_equal(
         codes = [one["code"] for one in nursery.run_all(again, *moments, processes=processes)]
         killed += -9 in codes
         assert -9 in codes or not any(codes), nursery.said
-        refused = "tokenrl: Before the first step: Another process" in nursery.said.rpartition("SIGKILL")[2]
+        refused = (
+            "tokenrl: Before the first step: Another process"
+            in nursery.said.rpartition("SIGKILL")[2]
+        )
         usual = (0, 1, 2, -9, -15) if refused else (0, 1, -9, -15)
         assert all(code in usual for code in codes), (codes, nursery.said)
         if not any(codes):

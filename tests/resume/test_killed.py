@@ -16,7 +16,16 @@ POLICY_GRADIENT = {
         *("--lr-scheduler-type", "cosine"),
     ],
     "refill": ["--estimator", "dapo", "--max-refills", "2"],
-    "kl": ["--estimator", "grpo", "--estimator.beta", "0.05", "--target-kl", "0.5", "--keep", "best"],
+    "kl": [
+        "--estimator",
+        "grpo",
+        "--estimator.beta",
+        "0.05",
+        "--target-kl",
+        "0.5",
+        "--keep",
+        "best",
+    ],
     "running mean": ["--estimator", "reinforce_running_mean", "--micro-batch-size", "3"],
     "adapter": ["--estimator", "remax", "--lora-r", "4", "--keep", "best"],
     "bfloat16": ["--estimator", "gspo", "--mixed-precision", "bf16"],
@@ -26,7 +35,16 @@ POLICY_GRADIENT = {
     ],
     "worker": ["--estimator", "rloo", "--reward-timeout", "30"],
     "tracker": [
-        *("--estimator", "spo", "--task", "digits.jsonl", "--model", "warm", "--reward-weights", "0.5"),
+        *(
+            "--estimator",
+            "spo",
+            "--task",
+            "digits.jsonl",
+            "--model",
+            "warm",
+            "--reward-weights",
+            "0.5",
+        ),
         *("--eval-size", "2", "--max-completion-length", "8", "--num-generations", "2"),
     ],
     "episodes that fail": [
@@ -65,7 +83,16 @@ def test_an_agent_that_is_killed(nursery, tmp_path, seed, options):
 
 
 def test_a_reward_model_that_is_killed_ten_times(nursery, tmp_path):
-    argv = ["reward-model", "--task", "sort_digits", "--num-pairs", "120", "--max-steps", "30", "--quiet"]
+    argv = [
+        "reward-model",
+        "--task",
+        "sort_digits",
+        "--num-pairs",
+        "120",
+        "--max-steps",
+        "30",
+        "--quiet",
+    ]
     argv += ["--batch-size", "8", "--eval-size", "16", "--eval-every", "5", "--save-every", "3"]
     argv += ["--keep", "best"]
     check_killed_runs_end_equal(nursery, tmp_path, argv, 10, seed=5)
@@ -91,8 +118,20 @@ def test_one_of_two_processes_that_is_killed_five_times(nursery, tmp_path, seed,
 
 
 def test_a_run_of_two_processes_is_not_continued_by_one(nursery, tmp_path):
-    argv = [*TRAIN, "--estimator", "rloo", "--cpu", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
+    argv = [
+        *TRAIN,
+        "--estimator",
+        "rloo",
+        "--cpu",
+        "--max-steps",
+        "2",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     assert [one["code"] for one in nursery.run_all(argv, processes=2)] == [0, 0], nursery.said
     assert nursery.run([*argv, "--resume", "auto"]) == 2
     assert "processes: 2, now 1" in nursery.said
-    assert [one["code"] for one in nursery.run_all([*argv, "--resume", "auto"], processes=2)] == [0, 0]
+    assert [one["code"] for one in nursery.run_all([*argv, "--resume", "auto"], processes=2)] == [
+        0,
+        0,
+    ]

@@ -48,7 +48,8 @@ def signalled(nursery, whole, tmp_path):
 
     def run(*what):
         moments = [
-            Moment(*PLACES[place], signum) for place, signum in zip(what[::2], what[1::2], strict=True)
+            Moment(*PLACES[place], signum)
+            for place, signum in zip(what[::2], what[1::2], strict=True)
         ]
         code = shown(nursery.run(argv, *moments))
         file = tmp_path / "run" / "summary.json"
@@ -81,7 +82,9 @@ def test_a_second_request_to_end_changes_nothing(signalled, second):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(SIGINT, "optimiser"), (SIGTERM, "checkpoint"), (SIGINT, "model")], ids=str
+    ("first", "second"),
+    [(SIGINT, "optimiser"), (SIGTERM, "checkpoint"), (SIGINT, "model")],
+    ids=str,
 )
 def test_a_second_interrupt_exits_at_once_and_what_was_there_stays_whole(signalled, first, second):
     code, summary, model = signalled("step", first, second, SIGINT)

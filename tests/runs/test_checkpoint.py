@@ -60,14 +60,18 @@ def test_older_ones_go_by_number_and_only_after_the_new_one_is_verified(tmp_path
     assert {"step_1000000", "step_999999"} < set(names(path.parent))
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left"), RuntimeError("writer failed")])
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left"), RuntimeError("writer failed")]
+)
 def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tmp_path, fault):
     def fail(folder):
         write(folder)
         raise fault
 
     good = save(tmp_path, 1, write, keep=1)
-    with pytest.raises(Stopped, match=rf"step_000002 could not be .*{fault.args[-1]}.*Free space") as caught:
+    with pytest.raises(
+        Stopped, match=rf"step_000002 could not be .*{fault.args[-1]}.*Free space"
+    ) as caught:
         save(tmp_path, 2, fail, keep=1)
     with pytest.raises(Stopped, match="was removed or moved"):  # no run directory is made again
         save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
@@ -97,14 +101,21 @@ UNREADABLE = [b"{}", b"[]", b"5", b'"text"', b"\xff\xfe\x00\x80", b"[" * 100_000
         ("weights.bin", b"x" * 100, "file weights.bin is missing, altered, cut short"),
         ("manifest.json", None, "its file manifest.json is missing"),
         ("manifest.json", b'{"weights', "its file manifest.json is missing, altered"),
-        *(("manifest.json", text, "its file manifest.json is missing, altered") for text in UNREADABLE),
+        *(
+            ("manifest.json", text, "its file manifest.json is missing, altered")
+            for text in UNREADABLE
+        ),
         (
             "manifest.json",
             b'{"weights.bin": 5, "sub/state.json": [8, ""]}',
             "its file weights.bin is missing",
         ),
         ("manifest.json", b'{"a\\u0000\\ud800": [8, ""]}', "its file a.* is missing"),
-        ("manifest.json", b'{"step": 2, "files": {}}', "its file manifest.json is .*an earlier release"),
+        (
+            "manifest.json",
+            b'{"step": 2, "files": {}}',
+            "its file manifest.json is .*an earlier release",
+        ),
     ],
 )
 def test_damage_is_refused_by_name(tmp_path, name, content, words):
@@ -127,7 +138,10 @@ def test_any_changed_byte_of_a_checkpoint_is_detected_and_named(tmp_path, every)
         whole = file.read_bytes()
         for place in range(draw.randrange(min(every, len(whole))), len(whole), every):
             flipped = bytes([whole[place] ^ 1 << place % 8])
-            for changed in (whole[:place] + flipped + whole[place + 1 :], whole[:place] + whole[place + 1 :]):
+            for changed in (
+                whole[:place] + flipped + whole[place + 1 :],
+                whole[:place] + whole[place + 1 :],
+            ):
                 file.write_bytes(changed)
                 with pytest.raises(Refused, match=re.escape(file.name)):
                     verify(path)
@@ -148,7 +162,9 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
     assert model_directory(place.parent) == place and model_directory("owner/name") == "owner/name"
     (place / "weights.bin").write_bytes(b"x")
     for inside in (place.parent, place, place / "sub"):
-        with pytest.raises(Refused, match=r"weights.bin is missing, altered.*a copy without manifest"):
+        with pytest.raises(
+            Refused, match=r"weights.bin is missing, altered.*a copy without manifest"
+        ):
             model_directory(inside)
     (place / "manifest.json").unlink()  # what the message advises
     assert model_directory(place) == place
@@ -161,14 +177,20 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
     before = os.umask(mask)
     with atomic_directory(tmp_path / "model") as folder:
         write(folder)
-        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")  # makes files of mode 600
+        save_file(
+            {"weight": torch.zeros(2)}, folder / "model.safetensors"
+        )  # makes files of mode 600
     (tmp_path / "usual").touch()
     os.umask(before)
     modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "usual").stat().st_mode}
 
 
-TENSORS = [torch.tensor([1.5, -0.0, math.nan], dtype=torch.bfloat16), torch.tensor(2**62), torch.empty(0, 3)]
+TENSORS = [
+    torch.tensor([1.5, -0.0, math.nan], dtype=torch.bfloat16),
+    torch.tensor(2**62),
+    torch.empty(0, 3),
+]
 TENSORS += [torch.arange(6.0).reshape(2, 3).T, np.arange(3.0)]
 NUMBERS = [0.1 + 0.2, -0.0, math.inf, 2**200, -1, 5e-324, np.float64(0.5), np.int64(3)]
 REST = [None, True, "a\u2028\U0001f600", [], {}, ([1], [2.0]), {7: "seven"}]

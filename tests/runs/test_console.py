@@ -26,7 +26,11 @@ def use_everything(console):
 def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools():
     call = f"<tool_call>{{'name': 'add', 'arguments': {{'a': {'1' * 90}}}}}</tool_call>"
     for calls in (1, 9):
-        row = {"prompt": "1 + 1", "completion": f"{call * calls}<42>the answer is 42", "messages": []}
+        row = {
+            "prompt": "1 + 1",
+            "completion": f"{call * calls}<42>the answer is 42",
+            "messages": [],
+        }
         file = io.StringIO()
         Console(file=file).completions_table([row])
         text = re.sub(r"\s", "", file.getvalue())
@@ -65,12 +69,24 @@ def test_the_time_left_follows_the_steps_as_they_are_now_and_the_evaluations_to_
             progress.update(step, {"reward": 1, "step_seconds": seconds})
     shown = {int(line.split()[1].split("/")[0]): line for line in file.getvalue().splitlines()}
     assert "ETA" not in shown[1] + shown[40]
-    assert [shown[step].split("ETA ")[1] for step in (2, 10, 20, 30)] == ["1:23", "1:07", "0:47", "10:07"]
+    assert [shown[step].split("ETA ")[1] for step in (2, 10, 20, 30)] == [
+        "1:23",
+        "1:07",
+        "0:47",
+        "10:07",
+    ]
 
 
 def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side():
     text = printed()
-    for part in ("[red]task[/red]", ":smile:", "[bold] equal", "runs/[a]/model", r"a[b]\n\x1b[31m", "…"):
+    for part in (
+        "[red]task[/red]",
+        ":smile:",
+        "[bold] equal",
+        "runs/[a]/model",
+        r"a[b]\n\x1b[31m",
+        "…",
+    ):
         assert part in text
     assert not set("\x1b\x9b") & set(text) and r"odd\x9b" in text and r"odd\x1b[2J" in text
     assert "loss is no measure of progress" in " ".join(text.split())
@@ -88,7 +104,11 @@ def test_terminal_gets_one_live_line(monkeypatch):
 
 
 def test_small_formats():
-    assert [visible(text) for text in ("a\tb\r\n", "\u202eabc", "héé")] == [r"a\tb\r\n", r"\u202eabc", "héé"]
+    assert [visible(text) for text in ("a\tb\r\n", "\u202eabc", "héé")] == [
+        r"a\tb\r\n",
+        r"\u202eabc",
+        "héé",
+    ]
     assert [duration(seconds) for seconds in (0, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]
     assert [number(value) for value in (None, 0.12345, 5, "Infinity", "a\nb", float("nan"))] == [
         "-", "0.1235", "5", "inf", r"a\nb", "nan"]  # fmt: skip
@@ -98,7 +118,9 @@ def test_small_formats():
     ):
         assert measured(value, error) == shown
     assert ending({}) == "unfinished"
-    assert ending({"exit_reason": "SIGTERM", "env_steps_per_second": 10}) == "SIGTERM, 10 env steps/s"
+    assert (
+        ending({"exit_reason": "SIGTERM", "env_steps_per_second": 10}) == "SIGTERM, 10 env steps/s"
+    )
     flags = ["entropy-collapsed", "nothing-learnt"]  # the first may be what one wants
     assert (
         ending({"exit_reason": "finished", "flags": flags, "steps": 6})

@@ -115,7 +115,9 @@ def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, damage
     found = set()
     for number in crashes(start, place, lambda: save(place, 3, writing("step 3 again"), keep=2)):
         path = whole(place)
-        assert content(path) == {"step 2"} if path.name == "step_000002" else {"step 3 again"}, number
+        assert content(path) == {"step 2"} if path.name == "step_000002" else {"step 3 again"}, (
+            number
+        )
         found.add(path.name)
         save(place, 4, writing("step 4"), keep=2)
         assert content(whole(place)) == {"step 4"}

@@ -17,11 +17,19 @@ from tokenrl.runs.resume import cut_back
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.is_dir() or path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
 MINE = (
-    *("videos", "checkpoints/best", "checkpoints/step_000003_best", "completions/step_by_step.parquet"),
+    *(
+        "videos",
+        "checkpoints/best",
+        "checkpoints/step_000003_best",
+        "completions/step_by_step.parquet",
+    ),
     *("notes.txt", "preferences.jsonl", ".download.partial", "videos/talk-episode-1.mp4"),
 )
 """What a user may have put beside the files of a run; the first three are folders."""
@@ -31,7 +39,12 @@ def finished_run(run):
     for folder in ("model", "completions", "checkpoints/step_000003"):
         (run / folder).mkdir(parents=True)
         (run / folder / "weights.bin").write_text("x")
-    for name in ("completions/step_000003.parquet", "summary.json", "timings.jsonl", "metrics.jsonl"):
+    for name in (
+        "completions/step_000003.parquet",
+        "summary.json",
+        "timings.jsonl",
+        "metrics.jsonl",
+    ):
         (run / name).write_text("{}")
     (run / ".lock").touch()
     (run / "config.json").write_text('{"versions": {"tokenrl": "1"}}')
@@ -100,11 +113,17 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["overwrite", "resume", "refused"])
-def test_what_a_kill_left_half_written_or_half_removed_goes_when_the_directory_is_next_used(how, tmp_path):
+def test_what_a_kill_left_half_written_or_half_removed_goes_when_the_directory_is_next_used(
+    how, tmp_path
+):
     run = finished_run(tmp_path / "run")
     (run / ".download.partial").write_text("mine")
     before = tree(run)
-    for folder in ("checkpoints/.step_000004.partial", "checkpoints/.step_000005.old", ".model.partial"):
+    for folder in (
+        "checkpoints/.step_000004.partial",
+        "checkpoints/.step_000005.old",
+        ".model.partial",
+    ):
         (run / folder).mkdir()
         (run / folder / "weights.safetensors").write_text("x")
     for name in (
@@ -199,7 +218,9 @@ def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
         Path("runs", name).mkdir(parents=True)
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda _: new_directory("train"), range(8)))
-    assert sorted(run.path for run in runs) == sorted(tmp_path / f"runs/train-{n}" for n in range(3, 11))
+    assert sorted(run.path for run in runs) == sorted(
+        tmp_path / f"runs/train-{n}" for n in range(3, 11)
+    )
     for run in runs:
         run.release()
     assert newest("train") == 2  # of those that were made for nothing none is left

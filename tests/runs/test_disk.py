@@ -20,7 +20,9 @@ def disk(tmp_path):
     """A disk of 8 MB, in memory."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True
+    )
     if made.returncode:
         pytest.skip("only a system that mounts has a small disk")
     yield folder
@@ -48,14 +50,18 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_disk_that_fills_up_leaves_a_checkpoint_from_which_the_run_continues(disk, tmp_path, large):
+def test_a_disk_that_fills_up_leaves_a_checkpoint_from_which_the_run_continues(
+    disk, tmp_path, large
+):
     """A continuation needs no more room than the run's own checkpoints leave it."""
 
     def at_step(session):
         if session.step == 3:
             fill(disk, 700)
 
-    with pytest.raises(Stopped, match=r"At step 4: .*step_000004 could not be .*No space left") as caught:
+    with pytest.raises(
+        Stopped, match=r"At step 4: .*step_000004 could not be .*No space left"
+    ) as caught:
         live(disk / "run", at_step)
     said = str(caught.value)
     assert "step_000002; --resume auto continues from it" in said and "\n" not in said
@@ -82,7 +88,9 @@ def test_a_report_that_cannot_be_drawn_costs_nothing_else(tmp_path, capsys, monk
     assert "warning:Noreportcouldbemade" in said and f"tokenrlreport{tmp_path}" in said
 
 
-@pytest.mark.parametrize("gone", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere"))])
+@pytest.mark.parametrize(
+    "gone", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere"))]
+)
 def test_a_directory_that_is_gone_stops_the_run_and_is_not_made_again(tmp_path, gone):
     def at_step(session):
         if session.step == 3:

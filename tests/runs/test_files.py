@@ -36,8 +36,14 @@ def test_json_is_strict_and_infinities_come_back(tmp_path):
     back = strict((tmp_path / "x.json").read_text("utf-8"))
     assert back["nan"] is None and back["tensor"] == [1.0, None] and back["flag"] is True
     assert float(back["inf"]) == math.inf and float(back["down"]) == -math.inf
-    assert back["scalar"] == 0.5 and back["count"] == 3 and back["nested"] == {"a": [1, ["Infinity"]]}
-    assert back["set"] == ["a", "b"] and back["type"] == "torch.float32" and back["function"] == "json:dumps"
+    assert (
+        back["scalar"] == 0.5 and back["count"] == 3 and back["nested"] == {"a": [1, ["Infinity"]]}
+    )
+    assert (
+        back["set"] == ["a", "b"]
+        and back["type"] == "torch.float32"
+        and back["function"] == "json:dumps"
+    )
     assert back["surrogate"] == "?"
 
 

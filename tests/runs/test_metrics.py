@@ -17,13 +17,19 @@ def write(folder, *rows):
     return folder / "metrics.jsonl"
 
 
-def test_each_line_is_strict_json_on_disk_at_once_and_the_same_whatever_the_clock_and_the_order(tmp_path):
+def test_each_line_is_strict_json_on_disk_at_once_and_the_same_whatever_the_clock_and_the_order(
+    tmp_path,
+):
     with closing(MetricsLog(tmp_path)) as log:
-        log.write(1, {"reward": math.nan, "kl": math.inf, "entropy": torch.tensor(0.5), "b": 1, "a": None})
+        log.write(
+            1, {"reward": math.nan, "kl": math.inf, "entropy": torch.tensor(0.5), "b": 1, "a": None}
+        )
         text = (tmp_path / "metrics.jsonl").read_text()
         assert (tmp_path / "timings.jsonl").read_text() == ""
         log.write(2, {"b": 1}, {"seconds": 2.0})
-    assert text == '{"step": 1, "a": null, "b": 1, "entropy": 0.5, "kl": "Infinity", "reward": null}\n'
+    assert (
+        text == '{"step": 1, "a": null, "b": 1, "entropy": 0.5, "kl": "Infinity", "reward": null}\n'
+    )
     assert read_metrics(tmp_path / "timings.jsonl") == [{"step": 2, "seconds": 2.0}]
 
 
@@ -46,14 +52,26 @@ def test_damage_before_the_last_line_is_refused(tmp_path):
 
 def test_completions_come_back_and_chat_messages_and_mixtures_as_json_text(tmp_path):
     chat = [{"role": "user", "content": "hi"}]
-    full = {"prompt": "2\n\x00é", "reward": 1, "advantage": math.nan, "ok": True, "chat": chat, "mixed": 1}
+    full = {
+        "prompt": "2\n\x00é",
+        "reward": 1,
+        "advantage": math.nan,
+        "ok": True,
+        "chat": chat,
+        "mixed": 1,
+    }
     rows = [full, {"prompt": "\ud83d", "reward": 0.25, "chat": chat, "mixed": "a", "extra": 7}]
     path = write_completions(tmp_path / "completions", 100, rows)
     assert [entry.name for entry in path.parent.iterdir()] == ["step_000100.parquet"]
     first, second = read_completions(path)
     assert math.isnan(first.pop("advantage")) and json.loads(first.pop("chat")) == chat
     assert first == {"prompt": "2\n\x00é", "reward": 1.0, "ok": True, "mixed": "1", "extra": None}
-    assert (second["prompt"], second["reward"], second["ok"], second["extra"]) == ("?", 0.25, None, 7)
+    assert (second["prompt"], second["reward"], second["ok"], second["extra"]) == (
+        "?",
+        0.25,
+        None,
+        7,
+    )
 
 
 def test_the_peak_of_memory_does_not_fall(monkeypatch):

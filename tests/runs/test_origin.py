@@ -53,7 +53,13 @@ def test_a_program_s_settings_can_be_repeated_by_a_command_if_all_have_names(pro
     monkeypatch.setattr(sys, "argv", [program])
     again = "tokenrl train --config 'runs/a b/config.json' --overwrite"
     by_name = {"estimator": Inner(NamedFunction("mine.py:half"))}
-    for options in ({}, {"max_steps": 7}, {"task": Path("x")}, {"reward": (paid, "length(max=3)")}, by_name):
+    for options in (
+        {},
+        {"max_steps": 7},
+        {"task": Path("x")},
+        {"reward": (paid, "length(max=3)")},
+        by_name,
+    ):
         assert origin(**options).command == again
 
 
@@ -76,9 +82,13 @@ def test_no_command_repeats_a_run_with_nameless_objects(options, monkeypatch):
 def test_the_tested_versions_are_those_of_the_constraints():
     """The tests also ran with a release of torch that is newer, and not in the constraints for its size."""
     text = Path(__file__).parents[2].joinpath("constraints.txt").read_text()
-    pins = dict(re.findall(r'^(\w+)==(\d+\.\d+)\S*(?:; python_version >= "3.11")?$', text, re.MULTILINE))
+    pins = dict(
+        re.findall(r'^(\w+)==(\d+\.\d+)\S*(?:; python_version >= "3.11")?$', text, re.MULTILINE)
+    )
     assert {name: pins[name] for name in TESTED} | {"torch": TESTED["torch"]} == TESTED
-    assert [int(number) for number in pins["torch"].split(".")] <= [*map(int, TESTED["torch"].split("."))]
+    assert [int(number) for number in pins["torch"].split(".")] <= [
+        *map(int, TESTED["torch"].split("."))
+    ]
 
 
 def header(monkeypatch, **installed):
@@ -105,7 +115,9 @@ def header(monkeypatch, **installed):
         ),
     ],
 )
-def test_the_header_names_a_library_that_is_newer_than_any_that_was_tested(monkeypatch, installed, line):
+def test_the_header_names_a_library_that_is_newer_than_any_that_was_tested(
+    monkeypatch, installed, line
+):
     for name in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     assert line.format(**TESTED) in header(monkeypatch, **installed)

@@ -11,7 +11,17 @@ import pytest
 
 from tokenrl.cli import main
 
-TRAIN = ["control", "--env", "bandit", "--max-steps", "8", "--logging-steps", "1", "--save-every", "1"]
+TRAIN = [
+    "control",
+    "--env",
+    "bandit",
+    "--max-steps",
+    "8",
+    "--logging-steps",
+    "1",
+    "--save-every",
+    "1",
+]
 
 
 def command(arguments, shell):
@@ -29,7 +39,9 @@ def command(arguments, shell):
 def test_help_that_cannot_be_written_stops(unbuffered):
     done = command(["train", "--help"], unbuffered + " {} >/dev/full")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("tokenrl: The output could not be written ([Errno 28] No space left on")
+    assert done.stderr.startswith(
+        "tokenrl: The output could not be written ([Errno 28] No space left on"
+    )
 
 
 @pytest.mark.slow

@@ -26,7 +26,9 @@ def numbers(drawn):
 @pytest.mark.parametrize("values", RANGES.values(), ids=RANGES)
 def test_any_values_are_drawn_inside_the_picture_with_a_scale(values):
     few = len(values) < 9
-    curve = Curve(range(len(values)), values, "name", dots=few, band=(values, values) if few else None)
+    curve = Curve(
+        range(len(values)), values, "name", dots=few, band=(values, values) if few else None
+    )
     drawn = svg(Chart("n", "u", [curve, Curve([], [])], mark=("solved", 0.5)), 400, 200)
     places = numbers(drawn)
     assert len(places) > 4 and all(-1 <= x <= 401 and -1 <= y <= 201 for x, y in places)
@@ -35,7 +37,10 @@ def test_any_values_are_drawn_inside_the_picture_with_a_scale(values):
 
 
 def test_a_peak_of_a_long_curve_is_not_lost_and_a_band_is_drawn():
-    heights = [y for _, y in numbers(svg(Chart("n", "u", [Curve(range(40_001), RANGES["long"])]), 400, 200))]
+    heights = [
+        y
+        for _, y in numbers(svg(Chart("n", "u", [Curve(range(40_001), RANGES["long"])]), 400, 200))
+    ]
     assert min(y for y in heights if y > 0) < 30  # the plot begins at 10
     for band in (None, ([0.75, 0.75], [1.25, 1.25])):
         drawn = svg(Chart("n", "u", [Curve([0, 1], [1.0, 1.0], dots=True, band=band)]), 400, 200)
@@ -43,7 +48,10 @@ def test_a_peak_of_a_long_curve_is_not_lost_and_a_band_is_drawn():
 
 
 def test_colours_are_variables_of_the_page_and_repeat_with_dashes():
-    drawn = [svg(Chart("n", "u", [Curve([0, 1], [0, 1], colour=c)]), 400, 200) for c in range(COLOURS + 2)]
+    drawn = [
+        svg(Chart("n", "u", [Curve([0, 1], [0, 1], colour=c)]), 400, 200)
+        for c in range(COLOURS + 2)
+    ]
     assert len(set(drawn)) == len(drawn) and all("var(--c" in one for one in drawn)
     assert not [one for one in drawn if re.search(r"#[0-9a-f]{6}|rgb\(|black|white", one)]
     assert "stroke-dasharray" in drawn[-1] and "stroke-dasharray" not in drawn[1]
@@ -55,7 +63,9 @@ def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
         Bars("two", "too few runs", 0.0, (math.nan, math.nan), (-math.inf, math.inf)),
     ]
     drawn = svg(Forest("n", "u", rows, margin=0.1), 400, 160)
-    assert "&lt;b&gt;$one$</text>" in drawn and "0.5 &amp; more</text>" in drawn and "<b>" not in drawn
+    assert (
+        "&lt;b&gt;$one$</text>" in drawn and "0.5 &amp; more</text>" in drawn and "<b>" not in drawn
+    )
     assert ">two</text>" in drawn and "nan" not in drawn and "inf" not in drawn
     assert drawn != svg(Forest("n", "u", rows), 400, 160)
     assert all(-1 <= x <= 401 and -1 <= y <= 161 for x, y in numbers(drawn))
@@ -63,8 +73,13 @@ def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
 
 def test_the_same_numbers_give_the_same_bytes_and_others_do_not(tmp_path):
     def drawn(name, value):
-        charts = [Chart("$n$", "u", [Curve([0, 1], [0.0, value], "a")], large=True), Chart("n", "u", [])]
-        return picture(tmp_path / name, charts, title=r"costs $\frac$", subtitle="50 % $").read_bytes()
+        charts = [
+            Chart("$n$", "u", [Curve([0, 1], [0.0, value], "a")], large=True),
+            Chart("n", "u", []),
+        ]
+        return picture(
+            tmp_path / name, charts, title=r"costs $\frac$", subtitle="50 % $"
+        ).read_bytes()
 
     first = drawn("a.png", 1.0)
     assert first.startswith(b"\x89PNG") and first == drawn("b", 1.0) != drawn("c.png", 2.0)

@@ -40,7 +40,9 @@ def test_a_run_says_what_it_was_and_what_it_has_measured(finished):
 
 def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
     rows = [{"step": 0, "eval_reward": 1.0}, {"step": 1, "reward": "Infinity", "kl": None}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "re')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "re'
+    )
     (run / "summary.json").write_text(json.dumps({"steps": 1, "eval_after": {"reward": 2.0}}))
     found = read_run(run)
     assert found.evaluations == [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2.0}]
@@ -50,7 +52,9 @@ def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
     assert (read_run(run).summary, read_run(run).config, read_run(run).title) == ({}, {}, "run")
 
 
-@pytest.mark.parametrize(("most", "indices"), [(16, range(0, 33, 3)), (33, range(33)), (None, range(33))])
+@pytest.mark.parametrize(
+    ("most", "indices"), [(16, range(0, 33, 3)), (33, range(33)), (None, range(33))]
+)
 def test_completions_are_at_most_so_many_of_a_table_and_spread_over_it(run, most, indices):
     write_completions(run / "completions", 7, [{"index": index} for index in range(33)])
     write_completions(run / "completions", 8, [{"index": 5}])
@@ -59,7 +63,10 @@ def test_completions_are_at_most_so_many_of_a_table_and_spread_over_it(run, most
 
 
 def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
-    before, after = {"reward": 0.25, "reward_stderr": 0.125}, {"reward": 1.0, "rewards/<a>/mean": 3.5}
+    before, after = (
+        {"reward": 0.25, "reward_stderr": 0.125},
+        {"reward": 1.0, "rewards/<a>/mean": 3.5},
+    )
     ended = Outcome(tmp_path, "finished", 0, 3, before, after, 61.2)
     assert repr(ended) == str(ended)
     assert repr(ended).splitlines() == [
@@ -72,7 +79,9 @@ def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
     page = ended._repr_html_()
     assert "<td>rewards/&lt;a&gt;/mean</td><td>-</td><td>3.5</td>" in page and str(tmp_path) in page
     assert ended.metrics == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 0.25}\n{"step": 1, "reward": 0.5}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval_reward": 0.25}\n{"step": 1, "reward": 0.5}\n'
+    )
     assert (
         ended.metrics
         == read_run(tmp_path).metrics
@@ -84,7 +93,10 @@ def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
 
 
 PLACES = [
-    *(("summary.json", name) for name in ("exit_reason", "flags", "steps", "wall_seconds", "eval_after")),
+    *(
+        ("summary.json", name)
+        for name in ("exit_reason", "flags", "steps", "wall_seconds", "eval_after")
+    ),
     *(("config.json", name) for name in ("title", "kind", "solved", "versions", "command")),
     *(("metrics.jsonl", name) for name in ("step", "reward", "eval_reward_stderr", "new")),
 ]

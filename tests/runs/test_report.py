@@ -28,12 +28,16 @@ def run(tmp_path):
     run = tmp_path / "my run"
     run.mkdir()
     about = {"title": f"sorting {EVIL}", "command": f"tokenrl train {EVIL}", "versions": versions()}
-    write_json(run / "config.json", {**about, "seed": 3, "solved": 0.9, "chat": True, "generator": "vllm"})
+    write_json(
+        run / "config.json", {**about, "seed": 3, "solved": 0.9, "chat": True, "generator": "vllm"}
+    )
     with closing(MetricsLog(run)) as log:
         log.write(0, {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01})
         for step in (1, 2, 3, 4):
             off = {"sampling/logp_difference/max": 1e-5 / step}
-            log.write(step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1), **off})
+            log.write(
+                step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1), **off}
+            )
     for step, text in ((1, EVIL), (2, "middle"), (10, "& last\n\x00\ud800")):
         row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
         write_completions(run / "completions", step, [row | {"cut": True}] * 20)
@@ -49,7 +53,11 @@ def page_of(run):
 
 
 def page_with(path, *blocks):
-    return Page(write_page(path / "p.html", EVIL, [Section(EVIL, blocks), Section("none", [{}])]).read_text())
+    return Page(
+        write_page(
+            path / "p.html", EVIL, [Section(EVIL, blocks), Section("none", [{}])]
+        ).read_text()
+    )
 
 
 @pytest.mark.drawn
@@ -78,9 +86,13 @@ def test_all_text_is_escaped_and_nothing_is_asked_for_outside(run):
 
 
 @pytest.mark.drawn
-def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one_script_run(run, recwarn):
+def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one_script_run(
+    run, recwarn
+):
     odd = "a\x00\x07\x1b[31m\x7f\x9b2J\u202e"
-    config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+    config, summary = (
+        json.loads((run / name).read_text()) for name in ("config.json", "summary.json")
+    )
     write_json(run / "config.json", config | {"title": odd, "command": odd, "versions": {odd: odd}})
     write_json(run / "summary.json", summary | {"verdict": odd, "eval_after": {odd: 1.0}})
     write_completions(run / "completions", 11, [{"prompt": odd, odd: step} for step in (1, 2)])
@@ -88,10 +100,14 @@ def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one
     page, several = report_from_directory(run), compare_runs([run, other], run.parent / "both.html")
     for text in (page.read_text("utf-8"), several.read_text("utf-8")):
         assert not CONTROL.search(text) and r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in text
-        policy = re.search(r"default-src 'none'; style-src 'unsafe-inline'; script-src '([^']*)'", text)[1]
+        policy = re.search(
+            r"default-src 'none'; style-src 'unsafe-inline'; script-src '([^']*)'", text
+        )[1]
         script = text[text.index("<script>") + 8 : text.index("</script>")]
         assert policy == "sha256-" + b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    numbers = [json.loads(found["data-numbers"]) for found in Page(page.read_text("utf-8")).all("article")]
+    numbers = [
+        json.loads(found["data-numbers"]) for found in Page(page.read_text("utf-8")).all("article")
+    ]
     assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in numbers[-1]  # by the name that the list shows
     assert not recwarn.list  # of glyphs
 
@@ -99,7 +115,9 @@ def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one
 def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one(run):
     text = report_from_directory(run).read_text("utf-8")
     light, dark = text.split("@media (prefers-color-scheme: dark)")
-    first, second = (dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part)) for part in (light, dark))
+    first, second = (
+        dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part)) for part in (light, dark)
+    )
     assert first.keys() == second.keys() == {"--page", "--card", *(f"--{name}" for name in PALETTE)}
     assert {name: first[f"--{name}"] for name in PALETTE} == PALETTE
 
@@ -107,39 +125,67 @@ def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one(run)
 def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
     text = report_from_directory(run).read_text("utf-8")
     before, _, _ = text.partition("All 30 completions")
-    assert before.count("<article") == 3 == before.count('class="few"')  # each step has a single prompt
+    assert (
+        before.count("<article") == 3 == before.count('class="few"')
+    )  # each step has a single prompt
     page = Page(text)
     numbers = [json.loads(found["data-numbers"]) for found in page.all("article", "sample")]
     assert [n["step"] for n in numbers[:3]] == [1, 2, 10]
     numbers = numbers[3:]
     assert [n["step"] for n in numbers] == [1] * 10 + [2] * 10 + [10] * 10
-    assert numbers[0] == {"step": 1, "reward": 0.125, "rewards/a_b": None, "cut": 1, "characters": len(EVIL)}
+    assert numbers[0] == {
+        "step": 1,
+        "reward": 0.125,
+        "rewards/a_b": None,
+        "cut": 1,
+        "characters": len(EVIL),
+    }
     (form,) = page.all("form")
     assert "hidden" in form  # useless without the script, which shows it
     named = {found["name"] for kind in ("select", "input") for found in page.all(kind)}
     assert named == {"by", "order", "column", "search", "least", "most"}
     for step in range(11, 111):
-        rows = [{"prompt": f"p{n // 8}", "completion": "c", "answer": "ab", "n": n} for n in range(64)]
+        rows = [
+            {"prompt": f"p{n // 8}", "completion": "c", "answer": "ab", "n": n} for n in range(64)
+        ]
         write_completions(run / "completions", step, rows)
     (run / "completions" / "step_final.parquet").write_text("a file of somebody else")
     numbers = [json.loads(found["data-numbers"]) for found in page_of(run).all("article")]
     steps = sorted({n["step"] for n in numbers})
     assert steps[0] == 1 and steps[-1] == 110 and len(steps) == 8
     assert [n["step"] for n in numbers[:7]] == [1, *[steps[4]] * 3, *[110] * 3]
-    assert [n["n"] for n in numbers[1:4]] == [0, 8, 16]  # the first completion of each of three prompts
-    assert [n["n"] for n in numbers[-16:]] == list(range(0, 64, 4)) and numbers[-1]["characters"] == 1
+    assert [n["n"] for n in numbers[1:4]] == [
+        0,
+        8,
+        16,
+    ]  # the first completion of each of three prompts
+    assert [n["n"] for n in numbers[-16:]] == list(range(0, 64, 4)) and numbers[-1][
+        "characters"
+    ] == 1
 
 
 def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_path):
     rows = [{"prompt": json.dumps(CHAT), "completion": "a\x1b"}]
     rows += [{"prompt": '[{"role": 1}]', "completion": "[{no"}]
     calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
-    turns = [{"role": "assistant", "content": "sum", "tool_calls": calls}, {"role": "tool", "content": "<3>"}]
+    turns = [
+        {"role": "assistant", "content": "sum", "tool_calls": calls},
+        {"role": "tool", "content": "<3>"},
+    ]
     rows += [{"prompt": "1", "completion": json.dumps(turns)}]
     page = page_with(tmp_path, completions(rows))
     assert len(page.all("div", "message")) == 2 * 4  # those that are open, and all
     assert len(page.all("div", "tool")) == 2
-    for text in ("system", "be_brief", "a\\x1b", '[{"role": 1}]', "[{no", "sum", json.dumps(calls[0]), "<3>"):
+    for text in (
+        "system",
+        "be_brief",
+        "a\\x1b",
+        '[{"role": 1}]',
+        "[{no",
+        "sum",
+        json.dumps(calls[0]),
+        "<3>",
+    ):
         assert text in page.text
 
 
@@ -207,7 +253,10 @@ def made(tmp_path, monkeypatch):
         rows = [{"step": 1, "reward": 0.5, "loss": 2.0}, {"step": 1, "eval_reward": 0.5}]
         config = {"kind": kind, "title": name, "command": name, "output_dir": name, **settings}
         summary = {"exit_reason": "finished", "eval_after": after, "loss_after": 2.0}
-        texts = {"metrics.jsonl": "\n".join(map(json.dumps, rows)), "config.json": json.dumps(config)}
+        texts = {
+            "metrics.jsonl": "\n".join(map(json.dumps, rows)),
+            "config.json": json.dumps(config),
+        }
         for file, text in {**texts, "summary.json": json.dumps(summary), "report.html": ""}.items():
             (tmp_path / name / file).write_text(text)
         return name
@@ -224,8 +273,12 @@ def rows_of(page, heading):
 
 def test_numbers_stand_side_by_side_and_only_settings_that_differ_are_shown(made, tmp_path):
     rloo, grpo = {"baseline": "rloo", "scale": "none"}, {"baseline": "rloo", "scale": "group_std"}
-    one = made("one run", after={"reward": 0.5, "reward_stderr": 0.01}, task="a", seed=0, estimator=rloo)
-    two = made("two", after={"reward": 0.7, "pass@4": 1.0}, task="a", seed=1, lora_r=8, estimator=grpo)
+    one = made(
+        "one run", after={"reward": 0.5, "reward_stderr": 0.01}, task="a", seed=0, estimator=rloo
+    )
+    two = made(
+        "two", after={"reward": 0.7, "pass@4": 1.0}, task="a", seed=1, lora_r=8, estimator=grpo
+    )
     (tmp_path / "pages").mkdir()
     (tmp_path / "two" / "report.html").unlink()
     page = compare_runs([one, two], "pages/p.html").read_text("utf-8")
@@ -241,7 +294,9 @@ def test_numbers_stand_side_by_side_and_only_settings_that_differ_are_shown(made
 
 
 def test_other_tasks_are_named_as_such_and_texts_are_escaped(made):
-    page = compare_runs([made("one", task=EVIL), made("two", task="b", title=EVIL)]).read_text("utf-8")
+    page = compare_runs([made("one", task=EVIL), made("two", task="b", title=EVIL)]).read_text(
+        "utf-8"
+    )
     assert "differ in task, so their numbers do not measure the same" in page
     assert page.count("<script") == 1 and EVIL in Page(page).text
     page = Page(compare_runs([made("three", "sft"), made("four", "sft")]).read_text("utf-8"))

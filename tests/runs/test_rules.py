@@ -109,7 +109,9 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
 ]  # fmt: skip
 
 
-SETTINGS = {field.name for kind in (TrainArguments, ControlArguments, Estimator) for field in fields(kind)}
+SETTINGS = {
+    field.name for kind in (TrainArguments, ControlArguments, Estimator) for field in fields(kind)
+}
 
 
 @pytest.mark.parametrize(("flag", "weight", "numbers", "changes", "neighbour"), CASES)
@@ -120,11 +122,15 @@ def test_a_rule_fires_on_its_case_and_is_silent_on_its_neighbour_and_without_a_f
     assert finding.weight == weight and not re.search(r"[{}]", finding.text)
     assert finding.text.endswith((".", "x")) and (changes is None or finding.changes == changes)
     assert judge(numbers | neighbour, flag) == []
-    needs = set().union(*(needs for name, needs, _ in RULES if name == flag and needs <= numbers.keys()))
+    needs = set().union(
+        *(needs for name, needs, _ in RULES if name == flag and needs <= numbers.keys())
+    )
     for name in needs:
         for missing in (None, math.nan):
             assert judge(numbers | {name: missing}, flag) == [], name
-    judge({name: numbers[name] for name in numbers.keys() & (needs | SETTINGS)}, flag)  # without another fact
+    judge(
+        {name: numbers[name] for name in numbers.keys() & (needs | SETTINGS)}, flag
+    )  # without another fact
 
 
 def test_every_rule_has_a_case():
@@ -133,7 +139,10 @@ def test_every_rule_has_a_case():
 
 def test_every_fact_that_a_rule_names_is_read_by_some_reader():
     """A name that is spelt in another way here and there would silence its rule for ever."""
-    filled = SETTINGS | facts([row(1, 0.0)] * 3, settings_of(prompts_per_step=16), "first", "latest").keys()
+    filled = (
+        SETTINGS
+        | facts([row(1, 0.0)] * 3, settings_of(prompts_per_step=16), "first", "latest").keys()
+    )
     for path in Path(tokenrl.__file__).parent.rglob("*.py"):
         text = path.read_text()
         if path.stem != "rules" and ("facts(" in text or "judge(" in text):
@@ -201,14 +210,22 @@ def test_the_latest_steps_hold_enough_groups_and_are_compared_with_the_best_eval
     assert math.isnan(latest(rows[:6], 8)["latest_reward"])  # 6 steps of 8 groups are needed
     observed = latest(rows, 16)
     assert observed["steps"] == "steps 6 to 8" and observed["latest_reward"] == pytest.approx(0.7)
-    assert observed["latest_stderr"] == pytest.approx(0.03 / math.sqrt(3)) and observed["signs"] == ""
-    assert (observed["best_reward"], observed["best_stderr"], observed["before_reward"]) == (0.5, 0.02, 0.2)
+    assert (
+        observed["latest_stderr"] == pytest.approx(0.03 / math.sqrt(3)) and observed["signs"] == ""
+    )
+    assert (observed["best_reward"], observed["best_stderr"], observed["before_reward"]) == (
+        0.5,
+        0.02,
+        0.2,
+    )
     alike = [before, row(1, 0.2), *[row(step, 0.0, error=0.0, equal=1.0) for step in range(2, 5)]]
     assert latest(alike, 16)["latest_stderr"] == pytest.approx(0.03 / math.sqrt(3))
     alone = [before, *[row(step, 0.2, error=None) for step in range(1, 60)]]
     assert math.isnan(latest(alone, 1)["latest_stderr"])  # one prompt a step: its noise is unknown
     rows += [row(step, 0.0, equal=1.0) for step in range(9, 12)]
-    assert [finding.flag for finding in judge(latest(rows, 16), "policy-destroyed")] == ["policy-destroyed"]
+    assert [finding.flag for finding in judge(latest(rows, 16), "policy-destroyed")] == [
+        "policy-destroyed"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,10 @@ def test_the_latest_steps_hold_enough_groups_and_are_compared_with_the_best_eval
     ],
 )
 def test_what_shows_that_a_policy_can_hardly_recover(changes, signs):
-    assert latest([row(1, 0.2), *[row(step, 0.0) | changes for step in range(2, 5)]], 16)["signs"] == signs
+    assert (
+        latest([row(1, 0.2), *[row(step, 0.0) | changes for step in range(2, 5)]], 16)["signs"]
+        == signs
+    )
 
 
 def test_means_leave_out_what_is_no_number_and_count_equal_rewards():

@@ -27,7 +27,9 @@ def rates(optimizer, schedule, steps):
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup, length", [(0, 7), (3, 7), (9, 7), (0, 0)])
-def test_the_learning_rates_are_those_of_transformers_and_go_on_from_any_place(kind, warmup, length, recwarn):
+def test_the_learning_rates_are_those_of_transformers_and_go_on_from_any_place(
+    kind, warmup, length, recwarn
+):
     whole = rates(*made(kind, length, warmup), 9)
     assert whole == rates(*made(kind, length, warmup, get_scheduler), 9)
     for at in (0, 2, 5):
@@ -35,7 +37,10 @@ def test_the_learning_rates_are_those_of_transformers_and_go_on_from_any_place(k
         rates(optimizer, schedule, 3)  # wherever it was before
         load_schedule(schedule, at)
         assert rates(optimizer, schedule, 9 - at) == whole[at:]
-    (here, ours), (there, theirs) = made(kind, length, warmup), made(kind, length, warmup, get_scheduler)
+    (here, ours), (there, theirs) = (
+        made(kind, length, warmup),
+        made(kind, length, warmup, get_scheduler),
+    )
     for schedule in (ours, theirs):
         load_schedule(schedule, 2.5)  # as where the run is measured in samples
     assert here.param_groups[1]["lr"] == there.param_groups[1]["lr"]

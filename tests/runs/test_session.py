@@ -108,7 +108,10 @@ def live(
     **options,
 ):
     """A whole run; `before` is called at the start of each step, and `at_step` after its update."""
-    counter, args = counter or Counter(), Settings(output_dir=directory and str(directory), **options)
+    counter, args = (
+        counter or Counter(),
+        Settings(output_dir=directory and str(directory), **options),
+    )
     args = resume_settings(args, "train")
     with Session("train", args, main=main, agreed=agreed) as session:
         session.keep(counter, maker or Provenance(), counter=counter)
@@ -171,8 +174,13 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("train", 5, "counting")
     assert config["command"] == f"tokenrl train --config {tmp_path / 'config.json'} --overwrite"
-    assert (tmp_path / "model" / "weights.safetensors").exists() and (tmp_path / "report.html").exists()
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_000004", "step_000005"]
+    assert (tmp_path / "model" / "weights.safetensors").exists() and (
+        tmp_path / "report.html"
+    ).exists()
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
+        "step_000004",
+        "step_000005",
+    ]
     verify(tmp_path / "checkpoints" / "step_000004")
     state = read_state(tmp_path / "checkpoints" / "step_000004")
     assert (state["step"], state["counter"]["number"]) == (4, 1 + 2 + 3 + 4)
@@ -222,7 +230,9 @@ def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp
 
 
 def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):
-    with pytest.raises(Stopped, match=r"At step 4: The reward has gone. The last .* is .*step_000002"):
+    with pytest.raises(
+        Stopped, match=r"At step 4: The reward has gone. The last .* is .*step_000002"
+    ):
         live(tmp_path, at(4, Stopped("The reward has gone.")))
     summary = summary_of(tmp_path)
     assert (summary["exit_reason"], summary["steps"], summary["eval_after"]) == ("failed", 3, None)
@@ -238,7 +248,10 @@ def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tm
     live(tmp_path)
     kept = (tmp_path / "metrics.jsonl").read_text()
     args = Settings(output_dir=str(tmp_path), overwrite=True)
-    with pytest.raises(Refused, match="Before the first step: no reward"), Session("train", args) as session:
+    with (
+        pytest.raises(Refused, match="Before the first step: no reward"),
+        Session("train", args) as session,
+    ):
         session.open({})
         raise Stopped("no reward")
     assert (tmp_path / "metrics.jsonl").read_text() == kept
@@ -264,11 +277,26 @@ def test_the_report_of_a_run_that_failed_or_fell_has_the_warnings_of_the_screen(
     assert warned == ["step 1: the policy fell; try a lower rate."]
     words = " ".join(Page(page.read_text("utf-8")).text.split())
     remedy = "The last complete checkpoint is "
-    parts = ["The run failed", "The reward has gone.", remedy, "step_000004", warned[0], "failed, 4 steps"]
+    parts = [
+        "The run failed",
+        "The reward has gone.",
+        remedy,
+        "step_000004",
+        warned[0],
+        "failed, 4 steps",
+    ]
     assert [words.index(part) for part in parts] == sorted(words.index(part) for part in parts)
-    assert "Held-out evaluation, before → at step 4, the last evaluation" in words and "0 → 40" in words
+    assert (
+        "Held-out evaluation, before → at step 4, the last evaluation" in words
+        and "0 → 40" in words
+    )
     # Continued, what was told before stands there too.
-    live(tmp_path / "run", lambda session: session.console.warn("further"), save_every=2, resume="auto")
+    live(
+        tmp_path / "run",
+        lambda session: session.console.warn("further"),
+        save_every=2,
+        resume="auto",
+    )
     assert json.loads(summary.read_text())["warnings"] == [*warned, "further"]
     assert "Warnings" in page.read_text("utf-8") and "The run failed" not in page.read_text("utf-8")
 
@@ -278,7 +306,9 @@ def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
 
     def agreed(numbers):
         asked.append(numbers)
-        return [signal.SIGTERM, 0] if len(asked) == 8 else numbers  # another process was asked to stop
+        return (
+            [signal.SIGTERM, 0] if len(asked) == 8 else numbers
+        )  # another process was asked to stop
 
     ended = live(tmp_path / "other", main=False, agreed=agreed)
     assert not (tmp_path / "other").exists()
@@ -287,7 +317,9 @@ def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
 
 def test_processes_with_other_settings_are_refused(tmp_path):
     with pytest.raises(Refused, match="The processes of this run differ in best_metric"):
-        live(tmp_path / "run", agreed=lambda numbers: [numbers[0] + bool(numbers[1:]), *numbers[1:]])
+        live(
+            tmp_path / "run", agreed=lambda numbers: [numbers[0] + bool(numbers[1:]), *numbers[1:]]
+        )
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -325,7 +357,11 @@ def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path, step):
         live(tmp_path / "run", at(step, Killed()))
     ended = live(tmp_path / "run", resume="auto")
     assert same(tmp_path / "whole", tmp_path / "run")
-    assert (ended.steps, ended.eval_before, ended.eval_after) == (5, whole.eval_before, whole.eval_after)
+    assert (ended.steps, ended.eval_before, ended.eval_after) == (
+        5,
+        whole.eval_before,
+        whole.eval_after,
+    )
 
 
 def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
@@ -336,7 +372,9 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
         file.write('{"step": 6, "rew')  # cut by a crash
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
     live(tmp_path / "run", seen.append, resume=str(checkpoint))
-    assert seen[0].rows == read_metrics(tmp_path / "run" / "metrics.jsonl")  # those before it, and its own
+    assert seen[0].rows == read_metrics(
+        tmp_path / "run" / "metrics.jsonl"
+    )  # those before it, and its own
     assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
     assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
 
@@ -362,7 +400,13 @@ def left(run):
 @pytest.mark.parametrize("metric", [None, "loss"])
 def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, metric, capsys):
     """Of equal evaluations the first is the best, of losses the lowest, and NaN never."""
-    options = {"max_steps": 14, "score": falling, "keep": "best", "best_metric": metric, "quiet": False}
+    options = {
+        "max_steps": 14,
+        "score": falling,
+        "keep": "best",
+        "best_metric": metric,
+        "quiet": False,
+    }
     ended = live(tmp_path / "run", **options)
     assert "holds the weights of step 4" in " ".join(capsys.readouterr().out.split())
     page = (tmp_path / "run" / "report.html").read_text()
@@ -379,7 +423,13 @@ def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, m
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 9, 10])
 def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step):
-    options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3, "keep_checkpoints": 1}
+    options = {
+        "max_steps": 14,
+        "score": falling,
+        "keep": "best",
+        "patience": 3,
+        "keep_checkpoints": 1,
+    }
     ended = live(tmp_path / "whole", **options, save_every=3)
     assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
     with pytest.raises(Killed):
@@ -395,14 +445,24 @@ def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step)
     )
 
 
-def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_knows_its_own(tmp_path):
+def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_knows_its_own(
+    tmp_path,
+):
     worse = {"score": lambda step: {"reward": -float(step)}, "keep": "best"}
     assert live(tmp_path / "run", **worse).best["step"] == 0 and left(tmp_path / "run")[0] == [0, 0]
-    options = {"max_steps": 6, "score": falling, "keep": "best", "keep_checkpoints": 2, "save_every": 1}
+    options = {
+        "max_steps": 6,
+        "score": falling,
+        "keep": "best",
+        "keep_checkpoints": 2,
+        "save_every": 1,
+    }
     live(tmp_path / "earlier", **options | {"max_steps": 4})
     assert left(tmp_path / "earlier")[1] == ["step_000002", "step_000003", "step_000004"]
     (tmp_path / "earlier" / "checkpoints" / "step_000004" / "weights.safetensors").write_bytes(b"")
-    live(tmp_path / "earlier", **options, resume="auto")  # from step 3, whose best one is that of step 2
+    live(
+        tmp_path / "earlier", **options, resume="auto"
+    )  # from step 3, whose best one is that of step 2
     live(tmp_path / "whole", **options)
     assert left(tmp_path / "earlier") == left(tmp_path / "whole")
 
@@ -416,7 +476,9 @@ def lost(run, step):
 
 
 @pytest.mark.parametrize("harm", [damaged, lost])
-@pytest.mark.parametrize("step", [5, 9, 14])  # before a better one, after the best one, and at the end
+@pytest.mark.parametrize(
+    "step", [5, 9, 14]
+)  # before a better one, after the best one, and at the end
 def test_a_lost_best_checkpoint_is_told_of_and_the_run_ends_with_weights_that_it_has(
     harm, step, tmp_path, capsys
 ):
@@ -426,7 +488,9 @@ def test_a_lost_best_checkpoint_is_told_of_and_the_run_ends_with_weights_that_it
     live(tmp_path / "whole", **options)
     live(tmp_path / "last", max_steps=14, score=falling)
     if step == 14:  # while it runs
-        ended = live(tmp_path / "run", lambda s: s.step == 12 and harm(s.output_dir, best), **options)
+        ended = live(
+            tmp_path / "run", lambda s: s.step == 12 and harm(s.output_dir, best), **options
+        )
     else:
         with pytest.raises(Killed):
             live(tmp_path / "run", at(step - 1, Killed()), **options)
@@ -465,7 +529,9 @@ def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_a
 
     counter = Remembering()
     counter.memory = made()
-    with pytest.raises(Refused, match=rf"The state of 'counter' cannot be .*({reason}).*in dicts and lists"):
+    with pytest.raises(
+        Refused, match=rf"The state of 'counter' cannot be .*({reason}).*in dicts and lists"
+    ):
         live(tmp_path / "run", counter=counter)
     assert not (tmp_path / "run").exists()
     counter.memory = []
@@ -480,7 +546,9 @@ def test_a_state_that_its_part_does_not_take_is_refused_before_the_first_step(tm
         def load_state_dict(self, state):
             raise KeyError("window")
 
-    with pytest.raises(Refused, match=r"The state of 'counter' .*KeyError: 'window' \(test_session.py, line"):
+    with pytest.raises(
+        Refused, match=r"The state of 'counter' .*KeyError: 'window' \(test_session.py, line"
+    ):
         live(tmp_path, counter=Refusing())
 
 
@@ -503,7 +571,9 @@ def test_a_run_that_failed_names_the_checkpoint_with_its_best_weights(tmp_path):
         (lambda step: {}, {"patience": 2}, "no best 'reward_greedy': this run evaluates nothing"),
     ],
 )
-def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path, score, options, words):
+def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(
+    tmp_path, score, options, words
+):
     with pytest.raises(Refused, match=words):
         live(tmp_path, score=score, **options)
     assert not (tmp_path / "config.json").exists()
@@ -539,7 +609,10 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
     ("options", "words"),
     [
         ({"task": "sorting"}, "task: 'counting', now 'sorting'"),
-        ({"maker": Provenance({"tokenizer": "abc"})}, r"other data or models: tokenizer: .* now 'abc'\. R"),
+        (
+            {"maker": Provenance({"tokenizer": "abc"})},
+            r"other data or models: tokenizer: .* now 'abc'\. R",
+        ),
         ({"maker": Provenance(processes=2)}, r"other processes: processes: 1, now 2\. They split"),
         ({"overwrite": True}, "give one of both"),
         ({"resume": "elsewhere"}, "checkpoint of the run in output_dir"),
@@ -547,7 +620,9 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
     ],
     ids=str,
 )
-def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(tmp_path, options, words):
+def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(
+    tmp_path, options, words
+):
     live(tmp_path)
     (tmp_path / "config.json").unlink()  # the checkpoint knows the settings too
     before = bytes_of(tmp_path)
@@ -595,7 +670,10 @@ def test_a_run_whose_metrics_have_lost_rows_goes_back_to_the_checkpoint_that_the
     live(run, resume="auto", max_steps=7)
     assert same(whole, run) and len(lines(run, "timings.jsonl")) == 7
     damaged = "step 0\n" + (run / "metrics.jsonl").read_text()
-    for text, words in ((damaged, "Line 1 of .*metrics.jsonl is damaged"), ("", "only the first 0 are")):
+    for text, words in (
+        (damaged, "Line 1 of .*metrics.jsonl is damaged"),
+        ("", "only the first 0 are"),
+    ):
         (run / "metrics.jsonl").write_text(text)
         before = bytes_of(run)
         with pytest.raises(Refused, match=words):
@@ -614,8 +692,12 @@ def test_a_changed_digit_in_metrics_is_noticed_and_goes_back_to_the_checkpoint_b
     ):
         live(run, resume=str(run / "checkpoints" / "step_000005"), max_steps=7)
     live(run, resume="auto", max_steps=7)
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes() and same(whole, run)
-    first = (run / "metrics.jsonl").read_text().replace('"eval_reward": 0.0', '"eval_reward": 1.0', 1)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes() and same(
+        whole, run
+    )
+    first = (
+        (run / "metrics.jsonl").read_text().replace('"eval_reward": 0.0', '"eval_reward": 1.0', 1)
+    )
     (run / "metrics.jsonl").write_text(first)
     with pytest.raises(
         Refused, match=r"run cannot be continued\. .*not those that the run wrote.*--overwrite"
@@ -679,15 +761,26 @@ def test_a_reward_may_change_the_working_directory(tmp_path, monkeypatch):
     assert ended.output_dir == tmp_path / "runs" / "a" and (ended.output_dir / "model").is_dir()
 
 
-CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."
-FULL, GONE = "There is not enough memory .* --micro-batch-size", "Another process of this run has ended"
+CPU_FULL = (
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."
+)
+FULL, GONE = (
+    "There is not enough memory .* --micro-batch-size",
+    "Another process of this run has ended",
+)
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        *((error, FULL) for error in (RuntimeError(CPU_FULL), MemoryError(), torch.OutOfMemoryError("CUDA"))),
-        *((error, GONE) for error in (RuntimeError("/gloo/pair.cc: closed"), torch.distributed.DistError())),
+        *(
+            (error, FULL)
+            for error in (RuntimeError(CPU_FULL), MemoryError(), torch.OutOfMemoryError("CUDA"))
+        ),
+        *(
+            (error, GONE)
+            for error in (RuntimeError("/gloo/pair.cc: closed"), torch.distributed.DistError())
+        ),
     ],
 )
 def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, error, words):
@@ -695,7 +788,10 @@ def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, er
         live(tmp_path / "run", before=at(3, error))
     assert "\n" not in str(caught.value)
     args = Settings(output_dir=str(tmp_path / "other"))
-    with pytest.raises(Refused, match=f"Before the first step: {words}"), Session("train", args) as session:
+    with (
+        pytest.raises(Refused, match=f"Before the first step: {words}"),
+        Session("train", args) as session,
+    ):
         session.open({})
         raise error
     with pytest.raises(RuntimeError, match="another"), Session("train", args):
@@ -718,7 +814,11 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
 
 def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
     args = Settings(output_dir="runs/my run")
-    ends = {"control": "advise --run", "reward-model": "train --task TASK --reward", "sft": "sample --model"}
+    ends = {
+        "control": "advise --run",
+        "reward-model": "train --task TASK --reward",
+        "sft": "sample --model",
+    }
     for kind, words in ends.items():
         first, again = next_commands(kind, args, {"exit_reason": "finished"}, True)
         assert first.startswith(f"tokenrl {words} 'runs/my run'")

@@ -27,13 +27,17 @@ with GracefulStop() as stop:
 def test_second_interrupt_exits_at_once(signals):
     done = subprocess.run([sys.executable, "-c", LOOP, signals], capture_output=True, text=True)
     assert done.returncode in (130, -signal.SIGINT)
-    assert done.stderr.count("will be finished and saved") == 1 and "KeyboardInterrupt" in done.stderr
+    assert (
+        done.stderr.count("will be finished and saved") == 1 and "KeyboardInterrupt" in done.stderr
+    )
     assert done.stdout == "finished step 0\n"
 
 
 def test_a_process_that_is_forked_inside_ends_by_the_signal_as_the_workers_of_a_pool_must():
     with GracefulStop(quiet=True):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        child = multiprocessing.get_context("fork").Process(
+            target=time.sleep, args=(60,), daemon=True
+        )
         child.start()
         child.terminate()
         child.join(20)

@@ -55,7 +55,9 @@ SPIN = "GOMP_SPINCOUNT"
     ],
 )
 def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(imports, variables, count):
-    clean = {k: v for k, v in os.environ.items() if k not in (SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in (SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    }
     program = f"import os, {imports}; print(os.environ.get({SPIN!r}))"
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, env=clean | variables, capture_output=True, text=True, check=True)

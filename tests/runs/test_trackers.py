@@ -27,7 +27,9 @@ def logged(kind):
 
 def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
     def ended(session):
-        session.ended = "stuck" if session.step == 3 else None  # so that it is evaluated after its last row
+        session.ended = (
+            "stuck" if session.step == 3 else None
+        )  # so that it is evaluated after its last row
 
     live(tmp_path / "none", report_to=("none",))
     live(tmp_path / "mine", ended, report_to=("fake", "fake"))
@@ -35,19 +37,29 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
     ((config,), _) = fake["fake"].return_value.store_init_configuration.call_args
     assert config["estimator.baseline"] == "rloo" and config["report_to"] == '["fake", "fake"]'
     assert config["title"] == "counting" and config["kind"] == "train"
-    assert all(value is None or isinstance(value, (bool, int, float, str)) for value in config.values())
+    assert all(
+        value is None or isinstance(value, (bool, int, float, str)) for value in config.values()
+    )
     told = logged(fake["fake"])
     assert [step for step, _ in told] == [0, 1, 2, 3, 3]
     assert told[0][1] == {"eval_reward": 0.0} and told[-1][1] == {"eval_reward": -1.0}
-    assert told[2][1]["eval_reward"] == 20 and told[2][1]["seconds"] == 1 and told[2][1]["step_seconds"] > 0
-    assert told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]  # inf: not a number to plot
+    assert (
+        told[2][1]["eval_reward"] == 20
+        and told[2][1]["seconds"] == 1
+        and told[2][1]["step_seconds"] > 0
+    )
+    assert (
+        told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]
+    )  # inf: not a number to plot
     assert fake["fake"].return_value.finish.call_count == 1
     rows = [json.loads(line) for line in (tmp_path / "mine" / "timings.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["peak_memory_gib"] > 0.01
     assert "peak_memory_gib" not in (tmp_path / "mine" / "metrics.jsonl").read_text()
 
 
-def test_it_gets_every_so_many_steps_and_each_evaluation_and_ends_with_a_run_that_fails(fake, tmp_path):
+def test_it_gets_every_so_many_steps_and_each_evaluation_and_ends_with_a_run_that_fails(
+    fake, tmp_path
+):
     live(tmp_path / "run", report_to=("fake",), logging_steps=3)
     assert [step for step, _ in logged(fake["fake"])] == [0, 2, 3, 4, 5]
     with pytest.raises(Stopped, match="It broke"):
@@ -61,7 +73,9 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     fake, tmp_path, capsys, when, kind
 ):
     tracker = fake["fake"].return_value
-    broken = {"at its start": fake["fake"], "at step 0": tracker.log, "at its end": tracker.finish}[when]
+    broken = {"at its start": fake["fake"], "at step 0": tracker.log, "at its end": tracker.finish}[
+        when
+    ]
     broken.side_effect = kind("no network")
     live(tmp_path / "run", report_to=("fake", "other"), quiet=False)
     said = " ".join(capsys.readouterr().out.split())
@@ -77,7 +91,10 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     [
         (("fak",), r"report_to was given as 'fak'.*Did you mean 'fake'"),
         (("none", "fake"), "report_to was given as none fake; none stands alone"),
-        (("fake", "comet_ml"), "'comet_ml', but that tracker is not installed: pip install comet-ml"),
+        (
+            ("fake", "comet_ml"),
+            "'comet_ml', but that tracker is not installed: pip install comet-ml",
+        ),
     ],
 )
 def test_one_that_is_missing_is_refused_before_the_directory_is_made(
@@ -92,8 +109,18 @@ def test_one_that_is_missing_is_refused_before_the_directory_is_made(
 def test_project_and_name_reach_the_tracker_by_its_own_words(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     live(tmp_path / "mine", report_to=("wandb", "mlflow"))
-    live(tmp_path / "mine", overwrite=True, report_to=("wandb",), tracker_project="ours", run_name="first")
-    expected = [call("theirs", name="mine"), call("tokenrl", run_name="mine"), call("ours", name="first")]
+    live(
+        tmp_path / "mine",
+        overwrite=True,
+        report_to=("wandb",),
+        tracker_project="ours",
+        run_name="first",
+    )
+    expected = [
+        call("theirs", name="mine"),
+        call("tokenrl", run_name="mine"),
+        call("ours", name="first"),
+    ]
     assert fake["fake"].call_args_list == expected
 
 

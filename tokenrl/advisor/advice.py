@@ -52,7 +52,10 @@ class Advice:
             (("measured", ""), self.measured.items()),
             (
                 ("kind", "finding", "what it is", "change"),
-                [(KINDS[f.weight], f.flag, f.text, shlex.join(flags(f.changes))) for f in self.findings],
+                [
+                    (KINDS[f.weight], f.flag, f.text, shlex.join(flags(f.changes)))
+                    for f in self.findings
+                ],
             ),
             (("setting", "value", "reason"), [setting.values() for setting in self.settings]),
         ):
@@ -71,7 +74,9 @@ def merge(findings: Iterable[Finding]) -> dict[str, Any]:
     consequence. A higher rate, for a reward that does not rise, is advised only if no other grave finding
     explains that.
     """
-    ranked = sorted(findings, key=lambda finding: ("void", "act", "watch").index(finding.weight))  # stable
+    ranked = sorted(
+        findings, key=lambda finding: ("void", "act", "watch").index(finding.weight)
+    )  # stable
     lost = [finding for finding in ranked if finding.flag == "policy-destroyed"]
     explained = [finding for finding in ranked if finding.flag != "reward-flat"]
     grave = any(finding.weight != "watch" for finding in explained)
@@ -83,7 +88,9 @@ def merge(findings: Iterable[Finding]) -> dict[str, Any]:
 
 def settings_of(arguments: Any) -> dict[str, Any]:
     """Return the settings by name, those of the estimator too, such as `estimator.baseline`."""
-    return vars(arguments) | {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
+    return vars(arguments) | {
+        f"estimator.{name}": value for name, value in vars(arguments.estimator).items()
+    }
 
 
 def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
@@ -94,16 +101,26 @@ def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
 
 def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
-    axes = {n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")}
+    axes = {
+        n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")
+    }
     settings = {name: value for name, value in changes.items() if not name.startswith("estimator.")}
     return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
 
 
-def recommendation(command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any) -> Advice:
+def recommendation(
+    command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any
+) -> Advice:
     """Return advice with the command line for its arguments, and the reasons that apply to them."""
-    values, applying = settings_of(arguments), [(name, text) for name, applies, text in reasons if applies]
+    values, applying = (
+        settings_of(arguments),
+        [(name, text) for name, applies, text in reasons if applies],
+    )
     settings = [{"name": name, "value": values[name], "reason": text} for name, text in applying]
-    line, fields["findings"] = command_line(command, arguments), advised(fields["findings"], arguments)
+    line, fields["findings"] = (
+        command_line(command, arguments),
+        advised(fields["findings"], arguments),
+    )
     return Advice(command=command, arguments=arguments, line=line, settings=settings, **fields)
 
 
@@ -137,11 +154,15 @@ def command_line(command: str, arguments: Any) -> str:
     changes.pop("estimator", None)
     axes = vars(arguments.estimator).items()
     apart = {
-        preset: {f"estimator.{name}": value for name, value in axes if value != getattr(point, name)}
+        preset: {
+            f"estimator.{name}": value for name, value in axes if value != getattr(point, name)
+        }
         for preset, point in ((preset, Estimator.preset(preset)) for preset in PRESETS)
     }
     nearest = min(apart, key=lambda preset: len(apart[preset]))
-    return shlex.join(["tokenrl", command, "--estimator", nearest, *flags(changes | apart[nearest])])
+    return shlex.join(
+        ["tokenrl", command, "--estimator", nearest, *flags(changes | apart[nearest])]
+    )
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:

@@ -38,12 +38,20 @@ FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
 LEAST_STEPS = 5
 """Fewest steps whose mean is compared with that of others: the error of fewer is too uncertain."""
-RECORDED = ("learning_rate", "max_steps", "prompts_per_step", "num_generations", "max_completion_length")
+RECORDED = (
+    "learning_rate",
+    "max_steps",
+    "prompts_per_step",
+    "num_generations",
+    "max_completion_length",
+)
 """Settings of which every run has a number in config.json, if its command has them."""
 SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) reaches solved_at, or
 nearly all rewards are 1. So there is nothing to change, and no command. Take a harder task; or, if the
 answers do not deserve their rewards, mend the reward."""
-UNCHANGED = "No setting needs a change, so there is no command. Longer training (--max-steps) may yet gain."
+UNCHANGED = (
+    "No setting needs a change, so there is no command. Longer training (--max-steps) may yet gain."
+)
 
 
 class Mean(NamedTuple):
@@ -85,11 +93,15 @@ def _diagnosed(run: RecordedRun) -> Advice:
     arguments = configured(KINDS[run.kind], run.path, run.kind, anew=True)
     if lacking := [name for name in RECORDED if getattr(arguments, name, 0) is None]:
         path, names = run.path / "config.json", " and ".join(lacking)
-        raise Refused(f"{path} has no number for {names}, as every run records. Put back what it was.")
+        raise Refused(
+            f"{path} has no number for {names}, as every run records. Put back what it was."
+        )
     observed = run_facts(run, arguments)
     findings = judge(observed)
     changes = {} if observed["is_solved"] else merge(findings)
-    numbers = {name: value for name, value in observed.items() if value is not None and value == value}
+    numbers = {
+        name: value for name, value in observed.items() if value is not None and value == value
+    }
     changed = with_changes(arguments, changes)
     words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     return Advice(
@@ -111,12 +123,16 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     spread = run.series("reward_std")[1]
     step, samples = last["step"], getattr(arguments, "max_samples", None)
     updates = step * arguments.num_iterations * arguments.num_minibatches
-    mark = None if run.config.get("solved") is None else float(run.config["solved"])  # "Infinity" too
+    mark = (
+        None if run.config.get("solved") is None else float(run.config["solved"])
+    )  # "Infinity" too
     evaluated = run.series("eval_reward_greedy" if language else "eval_reward")[1]
     numbers = _progress_facts(run, arguments) | {
         "horizon": arguments.max_completion_length if language else _horizon(run, arguments),
         "solved_at": mark,
-        "is_whole": (last.get("num_samples") or 0) >= samples if samples else step >= arguments.max_steps,
+        "is_whole": (last.get("num_samples") or 0) >= samples
+        if samples
+        else step >= arguments.max_steps,
         "skipped": skipped[-1] / updates if skipped else None,
         "snr": fmean(snr) if snr else None,
         "snr_stderr": stdev(snr) / math.sqrt(len(snr)) if len(snr) > 1 else None,
@@ -124,12 +140,18 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
         "is_solved": mark is not None and bool(evaluated) and evaluated[-1] >= mark,
     }
     if not language and (arguments.num_envs == 1 or arguments.estimator.within_rows):
-        numbers["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
-    parts: list[Part] = ["recent"] if numbers["gained"] or not language else ["recent", "first", "latest"]
+        numbers["recent_equal"] = (
+            None  # episodes are not compared, so that equal returns say nothing
+        )
+    parts: list[Part] = (
+        ["recent"] if numbers["gained"] or not language else ["recent", "first", "latest"]
+    )
     observed = facts(run.metrics, arguments, *parts, **numbers)
     least, most = (0.95, 1.0) if mark is None else (mark, math.inf)
     is_easy = (language or mark is not None) and least <= observed["recent_reward"] <= most
-    observed["is_solved"] |= mark is None and is_easy and observed["recent_equal"] > MOST  # all 1, or nearly
+    observed["is_solved"] |= (
+        mark is None and is_easy and observed["recent_equal"] > MOST
+    )  # all 1, or nearly
     return observed | {"is_easy": observed["is_solved"] or is_easy}
 
 
@@ -142,7 +164,9 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     gained = any(_differs(means[-1], means[0], 2) > 0 for means in (compared, parts))
     flags = run.summary.get("flags") if run.kind == "train" and len(evaluated) > 1 else None
     if flags is not None and run.summary["exit_reason"] == "finished":
-        gained = "nothing-learnt" not in flags  # the run compared the same prompts, which this cannot
+        gained = (
+            "nothing-learnt" not in flags
+        )  # the run compared the same prompts, which this cannot
     rising = len(parts) > 1 and _differs(parts[-1], parts[-2], 1) > 0
     kl = [value for at, value in zip(*run.series("kl"), strict=True) if at <= peak.step]
     return {
@@ -153,7 +177,8 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
         "gained": gained,
         "fell": _differs(now, peak, comparisons) < 0,
         "rising": rising and gained and not running,
-        "is_early": not comparisons or (running and 2 * run.metrics[-1]["step"] < arguments.max_steps),
+        "is_early": not comparisons
+        or (running and 2 * run.metrics[-1]["step"] < arguments.max_steps),
     }
 
 
@@ -200,4 +225,6 @@ def _progress(run: RecordedRun, arguments: Any) -> str:
     step, summary = run.metrics[-1]["step"], run.summary
     ended = "still running" if not summary and in_use(run.path) else ending(summary)
     error = f"; {summary['error']}" if "error" in summary else ""
-    return f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {ended}{error}"
+    return (
+        f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {ended}{error}"
+    )

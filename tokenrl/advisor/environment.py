@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from tokenrl.advisor.advice import Advice, Reason, describe_bias, recommendation, rounded, with_changes
+from tokenrl.advisor.advice import (
+    Advice,
+    Reason,
+    describe_bias,
+    recommendation,
+    rounded,
+    with_changes,
+)
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
@@ -30,9 +37,18 @@ CONTINUOUS = {
 }
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "episodes": ({}, "the mean of the other episodes at the same step needs no critic"),
-    "critic_episodes": (A2C, "a critic, as you asked, on whole episodes (a2c): its errors are no bias"),
-    "critic": (LANDER, "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step"),
-    "continuous": (PPO | CONTINUOUS, "a critic on pieces of episodes (ppo): the actions are continuous"),
+    "critic_episodes": (
+        A2C,
+        "a critic, as you asked, on whole episodes (a2c): its errors are no bias",
+    ),
+    "critic": (
+        LANDER,
+        "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step",
+    ),
+    "continuous": (
+        PPO | CONTINUOUS,
+        "a critic on pieces of episodes (ppo): the actions are continuous",
+    ),
 }
 """How settings differ from the defaults, and why this baseline: the rules of thumb of the advice."""
 ENTROPY = 0.01
@@ -108,7 +124,10 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
     episodes = min(args.episodes, max(10, MEASURED_STEPS // spec.horizon))
     generator = torch.Generator().manual_seed(args.seed)
     shape = Shape(spec.observation_size, spec.head, spec.actions or spec.action_size, hidden)
-    policy, environments = Policy(shape, generator), Environments(args.env, episodes, args.max_episode_steps)
+    policy, environments = (
+        Policy(shape, generator),
+        Environments(args.env, episodes, args.max_episode_steps),
+    )
     try:
         rollout = collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
     except Stopped as error:  # nothing has been trained
@@ -133,38 +152,65 @@ def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> 
     if estimator.baseline == "running_mean":  # it starts at the mean of other episodes
         estimator = replace(estimator, running_mean_init=rounded(returns["mean"], 2))
     if estimator.needs_values:
-        control, spread = replace(control, reward_scale=rounded(1 / spread)), 1.0  # returns are scaled to it
+        control, spread = (
+            replace(control, reward_scale=rounded(1 / spread)),
+            1.0,
+        )  # returns are scaled to it
         if returns["truncated"] == 1 and not spec.discrete:
             estimator = replace(estimator, gamma=ENDLESS_GAMMA)
     if spec.discrete:
         estimator = replace(estimator, entropy_coef=rounded(ENTROPY * spread))
         control = replace(control, entropy_schedule="linear")
-    slow = control.num_steps is None and not spec.fast and spec.horizon * control.num_envs > SLOW_STEPS
+    slow = (
+        control.num_steps is None and not spec.fast and spec.horizon * control.num_envs > SLOW_STEPS
+    )
     envs = 16 if slow else control.num_envs
-    return replace(control, estimator=estimator, num_envs=2 * envs if returns["unusual"] < RARE else envs)
+    return replace(
+        control, estimator=estimator, num_envs=2 * envs if returns["unusual"] < RARE else envs
+    )
 
 
-def _reasons(control: ControlArguments, returns: dict[str, float], baseline_reason: str) -> list[Reason]:
+def _reasons(
+    control: ControlArguments, returns: dict[str, float], baseline_reason: str
+) -> list[Reason]:
     """Return the reasons of the settings; `why` is that of the baseline."""
     estimator, pieces = control.estimator, control.num_steps is not None
     whole, exact = not pieces, estimator.scale == "none"
     bias = f"gradient {describe_bias(estimator)}, an entropy bonus aside"
-    bonus = f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
+    bonus = (
+        f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
+    )
     reach = f"credit reaches about {1 / max(1 - estimator.gamma, 1e-9):.0f} steps; nearer 1 for later rewards"
     scale = f"about 1 / sd of returns ({returns['sd']:.3g}): a critic learns targets of size 1"
     steps = "pieces of episodes: the critic estimates the rest, so that updates need not wait"
     return [
         ("estimator.baseline", True, f"{baseline_reason}; {bias}"),
-        ("estimator.returns", whole, "rewards that came before an action are left out of its advantage"),
+        (
+            "estimator.returns",
+            whole,
+            "rewards that came before an action are left out of its advantage",
+        ),
         ("estimator.returns", pieces, "GAE: lam trades the critic's bias for less noise"),
-        ("estimator.scale", exact, "no division is exact; Adam's steps have one size, whatever the returns"),
-        ("estimator.scale", not exact, "PPO divides by the spread of the step: one rate suits any returns"),
+        (
+            "estimator.scale",
+            exact,
+            "no division is exact; Adam's steps have one size, whatever the returns",
+        ),
+        (
+            "estimator.scale",
+            not exact,
+            "PPO divides by the spread of the step: one rate suits any returns",
+        ),
         ("estimator.ratio", whole, "on-policy: every rollout is used for one update only"),
         ("estimator.ratio", pieces, "PPO's clip lets a rollout be used more than once"),
         ("num_envs", whole, "as many whole episodes per update"),
         ("num_envs", pieces, "copies that are stepped together"),
         ("learning_rate", True, "Adam; halve it if the return rises and then falls"),
-        ("max_steps", True, "updates; --stop-when-solved may end sooner where there is a threshold"),
+        (
+            "max_steps",
+            True,
+            "updates; --stop-when-solved may end sooner where there is a threshold",
+        ),
         ("estimator.entropy_coef", estimator.entropy_coef > 0, bonus),
         ("num_steps", pieces, steps),
         ("num_iterations", pieces, "passes over each rollout; staler data gets clipped"),

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from tokenrl.advisor.advice import Advice, Reason, describe_bias, merge, recommendation, rounded, with_changes
+from tokenrl.advisor.advice import (
+    Advice,
+    Reason,
+    describe_bias,
+    merge,
+    recommendation,
+    rounded,
+    with_changes,
+)
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
@@ -44,7 +52,11 @@ def advise_language(args: AdviseArguments) -> Advice:
     args = fill_form(args)
     task, rewards = find_task(args)
     shared = vars(args).keys() & {field.name for field in fields(TrainArguments)}
-    beta = REWARD_MODEL_BETA if any(isinstance(reward, RewardModel) for reward in rewards.functions) else 0.0
+    beta = (
+        REWARD_MODEL_BETA
+        if any(isinstance(reward, RewardModel) for reward in rewards.functions)
+        else 0.0
+    )
     baseline = args.baseline or ("running_mean" if args.num_generations == 1 else "rloo")
     settings = {name: getattr(args, name) for name in shared}
     settings |= {"estimator": Estimator(baseline=baseline, beta=beta)}
@@ -95,9 +107,17 @@ def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
         ("num_generations", True, f"{size}or as you asked"),
         ("prompts_per_step", True, "so many completions a step as the task's settings have"),
         ("max_completion_length", True, "the task's, or twice that where many completions are cut"),
-        ("estimator.scale", True, "no division, exact: a divisor weights easy and hard prompts unequally"),
+        (
+            "estimator.scale",
+            True,
+            "no division, exact: a divisor weights easy and hard prompts unequally",
+        ),
         ("estimator.ratio", True, "on-policy: every rollout is used for one update only"),
-        ("estimator.entropy_coef", True, "none, unless the policy is almost certain of every token"),
+        (
+            "estimator.entropy_coef",
+            True,
+            "none, unless the policy is almost certain of every token",
+        ),
         ("temperature", True, "the same in sampling and in training"),
         ("learning_rate", True, rate),
         ("estimator.baseline", baseline == "rloo", f"mean of the prompt's other rewards; {bias}"),
@@ -105,7 +125,11 @@ def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
         ("estimator.baseline", baseline not in ("rloo", "running_mean"), f"as you asked; {bias}"),
         ("estimator.beta", estimator.beta > 0, "a policy can exploit a reward model"),
         ("estimator.beta", estimator.beta == 0, "a reward by rule needs no KL term"),
-        ("lora_r", train.lora_r > 0, f"as you asked: trains {adapter:,} of {policy.size:,} parameters"),
+        (
+            "lora_r",
+            train.lora_r > 0,
+            f"as you asked: trains {adapter:,} of {policy.size:,} parameters",
+        ),
     ]
 
 
@@ -117,7 +141,9 @@ def without_signal(probe: Probe) -> str:
     """
     computed = groups_without_signal(probe.reward.value) if probe.binary else {}
     shares = {size: f"at least {share:.0%} (p^G + (1-p)^G)" for size, share in computed.items()}
-    shares |= {size: f"{share.value:.0%}" for size, share in probe.dead_groups.items() if size <= 16}
+    shares |= {
+        size: f"{share.value:.0%}" for size, share in probe.dead_groups.items() if size <= 16
+    }
     return ", ".join(f"{share} of groups of {size}" for size, share in shares.items())
 
 
@@ -142,7 +168,9 @@ def fitted(
     rows, estimator = train.prompts_per_step * train.num_generations, train.estimator
     if estimator.baseline == "running_mean":
         estimator = replace(estimator, running_mean_init=rounded(probe.reward.value, 2))
-    train = replace(train, num_generations=size, prompts_per_step=max(2, rows // size), estimator=estimator)
+    train = replace(
+        train, num_generations=size, prompts_per_step=max(2, rows // size), estimator=estimator
+    )
     score, mark = probe.reward.value, solved
     if solved is None and probe.passed:
         score, mark = probe.passed[1].value, EASY
@@ -163,5 +191,7 @@ def fitted(
         is_easy=mark is not None and score >= mark,
     )
     findings = judge(observed)
-    changes = merge(finding for finding in findings if finding.flag != "signal")  # the size was chosen above
+    changes = merge(
+        finding for finding in findings if finding.flag != "signal"
+    )  # the size was chosen above
     return with_changes(train, changes), findings

@@ -1,6 +1,9 @@
 import typing
 
-from tokenrl.control.arguments import ControlArguments as ControlArguments, agent_settings as agent_settings
+from tokenrl.control.arguments import (
+    ControlArguments as ControlArguments,
+    agent_settings as agent_settings,
+)
 from tokenrl.control.environments import Environments as Environments, describe as describe
 from tokenrl.control.evaluation import seed_of as seed_of
 from tokenrl.control.policies import Policy as Policy

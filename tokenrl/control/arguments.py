@@ -15,7 +15,16 @@ from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import OPEN, Count, Natural, NonNegative, Positive, Seed, Several, check_choice
+from tokenrl.settings import (
+    OPEN,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Several,
+    check_choice,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,9 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     An own one with the file or module that registers it: my_envs.py:Mine-v0, my_package.envs:Mine-v0.
     Observations are a Box, flattened, or Discrete, one-hot. A Box with several axes is refused as a picture
     if its numbers are bytes or more than 1,024."""
-    estimator: Estimator = field(default_factory=lambda: Estimator.preset("reinforce_timestep_mean"))
+    estimator: Estimator = field(
+        default_factory=lambda: Estimator.preset("reinforce_timestep_mean")
+    )
     """How the policy gradient is estimated from returns."""
     output_dir: str | None = None
     """Directory of the run. Default: a new one, runs/control-1,
@@ -110,7 +121,11 @@ AGENTS = ("classic", "tuned")
 # (`core/choices.py` says towards what), and an episode is never compared with another one.
 CLASSIC: dict[str, Any] = {
     "estimator": Estimator(
-        baseline="episode_mean", scale="episode_std", scale_eps=1e-8, returns="reward_to_go", gamma=0.99
+        baseline="episode_mean",
+        scale="episode_std",
+        scale_eps=1e-8,
+        returns="reward_to_go",
+        gamma=0.99,
     ),
     "hidden": (16,),
     "activation": "relu",

@@ -39,7 +39,13 @@ OWN: dict[str, tuple[str, str, int, float | None, dict[str, Any]]] = {
     # The return of the straight path.
     "walk": ("tokenrl/Walk-v0", WALK, 50, 1.1, {"time_limit": None}),
     # The return of a path two steps longer than the shortest.
-    "costly_walk": ("tokenrl/CostlyWalk-v0", WALK, 50, 0.88, {"time_limit": None, "step_reward": -0.01}),
+    "costly_walk": (
+        "tokenrl/CostlyWalk-v0",
+        WALK,
+        50,
+        0.88,
+        {"time_limit": None, "step_reward": -0.01},
+    ),
     "bandit": ("tokenrl/Bandit-v0", f"{WORLDS}:Bandit", 1, None, {}),
 }
 """The environments of tokenrl by their short names: id, class, most steps, threshold, and its arguments.
@@ -52,7 +58,9 @@ PICTURE = 1024
 A flattened picture is thousands of inputs, and the network cannot see which of them lie side by side. A Box
 with one axis is never a picture, so with `gymnasium.wrappers.FlattenObservation` a user can flatten any Box.
 """
-REGISTER = "Register it in a wrapper in a file, and give --env my_envs.py:Mine-v0: gymnasium.wrappers.{}."
+REGISTER = (
+    "Register it in a wrapper in a file, and give --env my_envs.py:Mine-v0: gymnasium.wrappers.{}."
+)
 
 for _id, _class, _steps, _threshold, _arguments in OWN.values():
     if _id not in gymnasium.registry:
@@ -73,17 +81,27 @@ def find(env: str) -> EnvSpec:
         Refused: there is no environment of that name, or the file or module cannot be imported.
     """
     if not isinstance(env, str):
-        raise Refused(f"env was given as a {type(env).__name__}; give the id under which it is registered.")
+        raise Refused(
+            f"env was given as a {type(env).__name__}; give the id under which it is registered."
+        )
     source, _, name = (OWN[env][0] if env in OWN else env).rpartition(":")
-    added = _import(str(Path(source).resolve()) if source.endswith(".py") else source) if source else None
+    added = (
+        _import(str(Path(source).resolve()) if source.endswith(".py") else source)
+        if source
+        else None
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about older versions: the id given is used
             return gymnasium.spec(name)
     except gymnasium.error.Error as error:
         if added is not None:
-            hint = suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
-            raise Refused(f"env '{env}': {source} registers no environment {name!r}.{hint}") from error
+            hint = (
+                suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
+            )
+            raise Refused(
+                f"env '{env}': {source} registers no environment {name!r}.{hint}"
+            ) from error
         reason = str(error).partition(" Did you mean")[0].rstrip(".")
         raise Refused(
             f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
@@ -96,7 +114,9 @@ def _import(source: str) -> list[str]:
     """Import a file or module once; return the ids that it registered."""
     before = dict(gymnasium.registry)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Overriding environment")  # imported before by another name
+        warnings.filterwarnings(
+            "ignore", ".*Overriding environment"
+        )  # imported before by another name
         import_source(source, "env")
     return [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]
 
@@ -149,7 +169,10 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     """
     spec = find(env)
     with contextlib.closing(Environments(env, 1, max_episode_steps)) as envs:
-        observations, actions = envs.vector.single_observation_space, envs.vector.single_action_space
+        observations, actions = (
+            envs.vector.single_observation_space,
+            envs.vector.single_action_space,
+        )
         modes = envs.vector.metadata.get("render_modes", ())
     discrete = isinstance(actions, spaces.Discrete)
     return Spec(
@@ -177,13 +200,17 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            vector = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
+            vector = gymnasium.make_vec(
+                spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit
+            )
     except gymnasium.error.DependencyNotInstalled as error:
         raise Refused(f"{spec.id} needs a package that is not installed: {error}") from error
     except USER_CODE_FAILED as error:
         raise Refused(f"The environment {spec.id} could not be made: {raised(error)}.") from error
     if vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
-        raise Refused(f"The environment {spec.id} does not reset on the next step; give one that does.")
+        raise Refused(
+            f"The environment {spec.id} does not reset on the next step; give one that does."
+        )
     _check_spaces(spec.id, vector.single_observation_space, vector.single_action_space)
     return vector
 
@@ -193,7 +220,9 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
         check_number("max_episode_steps", limit, int, at_least=1)
         return limit
     if spec.max_episode_steps is None:
-        raise Refused(f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200.")
+        raise Refused(
+            f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200."
+        )
     return spec.max_episode_steps
 
 
@@ -207,11 +236,15 @@ def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Spa
         kind = f"pictures (Box, shape {' x '.join(map(str, shape))}, dtype {observations.dtype})"
         raise Refused(
             f"Observations of {env} are {kind}, and no policy here has convolutional layers. "
-            + REGISTER.format("TransformObservation (features), or FlattenObservation if they are no picture")
+            + REGISTER.format(
+                "TransformObservation (features), or FlattenObservation if they are no picture"
+            )
         )
     real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     if not isinstance(actions, spaces.Discrete) and not (real and len(actions.shape or ()) == 1):
-        kind = f"are {actions!s:.200}; supported are Discrete, and a Box of real numbers with one axis"
+        kind = (
+            f"are {actions!s:.200}; supported are Discrete, and a Box of real numbers with one axis"
+        )
         raise Refused(f"Actions of {env} {kind}. {REGISTER.format('TransformAction')}")
 
 
@@ -272,7 +305,9 @@ class Environments:
             answer = getattr(self.vector, method)(*args, **options)
             return () if answer is None else (self.flat(answer[0]), *map(np.array, answer[1:4]))
         except USER_CODE_FAILED as error:
-            raise Stopped(f"The environment {self.env} failed in {method}(): {raised(error)}.") from error
+            raise Stopped(
+                f"The environment {self.env} failed in {method}(): {raised(error)}."
+            ) from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""

@@ -33,11 +33,15 @@ def seed_of(seed: int, purpose: int, rollout: int = 0, *, evaluation: bool = Fal
         rollout: number of rollouts before, for a purpose that needs a seed in each of them.
         evaluation: whether it is for an evaluation.
     """
-    number = int(np.random.SeedSequence([seed, purpose, rollout]).generate_state(1)[0]) % (SEEDS - 10**6)
+    number = int(np.random.SeedSequence([seed, purpose, rollout]).generate_state(1)[0]) % (
+        SEEDS - 10**6
+    )
     return number + SEEDS if evaluation else number
 
 
-def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: int) -> dict[str, float]:
+def evaluation_metrics(
+    policy: Policy, envs: Environments, spec: Spec, *, seed: int
+) -> dict[str, float]:
     """Play a whole episode in every environment, with sampled actions and with the best ones.
 
     Returns:
@@ -46,9 +50,14 @@ def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: 
     """
     metrics: dict[str, float] = {}
     start = seed_of(seed, 1, evaluation=True)
-    for name, generator in (("reward", torch.Generator().manual_seed(seed)), ("reward_greedy", None)):
+    for name, generator in (
+        ("reward", torch.Generator().manual_seed(seed)),
+        ("reward_greedy", None),
+    ):
         rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
-        metrics[name], metrics[f"{name}_stderr"] = map(float, mean_and_error(rollout.returns.double()))
+        metrics[name], metrics[f"{name}_stderr"] = map(
+            float, mean_and_error(rollout.returns.double())
+        )
         metrics.setdefault("episode_length", float(rollout.lengths.double().mean()))
     return metrics
 
@@ -69,8 +78,12 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with contextlib.closing(Environments(spec.env, 1, vector=SyncVectorEnv([camera]))) as envs:
-                collect_episodes(envs, policy, spec.horizon, None, seed=seed_of(seed, 2, evaluation=True))
+            with contextlib.closing(
+                Environments(spec.env, 1, vector=SyncVectorEnv([camera]))
+            ) as envs:
+                collect_episodes(
+                    envs, policy, spec.horizon, None, seed=seed_of(seed, 2, evaluation=True)
+                )
     finally:
         if driver is None:
             del os.environ["SDL_VIDEODRIVER"]

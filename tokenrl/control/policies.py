@@ -44,7 +44,9 @@ def check_head(head: str, discrete: bool) -> None:
     fitting = "softmax" if discrete else "gaussian"
     if head not in ("auto", fitting):
         actions = "choices from a finite list" if discrete else "vectors of real numbers"
-        raise Refused(f"head {head!r} cannot give actions that are {actions}; use {fitting!r} or 'auto'.")
+        raise Refused(
+            f"head {head!r} cannot give actions that are {actions}; use {fitting!r} or 'auto'."
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ class Policy(nn.Module):
         """Draw the initial weights."""
         super().__init__()
         self.shape = shape
-        self.scale = ObservationScale(shape.observation_size) if shape.normalize_observations else None
+        self.scale = (
+            ObservationScale(shape.observation_size) if shape.normalize_observations else None
+        )
         width = [shape.observation_size, *shape.hidden][-1]
         kind = shape.initial_weights
         self.body = _layers(shape, generator)
@@ -136,7 +140,9 @@ class Policy(nn.Module):
         self.critic: nn.Module | None = None
         if shape.critic is not None:
             top = _linear(width, 1, 1.0, generator, kind)
-            self.critic = top if shape.critic == "shared" else nn.Sequential(_layers(shape, generator), top)
+            self.critic = (
+                top if shape.critic == "shared" else nn.Sequential(_layers(shape, generator), top)
+            )
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O]."""
@@ -178,7 +184,9 @@ class Policy(nn.Module):
             return torch.empty(size).exponential_(generator=generator).log_().neg_()
         return torch.randn(size, generator=generator)
 
-    def score(self, observations: Tensor, actions: Tensor, *, entropy_gradient: bool = True) -> Scored:
+    def score(
+        self, observations: Tensor, actions: Tensor, *, entropy_gradient: bool = True
+    ) -> Scored:
         """Return the log-probabilities of actions [M] or [M, D], with gradient, and entropies.
 
         Args:
@@ -247,11 +255,16 @@ def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation]
     layers: list[nn.Module] = []
     for before, after in pairwise([shape.observation_size, *shape.hidden]):
-        layers += [_linear(before, after, math.sqrt(2), generator, shape.initial_weights), activation()]
+        layers += [
+            _linear(before, after, math.sqrt(2), generator, shape.initial_weights),
+            activation(),
+        ]
     return nn.Sequential(*layers)
 
 
-def _linear(before: int, after: int, gain: float, generator: torch.Generator | None, kind: str) -> nn.Linear:
+def _linear(
+    before: int, after: int, gain: float, generator: torch.Generator | None, kind: str
+) -> nn.Linear:
     layer = nn.Linear(before, after)
     if kind == "uniform":
         bound = 1 / math.sqrt(before)
@@ -275,7 +288,9 @@ def read_policy(folder: str | Path) -> Policy:
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(model / "policy.safetensors"))
     except Exception as error:  # JSON, shapes and weights each have errors of their own
-        text = f"No policy could be read from {model} ({describe(error)}). Give that of a control run."
+        text = (
+            f"No policy could be read from {model} ({describe(error)}). Give that of a control run."
+        )
         raise Refused(text) from error
     return policy
 
@@ -306,10 +321,18 @@ class SavedPolicy:
         saved = read_policy(folder)
         expected, loaded = vars(self.policy.shape), vars(saved.shape)
         # The initial weights do not matter, because the loaded ones replace them.
-        differ = [name for name in expected if loaded[name] != expected[name] and name != "initial_weights"]
+        differ = [
+            name
+            for name in expected
+            if loaded[name] != expected[name] and name != "initial_weights"
+        ]
         if differ:
-            text = ", ".join(f"{name} {loaded[name]!r} instead of {expected[name]!r}" for name in differ)
-            raise Refused(f"The policy in {folder} has {text}. Give these settings, or leave load out.")
+            text = ", ".join(
+                f"{name} {loaded[name]!r} instead of {expected[name]!r}" for name in differ
+            )
+            raise Refused(
+                f"The policy in {folder} has {text}. Give these settings, or leave load out."
+            )
         self.policy.load_state_dict(saved.state_dict())
 
     def check(self, folder: Path) -> None:

@@ -64,7 +64,12 @@ class Steps(NamedTuple):
 
 
 def collect_episodes(
-    envs: Environments, policy: Policy, horizon: int, generator: torch.Generator | None, *, seed: int
+    envs: Environments,
+    policy: Policy,
+    horizon: int,
+    generator: torch.Generator | None,
+    *,
+    seed: int,
 ) -> Rollout:
     """Play one whole episode in every environment.
 
@@ -166,8 +171,13 @@ def _play(
         idle = idle | over if once else over & ~idle
         if once and idle.all():
             break
-    columns = [torch.stack([torch.as_tensor(x) for x in column], 1) for column in zip(*history, strict=True)]
-    columns[2] = columns[2].float()  # a reward beyond float32 becomes infinite, which `_check_numbers` finds
+    columns = [
+        torch.stack([torch.as_tensor(x) for x in column], 1)
+        for column in zip(*history, strict=True)
+    ]
+    columns[2] = columns[
+        2
+    ].float()  # a reward beyond float32 becomes infinite, which `_check_numbers` finds
     return Steps(*columns), torch.from_numpy(observation), idle
 
 
@@ -199,12 +209,20 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
     rewards, mask = rows(steps.rewards), rows(real)
     lengths = mask.sum(1)
     last = torch.arange(count), lengths - 1
-    terminated, truncated, final = (rows(x)[last] for x in (steps.terminated, steps.truncated, following))
+    terminated, truncated, final = (
+        rows(x)[last] for x in (steps.terminated, steps.truncated, following)
+    )
     truncated &= ~terminated
     ends = {"terminated": terminated, "truncated": truncated, "final_observations": final}
     returns = rewards.sum(1)
     return Rollout(
-        rows(steps.observations), rows(steps.actions), rewards, mask, **ends, returns=returns, lengths=lengths
+        rows(steps.observations),
+        rows(steps.actions),
+        rewards,
+        mask,
+        **ends,
+        returns=returns,
+        lengths=lengths,
     )
 
 
@@ -220,15 +238,21 @@ def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:
     if finite and rollout.rewards.abs().max() <= LARGEST_REWARD:  # a nan is the largest
         return
     for row, mask in enumerate(rollout.mask):
-        observations = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
+        observations = torch.cat(
+            [rollout.observations[row, mask], rollout.final_observations[row, None]]
+        )
         rewards = rollout.rewards[row, mask]
-        bad_observation = ~observations.isfinite().all(1)  # [T + 1], before each step and after the last
+        bad_observation = ~observations.isfinite().all(
+            1
+        )  # [T + 1], before each step and after the last
         bad_reward = ~(rewards.abs() <= LARGEST_REWARD)  # [T]; not `>`, which is False for nan
         wrong = bad_observation | pad(bad_reward, (1, 0))
         if wrong.any():
             step = int(wrong.int().argmax())
             observation = f"the observation {observations[step].tolist()!s:.200}"
-            number = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
+            number = (
+                observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
+            )
             where = f"in step {step}" if step else "at the start"
             raise Stopped(
                 f"The environment {env} gave {number} {where} of {unit}. "

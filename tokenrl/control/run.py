@@ -62,7 +62,9 @@ class ControlResult(Outcome):
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json, with the rate of training (by the clock) if there was any."""
-        rate = {"env_steps_per_second": self.env_steps / self.train_seconds} if self.env_steps else {}
+        rate = (
+            {"env_steps_per_second": self.env_steps / self.train_seconds} if self.env_steps else {}
+        )
         return super().summary() | rate
 
 
@@ -107,7 +109,9 @@ class AgentRun:
 
         Environments have no state here: a rollout of whole episodes is reset with a seed from its step.
         """
-        return {name: getattr(self, name) for name in PROGRESS} | {"actions": self.actions.get_state()}
+        return {name: getattr(self, name) for name in PROGRESS} | {
+            "actions": self.actions.get_state()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
@@ -129,7 +133,9 @@ class AgentRun:
             env_steps=self.env_steps,
             solved=self.solved(outcome["eval_after"]),
             threshold=self.spec.solved,
-            verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes, session.step),
+            verdict=verdict(
+                self.spec, outcome["eval_after"], self.args.eval_episodes, session.step
+            ),
             flags=[finding.flag for finding in self.findings(session)],
             train_cpu_seconds=self.cpu_seconds,
             train_seconds=session.training_seconds,
@@ -167,17 +173,21 @@ def _with_error(mean: float, error: float) -> str:
 def header(run: AgentRun) -> dict[str, Any]:
     """Return what the header shows of a run, by name."""
     args, spec, policy, estimator = run.args, run.spec, run.agent.policy, run.args.estimator
-    actions = f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
+    actions = (
+        f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
+    )
     goal = "" if spec.solved is None else f", solved at {spec.solved:g}"
     layers = f"{' x '.join(map(str, args.hidden))} {args.activation}" if args.hidden else "linear"
     actor, critic = (
-        sum(p.numel() for p in part) for part in (policy.policy_parameters(), policy.value_parameters())
+        sum(p.numel() for p in part)
+        for part in (policy.policy_parameters(), policy.value_parameters())
     )
     whole = f"one episode of up to {spec.horizon} steps"
     data = whole if args.num_steps is None else f"{args.num_steps} steps"
     return {
         "environment": f"{spec.observation_size} observations, {actions}{goal}",
-        "policy": f"{args.head}, {layers}, {actor:,} parameters" + (f", critic {critic:,}" if critic else ""),
+        "policy": f"{args.head}, {layers}, {actor:,} parameters"
+        + (f", critic {critic:,}" if critic else ""),
         "estimator": f"{preset_name(estimator)}: baseline {estimator.baseline}, returns {estimator.returns}, "
         f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
         f"bias: {estimator.bias_status}",
@@ -190,5 +200,7 @@ def header(run: AgentRun) -> dict[str, Any]:
 
 def finish(run: AgentRun, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
-    session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write, map(str, run.findings(session)))
+    session.finish(
+        ended, SavedPolicy(run.agent.policy, run.spec.env).write, map(str, run.findings(session))
+    )
     session.console.note(ended.verdict)

@@ -46,8 +46,13 @@ def fill_defaults(choices: Any, spec: Spec) -> Any:
         for axis in ("baseline", "scale"):
             set_size(choices.estimator, axis, choices.num_envs, choices.num_envs)
         check_group(choices.estimator, choices.num_envs)
-    usual = {"eval_every": max(1, choices.max_steps // 10), "value_learning_rate": choices.learning_rate}
-    return lay(("default", usual), ("given", vars(choices)), ("environment", {"head": spec.head})).values
+    usual = {
+        "eval_every": max(1, choices.max_steps // 10),
+        "value_learning_rate": choices.learning_rate,
+    }
+    return lay(
+        ("default", usual), ("given", vars(choices)), ("environment", {"head": spec.head})
+    ).values
 
 
 def check_supported(estimator: Estimator, args: Any) -> None:
@@ -64,9 +69,11 @@ def check_supported(estimator: Estimator, args: Any) -> None:
         "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
         "truncations": estimator.truncations != "keep"
         and "time limits are handled by the value that follows",
-        "importance_centre": estimator.needs_centres and "the policy that samples is the one that learns",
+        "importance_centre": estimator.needs_centres
+        and "the policy that samples is the one that learns",
         "components": estimator.components != "summed" and "an environment has a single reward",
-        "overlong_buffer": estimator.overlong_buffer > 0 and "the environment itself rewards length",
+        "overlong_buffer": estimator.overlong_buffer > 0
+        and "the environment itself rewards length",
     }
     for setting, reason in wrong.items():
         if reason:

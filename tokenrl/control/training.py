@@ -77,7 +77,9 @@ def train_agent(
         run = prepare(choices, spec, session.directory)
         stack.enter_context(using_threads(run.args.threads))
         saved = SavedPolicy(run.agent.policy, spec.env)
-        session.keep(saved, Provenance({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
+        session.keep(
+            saved, Provenance({"initial policy": saved.fingerprint()}), agent=run.agent, run=run
+        )
         title = f"{spec.env}, {preset_name(choices.estimator)}, seed {choices.seed}"
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs), own_process():
             session.console.start(f"tokenrl control: {spec.env}", header(run))
@@ -92,11 +94,15 @@ def train_agent(
             return _loop(run, session)
 
 
-def _arguments(args: ControlArguments | None, agent: str | None, options: dict[str, Any]) -> ControlArguments:
+def _arguments(
+    args: ControlArguments | None, agent: str | None, options: dict[str, Any]
+) -> ControlArguments:
     if agent is None:
         return arguments_of_call(ControlArguments, args, options)
     if args is not None:
-        raise Refused(f"agent {agent!r} was given beside finished settings; give the agent with keywords.")
+        raise Refused(
+            f"agent {agent!r} was given beside finished settings; give the agent with keywords."
+        )
     named = agent_settings(agent, options.get("env", ControlArguments.env))
     return arguments(ControlArguments, named | options)
 
@@ -119,7 +125,10 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
                         f"on to step {args.max_steps}; with --stop-when-solved it ends here."
                     )
                 reached = True
-        timings = {"env_steps_per_second": session.rate(run.env_steps), "cpu_seconds": run.cpu_seconds}
+        timings = {
+            "env_steps_per_second": session.rate(run.env_steps),
+            "cpu_seconds": run.cpu_seconds,
+        }
         session.record(metrics, timings)
         if over:
             break
@@ -165,7 +174,9 @@ def _collect(run: AgentRun, step: int) -> Rollout:
     """
     args, start = run.args, seed_of(run.args.seed, 0, step - 1)
     if args.num_steps is None:
-        return collect_episodes(run.envs, run.agent.policy, run.spec.horizon, run.actions, seed=start)
+        return collect_episodes(
+            run.envs, run.agent.policy, run.spec.horizon, run.actions, seed=start
+        )
     if run.pieces is None:
         run.pieces = Pieces(run.envs, args.num_steps, seed=start)
     return run.pieces.collect(run.agent.policy, run.actions)
@@ -182,7 +193,10 @@ SMALL, LARGE = 0.1, 10
 
 
 def check_agent(
-    run: AgentRun, session: Session, evaluate: Callable[[], dict[str, float]], collect: Callable[[], Rollout]
+    run: AgentRun,
+    session: Session,
+    evaluate: Callable[[], dict[str, float]],
+    collect: Callable[[], Rollout],
 ) -> ControlResult:
     """Check a run whose parts are ready, print what was found, and return the result.
 

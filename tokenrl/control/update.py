@@ -55,7 +55,10 @@ class Agent:
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue beside the weights; tensors are references, not copies."""
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in STATEFUL}
-        return state | {"generator": self.generator.get_state(), "failures": (self.nonfinite, self.skipped)}
+        return state | {
+            "generator": self.generator.get_state(),
+            "failures": (self.nonfinite, self.skipped),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the weights are loaded apart from this.
@@ -111,12 +114,16 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
         for index in order.tensor_split(min(args.num_minibatches, count)):
             part = units.each(itemgetter(index)) if several else units
             # The expected gradient of a minibatch is that of the whole rollout.
-            part = part._replace(weights=part.weights * (units.mask.sum() / part.mask.sum().clamp(min=1)))
+            part = part._replace(
+                weights=part.weights * (units.mask.sum() / part.mask.sum().clamp(min=1))
+            )
             measure = not history and agent.diagnostics.due(step)
             history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
     if estimator.needs_memory:
-        metrics["baseline"] = update(agent.memory, keys_of(rollout), rollout.rewards * args.reward_scale)
+        metrics["baseline"] = update(
+            agent.memory, keys_of(rollout), rollout.rewards * args.reward_scale
+        )
     if policy.scale is not None:
         policy.scale.update(rollout.observations[rollout.mask])
     # The first update has every metric; the later ones lack those that are measured on-policy only.
@@ -164,7 +171,9 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
     )
     advantages = terms.advantages
     advantages = advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages
-    metrics = {"advantage_std": float(unpadded(mask, advantages)[0].std()) if mask.sum() > 1 else 0.0}
+    metrics = {
+        "advantage_std": float(unpadded(mask, advantages)[0].std()) if mask.sum() > 1 else 0.0
+    }
     if values is not None:
         metrics["explained_variance"] = explained(*unpadded(mask, values, terms.returns))
     units = Units(
@@ -220,7 +229,9 @@ def _update(
     first = (rows + 1) // 2  # two halves of the episodes, independent but for a common baseline
     early = units.row[:, 0] < first
     half, sums = None, torch.zeros(3, dtype=torch.double)
-    for part in [units.each(itemgetter(chosen)) for chosen in (early, ~early)] if measure else [units]:
+    for part in (
+        [units.each(itemgetter(chosen)) for chosen in (early, ~early)] if measure else [units]
+    ):
         objective, error, spread = _losses(agent, estimator, part, float(units.mask.sum()))
         (objective + error).backward()
         sums += torch.stack([objective.detach(), error.detach(), spread]).double()
@@ -236,7 +247,9 @@ def _update(
     return metrics
 
 
-def _losses(agent: Agent, estimator: Estimator, part: Units, actions: float) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(
+    agent: Agent, estimator: Estimator, part: Units, actions: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of policy and critic and the entropy: this part's share of means over `actions`."""
     policy, mask, args = agent.policy, part.mask, agent.args
     observations, chosen = unpadded(mask, part.observations, part.actions)

@@ -83,13 +83,17 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         """
         check_number("size", size, int, at_least=2)
         if (decoy is not None or decoy_reward) and decoy not in range(1, size * size - 1):
-            raise Refused(f"decoy was given as {decoy!r}; it must be a cell from 1 to {size * size - 2}.")
+            raise Refused(
+                f"decoy was given as {decoy!r}; it must be a cell from 1 to {size * size - 2}."
+            )
         self.size, self.cells, self.goal = size, size * size, size * size - 1
         self.ends = {self.goal: goal_reward}  # by cell
         if decoy is not None:
             self.ends[decoy] = decoy_reward
         self.decoy = decoy
-        self.starts = [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
+        self.starts = (
+            [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
+        )
         self.slip, self.random_start, self.time_limit = slip, random_start, time_limit
         self.step_reward, self.render_mode = step_reward, render_mode
         self.action_space = Discrete(len(MOVES))
@@ -106,11 +110,15 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             The observation, and {"cell": its number}.
         """
         super().reset(seed=seed)
-        self.cell = self.starts[int(self.np_random.integers(len(self.starts)))] if self.random_start else 0
+        self.cell = (
+            self.starts[int(self.np_random.integers(len(self.starts)))] if self.random_start else 0
+        )
         self.steps = 0
         return self.observe(), {"cell": self.cell}
 
-    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.int64 | int
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Take one step.
 
         Returns:
@@ -140,7 +148,12 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             return "\n".join(" ".join(row) for row in marks.reshape(self.size, self.size)) + "\n"
         if self.render_mode == "rgb_array":
             colours = np.full((self.cells, 3), FLOOR, np.uint8)
-            colours[0], colours[decoy], colours[self.goal], colours[self.cell] = START, DECOY, GOAL, AGENT
+            colours[0], colours[decoy], colours[self.goal], colours[self.cell] = (
+                START,
+                DECOY,
+                GOAL,
+                AGENT,
+            )
             picture = colours.reshape(self.size, self.size, 3).repeat(TILE, 0).repeat(TILE, 1)
             picture[::TILE], picture[:, ::TILE] = 255, 255
             return picture
@@ -187,8 +200,14 @@ def exact_values(
             episode never ends.
     """
     policy = np.asarray(policy, np.float64)
-    if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
-        raise Refused(f"policy {policy.shape} must have four probabilities for each of {env.cells} cells.")
+    if (
+        policy.shape != (env.cells, 4)
+        or (policy < 0).any()
+        or not np.allclose(policy.sum(1), 1, atol=1e-6)
+    ):
+        raise Refused(
+            f"policy {policy.shape} must have four probabilities for each of {env.cells} cells."
+        )
     chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
     ends, end_rewards = list(env.ends), list(env.ends.values())
@@ -202,7 +221,9 @@ def exact_values(
     reaches_end = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, ends].any(1)
     if gamma >= 1 and not reaches_end.all():
         cell = int(np.argmin(reaches_end))
-        raise Refused(f"From cell {cell} the policy never ends an episode; give gamma below 1, or a horizon.")
+        raise Refused(
+            f"From cell {cell} the policy never ends an episode; give gamma below 1, or a horizon."
+        )
     return np.linalg.solve(np.eye(env.cells) - gamma * moves, rewards)
 
 
@@ -250,7 +271,10 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
         self.action_space = gymnasium.spaces.Discrete(2)
         end = np.float32(LAST / 10)
         self.observation_space = gymnasium.spaces.Box(-end, end, (4,), np.float32)
-        self.place, self.steps = 0, 0  # in whole steps: tenths added up in floating point miss the limit
+        self.place, self.steps = (
+            0,
+            0,
+        )  # in whole steps: tenths added up in floating point miss the limit
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -260,7 +284,9 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
         self.place, self.steps = 0, 0
         return self.observe(), {}
 
-    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.int64 | int
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Take one step, 0 to the left or 1 to the right.
 
         Returns:
@@ -316,7 +342,9 @@ class Bandit(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._left = self.steps
         return np.ones(1, np.float32), {}
 
-    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.int64 | int
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Take an action; return observation, reward, terminated, truncated and an empty info."""
         self._left -= 1
         return np.ones(1, np.float32), self.rewards[action], self._left == 0, False, {}

@@ -133,17 +133,30 @@ def advantages(
     rewards = rewards_in_time(
         estimator, rewards.detach(), mask, valid, logprobs, ref_logprobs, bootstrap, max_length
     )
-    inputs: dict[str, Any] = {"values": values, "greedy_rewards": greedy_rewards, "score_norms": score_norms}
+    inputs: dict[str, Any] = {
+        "values": values,
+        "greedy_rewards": greedy_rewards,
+        "score_norms": score_norms,
+    }
     inputs |= {"baseline_value": baseline_value}
-    together = estimator.returns == "total" and estimator.gamma == 1 and not callable(estimator.baseline)
+    together = (
+        estimator.returns == "total" and estimator.gamma == 1 and not callable(estimator.baseline)
+    )
     if turns is not None and not together:
         inputs |= {"group_size": group_size, "valid": valid}
         return of_turns(estimator, rewards, mask, Turns.read(turns, mask), **inputs)
     targets = credited(estimator, rewards, actions, values)  # [N, T]
-    to_go = estimator.returns in ("total", "reward_to_go")  # a slow loop over steps, so it runs once
+    to_go = estimator.returns in (
+        "total",
+        "reward_to_go",
+    )  # a slow loop over steps, so it runs once
     totals = (targets if to_go else reward_to_go(rewards, estimator.gamma))[:, 0].clone()
     returns = totals[:, None] if estimator.returns == "total" else targets
-    name = "baseline_value" if estimator.needs_memory else choice_of("baseline", estimator.baseline).needs
+    name = (
+        "baseline_value"
+        if estimator.needs_memory
+        else choice_of("baseline", estimator.baseline).needs
+    )
     needed = required(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
     needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
     step = Step(estimator, group_size, totals, valid, actions, rewards, returns, needed)
@@ -153,7 +166,9 @@ def advantages(
         return Advantages(zero_outside(policy, usable).flatten(), targets)
     baseline, compared = baseline_of(step)
     sets = step.in_sets("scale")
-    divided, scaled = SCALES[estimator.scale](sets, (returns - baseline).reshape(*sets.valid.shape, -1))
+    divided, scaled = SCALES[estimator.scale](
+        sets, (returns - baseline).reshape(*sets.valid.shape, -1)
+    )
     divided = divided.flatten(0, 1)  # [N, 1] or [N, T]
     # A row that can be compared with no other row gets the advantage 0. Its return without a baseline would
     # be far larger than the advantages of all other rows.
@@ -177,7 +192,11 @@ def of_components(
 
 
 def of_turns(
-    estimator: Estimator, rewards: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], turns: Turns, **more: Any
+    estimator: Estimator,
+    rewards: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    turns: Turns,
+    **more: Any,
 ) -> Advantages:
     """Compute the advantages of turns from rewards that are complete, and give each token those of its turn.
 
@@ -192,7 +211,9 @@ def of_turns(
         if more[name] is not None:
             more[name] = turns.sums(zero_outside(more[name], inside))
     reached = turns.sums(turns.begins.long()) > 0
-    plain = replace(estimator, beta=0.0, overlong_buffer=0)  # what these add is in the rewards already
+    plain = replace(
+        estimator, beta=0.0, overlong_buffer=0
+    )  # what these add is in the rewards already
     policy, targets = advantages(plain, turns.sums(rewards), reached, **more)
     if policy.ndim == 2:
         policy = zero_outside(turns.spread(policy), mask)
@@ -270,7 +291,11 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
             rows["rewards"] = step.rewards.clone()
         baseline = function(totals.clone(), **rows)
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
-        result = f"shape {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else type(baseline).__name__
+        result = (
+            f"shape {tuple(baseline.shape)}"
+            if isinstance(baseline, Tensor)
+            else type(baseline).__name__
+        )
         raise Refused(
             f"The baseline {name!r} returned {result}; it must return a tensor of one number per row "
             f"({len(mask)}), or one per token or turn, {tuple(mask.shape)}."

@@ -51,7 +51,9 @@ def quantile(step: Step) -> Float[Tensor, "S n"]:
     others = step.valid[:, None] & ~itself  # [S, n, n]
     ordered = step.totals[:, None].masked_fill(~others, torch.inf).sort(-1).values
     count = others.sum(-1, keepdim=True)
-    place = (q * count - 1e-6).ceil().long().clamp(min=1) - 1  # 1e-6: q n may be rounded up, as 0.07 * 100
+    place = (q * count - 1e-6).ceil().long().clamp(
+        min=1
+    ) - 1  # 1e-6: q n may be rounded up, as 0.07 * 100
     return torch.where(count[..., 0] > 0, ordered.gather(-1, place)[..., 0], step.totals)
 
 
@@ -65,14 +67,18 @@ def mean(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]) -> Float[Te
     return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
 
 
-def std(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"], ddof: int) -> Float[Tensor, "*S n"]:
+def std(
+    totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"], ddof: int
+) -> Float[Tensor, "*S n"]:
     """Return the standard deviation of the valid rows of each set: `sqrt(sum (R - mean)^2 / (n - ddof))`.
 
     It is exactly 0 for equal totals, because they are measured from the first one, and for a set of one row.
     """
     differences, _ = from_first(totals, valid)
     count = valid.sum(-1, keepdim=True)
-    centred = zero_outside(differences - differences.sum(-1, keepdim=True) / count.clamp(min=1), valid)
+    centred = zero_outside(
+        differences - differences.sum(-1, keepdim=True) / count.clamp(min=1), valid
+    )
     # Two passes: E[R^2] - E[R]^2 would lose all digits where the spread is small compared with the mean.
     variance = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)
     return variance.sqrt().expand_as(totals)
@@ -127,11 +133,17 @@ def weighted_by_time(step: Step, weights: Float[Tensor, "S n T"]) -> Float[Tenso
     At a timestep where no (other) row acts, the mean of the latest timestep that has one is used instead; it
     does not contain the row itself either. Before the first mean the result is 0.
     """
-    by_time = (x.transpose(1, 2) for x in (step.returns.expand_as(step.actions), step.actions, weights))
-    weighted, defined = weighted_mean(*by_time, leave_one_out=step.estimator.leave_one_out)  # [S, T, n]
+    by_time = (
+        x.transpose(1, 2) for x in (step.returns.expand_as(step.actions), step.actions, weights)
+    )
+    weighted, defined = weighted_mean(
+        *by_time, leave_one_out=step.estimator.leave_one_out
+    )  # [S, T, n]
     weighted, defined = weighted.transpose(1, 2), defined.transpose(1, 2)
     positions = torch.arange(defined.shape[-1], device=defined.device)
-    latest = torch.where(defined, positions, 0).cummax(-1).values  # the latest timestep that has a mean
+    latest = (
+        torch.where(defined, positions, 0).cummax(-1).values
+    )  # the latest timestep that has a mean
     return zero_outside(weighted, defined).gather(-1, latest)
 
 
@@ -183,7 +195,10 @@ def shrinkage(step: Step) -> Float[Tensor, "S n"]:
 
 
 def estimated_weight(
-    step: Step, means: Float[Tensor, " S"], elsewhere: Float[Tensor, " S"], different: Bool[Tensor, "S S"]
+    step: Step,
+    means: Float[Tensor, " S"],
+    elsewhere: Float[Tensor, " S"],
+    different: Bool[Tensor, "S S"],
 ) -> Float[Tensor, " S"]:
     """Estimate the best weight of a prompt's own mean, `tau^2 / (tau^2 + sigma^2/(n - 1))`, from the others.
 
@@ -193,7 +208,9 @@ def estimated_weight(
     """
     totals, count = step.totals, step.valid.sum(-1)  # count: [S]
     enough = different & (count >= 2)
-    within = (enough * std(totals, step.valid, ddof=1)[..., 0].square()).sum(-1) / enough.sum(-1).clamp(min=1)
+    within = (enough * std(totals, step.valid, ddof=1)[..., 0].square()).sum(-1) / enough.sum(
+        -1
+    ).clamp(min=1)
     number = different.sum(-1)
     spread = (different * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
     shares = (different / count.clamp(min=1).to(totals.dtype)).sum(-1) / number.clamp(min=1)
@@ -262,7 +279,9 @@ def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None)
     return size
 
 
-def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool = False) -> None:
+def check_horizon(
+    estimator: Estimator, horizon: int | None, allow_no_baseline: bool = False
+) -> None:
     """Refuse REINFORCE without a baseline where an episode may last more than 500 steps.
 
     With rewards of similar size at every step, R grows as the length T and the variance of `sum_t score_t R`

@@ -76,10 +76,14 @@ def objective_line(estimator: Estimator) -> dict[str, str]:
     order = f" of order {estimator.objective_order}" * (estimator.objective_order is not None)
     statuses = []
     for of_reward in (False, True):
-        always, binary = (declared(estimator, binary=x, of_reward=of_reward).status for x in (False, True))
+        always, binary = (
+            declared(estimator, binary=x, of_reward=of_reward).status for x in (False, True)
+        )
         statuses.append(always if always == binary else f"{always}, on rewards of 0 and 1 {binary}")
     name = f"{estimator.objective}{order}, form {estimator.form}"
-    return {"objective": f"{name}; bias: {statuses[0]}; as a gradient of the mean reward: {statuses[1]}"}
+    return {
+        "objective": f"{name}; bias: {statuses[0]}; as a gradient of the mean reward: {statuses[1]}"
+    }
 
 
 def baseline_effect(estimator: Estimator) -> Effect:
@@ -118,10 +122,14 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
         or estimator.needs_entropy
     )
     if had_gradient:
-        return Effect(BIASED, "the groups of equal rewards that are left out had a gradient of their own")
+        return Effect(
+            BIASED, "the groups of equal rewards that are left out had a gradient of their own"
+        )
     if estimator.returns == "total":
         return effect
-    text = f"{effect.reason}; with rewards before the last action the groups left out had a gradient"
+    text = (
+        f"{effect.reason}; with rewards before the last action the groups left out had a gradient"
+    )
     return Effect(UNKNOWN, text)
 
 
@@ -138,8 +146,13 @@ def combination_effects(estimator: Estimator, alone: list[Effect]) -> list[Effec
     # to them, for any number of prompts. The factor of a batch mean tends to 1 as the step grows.
     rescaled = estimator.scale != "none" or per_prompt or (shrinks and baseline.compares == "group")
     term = estimator.loss_side_terms
-    limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
-    unequal = choices.ASYMPTOTIC in limits and (per_prompt or estimator.scale in ("loo_std", "group_std"))
+    limits = {
+        baseline_effect(estimator).status,
+        choice_of("aggregation", estimator.aggregation).status,
+    }
+    unequal = choices.ASYMPTOTIC in limits and (
+        per_prompt or estimator.scale in ("loo_std", "group_std")
+    )
     separate = estimator.components == "separate" and estimator.scale != "none"
     biased = {
         "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "

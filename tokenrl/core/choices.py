@@ -78,14 +78,18 @@ class Choice(Effect):
 
 
 ON_POLICY = "on-policy every importance weight is 1"
-FIRST_UPDATE = "at the first update every ratio is 1, inside all bounds, and the gradient is REINFORCE's"
+FIRST_UPDATE = (
+    "at the first update every ratio is 1, inside all bounds, and the gradient is REINFORCE's"
+)
 NO_OBJECTIVE = Effect(
     BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
 )
 OF_OTHERS = "the baseline is made of the other completions of the prompt only"
 WEIGHTED_OTHERS = "the baseline and its weights are made of the other completions only"
 MEMORY = Choice(
-    EXACT, "given the past, a memory is a constant, because it is updated after use", needs="baseline_value"
+    EXACT,
+    "given the past, a memory is a constant, because it is updated after use",
+    needs="baseline_value",
 )
 
 CHOICES: dict[str, dict[str, Choice]] = {
@@ -108,7 +112,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "the row's own return is in the mean of the step: ascends E[R] - E[b]/N, (N-1)/N of the gradient",
             compares="step",
         ),
-        "remax": Choice(EXACT, "the greedy completion depends on the prompt only", needs="greedy_rewards"),
+        "remax": Choice(
+            EXACT, "the greedy completion depends on the prompt only", needs="greedy_rewards"
+        ),
         "opo": Choice(
             EXACT,
             WEIGHTED_OTHERS,
@@ -132,9 +138,13 @@ CHOICES: dict[str, dict[str, Choice]] = {
                 "ascends E[R] - E[b]/G, the weights held fixed",
             ),
         ),
-        "shrinkage": Choice(EXACT, "neither the means nor their weights contain the row", compares="group"),
+        "shrinkage": Choice(
+            EXACT, "neither the means nor their weights contain the row", compares="group"
+        ),
         "value": Choice(
-            EXACT, "right or wrong, the value of a state does not depend on the action there", needs="values"
+            EXACT,
+            "right or wrong, the value of a state does not depend on the action there",
+            needs="values",
         ),
         "episode_mean": Choice(
             BIASED,
@@ -195,7 +205,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "aggregation": {
         "sequence_sum": Choice(EXACT, "the mean over sequences of the sum over their tokens"),
-        "fixed_length": Choice(UP_TO_SCALE, "one constant divides everything: 1/max_length of the gradient"),
+        "fixed_length": Choice(
+            UP_TO_SCALE, "one constant divides everything: 1/max_length of the gradient"
+        ),
         "token_mean": Choice(
             ASYMPTOTIC,
             "the number of tokens in the step depends on the actions; the gradient tends to that of J, "
@@ -226,9 +238,15 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
-        "sequence": Choice(EXACT, "one baseline per row, weighted by the scores of the other completions"),
-        "per_timestep": Choice(EXACT, "one per timestep, weighted by the scores of the other rows at it"),
-        "cumulative": Choice(EXACT, "one per timestep, weighted by the scores of the other rows up to it"),
+        "sequence": Choice(
+            EXACT, "one baseline per row, weighted by the scores of the other completions"
+        ),
+        "per_timestep": Choice(
+            EXACT, "one per timestep, weighted by the scores of the other rows at it"
+        ),
+        "cumulative": Choice(
+            EXACT, "one per timestep, weighted by the scores of the other rows up to it"
+        ),
     },
     "entropy_form": {
         "per_step": Choice(
@@ -244,13 +262,16 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "every action is credited with the whole return",
             discounted=Effect(BIASED, "ascends the discounted return E[sum_t gamma^t r_t], not J"),
         ),
-        "reward_to_go": Choice(EXACT, "earlier rewards do not depend on an action", discounted=NO_OBJECTIVE),
+        "reward_to_go": Choice(
+            EXACT, "earlier rewards do not depend on an action", discounted=NO_OBJECTIVE
+        ),
         "blame_window": Choice(
             BIASED,
             "rewards beyond the window are credited to no action, which is the gradient of no objective; "
             "exact if no row is longer than the window",
             discounted=Effect(
-                BIASED, "rewards beyond the window are credited to no action, and the others are discounted"
+                BIASED,
+                "rewards beyond the window are credited to no action, and the others are discounted",
             ),
         ),
         "episode_normalized": Choice(
@@ -269,12 +290,16 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "components": {
         "summed": Choice(EXACT, "the rewards of all functions are added first"),
-        "separate": Choice(EXACT, "gradients add up, and that of each function has its own baseline"),
+        "separate": Choice(
+            EXACT, "gradients add up, and that of each function has its own baseline"
+        ),
     },
     # These effects hold if the dropped groups had no advantage; `bias.zero_spread_effect` says when that is
     # so. Only rewards are compared: a group of equal rewards whose bootstrap values differ had an advantage.
     "zero_spread": {
-        "keep": Choice(EXACT, "groups of equal returns have the advantage 0 and count in the divisor"),
+        "keep": Choice(
+            EXACT, "groups of equal returns have the advantage 0 and count in the divisor"
+        ),
         "drop": Choice(
             PER_PROMPT,
             "the step is divided by the number of kept groups: of B prompts each is weighted by "
@@ -308,7 +333,8 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
         BIASED, "k2 in the reward ascends E[R] - beta E[k2] with k2 held fixed, which is not the KL"
     ),
     ("reward", "k3"): Effect(
-        BIASED, "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is"
+        BIASED,
+        "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is",
     ),
     ("loss", "k1"): Effect(
         BIASED, "the gradient of the log ratio has mean zero: ascends J without any KL penalty"
@@ -322,11 +348,15 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
         BIASED, "the gradient of the FORWARD KL(ref || pi) of each step, with its prefix held fixed"
     ),
     ("loss", "k2_sequence"): Effect(EXACT, "k2 of the whole sequence has the gradient of the KL"),
-    ("loss", "full_path"): Effect(EXACT, "each action is credited with its own and later log ratios"),
+    ("loss", "full_path"): Effect(
+        EXACT, "each action is credited with its own and later log ratios"
+    ),
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
-YOUR_OWN = Choice(UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions")
+YOUR_OWN = Choice(
+    UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions"
+)
 
 
 def choice_of(axis: str, name: object) -> Choice:
@@ -359,7 +389,9 @@ if TYPE_CHECKING:
     Truncations = str
     Components = str
 else:
-    globals().update({axis.title().replace("_", ""): Literal[names] for axis, names in AXES.items()})
+    globals().update(
+        {axis.title().replace("_", ""): Literal[names] for axis, names in AXES.items()}
+    )
     BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
 
 
@@ -370,5 +402,7 @@ def required(name: str, value: T | None, purpose: str) -> T:
         Refused: When it is missing.
     """
     if value is None:
-        raise Refused(f"{name} was not given, and {purpose} needs it. Pass it, or take another estimator.")
+        raise Refused(
+            f"{name} was not given, and {purpose} needs it. Pass it, or take another estimator."
+        )
     return value

@@ -293,7 +293,9 @@ class Estimator(Settings):
         """
         if self.scale == "token_whiten" or self.returns == "episode_normalized":
             return True
-        return self.baseline_constant != 0 if self.baseline == "constant" else self.baseline != "none"
+        return (
+            self.baseline_constant != 0 if self.baseline == "constant" else self.baseline != "none"
+        )
 
     @property
     def needs_groups(self) -> bool:
@@ -357,7 +359,9 @@ class Estimator(Settings):
     @property
     def clip_range(self) -> tuple[float, float]:
         """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
-        return 1.0 - self.epsilon, 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        return 1.0 - self.epsilon, 1.0 + (
+            self.epsilon if self.epsilon_high is None else self.epsilon_high
+        )
 
     if TYPE_CHECKING:
         advantages = advantages

@@ -58,7 +58,9 @@ def token_weights(
         Refused: When the aggregation is 'fixed_length' and no length is given.
     """
     if estimator.aggregation == "fixed_length" and (max_length is None or max_length < 1):
-        raise Refused(f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}.")
+        raise Refused(
+            f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}."
+        )
     valid = mask.new_ones(mask.shape[0]).bool() if valid is None else valid.bool()
     actions = mask.bool() & valid[:, None]
     lengths = actions.sum(-1, keepdim=True)
@@ -122,11 +124,15 @@ def loss(
     advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
     advantages = zero_outside(advantages.expand(live.shape), live)
     old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
-    if estimator.needs_old_logprobs or (estimator.needs_sampling_logprobs and old_logprobs is not None):
+    if estimator.needs_old_logprobs or (
+        estimator.needs_sampling_logprobs and old_logprobs is not None
+    ):
         old = inside("old_logprobs", old_logprobs, f"the ratio {estimator.ratio!r}").detach()
     gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
     if estimator.needs_sampling_logprobs:
-        sampled = inside("sampling_logprobs", sampling_logprobs, f"importance {estimator.importance!r}")
+        sampled = inside(
+            "sampling_logprobs", sampling_logprobs, f"importance {estimator.importance!r}"
+        )
         gain = gain * importance_weights(estimator, old - sampled, live)
     if estimator.needs_centres:
         gain = gain - advantages * inside("centres", centres, "importance_centre")
@@ -182,7 +188,9 @@ def policy_gain(
     if estimator.ratio == "geometric_clip":
         low, high = log_ratio.new_tensor(estimator.clip_range).log()
         log_ratio = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
-        logprobs = log_ratio  # a token beyond the clip has no gradient, and the bound stays in the mean
+        logprobs = (
+            log_ratio  # a token beyond the clip has no gradient, and the bound stays in the mean
+        )
     of_sequence = log_ratio.sum(-1, keepdim=True)
     if estimator.ratio != "sequence_product":
         of_sequence = of_sequence / live.sum(-1, keepdim=True).clamp(min=1)
@@ -235,17 +243,23 @@ def clipped(
     return torch.where(advantages < 0, torch.maximum(gain, estimator.dual_clip * advantages), gain)
 
 
-def k1(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
+def k1(
+    logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]
+) -> Float[Tensor, "*N T"]:
     """Return `l`: its mean is the KL, and a single value may be negative."""
     return logprobs - ref_logprobs
 
 
-def k2(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
+def k2(
+    logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]
+) -> Float[Tensor, "*N T"]:
     """Return `l^2 / 2`: its mean is not the KL; its gradient in a loss is `l grad log pi`."""
     return (logprobs - ref_logprobs).square() / 2
 
 
-def k3(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
+def k3(
+    logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]
+) -> Float[Tensor, "*N T"]:
     """Return `exp(-l) - 1 + l`: its mean is the KL, and it is never negative."""
     log_ratio = logprobs - ref_logprobs
     # Near the reference exp(-l) - 1 would lose its digits to cancellation and k3 could be negative; expm1
@@ -253,7 +267,9 @@ def k3(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> 
     return torch.expm1(-log_ratio) + log_ratio
 
 
-def k2_sequence(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+def k2_sequence(
+    logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
     """Return each token's share of `(sum_t l_t)^2 / 2`: `l_t sum_u l_u / 2`.
 
     In a loss the sum over tokens has the gradient `(sum_t l_t) grad log pi(y)`, whose mean is the gradient of
@@ -264,7 +280,9 @@ def k2_sequence(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T
     return log_ratio * log_ratio.sum(-1, keepdim=True) / 2
 
 
-def full_path(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+def full_path(
+    logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
     """Return k1 in value, with the gradient `(sum_{u >= t} l_u) grad log pi_t`.
 
     The mean of this gradient is that of the KL of the whole sequence, as for `k2_sequence`. The log ratios of
@@ -286,7 +304,9 @@ def token_entropy(logits: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
     return entropy_of(logprobs, logprobs.exp())
 
 
-def entropy_of(logprobs: Float[Tensor, "*N V"], probabilities: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
+def entropy_of(
+    logprobs: Float[Tensor, "*N V"], probabilities: Float[Tensor, "*N V"]
+) -> Float[Tensor, " *N"]:
     """Return the entropy in nats of distributions, given both as log-probabilities and as probabilities.
 
     Both are arguments because sampling and scoring have both already, and the exponential over the whole
@@ -296,7 +316,9 @@ def entropy_of(logprobs: Float[Tensor, "*N V"], probabilities: Float[Tensor, "*N
     return -(probabilities * logprobs.clamp(min=-1e4)).sum(-1)
 
 
-def score_norm_of(chosen: Float[Tensor, " *N"], probabilities: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
+def score_norm_of(
+    chosen: Float[Tensor, " *N"], probabilities: Float[Tensor, "*N V"]
+) -> Float[Tensor, " *N"]:
     """Return the squared norm of the score of an action, the gradient of `log p(a)` in the logits.
 
     That gradient is `onehot(a) - p`, so its squared norm is `1 - 2 p(a) + sum_v p(v)^2`.
@@ -308,7 +330,9 @@ def score_norm_of(chosen: Float[Tensor, " *N"], probabilities: Float[Tensor, "*N
     return 1 - 2 * chosen.exp() + probabilities.square().sum(-1)
 
 
-def along_path(entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+def along_path(
+    entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
     """Return the entropy of each step, with a gradient whose mean is that of the sequence's entropy.
 
     The value at step t is H_t and the gradient is `grad H_t + (sum_{u > t} H_u) grad log pi_t`. Its mean is

@@ -58,7 +58,9 @@ def memory_of(estimator: Estimator) -> Memory:
     with failures_of(name):
         memory: Any = estimator.baseline()
     if missing := [x for x in ("state_dict", "load_state_dict") if not hasattr(memory, x)]:
-        raise Refused(f"The baseline {name!r} has no {' and no '.join(missing)}, which checkpoints need.")
+        raise Refused(
+            f"The baseline {name!r} has no {' and no '.join(missing)}, which checkpoints need."
+        )
     return cast(Memory, memory)
 
 
@@ -86,14 +88,21 @@ def read(memory: Memory, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """
     name = type(memory).__name__
     with failures_of(name):
-        values = memory.read(keys.cpu().clone())  # copies in both directions: either may be changed in place
+        values = memory.read(
+            keys.cpu().clone()
+        )  # copies in both directions: either may be changed in place
     if not isinstance(values, Tensor) or values.shape != keys.shape or not values.isfinite().all():
-        raise Refused(f"The baseline {name!r} must return a tensor of {len(keys)} finite numbers from read.")
+        raise Refused(
+            f"The baseline {name!r} must return a tensor of {len(keys)} finite numbers from read."
+        )
     return values.detach().double().clone()
 
 
 def update(
-    memory: Memory, keys: Tensor, rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None = None
+    memory: Memory,
+    keys: Tensor,
+    rewards: Float[Tensor, " N *T"],
+    valid: Bool[Tensor, " N"] | None = None,
 ) -> float:
     """Update a memory with the rewards of a step; return the mean baseline of its rows, as it was before.
 
@@ -207,7 +216,11 @@ class Tracker:
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean, and the keys [P] and the counts [P, 2] of the prompts."""
         counts = torch.tensor(list(self.counts.values()), dtype=torch.double)
-        return {"mean": self.mean.state_dict(), "keys": torch.tensor(list(self.counts)), "counts": counts}
+        return {
+            "mean": self.mean.state_dict(),
+            "keys": torch.tensor(list(self.counts)),
+            "counts": counts,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""

@@ -45,7 +45,9 @@ def objective_advantages(step: Step) -> tuple[Float[Tensor, "S n"], Bool[Tensor,
     return advantages, valid & (valid.sum(-1, keepdim=True) >= estimator.fewest_rows)
 
 
-def log_success(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], form: str) -> Float[Tensor, "S n"]:
+def log_success(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], form: str
+) -> Float[Tensor, "S n"]:
     """Return the difference from a mean, divided by that mean, for rewards of 0 or more.
 
     - `maxrl`: `(R_i - mean)/mean` with the mean of the group, 0 if that is 0 (MaxRL, arXiv 2602.02710).
@@ -54,9 +56,15 @@ def log_success(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], form: 
     """
     rewards, rows = zero_outside(totals, valid), valid.sum(-1, keepdim=True)
     if form == "leave_one_out":
-        difference, divisor = totals - rloo(totals, valid), sum_of_others(rewards) / (rows - 1).clamp(min=1)
+        difference, divisor = (
+            totals - rloo(totals, valid),
+            sum_of_others(rewards) / (rows - 1).clamp(min=1),
+        )
     else:
-        difference, divisor = totals - mean(totals, valid), rewards.mean(-1, keepdim=True).expand_as(totals)
+        difference, divisor = (
+            totals - mean(totals, valid),
+            rewards.mean(-1, keepdim=True).expand_as(totals),
+        )
         divisor = divisor * (rewards.shape[-1] / rows.clamp(min=1))
     defined = divisor > 0
     without = -1.0 if form == "keep_failures" else 0.0
@@ -80,7 +88,10 @@ def max_at_k(
     ranked, indices = torch.where(valid, differences, torch.inf).sort(-1)
     rows = valid.sum(-1, keepdim=True).to(totals.dtype)
     ranked = zero_outside(ranked, torch.arange(ranked.shape[-1], device=ranked.device) < rows)
-    larger, smaller = ranked[..., 1:], ranked[..., :-1]  # each other row, by its place among the others
+    larger, smaller = (
+        ranked[..., 1:],
+        ranked[..., :-1],
+    )  # each other row, by its place among the others
     chance = largest_of_drawn(order - 1, rows - 1, larger.shape[-1])
     best = ranked + sum_above(chance * larger) - ranked * sum_above(chance)
     chance = largest_of_drawn(order - (form == "sloo_minus_one"), rows - 1, larger.shape[-1])
@@ -91,7 +102,9 @@ def max_at_k(
     return torch.zeros_like(totals).scatter(-1, indices, advantages)
 
 
-def largest_of_drawn(drawn: int, rows: Float[Tensor, "S 1"], width: int) -> Float[Tensor, "S {width}"]:
+def largest_of_drawn(
+    drawn: int, rows: Float[Tensor, "S 1"], width: int
+) -> Float[Tensor, "S {width}"]:
     """Return the probability that each place, in ascending order, holds the largest of the rows drawn.
 
     It is `C(j, drawn-1)/C(rows, drawn)` at place j, as a product of ratios that are at most 1, so that no
@@ -138,7 +151,9 @@ def check_rewards(estimator: Estimator, rewards: Tensor, valid: Bool[Tensor, " N
     """
     if estimator.objective != "log_success":
         return
-    totals = zero_outside(rewards if rewards.shape == valid.shape else rewards.sum(-1), valid.bool())
+    totals = zero_outside(
+        rewards if rewards.shape == valid.shape else rewards.sum(-1), valid.bool()
+    )
     if (totals < 0).any():
         raise Refused(
             "objective 'log_success' takes the logarithm of the mean reward, and a completion has the reward "

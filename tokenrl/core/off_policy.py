@@ -31,7 +31,8 @@ EXACT_FOR_POLICY, EXACT_FOR_SAMPLER = "exact_for_policy", "exact_for_sampler"
 CORRECTIONS = {
     "none": Effect(BIASED, "completions of the sampler count as if the policy had written them"),
     "token": Effect(
-        BIASED, "a token's weight corrects neither the probability of its prefix nor that of what follows"
+        BIASED,
+        "a token's weight corrects neither the probability of its prefix nor that of what follows",
     ),
     "sequence": Effect(
         EXACT_FOR_POLICY,
@@ -70,7 +71,8 @@ def declared_off_policy(estimator: Estimator) -> Effect:
     obstacles = {
         effect.reason: effect.status == BIASED,
         "the KL or entropy term in the loss is a mean over the sampler's completions": term,
-        "the KL is that of the policy, not that of the sampler": effect is CENTRED and estimator.needs_kl,
+        "the KL is that of the policy, not that of the sampler": effect is CENTRED
+        and estimator.needs_kl,
         "the rows with which the objective compares a row are those of the sampler": (
             effect.status == EXACT_FOR_POLICY and compares
         ),
@@ -108,7 +110,9 @@ def check_importance(estimator: Estimator) -> None:
             "importance_bound 'truncate', which rounding does not change."
         )
     if len(names) == 2 and estimator.importance_floor == estimator.importance_cap:
-        raise Refused("importance_floor must be below importance_cap, but both are 1. Move one of them.")
+        raise Refused(
+            "importance_floor must be below importance_cap, but both are 1. Move one of them."
+        )
     for axis in ("importance", "ratio"):
         if estimator.importance_centre and choice_of(axis, getattr(estimator, axis)).whole_row:
             raise Refused(

@@ -15,12 +15,8 @@ from tokenrl.errors import Refused
 
 Fields = dict[str, str | float | int | bool | None]
 
-WILLIAMS = (
-    "Williams 1992, Simple statistical gradient-following algorithms for connectionist reinforcement learning"
-)
-GREENSMITH = (
-    "Greensmith et al. 2004, Variance reduction techniques for gradient estimates in reinforcement learning"
-)
+WILLIAMS = "Williams 1992, Simple statistical gradient-following algorithms for connectionist reinforcement learning"
+GREENSMITH = "Greensmith et al. 2004, Variance reduction techniques for gradient estimates in reinforcement learning"
 KOOL = "Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free"
 KOOL_SCALED = f"{KOOL}, for the baseline; the divisor has no paper"
 GRPO_PAPER = "Shao et al. 2024, DeepSeekMath, arXiv 2402.03300"
@@ -49,7 +45,12 @@ OTB: Fields = {**TO_GO, "baseline": "optimal", "optimal_form": "cumulative"}
 PKPO: Fields = {"objective": "max_at_k", "objective_order": 4}
 CLIP: Fields = {"ratio": "token", "epsilon": 0.2}
 """PPO's clipped ratio."""
-GROUP_STD: Fields = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 1, "scale_eps": 1e-4}
+GROUP_STD: Fields = {
+    "baseline": "group_mean",
+    "scale": "group_std",
+    "scale_ddof": 1,
+    "scale_eps": 1e-4,
+}
 """The advantage of GRPO: `(R - mean) / (std + eps)` over the group."""
 OF_SEQUENCES: Fields = {**GROUP_STD, "aggregation": "sequence_mean"}
 GRPO: Fields = {**OF_SEQUENCES, **CLIP, "kl_estimator": "k3", "kl_placement": "loss"}
@@ -59,13 +60,18 @@ WHITENED: Fields = {**CLIP, "scale": "token_whiten", "scale_eps": 1e-8, "aggrega
 PRESETS: dict[str, Preset] = {
     # Without an importance ratio: REINFORCE with its baselines and scales.
     "reinforce": Preset({"baseline": "none"}, WILLIAMS),
-    "reinforce_running_mean": Preset({"baseline": "running_mean", "running_mean_decay": 0.9}, WILLIAMS),
+    "reinforce_running_mean": Preset(
+        {"baseline": "running_mean", "running_mean_decay": 0.9}, WILLIAMS
+    ),
     "reinforce_baseline": Preset({"baseline": "batch_mean"}, WILLIAMS),
     "reinforce_timestep_mean": Preset(
-        {**TO_GO, "baseline": "timestep_mean"}, f"{GREENSMITH}, for baselines that depend on the step"
+        {**TO_GO, "baseline": "timestep_mean"},
+        f"{GREENSMITH}, for baselines that depend on the step",
     ),
     "rloo": Preset({}, f"{KOOL}; Ahmadian et al. 2024, arXiv 2402.14740"),
-    "rloo_token_mean": Preset({"aggregation": "token_mean"}, "Ahmadian et al. 2024, arXiv 2402.14740"),
+    "rloo_token_mean": Preset(
+        {"aggregation": "token_mean"}, "Ahmadian et al. 2024, arXiv 2402.14740"
+    ),
     "loo_std": Preset({"scale": "loo_std", "scale_eps": 0.1}, KOOL_SCALED),
     "other_groups_std": Preset({"scale": "other_groups_std", "scale_eps": 0.1}, KOOL_SCALED),
     "remax": Preset({"baseline": "remax"}, "Li et al. 2024, ReMax, arXiv 2310.10505"),
@@ -113,9 +119,17 @@ PRESETS: dict[str, Preset] = {
         {**GRPO, "components": "separate"},
         "Liu et al. 2026, GDPO, arXiv 2601.05242, without the whitening over the step",
     ),
-    "grpo_batch_std": Preset({**GRPO, "scale": "batch_std"}, f"{GRPO_PAPER}, with the std of the step"),
+    "grpo_batch_std": Preset(
+        {**GRPO, "scale": "batch_std"}, f"{GRPO_PAPER}, with the std of the step"
+    ),
     "dapo": Preset(
-        {**GROUP_STD, **CLIP, "aggregation": "token_mean", "epsilon_high": 0.28, "zero_spread": "refill"},
+        {
+            **GROUP_STD,
+            **CLIP,
+            "aggregation": "token_mean",
+            "epsilon_high": 0.28,
+            "zero_spread": "refill",
+        },
         "Yu et al. 2025, DAPO, arXiv 2503.14476",
     ),
     "gspo": Preset(
@@ -128,12 +142,23 @@ PRESETS: dict[str, Preset] = {
         "Zhao et al. 2025, Geometric-mean policy optimization, arXiv 2507.20673",
     ),
     "dppo": Preset(
-        {"baseline": "group_mean", "aggregation": "fixed_length", "ratio": "trust", "trust_bound": 0.15},
+        {
+            "baseline": "group_mean",
+            "aggregation": "fixed_length",
+            "ratio": "trust",
+            "trust_bound": 0.15,
+        },
         "Qi et al. 2026, Rethinking the trust region in LLM reinforcement learning, arXiv 2602.04879",
     ),
     "cispo": Preset(
         # The ratio is clipped to [0, 5], bounds that are relative to 1.
-        {**GROUP_STD, "aggregation": "token_mean", "ratio": "cispo", "epsilon": 1.0, "epsilon_high": 4.0},
+        {
+            **GROUP_STD,
+            "aggregation": "token_mean",
+            "ratio": "cispo",
+            "epsilon": 1.0,
+            "epsilon_high": 4.0,
+        },
         "MiniMax 2025, MiniMax-M1, arXiv 2506.13585",
     ),
     "spo": Preset(
@@ -173,7 +198,9 @@ def read_changes(text: str) -> tuple[str, dict[str, Any]]:
         name, equals, value = map(str.strip, piece.partition("="))
         name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")
         if not name or not equals:
-            raise Refused(f'write {piece!r} as NAME=VALUE, as in "grpo,scale=none"; spaces separate names.')
+            raise Refused(
+                f'write {piece!r} as NAME=VALUE, as in "grpo,scale=none"; spaces separate names.'
+            )
         if name in changes:
             raise Refused(f"{name} is given twice; give it once.")
         changes[name] = _parse_value(value)
@@ -192,7 +219,10 @@ def _toolkits() -> dict[str, Preset]:
     """Read the presets that are defaults of other toolkits."""
     text = Path(__file__).with_name("toolkits.txt").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if re.match("[a-z_]+ [|] ", line)]
-    return {name: Preset(read_changes(changes)[1], paper, beyond) for name, changes, paper, beyond in rows}
+    return {
+        name: Preset(read_changes(changes)[1], paper, beyond)
+        for name, changes, paper, beyond in rows
+    }
 
 
 PRESETS |= _toolkits()

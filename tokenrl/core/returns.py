@@ -83,7 +83,9 @@ def reward_to_go(rewards: Float[Tensor, "N T"], gamma: float = 1.0) -> Float[Ten
     return torch.stack(backwards[::-1], dim=-1)
 
 
-def in_window(rewards: Float[Tensor, "N T"], window: int, gamma: float = 1.0) -> Float[Tensor, "N T"]:
+def in_window(
+    rewards: Float[Tensor, "N T"], window: int, gamma: float = 1.0
+) -> Float[Tensor, "N T"]:
     """Return the sum of the next `window` rewards: `sum_{u=t}^{t + window - 1} gamma^(u - t) r_u`."""
     # G_t minus the part beyond the window, which is gamma^window G_{t + window}
     to_go = reward_to_go(rewards, gamma)
@@ -147,7 +149,9 @@ def credited(
         return in_window(rewards, estimator.window, estimator.gamma)
     if estimator.returns == "gae":
         state_values = required("values", values, "returns 'gae'").detach().to(rewards.dtype)
-        return lambda_return(rewards, state_values, actions, gamma=estimator.gamma, lam=estimator.lam)
+        return lambda_return(
+            rewards, state_values, actions, gamma=estimator.gamma, lam=estimator.lam
+        )
     returns = reward_to_go(rewards, estimator.gamma)
     if estimator.returns == "episode_normalized":
         centred = zero_outside(returns - mean(returns, actions), actions)

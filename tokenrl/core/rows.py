@@ -57,7 +57,9 @@ def completion_mask(
     return mask
 
 
-def zero_outside(x: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def zero_outside(
+    x: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """Return x with 0 in place of everything outside, also of nan and infinity.
 
     A product with the mask would keep these (0 * nan is nan), in the value and in the gradient, so this
@@ -74,7 +76,9 @@ def from_first(
     Returns:
         The differences (0 in rows that are not valid) and the total of the first valid row.
     """
-    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))  # argmax returns the first maximum
+    first = totals.gather(
+        -1, valid.long().argmax(-1, keepdim=True)
+    )  # argmax returns the first maximum
     return zero_outside(totals - first, valid), first
 
 
@@ -169,9 +173,13 @@ def loss_terms(
         truncated: True where a row was cut off at the maximum length [N].
         **inputs: Further arguments of `Estimator.advantages`.
     """
-    kept_rows = keep(estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated)
+    kept_rows = keep(
+        estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated
+    )
     sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
-    advantages, returns = estimator.advantages(rewards, mask, valid=kept_rows.compared, **sizes, **inputs)
+    advantages, returns = estimator.advantages(
+        rewards, mask, valid=kept_rows.compared, **sizes, **inputs
+    )
     weights = estimator.token_weights(
         kept_rows.mask.to(advantages.dtype), max_length=max_length, valid=kept_rows.counted
     )
@@ -213,7 +221,9 @@ def check_groups(choice: str, rows: int, group_size: int | None) -> int:
     return group_size
 
 
-def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -> Float[Tensor, " N"]:
+def overlong_penalty(
+    lengths: Int[Tensor, " N"], max_length: int, buffer: int
+) -> Float[Tensor, " N"]:
     """Return the penalty that is added to the reward: 0 up to `max_length - buffer`, then down to -1.
 
     It is `-(L - (max_length - buffer)) / buffer`, clipped to [-1, 0], for a row of length L (DAPO, arXiv

@@ -29,7 +29,9 @@ def divide(
     """Divide by `deviation + eps`, with eps outside the root; the result is 0 where that sum is 0."""
     divisor = deviation + eps
     positive = divisor > 0  # False only for equal returns with eps 0
-    return zero_outside(advantages / torch.where(positive, divisor, 1.0), positive.expand_as(advantages))
+    return zero_outside(
+        advantages / torch.where(positive, divisor, 1.0), positive.expand_as(advantages)
+    )
 
 
 def std_of_set(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
@@ -39,7 +41,9 @@ def std_of_set(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
     return divide(advantages, deviation[..., None], step.estimator.scale_eps), usable
 
 
-def std_of_others(step: Step, advantages: Float[Tensor, "S n #T"], compared: Bool[Tensor, "S n M"]) -> Scaled:
+def std_of_others(
+    step: Step, advantages: Float[Tensor, "S n #T"], compared: Bool[Tensor, "S n M"]
+) -> Scaled:
     """Divide by the standard deviation of the returns of other rows, so that the row itself plays no part.
 
     Args:
@@ -48,8 +52,12 @@ def std_of_others(step: Step, advantages: Float[Tensor, "S n #T"], compared: Boo
         compared: True where a row is compared with one of M rows: those of its set, or of the whole step.
     """
     totals = step.totals.reshape(-1, 1, compared.shape[-1]).expand_as(compared)
-    deviation = std(totals, compared, step.estimator.scale_ddof)[..., :1]  # of equal others exactly 0
-    return divide(advantages, deviation, step.estimator.scale_eps), step.valid & (compared.sum(-1) > 1)
+    deviation = std(totals, compared, step.estimator.scale_ddof)[
+        ..., :1
+    ]  # of equal others exactly 0
+    return divide(advantages, deviation, step.estimator.scale_eps), step.valid & (
+        compared.sum(-1) > 1
+    )
 
 
 def loo_std(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
@@ -61,7 +69,9 @@ def loo_std(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
 def other_groups_std(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
     """Divide by the standard deviation of all rows of the OTHER sets, around their common mean."""
     sets, n = step.valid.shape
-    own_set = torch.eye(sets, dtype=torch.bool, device=step.valid.device).repeat_interleave(n, 1)  # [S, S n]
+    own_set = torch.eye(sets, dtype=torch.bool, device=step.valid.device).repeat_interleave(
+        n, 1
+    )  # [S, S n]
     return std_of_others(step, advantages, (step.valid.reshape(1, -1) & ~own_set)[:, None])
 
 
@@ -71,7 +81,10 @@ def token_whiten(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
     A row counts once for each of its tokens (REINFORCE++, Hu et al. 2025, arXiv 2501.03262).
     """
     tokens, inside = advantages.expand_as(step.actions).reshape(1, -1), step.actions.reshape(1, -1)
-    centre, deviation = mean(tokens, inside)[0, 0], std(tokens, inside, step.estimator.scale_ddof)[0, 0]
+    centre, deviation = (
+        mean(tokens, inside)[0, 0],
+        std(tokens, inside, step.estimator.scale_ddof)[0, 0],
+    )
     return divide(advantages - centre, deviation, step.estimator.scale_eps), step.valid
 
 

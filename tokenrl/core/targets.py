@@ -25,7 +25,9 @@ BEST = Effect(
     "prefers completions that are rarely matched by others; a reward of 1 counts k (1-p)^(k-1)",
     PER_PROMPT,
 )
-BEST_OF_K = Choice(EXACT, "the mean of the best of k rows, minus a number made of the others", of_reward=BEST)
+BEST_OF_K = Choice(
+    EXACT, "the mean of the best of k rows, minus a number made of the others", of_reward=BEST
+)
 
 OBJECTIVES: dict[tuple[str, str], Choice] = {
     ("reward", "default"): Choice(EXACT, "the mean reward", centred=True),
@@ -64,7 +66,10 @@ def check_objective(estimator: Estimator) -> None:
     Raises:
         Refused: For a form or an order of another objective, and for axes that the objective replaces.
     """
-    name, forms = estimator.objective, [form for key, form in OBJECTIVES if key == estimator.objective]
+    name, forms = (
+        estimator.objective,
+        [form for key, form in OBJECTIVES if key == estimator.objective],
+    )
     if estimator.objective_form not in (*forms, "default"):
         raise Refused(
             f"objective_form {estimator.objective_form!r} is not a form of the objective {name!r}. Leave it "

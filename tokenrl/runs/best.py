@@ -56,7 +56,9 @@ class Best:
         self.metric = self.metric or next((name for name in USUAL if name in metrics), USUAL[0])
         if self.metric not in metrics and not self.count:
             names = ", ".join(name for name in metrics if not name.endswith("_stderr"))
-            raise Refused(f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}.")
+            raise Refused(
+                f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}."
+            )
         sign = -1 if self.metric.endswith("loss") else 1
         value = metrics.get(self.metric, math.nan)
         self.count, self.since = self.count + 1, self.since + 1
@@ -77,7 +79,12 @@ class Best:
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""
         step = self.until(None)
-        facts = {"step": step, "metric": self.metric, "value": self.value, "evaluations": self.count}
+        facts = {
+            "step": step,
+            "metric": self.metric,
+            "value": self.value,
+            "evaluations": self.count,
+        }
         return {} if step is None else facts
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,7 +103,9 @@ def kept_weights(summary: Mapping[str, Any]) -> str:
         return ""
     step, metric, value, count = (best[name] for name in ("step", "metric", "value", "evaluations"))
     folder = f"checkpoints/step_{step:06d}" if summary["exit_reason"] == "failed" else "model/"
-    text = f"{folder} holds the weights of step {step}, with the best {metric} of {count} evaluations"
+    text = (
+        f"{folder} holds the weights of step {step}, with the best {metric} of {count} evaluations"
+    )
     last = (summary.get("eval_after") or {}).get(metric)
     text += f", {value:.4g}"
     text += "" if last is None else f"; after the last step, {summary['steps']}, it is {last:.4g}"

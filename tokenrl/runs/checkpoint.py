@@ -103,7 +103,9 @@ class Saver:
         self._model, self._parts = model, parts | {"best": self.best}
 
     def check(
-        self, parts: Mapping[str, Resumable], agreed: Callable[[Sequence[int]], Sequence[int]] = list
+        self,
+        parts: Mapping[str, Resumable],
+        agreed: Callable[[Sequence[int]], Sequence[int]] = list,
     ) -> None:
         """Save the model and the states of the parts once before the first step, and read them again.
 
@@ -133,9 +135,13 @@ class Saver:
         """
         import torch
 
-        if self._model and not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
+        if self._model and not all(
+            bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()
+        ):
             fault = f"After step {step} the weights are not finite, so they are not saved."
-            raise Stopped(f"{fault} The learning rate is the likely cause: lower it, and start again.")
+            raise Stopped(
+                f"{fault} The learning rate is the likely cause: lower it, and start again."
+            )
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
@@ -185,8 +191,12 @@ class Saver:
         paths = checkpoints(self._folder)
         best = {self.best.until(step_of(path)) for path in paths[-count:]}
         for older in (path for path in paths[:-count] if step_of(path) not in best):
-            hidden = older.with_name(f".{older.name}.old")  # a removal cut short must not leave half of it
-            with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
+            hidden = older.with_name(
+                f".{older.name}.old"
+            )  # a removal cut short must not leave half of it
+            with contextlib.suppress(
+                OSError
+            ):  # no reason to end a run whose newest checkpoint is complete
                 os.rename(older, hidden)
                 remove(hidden)
 
@@ -199,15 +209,21 @@ class Saver:
         assert self._model is not None, "keep comes before restore"
         state = read_state(path)
         if state["step"] != step_of(path):
-            raise Refused(f"The folder {path} is the checkpoint of step {state['step']}. Rename it back.")
+            raise Refused(
+                f"The folder {path} is the checkpoint of step {state['step']}. Rename it back."
+            )
         for name, part in self._parts.items():
             try:
                 part.load_state_dict(state[name])
             except Refused:
                 raise
             except Exception as error:
-                fault = f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
-                raise Refused(f"{fault} Continue with the model and the tokenrl that saved it.") from error
+                fault = (
+                    f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
+                )
+                raise Refused(
+                    f"{fault} Continue with the model and the tokenrl that saved it."
+                ) from error
         self._model.read(path)
         self._saved = step_of(path)
         self.whole_best(self._saved, warn)
@@ -247,12 +263,16 @@ class Saver:
 
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(STEP, path.name)), key=step_of)
+    return sorted(
+        (path for path in folder.glob("step_*") if re.fullmatch(STEP, path.name)), key=step_of
+    )
 
 
 def tables(folder: Path) -> list[Path]:
     """List the tables of completions that a run wrote into a folder, oldest first."""
-    return sorted((f for f in folder.glob("step_*.parquet") if re.fullmatch(STEP, f.stem)), key=step_of)
+    return sorted(
+        (f for f in folder.glob("step_*.parquet") if re.fullmatch(STEP, f.stem)), key=step_of
+    )
 
 
 def step_of(path: Path) -> int:
@@ -307,9 +327,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         return _load(folder)
-    except Exception as error:  # a damaged archive and a pickle with code raise many kinds of errors
+    except (
+        Exception
+    ) as error:  # a damaged archive and a pickle with code raise many kinds of errors
         fault = f"{folder} holds no state from which a run can continue ({describe(error)})."
-        raise Refused(f"{fault} Give another checkpoint, or start from its weights with --model.") from error
+        raise Refused(
+            f"{fault} Give another checkpoint, or start from its weights with --model."
+        ) from error
 
 
 def _load(folder: Path, **options: Any) -> dict[str, Any]:

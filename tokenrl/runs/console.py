@@ -39,7 +39,9 @@ _CELL = 60  # characters of a prompt or completion shown in a table
 _EPISODE = 300  # the same of an episode
 
 
-def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None = None) -> RichConsole:
+def rich_console(
+    *, width: int = 110, quiet: bool = False, file: TextIO | None = None
+) -> RichConsole:
     """Make a console of the library rich that prints texts of data and models as they are, but `harmless`.
 
     Args:
@@ -60,7 +62,9 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
     # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     console = Plain(file=file, quiet=quiet, **plain)
-    if console.is_jupyter:  # rich would make every line an output of its own; ipykernel says it is a terminal
+    if (
+        console.is_jupyter
+    ):  # rich would make every line an output of its own; ipykernel says it is a terminal
         console = Plain(file=file, quiet=quiet, force_jupyter=False, force_terminal=False, **plain)
     if not console.is_terminal:
         console.width = width
@@ -68,7 +72,11 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
 
 
 def rich_table(
-    title: str = "", texts: Sequence[str] = (), numbers: Sequence[str] = (), header: bool = True, **of: Any
+    title: str = "",
+    texts: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    header: bool = True,
+    **of: Any,
 ) -> Table:
     """Make a table of the library rich.
 
@@ -163,7 +171,11 @@ class Console:
         self.print(f"warning: {message}", style="yellow")
 
     def check(
-        self, parts: str, measured: Mapping[str, str], problems: Iterable[str], remarks: Iterable[str]
+        self,
+        parts: str,
+        measured: Mapping[str, str],
+        problems: Iterable[str],
+        remarks: Iterable[str],
     ) -> None:
         """Print what a check of a training measured and found.
 
@@ -234,7 +246,12 @@ class Progress:
             seconds_left: returns the seconds that are left after a step, from its number and the seconds of a
                 step; None takes the mean of all steps so far, evaluations included.
         """
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress as RichProgress,
+            TextColumn,
+        )
 
         self._console, self._total, self._evaluation = console, total, ""
         self._left, self._seconds = seconds_left, list[float]()
@@ -242,7 +259,9 @@ class Progress:
         line = TextColumn("{task.fields[line]}")
         columns = (TextColumn(console.each), MofNCompleteColumn(), BarColumn(20), line)
         where: Any = {"console": console.rich, "disable": not console.rich.is_terminal}
-        self._live = RichProgress(*columns, speed_estimate_period=math.inf, **where)  # steps may take minutes
+        self._live = RichProgress(
+            *columns, speed_estimate_period=math.inf, **where
+        )  # steps may take minutes
         self._live.add_task("", total=total, completed=first, line="")
 
     def __enter__(self) -> Progress:
@@ -265,16 +284,22 @@ class Progress:
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
-        parts = [f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics][:1]
+        parts = [
+            f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics
+        ][:1]
         parts += [self._evaluation, *_rates(metrics)]
         self._live.update(self._live.task_ids[0], completed=step)
         self._seconds.append(metrics.get("step_seconds", 0.0))
         if remaining := self._live.tasks[0].time_remaining:
-            seconds = median_low(self._seconds[-_RECENT:])  # without the first step, which is slower
+            seconds = median_low(
+                self._seconds[-_RECENT:]
+            )  # without the first step, which is slower
             parts.append(f"ETA {duration(self._left(step, seconds) if self._left else remaining)}")
         line = "  ".join(part for part in parts if part)
         self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
-        due = step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None
+        due = (
+            step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None
+        )
         if not self._console.rich.is_terminal and (due or time.monotonic() > self._at + PATIENCE):
             position = f"{self._console.each} {step:>{len(str(self._total))}}/{self._total}"
             self._console.print(f"{position}  {line}", soft_wrap=True)
@@ -342,12 +367,18 @@ def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     metrics = dict(metrics or {})
     names = [name for name in metrics if name.startswith("rewards/")]
     repeated = names if len({name.split("/")[1] for name in names}) == 1 else []
-    return {k: value for k, value in metrics.items() if k not in repeated or value != metrics.get("reward")}
+    return {
+        k: value
+        for k, value in metrics.items()
+        if k not in repeated or value != metrics.get("reward")
+    }
 
 
 def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
-    before, after = (with_errors(distinct(summary.get(f"eval_{when}"))) for when in ("before", "after"))
+    before, after = (
+        with_errors(distinct(summary.get(f"eval_{when}"))) for when in ("before", "after")
+    )
     return [(visible(name), before.get(name, "-"), after.get(name, "-")) for name in before | after]
 
 
@@ -382,7 +413,10 @@ def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: 
     repeat = f"tokenrl {kind} --config {run}"
     if summary["exit_reason"].startswith("SIG"):
         return [f"{repeat} --resume auto"] * repeatable
-    used = {"control": f"advise --run {run}", "reward-model": f"train --task TASK --reward {run}/model"}
+    used = {
+        "control": f"advise --run {run}",
+        "reward-model": f"train --task TASK --reward {run}/model",
+    }
     judged = "control" if "nothing-learnt" in summary.get("flags", ()) else kind
     commands = [f"tokenrl {used.get(judged, f'sample --model {run}')}"]
     name, _, number = args.output_dir.rpartition("-")

@@ -59,7 +59,9 @@ class RunDirectory:
         """
         self.path = run = Path(path)
         if ".." in run.parts:
-            raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")
+            raise Refused(
+                f"The output directory {str(run)!r} contains '..'; give its path without it."
+            )
         try:
             str(run).encode()  # what a run writes names it, in UTF-8
             _refuse_foreign(run)
@@ -72,9 +74,13 @@ class RunDirectory:
         except (OSError, ValueError) as error:  # ValueError: a null byte, or bytes that are no text
             if new and isinstance(error, FileExistsError):
                 raise
-            message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
+            message = (
+                f"The output directory {str(run)!r} cannot be used ({error}); give another one."
+            )
             raise Refused(message) from error
-        with contextlib.suppress(OSError):  # what a crash left while something was replaced or removed
+        with contextlib.suppress(
+            OSError
+        ):  # what a crash left while something was replaced or removed
             recover(run / "model")
             for name in _FOLDERS:
                 remove_debris(run / name)
@@ -83,7 +89,9 @@ class RunDirectory:
         held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
         if held and not (overwrite or resume):
             self.release()
-            mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
+            mend = (
+                "give another directory, continue it (--resume auto), or replace it (--overwrite)"
+            )
             raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
     def release(self) -> None:
@@ -127,15 +135,23 @@ def _refuse_foreign(run: Path) -> None:
     A saved model also has a config.json.
     """
     for link in (run / name for name in _FOLDERS if (run / name).is_symlink()):
-        reason = f"{link} is a link, and a run removes its older files, but only in its own directory"
+        reason = (
+            f"{link} is a link, and a run removes its older files, but only in its own directory"
+        )
         raise Refused(f"{reason}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name not in (".lock", *_PARTIAL)]
     with contextlib.suppress(Refused):
-        if not names or "timings.jsonl" in names or "tokenrl" in read_config(run).get("versions", ()):
+        if (
+            not names
+            or "timings.jsonl" in names
+            or "tokenrl" in read_config(run).get("versions", ())
+        ):
             return
     listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise Refused(f"The output directory {run} holds no run, but {listing}. Give a new or empty one.")
+    raise Refused(
+        f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
+    )
 
 
 def remove_debris(folder: Path) -> None:
@@ -195,4 +211,6 @@ def remove_run_files(run: Path) -> None:
         for name in (*_PARTIAL, *_FILES):
             remove(run / name)
     except OSError as error:
-        raise Refused(f"The run in {run} cannot be replaced ({error}); give another directory.") from error
+        raise Refused(
+            f"The run in {run} cannot be replaced ({error}); give another directory."
+        ) from error

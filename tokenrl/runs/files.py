@@ -60,7 +60,9 @@ def check_place(path: str | os.PathLike[str]) -> None:
     if not os.path.isdir(target.parent):
         raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
     if os.path.isdir(target):
-        raise Refused(f"{target} cannot be written: it is a directory. Give the name of a file in it.")
+        raise Refused(
+            f"{target} cannot be written: it is a directory. Give the name of a file in it."
+        )
 
 
 @contextmanager
@@ -122,7 +124,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch, of any rank
         return plain(value.tolist())
-    return f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
+    return (
+        f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
+    )
 
 
 def canonical(value: Any) -> str:
@@ -139,14 +143,18 @@ def _ordered(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {
-            key if isinstance(key, str) else canonical(key): _ordered(part) for key, part in value.items()
+            key if isinstance(key, str) else canonical(key): _ordered(part)
+            for key, part in value.items()
         }
     if isinstance(value, list | tuple):
         return [_ordered(part) for part in value]
     if isinstance(value, set | frozenset):
         return sorted(canonical(part) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return [type(value).__name__, *(_ordered(getattr(value, part.name)) for part in fields(value))]
+        return [
+            type(value).__name__,
+            *(_ordered(getattr(value, part.name)) for part in fields(value)),
+        ]
     if hasattr(value, "tolist"):  # an array of numpy, whose text leaves out most of it
         return _ordered(value.tolist())
     return ADDRESS.sub(FORMLESS, written(value, str))
@@ -284,7 +292,9 @@ def _seal(folder: Path) -> None:
     """Sync a folder with all that is in it to the disk, and write its manifest last."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():  # readable for whoever may read the folder: safetensors makes files of mode 600
+        if (
+            path.is_file()
+        ):  # readable for whoever may read the folder: safetensors makes files of mode 600
             path.chmod(folder.stat().st_mode & 0o666)
         sync(path)
         if path.is_file() and path.name != _CARD:
@@ -303,7 +313,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return {}
     if not isinstance(entries, dict):
         return {}
-    is_ours = not entries or any(isinstance(entry, list) and len(entry) == 2 for entry in entries.values())
+    is_ours = not entries or any(
+        isinstance(entry, list) and len(entry) == 2 for entry in entries.values()
+    )
     return entries if is_ours else None
 
 
@@ -318,4 +330,6 @@ def _entry(file: Path) -> list[Any]:
 
 def _beside(directory: Path) -> tuple[Path, Path]:
     """Return the hidden folders beside a folder for what will replace it and for what it replaces."""
-    return directory.with_name(f".{directory.name}.partial"), directory.with_name(f".{directory.name}.old")
+    return directory.with_name(f".{directory.name}.partial"), directory.with_name(
+        f".{directory.name}.old"
+    )

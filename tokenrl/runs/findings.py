@@ -52,14 +52,19 @@ FEW_STEPS, FEW_GROUPS = 3, 48
 SEVERAL = 9
 """The steps by which the speed at the start, and now, is measured: half of them do not yet count."""
 METRICS = {
-    **{name: name for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")},
+    **{
+        name: name
+        for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")
+    },
     "cut": "completions/clipped_ratio",
     "length": "episode_length",
     "logp_difference": "sampling/logp_difference/mean",
     "effective_samples": "sampling/effective_sample_size",
 }
 """The metric behind each name after a prefix."""
-SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
+SOLVED = (
+    "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,9 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
     estimator: Any = settings.estimator
     groups, metrics = estimator.needs_groups, dict(METRICS)
     equal = "frac_reward_zero_std" if groups else "reward_std"
-    if getattr(settings, "head", "softmax") != "softmax":  # the entropy of a density may well be negative
+    if (
+        getattr(settings, "head", "softmax") != "softmax"
+    ):  # the entropy of a density may well be negative
         del metrics["entropy"]
     steps = [row for row in rows if row["step"] > 0]
     few = max(FEW_STEPS, math.ceil(FEW_GROUPS / getattr(settings, "prompts_per_step", FEW_GROUPS)))
@@ -112,7 +119,9 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
     observed |= {"has_entropy_bonus": estimator.entropy_coef > 0, "needs_groups": groups}
     for part in parts:
         observed |= {f"{part}_{name}": _mean(rows_of[part], key) for name, key in metrics.items()}
-        shares = [share_equal(row, groups) for row in rows_of[part] if finite(row.get(equal)) is not None]
+        shares = [
+            share_equal(row, groups) for row in rows_of[part] if finite(row.get(equal)) is not None
+        ]
         observed[f"{part}_equal"] = fmean(shares) if shares else math.nan
     if "latest" in parts and rows_of["latest"]:
         observed |= _of_latest(rows_of["latest"], steps[0], observed)
@@ -149,7 +158,11 @@ def slowing(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
         return {}
     parts = steps[1 : SEVERAL + 1], steps[-SEVERAL:]
     (rate, length), (recent_rate, recent) = (map(median, zip(*part, strict=True)) for part in parts)
-    return {"rate_at_start": rate, "rate_now": recent_rate, "length_ratio": recent / max(length, 1e-9)}
+    return {
+        "rate_at_start": rate,
+        "rate_now": recent_rate,
+        "length_ratio": recent / max(length, 1e-9),
+    }
 
 
 def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str, Any]:
@@ -162,10 +175,14 @@ def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str
     equal, entropy, entropy_before, cut, cut_before = (means[name] for name in names)
     signs = {
         f"{equal:.0%} of the groups had equal rewards": equal >= 0.75,
-        f"the entropy was {entropy:.2g} nats, down from {entropy_before:.2g}": entropy < entropy_before / 4,
-        f"{cut:.0%} of the completions were cut": cut >= max(MOST, cut_before + (1 - cut_before) / 4),
+        f"the entropy was {entropy:.2g} nats, down from {entropy_before:.2g}": entropy
+        < entropy_before / 4,
+        f"{cut:.0%} of the completions were cut": cut
+        >= max(MOST, cut_before + (1 - cut_before) / 4),
     }
-    errors = [math.nan if row.get("reward_stderr") is None else row["reward_stderr"] for row in latest]
+    errors = [
+        math.nan if row.get("reward_stderr") is None else row["reward_stderr"] for row in latest
+    ]
     noise_at_first = (first.get("reward_stderr") or 0.0) / math.sqrt(len(latest))
     return {
         "steps": f"steps {latest[0]['step']} to {latest[-1]['step']}",
@@ -178,7 +195,9 @@ def lower_rate(facts: Facts) -> tuple[str, dict[str, float]]:
     """Say that the learning rate is the likely cause of a loss; return that with the rate to take instead."""
     rate, usual = facts["learning_rate"], facts.get("usual_rate", 0.0)  # 0: nobody knows
     mend = usual if 0 < usual < rate else rate / 4
-    comparison = f", {'which' if mend == usual else f'although {usual:g}'} is usual here" if usual else ""
+    comparison = (
+        f", {'which' if mend == usual else f'although {usual:g}'} is usual here" if usual else ""
+    )
     text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {mend:g}{comparison}."
     return text, {"learning_rate": mend}
 
@@ -199,9 +218,7 @@ def remedy(facts: Facts) -> str:
     if facts.get("can_warm_start"):
         text = "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
     elif facts.get("step_cut", 0) >= MOST:
-        text = (
-            "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
-        )
+        text = "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
     if not (facts.get("steps_without_signal") and facts.get("needs_groups")):
         return text
     samples = facts["steps_without_signal"] * facts["prompts_per_step"] * facts["num_generations"]

@@ -58,7 +58,9 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     filled = [section for section in sections if any(section.blocks)]
     script = page.get_template("page.js").render()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = page.get_template("page.html").render(title=title, sections=filled, script=script, digest=digest)
+    text = page.get_template("page.html").render(
+        title=title, sections=filled, script=script, digest=digest
+    )
     write_text(path, harmless(text) + "\n")
     return path
 
@@ -110,7 +112,9 @@ def drawings(charts: Sequence[Chart | Forest]) -> Block:
     """
     drawn = []
     for chart in charts:
-        sizes = {"broad": (1000, 300), "narrow": (360, 230)} if chart.large else {"small": (280, 140)}
+        sizes = (
+            {"broad": (1000, 300), "narrow": (360, 230)} if chart.large else {"small": (280, 140)}
+        )
         if isinstance(chart, Forest):
             sizes = {name: (width, 40 + 60 * len(chart.rows)) for name, (width, _) in sizes.items()}
         elif not chart.drawn:
@@ -127,9 +131,13 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     Args:
         rows: texts and numbers of each completion by name. A number that only some have is missing in others.
     """
-    rows = [{harmless(name): value for name, value in row.items()} for row in rows]  # as the page shows them
+    rows = [
+        {harmless(name): value for name, value in row.items()} for row in rows
+    ]  # as the page shows them
     names = dict.fromkeys(name for row in rows for name in row)
-    numeric = [name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)]
+    numeric = [
+        name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)
+    ]
     samples = [_sample(row, numeric) for row in rows]
     cards: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
     for row, card in zip(rows, samples, strict=True):
@@ -144,14 +152,19 @@ def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
     """Return the texts of a completion, each as messages with roles, and its numbers."""
     cells = {name: value for name, value in row.items() if value is not None}
     texts = {name: _messages(str(value)) for name, value in cells.items() if name not in numeric}
-    return {"texts": texts, "numbers": {name: plain(float(cells[name])) for name in numeric if name in cells}}
+    return {
+        "texts": texts,
+        "numbers": {name: plain(float(cells[name])) for name in numeric if name in cells},
+    }
 
 
 def _messages(text: str) -> list[tuple[str, str]]:
     """Return roles and contents of the chat messages that a text holds as JSON, or else the text itself."""
     try:
         messages = json.loads(text) if text.startswith("[{") else []
-        roles = [(str(message["role"]), message_text(message)) for message in messages] or [("", text)]
+        roles = [(str(message["role"]), message_text(message)) for message in messages] or [
+            ("", text)
+        ]
     except (ValueError, TypeError, KeyError):
         return [("", text)]
     return roles

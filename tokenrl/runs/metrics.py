@@ -46,7 +46,9 @@ class MetricsLog:
                 self._files[path] = path.open("ab", buffering=0)
         self.rows_hash = hashlib.sha256(self._metrics.read_bytes())
 
-    def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+    def write(
+        self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
+    ) -> None:
         """Append a line to each file: `step` first, then the other keys in alphabetical order.
 
         Args:
@@ -126,7 +128,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise Refused(f"The metrics {path} cannot be read ({error}); give the directory of a run.") from error
+        raise Refused(
+            f"The metrics {path} cannot be read ({error}); give the directory of a run."
+        ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -135,7 +139,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
             infinite = {name: float(x) for name, x in row.items() if x in ("Infinity", "-Infinity")}
             rows.append({**row, **infinite, "step": int(row["step"])})
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             if number == len(lines):  # it has no newline: a crash cut it short
                 break
             fault = f"Line {number} of {path} is damaged ({describe(error)})"
@@ -158,9 +169,13 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
         table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
-    except Exception as error:  # of a reward's own values: nested without end, or with methods that fail
+    except (
+        Exception
+    ) as error:  # of a reward's own values: nested without end, or with methods that fail
         mend = "give log_extra numbers and text"
-        raise Stopped(f"The completions cannot be written as a table ({describe(error)}): {mend}.") from error
+        raise Stopped(
+            f"The completions cannot be written as a table ({describe(error)}): {mend}."
+        ) from error
     path = folder / f"step_{step:06d}.parquet"
     with replacing(path) as partial:
         folder.mkdir(exist_ok=True)
@@ -180,14 +195,18 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     try:
         return list(parquet.read_table(path).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
-        raise Refused(f"{path} is damaged ({error}). Remove it, and the rest can be shown.") from error
+        raise Refused(
+            f"{path} is damaged ({error}). Remove it, and the rest can be shown."
+        ) from error
 
 
 def _column(values: list[Any]) -> Any:
     """Make a column of one type, or else of JSON texts."""
     import pyarrow
 
-    cells = [value if isinstance(value, float) else plain(value) for value in values]  # parquet has NaN
+    cells = [
+        value if isinstance(value, float) else plain(value) for value in values
+    ]  # parquet has NaN
     if not any(isinstance(cell, dict | list) for cell in cells):
         with suppress(pyarrow.ArrowException, OverflowError):
             return pyarrow.array(cells)
@@ -200,7 +219,9 @@ def peak_memory() -> dict[str, float]:
     Returns:
         `peak_memory_gib`, the resident set; where there is a GPU, `peak_cuda_memory_gib`, the tensors on it.
     """
-    status = Path("/proc/self/status")  # `getrusage` would also count the process that started this one
+    status = Path(
+        "/proc/self/status"
+    )  # `getrusage` would also count the process that started this one
     held = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
     peaks = {"peak_memory_gib": int(held[1]) * 1024 / _GIB} if held else {}
     torch = sys.modules.get("torch")  # without it nothing is on a GPU
@@ -255,11 +276,17 @@ class Trackers:
 
                 PartialState()  # the trackers ask it whether this is the main process
                 kind, args = LOGGER_TYPE_TO_CLASS[name], self._args
-                project = args.tracker_project or os.environ.get(f"{name.upper()}_PROJECT") or "tokenrl"
+                project = (
+                    args.tracker_project or os.environ.get(f"{name.upper()}_PROJECT") or "tokenrl"
+                )
                 if name == "tensorboard":  # it knows neither project nor name: a run is a folder
                     project = name
                 folder = [str(output_dir)] if kind.requires_logging_directory else []
-                named = {_NAME_OF_RUN[name]: args.run_name or output_dir.name} if name in _NAME_OF_RUN else {}
+                named = (
+                    {_NAME_OF_RUN[name]: args.run_name or output_dir.name}
+                    if name in _NAME_OF_RUN
+                    else {}
+                )
                 tracker = self._started[name] = kind(project, *folder, **named)
                 tracker.start()
                 tracker.store_init_configuration(flat(config))
@@ -268,7 +295,9 @@ class Trackers:
         """Send the finite numbers of a step, if it is due or has been evaluated."""
         if step % self._every and not any(name.startswith("eval_") for name in metrics):
             return
-        numbers = {key: value for key, value in plain(metrics).items() if isinstance(value, int | float)}
+        numbers = {
+            key: value for key, value in plain(metrics).items() if isinstance(value, int | float)
+        }
         for name, tracker in list(self._started.items()) if numbers else ():
             with self._attempt(name, f"at step {step}"):
                 tracker.log(numbers, step=step)
@@ -300,7 +329,9 @@ def _installed(names: tuple[str, ...]) -> list[str]:
     if names in ((), ("none",)):
         return []
     if "none" in names:
-        raise Refused(f"report_to was given as {' '.join(names)}; none stands alone, or is left out.")
+        raise Refused(
+            f"report_to was given as {' '.join(names)}; none stands alone, or is left out."
+        )
     from accelerate import utils
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS as KNOWN
 
@@ -309,7 +340,9 @@ def _installed(names: tuple[str, ...]) -> list[str]:
         check_choice("report_to", name, (*sorted(KNOWN), "all", "none"))
         if name in KNOWN and name not in there:
             mend = f"pip install {name.replace('_', '-')}, or leave report_to out"
-            raise Refused(f"report_to was given as {name!r}, but that tracker is not installed: {mend}.")
+            raise Refused(
+                f"report_to was given as {name!r}, but that tracker is not installed: {mend}."
+            )
     return there if "all" in names else list(dict.fromkeys(names))
 
 

@@ -18,8 +18,23 @@ from typing import Any
 from packaging.version import Version
 
 _PACKAGES: tuple[str, ...] = ("tokenizers",)
-_PACKAGES += ("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors")
-TESTED = {"torch": "2.15", "transformers": "5.24", "accelerate": "1.15", "datasets": "5.2", "peft": "0.21"}
+_PACKAGES += (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "gymnasium",
+    "numpy",
+    "safetensors",
+)
+TESTED = {
+    "torch": "2.15",
+    "transformers": "5.24",
+    "accelerate": "1.15",
+    "datasets": "5.2",
+    "peft": "0.21",
+}
 TESTED |= {"gymnasium": "1.4"}
 """The newest release of each library with which the tests passed, without the number of its last mending."""
 _BROUGHT = {"datasets": "transformers", "peft": "transformers"}
@@ -50,18 +65,24 @@ class Origin:
             config: where the settings are written, for a command that reads them.
         """
         values = {f.name: getattr(args, f.name) for f in fields(args)}
-        objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
+        objects = {
+            name: word for name, word in names.items() if not isinstance(values[name], str | None)
+        }
         settings = {**values, **objects}
         if typed := typed_command():
             return cls(typed, settings)
-        named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
+        named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(
+            values
+        )
         again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
         return cls(shlex.join(again), settings)
 
     def in_words(self) -> list[str]:
         """Return lines of Markdown: the command that repeats the run, if there is one."""
         if not self.command:
-            return ["It was started from Python. The file config.json of the run holds the settings."]
+            return [
+                "It was started from Python. The file config.json of the run holds the settings."
+            ]
         return ["This command repeats the run:", "", "```sh", self.command, "```"]
 
 

@@ -26,11 +26,21 @@ PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777
 COLOURS = 6
 # In an SVG text stays text, in the font of the page, and ids come from the content: the bytes are stable.
 _LOOK: Any = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "page", "font.sans-serif": ["DejaVu Sans"], "font.size": 11},
+    **{
+        "svg.fonttype": "none",
+        "svg.hashsalt": "page",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 11,
+    },
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     **{f"{axis}tick.major.size": 0 for axis in "xy"},
     **{f"{axis}tick.color": PALETTE["soft"] for axis in "xy"},
-    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": PALETTE["line"], "grid.linewidth": 1},
+    **{
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": PALETTE["line"],
+        "grid.linewidth": 1,
+    },
     **{"axes.axisbelow": True, "legend.frameon": False, "xtick.major.pad": 6, "ytick.major.pad": 6},
 }
 
@@ -78,7 +88,9 @@ class Curve(NamedTuple):
             axes.fill_between(self.x, *self.band, alpha=0.2, linewidth=0, **look)
         averaged = self.y
         if not self.dots:
-            averaged = smooth(self.y, 2 * (len(self.y) // 40) + 1)  # odd, and about a twentieth of the run
+            averaged = smooth(
+                self.y, 2 * (len(self.y) // 40) + 1
+            )  # odd, and about a twentieth of the run
             axes.plot(self.x, self.y, linewidth=1, alpha=0.35, **look)
         if self.dots or len(self.y) == 1:  # a line through one point would not be seen
             look |= {"marker": "o", "markersize": 5, "markeredgewidth": 0}
@@ -125,7 +137,9 @@ class Chart(NamedTuple):
             curve.draw(axes)
         name, mark = self.mark or ("", 0.0)
         if self.mark is not None:
-            axes.axhline(mark, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False)
+            axes.axhline(
+                mark, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False
+            )
             _write(axes, f"{name}: {number(mark)}", mark, (4, 4), "c3")
         if self.whole:
             axes.set_xlim(left=0)
@@ -160,11 +174,16 @@ class Bars(NamedTuple):
         _write(axes, self.name, line, (0, -14), "ink", weight="bold")
         _write(axes, self.result, line, (0, -29), colour)
         look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}
-        for ends, style in ((self.outer, {"linewidth": 2}), (self.inner, {"linewidth": 6, "alpha": 0.55})):
+        for ends, style in (
+            (self.outer, {"linewidth": 2}),
+            (self.inner, {"linewidth": 6, "alpha": 0.55}),
+        ):
             if all(map(math.isfinite, ends)):
                 axes.plot(ends, [line + 0.72] * 2, **style, **look)
         axes.plot([self.value], [line + 0.72], "o", markersize=9, **look)
-        axes.plot(self.points, [line + 0.9] * len(self.points), "o", markersize=4, alpha=0.5, **look)
+        axes.plot(
+            self.points, [line + 0.9] * len(self.points), "o", markersize=4, alpha=0.5, **look
+        )
 
 
 class Forest(NamedTuple):
@@ -207,7 +226,12 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    pad_left, pad_right, pad_top, pad_bottom = 44 if isinstance(drawing, Chart) else 4, 14, 10, 24  # pixels
+    pad_left, pad_right, pad_top, pad_bottom = (
+        44 if isinstance(drawing, Chart) else 4,
+        14,
+        10,
+        24,
+    )  # pixels
     with rc_context(_LOOK):
         figure = Figure((width / 72, height / 72), dpi=72)
         size = 1 - (pad_left + pad_right) / width, 1 - (pad_top + pad_bottom) / height
@@ -239,16 +263,24 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
     charts = [chart for chart in charts if chart.drawn]
     with rc_context(_LOOK):
         figure = Figure(figsize=(12, 6), dpi=100, facecolor="white")
-        figure.text(0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=PALETTE["ink"])
+        figure.text(
+            0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=PALETTE["ink"]
+        )
         figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=PALETTE["soft"])
-        grid = figure.add_gridspec(1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07)
+        grid = figure.add_gridspec(
+            1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07
+        )
         for column, chart in enumerate(charts):
             axes = figure.add_subplot(grid[column])
             chart.draw(axes)
-            axes.set_title(_literal(f"{chart.name}, {chart.unit}, by step"), loc="left", pad=34, size=11)
+            axes.set_title(
+                _literal(f"{chart.name}, {chart.unit}, by step"), loc="left", pad=34, size=11
+            )
             if any(curve.name for curve in chart.drawn):
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-        with replacing(path) as partial:  # without a name of its maker, which differs between versions
+        with replacing(
+            path
+        ) as partial:  # without a name of its maker, which differs between versions
             figure.savefig(partial, format="png", metadata={"Software": None})
     return path
 
@@ -256,7 +288,9 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
     sums = [0.0, *accumulate(values)]
-    ends = [(max(0, i - window // 2), min(i + window // 2 + 1, len(values))) for i in range(len(values))]
+    ends = [
+        (max(0, i - window // 2), min(i + window // 2 + 1, len(values))) for i in range(len(values))
+    ]
     return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
@@ -270,7 +304,11 @@ def _write(
     axes: Axes, text: str, height: float, shift: tuple[float, float], colour: str, **look: Any
 ) -> None:
     """Write a text at the left end of a height of the data, shifted by points to the right and up."""
-    look |= {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    look |= {
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "annotation_clip": False,
+    }
     axes.annotate(_literal(text), (0, height), shift, color=PALETTE[colour], **look)
 
 

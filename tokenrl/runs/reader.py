@@ -74,7 +74,9 @@ class Outcome(Tabled):
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
-        names = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
+        names = [
+            f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")
+        ]
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -128,7 +130,10 @@ class RecordedRun:
     def mark(self) -> tuple[str, float] | None:
         """Name and value of a line to reach: where a task counts as solved, or a reward model's ceiling."""
         ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
-        for name, value in (("solved", self.config.get("solved")), ("gold reward on these labels", ceiling)):
+        for name, value in (
+            ("solved", self.config.get("solved")),
+            ("gold reward on these labels", ceiling),
+        ):
             if (number := finite(value)) is not None:
                 return name, number
         return None
@@ -148,7 +153,9 @@ class RecordedRun:
         """
         rows = []
         for row in self.metrics:
-            if measured := {n.removeprefix("eval_"): v for n, v in row.items() if n.startswith("eval_")}:
+            if measured := {
+                n.removeprefix("eval_"): v for n, v in row.items() if n.startswith("eval_")
+            }:
                 rows.append({"step": row["step"], **measured})
         last, steps = self.summary.get("eval_after"), self.summary.get("steps")
         if last and steps is not None and (not rows or rows[-1]["step"] < steps):
@@ -173,7 +180,10 @@ class RecordedRun:
         apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
         chosen = [files[round(number * apart)] for number in range(min(steps, len(files)))][::-1]
         rows = {step_of(file): read_completions(file) for file in chosen}
-        stride = {step: max(1, -(-len(table) // (most or len(table) or 1))) for step, table in rows.items()}
+        stride = {
+            step: max(1, -(-len(table) // (most or len(table) or 1)))
+            for step, table in rows.items()
+        }
         return [{"step": step, **row} for step in rows for row in rows[step][:: stride[step]]]
 
 
@@ -189,14 +199,17 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
             raise Refused(f"{path} holds a comparison, not a run; its runs are in {path / 'runs'}.")
         raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
     config, summary = (
-        read_config(path / name) if (path / name).exists() else {} for name in ("config.json", "summary.json")
+        read_config(path / name) if (path / name).exists() else {}
+        for name in ("config.json", "summary.json")
     )
     return RecordedRun(path, config, read_metrics(path / "metrics.jsonl"), summary)
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric is a finite number, and those numbers."""
-    points = [(int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None]
+    points = [
+        (int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None
+    ]
     return [step for step, _ in points], [value for _, value in points]
 
 

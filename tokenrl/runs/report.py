@@ -21,7 +21,9 @@ from tokenrl.runs.reader import RecordedRun, read_run, series
 Rows = Sequence[Mapping[str, Any]]
 Mark = tuple[str, float] | None
 
-_FROM_PYTHON = "Started from Python, with functions or objects that have no name: run that program again."
+_FROM_PYTHON = (
+    "Started from Python, with functions or objects that have no name: run that program again."
+)
 _CAUTION = (
     "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
     "so a difference between two runs says nothing yet about their settings: repeat them with several seeds."
@@ -46,11 +48,17 @@ DIAGNOSTICS = {
     "frac_reward_zero_std": ("groups without signal", "fraction of prompts with equal rewards"),
     "kl": ("KL to the reference", "nats per completion"),
     "grad_norm": ("gradient norm", "before clipping"),
-    "grad_clipped": ("clipped gradients", "share of updates that max_grad_norm scaled down; 1 means all"),
+    "grad_clipped": (
+        "clipped gradients",
+        "share of updates that max_grad_norm scaled down; 1 means all",
+    ),
     "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
     "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was beyond its bounds"),
     "sampling/logp_difference/mean": ("sampler off the trainer", "nats per token, without sign"),
-    "sampling/effective_sample_size": ("effective samples", "share of completions, by importance weights"),
+    "sampling/effective_sample_size": (
+        "effective samples",
+        "share of completions, by importance weights",
+    ),
     "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
     "idle_steps": ("idle steps", "updates without any gradient, which left the weights alone"),
 }
@@ -76,8 +84,14 @@ def report_from_directory(run: str | Path) -> Path:
         return page
     recorded = read_run(run)
     try:
-        about = {"title": recorded.title, "subtitle": ending(recorded.summary), "kind": recorded.kind}
-        learning_curve(recorded.path / "learning_curve.png", recorded.metrics, mark=recorded.mark, **about)
+        about = {
+            "title": recorded.title,
+            "subtitle": ending(recorded.summary),
+            "kind": recorded.kind,
+        }
+        learning_curve(
+            recorded.path / "learning_curve.png", recorded.metrics, mark=recorded.mark, **about
+        )
         return html.write_page(page, recorded.title, list(_sections(recorded)))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, Refused):
@@ -87,7 +101,13 @@ def report_from_directory(run: str | Path) -> Path:
 
 
 def learning_curve(
-    path: Path, metrics: Rows, *, title: str, subtitle: str = "", kind: str = "train", mark: Mark = None
+    path: Path,
+    metrics: Rows,
+    *,
+    title: str,
+    subtitle: str = "",
+    kind: str = "train",
+    mark: Mark = None,
 ) -> Path:
     """Draw the learning curve of a run as a PNG of 1200 x 600 pixels.
 
@@ -106,7 +126,10 @@ def learning_curve(
 def _sections(run: RecordedRun) -> Iterator[html.Section]:
     config, summary = run.config, run.summary
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
-    command = config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}") or _FROM_PYTHON
+    command = (
+        config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}")
+        or _FROM_PYTHON
+    )
     words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     warm = (summary.get("warm_started") or {}).get("in_words")
     remarks = [f"Warm start on demonstrations: {warm}." if warm else "", kept_weights(summary)]
@@ -116,17 +139,25 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
         remarks.append(f"Sampled by {engine}, with at most {gap}.")
     verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
     told = [*filter(None, map(summary.get, ("error", "remedy"))), *summary.get("warnings", ())]
-    box = html.verdict("The run failed" if "error" in summary else "Warnings", told, ()) if told else {}
+    box = (
+        html.verdict("The run failed" if "error" in summary else "Warnings", told, ())
+        if told
+        else {}
+    )
     texts = html.paragraph(ending(summary), "soft"), verdict, *map(html.paragraph, remarks)
     yield html.Section("", [box, *texts])
     evaluations, when = _evaluations(run)
     before, after = (with_errors(distinct(metrics)) for metrics in evaluations)
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
-    yield html.Section(f"Held-out evaluation, before → {when} (± standard error)", [html.cards(both)])
+    yield html.Section(
+        f"Held-out evaluation, before → {when} (± standard error)", [html.cards(both)]
+    )
     stage = run.path / "warm_start.jsonl"
     if stage.is_file():
         curve = _curve(read_metrics(stage), "loss", "loss of demonstrations", 2)
-        yield _learning("Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)])
+        yield _learning(
+            "Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)]
+        )
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
     yield html.Section("To repeat", [html.preformatted(words)])
     yield html.Section("Configuration", [html.preformatted(settings)], closed=True)
@@ -150,11 +181,15 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     """
     recorded = {str(run): read_run(run) for run in runs}
     if len({run.path.resolve() for run in recorded.values()}) < len(runs):
-        raise Refused(f"A run is given twice among {', '.join(map(str, runs))}; give each of them once.")
+        raise Refused(
+            f"A run is given twice among {', '.join(map(str, runs))}; give each of them once."
+        )
     kinds = {run.kind: name for name, run in recorded.items()}
     if len(kinds) > 1:
         named = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
-        raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
+        raise Refused(
+            f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind."
+        )
     output = Path(output)
     check_place(output)
     links = {}
@@ -210,19 +245,29 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         line = None if name == "loss" else mark
         if len(runs) == 1:
             (rows,) = runs.values()
-            curves = [_curve(rows, key, label, colour) for colour, (key, label) in enumerate(metrics.items())]
+            curves = [
+                _curve(rows, key, label, colour)
+                for colour, (key, label) in enumerate(metrics.items())
+            ]
             charts.append(Chart(name, unit, curves, large=True, mark=line))
         for key, label in metrics.items() if len(runs) > 1 else ():
-            curves = [_curve(rows, key, run, colour) for colour, (run, rows) in enumerate(runs.items(), 1)]
+            curves = [
+                _curve(rows, key, run, colour) for colour, (run, rows) in enumerate(runs.items(), 1)
+            ]
             charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
     last = "last" if len(runs) == 1 else ""  # the colours of several runs are told once, above
     rewards = _rewards(runs)
     for key, (name, unit) in (rewards | DIAGNOSTICS).items():
         curves = [_curve(rows, key, last, colour) for colour, rows in enumerate(runs.values(), 1)]
         if last and key in rewards:  # in the colours of the reward above
-            curves = [_curve(runs[""], key, "training", 0), _curve(runs[""], f"eval_{key}", "held out", 1)]
+            curves = [
+                _curve(runs[""], key, "training", 0),
+                _curve(runs[""], f"eval_{key}", "held out", 1),
+            ]
         usual, rounding = _USUAL.get(key, (0, 0))  # which all the time is not worth a look
-        if key in rewards or any(abs(value - usual) > rounding for curve in curves for value in curve.y):
+        if key in rewards or any(
+            abs(value - usual) > rounding for curve in curves for value in curve.y
+        ):
             charts.append(Chart(name, unit, curves))
     return charts
 
@@ -262,7 +307,9 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
 
 
 def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
-    columns = {name: with_errors(distinct(run.summary.get("eval_after"))) for name, run in runs.items()}
+    columns = {
+        name: with_errors(distinct(run.summary.get("eval_after"))) for name, run in runs.items()
+    }
     for name, run in runs.items():
         if run.summary.get("loss_after") is not None:
             columns[name]["loss of the last batch"] = number(run.summary["loss_after"])
@@ -272,16 +319,24 @@ def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
 def _differences(runs: Mapping[str, RecordedRun]) -> list[html.Block]:
     """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
     configs = {
-        name: {k: v for k, v in run.config.items() if k not in _NOT_COMPARED} for name, run in runs.items()
+        name: {k: v for k, v in run.config.items() if k not in _NOT_COMPARED}
+        for name, run in runs.items()
     }
-    settings = {run: {k: visible(str(v)) for k, v in flat(config).items()} for run, config in configs.items()}
+    settings = {
+        run: {k: visible(str(v)) for k, v in flat(config).items()}
+        for run, config in configs.items()
+    }
     names = sorted({key for column in settings.values() for key in column})
     differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
     if not differ:
         return [html.paragraph("None: the runs have the same settings.")]
     apart = " and ".join(key for key in ("task", "reward", "env", "data") if key in differ)
-    warning = f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
-    columns = {name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()}
+    warning = (
+        f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
+    )
+    columns = {
+        name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()
+    }
     return [html.paragraph(warning, "strong"), _side_by_side(columns)]
 
 

@@ -23,8 +23,24 @@ T = TypeVar("T")
 Agreed = Callable[[Sequence[int]], Sequence[int]]
 
 FREE = (
-    *("output_dir", "max_steps", "max_samples", "save_every", "save_minutes", "keep_checkpoints", "resume"),
-    *("overwrite", "logging_steps", "log_completions", "quiet", "report_to", "tracker_project", "run_name"),
+    *(
+        "output_dir",
+        "max_steps",
+        "max_samples",
+        "save_every",
+        "save_minutes",
+        "keep_checkpoints",
+        "resume",
+    ),
+    *(
+        "overwrite",
+        "logging_steps",
+        "log_completions",
+        "quiet",
+        "report_to",
+        "tracker_project",
+        "run_name",
+    ),
     *("video", "stop_after_zero_spread", "stop_after_nonfinite", "check", "trust_run"),
 )
 """Settings that may change when a run continues."""
@@ -33,8 +49,23 @@ ROUNDING = (
     *("tokens_per_pass", "threads", "cpu", "generator", "generator_cache"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
-_APART = {*ROUNDING, "output_dir", "quiet", "save_every", "save_minutes", "keep_checkpoints", "base model"}
-_APART |= {"logging_steps", "log_completions", "report_to", "tracker_project", "run_name", "trust_run"}
+_APART = {
+    *ROUNDING,
+    "output_dir",
+    "quiet",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "base model",
+}
+_APART |= {
+    "logging_steps",
+    "log_completions",
+    "report_to",
+    "tracker_project",
+    "run_name",
+    "trust_run",
+}
 _APART -= {"generator"}
 """What may differ between the processes of a run; all get the weights of the main one's base model."""
 _MENDS = {
@@ -60,7 +91,9 @@ def resume_settings(args: T, kind: str) -> T:
     if choices.resume is None or not Path(output_dir, "config.json").is_file():
         return args
     stored = read_config(output_dir) | {"output_dir": str(output_dir)}
-    left_open = {name: stored[name] for name, value in vars(args).items() if value is None and name in stored}
+    left_open = {
+        name: stored[name] for name, value in vars(args).items() if value is None and name in stored
+    }
     check_code(left_open, output_dir, stored, trusted=choices.trust_run)
     return arguments(type(args), vars(args) | left_open)
 
@@ -88,11 +121,18 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
-    folder, target = run / "checkpoints", Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
+    folder, target = (
+        run / "checkpoints",
+        Path(resume.replace("\0", "?")).resolve(),
+    )  # no path has a null byte
     named = resume != "auto" and target != run.resolve()
     if named and target.parent != folder.resolve():
-        allowed = f"it must be auto or a checkpoint of the run in output_dir, as {folder / 'step_000100'}"
-        raise Refused(f"resume was given as {resume!r}; {allowed}. A new run takes weights with --model.")
+        allowed = (
+            f"it must be auto or a checkpoint of the run in output_dir, as {folder / 'step_000100'}"
+        )
+        raise Refused(
+            f"resume was given as {resume!r}; {allowed}. A new run takes weights with --model."
+        )
     reached = _recorded_until(run / "metrics.jsonl")
     skipped: list[str] = []
     for path in [Path(resume)] if named else reversed(checkpoints(folder)):
@@ -101,8 +141,12 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
             step, held = step_of(path), path / ROWS_HASH
             reason = "rows of metrics.jsonl up to it are not those that the run wrote"
             if step > reached:
-                reason = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
-            elif not held.exists() or held.read_text() == hash_of_rows(run / "metrics.jsonl", step + 1):
+                reason = (
+                    f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
+                )
+            elif not held.exists() or held.read_text() == hash_of_rows(
+                run / "metrics.jsonl", step + 1
+            ):
                 return path, skipped
             raise Refused(f"The checkpoint {path} cannot be continued: {reason}.")
         except Refused as fault:
@@ -127,7 +171,9 @@ def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, lis
         Refused: the directory or the checkpoint cannot be used.
     """
     if args.overwrite and args.resume:
-        raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
+        raise Refused(
+            "overwrite replaces the run in output_dir, resume continues it: give one of both."
+        )
     if not main:
         return None, [], 0, 0
     if args.output_dir is None:
@@ -205,7 +251,9 @@ class Provenance:
         """
         differ = {part: _differences(state[part], ours) for part, ours in self.state_dict().items()}
         for part, mend in _MENDS.items():
-            if wrong := [text for name, text in differ[part].items() if name not in (*FREE, *ROUNDING)]:
+            if wrong := [
+                text for name, text in differ[part].items() if name not in (*FREE, *ROUNDING)
+            ]:
                 raise Refused(f"The run was started with other {part}: {'; '.join(wrong)}. {mend}")
         self.inexact = [text for name, text in differ["settings"].items() if name in ROUNDING]
         self.inexact += differ["versions"].values()
@@ -238,10 +286,16 @@ def check_processes(values: Mapping[str, Any], agreed: Agreed) -> None:
         Refused: a value of another process is not that of this one; all processes raise it.
     """
     names = sorted(values.keys() - _APART)
-    encode = JSONEncoder(skipkeys=True, default=lambda x: vars(x) if isinstance(x, Settings) else "").encode
-    plainly = {name: "" if isinstance(value := values[name], list | dict) else value for name in names}
+    encode = JSONEncoder(
+        skipkeys=True, default=lambda x: vars(x) if isinstance(x, Settings) else ""
+    ).encode
+    plainly = {
+        name: "" if isinstance(value := values[name], list | dict) else value for name in names
+    }
     numbers = [crc32(encode(plainly[name]).encode()) for name in names]
-    extremes = agreed([*numbers, *(-number for number in numbers)])  # the largest, and minus the least
+    extremes = agreed(
+        [*numbers, *(-number for number in numbers)]
+    )  # the largest, and minus the least
     if wrong := [name for i, name in enumerate(names) if extremes[i] + extremes[i + len(names)]]:
         mend = "Start all of them with the same command, on the same data."
         raise Refused(f"The processes of this run differ in {', '.join(wrong)}. {mend}")

@@ -16,7 +16,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
-from tokenrl.runs.findings import APART, MOST, SOLVED, Facts, Finding, Weight, doubled, lower_rate, remedy
+from tokenrl.runs.findings import (
+    APART,
+    MOST,
+    SOLVED,
+    Facts,
+    Finding,
+    Weight,
+    doubled,
+    lower_rate,
+    remedy,
+)
 
 Judgement = tuple[Weight | None, str] | tuple[Weight | None, str, Mapping[str, Any]]
 """What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
@@ -41,7 +51,9 @@ def above(
     number: float, *, watch: float = math.inf, act: float = math.inf, void: float = math.inf
 ) -> Weight | None:
     """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
-    return "void" if number > void else "act" if number > act else "watch" if number > watch else None
+    return (
+        "void" if number > void else "act" if number > act else "watch" if number > watch else None
+    )
 
 
 def judge(facts: Facts, *flags: str) -> list[Finding]:
@@ -96,13 +108,19 @@ def entropy_collapsed(facts: Facts) -> Judgement:
     density may be negative.
     """
     text = "the policy has an entropy of {recent_entropy:.3g} nats per action: it makes nearly always the "
-    text += "same choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate."
+    text += (
+        "same choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate."
+    )
     if facts["recent_entropy"] >= LEAST_ENTROPY or facts.get("has_entropy_bonus"):
         return None, text
     if facts.get("is_solved"):
         return "watch", text
     unit = (facts.get("early_spread") or 1.0) * facts.get("reward_scale", 1.0)
-    bonus = float(f"{BONUS * unit:.1g}") if facts.get("scale") == "none" and "num_envs" in facts else BONUS
+    bonus = (
+        float(f"{BONUS * unit:.1g}")
+        if facts.get("scale") == "none" and "num_envs" in facts
+        else BONUS
+    )
     return "act", text, {"estimator.entropy_coef": bonus}
 
 
@@ -124,7 +142,9 @@ def no_entropy(facts: Facts) -> Judgement:
 @rule("sampling-differs", "gap largest_gap")
 def sampling_differs(facts: Facts) -> Judgement:
     """Sampler and trainer differ by `gap` nats a token, in float32 by 1e-6, in bfloat16 by .01 to .1."""
-    mend, void = ("Use --mixed-precision no", 0.5) if facts.get("is_half") else ("Use --dtype float32", 0.05)
+    mend, void = (
+        ("Use --mixed-precision no", 0.5) if facts.get("is_half") else ("Use --dtype float32", 0.05)
+    )
     mend = facts.get("short_texts") or mend
     text = f"Sampler and training differ by {{gap:.2g}} nats per token, {{largest_gap:.2g}} at most. {mend}."
     return above(facts["gap"], watch=0.005, void=void), text
@@ -147,8 +167,12 @@ def nothing_to_learn(facts: Facts) -> Judgement:
 
     `others_differ` says that other samples of the same policy do, so that later steps may teach something.
     """
-    text = "In none of {groups} do the rewards differ; their mean is {step_reward:.3g}. " + remedy(facts)
-    return None if facts["step_equal"] < 1 else "watch" if facts.get("others_differ") else "void", text
+    text = "In none of {groups} do the rewards differ; their mean is {step_reward:.3g}. " + remedy(
+        facts
+    )
+    return None if facts["step_equal"] < 1 else "watch" if facts.get(
+        "others_differ"
+    ) else "void", text
 
 
 @rule("few-signals", "step_equal groups")
@@ -217,7 +241,9 @@ def nothing_learnt(facts: Facts) -> Judgement:
     if facts["before_reward"] >= facts.get("pass_mark", math.inf):
         advice = f"Little was left to gain. {SOLVED}"
     elif facts["share_without_signal"] >= MOST:
-        advice = "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. "
+        advice = (
+            "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. "
+        )
         advice += remedy(facts)
     return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {advice}"
 
@@ -261,9 +287,17 @@ def truncation(facts: Facts) -> Judgement:
     limit = facts["max_completion_length"]
     longer = min(2 * limit, facts.get("room", math.inf))
     text = "{recent_cut:.0%} of the completions are cut off at {max_completion_length} tokens. "
-    text += "Raise --max-completion-length." if longer > limit else "The model's context leaves no more."
+    text += (
+        "Raise --max-completion-length."
+        if longer > limit
+        else "The model's context leaves no more."
+    )
     weight = above(facts["recent_cut"], watch=0.05, act=0.1, void=MOST)
-    return weight, text, {"max_completion_length": longer} if weight != "watch" and longer > limit else {}
+    return (
+        weight,
+        text,
+        {"max_completion_length": longer} if weight != "watch" and longer > limit else {},
+    )
 
 
 @rule("truncation", "recent_length horizon")
@@ -281,7 +315,9 @@ def unusual_rate(facts: Facts) -> Judgement:
     """The rate is far from what is usual for `whose`: between `lowest_rate` and `highest_rate`."""
     rate = facts["learning_rate"]
     usual = min(max(rate, facts["lowest_rate"]), facts["highest_rate"])
-    text = f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual for "
+    text = (
+        f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual for "
+    )
     weight = above(rate / usual, watch=10.001, void=30)  # 1e-2 is ten times 1e-3, but for rounding
     text += f"{{whose}}. Set --learning-rate {usual:g}."
     return weight or above(usual / rate, watch=30), text, {"learning_rate": usual}
@@ -307,7 +343,9 @@ def updates_skipped(facts: Facts) -> Judgement:
 @rule("clipped-updates", "grad_clipped")
 def gradient_clipped(facts: Facts) -> Judgement:
     """The bound of the gradient's norm decides the size of most steps; `grad_clipped` is their share."""
-    text = "The gradient was clipped in {grad_clipped:.0%} of the updates: the bound sets their size."
+    text = (
+        "The gradient was clipped in {grad_clipped:.0%} of the updates: the bound sets their size."
+    )
     return above(facts["grad_clipped"], watch=MOST), text
 
 
@@ -316,7 +354,11 @@ def ratios_clipped(facts: Facts) -> Judgement:
     """Many importance ratios are clipped in the later passes over a rollout."""
     weight, passes = above(facts["recent_clip_ratio"], watch=0.15, act=0.3), facts["num_iterations"]
     text = "{recent_clip_ratio:.1%} of the tokens are clipped (num_iterations {num_iterations})."
-    fewer = {"num_iterations": passes // 2} if passes > 1 else {"learning_rate": facts["learning_rate"] / 2}
+    fewer = (
+        {"num_iterations": passes // 2}
+        if passes > 1
+        else {"learning_rate": facts["learning_rate"] / 2}
+    )
     return weight, text, fewer if weight == "act" else {}
 
 
@@ -332,7 +374,9 @@ def kl_off_target(facts: Facts) -> Judgement:
 @rule("kl", "fell peak_kl recent_kl")
 def kl_grows(facts: Facts) -> Judgement:
     """The reward fell from its best while the KL grew from `peak_kl`, and there is no target to hold it."""
-    is_growth = facts["fell"] and "target_kl" not in facts and 0 < facts["peak_kl"] < facts["recent_kl"]
+    is_growth = (
+        facts["fell"] and "target_kl" not in facts and 0 < facts["peak_kl"] < facts["recent_kl"]
+    )
     text = "The KL is {recent_kl:.3g} nats per completion, up from {peak_kl:.3g} where the reward was best."
     return "act" if is_growth else None, text, {"target_kl": float(f"{facts['peak_kl']:.2g}")}
 
@@ -374,7 +418,9 @@ def no_baseline(facts: Facts) -> Judgement:
         changes = {"estimator.baseline": "rloo"}
     elif facts.get("num_envs", 1) > 1:
         changes = {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}
-    weight = above(0 if facts["has_baseline"] else facts["horizon"], watch=1, act=LONGEST_WITHOUT_BASELINE)
+    weight = above(
+        0 if facts["has_baseline"] else facts["horizon"], watch=1, act=LONGEST_WITHOUT_BASELINE
+    )
     text = "Episodes may last {horizon:,} actions, and no baseline is subtracted: noise hides their effects."
     return weight, text, changes
 
@@ -394,6 +440,8 @@ def slow_machine(facts: Facts) -> Judgement:
     text = "The last steps sampled {rate_now:,.0f} tokens per second, the first ones {rate_at_start:,.0f}, "
     text += "at similar lengths. Other work on this machine is the likely cause: look at what else it runs."
     if facts["threads"] > 1:
-        text += " On a CPU, {threads} threads then wait for each other: try --resume auto --threads 1."
+        text += (
+            " On a CPU, {threads} threads then wait for each other: try --resume auto --threads 1."
+        )
     is_slow = 3 * facts["rate_now"] < facts["rate_at_start"] and 0.5 < facts["length_ratio"] < 2
     return "watch" if is_slow else None, text

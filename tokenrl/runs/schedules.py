@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 def make_schedule(
-    kind: Literal["constant", "linear", "cosine"], optimizer: Any, max_steps: int, warmup_steps: int = 0
+    kind: Literal["constant", "linear", "cosine"],
+    optimizer: Any,
+    max_steps: int,
+    warmup_steps: int = 0,
 ) -> LambdaLR:
     """Make a schedule that is stepped after each update.
 
@@ -52,7 +55,10 @@ def load_schedule(schedule: LambdaLR, updates: float) -> None:
     """
     position: Any = updates  # torch says int, and computes the rate of any number
     schedule.last_epoch = position
-    rates = [base * rate(position) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates = [
+        base * rate(position)
+        for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates

@@ -32,7 +32,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, describe, explain, leave
+from tokenrl.errors import (
+    USER_CODE_FAILED,
+    Lost,
+    Refused,
+    Silent,
+    Stopped,
+    describe,
+    explain,
+    leave,
+)
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import Model, Resumable, Saver
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
@@ -109,7 +118,9 @@ class Session:
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
-        self.step = self._recorded = self._total = 0  # the current step, the last in the log, that of the end
+        self.step = self._recorded = self._total = (
+            0  # the current step, the last in the log, that of the end
+        )
         self.rows: list[dict[str, Any]] = []
         self.flags, self._told = list[str](), dict[str, str]()  # warnings by their topic
         self.ended: str | None = None
@@ -117,7 +128,10 @@ class Session:
         self._begun = False
         self._exit_code: int | None = None  # the one in the outcome
         self.eval_before: dict[str, float] = {}
-        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation, with its step
+        self._evaluated: tuple[int, dict[str, float]] = (
+            -1,
+            {},
+        )  # the last evaluation, with its step
         self.step_seconds = self.training_seconds = 0.0
         self._began, self._seconds = time.monotonic(), 0.0  # seconds before the run was continued
 
@@ -167,7 +181,9 @@ class Session:
         self._atexit.enter_context(self.stop)
         self.console.facts("", facts)
 
-    def begin(self, args: Any, *, names: Names, spent: Callable[[], bool] = bool, **facts: Any) -> None:
+    def begin(
+        self, args: Any, *, names: Names, spent: Callable[[], bool] = bool, **facts: Any
+    ) -> None:
         """Write config.json and the evaluation of step 0, or continue from the checkpoint that was found.
 
         A run that the directory held and that is not continued is removed.
@@ -194,7 +210,12 @@ class Session:
             return
         if not self.continues:
             remove_run_files(self.output_dir)
-        config = {**settings, **facts, "command": self.origin.command, "code": signatures(plain(settings))}
+        config = {
+            **settings,
+            **facts,
+            "command": self.origin.command,
+            "code": signatures(plain(settings)),
+        }
         write_json(self.output_dir / "config.json", {"versions": versions(), **config})
         if self.step >= args.max_steps or self._over():
             self.console.note("Nothing is left to do: the run had ended.")
@@ -210,7 +231,9 @@ class Session:
         self.step = self._recorded = self.saver.restore(path, self.console.warn)
         if self.main:
             cut_back(self.output_dir, self.step)
-        self.rows = [r for r in read_metrics(self.output_dir / "metrics.jsonl") if r["step"] <= self.step]
+        self.rows = [
+            r for r in read_metrics(self.output_dir / "metrics.jsonl") if r["step"] <= self.step
+        ]
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {path}")
@@ -318,7 +341,9 @@ class Session:
         code = self._exit_code = self.stop.exit_code
         if reason == "finished" and self.step < self._total and self.saver.best.exhausted:
             reason = "no-improvement"
-        goes_on = code or self._spent() or reason == "callback"  # a budget may grow in a continuation
+        goes_on = (
+            code or self._spent() or reason == "callback"
+        )  # a budget may grow in a continuation
         if self.step < self._total and not goes_on:
             self.ended = reason
         return {
@@ -332,7 +357,9 @@ class Session:
             "best": self.saver.whole_best(self.step, self.console.warn),
         }
 
-    def finish(self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()) -> None:
+    def finish(
+        self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()
+    ) -> None:
         """Save a checkpoint and the model, write summary, plot and report, and print the result.
 
         `write` fills the empty folder that becomes `model/`, from here on with the weights of the best
@@ -351,7 +378,9 @@ class Session:
         self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
-        summary = ended.summary() | {"warnings": [*self.console.warnings, *(texts := list(warnings))]}
+        summary = ended.summary() | {
+            "warnings": [*self.console.warnings, *(texts := list(warnings))]
+        }
         write_json(self.output_dir / "summary.json", summary)
         try:
             report_from_directory(self.output_dir)
@@ -369,8 +398,12 @@ class Session:
     def save(self) -> None:
         """Save a checkpoint of the current step, unless only a part of it has been done."""
         if self._log is not None and self._recorded == self.step:
-            if self._log.sync(self.rows):  # a checkpoint must never know more steps than metrics.jsonl
-                self.console.warn("Another program changed metrics.jsonl, which has been written again.")
+            if self._log.sync(
+                self.rows
+            ):  # a checkpoint must never know more steps than metrics.jsonl
+                self.console.warn(
+                    "Another program changed metrics.jsonl, which has been written again."
+                )
             self.saver.save(self.step, self._log.rows_hash.hexdigest())
 
     def _failed(self, error: BaseException) -> Stopped:
@@ -380,7 +413,9 @@ class Session:
             self.save()
         except USER_CODE_FAILED as fault:  # the state of a memory is made by user code too
             errors.append(explain(fault) or fault)
-        messages = [*dict.fromkeys(str(e) if isinstance(e, Stopped) else describe(e) for e in errors)]
+        messages = [
+            *dict.fromkeys(str(e) if isinstance(e, Stopped) else describe(e) for e in errors)
+        ]
         if not self.main:
             return Stopped(messages[0])
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}

@@ -72,7 +72,9 @@ class GracefulStop:
                 _spare_forks()
             for name in SIGNALS.values():  # Windows has no SIGHUP
                 number = getattr(signal, name, None)
-                if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                if number is not None and (
+                    name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+                ):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -87,7 +89,9 @@ class GracefulStop:
             signal.raise_signal(self.requested)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # the step that is to be finished may need what it has forked
+        if (
+            os.getpid() != self._owner
+        ):  # the step that is to be finished may need what it has forked
             return
         if self.requested is None:
             self.requested = number

@@ -61,7 +61,10 @@ def write_run(
         for step in range(every * (len(rewards) - 1) + 1):
             row = {**PLAIN, **counts(step), **metrics} if step else {}
             if step % every == 0:
-                row |= {"eval_reward": pairs[step // every][0], "eval_reward_greedy": pairs[step // every][1]}
+                row |= {
+                    "eval_reward": pairs[step // every][0],
+                    "eval_reward_greedy": pairs[step // every][1],
+                }
             log.write(step, row)
     if summary is not None:
         write_json(folder / "summary.json", summary)
@@ -75,7 +78,9 @@ def rising(end: float, size: float = 0.002, **more: Any) -> Runs:
     """Runs whose reward rises from 0 to an end that differs a little between seeds."""
 
     def of_seed(seed: int) -> dict[str, Any]:
-        last = end + noise(seed, size * (1 + end))  # else the differences of two arms would all be equal
+        last = end + noise(
+            seed, size * (1 + end)
+        )  # else the differences of two arms would all be equal
         return {"rewards": [0.0, last / 2, *[last] * 4], **more}
 
     return of_seed

@@ -89,7 +89,9 @@ def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, m
             assert 0 < low < high if d.verdict == "better" else low < high < 0
             assert margin is None or low < -margin or high > margin
         elif d.verdict == "undecided":
-            assert low == high or (low <= 0 <= high and (margin is None or low < -margin or high > margin))
+            assert low == high or (
+                low <= 0 <= high and (margin is None or low < -margin or high > margin)
+            )
         check_words(next(text for text in found.sentences() if f"{d.arm} " in text), d.verdict)
         assert d.arm in found.headline() and d.reference in found.headline()
 
@@ -116,7 +118,11 @@ def check_words(text: str, verdict: str) -> None:
         ("worse", [x - 1 for x in ZIGZAG], {}),
         ("better", [1 + x for x in ZIGZAG], {"margin": 0.5}),
         ("equivalent", [x / 10 for x in ZIGZAG], {"margin": 0.5}),
-        ("equivalent", [0.2 + x / 10 for x in ZIGZAG], {"margin": 0.5}),  # it is one, and does not count
+        (
+            "equivalent",
+            [0.2 + x / 10 for x in ZIGZAG],
+            {"margin": 0.5},
+        ),  # it is one, and does not count
         ("undecided", ZIGZAG, {}),
         ("undecided", ZIGZAG, {"margin": 0.01}),
         ("descriptive", [1.0] * 5, {"margin": 0.5}),
@@ -185,7 +191,11 @@ def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
-    table = {"ref": dict.fromkeys(range(8), 0.0), "arm": {s: 1 + s / 64 for s in range(8)}, "other": {}}
+    table = {
+        "ref": dict.fromkeys(range(8), 0.0),
+        "arm": {s: 1 + s / 64 for s in range(8)},
+        "other": {},
+    }
     table["other"] = dict(table["arm"])
     del table["arm"][3], table["ref"][5]
     found = family(table)
@@ -196,8 +206,13 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
 
 
 def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_others():
-    table = {arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))}
-    plain, void = family(table), family(table, void={("", "a"): "cut", ("elsewhere", "b"): "not here"})
+    table = {
+        arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))
+    }
+    plain, void = (
+        family(table),
+        family(table, void={("", "a"): "cut", ("elsewhere", "b"): "not here"}),
+    )
     assert [d.verdict for d in void.differences] == ["void", "better"]
     assert [a.void for a in void.arms] == ["", "cut", ""]
     assert void.differences[1] == plain.differences[1], "the level was planned for both"
@@ -212,10 +227,16 @@ def test_the_reference_against_itself_belongs_to_no_family():
 
 
 def test_all_pairs_share_one_level():
-    table = {arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))}
+    table = {
+        arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))
+    }
     judged = judge_scores(rows(table), all_pairs=True)
     (found,) = judged.families
-    assert [(d.arm, d.reference) for d in found.differences] == [("a", "ref"), ("b", "ref"), ("b", "a")]
+    assert [(d.arm, d.reference) for d in found.differences] == [
+        ("a", "ref"),
+        ("b", "ref"),
+        ("b", "a"),
+    ]
     assert [d.level for d in found.differences] == pytest.approx([1 - 0.05 / 3] * 3)
     assert judged.verdicts() == {("", "a"): "better", ("", "b"): "better"}
     assert list(judged.table()["verdict"]) == ["better"] * 3

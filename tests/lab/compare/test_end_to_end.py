@@ -28,7 +28,9 @@ def found_in(folder):
 
 
 def metrics(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("metrics.jsonl"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("metrics.jsonl"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +42,25 @@ def walk(tmp_path_factory):
 @pytest.mark.slow
 def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
     found, folder = walk
-    assert found.exit_code == 0 and found.judgement.verdicts() == {("walk", WALK["arms"][1]): "descriptive"}
+    assert found.exit_code == 0 and found.judgement.verdicts() == {
+        ("walk", WALK["arms"][1]): "descriptive"
+    }
     files = {"plan.json", "runs.csv", "comparisons.csv", "comparison.json", "report.html"}
-    assert files <= set(os.listdir(folder)) and not list(folder.rglob("*.log")), "nothing was printed"
+    assert files <= set(os.listdir(folder)) and not list(folder.rglob("*.log")), (
+        "nothing was printed"
+    )
     first = {}
     for one in found.table.runs.itertuples():
-        rows = [json.loads(line) for line in (folder / one.path / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / one.path / "metrics.jsonl").read_text().splitlines()
+        ]
         rewards = [row["eval_reward"] for row in rows if "eval_reward" in row]
         assert one.state == "finished" and one.samples == 3 * 4
-        assert one.area == pytest.approx(sum(rewards[1:]) / len(rewards[1:])) and one.reward == rewards[-1]
+        assert (
+            one.area == pytest.approx(sum(rewards[1:]) / len(rewards[1:]))
+            and one.reward == rewards[-1]
+        )
         first.setdefault(one.seed, set()).add(str(rows[0]))
     assert all(len(rows) == 1 for rows in first.values()), "before training all arms are the same"
 
@@ -56,7 +68,10 @@ def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
 @pytest.mark.slow
 def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
     _, folder = walk
-    before, times = found_in(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}
+    before, times = (
+        found_in(folder),
+        {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")},
+    )
     tokenrl.compare(**WALK, output_dir=str(folder))
     assert main(["report", str(folder)]) == 0
     assert found_in(folder) == before
@@ -83,12 +98,19 @@ def test_a_printed_command_makes_the_same_run(walk, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_path):
-    flags = "--env walk --arms reinforce reinforce_timestep_mean --seeds 3 --max-steps 40 --num-envs 8"
+    flags = (
+        "--env walk --arms reinforce reinforce_timestep_mean --seeds 3 --max-steps 40 --num-envs 8"
+    )
     words = [sys.executable, "-m", "tokenrl", "compare", *flags.split()]
     words.append("--output-dir")
     for number, wanted in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
-        process = subprocess.Popen([*words, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-1)
-        while len(list(tmp_path.glob("*/runs/*/*/*/summary.json"))) < wanted and process.poll() is None:
+        process = subprocess.Popen(
+            [*words, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-1
+        )
+        while (
+            len(list(tmp_path.glob("*/runs/*/*/*/summary.json"))) < wanted
+            and process.poll() is None
+        ):
             time.sleep(0.05)
         process.send_signal(number)
         _, errors = process.communicate(timeout=300)
@@ -131,7 +153,9 @@ def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypat
             workers=2,
             output_dir="broken",
         )
-    assert "failed (exit code 2; broken/runs/sort_digits/rloo/seed_0.log)" in capsys.readouterr().out
+    assert (
+        "failed (exit code 2; broken/runs/sort_digits/rloo/seed_0.log)" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
@@ -170,7 +194,13 @@ def test_the_page_shows_the_verdict_first_and_everything_that_was_found(tmp_path
     found = compared(tmp_path, arms, check_reference=True, margin=0.05)
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    order = [found.headline("walk"), "What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]
+    order = [
+        found.headline("walk"),
+        "What was compared",
+        "Difference to",
+        "<b>reward</b>",
+        "<h2>Arms",
+    ]
     places = [page.index(text) for text in order]
     assert places == sorted(places)
     for text in (

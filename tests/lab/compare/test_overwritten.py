@@ -14,14 +14,22 @@ from tokenrl.runs.directory import acquire_lock
 ARMS = {"reinforce": rising(0.5), "reinforce itself": rising(0.5), "a2c": rising(0.6)}
 MINE = (
     *("thesis.tex", "runs/notes.txt", "runs/train-1/config.json", "runs/walk/mine/seed_0.json"),
-    *("runs/walk/a2c/seed_0_notes.json", "runs/walk/a2c-2/seed_1.json", "runs/walk/a2c/seed_77/weights"),
+    *(
+        "runs/walk/a2c/seed_0_notes.json",
+        "runs/walk/a2c-2/seed_1.json",
+        "runs/walk/a2c/seed_77/weights",
+    ),
     *("data/seed_0.json", ".model.old/weights", ".lock"),
 )
 FIRST = Path("runs/walk/a2c/seed_0")
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def again(output_dir=".", **options):
@@ -38,7 +46,9 @@ def here(tmp_path, monkeypatch):
     assert main(["report", "."]) == 0 and Path("runs.csv").exists()
     for name in MINE:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("years of work" * (name != ".lock"))  # which some releases of filelock empty
+        Path(name).write_text(
+            "years of work" * (name != ".lock")
+        )  # which some releases of filelock empty
     return tmp_path
 
 
@@ -91,7 +101,9 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
         refused.append(error)
 
     monkeypatch.setattr(loop, "execute", execute)
-    made = tokenrl.compare(**WALK, seeds=2, arms=("reinforce", "a2c"), output_dir=str(tmp_path / "found"))
+    made = tokenrl.compare(
+        **WALK, seeds=2, arms=("reinforce", "a2c"), output_dir=str(tmp_path / "found")
+    )
     assert refused and set(made.table.runs["state"]) == {"finished"}
 
 
@@ -104,8 +116,12 @@ def test_a_plan_of_another_program_is_not_replaced(tmp_path):
     assert files(tmp_path).items() >= before.items()
 
 
-@pytest.mark.parametrize(("place", "words"), [("mine.txt", "cannot be used"), ("a/../b", "contains '..'")])
-def test_a_directory_that_cannot_be_made_or_that_runs_would_refuse_is_refused(tmp_path, place, words):
+@pytest.mark.parametrize(
+    ("place", "words"), [("mine.txt", "cannot be used"), ("a/../b", "contains '..'")]
+)
+def test_a_directory_that_cannot_be_made_or_that_runs_would_refuse_is_refused(
+    tmp_path, place, words
+):
     (tmp_path / "mine.txt").write_text("years of work")
     with pytest.raises(Refused, match=words):
         again(tmp_path / place)

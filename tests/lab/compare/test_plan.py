@@ -57,7 +57,10 @@ def test_an_arm_is_its_preset_with_its_own_axes_and_settings(text, shared, prese
 def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
     made = plan(check_reference=True)
     runs = made.runs()
-    seeds = {arm: [r.seed for r in runs if r.arm == arm and r.role == "comparison"] for arm in WALK["arms"]}
+    seeds = {
+        arm: [r.seed for r in runs if r.arm == arm and r.role == "comparison"]
+        for arm in WALK["arms"]
+    }
     assert seeds == {arm: [0, 1, 2] for arm in WALK["arms"]}
     itself = [r for r in runs if r.role == "itself"]
     assert {r.arm for r in itself} == {"reinforce"} and not {r.seed for r in itself} & {0, 1, 2}
@@ -69,12 +72,16 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
     made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3")
     (problem,) = made.problems
     assert (
-        problem.budget == 40 * 16 * 8 and problem.unit == "completions" and problem.evaluated_at[-1] == 5120
+        problem.budget == 40 * 16 * 8
+        and problem.unit == "completions"
+        and problem.evaluated_at[-1] == 5120
     )
     runs = {arm.label: made.run(problem, arm, 0).settings for arm in made.arms}
     assert {run["max_samples"] for run in runs.values()} == {40 * 16 * 8}
     assert not any("max_steps" in run for run in runs.values())
-    assert runs["grpo,num_generations=4"]["eval_every"] == 2 * runs["rloo"]["eval_every"], "the same samples"
+    assert runs["grpo,num_generations=4"]["eval_every"] == 2 * runs["rloo"]["eval_every"], (
+        "the same samples"
+    )
     assert [run["learning_rate"] for run in runs.values()] == [2e-4, 2e-4, 2e-4, 1e-3]
     assert made.run(problem, made.arms[3], 0, rate=5e-4).learning_rate == 5e-4
 
@@ -97,7 +104,9 @@ def test_several_values_make_a_problem_each():
         for rate in ("0.0001", "0.0002")
     ]
     assert {p.settings["learning_rate"] for p in made.problems} == {1e-4, 2e-4}
-    assert toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1  # a whole number
+    assert (
+        toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1
+    )  # a whole number
 
 
 def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
@@ -133,7 +142,10 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ({"arms": ["rloo,seed=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,gamma=2", "grpo"]}, "at most 1"),
-        *(({"arms": [f"rloo,learning_rate={x}", "grpo"]}, "learning_rate was given as") for x in NO_RATES),
+        *(
+            ({"arms": [f"rloo,learning_rate={x}", "grpo"]}, "learning_rate was given as")
+            for x in NO_RATES
+        ),
         *(({"arms": [x, "grpo"]}, "write '=.*' as NAME=VALUE") for x in ("rloo,=", "={}")),
         ({"arms": ["rloo,gamma=1,gamma=1", "grpo"]}, "gamma is given twice"),
         ({"arms": ["baseline=rloo,--estimator.baseline=none", "grpo"]}, "baseline is given twice"),
@@ -183,18 +195,27 @@ def test_the_same_plan_goes_on_and_is_read_back(begun):
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
     more = continue_plan(plan(seeds=5), begun, overwrite=False)
     arms = "reinforce, reinforce_timestep_mean"
-    assert more.changes == (f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",)
+    assert more.changes == (
+        f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",
+    )
     wider = plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean"))
     added = continue_plan(wider, begun, overwrite=False)
     assert added.changes == (
         "3 runs of rloo,baseline=batch_mean with seeds from 0 to 2 were added after runs had begun",
     )
     write_plan(added, begun)
-    assert continue_plan(wider, begun, overwrite=False).changes == added.changes, "it stays exploratory"
+    assert continue_plan(wider, begun, overwrite=False).changes == added.changes, (
+        "it stays exploratory"
+    )
 
 
 def test_another_way_to_judge_is_exploratory(begun):
-    other = {"metric": "reward", "reference": WALK["arms"][1], "failure_below": 0.2, "all_pairs": True}
+    other = {
+        "metric": "reward",
+        "reference": WALK["arms"][1],
+        "failure_below": 0.2,
+        "all_pairs": True,
+    }
     changes = continue_plan(plan(**other), begun, overwrite=False).changes
     assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
 
@@ -237,14 +258,19 @@ def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_pat
             continue_plan(plan(), begun, overwrite=False)
 
 
-TUNED = {"arms": ("reinforce,learning_rate=0.1", "a2c,learning_rate=0.1"), "learning_rate": ("tuned",)}
+TUNED = {
+    "arms": ("reinforce,learning_rate=0.1", "a2c,learning_rate=0.1"),
+    "learning_rate": ("tuned",),
+}
 
 
 def tuned(score, by="arm", **options):
     """The runs for tuning that are made if a function of the run gives its score, and the rates by arm."""
     made, rows = plan(**TUNED | options), []
     while (runs := missing(made, rows)) and runs[0].role == "tuning":
-        each = [vars(run) | {"learning_rate": run.learning_rate, "area": score(run)} for run in runs]
+        each = [
+            vars(run) | {"learning_rate": run.learning_rate, "area": score(run)} for run in runs
+        ]
         rows += each
     assert {run.role for run in runs} == {"comparison"} and len(runs) == len(made.runs())
     return rows, {getattr(run, by): run.learning_rate for run in runs}
@@ -260,9 +286,13 @@ def test_the_best_rate_of_each_arm_wins_and_fewer_rates_go_on():
     rows, rates = tuned(peak(best))
     assert rates == best
     seeds = plan(**TUNED).tuning_seeds
-    assert len({row["path"] for row in rows}) == len(rows) and not set(seeds) & set(plan(**TUNED).seeds)
+    assert len({row["path"] for row in rows}) == len(rows) and not set(seeds) & set(
+        plan(**TUNED).seeds
+    )
     for arm in TUNED["arms"]:
-        assert [sum(row["seed"] == seed for row in rows if row["arm"] == arm) for seed in seeds] == [5, 3, 2]
+        assert [
+            sum(row["seed"] == seed for row in rows if row["arm"] == arm) for seed in seeds
+        ] == [5, 3, 2]
 
 
 def test_the_runs_of_each_problem_choose_its_rates():
@@ -283,14 +313,20 @@ def test_a_best_rate_at_the_edge_widens_the_grid_but_not_without_end():
         ({0.1: 1.0, 0.2: 0.9}, {0.1: 0.0, 0.2: 0.9}, 0.2),  # a run without a score is the worst
         ({0.1: -1.0, 0.2: -2.0}, {0.1: -1.0, 0.2: -2.0}, 0.1),  # also where all scores are below 0
         ({0.1: 1.0, 0.2: 1.0}, {0.1: 1.0, 0.2: 1.0}, 0.1),  # of equal rates the smaller
-        ({0.1: 1.0, 0.05: 0.9, 0.2: 0.9, 0.025: 0.8, 0.4: 0.8}, {0.1: 0.2, 0.05: 0.1, 0.2: 0.1}, 0.1),
+        (
+            {0.1: 1.0, 0.05: 0.9, 0.2: 0.9, 0.025: 0.8, 0.4: 0.8},
+            {0.1: 0.2, 0.05: 0.1, 0.2: 0.1},
+            0.1,
+        ),
     ],
 )
 def test_the_mean_over_seeds_decides_and_a_rate_that_was_dropped_cannot_win_by_its_one_score(
     first, later, best
 ):
     seed = plan(**TUNED).tuning_seeds[0]
-    _, rates = tuned(lambda run: (first if run.seed == seed else later).get(run.learning_rate, math.nan))
+    _, rates = tuned(
+        lambda run: (first if run.seed == seed else later).get(run.learning_rate, math.nan)
+    )
     assert set(rates.values()) == {best}
 
 
@@ -303,13 +339,21 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
         "--task sort_digits reverse_text --arms rloo grpo,scale=none --seeds 8 --max-steps 50 --lora-r 4 "
         "--estimator.aggregation sequence_mean --no-chat --learning-rate 1e-4 2e-4 --optimizer=sgd"
     )
-    assert found.task == ("sort_digits", "reverse_text") and found.arms == ("rloo", "grpo,scale=none")
+    assert found.task == ("sort_digits", "reverse_text") and found.arms == (
+        "rloo",
+        "grpo,scale=none",
+    )
     assert found.seeds == 8 and found.learning_rate == (1e-4, 2e-4)
     shared = {"max_steps": 50, "lora_r": 4, "chat": False, "optimizer": "sgd"}
     assert found.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
     control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")
-    assert control.env == ("walk", "CartPole-v1") and control.shared == {"num_envs": 8, "hidden": [16, 16]}
-    (tmp_path / "mine.yaml").write_text("max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]")
+    assert control.env == ("walk", "CartPole-v1") and control.shared == {
+        "num_envs": 8,
+        "hidden": [16, 16],
+    }
+    (tmp_path / "mine.yaml").write_text(
+        "max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]"
+    )
     found = parsed(f"--config {tmp_path}/mine.yaml --seeds 9 --max-steps 20")
     assert (found.env, found.seeds, found.arms) == (("walk",), 9, ("a2c", "rloo"))
     assert found.shared == {"max_steps": 20, "lr": 0.9}
@@ -327,7 +371,9 @@ def test_rows_functions_and_objects_are_refused_with_the_names_that_other_proces
         "model": (object(), object()),
         "arms": ("rloo", Estimator()),
     }.items():
-        with pytest.raises(Refused, match=rf"^{name} was given as .*need names: .* {name}=") as caught:
+        with pytest.raises(
+            Refused, match=rf"^{name} was given as .*need names: .* {name}="
+        ) as caught:
             tokenrl.compare(**{name: value})
         assert "\n" not in str(caught.value)
     assert parsed("--reward mine.py:right mine.py:short").shared["reward"] == [
@@ -341,7 +387,10 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
     typed = parsed(f"--arms rloo grpo --stop-after-zero-spread {usual}")
     made = make_plan(typed, print)
     assert made.problems[0].settings["stop_after_zero_spread"] == usual
-    assert make_plan(parsed("--arms rloo grpo"), print).problems[0].settings["stop_after_zero_spread"] == 0
+    assert (
+        make_plan(parsed("--arms rloo grpo"), print).problems[0].settings["stop_after_zero_spread"]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

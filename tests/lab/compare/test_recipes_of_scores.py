@@ -18,11 +18,16 @@ def run(name, words, monkeypatch):
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
 
 
-def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(tmp_path, monkeypatch, capsys):
+def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(
+    tmp_path, monkeypatch, capsys
+):
     rows = ["sort,a,0,comparison,.5", "sort,a,1,comparison,1", "sort,a,1,tuning,9"]
     rows += ["length,a,0,comparison,-1", "length,a,1,comparison,0"]
     (tmp_path / "runs.csv").write_text("\n".join(["problem,arm,seed,role,area", *rows]))
-    problems = [{"label": "sort", "reward_range": [0, 1]}, {"label": "length", "reward_range": [-1, 0]}]
+    problems = [
+        {"label": "sort", "reward_range": [0, 1]},
+        {"label": "length", "reward_range": [-1, 0]},
+    ]
     (tmp_path / "plan.json").write_text(json.dumps({"plan": {"problems": problems}}))
     monkeypatch.setitem(sys.modules, "rliable", None)
     with pytest.raises(SystemExit, match="pip install rliable"):
@@ -33,11 +38,16 @@ def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(tmp_path, 
     monkeypatch.setitem(sys.modules, "rliable", rliable)
     run("overall_scores", [tmp_path], monkeypatch)
     scores = library.get_interval_estimates.call_args.args[0]["a"]
-    assert scores.T.tolist() == [[0, 1], [0.5, 1]]  # by problem in the order of their names, then by seed
+    assert scores.T.tolist() == [
+        [0, 1],
+        [0.5, 1],
+    ]  # by problem in the order of their names, then by seed
     assert "interquartile mean" in capsys.readouterr().out
 
 
-def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(tmp_path, monkeypatch, capsys):
+def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(
+    tmp_path, monkeypatch, capsys
+):
     for end, baseline in ((0.5, "none"), (0.6, "rloo")):
         for seed in range(6):
             config = {
@@ -47,4 +57,6 @@ def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(tmp_pat
             }
             write_run(tmp_path / f"{baseline}{seed}", config=config, **rising(end)(seed))
     run("compare_existing_runs", sorted(tmp_path.iterdir()), monkeypatch)
-    assert "Better than estimator.baseline=none: estimator.baseline=rloo." in capsys.readouterr().out
+    assert (
+        "Better than estimator.baseline=none: estimator.baseline=rloo." in capsys.readouterr().out
+    )

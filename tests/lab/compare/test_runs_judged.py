@@ -39,7 +39,12 @@ def test_scores_are_those_of_the_evaluations_without_that_before_training(tmp_pa
     arms = {"reinforce": rewards(*REWARDS, greedy=greedy), "a2c": rewards(*REWARDS)}
     found = compared(tmp_path, arms, seeds=2)
     one = row(found, "reinforce")
-    assert (one["state"], one["reason"], one["samples"], one["failed"]) == ("finished", "", 400, False)
+    assert (one["state"], one["reason"], one["samples"], one["failed"]) == (
+        "finished",
+        "",
+        400,
+        False,
+    )
     assert curve(found, "reinforce") == pytest.approx(REWARDS)
     assert one["area"] == pytest.approx(0.5) and one["reward"] == 0.8
     assert one["area_greedy"] == pytest.approx(0.5) and one["reward_greedy"] == pytest.approx(0.2)
@@ -60,7 +65,11 @@ def test_an_arm_with_more_samples_per_step_is_read_at_the_same_places(tmp_path):
         ({"exit_reason": "failed", "error": "The loss is nan."}, "failed", "The loss is nan."),
         ({"exit_reason": "check"}, "failed", "It ended as check."),
         (None, "failed", "It was ended from outside, as for want of memory."),
-        ({"exit_reason": "SIGTERM"}, "missing", "It was stopped by SIGTERM; the same command continues it."),
+        (
+            {"exit_reason": "SIGTERM"},
+            "missing",
+            "It was stopped by SIGTERM; the same command continues it.",
+        ),
         ({"exit_reason": "stuck"}, "finished", ""),
         ({"exit_reason": "solved", "steps": 25, "eval_after": {"reward": 0.4}}, "finished", ""),
     ],
@@ -82,7 +91,9 @@ def test_a_run_that_ends_early_keeps_its_last_evaluation(tmp_path, summary, stat
 
 def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
     def breaks(seed):
-        broken = {"summary": {"exit_reason": "failed", "error": "The loss is nan."}} if seed == 2 else {}
+        broken = (
+            {"summary": {"exit_reason": "failed", "error": "The loss is nan."}} if seed == 2 else {}
+        )
         return {**rising(0.9)(seed), **broken}
 
     found = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
@@ -121,23 +132,33 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
         run = [0, 0.3 + noise(seed, 0.003), 0.5, 0.7, *[0.995 + noise(seed)] * 2]
         return {"rewards": run, "grad_clipped": 0.97, "skipped_steps": 10}
 
-    found = compared(tmp_path, {"reinforce": rising(0.995), "a2c": slow}, env="CartPole-v1", margin=0.001)
-    assert said(found, "Ceiling") == [], "500 counts as solved there, and nothing was declared as the best"
+    found = compared(
+        tmp_path, {"reinforce": rising(0.995), "a2c": slow}, env="CartPole-v1", margin=0.001
+    )
+    assert said(found, "Ceiling") == [], (
+        "500 counts as solved there, and nothing was declared as the best"
+    )
     (skipped,), (clipped,) = said(found, "Updates of a2c"), said(found, "Clipping")
     assert "20.0% of the updates were skipped" in skipped
     assert "the gradient was clipped in most updates of a2c (97%)" in clipped
-    assert "Worse than reinforce: a2c. But most updates were clipped" in found.headline("CartPole-v1")
+    assert "Worse than reinforce: a2c. But most updates were clipped" in found.headline(
+        "CartPole-v1"
+    )
 
 
 def test_at_a_ceiling_the_budget_is_named_at_which_the_arms_lie_apart(tmp_path):
     def solved(early, size=0.01):
         def of_seed(seed):
-            apart = [x + noise(seed, 0.5 if x < 490 else size) for x in (early, 495, 499.9, 499.9, 499.9)]
+            apart = [
+                x + noise(seed, 0.5 if x < 490 else size) for x in (early, 495, 499.9, 499.9, 499.9)
+            ]
             return {"rewards": [20, *apart]}
 
         return of_seed
 
-    found = compared(tmp_path, {"reinforce": solved(450.0), "a2c": solved(300.0, 0.02)}, env="CartPole-v1")
+    found = compared(
+        tmp_path, {"reinforce": solved(450.0), "a2c": solved(300.0, 0.02)}, env="CartPole-v1"
+    )
     (text,) = said(found, "Ceiling")
     assert "475 counts as solved" in text
     assert "after 80 episodes the arms lay farthest apart" in text and "--max-steps 10" in text
@@ -163,19 +184,21 @@ def test_a_sharper_arm_is_named_in_the_headline_and_so_is_another_learning_rate(
     assert headline.endswith(", and had another learning rate.") == bool(rate)
 
 
-TYPED = (
-    "tokenrl compare --env walk --seeds=6 --arms reinforce a2c rloo --overwrite --max-steps 50 --num-envs 8"
-)
+TYPED = "tokenrl compare --env walk --seeds=6 --arms reinforce a2c rloo --overwrite --max-steps 50 --num-envs 8"
 
 
-def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(tmp_path, monkeypatch, capsys):
+def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", shlex.split(f"{TYPED} --eval-every 10"))
     arms = {"reinforce": rising(0.5, 0.02), "a2c": rising(0.505, 0.05), "rloo": rising(0.9)}
     found = compared(tmp_path / "walk", arms, margin=0.001)
     text, command = found.proposal
     differences = found.judgement.families[0].differences[0].differences
     seeds, margin = seeds_to_decide(np.array([*differences.values()]), 0.975, 0.001)
-    assert f"About {seeds} new seeds would decide what is open, with a --margin of {margin:g}," in text
+    assert (
+        f"About {seeds} new seeds would decide what is open, with a --margin of {margin:g}," in text
+    )
     assert command == (
         f"tokenrl compare --env walk --max-steps 50 --num-envs 8 --eval-every 10 --arms reinforce a2c "
         f"--seeds {seeds} --first-seed 6 --output-dir {tmp_path}/walk-from-seed-6 --margin {margin:g}"
@@ -191,7 +214,9 @@ def test_nothing_is_proposed_where_all_is_decided_or_seeds_would_say_the_same(tm
     assert compared(tmp_path / "decided", arms).proposal is None
     same = {"reinforce": rewards(*REWARDS), "a2c": rewards(*REWARDS)}
     assert compared(tmp_path / "equal", same).proposal is None
-    text, call = compared(tmp_path / "few", {"reinforce": rising(0.5), "a2c": rising(0.7)}, seeds=3).proposal
+    text, call = compared(
+        tmp_path / "few", {"reinforce": rising(0.5), "a2c": rising(0.7)}, seeds=3
+    ).proposal
     assert text.startswith("About 6 new seeds") and "seeds=6, first_seed=3, output_dir=" in call
     compared(tmp_path / "more", arms, seeds=6)
     text, call = compared(tmp_path / "more", arms, seeds=8).proposal
@@ -238,7 +263,9 @@ def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
         found = tokenrl.compare(**WALK, **options, output_dir=str(tmp_path), print_commands=True)
         for line in capsys.readouterr().out.splitlines():
             words = line.split()
-            settings = json.loads((tmp_path.parent / words[words.index("--config") + 1]).read_text())
+            settings = json.loads(
+                (tmp_path.parent / words[words.index("--config") + 1]).read_text()
+            )
             folder = tmp_path.parent / words[words.index("--output-dir") + 1]
             write_run(folder, **rising(settings["learning_rate"])(settings["seed"]))
     usual = found.plan.problems[0].settings["learning_rate"]
@@ -268,4 +295,6 @@ def test_cut_completions_void_an_arm_and_equal_groups_one_that_compares_them(tmp
     found = compared(tmp_path, arms, **options)
     assert list(found.judgement.verdicts().values()) == ["worse", "void", "void"]
     void = [arm.void for arm in found.judgement.families[0].arms]
-    assert "all rewards were equal" in void[2] and "60% of the completions are cut off at" in void[3]
+    assert (
+        "all rewards were equal" in void[2] and "60% of the completions are cut off at" in void[3]
+    )

@@ -110,7 +110,9 @@ def test_intervals_cover_the_true_difference_and_the_detectable_one_is_found(see
 def test_equivalence_is_hardly_ever_wrong(seeds):
     margin = 1.3 * detectable_difference(seeds, SD, COMPARISONS)
     at_margin = judged(seeds, SEEDS[seeds], above=margin, margin=margin, stream=3)
-    assert each(at_margin, lambda one: one.verdict == "equivalent").any(-1).mean() <= 0.05 + 2 * error(150)
+    assert each(at_margin, lambda one: one.verdict == "equivalent").any(
+        -1
+    ).mean() <= 0.05 + 2 * error(150)
 
 
 CEILING = {6: 0.9**6, 10: 1.0, 20: 0.99}
@@ -146,7 +148,9 @@ def test_rare_failures_near_a_ceiling_are_said_as_the_docstring_says(seeds):
     declared = verdicts(varied, margin=0.02, failure_below=0.5)
     assert np.mean(declared == "equivalent") == pytest.approx(declared_share, abs=spread)
     assert not np.isin(declared, ("better", "worse")).mean() > 0.05
-    assert np.mean(verdicts(varied, margin=0.02) == "equivalent") == pytest.approx(without, abs=spread)
+    assert np.mean(verdicts(varied, margin=0.02) == "equivalent") == pytest.approx(
+        without, abs=spread
+    )
     means = with_failures(seeds, studies, 0.9, 0.02, 0.0, 8)
     assert np.mean(verdicts(means) == "better") == pytest.approx(without, abs=spread)
     rare_gains = 1 - means

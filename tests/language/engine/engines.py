@@ -22,12 +22,16 @@ IDS = [[5, 9, 13, 21, 33, 40], [40, 7], [3]]
 """Prompts of unequal lengths."""
 
 
-def wide_policy(family: str = "llama", *, kind: str = "pad", vocabulary: int = 96, **options) -> Policy:
+def wide_policy(
+    family: str = "llama", *, kind: str = "pad", vocabulary: int = 96, **options
+) -> Policy:
     """A random policy with heads of 32 numbers, and a tokenizer of at most 90 ids."""
     options = SHAPES.get(family, GROUPED) | {"initializer_range": 0.1} | options
     model = family_policy(family, vocabulary=vocabulary, **options).model
     if vocabulary < 90:
-        return Policy(model=model, tokenizer=None, eos_ids=(), pad_id=0, context=None, source=family)
+        return Policy(
+            model=model, tokenizer=None, eos_ids=(), pad_id=0, context=None, source=family
+        )
     return wrap(model, make_tokenizer(kind), source=family)
 
 
@@ -66,5 +70,11 @@ def trained(folder, policy, *, reward=uneven, **options):
     """A quick run that vLLM samples for."""
     task = make_task([f"{a} {b}" for a in PROMPTS for b in PROMPTS], reward)
     shape = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "learning_rate": 1e-2}
-    shape |= {"generator": "vllm", "generator_cache": 0.05, "cpu": True, "quiet": True, "eval_generations": 2}
+    shape |= {
+        "generator": "vllm",
+        "generator_cache": 0.05,
+        "cpu": True,
+        "quiet": True,
+        "eval_generations": 2,
+    }
     return tokenrl.train(**{"model": policy, "task": task, "output_dir": folder} | shape | options)

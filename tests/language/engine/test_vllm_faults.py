@@ -21,11 +21,17 @@ pytestmark = pytest.mark.vllm
     [
         ("llama", {"dtype": "float64"}, "float64"),
         ("llama", {"head_dim": 8}, "head_dim=8"),
-        ("mixtral", {"num_local_experts": 4}, "against the trainer's|new weights"),  # a reload spoils experts
+        (
+            "mixtral",
+            {"num_local_experts": 4},
+            "against the trainer's|new weights",
+        ),  # a reload spoils experts
         ("smollm3", {}, "vLLM cannot sample from 'smollm3', a SmolLM3ForCausalLM"),
     ],
 )
-def test_a_model_that_the_engine_cannot_sample_is_refused_and_the_next_is_not(family, config, words):
+def test_a_model_that_the_engine_cannot_sample_is_refused_and_the_next_is_not(
+    family, config, words
+):
     with pytest.raises(Refused, match=words) as caught, started(wide_policy(family, **config)):
         pass
     with started(wide_policy()) as engine:
@@ -51,7 +57,9 @@ def diverge(policy):
 
 
 @pytest.mark.parametrize("fault", ["generate", "sync", "NaN"])
-def test_what_fails_in_a_run_ends_it_in_words_and_the_last_checkpoint_continues(tmp_path, monkeypatch, fault):
+def test_what_fails_in_a_run_ends_it_in_words_and_the_last_checkpoint_continues(
+    tmp_path, monkeypatch, fault
+):
     policy = wide_policy()
 
     def broken(step, _):
@@ -70,11 +78,17 @@ def test_what_fails_in_a_run_ends_it_in_words_and_the_last_checkpoint_continues(
         return engines[-1]
 
     monkeypatch.setattr(VllmGenerator, "start", classmethod(kept))
-    words = {"generate": "fails while sampling", "sync": "does not take the new weights", "NaN": "not finite"}
+    words = {
+        "generate": "fails while sampling",
+        "sync": "does not take the new weights",
+        "NaN": "not finite",
+    }
     options = {"max_steps": 6, "save_every": 2, "callback": broken}
     with pytest.raises(Stopped, match=words[fault]) as caught:
         trained(tmp_path / "run", policy, **options)
-    assert caught.value.exit_code == 1 and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+    assert (
+        caught.value.exit_code == 1 and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+    )
     run = trained(tmp_path / "run", wide_policy(), **options | {"callback": None, "resume": "auto"})
     assert run.exit_reason == "finished" and run.steps == 6
 
@@ -93,9 +107,13 @@ def test_settings_that_the_engine_cannot_keep_are_refused(tmp_path, options, wor
 
 
 @pytest.mark.parametrize(("words", "length"), [(400, 8), (1, 1500)])
-def test_rows_longer_than_the_cache_holds_are_refused_before_the_first_step(tmp_path, words, length):
+def test_rows_longer_than_the_cache_holds_are_refused_before_the_first_step(
+    tmp_path, words, length
+):
     """The engine would end such completions early, and say nothing."""
     policy = wide_policy(max_position_embeddings=4096)
     options = {"task": make_task(["the cat " * words] * 8), "max_completion_length": length}
-    with pytest.raises(Refused, match=r"up to \d+ tokens, and generator_cache has room for \d+: raise it"):
+    with pytest.raises(
+        Refused, match=r"up to \d+ tokens, and generator_cache has room for \d+: raise it"
+    ):
         trained(tmp_path / "run", policy, generator_cache=3e-4, **options)

@@ -20,13 +20,21 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 
 pytestmark = pytest.mark.vllm
-DISTRIBUTIONS = [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0}]
+DISTRIBUTIONS = [
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"min_p": 0.1},
+    {"temperature": 2.0},
+]
 
 
 @pytest.fixture(scope="module")
 def engine():
     policy = wide_policy(max_position_embeddings=512)  # a block of the cache has 128 tokens
-    policy.stops = StopStrings(make_tokenizer(), ["<pad>"])  # so that the engine knows the tokenizer
+    policy.stops = StopStrings(
+        make_tokenizer(), ["<pad>"]
+    )  # so that the engine knows the tokenizer
     with started(policy) as engine:
         yield engine
 
@@ -52,14 +60,18 @@ def test_tokens_are_drawn_from_the_distribution_of_the_policy(vocabulary):
                 theirs = whole.sampling_distribution[row, : len(ours)]
                 assert theirs.shape == ours.shape and torch.equal(theirs.isinf(), ours.isinf())
                 assert torch.allclose(theirs, ours, atol=1e-4)
-            many = sampled(engine, [[3, 7, 4]], num_generations=3000, max_completion_length=1, **settings)
+            many = sampled(
+                engine, [[3, 7, 4]], num_generations=3000, max_completion_length=1, **settings
+            )
             counts = torch.bincount(many.completion_ids[:, 0], minlength=vocabulary)
             p = alone(engine, many, 0, distribution)[0].double().exp()
             assert len(counts) == vocabulary and not counts[p == 0].any()
             rare = p < 5 / 3000  # their sum is one class
             observed = [*counts[~rare].tolist(), int(counts[rare].sum())]
             expected = [*p[~rare].tolist(), float(p[rare].sum()) + 1e-12]
-            assert chisquare(observed, 3000 * np.array(expected) / sum(expected)).pvalue > 1e-3, settings
+            assert chisquare(observed, 3000 * np.array(expected) / sum(expected)).pvalue > 1e-3, (
+                settings
+            )
 
 
 def test_rows_follow_from_seed_stream_and_step(engine):
@@ -67,7 +79,9 @@ def test_rows_follow_from_seed_stream_and_step(engine):
     assert torch.equal(sampled(engine).completion_ids, rows.completion_ids)
     assert len(torch.unique(rows.completion_ids[:4], dim=0)) == 4
     for other in ({"seed": 1}, {"step": 2}, {"stream": "evaluation"}):
-        assert not torch.equal(sampled(engine, **other).completion_ids[:, :3], rows.completion_ids[:, :3])
+        assert not torch.equal(
+            sampled(engine, **other).completion_ids[:, :3], rows.completion_ids[:, :3]
+        )
     greedy = {"num_generations": 0, "max_completion_length": 20}
     usual = sampled(TransformersGenerator(engine.policy), **greedy)
     assert torch.equal(sampled(engine, **greedy).completion_ids, usual.completion_ids)
@@ -87,11 +101,16 @@ def test_a_row_ends_where_the_policy_ends_it(engine, eos, strings):
     rows = sampled(replace(engine, policy=policy), num_generations=60, temperature=2.0)
     for ids, mask, truncated in zip(rows.completion_ids, rows.mask, rows.truncated, strict=True):
         length, one = int(mask.sum()), torch.tensor([0])
-        ends = [int(ids[t]) in eos or (stops and bool(stops.ended(ids[None], one, t))) for t in range(length)]
+        ends = [
+            int(ids[t]) in eos or (stops and bool(stops.ended(ids[None], one, t)))
+            for t in range(length)
+        ]
         assert mask[:length].all() and not any(ends[:-1])
         assert bool(truncated) == (not ends[-1]) and (length == 8 or ends[-1])
     full = rows.mask[:, -1] & (rows.mask.sum(1) == 8)
-    assert (full & rows.truncated).any() and (full & ~rows.truncated).any()  # both at the last token
+    assert (full & rows.truncated).any() and (
+        full & ~rows.truncated
+    ).any()  # both at the last token
     assert gap(engine, rows, Sampling(1, temperature=2.0)) < 1e-4
 
 
@@ -141,7 +160,9 @@ def test_rows_that_wait_for_room_or_lose_theirs_are_right():
 
 def test_random_states_threads_and_signals_are_as_they_were():
     def state():
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+        handlers = [
+            signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+        ]
         threads = torch.get_num_threads(), torch.set_num_threads
         return (
             torch.get_rng_state().tolist(),

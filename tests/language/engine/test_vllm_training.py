@@ -24,14 +24,19 @@ TIED = {"tie_word_embeddings": True}
 
 def rows_of(run):
     """The rows of metrics.jsonl after training steps."""
-    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize(
     ("family", "config", "options", "limit"),
     [
-        *((family, {}, {}, 1e-4) for family in ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "opt")),
+        *(
+            (family, {}, {}, 1e-4)
+            for family in ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "opt")
+        ),
         ("gemma2", {}, {}, 1e-2),  # on a CPU vLLM approximates the soft cap of attention
         ("llama", TIED, {}, 1e-4),
         *(("qwen2", {"tie_word_embeddings": tied}, LORA, 1e-4) for tied in (False, True)),
@@ -44,7 +49,9 @@ def test_sampler_and_trainer_agree_at_every_step(tmp_path, family, config, optio
     policy = wide_policy(family, **config)
     policy.eos_ids = ENDS
     before = weights(policy.model)
-    rows = rows_of(trained(tmp_path / "run", policy, **{"max_steps": 20, "learning_rate": 3e-3} | options))
+    rows = rows_of(
+        trained(tmp_path / "run", policy, **{"max_steps": 20, "learning_rate": 3e-3} | options)
+    )
     gaps = [row["sampling/logp_difference/max"] for row in rows]
     assert len(gaps) == 20 and max(gaps) < limit, gaps
     assert options.get("lora_r") or apart(weights(policy.model), before) > 0.01
@@ -58,7 +65,9 @@ CENTRED = Estimator.preset("grpo", importance_centre=True)
 def test_what_the_engine_does_not_return_is_computed(tmp_path, estimator):
     """Greedy completions, hidden states, score norms, entropies and whole distributions."""
     options = {"num_iterations": 2} if estimator == "ppo" else {}
-    run = trained(tmp_path / "run", policy := wide_policy(kind="chat"), estimator=estimator, **options)
+    run = trained(
+        tmp_path / "run", policy := wide_policy(kind="chat"), estimator=estimator, **options
+    )
     assert run.exit_reason == "finished" and weights(policy.model).isfinite().all()
     assert all(row["grad_norm"] > 0 and row["entropy"] > 0 for row in rows_of(run))
 
@@ -76,7 +85,9 @@ def test_the_centred_gradient_is_that_of_the_trainers_own_distribution():
             mask = torch.cat([rows.prompt_mask, rows.mask], 1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.no_grad():
-                logits = model(seen, attention_mask=mask, position_ids=positions).logits[:, -width - 1 : -1]
+                logits = model(seen, attention_mask=mask, position_ids=positions).logits[
+                    :, -width - 1 : -1
+                ]
                 logprobs = score(model, rows).logprobs.masked_fill(~rows.mask, 0)
             whole = logits.log_softmax(-1).masked_fill(~rows.mask[..., None], 0)
             return replace(rows, sampling_logprobs=logprobs, sampling_distribution=whole)
@@ -117,8 +128,22 @@ def test_a_run_is_checked_and_continued_also_by_the_other_generator(tmp_path, ca
     (tmp_path / "r.py").write_text(
         "def f(completions, **_):\n    return [len(c) % 5 / 5 for c in completions]\n"
     )
-    command = ["train", "--model", str(tmp_path / "base"), "--task", str(tmp_path / "data.jsonl"), "--cpu"]
-    command += ["--reward", f"{tmp_path}/r.py:f", "--prompts-per-step", "4", "--num-generations", "4"]
+    command = [
+        "train",
+        "--model",
+        str(tmp_path / "base"),
+        "--task",
+        str(tmp_path / "data.jsonl"),
+        "--cpu",
+    ]
+    command += [
+        "--reward",
+        f"{tmp_path}/r.py:f",
+        "--prompts-per-step",
+        "4",
+        "--num-generations",
+        "4",
+    ]
     command += ["--max-completion-length", "8", "--generator-cache", "0.05", "--eval-size", "2"]
     command += ["--output-dir", str(tmp_path / "run")]
     assert main([*command, "--generator", "vllm", "--max-steps", "4", "--check"]) == 0

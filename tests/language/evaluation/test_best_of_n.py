@@ -102,7 +102,10 @@ def length(completions, **_):
 
 def vowels(completions, **_):
     """The reward that measures; it abstains from some texts."""
-    return [None if text.startswith("q") else float(sum(c in "aeiou" for c in text)) for text in completions]
+    return [
+        None if text.startswith("q") else float(sum(c in "aeiou" for c in text))
+        for text in completions
+    ]
 
 
 def test_the_metrics_are_those_of_the_pool_that_was_sampled():
@@ -125,7 +128,9 @@ def test_the_metrics_are_those_of_the_pool_that_was_sampled():
         assert found[f"best_of_n@{n}"] == pytest.approx(np.mean(worth))
         assert found[f"best_of_n_proxy@{n}"] == pytest.approx(np.mean(proxy))
         assert found[f"best_of_n_kl@{n}"] == pytest.approx(np.mean(kl))
-        assert found[f"best_of_n@{n}_stderr"] == pytest.approx(np.std(worth, ddof=1) / len(worth) ** 0.5)
+        assert found[f"best_of_n@{n}_stderr"] == pytest.approx(
+            np.std(worth, ddof=1) / len(worth) ** 0.5
+        )
     assert abs(found["best_of_n_kl@1"]) < 1e-12 and found["best_of_n_kl@6"] > 0
     assert found["best_of_n_proxy@1"] < found["best_of_n_proxy@6"]
 
@@ -134,10 +139,22 @@ def test_best_of_n_at_the_command_line(tmp_path, capsys, monkeypatch):
     from tokenrl.cli import main
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def short(completions, **_): return [-len(c) for c in completions]")
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **_): return [-len(c) for c in completions]"
+    )
     for part in toy_tasks.load("vowels").build(0):
         part.save_pretrained(tmp_path / "model")
-    command = ["evaluate", "--task", "vowels", "--eval-size", "8", "--model", "model", "--json", "found.json"]
+    command = [
+        "evaluate",
+        "--task",
+        "vowels",
+        "--eval-size",
+        "8",
+        "--model",
+        "model",
+        "--json",
+        "found.json",
+    ]
     command += ["--reward", "mine.py:short", "--max-completion-length", "5", "--best-of"]
     assert main([*command, "4"]) == 0
     assert "best_of_n@4" in capsys.readouterr().out

@@ -32,7 +32,9 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     expected = load(name).reward([row["prompt"]] * 3, texts, **columns)
     assert [reward for _, reward in known] == pytest.approx(expected)
     said = capsys.readouterr().err
-    assert said.count("no reward") == 1 and "none of the task's" in said  # once, not for each prompt
+    assert (
+        said.count("no reward") == 1 and "none of the task's" in said
+    )  # once, not for each prompt
     assert Sampler(args)("1") == strange
 
 
@@ -50,5 +52,7 @@ def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path
     with pytest.raises(Stopped, match="broken raised ValueError"):
         sampler(load(name).train_prompts[0]["prompt"])
     needs = SampleArguments(model=model, reward=("exact_match",), num_generations=1)
-    with pytest.raises(Refused, match="column 'answer'"):  # without a task no prompt could ever be rewarded
+    with pytest.raises(
+        Refused, match="column 'answer'"
+    ):  # without a task no prompt could ever be rewarded
         Sampler(needs)("1")

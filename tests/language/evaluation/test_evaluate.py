@@ -20,8 +20,15 @@ from tokenrl.language.training.arguments import TrainArguments
 from toy_tasks import load
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
-REWARDS = "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]"
-OWN = {"prompt_column": "question", "eval_size": 3, "reward_weights": (2.0,), "max_completion_length": 5}
+REWARDS = (
+    "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]"
+)
+OWN = {
+    "prompt_column": "question",
+    "eval_size": 3,
+    "reward_weights": (2.0,),
+    "max_completion_length": 5,
+}
 SAMPLED = {"temperature": 0.7, "top_p": 0.6}
 SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "cpu": True, "quiet": True}
 
@@ -52,14 +59,20 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
     assert tokenrl.evaluate(model=run) == told and len(told.rows) == 3
     said = capsys.readouterr().err
     assert (
-        f"tokenrl: as in the run of {run}: " in said and "task words.jsonl, reward rewards.py:vowels" in said
+        f"tokenrl: as in the run of {run}: " in said
+        and "task words.jsonl, reward rewards.py:vowels" in said
     )
-    assert "eval_size 3, " in said and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in said
+    assert (
+        "eval_size 3, " in said
+        and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in said
+    )
     for name in SAMPLED:
         changed = tokenrl.evaluate(model=run, **{name: 1.0})
         assert changed == tokenrl.evaluate(model=run, **SAMPLED | {name: 1.0}, **asked) != told
     other = {"reward": "length(target=4)"}  # the run's weight is not that of this reward
-    assert tokenrl.evaluate(model=run, **other) == tokenrl.evaluate(model=run, reward_weights=1.0, **other)
+    assert tokenrl.evaluate(model=run, **other) == tokenrl.evaluate(
+        model=run, reward_weights=1.0, **other
+    )
     main(["evaluate", "--model", run, "--json", "numbers.json"])
     assert "held-out prompts of words.jsonl" in " ".join(capsys.readouterr().out.split())
     assert json.loads(Path("numbers.json").read_text()) == pytest.approx(told.metrics)
@@ -67,11 +80,36 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
 
 ROWS = [{"question": word} for word in WORDS]
 RECORDED = {
-    **{"task": "vowels", "share_seed": False, "top_k": 3, "temperature": 0.7, "malformed": "observe"},
-    **{"max_turns": 4, "eval_size": 5, "prompt_column": "question", "reward": ["exact_match"], "seed": 2},
-    **{"reward_weights": [2.0], "max_completion_length": 7, "truncate_prompts": True, "command": "tokenrl"},
+    **{
+        "task": "vowels",
+        "share_seed": False,
+        "top_k": 3,
+        "temperature": 0.7,
+        "malformed": "observe",
+    },
+    **{
+        "max_turns": 4,
+        "eval_size": 5,
+        "prompt_column": "question",
+        "reward": ["exact_match"],
+        "seed": 2,
+    },
+    **{
+        "reward_weights": [2.0],
+        "max_completion_length": 7,
+        "truncate_prompts": True,
+        "command": "tokenrl",
+    },
 }
-FREE = ("share_seed", "malformed", "max_turns", "eval_size", "prompt_column", "reward", "reward_weights")
+FREE = (
+    "share_seed",
+    "malformed",
+    "max_turns",
+    "eval_size",
+    "prompt_column",
+    "reward",
+    "reward_weights",
+)
 IN_MEMORY = {"task": "in-memory:0123", "command": ""}
 
 
@@ -90,7 +128,10 @@ def recorded(folder, **changes):
         ({"share_seed": True, "truncate_prompts": False}, "--share-seed --no-truncate-prompts"),
         ({"malformed": "end", "max_turns": 10}, "--malformed end --max-turns 10"),
         ({"prompt_column": "prompt", "split": "train"}, "--prompt-column prompt --split train"),
-        ({"task": "vowels", "max_completion_length": 256}, "--task vowels --max-completion-length 256"),
+        (
+            {"task": "vowels", "max_completion_length": 256},
+            "--task vowels --max-completion-length 256",
+        ),
         ({"reward_weights": (1.0,)}, "--reward-weights 1"),
         ({"environment": "envs.py:Env"}, "--environment envs.py:Env"),
     ],
@@ -100,7 +141,9 @@ def test_what_is_given_counts_also_where_it_is_the_default_and_all_else_is_the_r
 ):
     run = recorded(tmp_path / "run")
     typed = parse("evaluate", COMMANDS["evaluate"], ["--model", run, *words.split()])
-    expected = {n: tuple(v) if isinstance(v, list) else v for n, v in RECORDED.items() if n != "command"}
+    expected = {
+        n: tuple(v) if isinstance(v, list) else v for n, v in RECORDED.items() if n != "command"
+    }
     for args in (typed, EvaluateArguments(model=run, **options)):
         filled = vars(as_trained(args))
         assert {name: filled[name] for name in expected | options} == expected | options
@@ -118,7 +161,12 @@ def test_what_is_given_counts_also_where_it_is_the_default_and_all_else_is_the_r
         (IN_MEMORY, {"task": ROWS}, True, 7),
         (IN_MEMORY, {"task": {"train": ROWS, "test": ROWS}}, True, 7),
         (IN_MEMORY, {"task": "vowels"}, False, None),
-        (IN_MEMORY | {"task": "mine"}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)}, True, 7),
+        (
+            IN_MEMORY | {"task": "mine"},
+            {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)},
+            True,
+            7,
+        ),
     ],
 )
 def test_the_settings_of_the_data_are_those_of_the_run_for_its_own_task(
@@ -130,7 +178,12 @@ def test_the_settings_of_the_data_are_those_of_the_run_for_its_own_task(
         value = RECORDED[name] if same else usual[name]
         assert getattr(filled, name) == (tuple(value) if isinstance(value, list) else value), name
     assert filled.max_completion_length == length
-    assert (filled.temperature, filled.top_k, filled.seed, filled.truncate_prompts) == (0.7, 3, 2, True)
+    assert (filled.temperature, filled.top_k, filled.seed, filled.truncate_prompts) == (
+        0.7,
+        3,
+        2,
+        True,
+    )
 
 
 def test_weights_are_those_of_the_same_rewards_and_objects_are_asked_for(tmp_path):
@@ -141,7 +194,9 @@ def test_weights_are_those_of_the_same_rewards_and_objects_are_asked_for(tmp_pat
         assert filled.reward_weights == weights and filled.max_completion_length == 7
     for unnamed in ("__main__:f", "rewards:f.<locals>.g", "rewards:<lambda>"):
         recorded(tmp_path / "run", **IN_MEMORY, reward=[unnamed])
-        with pytest.raises(Refused, match=r"have no name here: say with --task .* and with --reward by what"):
+        with pytest.raises(
+            Refused, match=r"have no name here: say with --task .* and with --reward by what"
+        ):
             as_trained(EvaluateArguments(model=run, task=ROWS))
     environment = "envs.py:Env"
     assert TrainArguments(environment=environment).task == environment
@@ -149,7 +204,9 @@ def test_weights_are_those_of_the_same_rewards_and_objects_are_asked_for(tmp_pat
     assert (TrainArguments().task, EvaluateArguments().task) == ("sort_digits", None)
 
 
-def test_rows_and_functions_given_again_are_evaluated_as_in_the_run_and_the_result_is_a_short_table(trained):
+def test_rows_and_functions_given_again_are_evaluated_as_in_the_run_and_the_result_is_a_short_table(
+    trained,
+):
     def longer(completions, **_):
         return [float(len(text)) for text in completions]
 
@@ -161,7 +218,11 @@ def test_rows_and_functions_given_again_are_evaluated_as_in_the_run_and_the_resu
     length = OWN["max_completion_length"]
     assert told.metrics["max_completion_length"] == told.sampling.max_completion_length == length
     lines = str(told).splitlines()
-    assert lines[0].split() == ["Evaluation", "value"] and len(lines) < 20 and max(map(len, lines)) < 100
+    assert (
+        lines[0].split() == ["Evaluation", "value"]
+        and len(lines) < 20
+        and max(map(len, lines)) < 100
+    )
     assert lines[-1] == "3 prompts, a greedy completion and 4 samples of each, of at most 5 tokens"
     assert "<td>reward_greedy</td>" in told._repr_html_()
     assert len(tokenrl.sample(model="run", prompt="cat")[0]) == 4
@@ -180,7 +241,9 @@ def test_another_task_brings_its_own_reward_and_length(trained, capsys):
     )
 
 
-def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(trained, saved, capsys):
+def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
+    trained, saved, capsys
+):
     base, runs = str(saved(kind="chat")), [trained("a"), trained("b", seed=4)]
     found = tokenrl.evaluate(model=[base, *runs])
     assert found["b"].rows == tokenrl.evaluate(model="b", seed=3).rows
@@ -207,7 +270,11 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys)
     run = trained(**changes)
     assert main(["evaluate", "--model", run]) == 2
     assert "say with --task what it was trained on, and with --reward" in capsys.readouterr().err
-    told = {"task": changes.get("task", "words.jsonl"), "reward": vowel_reward, "max_completion_length": 5}
+    told = {
+        "task": changes.get("task", "words.jsonl"),
+        "reward": vowel_reward,
+        "max_completion_length": 5,
+    }
     assert tokenrl.evaluate(model=run, **told, prompt_column="question").rows
 
 
@@ -225,11 +292,19 @@ def test_a_model_trained_on_chats_is_sampled_in_chats(trained, saved, capsys):
         file.writelines(json.dumps(row) + "\n" for row in rows)
     data = {"task": "chats.jsonl", "reward_weights": (), "prompt_column": "prompt"}
     tokenrl.sft(
-        model=str(saved(kind="chat")), task="chats.jsonl", max_steps=1, output_dir="tuned", quiet=True
+        model=str(saved(kind="chat")),
+        task="chats.jsonl",
+        max_steps=1,
+        output_dir="tuned",
+        quiet=True,
     )
     for run in (trained(**data), "tuned"):
         how = {"model": run, "prompt": "cat", "seed": 1}
-        assert tokenrl.sample(**how) == tokenrl.sample(chat=True, **how) != tokenrl.sample(chat=False, **how)
+        assert (
+            tokenrl.sample(**how)
+            == tokenrl.sample(chat=True, **how)
+            != tokenrl.sample(chat=False, **how)
+        )
     capsys.readouterr()
     assert main(["sample", "--model", "tuned", "--prompt", "cat"]) == 0
     assert "asked: each text as a message of the user" in capsys.readouterr().err

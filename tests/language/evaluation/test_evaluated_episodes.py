@@ -55,7 +55,16 @@ def long(completions, **_):
 '''
 STOP = "abcdefghijklmnop"
 SMALL = ["--model", "tiny", "--max-turns", "3", "--max-completion-length", "24", "--stop", *STOP]
-SMALL += ["--max-steps", "2", "--prompts-per-step", "4", "--num-generations", "4", "--eval-size", "6"]
+SMALL += [
+    "--max-steps",
+    "2",
+    "--prompts-per-step",
+    "4",
+    "--num-generations",
+    "4",
+    "--eval-size",
+    "6",
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,10 @@ def run(tmp_path_factory):
 
 def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
     recorded = read_run(run)
-    assert recorded.config["task"] == f"{run.parent}/talk.py:Talk" and recorded.config["max_turns"] == 3
+    assert (
+        recorded.config["task"] == f"{run.parent}/talk.py:Talk"
+        and recorded.config["max_turns"] == 3
+    )
     row = recorded.completions()[0]
     turns = json.loads(row["messages"])
     assert row["prompt"][0] + row["prompt"][2] == "<>" and row["ending"] in ENDINGS
@@ -79,10 +91,14 @@ def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
     assert answers == ["<b>\n"] * len(answers)
     assert [row["prompt"][1] for row in recorded.completions()[:4]] == [row["prompt"][1]] * 4
     page = (run / "report.html").read_text()
-    assert '<div class="message user"><span class="label">user</span><div class="text">&lt;b&gt;' in page
+    assert (
+        '<div class="message user"><span class="label">user</span><div class="text">&lt;b&gt;'
+        in page
+    )
     assert '<div class="message assistant">' in page and "<b>\n" not in page
     assert (
-        '<span class="label">completion</span>' in page and '<span class="label">messages</span>' not in page
+        '<span class="label">completion</span>' in page
+        and '<span class="label">messages</span>' not in page
     )
     assert recorded.metrics[-1]["eval_episodes/turns"] > 0
 
@@ -101,7 +117,9 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch)
     assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
     out, said = capsys.readouterr()
     assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
-    assert said.count("Talk begins its episodes itself, so they are played without that prompt") == 1
+    assert (
+        said.count("Talk begins its episodes itself, so they are played without that prompt") == 1
+    )
     assert out.count("\nuser       <b>") >= 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
     assert main(["sample", "--model", str(run), "--num-generations", "0"]) == 0
@@ -113,7 +131,9 @@ def test_best_of_n_is_measured_by_what_the_environment_gave(run):
     args = TaskArguments(task=f"{run.parent}/talk.py:Talk", max_turns=3, eval_size=6)
     task, gold = find_task(args)
     policy.ask(PromptArguments(stop=tuple(STOP)))
-    choosing = Rewards([lambda completions: list(map(len, completions))], environments=gold.environments)
+    choosing = Rewards(
+        [lambda completions: list(map(len, completions))], environments=gold.environments
+    )
     found = best_of_n_metrics(policy, task.eval_prompts, choosing, gold, Sampling(24, 4))
     own = best_of_n_metrics(policy, task.eval_prompts, gold, gold, Sampling(24, 4))
     assert found["best_of_n@1"] == pytest.approx(own["best_of_n@1"]) != found["best_of_n_proxy@1"]
@@ -132,19 +152,27 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     cut = r"\d\d% of the completions are cut off at 3 tokens. Raise --max-completion-length"
     assert re.search(cut, " ".join(capsys.readouterr().err.split()))
     assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
-    said = (
-        r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"
-    )
+    said = r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"
     assert re.search(said, capsys.readouterr().err)
     main([*command, f"{run.parent}/talk.py:Shaky"])
     error = capsys.readouterr().err
-    assert re.search(r"environment-fails: \d+ of \d+ episodes failed. Shaky.step raised OSError: no", error)
+    assert re.search(
+        r"environment-fails: \d+ of \d+ episodes failed. Shaky.step raised OSError: no", error
+    )
 
 
 def test_equal_prompts_are_no_fault_where_an_environment_begins_the_episodes(run, capsys):
     folder, rows = run.parent, [{"prompt": ""}] * 8
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(9)))
-    shape = [*SMALL, "--environment", f"{folder}/talk.py:Talk", "--estimator", "reinforce_timestep_mean"]
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(9))
+    )
+    shape = [
+        *SMALL,
+        "--environment",
+        f"{folder}/talk.py:Talk",
+        "--estimator",
+        "reinforce_timestep_mean",
+    ]
     command = ["train", "--task", f"{folder}/rows.jsonl", *shape, "--output-dir", f"{folder}/rows"]
     assert main(command) == 0  # whose baseline compares turns, and so needs rewards in time
     out = capsys.readouterr().out
@@ -160,7 +188,10 @@ def test_equal_prompts_are_no_fault_where_an_environment_begins_the_episodes(run
 
 @pytest.mark.parametrize(
     ("command", "purpose"),
-    [(["lab", "measure"], "lab measure"), (["reward-model", "--output-dir", "OUT"], "A reward model")],
+    [
+        (["lab", "measure"], "lab measure"),
+        (["reward-model", "--output-dir", "OUT"], "A reward model"),
+    ],
 )
 def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
     words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
@@ -168,5 +199,7 @@ def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, 
     _, gold = find_task(TaskArguments(task=f"{run.parent}/talk.py:Talk"))
     with pytest.raises(Refused, match="A pair of completions needs completions of one turn"):
         make_preferences(load_policy(run / "model"), [{"prompt": "a"}], gold, Sampling(4, 2))
-    expected = f"{purpose} needs completions of one turn, and Talk answers them: name a task without"
+    expected = (
+        f"{purpose} needs completions of one turn, and Talk answers them: name a task without"
+    )
     assert expected in capsys.readouterr().err

@@ -16,7 +16,9 @@ from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import TrainArguments
 
 WORDS = "".join(f'{{"prompt": "{word}"}}\n' for word in ("cat", "dog", "mat", "log", "one", "two"))
-OWN = "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]\n"
+OWN = (
+    "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]\n"
+)
 EVIL = f"open({{!r}}, 'w').close()\n{OWN}mean = lambda rewards, **_: rewards\ntask = None\n"
 SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "cpu": True, "quiet": True}
 
@@ -30,7 +32,12 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(folder / "settings"))
         patch.chdir(folder)
-        data = {"task": "words.jsonl", "reward": "rewards.py:vowels", "model": "tiny", "eval_size": 1}
+        data = {
+            "task": "words.jsonl",
+            "reward": "rewards.py:vowels",
+            "model": "tiny",
+            "eval_size": 1,
+        }
         tokenrl.train(**data, **SMALL, output_dir="run", max_completion_length=4)
     return folder
 
@@ -82,18 +89,26 @@ def test_no_code_of_a_stranger_is_executed(stranger, setting, name, capsys):
     assert not Path("executed").exists()
 
 
-TRAINED = {"task": "run/evil.py:task", "reward": ["run/evil.py:vowels"], "environment": "run/evil.py:task"}
+TRAINED = {
+    "task": "run/evil.py:task",
+    "reward": ["run/evil.py:vowels"],
+    "environment": "run/evil.py:task",
+}
 BASELINE = {"baseline": "run/evil.py:mean"}
 COMMANDS = {
     "evaluate --model run/model": TRAINED,
     "evaluate --model run/checkpoints/step_000001": TRAINED,
     "sample --model run --prompt cat --num-generations 1": TRAINED,
-    "train --reward rewards.py:vowels --output-dir run --resume auto": {"environment": "run/evil.py:task"},
+    "train --reward rewards.py:vowels --output-dir run --resume auto": {
+        "environment": "run/evil.py:task"
+    },
     "sft --output-dir run --resume auto": {"environment": "run/evil.py:task"},
     "train --config run": TRAINED,
     "train --config run/config.json --task words.jsonl": TRAINED,
     "train --config run --reward rewards.py:vowels --estimator.scale none": {"estimator": BASELINE},
-    "train --config run --reward rewards.py:vowels": {"estimator": "rloo,baseline=run/evil.py:mean"},
+    "train --config run --reward rewards.py:vowels": {
+        "estimator": "rloo,baseline=run/evil.py:mean"
+    },
     "train --config run --reward rewards.py:vowels --quiet": {"generator": "run/evil.py:task"},
     "sft --config run": TRAINED | {"kind": "sft"},
     "control --config run": {"kind": "control", "env": "run/evil.py:Mine-v0"},
@@ -110,7 +125,9 @@ def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, 
     shown = command.startswith("sample")  # without rewards
     assert main(command.split()) == (0 if shown else 2)
     said = capsys.readouterr().err
-    reason = "configuration of a run" if "compare" in command else "names code that is not executed: "
+    reason = (
+        "configuration of a run" if "compare" in command else "names code that is not executed: "
+    )
     assert reason in said and "Traceback" not in said
     assert not Path("executed").exists() and not Path("runs").exists()
 
@@ -147,7 +164,9 @@ def test_no_run_says_that_it_is_trusted(stranger):
     assert not (settings.trust_run or settings.trust_remote_code)
 
 
-def test_modules_are_not_looked_for_in_the_run_as_the_current_directory(stranger, monkeypatch, capsys):
+def test_modules_are_not_looked_for_in_the_run_as_the_current_directory(
+    stranger, monkeypatch, capsys
+):
     stranger(task="../words.jsonl", reward=["toy_tasks.vowels:load"])
     monkeypatch.chdir("run")
     assert main(["evaluate", "--model", "."]) == 2

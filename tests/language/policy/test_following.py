@@ -10,7 +10,12 @@ from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.training.supervised import encode_demonstrations
 
-TEXTS = [*SENTENCES, "3+4=7\n1+1=2 3+4= 7 (a) b.", "user: hi assistant: yes no", "[INST] hi [/INST] yes"]
+TEXTS = [
+    *SENTENCES,
+    "3+4=7\n1+1=2 3+4= 7 (a) b.",
+    "user: hi assistant: yes no",
+    "[INST] hi [/INST] yes",
+]
 TEMPLATES = {
     "line": "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
@@ -49,7 +54,9 @@ def tokenizer_of(kind):
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     elif "legacy" in kind:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         parts = [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
@@ -75,12 +82,20 @@ def tokenizer_of(kind):
     if "whole" in kind:  # as Mistral's, trained on words
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     if "bos" in kind:
-        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        backend.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 0)]
+        )
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-KINDS = ["metaspace", "metaspace bos", "metaspace first whole bos", "unigram metaspace", "legacy bos"]
+KINDS = [
+    "metaspace",
+    "metaspace bos",
+    "metaspace first whole bos",
+    "unigram metaspace",
+    "legacy bos",
+]
 KINDS += ["byte level with space", "byte level bos", "wordpiece"]
 
 
@@ -98,7 +113,14 @@ def read(policy, ids):
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [
-        *[("3+4=", "7"), ("3+4= ", "7"), ("3+4=", " 7"), ("1+1", "=2"), ("(a", ")"), ("the c", "at sat")],
+        *[
+            ("3+4=", "7"),
+            ("3+4= ", "7"),
+            ("3+4=", " 7"),
+            ("1+1", "=2"),
+            ("(a", ")"),
+            ("the c", "at sat"),
+        ],
         *[
             ("count to ten:", " one two\nthree"),
             ("a\n", "b"),
@@ -131,9 +153,13 @@ def test_answers_of_a_chat_read_as_the_template_writes_them(kind, template):
         [*messages, {"role": "assistant", "content": "yes"}], tokenize=False
     )
     written = read(policy, policy.tokenizer(whole, add_special_tokens=False).input_ids)
-    alone = template == "inst" and kind == "byte level bos"  # its text reads as given, without the space
+    alone = (
+        template == "inst" and kind == "byte level bos"
+    )  # its text reads as given, without the space
     expected = written[: written.rindex("yes") + 3]
-    assert read(policy, before + ids[:-1]) == (expected.replace(" yes", "yes") if alone else expected)
+    assert read(policy, before + ids[:-1]) == (
+        expected.replace(" yes", "yes") if alone else expected
+    )
     begun = [*messages, {"role": "assistant", "content": "y"}]
     ((before, ids),) = encode_demonstrations(policy, [{"prompt": begun, "completion": "es"}])
     assert read(policy, before + ids[:-1]).endswith("yes")
@@ -145,7 +171,9 @@ def test_later_turns_of_text_read_as_written(kind):
     row = policy.encode("3+4=")
     for text in ("7\n", "1+1=", "2", " yes"):
         before = read(policy, row)
-        row += policy.reply_ids([{"role": "user", "content": text}], ended=False, chat=False, before=row)
+        row += policy.reply_ids(
+            [{"role": "user", "content": text}], ended=False, chat=False, before=row
+        )
         assert read(policy, row) == before + text
 
 
@@ -154,7 +182,12 @@ def test_preferences_are_read_as_written(kind):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     tokenizer = tokenizer_of(kind)
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+    }
     config = LlamaConfig(vocab_size=300, num_labels=1, pad_token_id=1, **size)
     judge = RewardModel((LlamaForSequenceClassification(config), tokenizer))
     for chosen in ("7", " 7", "\n"):
@@ -175,7 +208,13 @@ def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():
         "3+4=7": 3,
     }  # whole texts; several are written with spaces between
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    policy = wrap(make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
-    with pytest.raises(Refused, match=r"The demonstration of row 0.*cannot write '7'.*Give the prompt"):
+    policy = wrap(
+        make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    )
+    with pytest.raises(
+        Refused, match=r"The demonstration of row 0.*cannot write '7'.*Give the prompt"
+    ):
         encode_demonstrations(policy, [{"prompt": "3+4=", "completion": "7"}])
-    assert policy.reply_ids([{"role": "user", "content": "7"}], ended=False, chat=False, before=[1]) == [2]
+    assert policy.reply_ids(
+        [{"role": "user", "content": "7"}], ended=False, chat=False, before=[1]
+    ) == [2]

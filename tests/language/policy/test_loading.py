@@ -29,7 +29,11 @@ def sources(tmp_path_factory):
     (place / "reward").mkdir()
     save_policy(make_policy(), place / "model")
     save_policy(reward_backbone(str(place / "model")), place / "reward")
-    return {load_policy: place / "model", RewardModel: place / "reward", reward_backbone: place / "model"}
+    return {
+        load_policy: place / "model",
+        RewardModel: place / "reward",
+        reward_backbone: place / "model",
+    }
 
 
 def half(file):
@@ -99,7 +103,9 @@ def test_a_name_of_nothing_is_refused_within_seconds(load, tmp_path, monkeypatch
         began = time.monotonic()
         with pytest.raises(Refused, match=f"There is no directory '{name}' in {tmp_path}"):
             load(name)
-        assert time.monotonic() - began < 15  # transformers asks the hub for 50 s where there is no network
+        assert (
+            time.monotonic() - began < 15
+        )  # transformers asks the hub for 50 s where there is no network
 
 
 def test_a_directory_of_something_else_says_what_it_is(sources, tmp_path, capsys):
@@ -127,7 +133,9 @@ def test_a_directory_of_something_else_says_what_it_is(sources, tmp_path, capsys
     assert main(["sample", "--model", str(unfinished), "--prompt", "a"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "has not saved its model yet" in said and "sentencepiece" not in said
-    (unfinished / "summary.json").write_text('{"exit_reason": "failed", "error": "The reward is nan."}')
+    (unfinished / "summary.json").write_text(
+        '{"exit_reason": "failed", "error": "The reward is nan."}'
+    )
     with pytest.raises(Refused, match=r"failed and has no model .The reward is nan.*step_000002"):
         load_policy(unfinished)
 
@@ -170,10 +178,18 @@ def shipped(sources, tmp_path, monkeypatch):
     import transformers.dynamic_module_utils as dynamic
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a user who says yes to whatever a library asks
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: "y"
+    )  # a user who says yes to whatever a library asks
     place = shutil.copytree(sources[load_policy], tmp_path / "model")
-    classes = dict.fromkeys(["AutoModelForCausalLM", "AutoModelForSequenceClassification"], "mine.Model")
-    changed = {"model_type": "mine", "auto_map": classes | {"AutoConfig": "mine.Mine"}, "num_labels": 1}
+    classes = dict.fromkeys(
+        ["AutoModelForCausalLM", "AutoModelForSequenceClassification"], "mine.Model"
+    )
+    changed = {
+        "model_type": "mine",
+        "auto_map": classes | {"AutoConfig": "mine.Mine"},
+        "num_labels": 1,
+    }
     config = json.loads((place / "config.json").read_text()) | changed
     (place / "config.json").write_text(json.dumps(config))
     (place / "mine.py").write_text(CODE.format(trace=str(tmp_path / "trace")))
@@ -200,7 +216,9 @@ def test_reading_and_writing_a_model_prints_nothing(sources, tmp_path, capfd, re
     save_policy(policy, tmp_path)
     load_policy(tmp_path / "adapter")
     assert capfd.readouterr().err == "" and logging.is_progress_bar_enabled()
-    assert [str(w.message) for w in recwarn if w.category in (FutureWarning, DeprecationWarning)] == []
+    assert [
+        str(w.message) for w in recwarn if w.category in (FutureWarning, DeprecationWarning)
+    ] == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64", "auto"])

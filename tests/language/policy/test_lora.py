@@ -17,7 +17,9 @@ from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointin
 from tokenrl.language.policy.saving import save_policy
 
 IDS = torch.tensor([[84, 56, 44, 39, 87], [5, 6, 7, 8, 9]])
-ALL = [pytest.param(a, marks=() if a in ("llama", "gpt2") else pytest.mark.slow) for a in ARCHITECTURES]
+ALL = [
+    pytest.param(a, marks=() if a in ("llama", "gpt2") else pytest.mark.slow) for a in ARCHITECTURES
+]
 """Quick: plain and transposed matrices."""
 
 
@@ -37,7 +39,9 @@ def trained_names(policy):
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merged(architecture, tmp_path):
+def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merged(
+    architecture, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     policy = adapted(architecture)
@@ -65,7 +69,9 @@ def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merge
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(plain, "peft_config")
     torch.testing.assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
-    assert policy.has_adapter and torch.equal(weights(policy.model), adapter)  # saving merged a copy
+    assert policy.has_adapter and torch.equal(
+        weights(policy.model), adapter
+    )  # saving merged a copy
 
 
 @pytest.mark.parametrize("modules", [["query"], ["q_proj", "query"], ["mlp"], ["proj"]])
@@ -96,7 +102,9 @@ def test_a_directory_with_an_adapter_loads_merged_or_apart_bit_for_bit(saved, tm
     apart = load_policy(tmp_path / "adapter", merge_adapter=False)
     assert torch.equal(weights(apart.model), weights(policy.model))
     again = load_policy(tmp_path / "adapter")
-    assert not again.has_adapter and len(again.trainable_parameters()) == len(list(again.model.parameters()))
+    assert not again.has_adapter and len(again.trainable_parameters()) == len(
+        list(again.model.parameters())
+    )
     torch.testing.assert_close(logits(again.model), logits(policy.model), atol=1e-5, rtol=1e-5)
     add_lora(again, r=2)  # a second adapter: its reference is the model after the first
     with again.reference_model() as reference:
@@ -110,5 +118,7 @@ def test_gradient_checkpointing_trains_the_same_adapter():
     add_lora(checkpointed, r=2)
     for policy in (plain, checkpointed):
         one_step(make_learner(policy, learning_rate=1e-3))
-    torch.testing.assert_close(weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4
+    )
     assert not torch.equal(weights(plain.model), before)

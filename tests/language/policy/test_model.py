@@ -35,13 +35,22 @@ def test_load_from_a_directory(saved):
     assert policy.eos_ids == (1,) and policy.context == 64 and not policy.has_adapter
     assert policy.source == str(saved()) and not policy.model.training
     expected = make_model().state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in policy.model.state_dict().items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in policy.model.state_dict().items()
+    )
 
 
 def test_objects_that_are_no_model_with_its_tokenizer_are_refused_in_the_call():
     model, tokenizer = make_model(), make_tokenizer()
     hint = r"^model was given as .*: model=\(model, tokenizer\)\.$"
-    for wrong in (model, tokenizer, (tokenizer, model), (model, tokenizer, 1), ("name", tokenizer), 5):
+    for wrong in (
+        model,
+        tokenizer,
+        (tokenizer, model),
+        (model, tokenizer, 1),
+        ("name", tokenizer),
+        5,
+    ):
         for function in (tokenrl.train, tokenrl.sft):
             with pytest.raises(Refused, match=hint) as caught:
                 function(model=wrong, task="sort_digits")
@@ -75,7 +84,9 @@ def test_every_eos_of_config_generation_config_and_tokenizer_counts():
     assert wrap(model, tokenizer).pad_id == 0
     model.generation_config.eos_token_id = 10_000  # of another vocabulary: can never be drawn
     assert wrap(model, tokenizer).eos_ids == ()
-    assert wrap(make_model(vocabulary=128), make_tokenizer()).pad_id == 2  # a padded embedding is common
+    assert (
+        wrap(make_model(vocabulary=128), make_tokenizer()).pad_id == 2
+    )  # a padded embedding is common
 
 
 @pytest.mark.parametrize("kind", ["no_pad", "pad_is_eos", "pads_right"])
@@ -95,9 +106,15 @@ def test_chat_has_one_bos_and_a_generation_prompt(saved):
     for policy in (make_policy(kind="chat"), load_policy(saved("llama", "chat"))):
         assert policy.tokenizer.chat_template == TEMPLATE
         assert policy.encode(CHAT) == [0, *ids_of(policy, "u the cat a ")]
-        assert policy.encode("the cat") == [0, *ids_of(policy, "the cat")]  # plain text gets its one BOS too
+        assert policy.encode("the cat") == [
+            0,
+            *ids_of(policy, "the cat"),
+        ]  # plain text gets its one BOS too
         begun = [*CHAT, {"role": "assistant", "content": "the mat"}]
-        assert policy.encode(begun) == [0, *ids_of(policy, "u the cat a the mat")]  # to be continued
+        assert policy.encode(begun) == [
+            0,
+            *ids_of(policy, "u the cat a the mat"),
+        ]  # to be continued
 
 
 def test_an_empty_prompt_is_the_bos_or_refused():
@@ -126,15 +143,22 @@ def test_too_long_a_prompt_is_refused_with_row_and_lengths_or_cut_on_the_left():
         f"context of 64: give --max-completion-length {64 - length} or less, give --truncate-prompts, which",
     ):
         assert fact in str(caught.value)
-    with pytest.raises(Refused, match=r"line 7 has 1\d\d tokens.* 64: give --truncate-prompts, .*, leave"):
+    with pytest.raises(
+        Refused, match=r"line 7 has 1\d\d tokens.* 64: give --truncate-prompts, .*, leave"
+    ):
         policy.encode_all(["the cat " * 40], max_completion_length=8, locations=["line 7"])
-    with pytest.raises(Refused, match="context of 64: leave it out, or take a model with a longer context"):
+    with pytest.raises(
+        Refused, match="context of 64: leave it out, or take a model with a longer context"
+    ):
         policy.encode_all([LONG], max_completion_length=64, truncate=None)
     with pytest.raises(Refused, match=r"no room for a prompt.*: lower --max-completion-length"):
         policy.encode_all(["a"], max_completion_length=64)
     assert len(policy.encode_all([LONG], max_completion_length=64 - length)[0]) == length
     short, cut = policy.encode_all(["the cat", LONG], max_completion_length=32, truncate=True)
-    assert short == policy.encode("the cat") and cut == policy.encode(LONG)[-32:] != policy.encode(LONG)[:32]
+    assert (
+        short == policy.encode("the cat")
+        and cut == policy.encode(LONG)[-32:] != policy.encode(LONG)[:32]
+    )
     policy.context = None  # a model that states no context takes any length
     assert len(policy.encode_all(["the cat " * 40], max_completion_length=1000)[0]) > 64
 
@@ -143,7 +167,9 @@ def test_a_training_prompt_too_long_is_refused_before_the_first_step(tmp_path):
     task = make_task(["the cat", "a", "dog", "the cat " * 40])
     task.eval_prompts = task.train_prompts[:2]
     with pytest.raises(Refused, match="row 3"):
-        tokenrl.train(model=make_policy(), task=task, output_dir=tmp_path / "run", cpu=True, quiet=True)
+        tokenrl.train(
+            model=make_policy(), task=task, output_dir=tmp_path / "run", cpu=True, quiet=True
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -171,7 +197,9 @@ def test_the_reference_is_a_frozen_copy():
             p.add_(1.0)
     policy.add_reference()  # once taken it stays
     with policy.reference_model() as reference:
-        assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
+        assert all(
+            torch.equal(value, before[name]) for name, value in reference.state_dict().items()
+        )
         assert not any(p.requires_grad for p in reference.parameters())
 
 
@@ -212,7 +240,9 @@ def test_routers_add_no_noise_under_checkpointing_and_return_no_logits():
     first, second = (score(policy.model, rollout, scoring).logprobs for _ in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first.detach(), rollout.sampling_logprobs, atol=1e-4, rtol=0)
-    assert any(m.training for m in policy.model.modules())  # activations are still recomputed after sampling
+    assert any(
+        m.training for m in policy.model.modules()
+    )  # activations are still recomputed after sampling
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ messages[-1].content[:2] }}"])
@@ -220,7 +250,9 @@ def test_a_prompt_whose_end_the_template_cuts_is_refused(template):
     policy = make_policy(kind="chat")
     policy.tokenizer.chat_template = template
     prompt = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat sat"}]
-    with pytest.raises(Refused, match=r"chat template of 'tiny llama' cuts the last message.*'cat sat'"):
+    with pytest.raises(
+        Refused, match=r"chat template of 'tiny llama' cuts the last message.*'cat sat'"
+    ):
         policy.encode(prompt)
 
 

@@ -56,14 +56,49 @@ def test_what_the_model_reads(prompt, form, text):
 @pytest.mark.parametrize(
     ("template", "form", "prompt", "said"),
     [
-        (TEMPLATE, {"system_prompt": "count"}, "the cat", "system_prompt is for chat .*'the cat'.*--chat"),
-        (FASTER, {"chat_template_kwargs": {"quick": 1}}, "a", "chat_template_kwargs is for chat messages"),
-        (TEMPLATE, {"system_prompt": "count"}, [*SYSTEM, *USER], "already begins with a message of the sys"),
+        (
+            TEMPLATE,
+            {"system_prompt": "count"},
+            "the cat",
+            "system_prompt is for chat .*'the cat'.*--chat",
+        ),
+        (
+            FASTER,
+            {"chat_template_kwargs": {"quick": 1}},
+            "a",
+            "chat_template_kwargs is for chat messages",
+        ),
+        (
+            TEMPLATE,
+            {"system_prompt": "count"},
+            [*SYSTEM, *USER],
+            "already begins with a message of the sys",
+        ),
         (None, {"chat": True}, "the cat", "has no chat template.*without chat"),
-        (GEMMA, {"system_prompt": "count"}, USER, "messages of these roles: system, user .*System role"),
-        (GEMMA, {}, [*SYSTEM, *USER], "System role not supported.*Give prompts as the template takes them"),
-        (DEAF, {"system_prompt": "count"}, USER, "leaves out messages of the system.*prompt_template"),
-        (TEMPLATE, {"chat_template_kwargs": {"quick": True}}, USER, "sets 'quick', which the chat template"),
+        (
+            GEMMA,
+            {"system_prompt": "count"},
+            USER,
+            "messages of these roles: system, user .*System role",
+        ),
+        (
+            GEMMA,
+            {},
+            [*SYSTEM, *USER],
+            "System role not supported.*Give prompts as the template takes them",
+        ),
+        (
+            DEAF,
+            {"system_prompt": "count"},
+            USER,
+            "leaves out messages of the system.*prompt_template",
+        ),
+        (
+            TEMPLATE,
+            {"chat_template_kwargs": {"quick": True}},
+            USER,
+            "sets 'quick', which the chat template",
+        ),
         (
             TEMPLATE,
             {"chat_template_kwargs": {"messages": []}},
@@ -79,7 +114,9 @@ def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, pr
 
 @pytest.mark.parametrize("given", ["{quick: 1}", "[1]", "3", {"quick": {1}}, 5, ""])
 def test_template_variables_are_a_json_object(given):
-    with pytest.raises(Refused, match=r"chat_template_kwargs was given as .*must be an object in JSON"):
+    with pytest.raises(
+        Refused, match=r"chat_template_kwargs was given as .*must be an object in JSON"
+    ):
         PromptArguments(chat_template_kwargs=given)
 
 
@@ -91,20 +128,39 @@ def test_a_stop_string_that_would_never_be_met_is_refused(given):
 
 
 def test_every_command_that_asks_a_model_has_the_four_settings():
-    found = [name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")]
+    found = [
+        name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")
+    ]
     assert found == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
 
 
 def test_flags_say_yes_no_or_nothing(tmp_path):
     command, kwargs = COMMANDS["sft"], '{"enable_thinking": false}'
-    given = ["--system-prompt", "Be brief.", "--stop", "Q:", "\n\n", "--chat-template-kwargs", kwargs]
+    given = [
+        "--system-prompt",
+        "Be brief.",
+        "--stop",
+        "Q:",
+        "\n\n",
+        "--chat-template-kwargs",
+        kwargs,
+    ]
     args = parse("sft", command, [*given, "--chat"])
-    assert [getattr(args, field) for field in FORM] == ["Be brief.", True, kwargs, None, ("Q:", "\n\n")]
+    assert [getattr(args, field) for field in FORM] == [
+        "Be brief.",
+        True,
+        kwargs,
+        None,
+        ("Q:", "\n\n"),
+    ]
     assert parse("sft", command, ["--no-chat", "--stop"]).chat is False
     assert {getattr(parse("sft", command, []), field) for field in FORM} == {None}
     (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
     config = ["--config", str(tmp_path / "c.json")]
-    assert [parse("sft", command, config).chat, parse("sft", command, config).stop] == [True, ("Q:",)]
+    assert [parse("sft", command, config).chat, parse("sft", command, config).stop] == [
+        True,
+        ("Q:",),
+    ]
     assert parse("sft", command, [*config, "--no-chat"]).chat is False
 
 
@@ -122,20 +178,37 @@ def test_a_run_and_its_models_are_asked_as_in_the_run_and_nothing_else_is(run, m
     monkeypatch.chdir(run)
     for part in (".", "model", "model/adapter", "checkpoints/step_1"):
         assert saved_form(run / part) == saved_form(part) == {"chat": True, "stop": ("Q:",)}
-    assert saved_form("other") == saved_form("owner/name") == saved_form(None) == saved_form(run.parent) == {}
+    assert (
+        saved_form("other")
+        == saved_form("owner/name")
+        == saved_form(None)
+        == saved_form(run.parent)
+        == {}
+    )
 
 
 def test_the_form_in_words(run):
     form = PromptArguments(system_prompt="Be brief.", chat=True, stop=("Q:", "\n"))
     said = "each text as a message of the user; system prompt 'Be brief.'; completions end at 'Q:' or '\\n'"
     assert form_line(form) == {"asked": said} == form_line(form, run)
-    assert form_line(PromptArguments(**saved_form(run)), run)["asked"].endswith(f"'Q:' (as the run of {run})")
-    assert form_line(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={})) == {}
+    assert form_line(PromptArguments(**saved_form(run)), run)["asked"].endswith(
+        f"'Q:' (as the run of {run})"
+    )
+    assert (
+        form_line(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={}))
+        == {}
+    )
 
 
 # ---- special tokens in a prompt, and what a model writes ----
 
-QUICK = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0, "cpu": True}
+QUICK = {
+    "max_steps": 1,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "eval_generations": 0,
+    "cpu": True,
+}
 
 
 def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
@@ -145,14 +218,21 @@ def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
     assert 'row 1 contains "<eos>"' in said and "and 1 more rows" in said
     right = ["the <eo s>", [{"role": "<eos>", "content": "cat"}]]
     assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in right])
-    assert tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1  # as the message says
+    assert (
+        tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1
+    )  # as the message says
     tokenizer.split_special_tokens = True
     assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
 
 
 def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys):
     model, words = str(saved(kind="chat")), 'contains "<eos>"'
-    assert main(["sample", "--model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0"]) == 0
+    assert (
+        main(
+            ["sample", "--model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0"]
+        )
+        == 0
+    )
     assert capsys.readouterr().err.count(words) == 1
     task = make_task(["a <eos> b", "the cat"])
     evaluate(model=model, task=task, num_generations=0)

@@ -41,7 +41,11 @@ def policy_with(template):
 @pytest.mark.parametrize(("ended", "end"), [(True, ""), (False, "<eos>")])
 @pytest.mark.parametrize(
     ("messages", "tools", "text"),
-    [(USER, (), " u the cat<eos> a "), (RESULT, [count], " u ten<eos> a "), (RESULT * 2, [count], None)],
+    [
+        (USER, (), " u the cat<eos> a "),
+        (RESULT, [count], " u ten<eos> a "),
+        (RESULT * 2, [count], None),
+    ],
 )
 def test_a_reply_is_what_the_template_writes_between_two_turns(messages, tools, text, ended, end):
     policy = policy_with(TURNS)
@@ -49,7 +53,9 @@ def test_a_reply_is_what_the_template_writes_between_two_turns(messages, tools, 
     ids = policy.reply_ids(messages, ended=ended, chat=True, tools=tools)
     assert policy.tokenizer.decode(ids) == end + text
     longer = [{**message, "content": "one two"} for message in messages]
-    later = policy.reply_ids(longer, ended=ended, chat=True, tools=tools)  # where it starts is known by now
+    later = policy.reply_ids(
+        longer, ended=ended, chat=True, tools=tools
+    )  # where it starts is known by now
     assert later == policy_with(TURNS).reply_ids(longer, ended=ended, chat=True, tools=tools)
     turn = policy.tokenizer("sat" + "<eos>" * ended, add_special_tokens=False).input_ids
     talk = [*USER, {"role": "assistant", "content": "sat"}, *messages]
@@ -63,7 +69,10 @@ def test_a_reply_to_a_policy_of_text_is_the_text_alone():
     assert policy.tokenizer.decode(ids) == "the catten"
     policy.tokenizer.chat_template = TURNS
     policy.ask(PromptArguments(chat=True))
-    assert policy.tokenizer.decode(policy.reply_ids(USER, ended=True, chat=False)) == " u the cat<eos> a "
+    assert (
+        policy.tokenizer.decode(policy.reply_ids(USER, ended=True, chat=False))
+        == " u the cat<eos> a "
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,9 +80,13 @@ def test_a_reply_to_a_policy_of_text_is_the_text_alone():
     [
         "{{ 'two' if messages|length == 2 else 'ten' }}" + TURNS,  # a heading that changes
         TURNS.replace("in messages", "in messages[-1:]"),  # earlier turns are dropped
-        SAME + "{% if not add_generation_prompt %}<eos>{% endif %}",  # as Phi ends a conversation twice
-        SAME.replace("{{ 'u '", "<eos>{{ 'u '").replace("<eos> {% endfor", " {% endfor"),  # EOS in front
-        TEMPLATE + "{% if not add_generation_prompt %}cat{% endif %}",  # no EOS, and an end of its own
+        SAME
+        + "{% if not add_generation_prompt %}<eos>{% endif %}",  # as Phi ends a conversation twice
+        SAME.replace("{{ 'u '", "<eos>{{ 'u '").replace(
+            "<eos> {% endfor", " {% endfor"
+        ),  # EOS in front
+        TEMPLATE
+        + "{% if not add_generation_prompt %}cat{% endif %}",  # no EOS, and an end of its own
     ],
 )
 def test_a_template_that_rewrites_earlier_turns_is_refused(template):
@@ -83,7 +96,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(template):
 
 def test_tools_are_shown_by_the_template_or_refused():
     policy = policy_with(TURNS)
-    assert policy.tokenizer.decode(policy.encode(USER, [count])) == "tools count<eos> u the cat<eos> a "
+    assert (
+        policy.tokenizer.decode(policy.encode(USER, [count]))
+        == "tools count<eos> u the cat<eos> a "
+    )
     with pytest.raises(Refused, match=r"tools, but a prompt is text: 'the cat'.*--chat"):
         policy.encode("the cat", [count])
     with pytest.raises(Refused, match="never reads tools"):
@@ -93,12 +109,17 @@ def test_tools_are_shown_by_the_template_or_refused():
 @pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
 def test_of_named_templates_the_one_for_tools_shows_tools(names):
     policy = policy_with(dict(zip(names, (TEMPLATE, TURNS), strict=True)))
-    assert policy.tokenizer.decode(policy.encode(USER, [count])) == "tools count<eos> u the cat<eos> a "
+    assert (
+        policy.tokenizer.decode(policy.encode(USER, [count]))
+        == "tools count<eos> u the cat<eos> a "
+    )
     if "default" in names:
         assert policy.encode(USER) == policy_with(TEMPLATE).encode(USER)
         assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
         return
-    with pytest.raises(Refused, match=r"several chat templates.*\['rag', 'tool_use'\].*set tokenizer"):
+    with pytest.raises(
+        Refused, match=r"several chat templates.*\['rag', 'tool_use'\].*set tokenizer"
+    ):
         policy.encode(USER)
 
 
@@ -110,10 +131,14 @@ def test_calls_are_read_and_malformed_ones_are_named(template, monkeypatch):
     policy = policy_with(TURNS)
     tokenizer = policy.tokenizer
     monkeypatch.setattr(tokenizer, "response_template", template, raising=False)
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: "".join(map(chr, ids)))  # the tiny one lacks braces
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids: "".join(map(chr, ids))
+    )  # the tiny one lacks braces
 
     def read(text, tools=(count,)):
-        return assistant_message(tokenizer, list(map(ord, text)), list(map(ord, "u cat a ")), text, tools)
+        return assistant_message(
+            tokenizer, list(map(ord, text)), list(map(ord, "u cat a ")), text, tools
+        )
 
     call = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
     message = read("sat" + call + call)
@@ -122,7 +147,11 @@ def test_calls_are_read_and_malformed_ones_are_named(template, monkeypatch):
     assert functions == [{"name": "count", "arguments": {"number": 3}}] * 2
     assert read("sat") == {"role": "assistant", "content": "sat"}
     assert read(call, ()) == {"role": "assistant", "content": call}
-    for wrong in (call.replace("}}", "}"), call.replace('"number": 3', ""), call.replace('"count"', "3")):
+    for wrong in (
+        call.replace("}}", "}"),
+        call.replace('"number": 3', ""),
+        call.replace('"count"', "3"),
+    ):
         malformed = wrong.replace("{}", "[]")
         assert read(malformed)["malformed"] and read(malformed)["content"] == malformed
         assert "tool_calls" not in read(malformed)

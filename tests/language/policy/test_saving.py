@@ -8,7 +8,15 @@ import torch
 import yaml
 from families import FAMILIES, family_policy
 from saved_states import equal, through_a_checkpoint
-from tiny_models import make_learner, make_model, make_policy, make_task, make_tokenizer, one_step, quickly
+from tiny_models import (
+    make_learner,
+    make_model,
+    make_policy,
+    make_task,
+    make_tokenizer,
+    one_step,
+    quickly,
+)
 
 import tokenrl
 from tokenrl.errors import Refused, Stopped
@@ -47,9 +55,16 @@ def mixed(model):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bfloat16", "float64")), "mixed"]
+    "dtype",
+    [
+        "float32",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("bfloat16", "float64")),
+        "mixed",
+    ],
 )
-@pytest.mark.parametrize("family", quickly(FAMILIES, set(FAMILIES) - {"llama", "gpt2", "mixtral", "gemma2"}))
+@pytest.mark.parametrize(
+    "family", quickly(FAMILIES, set(FAMILIES) - {"llama", "gpt2", "mixtral", "gemma2"})
+)
 def test_all_weights_come_back(family, dtype, tmp_path):
     first, again = (family_policy(family, seed=seed) for seed in (0, 1))
     for policy in (first, again):
@@ -62,7 +77,9 @@ def test_all_weights_come_back(family, dtype, tmp_path):
     SavedPolicy(again).read(tmp_path)
     assert equal(tensors_of(again.model), before) and equal(tensors_of(first.model), before)
     assert fingerprint(again.model) == fingerprint(first.model)
-    assert [weight.data_ptr() for weight in SavedPolicy(again).tensors()] == places  # the optimiser's own
+    assert [
+        weight.data_ptr() for weight in SavedPolicy(again).tensors()
+    ] == places  # the optimiser's own
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -85,7 +102,9 @@ def test_an_adapter_alone_comes_back(options, tmp_path):
     options = {key: value for key, value in options.items() if key not in name}
     for seed in (0, 1):
         torch.manual_seed(seed)
-        config = LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options))
+        config = LoraConfig(
+            **({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
+        )
         model = get_peft_model(make_model(dtype="bfloat16"), config, **name)
         policies.append(wrap(model, make_tokenizer()))
     first, again = policies
@@ -147,7 +166,9 @@ def test_of_two_active_adapters_none_can_be_trained():
 def test_weights_trained_beside_an_adapter_are_refused():
     policy = adapted(make_policy())
     policy.model.get_base_model().lm_head.weight.requires_grad_(True)
-    with pytest.raises(Refused, match=r"1 weights outside it would be trained too, such as .*lm_head"):
+    with pytest.raises(
+        Refused, match=r"1 weights outside it would be trained too, such as .*lm_head"
+    ):
         SavedPolicy(policy)
 
 
@@ -253,7 +274,9 @@ def short(**options):
 
 def test_the_cards_of_a_model_and_of_its_adapter(tmp_path):
     base = tmp_path / "base: one"
-    model, tokenizer = TinyModel(tuple("abcdefghijklmnopqrstuvwxyz>"), layers=1, hidden=16, heads=2)(0)
+    model, tokenizer = TinyModel(
+        tuple("abcdefghijklmnopqrstuvwxyz>"), layers=1, hidden=16, heads=2
+    )(0)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     reward = (lambda completions, **_: [float(len(text)) for text in completions],)
@@ -264,7 +287,9 @@ def test_the_cards_of_a_model_and_of_its_adapter(tmp_path):
         assert (front["base_model"], front["library_name"]) == (str(base), library)
         assert "started from Python" in text and "More Information Needed" not in text
     assert "AutoPeftModelForCausalLM.from_pretrained" in text and "tokenrl train" not in text
-    assert not list((tmp_path / "run" / "checkpoints").rglob("README.md"))  # peft's template is not kept
+    assert not list(
+        (tmp_path / "run" / "checkpoints").rglob("README.md")
+    )  # peft's template is not kept
 
 
 @pytest.mark.parametrize("name", ['owner/name: "x" #1', "owner/näme", None])
@@ -276,13 +301,22 @@ def test_a_name_is_written_as_yaml_reads_it(name, tmp_path):
 
 def test_a_value_is_shown_as_it_is_by_markdown():
     strange = r"""cost $5 or $6 & <b>*x*</b> `y` [z](u) ~~w~~ __v__ \n a|b &lt; in_side"""
-    facts = {"asked": f"{strange}\r\nsecond", "rewards/__main__:<lambda>|x": 0.5, "before -> after": None}
+    facts = {
+        "asked": f"{strange}\r\nsecond",
+        "rewards/__main__:<lambda>|x": 0.5,
+        "before -> after": None,
+    }
     lines = Card(f"{strange}\nsecond", facts, ["made"]).text().splitlines()
     title = next(line for line in lines if line.startswith("# "))
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")][1:]
     assert [len(cells) for cells in rows] == [2, 2, 2]
-    for text, written in ((f"{strange} second", title[2:]), (f"{strange} second", rows[0][1].strip())):
-        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text  # an escaped mark is shown as itself
+    for text, written in (
+        (f"{strange} second", title[2:]),
+        (f"{strange} second", rows[0][1].strip()),
+    ):
+        assert (
+            re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text
+        )  # an escaped mark is shown as itself
         assert not re.search(r"(?<!\\)[$&<*`~\[\]]", written) and "__" not in written
     assert "in_side" in title
 
@@ -320,11 +354,16 @@ def with_a_tokenizer_of_its_own(policy):
 
 
 def with_weights_that_no_file_takes(policy):
-    policy.model.model.layers[0].mlp.up_proj.weight = policy.model.model.layers[1].mlp.up_proj.weight
+    policy.model.model.layers[0].mlp.up_proj.weight = policy.model.model.layers[
+        1
+    ].mlp.up_proj.weight
 
 
 UNSAVABLE = [
-    (lambda policy: generation(policy, temperature=0.7, do_sample=False), r"generation settings .*do_sample"),
+    (
+        lambda policy: generation(policy, temperature=0.7, do_sample=False),
+        r"generation settings .*do_sample",
+    ),
     (
         lambda policy: generation(policy, num_beams=1, num_return_sequences=3),
         "generation settings .*num_return",
@@ -338,7 +377,9 @@ UNSAVABLE = [
 
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize(("change", "words"), UNSAVABLE)
-def test_what_cannot_be_saved_is_refused_before_the_first_step(change, words, size, tmp_path, monkeypatch):
+def test_what_cannot_be_saved_is_refused_before_the_first_step(
+    change, words, size, tmp_path, monkeypatch
+):
     monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0 if size == "large" else 10**7)
     policy = make_policy()
     change(policy)
@@ -408,7 +449,9 @@ def test_an_adapter_on_tied_embeddings_is_saved_as_it_is(options, size, tmp_path
     SavedPolicy(policy).write(folders[2])
     for folder in folders[1:]:
         expected = logits_of(policy.model)
-        torch.testing.assert_close(logits_of(load_policy(folder).model), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits_of(load_policy(folder).model), expected, atol=1e-4, rtol=1e-4
+        )
     assert not torch.allclose(
         logits_of(policy.model), logits_of(load_policy(tmp_path / "base").model), atol=0.1
     )
@@ -430,7 +473,12 @@ def test_plain_generate_ends_where_completions_were_learnt_to_end(stop, tmp_path
     assert policy.model.generation_config.to_dict() == before  # a copy was written
     for end in ends:
         with torch.no_grad():  # every first token is this end
-            model.lm_head.register_forward_hook(lambda *_, end=end: torch.eye(96)[end].expand(1, 1, 96))
+            model.lm_head.register_forward_hook(
+                lambda *_, end=end: torch.eye(96)[end].expand(1, 1, 96)
+            )
         ids = torch.tensor([[7, 8]])
-        assert model.generate(ids, max_new_tokens=9, pad_token_id=0, do_sample=False).shape == (1, 3)
+        assert model.generate(ids, max_new_tokens=9, pad_token_id=0, do_sample=False).shape == (
+            1,
+            3,
+        )
         model.lm_head._forward_hooks.clear()

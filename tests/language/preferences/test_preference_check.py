@@ -9,7 +9,8 @@ from tokenrl.language.preferences.fit import train_reward_model
 
 def rows(count, *, first=0, chosen="the cat", rejected="the dog"):
     return [
-        {"prompt": f"count {i}", "chosen": chosen, "rejected": rejected} for i in range(first, first + count)
+        {"prompt": f"count {i}", "chosen": chosen, "rejected": rejected}
+        for i in range(first, first + count)
     ]
 
 
@@ -17,7 +18,12 @@ def rows(count, *, first=0, chosen="the cat", rejected="the dog"):
 def check(saved, tmp_path):
     def start(train, held_out):
         data = {"train": train, "test": held_out}
-        options = {"model": str(saved()), "output_dir": tmp_path / "run", "check": True, "quiet": True}
+        options = {
+            "model": str(saved()),
+            "output_dir": tmp_path / "run",
+            "check": True,
+            "quiet": True,
+        }
         return train_reward_model(data=data, **options)
 
     return start
@@ -28,7 +34,9 @@ def problems(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
 
 
-def test_pairs_of_equal_length_without_mistakes_pass_and_nothing_is_written(check, tmp_path, capsys):
+def test_pairs_of_equal_length_without_mistakes_pass_and_nothing_is_written(
+    check, tmp_path, capsys
+):
     assert check(rows(20), rows(5, first=20)).exit_code == 0
     assert problems(capsys) == [] and not (tmp_path / "run").exists()
 
@@ -42,10 +50,16 @@ def test_held_out_pairs_that_are_trained_on_and_contradictions_are_told_together
     assert check(rows(20), rows(1) + rows(4, first=50)).exit_code == 0  # few of them are a remark
 
 
-@pytest.mark.parametrize(("chosen", "which"), [("the cat sat on the mat", "longer"), ("a", "shorter")])
+@pytest.mark.parametrize(
+    ("chosen", "which"), [("the cat sat on the mat", "longer"), ("a", "shorter")]
+)
 def test_a_length_that_decides_is_a_remark(chosen, which, saved, tmp_path, capsys):
     data = {"train": rows(20, chosen=chosen), "test": rows(5, first=20)}
-    result = train_reward_model(data=data, model=str(saved()), output_dir=tmp_path / "run", check=True)
+    result = train_reward_model(
+        data=data, model=str(saved()), output_dir=tmp_path / "run", check=True
+    )
     assert result.exit_code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"length-decides: In 100% of the training pairs the {which} completion is chosen: " in shown
+    assert (
+        f"length-decides: In 100% of the training pairs the {which} completion is chosen: " in shown
+    )

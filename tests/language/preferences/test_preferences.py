@@ -9,7 +9,11 @@ from tiny_models import PROMPTS, make_policy
 
 from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import Pair, hold_out, load_pairs, read_pairs
-from tokenrl.language.preferences.sampled import first_is_chosen, make_preferences, write_preferences
+from tokenrl.language.preferences.sampled import (
+    first_is_chosen,
+    make_preferences,
+    write_preferences,
+)
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 
@@ -60,7 +64,9 @@ def test_made_preferences_hold_the_gold_rewards_of_their_texts_and_flip_by_the_f
 def test_the_seed_decides_and_the_batch_does_not_and_abstentions_are_left_out():
     prompts = rows_of(PROMPTS * 3)
     first, same, other = (
-        make_preferences(make_policy(), prompts, Rewards(gold), noise_temperature=1.0, **SIZES | changes)
+        make_preferences(
+            make_policy(), prompts, Rewards(gold), noise_temperature=1.0, **SIZES | changes
+        )
         for changes in ({}, {"batch_size": 7}, {"sampling": Sampling(5, 6, seed=5)})
     )
     assert first == same and first != other
@@ -84,14 +90,18 @@ def test_written_preferences_are_read_by_datasets_and_by_us_as_text_and_as_messa
     pairs = [pair for part in load_pairs(tmp_path / "chats.jsonl", eval_size=2) for pair in part]
     contents = sorted(row["chosen"][0]["content"] for row in rows)
     assert sorted(pair.chosen[0]["content"] for pair in pairs) == contents
-    rows = make_preferences(make_policy(), rows_of(PROMPTS * 4), gold, noise_temperature=1.0, **SIZES)
+    rows = make_preferences(
+        make_policy(), rows_of(PROMPTS * 4), gold, noise_temperature=1.0, **SIZES
+    )
     path = tmp_path / "preferences.jsonl"
     write_preferences(path, rows)
     options = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
     assert datasets.load_dataset("json", **options).to_list() == rows
     train, held_out = load_pairs(str(path), eval_size=5)
     assert len(train) + len(held_out) == len(rows) and len(held_out) >= 5
-    assert {pair.gold for pair in train} <= {(row["chosen_gold"], row["rejected_gold"]) for row in rows}
+    assert {pair.gold for pair in train} <= {
+        (row["chosen_gold"], row["rejected_gold"]) for row in rows
+    }
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,10 @@ def test_written_preferences_are_read_by_datasets_and_by_us_as_text_and_as_messa
         ({"sampling": Sampling(5, 3)}, "num_generations=3.* even number"),
         ({"noise_temperature": -1.0}, "noise_temperature was given as -1"),
         ({"noise_temperature": math.inf}, "noise_temperature was given as inf"),
-        ({"gold_rewards": lambda completions, **_: [1.0] * len(completions)}, "None of 12 sampled pairs"),
+        (
+            {"gold_rewards": lambda completions, **_: [1.0] * len(completions)},
+            "None of 12 sampled pairs",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_refused(changes, words):
@@ -120,23 +133,43 @@ USER, GOOD, BAD = (
     ("row", "expected"),
     [
         ({"prompt": "p", "chosen": " a", "rejected": " b"}, ("p", " a", " b")),
-        ({"chosen": "the sky is blue", "rejected": "the sky is bright"}, ("the sky is", " blue", " bright")),
+        (
+            {"chosen": "the sky is blue", "rejected": "the sky is bright"},
+            ("the sky is", " blue", " bright"),
+        ),
         ({"chosen": "yes", "rejected": "yet"}, ("", "yes", "yet")),
         ({"prompt": None, "chosen": "a b", "rejected": "a b c"}, ("a", " b", " b c")),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, ([USER], "a", "b")),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
-        ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
-        ({"prompt": [USER | {"name": None}], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
+        (
+            {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            ([USER], [GOOD], [BAD]),
+        ),
+        (
+            {"prompt": [USER | {"name": None}], "chosen": [GOOD], "rejected": [BAD]},
+            ([USER], [GOOD], [BAD]),
+        ),
     ],
 )
 def test_the_forms_of_a_pair(row, expected):
     (pair,) = read_pairs([row], "data")
-    assert (pair.prompt, pair.chosen, pair.rejected) == expected and pair.margin is pair.gold is None
+    assert (
+        pair.prompt,
+        pair.chosen,
+        pair.rejected,
+    ) == expected and pair.margin is pair.gold is None
 
 
 def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "chosen_gold": 1, "rejected_gold": 0.5}
+    row = {
+        "prompt": "p",
+        "chosen": "a",
+        "rejected": "b",
+        "margin": 2,
+        "chosen_gold": 1,
+        "rejected_gold": 0.5,
+    }
     pairs = read_pairs([row, row | {"rejected": "a"}], "data")
     assert pairs == [Pair("p", "a", "b", 2.0, (1.0, 0.5))]
 
@@ -146,10 +179,19 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
     [
         ([], "data is empty"),
         ([{"prompt": "p", "completion": "a", "label": True}], "no column 'chosen'"),
-        ([{"prompt": "p", "chosen": "a", "reject": "b"}], "no column 'rejected'.*Did you mean 'reject'"),
-        ([{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3, "identical in every one of the 3 rows"),
+        (
+            [{"prompt": "p", "chosen": "a", "reject": "b"}],
+            "no column 'rejected'.*Did you mean 'reject'",
+        ),
+        (
+            [{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3,
+            "identical in every one of the 3 rows",
+        ),
         ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: the chosen is None"),
-        ([{"prompt": "p", "chosen": "a", "rejected": [BAD]}], "some of prompt, chosen and rejected are text"),
+        (
+            [{"prompt": "p", "chosen": "a", "rejected": [BAD]}],
+            "some of prompt, chosen and rejected are text",
+        ),
         ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
         ([{"prompt": True, "chosen": "a", "rejected": "b"}], "row 0: the prompt is True"),
         (
@@ -166,7 +208,9 @@ def test_rows_that_are_no_preferences_are_refused(rows, words):
 def test_held_out_pairs_share_no_prompt_with_the_others():
     pairs = [Pair(f"p{i % 50}", f"a{i}", "b") for i in range(200)]
     train, held_out = hold_out(pairs, 30, seed=0)
-    assert len(held_out) == 32 and len(train) == 168  # four pairs a prompt: the eighth prompt fills it
+    assert (
+        len(held_out) == 32 and len(train) == 168
+    )  # four pairs a prompt: the eighth prompt fills it
     assert {pair.prompt for pair in train}.isdisjoint(pair.prompt for pair in held_out)
     assert hold_out(pairs, 30, seed=0) == (train, held_out) != hold_out(pairs, 30, seed=1)
     assert len(hold_out(pairs, 10_000, seed=0)[1]) == 40  # a fifth
@@ -181,7 +225,10 @@ def test_splits_of_a_source(tmp_path):
     train, held_out = load_pairs({"train": rows[:15], "test": rows[15:]}, eval_size=3)
     assert (len(train), len(held_out)) == (15, 3)
     assert {p.prompt for p in held_out} <= {row["prompt"] for row in rows[15:]}
-    for source, words in (({"train": rows}, "no split 'dev'"), (str(tmp_path / "no.jsonl"), "no such file")):
+    for source, words in (
+        ({"train": rows}, "no split 'dev'"),
+        (str(tmp_path / "no.jsonl"), "no such file"),
+    ):
         with pytest.raises(Refused, match=words):
             load_pairs(source, eval_split="dev")
     with pytest.raises(Refused, match="no split ''"):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from saved_states import equal, through_a_checkpoint
-from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy, make_tokenizer, weights
+from tiny_models import (
+    ARCHITECTURES,
+    apart,
+    gradient,
+    make_model,
+    make_policy,
+    make_tokenizer,
+    weights,
+)
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language import fit_reward_model, train_reward_model
@@ -26,7 +34,11 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.runs.report import report_from_directory
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
-TEXTS = [("the cat", " sat", " on the mat and the dog"), ("a", " log", " b"), ("count", " to ten", "")]
+TEXTS = [
+    ("the cat", " sat", " on the mat and the dog"),
+    ("a", " log", " b"),
+    ("count", " to ten", ""),
+]
 PAIRS = [Pair(*texts) for texts in TEXTS]
 
 
@@ -35,10 +47,15 @@ def rows_to_learn(count=160, seed=0):
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(count):
-        words = [generator.permutation(["dog"] * n + ["cat"] * (4 - n)) for n in generator.permutation(5)[:2]]
+        words = [
+            generator.permutation(["dog"] * n + ["cat"] * (4 - n))
+            for n in generator.permutation(5)[:2]
+        ]
         texts = sorted((" " + " ".join(w) for w in words), key=lambda text: -text.count("dog"))
         row = {"prompt": f"the {i}", "chosen": texts[0], "rejected": texts[1]}
-        rows.append(row | {f"{name}_gold": float(row[name].count("dog")) for name in ("chosen", "rejected")})
+        rows.append(
+            row | {f"{name}_gold": float(row[name].count("dog")) for name in ("chosen", "rejected")}
+        )
     return rows
 
 
@@ -53,7 +70,9 @@ def untrained(architecture="llama", kind="pad", **options):
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.7, torch.tensor([0.0, 1.0, -0.5], dtype=torch.float64)])
-@pytest.mark.parametrize(("coefficient", "smoothing"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.1), (0.3, 0.2)])
+@pytest.mark.parametrize(
+    ("coefficient", "smoothing"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.1), (0.3, 0.2)]
+)
 def test_the_loss_and_its_gradient_are_those_of_the_formula(margin, coefficient, smoothing):
     chosen = torch.tensor([1.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([0.1, 0.4, 0.5], dtype=torch.float64, requires_grad=True)
@@ -83,7 +102,9 @@ def test_padding_and_batch_change_neither_scores_nor_gradient(architecture, kind
     assert len({len(ids) for both in encoded for ids in both}) > 4  # so that there is padding
 
     alone = [judge.logits([ids]) for both in encoded for ids in both]  # no row has a neighbour
-    single = sum(bradley_terry_loss(c, r) for c, r in zip(alone[::2], alone[1::2], strict=True)) / len(PAIRS)
+    single = sum(
+        bradley_terry_loss(c, r) for c, r in zip(alone[::2], alone[1::2], strict=True)
+    ) / len(PAIRS)
     single.backward()
     by_one = gradient(judge.model)
     judge.model.zero_grad()
@@ -93,7 +114,9 @@ def test_padding_and_batch_change_neither_scores_nor_gradient(architecture, kind
     assert together == pytest.approx([a.item() for a in alone], abs=1e-12)
     assert apart(gradient(judge.model), by_one) < 1e-9
 
-    hidden = judge.model.base_model(input_ids=torch.tensor([encoded[0][0]])).last_hidden_state[0, -1]
+    hidden = judge.model.base_model(input_ids=torch.tensor([encoded[0][0]])).last_hidden_state[
+        0, -1
+    ]
     assert (judge.model.score.weight @ hidden).item() == pytest.approx(alone[0].item(), abs=1e-12)
 
 
@@ -101,7 +124,10 @@ def test_padding_and_batch_change_neither_scores_nor_gradient(architecture, kind
 def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved):
     policy = make_policy(architecture)
     before = weights(policy.model)
-    of_policy, of_files = reward_backbone(policy, seed=1), reward_backbone(str(saved(architecture)), seed=1)
+    of_policy, of_files = (
+        reward_backbone(policy, seed=1),
+        reward_backbone(str(saved(architecture)), seed=1),
+    )
     assert torch.equal(weights(of_policy.model), weights(of_files.model))
     assert torch.equal(weights(of_files.model.base_model), weights(policy.model.base_model))
     head, other = (reward_backbone(policy, seed=seed).model.score.weight for seed in (1, 2))
@@ -121,7 +147,12 @@ def test_the_first_update_follows_the_arguments():
 
     judge = untrained()
     rewards = torch.tensor(score_pairs(judge, encode_pairs(judge, PAIRS)))
-    for args in ({}, {"margin": 0.5}, {"center_rewards_coefficient": 0.1}, {"label_smoothing": 0.2}):
+    for args in (
+        {},
+        {"margin": 0.5},
+        {"center_rewards_coefficient": 0.1},
+        {"label_smoothing": 0.2},
+    ):
         expected = bradley_terry_loss(rewards[:, 0], rewards[:, 1], **args)
         assert first(args)["loss"] == pytest.approx(expected.item(), rel=1e-5)
     difference = rewards[:, 0] - rewards[:, 1]
@@ -145,7 +176,9 @@ def test_metrics_by_hand():
     losses = [math.log1p(math.exp(-d)) for d in (1, -1, 0, 4)]
     assert found["loss"] == pytest.approx(sum(losses) / 4)
     # over the prompts: sums of deviations -0.25 (p), -0.125 (q), 0.375 (r)
-    assert found["accuracy_stderr"] == pytest.approx(math.sqrt(3 / 2 * (0.0625 + 0.015625 + 0.140625)) / 4)
+    assert found["accuracy_stderr"] == pytest.approx(
+        math.sqrt(3 / 2 * (0.0625 + 0.015625 + 0.140625)) / 4
+    )
     assert "noise_ceiling" not in preference_metrics(rewards, [Pair("p", "a", "b")] * 4)
     assert "accuracy_stderr" not in preference_metrics(rewards, [Pair("p", "a", "b")] * 4)
     values = np.array([1.0, 0.0, 1.0, 1.0])
@@ -162,7 +195,13 @@ def test_calibration_by_hand():
 def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    options = {"max_steps": 25, "batch_size": 16, "learning_rate": 3e-3, "eval_size": 32, "quiet": True}
+    options = {
+        "max_steps": 25,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "eval_size": 32,
+        "quiet": True,
+    }
     run = tmp_path / "run"
     result = train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, **options)
     assert result.eval_before["accuracy"] < 0.8 < 0.9 < result.eval_after["accuracy"]
@@ -176,7 +215,10 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert lines[25]["eval_accuracy"] == result.eval_after["accuracy"]
     config = json.loads((run / "config.json").read_text())
     assert config["pairs"] == {"train": 128, "held_out": 32} and config["max_steps"] == 25
-    assert (config["kind"], config["command"]) == ("reward-model", "")  # no command can name rows in memory
+    assert (config["kind"], config["command"]) == (
+        "reward-model",
+        "",
+    )  # no command can name rows in memory
     card = (run / "model" / "README.md").read_text()
     assert "started from Python" in card and f"base_model: {config['model']}" in card
     assert f"| accuracy on held-out pairs | {result.eval_after['accuracy']:.4g} |" in card
@@ -186,7 +228,12 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert not loading["missing_keys"] and model.config.num_labels == 1
     texts = ["the 5 dog", "the 5 dog dog cat dog", "the cat"]
-    how = {"return_tensors": "pt", "padding": True, "padding_side": "right", "add_special_tokens": False}
+    how = {
+        "return_tensors": "pt",
+        "padding": True,
+        "padding_side": "right",
+        "add_special_tokens": False,
+    }
     inputs = tokenizer(texts, **how)  # as TRL calls a reward model
     with torch.no_grad():
         logits = model(**inputs).logits[:, 0].tolist()
@@ -201,7 +248,9 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
 def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     options = {"task": "vowels", "num_pairs": 60, "eval_size": 20, "max_steps": 2, "quiet": True}
-    result = train_reward_model(output_dir=tmp_path / "run", hidden_size=16, noise_temperature=1.0, **options)
+    result = train_reward_model(
+        output_dir=tmp_path / "run", hidden_size=16, noise_temperature=1.0, **options
+    )
     file = tmp_path / "run" / "preferences.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert 40 < len(rows) <= 60 and "chosen_gold" in rows[0]
@@ -221,13 +270,21 @@ def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monke
         ({"model": None}, "--model DIRECTORY_OR_HUB_NAME"),
         ({"model": "no/such/model"}, "There is no directory 'no/such/model'"),
         ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 7 pairs.*64 tokens"),
-        ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "a column 'margin' were both given"),
+        (
+            {"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5},
+            "a column 'margin' were both given",
+        ),
         ({"hidden_size": 16}, "leave out one of both"),
         ({"max_step": 3}, "no setting 'max_step'. Did you mean 'max_steps'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes, words, tmp_path, saved):
-    given = {"data": [GOOD] * 8, "model": str(saved()), "output_dir": tmp_path / "run", "quiet": True}
+    given = {
+        "data": [GOOD] * 8,
+        "model": str(saved()),
+        "output_dir": tmp_path / "run",
+        "quiet": True,
+    }
     with pytest.raises(Refused, match=words):
         train_reward_model(**given | changes)
     assert not (tmp_path / "run" / "config.json").exists()
@@ -251,7 +308,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_training_that_is_saved_and_loaded_continues(tmp_path):
-    args = RewardModelArguments(max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1)
+    args = RewardModelArguments(
+        max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1
+    )
     judges = [untrained() for _ in range(2)]
     whole, part = (PreferenceTraining(judge, PAIRS, args) for judge in judges)
     for _ in range(4):
@@ -270,6 +329,8 @@ def test_a_training_that_is_saved_and_loaded_continues(tmp_path):
 def test_chat_preferences_are_scored_as_the_reward_is():
     judge, asked = untrained(kind="chat"), [{"role": "user", "content": "the cat"}]
     good, bad = ([*asked, {"role": "assistant", "content": text}] for text in ("sat", "dog dog"))
-    scores = score_pairs(judge, encode_pairs(judge, read_pairs([{"chosen": good, "rejected": bad}], "data")))
+    scores = score_pairs(
+        judge, encode_pairs(judge, read_pairs([{"chosen": good, "rejected": bad}], "data"))
+    )
     assert scores[0].tolist() == pytest.approx(judge([asked] * 2, ["sat", "dog dog"]), abs=1e-6)
     assert isinstance(judge, RewardModel) and scores[0, 0] != scores[0, 1]

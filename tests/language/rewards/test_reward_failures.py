@@ -185,7 +185,9 @@ def test_what_a_reward_raises_is_its_failure(make, error):
 def test_errors_that_cause_each_other_are_told_once():
     first, second = ValueError("first"), KeyError("second")
     first.__cause__, second.__cause__ = second, first
-    with pytest.raises(Stopped, match=r"raised ValueError: first caused by KeyError: 'second' \(test"):
+    with pytest.raises(
+        Stopped, match=r"raised ValueError: first caused by KeyError: 'second' \(test"
+    ):
         call(plain(first))
     first.__cause__ = first
     with pytest.raises(Stopped, match=r"bad raised ValueError: first \(test"):
@@ -211,7 +213,9 @@ def test_settings_of_torch_that_a_reward_leaves_are_given_back(tmp_path, setting
         np.seterr(all="raise")
         return [0.0] * len(completions)
 
-    (tmp_path / "own.py").write_text(f"import torch\ntorch.{setting}({LEFT[setting]!r})\nreward = len")
+    (tmp_path / "own.py").write_text(
+        f"import torch\ntorch.{setting}({LEFT[setting]!r})\nreward = len"
+    )
     before = [settings(), np.geterr()]
     call(careless)
     assert [settings(), np.geterr()] == before
@@ -225,7 +229,9 @@ def settings():
     return torch.is_grad_enabled(), debug, usual
 
 
-@pytest.mark.parametrize("value", [nested(3000), torch.zeros((), device="meta")], ids=["deep", "meta"])
+@pytest.mark.parametrize(
+    "value", [nested(3000), torch.zeros((), device="meta")], ids=["deep", "meta"]
+)
 def test_a_logged_value_that_no_table_holds_ends_the_run_in_a_sentence(tmp_path, value):
     def logs(completions, log_extra, **_):
         log_extra("mine", [value] * len(completions))
@@ -268,7 +274,11 @@ calls = []
     [
         (in_a_loop, 4, r"It was working on the completion '' of the prompt 'p2' \(line 8\)"),
         (by_a_helper, 2, r"It was working on the completion '' of the prompt 'p2' \(line 8\)"),
-        (of_the_first, 3, "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"),
+        (
+            of_the_first,
+            3,
+            "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more",
+        ),
     ],
 )
 def test_a_function_that_fails_is_not_called_again(paid, line, said):
@@ -283,7 +293,9 @@ def test_a_function_that_takes_a_chat_for_text_is_told_where_the_text_is():
     def stripped(completions):
         return [float(text.strip() == "a") for text in completions]
 
-    with pytest.raises(Stopped, match=r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"):
+    with pytest.raises(
+        Stopped, match=r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"
+    ):
         Rewards(stripped)([[{"role": "user", "content": "Say a."}]], ["a"], [[1]], {}, step=1)
 
 

@@ -63,7 +63,8 @@ def test_the_final_number(text, number):
 
 
 @given(
-    st.floats(-1e12, 1e12).filter(lambda x: abs(x) > 1e-9), st.sampled_from(["{}", "so {} it is", "#### {}"])
+    st.floats(-1e12, 1e12).filter(lambda x: abs(x) > 1e-9),
+    st.sampled_from(["{}", "so {} it is", "#### {}"]),
 )
 def test_any_number_that_python_prints_is_read_back(number, frame):
     assert final_number(frame.format(repr(number))) == number
@@ -87,7 +88,10 @@ def test_numeric_answers_and_their_tolerance():
 
 
 def test_patterns_match_the_whole_text_or_anywhere():
-    pattern, texts = r"<think>.*</think>", ["<think>a</think>", "<think>a</think> b", "<think>a\n</think>"]
+    pattern, texts = (
+        r"<think>.*</think>",
+        ["<think>a</think>", "<think>a</think> b", "<think>a\n</think>"],
+    )
     assert RegexFormat(pattern)(completions=texts) == [1, 0, 0]
     assert RegexFormat(pattern, search=True)(completions=texts) == [1, 1, 0]
     assert RegexFormat("(?s)" + pattern)(completions=texts) == [1, 0, 1]
@@ -120,7 +124,9 @@ def test_options_that_make_no_sense_are_refused(make):
 
 def test_a_column_that_is_not_there_is_refused_before_the_first_step():
     for reward in (ExactMatch(column="anser"), NumericAnswer(column="anser")):
-        with pytest.raises(Refused, match=r"column 'anser'.*Did you mean 'answer'.*\(column='...'\)"):
+        with pytest.raises(
+            Refused, match=r"column 'anser'.*Did you mean 'answer'.*\(column='...'\)"
+        ):
             Rewards(reward).check_columns(["prompt", "answer"])
     Rewards(ExactMatch()).check_columns(["prompt", "answer"])
     with pytest.raises(Stopped, match="exact_match raised KeyError: 'answer'"):

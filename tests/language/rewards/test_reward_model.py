@@ -46,7 +46,8 @@ def test_a_reward_models_batched_scores_are_those_of_single_texts(tmp_path, name
         scores = reward(["hello "] * len(texts), texts)
         assert all(type(score) is float for score in scores)
         assert (
-            scores == pytest.approx(single, abs=1e-5 if dtype == "float32" else 0.1) and np.std(single) > 0.1
+            scores == pytest.approx(single, abs=1e-5 if dtype == "float32" else 0.1)
+            and np.std(single) > 0.1
         )
 
 
@@ -56,7 +57,9 @@ def test_a_reward_model_is_a_reward_named_after_its_folder(tmp_path):
     assert rewards.names == ["judge", "reward"]
     rewards.check_columns([])
     result = rewards(["a", "dog"], [" c", ""], [[6], []], {"answer": ["x", "y"]}, step=0)
-    assert result.values[1, 0] == pytest.approx(alone(model, tokenizer("dog")["input_ids"]), abs=1e-5)
+    assert result.values[1, 0] == pytest.approx(
+        alone(model, tokenizer("dog")["input_ids"]), abs=1e-5
+    )
     assert not any(parameter.requires_grad for parameter in rewards.functions[0].model.parameters())
     assert not rewards.functions[0].model.training
 
@@ -83,7 +86,9 @@ def test_chat_messages_go_through_the_models_own_template_once(tmp_path):
     prompt = [{"role": "user", "content": "hello"}]
     answers = ["world", [{"role": "assistant", "content": "a b"}]]
     texts = ["<bos>u hello a world ", "<bos>u hello a a b "]
-    single = [alone(model, tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    single = [
+        alone(model, tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+    ]
     assert reward([prompt, prompt], answers) == pytest.approx(single, abs=1e-5)
 
     save_model(tmp_path / "plain", "llama")

@@ -127,8 +127,15 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
 
 @pytest.mark.slow
 def test_a_pool_and_a_function_of_a_file_work_too():
-    assert call(["pooled"]).values[:, 0].tolist() == [3, 5, 0, 4]  # a pool ends its workers by SIGTERM
-    rewards = Rewards(load_reward("worked.py:length"), timeout=60.0)  # as the reward of a task in a file
+    assert call(["pooled"]).values[:, 0].tolist() == [
+        3,
+        5,
+        0,
+        4,
+    ]  # a pool ends its workers by SIGTERM
+    rewards = Rewards(
+        load_reward("worked.py:length"), timeout=60.0
+    )  # as the reward of a task in a file
     assert rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).total.tolist() == [3, 5, 0, 4]
 
 
@@ -136,7 +143,9 @@ def test_one_process_serves_every_call_and_keeps_its_own_state():
     points = Points(0)
     rewards = Rewards(["worked.py:judge", points], timeout=60.0)
     totals = [rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).values for _ in range(2)]
-    assert totals[0][0, 0] == totals[1][0, 0] != os.getpid()  # an object with a lock, made there by its name
+    assert (
+        totals[0][0, 0] == totals[1][0, 0] != os.getpid()
+    )  # an object with a lock, made there by its name
     assert [values[0, 1] for values in totals] == [1, 2] and points.value == 0
     process = rewards._worker._process
     del rewards
@@ -161,7 +170,9 @@ def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):
         assert len(left) == 2 and all(map(running, left))
         trainer.kill()
     try:
-        wait_for(lambda: not running(left[1]))  # its process; a program that it started ends by itself
+        wait_for(
+            lambda: not running(left[1])
+        )  # its process; a program that it started ends by itself
     finally:
         for pid in filter(running, left):
             os.kill(pid, signal.SIGKILL)
@@ -188,7 +199,9 @@ def running(pid):
 
 
 def test_async_functions_share_a_deadline_and_are_named():
-    with pytest.raises(Stopped, match="Of the async reward functions awaits at least one did not return"):
+    with pytest.raises(
+        Stopped, match="Of the async reward functions awaits at least one did not return"
+    ):
         call(["length", "awaits"], timeout=0.7)
 
 
@@ -245,7 +258,12 @@ class Here(RewardModel):
 def test_a_reward_model_stays_in_this_process():
     rewards = Rewards([Here(), "worked.py:length"], [1.0, 0.5], timeout=60.0)
     result = rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
-    assert result.values[:, 0].tolist() == [os.getpid()] * 4 and result.values[:, 1].tolist() == [3, 5, 0, 4]
+    assert result.values[:, 0].tolist() == [os.getpid()] * 4 and result.values[:, 1].tolist() == [
+        3,
+        5,
+        0,
+        4,
+    ]
     assert result.total[1] == os.getpid() + 2.5
     assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}, step=0).valid.all()
 
@@ -254,7 +272,9 @@ def test_a_run_whose_reward_hangs_stops_with_exit_code_1_and_names_its_checkpoin
     rows = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"]
     task = PromptTask("letters", rows[:12], rows[12:], None, max_completion_length=4)
     model = TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0)
-    with pytest.raises(Stopped, match="Reward function hangs_later did not return within 1 s") as caught:
+    with pytest.raises(
+        Stopped, match="Reward function hangs_later did not return within 1 s"
+    ) as caught:
         tokenrl.train(
             model=model, task=task, reward="worked.py:hangs_later", reward_timeout=1, eval_every=0,
             save_every=1, prompts_per_step=4, num_generations=2, max_steps=9, quiet=True,
@@ -301,6 +321,9 @@ def test_on_windows_a_deadline_is_refused_in_a_sentence(tmp_path):
     )
     functions, environments = done.stdout.splitlines()
     for line in (functions, environments):
-        assert f"({sys.platform})" in line and "leave reward_timeout out, or run on Linux or macOS" in line
+        assert (
+            f"({sys.platform})" in line
+            and "leave reward_timeout out, or run on Linux or macOS" in line
+        )
         assert line.endswith(".") and "Error" not in line
     assert "end a reward function" in functions and "calls of environments" in environments

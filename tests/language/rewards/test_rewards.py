@@ -28,8 +28,12 @@ PROMPTS = ["p0", "p1", "p2", "p3"]
 IDS = [[1], [2, 3], [], [4]]
 
 
-def call(functions, columns=None, *, weights=None, prompts=PROMPTS, completions=COMPLETIONS, **options):
-    return Rewards(functions, weights)(prompts, completions, IDS, columns or {}, **{"step": 3} | options)
+def call(
+    functions, columns=None, *, weights=None, prompts=PROMPTS, completions=COMPLETIONS, **options
+):
+    return Rewards(functions, weights)(
+        prompts, completions, IDS, columns or {}, **{"step": 3} | options
+    )
 
 
 def length(completions, **kwargs):
@@ -65,7 +69,11 @@ def test_a_function_gets_by_keyword_what_it_names_and_everything_with_kwargs():
     assert result.values.tolist() == [[0, 1, 11], [0, 1, 22], [0, 1, 30], [0, 1, 41]]
     given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     assert set(seen) == given | {"level"}
-    assert (seen["prompts"], seen["completions"], seen["level"]) == (PROMPTS, COMPLETIONS, [10, 20, 30, 40])
+    assert (seen["prompts"], seen["completions"], seen["level"]) == (
+        PROMPTS,
+        COMPLETIONS,
+        [10, 20, 30, 40],
+    )
 
 
 def test_partials_lambdas_objects_and_methods_are_rewards():
@@ -73,14 +81,21 @@ def test_partials_lambdas_objects_and_methods_are_rewards():
         def __call__(self, completions, level, factor=3):
             return [factor * len(completion) for completion in completions]
 
-    functions = [Judge(), Judge().__call__, functools.partial(Judge(), factor=2), lambda **_: [4.0] * 4]
+    functions = [
+        Judge(),
+        Judge().__call__,
+        functools.partial(Judge(), factor=2),
+        lambda **_: [4.0] * 4,
+    ]
     rewards = Rewards([*functions, lambda completions: [5] * 4])
     assert rewards.names == ["Judge", "__call__", "Judge_2", "reward", "reward_2"]
     result = rewards(PROMPTS, COMPLETIONS, IDS, {"level": [0] * 4}, step=0)
     assert result.values[1].tolist() == [15, 15, 10, 4, 5]
 
 
-@pytest.mark.parametrize(("name", "shown"), [("a\nb\x1b[2J\ud800", "a_b_[2J_"), (5, "5"), ("länge", "länge")])
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\nb\x1b[2J\ud800", "a_b_[2J_"), (5, "5"), ("länge", "länge")]
+)
 def test_the_name_of_a_reward_is_printable_text(name, shown):
     class Named:
         __name__ = name
@@ -96,7 +111,9 @@ def test_a_column_that_is_missing_is_refused_before_the_first_step():
         raise AssertionError("must not be called")
 
     rewards = Rewards([length, exact])
-    with pytest.raises(Refused, match=r"exact has a parameter 'anwser'.*Did you mean 'answer'.*completions"):
+    with pytest.raises(
+        Refused, match=r"exact has a parameter 'anwser'.*Did you mean 'answer'.*completions"
+    ):
         rewards.check_columns(["prompt", "answer"])
     with pytest.raises(Refused, match="exact has a parameter 'anwser'"):
         rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
@@ -133,7 +150,9 @@ def test_weights_abstentions_and_metrics():
         return [10, 20, None, None]
 
     result = call([first, second], weights=[2, -1])
-    np.testing.assert_array_equal(result.values, [[1, 10], [math.nan, 20], [3, math.nan], [math.nan] * 2])
+    np.testing.assert_array_equal(
+        result.values, [[1, 10], [math.nan, 20], [3, math.nan], [math.nan] * 2]
+    )
     assert result.values.dtype == result.total.dtype == np.float64
     assert result.total.tolist() == [2 - 10, -20, 6, 0]
     assert result.valid.tolist() == [True, True, True, False]
@@ -142,7 +161,9 @@ def test_weights_abstentions_and_metrics():
 def test_functions_that_all_abstain_everywhere_stop_the_run():
     none = returning([None] * 4)
     assert call([none, length]).valid.all()
-    with pytest.raises(Stopped, match=r"answer, reward\) abstained from each of 4 .* 'one' of the prompt"):
+    with pytest.raises(
+        Stopped, match=r"answer, reward\) abstained from each of 4 .* 'one' of the prompt"
+    ):
         call([none, lambda **_: [None] * 4])
     assert not call(none, all_may_abstain=True).valid.any()
 
@@ -163,8 +184,14 @@ def test_what_functions_log_is_collected():
 @pytest.mark.parametrize(
     ("how", "name"),
     [
-        *(("log_metric", name) for name in ("step", "eval_reward", "rewards/late/mean", "loss", "kl_stderr")),
-        *(("log_extra", name) for name in ("prompt", "reward", "rewards/late", "ending", "messages")),
+        *(
+            ("log_metric", name)
+            for name in ("step", "eval_reward", "rewards/late/mean", "loss", "kl_stderr")
+        ),
+        *(
+            ("log_extra", name)
+            for name in ("prompt", "reward", "rewards/late", "ending", "messages")
+        ),
         *(
             (how, name)
             for how in ("log_metric", "log_extra")
@@ -177,9 +204,7 @@ def test_a_name_that_the_run_uses_itself_or_that_is_no_text_is_refused_at_the_ca
         logs[how](name, [777] * len(completions) if how == "log_extra" else 777)
         return [0.0] * len(completions)
 
-    said = (
-        rf"function late gave {how} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
-    )
+    said = rf"function late gave {how} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
     with pytest.raises(Stopped, match=said):
         call([length, late])
 
@@ -326,13 +351,17 @@ def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     assert mark() == 0.5 and mark(pass_threshold=0.75) == 0.75
     assert mark(reward_weights=(3.0,)) is None and mark(reward=("length(max=3)",)) is None
     assert mark(reward=("length(max=3)",), pass_threshold=-0.5) == -0.5
-    countdown = find_task(EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",)))
+    countdown = find_task(
+        EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",))
+    )
     assert countdown[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
 
 
 def spoil(value):
     """Change a value in place as far as it can be."""
-    for item in [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for item in (
+        [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         spoil(item)
     if isinstance(value, list | dict | set):
         value.clear()
@@ -370,12 +399,16 @@ def test_what_a_function_changes_in_place_reaches_nobody_else(tmp_path, chat, ti
     names = ("first", "second", "third")
     specs = [f"{file}:{name}" for name in names]
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else [*PROMPTS]
-    completions = [[{"role": "assistant", "content": text}] for text in COMPLETIONS] if chat else COMPLETIONS
+    completions = (
+        [[{"role": "assistant", "content": text}] for text in COMPLETIONS] if chat else COMPLETIONS
+    )
     data = copy.deepcopy((prompts, completions, IDS, COLUMNS))
     rewards = Rewards(specs, timeout=timeout, sources=specs)
     results = [rewards(*data, step=2) for _ in range(2)]
     assert repr(data) == repr((prompts, completions, IDS, COLUMNS))
-    seen = [text for result in results for name in names for text in result.extra[f"seen_by_{name}"]]
+    seen = [
+        text for result in results for name in names for text in result.extra[f"seen_by_{name}"]
+    ]
     assert len(set(seen)) == 1 and "'deep': [1]" in seen[0]
     assert results[1].extra["lengths_second"] == [2] * 4
     assert not chat or "'content': 'three'" in seen[0]
@@ -401,5 +434,7 @@ def test_rows_that_cannot_be_copied_are_refused(value, held_out):
     plain, wrong = [{"prompt": "a", "answer": 1}], [{"prompt": "b", "answer": value}]
     task = PromptTask("mine", *((plain, wrong) if held_out else (wrong, plain)), reward=length)
     where = "eval" if held_out else "train"
-    with pytest.raises(Refused, match=rf"{where}_prompts, row 0: column 'answer' holds .* cannot be copied"):
+    with pytest.raises(
+        Refused, match=rf"{where}_prompts, row 0: column 'answer' holds .* cannot be copied"
+    ):
         find_task(EvaluateArguments(task=task))

@@ -35,7 +35,9 @@ class Draws:
         if text == "exit":
             raise SystemExit(0)
         if text == "hang":
-            with contextlib.suppress(BaseException):  # the first signal is lost, the next one is not
+            with contextlib.suppress(
+                BaseException
+            ):  # the first signal is lost, the next one is not
                 time.sleep(30)
             with contextlib.suppress(Exception):
                 time.sleep(30)
@@ -85,7 +87,10 @@ def said(*texts):
 
 def calling(*calls):
     functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    return {"content": "", "tool_calls": [{"type": "function", "function": one} for one in functions]}
+    return {
+        "content": "",
+        "tool_calls": [{"type": "function", "function": one} for one in functions],
+    }
 
 
 def contents(answer):
@@ -147,7 +152,9 @@ def test_a_failure_ends_its_episode_alone_and_its_instance_is_not_used_again(wor
     assert third.environment is second.environment
     assert fourth.environment not in (first.environment, second.environment)
     assert before == (signal.getsignal(signal.SIGALRM), np.geterr(), random.getstate())
-    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(timer, abs=5)  # also the tests have one
+    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(
+        timer, abs=5
+    )  # also the tests have one
 
 
 def test_an_instance_is_used_again_only_after_its_episode_was_finished():
@@ -194,11 +201,15 @@ def test_tools_are_called_in_order_and_their_faults_are_answers(shown, opening):
     first, second = environments.reset(rows(2, secret=3), [5, 5])
     assert (first.opening, [tool.__name__ for tool in first.tools]) == (opening, ["guess", "wait"])
     turn = calling(("guess", {"number": 3}), ("wait", {"seconds": 0.01}), ("guess", {"number": -1}))
-    one, two = environments.step([first, second], [turn, calling(("wait", {"seconds": 0}), ("nope", {}))])
+    one, two = environments.step(
+        [first, second], [turn, calling(("wait", {"seconds": 0}), ("nope", {}))]
+    )
     assert [message["role"] for message in one.messages] == ["tool"] * 3
     assert [message["name"] for message in one.messages] == ["guess", "wait", "guess"]
     assert contents(one)[::2] == ["True", "{'error': 'below 0'}"]
-    assert contents(one)[1] == contents(two)[0]  # each has its own random state, though they wait together
+    assert (
+        contents(one)[1] == contents(two)[0]
+    )  # each has its own random state, though they wait together
     assert "no tool nope" in contents(two)[1]
     further = calling(("guess", {"number": 3}))  # what a policy writes besides is left out
     further["tool_calls"][0]["function"]["id"] = 7
@@ -215,14 +226,18 @@ def test_half_a_pair_of_surrogates_which_no_tokenizer_takes_is_replaced():
 
     environments = Environments({"draws": type("Halves", (Draws,), {"step": step}), "tools": Tools})
     columns = {"prompt": "p ", "secret": 1}
-    halves, tools = environments.reset([{**columns, "environment": e} for e in ("draws", "tools")], [1, 1])
+    halves, tools = environments.reset(
+        [{**columns, "environment": e} for e in ("draws", "tools")], [1, 1]
+    )
     one, two = environments.step([halves, tools], [*said("x"), calling(("\udcff", {}))])
     assert contents(one) == ["x?"] and two.messages[0]["name"] == "?"
     environments = Environments(type("Tools", (Tools,), {"shown": "\udcff!"}))
     assert environments.reset(rows(1, secret=1), [1])[0].opening == "p ?!"
 
 
-@pytest.mark.parametrize(("shown", "failure"), [(None, ""), ("!", "Tools.reset returned a text, but")])
+@pytest.mark.parametrize(
+    ("shown", "failure"), [(None, ""), ("!", "Tools.reset returned a text, but")]
+)
 def test_a_prompt_without_a_message_of_the_user_can_be_followed_by_no_observation(shown, failure):
     prompt = [{"role": "system", "content": "s"}]
     environments = Environments(type("Tools", (Tools,), {"shown": shown}))
@@ -234,7 +249,10 @@ def test_a_prompt_without_a_message_of_the_user_can_be_followed_by_no_observatio
 def test_an_async_tool_misses_the_deadline_without_holding_others():
     environments = Environments(Tools, timeout=0.2)
     first, second = environments.reset(rows(2, secret=3), [5, 6])
-    turns = [calling(("wait", {"seconds": 30}), ("guess", {"number": 1})), calling(("wait", {"seconds": 0}))]
+    turns = [
+        calling(("wait", {"seconds": 30}), ("guess", {"number": 1})),
+        calling(("wait", {"seconds": 0})),
+    ]
     late, fine = environments.step([first, second], turns)
     assert (late.ending, late.messages, fine.ending) == ("timeout", [], "")
     assert late.failure.startswith("Tools.wait did not return within 0.2 s")
@@ -274,7 +292,9 @@ def test_failures_of_reset_and_get_reward(method):
         (Draws, "step", None),
     ],
 )
-def test_what_a_method_has_never_returned_rightly_is_refused_at_its_first_calls(kind, method, wrong):
+def test_what_a_method_has_never_returned_rightly_is_refused_at_its_first_calls(
+    kind, method, wrong
+):
     calls = []
 
     def returns_wrong(self, *text, seed=None, **_):
@@ -334,11 +354,23 @@ def no_docstring(self, number: int) -> str:
         (lambda: 1 / 0, {}, "ZeroDivisionError.*without arguments"),
         (object, {}, "has no method reset"),
         (type("Odd", (Draws,), {"step": 5}), {}, "an? Odd, whose step is no method"),
-        (type("Odd", (Draws,), {"step": property(lambda self: 1 / 0)}), {}, "Odd raised ZeroDivisionError"),
-        (type("Odd", (Draws,), {"reset": property(lambda self: 1 / 0)}), {}, "Odd raised ZeroDivisionError"),
+        (
+            type("Odd", (Draws,), {"step": property(lambda self: 1 / 0)}),
+            {},
+            "Odd raised ZeroDivisionError",
+        ),
+        (
+            type("Odd", (Draws,), {"reset": property(lambda self: 1 / 0)}),
+            {},
+            "Odd raised ZeroDivisionError",
+        ),
         ({}, {}, "environment of row 0 is None.*Available: none"),
         (type("Bare", (Tools,), {"look": no_hints}), {}, "no_hints cannot be a tool.*type hints"),
-        (type("Bare", (Tools,), {"look": no_docstring}), {}, "no_docstring cannot be a tool.*docstring"),
+        (
+            type("Bare", (Tools,), {"look": no_docstring}),
+            {},
+            "no_docstring cannot be a tool.*docstring",
+        ),
         (
             type("Seedless", (Draws,), {"reset": lambda self: ("", {})}),
             {},

@@ -103,7 +103,9 @@ def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, 
         *absolute,
     ):
         wrong = changed(make_policy(architecture, **options), without(*names))
-        with pytest.raises(Refused, match=r"tiny .* sampling gives log-probabilities that are off by"):
+        with pytest.raises(
+            Refused, match=r"tiny .* sampling gives log-probabilities that are off by"
+        ):
             check_scoring(wrong)
 
 
@@ -158,7 +160,9 @@ def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarke
     enable_gradient_checkpointing(policy)
     scoring = check_scoring(policy)
     assert (
-        not scoring.share_prompt and not scoring.remarks and any(m.training for m in policy.model.modules())
+        not scoring.share_prompt
+        and not scoring.remarks
+        and any(m.training for m in policy.model.modules())
     )
 
 
@@ -263,7 +267,11 @@ def test_two_updates(family, tmp_path, capsys):
         "max_completion_length": 4,
         "cpu": True,
     }
-    how |= {"estimator": "ppo" if family == "lfm2" else "rloo", "eval_generations": 1, "learning_rate": 0.01}
+    how |= {
+        "estimator": "ppo" if family == "lfm2" else "rloo",
+        "eval_generations": 1,
+        "learning_rate": 0.01,
+    }
     model = (policy.model, make_tokenizer())
     result = tokenrl.train(model=model, task=make_task(), output_dir=tmp_path / "run", **how)
     assert result.exit_code == 0 and result.steps == 2
@@ -276,4 +284,6 @@ def test_two_updates(family, tmp_path, capsys):
 def test_a_run_refuses_a_wrong_model(tmp_path):
     policy = changed(make_policy(), without("attention_mask"))
     with pytest.raises(Refused, match="attention_mask"):
-        tokenrl.train(model=policy, task=make_task(), output_dir=tmp_path / "run", cpu=True, quiet=True)
+        tokenrl.train(
+            model=policy, task=make_task(), output_dir=tmp_path / "run", cpu=True, quiet=True
+        )

@@ -45,7 +45,10 @@ def played(policy, environments=None, prompts=PROMPTS, numbers=None, generator=N
 def scripted(*script, context=512, limit=400, malformed="end", **row):
     """The rollout of a safe in which the policy writes a script, and the generator, which kept its inputs."""
     policy = chat_policy(context)
-    generator, rows = Recorded(policy, *([text] for text in script)), [(0, {"prompt": ASKED, **row})]
+    generator, rows = (
+        Recorded(policy, *([text] for text in script)),
+        [(0, {"prompt": ASKED, **row})],
+    )
     sampling = Sampling(max_completion_length=limit, step=1)
     environments = Environments(Safe, malformed=malformed)
     return play(policy, generator, environments, rows, sampling, "training"), generator
@@ -57,7 +60,9 @@ ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "Open i
 def outcome(rollout, i):
     """All that an episode is, without its padding."""
     length = int(rollout.mask[i].nonzero().max()) + 1
-    row = [getattr(rollout, name)[i][:length].tolist() for name in ("completion_ids", "mask", "turns")]
+    row = [
+        getattr(rollout, name)[i][:length].tolist() for name in ("completion_ids", "mask", "turns")
+    ]
     rewards = rollout.turn_rewards[i][rollout.turn_rewards[i] != 0].tolist()
     prompt = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
     return row, rewards, prompt, rollout.messages[i], rollout.endings[i], bool(rollout.truncated[i])
@@ -66,7 +71,9 @@ def outcome(rollout, i):
 def test_an_episode_depends_on_no_other_of_its_batch_and_on_no_draw_outside():
     policy, whole = guessing(), played(guessing())
     environments = Environments(Guess)  # whose instances are used again
-    assert len({str(outcome(whole, i)) for i in range(12)}) == 12 and set(whole.turns.unique().tolist()) > {1}
+    assert len({str(outcome(whole, i)) for i in range(12)}) == 12 and set(
+        whole.turns.unique().tolist()
+    ) > {1}
     for numbers in ([3, 1, 0, 2], [2], [1, 3]):
         random.seed(len(numbers))
         np.random.seed(len(numbers))
@@ -105,7 +112,9 @@ def test_the_random_numbers_of_a_row_are_counted_in_the_tokens_that_it_chose():
         active = (rollout.turns.amax(dim=1) >= turn).nonzero().flatten().tolist()
         for row, own in zip(active, draws, strict=True):
             chosen = int((rollout.mask[row] & (rollout.turns[row] < turn)).sum())
-            assert torch.equal(own[: 14 - chosen], numbers[row, chosen:]) and (chosen > 0) == (turn > 0)
+            assert torch.equal(own[: 14 - chosen], numbers[row, chosen:]) and (chosen > 0) == (
+                turn > 0
+            )
 
 
 def test_no_turn_follows_the_end_of_an_episode():
@@ -114,10 +123,17 @@ def test_no_turn_follows_the_end_of_an_episode():
     generator = Recorded(policy)
     rollout = played(policy, generator=generator)
     counts = [int((rollout.turns.amax(dim=1) >= turn).sum()) for turn in range(Guess.limit)]
-    assert [len(histories) for histories in generator.histories] == counts and counts[-1] < counts[0]
-    assert set(rollout.endings) == {"completed", "max_tokens"}  # at the limit of turns terminated wins
+    assert [len(histories) for histories in generator.histories] == counts and counts[-1] < counts[
+        0
+    ]
+    assert set(rollout.endings) == {
+        "completed",
+        "max_tokens",
+    }  # at the limit of turns terminated wins
     for i, messages in enumerate(rollout.messages):
-        assert [m["role"] for m in messages[::2]] == ["assistant"] * (int(rollout.turns[i].max()) + 1)
+        assert [m["role"] for m in messages[::2]] == ["assistant"] * (
+            int(rollout.turns[i].max()) + 1
+        )
     capped = played(policy, Environments(Guess, max_turns=1))
     assert set(capped.endings) == {"max_turns", "completed"} and not capped.turns.any()
     assert not capped.truncated.any()
@@ -129,7 +145,8 @@ def test_an_episode_of_one_turn_is_a_completion_with_the_same_random_numbers():
     policy = guessing()
     once = played(policy, Environments(Guess, max_turns=1))
     prompts = [
-        row[mask].tolist() for row, mask in zip(once.prompt_ids[::3], once.prompt_mask[::3], strict=True)
+        row[mask].tolist()
+        for row, mask in zip(once.prompt_ids[::3], once.prompt_mask[::3], strict=True)
     ]
     plain = completions(policy, prompts, max_completion_length=14, num_generations=3)
     width = plain.mask.shape[1]
@@ -148,7 +165,9 @@ def test_the_limit_of_length_counts_what_the_policy_chose_in_all_turns(limit):
     assert int(chosen.max()) <= limit and used_up.any()
     assert (chosen[used_up] == limit).all() and rollout.truncated[used_up].all()
     assert rollout.mask.shape[1] > limit or limit == 1
-    whole = played(guessing(), max_completion_length=14)  # and a shorter limit cuts the same episodes
+    whole = played(
+        guessing(), max_completion_length=14
+    )  # and a shorter limit cuts the same episodes
     for i in range(12):
         mine = rollout.completion_ids[i][rollout.mask[i]].tolist()
         assert whole.completion_ids[i][whole.mask[i]].tolist()[: len(mine)] == mine
@@ -164,13 +183,17 @@ def test_the_episodes_of_a_group_begin_alike(share):
         texts = policy.decode(rollout.prompt_ids, rollout.prompt_mask)
         groups = [set(texts[i : i + 3]) for i in range(0, 12, 3)]
         assert all(
-            text.startswith(prompt) for prompt, group in zip(PROMPTS, groups, strict=True) for text in group
+            text.startswith(prompt)
+            for prompt, group in zip(PROMPTS, groups, strict=True)
+            for text in group
         )
         return groups
 
     first = openings()
     assert all(len(group) == 1 for group in first) == share
-    observed = {text.removeprefix(prompt) for prompt, g in zip(PROMPTS, first, strict=True) for text in g}
+    observed = {
+        text.removeprefix(prompt) for prompt, g in zip(PROMPTS, first, strict=True) for text in g
+    }
     assert len(observed) > 1 and openings() == first != openings(step=2)
     assert openings(seed=1) != first
 
@@ -183,7 +206,9 @@ def test_the_observation_of_reset_ends_the_last_message_of_the_user():
 
 
 def test_calls_of_tools_are_answered_until_a_turn_calls_none():
-    rollout, generator = scripted(call(2) + "<eos>", "hm " + call(3) + call(4) + "<eos>", "done<eos>")
+    rollout, generator = scripted(
+        call(2) + "<eos>", "hm " + call(3) + call(4) + "<eos>", "done<eos>"
+    )
     assert rollout.endings == ["completed"] and not rollout.truncated.any()
     assert [m["content"] for m in rollout.messages[0]] == ["", "shut", "hm", "open", "open", "done"]
     decoded = chat_policy().tokenizer.decode
@@ -200,7 +225,11 @@ def test_calls_of_tools_are_answered_until_a_turn_calls_none():
 
 def test_a_turn_of_the_assistant_in_the_prompt_is_no_action():
     """NeMo-RL trained on it."""
-    asked = [ASKED[1], {"role": "assistant", "content": "Why?"}, {"role": "user", "content": "Please."}]
+    asked = [
+        ASKED[1],
+        {"role": "assistant", "content": "Why?"},
+        {"role": "user", "content": "Please."},
+    ]
     rollout, _ = scripted(call(3) + "<eos>", "done<eos>", prompt=asked)
     decoded = chat_policy().tokenizer.decode
     assert "assistant:Why?<eos>user:Please. There is a safe." in decoded(rollout.prompt_ids[0])
@@ -218,8 +247,13 @@ def test_a_call_that_cannot_be_parsed_ends_the_episode_or_is_answered(malformed)
         assert rollout.endings == ["parse_error"] and roles == ["assistant"]
         assert not rollout.turn_rewards.any()
     else:
-        assert rollout.endings == ["completed"] and roles == ["assistant", "tool"] * 2 + ["assistant"]
-        assert "error" in rollout.messages[0][1]["content"] and float(rollout.turn_rewards.sum()) == 0.75
+        assert rollout.endings == ["completed"] and roles == ["assistant", "tool"] * 2 + [
+            "assistant"
+        ]
+        assert (
+            "error" in rollout.messages[0][1]["content"]
+            and float(rollout.turn_rewards.sum()) == 0.75
+        )
     assert not rollout.truncated.any()
 
 
@@ -254,7 +288,11 @@ def test_a_result_that_does_not_fit_ends_the_episode_as_truncated():
     context = (
         size + int(fits.mask[0].nonzero().max()) - 4
     )  # one token less than the history of the second turn
-    for room, ending in ((1, "context_overflow"), (0, "context_overflow"), (-1, "context_overflow")):
+    for room, ending in (
+        (1, "context_overflow"),
+        (0, "context_overflow"),
+        (-1, "context_overflow"),
+    ):
         rollout, generator = scripted(
             call(3) + "<eos>", "done<eos>", answer_length=20, context=context + room
         )
@@ -265,7 +303,9 @@ def test_a_result_that_does_not_fit_ends_the_episode_as_truncated():
 
 
 @pytest.mark.parametrize("where", ["reset", "step"])
-def test_of_an_observation_far_beyond_the_context_only_the_beginning_is_tokenised(where, monkeypatch):
+def test_of_an_observation_far_beyond_the_context_only_the_beginning_is_tokenised(
+    where, monkeypatch
+):
     policy = wrap(*letters(context=24))
     sizes, tokenize = [], type(policy.tokenizer).__call__
 
@@ -299,7 +339,9 @@ def test_no_row_outgrows_the_context():
         def reset(self, seed=None):
             return "a" * random.randint(0, 30), {}
 
-    rollout = played(policy, Environments(Long), [f"{x}>" for x in "abcd"] * 5, max_completion_length=12)
+    rollout = played(
+        policy, Environments(Long), [f"{x}>" for x in "abcd"] * 5, max_completion_length=12
+    )
     lengths = rollout.prompt_mask.sum(dim=1) + rollout.mask.long().cumsum(1).argmax(dim=1) + 1
     assert int(lengths.max()) == 24
     cut = torch.tensor([ending == "context_overflow" for ending in rollout.endings])
@@ -376,7 +418,9 @@ def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_na
     rewards = Rewards([], environments=environments)
     prompts = [PROMPTS[i % 4] for i in range(25)]
     before = random.getstate()
-    rollout = reward_rows(policy, rewards, played(policy, environments, prompts, num_generations=8), step=1)
+    rollout = reward_rows(
+        policy, rewards, played(policy, environments, prompts, num_generations=8), step=1
+    )
     assert len(rollout) == len(rollout.messages) == 200 and random.getstate() == before
     faults, endings = Faulty.faults, rollout.endings
     assert set(endings) <= set(ENDINGS) and min(faults.values()) > 0
@@ -394,7 +438,12 @@ def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_na
     }
     for i, (ending, failure) in enumerate(zip(endings, rollout.failures, strict=True)):
         failed = ending in ("error", "timeout")
-        assert failed == bool(failure) == (not rollout.valid[i]) == bool(rollout.by_function[i].isnan().all())
+        assert (
+            failed
+            == bool(failure)
+            == (not rollout.valid[i])
+            == bool(rollout.by_function[i].isnan().all())
+        )
         if failed:
             assert not rollout.turn_rewards[i].any()
             assert failure.startswith(("Faulty.step ", "Faulty.reset "))

@@ -30,7 +30,9 @@ def sampled(policy, length):
 def alone(model, rollout):
     """Log-probabilities [N, T] of each row in a forward pass of its own, 0 off the mask."""
     rows = []
-    for index, ids, mask in zip(rollout.prompt_index, rollout.completion_ids, rollout.mask, strict=True):
+    for index, ids, mask in zip(
+        rollout.prompt_index, rollout.completion_ids, rollout.mask, strict=True
+    ):
         prompt = PROMPTS[int(index)]
         whole = torch.tensor([prompt + ids.tolist()])
         logp = torch.log_softmax(model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1], -1)
@@ -41,7 +43,9 @@ def alone(model, rollout):
 def slope(logprobs, model):
     """Gradient of a weighted sum of log-probabilities in all weights, as one vector."""
     weights = torch.cos(torch.arange(logprobs.numel())).view_as(logprobs)
-    found = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()), allow_unused=True)
+    found = torch.autograd.grad(
+        (logprobs * weights).sum(), list(model.parameters()), allow_unused=True
+    )
     pairs = zip(found, model.parameters(), strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
@@ -57,10 +61,16 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     assert all(p.grad is None for p in policy.model.parameters())
     assert scoring.share_prompt == (family not in NOT_SHARED) == ("prompts" not in scoring.remarks)
     assert NOT_SHARED.get(family, "") in scoring.remarks.get("prompts", "")
-    assert (scoring.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in scoring.remarks)
+    assert (
+        (scoring.tokens_at_once is None)
+        == (family in WHOLE_LOGITS)
+        == ("logits" in scoring.remarks)
+    )
 
     rollout = sampled(policy, length)
-    assert length < 6 or len(set(rollout.mask.sum(1).tolist())) > 2  # rows leave the batch one by one
+    assert (
+        length < 6 or len(set(rollout.mask.sum(1).tolist())) > 2
+    )  # rows leave the batch one by one
     expected = alone(policy.model, rollout)
     torch.testing.assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)
@@ -70,7 +80,9 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 
 
-@pytest.mark.parametrize("family", quickly(RIGHT, set(RIGHT) - {"mixtral", "gemma3", "qwen3_5", "mamba"}))
+@pytest.mark.parametrize(
+    "family", quickly(RIGHT, set(RIGHT) - {"mixtral", "gemma3", "qwen3_5", "mamba"})
+)
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
     assert check_scoring(policy, hidden=True).share_prompt or family in NOT_SHARED

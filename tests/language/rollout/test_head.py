@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_learner, make_policy
+from tiny_models import (
+    ARCHITECTURES,
+    ENDS,
+    PROMPTS,
+    apart,
+    completions,
+    gradient,
+    make_learner,
+    make_policy,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +45,9 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     return gradient(policy.model), values
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 0.02)]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "share, length", [(True, 6), (True, 2), pytest.param(False, 6, marks=pytest.mark.slow)]
@@ -45,7 +56,10 @@ def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, s
     policy = make_policy(architecture, dtype=dtype)
     rollout = rollout_of(policy, length)
     # bfloat16 rounds other logits below the bound in either way of computing them
-    how = {"share_prompt": share, "distribution": TRUNCATED if tolerance < 0.01 else TRUNCATED.whole}
+    how = {
+        "share_prompt": share,
+        "distribution": TRUNCATED if tolerance < 0.01 else TRUNCATED.whole,
+    }
     expected, values = objective(policy, rollout, **how)
     for at_once in (1, 7, int(rollout.mask.sum()) - 1):
         found, same = objective(policy, rollout, tokens_at_once=at_once, **how)
@@ -57,7 +71,9 @@ def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, s
 def test_a_frozen_head_is_given_no_gaps_for_which_its_weights_would_be_copied(architecture):
     policy, gaps = make_policy(architecture), []
     head = head_of(policy.model).requires_grad_(False)
-    handle = head.register_forward_pre_hook(lambda _, given: gaps.append(not given[0].is_contiguous()))
+    handle = head.register_forward_pre_hook(
+        lambda _, given: gaps.append(not given[0].is_contiguous())
+    )
     rollout = rollout_of(policy)
     for share in (True, False):
         score(policy.model, rollout, Scoring(share))
@@ -135,7 +151,9 @@ def test_logits_of_all_tokens_never_exist(trained):
     policy = make_policy(vocabulary=20_000)
     rollout = rollout_of(policy)
     vocabulary, tokens = 20_000, int(rollout.mask.sum())
-    size = policy.model.get_input_embeddings().weight.numel()  # gradients of weights are as large as these
+    size = (
+        policy.model.get_input_embeddings().weight.numel()
+    )  # gradients of weights are as large as these
     at_once, how = 8, Scoring(tokens_at_once=8)
     assert tokens > 3 * at_once
     with _Largest() as seen:
@@ -159,7 +177,9 @@ def test_whole_numbers_draw_what_float64_draws(vocabulary):
     p /= p.sum(dim=1, keepdim=True)
     uniforms = torch.rand(4000, dtype=torch.double)
     uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
-    whole = on_device(uniforms, torch.device("meta")).dtype  # the type of any device other than the CPU
+    whole = on_device(
+        uniforms, torch.device("meta")
+    ).dtype  # the type of any device other than the CPU
     numbers = (uniforms * 2**UNIFORM_BITS).long()
     assert whole == numbers.dtype
     tokens = draw(p, numbers)

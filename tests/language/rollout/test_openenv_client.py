@@ -29,7 +29,10 @@ class Session:
             return self.observation(f"{self.secret}?>", None, False)
         guess = message["data"]["message"]
         if guess == "crash":
-            return {"type": "error", "data": {"message": "no such letter", "code": "EXECUTION_ERROR"}}
+            return {
+                "type": "error",
+                "data": {"message": "no such letter", "code": "EXECUTION_ERROR"},
+            }
         self.guesses += 1
         right = guess.startswith(self.secret)
         return self.observation("no>", float(right), right or self.guesses == 3)
@@ -86,16 +89,27 @@ def test_it_can_be_played_by_hand(sessions, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda question: print(question) or next(lines))
     monkeypatch.setattr(sys, "argv", [str(RECIPE), "--seed", "2"])
     runpy.run_path(str(RECIPE), run_name="__main__")
-    assert capsys.readouterr().out == "c?>\n> \nno>\n> \nno>\nThe rewards of the episode sum to 1.\n"
+    assert (
+        capsys.readouterr().out == "c?>\n> \nno>\n> \nno>\nThe rewards of the episode sum to 1.\n"
+    )
 
 
 def test_a_policy_trains_on_it(sessions, tmp_path):
-    shape = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6}
+    shape = {
+        "max_steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 6,
+    }
     run = tokenrl.train(
         task=f"{RECIPE}:Env", model=letters(64), output_dir=tmp_path / "run", eval_size=2, max_turns=2,
         stop=[">"], cpu=True, quiet=True, **shape,
     )  # fmt: skip
     assert run.exit_reason == "finished" and sessions.count("/ws") <= 8  # 2 prompts, 4 generations
-    (rows,) = [parquet.read_table(path).to_pylist() for path in (tmp_path / "run").rglob("*1.parquet")]
+    (rows,) = [
+        parquet.read_table(path).to_pylist() for path in (tmp_path / "run").rglob("*1.parquet")
+    ]
     assert all(not row["failure"] and row["ending"] in ENDINGS[:4] for row in rows)
-    assert {"role": "user", "content": "no>"} in [m for row in rows for m in json.loads(row["messages"])]
+    assert {"role": "user", "content": "no>"} in [
+        m for row in rows for m in json.loads(row["messages"])
+    ]

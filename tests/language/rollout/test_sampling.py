@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ENDS, PROMPTS, completions, make_model, make_policy, textbook_logprobs
+from tiny_models import (
+    ARCHITECTURES,
+    ENDS,
+    PROMPTS,
+    completions,
+    make_model,
+    make_policy,
+    textbook_logprobs,
+)
 
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
@@ -41,7 +49,9 @@ def texts(rollout):
 def exact_logprobs(model, prompt, sequence, distribution):
     """Of each token of one sequence, by the model in float64, without cache or padding."""
     logits = model(torch.tensor([[*prompt, *sequence]])).logits[0, len(prompt) - 1 : -1].double()
-    return textbook_logprobs(logits, **distribution)[torch.arange(len(sequence)), torch.tensor(sequence)]
+    return textbook_logprobs(logits, **distribution)[
+        torch.arange(len(sequence)), torch.tensor(sequence)
+    ]
 
 
 def sequences(vocabulary, length, eos):
@@ -67,14 +77,18 @@ def test_frequencies_are_the_exact_probabilities(eos, distribution):
     for prompt, rows in zip(prompts, (found[:n], found[n:]), strict=True):
         counts = dict.fromkeys(possible, 0)
         for row in rows:
-            counts[row] += 1  # a KeyError is a completion that goes on after its end, or stops before it
+            counts[row] += (
+                1  # a KeyError is a completion that goes on after its end, or stops before it
+            )
         p = {s: float(exact_logprobs(exact, prompt, s, distribution).sum().exp()) for s in possible}
         assert sum(p.values()) == pytest.approx(1)
         assert ("top_k" in distribution) == (0 in p.values())
         assert not any(counts[s] for s in possible if p[s] == 0)
         cells = [(counts[s], n * p[s]) for s in possible if p[s] > 0]
         rare = [c for c in cells if c[1] < 5]  # one cell, for the chi-square approximation's sake
-        cells = [c for c in cells if c[1] >= 5] + ([tuple(map(sum, zip(*rare, strict=True)))] if rare else [])
+        cells = [c for c in cells if c[1] >= 5] + (
+            [tuple(map(sum, zip(*rare, strict=True)))] if rare else []
+        )
         assert len(cells) > 6
         statistic += sum((count - expected) ** 2 / expected for count, expected in cells)
         df += len(cells) - 1
@@ -84,8 +98,12 @@ def test_frequencies_are_the_exact_probabilities(eos, distribution):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("distribution", [{}, {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.02}])
-def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(architecture, distribution):
+@pytest.mark.parametrize(
+    "distribution", [{}, {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.02}]
+)
+def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(
+    architecture, distribution
+):
     policy = make_policy(architecture)
     policy.eos_ids = ENDS
     prompts = [policy.encode(p) for p in PROMPTS]
@@ -93,7 +111,9 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
     assert texts(greedy(policy, prompts, **distribution)) == texts(greedy(policy, prompts))
     assert len(set(rollout.mask.sum(dim=1).tolist())) > 2  # rows really finish at different times
     with torch.no_grad():
-        scores = score(policy.model, rollout, distribution=Distribution(**distribution), entropy=True)
+        scores = score(
+            policy.model, rollout, distribution=Distribution(**distribution), entropy=True
+        )
     for mine, other in ((rollout.logprobs, scores.logprobs), (rollout.entropy, scores.entropy)):
         torch.testing.assert_close(
             mine[rollout.mask], other.detach()[rollout.mask], atol=1e-5, rtol=0, check_dtype=False
@@ -102,14 +122,18 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
     exact = copy.deepcopy(policy.model).double()
     for row, tokens in enumerate(texts(rollout)):
         expected = exact_logprobs(exact, prompts[row // 4], tokens, distribution)
-        torch.testing.assert_close(rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0
+        )
 
 
 def test_masks_end_with_the_first_of_several_eos():
     policy = make_policy()
     policy.eos_ids = ENDS
     rollout = draw(policy, [policy.encode(p) for p in PROMPTS], generations=8)
-    for row, (ids, mask) in enumerate(zip(rollout.completion_ids.tolist(), rollout.mask, strict=True)):
+    for row, (ids, mask) in enumerate(
+        zip(rollout.completion_ids.tolist(), rollout.mask, strict=True)
+    ):
         length = int(mask.sum())
         assert mask.tolist() == [t < length for t in range(len(ids))]
         ended = [i in ENDS for i in ids[:length]]
@@ -117,7 +141,11 @@ def test_masks_end_with_the_first_of_several_eos():
         assert ended[-1] or length == 6
         assert bool(rollout.truncated[row]) == (not ended[-1])
         assert set(ids[length:]) <= {policy.pad_id}
-    used = {i for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True) for i in ids[m].tolist()}
+    used = {
+        i
+        for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)
+        for i in ids[m].tolist()
+    }
     assert len(used & set(ENDS)) > 2
 
 
@@ -162,7 +190,9 @@ def test_same_completions_however_many_are_sampled_at_once(rows_at_once, generat
     sampling = Sampling(6, generations, seed=1, step=1, keep_score_norms=True, keep_hidden=True)
     draws = uniforms("training", sampling, range(4))
     whole = TransformersGenerator(policy).generate(prompts, sampling, draws)
-    parts = TransformersGenerator(policy, rows_at_once=rows_at_once).generate(prompts, sampling, draws)
+    parts = TransformersGenerator(policy, rows_at_once=rows_at_once).generate(
+        prompts, sampling, draws
+    )
     assert texts(parts) == texts(whole) and torch.equal(parts.mask, whole.mask)
     assert torch.equal(parts.prompt_index, whole.prompt_index)
     assert torch.equal(parts.truncated, whole.truncated)

@@ -62,10 +62,14 @@ def close(a, b, mask, tolerance):
 
 @pytest.mark.parametrize("architecture, dtype, tolerance", CASES)
 @pytest.mark.parametrize("distribution", [UNCHANGED, Distribution(temperature=0.6, top_p=0.9)])
-def test_the_shared_prompt_gives_the_plain_value_and_gradient(architecture, dtype, tolerance, distribution):
+def test_the_shared_prompt_gives_the_plain_value_and_gradient(
+    architecture, dtype, tolerance, distribution
+):
     policy = make_policy(architecture, dtype=dtype)
     rollout = rollout_of(policy)
-    plain, value, expected = objective(policy, rollout, share_prompt=False, distribution=distribution)
+    plain, value, expected = objective(
+        policy, rollout, share_prompt=False, distribution=distribution
+    )
     shared, same, found = objective(policy, rollout, share_prompt=True, distribution=distribution)
     close(shared.logprobs, plain.logprobs, rollout.mask, tolerance)
     close(shared.entropy, plain.entropy, rollout.mask, tolerance)
@@ -90,7 +94,9 @@ def test_rows_one_by_one_add_up_to_the_whole(architecture, dtype, tolerance, sha
         part_value = (scores.logprobs * weights[row] + 0.1 * scores.entropy).sum()
         part_value.backward()
         total += part_value.item()
-        close(scores.logprobs[0], whole.logprobs[row, : part.mask.shape[1]], part.mask[0], tolerance)
+        close(
+            scores.logprobs[0], whole.logprobs[row, : part.mask.shape[1]], part.mask[0], tolerance
+        )
     assert total == pytest.approx(value, rel=tolerance)
     assert apart(gradient(policy.model), expected) < tolerance
 
@@ -130,12 +136,15 @@ def test_rows_keep_everything_together():
 
 @pytest.mark.parametrize("at_once", [None, 3])
 @pytest.mark.parametrize(
-    "how", [{}, {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.04}]
+    "how",
+    [{}, {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.04}],
 )
 def test_values_and_gradients_are_those_of_the_distribution_that_was_sampled_from(how, at_once):
     policy, how = make_policy("gpt2", dtype="float64"), how | {"temperature": 0.5}
     rollout = rollout_of(policy, prompts=PROMPTS[:1], generations=8, **how)
-    scores = score(policy.model, rollout, Scoring(tokens_at_once=at_once), distribution=Distribution(**how))
+    scores = score(
+        policy.model, rollout, Scoring(tokens_at_once=at_once), distribution=Distribution(**how)
+    )
     prompt = policy.encode(PROMPTS[0])
     total = torch.zeros(())
     for row, mask in enumerate(rollout.mask):
@@ -159,7 +168,10 @@ def test_a_token_that_was_chosen_keeps_its_probability_where_the_distribution_le
     whole = score(policy.model, rollout).logprobs[rollout.mask]
     for at_once in (None, 3):
         scores = score(
-            policy.model, rollout, Scoring(tokens_at_once=at_once), distribution=Distribution(top_k=1)
+            policy.model,
+            rollout,
+            Scoring(tokens_at_once=at_once),
+            distribution=Distribution(top_k=1),
         )
         logprobs = scores.logprobs[rollout.mask]
         # with the most probable token alone, of probability q: log p / (p + q), or 0 where it was chosen
@@ -173,7 +185,11 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture):
     rollout = rollout_of(policy)
     _, value, expected = objective(policy, rollout)
     enable_gradient_checkpointing(policy)
-    layers = [m for m in policy.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+    layers = [
+        m
+        for m in policy.model.modules()
+        if getattr(m, "gradient_checkpointing", False) and m.training
+    ]
     assert layers and not check_scoring(policy).share_prompt
     calls = []
     next(layers[-1].children()).register_forward_pre_hook(lambda *_: calls.append(1))

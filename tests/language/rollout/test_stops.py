@@ -38,10 +38,17 @@ def sentencepiece():
     pieces = "<s> ▁t t ▁ ▁on o n ▁the he mat ▁mat ▁and at ne e ▁▁ a".split()  # noqa: SIM905
     pieces += [f"<0x{byte:02X}>" for byte in dict.fromkeys("é😀\nhmd".encode())]
     backend = Tokenizer(
-        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True
+        )
     )
     backend.normalizer = normalizers.Replace(" ", "▁")
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
     return fast(backend, bos_token="<s>")
 
@@ -66,7 +73,9 @@ def length_by_definition(tokenizer, ids, stops, eos=()):
 def test_the_end_is_the_first_token_whose_text_holds_a_stop_string(kind, stops):
     tokenizer = TOKENIZERS[kind]()
     draws = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, len(tokenizer), (200, 60), generator=draws)  # special and partial tokens too
+    ids = torch.randint(
+        0, len(tokenizer), (200, 60), generator=draws
+    )  # special and partial tokens too
     for row in range(0, 200, 4):  # a long string hardly comes about by chance
         planted = torch.tensor(tokenizer(stops[0], add_special_tokens=False).input_ids)
         ids[row, 1 + row // 5 :][: len(planted)] = planted[: 59 - row // 5]
@@ -97,7 +106,9 @@ def test_what_came_long_before_still_counts():
         (pieces("o" * 40 + "one t", between=[0] * 30), ("one t",), 45 + 30 * 44),
     ):
         stops = StopStrings(tokenizer, strings)
-        found = [bool(stops.ended(torch.tensor([ids]), torch.tensor([0]), t)) for t in range(len(ids))]
+        found = [
+            bool(stops.ended(torch.tensor([ids]), torch.tensor([0]), t)) for t in range(len(ids))
+        ]
         n, ended = length_by_definition(tokenizer, ids, strings)
         assert (n if ended else None) == length == (found.index(True) + 1 if any(found) else None)
 
@@ -119,7 +130,9 @@ def test_rows_are_those_without_stop_strings_up_to_their_ends(architecture, gene
         assert rollout.mask[row].tolist() == [t < n for t in range(rollout.mask.shape[1])]
         assert rollout.completion_ids[row, :n].tolist() == whole[:n]
         assert bool(rollout.truncated[row]) == (not ended)
-        torch.testing.assert_close(rollout.logprobs[row, :n], endless.logprobs[row, :n], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rollout.logprobs[row, :n], endless.logprobs[row, :n], atol=1e-5, rtol=0
+        )
         text = text_of(policy.tokenizer, whole[:n])
         places = [text.find(stop) for stop in stops if stop in text]
         assert texts[row] == text[: min(places, default=None)]

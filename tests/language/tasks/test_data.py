@@ -22,7 +22,9 @@ ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
 
 
 def reward(completions, answer, **kwargs):
-    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+    return [
+        float(completion == right) for completion, right in zip(completions, answer, strict=True)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +74,15 @@ RUN = "train --reward length(target=3) --max-completion-length 8"
     ],
     ids=["long", "special", "empty"],
 )
-def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(bad, commands, suffix, saved, capsys):
+def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
+    bad, commands, suffix, saved, capsys
+):
     rows = [{"prompt": bad if n == 5 else f"{n} a", "completion": "two"} for n in range(9)]
     head, lines = "prompt,completion", [",".join(row.values()) for row in rows]
     if suffix == ".jsonl":
-        head, *lines = (json.dumps(row | {"prompt": row["prompt"] or None}) for row in [rows[0], *rows])
+        head, *lines = (
+            json.dumps(row | {"prompt": row["prompt"] or None}) for row in [rows[0], *rows]
+        )
     with open(f"data{suffix}", "w") as file:
         file.write("\n".join([head, *lines[:2], "", *lines[2:]]))
     for command in commands:
@@ -91,12 +97,16 @@ def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(bad, commands,
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_a_data_file_is_split_into_disjoint_prompts_with_all_columns(tmp_path, suffix):
-    name = write_rows(tmp_path / f"rows{suffix}", [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(20)])
+    name = write_rows(
+        tmp_path / f"rows{suffix}", [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(20)]
+    )
     task = load_task(name, reward=reward, eval_size=5)
     assert task.name == name and task.max_completion_length is None and task.reward is reward
     assert (len(task.train_prompts), len(task.eval_prompts)) == (15, 5)
     rows = [*task.train_prompts, *task.eval_prompts]
-    assert {(row["prompt"], row["answer"]) for row in rows} == {(f"q{i}", f"a{i}") for i in range(20)}
+    assert {(row["prompt"], row["answer"]) for row in rows} == {
+        (f"q{i}", f"a{i}") for i in range(20)
+    }
 
 
 def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
@@ -104,7 +114,9 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
     write_rows(tmp_path / "folder" / "test.jsonl", [{"prompt": "new", "answer": "x"}, ROWS[3]])
     task = load_task("folder", reward=reward)
     assert [row["prompt"] for row in task.eval_prompts] == ["new", ROWS[3]["prompt"]]
-    assert [row["prompt"] for row in task.train_prompts] == [r["prompt"] for r in ROWS if r != ROWS[3]]
+    assert [row["prompt"] for row in task.train_prompts] == [
+        r["prompt"] for r in ROWS if r != ROWS[3]
+    ]
 
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk("saved")
@@ -118,10 +130,14 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
 
 def test_a_damaged_cache_changes_no_data_file_and_is_named_for_a_folder(tmp_path):
     names = ("rows.parquet", "folder/rows.parquet", "plain/rows.csv")
-    file, folder, plain = (write_rows(tmp_path / name, ROWS).replace("/rows.csv", "") for name in names)
+    file, folder, plain = (
+        write_rows(tmp_path / name, ROWS).replace("/rows.csv", "") for name in names
+    )
     folder = str(tmp_path / "folder")
     assert read_splits(file) == read_splits(folder) == {"train": ROWS}
-    cached = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".arrow", ".json")]
+    cached = [
+        path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".arrow", ".json")
+    ]
     assert cached
     for path in cached:
         path.write_bytes(path.read_bytes()[:60])
@@ -134,10 +150,14 @@ def test_a_damaged_cache_changes_no_data_file_and_is_named_for_a_folder(tmp_path
 def hub(monkeypatch, features, load, name="parquet"):
     """Have a builder of `datasets` stand for every name on the hub; return what it was called with."""
     calls = []
-    builder = SimpleNamespace(name=name, info=SimpleNamespace(features=features), config=SimpleNamespace())
+    builder = SimpleNamespace(
+        name=name, info=SimpleNamespace(features=features), config=SimpleNamespace()
+    )
     builder.download_and_prepare = lambda: None
     builder.as_dataset = load
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: calls.append(args) or builder)
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *args: calls.append(args) or builder
+    )
     return calls
 
 
@@ -189,7 +209,9 @@ def test_toy_tasks_are_found_by_name_and_their_reward_can_be_replaced(monkeypatc
     toy_tasks(monkeypatch, copy=toy, sort_digits=toy)
     assert load_task("copy") is toy
     assert load_task("copy", reward=[len, reward]).reward == [len, reward] and toy.reward is reward
-    with pytest.raises(Refused, match=r"'sort_digit'.*Did you mean 'sort_digits'.*module:attribute"):
+    with pytest.raises(
+        Refused, match=r"'sort_digit'.*Did you mean 'sort_digits'.*module:attribute"
+    ):
         load_task("sort_digit")
 
 
@@ -231,14 +253,21 @@ def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch):
         raise RuntimeError("generation\n  failed") from ConnectionError("no route")
 
     hub(monkeypatch, None, as_dataset)
-    with pytest.raises(Refused, match="generation failed caused by ConnectionError: no route") as caught:
+    with pytest.raises(
+        Refused, match="generation failed caused by ConnectionError: no route"
+    ) as caught:
         load_task("owner/name", reward=reward)
     assert "\n" not in str(caught.value)
 
 
 def test_empty_data_is_refused(tmp_path, monkeypatch):
     datasets.Dataset.from_list(ROWS).select(range(0)).save_to_disk("none")
-    for name, content in {"a.jsonl": "", "a.csv": "", "b.csv": "prompt,answer\n", "a.json": "[]"}.items():
+    for name, content in {
+        "a.jsonl": "",
+        "a.csv": "",
+        "b.csv": "prompt,answer\n",
+        "a.json": "[]",
+    }.items():
         (tmp_path / name).write_text(content)
     for name in ("none", "a.jsonl", "a.csv", "b.csv", "a.json"):
         with pytest.raises(Refused, match=f"'{name}'"):
@@ -248,7 +277,9 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
         load_task("empty")
 
 
-@pytest.mark.parametrize("read", [read_splits, load_pairs, lambda name: sft(task=name, model="none")])
+@pytest.mark.parametrize(
+    "read", [read_splits, load_pairs, lambda name: sft(task=name, model="none")]
+)
 @pytest.mark.parametrize(
     ("name", "content", "place"),
     [
@@ -256,7 +287,11 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
         ("a.json", b"\xef\xbb\xbf\n null\n", "line 2 of .* is null"),
         ("a.json", b'[{"prompt": "a"}, 3]', "item 2 of .* is 3: a row is an object"),
         ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b",}\n', "in line 3, column 16"),
-        ("a.csv", b'prompt,answer\n"a\nb",1\nc,d,e\n', "line 4 of .* has 3 cells, and there are 2 columns"),
+        (
+            "a.csv",
+            b'prompt,answer\n"a\nb",1\nc,d,e\n',
+            "line 4 of .* has 3 cells, and there are 2 columns",
+        ),
         ("a.csv", b'prompt,answer\n"a,1\n', "unexpected end of data"),
         ("a.csv", b"prompt,prompt\na,b\n", "two columns of .* are called 'prompt'"),
         ("a.jsonl", b'{"prompt": "a"}\n' * 9 + b"null", "line 10 of .* is null"),
@@ -284,7 +319,9 @@ def test_a_null_inside_of_a_row_is_none(tmp_path):
 def test_chat_prompts_survive_a_file_without_keys_they_never_had(tmp_path):
     plain = [{"role": "user", "content": "a"}]
     named = [{"role": "system", "content": "s"}, {"role": "user", "content": "b", "name": "Ann"}]
-    task = load_task(write_rows(tmp_path / "c.jsonl", [{"prompt": plain}, {"prompt": named}]), reward=reward)
+    task = load_task(
+        write_rows(tmp_path / "c.jsonl", [{"prompt": plain}, {"prompt": named}]), reward=reward
+    )
     prompts = [row["prompt"] for row in [*task.train_prompts, *task.eval_prompts]]
     assert plain in prompts and named in prompts
 
@@ -302,7 +339,11 @@ def test_duplicates_of_a_held_out_prompt_leave_the_training_set(tmp_path):
 
 
 def test_a_fifth_is_held_out_at_most_half_on_request_and_one_prompt_is_too_few():
-    for rows, asked, counts in ((ROWS, None, (16, 4)), (ROWS[:3], None, (2, 1)), (ROWS, 128, (10, 10))):
+    for rows, asked, counts in (
+        (ROWS, None, (16, 4)),
+        (ROWS[:3], None, (2, 1)),
+        (ROWS, 128, (10, 10)),
+    ):
         task = load_task(rows, reward=reward, eval_size=asked)
         assert (len(task.train_prompts), len(task.eval_prompts), task.divided) == (*counts, True)
     task = load_task({"train": ROWS, "test": [{"prompt": "new"}]}, reward=reward)
@@ -330,9 +371,13 @@ def batches_of(rows, size, seed):
 
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
 @settings(max_examples=50, deadline=None)
-@given(rows=st.integers(1, 7), size=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5))
+@given(
+    rows=st.integers(1, 7), size=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5)
+)
 def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, size, skip, seed):
-    (whole, deal), (first, deal_first), (second, deal_second) = (make(rows, size, seed) for _ in range(3))
+    (whole, deal), (first, deal_first), (second, deal_second) = (
+        make(rows, size, seed) for _ in range(3)
+    )
     steps = [deal() for _ in range(20)]
     dealt = [number for step in steps for number in step]
     for start in range(0, len(dealt) - rows + 1, rows):
@@ -348,7 +393,10 @@ def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, si
 def test_positions_and_epochs_count_what_was_given_out():
     stream = PromptStream(ROWS, seed=0)
     assert [position for _ in range(4) for position, _ in stream.draw_prompts(8)] == list(range(32))
-    assert stream.epoch == 32 / 20 and [position for position, _ in stream.draw_prompts(2)] == [32, 33]
+    assert stream.epoch == 32 / 20 and [position for position, _ in stream.draw_prompts(2)] == [
+        32,
+        33,
+    ]
 
 
 @pytest.mark.parametrize("make", [prompts_of, batches_of])

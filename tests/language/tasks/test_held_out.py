@@ -31,7 +31,10 @@ class Coins:
     def __iter__(self):
         for i in range(self.size):
             number = random.Random(self.seed + i).randrange(self.sides)
-            yield {"question": f"{self.seed + i if self.sides == 1000 else number}?", "answer": str(number)}
+            yield {
+                "question": f"{self.seed + i if self.sides == 1000 else number}?",
+                "answer": str(number),
+            }
 
     def score_answer(self, answer, entry):
         return float(answer == entry["answer"])
@@ -51,7 +54,8 @@ def prompts(rows):
 
 
 @pytest.mark.parametrize(
-    ("options", "held_out"), [("size=64", None), ("size=500", 400), ("size=8, seed=1073741823", None)]
+    ("options", "held_out"),
+    [("size=64", None), ("size=500", 400), ("size=8, seed=1073741823", None)],
 )
 def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options, held_out):
     task = load_task(f"reasoning_gym:coins({options})", eval_size=held_out)
@@ -67,7 +71,9 @@ def test_questions_that_repeat_are_held_out_once_and_not_trained_on(gym):
     assert len(held) == len(set(held)) <= 3 and not set(held) & set(prompts(task.train_prompts))
     (warning,) = few_prompts(task.train_prompts)
     assert f"only {len(set(prompts(task.train_prompts)))} distinct prompts" in warning
-    with pytest.raises(Refused, match=r"too few distinct prompts: 8 to evaluate on, 0 training rows"):
+    with pytest.raises(
+        Refused, match=r"too few distinct prompts: 8 to evaluate on, 0 training rows"
+    ):
         load_task("reasoning_gym:coins(size=64, sides=8)")
     for option in ("size=1073741824", "seed=1073741824"):
         with pytest.raises(Refused, match=r"at most 1,073,741,823"):

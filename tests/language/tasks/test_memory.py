@@ -19,7 +19,9 @@ from tokenrl.language.tasks.sources import memory_splits
 from tokenrl.language.tasks.task import load_task
 from toy_tasks.models import TinyModel
 
-ROWS = [{"prompt": f"{x}{y}>", "answer": x, "marks": {"deep": [x, y]}} for x in "abcd" for y in "abcd"]
+ROWS = [
+    {"prompt": f"{x}{y}>", "answer": x, "marks": {"deep": [x, y]}} for x in "abcd" for y in "abcd"
+]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
@@ -41,7 +43,12 @@ def tiny():
 
 def start(tmp_path, **options):
     defaults = {"model": tiny(), "reward": exact, "output_dir": tmp_path / "run", "max_steps": 2}
-    defaults |= {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 3, "quiet": True}
+    defaults |= {
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 3,
+        "quiet": True,
+    }
     return tokenrl.train(**(defaults | options))
 
 
@@ -80,7 +87,9 @@ def _restored(batch):
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_the_splits_of_a_dict_become_training_and_held_out_prompts(name):
-    splits = datasets.DatasetDict(train=dataset(), **{name: dataset(ROWS[:3]), "other": dataset(ROWS[:1])})
+    splits = datasets.DatasetDict(
+        train=dataset(), **{name: dataset(ROWS[:3]), "other": dataset(ROWS[:1])}
+    )
     task = load_task(splits, reward=exact)
     assert [row["prompt"] for row in task.eval_prompts] == ["aa>", "ab>", "ac>"]
     assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS[3:]]
@@ -99,7 +108,10 @@ def test_the_users_rows_are_copied_not_changed():
 
 @pytest.mark.parametrize("make", [list, dataset])
 def test_the_assistants_last_turn_is_the_answer_and_leaves_the_prompt(make):
-    rows = [{"messages": chat(("system", "s"), ("user", f"u{i}"), ("assistant", f"a{i}"))} for i in range(4)]
+    rows = [
+        {"messages": chat(("system", "s"), ("user", f"u{i}"), ("assistant", f"a{i}"))}
+        for i in range(4)
+    ]
     task = load_task(make(rows), reward=exact, eval_size=1)
     for row in [*task.train_prompts, *task.eval_prompts]:
         number = row["prompt"][1]["content"][1:]
@@ -109,7 +121,10 @@ def test_the_assistants_last_turn_is_the_answer_and_leaves_the_prompt(make):
 
 
 def test_an_own_answer_is_kept_and_a_question_alone_is_the_whole_prompt():
-    rows = [{"messages": chat(("user", f"u{i}"), ("assistant", "long")), "answer": str(i)} for i in range(4)]
+    rows = [
+        {"messages": chat(("user", f"u{i}"), ("assistant", "long")), "answer": str(i)}
+        for i in range(4)
+    ]
     found = load_task(rows, reward=exact).eval_prompts
     assert all(row["answer"] == row["prompt"][0]["content"][1] for row in found)
     rows = [{"messages": chat(("user", f"u{i}"))} for i in range(4)]
@@ -120,10 +135,14 @@ def test_an_own_answer_is_kept_and_a_question_alone_is_the_whole_prompt():
 def test_a_prompt_column_comes_before_messages_and_keeps_a_last_turn_of_the_assistant():
     begun = chat(("user", "u"), ("assistant", "It is"))
     rows = [
-        {"prompt": [*chat(("system", f"{i}")), *begun], "messages": chat(("user", "x"))} for i in range(4)
+        {"prompt": [*chat(("system", f"{i}")), *begun], "messages": chat(("user", "x"))}
+        for i in range(4)
     ]
     assert all(row["prompt"][1:] == begun for row in load_task(rows, reward=exact).train_prompts)
-    named = [{"prompt": "title", "messages": chat(("user", str(i)), ("assistant", "a"))} for i in range(4)]
+    named = [
+        {"prompt": "title", "messages": chat(("user", str(i)), ("assistant", "a"))}
+        for i in range(4)
+    ]
     rows = load_task(named, reward=exact, prompt_column="messages").train_prompts
     assert all(len(row["prompt"]) == 1 and row["answer"] == "a" for row in rows)
 
@@ -154,8 +173,14 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
         (dataset([]), "'train' is empty"),
         ({}, "no split 'train'"),
         (datasets.DatasetDict(test=dataset()), "no split 'train'.* Available: test"),
-        (dataset([{"question": "a"}]), r"no column 'prompt'.*question.*prompt_template.*--prompt-template"),
-        ([ROWS[0], {"prompt": "b"}], "row 1 and row 0 do not have the same columns; only one has answer, m"),
+        (
+            dataset([{"question": "a"}]),
+            r"no column 'prompt'.*question.*prompt_template.*--prompt-template",
+        ),
+        (
+            [ROWS[0], {"prompt": "b"}],
+            "row 1 and row 0 do not have the same columns; only one has answer, m",
+        ),
         (dataset([{"prompt": "a"}, {"prompt": None}]), r"row 1: the prompt is None"),
         (["a", "b"], r"row 0 is 'a' \(str\); a row is a dict. Of texts write task=\[\{"),
         (chat(("user", "a")), r"no column 'prompt'.*content, role"),
@@ -163,7 +188,10 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
         ({"train": ROWS, "test": "rows.jsonl"}, r"task, split 'test' is 'rows.jsonl' \(str\)"),
         (dataset().to_iterable_dataset(), r"IterableDataset.*from_list\(list\(data.take\(N\)\)\)"),
         (pandas.DataFrame(ROWS), r"DataFrame\); it must be .*from_pandas"),
-        ((row for row in ROWS), r"\(generator\); it must be a name, a task object, a datasets.Dataset"),
+        (
+            (row for row in ROWS),
+            r"\(generator\); it must be a name, a task object, a datasets.Dataset",
+        ),
         (5, r"task is 5 \(int\)"),
         ([ROWS[0]] * 4, "too few distinct prompts"),
     ],
@@ -198,7 +226,9 @@ def test_columns_of_dicts_with_keys_of_several_kinds_train_and_have_a_fingerprin
 
     assert fingerprint({"train": rows(meta)}) == fingerprint({"train": copy.deepcopy(rows(meta))})
     assert fingerprint({"train": rows(meta)}) != fingerprint({"train": rows({1: "x", "b": 3})})
-    assert fingerprint({"train": rows({1: 2})}) == fingerprint({"train": rows({"1": 2})})  # as JSON has it
+    assert fingerprint({"train": rows({1: 2})}) == fingerprint(
+        {"train": rows({"1": 2})}
+    )  # as JSON has it
     seen = []
 
     def reward(completions, meta, **_):
@@ -214,7 +244,12 @@ def test_columns_of_dicts_with_keys_of_several_kinds_train_and_have_a_fingerprin
 def test_the_fingerprint_is_that_of_the_rows_not_of_the_object_that_holds_them():
     same = {fingerprint(memory_splits(data)) for data in (ROWS, dataset(), {"train": tuple(ROWS)})}
     assert len(same) == 1
-    others = [ROWS[:-1], ROWS[::-1], [{**row, "answer": "z"} for row in ROWS], {"train": ROWS, "test": ROWS}]
+    others = [
+        ROWS[:-1],
+        ROWS[::-1],
+        [{**row, "answer": "z"} for row in ROWS],
+        {"train": ROWS, "test": ROWS},
+    ]
     others += [{"train": ROWS[:n], "test": ROWS[n:]} for n in (2, 3)]
     assert len({*same, *(fingerprint(memory_splits(data)) for data in others)}) == 7
 
@@ -233,7 +268,9 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
         tmp_path, task=datasets.DatasetDict(train=dataset(), test=dataset(ROWS[:4])), reward=reward
     )
     assert result.steps == 2 and 0 <= result.eval_after["reward_greedy"] <= 1
-    assert len(seen) > 32 and all({"prompt": p, "answer": a, "marks": m} in ROWS for p, a, m in seen)
+    assert len(seen) > 32 and all(
+        {"prompt": p, "answer": a, "marks": m} in ROWS for p, a, m in seen
+    )
     config, digits = config_of(tmp_path), fingerprint({"train": ROWS, "test": ROWS[:4]})
     assert config["task_rows"]["rows"] == {"train": 16, "test": 4}
     assert config["task_rows"]["columns"] == ["prompt", "answer", "marks"]
@@ -241,7 +278,10 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
     assert config["command"] == ""  # no command can name the rows and the model
     assert main(["train", "--config", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert f"in-memory:{digits}' was data given from Python" in said and "to_json('data.jsonl')" in said
+    assert (
+        f"in-memory:{digits}' was data given from Python" in said
+        and "to_json('data.jsonl')" in said
+    )
 
 
 def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
@@ -255,11 +295,17 @@ def test_sft_learns_from_columns_and_from_conversations(tmp_path):
     model, tokenizer = tiny()
     tokenizer.chat_template = TEMPLATE
     how = {"model": (model, tokenizer), "max_steps": 2, "batch_size": 4, "quiet": True}
-    result = tokenrl.sft(task=dataset(), completion_column="answer", output_dir=tmp_path / "run", **how)
+    result = tokenrl.sft(
+        task=dataset(), completion_column="answer", output_dir=tmp_path / "run", **how
+    )
     assert result.steps == 2 and config_of(tmp_path)["task_rows"]["rows"] == {"train": 16}
-    talks = [{"messages": chat(("user", row["prompt"]), ("assistant", row["answer"]))} for row in ROWS]
+    talks = [
+        {"messages": chat(("user", row["prompt"]), ("assistant", row["answer"]))} for row in ROWS
+    ]
     assert tokenrl.sft(task=talks, output_dir=tmp_path / "talks", **how).steps == 2
-    with pytest.raises(Refused, match=r"The data has no column 'completion'; .*prompt, answer, marks"):
+    with pytest.raises(
+        Refused, match=r"The data has no column 'completion'; .*prompt, answer, marks"
+    ):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none", **how)
     with pytest.raises(Refused, match="no model of its own: name one"):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")

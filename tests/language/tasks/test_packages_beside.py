@@ -11,7 +11,10 @@ from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import load_task
 
-QUESTION = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 1/2 + 1/4?"}]
+QUESTION = [
+    {"role": "system", "content": "Think."},
+    {"role": "user", "content": "What is 1/2 + 1/4?"},
+]
 
 
 def accuracy_reward(completions, solution, **kwargs):
@@ -29,7 +32,9 @@ def accuracy_reward(completions, solution, **kwargs):
 
 def format_reward(completions, **kwargs):
     pattern = re.compile(r"<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>", re.DOTALL)
-    return [1.0 if pattern.fullmatch(completion[0]["content"]) else 0.0 for completion in completions]
+    return [
+        1.0 if pattern.fullmatch(completion[0]["content"]) else 0.0 for completion in completions
+    ]
 
 
 @pytest.mark.parametrize("timeout", [None, pytest.param(120.0, marks=pytest.mark.slow)])
@@ -37,7 +42,13 @@ def test_a_published_pair_of_rewards_works_without_change(timeout):
     pytest.importorskip("math_verify")
     form = "<think>\nhm\n</think>\n<answer>\n{}\n</answer>"
     texts = [form.format(r"$\frac{3}{4}$"), "$0.75$", form.format("$1$"), r"$\boxed{3/4}$", "$2$"]
-    solution = [r"$\frac{3}{4}$", "$3/4$", r"$\frac{3}{4}$", r"\boxed{\frac{3}{4}}", "no mathematics here"]
+    solution = [
+        r"$\frac{3}{4}$",
+        "$3/4$",
+        r"$\frac{3}{4}$",
+        r"\boxed{\frac{3}{4}}",
+        "no mathematics here",
+    ]
     rewards = Rewards([accuracy_reward, format_reward], [1.0, 0.5], timeout=timeout)
     rewards.check_columns(["prompt", "solution"])
     result = rewards([QUESTION] * 5, texts, [[1]] * 5, {"solution": solution}, step=0)
@@ -61,7 +72,12 @@ def test_a_puzzle_is_a_task_with_its_own_score():
     row = task.train_prompts[0]
     rewards = Rewards(task.reward)
     rewards.check_columns(row)
-    texts = [row["answer"], f"I think <answer> {row['answer']}\n</answer> done", "x", "<answer>x</answer> 1"]
+    texts = [
+        row["answer"],
+        f"I think <answer> {row['answer']}\n</answer> done",
+        "x",
+        "<answer>x</answer> 1",
+    ]
     columns = {"entry": [row["entry"]] * 4, "answer": [row["answer"]] * 4}
     scores = rewards([row["prompt"]] * 4, texts, [[1]] * 4, columns, step=0).total
     assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1

@@ -39,7 +39,11 @@ def test_a_task_that_raises_is_refused(error):
     with pytest.raises(Refused, match=said):
         find_task(TaskArguments(task=PromptTask("mine", Rows(error), [{"prompt": "a"}], zero)))
     with pytest.raises(Refused, match="The task was read, and it raised"):
-        find_task(TaskArguments(task=PromptTask("mine", [{"prompt": "a"}], Rows(error), zero), eval_size=3))
+        find_task(
+            TaskArguments(
+                task=PromptTask("mine", [{"prompt": "a"}], Rows(error), zero), eval_size=3
+            )
+        )
     with pytest.raises(Stopped, match="training prompts could not be read: it raised") as caught:
         PromptStream(Rows(error), 0).draw_prompts(4)
     assert caught.value.__cause__ is error

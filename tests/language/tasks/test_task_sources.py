@@ -31,8 +31,12 @@ def test_columns_and_templates():
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
-    with pytest.raises(Refused, match=f"prompt_template .* column 'question' of row 3 is {missing}"):
-        with_prompts([*ROWS, {"question": missing}], "here", DataArguments(prompt_template="{question}"))
+    with pytest.raises(
+        Refused, match=f"prompt_template .* column 'question' of row 3 is {missing}"
+    ):
+        with_prompts(
+            [*ROWS, {"question": missing}], "here", DataArguments(prompt_template="{question}")
+        )
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,10 @@ def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
         ([], "an empty list"),
         ({"role": "user", "content": "a"}, "dict"),
         (["a"], r"message 0 of the prompt is 'a' \(str\)"),
-        ([{"role": "user", "content": "a"}, {"role": "user"}], "message 1 of the prompt has content None"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "user"}],
+            "message 1 of the prompt has content None",
+        ),
         ([{"content": "a"}], "message 0 of the prompt has role None"),
         ("a\ud800", r"the prompt holds '\\ud800', which UTF-8 cannot write"),
         ([{"role": "user", "content": "\udcff"}], r"message 0 of the prompt has content '\\udcff'"),
@@ -66,7 +73,9 @@ def test_a_row_without_a_prompt_is_refused():
             check_prompts([row], "here")
 
 
-def test_the_users_file_wins_over_an_installed_module_but_only_while_it_is_imported(tmp_path, monkeypatch):
+def test_the_users_file_wins_over_an_installed_module_but_only_while_it_is_imported(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
@@ -89,7 +98,9 @@ def test_a_program_that_exits_on_import_is_refused(tmp_path):
 
 def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):
     (tmp_path / "own.py").write_text("def zero(completions, **_): return [0.0] * len(completions)")
-    task = toy_tasks.load("target_length")  # its rewards are negative, so any other reward is above the mark
+    task = toy_tasks.load(
+        "target_length"
+    )  # its rewards are negative, so any other reward is above the mark
     assert find_task(TaskArguments(task="target_length"))[0].solved == task.solved == -0.05
     for options in ({"reward": (f"{tmp_path}/own.py:zero",)}, {"reward_weights": (2.0,)}):
         found, _ = find_task(TaskArguments(task="target_length", **options))
@@ -149,13 +160,18 @@ def test_so_is_one_from_python(factory):
 def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file):
     rows = [{"prompt": f"p{i}", "environment": "a"} for i in range(10)]
     for environment in (Echo, {"a": Echo}, f"{echo_file}:Env", f"{echo_file}:FACTORIES"):
-        task, rewards = find_task(TaskArguments(task=rows, environment=environment, reward_timeout=2.0))
+        task, rewards = find_task(
+            TaskArguments(task=rows, environment=environment, reward_timeout=2.0)
+        )
         assert len(task.train_prompts) == 8 and task.train_prompts[0]["environment"] == "a"
         assert rewards.environments.timeout == 2.0 and len(rewards.names) == 1
     mine = PromptTask("mine", rows, rows, [], environment=Echo)
     assert find_task(TaskArguments(task=mine))[0].environment is Echo
     other, _ = find_task(TaskArguments(task=mine, environment=make_echo))
     assert other.environment is make_echo and mine.environment is Echo
-    for environment in ({"a": Echo}, f"{echo_file}:FACTORIES"):  # which no row of an empty prompt names
+    for environment in (
+        {"a": Echo},
+        f"{echo_file}:FACTORIES",
+    ):  # which no row of an empty prompt names
         with pytest.raises(Refused):
             find_task(TaskArguments(environment=environment))

@@ -22,11 +22,15 @@ from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.language.training.defaults import demonstrations
 
 TEXTS = st.one_of(
-    st.sampled_from(["2005-07-22", "2005-07-22T10:00:00Z", "12:30", "007", "7.0", "1e5", "-0", "1_000"]),
+    st.sampled_from(
+        ["2005-07-22", "2005-07-22T10:00:00Z", "12:30", "007", "7.0", "1e5", "-0", "1_000"]
+    ),
     st.sampled_from(
         ["NA", "None", "null", "nan", "inf", "true", "False", " 7", "\u0663", "a,b", 'a"b', "a\nb"]
     ),
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=5),
+    st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=5
+    ),
 )
 NUMBERS = st.one_of(
     st.integers(), st.integers(2**60, 2**70), st.floats(allow_nan=False, allow_infinity=False)
@@ -56,7 +60,9 @@ def alone(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-EACH = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EACH = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "folder/train.jsonl"])
@@ -74,14 +80,20 @@ def test_json_gives_what_json_loads_gives(name, rows, indent):
 
 @EACH
 @given(
-    columns=st.lists(st.one_of(st.just(TEXTS), st.just(NUMBERS), st.just(SCALARS)), min_size=2, max_size=3),
+    columns=st.lists(
+        st.one_of(st.just(TEXTS), st.just(NUMBERS), st.just(SCALARS)), min_size=2, max_size=3
+    ),
     data=st.data(),
 )
-def test_each_cell_of_csv_is_a_number_that_is_written_so_or_the_text_that_stands_there(columns, data):
+def test_each_cell_of_csv_is_a_number_that_is_written_so_or_the_text_that_stands_there(
+    columns, data
+):
     rows = data.draw(st.lists(st.tuples(*columns), min_size=1, max_size=6))
     names = [f"c{i}" for i in range(len(columns))]
     with open("a.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([names, *(["" if v is None else str(v) for v in row] for row in rows)])
+        csv.writer(file).writerows(
+            [names, *(["" if v is None else str(v) for v in row] for row in rows)]
+        )
     for name, cells in zip(names, zip(*rows, strict=True), strict=True):
         values = [row[name] for row in read_splits("a.csv")["train"]]
         assert [None if v is None else str(v) for v in values] == [
@@ -116,20 +128,28 @@ def test_parquet_and_datasets_give_the_values_of_their_columns(values):
 
 
 def test_a_date_and_a_big_number_earn_in_every_format():
-    rows = [{"prompt": f"p{i}", "answer": a} for i, a in enumerate(["2005-07-22", "007", "NA", "None"])]
+    rows = [
+        {"prompt": f"p{i}", "answer": a} for i, a in enumerate(["2005-07-22", "007", "NA", "None"])
+    ]
     pandas.DataFrame(rows).to_csv("a.csv", index=False)
     pandas.DataFrame(rows).to_parquet("a.parquet")
     with open("a.json", "w") as file:
-        json.dump([*rows, {"prompt": "big", "answer": 2**61}, {"prompt": "half", "answer": 0.5}], file)
+        json.dump(
+            [*rows, {"prompt": "big", "answer": 2**61}, {"prompt": "half", "answer": 0.5}], file
+        )
     for name in ("a.csv", "a.parquet", "a.json"):
         answers = [row["answer"] for row in read_splits(name)["train"]]
-        assert ExactMatch()([str(answer) for answer in answers], answer=answers) == [1.0] * len(answers)
+        assert ExactMatch()([str(answer) for answer in answers], answer=answers) == [1.0] * len(
+            answers
+        )
         assert [str(a) for a in answers[:4]] == ["2005-07-22", "007", "NA", "None"]
     assert answers[4] == 2**61 and type(answers[4]) is int
 
 
 def test_whole_numbers_with_holes_are_whole_after_pandas_too():
-    frame = pandas.DataFrame({"prompt": ["a", "b", "c"], "answer": [1, None, 3], "share": [1.0, None, 0.5]})
+    frame = pandas.DataFrame(
+        {"prompt": ["a", "b", "c"], "answer": [1, None, 3], "share": [1.0, None, 0.5]}
+    )
     frame.to_parquet("a.parquet")
     for rows in (
         read_splits("a.parquet")["train"],
@@ -147,18 +167,28 @@ def test_tables_pad_messages_with_nulls_that_no_template_sees_and_lists_keep_the
     for arguments in CALLS:
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": arguments}}}
-        rows.append({"prompt": [{"role": "user", "content": "q"}, turn], "tools": [tool], "answer": "x"})
+        tool = {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": arguments}},
+        }
+        rows.append(
+            {"prompt": [{"role": "user", "content": "q"}, turn], "tools": [tool], "answer": "x"}
+        )
     data = datasets.Dataset.from_list(rows)
     data.to_parquet("a.parquet")
     data.save_to_disk("saved")
     # What is empty in one row has no type of its own, so Arrow drops it; all else comes back.
     for read in (memory_splits(data), read_splits("a.parquet"), read_splits("saved")):
-        calls = [row["prompt"][1]["tool_calls"][0]["function"]["arguments"] for row in read["train"]]
+        calls = [
+            row["prompt"][1]["tool_calls"][0]["function"]["arguments"] for row in read["train"]
+        ]
         assert calls == CALLS
-        assert [row["tools"][0]["function"]["parameters"]["properties"] for row in read["train"]] == CALLS
+        assert [
+            row["tools"][0]["function"]["parameters"]["properties"] for row in read["train"]
+        ] == CALLS
     pairs = [
-        {"prompt": row["prompt"], "chosen": row["prompt"], "rejected": rows[1]["prompt"]} for row in rows
+        {"prompt": row["prompt"], "chosen": row["prompt"], "rejected": rows[1]["prompt"]}
+        for row in rows
     ]
     for source in (pairs, datasets.Dataset.from_list(pairs)):
         train, held_out = load_pairs(source, eval_size=1)
@@ -175,7 +205,9 @@ def test_an_answer_that_no_completion_can_equal_is_refused_with_its_row(reward, 
     rows = [{"prompt": f"p{i}", "answer": "a"} for i in range(4)]
     bad = [*rows, {"prompt": "p4", "answer": answer}]
     for task in (PromptTask("t", bad, rows, reward), PromptTask("t", rows, bad, reward)):
-        with pytest.raises(Refused, match=r"row 4: the answer in the column 'answer' is .*text or a number"):
+        with pytest.raises(
+            Refused, match=r"row 4: the answer in the column 'answer' is .*text or a number"
+        ):
             find_task(TaskArguments(task=task))
 
 
@@ -240,7 +272,8 @@ def test_objects_without_a_form_are_said():
 def test_a_column_of_numbers_is_text_where_text_is_needed():
     with open("a.csv", "w") as file:
         file.write(
-            "prompt,completion,chosen,rejected\n" + "".join(f"{i},{i + 1},{i + 1},{i}.5\n" for i in range(9))
+            "prompt,completion,chosen,rejected\n"
+            + "".join(f"{i},{i + 1},{i + 1},{i}.5\n" for i in range(9))
         )
     task, _ = find_task(TaskArguments(task="a.csv", reward=(ExactMatch("chosen"),)))
     assert {row["prompt"] for row in task.train_prompts + task.eval_prompts} == set("012345678")

@@ -22,7 +22,13 @@ from tokenrl.language.tasks.task import PromptTask
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four"]
 ROWS = [{"question": word, "completion": word[::-1]} for word in WORDS]
 FORM = {"system_prompt": "count", "chat": True, "stop": (" t", "e")}
-SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 8, "cpu": True, "quiet": True}
+SMALL = {
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "max_completion_length": 8,
+    "cpu": True,
+    "quiet": True,
+}
 SEEN: list[tuple] = []
 
 
@@ -59,7 +65,9 @@ def asked_of(word):
 def test_config_card_and_report_of_a_run_say_it(run):
     config = json.loads((run / "config.json").read_text())
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
-    said = "each text as a message of the user; system prompt 'count'; completions end at ' t' or 'e'"
+    said = (
+        "each text as a message of the user; system prompt 'count'; completions end at ' t' or 'e'"
+    )
     assert f"| asked | {said} |" in (run / "model" / "README.md").read_text()
     assert "&#34;system_prompt&#34;: &#34;count&#34;" in (run / "report.html").read_text()
 
@@ -75,21 +83,33 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
     assert all(asked_of(row["question"]) in read for row in ROWS)
     prompts, completions = zip(*SEEN, strict=True)
-    assert all(prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts)  # messages
+    assert all(
+        prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts
+    )  # messages
     assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
     plain = {"system_prompt": "", "stop": (), "chat": False}
     other = tokenrl.train(model=str(run), output_dir=str(tmp_path / "b"), **data, **plain)
-    assert other.policy.stops is None and other.policy.encode("cat") == policy.tokenizer("cat").input_ids
+    assert (
+        other.policy.stops is None
+        and other.policy.encode("cat") == policy.tokenizer("cat").input_ids
+    )
     SEEN.clear()
-    rows = [{"prompt": row["question"]} for row in ROWS]  # a task of texts keeps them for its rewards
+    rows = [
+        {"prompt": row["question"]} for row in ROWS
+    ]  # a task of texts keeps them for its rewards
     task = PromptTask("words", rows, rows[:2], looking)
     tokenrl.train(model=str(run), task=task, max_steps=1, output_dir=str(tmp_path / "c"), **SMALL)
     assert all(isinstance(prompt, str) and isinstance(text, str) for prompt, text in SEEN)
 
 
 def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
-    evaluation = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_completion_length": 8}
+    evaluation = {
+        "task": ROWS,
+        "prompt_column": "question",
+        "reward": looking,
+        "max_completion_length": 8,
+    }
     SEEN.clear()
     found = tokenrl.evaluate(model=str(run), **evaluation)
     told = tokenrl.evaluate(model=str(run / "model"), **evaluation, **FORM)
@@ -102,7 +122,10 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
     (completion,) = re.findall(r"^prompt     cat\ncompletion (.*)$", out.out, re.MULTILINE)
     assert "e" not in completion and " t" not in completion
     plain = ["--no-chat", "--system-prompt", "", "--stop"]
-    assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0", *plain]) == 0
+    assert (
+        main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0", *plain])
+        == 0
+    )
     out = capsys.readouterr()
     assert "asked" not in out.err and "\ncompletion " in out.out
     with pytest.raises(Refused, match="system_prompt is for chat messages"):
@@ -113,12 +136,32 @@ def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, m
     rows = [{"prompt": row["question"]} for row in ROWS]
     task = PromptTask("words", rows, rows[:2], vowel_reward)
     read = prompts_read(load_policy(run), monkeypatch)
-    sizes = {"num_prompts": 4, "prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4}
-    measure_gradients(model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes)
+    sizes = {
+        "num_prompts": 4,
+        "prompts_per_step": 1,
+        "num_generations": 2,
+        "max_completion_length": 4,
+    }
+    measure_gradients(
+        model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes
+    )
     assert asked_of("cat") in read
-    sizes = {"num_pairs": 4, "eval_size": 2, "max_steps": 1, "max_completion_length": 4, "quiet": True}
-    how = {"model": str(saved(kind="chat")), "policy": str(run), "task": task, "noise_temperature": 1.0}
-    judge = tokenrl.train_reward_model(**how, output_dir=str(tmp_path / "judge"), **sizes).reward_model
+    sizes = {
+        "num_pairs": 4,
+        "eval_size": 2,
+        "max_steps": 1,
+        "max_completion_length": 4,
+        "quiet": True,
+    }
+    how = {
+        "model": str(saved(kind="chat")),
+        "policy": str(run),
+        "task": task,
+        "noise_temperature": 1.0,
+    }
+    judge = tokenrl.train_reward_model(
+        **how, output_dir=str(tmp_path / "judge"), **sizes
+    ).reward_model
     again = RewardModel(tmp_path / "judge")
     whole = [*asked_of("cat"), {"role": "assistant", "content": "mat"}]
     text = judge.tokenizer.apply_chat_template(whole, tokenize=False)
@@ -158,7 +201,9 @@ def dated(saved, tmp_path):
 def prompts_of(model, form):
     policy = load_policy(model)
     policy.ask(PromptArguments(**form))
-    return render(policy.tokenizer, [{"role": "user", "content": "the cat"}], policy.form, "dated").strip()
+    return render(
+        policy.tokenizer, [{"role": "user", "content": "the cat"}], policy.form, "dated"
+    ).strip()
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "reward-model"])
@@ -167,10 +212,17 @@ def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, d
     run = tmp_path / "run"
 
     def trained(steps, **how):
-        shape = {"model": dated, "output_dir": str(run), "quiet": True, "save_every": 1, "max_steps": steps}
+        shape = {
+            "model": dated,
+            "output_dir": str(run),
+            "quiet": True,
+            "save_every": 1,
+            "max_steps": steps,
+        }
         if command == "reward-model":
             pairs = [
-                {"prompt": [{"role": "user", "content": w}], "chosen": w, "rejected": w[:1]} for w in WORDS
+                {"prompt": [{"role": "user", "content": w}], "chosen": w, "rejected": w[:1]}
+                for w in WORDS
             ]
             return tokenrl.train_reward_model(data=pairs, eval_size=2, batch_size=2, **shape | how)
         if command == "sft":

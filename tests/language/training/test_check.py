@@ -45,7 +45,12 @@ def check(tmp_path):
     """Check a run; without options one of a tiny model of letters, in which nothing is wrong."""
 
     def start(reward=starts_with_a, prompts=LETTERS, *, fields=(), **options):
-        shape = {"max_steps": 12, "prompts_per_step": 16, "num_generations": 8, "learning_rate": None}
+        shape = {
+            "max_steps": 12,
+            "prompts_per_step": 16,
+            "num_generations": 8,
+            "learning_rate": None,
+        }
         task = options.pop("task", None) or letter_task(reward, prompts, **dict(fields))
         return letters_trained(tmp_path / "new" / "run", task, **shape | {"check": True} | options)
 
@@ -139,9 +144,13 @@ def test_a_check_changes_no_weight(check, estimator, monkeypatch):
 
 def test_an_adapter_on_bfloat16_is_checked_too(check_policy, capsys):
     model = make_model(dtype="bfloat16"), make_tokenizer()
-    result = check_policy(model, lora_r=2, lora_target_modules=["q_proj"], micro_batch_size=5, quiet=False)
+    result = check_policy(
+        model, lora_r=2, lora_target_modules=["q_proj"], micro_batch_size=5, quiet=False
+    )
     assert result.exit_code == 0 and set(result.flags) <= {"sampling-differs"}
-    apart = re.search(r"differs from sampling by (\S+) nats", " ".join(capsys.readouterr().out.split()))
+    apart = re.search(
+        r"differs from sampling by (\S+) nats", " ".join(capsys.readouterr().out.split())
+    )
     assert 1e-5 < float(apart[1]) < 0.05  # far more than float32, and far less than another model
 
 
@@ -192,7 +201,9 @@ def test_small_steps_are_repeated_until_there_is_a_signal(check):
     assert check(nothing, **small).flags == ("nothing-to-learn",)
 
 
-@pytest.mark.parametrize(("max_steps", "every", "steps", "held_out"), [(10, 0, 1, 16), (200, 20, 3, 30)])
+@pytest.mark.parametrize(
+    ("max_steps", "every", "steps", "held_out"), [(10, 0, 1, 16), (200, 20, 3, 30)]
+)
 def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
     check, max_steps, every, steps, held_out, capsys
 ):
@@ -203,7 +214,9 @@ def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
         calls.append(len(completions))
         return [float(text[:1] == "a") for text in completions]
 
-    fields = {"eval_prompts": [{"prompt": f"{x}{prompt}"} for x in "abcd" for prompt in LETTERS][:55]}
+    fields = {
+        "eval_prompts": [{"prompt": f"{x}{prompt}"} for x in "abcd" for prompt in LETTERS][:55]
+    }
     options = {"max_steps": max_steps, "fields": fields, "eval_generations": 2, "eval_every": every}
     assert check(counted, quiet=False, **options).exit_code == 0
     assert calls == [128] * steps + 2 * [held_out, 2 * held_out]
@@ -214,12 +227,16 @@ def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
     assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in shown
 
 
-def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_reward(check_policy, capsys):
+def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_reward(
+    check_policy, capsys
+):
     task = make_task(reward=[starts_with_a, nothing])
     check_policy((make_model(), make_tokenizer("chat")), task, chat=True, quiet=False)
     shown = " ".join(capsys.readouterr().out.split())
     assert re.search(r"prompt <bos> ?u [^|]+ a disk", shown), shown
-    assert re.search(r"completion starts_with_a nothing reward .*( ([01]) 0 \2 .*){4}Check passed", shown)
+    assert re.search(
+        r"completion starts_with_a nothing reward .*( ([01]) 0 \2 .*){4}Check passed", shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,9 +257,13 @@ def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_rew
         ),
     ],
 )
-def test_characters_that_the_tokenizer_loses_are_counted(check, prompts, demonstration, flags, said, capsys):
+def test_characters_that_the_tokenizer_loses_are_counted(
+    check, prompts, demonstration, flags, said, capsys
+):
     rows = [{"prompt": "ab>", "completion": demonstration}]
-    result = check(prompts=prompts, fields={"demonstrations": rows}, max_completion_length=8, quiet=False)
+    result = check(
+        prompts=prompts, fields={"demonstrations": rows}, max_completion_length=8, quiet=False
+    )
     captured = capsys.readouterr()
     assert said in " ".join((captured.out + captured.err).split())
     assert all(flag in captured.err for flag in flags) and (result.exit_code == 0 or flags)
@@ -284,7 +305,9 @@ def test_special_tokens_that_no_reward_sees_are_said_by_the_check_and_once_in_a_
         "max_completion_length": 8,
         "cpu": True,
     }
-    tokenrl.train(model=policy, task=task, max_steps=3, stop=stop, output_dir=tmp_path / "run", **shape)
+    tokenrl.train(
+        model=policy, task=task, max_steps=3, stop=stop, output_dir=tmp_path / "run", **shape
+    )
     assert len(re.findall(words, " ".join(capsys.readouterr().out.split()))) == unread
     assert any("<think>" in text for text in seen) == (kind == "plain")
 
@@ -300,11 +323,16 @@ def test_a_length_that_the_task_set_is_no_remark(check_policy):
 
 def test_few_groups_with_a_signal_and_a_task_that_is_solved_are_remarks(check, capsys):
     def rare(prompts, completions, **_):
-        return [float(p == "ab>" and text[:1] == "a") for p, text in zip(prompts, completions, strict=True)]
+        return [
+            float(p == "ab>" and text[:1] == "a")
+            for p, text in zip(prompts, completions, strict=True)
+        ]
 
     result = check(rare, quiet=False, fields={"solved": -1.0})
     assert result.exit_code == 0 and result.flags == ("few-signals", "already-solved")
-    assert "warning: few-signals: In 94% of 16 groups of 8" in " ".join(capsys.readouterr().out.split())
+    assert "warning: few-signals: In 94% of 16 groups of 8" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_prompts_that_cannot_be_asked_are_counted_unless_they_may_be_cut(check, capsys):
@@ -316,13 +344,17 @@ def test_prompts_that_cannot_be_asked_are_counted_unless_they_may_be_cut(check, 
     assert result.flags == ("prompts-refused", "unusual-rate")
     train, held_out, _ = problems(capsys)
     assert "16 of 16 training prompts" in train and "2 of 2 held-out prompts" in held_out
-    assert check(prompts=[*LETTERS, [{"role": "user", "content": "a"}]]).flags == ("prompts-refused",)
+    assert check(prompts=[*LETTERS, [{"role": "user", "content": "a"}]]).flags == (
+        "prompts-refused",
+    )
     found = problems(capsys)[0]
     assert "1 of 17 training prompts cannot be asked. The first is that of row 16." in found
     assert "has no chat template" in found
 
 
-def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain_text(check_policy, capsys):
+def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain_text(
+    check_policy, capsys
+):
     """The model's weights forbid an end; only its tokenizer says how to ask it."""
     model = make_model(eos_token_id=95)
     for kind, code in (("chat", 2), ("pad", 0)):
@@ -331,7 +363,9 @@ def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain
         result = check_policy((model, tokenizer), **options)
         assert (result.exit_code, result.flags) == (code, ("all-truncated",))
         shown = capsys.readouterr().err
-        assert ("Every completion was cut at 2 tokens" in shown and "--chat" in shown) == (kind == "chat")
+        assert ("Every completion was cut at 2 tokens" in shown and "--chat" in shown) == (
+            kind == "chat"
+        )
 
 
 def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
@@ -352,7 +386,9 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
     assert check_policy(make_policy(), estimator=corrected).flags == ("sampling-differs",)
     # Rounding to bfloat16 is worth a remark only where the user asked for it.
     chosen = "tokenrl.language.training.forward.choose_precision"
-    monkeypatch.setattr(chosen, lambda args, *_: (args.mixed_precision or "bf16", "as the test says"))
+    monkeypatch.setattr(
+        chosen, lambda args, *_: (args.mixed_precision or "bf16", "as the test says")
+    )
     for precision, flags in (("bf16", ("sampling-differs",)), (None, ())):
         result = check_policy(make_policy(), mixed_precision=precision)
         assert (result.exit_code, result.flags) == (0, flags)
@@ -360,8 +396,15 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
 
 
 def test_a_longrope_model_is_told_behind_how_many_tokens_its_positions_change(check_policy, capsys):
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 8.0}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 12,
+        "factor": 8.0,
+    }
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
     policy = make_policy(kind="chat", rope_parameters=rope | factors)
     assert check_policy(policy, max_completion_length=16).flags == ("sampling-differs",)
-    assert re.search(r"at most\. In a text of more than 12 tokens .*--max-completion", problems(capsys)[0])
+    assert re.search(
+        r"at most\. In a text of more than 12 tokens .*--max-completion", problems(capsys)[0]
+    )

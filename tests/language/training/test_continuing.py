@@ -15,8 +15,16 @@ from tests.states import state_of
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 
-REFILLING = Estimator.preset("dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss")
-REFILLED = {"estimator": REFILLING, "max_samples": 36, "max_steps": None, "target_kl": 0.3, "max_refills": 1}
+REFILLING = Estimator.preset(
+    "dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss"
+)
+REFILLED = {
+    "estimator": REFILLING,
+    "max_samples": 36,
+    "max_steps": None,
+    "target_kl": 0.3,
+    "max_refills": 1,
+}
 
 
 def coarse(completion_ids, **_):
@@ -27,7 +35,11 @@ def coarse(completion_ids, **_):
 CYCLE = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 3}
 SGD = {"estimator": "reinforce_running_mean", "optimizer": "sgd", "lr_scheduler_type": "linear"}
 KINDS = {
-    "critic": ("gpt2", "float32", {"estimator": "ppo", "prompts_per_step": 4, "top_p": 0.9, **CYCLE}),
+    "critic": (
+        "gpt2",
+        "float32",
+        {"estimator": "ppo", "prompts_per_step": 4, "top_p": 0.9, **CYCLE},
+    ),
     "samples, refills, KL control": ("llama", "float32", REFILLED),
     "running mean, sgd, bfloat16 copy": (
         "llama",
@@ -64,7 +76,13 @@ def continued(tmp_path, family, dtype="float32", **options):
         policy.tokenizer, policy.eos_ids = make_tokenizer(), ENDS
         reward = coarse if "max_samples" in options else vowel_reward
         settings = {
-            **{"model": policy, "task": make_task(), "reward": reward, "output_dir": run, "cpu": True},
+            **{
+                "model": policy,
+                "task": make_task(),
+                "reward": reward,
+                "output_dir": run,
+                "cpu": True,
+            },
             **{"estimator": "rloo", "max_steps": 4, "prompts_per_step": 3, "num_generations": 2},
             **{"max_completion_length": 6, "learning_rate": 0.01, "save_every": 2, "eval_every": 2},
             **{"warmup_steps": 3, "threads": 1, "quiet": True, "stop_after_zero_spread": 0},
@@ -79,7 +97,9 @@ def continued(tmp_path, family, dtype="float32", **options):
         if path.name > "step_000002":
             shutil.rmtree(path)
     after = train(resume=run / "checkpoints" / "step_000002").policy.model.state_dict()
-    return whole == files_of(run, result.steps) and all(torch.equal(before[k], after[k]) for k in before)
+    return whole == files_of(run, result.steps) and all(
+        torch.equal(before[k], after[k]) for k in before
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,13 +111,18 @@ def test_every_kind_of_training_continues_bit_for_bit(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"recurrent_gemma"}))  # that one is refused
+@pytest.mark.parametrize(
+    "family", sorted(FAMILIES.keys() - {"recurrent_gemma"})
+)  # that one is refused
 def test_every_family_continues_bit_for_bit(tmp_path, family):
     assert continued(tmp_path, family)
 
 
 def test_a_supervised_training_continues_bit_for_bit(tmp_path):
-    rows = [{"prompt": prompt, "completion": " dog" * (i % 4 + 1)} for i, prompt in enumerate(PROMPTS * 2)]
+    rows = [
+        {"prompt": prompt, "completion": " dog" * (i % 4 + 1)}
+        for i, prompt in enumerate(PROMPTS * 2)
+    ]
     how = {"task": rows, "max_steps": 5, "batch_size": 3, "learning_rate": 0.01, "save_every": 2}
     how |= {"output_dir": tmp_path / "run", "keep_checkpoints": 9, "threads": 1, "quiet": True}
     tokenrl.sft(model=make_policy(), **how)
@@ -114,7 +139,12 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
     prompts = [f"{prompt} {word}" for prompt in PROMPTS for word in ("one", "two")]
 
     def train(**changes):
-        shape = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
+        shape = {
+            "max_steps": 2,
+            "prompts_per_step": 2,
+            "num_generations": 2,
+            "max_completion_length": 4,
+        }
         how = {"model": make_policy(), "task": make_task(prompts), "output_dir": tmp_path / "run"}
         how |= {"eval_every": 1, "learning_rate": 0.01, "threads": 1, "quiet": True, "cpu": True}
         how |= {"lr_scheduler_type": "constant"}  # others fall to 0 at the last step

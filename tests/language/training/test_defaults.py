@@ -58,10 +58,18 @@ def test_the_rate_falls_with_size_through_the_known_points():
 
 
 def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
-    for args, policy in ((TrainArguments(), own), (TrainArguments(), None), (TrainArguments(model="x"), own)):
+    for args, policy in (
+        (TrainArguments(), own),
+        (TrainArguments(), None),
+        (TrainArguments(model="x"), own),
+    ):
         found = training_defaults(args, digits, policy)
         assert vars(found.values).items() >= {**digits.train, "max_completion_length": 8}.items()
-        assert found.origins["learning_rate"] == found.origins["max_steps"] == "recommended by the task"
+        assert (
+            found.origins["learning_rate"]
+            == found.origins["max_steps"]
+            == "recommended by the task"
+        )
         assert found.origins["max_completion_length"] == "the task's limit"
     other = make_policy()
     found = training_defaults(TrainArguments(model="x", lora_r=2), digits, other)
@@ -84,7 +92,9 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     vowels = toy_tasks.load("vowels")  # without demonstrations
     assert completion_limit(vowels, "x", other) == (12, "the task's limit")
     assert completion_limit(digits, "x", None) == (8, "the task's limit")  # provisional
-    long = PromptTask("own", [{"prompt": "a" * 200}], [{"prompt": "a"}], len, max_completion_length=20)
+    long = PromptTask(
+        "own", [{"prompt": "a" * 200}], [{"prompt": "a"}], len, max_completion_length=20
+    )
     assert completion_limit(long, "x", other) == (20, "the task's limit")
 
 
@@ -94,7 +104,12 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
         ({"prompt": "a" * 9}, False, 55, "a prompt has 9 tokens, the model's context 64"),
         ({"prompt": "a" * 9}, True, 32, "a prompt has 9 tokens, the model's context 64"),
         ({"prompt": "a" * 80}, False, 1, "a prompt has 80 tokens, the model's context 64"),
-        ({"prompt": "a", "completion": "b" * 8}, False, 13, "the longest demonstration has 9 with EOS"),
+        (
+            {"prompt": "a", "completion": "b" * 8},
+            False,
+            13,
+            "the longest demonstration has 9 with EOS",
+        ),
         (
             {"prompt": "a", "completion": None},
             False,
@@ -109,7 +124,10 @@ def test_the_length_of_any_data_fits_the_context_of_the_model(row, truncate, lim
     expected = (limit, origin)
     assert completion_limit(task, "x", policy, truncate=truncate) == expected
     filled = training_defaults(TrainArguments(model="x", truncate_prompts=truncate), task, policy)
-    assert (filled.values.max_completion_length, filled.origins["max_completion_length"]) == expected
+    assert (
+        filled.values.max_completion_length,
+        filled.origins["max_completion_length"],
+    ) == expected
 
 
 def test_own_tasks_and_given_values_win():
@@ -151,12 +169,26 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     again = configured(TrainArguments, result.output_dir, "train")
     repeated = training_defaults(again, toy, make_policy())
     assert set(repeated.origins.values()) == {"given"}
-    late = ("threads", "mixed_precision", "training_attention", "tokens_per_pass", "log_completions")
-    assert None not in [config[name] for name in late]  # what is known only of the loaded model is there too
+    late = (
+        "threads",
+        "mixed_precision",
+        "training_attention",
+        "tokens_per_pass",
+        "log_completions",
+    )
+    assert None not in [
+        config[name] for name in late
+    ]  # what is known only of the loaded model is there too
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
-    how = {"model": make_policy(), "task": make_task(), "learning_rate": 5.0, "check": True, "cpu": True}
+    how = {
+        "model": make_policy(),
+        "task": make_task(),
+        "learning_rate": 5.0,
+        "check": True,
+        "cpu": True,
+    }
     result = train(**how, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
     said = " ".join(capsys.readouterr().out.split())
     assert "5 (given), linear (default), sgd" in said and "unusual-rate" not in result.flags
@@ -165,4 +197,7 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
 def test_the_header_says_that_prompts_were_held_out_of_those_to_train_on():
     task = load_task([{"prompt": str(number)} for number in range(20)], reward=len)
     said = first_facts(TrainArguments(), "runs/a", task, Rewards(len))["task"]
-    assert said == "16 training prompts, 4 held out, as the data has no split to evaluate on (--eval-size)"
+    assert (
+        said
+        == "16 training prompts, 4 held out, as the data has no split to evaluate on (--eval-size)"
+    )

@@ -111,7 +111,9 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, ca
     assert Path("run/summary.json").exists() == (where != "factory")
     if where != "factory":
         summary = json.loads(Path("run/summary.json").read_text())
-        assert summary["exit_reason"] == "failed" and ("SystemExit" in summary["error"] or where == "words")
+        assert summary["exit_reason"] == "failed" and (
+            "SystemExit" in summary["error"] or where == "words"
+        )
         monkeypatch.setenv("WHERE", "")
         assert main([*place, "--resume", "auto"]) == 0
 
@@ -124,7 +126,13 @@ def test_sys_exit_in_a_callback_is_a_failure_also_from_python(place, monkeypatch
         "model": place[-1],
         "max_completion_length": 4,
     }
-    small = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 2, "quiet": True, "cpu": True}
+    small = {
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_steps": 2,
+        "quiet": True,
+        "cpu": True,
+    }
     with pytest.raises(Stopped, match=r"At step 1: .*SystemExit: 0 \(test_endings.py, line \d+\)"):
         tokenrl.train(callback=lambda *_: sys.exit(0), output_dir="called", **options, **small)
     with pytest.raises(Refused, match=r"The generator could not be made: it raised SystemExit"):
@@ -140,13 +148,20 @@ for where, child in json.loads(sys.argv[1]):
     code = main([*sys.argv[2:], "--output-dir", f"run-{where}-{child}", "--quiet"])
     print(where, child, code, flush=True)
 """
-CASES = [("", ""), *((where, "exit") for where in WHERE), ("reward", "error"), ("generate", "error")]
+CASES = [
+    ("", ""),
+    *((where, "exit") for where in WHERE),
+    ("reward", "error"),
+    ("generate", "error"),
+]
 CASES += [("state", "error"), ("reward", "return"), ("async", "return")]
 FILES = ("metrics.jsonl", "model/model.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [(3, 3), (None, 0), ("words", 1), (ValueError("words"), 1), ("returns", 0)], ids=str
+    ("end", "code"),
+    [(3, 3), (None, 0), ("words", 1), (ValueError("words"), 1), ("returns", 0)],
+    ids=str,
 )
 def test_a_forked_process_never_comes_out_of_a_block_of_its_owner(tmp_path, end, code):
     with contextlib.suppress(Exception), replacing(tmp_path / "file") as partial:
@@ -166,9 +181,16 @@ def test_a_forked_helper_that_ends_changes_nothing(place):
     """The child comes out of the user's code in each place, and its parent trains on."""
     program = [sys.executable, "-c", PROGRAM, json.dumps(CASES), *place]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
-    how = {"capture_output": True, "text": True, "timeout": 200, "env": os.environ | {"PYTHONPATH": paths}}
+    how = {
+        "capture_output": True,
+        "text": True,
+        "timeout": 200,
+        "env": os.environ | {"PYTHONPATH": paths},
+    }
     done = subprocess.run(program, **how)
-    printed = [line for line in done.stdout.splitlines() if line.split()[-1:] in (["0"], ["1"], ["2"])]
+    printed = [
+        line for line in done.stdout.splitlines() if line.split()[-1:] in (["0"], ["1"], ["2"])
+    ]
     assert printed == [f"{where} {child} 0" for where, child in CASES], done.stderr
     runs = [Path(f"run-{where}-{child}") for where, child in CASES]
     left = [[(run / name).read_bytes() for name in FILES] for run in runs]

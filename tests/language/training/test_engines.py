@@ -43,14 +43,19 @@ class Filled(Spoilt):
         return self.spoil(TransformersGenerator(self.policy).generate(prompt_ids, sampling, draws))
 
 
-def sampled(spoil, kind=Spoilt, *, generations=GROUP, stops=(), **options) -> tuple[Rollout, Rollout]:
+def sampled(
+    spoil, kind=Spoilt, *, generations=GROUP, stops=(), **options
+) -> tuple[Rollout, Rollout]:
     """What a spoilt engine returns once it is checked, and what it returned."""
     policy = make_policy(initializer_range=0.1)
     policy.eos_ids, seen = ENDS, []
     if stops:
         policy.stops = StopStrings(policy.tokenizer, stops)
     engine = start_engine(
-        lambda policy, _: kind(policy, lambda r: seen.append(spoil(r)) or seen[0]), policy, USUAL, None
+        lambda policy, _: kind(policy, lambda r: seen.append(spoil(r)) or seen[0]),
+        policy,
+        USUAL,
+        None,
     )
     sampling = Sampling(LENGTH, generations, step=1, **options)
     ids = [policy.encode(prompt) for prompt in PROMPTS]
@@ -76,9 +81,12 @@ def set_at(name, value, row=4, column=0):
 def longer(rollout):
     """All completions go on for as long again."""
     twice = {
-        name: torch.cat([getattr(rollout, name)] * 2, 1) for name in ("completion_ids", "sampling_logprobs")
+        name: torch.cat([getattr(rollout, name)] * 2, 1)
+        for name in ("completion_ids", "sampling_logprobs")
     }
-    return dataclasses.replace(rollout, mask=torch.ones_like(twice["completion_ids"]).bool(), **twice)
+    return dataclasses.replace(
+        rollout, mask=torch.ones_like(twice["completion_ids"]).bool(), **twice
+    )
 
 
 def behind(name, value):
@@ -176,14 +184,23 @@ WRONG_FILLED = {
     "entropy below 0": (changed("entropy", torch.neg), "entropy must be"),
     "score norms below 0": (changed("score_norms", torch.neg), "score_norms must be"),
     "hidden nan": (set_at("hidden", NAN), "hidden must be finite numbers"),
-    "hidden of another model": (changed("hidden", lambda x: x[..., :-1]), "[N = 12, T = 6, H = 32]"),
-    "a distribution of fewer tokens": (changed("sampling_distribution", lambda x: x[..., :-1]), "V = 96]"),
+    "hidden of another model": (
+        changed("hidden", lambda x: x[..., :-1]),
+        "[N = 12, T = 6, H = 32]",
+    ),
+    "a distribution of fewer tokens": (
+        changed("sampling_distribution", lambda x: x[..., :-1]),
+        "V = 96]",
+    ),
     "logits as a distribution": (changed("sampling_distribution", lambda x: x + 3), "add up to 1"),
     "the distribution of other tokens": (
         changed("sampling_distribution", lambda x: x.roll(1, 2)),
         "agree with",
     ),
-    "log-probabilities of another policy": (changed("logprobs", lambda x: 1.3 * x), "logprobs differ from"),
+    "log-probabilities of another policy": (
+        changed("logprobs", lambda x: 1.3 * x),
+        "logprobs differ from",
+    ),
     "entropies in bits": (changed("entropy", lambda x: x / math.log(2)), "entropy differ from"),
 }
 
@@ -200,7 +217,9 @@ def test_a_wrong_rollout_is_told_in_words(spoil, words, kind):
     with pytest.raises(Stopped) as caught:
         sampled(spoil, kind)
     assert words in str(caught.value)
-    assert str(caught.value).startswith(f"{kind.__name__}.generate returned a rollout that cannot be used: ")
+    assert str(caught.value).startswith(
+        f"{kind.__name__}.generate returned a rollout that cannot be used: "
+    )
 
 
 def test_completions_of_other_prompts_are_told_by_their_log_probabilities():
@@ -300,7 +319,10 @@ class Failing(Engine):
 def test_an_engine_that_fails_is_told_in_words(tmp_path, method, call, error, kind):
     def train():
         return letters_trained(
-            tmp_path, letter_task(ends), generator=lambda p, _: Failing(p, method, call, error), quiet=False
+            tmp_path,
+            letter_task(ends),
+            generator=lambda p, _: Failing(p, method, call, error),
+            quiet=False,
         )
 
     words = f"Failing.{method} failed: it raised {describe(error)}".removesuffix(": ")

@@ -15,8 +15,14 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import collect, step
 
 ESTIMATORS = {
-    **{name: Estimator.preset(name) for name in ("remax", "ppo", "a2c", "otb", "optimal", "dapo", "spo")},
-    **{name: Estimator.preset(name) for name in ("gspo", "gmpo", "cispo", "prime_rl", "gdpo", "unsloth")},
+    **{
+        name: Estimator.preset(name)
+        for name in ("remax", "ppo", "a2c", "otb", "optimal", "dapo", "spo")
+    },
+    **{
+        name: Estimator.preset(name)
+        for name in ("gspo", "gmpo", "cispo", "prime_rl", "gdpo", "unsloth")
+    },
     **{name: Estimator.preset(name) for name in ("openrlhf_default", "trl_rloo")},
     "timestep mean": Estimator.preset("reinforce_timestep_mean", beta=0.1),
     "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
@@ -32,7 +38,9 @@ def trained(estimator, factory=Guess, **options):
     policy = make_policy(max_position_embeddings=128, initializer_range=0.1)
     policy.eos_ids = ENDS
     if estimator.needs_reference:
-        policy.reference = make_policy(seed=1, max_position_embeddings=128).model.requires_grad_(False)
+        policy.reference = make_policy(seed=1, max_position_embeddings=128).model.requires_grad_(
+            False
+        )
     shape = {"num_minibatches": 1 + (estimator.ratio != "none"), "max_completion_length": 10}
     learner = make_learner(policy, estimator, **shape | options)
     rewards = Rewards([], environments=Environments(factory, timeout=0.3))
@@ -49,7 +57,11 @@ def disturb(monkeypatch, where):
     def other(x, mask):
         cells = where(mask)
         changed.append(int(cells.sum()))
-        return None if x is None else torch.where(cells if x.ndim == 2 else cells[:, :, None], 2 * x - 3, x)
+        return (
+            None
+            if x is None
+            else torch.where(cells if x.ndim == 2 else cells[:, :, None], 2 * x - 3, x)
+        )
 
     def scored(compute):
         return lambda model, rows, *args, **kw: type(out := compute(model, rows, *args, **kw))(
@@ -93,7 +105,9 @@ def test_groups_of_equal_rewards_are_replaced_by_episodes_of_new_prompts():
     parts, metrics = trained(ESTIMATORS["dapo"], Flat)
     _, never = trained(ESTIMATORS["dapo"], Flat, max_refills=0)
     assert parts.isfinite().all() and metrics["refilled"] > 0 == never["refilled"]
-    assert metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]  # the test has few new prompts
+    assert (
+        metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]
+    )  # the test has few new prompts
 
 
 @pytest.mark.parametrize("name", ["remax", "ppo", "dapo", "spo"])

@@ -65,11 +65,17 @@ def loss_by_hand(policy, reference, rows, e):
         turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
         assert not rewards[~rows.mask[i]].any()
         rewards = rewards[actions] - (e.beta * kl[i].detach() if e.kl_placement == "reward" else 0)
-        begins = [int((turns == turn).nonzero().min()) if e.returns != "total" else 0 for turn in turns]
+        begins = [
+            int((turns == turn).nonzero().min()) if e.returns != "total" else 0 for turn in turns
+        ]
         returns[i] = torch.stack([rewards[begin:].sum() for begin in begins])
     loss, count, tokens = 0.0, len(returns), sum(map(len, returns.values()))
     for i, logp in logprobs.items():
-        divisors = {"sequence_mean": count * len(logp), "token_mean": tokens, "fixed_length": count * LIMIT}
+        divisors = {
+            "sequence_mean": count * len(logp),
+            "token_mean": tokens,
+            "fixed_length": count * LIMIT,
+        }
         others = [returns[j][0] for j in returns if j // SIZE == i // SIZE and j != i]
         gain = (returns[i] - sum(others) / len(others)) * logp + e.entropy_coef * entropy[i]
         gain = gain - (e.beta * kl[i] ** 2 / 2 if e.kl_placement == "loss" else 0)
@@ -96,7 +102,9 @@ def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, o
     rewards = Rewards([], environments=Environments(factory, share_seed=share, timeout=0.3))
     estimator, policy = ESTIMATORS[name], policy_of(family)
     policy.reference = (reference := policy_of(family, seed=1)).model.requires_grad_(False)
-    learner = make_learner(policy, estimator, max_completion_length=LIMIT, learning_rate=1e-9, **options)
+    learner = make_learner(
+        policy, estimator, max_completion_length=LIMIT, learning_rate=1e-9, **options
+    )
     prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
     rows = collect_rows(learner, rewards, prompts, replace(learner.sampling, step=1))
     behind = rows.mask.flip(1).cumsum(1).flip(1) > 0
@@ -122,7 +130,9 @@ def test_a_run_names_every_failure_and_goes_on(tmp_path):
         log_completions=1,
     )  # fmt: skip
     assert run.exit_reason == "finished" and weights(policy.model).isfinite().all()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ][1:]
     assert all(line["episodes/error"] + line["episodes/completed"] > 0 for line in lines)
     files = sorted((tmp_path / "run" / "completions").glob("*.parquet"))
     rows = [row for path in files for row in parquet.read_table(path).to_pylist()]

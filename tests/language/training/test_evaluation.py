@@ -56,7 +56,9 @@ class Recorder:
 Recorder.right.binary = True
 
 
-def evaluate(functions, policy=None, *, weights=None, mark=None, generations=6, how=None, **options):
+def evaluate(
+    functions, policy=None, *, weights=None, mark=None, generations=6, how=None, **options
+):
     sampling = Sampling(4, generations, **how or {})
     rewards = Rewards(functions, weights, pass_threshold=mark)
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, **options).metrics
@@ -76,11 +78,15 @@ def test_every_metric_is_that_of_the_completions():
     for k in (1, 2, 6):
         each = [np.mean([any(subset) for subset in combinations(row, k)]) for row in right]
         assert found[f"pass@{k}"] == pytest.approx(np.mean(each))
-        assert found[f"pass@{k}_stderr"] == pytest.approx(np.std(each, ddof=1) / math.sqrt(len(ROWS)))
+        assert found[f"pass@{k}_stderr"] == pytest.approx(
+            np.std(each, ddof=1) / math.sqrt(len(ROWS))
+        )
     assert found["pass@1"] == pytest.approx(found["reward"]) and "best@1" not in found
     greedy = [float(a in completion) for completion in seen.ids[: len(ROWS)]]
     assert found["reward_greedy"] == pytest.approx(np.mean(greedy))
-    assert found["reward_greedy_stderr"] == pytest.approx(np.std(greedy, ddof=1) / math.sqrt(len(ROWS)))
+    assert found["reward_greedy_stderr"] == pytest.approx(
+        np.std(greedy, ddof=1) / math.sqrt(len(ROWS))
+    )
     for n in (1, 2):
         shares = [distinct(ids[i : i + 6], n) for i in range(0, len(ids), 6)]
         assert found[f"distinct_{n}"] == pytest.approx(np.mean(shares))
@@ -88,7 +94,12 @@ def test_every_metric_is_that_of_the_completions():
     cold = evaluate(seen.right, how={"temperature": 1e-3})
     assert cold["distinct_1"] < found["distinct_1"] and cold["entropy"] < 0.01 < found["entropy"]
     alone = evaluate(Recorder().right, generations=0)  # of the greedy completions
-    assert {"reward_greedy", "reward_greedy_stderr", "rewards/right/mean", "entropy"} <= alone.keys()
+    assert {
+        "reward_greedy",
+        "reward_greedy_stderr",
+        "rewards/right/mean",
+        "entropy",
+    } <= alone.keys()
     assert not {"reward", "distinct_1", "kl"} & alone.keys()
     assert not any(name.startswith(("pass@", "best@")) for name in alone)
 
@@ -110,20 +121,31 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
     found = evaluate([Recorder().right, consoled], k=(1, 6))
     assert found["reward"] == found["best@6"] == 1.0 and found["rewards/right/mean"] < 0.9
     undeclared = evaluate([right_reward], k=(1, 6))
-    assert not any(name.startswith("pass@") for name in (*found, *undeclared)) and "best@6" in undeclared
+    assert (
+        not any(name.startswith("pass@") for name in (*found, *undeclared))
+        and "best@6" in undeclared
+    )
     found = evaluate([graded], mark=0.5, k=(1,))
-    right = evaluate([lambda completions: [float(text.count("a") >= 2) for text in completions]], k=(1,))
+    right = evaluate(
+        [lambda completions: [float(text.count("a") >= 2) for text in completions]], k=(1,)
+    )
     assert 0 < found["pass@1"] == right["reward"] < found["best@1"] + found["pass@1"]
     assert found["best@1"] == pytest.approx(found["reward"]) != found["pass@1"]
-    half, whole = (evaluate([Recorder().right], weights=[weight], k=(1, 6)) for weight in (0.5, 1.0))
-    assert half["pass@6"] == whole["pass@6"] and half["best@6"] == pytest.approx(whole["pass@6"] / 2)
+    half, whole = (
+        evaluate([Recorder().right], weights=[weight], k=(1, 6)) for weight in (0.5, 1.0)
+    )
+    assert half["pass@6"] == whole["pass@6"] and half["best@6"] == pytest.approx(
+        whole["pass@6"] / 2
+    )
 
 
 def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():
     seen = Recorder()
     found = evaluate([seen.right, seen.graded], weights=[1.0, 2.0], k=(1, 6))
     assert "best@6_stderr" in found and "pass@6" not in found
-    texts = [tiny().tokenizer.decode(row, skip_special_tokens=True) for row in seen.ids[len(ROWS) :]]
+    texts = [
+        tiny().tokenizer.decode(row, skip_special_tokens=True) for row in seen.ids[len(ROWS) :]
+    ]
     graded = [len(text) / 2 for text in texts if "d" not in text]
     assert 0 < len(graded) < len(texts)
     assert found["rewards/graded/mean"] == pytest.approx(np.mean(graded))
@@ -138,19 +160,25 @@ def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
     options = {"k": (1, 3), "reference": tiny(2)}
     first, other = (evaluate_policy(tiny(s), ROWS, rewards, sampling, **options) for s in (0, 1))
     for name, values in other.by_prompt.items():
-        assert len(values) == len(ROWS) and np.mean(values) == pytest.approx(other.metrics[name]), name
+        assert len(values) == len(ROWS) and np.mean(values) == pytest.approx(other.metrics[name]), (
+            name
+        )
     assert {"reward_greedy", "reward", "best@3", "distinct_2", "kl"} <= other.by_prompt.keys()
     compared = paired_differences(first.by_prompt, other.by_prompt)
     assert len(compared) == 2 * len(other.by_prompt)
     apart = np.array(other.by_prompt["best@3"]) - np.array(first.by_prompt["best@3"])
     assert compared["difference/best@3"] == pytest.approx(apart.mean()) != 0
-    assert compared["difference/best@3_stderr"] == pytest.approx(apart.std(ddof=1) / math.sqrt(len(ROWS)))
+    assert compared["difference/best@3_stderr"] == pytest.approx(
+        apart.std(ddof=1) / math.sqrt(len(ROWS))
+    )
     same = paired_differences(first.by_prompt, first.by_prompt)
     assert set(same.values()) == {0.0}
 
 
 def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
-    found = paired_differences({"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]})
+    found = paired_differences(
+        {"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]}
+    )
     assert found == {"difference/a": 1.5, "difference/a_stderr": 0.5}
     assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}
 
@@ -168,7 +196,9 @@ def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     found = evaluate(seen.right, policy, reference=base, how={"temperature": 0.7, "top_p": 0.8})
     k1, k3, entropies = [], [], []
     for prompt, ids in zip(seen.prompts[len(ROWS) :], seen.ids[len(ROWS) :], strict=True):
-        p, q = (plain_logprobs(model, prompt, ids, top_p) for model, top_p in ((policy, 0.8), (base, 1)))
+        p, q = (
+            plain_logprobs(model, prompt, ids, top_p) for model, top_p in ((policy, 0.8), (base, 1))
+        )
         ratio = (p - q).gather(1, torch.tensor(ids)[:, None])
         k1.append(float(ratio.sum()))
         k3.append(float(((-ratio).exp() - 1 + ratio).sum()))
@@ -177,7 +207,9 @@ def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     for name, values in (("kl", k1), ("kl_k3", k3)):
         means = np.array(values).reshape(-1, 6).mean(axis=1)
         assert found[name] == pytest.approx(means.mean(), abs=1e-5)
-        assert found[name + "_stderr"] == pytest.approx(means.std(ddof=1) / math.sqrt(len(means)), abs=1e-5)
+        assert found[name + "_stderr"] == pytest.approx(
+            means.std(ddof=1) / math.sqrt(len(means)), abs=1e-5
+        )
     assert found["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
     same = evaluate(seen.right, policy, reference=tiny(0))
     assert abs(same["kl"]) < 1e-5 and same["kl_stderr"] < 1e-5
@@ -238,7 +270,9 @@ def test_best_of_is_pass_at_k_for_rewards_of_0_and_1(right, k):
 def test_both_are_means_over_all_subsets(k):
     subsets = list(combinations(GRADED, k))
     assert best_of(GRADED, k) == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-12)
-    assert all_equal(GRADED, k) == pytest.approx(np.mean([len(set(s)) == 1 for s in subsets]), abs=1e-12)
+    assert all_equal(GRADED, k) == pytest.approx(
+        np.mean([len(set(s)) == 1 for s in subsets]), abs=1e-12
+    )
     assert math.isnan(best_of(GRADED[: k - 1], k)) and math.isnan(all_equal(GRADED[: k - 1], k))
 
 
@@ -253,16 +287,24 @@ def test_a_policy_is_probed():
 
     def reward(completions, completion_ids, **_):
         seen.extend(len(ids) for ids in completion_ids)
-        found = [None if text.startswith("d") else float(text.startswith("a")) for text in completions]
+        found = [
+            None if text.startswith("d") else float(text.startswith("a")) for text in completions
+        ]
         paid.extend(found)
         return found
 
     reward.binary = True
     found = probe_policy(tiny, rows, Rewards(reward), Sampling(3, 8))
     assert (found.prompts, found.samples, found.binary) == (16, 8, True)
-    assert len(seen) == 128 and found.length == pytest.approx(np.mean(seen)) and found.longest == max(seen)
+    assert (
+        len(seen) == 128
+        and found.length == pytest.approx(np.mean(seen))
+        and found.longest == max(seen)
+    )
     assert list(found.dead_groups) == [2, 4, 8] and list(found.best_of) == [1, 2, 4, 8]
-    means = np.nanmean(np.array(paid, dtype=float).reshape(16, 8), axis=1)  # abstentions are left out
+    means = np.nanmean(
+        np.array(paid, dtype=float).reshape(16, 8), axis=1
+    )  # abstentions are left out
     assert found.reward == found.best_of[1] and None in paid
     assert found.reward.value == pytest.approx(np.mean(means))
     # An untrained policy is nearly uniform over 4 letters, ">" and the special tokens that it may draw.
@@ -299,8 +341,12 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     policy, sampling = tiny(context=64), Sampling(9, 4)
     found = evaluate_policy(policy, ROWS, rewards, sampling)
     rows = sampled_rows(policy, ROWS, rewards, sampling, stream="evaluation")
-    turns = [[turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows]
-    assert {len(texts) for texts in turns} >= {1, 2} and any("ab" in row["completion"] for row in rows)
+    turns = [
+        [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows
+    ]
+    assert {len(texts) for texts in turns} >= {1, 2} and any(
+        "ab" in row["completion"] for row in rows
+    )
     chosen = [row["ids"] for row in rows]
     texts = policy.tokenizer.batch_decode(chosen, skip_special_tokens=True)
     assert texts == ["".join(each) for each in turns]

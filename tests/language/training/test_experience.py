@@ -54,7 +54,9 @@ def by_word(prompts, completions, **_):
 
 
 def start(estimator, function, **options):
-    learner = make_learner(make_policy(), estimator, prompts_per_step=4, num_generations=4, **options)
+    learner = make_learner(
+        make_policy(), estimator, prompts_per_step=4, num_generations=4, **options
+    )
     return learner, Rewards(function), list(enumerate(ROWS[:4])), replace(learner.sampling, step=1)
 
 
@@ -172,7 +174,11 @@ def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options)
         assert taken[call] < columns
         for name in columns:
             rewards = Rewards(lambda completions, **logs: logs[call](name, torch.ones(1)) or [0.0])  # noqa: B023
-            with pytest.raises(Stopped, match="own names") if name not in taken[call] else nullcontext():
+            with (
+                pytest.raises(Stopped, match="own names")
+                if name not in taken[call]
+                else nullcontext()
+            ):
                 rewards(["p"], ["c"], [[1]], {}, step=0)
 
 
@@ -192,7 +198,9 @@ def test_score_norms_and_hidden_states_are_those_of_the_forward_pass_before_each
     policy, shape = make_policy(), {"num_generations": 3, "max_completion_length": 5}
     bare = completions(policy, [[3]], **shape)
     assert bare.score_norms is None and bare.hidden is None
-    rollout = completions(policy, [[3, 4, 5], [6]], keep_score_norms=True, keep_hidden=True, **shape)
+    rollout = completions(
+        policy, [[3, 4, 5], [6]], keep_score_norms=True, keep_hidden=True, **shape
+    )
     for row in range(6):
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
         whole, keep = torch.cat([prompt, rollout.completion_ids[row]])[None], rollout.mask[row]
@@ -252,7 +260,12 @@ def test_a_step_logs_means_over_completions_and_errors_over_prompts():
 
     def kl_metrics(count, size):
         n, own = torch.ones(count, 1, dtype=torch.bool), logprobs[:count]
-        columns = {"valid": n[:, 0], "rewards": n[:, 0].double(), "by_function": n.double(), "entropy": own}
+        columns = {
+            "valid": n[:, 0],
+            "rewards": n[:, 0].double(),
+            "by_function": n.double(),
+            "entropy": own,
+        }
         columns |= {"logprobs": own, "ref_logprobs": held[:count]}
         rows = Rollout(n, n, n[:, 0], n, mask[:count], own, ~n[:, 0], **columns)
         found = step_metrics(rows, ["one"], size)
@@ -275,9 +288,13 @@ def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():
         assert metrics["kl_coef"] == pytest.approx(beta)
         beta = next_beta(beta, metrics["kl"], target=0.3, gain=2.0)
         seen.append(metrics["kl_coef"])
-    assert seen[1] < 0.5 < max(seen[2:]) * 2 and len(set(seen)) == 4  # down from 0, up when beyond the target
+    assert (
+        seen[1] < 0.5 < max(seen[2:]) * 2 and len(set(seen)) == 4
+    )  # down from 0, up when beyond the target
     assert learner.args.estimator.beta == 0.5  # the run's settings keep the start
-    first, second = (make_learner(make_policy("gpt2", **settings), KL, target_kl=t) for t in (0.3, None))
+    first, second = (
+        make_learner(make_policy("gpt2", **settings), KL, target_kl=t) for t in (0.3, None)
+    )
     for one in (first, second):
         one_step(one)
     second.estimator = replace(KL, beta=0.5 * (1 - 0.02))  # from a KL of 0, by the gain 0.1

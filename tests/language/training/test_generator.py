@@ -49,7 +49,9 @@ def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at
         assert mine.shape == sampled.shape and not mine[~full.mask].any()
         torch.testing.assert_close(mine, sampled, atol=2e-5, rtol=0)
         assert getattr(with_missing_fields(policy, bare, scoring, **options), name) is None
-    assert with_missing_fields(policy, full, scoring, **options, entropy=True) is full  # nothing is missing
+    assert (
+        with_missing_fields(policy, full, scoring, **options, entropy=True) is full
+    )  # nothing is missing
 
 
 DIFFERENT = ("reinforce", "rloo", "remax", "optimal", "a2c", "grpo", "dapo", "gspo", "ppo")
@@ -106,7 +108,9 @@ class Different(Engine):
             prompt_ids, dataclasses.replace(sampling, top_k=5, keep_distribution=True), draws
         )
         noise = self.noise * torch.randn_like(rollout.sampling_logprobs) * rollout.mask
-        self.rollout = dataclasses.replace(rollout, sampling_logprobs=rollout.sampling_logprobs + noise)
+        self.rollout = dataclasses.replace(
+            rollout, sampling_logprobs=rollout.sampling_logprobs + noise
+        )
         return self.rollout
 
 
@@ -117,8 +121,13 @@ class Noisy(Different):
 @pytest.mark.parametrize("engines", [(None, Gapped), (Different, Noisy)])
 @pytest.mark.parametrize("placement", ["reward", "loss"])
 def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement, engines):
-    estimator, options = Estimator(beta=0.3, kl_placement=placement), {"dtype": "float64", "top_p": 0.9}
-    (slope, record, _), (other, same, _) = (stepped(estimator, engine=e, **options) for e in engines)
+    estimator, options = (
+        Estimator(beta=0.3, kl_placement=placement),
+        {"dtype": "float64", "top_p": 0.9},
+    )
+    (slope, record, _), (other, same, _) = (
+        stepped(estimator, engine=e, **options) for e in engines
+    )
     assert abs(record.metrics["kl"]) > 0.01 and apart(other, slope) < 1e-6
     for name in ("kl", "kl_k3", "entropy"):
         assert same.metrics[name] == pytest.approx(record.metrics[name], rel=1e-5), name
@@ -135,7 +144,9 @@ def log_ratios(learner):
     """Of each completion that `Different` sampled: the log ratios of its tokens, by full passes."""
     policy, ratios = make_policy(dtype="float64", initializer_range=0.1), []
     rollout = learner.generator.rollout
-    for row, prompt, mask in zip(range(len(rollout.mask)), rollout.prompt_ids, rollout.mask, strict=True):
+    for row, prompt, mask in zip(
+        range(len(rollout.mask)), rollout.prompt_ids, rollout.mask, strict=True
+    ):
         before = prompt[rollout.prompt_mask[row]]
         ids = torch.cat([before, rollout.completion_ids[row][mask]])[None]
         logp = policy.model(ids).logits[0, len(before) - 1 : -1].log_softmax(-1)
@@ -156,19 +167,30 @@ CAPPED = {"importance_cap": 1.5}
         ({"importance": "geometric"}, False),
     ],
 )
-def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_formula_says(importance, centre):
+def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_formula_says(
+    importance, centre
+):
     kind = importance.get("importance", "none")
     options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": 4, "architecture": "gpt2"}
     estimator = Estimator(importance_centre=centre, **importance)
     slope, _, learner = stepped(estimator, engine=Different, **options)
-    policy, rollout = make_policy("gpt2", dtype="float64", initializer_range=0.1), learner.generator.rollout
-    rewards = lengthy([ids[m].tolist() for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)])
+    policy, rollout = (
+        make_policy("gpt2", dtype="float64", initializer_range=0.1),
+        learner.generator.rollout,
+    )
+    rewards = lengthy(
+        [ids[m].tolist() for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)]
+    )
     gains = []
     for row, log_mu in enumerate(rollout.sampling_distribution):
         others = [rewards[i] for i in range(row // 3 * 3, row // 3 * 3 + 3) if i != row]
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
         chosen = rollout.completion_ids[row][rollout.mask[row]]
-        logp = policy.model(torch.cat([prompt, chosen])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logp = (
+            policy.model(torch.cat([prompt, chosen])[None])
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
         mu = log_mu[: len(chosen)].exp()
         assert ((mu > 0).sum(-1) == 5).all()  # w mu is 0 for the others
         w_mu = mu if kind == "none" else logp.detach().exp().minimum(1.5 * mu)
@@ -189,7 +211,10 @@ def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_form
 
 
 def test_centring_changes_nothing_where_the_policy_itself_samples():
-    slopes = [stepped(Estimator(importance_centre=c), dtype="float64", top_p=0.8)[0] for c in (False, True)]
+    slopes = [
+        stepped(Estimator(importance_centre=c), dtype="float64", top_p=0.8)[0]
+        for c in (False, True)
+    ]
     assert apart(*slopes) < 1e-6
 
 
@@ -235,7 +260,9 @@ def test_the_metrics_say_how_far_the_sampler_is_off(micro_batch_size):
 
 def test_the_correction_of_importance_reads_what_the_sampler_reports():
     slope, *_ = stepped(Estimator(importance="token", importance_cap=2.0), dtype="float64")
-    by_engine, *_ = stepped(Estimator(importance="token", importance_cap=2.0), dtype="float64", engine=Gapped)
+    by_engine, *_ = stepped(
+        Estimator(importance="token", importance_cap=2.0), dtype="float64", engine=Gapped
+    )
     assert apart(by_engine, slope * math.exp(0.3)) < 1e-6
 
 

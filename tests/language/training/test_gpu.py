@@ -49,11 +49,22 @@ def test_the_gradient_is_that_of_a_processor(way):
     score(model, sampled(there), scoring).logprobs.sum().backward()
     if way == "half":
         half.accumulate_gradients()
-    assert apart(gradient(there.model).cpu(), gradient(here.model)) < (0.05 if way == "half" else 1e-3)
+    assert apart(gradient(there.model).cpu(), gradient(here.model)) < (
+        0.05 if way == "half" else 1e-3
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"mixed_precision": "no"}, {"estimator": "ppo"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_r": 2}, {"mixed_precision": "no"}, {"estimator": "ppo"}]
+)
 def test_a_run_computes_in_bfloat16_unless_told_otherwise(options, tmp_path):
-    shape = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6}
-    result = train(model=make_policy(), task=make_task(), output_dir=tmp_path, quiet=True, **shape, **options)
+    shape = {
+        "max_steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 6,
+    }
+    result = train(
+        model=make_policy(), task=make_task(), output_dir=tmp_path, quiet=True, **shape, **options
+    )
     assert result.exit_code == 0 and result.policy.device.type == "cuda"

@@ -19,7 +19,13 @@ from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.language.training.setup import check_shares
 from tokenrl.settings import arguments
 
-QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0, "cpu": True}
+QUICK = {
+    "max_steps": 2,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "eval_generations": 0,
+    "cpu": True,
+}
 
 
 def run(folder, **settings):
@@ -43,8 +49,13 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
     assert result.exit_code == 0 and out.count("has no effect") == len(idle)
     run(tmp_path / "run", estimator=Estimator(beta=0.1), target_kl=0.1, kl_gain=0.2, overwrite=True)
     assert "has no effect" not in capsys.readouterr().out
-    assert main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")]) == 2
-    assert "no effect" not in capsys.readouterr().err  # refused for its objects alone: its settings load
+    assert (
+        main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")])
+        == 2
+    )
+    assert (
+        "no effect" not in capsys.readouterr().err
+    )  # refused for its objects alone: its settings load
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,10 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
         ),
         ({"USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true has no effect"),
         ({"USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true has no effect"),
-        ({"USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG=true has no effect"),
+        (
+            {"USE_PARALLELISM_CONFIG": "true"},
+            "ACCELERATE_USE_PARALLELISM_CONFIG=true has no effect",
+        ),
         # As `accelerate launch` sets them, and what says where a run computes.
         ({"GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "no", "USE_CPU": "true"}, ""),
     ],
@@ -95,7 +109,9 @@ def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, promp
             rewards.append(float(prompt != "" and text[:1] == letter.lower()))
         return rewards
 
-    task = tokenrl.language.load_task(str(tmp_path / "data.jsonl"), reward=first_letter, eval_size=8)
+    task = tokenrl.language.load_task(
+        str(tmp_path / "data.jsonl"), reward=first_letter, eval_size=8
+    )
     bad = next(row for row in [*task.train_prompts, *task.eval_prompts] if row["answer"] is None)
     rest = [row for row in [*task.train_prompts, *task.eval_prompts] if row is not bad]
     parts = [rest[:6], [*rest[6:], bad]]

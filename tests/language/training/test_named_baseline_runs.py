@@ -19,7 +19,9 @@ def engine(policy, rows_at_once):
     open("engine.txt", "a").write(str(rows_at_once))
     return TransformersGenerator(policy, rows_at_once)
 """
-REWARD = "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
+REWARD = (
+    "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
+)
 QUICK = """train --task rows.jsonl --reward paid.py:share --cpu --quiet --max-steps 2 --prompts-per-step 2
 --num-generations 2 --eval-size 2 --save-every 2 --max-completion-length 6 --threads 1"""
 AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 --quiet --overwrite"
@@ -43,7 +45,10 @@ def train(saved, tmp_path, monkeypatch):
 def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, tmp_path):
     assert train("run", "--estimator.baseline", "mine.py:half") == 0
     assert baseline_of(tmp_path / "run") == "mine.py:half"
-    assert train("same", "--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5") == 0
+    assert (
+        train("same", "--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5")
+        == 0
+    )
     named = ("--estimator.baseline", "mine.py:half", "--generator", "mine.py:engine")
     assert train("engine", *named) == 0
     for name in ("run", "engine"):
@@ -56,7 +61,10 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
 def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
     for spec, words in (
         ("mine.py:halv", "Did you mean 'half'"),
-        ("mine.py:fails", "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea"),
+        (
+            "mine.py:fails",
+            "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",
+        ),
         ("nowhere.py:half", "there is no file nowhere.py"),
         ("mine.py", "module:function or path/to/file.py:function"),
     ):

@@ -37,12 +37,21 @@ def sampled(policy):
 
 
 def test_a_second_run_of_a_program_may_have_another_precision(tmp_path, recwarn):
-    how = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6, "eval_generations": 0}
+    how = {
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "eval_generations": 0,
+    }
     how |= {"task": make_task(), "cpu": True, "quiet": True, "max_steps": 2, "learning_rate": 1e-3}
     for place, precision in enumerate(("no", "bf16", "no")):
         model = str(tmp_path / str(place - 1)) if place else make_policy()
-        result = train(output_dir=tmp_path / str(place), model=model, mixed_precision=precision, **how)
-        assert result.exit_code == 0 and next(result.policy.model.parameters()).dtype == torch.float32
+        result = train(
+            output_dir=tmp_path / str(place), model=model, mixed_precision=precision, **how
+        )
+        assert (
+            result.exit_code == 0 and next(result.policy.model.parameters()).dtype == torch.float32
+        )
         config = json.loads((tmp_path / str(place) / "config.json").read_text())
         decided = [config[name] for name in ("mixed_precision", "training_attention")]
         assert decided == [precision, "as_loaded"]  # by the rules, where nothing was asked for
@@ -64,7 +73,9 @@ def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     assert all(p.grad is None for p in half.policy.model.parameters())
     assert {p.grad.dtype for p in policy.trainable_parameters()} == {torch.float32}
     assert 0 < apart(gradient(policy.model) / 2, exact) < 0.05
-    assert {b.dtype for b in half.policy.model.buffers()} <= {b.dtype for b in policy.model.buffers()}
+    assert {b.dtype for b in half.policy.model.buffers()} <= {
+        b.dtype for b in policy.model.buffers()
+    }
 
 
 def test_the_copy_follows_the_weights_after_each_update():
@@ -102,7 +113,9 @@ def test_a_frozen_base_is_kept_once():
         assert own.dtype == torch.bfloat16
         assert (mine.data_ptr() == own.data_ptr()) == (not mine.requires_grad)
         assert mine.dtype == (torch.float32 if mine.requires_grad else torch.bfloat16)
-    assert policy.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()  # what a run returns can be used
+    assert (
+        policy.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    )  # what a run returns can be used
 
 
 def test_weights_that_transformers_keeps_exact_stay_so():
@@ -190,7 +203,9 @@ def test_in_bfloat16_on_a_cpu_sampling_takes_the_attention_of_updates(precision)
     assert ("in sampling too" in learner.forward.words) == (precision == "bf16")
 
 
-def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(monkeypatch):
+def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(
+    monkeypatch,
+):
     monkeypatch.setattr(forward, "LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # in float32
     assert make_learner(make_policy(), "rloo").args.training_attention == "eager"

@@ -73,7 +73,11 @@ def flat(completions, **_):
 SCENARIOS = {
     "rloo": ("rloo", {}, vowel_reward),
     "token mean": (Estimator(aggregation="token_mean", returns="reward_to_go"), {}, vowel_reward),
-    "batch": (Estimator(baseline="batch_mean", scale="batch_std", entropy_coef=0.1), {}, vowel_reward),
+    "batch": (
+        Estimator(baseline="batch_mean", scale="batch_std", entropy_coef=0.1),
+        {},
+        vowel_reward,
+    ),
     "kl": (Estimator.preset("grpo", beta=0.3), {}, vowel_reward),
     "minibatches": ("grpo", {"num_minibatches": 2, "num_iterations": 2}, vowel_reward),
     "clipped norm": ("rloo", {"max_grad_norm": 0.5}, vowel_reward),
@@ -104,7 +108,9 @@ def outcome(name: str) -> dict:
     policy = make_policy(architecture, dtype=dtype, initializer_range=0.1, vocabulary=90)
     policy.eos_ids = ENDS
     if "kl" in name:
-        policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(False)
+        policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(
+            False
+        )
     if options.get("gradient_checkpointing"):
         enable_gradient_checkpointing(policy)
     if options.get("lora_r"):
@@ -116,13 +122,20 @@ def outcome(name: str) -> dict:
         widths.append(max(map(len, completion_ids)))
         log = columns["log_metric"]
         return reward(
-            prompts=prompts, completion_ids=completion_ids, completions=completion_ids, log_metric=log
+            prompts=prompts,
+            completion_ids=completion_ids,
+            completions=completion_ids,
+            log_metric=log,
         )
 
     if "episodes" in name:
         environment = Faulty if "failing" in name else Guess
-        measured = Rewards([measured], [0.5, 1.0], environments=Environments(environment, timeout=0.5))
-    step = 8 + list(SCENARIOS).index(name) % 2  # the longest completion is the first's, or the second's
+        measured = Rewards(
+            [measured], [0.5, 1.0], environments=Environments(environment, timeout=0.5)
+        )
+    step = (
+        8 + list(SCENARIOS).index(name) % 2
+    )  # the longest completion is the first's, or the second's
     record = one_step(learner, step=step, reward=measured)
     return {
         "gradient": gradient(policy.model),
@@ -145,7 +158,13 @@ def whole_run(directory: Path, reward=vowel_reward, **options) -> None:
     policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
     policy.eos_ids = ENDS
     task = make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward)
-    how = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 2, "save_every": 2, "keep": "best"}
+    how = {
+        "max_steps": 3,
+        "prompts_per_step": 4,
+        "num_generations": 2,
+        "save_every": 2,
+        "keep": "best",
+    }
     how |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
     tokenrl.train(model=policy, task=task, output_dir=directory, **how, **options)
 
@@ -176,7 +195,9 @@ def random_step(seed: int) -> dict[str, torch.Tensor]:
         rewards = vowel_reward(None, completion_ids)
         return [0.5 if p in idle else r for p, r in zip(prompts, rewards, strict=True)]
 
-    policy = make_policy(draw.choice(["llama", "qwen2"]), dtype="float64", vocabulary=90, num_hidden_layers=1)
+    policy = make_policy(
+        draw.choice(["llama", "qwen2"]), dtype="float64", vocabulary=90, num_hidden_layers=1
+    )
     ends = range(1, 90)
     policy.eos_ids = tuple(ends if seed == 0 else draw.sample(ends, draw.randint(20, 80)))
     learner = make_learner(
@@ -226,7 +247,12 @@ def fork_ranks(directory: Path, program: str, world: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
 
     def rank(number: int) -> None:
         of_rank = shared | {"RANK": number, "LOCAL_RANK": number}
@@ -259,7 +285,9 @@ def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
     done = launch(THIS, str(directory), "scenarios", "2", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
-    return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return directory, [
+        torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)
+    ]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -300,7 +328,9 @@ def test_two_processes_with_unequal_passes_make_the_update_of_one(two, seed):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_with_unequal_passes_make_the_update_of_one(world, tmp_path):
     """The same of more steps and of more processes."""
-    done = launch(THIS, str(tmp_path), "random", str(world), ACCELERATE_USE_CPU="true")  # has a deadline
+    done = launch(
+        THIS, str(tmp_path), "random", str(world), ACCELERATE_USE_CPU="true"
+    )  # has a deadline
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
     for seed in range(STEPS):
@@ -309,7 +339,10 @@ def test_processes_with_unequal_passes_make_the_update_of_one(world, tmp_path):
 
 def test_the_scenarios_are_what_they_say(two):
     first, second = two[1]
-    assert {(first[name]["widths"][0], second[name]["widths"][0]) for name in SCENARIOS} >= {(6, 3), (3, 6)}
+    assert {(first[name]["widths"][0], second[name]["widths"][0]) for name in SCENARIOS} >= {
+        (6, 3),
+        (3, 6),
+    }
     assert first["idle rank"]["metrics"]["frac_reward_zero_std"] == 0.5
     assert first["silent rank"]["metrics"]["frac_rows_abstained"] == 0.5
     assert {"logged/all", "logged/late", "logged/early"} < second["logged"]["metrics"].keys()
@@ -327,15 +360,29 @@ def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_joins_its_processes_where_there_is_no_gpu_and_nothing_says_so(tmp_path):
-    program = ["-m", "tokenrl", "train", "--max-steps", "1", "--eval-size", "2", "--eval-generations", "1"]
-    done = launch(*TORCHRUN, *program, "--output-dir", str(tmp_path / "run"), CUDA_VISIBLE_DEVICES="")
+    program = [
+        "-m",
+        "tokenrl",
+        "train",
+        "--max-steps",
+        "1",
+        "--eval-size",
+        "2",
+        "--eval-generations",
+        "1",
+    ]
+    done = launch(
+        *TORCHRUN, *program, "--output-dir", str(tmp_path / "run"), CUDA_VISIBLE_DEVICES=""
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("finished (") == 1 and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_the_run(tmp_path):
-    done = launch(*TORCHRUN, THIS, str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
+    done = launch(
+        *TORCHRUN, THIS, str(tmp_path), "fail"
+    )  # a timeout here is a rank that waits for ever
     assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "model").exists()
 

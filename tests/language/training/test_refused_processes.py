@@ -50,8 +50,12 @@ REFUSED = {
 
 def cases() -> dict[str, tuple[str, str, str]]:
     """All cases: the flag is that of the main process, or of the other one."""
-    one = {f"{name} of the main": (flag, "", NAMED.get(name, name)) for name, flag in DIFFER.items()}
-    other = {f"{name} of the other": ("", flag, NAMED.get(name, name)) for name, flag in DIFFER.items()}
+    one = {
+        f"{name} of the main": (flag, "", NAMED.get(name, name)) for name, flag in DIFFER.items()
+    }
+    other = {
+        f"{name} of the other": ("", flag, NAMED.get(name, name)) for name, flag in DIFFER.items()
+    }
     return one | other | REFUSED
 
 
@@ -83,7 +87,9 @@ def launch(names: list[str]) -> None:
         for number, log in enumerate(logs):
             log.unlink(missing_ok=True)
             words = [*QUICK.split(), *cases()[name][number].split()]
-            processes.append(fork.Process(target=rank, args=(number, port, words, log, f"rank-{number}")))
+            processes.append(
+                fork.Process(target=rank, args=(number, port, words, log, f"rank-{number}"))
+            )
             processes[-1].start()
         for process in processes:
             process.join(60)
@@ -101,7 +107,9 @@ def place(tmp_path_factory):
     letters = {"rows.jsonl": "abcdef", "others.jsonl": "abcdef", "rank-0/rows.jsonl": "abcdef"}
     for name, prompts in (letters | {"rank-1/rows.jsonl": "xbcdef"}).items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(json.dumps({"prompt": f"{x} is"}) + "\n" for x in prompts))
+        (folder / name).write_text(
+            "".join(json.dumps({"prompt": f"{x} is"}) + "\n" for x in prompts)
+        )
     (folder / "held").mkdir()
     (folder / "held" / "config.json").write_text('{"versions": {"tokenrl": "1"}}')
     return folder
@@ -117,7 +125,10 @@ def check(place: Path, names: list[str]) -> None:
     assert [name for name, *_ in results] == names, done.stderr
     for name, codes, (main, other) in results:
         assert codes == [2, 2], (name, codes, main, other)
-        assert cases()[name][2] in " ".join(main.split()) and "Traceback" not in main + other, (name, main)
+        assert cases()[name][2] in " ".join(main.split()) and "Traceback" not in main + other, (
+            name,
+            main,
+        )
         assert "tokenrl" not in other and "differ" not in other, (name, other)
 
 

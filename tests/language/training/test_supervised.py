@@ -39,8 +39,12 @@ def own_loss(model, policy, rows):
     pairs = encode_demonstrations(policy, rows)
     width = max(len(p) + len(c) for p, c in pairs)
     ids = torch.tensor([p + c + [7] * (width - len(p) - len(c)) for p, c in pairs])
-    labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in pairs])
-    mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in pairs])
+    labels = torch.tensor(
+        [[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in pairs]
+    )
+    mask = torch.tensor(
+        [[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in pairs]
+    )
     return model(ids, attention_mask=mask, labels=labels).loss
 
 
@@ -85,7 +89,9 @@ def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
     chat = {"prompt": "a", "completion": [{"role": "assistant", "content": "d"}]}
     assert encode_demonstrations(policy, [chat])[0] == encode_demonstrations(policy, [ROWS[1]])[0]
     policy, messages = make_policy(kind="chat"), [{"role": "user", "content": "the cat"}]
-    ((prompt, completion),) = encode_demonstrations(policy, [{"prompt": messages, "completion": "sat"}])
+    ((prompt, completion),) = encode_demonstrations(
+        policy, [{"prompt": messages, "completion": "sat"}]
+    )
     assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
 
 
@@ -117,7 +123,9 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
     training.learn()
     before = weights(policy.model)
     policy.model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(Stopped, match=r"norm of the gradient of the supervised stage is .* at step 2"):
+    with pytest.raises(
+        Stopped, match=r"norm of the gradient of the supervised stage is .* at step 2"
+    ):
         training.learn()
     assert torch.equal(weights(policy.model), before)
 
@@ -146,7 +154,9 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
     changed = warm_started_base(task, seed=0)
     assert len({first, other, changed}) == 3 and task.built == [0, 1, 0]
     loaded = {d: weights(AutoModelForCausalLM.from_pretrained(d)) for d in (first, other, changed)}
-    assert torch.equal(loaded[first], loaded[changed]) and not torch.equal(loaded[first], loaded[other])
+    assert torch.equal(loaded[first], loaded[changed]) and not torch.equal(
+        loaded[first], loaded[other]
+    )
     assert not torch.equal(loaded[first], weights(make_model(seed=0)))  # it was trained
     for seed, directory in enumerate((first, other)):  # of the weights and of the rows' order
         by_hand = make_policy(seed=seed)
@@ -166,10 +176,14 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     how = {"task": task, "output_dir": tmp_path / "run", "max_steps": 20, "batch_size": 2}
     ended = sft(**how, model=make_policy(), learning_rate=0.01)
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 20)
-    rows, timings = (lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "timings"))
+    rows, timings = (
+        lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "timings")
+    )
     assert [row["step"] for row in rows] == list(range(21))
     assert (rows[1]["loss"], rows[20]["loss"]) == (ended.loss_before, ended.loss_after)
-    assert re.search(rf"^loss +{ended.loss_before:.4g} +{ended.loss_after:.4g}$", repr(ended), re.MULTILINE)
+    assert re.search(
+        rf"^loss +{ended.loss_before:.4g} +{ended.loss_after:.4g}$", repr(ended), re.MULTILINE
+    )
     assert timings[3]["step_seconds"] > 0 and timings[3]["tokens_per_second"] > 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 20, "toy")
@@ -179,7 +193,10 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     assert torch.equal(weights(loaded.model), weights(ended.policy.model))
     evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward_greedy" in row}
     assert list(evaluated) == list(range(0, 21, 2)) and len(set(evaluated.values())) > 1
-    assert (ended.eval_before["reward"], ended.eval_after["reward"]) == (evaluated[0], evaluated[20])
+    assert (ended.eval_before["reward"], ended.eval_after["reward"]) == (
+        evaluated[0],
+        evaluated[20],
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_after"] == ended.eval_after
     said = capsys.readouterr().out
@@ -187,7 +204,9 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     assert "20 updates x 2 demonstrations (given)" in said
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"| reward_greedy after | {ended.eval_after['reward_greedy']:.4g} |" in card
-    again = sft(**how, model=make_policy(), learning_rate=0.01, eval_every=0, overwrite=True, quiet=True)
+    again = sft(
+        **how, model=make_policy(), learning_rate=0.01, eval_every=0, overwrite=True, quiet=True
+    )
     assert again.eval_after == ended.eval_after  # an evaluation changes nothing in the training
     assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
 
@@ -195,9 +214,16 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
 def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
     rows = [{"prompt": prompt, "answer": " sat"} for prompt in PROMPTS * 2]
     given = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
-    given |= {"batch_size": 2, "output_dir": str(tmp_path / "run"), "quiet": True, "overwrite": True}
+    given |= {
+        "batch_size": 2,
+        "output_dir": str(tmp_path / "run"),
+        "quiet": True,
+        "overwrite": True,
+    }
     assert sft(**given).eval_after == {}
     found = sft(**given, reward=(vowel_reward,), eval_size=2)
-    assert {"reward", "reward_greedy"} <= set(found.eval_before) and found.eval_before != found.eval_after
+    assert {"reward", "reward_greedy"} <= set(
+        found.eval_before
+    ) and found.eval_before != found.eval_after
     with pytest.raises(Refused, match="no demonstrations"):
         sft(**given | {"completion_column": "gold"}, reward=(vowel_reward,))

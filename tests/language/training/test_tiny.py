@@ -69,7 +69,9 @@ def data(tmp_path, monkeypatch):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("kind", quickly(KINDS, {"toy task", "Python file", "text as chat", "chosen column"}))
+@pytest.mark.parametrize(
+    "kind", quickly(KINDS, {"toy task", "Python file", "text as chat", "chosen column"})
+)
 def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     small = SMALL.split() if KINDS[kind].startswith("train") else []
     assert main([*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run"]) == 0
@@ -77,7 +79,9 @@ def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     assert main(shlex.split(again)) == 0
     rewarded = kind != "demonstrations"
     assert main(["evaluate", "--model", "run"]) == (0 if rewarded else 2)
-    assert first.startswith("sample") or main(shlex.split(first)) == 0  # advise, of a run that learnt nothing
+    assert (
+        first.startswith("sample") or main(shlex.split(first)) == 0
+    )  # advise, of a run that learnt nothing
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1+1=\n2+x=\n"), "utf-8"))
     assert main(["sample", "--model", "run"]) == 0
@@ -93,7 +97,10 @@ def test_a_tiny_model_knows_the_characters_of_all_rows_and_is_the_same_again():
     chat = [{"prompt": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}]
     model, tokenizer = model_for_rows(rows, 3, texts=["!"], room=10)
     assert set(tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"abc70é!"}
-    assert model.config.max_position_embeddings == 10 + len("ab70!") and tokenizer.chat_template is None
+    assert (
+        model.config.max_position_embeddings == 10 + len("ab70!")
+        and tokenizer.chat_template is None
+    )
     again = model_for_rows(rows[::-1], 3, texts=["!"])[0]
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(model_for_rows(rows, 4)[0].lm_head.weight, model.lm_head.weight)
@@ -105,8 +112,20 @@ def test_a_tiny_model_knows_the_characters_of_all_rows_and_is_the_same_again():
 
 
 def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_same_bits(data):
-    settings = {"task": "own.py:task", "model": "tiny", "stop": "#", "dtype": "float64", "base_seed": 1}
-    settings |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True, "quiet": True}
+    settings = {
+        "task": "own.py:task",
+        "model": "tiny",
+        "stop": "#",
+        "dtype": "float64",
+        "base_seed": 1,
+    }
+    settings |= {
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "eval_every": 0,
+        "cpu": True,
+        "quiet": True,
+    }
     whole = tokenrl.train(**settings, max_steps=2, output_dir="whole")
     tokenrl.train(**settings, max_steps=1, output_dir="parts")
     parts = tokenrl.train(**settings, max_steps=2, output_dir="parts", resume="auto")
@@ -122,7 +141,9 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
 
 
-def test_tiny_is_a_directory_of_that_name_where_there_is_one_and_no_model_to_evaluate(data, saved, capsys):
+def test_tiny_is_a_directory_of_that_name_where_there_is_one_and_no_model_to_evaluate(
+    data, saved, capsys
+):
     for command in ("evaluate --task own.py:task --model tiny", "sample --model tiny --prompt a"):
         assert main(shlex.split(command)) == 2
         assert "tiny is a new model, to be trained" in capsys.readouterr().err
@@ -152,12 +173,15 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
     call = {"name": "price", "arguments": {"item": "tea"}}
     text = f"<tool_call>{json.dumps(call)}</tool_call>"
     rows = [{"prompt": [user], "completion": text}]
-    sft = tokenrl.sft(task=rows, environment=Shop, model="tiny", max_steps=1, output_dir=tmp_path, quiet=True)
+    sft = tokenrl.sft(
+        task=rows, environment=Shop, model="tiny", max_steps=1, output_dir=tmp_path, quiet=True
+    )
     policy, tools = sft.policy, Environments(Shop).reset(rows, [0])[0].tools
     prompt = policy.encode([user])
     ids = policy.tokenizer(text + EOS, add_special_tokens=False).input_ids
     message = assistant_message(policy.tokenizer, ids, prompt, text, tools)
     assert message["tool_calls"] == [{"type": "function", "function": call}]
     assert (
-        policy.encode([user, message, {"role": "tool", "content": "3"}])[: len(prompt + ids)] == prompt + ids
+        policy.encode([user, message, {"role": "tool", "content": "3"}])[: len(prompt + ids)]
+        == prompt + ids
     )

@@ -62,7 +62,13 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     means = {"reward", "reward_greedy", "best@4"}
     assert {name.removeprefix("eval_") for name in start if name != "step"} == {
         *(means | {f"{name}_stderr" for name in means}),
-        *("completions/mean_length", "completions/clipped_ratio", "entropy", "distinct_1", "distinct_2"),
+        *(
+            "completions/mean_length",
+            "completions/clipped_ratio",
+            "entropy",
+            "distinct_1",
+            "distinct_2",
+        ),
         *("rewards/share_of_a/mean", "rewards/starts_right/mean"),
     }
     for row in rows:
@@ -81,11 +87,15 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["exit_reason"] == "finished" and summary["steps"] == 3
     assert summary["eval_after"]["reward_greedy"] == result.eval_after["reward_greedy"]
-    assert summary["eval_before"] == {k.removeprefix("eval_"): v for k, v in start.items() if k != "step"}
+    assert summary["eval_before"] == {
+        k.removeprefix("eval_"): v for k, v in start.items() if k != "step"
+    }
     config = json.loads((directory / "config.json").read_text())
     assert config["estimator"]["baseline"] == "running_mean" and config["versions"]["torch"]
     table = parquet.read_table(directory / "completions" / "step_000003.parquet")
-    assert table.num_rows == 16 and {"prompt", "completion", "reward", "advantage"} <= set(table.column_names)
+    assert table.num_rows == 16 and {"prompt", "completion", "reward", "advantage"} <= set(
+        table.column_names
+    )
     assert table["target"].to_pylist() == [prompt[0] for prompt in table["prompt"].to_pylist()]
     spread = table["rewards/starts_right"].to_numpy().std(ddof=1)
     assert rows[-1]["rewards/starts_right/std"] == pytest.approx(spread)
@@ -128,7 +138,10 @@ def _raise(completions):
     "bad, words",
     [
         (_raise, "ConnectionError: the server has gone"),
-        (lambda completions: [None] * len(completions), "abstained from every completion of this step"),
+        (
+            lambda completions: [None] * len(completions),
+            "abstained from every completion of this step",
+        ),
     ],
 )
 def test_a_reward_that_fails_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, bad, words):
@@ -156,7 +169,9 @@ class Away:
         return "", float(text.count("a")), True, False, {}
 
 
-def test_failures_of_environments_are_named_by_a_warning_or_by_the_error_that_stops_the_run(run, capsys):
+def test_failures_of_environments_are_named_by_a_warning_or_by_the_error_that_stops_the_run(
+    run, capsys
+):
     with pytest.raises(
         Refused, match=r"step: There .* 20 of 20 episodes failed\. Away\.reset raised OSError: no"
     ):
@@ -172,7 +187,9 @@ def test_failures_of_environments_are_named_by_a_warning_or_by_the_error_that_st
     if told := re.search(r"held-out reward was (\S+) before training and (\S+) after it", output):
         both = (result.eval_before["reward"], result.eval_after["reward"])
         assert [float(x) for x in told.groups()] == pytest.approx(both, rel=0.01)
-    for row in read_run(result.output_dir).completions():  # a reward of 0 would be one that was given
+    for row in read_run(
+        result.output_dir
+    ).completions():  # a reward of 0 would be one that was given
         assert (row["reward"] is None) == bool(row["failure"])
 
 
@@ -188,7 +205,10 @@ def test_updates_that_are_skipped_are_counted_until_the_run_stops(run, tmp_path)
     model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(Stopped, match="not finite in 3 updates in a row"):
         run(model=(model, tokenizer), max_steps=9, stop_after_nonfinite=3)
-    assert [row["skipped_steps"] for row in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]] == [1, 2]
+    assert [row["skipped_steps"] for row in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]] == [
+        1,
+        2,
+    ]
 
 
 def frozen():
@@ -197,7 +217,9 @@ def frozen():
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"mixed_precision": "bf16"}])
-def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(run, tmp_path, options):
+def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
+    run, tmp_path, options
+):
     """The reward falls with each evaluation, so the weights before training are the best."""
     calls = []
 
@@ -207,10 +229,18 @@ def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
 
     result = run(reward=falling, max_steps=9, eval_every=2, keep="best", patience=2, **options)
     assert (result.exit_reason, result.steps, result.best["step"]) == ("no-improvement", 4, 0)
-    assert result.best["value"] == result.eval_before["reward_greedy"] > result.eval_after["reward_greedy"]
+    assert (
+        result.best["value"]
+        == result.eval_before["reward_greedy"]
+        > result.eval_after["reward_greedy"]
+    )
     before, saved = letters()[0].state_dict(), load_policy(tmp_path / "run")
     for policy in (result.policy, saved):
-        model = policy.model.merge_and_unload() if hasattr(policy.model, "disable_adapter") else policy.model
+        model = (
+            policy.model.merge_and_unload()
+            if hasattr(policy.model, "disable_adapter")
+            else policy.model
+        )
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-7)
     for text in (repr(result), (tmp_path / "run" / "model" / "README.md").read_text()):
@@ -241,12 +271,21 @@ def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp
     [
         ({"num_generations": 1}, r"group_size is 1\. Take two or more \(num_generations"),
         ({"estimator": "loo_std", "num_generations": 2}, "three or more"),
-        ({"optimizer": "sgd", "learning_rate": None}, r"'sgd' was given without a learning_rate.*0\.06"),
+        (
+            {"optimizer": "sgd", "learning_rate": None},
+            r"'sgd' was given without a learning_rate.*0\.06",
+        ),
         ({"num_iterations": 2}, "ratio='none'"),
-        ({"estimator": WITHIN}, "returns 'episode_normalized' would compare the tokens of one completion"),
+        (
+            {"estimator": WITHIN},
+            "returns 'episode_normalized' would compare the tokens of one completion",
+        ),
         ({"estimator": STANDARDISED}, "scale 'episode_std'"),
         ({"num_minibatches": 5, "estimator": "grpo"}, "num_minibatches=5"),
-        ({"max_completion_length": 6, "estimator": Estimator(overlong_buffer=6)}, "overlong_buffer=6 is not"),
+        (
+            {"max_completion_length": 6, "estimator": Estimator(overlong_buffer=6)},
+            "overlong_buffer=6 is not",
+        ),
         ({"target_kl": 2.0}, "has beta 0.*--estimator.beta"),
         ({"max_completion_length": 15}, "row 0 has 3 tokens"),
         ({"max_completion_length": 16}, "leaves no room"),

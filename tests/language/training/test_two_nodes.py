@@ -46,9 +46,13 @@ class Recorded:
             rollout = TransformersGenerator(self.policy).generate(prompt_ids, sampling, draws)
             scored = dict.fromkeys(("logprobs", "entropy", "score_norms", "hidden"))
             for i, key in enumerate(keys):
-                self.rows[key] = replace(rollout.take((rollout.prompt_index == i).nonzero()[:, 0]), **scored)
+                self.rows[key] = replace(
+                    rollout.take((rollout.prompt_index == i).nonzero()[:, 0]), **scored
+                )
         groups = [self.rows[key] for key in keys]
-        return cat([replace(g, prompt_index=torch.full((len(g),), i)) for i, g in enumerate(groups)])
+        return cat(
+            [replace(g, prompt_index=torch.full((len(g),), i)) for i, g in enumerate(groups)]
+        )
 
     def sync(self, policy):
         pass
@@ -65,7 +69,9 @@ def change(name: str, rows: dict[Any, Any]) -> torch.Tensor:
         policy.reference = make_policy("llama", vocabulary=90, seed=1).model.requires_grad_(False)
     if "lora_r" in options:
         add_lora(policy, r=options["lora_r"])
-    learner = make_learner(policy, estimator, optimizer="sgd", learning_rate=0.05, max_steps=STEPS, **options)
+    learner = make_learner(
+        policy, estimator, optimizer="sgd", learning_rate=0.05, max_steps=STEPS, **options
+    )
     learner.generator, before = Recorded(policy, rows), weights(policy.model)
     for step in range(1, STEPS + 1):
         one_step(learner, step=step, prompts=MANY, places=[(4 * step + i) % 12 for i in range(4)])
@@ -97,10 +103,26 @@ def two_nodes(directory: Path, program: str) -> list[tuple[int, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+    ]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meeting]
-    where, what = ([f"--rdzv-conf=is_host={first}"] for first in (1, 0)), [THIS, str(directory), program]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
+    where, what = (
+        ([f"--rdzv-conf=is_host={first}"] for first in (1, 0)),
+        [THIS, str(directory), program],
+    )
+    how = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "env": environment(),
+    }
     nodes = [subprocess.Popen([*words, *host, *what], **how) for host in where]
     try:
         outputs = [node.communicate(timeout=240)[0] for node in nodes]
@@ -143,7 +165,9 @@ def test_a_node_that_is_killed_ends_the_other_and_both_continue(tmp_path):
     ended = two_nodes(tmp_path, "killed")  # a timeout here is a node that waits for ever
     assert sorted(code for code, _ in ended) == [-signal.SIGKILL, 1]
     told = " ".join("".join(output for _, output in ended).split())
-    assert re.search("At step [23]: Another process of this run has ended .*/step_000002; --resume", told)
+    assert re.search(
+        "At step [23]: Another process of this run has ended .*/step_000002; --resume", told
+    )
     assert [code for code, _ in two_nodes(tmp_path, "resumed")] == [0, 0]
     whole_run(tmp_path / "run", ending_its_node)
     assert_same_metrics(tmp_path / "killed", tmp_path / "run")

@@ -40,7 +40,17 @@ ESTIMATORS = {name: preset_for_groups_of_three(name) for name in PRESETS} | {
 }
 
 
-QUICK = ("rloo", "dapo", "ppo", "remax", "optimal", "gspo", "other_groups_std", "entropy", "kl in the loss")
+QUICK = (
+    "rloo",
+    "dapo",
+    "ppo",
+    "remax",
+    "optimal",
+    "gspo",
+    "other_groups_std",
+    "entropy",
+    "kl in the loss",
+)
 """Those that differ from the others in more than their advantages."""
 
 
@@ -67,9 +77,12 @@ def scored_rows(monkeypatch):
     [pytest.param("llama", "float32", 1e-6, marks=pytest.mark.slow), ("gpt2", "float64", 1e-13)],
 )
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ESTIMATORS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ESTIMATORS],
 )
-def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance, monkeypatch):
+def test_the_gradient_does_not_depend_on_micro_batches(
+    name, architecture, dtype, tolerance, monkeypatch
+):
     sizes = scored_rows(monkeypatch)
     reward = raised(abstaining) if ESTIMATORS[name].objective == "log_success" else abstaining
     options = {"reward": reward, "architecture": architecture, "dtype": dtype}
@@ -104,7 +117,9 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
     scored(learner, share_prompt=share)
     record = one_step(learner, reward=recorded(flat_second_prompt, seen))
     rows = []
-    for (prompt, ids, _), advantage in zip(seen, advantages_of(name, [r for *_, r in seen]), strict=True):
+    for (prompt, ids, _), advantage in zip(
+        seen, advantages_of(name, [r for *_, r in seen]), strict=True
+    ):
         share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
         rows.append((policy.encode(prompt), ids, advantage / share_of_token))
     expected, loss = textbook(before, rows, temperature=temperature)
@@ -175,7 +190,9 @@ def test_a_step_without_a_signal_leaves_the_weights_and_the_moments_alone(estima
     assert record.metrics["frac_reward_zero_std"] == 1
     assert torch.equal(weights(policy.model), before) and not gradient(policy.model).any()
     after = learner.optimizer.state_dict()["state"]
-    assert all(torch.equal(moments[k][name], after[k][name]) for k in moments for name in moments[k])
+    assert all(
+        torch.equal(moments[k][name], after[k][name]) for k in moments for name in moments[k]
+    )
     assert learner.idle - idle == learner.args.num_iterations * learner.args.num_minibatches
     one_step(learner, step=3)
     assert not torch.equal(weights(policy.model), before)
@@ -186,7 +203,10 @@ def test_the_norm_is_clipped_and_reported_as_it_was_beside_the_share_of_clipped_
     norm = record.metrics["grad_norm"]
     for limit, share in ((norm * 1.01, 0.0), (norm / 2, 1.0)):
         found, other, _ = stepped(ESTIMATORS["rloo"], max_grad_norm=limit)
-        assert other.metrics["grad_norm"] == pytest.approx(norm) and other.metrics["grad_clipped"] == share
+        assert (
+            other.metrics["grad_norm"] == pytest.approx(norm)
+            and other.metrics["grad_clipped"] == share
+        )
         assert float(found.norm()) == pytest.approx(limit if share else norm, rel=1e-4)
         assert apart(found / found.norm(), plain / plain.norm()) < 1e-6
     several = make_learner(make_policy(), "grpo", num_minibatches=4, max_grad_norm=1e-9)
@@ -206,7 +226,9 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     def logprob(model, prompt, ids, **how):
         return -textbook(model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)], **how)[1]
 
-    log_ratio = [logprob(before, p, ids, **cut) - logprob(reference, p, ids, **whole) for p, ids, _ in seen]
+    log_ratio = [
+        logprob(before, p, ids, **cut) - logprob(reference, p, ids, **whole) for p, ids, _ in seen
+    ]
     total = [reward - 0.3 * ratio for (*_, reward), ratio in zip(seen, log_ratio, strict=True)]
     rows = [
         (policy.encode(prompt), ids, advantage)
@@ -231,7 +253,12 @@ def test_reward_functions_apart_are_weighted_after_their_scale():
         record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
         return pytest.approx([row["advantage"] for row in record.rows()], abs=1e-6)
 
-    fields = {"baseline": "group_mean", "scale": "group_std", "scale_eps": 0.0, "components": "separate"}
+    fields = {
+        "baseline": "group_mean",
+        "scale": "group_std",
+        "scale_eps": 0.0,
+        "components": "separate",
+    }
     assert advantages(small, 0.5, **fields).expected == advantages(large, 0.5, **fields)
     assert advantages(large, 0.25, **fields).expected != advantages(large, 0.5, **fields)
     assert advantages(small, 0.5, components="separate").expected == advantages(small, 0.5)
@@ -255,7 +282,10 @@ def test_signal_and_noise_are_those_of_the_first_update_of_a_rollout():
 
 @pytest.mark.parametrize("prompts", [4, 8])
 def test_signal_and_noise_of_a_minibatch_are_those_of_a_step_of_its_prompts(prompts):
-    words, options = [*PROMPTS, "rat", "sun", "cup", "pen"][:prompts], {"diagnostics_every": 1, "seed": 2}
+    words, options = (
+        [*PROMPTS, "rat", "sun", "cup", "pen"][:prompts],
+        {"diagnostics_every": 1, "seed": 2},
+    )
     learner = make_learner(
         make_policy(), "grpo", num_minibatches=prompts // 2, prompts_per_step=prompts, **options
     )
@@ -327,13 +357,17 @@ def test_truncated_rows_have_no_gradient(choice):
     policy, seen = make_policy("gpt2", dtype="float64"), []
     policy.eos_ids = ENDS
     before = copy.deepcopy(policy.model)
-    one_step(make_learner(policy, Estimator(truncations=choice)), reward=recorded(vowel_reward, seen))
+    one_step(
+        make_learner(policy, Estimator(truncations=choice)), reward=recorded(vowel_reward, seen)
+    )
     is_cut = [len(ids) == 6 and ids[-1] not in ENDS for _, ids, _ in seen]
     kept = [not cut or choice == "mask" for cut in is_cut]
     rows = []
     for start in range(0, 12, 3):
         group = [i for i in range(start, start + 3) if kept[i]]
-        advantages = by_hand("rloo", [seen[i][2] for i in group]) if len(group) > 1 else [0.0] * len(group)
+        advantages = (
+            by_hand("rloo", [seen[i][2] for i in group]) if len(group) > 1 else [0.0] * len(group)
+        )
         for i, advantage in zip(group, advantages, strict=True):
             rows.append((policy.encode(seen[i][0]), seen[i][1], 0.0 if is_cut[i] else advantage))
     assert 0 < sum(is_cut) < 12
@@ -343,7 +377,9 @@ def test_truncated_rows_have_no_gradient(choice):
 @pytest.mark.parametrize("minibatches", [3, 4])
 def test_minibatches_keep_groups_whole(minibatches):
     learner = make_learner(make_policy(), "grpo", num_minibatches=minibatches, num_iterations=2)
-    chosen = torch.stack([rows for rows, _ in module.minibatches(learner, 12, 1)]).view(2, minibatches, 12)
+    chosen = torch.stack([rows for rows, _ in module.minibatches(learner, 12, 1)]).view(
+        2, minibatches, 12
+    )
     assert (chosen.sum(dim=1) == 1).all()  # each row once an iteration
     groups = chosen.view(2, minibatches, 4, 3)
     assert (groups.all(dim=3) == groups.any(dim=3)).all()
@@ -371,7 +407,9 @@ def spied(monkeypatch, name):
     return calls
 
 
-@pytest.mark.parametrize("bound", [{"epsilon": 1e-4}, {"ratio": "trust", "trust_bound": 1e-5}], ids=str)
+@pytest.mark.parametrize(
+    "bound", [{"epsilon": 1e-4}, {"ratio": "trust", "trust_bound": 1e-5}], ids=str
+)
 def test_the_ratio_starts_at_one_and_then_moves(monkeypatch, bound):
     old, updates = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "update_metrics")
     estimator = Estimator.preset("dr_grpo", **bound)

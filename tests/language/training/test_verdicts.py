@@ -29,7 +29,13 @@ def nothing(completions, **_):
 def train(folder, reward=first_letter, fields=(), **options):
     task = letter_task(reward, **{"max_completion_length": 3} | dict(fields))
     task.eval_prompts = task.train_prompts
-    shape = {"max_steps": 12, "prompts_per_step": 16, "num_generations": 8, "eval_every": 0, "quiet": False}
+    shape = {
+        "max_steps": 12,
+        "prompts_per_step": 16,
+        "num_generations": 8,
+        "eval_every": 0,
+        "quiet": False,
+    }
     return letters_trained(folder, task, **shape | options)
 
 
@@ -78,19 +84,28 @@ def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
     assert first == second
 
 
-def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trained, tmp_path, capsys):
+def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
+    trained, tmp_path, capsys
+):
     model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
     with pytest.raises(Stopped) as caught:
-        train(tmp_path / "run", model=model, learning_rate=0.3, stop_after_zero_spread=5, max_steps=40)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        train(
+            tmp_path / "run", model=model, learning_rate=0.3, stop_after_zero_spread=5, max_steps=40
+        )
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     shown, message = said(capsys), str(caught.value)
     told = re.search(r"warning: step (\d+): The policy is destroyed.* to (\S+), and", shown)
     step, after = map(float, told.groups())
-    assert step <= 5 and after == pytest.approx(sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3)
+    assert step <= 5 and after == pytest.approx(
+        sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3
+    )
     assert shown.count("The policy is destroyed") == 1 and "more generations" not in shown + message
     assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
     assert (
-        "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001, which is usual" in message
+        "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001, which is usual"
+        in message
     )
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
     assert f"The last complete checkpoint is {last}; --resume auto" in message
@@ -134,7 +149,13 @@ class Flickering(Falling):
 
 def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
     with pytest.raises(Stopped, match=r"At step \d+: The policy is destroyed"):
-        train(tmp_path / "run", Flickering(6), learning_rate=1e-9, stop_after_zero_spread=8, max_steps=40)
+        train(
+            tmp_path / "run",
+            Flickering(6),
+            learning_rate=1e-9,
+            stop_after_zero_spread=8,
+            max_steps=40,
+        )
     assert summary_of(tmp_path / "run")["steps"] < 20
 
 
@@ -145,9 +166,17 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt",))
     shown = said(capsys)
     assert shown.count("step 1: Every completion was cut at 3 tokens") == 1
-    assert shown.count("warning: step 3: In 3 steps in a row no two rewards that are compared differed") == 1
+    assert (
+        shown.count(
+            "warning: step 3: In 3 steps in a row no two rewards that are compared differed"
+        )
+        == 1
+    )
     assert "finished (nothing-learnt), 6 steps" in shown
-    assert "held-out reward was 0 before training and 0 after it, a difference of 0 ± 0 over 16" in shown
+    assert (
+        "held-out reward was 0 before training and 0 after it, a difference of 0 ± 0 over 16"
+        in shown
+    )
     assert "In 100% of the steps no two rewards" in shown
     assert "finished (nothing-learnt), 6 steps" in (tmp_path / "run" / "report.html").read_text()
 
@@ -160,25 +189,35 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     with pytest.raises(
         Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations.* of groups"
     ):
-        train(tmp_path / "held-out", Falling(2), max_completion_length=12, **how)  # whose rewards are better
+        train(
+            tmp_path / "held-out", Falling(2), max_completion_length=12, **how
+        )  # whose rewards are better
 
 
 def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
     for fields, remedy in (
         ({"demonstrations": DEMONSTRATIONS}, "add --warm-start"),
-        ({"max_completion_length": 1}, "cut at 1 tokens, before an end: raise --max-completion-length"),
+        (
+            {"max_completion_length": 1},
+            "cut at 1 tokens, before an end: raise --max-completion-length",
+        ),
     ):
         result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
         shown = said(capsys)
         assert result.flags == ("nothing-to-learn",) and remedy in shown
         # 128 completions, none of them another: 1 - .05^(1/128) = .023, and (1 - .023)^G of groups of G
-        assert "None of 128 completions differed, so at most 0.023 of all do (95 % confidence), and" in shown
+        assert (
+            "None of 128 completions differed, so at most 0.023 of all do (95 % confidence), and"
+            in shown
+        )
         assert "at least 95%, 91%, 83%, 69% of groups of 2, 4, 8, 16 have equal rewards." in shown
 
 
 @pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
-def test_who_already_solves_the_prompts_is_not_told_to_learn_them(solved, tmp_path, capsys, monkeypatch):
+def test_who_already_solves_the_prompts_is_not_told_to_learn_them(
+    solved, tmp_path, capsys, monkeypatch
+):
     """Nor, where the task says what counts as solved, that the policy is too sure of its answers."""
     monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
 

@@ -44,8 +44,18 @@ def run(tmp_path):
     def run(reward=always_equal, rows=ROWS, **options):
         task = make_task(reward=reward)
         task.demonstrations = rows
-        given = {"model": make_policy(), "max_steps": 1, "prompts_per_step": 2, "num_generations": 2}
-        more = {"cpu": True, "overwrite": True, "eval_every": 0, "output_dir": str(tmp_path / "run")}
+        given = {
+            "model": make_policy(),
+            "max_steps": 1,
+            "prompts_per_step": 2,
+            "num_generations": 2,
+        }
+        more = {
+            "cpu": True,
+            "overwrite": True,
+            "eval_every": 0,
+            "output_dir": str(tmp_path / "run"),
+        }
         warm = {"warm_start": True, "warm_start_steps": 4}
         return train(task=task, **(given | more | warm | options))
 
@@ -60,7 +70,11 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
         how = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": stage.WARMUP}
         fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, **how)
         for name, value in by_hand.model.named_parameters():
-            found = [p for n, p in frozen.items() if n.replace(".base_layer", "").endswith(f"model.{name}")]
+            found = [
+                p
+                for n, p in frozen.items()
+                if n.replace(".base_layer", "").endswith(f"model.{name}")
+            ]
             torch.testing.assert_close(found[0], value, atol=1e-6, rtol=0)
             assert found[0].grad is None  # of the supervised stage, which would take memory
     said = capsys.readouterr().out
@@ -68,14 +82,18 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     assert "after 4 updates only 0% of the groups have unequal rewards" in said
     assert said.index("loading the model") < said.index("warm start 1/4")
     for file in ("config.json", "summary.json"):
-        assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
+        assert (
+            json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
+        )
     assert "4 updates, loss" in result.warm_started["in_words"]
     assert "loss of demonstrations" in (tmp_path / "run" / "report.html").read_text()
     for file in ("report.html", "model/README.md"):
         assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
 
 
-def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_flag_never_does(run, capsys):
+def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_flag_never_does(
+    run, capsys
+):
     policy = make_policy()
     policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
     skipped = run(lengths, model=policy, warm_start="auto").warm_started
@@ -87,7 +105,9 @@ def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_f
     policy.eos_ids = tuple(range(1, 90, 3))
     always = run(lengths, model=policy).warm_started  # not what the cache holds of auto
     assert always["updates"] == 4 and always["spread_before"] == skipped["spread_before"] > 0.5
-    facts = run(lambda completions, **_: list(range(len(completions))), warm_start="auto").warm_started
+    facts = run(
+        lambda completions, **_: list(range(len(completions))), warm_start="auto"
+    ).warm_started
     assert facts["updates"] == 4  # all are cut
     assert run(warm_start=False).warm_started == {}
 
@@ -116,7 +136,9 @@ def results(cache, runs=False):
     return {name for name in folders if ("-run-" in name) == runs}
 
 
-def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(run, cache, capsys, monkeypatch):
+def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(
+    run, cache, capsys, monkeypatch
+):
     def stages(*seeds):
         for seed in seeds:
             run(model=make_policy(seed=seed))
@@ -146,7 +168,9 @@ def flip_last_bit(file):
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused(cache, monkeypatch):
+def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused(
+    cache, monkeypatch
+):
     task, said = toy_tasks.load("vowels"), []
     base = warm_started_base(task)
     whole = (base / "model.safetensors").read_bytes()
@@ -159,7 +183,9 @@ def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused
 
 
 @pytest.mark.parametrize("half", quickly([False, True], {False}), ids=["float32", "bfloat16"])
-def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(half, run, cache, tmp_path, monkeypatch):
+def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
+    half, run, cache, tmp_path, monkeypatch
+):
     """One that was ended, and a longer one after a shorter one; a shorter one starts anew."""
     monkeypatch.setattr(forward, "LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half}, raising=False)
@@ -186,7 +212,10 @@ def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(half, run, 
     assert run(warm_start_steps=8).warm_started["updates"] == 8
     assert made == list(range(8))
     shorter = run(warm_start_steps=4).warm_started
-    assert made == [*range(8), *range(4)] and shorter["loss_before"] == whole.warm_started["loss_before"]
+    assert (
+        made == [*range(8), *range(4)]
+        and shorter["loss_before"] == whole.warm_started["loss_before"]
+    )
     ended, other = (load_policy(kept(folder, 6)).model for folder in (cache, tmp_path / "other"))
     assert torch.equal(weights(ended), weights(other))
 
@@ -202,7 +231,9 @@ def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
     policy = make_policy()
     before, task = weights(policy.model).clone(), {"check": True, "prompts_per_step": 2}
     result = run(model=policy, **task)
-    assert result.exit_code == 0 and torch.equal(weights(policy.model), before) and not results(cache)
+    assert (
+        result.exit_code == 0 and torch.equal(weights(policy.model), before) and not results(cache)
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "a warm start of 4 updates of" in said and "in all" in said
     run()

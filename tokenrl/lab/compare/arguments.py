@@ -100,11 +100,14 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
     def __post_init__(self) -> None:
         """Check the values; the shared settings are checked together with those of each run."""
         if not isinstance(self.shared, Mapping):
-            raise Refused(f"shared was given as {shown(self.shared)}; it must map settings to their values.")
+            raise Refused(
+                f"shared was given as {shown(self.shared)}; it must map settings to their values."
+            )
         for name in ("task", "reward", "model", "arms"):
             value = getattr(self, name, self.shared.get(name)) or ()
             if not all(
-                isinstance(part, str) for part in (value if isinstance(value, tuple | list) else [value])
+                isinstance(part, str)
+                for part in (value if isinstance(value, tuple | list) else [value])
             ):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
@@ -112,8 +115,12 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """Put the options that are settings of the runs, and not of the comparison itself, under `shared`."""
-    own_options = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
+    own_options = {
+        name: value for name, value in options.items() if name in field_types(CompareArguments)
+    }
     shared = {name: value for name, value in options.items() if name not in own_options}
-    if not shared or not isinstance(own_options.get("shared", {}), Mapping):  # which the arguments refuse
+    if not shared or not isinstance(
+        own_options.get("shared", {}), Mapping
+    ):  # which the arguments refuse
         return own_options
     return own_options | {"shared": {**own_options.get("shared", {}), **shared}}

@@ -22,7 +22,9 @@ from tokenrl.lab.compare.table import RunTable, thresholds
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
 
-CONFIRMATION = "They make a comparison of their own: adding seeds to this one until there is a verdict would "
+CONFIRMATION = (
+    "They make a comparison of their own: adding seeds to this one until there is a verdict would "
+)
 CONFIRMATION += "find differences by chance in more than 5 % of all cases."
 
 
@@ -67,7 +69,9 @@ class Comparison:
     def caveats(self) -> dict[str, list[Caveat]]:
         """What the verdicts do not mean, by problem."""
         kinds = (_exploratory, _ceiling, _sharpness, _updates, _edges)
-        return {p.label: [caveat for of in kinds for caveat in of(self, p)] for p in self.plan.problems}
+        return {
+            p.label: [caveat for of in kinds for caveat in of(self, p)] for p in self.plan.problems
+        }
 
     @property
     def exit_code(self) -> int:
@@ -85,18 +89,29 @@ class Comparison:
         """
         plan, is_open = self.plan, {"undecided", "descriptive"}
         is_open |= {"better", "worse", "equivalent"} if plan.changes else set()
-        each = [d for family in self.judgement.families for d in family.differences if not d.more_failures]
-        undecided = [d for d in each if d.verdict in is_open and len(set(d.differences.values())) > 1]
+        each = [
+            d
+            for family in self.judgement.families
+            for d in family.differences
+            if not d.more_failures
+        ]
+        undecided = [
+            d for d in each if d.verdict in is_open and len(set(d.differences.values())) > 1
+        ]
         if not undecided:
             return None
         labels = {plan.reference}.union(*((d.arm, d.reference) for d in undecided))
-        needed = [seeds_to_decide(np.array([*d.differences.values()]), d.level, d.margin) for d in undecided]
+        needed = [
+            seeds_to_decide(np.array([*d.differences.values()]), d.level, d.margin)
+            for d in undecided
+        ]
         seeds, first = max([len(plan.seeds), *(count for count, _ in needed)]), plan.seeds[-1] + 1
         changes: dict[str, Any] = {
             "arms": tuple(arm.label for arm in plan.arms if arm.label in labels),
             "seeds": seeds,
             "first_seed": first,
-            "output_dir": re.sub(r"-from-seed-\d+$", "", str(self.output_dir)) + f"-from-seed-{first}",
+            "output_dir": re.sub(r"-from-seed-\d+$", "", str(self.output_dir))
+            + f"-from-seed-{first}",
         }
         condition = "if the arms differ and vary as they do here"
         if wider := [margin for _, margin in needed if margin is not None]:
@@ -109,7 +124,9 @@ class Comparison:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
         family = self.judgement.of(problem)
         decided = any(d.verdict in ("better", "worse", "equivalent") for d in family.differences)
-        qualified = dict.fromkeys(c.headline for c in self.caveats[problem] if c.headline and decided)
+        qualified = dict.fromkeys(
+            c.headline for c in self.caveats[problem] if c.headline and decided
+        )
         return family.headline(list(qualified))
 
     def differences(self) -> pd.DataFrame:
@@ -138,9 +155,13 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         runs = compared[compared["problem"] == problem.label]
         if runs[metric].isna().all():
             reason = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
-            raise Stopped(f"Nothing can be judged on {problem.label}: no run has {metric}. {reason}")
+            raise Stopped(
+                f"Nothing can be judged on {problem.label}: no run has {metric}. {reason}"
+            )
         findings[problem.label, arm.label] = _findings(arm, problem, runs[runs["arm"] == arm.label])
-    void = {key: " ".join(f.text for f in each if f.weight == "void") for key, each in findings.items()}
+    void = {
+        key: " ".join(f.text for f in each if f.weight == "void") for key, each in findings.items()
+    }
     sound = compared[~compared["failed"]]
     metrics = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
     judgements = {
@@ -151,7 +172,10 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
             margin=plan.margins if name == metric else None,
             all_pairs=plan.all_pairs,
             void=void,
-            itself={str(p): of.set_index("seed")[name].to_dict() for p, of in repeated.groupby("problem")},
+            itself={
+                str(p): of.set_index("seed")[name].to_dict()
+                for p, of in repeated.groupby("problem")
+            },
         )
         for name in dict.fromkeys([metric, *metrics])
     }
@@ -167,9 +191,13 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
 
 def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     """Return what the table of rules finds in an arm's runs; `void` findings give no verdict."""
-    facts: dict[str, Any] = {str(name): value for name, value in runs.mean(numeric_only=True).items()}
+    facts: dict[str, Any] = {
+        str(name): value for name, value in runs.mean(numeric_only=True).items()
+    }
     facts |= {"has_entropy_bonus": arm.estimator.entropy_coef > 0}
-    facts |= {"max_completion_length": {**problem.settings, **arm.settings}.get("max_completion_length")}
+    facts |= {
+        "max_completion_length": {**problem.settings, **arm.settings}.get("max_completion_length")
+    }
     if not arm.estimator.needs_groups:
         facts.pop("early_equal", None)
     return judge(facts)
@@ -203,7 +231,11 @@ def _ceiling(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     samples = apart.idxmax()
     if samples < problem.budget and apart[samples] > 1:
         steps = max(1, round(samples / problem.per_step))
-        flag = f"--max-samples {samples:.0f}" if problem.unit == "completions" else f"--max-steps {steps}"
+        flag = (
+            f"--max-samples {samples:.0f}"
+            if problem.unit == "completions"
+            else f"--max-steps {steps}"
+        )
         text += (
             f" Compare at a smaller budget: after {samples:,.0f} {problem.unit} the arms lay farthest apart, "
             f"relative to the spread over seeds ({flag}; since these results suggest it, with other seeds)."
@@ -217,12 +249,18 @@ def _sharpness(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     Where the arms have different learning rates, the rate alone may be the reason.
     """
     metric = comparison.plan.metric
-    names = [name for name in (metric, f"{metric}_greedy", "entropy") if name in comparison.judgements]
+    names = [
+        name for name in (metric, f"{metric}_greedy", "entropy") if name in comparison.judgements
+    ]
     each = (comparison.judgements[name].of(problem.label).differences for name in names)
     means = comparison.table.of(problem.label).groupby("arm")[["entropy", "learning_rate"]].mean()
     for sampled, greedy, entropy in zip(*each, strict=True) if len(names) == 3 else ():
         gain, greedy_gain = sampled.mean.value, greedy.mean.value
-        is_sharper = sampled.adjusted.excludes_0 and entropy.mean.excludes_0 and gain * entropy.mean.value < 0
+        is_sharper = (
+            sampled.adjusted.excludes_0
+            and entropy.mean.excludes_0
+            and gain * entropy.mean.value < 0
+        )
         is_equal = not greedy.mean.excludes_0 and 2 * abs(greedy_gain) < abs(gain)
         if is_sharper and is_equal and sampled.verdict != "void":
             better, worse = sampled.arm, sampled.reference
@@ -247,9 +285,15 @@ def _sharpness(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
 def _updates(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     """Warn of arms whose gradient was clipped in most updates, or whose updates were skipped."""
     arms = [arm.label for arm in comparison.plan.arms]
-    flagged = [(arm, finding) for arm in arms for finding in comparison.findings[problem.label, arm]]
+    flagged = [
+        (arm, finding) for arm in arms for finding in comparison.findings[problem.label, arm]
+    ]
     shares = comparison.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
-    clipped = [f"{arm} ({shares[arm]:.0%})" for arm, finding in flagged if finding.flag == "clipped-updates"]
+    clipped = [
+        f"{arm} ({shares[arm]:.0%})"
+        for arm, finding in flagged
+        if finding.flag == "clipped-updates"
+    ]
     if clipped:
         yield Caveat(
             f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
@@ -263,7 +307,9 @@ def _updates(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
 
 def _edges(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     """Warn of tuned learning rates that are the least or the greatest of those that were tried."""
-    tuning = comparison.table.of(problem.label, role="tuning").groupby("arm", sort=False)["learning_rate"]
+    tuning = comparison.table.of(problem.label, role="tuning").groupby("arm", sort=False)[
+        "learning_rate"
+    ]
     for arm, rates in tuning:
         chosen = comparison.table.of(problem.label, str(arm))["learning_rate"].iloc[0]
         if chosen in (rates.min(), rates.max()):

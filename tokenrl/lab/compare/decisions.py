@@ -13,7 +13,13 @@ import pandas as pd
 import tokenrl.lab.compare.intervals as numbers
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import Interval
-from tokenrl.lab.compare.judgement import ArmScores, Family, Judgement, PairedDifference, VerdictWord
+from tokenrl.lab.compare.judgement import (
+    ArmScores,
+    Family,
+    Judgement,
+    PairedDifference,
+    VerdictWord,
+)
 from tokenrl.settings import check_choice, check_number
 
 
@@ -118,21 +124,29 @@ def judge_scores(
         label = next(iter(arms)) if reference is None else reference
         check_choice("reference", label, arms)
         if len(arms) < 2:
-            raise Refused(f"{problem or 'The table'} has only the arm {label!r}; give two arms or more.")
+            raise Refused(
+                f"{problem or 'The table'} has only the arm {label!r}; give two arms or more."
+            )
         against = [arm_scores for arm_scores in arms.values() if arm_scores.arm != label]
         pairs = [(arm_scores, arms[label]) for arm_scores in against]
-        pairs += [(arm_scores, earlier) for earlier, arm_scores in combinations(against, 2) if all_pairs]
+        pairs += [
+            (arm_scores, earlier) for earlier, arm_scores in combinations(against, 2) if all_pairs
+        ]
         differences = tuple(_compare_pair(*pair, limit, len(pairs)) for pair in pairs)
         again = _self_check(arms[label], (itself or {}).get(problem), limit)
         families.append(Family(problem, label, limit, tuple(arms.values()), differences, again))
     return Judgement(metric, tuple(families))
 
 
-def _rows(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None) -> pd.DataFrame:
+def _rows(
+    table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None
+) -> pd.DataFrame:
     """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
     frame = _as_frame(table)
     other_names = {"score": metric, "problem": "task"}
-    frame = frame.rename(columns={b: a for a, b in other_names.items() if a not in frame and b in frame})
+    frame = frame.rename(
+        columns={b: a for a, b in other_names.items() if a not in frame and b in frame}
+    )
     if frame.empty or not {"arm", "seed", "score"} <= set(frame):
         raise Refused(
             f"The table has {len(frame)} rows and the columns {', '.join(map(str, frame)) or 'none'}; it "
@@ -145,12 +159,17 @@ def _rows(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
             "arm": frame["arm"].astype(str),
             "seed": pd.to_numeric(frame["seed"], errors="coerce"),
             "score": pd.to_numeric(frame["score"], errors="coerce").astype(float),
-            "failed": frame.get("failed", blank).astype(str).str.lower().isin(["true", "1", "1.0", "yes"]),
+            "failed": frame.get("failed", blank)
+            .astype(str)
+            .str.lower()
+            .isin(["true", "1", "1.0", "yes"]),
         }
     ).reset_index(drop=True)
     keys = list(zip(rows_read["problem"], rows_read["arm"], rows_read["seed"], strict=True))
     if unknown := failed - {*keys, *(key[1:] for key in keys)}:
-        raise Refused(f"failed names the run {min(unknown)}, which the table lacks; give (arm, seed).")
+        raise Refused(
+            f"failed names the run {min(unknown)}, which the table lacks; give (arm, seed)."
+        )
     rows_read["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
     if failure_below is not None:
         rows_read["failed"] |= rows_read["score"] < failure_below
@@ -159,7 +178,9 @@ def _rows(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
         "has no whole number as its seed": rows_read["seed"] % 1 != 0,
         "has no finite score; give the one at its end, or say that it failed (failed): leaving failed runs "
         "out would flatter the arm": unknown_score,
-        "is there a second time; give each run once": rows_read.duplicated(["problem", "arm", "seed"]),
+        "is there a second time; give each run once": rows_read.duplicated(
+            ["problem", "arm", "seed"]
+        ),
     }
     for words, rows in wrong.items():
         if rows.any():
@@ -172,14 +193,20 @@ def _as_frame(table: Any) -> pd.DataFrame:
     """Make a data frame of a CSV file, of another library's table, or of rows."""
     if isinstance(table, str | os.PathLike):
         try:
-            return pd.read_csv(table, dtype=str, keep_default_na=False)  # "None" may be the name of an arm
+            return pd.read_csv(
+                table, dtype=str, keep_default_na=False
+            )  # "None" may be the name of an arm
         except (OSError, ValueError) as error:
-            raise Refused(f"The table {table} cannot be read ({error}); give a CSV file.") from error
+            raise Refused(
+                f"The table {table} cannot be read ({error}); give a CSV file."
+            ) from error
     if hasattr(table, "to_pandas"):
         return table.to_pandas()
     if isinstance(table, pd.DataFrame):
         return table
-    return pd.DataFrame(list(table)).rename(columns=dict(enumerate(("arm", "seed", "score", "problem"))))
+    return pd.DataFrame(list(table)).rename(
+        columns=dict(enumerate(("arm", "seed", "score", "problem")))
+    )
 
 
 def _self_check(
@@ -188,7 +215,9 @@ def _self_check(
     """Compare an arm with itself on other seeds, each of which is paired with one of its seeds."""
     scores = dict(zip(arm.scores, (again or {}).values(), strict=False))
     paired = ArmScores(arm.arm, {seed: arm.scores[seed] for seed in scores})
-    return _compare_pair(ArmScores(f"{arm.arm} itself", scores), paired, margin, 1) if scores else None
+    return (
+        _compare_pair(ArmScores(f"{arm.arm} itself", scores), paired, margin, 1) if scores else None
+    )
 
 
 def _compare_pair(
@@ -196,7 +225,9 @@ def _compare_pair(
 ) -> PairedDifference:
     both = arm.seeds & reference.seeds
     if not both:
-        raise Refused(f"The arms {arm.arm!r} and {reference.arm!r} have no seed in common to be paired by.")
+        raise Refused(
+            f"The arms {arm.arm!r} and {reference.arm!r} have no seed in common to be paired by."
+        )
     differences = numbers.paired_differences(arm.scores, reference.scores)
     values = np.array(list(differences.values()), dtype=np.float64)
     parts = 2 if arm.failed or reference.failed else 1  # each of which can err

@@ -47,7 +47,16 @@ def command(run: PlannedRun, root: Path) -> list[str]:
         root: the directory of the comparison.
     """
     path = str(root / run.path)
-    return [run.kind, "--config", f"{path}.json", "--output-dir", path, "--resume", "auto", "--quiet"]
+    return [
+        run.kind,
+        "--config",
+        f"{path}.json",
+        "--output-dir",
+        path,
+        "--resume",
+        "auto",
+        "--quiet",
+    ]
 
 
 def print_commands(runs: Sequence[PlannedRun], root: Path) -> None:
@@ -92,7 +101,10 @@ def execute(
     """
     ended, over = 0, Event()
     call, processors = _ray_executor() if executor == "ray" else _local_executor()
-    with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or processors) as pool:
+    with (
+        GracefulStop(quiet=console.rich.quiet) as stop,
+        ThreadPoolExecutor(workers or processors) as pool,
+    ):
 
         def is_over() -> bool:
             return over.is_set() or bool(stop.requested)
@@ -104,7 +116,9 @@ def execute(
                 if stop.requested:
                     break
                 ended += 1
-                console.note(f"run {ended}/{len(runs)}  {_describe_ending(futures[future], code, root)}")
+                console.note(
+                    f"run {ended}/{len(runs)}  {_describe_ending(futures[future], code, root)}"
+                )
         finally:
             over.set()
     if stop.requested:
@@ -116,7 +130,9 @@ def execute(
         raise error
 
 
-def _run_until_ended(run: PlannedRun, root: Path, call: RunCommand, is_over: Callable[[], bool]) -> int:
+def _run_until_ended(
+    run: PlannedRun, root: Path, call: RunCommand, is_over: Callable[[], bool]
+) -> int:
     """Make or continue a run, and once more if its process was killed; return the exit code."""
     code, path = -int(signal.SIGTERM), root / run.path
     _write_settings(run, root)
@@ -141,7 +157,9 @@ def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
 
 def _local_executor() -> tuple[RunCommand, int]:
     """Return the function that runs a command here, and the number of processors."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return partial(_call, environment=_environment()), processors
 
 
@@ -150,7 +168,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ENVIRONMENT}
 
 
-def _call(words: Sequence[str], log: str, is_over: Callable[[], bool], environment: Mapping[str, str]) -> int:
+def _call(
+    words: Sequence[str], log: str, is_over: Callable[[], bool], environment: Mapping[str, str]
+) -> int:
     """Run a command; a request to stop, such as a KeyboardInterrupt, is passed on to it and awaited.
 
     On Linux the command is also asked to stop if the thread that started it dies.
@@ -187,9 +207,15 @@ def _ray_executor() -> tuple[RunCommand, int]:
     """
     try:
         ray: Any = importlib.import_module("ray")
-        local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        local = (
+            {}
+            if os.environ.get("RAY_ADDRESS")
+            else {"address": "local", "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, ignore_reinit_error=True, **local)
-    except Exception as error:  # of many kinds, such as ImportError, ConnectionError and RuntimeError
+    except (
+        Exception
+    ) as error:  # of many kinds, such as ImportError, ConnectionError and RuntimeError
         raise Refused(
             f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
             "with pip install ray, set RAY_ADDRESS, or leave executor at local."
@@ -210,7 +236,9 @@ def _ray_executor() -> tuple[RunCommand, int]:
     return call, int(ray.cluster_resources().get("CPU", 1))
 
 
-def _run_in_task(words: Sequence[str], log: str, directory: str, environment: Mapping[str, str]) -> int:
+def _run_in_task(
+    words: Sequence[str], log: str, directory: str, environment: Mapping[str, str]
+) -> int:
     """Run a command in a process of Ray, which interrupts it to stop it."""
     os.chdir(directory)
     return _call(words, log, lambda: False, environment)

@@ -48,7 +48,9 @@ def level_of(comparisons: int) -> float:
     return 1 - ALPHA / max(1, comparisons)
 
 
-def paired_differences(arm: Mapping[int, float], reference: Mapping[int, float]) -> dict[int, float]:
+def paired_differences(
+    arm: Mapping[int, float], reference: Mapping[int, float]
+) -> dict[int, float]:
     """Return score of the arm minus score of the reference for each seed that both have.
 
     They are rounded to 12 digits of the largest score, so that differences that are equal but for the
@@ -57,7 +59,8 @@ def paired_differences(arm: Mapping[int, float], reference: Mapping[int, float])
     largest = max((abs(score) for score in (*arm.values(), *reference.values())), default=0.0)
     digits = DIGITS - (math.floor(math.log10(largest)) if largest else 0)
     return {
-        seed: round(arm[seed] - reference[seed], digits) for seed in sorted(arm.keys() & reference.keys())
+        seed: round(arm[seed] - reference[seed], digits)
+        for seed in sorted(arm.keys() & reference.keys())
     }
 
 
@@ -117,7 +120,9 @@ def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
         comparisons: number of comparisons in the family.
     """
     level = level_of(comparisons)
-    return sd * float(optimize.brentq(lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST))
+    return sd * float(
+        optimize.brentq(lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST)
+    )
 
 
 def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[int, float | None]:

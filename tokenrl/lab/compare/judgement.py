@@ -121,11 +121,15 @@ class PairedDifference:
             reason = f"because it fails {often} often" if self.more_failures else f"by {self.apart}"
             return f"{arm} is {self.verdict} than {reference}, {reason}."
         if self.more_failures:
-            reason = f"one fails more often, and the other is worse where neither fails, {self.apart}"
+            reason = (
+                f"one fails more often, and the other is worse where neither fails, {self.apart}"
+            )
         elif self.adjusted.low == self.adjusted.high:
             reason = f"all differences are {digits(self.mean.value)}, which says nothing of how they vary"
         else:
-            reason = f"the difference, {self.apart}, may have either sign; more seeds would narrow it"
+            reason = (
+                f"the difference, {self.apart}, may have either sign; more seeds would narrow it"
+            )
         return f"{arm} against {reference} is undecided: {reason}."
 
     def row(self) -> dict[str, Any]:
@@ -172,8 +176,12 @@ class Family:
             qualified: what qualifies the verdicts, such as "every arm ends at the ceiling".
         """
         names = {"other": self.reference, "margin": digits(self.margin)}
-        each = {v: [d.arm for d in self.against_reference.values() if d.verdict == v] for v in WHOLE}
-        sentences = [WHOLE[v].format(arms=joined(arms), **names) for v, arms in each.items() if arms]
+        each = {
+            v: [d.arm for d in self.against_reference.values() if d.verdict == v] for v in WHOLE
+        }
+        sentences = [
+            WHOLE[v].format(arms=joined(arms), **names) for v, arms in each.items() if arms
+        ]
         failing = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
         sentences += [f"Runs failed: {joined(failing)}."] if failing else []
         return " ".join([*sentences, *([f"But {joined(qualified)}."] if qualified else [])])
@@ -184,7 +192,9 @@ class Family:
         The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
         """
         arms = {arm.arm: arm for arm in self.arms}
-        sentences = [f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences]
+        sentences = [
+            f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences
+        ]
         return sentences + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 
@@ -206,7 +216,11 @@ class Judgement:
 
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""
-        return {(f.problem, arm): d.verdict for f in self.families for arm, d in f.against_reference.items()}
+        return {
+            (f.problem, arm): d.verdict
+            for f in self.families
+            for arm, d in f.against_reference.items()
+        }
 
     def table(self) -> pd.DataFrame:
         """Return a row for each difference, that of a reference to itself last in its family."""

@@ -24,7 +24,14 @@ from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import execute, print_commands
 from tokenrl.lab.compare.page import write_comparison
-from tokenrl.lab.compare.plan import Plan, PlannedRun, continue_plan, lock_plan, read_plan, write_plan
+from tokenrl.lab.compare.plan import (
+    Plan,
+    PlannedRun,
+    continue_plan,
+    lock_plan,
+    read_plan,
+    write_plan,
+)
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
@@ -107,7 +114,9 @@ def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     rates, runs = {}, list[PlannedRun]()
     for problem, arm in product(plan.problems, plan.arms) if plan.tuning_seeds else ():
         scores = {
-            (row["learning_rate"], row["seed"]): -math.inf if math.isnan(score := row[plan.metric]) else score
+            (row["learning_rate"], row["seed"]): -math.inf
+            if math.isnan(score := row[plan.metric])
+            else score
             for row in rows
             if (row["problem"], row["arm"], row["role"]) == (problem.label, arm.label, "tuning")
         }
@@ -189,7 +198,9 @@ def _forecasts(plan: Plan) -> dict[str, str]:
                 attempt = f"A few steps of {arm.label} on {problem.label} were tried"
                 raise Refused(f"{attempt}, and failed: {row['reason']}")
             recorded = read_run(Path(folder, run.path))
-            steps = [timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing]
+            steps = [
+                timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing
+            ]
         evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
         seconds = problem.budget / problem.per_step * median(steps[2:] or steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
@@ -209,7 +220,10 @@ def _print_result(comparison: Comparison, console: Console) -> None:
             table.add_row(arm.arm, arm.count, number(arm.mean), *cells)
         console.rich.print(table)
         console.note(comparison.headline(family.problem))
-        for text in (*family.sentences(), *(caveat.text for caveat in comparison.caveats[family.problem])):
+        for text in (
+            *family.sentences(),
+            *(caveat.text for caveat in comparison.caveats[family.problem]),
+        ):
             console.note(f"- {text}")
     for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")

@@ -25,7 +25,9 @@ CITATION = """@software{{tokenrl,
   version = {{{tokenrl}}},
   year = {{2026}},
 }}"""
-FROM_PYTHON = "Started from Python: the same call of tokenrl.compare continues it, or shows it again."
+FROM_PYTHON = (
+    "Started from Python: the same call of tokenrl.compare continues it, or shows it again."
+)
 COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 """Colours of the verdicts in the palette of the charts; the others are grey."""
 GREEDY = {"reward_greedy": ("greedy reward", "held-out, of the most probable completion or action")}
@@ -55,11 +57,21 @@ def write_comparison(comparison: Comparison) -> Path:
         html.Section(
             "What was compared", [html.table(["", ""], list(_context(comparison).items()), "words")]
         ),
-        *(part for problem in plan.problems for part in _of_problem(comparison, problem, on[problem.label])),
-        html.Section("Sample completions", [html.completions(_completions(comparison))], closed=True),
-        html.Section("Every difference, in each metric", [_table(comparison.differences())], closed=True),
+        *(
+            part
+            for problem in plan.problems
+            for part in _of_problem(comparison, problem, on[problem.label])
+        ),
+        html.Section(
+            "Sample completions", [html.completions(_completions(comparison))], closed=True
+        ),
+        html.Section(
+            "Every difference, in each metric", [_table(comparison.differences())], closed=True
+        ),
         html.Section("Every run", [_table(comparison.table.runs)], closed=True),
-        html.Section("To repeat, and to cite", [html.preformatted(part) for part in origin], closed=True),
+        html.Section(
+            "To repeat, and to cite", [html.preformatted(part) for part in origin], closed=True
+        ),
         html.Section("The plan", [html.preformatted(asdict(plan))], closed=True),
     ]
     title = f"Comparison of {len(plan.arms)} arms on {', '.join(on)}"
@@ -75,15 +87,21 @@ def write_tables(comparison: Comparison) -> None:
         Stopped: a file cannot be written.
     """
     write_text(comparison.output_dir / "runs.csv", comparison.table.runs.to_csv(index=False))
-    write_text(comparison.output_dir / "comparisons.csv", comparison.differences().to_csv(index=False))
+    write_text(
+        comparison.output_dir / "comparisons.csv", comparison.differences().to_csv(index=False)
+    )
     packages, families = versions(), comparison.judgement.families
     write_json(
         comparison.output_dir / "comparison.json",
         {
             "plan": asdict(comparison.plan),
-            "headlines": {family.problem: comparison.headline(family.problem) for family in families},
+            "headlines": {
+                family.problem: comparison.headline(family.problem) for family in families
+            },
             "sentences": {family.problem: family.sentences() for family in families},
-            "caveats": {label: [c.text for c in each] for label, each in comparison.caveats.items()},
+            "caveats": {
+                label: [c.text for c in each] for label, each in comparison.caveats.items()
+            },
             "thresholds": comparison.thresholds.to_dict("records"),
             "versions": packages,
             "citation": CITATION.format(**packages),
@@ -106,7 +124,9 @@ def _verdict(comparison: Comparison, label: str) -> html.Block:
 def _context(comparison: Comparison) -> dict[str, str]:
     below = comparison.plan.failure_below
     low = "" if below is None else f", or ended with a reward below {below:g}"
-    levels = sorted({d.level for family in comparison.judgement.families for d in family.differences})
+    levels = sorted(
+        {d.level for family in comparison.judgement.families for d in family.differences}
+    )
     return {
         **{name.capitalize(): fact for name, fact in comparison.plan.describe().items()},
         "Failures": f"runs that broke off{low}; their rates have exact limits, each of which holds with "
@@ -129,11 +149,14 @@ def _of_problem(comparison: Comparison, problem: Problem, on: str) -> Iterator[h
         if metric in curves and curves[metric].nunique() > 1
     ]
     yield html.Section(
-        f"Differences{on}", [html.drawings([_forest(comparison, comparison.judgement.of(problem.label))])]
+        f"Differences{on}",
+        [html.drawings([_forest(comparison, comparison.judgement.of(problem.label))])],
     )
     yield html.Section(f"Learning{on}", [html.drawings([reward, *small])])
     yield html.Section(f"Arms{on}", [_table(_arm_summary(comparison, problem.label), "wide fit")])
-    yield html.Section(f"Learning rates{on}", [html.drawings(_rate_charts(comparison, problem.label))])
+    yield html.Section(
+        f"Learning rates{on}", [html.drawings(_rate_charts(comparison, problem.label))]
+    )
 
 
 def _forest(comparison: Comparison, family: Family) -> Forest:
@@ -159,7 +182,9 @@ def _forest(comparison: Comparison, family: Family) -> Forest:
         word = "same arm" if difference is family.itself else difference.verdict
         ends = difference.mean.value, difference.mean[1:], difference.adjusted[1:]
         if values:
-            bars.append(Bars(name, f"{word}, {difference.apart}", *ends, values, COLOURS.get(word, 0)))
+            bars.append(
+                Bars(name, f"{word}, {difference.apart}", *ends, values, COLOURS.get(word, 0))
+            )
     return Forest(f"Difference to {family.reference}", words, bars, family.margin)
 
 
@@ -167,7 +192,11 @@ def _curves(comparison: Comparison, curves: pd.DataFrame, metric: str) -> list[C
     """Return the mean of a metric over each arm's runs, with a band from the lowest to the highest run."""
     drawn = []
     for number, arm in enumerate(comparison.plan.arms, start=1):
-        of_arm = curves[curves["arm"] == arm.label].groupby("samples")[metric].agg(["mean", "min", "max"])
+        of_arm = (
+            curves[curves["arm"] == arm.label]
+            .groupby("samples")[metric]
+            .agg(["mean", "min", "max"])
+        )
         x, (y, *band) = list(of_arm.dropna().index), of_arm.dropna().to_numpy().T.tolist()
         drawn.append(Curve(x, y, arm.label, colour=number, dots=True, band=(band[0], band[1])))
     return drawn
@@ -177,14 +206,22 @@ def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
     """Return each arm's failures, mean scores, share of clipped updates, and samples until a threshold."""
     runs, arms = comparison.table.of(label), comparison.judgement.of(label).arms
     means = runs[~runs["failed"]].groupby("arm").mean(numeric_only=True)
-    rows = {arm.arm: f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]" for arm in arms}
+    rows = {
+        arm.arm: f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]" for arm in arms
+    }
     frame = pd.DataFrame({"failed": rows}).rename_axis("arm")
     frame = frame.join(means.filter([*comparison.judgements, "grad_clipped", "learning_rate"]))
     thresholds = comparison.thresholds[comparison.thresholds["problem"] == label].set_index("arm")
     if len(thresholds):
         reached = thresholds["reached"].astype(str) + " of " + thresholds["runs"].astype(str) + ", "
-        median = thresholds["median_samples"].map("{:,.0f}".format).replace("inf", "never for half of them")
-        frame["reach {threshold:.3g} ({chosen}), median".format(**thresholds.iloc[0])] = reached + median
+        median = (
+            thresholds["median_samples"]
+            .map("{:,.0f}".format)
+            .replace("inf", "never for half of them")
+        )
+        frame["reach {threshold:.3g} ({chosen}), median".format(**thresholds.iloc[0])] = (
+            reached + median
+        )
     return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
 
 
@@ -193,10 +230,16 @@ def _rate_charts(comparison: Comparison, label: str) -> list[Chart]:
     tuning, curves = comparison.table.of(label, role="tuning"), []
     for number, (arm, of_arm) in enumerate(tuning.groupby("arm", sort=False), start=1):
         means = of_arm.groupby("learning_rate")[comparison.plan.metric].mean().dropna()
-        curves.append(Curve(list(np.log2(means.index)), list(means), str(arm), colour=number, dots=True))
+        curves.append(
+            Curve(list(np.log2(means.index)), list(means), str(arm), colour=number, dots=True)
+        )
     ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
-    words = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
-    chart = Chart("Score by learning rate", words, curves, True, whole=False, ticks=ticks, last=False)
+    words = (
+        "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
+    )
+    chart = Chart(
+        "Score by learning rate", words, curves, True, whole=False, ticks=ticks, last=False
+    )
     return [chart] if curves else []
 
 

@@ -32,7 +32,9 @@ SCORES = {
 """The scores of a run in words; in control the rewards are returns of episodes."""
 SPREAD = (0.002, 0.011)
 """Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
-DECLARE = "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
+DECLARE = (
+    "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
+)
 COMPUTATION = ("threads", "mixed_precision", "training_attention")
 """Settings that say how a run computes; a comparison sets them unless the user does."""
 JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
@@ -71,10 +73,14 @@ class Problem:
     def margin_in_words(self) -> str:
         """The margin, and what it costs to have none."""
         if self.margin is not None:
-            span = self.reward_range and "; the reward's range is {:g} to {:g}".format(*self.reward_range)
+            span = self.reward_range and "; the reward's range is {:g} to {:g}".format(
+                *self.reward_range
+            )
             return f"margin {self.margin:g}{span or ''}"
         words = "no margin: a difference can be found, but no arm is called as good as another. Give --margin"
-        return words + f", or declare the range of each reward: {DECLARE}" * (self.unit == "completions")
+        return words + f", or declare the range of each reward: {DECLARE}" * (
+            self.unit == "completions"
+        )
 
     @property
     def evaluated_at(self) -> tuple[float, ...]:
@@ -83,7 +89,9 @@ class Problem:
         An arm with larger steps, because of greedy completions or refills, is evaluated a little later.
         """
         step = self.every or self.budget
-        return tuple(float(min(samples, self.budget)) for samples in range(step, self.budget + step, step))
+        return tuple(
+            float(min(samples, self.budget)) for samples in range(step, self.budget + step, step)
+        )
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,12 @@ class Plan:
         return count * (count + 1) // 2 if self.all_pairs else count
 
     def run(
-        self, problem: Problem, arm: Arm, seed: int, role: Role = "comparison", rate: float | None = None
+        self,
+        problem: Problem,
+        arm: Arm,
+        seed: int,
+        role: Role = "comparison",
+        rate: float | None = None,
     ) -> PlannedRun:
         """Plan one run; its learning rate is the one given, else the arm's own, else the problem's.
 
@@ -208,7 +221,9 @@ class Plan:
                     rate = (rates or {}).get((problem.label, arm.label))
                     runs.append(self.run(problem, arm, seed, rate=rate))
                     if arm.label == self.reference and self.itself_seeds:
-                        runs.append(self.run(problem, arm, self.itself_seeds[number], "itself", rate))
+                        runs.append(
+                            self.run(problem, arm, self.itself_seeds[number], "itself", rate)
+                        )
         return runs
 
     def command_with(self, changes: Mapping[str, Any]) -> str:
@@ -226,13 +241,23 @@ class Plan:
 
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
-        rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in self.runs()}))
+        rates = ", ".join(
+            f"{rate:g}" for rate in sorted({run.learning_rate for run in self.runs()})
+        )
         if self.tuning_seeds:
-            rates = "for each arm the best of a grid around the recommended one, in ten runs or more"
-        seeds = {"": self.seeds, " for the check": self.itself_seeds, " for tuning": self.tuning_seeds}
+            rates = (
+                "for each arm the best of a grid around the recommended one, in ten runs or more"
+            )
+        seeds = {
+            "": self.seeds,
+            " for the check": self.itself_seeds,
+            " for tuning": self.tuning_seeds,
+        }
         settings = self.problems[0].settings
         computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
-        can_show = f"{len(self.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        can_show = (
+            f"{len(self.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        )
         if len(self.seeds) >= LEAST_PAIRS:
             deviations = detectable_difference(len(self.seeds), 1.0, self.comparisons)
             low, high = (f"{deviations * spread:.2g}" for spread in SPREAD)
@@ -244,8 +269,13 @@ class Plan:
             "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in self.arms),
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
-            **{f"on {p.label}": f"{p.budget:,} {p.unit}, {p.margin_in_words}" for p in self.problems},
-            "seeds": "; ".join(f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of),
+            **{
+                f"on {p.label}": f"{p.budget:,} {p.unit}, {p.margin_in_words}"
+                for p in self.problems
+            },
+            "seeds": "; ".join(
+                f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of
+            ),
             "learning rate": rates,
             "runs": f"{len(self.runs())}{' beside those for tuning' * bool(self.tuning_seeds)}",
             "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
@@ -255,7 +285,10 @@ class Plan:
 
 def _slug(label: str, all_labels: Sequence[str]) -> str:
     """Return the folder of a label; where several labels have the same folder, a number is added."""
-    plainly = {each: re.sub(r"[^A-Za-z0-9_.=-]+", "-", each).strip("-.")[:80] or "arm" for each in all_labels}
+    plainly = {
+        each: re.sub(r"[^A-Za-z0-9_.=-]+", "-", each).strip("-.")[:80] or "arm"
+        for each in all_labels
+    }
     same = [each for each in all_labels if plainly[each].lower() == plainly[label].lower()]
     return plainly[label] + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
 
@@ -275,12 +308,16 @@ def read_plan(output_dir: Path) -> Plan:
     path = output_dir / "plan.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        values: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in stored.items()}
+        values: dict[str, Any] = {
+            n: tuple(x) if isinstance(x, list) else x for n, x in stored.items()
+        }
         values["problems"] = tuple(Problem(**fields) for fields in stored["problems"])
         values["arms"] = tuple(Arm(**fields) for fields in stored["arms"])
         return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"{path} cannot be read ({error}). Remove it, or give another --output-dir.") from error
+        raise Refused(
+            f"{path} cannot be read ({error}). Remove it, or give another --output-dir."
+        ) from error
 
 
 def lock_plan(output_dir: Path) -> Any:
@@ -296,7 +333,9 @@ def lock_plan(output_dir: Path) -> Any:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"output_dir {str(output_dir)!r} cannot be used ({error}); give another.") from error
+        raise Refused(
+            f"output_dir {str(output_dir)!r} cannot be used ({error}); give another."
+        ) from error
     busy = f"Another process works on the comparison in {str(output_dir)!r}. Wait, or give another directory."
     return acquire_lock(output_dir, busy)
 
@@ -330,7 +369,9 @@ def continue_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
     if overwrite:
         _remove(old, output_dir.resolve())
         return plan
-    before, now = ({run.path: run for run in each.runs() if run.role == "comparison"} for each in (old, plan))
+    before, now = (
+        {run.path: run for run in each.runs() if run.role == "comparison"} for each in (old, plan)
+    )
     difference = _first_difference(before, now)
     if difference or old.tuning_seeds != plan.tuning_seeds:
         difference = difference or "its learning rates are chosen in another way"
@@ -346,7 +387,10 @@ def continue_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
         if getattr(old, name) != getattr(plan, name)
     ]
     if added := [run for path, run in now.items() if path not in before]:
-        arms, seeds = ", ".join(dict.fromkeys(run.arm for run in added)), [run.seed for run in added]
+        arms, seeds = (
+            ", ".join(dict.fromkeys(run.arm for run in added)),
+            [run.seed for run in added],
+        )
         runs = f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)}"
         changes.append(f"{runs} were added after runs had begun")
     return replace(plan, changes=tuple(dict.fromkeys([*old.changes, *changes])))
@@ -370,19 +414,27 @@ def _remove(plan: Plan, root: Path) -> None:
     Raises:
         Refused: a run is at work, or lies behind a link; or it holds files that no run wrote.
     """
-    arms = [Path(plan.run(p, arm, 0, rate=1.0).path).parent for p in plan.problems for arm in plan.arms]
+    arms = [
+        Path(plan.run(p, arm, 0, rate=1.0).path).parent for p in plan.problems for arm in plan.arms
+    ]
     patterns = [f"{arm}{role}/seed_*.json" for arm in arms for role in ("", "-itself", "-tuning-*")]
     settings = [file for pattern in patterns for file in root.glob(pattern)]  # each beside its run
-    runs = [file.with_suffix("") for file in settings if file.stem.removeprefix("seed_").isdecimal()]
+    runs = [
+        file.with_suffix("") for file in settings if file.stem.removeprefix("seed_").isdecimal()
+    ]
     if behind := [run for run in runs if run.resolve() != run]:
-        raise Refused(f"{behind[0]} lies behind a link, where nothing is removed. Give another --output-dir.")
+        raise Refused(
+            f"{behind[0]} lies behind a link, where nothing is removed. Give another --output-dir."
+        )
     for directory in [RunDirectory(run, overwrite=True) for run in runs]:
         run = directory.path
         remove_run_files(run)
         remove(run / ".lock")
         directory.release()
         if os.listdir(run):
-            raise Refused(f"{run} holds files that no run wrote. Move them, and repeat the command.")
+            raise Refused(
+                f"{run} holds files that no run wrote. Move them, and repeat the command."
+            )
         run.rmdir()
         remove(Path(f"{run}.log"))
         remove(Path(f"{run}.json"))

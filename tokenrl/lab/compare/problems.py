@@ -31,14 +31,33 @@ EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 AXES = tuple(f.name for f in fields(Estimator))
 RESERVED = (
-    *("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads"),
+    *(
+        "task",
+        "env",
+        "model",
+        "output_dir",
+        "overwrite",
+        "quiet",
+        "seed",
+        "resume",
+        "check",
+        "threads",
+    ),
     *("keep", "best_metric", "patience"),
 )
 """Settings of a run that neither users nor arms may set, because the comparison does."""
 SWEPT = ("num_generations", "learning_rate")
 """Settings of which a comparison takes several values, each a problem; an arm may set its own value too."""
 SHARED = (
-    *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
+    *(
+        "reward",
+        "reward_weights",
+        "prompt_column",
+        "prompt_template",
+        "split",
+        "eval_split",
+        "eval_size",
+    ),
     *("environment", "max_turns", "malformed"),
     *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
     *("max_steps", "max_samples", "eval_every"),
@@ -62,13 +81,17 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     problems, arms = _problems_and_arms(args, announce)
     labels, is_tuned = [arm.label for arm in arms], "tuned" in args.learning_rate
     plan = Plan(
-        problems=tuple(replace(problem, margin=args.margin or problem.margin) for problem in problems),
+        problems=tuple(
+            replace(problem, margin=args.margin or problem.margin) for problem in problems
+        ),
         arms=tuple(arms),
         reference=labels[0] if args.reference is None else args.reference,
         metric=args.metric,
         seeds=tuple(seeds),
         itself_seeds=tuple(s + 10_000 for s in seeds if args.check_reference),
-        tuning_seeds=tuple(first + 20_000 + number for number in range(TUNING_SEEDS if is_tuned else 0)),
+        tuning_seeds=tuple(
+            first + 20_000 + number for number in range(TUNING_SEEDS if is_tuned else 0)
+        ),
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         command=typed_command(),
@@ -78,7 +101,9 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         try:
             _check_settings(plan.run(problem, arm, first))
         except Refused as error:
-            raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
+            raise Refused(
+                f"The arm {arm.label!r} cannot train on {problem.label}: {error}"
+            ) from error
     return plan
 
 
@@ -98,7 +123,9 @@ def _problems_and_arms(
     """Make a problem of each combination of tasks and swept settings, and read the arms."""
     kind: Kind = "control" if args.env else "train"
     if args.env and (args.task or args.model or args.num_generations):
-        raise Refused("Environments have no task, model or num_generations; give --env without these.")
+        raise Refused(
+            "Environments have no task, model or num_generations; give --env without these."
+        )
     if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
         raise Refused("learning_rate must be tuned alone, or one or several numbers.")
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
@@ -108,21 +135,33 @@ def _problems_and_arms(
     shared = {name: value for name, value in args.shared.items() if value is not None}
     axes = shared.pop("estimator", {})
     if not isinstance(axes, Mapping):
-        raise Refused("Name estimators as arms; only single axes can be shared, as estimator.aggregation.")
+        raise Refused(
+            "Name estimators as arms; only single axes can be shared, as estimator.aggregation."
+        )
     arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
     if len(arms) < 2:
-        raise Refused(f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}.")
+        raise Refused(
+            f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}."
+        )
     for arm, twin in combinations(arms, 2):
         if arm.settings == twin.settings:
-            raise Refused(f"The arms {arm.label!r} and {twin.label!r} have the same settings; leave one out.")
+            raise Refused(
+                f"The arms {arm.label!r} and {twin.label!r} have the same settings; leave one out."
+            )
     swept: dict[str, Sequence[Any]] = {"model": args.model, "num_generations": args.num_generations}
-    swept |= {"learning_rate": [None if isinstance(rate, str) else rate for rate in args.learning_rate]}
+    swept |= {
+        "learning_rate": [None if isinstance(rate, str) else rate for rate in args.learning_rate]
+    }
     problems = []
     names = args.env or args.task or (shared.get("environment") or "sort_digits",)
     for name, *values in product(names, *(options or (None,) for options in swept.values())):
         chosen = {key: value for key, value in zip(swept, values, strict=True) if value is not None}
-        label = ", ".join([name, *(f"{key}={chosen[key]}" for key in chosen if len(swept[key]) > 1)])
-        problems.append(_problem(label, {**shared, **chosen, "env" if args.env else "task": name}, announce))
+        label = ", ".join(
+            [name, *(f"{key}={chosen[key]}" for key in chosen if len(swept[key]) > 1)]
+        )
+        problems.append(
+            _problem(label, {**shared, **chosen, "env" if args.env else "task": name}, announce)
+        )
     return problems, arms
 
 
@@ -141,15 +180,27 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         budget, resolved = args.max_steps * per_step, args
         filled_in = ["learning_rate", "max_steps", "num_envs"]
     else:
-        fits_every_shape = {"baseline": "running_mean", "ratio": "token"}  # in place of an arm's estimator
+        fits_every_shape = {
+            "baseline": "running_mean",
+            "ratio": "token",
+        }  # in place of an arm's estimator
         args = arguments(TrainArguments, {**user_settings, "estimator": fits_every_shape})
         task, reward = find_task(args)
         resolved = train_settings(args, task, load_base(args, task, announce))
         unit, per_step = "completions", resolved.prompts_per_step * resolved.num_generations
         budget = args.max_samples or resolved.max_steps * per_step
         reward_range = getattr(reward, "range", None)
-        fixed |= {"mixed_precision": "no", "training_attention": "as_loaded", "stop_after_zero_spread": 0}
-        filled_in = ["learning_rate", "prompts_per_step", "num_generations", "max_completion_length"]
+        fixed |= {
+            "mixed_precision": "no",
+            "training_attention": "as_loaded",
+            "stop_after_zero_spread": 0,
+        }
+        filled_in = [
+            "learning_rate",
+            "prompts_per_step",
+            "num_generations",
+            "max_completion_length",
+        ]
         filled_in += ["lr_scheduler_type"]
     every = args.eval_every
     every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
@@ -195,7 +246,9 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
         swept = {name: own_settings[name] for name in SWEPT if name in own_settings}
         arguments(kind, swept)  # the others are checked with the whole run's
         if None in swept.values():
-            raise Refused(f"{' or '.join(swept)} was given as None; give a number, or leave it out.")
+            raise Refused(
+                f"{' or '.join(swept)} was given as None; give a number, or leave it out."
+            )
         estimator = Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error

@@ -17,8 +17,18 @@ from tokenrl.runs.signals import SIGNALS
 
 ENDED = ("finished", "learnt", "stuck", "solved")
 """Exit reasons of a run that ended by itself; all but the first may occur before its budget is used."""
-CURVES = ("reward", "reward_greedy", "entropy", "completions/mean_length", "completions/clipped_ratio")
-COUNTS = {"completions": "num_samples", "environment steps": "num_env_steps", "episodes": "episodes"}
+CURVES = (
+    "reward",
+    "reward_greedy",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+)
+COUNTS = {
+    "completions": "num_samples",
+    "environment steps": "num_env_steps",
+    "episodes": "episodes",
+}
 """The metric that counts samples, by the unit of the budget."""
 LOG_TAIL = 400
 
@@ -84,10 +94,14 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         if recorded and recorded.metrics:
             scores, curve = _scores(recorded, by_label[run.problem])
             row |= scores
-            row["curve"] = curve.assign(problem=run.problem, arm=run.arm, role=run.role, path=run.path)
+            row["curve"] = curve.assign(
+                problem=run.problem, arm=run.arm, role=run.role, path=run.path
+            )
         low = plan.failure_below is not None and row["reward"] < plan.failure_below
         if low and not reason:
-            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
+            row["reason"] = (
+                f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
+            )
         rows.append({**row, "failed": state == "failed" or low})
     return rows
 
@@ -106,11 +120,16 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
     example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
     samples = samples_of(run, problem.unit)
-    scores, curve = {"samples": samples.iloc[-1]}, pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
+    scores, curve = (
+        {"samples": samples.iloc[-1]},
+        pd.DataFrame({"samples": [0.0, *problem.evaluated_at]}),
+    )
     for name in CURVES:
         steps, values = series(run.evaluations, name)
         if steps:
-            curve[name] = np.interp(curve["samples"], samples.reindex(steps, method="ffill"), values)
+            curve[name] = np.interp(
+                curve["samples"], samples.reindex(steps, method="ffill"), values
+            )
     for name, area in (("reward", "area"), ("reward_greedy", "area_greedy")):
         if name in curve:
             scores |= {area: curve[name].iloc[1:].mean(), name: curve[name].iloc[-1]}
@@ -126,13 +145,18 @@ def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     if summary.get("exit_reason") in ENDED:
         return "finished", ""
     if summary.get("exit_reason") in SIGNALS.values():
-        return "missing", f"It was stopped by {summary['exit_reason']}; the same command continues it."
+        return (
+            "missing",
+            f"It was stopped by {summary['exit_reason']}; the same command continues it.",
+        )
     if summary:
         return "failed", str(summary.get("error") or f"It ended as {summary['exit_reason']}.")
     log = Path(f"{directory}.log")
     printed = log.read_text("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
     if printed or recorded:
-        return "failed", " ".join(printed.split()) or "It was ended from outside, as for want of memory."
+        return "failed", " ".join(
+            printed.split()
+        ) or "It was ended from outside, as for want of memory."
     return "missing", "It has not been run."
 
 
@@ -149,8 +173,12 @@ def _training_facts(run: RecordedRun) -> dict[str, float]:
     """
     steps, config = pd.DataFrame(run.metrics).query("step > 0"), run.config
     tenth = max(1, len(steps) // 10)
-    early, whole, late = (part.mean(numeric_only=True) for part in (steps[:tenth], steps, steps[-tenth:]))
-    updates = max(1, len(steps)) * config.get("num_iterations", 1) * config.get("num_minibatches", 1)
+    early, whole, late = (
+        part.mean(numeric_only=True) for part in (steps[:tenth], steps, steps[-tenth:])
+    )
+    updates = (
+        max(1, len(steps)) * config.get("num_iterations", 1) * config.get("num_minibatches", 1)
+    )
     most = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
     facts = {
         "entropy": late.get("entropy"),
@@ -180,6 +208,8 @@ def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
             return pd.DataFrame(columns=["problem", "arm"])
     first = curves[curves["reward"] >= threshold].groupby("path")["samples"].min()
     needed = runs["path"].map(first).fillna(math.inf).groupby(runs["arm"], sort=False)
-    summary = needed.agg(runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median")
+    summary = needed.agg(
+        runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median"
+    )
     columns = {"problem": problem.label, "threshold": threshold, "chosen": chosen}
     return summary.rename_axis("arm").reset_index().assign(**columns)

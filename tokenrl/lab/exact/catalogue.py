@@ -103,9 +103,15 @@ def _candidates() -> Iterator[tuple[str, dict[str, Any]]]:
     for axis, choices in AXES.items():
         if axis not in ("kl_placement", "kl_estimator"):  # these two are varied in pairs
             for choice in choices:
-                yield f"{axis} {choice}", {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}
+                yield (
+                    f"{axis} {choice}",
+                    {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice},
+                )
     for placement, kl in KL_EFFECTS:
-        yield f"KL in the {placement}, {kl}", {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl}
+        yield (
+            f"KL in the {placement}, {kl}",
+            {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl},
+        )
     for objective, form in OBJECTIVES:
         for order in (1, 2, 3) if objective == "max_at_k" else (None,):
             if (form, order) != ("sloo_minus_one", 1):

@@ -15,7 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.lab.exact.problems import Completions, Problem, slopes_of, token_entropies, token_logprobs
+from tokenrl.lab.exact.problems import (
+    Completions,
+    Problem,
+    slopes_of,
+    token_entropies,
+    token_logprobs,
+)
 from tokenrl.settings import check_seed
 
 
@@ -100,10 +106,14 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
             for action in range(choices):
                 for after in range(end + 1):
                     if possible[state][action][after]:
-                        yield from grow((*path, (state, action, after)), [after] if after < end else [])
+                        yield from grow(
+                            (*path, (state, action, after)), [after] if after < end else []
+                        )
 
     paths = list(grow((), mdp.start.nonzero().flatten().tolist()))
-    padded = torch.tensor([[*path, *[(0, 0, 0)] * (steps - len(path))] for path in paths])  # [M, T, 3]
+    padded = torch.tensor(
+        [[*path, *[(0, 0, 0)] * (steps - len(path))] for path in paths]
+    )  # [M, T, 3]
     mask = torch.arange(steps) < torch.tensor([len(path) for path in paths])[:, None]
     return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
 
@@ -120,7 +130,9 @@ def expected_rewards(mdp: TabularMdp, steps: int) -> Float[Tensor, "S1 K"]:
     for _ in range(steps):
         columns.append(torch.nn.functional.pad(mean, (0, 1)))
         mean = moves.sum(1) @ columns[-1]
-    return torch.stack(columns, -1) if columns else torch.zeros(len(mean) + 1, 0, dtype=torch.double)
+    return (
+        torch.stack(columns, -1) if columns else torch.zeros(len(mean) + 1, 0, dtype=torch.double)
+    )
 
 
 def problem_of_mdp(
@@ -160,7 +172,9 @@ def problem_of_mdp(
     steps_left = steps + beyond - torch.arange(steps + 1)
     if critic == "true":
         discounted = mean_rewards * gamma ** torch.arange(steps + beyond, dtype=torch.double)
-        values = torch.stack([discounted[:, :k].sum(-1) for k in steps_left.tolist()], -1)  # [S + 1, T + 1]
+        values = torch.stack(
+            [discounted[:, :k].sum(-1) for k in steps_left.tolist()], -1
+        )  # [S + 1, T + 1]
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
     truncated: Bool[Tensor, " M"] = paths.last < len(mdp.start)
@@ -170,7 +184,8 @@ def problem_of_mdp(
     logprobs = token_logprobs(logits, rows)
     environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
     return Problem(
-        name=name or f"control, {steps} steps of {steps + beyond}, groups of {group_size}, critic: {critic}",
+        name=name
+        or f"control, {steps} steps of {steps + beyond}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
         mask=paths.mask,
         truncated=truncated,

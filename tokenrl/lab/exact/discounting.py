@@ -114,6 +114,10 @@ def objectives_on_control() -> Iterator[tuple[str, float, WhichObjective]]:
     for name, (fields, options) in ROWS.items():
         estimator = Estimator(**fields)
         arguments = {key: value for key, value in options.items() if key != "reward"}
-        rewards = mdp.rewards if "reward" not in options else torch.full_like(mdp.rewards, options["reward"])
+        rewards = (
+            mdp.rewards
+            if "reward" not in options
+            else torch.full_like(mdp.rewards, options["reward"])
+        )
         problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **arguments)
         yield name, estimator.gamma, which_objective(estimator, problem)

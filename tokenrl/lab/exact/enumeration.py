@@ -139,7 +139,9 @@ def exact_moments(
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
     refill = estimator.zero_spread == "refill"
-    for drawn in itertools.product(range(prompts), repeat=prompts) if refill else [tuple(range(prompts))]:
+    for drawn in (
+        itertools.product(range(prompts), repeat=prompts) if refill else [tuple(range(prompts))]
+    ):
         of_row = torch.tensor(drawn).repeat_interleave(size)  # [N]
         for chosen in _steps(completions, len(of_row), chunk):  # [C, N]
             chance = chances[of_row, chosen].prod(-1)
@@ -153,7 +155,9 @@ def exact_moments(
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
     mean = _by_prompt(listed, shares / total)
     tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
-    return Moments(mean, target_of(estimator, problem), float(second / total), problem.name, tolerance)
+    return Moments(
+        mean, target_of(estimator, problem), float(second / total), problem.name, tolerance
+    )
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
@@ -168,12 +172,16 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     """
     counts = (problem.chances / problem.chances.min()).round().long()  # [P, M]
     sides = [torch.arange(len(c)).repeat_interleave(c) for c in counts]
-    groups = [torch.cartesian_prod(*[side] * problem.group_size).repeat(copies, 1) for side in sides]
+    groups = [
+        torch.cartesian_prod(*[side] * problem.group_size).repeat(copies, 1) for side in sides
+    ]
     of_row = torch.cat([torch.full((g.numel(),), x) for x, g in enumerate(groups)])
     chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, of_row, chosen)[0]
     mean = _by_prompt(_listed_slopes(estimator, problem), coefficients)
-    return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name)
+    return Moments(
+        mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name
+    )
 
 
 def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
@@ -215,7 +223,9 @@ def _coefficients(
     estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor
 ) -> Float[Tensor, "C X"]:
     """Return minus the derivative of each step's loss in every logprob, entropy and centre, X = K P M T."""
-    columns = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
+    columns = {
+        k: v[of_row, chosen] for k, v in _of_completions(problem).items()
+    }  # [C, N, ...] each
     entropy, sampled = columns.pop("entropy"), columns.pop("sampling_logprobs")
     sizes: dict[str, Any] = {"group_size": problem.group_size, "max_length": problem.max_length}
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
@@ -236,9 +246,13 @@ def _coefficients(
     inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampled)
     slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
     listed = tuple(slopes) if problem.sampler else slopes[:2]
-    index = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(terms.mask.shape)  # [C, N, T]
+    index = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(
+        terms.mask.shape
+    )  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
-    return torch.cat([zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed], dim=1)
+    return torch.cat(
+        [zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed], dim=1
+    )
 
 
 class Slopes(NamedTuple):
@@ -279,7 +293,9 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
     prompts = len(problem.greedy)
     greedy = problem.totals[torch.arange(prompts), problem.greedy]
     optional = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
-    if problem.rewards.ndim == 2:  # as if of two functions, each of which rewards every other completion
+    if (
+        problem.rewards.ndim == 2
+    ):  # as if of two functions, each of which rewards every other completion
         even = torch.arange(problem.rewards.shape[1]) % 2 == 0
         optional["components"] = problem.rewards[..., None] * torch.stack([even, ~even], -1)
     if problem.turns is not None:

@@ -37,7 +37,11 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
         estimator = Estimator.preset(name)
         preset = PRESETS.get(name) or PRESETS.get(preset_name(estimator), CUSTOM)
         title, idle, beyond = preset.paper, [], [preset.beyond]
-    causes = [f"{effect.reason} ({effect.status})" for effect in effects(estimator) if effect.status != EXACT]
+    causes = [
+        f"{effect.reason} ({effect.status})"
+        for effect in effects(estimator)
+        if effect.status != EXACT
+    ]
     parts = {
         "source": [title],
         "estimator": [written(estimator)],
@@ -61,7 +65,9 @@ def written(estimator: Estimator) -> str:
     forms = []
     for name in PRESETS:
         preset = vars(Estimator.preset(name))
-        changes = [f"{field}={value}" for field, value in vars(estimator).items() if value != preset[field]]
+        changes = [
+            f"{field}={value}" for field, value in vars(estimator).items() if value != preset[field]
+        ]
         forms.append([name, *changes])
     shortest = min(forms, key=len)
     return ",".join(shortest)

@@ -17,7 +17,10 @@ from tokenrl.settings import check_number
 
 
 def slopes_in_probability(
-    estimator: Estimator, returns: Float[Tensor, "P M"], chances: Float[Tensor, "P M"], group_size: int
+    estimator: Estimator,
+    returns: Float[Tensor, "P M"],
+    chances: Float[Tensor, "P M"],
+    group_size: int,
 ) -> Float[Tensor, "P M"]:
     """Return the derivative of the estimator's objective in the probability of each completion, by prompt.
 
@@ -76,9 +79,13 @@ def prompt_weight(
     failures = successes * (others > 0)
 
     def first(rewards: Tensor) -> Tensor:
-        return estimator.advantages(rewards, mask, group_size=group_size).policy.reshape(group_size, -1)[0, 0]
+        return estimator.advantages(rewards, mask, group_size=group_size).policy.reshape(
+            group_size, -1
+        )[0, 0]
 
     slope = torch.vmap(first)(successes) - torch.vmap(first)(failures)
-    counts = torch.tensor([math.comb(group_size - 1, k) for k in range(group_size)], dtype=torch.double)
+    counts = torch.tensor(
+        [math.comb(group_size - 1, k) for k in range(group_size)], dtype=torch.double
+    )
     chance = counts * rate**others * (1 - rate) ** (group_size - 1 - others)
     return (chance * slope).sum(-1)

@@ -96,7 +96,9 @@ class Problem:
         """The same problem with the sampler as its policy, which `chances` and `gradient` are then of."""
         if self.sampler is None:
             return self
-        return replace(self, logprobs=self.sampler.logprobs, scores=self.sampler.scores, sampler=None)
+        return replace(
+            self, logprobs=self.sampler.logprobs, scores=self.sampler.scores, sampler=None
+        )
 
     @property
     def chances(self) -> Float[Tensor, "P M"]:
@@ -147,7 +149,9 @@ class Problem:
         log_pi, log_ref = self.logprobs.sum(-1), self.ref_logprobs.sum(-1)
         weight = self.returns(gamma)
         if overlong_buffer:
-            weight = weight + overlong_penalty(self.mask.sum(-1).long(), self.max_length, overlong_buffer)
+            weight = weight + overlong_penalty(
+                self.mask.sum(-1).long(), self.max_length, overlong_buffer
+            )
         if estimator is not None:
             weight = slopes_in_probability(estimator, weight, self.chances, self.group_size)
         weight = weight - beta * (log_pi - log_ref) - entropy_coef * log_pi
@@ -183,7 +187,9 @@ def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) ->
     ids = torch.tensor([[*y, *[pad] * (length - len(y))] for y in sequences])
     lengths = torch.tensor([len(y) for y in sequences])
     mask = (torch.arange(length) < lengths[:, None]).double()
-    prefix = torch.tensor([[rank[y[:t]] if t < len(y) else 0 for t in range(length)] for y in sequences])
+    prefix = torch.tensor(
+        [[rank[y[:t]] if t < len(y) else 0 for t in range(length)] for y in sequences]
+    )
     return Completions(ids, mask, prefix, prefixes)
 
 
@@ -228,7 +234,9 @@ def tabular_problem(
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
     drawn = _rewards(rewards, table, rows, draw)
     logprobs = token_logprobs(logits, rows)
-    values = _true_values(logprobs, drawn, rows) if true_values else guesses[:, rows.prefix] * rows.mask
+    values = (
+        _true_values(logprobs, drawn, rows) if true_values else guesses[:, rows.prefix] * rows.mask
+    )
     ends = rows.ids.gather(1, rows.last).squeeze(1)
     return Problem(
         name=name or f"{prompts} prompts, groups of {group_size}, {rewards} rewards, seed {seed}",
@@ -275,14 +283,21 @@ def token_entropies(logits: Tensor, rows: Completions) -> Tensor:
 
 
 def slopes_of(
-    quantity: Callable[[Tensor, Completions], Tensor], logits: Tensor, rows: Completions, shared: bool
+    quantity: Callable[[Tensor, Completions], Tensor],
+    logits: Tensor,
+    rows: Completions,
+    shared: bool,
 ) -> Float[Tensor, "P M T *V D"]:
     """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share."""
-    blocks = [torch.func.jacrev(quantity)(x, rows).flatten(-2) for x in logits]  # [M, T, ..., S V] each
+    blocks = [
+        torch.func.jacrev(quantity)(x, rows).flatten(-2) for x in logits
+    ]  # [M, T, ..., S V] each
     if shared:
         return torch.stack(blocks)
     # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.
-    whole = torch.zeros(len(blocks), *blocks[0].shape[:-1], len(blocks), blocks[0].shape[-1]).double()
+    whole = torch.zeros(
+        len(blocks), *blocks[0].shape[:-1], len(blocks), blocks[0].shape[-1]
+    ).double()
     for x, block in enumerate(blocks):
         whole[x, ..., x, :] = block
     return whole.flatten(-2)

@@ -19,7 +19,12 @@ from tokenrl.lab.exact.discounting import objectives_on_control
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.problems import Problem
-from tokenrl.lab.exact.samplers import Perturbation, measure_off_policy, off_policy_moments, perturbed_problem
+from tokenrl.lab.exact.samplers import (
+    Perturbation,
+    measure_off_policy,
+    off_policy_moments,
+    perturbed_problem,
+)
 from tokenrl.lab.exact.turns import compare_turns
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
@@ -30,7 +35,12 @@ OF_ALL = ("declared", "found", "cosine", "relative_bias", "variance", "noise", "
 """What a record says of an estimator; `Verdict` explains it."""
 CLAIMS = ("on_binary", "of_reward", "off_policy")
 """Special cases of a verdict, of which a record has the status found."""
-OFF_POLICY = {"exact_for_policy": "policy", "exact_for_sampler": "sampler", "biased": "", "unknown": "?"}
+OFF_POLICY = {
+    "exact_for_policy": "policy",
+    "exact_for_sampler": "sampler",
+    "biased": "",
+    "unknown": "?",
+}
 """Whose gradient it is where the sampler differs from the policy, as the table writes it."""
 NUMBERS = ("problem", "status", "cosine", "relative_bias", "scale", "variance", "mse", "noise")
 """What a record says of each problem; `Moments` explains the numbers."""
@@ -46,7 +56,11 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "token, mask 2": {"importance": "token", "importance_cap": 2.0, "importance_bound": "mask"},
     "geometric": {"importance": "geometric"},
     "sequence, truncate 2": {"importance": "sequence", "importance_cap": 2.0},
-    "sequence, mask 3": {"importance": "sequence", "importance_cap": 3.0, "importance_bound": "mask"},
+    "sequence, mask 3": {
+        "importance": "sequence",
+        "importance_cap": 3.0,
+        "importance_bound": "mask",
+    },
     "sequence": {"importance": "sequence"},
 }
 """The corrections of RLOO that are compared: importance, and its bound with the cap."""
@@ -78,7 +92,13 @@ def exact(args: LabArguments) -> int:
 
     if args.json is not None:
         check_place(args.json)
-    options = (args.preset, args.trl_config, args.sampler, args.estimators or None, args.turns or None)
+    options = (
+        args.preset,
+        args.trl_config,
+        args.sampler,
+        args.estimators or None,
+        args.turns or None,
+    )
     if options.count(None) < len(options) - 1:
         raise Refused(
             "--preset, --trl-config, --sampler, --estimators, --turns exclude each other; give one."
@@ -91,7 +111,9 @@ def exact(args: LabArguments) -> int:
     for name in args.estimators:
         if name not in estimators:
             hint = nearest(name, estimators)
-            raise Refused(f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(estimators)}.")
+            raise Refused(
+                f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(estimators)}."
+            )
     chosen = [name for name in estimators if not args.estimators or name in args.estimators]
     progress = track(chosen, "enumerating", console=rich_console(file=sys.stderr))
     with using_threads(1):  # many small sums, which a second thread only slows down
@@ -127,7 +149,9 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
             "estimator": name,
             **{name: _finite(getattr(v, name)) for name in OF_ALL},
             **{claim: getattr(v, claim) and getattr(v, claim).found for claim in CLAIMS},
-            "problems": [{name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements],
+            "problems": [
+                {name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements
+            ],
         }
         for name, v in verdicts.items()
     ]
@@ -144,13 +168,22 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
     table = rich_table("", *heads, no_wrap=True)
     for name, v in verdicts.items():
         bias = f"{v.relative_bias:.1e}" if v.relative_bias < 1e-3 else f"{v.relative_bias:.3f}"
-        row = (name, v.declared, v.found, OFF_POLICY[v.off_policy.declared if v.off_policy else "unknown"])
+        row = (
+            name,
+            v.declared,
+            v.found,
+            OFF_POLICY[v.off_policy.declared if v.off_policy else "unknown"],
+        )
         numbers = (f"{v.cosine:.6f}", bias, f"{v.noise:.2f}", "yes" if v.ok else "NO")
         table.add_row(*row, *numbers, style=None if v.ok else "bold red")
     console.print(table)
-    of_reward = "; ".join(f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward)
+    of_reward = "; ".join(
+        f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward
+    )
     if of_reward:
-        console.print(f"What the gradient of another objective is for the mean reward: {of_reward}.")
+        console.print(
+            f"What the gradient of another objective is for the mean reward: {of_reward}."
+        )
     wrong = [name for name, v in verdicts.items() if not v.ok]
     console.print(
         "cosine: between the expected gradient and that of J, the lowest over the problems; bias: "
@@ -169,7 +202,9 @@ def print_objectives() -> None:
     table = rich_table("", heads, no_wrap=True)
     for name, gamma, comparison in objectives_on_control():
         discounted = _against(comparison.discounted) if gamma < 1 else "the same"
-        table.add_row(name, f"{gamma:g}", _against(comparison.undiscounted), discounted, comparison.ascends)
+        table.add_row(
+            name, f"{gamma:g}", _against(comparison.undiscounted), discounted, comparison.ascends
+        )
     console = rich_console(width=120)
     console.print(table)
     console.print(

@@ -88,7 +88,9 @@ OffPolicyVerdict = Claim
 gradient along which the expected one is on every problem, or 'biased'."""
 
 
-def measure_off_policy(estimator: Estimator, problems: Sequence[Problem] | None = None) -> OffPolicyVerdict:
+def measure_off_policy(
+    estimator: Estimator, problems: Sequence[Problem] | None = None
+) -> OffPolicyVerdict:
     """Find out along which gradient an estimator is on average, if the sampler differs from the policy.
 
     Args:
@@ -126,9 +128,17 @@ def default_sampled_problems() -> tuple[Problem, ...]:
     small = {"vocabulary": 2, "length": 2, "group_size": 3}
     pairs = {"vocabulary": 2, "length": 1, "group_size": 2}
     return (
-        perturbed_problem(40, Perturbation(noise=0.5), rewards="dense", vocabulary=2, length=2, group_size=6),
-        perturbed_problem(41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small),
-        perturbed_problem(42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small),
-        perturbed_problem(43, Perturbation(noise=0.6), prompts=2, vocabulary=2, length=1, group_size=5),
+        perturbed_problem(
+            40, Perturbation(noise=0.5), rewards="dense", vocabulary=2, length=2, group_size=6
+        ),
+        perturbed_problem(
+            41, Perturbation(temperature=0.7, noise=0.7), prompts=2, rewards="graded", **small
+        ),
+        perturbed_problem(
+            42, Perturbation(temperature=0.8), prompts=2, rewards="continuous", **small
+        ),
+        perturbed_problem(
+            43, Perturbation(noise=0.6), prompts=2, vocabulary=2, length=1, group_size=5
+        ),
         perturbed_problem(46, Perturbation(noise=0.6), prompts=3, rewards="graded", **pairs),
     )

@@ -24,13 +24,16 @@ CLASSES = {"grpo": "GRPOConfig of TRL 1.16.0", "rloo": "RLOOConfig of TRL 1.16.0
 EXPORT = 60
 """A file of more fields was written by a program; only those that differ from TRL's defaults are listed."""
 COUNTS = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations"),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_iterations",
+        "num_generations",
+    ),
     *("steps_per_generation", "generation_batch_size"),
 )
 NUMBER = r"[-+]?[0-9]+([.][0-9]*)?(e[-+]?[0-9]+)?"
-TO_JSON = (
-    "python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\""
-)
+TO_JSON = "python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\""
 
 
 Reading = tuple[str, Estimator, list[str], list[str]]
@@ -40,7 +43,9 @@ Reading = tuple[str, Estimator, list[str], list[str]]
 def table() -> list[list[str]]:
     """Return the rows of trl_config.txt: the kind of each, and its columns."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    return [re.split(r" +[|] ", line) for line in text.splitlines() if re.match(r"[a-z]+ +[|] ", line)]
+    return [
+        re.split(r" +[|] ", line) for line in text.splitlines() if re.match(r"[a-z]+ +[|] ", line)
+    ]
 
 
 def rows(kind: str, values: Mapping[str, str]) -> Iterator[list[str]]:
@@ -82,12 +87,16 @@ def read_trl_config(path: str) -> Reading:
         if close := get_close_matches(name, names, n=1, cutoff=0.9):
             raise Refused(f"{path}: {name!r} is no field of TRL. Did you mean {close[0]!r}?")
     if not fields.keys() & names:
-        raise Refused(f"{path} has no field of GRPOConfig or RLOOConfig, such as loss_type, beta or epsilon.")
+        raise Refused(
+            f"{path} has no field of GRPOConfig or RLOOConfig, such as loss_type, beta or epsilon."
+        )
     of_rloo = fields.keys() & usual["rloo"].keys() - usual["grpo"].keys()
     trainer = fields.pop("trainer", "rloo" if of_rloo else "grpo")
     check_choice("trainer", trainer, CLASSES)
     if foreign := sorted(fields.keys() & names - usual[trainer].keys()):
-        raise Refused(f"{path}: a {CLASSES[trainer]} has no field {', '.join(foreign)}; leave it out.")
+        raise Refused(
+            f"{path}: a {CLASSES[trainer]} has no field {', '.join(foreign)}; leave it out."
+        )
     try:
         return _reading(trainer, usual[trainer], fields)
     except Refused as error:
@@ -111,7 +120,9 @@ def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) 
     changes: dict[str, Any] = {}
     for (text,) in rows("set", values):
         text = re.sub(r"[$](\w+)", lambda match: values[match[1]], text)
-        changes |= {name: x for name, x in read_changes(text.replace(" ", ","))[1].items() if x != "none"}
+        changes |= {
+            name: x for name, x in read_changes(text.replace(" ", ","))[1].items() if x != "none"
+        }
     listed = [n for n in fields if len(fields) <= EXPORT or fields[n] != usual.get(n)]
     idle: dict[str, list[str]] = {}
     for patterns, reason in rows("idle", values):
@@ -127,7 +138,10 @@ def _derived(values: Mapping[str, str]) -> dict[str, str]:
     """Return the updates from one rollout, CISPO's bound and the weights of KL and entropy relative to it."""
     number = {name: _number(name, values[name], int) for name in COUNTS if values[name] != "none"}
     accumulated = number["gradient_accumulation_steps"]
-    slices = number.get("generation_batch_size", 0) // number["per_device_train_batch_size"] or accumulated
+    slices = (
+        number.get("generation_batch_size", 0) // number["per_device_train_batch_size"]
+        or accumulated
+    )
     rollout = number.get("steps_per_generation", slices) * number["num_iterations"]
     name = "epsilon" if values["epsilon_high"] == "none" else "epsilon_high"
     bound = _number(name, values[name], float)

@@ -45,9 +45,13 @@ def turn_problem(seed: int) -> Problem:
     prefixes = sorted({text for row in texts for text in row})
     prefix = torch.tensor([[prefixes.index(text) for text in row] for row in texts])
     listed = Completions(ids, mask.double(), prefix, prefixes)
-    problem = tabular_problem(seed, name=f"two turns, seed {seed}", group_size=3, length=4, rows=listed)
+    problem = tabular_problem(
+        seed, name=f"two turns, seed {seed}", group_size=3, length=4, rows=listed
+    )
     answered = length > first
-    rewards = problem.rewards[..., None] * at_last_action(mask) + 0.3 * (answered & (position == first - 1))
+    rewards = problem.rewards[..., None] * at_last_action(mask) + 0.3 * (
+        answered & (position == first - 1)
+    )
     chances, turns = 1 - 0.5 * answered.double().T, (position >= first).long()
     return replace(problem, rewards=rewards, environment=chances, turns=turns)
 
@@ -73,13 +77,17 @@ def turn_problems() -> tuple[Problem, ...]:
     return tuple(map(turn_problem, range(12)))
 
 
-def summed(_: Tensor, rewards: Tensor, mask: Tensor, row_inside: bool, absent: bool, **of: Any) -> Tensor:
+def summed(
+    _: Tensor, rewards: Tensor, mask: Tensor, row_inside: bool, absent: bool, **of: Any
+) -> Tensor:
     """Return the sum over this and later turns of the mean reward at each turn [N, K].
 
     The mean is over the rows that reach the turn, or with `absent` over all rows.
     """
     reached = (mask | absent).T
-    means, defined = weighted_mean(rewards.T, reached, reached.double(), leave_one_out=not row_inside)
+    means, defined = weighted_mean(
+        rewards.T, reached, reached.double(), leave_one_out=not row_inside
+    )
     return reward_to_go(zero_outside(means, defined & reached).T)
 
 
@@ -95,13 +103,20 @@ def divided(totals: Tensor, mask: Tensor, valid: Tensor, by: str, **_: Any) -> T
     begins = mask & ~pad(mask[:, :-1], (1, 0))
     turns = Turns.read(begins.cumsum(-1) - 1, mask)
     written = at_last_action(mask).double().argmax(-1, keepdim=True) + 1.0
-    counts = {"turns": begins.sum(-1, keepdim=True), "turn": turns.spread(turns.sums(mask.double()))}
+    counts = {
+        "turns": begins.sum(-1, keepdim=True),
+        "turn": turns.spread(turns.sums(mask.double())),
+    }
     counts |= {"row": written, "group": written.mean(0, keepdim=True)}
-    return totals[:, None] - (totals - rloo(totals, valid))[:, None] / counts[by].expand_as(mask).clamp(min=1)
+    return totals[:, None] - (totals - rloo(totals, valid))[:, None] / counts[by].expand_as(
+        mask
+    ).clamp(min=1)
 
 
 MEANS = ((True, False), (False, False), (False, True))
-OWN, OTHERS, ALL = ({**TO_GO, "baseline": partial(summed, row_inside=x, absent=y)} for x, y in MEANS)
+OWN, OTHERS, ALL = (
+    {**TO_GO, "baseline": partial(summed, row_inside=x, absent=y)} for x, y in MEANS
+)
 COMPARED: dict[str, dict[str, dict[str, Any]]] = {
     "advantage of a turn's tokens": {
         "the row's total, RLOO": {},
@@ -146,8 +161,14 @@ def compare_turns() -> list[dict[str, Any]]:
             moments = [exact_moments(Estimator(**fields), problem) for problem in problems]
             status, bias = worst(*(m.status for m in moments)), [m.relative_bias for m in moments]
             cosine = min(m.cosine for m in moments)
-            numbers = {"relative_bias": median(bias), "worst_relative_bias": max(bias), "cosine": cosine}
-            table.add_row(name, status, *("0" if x < TOLERANCE else f"{x:.3f}" for x in numbers.values()))
+            numbers = {
+                "relative_bias": median(bias),
+                "worst_relative_bias": max(bias),
+                "cosine": cosine,
+            }
+            table.add_row(
+                name, status, *("0" if x < TOLERANCE else f"{x:.3f}" for x in numbers.values())
+            )
             records.append({"of": head, "name": name, "status": status, **numbers})
         console.print(table)
     console.print(EXPLANATION)

@@ -14,7 +14,13 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
-from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step, sine_between, target_of
+from tokenrl.lab.exact.enumeration import (
+    Moments,
+    exact_moments,
+    proportional_step,
+    sine_between,
+    target_of,
+)
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 from tokenrl.settings import check_number
 
@@ -153,7 +159,9 @@ def measure_bias(
     """
     estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
     if not isinstance(estimator, Estimator):
-        raise Refused(f"Give measure_bias an Estimator or the name of a preset instead of {estimator!r}.")
+        raise Refused(
+            f"Give measure_bias an Estimator or the name of a preset instead of {estimator!r}."
+        )
     check_number("group_size", group_size, int, at_least=2, at_most=MOST_ROWS)
     _check_memory(estimator)
     main = problems_of(estimator) if problems is None else problems
@@ -169,7 +177,9 @@ def measure_bias(
             refusal = error
             continue
         if not moments.mean.isfinite().all():
-            raise Refused(f"The baseline returned nan or inf on the problem '{problem.name}'; mend it.")
+            raise Refused(
+                f"The baseline returned nan or inf on the problem '{problem.name}'; mend it."
+            )
         worse = worst(status, moments.status)
         if number < len(main) or worse != status:
             measurements.append(moments)
@@ -206,12 +216,17 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
         return None
     mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
     pairs = [(exact_moments(estimator, problem), target_of(mean, problem)) for problem in problems]
-    return Claim(status, worst(*(replace(moments, target=target).status for moments, target in pairs)))
+    return Claim(
+        status, worst(*(replace(moments, target=target).status for moments, target in pairs))
+    )
 
 
 def extent(problems: Sequence[Problem]) -> str:
     """Return the largest numbers of prompts, completions per prompt and tokens, and the largest reward."""
-    sizes = [(len(p.greedy), p.group_size, p.mask.shape[1], float(p.totals.abs().max())) for p in problems]
+    sizes = [
+        (len(p.greedy), p.group_size, p.mask.shape[1], float(p.totals.abs().max()))
+        for p in problems
+    ]
     prompts, groups, tokens, rewards = (max(size) for size in zip(*sizes, strict=True))
     return f"{prompts} prompts, groups of {groups}, {tokens} tokens, rewards of {rewards:.2g}"
 

@@ -10,7 +10,15 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import Count, Seed, Several
 
 DEFAULT_ESTIMATORS = (
-    *("reinforce", "reinforce_running_mean", "reinforce_baseline", "remax", "rloo", "opo_loo", "shrinkage"),
+    *(
+        "reinforce",
+        "reinforce_running_mean",
+        "reinforce_baseline",
+        "remax",
+        "rloo",
+        "opo_loo",
+        "shrinkage",
+    ),
     *("rloo_token_mean", "dr_grpo", "grpo", "grpo_no_std", "dapo", "gspo", "reinforce_pp"),
 )
 

@@ -119,9 +119,13 @@ def contributions(
     step_of = torch.arange(len(samples.rewards)) // (whole * prompts_per_step)
 
     def unit(rows: Tensor) -> Slopes:
-        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean has seen other steps
+        elsewhere = (
+            step_of != step_of[rows[0]]
+        ) & samples.valid  # a running mean has seen other steps
         mean = float(samples.rewards[elsewhere].mean()) if estimator.needs_memory else 0.0
-        return step_slopes(estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=mean)
+        return step_slopes(
+            estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=mean
+        )
 
     groups = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
     whole_steps = groups[: len(groups) // prompts_per_step * prompts_per_step]
@@ -129,7 +133,9 @@ def contributions(
     if coupled is None:
         coupled = prompts_per_step > 1 and _couples(unit, steps)
     units = steps.transpose(1, 2).flatten(2) if coupled else groups  # [M, J, n]
-    values = torch.stack([torch.stack([projected(unit(r), projections, r) for r in rows]) for rows in units])
+    values = torch.stack(
+        [torch.stack([projected(unit(r), projections, r) for r in rows]) for rows in units]
+    )
     return Contributions(values, prompts_per_step if coupled else 1, coupled)
 
 

@@ -23,7 +23,12 @@ from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
 from tokenrl.keywords import takes
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.lab.measure.noise import GroupSize, Measurement, measure_estimators, measure_group_sizes
+from tokenrl.lab.measure.noise import (
+    GroupSize,
+    Measurement,
+    measure_estimators,
+    measure_group_sizes,
+)
 from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
@@ -119,7 +124,9 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
     if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
-        console.note(f"{args.model} trained an adapter, so the gradient is measured in the adapter.")
+        console.note(
+            f"{args.model} trained an adapter, so the gradient is measured in the adapter."
+        )
         trained = load_policy(
             adapter, merge_adapter=False, dtype=args.dtype, trust_remote_code=args.trust_remote_code
         )
@@ -149,9 +156,12 @@ def _in_memory(
 
     prompts = list(task.train_prompts)[: args.num_prompts]
     if len(prompts) < args.num_prompts:
-        raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts.")
+        raise Refused(
+            f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts."
+        )
     sampling = Sampling(
-        max_completion_length=args.max_completion_length or completion_limit(task, args.model, policy)[0],
+        max_completion_length=args.max_completion_length
+        or completion_limit(task, args.model, policy)[0],
         num_generations=args.num_generations,
         seed=args.seed,
         **distribution_of(args),
@@ -172,8 +182,12 @@ def _in_memory(
             scoring, width = samples.scoring, samples.mask.shape[1]
             with Progress(console=console.rich) as progress:
                 total = len(samples.parts) * math.ceil(args.probes / AT_ONCE)
-                advance = partial(progress.advance, progress.add_task("differentiating", total=total))
-                parts = [projected(x, width=width, scoring=scoring, after=advance) for x in samples.parts]
+                advance = partial(
+                    progress.advance, progress.add_task("differentiating", total=total)
+                )
+                parts = [
+                    projected(x, width=width, scoring=scoring, after=advance) for x in samples.parts
+                ]
             logprobs, slopes = zip(*parts, strict=True)
             whole = None if slopes[0] is None else torch.cat([x.cpu() for x in slopes])
             return samples, Projections(torch.cat([x.cpu() for x in logprobs]), whole)
@@ -205,7 +219,9 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
     if args.gradient_checkpointing:
         raise Refused("gradient_checkpointing has no forward-mode derivative. Measure without it.")
     if b < 4 * p or b % p:
-        raise Refused(f"num_prompts={b} with prompts_per_step={p}: give a multiple of {p}, at least {4 * p}.")
+        raise Refused(
+            f"num_prompts={b} with prompts_per_step={p}: give a multiple of {p}, at least {4 * p}."
+        )
     args = arguments(MeasureArguments, vars(fill_form(args)))
     for line in form_line(form_of(args), args.model).values():
         announce(f"Asked: {line}.")

@@ -165,7 +165,9 @@ def measure_group_sizes(
     for name, estimator in estimators.items():
         if not estimator.needs_groups:
             continue
-        half: tuple[Tensor, Tensor] | None = None  # signal and variance with groups of half the size
+        half: tuple[Tensor, Tensor] | None = (
+            None  # signal and variance with groups of half the size
+        )
         for size in sizes:
             try:
                 units = contributions(estimator, samples, projections, group_size=size, **step)

@@ -54,7 +54,9 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
         names = _last(list(named)) if part == "last" else [name for name in named if part in name]
         if not names:
             hint = f"Give part of one, such as of {', '.join(list(named)[:4])}, or 'last'."
-            raise Refused(f"No trainable parameter of {policy.source!r} has {part!r} in its name. {hint}")
+            raise Refused(
+                f"No trainable parameter of {policy.source!r} has {part!r} in its name. {hint}"
+            )
         chosen.update({name: named[name] for name in names})
     return chosen
 
@@ -65,7 +67,9 @@ def _last(names: Sequence[str]) -> list[str]:
     numbers = [None if match is None else int(match[1]) for match in matches]
     highest = max((n for n in numbers if n is not None), default=None)
     first = numbers.index(highest)
-    return [name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)]
+    return [
+        name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)
+    ]
 
 
 AT_ONCE = 8
@@ -80,7 +84,9 @@ def probes(
     Probe k depends on the seed and k only, not on the chunk.
     """
     for start in range(0, count, chunk):
-        yield _drawn(parameters, range(start, min(start + chunk, count)), seed)  # not kept here: it is large
+        yield _drawn(
+            parameters, range(start, min(start + chunk, count)), seed
+        )  # not kept here: it is large
 
 
 def _drawn(parameters: Mapping[str, Tensor], numbers: range, seed: int) -> dict[str, Tensor]:

@@ -78,11 +78,15 @@ def collect(
     sampled = sample_and_reward(
         policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
     )
-    greedily = sample_and_reward(policy, rows, rewards, greedy, stream="measurement", batch_size=size)
+    greedily = sample_and_reward(
+        policy, rows, rewards, greedy, stream="measurement", batch_size=size
+    )
     parts, columns = [], []
     for rollout, best in zip(sampled, greedily, strict=True):
         if not best.valid.all():
-            raise Refused("Every reward function abstained on a greedy completion; give other prompts.")
+            raise Refused(
+                "Every reward function abstained on a greedy completion; give other prompts."
+            )
         shared = {
             "rewards": rollout.rewards,
             "valid": rollout.valid,
@@ -97,7 +101,9 @@ def collect(
     return Samples(parts=tuple(parts), group_size=g, scoring=scoring, **whole)
 
 
-def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring) -> dict[str, Tensor]:
+def _scores(
+    policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring
+) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
     options: dict[str, Any] = {"scoring": scoring, "rows_at_once": None}
     scored = score_in_parts(policy.model, rollout, **options, distribution=sampling, entropy=True)
@@ -105,8 +111,14 @@ def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scori
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
-            reference = score_in_parts(model, rollout, **options, distribution=sampling.whole).logprobs
+            reference = score_in_parts(
+                model, rollout, **options, distribution=sampling.whole
+            ).logprobs
     columns = {"mask": rollout.mask}
-    for name, x in (("logprobs", scored.logprobs), ("ref_logprobs", reference), ("entropy", scored.entropy)):
+    for name, x in (
+        ("logprobs", scored.logprobs),
+        ("ref_logprobs", reference),
+        ("entropy", scored.entropy),
+    ):
         columns[name] = torch.where(rollout.mask, x, 0)
     return {k: pad_right(x, sampling.max_completion_length) for k, x in columns.items()}

@@ -40,7 +40,9 @@ class OpenTaskArguments(TaskArguments, group="data"):
 
 
 @dataclass(frozen=True)
-class SampleArguments(Distribution, OpenTaskArguments, PromptArguments, LoadingArguments, TrustArguments):
+class SampleArguments(
+    Distribution, OpenTaskArguments, PromptArguments, LoadingArguments, TrustArguments
+):
     """Complete the prompts given, or prompts read line by line, and print them with their rewards.
 
     For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the

@@ -84,7 +84,11 @@ def pool_rewards(
 
 
 def best_of_n_metrics(
-    policy: Policy, prompts: Sequence[Mapping[str, Any]], choosing: Rewards, gold: Rewards, sampling: Sampling
+    policy: Policy,
+    prompts: Sequence[Mapping[str, Any]],
+    choosing: Rewards,
+    gold: Rewards,
+    sampling: Sampling,
 ) -> dict[str, float]:
     """Measure the reward and the KL of best-of-n, for n = 1, 2, 4 ... up to N.
 
@@ -109,13 +113,19 @@ def best_of_n_metrics(
         Stopped: a reward function failed.
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
-    pools: list[tuple[np.ndarray, np.ndarray]] = []  # for each prompt, both rewards of its completions
+    pools: list[
+        tuple[np.ndarray, np.ndarray]
+    ] = []  # for each prompt, both rewards of its completions
     for batch in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
-        own = batch.by_function[:, -1:].nan_to_num() * at_last_action(batch.mask.cpu())  # an environment's
+        own = batch.by_function[:, -1:].nan_to_num() * at_last_action(
+            batch.mask.cpu()
+        )  # an environment's
         played = batch if batch.messages is None else replace(batch, turn_rewards=own)
         measured = reward_rows(policy, gold, played, step=sampling.step)
         rewarded = (batch.valid & measured.valid).numpy().reshape(-1, sampling.num_generations)
-        proxies, golds = (rows.rewards.numpy().reshape(rewarded.shape) for rows in (batch, measured))
+        proxies, golds = (
+            rows.rewards.numpy().reshape(rewarded.shape) for rows in (batch, measured)
+        )
         pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, rewarded, strict=True)]
     metrics, most = dict[str, float](), sampling.num_generations
     for n in sorted({*(2**k for k in range(most.bit_length())), most}):
@@ -150,7 +160,9 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     """
     size = len(proxy)
     if not 1 <= n <= size:
-        raise Refused(f"n={n}: the best of n is estimated from at least n samples; there are {size}.")
+        raise Refused(
+            f"n={n}: the best of n is estimated from at least n samples; there are {size}."
+        )
     _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     below = np.cumsum(counts)  # number of samples with this reward or a lower one
     all_below = [math.comb(int(m), n) / math.comb(size, n) for m in below]

@@ -54,7 +54,9 @@ class Sampler:
             args = replace(args, chat=True)
         args, task, self.rewards = _task_of(args)
         self.environments = getattr(self.rewards, "environments", None)
-        self.policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        self.policy = load_placed(
+            args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+        )
         self.policy.ask(form_of(args))
         print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
@@ -97,7 +99,9 @@ class Sampler:
         self._completed += 1
         options = "interactive", self.environments
         with using_threads(choose_threads(policy.size)[0]):
-            rollout = sample_rows(policy, TransformersGenerator(policy), prompts, sampling, *options)
+            rollout = sample_rows(
+                policy, TransformersGenerator(policy), prompts, sampling, *options
+            )
         texts = texts_of(policy, rollout)
         if self.environments is not None:
             columns = rollout.messages, rollout.endings, rollout.failures
@@ -108,15 +112,22 @@ class Sampler:
         """Return a text as a prompt: the empty one where an environment begins all its episodes itself."""
         if text and self.environments is not None and {*self.rows} == {""}:
             name = self.environments.__name__
-            self._say("prompt", f"{name} begins its episodes itself, so they are played without that prompt.")
+            self._say(
+                "prompt",
+                f"{name} begins its episodes itself, so they are played without that prompt.",
+            )
             return ""
         return text
 
     def target(self, text: str) -> str:
         """Return what the row of a prompt of the task holds beside it, such as the answer."""
         columns = {str(value): name for name, value in reversed(self.rows.get(text, {}).items())}
-        beside = [(name, value) for value, name in columns.items() if name not in ("prompt", "messages")]
-        return ", ".join(f"{name} {value}" for name, value in reversed(beside) if value not in (text, "None"))
+        beside = [
+            (name, value) for value, name in columns.items() if name not in ("prompt", "messages")
+        ]
+        return ", ".join(
+            f"{name} {value}" for name, value in reversed(beside) if value not in (text, "None")
+        )
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
@@ -129,7 +140,9 @@ class Sampler:
             if text in self.rows or not self._has_task:
                 raise
             reason = str(error).partition(". ")[0].rstrip(".")
-            self._say("reward", f"no reward for this prompt, which is none of the task's. {reason}.")
+            self._say(
+                "reward", f"no reward for this prompt, which is none of the task's. {reason}."
+            )
             return [None] * len(rollout.mask)
         return list(rows.rewards.masked_fill(~rows.valid, math.nan).tolist())
 
@@ -154,7 +167,11 @@ def _task_of(args: SampleArguments) -> tuple[Any, Any, Rewards | None]:
         if args.task is not None or args.reward:
             raise
         print(harmless(f"tokenrl: completions are shown without rewards. {error}"), file=sys.stderr)
-    return fill_form(args), None, Rewards(args.reward, args.reward_weights or None) if args.reward else None
+    return (
+        fill_form(args),
+        None,
+        Rewards(args.reward, args.reward_weights or None) if args.reward else None,
+    )
 
 
 @takes(SampleArguments)
@@ -192,11 +209,15 @@ def print_samples(args: SampleArguments) -> int:
     sampler = Sampler(args)
     example = visible(next(iter(sampler.rows), ""), 200)
     kind = "completion " if sampler.environments is None else "episode\n"
-    for prompt in args.prompt or _lines(f", such as {example}" if example else "", "" in sampler.rows):
+    for prompt in args.prompt or _lines(
+        f", such as {example}" if example else "", "" in sampler.rows
+    ):
         prompt = sampler.asked(prompt)
         try:
             completions = sampler(prompt)
-            target = f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""
+            target = (
+                f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""
+            )
             print(f"prompt     {visible(prompt)}{target}")
             for text, reward in completions:
                 number = "none" if reward is None or math.isnan(reward) else f"{reward:.4f}"

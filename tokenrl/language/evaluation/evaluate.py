@@ -25,7 +25,12 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
 from tokenrl.language.training.collect import failures_of
 from tokenrl.language.training.defaults import completion_limit
-from tokenrl.language.training.evaluation import Evaluation, check_sizes, evaluate_policy, over_prompts
+from tokenrl.language.training.evaluation import (
+    Evaluation,
+    check_sizes,
+    evaluate_policy,
+    over_prompts,
+)
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, plain, write_json
@@ -49,7 +54,9 @@ def evaluate(
 
 
 @takes(EvaluateArguments)
-def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation | dict[str, Evaluation]:
+def evaluate(
+    args: EvaluateArguments | None = None, **options: Any
+) -> Evaluation | dict[str, Evaluation]:
     """Evaluate models on a task's held-out prompts; the keywords are the fields of `EvaluateArguments`.
 
     Several models are loaded one after the other. All get the same prompts and the same random numbers.
@@ -72,7 +79,9 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     results: dict[str, Evaluation] = {}
     for name in names:
         result = _evaluated(args, name)
-        compared = paired_differences(results[names[0]].by_prompt, result.by_prompt) if results else {}
+        compared = (
+            paired_differences(results[names[0]].by_prompt, result.by_prompt) if results else {}
+        )
         results[name] = replace(result, metrics=result.metrics | compared)
     if args.json is not None:
         numbers: dict[str, Any] = {name: evaluation.metrics for name, evaluation in results.items()}
@@ -96,7 +105,9 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
         check_place(args.json)
     filled: EvaluateArguments = as_in_runs(args, models, *vars(Distribution()), "seed")
     if filled.task is None:
-        raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
+        raise Refused(
+            f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}."
+        )
     return filled
 
 
@@ -118,14 +129,22 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
         settings = {name: config[name] for name in values if name in names & config.keys()}
         settings = {name: value for name, value in settings.items() if values[name] is None}
         objects = [settings.get(name) for name in ("reward", "environment")]
-        if config.get("command") == "" and (args.task is None or re.search("<|__main__:", str(objects))):
-            unnamed = f"The run of {model} was given objects of a Python program, which have no name here"
+        if config.get("command") == "" and (
+            args.task is None or re.search("<|__main__:", str(objects))
+        ):
+            unnamed = (
+                f"The run of {model} was given objects of a Python program, which have no name here"
+            )
             words = "say with --task what it was trained on, and with --reward by what"
             raise Refused(f"{unnamed}: {words}; an environment is --environment.")
         check_code(settings, str(run_of(model)), config, trusted=args.trust_run)
-        for name in [n for n in settings if n != "seed" and from_runs.get(n, settings[n]) != settings[n]]:
+        for name in [
+            n for n in settings if n != "seed" and from_runs.get(n, settings[n]) != settings[n]
+        ]:
             differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
-            raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
+            raise Refused(
+                f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}."
+            )
         from_runs = settings | from_runs
     usual = vars(TaskArguments()) | {"task": args.environment}
     filled = arguments(
@@ -147,8 +166,16 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     Data from Python has no name, and counts as the run's if that was given data from Python too. Another task
     may bring a limit of its own for the length.
     """
-    task, recorded, names = args.task, str(config.get("task")), {"max_completion_length", "truncate_prompts"}
-    name = task if isinstance(task, str) else getattr(task, "name", getattr(task, "__name__", IN_MEMORY))
+    task, recorded, names = (
+        args.task,
+        str(config.get("task")),
+        {"max_completion_length", "truncate_prompts"},
+    )
+    name = (
+        task
+        if isinstance(task, str)
+        else getattr(task, "name", getattr(task, "__name__", IN_MEMORY))
+    )
     in_memory = name is IN_MEMORY and recorded.startswith(IN_MEMORY)
     if not (task is None or in_memory or str(name) == recorded):
         return names - {"max_completion_length"} if limit_of(task) else names
@@ -179,11 +206,16 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k or ((1, generations) if generations else ())
-        evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, k=k, reference=reference)
+        evaluation = evaluate_policy(
+            policy, task.eval_prompts, rewards, sampling, k=k, reference=reference
+        )
         if failed := failures_of(evaluation.failures):
             print(f"tokenrl: {visible(f'{model}: {failed}')}", file=sys.stderr)
         if args.best_of:
-            gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
+            gold, pool = (
+                _own_rewards(args, rewards),
+                replace(sampling, num_generations=args.best_of),
+            )
             best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
             evaluation = replace(evaluation, metrics=evaluation.metrics | best)
     limit = {"max_completion_length": sampling.max_completion_length}
@@ -270,9 +302,14 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
     if not compared:
         table.add_column("")
     order = {name: number for number, name in enumerate(MEANINGS)}
-    names = dict.fromkeys(name for metrics in models.values() for name in metrics if "_stderr" not in name)
+    names = dict.fromkeys(
+        name for metrics in models.values() for name in metrics if "_stderr" not in name
+    )
     for name in sorted(names, key=lambda name: order.get(_kind(name), len(order))):
-        cells = [measured(metrics.get(name), metrics.get(name + "_stderr")) for metrics in models.values()]
+        cells = [
+            measured(metrics.get(name), metrics.get(name + "_stderr"))
+            for metrics in models.values()
+        ]
         table.add_row(name, *cells, *([] if compared else [MEANINGS.get(_kind(name), "")]))
     return table
 

@@ -50,7 +50,9 @@ class PromptArguments(Settings, group="prompts and ends"):
             raise Refused(f"{text}, or a day as 2026-01-31.") from error
         for text in self.stop or ():
             if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
-                raise Refused(f"stop holds {text!r}: give a character; a shell makes a line break of $'\\n'.")
+                raise Refused(
+                    f"stop holds {text!r}: give a character; a shell makes a line break of $'\\n'."
+                )
 
 
 def _as_json(value: Any) -> str:
@@ -100,13 +102,15 @@ class ModelArguments(HoldingArguments, PromptArguments):
         """Check the values, and refuse objects that are no model with its tokenizer."""
         super().__post_init__()
         parts: Any = self.model if isinstance(self.model, tuple | list) else (self.model,)
-        attributes = {1: ["encode_all"], 2: ["get_input_embeddings", "get_vocab"]}.get(len(parts), ["none"])
+        attributes = {1: ["encode_all"], 2: ["get_input_embeddings", "get_vocab"]}.get(
+            len(parts), ["none"]
+        )
         if not (isinstance(self.model, str | None) or all(map(hasattr, parts, attributes))):
             types = ", ".join(type(part).__name__ for part in parts)
-            problem = (
-                f"model was given as {f'({types})' if len(parts) > 1 else types}; it must be a directory"
+            problem = f"model was given as {f'({types})' if len(parts) > 1 else types}; it must be a directory"
+            raise Refused(
+                f"{problem} or hub name, or a model with its tokenizer: model=(model, tokenizer)."
             )
-            raise Refused(f"{problem} or hub name, or a model with its tokenizer: model=(model, tokenizer).")
 
 
 @dataclass(frozen=True)

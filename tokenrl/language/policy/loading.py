@@ -43,7 +43,9 @@ def find_model(name_or_path: str | Path) -> str:
 
     folder = Path(model_directory(name_or_path))
     if name_or_path == TINY and not folder.is_dir():
-        raise Refused("tiny is a new model, to be trained: name the directory of the run that trained it.")
+        raise Refused(
+            "tiny is a new model, to be trained: name the directory of the run that trained it."
+        )
     if not folder.is_dir():
         _check_hub(str(name_or_path))
         return str(name_or_path)
@@ -71,11 +73,15 @@ def _check_hub(name: str) -> None:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        if not any(try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")):
+        if not any(
+            try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")
+        ):
             HfApi().model_info(name, timeout=10)
     except GatedRepoError:
         return  # transformers says how to ask for access
-    except Exception as error:  # names that cannot be, unknown models, and a network in all its states
+    except (
+        Exception
+    ) as error:  # names that cannot be, unknown models, and a network in all its states
         problem = f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub"
         raise Refused(f"{problem} ({describe(error)}).") from error
 
@@ -94,7 +100,9 @@ def _check_contents(folder: Path, named: Path) -> None:
         fault = f"is a run that has not saved its model yet. Its latest checkpoint: {latest}"
         with suppress(OSError, ValueError, KeyError):
             error = json.loads((folder / "summary.json").read_bytes())["error"]
-            fault = f"is a run that failed and has no model ({error}). Its latest checkpoint: {latest}"
+            fault = (
+                f"is a run that failed and has no model ({error}). Its latest checkpoint: {latest}"
+            )
     elif (folder / "plan.json").exists():
         fault = "is the directory of a comparison; give that of one of its runs"
     elif not ((folder / "config.json").exists() or (folder / "adapter_config.json").exists()):
@@ -103,7 +111,9 @@ def _check_contents(folder: Path, named: Path) -> None:
         fault = "has no tokenizer beside its model: save it there with save_pretrained too"
     else:
         return
-    raise Refused(f"{named} {fault}. A model is a local directory written by save_pretrained, or a hub name.")
+    raise Refused(
+        f"{named} {fault}. A model is a local directory written by save_pretrained, or a hub name."
+    )
 
 
 def _kind(folder: Path) -> Any:
@@ -126,13 +136,17 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
     Raises:
         Refused: something in the block raised an error; the message quotes it.
     """
-    hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
+    hint = (
+        "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
+    )
     try:
         with quietly():
             yield
     except Refused:
         raise
-    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
+    except (
+        Exception
+    ) as error:  # configuration, weights and tokenizer files each have errors of their own
         cause = " ".join((str(error) or type(error).__name__).split())
         if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
             cause = "its weights are a pickle with more in it than weights, which could run as a program"
@@ -155,7 +169,9 @@ def quietly() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings(
+                "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+            )
             warnings.filterwarnings("ignore", ".*tied", UserWarning)
             yield
     finally:
@@ -194,7 +210,9 @@ def switch_dropout_off(model: nn.Module) -> None:
             config.output_router_logits = False
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):  # rates that the forward pass hands to functions
+        for name, value in list(
+            vars(module).items()
+        ):  # rates that the forward pass hands to functions
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
     model.eval()

@@ -104,7 +104,9 @@ class Policy:
         if isinstance(prompt, str):
             if tools:
                 problem = f"An environment has tools, but a prompt is text: {prompt!r:.60}"
-                raise Refused(f"{problem}. Only a chat template shows tools to a model: add chat (--chat).")
+                raise Refused(
+                    f"{problem}. Only a chat template shows tools to a model: add chat (--chat)."
+                )
             ids = list(tokenizer(prompt).input_ids)
             if ids and ids[-1] in self.eos_ids:
                 bare = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -112,10 +114,19 @@ class Policy:
                     ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
             begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-            turn: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
-            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, tools=tools, **turn))
+            turn: dict[str, Any] = {
+                "add_generation_prompt": not begun,
+                "continue_final_message": begun,
+            }
+            ids = list(
+                render(
+                    tokenizer, prompt, self.form, self.source, tokenize=True, tools=tools, **turn
+                )
+            )
         if not ids and tokenizer.bos_token_id is None:
-            problem = "A prompt is empty, and the tokenizer has no BOS to start from: give it a token"
+            problem = (
+                "A prompt is empty, and the tokenizer has no BOS to start from: give it a token"
+            )
             raise Refused(f"{problem}, or an environment whose reset returns a text.")
         return ids or [tokenizer.bos_token_id]
 
@@ -142,7 +153,9 @@ class Policy:
         """
         if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
-            return following_ids(self, before, text) or self.tokenizer.encode(text, add_special_tokens=False)
+            return following_ids(self, before, text) or self.tokenizer.encode(
+                text, add_special_tokens=False
+            )
         ids = reply_ids(self, messages, tools)
         return ids[1:] if ended and ids[0] in self.eos_ids else ids
 
@@ -155,7 +168,10 @@ class Policy:
         form = with_time(self.tokenizer, form)
         if form != self.form:
             check_form(self.tokenizer, form, self.source)
-            self.form, self.stops = form, StopStrings(self.tokenizer, form.stop) if form.stop else None
+            self.form, self.stops = (
+                form,
+                StopStrings(self.tokenizer, form.stop) if form.stop else None,
+            )
 
     def encode_all(
         self,
@@ -182,7 +198,9 @@ class Policy:
         if room is not None and room < 1 and truncate is not None:
             setting = f"max_completion_length={max_completion_length} leaves no room for a prompt"
             problem = f"{setting} in the model's context of {self.context} tokens"
-            raise Refused(f"{problem}: lower --max-completion-length, or take a model with a longer context.")
+            raise Refused(
+                f"{problem}: lower --max-completion-length, or take a model with a longer context."
+            )
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is not None and len(ids) > room and not truncate:
@@ -191,7 +209,11 @@ class Policy:
                 if truncate is not None:
                     mend = f"give --truncate-prompts, which drops tokens from the left, {mend}"
                     spare = room + max_completion_length - len(ids)
-                    mend = f"give --max-completion-length {spare} or less, {mend}" if spare > 0 else mend
+                    mend = (
+                        f"give --max-completion-length {spare} or less, {mend}"
+                        if spare > 0
+                        else mend
+                    )
                 raise Refused(
                     f"The prompt {where} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
@@ -303,16 +325,22 @@ def load_policy(
                 )
             from peft import AutoPeftModelForCausalLM
 
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
+            model: Any = AutoPeftModelForCausalLM.from_pretrained(
+                name, **options, is_trainable=True
+            )
             check_base(model, Path(name))
             if merge_adapter:
                 model = merged(model).requires_grad_(True)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, **options, output_loading_info=True
+            )
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
             if missing:  # transformers would fill them with random numbers, and only warn
                 lacks = f"it lacks {', '.join(missing)[:200]}"
-                raise Refused(f"{name!r} is no whole causal language model: {lacks}. Give one with its head.")
+                raise Refused(
+                    f"{name!r} is no whole causal language model: {lacks}. Give one with its head."
+                )
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
@@ -328,18 +356,28 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     """
     model: Any = policy.model
     # transformers 5 renamed the method in a later release; its first releases have only the older name.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise Refused(f"gradient_checkpointing fails ({describe(error)}): leave it off.") from error
     model.enable_input_require_grads()  # under LoRA the embedding is frozen, and no block would get one
-    for module in model.modules():  # transformers checkpoints only in training mode, where routers add noise
+    for (
+        module
+    ) in model.modules():  # transformers checkpoints only in training mode, where routers add noise
         module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def add_lora(
-    policy: Policy, *, r: int, alpha: float | None = None, target_modules: Sequence[str] = (), seed: int = 0
+    policy: Policy,
+    *,
+    r: int,
+    alpha: float | None = None,
+    target_modules: Sequence[str] = (),
+    seed: int = 0,
 ) -> None:
     """Wrap the policy's model with a LoRA adapter of rank `r`, in place; only the adapter stays trainable.
 
@@ -364,7 +402,9 @@ def add_lora(
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
         names = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        problem = f"lora_target_modules, names with spaces between, holds {', '.join(map(repr, missing))}"
+        problem = (
+            f"lora_target_modules, names with spaces between, holds {', '.join(map(repr, missing))}"
+        )
         raise Refused(f"{problem}, but this model's linear layers are: {', '.join(names)}.")
     config = LoraConfig(
         r=r,

@@ -28,7 +28,14 @@ CLOCK = (
     "{%- endfor -%}{{ text.text }}{%- endmacro %}{{ '' }}"
 )
 """Put before a chat template it hides the clock that transformers gives to templates under this name."""
-OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
+OURS = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+)
 """Arguments of a chat template that are given by this module, and so by nobody else."""
 
 TAIL = 16
@@ -93,8 +100,14 @@ def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
     parts += [f"chat template with {form.chat_template_kwargs}"] if _variables(form) else []
     parts += [f"chat template at {form.chat_time}"] if form.chat_time else []
     parts += [f"completions end at {' or '.join(map(repr, form.stop))}"] if form.stop else []
-    inherited = parts and saved_form(model) == {name: value for name, value in vars(form).items() if value}
-    return {"asked": "; ".join(parts) + (f" (as the run of {model})" if inherited else "")} if parts else {}
+    inherited = parts and saved_form(model) == {
+        name: value for name, value in vars(form).items() if value
+    }
+    return (
+        {"asked": "; ".join(parts) + (f" (as the run of {model})" if inherited else "")}
+        if parts
+        else {}
+    )
 
 
 def print_form(form: PromptArguments, model: Any) -> None:
@@ -134,9 +147,13 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     if not (form.chat or variables or form.system_prompt):
         return
     _check_template(tokenizer, name)
-    read = set(re.findall(r"\w+", str(tokenizer.chat_template))).difference(OURS)  # of all named templates
+    read = set(re.findall(r"\w+", str(tokenizer.chat_template))).difference(
+        OURS
+    )  # of all named templates
     if unread := [variable for variable in variables if variable not in read]:
-        reason = f"which the chat template of {name!r} never reads, or which each prompt sets itself"
+        reason = (
+            f"which the chat template of {name!r} never reads, or which each prompt sets itself"
+        )
         raise Refused(f"chat_template_kwargs sets {unread[0]!r}, {reason}: leave it out.")
     question = [{"role": "user", "content": "?"}]
     if form.system_prompt:
@@ -173,7 +190,12 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
 
 
 def render(
-    tokenizer: Any, messages: Any, form: PromptArguments, name: str, tools: Sequence[Any] = (), **options: Any
+    tokenizer: Any,
+    messages: Any,
+    form: PromptArguments,
+    name: str,
+    tools: Sequence[Any] = (),
+    **options: Any,
 ) -> Any:
     """Return messages as the chat template writes them, as text, or with the option tokenize as token ids.
 
@@ -190,8 +212,12 @@ def render(
         problem = f"The tokenizer of {name!r} has several chat templates ({describe(error)})"
         raise Refused(f"{problem}: set tokenizer.chat_template to one of them.") from error
     if tools and not re.search(r"\btools\b", template):
-        problem = f"The chat template of {name!r} never reads tools, so the policy would not see them"
-        raise Refused(f"{problem}: take a model whose template does, or an environment without tools.")
+        problem = (
+            f"The chat template of {name!r} never reads tools, so the policy would not see them"
+        )
+        raise Refused(
+            f"{problem}: take a model whose template does, or an environment without tools."
+        )
     fixed: dict[str, Any] = {"tokenize": False, "return_dict": False, "tools": shown}
     if form.chat_time:
         fixed |= {"chat_template": CLOCK + template, "time_parts": time_parts(form.chat_time)}
@@ -200,7 +226,9 @@ def render(
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         fault = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
-        raise Refused(f"{fault}. Give prompts as the template takes them, the system's words too.") from error
+        raise Refused(
+            f"{fault}. Give prompts as the template takes them, the system's words too."
+        ) from error
     except ValueError as error:
         if not options.get("continue_final_message"):
             raise
@@ -211,7 +239,9 @@ def render(
         ) from error
 
 
-def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
+def reply_ids(
+    policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
+) -> list[int]:
     """Return the ids that a chat template writes from a turn of the assistant to its next one.
 
     They are taken from a conversation of two dummy turns, without tokenising the episode again. Where they
@@ -234,7 +264,9 @@ def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequenc
         before = ids_of(dummy)
         longer = [{**turn, "content": turn["content"] + " and more"} for turn in messages]
         others = ids_of([*dummy, *longer], add_generation_prompt=True)
-        ends, later = ([i for i, x in enumerate(ids) if x in policy.eos_ids] for ids in (before, whole))
+        ends, later = (
+            [i for i, x in enumerate(ids) if x in policy.eos_ids] for ids in (before, whole)
+        )
         head = start = len(before)
         tail: list[int] = []
         if ends:  # the turn itself may differ, as some templates drop the thoughts of all turns but the last
@@ -242,15 +274,23 @@ def reply_ids(policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequenc
             start = next(iter(later[len(ends) - 1 :]), len(whole))  # where the dummy turn ends
         same = whole[:head] == before[:head] and whole[start : start + len(tail)] == tail
         same = same and whole[: start + 1] == others[: start + 1]
-        if not same or policy.tokenizer.decode(tail[1:]).strip():  # or EOS is before a turn, not behind it
+        if (
+            not same or policy.tokenizer.decode(tail[1:]).strip()
+        ):  # or EOS is before a turn, not behind it
             problem = f"The chat template of {policy.source!r} writes earlier messages otherwise once others"
-            problem += " follow them, so an episode of several turns cannot be continued token by token"
-            raise Refused(f"{problem}: give the tokenizer a chat_template that leaves them as they are.")
+            problem += (
+                " follow them, so an episode of several turns cannot be continued token by token"
+            )
+            raise Refused(
+                f"{problem}: give the tokenizer a chat_template that leaves them as they are."
+            )
         starts[key] = start
     return whole[starts[key] :]
 
 
-def following_ids(policy: Any, before: Sequence[int], text: str, prompt: Prompt = "") -> list[int] | None:
+def following_ids(
+    policy: Any, before: Sequence[int], text: str, prompt: Prompt = ""
+) -> list[int] | None:
     """Return the ids of a text that follows other tokens, so that all of them together read as written.
 
     Many tokenizers put a space in front of a text that they are given alone, as most of sentencepiece do: "7"
@@ -279,7 +319,10 @@ def following_ids(policy: Any, before: Sequence[int], text: str, prompt: Prompt 
     if begins or read(tail + alone) == start + text:
         return alone
     text = _space_before(policy, prompt, text) + text
-    right = {start + text, read(ids_of(start + text))}  # as written, as far as the tokenizer can write it
+    right = {
+        start + text,
+        read(ids_of(start + text)),
+    }  # as written, as far as the tokenizer can write it
     for anchor in ("", start, *ANCHORS):
         head, whole = ids_of(anchor), ids_of(anchor + text)
         ids = whole[len(head) :]
@@ -328,9 +371,13 @@ def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str
     names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
     prompts = [row["prompt"] for row in rows]
-    texts = [p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts]
+    texts = [
+        p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts
+    ]
     placed = zip(with_places(rows), texts, strict=True)
-    matches = [(position, match[0]) for (position, _), text in placed if (match := pattern.search(text))]
+    matches = [
+        (position, match[0]) for (position, _), text in placed if (match := pattern.search(text))
+    ]
     if not matches or getattr(tokenizer, "split_special_tokens", False):
         return []
     further = f" (and {len(matches) - 1:,} more rows contain one)" if len(matches) > 1 else ""

@@ -142,7 +142,9 @@ class SavedPolicy:
         import transformers
 
         model, auto = policy.model, getattr(transformers, KINDS[self.kind][1])
-        options = {"trust_remote_code": type(_bare(model)).__module__.startswith("transformers_modules")}
+        options = {
+            "trust_remote_code": type(_bare(model)).__module__.startswith("transformers_modules")
+        }
         with _saving("tokenizer", "Give one that AutoTokenizer can load from a folder."):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             if _reading(tokenizer) != _reading(policy.tokenizer):
@@ -153,9 +155,17 @@ class SavedPolicy:
         )
         with _saving("model", mend):
             if _is_small(model):
-                loaded, keys = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-                if wrong := [*keys["missing_keys"], *keys["unexpected_keys"], *keys["mismatched_keys"]]:
-                    raise ValueError(f"loaded again, its weights differ: {', '.join(map(str, wrong))[:200]}")
+                loaded, keys = auto.from_pretrained(
+                    folder, dtype="auto", output_loading_info=True, **options
+                )
+                if wrong := [
+                    *keys["missing_keys"],
+                    *keys["unexpected_keys"],
+                    *keys["mismatched_keys"],
+                ]:
+                    raise ValueError(
+                        f"loaded again, its weights differ: {', '.join(map(str, wrong))[:200]}"
+                    )
                 _compare_logits(model, loaded)
             elif getattr(_bare(model), "hf_quantizer", None) is None:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
@@ -213,12 +223,18 @@ def _moved(model: nn.Module) -> nn.Module:
 def _compare_logits(model: nn.Module, loaded: Any) -> None:
     """Compare the logits of a text with tokens from all over the vocabulary."""
     weight = next(model.parameters())
-    limit = ROUNDING if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()) else COARSE
+    limit = (
+        ROUNDING
+        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+        else COARSE
+    )
     rows = len(loaded.get_input_embeddings().weight)
     ids = (torch.arange(1, 9, device=weight.device) * rows // 9)[None]
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     ids = ids[:, :context]
-    before, after = (m.eval()(input_ids=ids).logits for m in (copy.deepcopy(model), loaded.to(weight.device)))
+    before, after = (
+        m.eval()(input_ids=ids).logits for m in (copy.deepcopy(model), loaded.to(weight.device))
+    )
     error, size = float((before - after).abs().max()), max(float(before.abs().max()), 0.1)
     if math.isfinite(size) and not error <= limit * size:
         raise ValueError(f"loaded again, its logits are off by {error / size:.2g} of the largest")
@@ -226,7 +242,9 @@ def _compare_logits(model: nn.Module, loaded: Any) -> None:
 
 def _hollow(model: Any) -> Any:
     """Return a copy of a model whose weights have names and shapes alone, with its adapter merged."""
-    weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    weights = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
     hollow = copy.deepcopy(model, weights)
     return merged(hollow) if has_adapter(model) else hollow
 
@@ -234,7 +252,9 @@ def _hollow(model: Any) -> Any:
 def _compare_shapes(model: nn.Module, skeleton: nn.Module) -> None:
     """Compare names and shapes of weights, of which a shared one is saved once, with those to be loaded."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    loaded = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
+    loaded = {
+        name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)
+    }
     names = {**shapes, **dict(skeleton.named_parameters())}
     if wrong := [name for name in names if shapes.get(name) != loaded.get(name)]:
         raise ValueError(f"loaded again, its weights differ: {', '.join(wrong)[:200]}")

@@ -67,7 +67,9 @@ def merged(model: Any) -> Any:
         for name, weight in module.named_parameters(recurse=False):
             owners[weight].append((path, module, name))
     for weight, (first, *others) in owners.items():
-        is_adapted = any(re.search("base_layer|original_module", path) for path, *_ in (first, *others))
+        is_adapted = any(
+            re.search("base_layer|original_module", path) for path, *_ in (first, *others)
+        )
         for _, module, name in others if is_adapted else ():
             setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
             tied = False
@@ -108,7 +110,9 @@ def read_weights(model: Any, folder: Path) -> None:
         (_read_adapter if has_adapter(model) else _read_whole)(model, folder)
     except Refused:
         raise
-    except Exception as error:  # files that are absent, damaged or something else raise many kinds of errors
+    except (
+        Exception
+    ) as error:  # files that are absent, damaged or something else raise many kinds of errors
         raise Refused(
             f"The weights in {folder} are not those of this run's model ({describe(error)}). Resume with the "
             "model and the settings that the run was started with, or start a new run from these weights."
@@ -124,8 +128,14 @@ def _read_whole(model: Any, folder: Path) -> None:
         saved, mismatch = type(model).from_pretrained(
             folder, **form, output_loading_info=True, local_files_only=True
         )
-    if wrong := [*mismatch["missing_keys"], *mismatch["mismatched_keys"], *mismatch["unexpected_keys"]]:
-        raise ValueError(f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}")
+    if wrong := [
+        *mismatch["missing_keys"],
+        *mismatch["mismatched_keys"],
+        *mismatch["unexpected_keys"],
+    ]:
+        raise ValueError(
+            f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}"
+        )
     model.load_state_dict(saved.state_dict())
 
 
@@ -155,7 +165,9 @@ def _read_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     saved, present = load_file(folder / "adapter_model.safetensors"), adapter_weights(model)
-    if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
+    if {name: w.shape for name, w in saved.items()} != {
+        name: w.shape for name, w in present.items()
+    }:
         raise ValueError("the names or the shapes of its adapter's weights differ")
     check_base(model, folder)
     set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
@@ -219,7 +231,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     content = {
-        "rules": {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")},
+        "rules": {
+            name: rule for name, rule in rules.items() if name not in ("padding", "truncation")
+        },
         "vocabulary": tokenizer.get_vocab() if backend is None else None,
         "special tokens": tokenizer.special_tokens_map,
         "special ids": sorted(tokenizer.all_special_ids),
@@ -229,8 +243,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 KINDS = {
-    "policy": ("transformers", "AutoModelForCausalLM", "This model was trained by tokenrl. It loads so:"),
-    "adapter": ("peft", "AutoPeftModelForCausalLM", "This is a LoRA adapter alone, trained by tokenrl."),
+    "policy": (
+        "transformers",
+        "AutoModelForCausalLM",
+        "This model was trained by tokenrl. It loads so:",
+    ),
+    "adapter": (
+        "peft",
+        "AutoPeftModelForCausalLM",
+        "This is a LoRA adapter alone, trained by tokenrl.",
+    ),
     "reward model": (
         *("transformers", "AutoModelForSequenceClassification"),
         "A reward model: one number for prompt + completion, trained on preferences.",
@@ -269,14 +291,26 @@ class Card:
         data = ModelCardData(
             library_name=library,
             base_model=os.fspath(self.base) if isinstance(self.base, str | os.PathLike) else None,
-            pipeline_tag="text-classification" if self.kind == "reward model" else "text-generation",
+            pipeline_tag="text-classification"
+            if self.kind == "reward model"
+            else "text-generation",
             tags=[*self.tags, *(["lora"] if self.kind == "adapter" else []), "tokenrl"],
         )
         lines = [
             *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", about, ""),
-            *("```python", "from transformers import AutoTokenizer", f"from {library} import {auto}"),
+            *(
+                "```python",
+                "from transformers import AutoTokenizer",
+                f"from {library} import {auto}",
+            ),
             f"model = {auto}.from_pretrained(DIRECTORY)",
-            *("tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)", "```", "", "| | |", "|---|---|"),
+            *(
+                "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
+                "```",
+                "",
+                "| | |",
+                "|---|---|",
+            ),
             *(f"| {_plain(name)} | {_plain(value)} |" for name, value in self.facts.items()),
             *("", *self.origin, ""),
         ]

@@ -46,7 +46,9 @@ class StopStrings:
             Refused: a string holds the name of a special token and other text.
         """
         self._tokenizer = tokenizer
-        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {
+            str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         strings = list(strings)
         for string in strings:
             inside = [name for name in special if name in string and name != string]
@@ -64,7 +66,10 @@ class StopStrings:
         last = {string[-1] for string in self.strings} | ({"\ufffd"} if self.strings else set())
         self._may_end = torch.zeros(token_ids[-1] + 1, dtype=torch.bool)
         self._may_end[token_ids] = torch.tensor(
-            [i in self.ids or not last.isdisjoint(text) for i, text in zip(token_ids, texts, strict=True)]
+            [
+                i in self.ids or not last.isdisjoint(text)
+                for i, text in zip(token_ids, texts, strict=True)
+            ]
         )
 
     def ended(self, ids: Tensor, rows: Tensor, t: int) -> Tensor:
@@ -78,7 +83,9 @@ class StopStrings:
         Returns:
             Booleans [n].
         """
-        token = ids[rows, t].clamp(max=len(self._may_end) - 1)  # a model may have more ids than its tokenizer
+        token = ids[rows, t].clamp(
+            max=len(self._may_end) - 1
+        )  # a model may have more ids than its tokenizer
         ended = self._may_end[token]
         texts = ids[rows[ended], : t + 1].tolist()
         ended[ended.clone()] = torch.tensor([self._completes(row) for row in texts]).bool()

@@ -34,7 +34,9 @@ from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
-HELD_OUT = 2**32  # added to the seed, so that held-out and training pairs use different random numbers
+HELD_OUT = (
+    2**32
+)  # added to the seed, so that held-out and training pairs use different random numbers
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,17 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
         per_prompt = math.ceil(pairs / len(prompts))
         chosen = prompts[: math.ceil(pairs / per_prompt)]
         sampling = Sampling(length, 2 * per_prompt, seed, temperature=args.temperature)
-        return make_preferences(policy, chosen, rewards, sampling, noise_temperature=args.noise_temperature)
+        return make_preferences(
+            policy, chosen, rewards, sampling, noise_temperature=args.noise_temperature
+        )
 
     try:
         with using_threads(choose_threads(policy.size, args.threads)[0]):
             rows = {
                 "preferences.jsonl": sampled(task.train_prompts, args.num_pairs, args.seed),
-                "preferences_eval.jsonl": sampled(task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
+                "preferences_eval.jsonl": sampled(
+                    task.eval_prompts, args.eval_size, HELD_OUT + args.seed
+                ),
             }
     except Stopped as error:
         raise Refused(f"Before the first step: {error}") from error
@@ -123,13 +129,17 @@ def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> Rewa
             )
         return reward_backbone(args.model, seed=args.seed)
     if task is None:
-        raise Refused("Name a model to start from: --model DIRECTORY_OR_HUB_NAME, or --task for its own.")
+        raise Refused(
+            "Name a model to start from: --model DIRECTORY_OR_HUB_NAME, or --task for its own."
+        )
     if args.hidden_size is not None:
         try:  # a task may have no tiny model, or one whose heads do not divide this width
             task = replace(task, build=replace(task.build, hidden=args.hidden_size))
             task.build(0)
         except (AttributeError, TypeError, ValueError) as error:
-            raise Refused(f"hidden_size={args.hidden_size} does not fit: {describe(error)}") from error
+            raise Refused(
+                f"hidden_size={args.hidden_size} does not fit: {describe(error)}"
+            ) from error
     base = warm_started_base(task, seed=args.base_seed, announce=announce)
     return reward_backbone(str(base), seed=args.seed)
 
@@ -180,7 +190,9 @@ def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
     from transformers import AutoModelForSequenceClassification
 
     if hasattr(model, "disable_adapter"):
-        raise Refused("The model has an adapter: merge it first (merge_and_unload), or give a saved model.")
+        raise Refused(
+            "The model has an adapter: merge it first (merge_and_unload), or give a saved model."
+        )
     source: Any = model
     config = copy.deepcopy(source.config)
     config.num_labels = 1
@@ -198,6 +210,8 @@ def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
     generator, drawn = torch.Generator().manual_seed(seed), set(names)
     for name, weight in model.named_parameters():
         if name in drawn and weight.ndim > 1:
-            weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5)
+            weight.copy_(
+                torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
+            )
         elif name in drawn:
             weight.zero_()

@@ -35,8 +35,12 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     encoded = [(ids(pair, pair.chosen), ids(pair, pair.rejected)) for pair in pairs]
     lengths, limit = [max(map(len, both)) for both in encoded], reward_model.max_length
     if limit is not None and (count := sum(length > limit for length in lengths)):
-        problem = f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
-        raise Refused(f"{problem} (up to {max(lengths)}): leave them out, or take a model of longer context.")
+        problem = (
+            f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
+        )
+        raise Refused(
+            f"{problem} (up to {max(lengths)}): leave them out, or take a model of longer context."
+        )
     return encoded
 
 
@@ -49,10 +53,14 @@ def score_pairs(reward_model: RewardModel, encoded: Sequence[Encoded]) -> np.nda
     Raises:
         Stopped: a reward is not finite.
     """
-    rewards = np.asarray(reward_model.score([ids for both in encoded for ids in both]), dtype=np.float64)
+    rewards = np.asarray(
+        reward_model.score([ids for both in encoded for ids in both]), dtype=np.float64
+    )
     if not np.isfinite(rewards).all():
         count = (~np.isfinite(rewards)).sum()
-        raise Stopped(f"{count} of {rewards.size} rewards are not finite: the weights have diverged.")
+        raise Stopped(
+            f"{count} of {rewards.size} rewards are not finite: the weights have diverged."
+        )
     return rewards.reshape(-1, 2)
 
 
@@ -79,7 +87,10 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     metrics = {"accuracy": float(right.mean())}
     if (error := clustered_stderr(right, [pair.key for pair in pairs])) is not None:
         metrics["accuracy_stderr"] = error
-    metrics |= {"loss": float(np.logaddexp(0, -difference).mean()), "margin": float(difference.mean())}
+    metrics |= {
+        "loss": float(np.logaddexp(0, -difference).mean()),
+        "margin": float(difference.mean()),
+    }
     metrics["calibration_error"] = expected_calibration_error(difference)
     golds = [pair.gold for pair in pairs if pair.gold is not None]
     if len(golds) == len(pairs):
@@ -121,5 +132,7 @@ def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
     bin_of = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_of, weights=_right(difference) - predicted)  # of each bin, times its pairs
+    gaps = np.bincount(
+        bin_of, weights=_right(difference) - predicted
+    )  # of each bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

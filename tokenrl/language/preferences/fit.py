@@ -69,7 +69,9 @@ def bradley_terry_loss(
         A scalar.
     """
     difference = chosen_rewards - rejected_rewards - margin  # [B]
-    likelihood = (1 - label_smoothing) * logsigmoid(difference) + label_smoothing * logsigmoid(-difference)
+    likelihood = (1 - label_smoothing) * logsigmoid(difference) + label_smoothing * logsigmoid(
+        -difference
+    )
     center = (chosen_rewards + rejected_rewards).square().mean()
     return -likelihood.mean() + center_rewards_coefficient * center
 
@@ -84,7 +86,9 @@ class PreferenceTraining:
         descent: the optimiser, and how far it has come.
     """
 
-    def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments) -> None:
+    def __init__(
+        self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments
+    ) -> None:
         """Tokenise the pairs and make the optimiser.
 
         Args:
@@ -132,7 +136,9 @@ class PreferenceTraining:
             "rewards/chosen": won.mean(),
             "rewards/rejected": lost.mean(),
         }
-        metrics = self.descent.update(loss) | {name: float(value) for name, value in measured.items()}
+        metrics = self.descent.update(loss) | {
+            name: float(value) for name, value in measured.items()
+        }
         epoch = self.descent.step * args.batch_size / len(self._encoded)
         return metrics | {"learning_rate": rate, "epoch": epoch, "num_tokens": self._tokens}
 
@@ -185,7 +191,9 @@ class RewardModelResult(Outcome):
 
 
 @takes(RewardModelArguments)
-def train_reward_model(args: RewardModelArguments | None = None, **options: Any) -> RewardModelResult:
+def train_reward_model(
+    args: RewardModelArguments | None = None, **options: Any
+) -> RewardModelResult:
     """Train a reward model; the keywords are the fields of `RewardModelArguments`.
 
     Where the command line takes names, the keywords also take objects: `data` rows in memory, or a dict of
@@ -213,7 +221,9 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     with Session("reward-model", choices) as session, ExitStack() as stack:
         named = [where for where in (choices.data, choices.task) if isinstance(where, str)]
         title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
-        session.console.start(title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE)
+        session.console.start(
+            title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE
+        )
         with session.console.status("loading the preferences and the model"):
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
@@ -224,9 +234,14 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         form = reward_model.form
         chosen = {"threads": threads, "output_dir": session.directory, "chat_time": form.chat_time}
         args = RewardModelArguments(**vars(fill_defaults(choices, data)) | chosen)
-        training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
+        training = PreferenceTraining(
+            reward_model, data.train, args
+        )  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
-        rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
+        rows = {
+            "train": list(map(asdict, data.train)),
+            "held_out": list(map(asdict, data.held_out)),
+        }
         provenance = provenance_of(reward_model, rows)
         saved = SavedPolicy(reward_model, "reward model")
         session.keep(saved, provenance, training=training)
@@ -234,7 +249,9 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         session.open(header)
 
         def evaluate() -> dict[str, float]:
-            return session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
+            return session.evaluated(
+                preference_metrics(score_pairs(reward_model, held_out), data.held_out)
+            )
 
         if not session.continues:
             evaluate()
@@ -243,7 +260,12 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
             ended = RewardModelResult(**session.outcome("check"), reward_model=reward_model)
             return replace(ended, exit_code=ended.exit_code or code)
         task = None if data.task is None else data.task.name
-        names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
+        names = {
+            "data": data.name,
+            "model": reward_model.__name__,
+            "policy": "in memory",
+            "task": task,
+        }
         title = f"Reward model, {data.name}, seed {args.seed}"
         counts = {"train": len(data.train), "held_out": len(data.held_out)}
         session.begin(args, names=names, title=title, pairs=counts, **recorded(data.task))
@@ -263,15 +285,21 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
 def fill_defaults(choices: Any, data: RewardData) -> Any:
     """Lay what was given over the defaults that follow from the data; refuse a margin that is given twice."""
     if choices.margin and any(pair.margin is not None for pair in data.train):
-        raise Refused(f"margin={choices.margin} and a column 'margin' were both given: give one of the two.")
+        raise Refused(
+            f"margin={choices.margin} and a column 'margin' were both given: give one of the two."
+        )
     batch = min(choices.batch_size, len(data.train))
     steps = choices.max_steps or math.ceil(len(data.train) / batch)
     usual = {"max_steps": steps, "learning_rate": 1e-3 if choices.model is None else 1e-5}
     usual["eval_every"] = max(1, steps // 10)
-    return lay(("default", usual), ("given", vars(choices)), ("pairs", {"batch_size": batch})).values
+    return lay(
+        ("default", usual), ("given", vars(choices)), ("pairs", {"batch_size": batch})
+    ).values
 
 
-def _header(args: RewardModelArguments, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
+def _header(
+    args: RewardModelArguments, data: RewardData, reward_model: RewardModel
+) -> dict[str, Any]:
     """Return the lines of the header that is printed when the run starts."""
     model = reward_model.model
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -284,7 +312,9 @@ def _header(args: RewardModelArguments, data: RewardData, reward_model: RewardMo
     }
 
 
-def _finish(session: Session, data: RewardData, ended: RewardModelResult, title: str, rewards: Any) -> None:
+def _finish(
+    session: Session, data: RewardData, ended: RewardModelResult, title: str, rewards: Any
+) -> None:
     """Save the model and the pairs, write summary and report, and show how the run ended.
 
     Args:
@@ -303,13 +333,19 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
         | {"reward_chosen": float(chosen), "reward_rejected": float(rejected)}
         for pair, (chosen, rejected) in zip(data.held_out, rewards, strict=True)
     ]
-    rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])  # the worst mistakes first
+    rows.sort(
+        key=lambda row: row["reward_chosen"] - row["reward_rejected"]
+    )  # the worst mistakes first
     for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
-    facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
+    facts: dict[str, Any] = {
+        f"{name} on held-out pairs": value for name, value in ended.eval_after.items()
+    }
     facts |= form_line(ended.reward_model.form)
     facts["weights"] = ended.weights
     base, origin = session.args.model, session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
-    session.finish(ended, lambda path: SavedPolicy(ended.reward_model, "reward model").hand_over(path, card))
+    session.finish(
+        ended, lambda path: SavedPolicy(ended.reward_model, "reward model").hand_over(path, card)
+    )

@@ -50,7 +50,12 @@ class Pair:
 
 
 def load_pairs(
-    data: Any, *, split: str = "train", eval_split: str | None = None, eval_size: int = 256, seed: int = 0
+    data: Any,
+    *,
+    split: str = "train",
+    eval_split: str | None = None,
+    eval_size: int = 256,
+    seed: int = 0,
 ) -> tuple[list[Pair], list[Pair]]:
     """Load the training and the evaluation pairs of a source of preferences.
 
@@ -103,27 +108,39 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
     pairs = [_pair(row, f"{where}, {position}") for position, row in with_places(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not different:
-        raise Refused(f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows.")
+        raise Refused(
+            f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows."
+        )
     return different
 
 
 def _pair(row: Row, where: str) -> Pair:
-    prompt, chosen, rejected = (as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (
+        as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected")
+    )
     for name, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
         fault = "" if name == "prompt" and value is None else fault_of_prompt(value, name)
         if fault:
             message = '{"role": ..., "content": text}'
-            raise Refused(f"{where}: {fault}; it must be text, or a list of chat messages {message}.")
+            raise Refused(
+                f"{where}: {fault}; it must be text, or a list of chat messages {message}."
+            )
     chats = not isinstance(chosen, str)
     alike = chats != isinstance(rejected, str)
     repeated = chats and alike and chosen[0]["content"] == rejected[0]["content"] == prompt
     if not alike or (chats and isinstance(prompt, str) and not repeated):
-        problem = f"{where}: some of prompt, chosen and rejected are text and others are chat messages."
-        raise Refused(f"{problem} Give them alike; only a prompt of messages may stand before text.")
+        problem = (
+            f"{where}: some of prompt, chosen and rejected are text and others are chat messages."
+        )
+        raise Refused(
+            f"{problem} Give them alike; only a prompt of messages may stand before text."
+        )
     if prompt is None or repeated:  # some data sets repeat the first message as the prompt
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    margin, *golds = (_number(row, name, where) for name in ("margin", "chosen_gold", "rejected_gold"))
+    margin, *golds = (
+        _number(row, name, where) for name in ("margin", "chosen_gold", "rejected_gold")
+    )
     return Pair(prompt, chosen, rejected, margin, None if None in golds else (golds[0], golds[1]))  # type: ignore[arg-type]
 
 
@@ -185,7 +202,9 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
     repeated = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out)
     swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in trained for pair in train)
-    texts = (completion_texts([getattr(pair, name) for pair in train]) for name in ("chosen", "rejected"))
+    texts = (
+        completion_texts([getattr(pair, name) for pair in train]) for name in ("chosen", "rejected")
+    )
     gaps = [len(chosen) - len(rejected) for chosen, rejected in zip(*texts, strict=True)]
     longer, shorter = (sum(sign * gap > 0 for gap in gaps) / len(train) for sign in (1, -1))
     which, share = ("longer", longer) if longer > shorter else ("shorter", shorter)
@@ -196,7 +215,9 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         findings.append(Finding("held-out-in-training", weight, text))
     if swapped:
         weight = "void" if swapped == len(train) else "watch"
-        text = f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
+        text = (
+            f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
+        )
         findings.append(Finding("contradictory-pairs", weight, text))
     if share >= MOSTLY:
         text = f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model may"

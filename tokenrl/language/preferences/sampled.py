@@ -61,11 +61,15 @@ def make_preferences(
         Stopped: the gold reward raised an error or returned something that is not a reward.
     """
     if not prompts:
-        raise Refused("There are no prompts to make preferences from: give at least one row with a prompt.")
+        raise Refused(
+            "There are no prompts to make preferences from: give at least one row with a prompt."
+        )
     check_number("noise_temperature", noise_temperature, at_least=0)
     pairs, left_over = divmod(sampling.num_generations, 2)
     if pairs < 1 or left_over:
-        fault = f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
+        fault = (
+            f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
+        )
         raise Refused(f"{fault}, so give an even number of at least 2.")
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
     check_single_turn(gold, "A pair of completions")
@@ -75,11 +79,16 @@ def make_preferences(
     for batch in sample_and_reward(
         policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
-        texts, numbers = policy.decode(batch.completion_ids, batch.mask), batch.prompt_index.tolist()
+        texts, numbers = (
+            policy.decode(batch.completion_ids, batch.mask),
+            batch.prompt_index.tolist(),
+        )
         golds = batch.rewards.masked_fill(~batch.valid, math.nan).tolist()
         for k in range(0, len(texts), 2):
             pair = k // 2 % pairs
-            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[numbers[k], pair])
+            first = first_is_chosen(
+                golds[k], golds[k + 1], noise_temperature, noise[numbers[k], pair]
+            )
             if first is None or texts[k] == texts[k + 1]:
                 continue
             chosen, rejected = (k, k + 1) if first else (k + 1, k)
@@ -91,11 +100,15 @@ def make_preferences(
             rows.append(row | {"chosen_gold": golds[chosen], "rejected_gold": golds[rejected]})
     if not rows:
         fault = f"None of {len(prompts) * pairs} sampled pairs can be used: they are equal, or equally good."
-        raise Refused(f"{fault} Raise the temperature, or use a graded gold reward or another policy.")
+        raise Refused(
+            f"{fault} Raise the temperature, or use a graded gold reward or another policy."
+        )
     return rows
 
 
-def first_is_chosen(first: float, second: float, noise_temperature: float, draw: float) -> bool | None:
+def first_is_chosen(
+    first: float, second: float, noise_temperature: float, draw: float
+) -> bool | None:
     """Decide from a uniform random number whether the first of two is chosen; None leaves the pair out."""
     difference = first - second
     if math.isnan(difference) or (noise_temperature == 0 and difference == 0):

@@ -25,7 +25,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, location, own_process, suggest, written
+from tokenrl.errors import (
+    Refused,
+    Stopped,
+    TokenrlError,
+    describe,
+    location,
+    own_process,
+    suggest,
+    written,
+)
 from tokenrl.settings import LARGEST_REWARD, shown
 
 Reward = Callable[..., Any]
@@ -40,7 +49,16 @@ BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sa
 RESERVED = {
     "log_metric": (METRICS.split(), BEGINNINGS),
     "log_extra": (
-        ["prompt", "completion", "reward", "advantage", "truncated", "ending", "messages", "failure"],
+        [
+            "prompt",
+            "completion",
+            "reward",
+            "advantage",
+            "truncated",
+            "ending",
+            "messages",
+            "failure",
+        ],
         ("rewards/",),
     ),
 }
@@ -48,7 +66,9 @@ RESERVED = {
 
 PLAIN = {str, int, float, bool, type(None)}
 """Types of values that cannot be changed in place."""
-TORCH_SETTINGS = "default_dtype default_device num_threads deterministic_debug_mode float32_matmul_precision"
+TORCH_SETTINGS = (
+    "default_dtype default_device num_threads deterministic_debug_mode float32_matmul_precision"
+)
 
 
 class Attempt(NamedTuple):
@@ -127,8 +147,12 @@ def call_rewards(
         for name, function in named.items():
             announce(f"Reward function {name}")
             logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
-            attempts[name] = _attempt(function, name, arguments, {**logs, **(objects or {})}, pairs[name])
-        waiting = {name: call.output for name, call in attempts.items() if inspect.isawaitable(call.output)}
+            attempts[name] = _attempt(
+                function, name, arguments, {**logs, **(objects or {})}, pairs[name]
+            )
+        waiting = {
+            name: call.output for name, call in attempts.items() if inspect.isawaitable(call.output)
+        }
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
@@ -137,8 +161,12 @@ def call_rewards(
                 raise error
             if error is not None:
                 raise _failure(name, error, described, pairs[name]) from error
-    values = {name: checked_rewards(name, call.output, described) for name, call in attempts.items()}
-    return CallResults(values, extra, logged, {name: call.seconds for name, call in attempts.items()})
+    values = {
+        name: checked_rewards(name, call.output, described) for name, call in attempts.items()
+    }
+    return CallResults(
+        values, extra, logged, {name: call.seconds for name, call in attempts.items()}
+    )
 
 
 def _free_name(function: str, call: str, name: Any) -> str:
@@ -176,12 +204,17 @@ def _failure(
     prompts, completions, _ = described.args
     line = location(error, 1)  # frame 0 is the call in this file
     problem = f"Reward function {name} raised {describe(error)}{line}."
-    if isinstance(error, AttributeError | TypeError) and not all(isinstance(c, str) for c in completions):
+    if isinstance(error, AttributeError | TypeError) and not all(
+        isinstance(c, str) for c in completions
+    ):
         problem += ' A completion of a chat is a list of one message; its text is completion[0]["content"].'
     # The function is not called again, as it may be paid for. The variables of its frames show its row.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     values = {id(value) for frame in frames for value in frame.f_locals.values()}
-    held = {row: (id(prompt) in values) + (id(text) in values) for row, (prompt, text) in enumerate(pairs)}
+    held = {
+        row: (id(prompt) in values) + (id(text) in values)
+        for row, (prompt, text) in enumerate(pairs)
+    }
     most = max(held.values(), default=0)
     nearest = {described(row) for row, count in held.items() if count == most > 0}
     if len(nearest) == 1:
@@ -198,8 +231,12 @@ def _failure(
 def restored_settings() -> Iterator[None]:
     """Give settings of torch and numpy back as they were after code of a reward has run in the block."""
     torch = sys.modules.get("torch")
-    before = {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()} if torch else {}
-    gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
+    before = (
+        {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()} if torch else {}
+    )
+    gradients = (
+        torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
+    )
     try:
         with np.errstate(), gradients:
             yield
@@ -256,14 +293,18 @@ def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None
         try:
             with own_process():
                 output = await awaitable
-        except BaseException as error:  # no Ctrl-C is among them: Python raises it in the main thread only
+        except (
+            BaseException
+        ) as error:  # no Ctrl-C is among them: Python raises it in the main thread only
             return Attempt(None, error, time.perf_counter() - began)
         return Attempt(output, None, time.perf_counter() - began)
 
     tasks = [asyncio.run_coroutine_threadsafe(attempt(one), _event_loop()) for one in awaitables]
     concurrent.futures.wait(tasks, timeout)
     overdue = Attempt(None, Overdue(timeout), 0.0)
-    return [overdue if task.cancel() else task.result() for task in tasks]  # one that is done cannot be
+    return [
+        overdue if task.cancel() else task.result() for task in tasks
+    ]  # one that is done cannot be
 
 
 @functools.cache
@@ -329,12 +370,18 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
         row = min(len(items), count)
         beyond = f"{described(row)} has none" if row < count else "too many"
         description = f"{len(items)} rewards for {count} completions ({beyond})"
-        raise Stopped(f"Reward function {name} returned {description}; it must return one for each, or None.")
-    return np.array([_number(item, name, partial(described, i)) for i, item in enumerate(items)], np.float64)
+        raise Stopped(
+            f"Reward function {name} returned {description}; it must return one for each, or None."
+        )
+    return np.array(
+        [_number(item, name, partial(described, i)) for i, item in enumerate(items)], np.float64
+    )
 
 
 def _number(item: Any, name: str, described: partial[str]) -> float:
-    with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
+    with contextlib.suppress(
+        Exception
+    ):  # a meta tensor has no value, and methods of an object may fail
         return math.nan if item is None else reward_number(item)
     description = f"{written(item):.80} ({type(item).__name__}) for {described()}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"

@@ -33,7 +33,15 @@ from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.language.rewards.tools import Message, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
-ENDINGS = ("completed", "max_turns", "max_tokens", "context_overflow", "parse_error", "error", "timeout")
+ENDINGS = (
+    "completed",
+    "max_turns",
+    "max_tokens",
+    "context_overflow",
+    "parse_error",
+    "error",
+    "timeout",
+)
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
@@ -90,9 +98,13 @@ class Episode:
         self.ending, fault = "timeout" if late else "error", f"returned {problem}"
         if isinstance(problem, BaseException):
             frames = traceback.extract_tb(problem.__traceback__)
-            theirs = (number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM)
+            theirs = (
+                number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM
+            )
             line = location(problem, next(theirs, len(frames)))
-            overdue = f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
+            overdue = (
+                f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
+            )
             fault = overdue if late else f"raised {describe(problem)}{line}"
         self.failure = encodable(f"{call} {fault}.")
         return Answer([], 0.0, self.ending, self.failure)
@@ -139,7 +151,9 @@ class Environments:
         self._first = {name: self._checked(Episode(None, "", name)) for name in factories}
         instances = [episode.environment for episode in self._first.values()]
         self.__name__ = "environment" if len(instances) != 1 else type(instances[0]).__name__
-        self.rewarded = any(e.steps or hasattr(e.environment, "get_reward") for e in self._first.values())
+        self.rewarded = any(
+            e.steps or hasattr(e.environment, "get_reward") for e in self._first.values()
+        )
         self.has_tools = any(episode.tools for episode in self._first.values())
 
     def __call__(self, environment_rewards: list[float | None], **_: Any) -> list[float | None]:
@@ -155,14 +169,18 @@ class Environments:
         for where, row in with_places(rows):
             name = self._name(row)
             if name not in self._first:
-                problem = f"The column environment of {where} is {name!r}, which names no environment"
+                problem = (
+                    f"The column environment of {where} is {name!r}, which names no environment"
+                )
                 raise Refused(f"{problem}.{suggest(str(name), map(str, self._first))}")
             environment = self._first[name].environment
             try:
                 inspect.signature(environment.reset).bind(**self._options(row, 0))
             except TypeError as error:
                 problem = f"{type(environment).__name__}.reset cannot take the columns of {where}: {error}"
-                raise Refused(f"{problem}. Give it parameters for those it needs, and **kwargs.") from error
+                raise Refused(
+                    f"{problem}. Give it parameters for those it needs, and **kwargs."
+                ) from error
 
     def reset(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Begin an episode for each of N rows.
@@ -195,7 +213,9 @@ class Environments:
                 reason why a call cannot be parsed.
         """
         turns = dict(zip(episodes, messages, strict=True))
-        steps = {e: partial(e.environment.step, turn["content"]) for e, turn in turns.items() if e.steps}
+        steps = {
+            e: partial(e.environment.step, turn["content"]) for e, turn in turns.items() if e.steps
+        }
         answers = self._ask("step", steps, _stepped, STEP)
         answers |= self._call_tools({e: turn for e, turn in turns.items() if not e.steps})
         return [answers[episode] for episode in episodes]
@@ -205,9 +225,15 @@ class Environments:
 
         The reward is 0 with gymnasium's interface, and where there is no `get_reward`.
         """
-        live = [e for e in episodes if not (e.failure or e.steps) and hasattr(e.environment, "get_reward")]
+        live = [
+            e
+            for e in episodes
+            if not (e.failure or e.steps) and hasattr(e.environment, "get_reward")
+        ]
         rewards = {episode: episode.environment.get_reward for episode in live}
-        answers = self._ask("get_reward", rewards, lambda _, x: Answer([], reward_number(x)), REWARD)
+        answers = self._ask(
+            "get_reward", rewards, lambda _, x: Answer([], reward_number(x)), REWARD
+        )
         for episode in episodes:
             if not episode.failure:
                 self._free[episode.name].append(episode.environment)
@@ -227,7 +253,11 @@ class Environments:
         """Give an episode a free instance of its environment, else a new one; return the episode."""
         make, free = self._factories[episode.name], self._free[episode.name]
         # Made in a random state of its own, as the episode must not depend on whether the instance is new.
-        attempt = Attempt(free.pop(), None, 0.0) if free else call_all([(Streams(0), make)], self.timeout)[0]
+        attempt = (
+            Attempt(free.pop(), None, 0.0)
+            if free
+            else call_all([(Streams(0), make)], self.timeout)[0]
+        )
         instance = episode.environment = attempt.output
         fault: Any = attempt.error
         try:
@@ -242,7 +272,9 @@ class Environments:
         if fault is not None:
             episode.fail(getattr(make, "__name__", written(make)), fault)
             return episode
-        if not episode.steps:  # as TRL lists them: the class is read, as an instance may compute attributes
+        if (
+            not episode.steps
+        ):  # as TRL lists them: the class is read, as an instance may compute attributes
             names = dict(inspect.getmembers(type(instance), inspect.isfunction)).keys() - NO_TOOLS
             episode.tools = [getattr(instance, name) for name in sorted(names) if name[0] != "_"]
         return episode
@@ -269,8 +301,12 @@ class Environments:
                 get_json_schema(tool)
             except Exception as error:
                 problem = f"{tool.__qualname__} cannot be a tool ({describe(error)})"
-                mend = "give it type hints and a docstring with a line for each argument below `Args:`"
-                seed = ", or give reset a parameter seed, as gymnasium has it" * (tool.__name__ == "step")
+                mend = (
+                    "give it type hints and a docstring with a line for each argument below `Args:`"
+                )
+                seed = ", or give reset a parameter seed, as gymnasium has it" * (
+                    tool.__name__ == "step"
+                )
                 raise Refused(f"{problem}: {mend}, or a name with _ in front{seed}.") from error
         self._free[episode.name].append(episode.environment)
         return episode
@@ -288,7 +324,9 @@ class Environments:
         """
         answers, episodes = {}, list(calls)
         for some in (episodes[:2], episodes[2:]):
-            attempts = call_all([(episode.streams, calls[episode]) for episode in some], self.timeout)
+            attempts = call_all(
+                [(episode.streams, calls[episode]) for episode in some], self.timeout
+            )
             wrong = dict[str, str]()
             for episode, (output, error, _) in zip(some, attempts, strict=True):
                 call = f"{type(episode.environment).__name__}.{method}"
@@ -296,7 +334,9 @@ class Environments:
                     answers[episode] = episode.fail(call, error) if error else read(episode, output)
                     self._right |= set() if error else {call}
                 except Exception:
-                    answers[episode] = episode.fail(call, f"{shown(output)}; it must return {returns}")
+                    answers[episode] = episode.fail(
+                        call, f"{shown(output)}; it must return {returns}"
+                    )
                     wrong[call] = episode.failure
             if never := wrong.keys() - self._right:
                 raise Stopped(wrong[min(never)])
@@ -309,11 +349,19 @@ class Environments:
             answers[episode] = Answer([], ending="" if turn.get("tool_calls") else "completed")
             if reason := turn.get("malformed"):
                 observed = Answer([_reply("unknown", None, reason)])
-                answers[episode] = Answer([], ending="parse_error") if self.malformed == "end" else observed
-        calls = [[(e, call["function"]) for call in turn.get("tool_calls", ())] for e, turn in turns.items()]
+                answers[episode] = (
+                    Answer([], ending="parse_error") if self.malformed == "end" else observed
+                )
+        calls = [
+            [(e, call["function"]) for call in turn.get("tool_calls", ())]
+            for e, turn in turns.items()
+        ]
         for column in itertools.zip_longest(*calls):
             pending = [pair for pair in column if pair is not None and not pair[0].failure]
-            uses = [(e.streams, partial(use, e.tools, f["name"], copied(f["arguments"]))) for e, f in pending]
+            uses = [
+                (e.streams, partial(use, e.tools, f["name"], copied(f["arguments"])))
+                for e, f in pending
+            ]
             attempts = call_all(uses, self.timeout)
             for (episode, function), (output, error, _) in zip(pending, attempts, strict=True):
                 tool = f"{type(episode.environment).__name__}.{function['name']}"

@@ -62,7 +62,10 @@ def call_all(
             try:
                 with streams, own_process():
                     attempt = Attempt(within(timeout, call) if timeout else call(), None, 0.0)
-            except (KeyboardInterrupt, TokenrlError):  # the user's own; a deadline that is impossible
+            except (
+                KeyboardInterrupt,
+                TokenrlError,
+            ):  # the user's own; a deadline that is impossible
                 raise
             except BaseException as error:
                 attempt = Attempt(None, error, 0.0)
@@ -93,7 +96,9 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 
     mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
     if not (hasattr(signal, "SIGALRM") and hasattr(signal, "setitimer")):
-        raise Refused(f"This system ({sys.platform}) has no timer for the calls of environments: {mend}.")
+        raise Refused(
+            f"This system ({sys.platform}) has no timer for the calls of environments: {mend}."
+        )
     timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
     try:
         before = signal.signal(signal.SIGALRM, interrupt)

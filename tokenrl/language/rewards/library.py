@@ -21,7 +21,8 @@ from tokenrl.settings import Count, NonNegative, Settings
 def completion_texts(completions: Sequence[Any]) -> list[str]:
     """The text of each completion; of chat messages it is their contents, joined by line ends."""
     return [
-        c if isinstance(c, str) else "\n".join(str(message["content"]) for message in c) for c in completions
+        c if isinstance(c, str) else "\n".join(str(message["content"]) for message in c)
+        for c in completions
     ]
 
 
@@ -49,7 +50,9 @@ class RegexFormat(Settings):
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise Refused(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
+            raise Refused(
+                f"pattern {self.pattern!r} is not a regular expression: {error}."
+            ) from error
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Reward N completions."""
@@ -77,12 +80,18 @@ class Length(Settings):
         """Refuse anything but one of the two lengths."""
         super().__post_init__()
         if (self.target is None) == (self.max is None):
-            raise Refused(f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two.")
+            raise Refused(
+                f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two."
+            )
 
-    def __call__(self, completions: Sequence[Any], completion_ids: Any = None, **_: Any) -> list[float]:
+    def __call__(
+        self, completions: Sequence[Any], completion_ids: Any = None, **_: Any
+    ) -> list[float]:
         """Reward N completions."""
         if self.unit == "tokens" and completion_ids is None:
-            raise ValueError("unit='tokens' needs completion_ids, which was not passed; use 'words'")
+            raise ValueError(
+                "unit='tokens' needs completion_ids, which was not passed; use 'words'"
+            )
         texts = completion_texts(completions) if self.unit != "tokens" else completion_ids
         sizes = [len(text.split() if self.unit == "words" else text) for text in texts]
         if self.target is not None:
@@ -119,12 +128,16 @@ class _Answer(Settings):
             if isinstance(answer, bool) or not isinstance(answer, str | Number | None):
                 kind = type(answer).__name__
                 problem = f"{position}: the answer in the column '{self.column}' is {answer!r:.100} ({kind})"
-                raise Refused(f"{problem}. {self.__name__} takes text or a number: write it as the text.")
+                raise Refused(
+                    f"{problem}. {self.__name__} takes text or a number: write it as the text."
+                )
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Reward N completions."""
         pairs = zip(completion_texts(completions), columns[self.column], strict=True)
-        return [None if _is_missing(answer) else self._compare(text, answer) for text, answer in pairs]
+        return [
+            None if _is_missing(answer) else self._compare(text, answer) for text, answer in pairs
+        ]
 
     def _compare(self, text: str, answer: Any) -> float | None:
         raise NotImplementedError
@@ -234,7 +247,9 @@ class NumericAnswer(_Answer):
         right = final_number(str(answer))
         if right is None:
             return None
-        return float(number is not None and abs(number - right) <= self.tolerance * max(1.0, abs(right)))
+        return float(
+            number is not None and abs(number - right) <= self.tolerance * max(1.0, abs(right))
+        )
 
 
 _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)

@@ -45,20 +45,28 @@ def load_reward(spec: Any) -> Reward:
     if callable(spec):
         return spec
     if not isinstance(spec, str | Path):
-        problem = f"reward {spec!r:.100} is a {type(spec).__name__}, as a function may have returned"
-        raise Refused(f"{problem}; give the function itself, reward=function without a call, or its name.")
+        problem = (
+            f"reward {spec!r:.100} is a {type(spec).__name__}, as a function may have returned"
+        )
+        raise Refused(
+            f"{problem}; give the function itself, reward=function without a call, or its name."
+        )
     if os.path.isdir(spec):
         return RewardModel(spec)
     text = str(spec)
     if _LIBRARY_SPEC.fullmatch(text):
-        name, options = parse_spec(text.strip(), "reward", "length(target=20), exact_match(column='target')")
+        name, options = parse_spec(
+            text.strip(), "reward", "length(target=20), exact_match(column='target')"
+        )
         if name not in LIBRARY:
             problem = f"reward '{text}': the library has no reward '{name}', and there is no such folder here"
             raise Refused(f"{problem}.{suggest(name, LIBRARY)} {_FORMS}")
         try:
             return arguments(LIBRARY[name], options)
         except (Refused, TypeError) as error:
-            raise Refused(f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}") from error
+            raise Refused(
+                f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}"
+            ) from error
     if ":" not in text:
         raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
     with restored_settings():
@@ -81,11 +89,17 @@ def parse_spec(text: str, kind: str, examples: str) -> tuple[str, dict[str, Any]
     """
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args and all(word.arg for word in call.keywords)
-        return ast.unparse(call.func), {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        assert (
+            isinstance(call, ast.Call) and not call.args and all(word.arg for word in call.keywords)
+        )
+        return ast.unparse(call.func), {
+            str(word.arg): ast.literal_eval(word.value) for word in call.keywords
+        }
     except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         problem = f"{kind} '{text}' cannot be read"
-        raise Refused(f"{problem}. Write options as name=value with plain values: {examples}.") from error
+        raise Refused(
+            f"{problem}. Write options as name=value with plain values: {examples}."
+        ) from error
 
 
 def original(function: Any) -> Any:
@@ -126,4 +140,6 @@ def declared_range(function: Any, name: str) -> Range | None:
     except (TypeError, ValueError):
         pass
     problem = f"Reward function {name} has an attribute range = {declared!r:.100}"
-    raise Refused(f"{problem}: give two finite numbers, the smaller one first, such as (0, 1), or none.")
+    raise Refused(
+        f"{problem}: give two finite numbers, the smaller one first, such as (0, 1), or none."
+    )

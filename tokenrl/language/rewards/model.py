@@ -71,7 +71,9 @@ class RewardModel:
             model.requires_grad_(False)
         if model.config.num_labels != 1:
             problem = f"The classifier {source!s:.100} has {model.config.num_labels} labels"
-            raise Refused(f"{problem}; a reward model has one: give one that was saved with num_labels=1.")
+            raise Refused(
+                f"{problem}; a reward model has one: give one that was saved with num_labels=1."
+            )
         self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
@@ -86,7 +88,10 @@ class RewardModel:
         pads = (text_config.pad_token_id, self.tokenizer.pad_token_id)
         self.pad_token_id: int = next((pad for pad in pads if pad is not None and pad >= 0), NO_PAD)
         model.config.pad_token_id = text_config.pad_token_id = self.pad_token_id
-        limits = (self.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None))
+        limits = (
+            self.tokenizer.model_max_length,
+            getattr(text_config, "max_position_embeddings", None),
+        )
         self.max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
@@ -134,8 +139,12 @@ class RewardModel:
         import torch
 
         width, pad, device = max(map(len, ids)), max(self.pad_token_id, 0), self.model.device
-        input_ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+        input_ids = torch.tensor(
+            [[*row, *[pad] * (width - len(row))] for row in ids], device=device
+        )
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device
+        )
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=mask).logits
         return logits[:, 0]
 
@@ -151,7 +160,11 @@ class RewardModel:
             completion = [{"role": "assistant", "content": completion}]
         text = [*prompt, *completion] if chat else prompt + completion
         text = render(self.tokenizer, text, self.form, self.__name__) if chat else text
-        cut = {"truncation": True, "max_length": self.max_length} if self.max_length and truncate else {}
+        cut = (
+            {"truncation": True, "max_length": self.max_length}
+            if self.max_length and truncate
+            else {}
+        )
         # A chat template writes the special tokens itself; a second BOS is an input that the model never saw.
         ids = self.tokenizer(text, add_special_tokens=not chat, **cut)["input_ids"]
         start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
@@ -161,7 +174,9 @@ class RewardModel:
         """Batches of row numbers, sorted by length to save padding; of equal length if there is no pad id."""
         batches: list[list[int]] = [[]]
         for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-            unequal = self.pad_token_id == NO_PAD and lengths[row] != lengths[(batches[-1] or [row])[0]]
+            unequal = (
+                self.pad_token_id == NO_PAD and lengths[row] != lengths[(batches[-1] or [row])[0]]
+            )
             if unequal or len(batches[-1]) == self.batch_size:
                 batches.append([])
             batches[-1].append(row)
@@ -186,7 +201,9 @@ def load_classifier(name_or_path: str, **options: Any) -> tuple[Any, Any, list[s
     path = find_model(name_or_path)
     with loading("reward model", path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
+        if not any(
+            kind.endswith("ForSequenceClassification") for kind in config.architectures or ()
+        ):
             config.num_labels = 1
         options |= {"config": config, "trust_remote_code": False, "output_loading_info": True}
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, **options)

@@ -28,7 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import CallResults, accepted_arguments, call_rewards, row_in_words
+from tokenrl.language.rewards.calls import (
+    CallResults,
+    accepted_arguments,
+    call_rewards,
+    row_in_words,
+)
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
 from tokenrl.language.rewards.model import RewardModel
@@ -111,16 +116,24 @@ class Rewards:
         self.environments = environments
         if environments is not None and environments.rewarded:
             specs.append(environments)
-            weights = [*weights, 1.0] if weights is not None and len(weights) == len(specs) - 1 else weights
+            weights = (
+                [*weights, 1.0]
+                if weights is not None and len(weights) == len(specs) - 1
+                else weights
+            )
         self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
         if not self.functions:
-            lack = "" if environments is None else f", and {environments.__name__} has no get_reward"
+            lack = (
+                "" if environments is None else f", and {environments.__name__} has no get_reward"
+            )
             raise Refused(f"No reward function was given{lack}: give at least one.")
         weights = [1.0] * len(specs) if weights is None else list(weights)
         if len(weights) != len(specs) or not all(math.isfinite(weight) for weight in weights):
             names = ", ".join(self.names)
-            raise Refused(f"reward_weights {weights} for {names}: give {len(specs)} finite number(s).")
+            raise Refused(
+                f"reward_weights {weights} for {names}: give {len(specs)} finite number(s)."
+            )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
         self.environment_weight = weights[-1] if specs[-1] is environments else 0.0
         self._ranges = list(map(declared_range, self.functions, self.names))
@@ -136,11 +149,18 @@ class Rewards:
             here = (RewardModel, Environments)
             there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, here)}
             for name in there:
-                if environments and "environments" in inspect.signature(self._here[name]).parameters:
+                if (
+                    environments
+                    and "environments" in inspect.signature(self._here[name]).parameters
+                ):
                     problem = f"Reward function {name} asks for the environments, which stay in this process"
-                    raise Refused(f"{problem}: leave reward_timeout out, which moves it to another.")
+                    raise Refused(
+                        f"{problem}: leave reward_timeout out, which moves it to another."
+                    )
             self._worker = RewardWorker(there, timeout) if there else None
-            self._here = {name: function for name, function in self._here.items() if name not in there}
+            self._here = {
+                name: function for name, function in self._here.items() if name not in there
+            }
 
     @property
     def range(self) -> Range | None:
@@ -218,7 +238,9 @@ class Rewards:
         rows["prompts"] = [p if isinstance(p, str) else [*map(dict, p)] for p in prompts]
         rows["completion_ids"] = list(completion_ids)
         rows["completions"] = [
-            [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c
+            [{"role": "assistant", "content": c}]
+            if isinstance(c, str) and not isinstance(p, str)
+            else c
             for p, c in zip(prompts, completions, strict=True)
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
@@ -286,7 +308,9 @@ def unique_names(functions: Sequence[Any]) -> list[str]:
     """Return a distinct printable name for each function, for metrics; a repeated name gets a number."""
     names: list[str] = []
     for function in map(original, functions):
-        name = str(getattr(function, "__name__", type(function).__name__)).replace("<lambda>", "reward")
+        name = str(getattr(function, "__name__", type(function).__name__)).replace(
+            "<lambda>", "reward"
+        )
         name = "".join(letter if letter.isprintable() else "_" for letter in name)
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         names.append(next(new for new in itertools.chain([name], numbered) if new not in names))

@@ -12,7 +12,11 @@ Message = dict[str, Any]
 
 
 def assistant_message(
-    tokenizer: Any, ids: Sequence[int], prefix_ids: Sequence[int], text: str, tools: Sequence[Any] = ()
+    tokenizer: Any,
+    ids: Sequence[int],
+    prefix_ids: Sequence[int],
+    text: str,
+    tools: Sequence[Any] = (),
 ) -> Message:
     """Return the message of a sampled turn, with `tool_calls` if there are tools and it calls some.
 
@@ -36,8 +40,12 @@ def assistant_message(
     if not tools:
         return message
     template = getattr(tokenizer, "response_template", None)
-    if template is None and "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
-        problem = "The tokenizer has no response_template, which says how the model writes tool calls"
+    if template is None and "<tool_call>" not in str(
+        tokenizer.get_chat_template(tools=list(tools))
+    ):
+        problem = (
+            "The tokenizer has no response_template, which says how the model writes tool calls"
+        )
         raise Refused(f"{problem}: set it, or take a model that has one.")
     try:
         if template is None:
@@ -48,7 +56,9 @@ def assistant_message(
             parsed = tokenizer.parse_response(list(ids), prefix=list(prefix_ids), tools=list(tools))
             message["content"], calls = parsed.get("content") or "", parsed.get("tool_calls") or []
         functions = [call["function"] for call in calls]
-        if not all(isinstance(f["name"], str) and isinstance(f["arguments"], dict) for f in functions):
+        if not all(
+            isinstance(f["name"], str) and isinstance(f["arguments"], dict) for f in functions
+        ):
             raise ValueError("a call needs a name, and arguments by name")
     except Exception as error:
         return {"role": "assistant", "content": text, "malformed": describe(error)}

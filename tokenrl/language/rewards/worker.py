@@ -88,7 +88,11 @@ class RewardWorker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         # An import statement cannot find modules that were loaded from a file, so their paths are sent along.
-        files = [str(module.__file__) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
+        files = [
+            str(module.__file__)
+            for name, module in sys.modules.items()
+            if name.startswith(FILE_MODULE)
+        ]
         # Not a daemon, which may not have children of its own: a reward may well use a process pool.
         self._process = context.Process(target=_serve, args=(theirs, files, self._pickled))
         self._process.start()
@@ -162,16 +166,26 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
             import_file(Path(file))
     with contextlib.suppress(*GONE):  # the training has ended
         try:
-            functions = {name: load_reward(ForkingPickler.loads(data)) for name, data in pickled.items()}
+            functions = {
+                name: load_reward(ForkingPickler.loads(data)) for name, data in pickled.items()
+            }
         except USER_CODE_FAILED as error:
-            problem = f"The reward functions cannot be loaded under reward_timeout ({describe(error)})"
-            pipe.send(Refused(f"{problem}: write them in a file, and name them as in rewards.py:function."))
+            problem = (
+                f"The reward functions cannot be loaded under reward_timeout ({describe(error)})"
+            )
+            pipe.send(
+                Refused(
+                    f"{problem}: write them in a file, and name them as in rewards.py:function."
+                )
+            )
             return
         pipe.send(None)
         while True:
             rows, state, locations = pipe.recv()
             try:
-                answer = ForkingPickler.dumps(call_rewards(functions, rows, state, locations, pipe.send))
+                answer = ForkingPickler.dumps(
+                    call_rewards(functions, rows, state, locations, pipe.send)
+                )
             except TokenrlError as error:  # is to be raised in the training
                 answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))
             except Exception as error:

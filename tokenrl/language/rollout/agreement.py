@@ -67,7 +67,10 @@ def check_scoring(
             "return a cache: choose another architecture, or another release of transformers."
         )
     choices = {
-        "cache": (cache, "as the model keeps it, with each prompt read for each completion, in sampling"),
+        "cache": (
+            cache,
+            "as the model keeps it, with each prompt read for each completion, in sampling",
+        ),
         "prompts": (prompts, "computed anew for each completion when scored"),
         "logits": (logits, "of all tokens at once when scored"),
     }
@@ -91,12 +94,16 @@ def check_generator(generator: Any) -> None:
     try:
         trial.compare(f"sampling by {type(generator).__name__}", rollout.sampling_logprobs, None)
     except _Wrong as error:
-        raise Refused(f"{error}, against the trainer's. The engine computes another model.") from error
+        raise Refused(
+            f"{error}, against the trainer's. The engine computes another model."
+        ) from error
 
 
 def _recomputes(policy: Policy) -> bool:
     """Whether activations are recomputed in the backward pass, so that no cache is kept."""
-    return any(getattr(m, "gradient_checkpointing", False) and m.training for m in policy.model.modules())
+    return any(
+        getattr(m, "gradient_checkpointing", False) and m.training for m in policy.model.modules()
+    )
 
 
 def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> list[str]:
@@ -115,7 +122,9 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
 
     def sample(plain_cache: bool) -> None:
         rollout = _sampled(TransformersGenerator(replace(policy, plain_cache=plain_cache)), hidden)
-        trials[:] = [_Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))]
+        trials[:] = [
+            _Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))
+        ]
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
 
     cache = _failure(sample, False)
@@ -237,10 +246,15 @@ class _Trial:
         if self.gradient is None:
             return
         slope = _gradient(self.policy, scores.logprobs)
-        error, norm = _norm(a - b for a, b in zip(slope, self.gradient, strict=True)), _norm(self.gradient)
+        error, norm = (
+            _norm(a - b for a, b in zip(slope, self.gradient, strict=True)),
+            _norm(self.gradient),
+        )
         # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
         if math.isfinite(norm) and not error <= self.tolerances[1] * norm:
-            raise _Wrong(f"{name} gives a gradient that is off by {error / max(norm, 1e-30):.2g} of its norm")
+            raise _Wrong(
+                f"{name} gives a gradient that is off by {error / max(norm, 1e-30):.2g} of its norm"
+            )
 
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None) -> None:
         """Raise `_Wrong` if log-probabilities or hidden states are too far from those of each row alone."""
@@ -256,7 +270,9 @@ class _Trial:
             by_prompt = error.view(2, -1)
             worst = float((by_prompt.mean(dim=1) if typical else by_prompt.amax(dim=1)).max())
             if not worst <= limit:
-                raise _Wrong(f"{name} gives {quantity} that are off by {worst:.2g} standard deviations")
+                raise _Wrong(
+                    f"{name} gives {quantity} that are off by {worst:.2g} standard deviations"
+                )
 
 
 def _gradient(policy: Policy, logprobs: Tensor) -> list[Tensor]:

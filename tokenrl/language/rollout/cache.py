@@ -39,7 +39,9 @@ class Cache:
             held = getattr(out, name, None)
             if held is not None:
                 return cls(name, held)
-        raise Refused("The model returns no cache of the tokens that it was fed, so none can follow them.")
+        raise Refused(
+            "The model returns no cache of the tokens that it was fed, so none can follow them."
+        )
 
     def select(self, index: Tensor) -> None:
         """Make the rows `index` the new batch; a row may be chosen several times, or never."""
@@ -75,7 +77,9 @@ class Cache:
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
         layers: Any = getattr(self.held, "layers", [])
-        states_alone = self.name == "cache_params" or (bool(layers) and all(map(_has_no_keys, layers)))
+        states_alone = self.name == "cache_params" or (
+            bool(layers) and all(map(_has_no_keys, layers))
+        )
         return {self.name: self.held} | ({} if states_alone else positions)
 
 
@@ -111,7 +115,9 @@ class GrowingLayer(DynamicLayer):
         """Their values, alike."""
         return self.whole[1][:, :, : self.length]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the next tokens, and return those of all tokens so far."""
         start = self.length
         self.length = end = start + key_states.shape[2]

@@ -31,7 +31,14 @@ CUT = ("max_tokens", "context_overflow")
 """The endings of episodes that were cut off by length."""
 CHARACTERS = 32
 """Characters that a token has at most, in text that a model can make sense of."""
-SAMPLED = ("sampling_logprobs", "logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
+SAMPLED = (
+    "sampling_logprobs",
+    "logprobs",
+    "entropy",
+    "score_norms",
+    "hidden",
+    "sampling_distribution",
+)
 """Columns of tokens that a generator may fill."""
 
 
@@ -70,11 +77,15 @@ def play(
             of_turn = replace(once, max_completion_length=length)
             parts.append(_sampled(policy, generator, rows, index, draws, of_turn, turn))
         waiting = [rows[i] for i in active if not rows[i].ending]
-        answers = environments.step([row.episode for row in waiting], [row.messages[-1] for row in waiting])
+        answers = environments.step(
+            [row.episode for row in waiting], [row.messages[-1] for row in waiting]
+        )
         for row, answer in zip(waiting, answers, strict=True):
             row.take(answer)
             if not row.ending:
-                row.ending = "max_turns" if turn + 1 == environments.max_turns else row.read(policy, answer)
+                row.ending = (
+                    "max_turns" if turn + 1 == environments.max_turns else row.read(policy, answer)
+                )
     ended = [row for row in rows if not row.episode.failure]
     for row, answer in zip(ended, environments.finish([row.episode for row in ended]), strict=True):
         row.take(answer)
@@ -207,7 +218,9 @@ def _seeds(
     return [int(sequence.generate_state(1)[0]) >> 1 for sequence in sequences]
 
 
-def _calls(policy: Policy, rows: Sequence[_Row], active: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+def _calls(
+    policy: Policy, rows: Sequence[_Row], active: Sequence[int]
+) -> Iterator[tuple[list[int], int]]:
     """Yield the rows that one call can sample, and its length.
 
     A row that may choose fewer tokens is cut afterwards; but no row is sampled beyond the model's context.

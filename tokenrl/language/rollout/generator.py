@@ -105,7 +105,9 @@ class TransformersGenerator:
         if draws is not None:
             draws = on_device(draws, self.policy.device)
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
-        training = [m for m in model.modules() if m.training]  # those that recompute, which keep no cache
+        training = [
+            m for m in model.modules() if m.training
+        ]  # those that recompute, which keep no cache
         try:
             model.eval()
             for start in range(0, len(prompt_ids), groups):
@@ -125,7 +127,11 @@ class TransformersGenerator:
 
 
 def _decode(
-    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None, first: int
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    draws: Tensor | None,
+    first: int,
 ) -> Rollout:
     """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones.
 
@@ -167,7 +173,9 @@ def _decode(
         prompt_ids=prompt_ids[prompt_index],
         prompt_mask=prompt_mask[prompt_index],
         prompt_index=first + prompt_index,
-        truncated=torch.zeros_like(drawn.mask[:, 0]).index_put((rows,), alive),  # those that have not ended
+        truncated=torch.zeros_like(drawn.mask[:, 0]).index_put(
+            (rows,), alive
+        ),  # those that have not ended
         **drawn.columns(),
     ).on_host()
     if not rollout.entropy.isfinite().all():
@@ -183,7 +191,9 @@ class _Drawn:
         mask: True on the tokens up to the end of their completion, behind which rows may go on [N, T].
     """
 
-    def __init__(self, shape: tuple[int, int], state: _Decoder, sampling: Sampling, pad_id: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int], state: _Decoder, sampling: Sampling, pad_id: int
+    ) -> None:
         logits, hidden = state.logits, state.hidden
         self._pad_id = pad_id
         self.ids = torch.full(shape, pad_id, device=logits.device)
@@ -227,7 +237,10 @@ class _Drawn:
             "logprobs": logprobs,
             "entropy": entropy,
             "score_norms": norms[0] if norms else None,
-            **{name: None if x is None else x.masked_fill_(off[..., None], 0) for name, x in wide.items()},
+            **{
+                name: None if x is None else x.masked_fill_(off[..., None], 0)
+                for name, x in wide.items()
+            },
         }
 
 
@@ -290,7 +303,9 @@ class _Decoder:
         width = prompt_ids.shape[1]
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if prompt_mask.all() else to_device(prompt_mask, policy.device)
-        self.position = to_device(prompt_mask.sum(dim=1), policy.device)  # [B], position of the next token
+        self.position = to_device(
+            prompt_mask.sum(dim=1), policy.device
+        )  # [B], position of the next token
         ids = to_device(prompt_ids, policy.device)
         end = last(1, policy.device)
         self._store(self.model(ids, **self._positions(width), **self.options, logits_to_keep=end))
@@ -303,7 +318,10 @@ class _Decoder:
         if self.mask is None:
             return {}
         steps = torch.arange(width, device=self.position.device) - width  # [-width .. -1]
-        return {"attention_mask": self.mask, "position_ids": (self.position[:, None] + steps).clamp(min=0)}
+        return {
+            "attention_mask": self.mask,
+            "position_ids": (self.position[:, None] + steps).clamp(min=0),
+        }
 
     def select(self, index: Tensor) -> None:
         """Make the rows `index` of everything that is held the new batch."""
@@ -329,7 +347,9 @@ class _Decoder:
         )
 
 
-def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def _next_token(
+    logits: Tensor, uniforms: Tensor | None, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per row from logits [n, V] with uniforms [n], or greedily without them.
 
     Returns:

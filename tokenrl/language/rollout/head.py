@@ -84,7 +84,9 @@ def score_tokens(
         without a gradient; each [M], and 0 where it is not needed.
     """
     states = states.to(head.weight.dtype)
-    scores: tuple[Tensor, Tensor, Tensor] = _Scores.apply(states, head.weight, head.bias, ids, chunks)
+    scores: tuple[Tensor, Tensor, Tensor] = _Scores.apply(
+        states, head.weight, head.bias, ids, chunks
+    )
     return scores
 
 
@@ -113,7 +115,11 @@ class Chunks(NamedTuple):
         """
         size = min(self.at_once, len(states))
         narrow = weight.new_empty(size, len(weight))
-        wide = narrow if _wide(weight) == weight.dtype else torch.empty_like(narrow, dtype=_wide(weight))
+        wide = (
+            narrow
+            if _wide(weight) == weight.dtype
+            else torch.empty_like(narrow, dtype=_wide(weight))
+        )
         for start in range(0, len(states), size):
             tokens = slice(start, min(start + size, len(states)))
             product, logits = narrow[: tokens.stop - start], wide[: tokens.stop - start]
@@ -177,7 +183,11 @@ class _Scores(torch.autograd.Function):
                     back[1].addmm_(slope.T, states[tokens])
                 else:
                     back[1] += slope.T @ states[tokens]
-        return *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)), None, None
+        return (
+            *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)),
+            None,
+            None,
+        )
 
 
 def _scores(logits: Tensor, ids: Tensor, chunks: Chunks) -> Tensor:

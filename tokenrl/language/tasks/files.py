@@ -116,9 +116,13 @@ def _csv_rows(text: str, file: Path) -> Iterator[Placed]:
             names = cells
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise ValueError(f"two columns of {file} are called {twice[0]!r}: name each by itself")
+                raise ValueError(
+                    f"two columns of {file} are called {twice[0]!r}: name each by itself"
+                )
         elif len(cells) > len(names):
-            problem = f"line {first} of {file} has {len(cells)} cells, and there are {len(names)} columns"
+            problem = (
+                f"line {first} of {file} has {len(cells)} cells, and there are {len(names)} columns"
+            )
             raise ValueError(f'{problem}: write a cell with a comma in quotes, "like, this"')
         elif cells:
             padded = cells + [""] * (len(names) - len(cells))

@@ -37,7 +37,12 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
 
 
 def dataset_rows(
-    splits: Mapping[str, Sequence[Row]], where: str, data: DataArguments, *, seed: int = 0, chat: bool = False
+    splits: Mapping[str, Sequence[Row]],
+    where: str,
+    data: DataArguments,
+    *,
+    seed: int = 0,
+    chat: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows to train and to evaluate on, which share no prompt.
 
@@ -53,7 +58,9 @@ def dataset_rows(
     """
     evaluation = eval_split(splits, where, data.split, data.eval_split)
     train, held_out = (
-        None if split is None else with_prompts(splits[split], f"{where}, split '{split}'", data, chat=chat)
+        None
+        if split is None
+        else with_prompts(splits[split], f"{where}, split '{split}'", data, chat=chat)
         for split in (data.split, evaluation)
     )
     return separate(train or [], held_out, data.eval_size, seed, where)
@@ -96,14 +103,22 @@ def separate(
     pool: dict[str, dict[str, Any]] = {}
     for row in train_rows if eval_rows is None else eval_rows:
         pool.setdefault(prompt_key(row["prompt"]), row)
-    most = len(pool) if eval_rows is not None else len(pool) // 2 if eval_size else max(1, len(pool) // 5)
+    most = (
+        len(pool)
+        if eval_rows is not None
+        else len(pool) // 2
+        if eval_size
+        else max(1, len(pool) // 5)
+    )
     size = min(eval_size or 128, most)
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     keys = list(pool)
     chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}
     rest = [row for row in train_rows if prompt_key(row["prompt"]) not in chosen]
     if not chosen or not rest:
-        counts = f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen"
+        counts = (
+            f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen"
+        )
         raise Refused(
             f"{where} has too few distinct prompts: {counts}. Give more data, or a smaller eval_size."
         )

@@ -79,9 +79,13 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise Refused(f"task '{spec}' ({describe(error)}): pip install reasoning-gym.") from error
-    name, options = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
+    name, options = parse_spec(
+        spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)"
+    )
     if name not in DATASETS:
-        raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
+        raise Refused(
+            f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}"
+        )
     size, seed, held_out = options.pop("size", 500), options.pop("seed", 0), eval_size or 128
     try:
         check_number("size", size, int, at_least=1, at_most=LARGEST)
@@ -100,4 +104,7 @@ def _rows(name: str, options: dict[str, Any]) -> Rows:
     import reasoning_gym
 
     entries = reasoning_gym.create_dataset(name, **options)
-    return [{"prompt": entry["question"], "answer": entry["answer"], "entry": entry} for entry in entries]
+    return [
+        {"prompt": entry["question"], "answer": entry["answer"], "entry": entry}
+        for entry in entries
+    ]

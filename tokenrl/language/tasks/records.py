@@ -21,7 +21,9 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     formless = [name for name in columns if any(_is_formless(row.get(name)) for row in rows)]
     warnings = []
     if partly:
-        holes = f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}"
+        holes = (
+            f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}"
+        )
         warnings.append(f"{holes}. Rewards get None there.")
     if formless:
         objects = f"the values of {', '.join(formless)} are objects without a __repr__ of their own"
@@ -30,7 +32,9 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def _is_formless(value: Any) -> bool:
-    is_plain = isinstance(value, str | int | float)  # of most data, which need not be written a second time
+    is_plain = isinstance(
+        value, str | int | float
+    )  # of most data, which need not be written a second time
     return not is_plain and FORMLESS in canonical(value)
 
 
@@ -48,7 +52,11 @@ def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]
     """Return the name of data that was given from Python, and what is recorded of it."""
     columns = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
     rows = {name: len(rows) for name, rows in splits.items()}
-    origin: dict[str, Any] = {"rows": rows, "columns": list(columns), "fingerprint": fingerprint(splits)}
+    origin: dict[str, Any] = {
+        "rows": rows,
+        "columns": list(columns),
+        "fingerprint": fingerprint(splits),
+    }
     return IN_MEMORY + origin["fingerprint"], origin
 
 

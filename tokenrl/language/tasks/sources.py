@@ -108,7 +108,9 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     if not path.exists() and path.suffix in FORMATS:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if is_file and path.suffix not in FORMATS:
-        raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
+        raise Refused(
+            f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}."
+        )
     try:
         if is_file and path.suffix != ".parquet":
             splits = {"train": read_rows([path], FORMATS[path.suffix])}
@@ -130,9 +132,7 @@ def _cache(path: Path) -> str:
     import datasets
 
     cache = datasets.config.HF_DATASETS_CACHE
-    return (
-        f" The hub needs a network or a copy in {cache}, which must be writable; if it is damaged, delete it."
-    )
+    return f" The hub needs a network or a copy in {cache}, which must be writable; if it is damaged, delete it."
 
 
 def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -147,7 +147,9 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
     with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
         if path.is_file():
-            builder = datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=aside)
+            builder = datasets.load_dataset_builder(
+                "parquet", data_files=str(path), cache_dir=aside
+            )
         else:
             hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
             builder = datasets.load_dataset_builder(hub_name, config or None)
@@ -156,7 +158,9 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
             manager = datasets.DownloadManager()
             files = manager.download_and_extract(builder.config.data_files)
             return {
-                str(split): read_rows([Path(file) for file in manager.iter_files(paths)], builder.name)
+                str(split): read_rows(
+                    [Path(file) for file in manager.iter_files(paths)], builder.name
+                )
                 for split, paths in files.items()
             }
         builder.download_and_prepare()
@@ -183,7 +187,9 @@ def with_prompts(
             text nor chat messages.
     """
     if not rows:
-        raise Refused(f'{where} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.')
+        raise Refused(
+            f'{where} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
+        )
     columns, column = list(rows[0]), data.prompt_column
     if column == "prompt" and column not in columns and "messages" in columns:
         column = "messages"
@@ -195,8 +201,13 @@ def with_prompts(
         prompted = [{**row, "prompt": as_prompt(row[column])} for row in rows]
     else:
         problem = f"{where} has no column '{column}'.{suggest(column, columns)}"
-        raise Refused(f"{problem} Name it by prompt_column, or give a prompt_template (--prompt-template).")
-    prompted = [Placed(row, position) for (position, _), row in zip(with_places(rows), prompted, strict=True)]
+        raise Refused(
+            f"{problem} Name it by prompt_column, or give a prompt_template (--prompt-template)."
+        )
+    prompted = [
+        Placed(row, position)
+        for (position, _), row in zip(with_places(rows), prompted, strict=True)
+    ]
     check_prompts(prompted, where)
     for row in prompted:
         if chat and isinstance(row["prompt"], str):
@@ -207,7 +218,9 @@ def with_prompts(
 def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Return the rows with prompts made by a template from their columns."""
     try:
-        parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parsed = [
+            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
+        ]
         fields = [field.replace("[", ".").split(".")[0] for field in parsed]
         unknown = [field for field in fields or [""] if field not in rows[0]]
         if unknown:
@@ -219,7 +232,11 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
                 raise Refused(f"column '{empty[0]}' of {position} is {row[empty[0]]!r}.")
             filled.append({**row, "prompt": template.format(**row)})
     except Exception as error:
-        problem = str(error) if isinstance(error, Refused) else f"{describe(error)}. Write {{{{ for a brace."
+        problem = (
+            str(error)
+            if isinstance(error, Refused)
+            else f"{describe(error)}. Write {{{{ for a brace."
+        )
         raise Refused(f"{where}, prompt_template {template!r}: {problem}") from error
     return filled
 
@@ -244,7 +261,9 @@ def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]
         messages = as_prompt(row["messages"])
         fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
         if fault:
-            raise Refused(f"{where}, {position}: of the column 'messages', {fault}; it holds chat messages.")
+            raise Refused(
+                f"{where}, {position}: of the column 'messages', {fault}; it holds chat messages."
+            )
         answered = messages[-1]["role"] == "assistant"
         first.setdefault(answered, position)
         text, turns = messages[-1]["content"], messages[:-1] if answered else messages
@@ -266,7 +285,9 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     """
     for position, row in with_places(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
-            raise Refused(f"{where}, {position}: expected a mapping with a 'prompt', found {row!r:.200}.")
+            raise Refused(
+                f"{where}, {position}: expected a mapping with a 'prompt', found {row!r:.200}."
+            )
         fault = fault_of_prompt(row["prompt"])
         if fault:
             allowed = 'text, or a list of chat messages {"role": ..., "content": text}'
@@ -286,7 +307,9 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
         return f"the {name} is {empty}"
     for position, message in enumerate(prompt):
         if not isinstance(message, Mapping):
-            return f"message {position} of the {name} is {message!r:.100} ({type(message).__name__})"
+            return (
+                f"message {position} of the {name} is {message!r:.100} ({type(message).__name__})"
+            )
         for key in ("role", "content"):
             if not isinstance(message.get(key), str) or HALF_OF_PAIR.search(message[key]):
                 return f"message {position} of the {name} has {key} {message.get(key)!r:.100}"
@@ -313,7 +336,9 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     """
     if isinstance(data, Mapping) and "prompt" in data:
         problem = "task is a dict with the key 'prompt', and the keys of a dict are names of splits"
-        raise Refused(f"{problem}: write task=[row] for a row, Dataset.from_dict(columns) for columns.")
+        raise Refused(
+            f"{problem}: write task=[row] for a row, Dataset.from_dict(columns) for columns."
+        )
     if isinstance(data, Mapping):
         return {str(name): _rows(value, f"task, split '{name}'") for name, value in data.items()}
     return {"train": _rows(data, "task")}
@@ -331,8 +356,12 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
         raise Refused(f"{where} is {description:.100} ({type(data).__name__}); it must be {FORMS}.")
     for index, row in enumerate(data):
         if not isinstance(row, Mapping):
-            description = f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict"
-            raise Refused(f'{description}. Of texts write task=[{{"prompt": text}} for text in texts].')
+            description = (
+                f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict"
+            )
+            raise Refused(
+                f'{description}. Of texts write task=[{{"prompt": text}} for text in texts].'
+            )
         if row.keys() != data[0].keys():
             differ = ", ".join(sorted(map(str, row.keys() ^ data[0].keys())))
             rows = f"row {index} and row 0 do not have the same columns; only one has {differ}"
@@ -365,7 +394,9 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(part, Mapping) and "role" in part for part in value)
+    return isinstance(value, list) and any(
+        isinstance(part, Mapping) and "role" in part for part in value
+    )
 
 
 def _without_padding(value: Any) -> Any:

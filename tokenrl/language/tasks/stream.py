@@ -56,7 +56,11 @@ class RowOrder:
         self._restart()
 
     def _restart(self) -> None:
-        self._orders, self._epoch, self._order = self._shuffle(self._num_rows, self._seed), -1, list[int]()
+        self._orders, self._epoch, self._order = (
+            self._shuffle(self._num_rows, self._seed),
+            -1,
+            list[int](),
+        )
 
     def draw(self, count: int) -> list[int]:
         """Return the numbers of the next `count` rows."""
@@ -99,7 +103,9 @@ class PromptStream(RowOrder):
             Refused: there are no rows, or the seed is negative.
         """
         if len(rows) == 0:
-            raise Refused("There are no prompts to train on: the data is empty. Give at least one row.")
+            raise Refused(
+                "There are no prompts to train on: the data is empty. Give at least one row."
+            )
         super().__init__(len(rows), seed, prompt_orders)
         self._rows = rows
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, describe, raised, suggest, with_places
+from tokenrl.errors import (
+    USER_CODE_FAILED,
+    Refused,
+    TokenrlError,
+    describe,
+    raised,
+    suggest,
+    with_places,
+)
 from tokenrl.keywords import takes
 from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.environments import Environments
@@ -92,7 +100,9 @@ episode is reset with a seed of its own."""
 
 
 @takes(DataArguments)
-def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = False, **options: Any) -> Task:
+def load_task(
+    name: Any, *, reward: Any = None, seed: int = 0, chat: bool = False, **options: Any
+) -> Task:
     """Find a task by the name that a user gives, or make one of data.
 
     Args:
@@ -162,14 +172,18 @@ def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
         return _made_task(import_attribute(name, "task"), name, eval_size, chat)
     if not (os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS):
         forms = f"module:attribute, a {'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name"
-        raise Refused(f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}.")
+        raise Refused(
+            f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}."
+        )
     return None
 
 
 def limit_of(task: Any) -> int | None:
     """Return the most tokens of a completion that a task itself has, an object or by its name; else None."""
     return getattr(
-        _named_task(task, None, False) if isinstance(task, str) else task, "max_completion_length", None
+        _named_task(task, None, False) if isinstance(task, str) else task,
+        "max_completion_length",
+        None,
     )
 
 
@@ -189,7 +203,9 @@ def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any
     if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
         return task
     prompt = [{"role": "user", "content": ""}] if chat else ""
-    train, held_out = ([{"prompt": prompt}] * size for size in (EPISODES[0], eval_size or EPISODES[1]))
+    train, held_out = (
+        [{"prompt": prompt}] * size for size in (EPISODES[0], eval_size or EPISODES[1])
+    )
     return PromptTask(name, train, held_out, [], environment=source)
 
 
@@ -198,7 +214,9 @@ def with_environment(task: Any, source: Any, environment: Any) -> Any:
     if environment is None or environment is source:
         return task
     named = isinstance(environment, str)
-    return changed(task, environment=import_attribute(environment, "environment") if named else environment)
+    return changed(
+        task, environment=import_attribute(environment, "environment") if named else environment
+    )
 
 
 @contextlib.contextmanager
@@ -229,7 +247,9 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
             sources.check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
     if reward is not None:
         several = isinstance(reward, Sequence) and not isinstance(reward, str)
-        functions: Any = [load_reward(function) for function in reward] if several else load_reward(reward)
+        functions: Any = (
+            [load_reward(function) for function in reward] if several else load_reward(reward)
+        )
         return changed(task, reward=functions, pass_threshold=None)
     return task
 
@@ -262,9 +282,14 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
-    functions, unchanged = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
+    functions, unchanged = (
+        chosen or getattr(task, "reward", None),
+        not (chosen or args.reward_weights),
+    )
     if environments is None and (functions is None or functions in ([], ())):
-        raise Refused(f"The task {task.name!r} has no reward: name one with --reward module:function.")
+        raise Refused(
+            f"The task {task.name!r} has no reward: name one with --reward module:function."
+        )
     if not unchanged and getattr(task, "solved", None) is not None:
         task = changed(task, solved=None)
     mark = getattr(args, "pass_threshold", None)
@@ -274,7 +299,9 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         environments=environments,
         timeout=args.reward_timeout,
         sources=args.reward or None,
-        pass_threshold=getattr(task, "pass_threshold", None) if unchanged and mark is None else mark,
+        pass_threshold=getattr(task, "pass_threshold", None)
+        if unchanged and mark is None
+        else mark,
     )
     with _refusing("The training prompts of the task were read, and"):
         sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")

@@ -17,7 +17,17 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import OPEN, OR_FUNCTION, Bounds, Count, Natural, NonNegative, Positive, Seed, Settings
+from tokenrl.settings import (
+    OPEN,
+    OR_FUNCTION,
+    Bounds,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths, to_device, to_host
+from tokenrl.language.rollout.rollout import (
+    NOT_YET,
+    OF_PROMPTS,
+    Rollout,
+    lengths,
+    to_device,
+    to_host,
+)
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.collect import failures_of
 
@@ -51,9 +58,13 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
     rows = replace(rows, **columns)
     if accelerator.num_processes > 1:
-        columns = {name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3}
+        columns = {
+            name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3
+        }
         # Padding would turn a bool mask into int64, and only on the processes that need padding.
-        sent = {name: x.to(torch.uint8) if x.dtype == torch.bool else x for name, x in columns.items()}
+        sent = {
+            name: x.to(torch.uint8) if x.dtype == torch.bool else x for name, x in columns.items()
+        }
         for name, x in sent.items():
             x = x.to(accelerator.device)
             sent[name] = accelerator.pad_across_processes(x, dim=1, pad_first=name in OF_PROMPTS)
@@ -62,7 +73,9 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         whole = {name: x.to(columns[name].dtype) for name, x in host.items()}
         rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
     if not rows.valid.any():
-        raise Stopped(f"Every reward function abstained from every completion of this step. {failed}".strip())
+        raise Stopped(
+            f"Every reward function abstained from every completion of this step. {failed}".strip()
+        )
     return rows
 
 
@@ -78,14 +91,18 @@ def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
     return kept
 
 
-def advantage_inputs(rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards) -> dict[str, Any]:
+def advantage_inputs(
+    rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards
+) -> dict[str, Any]:
     """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
     names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards", "turns")
     sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
     value = None if rows.keys is None else read(memory, rows.keys)  # [N]
     computed = {"baseline_value": value, "components": rows.by_function}
     computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
-    computed["rewards"] = rows.rewards if rows.turn_rewards is None else rows.turn_rewards  # [N] or [N, T]
+    computed["rewards"] = (
+        rows.rewards if rows.turn_rewards is None else rows.turn_rewards
+    )  # [N] or [N, T]
     return sizes | {name: getattr(rows, name) for name in names} | computed
 
 
@@ -147,7 +164,9 @@ def _packed(
 
     def fits(part: Sequence[int]) -> bool:
         computed = len({i // size for i in part}) if shared else len(part)  # how many prompts
-        tokens = len(part) * max(lengths[i] for i in part) + computed * max(prompts[i] for i in part)
+        tokens = len(part) * max(lengths[i] for i in part) + computed * max(
+            prompts[i] for i in part
+        )
         return tokens <= limit and len(part) <= most_rows
 
     groups = [[i for i in range(k, k + size) if active[i]] for k in range(0, len(active), size)]
@@ -176,7 +195,11 @@ def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
     inputs = {name: None if x is None else to_device(x, device) for name, x in columns.items()}
     if rows.old_logprobs is None:
         inputs["old_logprobs"] = scores.logprobs.detach()
-    return inputs | {"logprobs": scores.logprobs, "entropy": scores.entropy, "centres": scores.centres}
+    return inputs | {
+        "logprobs": scores.logprobs,
+        "entropy": scores.entropy,
+        "centres": scores.centres,
+    }
 
 
 def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:

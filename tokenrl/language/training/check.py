@@ -98,7 +98,9 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
                 records += islice(trial, 1)
         if records:
             collect, update = (records[0].timings[part] for part in ("collect", "update"))
-            evaluation = collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
+            evaluation = (
+                collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
+            )
             rest = duration(max(1.0, (least - 1) * (collect + update) + 2 * evaluation))
             further = f"making {least - 1} more and " * (least > 1)
             activity = f"{further}evaluating {prompts}, with these steps and without"
@@ -113,7 +115,9 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
             run.failures = smaller.failures
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
-    if failed := failures_of([*run.failures, *(text for record in records for text in record.failures)]):
+    if failed := failures_of(
+        [*run.failures, *(text for record in records for text in record.failures)]
+    ):
         findings.append(Finding("environment-fails", "void", failed))
     unread = [record.unread for record in records if record.unread and not run.warm_seconds]
     findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
@@ -122,11 +126,15 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     open_settings = [("all-truncated", "max_completion_length")]
     open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
     unasked = {flag for flag, name in open_settings if getattr(session.args, name) is None}
-    findings += [each for each in judge(observed) if each.weight != "watch" or each.flag not in unasked]
+    findings += [
+        each for each in judge(observed) if each.weight != "watch" or each.flag not in unasked
+    ]
     lines = _lines(run, observed, records) | _judge_steps(smaller, observed, findings) | lines
     if records:
         lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
-        lines["time"] = run.forecast_duration(records[-1].timings["collect"] + records[-1].timings["update"])
+        lines["time"] = run.forecast_duration(
+            records[-1].timings["collect"] + records[-1].timings["update"]
+        )
         _show_completions(run, session, records[0])
     if run.rewards.environments is None:  # else the first episode shows it
         lines["prompt"] = _rendered(run, records, train)
@@ -139,7 +147,9 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
 def _extent(run: TrainingRun) -> tuple[int, int, int]:
     """Return the least and the most trial steps and the held-out prompts: a twentieth of the run, or few."""
     args, size, held_out = run.args, sizes_of_steps(run.args)[0], len(run.task.eval_prompts)
-    most = min(MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size)))
+    most = min(
+        MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size))
+    )
     prompts = min(held_out, max(run.num_evaluations * held_out // SHARE, LEAST_PROMPTS))
     # The first two steps are slower than later ones.
     return min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts)
@@ -159,7 +169,9 @@ def _weights_restored(learner: Learner) -> Iterator[None]:
         learner.sync()
 
 
-def _judge_steps(run: TrainingRun, observed: Mapping[str, Any], findings: list[Finding]) -> dict[str, str]:
+def _judge_steps(
+    run: TrainingRun, observed: Mapping[str, Any], findings: list[Finding]
+) -> dict[str, str]:
     """Compare the held-out rewards after and before the trial steps, and add a finding if they have fallen.
 
     Returns:
@@ -183,7 +195,9 @@ def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
     policy = run.learner.policy
     for row in records[0].rows() if records else rows:
         ids = encode(policy, [row["prompt"]], run.learner.sampling)[0]
-        return visible(policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN)
+        return visible(
+            policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN
+        )
     return ""
 
 
@@ -209,7 +223,11 @@ def _check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     fold = str.casefold if getattr(tokenizer, "do_lower_case", False) else str
     every, lost = Counter[str](), Counter[str]()
     for text in texts:
-        ids = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
+        ids = [
+            i
+            for i in tokenizer(text, add_special_tokens=False).input_ids
+            if i != tokenizer.unk_token_id
+        ]
         read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         # Tokenizers may also change spaces and forms of a character, which loses nothing.
         before, after = (Counter("".join(normalize("NFKC", fold(t)).split())) for t in (text, read))
@@ -218,9 +236,13 @@ def _check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     share = lost.total() / max(1, every.total())
     words = f"{lost.total():,} of {every.total():,} characters of prompts and demonstrations"
     if lost:
-        words += f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
+        words += (
+            f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
+        )
         text = f"The tokenizer loses {words}. Take a model that can read and write them, or other spellings."
-        findings.append(Finding("unknown-characters", "void" if share > MOST_UNKNOWN else "watch", text))
+        findings.append(
+            Finding("unknown-characters", "void" if share > MOST_UNKNOWN else "watch", text)
+        )
     return f"to the tokenizer {words}"
 
 
@@ -269,7 +291,9 @@ def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
             f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
             f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
         )
-        findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
+        findings.append(
+            Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text)
+        )
 
 
 def _trial_steps(
@@ -278,13 +302,19 @@ def _trial_steps(
     """Make training steps at the full learning rate: the least, and more without a signal, up to the most."""
     args, learner, records = run.args, run.learner, list[Record]()
     # Before a warm start the steps are made for their time alone.
-    rewards = Rewards([_ranks], environments=run.rewards.environments) if run.warm_seconds else run.rewards
+    rewards = (
+        Rewards([_ranks], environments=run.rewards.environments)
+        if run.warm_seconds
+        else run.rewards
+    )
     stream = PromptStream(rows, args.seed)
     optimizer = make_optimizer(args, learner.policy)
 
     def step() -> Record:
         critic, memory = copy.deepcopy((learner.critic, run.memory))
-        trial = replace(learner, optimizer=optimizer, critic=critic, diagnostics=GradientDiagnostics(0))
+        trial = replace(
+            learner, optimizer=optimizer, critic=critic, diagnostics=GradientDiagnostics(0)
+        )
         return training_step(trial, rewards, memory, len(records) + 1, stream.draw_prompts)
 
     least, most = extent
@@ -313,14 +343,18 @@ def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
 def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
     """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
     learner = run.learner
-    sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
+    sampling = replace(
+        learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1
+    )
     rollout = sample(learner, list(enumerate(rows[:4])), sampling, run.rewards.environments)
     scored = logprobs_under(learner, learner.forward.model, rollout)
     apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 
 
-def _trial_facts(run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]) -> dict[str, Any]:
+def _trial_facts(
+    run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]
+) -> dict[str, Any]:
     """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
     args, policy, usual = run.args, run.learner.policy, run.usual_rate
     numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
@@ -349,7 +383,9 @@ def _trial_facts(run: TrainingRun, records: Sequence[Record], before: Mapping[st
     return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
 
 
-def _lines(run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
+def _lines(
+    run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]
+) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
     args, lines = run.args, {}
     if records and not run.warm_seconds:

@@ -48,7 +48,9 @@ def sample(
         norms, hidden = estimator.needs_score_norms, estimator.needs_values
         sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
         sampling = replace(sampling, keep_distribution=estimator.needs_centres)
-    rollout = sample_rows(learner.policy, learner.generator, prompts, sampling, "training", environments)
+    rollout = sample_rows(
+        learner.policy, learner.generator, prompts, sampling, "training", environments
+    )
     if greedy:  # greedy completions are only rewarded, never learnt from
         return rollout
     if estimator.needs_centres and rollout.sampling_distribution is None:
@@ -68,7 +70,9 @@ def sample(
     )
 
 
-def collect_rows(learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling) -> Rollout:
+def collect_rows(
+    learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling
+) -> Rollout:
     """Sample completions of a step and reward them.
 
     Reward functions can read how many steps are done, and how many there will be.
@@ -112,12 +116,16 @@ def refill(
     return replace(rows, logged=(*rows.logged, count))
 
 
-def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
+def with_estimates(
+    learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout
+) -> Rollout:
     """Return the rows with what the estimator needs: reference, critic's values, greedy rewards, keys."""
     estimator, columns = learner.estimator, dict[str, Any]()
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
-            columns["ref_logprobs"] = logprobs_under(learner, reference, rows, learner.sampling.whole)
+            columns["ref_logprobs"] = logprobs_under(
+                learner, reference, rows, learner.sampling.whole
+            )
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
@@ -159,7 +167,11 @@ def logprobs_under(
         rows: this process's rows.
         distribution: the distribution of tokens; None for that of sampling.
     """
-    options = learner.scoring if distribution is None else learner.scoring | {"distribution": distribution}
+    options = (
+        learner.scoring
+        if distribution is None
+        else learner.scoring | {"distribution": distribution}
+    )
     return score_in_parts(model, rows, rows_at_once=rows_at_once(learner, rows), **options).logprobs
 
 
@@ -279,7 +291,9 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
     rewarded = zip(rows.rewards.tolist(), rows.valid.tolist(), strict=True)
     data = dict.fromkeys(name for row in rows.data for name in row)
-    logs = dict.fromkeys(name for row in rows.logs for name in row)  # of some calls a function logs none
+    logs = dict.fromkeys(
+        name for row in rows.logs for name in row
+    )  # of some calls a function logs none
     columns: dict[str, Any] = {
         **{name: [row.get(name) for row in rows.data] for name in data},
         "prompt": prompts_of(policy, rows),

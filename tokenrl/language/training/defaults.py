@@ -90,10 +90,14 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     rows = list(getattr(task, "demonstrations", None) or [])
     placed = with_places(task.train_prompts)
     rows = rows or [
-        Placed({**row, "completion": as_prompt(row[column])}, at) for at, row in placed if column in row
+        Placed({**row, "completion": as_prompt(row[column])}, at)
+        for at, row in placed
+        if column in row
     ]
     if not rows:
-        raise Refused(f"The task {task.name!r} has no demonstrations, nor rows with prompt and {column}.")
+        raise Refused(
+            f"The task {task.name!r} has no demonstrations, nor rows with prompt and {column}."
+        )
     return rows
 
 
@@ -162,7 +166,11 @@ def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
 
 def plain_steps(args: TrainArguments) -> int:
     """Return the length of a run in plain steps, in which the times of evaluations are counted."""
-    return args.max_steps if args.max_samples is None else -(-args.max_samples // sizes_of_steps(args)[0])
+    return (
+        args.max_steps
+        if args.max_samples is None
+        else -(-args.max_samples // sizes_of_steps(args)[0])
+    )
 
 
 def sampling_of(args: TrainArguments) -> Sampling:
@@ -181,7 +189,9 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
     """
     layers = _below_training(choices, task, policy)
     if choices.max_completion_length is None:
-        limit, origin = completion_limit(task, choices.model, policy, truncate=choices.truncate_prompts)
+        limit, origin = completion_limit(
+            task, choices.model, policy, truncate=choices.truncate_prompts
+        )
         layers.append((origin, {"max_completion_length": limit}))
     layers.append(("given", vars(choices)))
     values = lay(*layers).values
@@ -189,14 +199,18 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
         steps = -(-choices.max_samples // sizes_of_steps(values)[1])
         layers.append((f"max_samples {choices.max_samples:,}", {"max_steps": steps}))
     every = max(1, plain_steps(values) // 10)
-    if choices.model is not None:  # to evaluate a completion takes up to two thirds of learning from it
+    if (
+        choices.model is not None
+    ):  # to evaluate a completion takes up to two thirds of learning from it
         evaluated = len(task.eval_prompts) * (1 + choices.eval_generations)
         every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
     every = every if values.eval_every is None else values.eval_every
     return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
 
 
-def _below_training(choices: Any, task: Any, policy: Policy | None) -> list[tuple[str, Mapping[str, Any]]]:
+def _below_training(
+    choices: Any, task: Any, policy: Policy | None
+) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the layers below what was given to `tokenrl train` (see `_below`)."""
     recommended = getattr(task, "train", None) or {}
     return _below(choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
@@ -222,7 +236,13 @@ def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
     layers = _below(
-        choices, task, policy, usual=SFT_ANY, usual_of_toys=SFT_TOY, recommended=recommended, supervised=True
+        choices,
+        task,
+        policy,
+        usual=SFT_ANY,
+        usual_of_toys=SFT_TOY,
+        recommended=recommended,
+        supervised=True,
     )
     layers.append(("given", vars(choices)))
     every = max(1, lay(*layers).values.max_steps // 10)
@@ -251,19 +271,27 @@ def _below(
         supervised: whether demonstrations are learnt from.
     """
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
-    unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
-    is_random = policy is not None and policy.source == TINY and not getattr(choices, "warm_start", False)
+    unit, letter = next(
+        u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3
+    )
+    is_random = (
+        policy is not None and policy.source == TINY and not getattr(choices, "warm_start", False)
+    )
     size = f"{count / unit:.3g} {letter} {'random ' if is_random else ''}parameters"
     if choices.lora_r:
         size += ", LoRA"
-    rate = default_rate(count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random)
+    rate = default_rate(
+        count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random
+    )
     top = ("recommended by the task", recommended)
     if hasattr(task, "build") and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
-def with_origins(settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str) -> str:
+def with_origins(
+    settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str
+) -> str:
     """Write settings in one line, each with its origin; neighbours of the same origin share it.
 
     Args:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.rows import completion_mask
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, explain, raised
+from tokenrl.errors import (
+    USER_CODE_FAILED,
+    Refused,
+    Stopped,
+    TokenrlError,
+    describe,
+    explain,
+    raised,
+)
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
@@ -38,7 +46,10 @@ COLUMNS = {
     "entropy": ("NT", "finite numbers, at least 0"),
     "score_norms": ("NT", "finite numbers, at least 0"),
     "hidden": ("NTH", "finite numbers"),
-    "sampling_distribution": ("NTV", "log-probabilities that add up to 1 and agree with sampling_logprobs"),
+    "sampling_distribution": (
+        "NTV",
+        "log-probabilities that add up to 1 and agree with sampling_logprobs",
+    ),
 }
 """The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps
 others."""
@@ -82,7 +93,9 @@ def start_engine(
         return engine
     if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
         problem = f"generator made {shown(engine)}, which has no method {' and no '.join(missing)}"
-        raise Refused(f"{problem}. It must be a function that returns a tokenrl.language.Generator.")
+        raise Refused(
+            f"{problem}. It must be a function that returns a tokenrl.language.Generator."
+        )
     return CheckedEngine(engine, policy, scoring)
 
 
@@ -168,13 +181,21 @@ class CheckedEngine:
         # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
         distribution = Distribution(top_k=1) if greedy else sampling
         options: dict[str, Any] = {"distribution": distribution, "rows_at_once": None}
-        scores = score_in_parts(self.policy.model, rows, self.scoring, entropy=not greedy, **options)
+        scores = score_in_parts(
+            self.policy.model, rows, self.scoring, entropy=not greedy, **options
+        )
         if greedy:
             gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
             if (share := float((gaps > LESS_PROBABLE).double().mean())) > LESS_PROBABLE:
-                raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
+                raise WrongRollout(
+                    f"{share:.0%} of its greedy tokens are not the most probable ones"
+                )
             return
-        for name, most in {"sampling_logprobs": FARTHEST, "logprobs": ROUNDING, "entropy": ROUNDING}.items():
+        for name, most in {
+            "sampling_logprobs": FARTHEST,
+            "logprobs": ROUNDING,
+            "entropy": ROUNDING,
+        }.items():
             reported = getattr(rows, name)
             expected: Any = scores.entropy if name == "entropy" else scores.logprobs
             gap = 0.0 if reported is None else _mean_gap(reported, expected, rows.mask)
@@ -185,7 +206,9 @@ class CheckedEngine:
                 )
 
 
-def checked(answer: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, policy: Policy) -> Rollout:
+def checked(
+    answer: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, policy: Policy
+) -> Rollout:
     """Return the rollout that an engine returned as training reads it: copied, on the CPU, 0 off the mask.
 
     Args:
@@ -202,11 +225,20 @@ def checked(answer: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     columns, shape = answer.on_host().columns(), policy.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if not set(list(COLUMNS)[:7]) <= columns.keys() <= COLUMNS.keys():
         raise WrongRollout(f"it has the columns {', '.join(columns)}")
-    sizes = {"N": len(prompt_ids) * sampling.group_size, "H": shape.hidden_size, "V": shape.vocab_size}
+    sizes = {
+        "N": len(prompt_ids) * sampling.group_size,
+        "H": shape.hidden_size,
+        "V": shape.vocab_size,
+    }
     for name, x in columns.items():
         columns[name] = _column(name, x, sizes)
-    columns["completion_ids"] = columns["completion_ids"].masked_fill(~columns["mask"], policy.pad_id)
-    table, index = Rollout(**columns), torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size)
+    columns["completion_ids"] = columns["completion_ids"].masked_fill(
+        ~columns["mask"], policy.pad_id
+    )
+    table, index = (
+        Rollout(**columns),
+        torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size),
+    )
     prompts, present = (x[index] for x in pad_left(prompt_ids, policy.pad_id))
     asked: dict[str, Any] = {"prompt_index": index, "prompt_ids": prompts, "prompt_mask": present}
     for words, wrong in _faults(table, asked, sampling, policy):
@@ -255,19 +287,32 @@ def _faults(
     """
     mask, ids, present = table.mask, table.completion_ids, asked["prompt_mask"]
     counts, limit = mask.sum(dim=1), sampling.max_completion_length
-    yield "prompt_index does not count the prompts in order", table.prompt_index != asked["prompt_index"]
+    yield (
+        "prompt_index does not count the prompts in order",
+        table.prompt_index != asked["prompt_index"],
+    )
     prompts = table.cut(present.shape[1], mask.shape[1])
-    same = (prompts.prompt_mask == present) & ((prompts.prompt_ids == asked["prompt_ids"]) | ~present)
+    same = (prompts.prompt_mask == present) & (
+        (prompts.prompt_ids == asked["prompt_ids"]) | ~present
+    )
     more = table.prompt_mask.sum(dim=1) != present.sum(dim=1)
     yield "the prompt is not the one that was given, padded on the left", more | ~same.all(dim=1)
     yield "a completion has no token", counts == 0
     yield f"a completion has more than {limit} tokens", counts > limit
     vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     outside = (ids < 0) | (ids >= vocabulary)
-    yield f"completion_ids holds other numbers than 0 to {vocabulary - 1}", (outside & mask).any(dim=1)
+    yield (
+        f"completion_ids holds other numbers than 0 to {vocabulary - 1}",
+        (outside & mask).any(dim=1),
+    )
     actions = completion_mask(ids, policy.eos_ids, counts)
-    yield "mask is not True up to the first end, and False from there on", (mask != actions).any(dim=1)
-    ended = torch.isin(ids.gather(1, counts[:, None] - 1)[:, 0], torch.tensor(policy.eos_ids).long())
+    yield (
+        "mask is not True up to the first end, and False from there on",
+        (mask != actions).any(dim=1),
+    )
+    ended = torch.isin(
+        ids.gather(1, counts[:, None] - 1)[:, 0], torch.tensor(policy.eos_ids).long()
+    )
     by_string, ends = policy.stops is not None, counts.clone()
     if policy.stops is not None:
         policy.stops.end(ids, ends, ended)

@@ -51,7 +51,10 @@ class Evaluation(Tabled):
     failures: Sequence[str] = ()
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [(type(self).__name__, "value"), *with_errors(distinct_rewards(self.metrics)).items()]
+        return [
+            (type(self).__name__, "value"),
+            *with_errors(distinct_rewards(self.metrics)).items(),
+        ]
 
     def _ending(self) -> list[str]:
         sizes = f"{len(self.rows)} prompts, a greedy completion and {self.sampling.num_generations} samples"
@@ -104,13 +107,21 @@ def evaluate_policy(
     if not prompts:
         raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
     if reference is not None:
-        _check_reference(policy, reference, prompts if rewards.environments is None else (), sampling)
-    options: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
+        _check_reference(
+            policy, reference, prompts if rewards.environments is None else (), sampling
+        )
+    options: dict[str, Any] = {
+        "generator": generator,
+        "accelerator": accelerator,
+        "batch_size": batch_size,
+    }
     options |= {"stream": "evaluation", "scoring": scoring}
     passes, failures = [], list[str]()
     for count in dict.fromkeys((0, size)):  # the greedy completions, then those that are sampled
         draw = replace(sampling, num_generations=count)
-        rows = sampled_rows(policy, prompts, rewards, draw, reference=reference if count else None, **options)
+        rows = sampled_rows(
+            policy, prompts, rewards, draw, reference=reference if count else None, **options
+        )
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
         failures += [row["failure"] for row in passes[-1] if "failure" in row]
@@ -130,11 +141,15 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
     sizes = tuple(sorted(set(k)))
     if sizes and not (sizes[0] >= 1 and sizes[-1] <= num_generations):
         pair = f"k={' '.join(map(str, sizes))} with num_generations={num_generations}"
-        raise Refused(f"{pair}: the best of k needs k samples. Give k from 1 to {num_generations}, or more.")
+        raise Refused(
+            f"{pair}: the best of k needs k samples. Give k from 1 to {num_generations}, or more."
+        )
     return sizes
 
 
-def _check_reference(policy: Policy, reference: Policy, prompts: Sequence[Row], sampling: Sampling) -> None:
+def _check_reference(
+    policy: Policy, reference: Policy, prompts: Sequence[Row], sampling: Sampling
+) -> None:
     """Refuse a reference to which no KL can be estimated: another vocabulary, no room, or no samples."""
     rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
@@ -143,11 +158,15 @@ def _check_reference(policy: Policy, reference: Policy, prompts: Sequence[Row], 
             "not defined. Give the model that training started from."
         )
     if not sampling.num_generations:
-        raise Refused("num_generations=0 samples none, but the KL to a reference is estimated from samples.")
+        raise Refused(
+            "num_generations=0 samples none, but the KL to a reference is estimated from samples."
+        )
     encode(reference, [row["prompt"] for row in prompts], replace(sampling, truncate_prompts=False))
 
 
-def _by_prompt(rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]) -> dict[str, list[float]]:
+def _by_prompt(
+    rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]
+) -> dict[str, list[float]]:
     """Compute the metrics that are means over prompts, for each of B prompts; nan where there is no value.
 
     Args:
@@ -189,13 +208,17 @@ def _metrics(
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
         metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
-    metrics["entropy"] = sum(row["entropy"] for row in rows) / max(1, sum(row["length"] for row in rows))
+    metrics["entropy"] = sum(row["entropy"] for row in rows) / max(
+        1, sum(row["length"] for row in rows)
+    )
     if "ending" in rows[0]:
         metrics["episodes/turns"] = mean("turns")
     for ending in dict.fromkeys(row["ending"] for row in rows if "ending" in row):
         metrics[f"episodes/{ending}"] = fmean(row["ending"] == ending for row in rows)
     rewarded = ("reward", "reward_greedy")
-    return {name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)}
+    return {
+        name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)
+    }
 
 
 class Estimate(NamedTuple):
@@ -318,11 +341,15 @@ def sampled_rows(
             scores = score_in_parts(reference.model, batch, reference_scoring, **whole)
             kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
-        rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows += [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
     return rows
 
 
-def transcript(prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None) -> str:
+def transcript(
+    prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None
+) -> str:
     """Return an episode as text for people: what each role wrote, and how it ended."""
     turns = [("prompt", prompt), *((turn["role"], message_text(turn)) for turn in messages)]
     turns.append(("ending", f"{ending}. {failure}" if failure else ending))

@@ -27,7 +27,9 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training.arguments import TrainArguments
 
-Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
+Copies = Sequence[
+    tuple[nn.Parameter, nn.Parameter]
+]  # weights of a policy, each with its bfloat16 copy
 
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
@@ -111,7 +113,9 @@ def choose_forward(
         policy = replace(policy, model=model)
     processes = None if alone else accelerator
     # Before any rounding, because bfloat16 can leave little of a gradient.
-    scoring = check_scoring(policy, model, hidden=args.estimator.needs_values, accelerator=processes)
+    scoring = check_scoring(
+        policy, model, hidden=args.estimator.needs_values, accelerator=processes
+    )
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = model if acting is policy else updated(acting.model)
     words = (
@@ -119,7 +123,11 @@ def choose_forward(
         f"attention {attention.replace('_', ' ')}{' in sampling too' * samples_alike}, "
         f"up to {tokens:,} tokens in a pass"
     )
-    settings = {"mixed_precision": precision, "training_attention": attention, "tokens_per_pass": tokens}
+    settings = {
+        "mixed_precision": precision,
+        "training_attention": attention,
+        "tokens_per_pass": tokens,
+    }
     return Forward(acting, model, scoring, copies, words, tokens), settings
 
 
@@ -137,10 +145,16 @@ def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> 
     # Older releases of torch than 2.10 do not name them.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     has_it = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return ("bf16", "a CPU that multiplies in bfloat16") if has_it else ("no", "a CPU without bfloat16")
+    return (
+        ("bf16", "a CPU that multiplies in bfloat16")
+        if has_it
+        else ("no", "a CPU without bfloat16")
+    )
 
 
-def _attention(args: TrainArguments, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
+def _attention(
+    args: TrainArguments, policy: Policy, accelerator: Any
+) -> Literal["as_loaded", "eager"]:
     """Return the attention of updates: on a CPU the kernels' gradients are slow for short completions."""
     if args.training_attention is not None:
         return args.training_attention
@@ -153,7 +167,9 @@ def _tokens(policy: Policy) -> int:
     shape = shape_of(policy)
     layers, hidden = getattr(shape, "num_hidden_layers", None), getattr(shape, "hidden_size", None)
     if not layers or not hidden:
-        raise Refused("The configuration names no num_hidden_layers and hidden_size: give tokens_per_pass.")
+        raise Refused(
+            "The configuration names no num_hidden_layers and hidden_size: give tokens_per_pass."
+        )
     size = next(policy.model.parameters()).element_size()
     return max(1, ACTIVATIONS // (NUMBERS * size * layers * hidden))
 
@@ -171,7 +187,10 @@ def half_copy(policy: Policy) -> tuple[Policy, Copies]:
     shared. Frozen weights, such as the base of an adapter, are kept once: the original becomes bfloat16 too,
     as does a reference that is held apart.
     """
-    pairs = [(p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)) for p in _halved(policy.model)]
+    pairs = [
+        (p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad))
+        for p in _halved(policy.model)
+    ]
     model = _copied(policy.model, {id(p): half for p, half in pairs})
     for original, half in pairs:
         if not half.requires_grad:
@@ -195,7 +214,9 @@ def with_attention(model: nn.Module, implementation: str) -> nn.Module:
     try:
         twin.set_attn_implementation(implementation)
     except Exception as error:  # code of any architecture
-        problem = f"The attention {implementation!r} does not work with this model ({describe(error)})"
+        problem = (
+            f"The attention {implementation!r} does not work with this model ({describe(error)})"
+        )
         raise Refused(f"{problem}. Give training_attention='as_loaded'.") from error
     return twin  # type: ignore[no-any-return]
 
@@ -242,6 +263,10 @@ def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:
 
 def _halved(model: nn.Module) -> list[nn.Parameter]:
     """Return the float32 weights, but for those that transformers keeps in float32 in any precision."""
-    exact = {name for m in model.modules() for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()}
+    exact = {
+        name
+        for m in model.modules()
+        for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()
+    }
     named = model.named_parameters()
     return [p for name, p in named if p.dtype == torch.float32 and not exact & set(name.split("."))]

@@ -62,7 +62,9 @@ class Critic:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         self.head = nn.Sequential(nn.LayerNorm(hidden_size), linear).to(device)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=learning_rate, weight_decay=0.0
+        )
         self.iterations = iterations
 
     def values(self, hidden: Tensor | None) -> Tensor:
@@ -71,7 +73,12 @@ class Critic:
         return self.head(hidden.float()).squeeze(-1)
 
     def update(
-        self, estimator: Estimator, hidden: Tensor, returns: Tensor, weights: Tensor, accelerator: Any
+        self,
+        estimator: Estimator,
+        hidden: Tensor,
+        returns: Tensor,
+        weights: Tensor,
+        accelerator: Any,
     ) -> float:
         """Fit the values to the returns.
 
@@ -163,7 +170,9 @@ class Learner:
         self.forward.copy_weights()
         self.generator.sync(self.policy)
 
-    def gradient_noise(self, half: Tensor | None, groups: tuple[int, int] | None) -> dict[str, float]:
+    def gradient_noise(
+        self, half: Tensor | None, groups: tuple[int, int] | None
+    ) -> dict[str, float]:
         """Return the metrics of signal and noise of an update.
 
         Args:
@@ -293,7 +302,9 @@ def make_learner(
     learner = Learner(
         policy=policy,
         forward=forward,
-        schedule=make_schedule(args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps),
+        schedule=make_schedule(
+            args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps
+        ),
         optimizer=accelerator.prepare(optimizer),
         accelerator=accelerator,
         estimator=args.estimator,

@@ -89,12 +89,16 @@ def train(
         >>> result.eval_after["reward_greedy"]
     """
     if callback is not None and not callable(callback):
-        raise Refused(f"callback was given as {callback!r}; it must be a function of a step and its metrics.")
+        raise Refused(
+            f"callback was given as {callback!r}; it must be a function of a step and its metrics."
+        )
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices)
     main, agreed = accelerator.is_main_process, partial(largest, accelerator)
-    task, rewards = together(main, agreed, partial(_task_of, choices, accelerator.num_processes, agreed))
+    task, rewards = together(
+        main, agreed, partial(_task_of, choices, accelerator.num_processes, agreed)
+    )
     with Session(
         "train",
         choices,
@@ -143,7 +147,9 @@ def _task_of(choices: Any, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
     return task, rewards
 
 
-def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> TrainingRun:
+def _prepare(
+    choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session
+) -> TrainingRun:
     """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
@@ -163,11 +169,20 @@ def _prepare(choices: Any, task: Task, rewards: Rewards, accelerator: Any, sessi
                     warmed = stage.run()
             del stage  # and its copy of the weights
         adapt(args, policy)
-    provenance = provenance_of(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
+    provenance = provenance_of(
+        policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
+    )
     session.compare({**vars(args), **provenance.fingerprints, "size of the model": policy.size})
     threads, reason = choose_threads(policy.size, args.threads)
-    with using_threads(threads), console.status("checking that this model is sampled and scored rightly"):
-        chosen = {"threads": threads, "output_dir": session.directory, "chat_time": policy.form.chat_time}
+    with (
+        using_threads(threads),
+        console.status("checking that this model is sampled and scored rightly"),
+    ):
+        chosen = {
+            "threads": threads,
+            "output_dir": session.directory,
+            "chat_time": policy.form.chat_time,
+        }
         settings = SimpleNamespace(**vars(args) | chosen)
         learner = make_learner(settings, policy, accelerator, engine_of(args))
     run = TrainingRun(
@@ -224,7 +239,8 @@ def _begin(run: TrainingRun, session: Session) -> None:
     session.begin(args, names=names, spent=lambda: run.spent, title=run.title, **recorded_facts)
     if run.warm_started and session.main:
         shutil.copy(
-            Path(run.warm_started["kept_in"], "metrics.jsonl"), session.output_dir / "warm_start.jsonl"
+            Path(run.warm_started["kept_in"], "metrics.jsonl"),
+            session.output_dir / "warm_start.jsonl",
         )
     if session.continues:
         run.set_rate(session.step)
@@ -331,9 +347,13 @@ def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
     facts |= form_line(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
-        facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
+        facts |= {
+            f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")
+        }
     facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
-    session.finish(ended, lambda path: SavedPolicy(ended.policy).hand_over(path, card), map(str, findings))
+    session.finish(
+        ended, lambda path: SavedPolicy(ended.policy).hand_over(path, card), map(str, findings)
+    )
     run.learner.accelerator.wait_for_everyone()
     return ended

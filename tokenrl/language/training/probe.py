@@ -61,7 +61,9 @@ class Probe:
         return 1 - self.dead_groups[max(self.dead_groups)].value
 
 
-def probe_policy(policy: Policy, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling) -> Probe:
+def probe_policy(
+    policy: Policy, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling
+) -> Probe:
     """Sample several completions of each prompt and summarise their rewards, lengths and entropy.
 
     Completions for which every reward function abstains are left out; a prompt with fewer than k remaining
@@ -73,12 +75,18 @@ def probe_policy(policy: Policy, prompts: Sequence[Row], rewards: Rewards, sampl
     """
     samples = sampling.num_generations
     if not prompts or samples < 2:
-        raise Refused(f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more.")
+        raise Refused(
+            f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more."
+        )
     rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
     totals, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
     sizes, mark = [2**power for power in range(samples.bit_length())], rewards.pass_threshold
     best = {k: over_prompts([best_of(row, k) for row in totals]) for k in sizes}
-    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in totals]) for k in sizes}
+    right = (
+        {}
+        if mark is None
+        else {k: over_prompts([best_of(r >= mark, k) for r in totals]) for k in sizes}
+    )
     cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)
     return Probe(
         prompts=len(totals),

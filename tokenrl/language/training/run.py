@@ -108,7 +108,10 @@ class TrainingRun:
     @property
     def spent(self) -> bool:
         """Whether the run has generated all completions that it may, where their number is bounded."""
-        return self.args.max_samples is not None and self.totals["num_samples"] >= self.args.max_samples
+        return (
+            self.args.max_samples is not None
+            and self.totals["num_samples"] >= self.args.max_samples
+        )
 
     def due(self, session: Session, every: int) -> bool:
         """Return whether something is due in this step: every `every` plain steps, and in the last step."""
@@ -120,7 +123,9 @@ class TrainingRun:
     def set_rate(self, step: int) -> None:
         """Set the learning rate of the step after this one."""
         least, samples = sizes_of_steps(self.args)[1], self.totals["num_samples"]
-        load_schedule(self.learner.schedule, step if self.args.max_samples is None else samples / least)
+        load_schedule(
+            self.learner.schedule, step if self.args.max_samples is None else samples / least
+        )
 
     @property
     def title(self) -> str:
@@ -194,7 +199,8 @@ def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict
     stage = f"a warm start of {args.warm_start_steps} updates{auto}, " * bool(args.warm_start)
     return {
         "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
-        + ", as the data has no split to evaluate on (--eval-size)" * getattr(task, "divided", False),
+        + ", as the data has no split to evaluate on (--eval-size)"
+        * getattr(task, "divided", False),
         "reward": ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",

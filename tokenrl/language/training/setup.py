@@ -19,7 +19,13 @@ from tokenrl.core.memories import memory_of, read
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.loading import device_for
-from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.policy.model import (
+    Policy,
+    add_lora,
+    enable_gradient_checkpointing,
+    load_policy,
+    wrap,
+)
 from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rewards.environments import Environments
@@ -70,7 +76,9 @@ def fill_defaults(choices: Any, task: Task, policy: Policy | None = None) -> Lay
     if choices.warm_start:
         demonstrations(task)
     if choices.optimizer == "sgd" and choices.learning_rate is None:
-        raise Refused("optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2.")
+        raise Refused(
+            "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
+        )
     filled = training_defaults(choices, task, policy)
     buffer, length = choices.estimator.overlong_buffer, filled.values.max_completion_length
     if policy is not None and buffer >= length:  # else the length may be provisional
@@ -112,11 +120,17 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             "in an update: take fewer minibatches or more prompts, or diagnostics_every=0."
         )
     if args.generator == "vllm" and args.top_p < 1 and args.min_p:
-        raise Refused("vllm applies min_p before top_p, and scoring after it: give top_p or min_p, not both.")
+        raise Refused(
+            "vllm applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
+        )
     if args.generator == "vllm" and not 0.01 <= args.temperature <= 2:
-        raise Refused(f"temperature was given as {args.temperature:g}; vllm samples from 0.01 to 2.")
+        raise Refused(
+            f"temperature was given as {args.temperature:g}; vllm samples from 0.01 to 2."
+        )
     if args.dtype == "float16":
-        raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
+        raise Refused(
+            "dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32."
+        )
     if estimator.ratio == "none" and updates > 1:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
@@ -127,7 +141,9 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
 def _try_out(args: TrainArguments) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
     zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
-    inputs: dict[str, Any] = dict.fromkeys(("logprobs", "ref_logprobs", "values", "components"), zeros)
+    inputs: dict[str, Any] = dict.fromkeys(
+        ("logprobs", "ref_logprobs", "values", "components"), zeros
+    )
     inputs |= {"group_size": args.num_generations, "max_length": args.max_completion_length}
     inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1}
     try:
@@ -147,7 +163,9 @@ def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]
     if args.max_samples is not None and max_steps not in (None, args.max_steps):
         limit = f"max_samples={args.max_samples} says how long the run is: {args.max_steps} steps or fewer"
         yield f"max_steps={max_steps} has no effect, because {limit}."
-    if loud := [f"{name}={os.environ[name]}" for name in overruled() if os.environ[name].lower() not in OFF]:
+    if loud := [
+        f"{name}={os.environ[name]}" for name in overruled() if os.environ[name].lower() not in OFF
+    ]:
         have = "have" if len(loud) > 1 else "has"
         yield f"{', '.join(loud)} {have} no effect: a run computes as its recorded settings say."
     if args.warmup_steps >= args.max_steps:
@@ -210,13 +228,19 @@ def make_tiny(args: Any, task: Any) -> Policy:
     """
     build = getattr(task, "build", None)
     if build is None:
-        rows = [*task.train_prompts, *task.eval_prompts, *(getattr(task, "demonstrations", None) or ())]
+        rows = [
+            *task.train_prompts,
+            *task.eval_prompts,
+            *(getattr(task, "demonstrations", None) or ()),
+        ]
         form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
         if getattr(task, "environment", None) is not None:
             rows.append({"prompt": WRITTEN})
             form["tools"] = Environments(task.environment).has_tools
         room = max(1024, getattr(args, "max_completion_length", None) or 0)
-        build = partial(importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form)
+        build = partial(
+            importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form
+        )
     policy = wrap(*build(args.base_seed), source=TINY)
     policy.model.to(getattr(torch, args.dtype.replace("auto", "float32")))
     return policy
@@ -244,7 +268,9 @@ def make_accelerator(args: Any) -> Any:
     from accelerate.state import AcceleratorState
 
     # accelerate remembers the device and the precision of the first run of a program; each run has its own.
-    alone = PartialState._shared_state.get("num_processes") == 1  # else processes must not be joined again
+    alone = (
+        PartialState._shared_state.get("num_processes") == 1
+    )  # else processes must not be joined again
     AcceleratorState._reset_state(reset_partial_state=alone)
     # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
     cpu = args.cpu or not torch.accelerator.is_available()
@@ -254,7 +280,9 @@ def make_accelerator(args: Any) -> Any:
     try:
         return Accelerator(cpu=cpu, mixed_precision="no")
     except ValueError as error:
-        raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
+        raise Refused(
+            f"accelerate cannot be set up as asked: {' '.join(str(error).split())}"
+        ) from error
     finally:
         os.environ.update(values)
 
@@ -263,7 +291,9 @@ def check_shares(args: Any, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
     if world > 1 and args.generator == "vllm":
-        raise Refused(f"vllm samples in a run of one process, and this run has {world}: take transformers.")
+        raise Refused(
+            f"vllm samples in a run of one process, and this run has {world}: take transformers."
+        )
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
         valid = f"{down} or {up}" if down else up
@@ -284,7 +314,9 @@ def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
     return TransformersGenerator if args.generator == "transformers" else args.generator
 
 
-def provenance_of(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Provenance:
+def provenance_of(
+    policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None
+) -> Provenance:
     """Return the provenance of a run, before its first step; only a run of the same can continue it.
 
     Args:

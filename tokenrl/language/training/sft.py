@@ -96,7 +96,11 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             policy.model.to(device_for(policy.size))
             scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        chosen = {"threads": threads, "output_dir": session.directory, "chat_time": policy.form.chat_time}
+        chosen = {
+            "threads": threads,
+            "output_dir": session.directory,
+            "chat_time": policy.form.chat_time,
+        }
         args = SftArguments(**vars(filled.values) | chosen)
         stack.enter_context(using_threads(threads))
         training = SupervisedTraining(
@@ -125,13 +129,18 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         session.open(facts)
         if not session.continues:
             session.evaluated(evaluate())
-        session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
+        session.begin(
+            args, names={"task": name, "model": policy.source}, title=title, **recorded(task)
+        )
         for _ in session.steps(args.max_steps):
             metrics = session.timed(training.learn)
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
-        losses: dict[str, Any] = {"loss_before": training.loss_before, "loss_after": training.loss_after}
+        losses: dict[str, Any] = {
+            "loss_before": training.loss_before,
+            "loss_after": training.loss_after,
+        }
         ended = SftResult(**session.outcome("finished"), **losses, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         facts |= {"final loss": training.loss_after}
@@ -142,7 +151,11 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
 
 
 def _evaluation(
-    args: SftArguments, task: Any, rewards: Rewards | None, policy: Policy, training: SupervisedTraining
+    args: SftArguments,
+    task: Any,
+    rewards: Rewards | None,
+    policy: Policy,
+    training: SupervisedTraining,
 ) -> Callable[[], dict[str, float]]:
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
     if rewards is None:
@@ -159,12 +172,16 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
     A data set without a reward is used whole; with one, some of its rows are held out.
     """
     named, column = isinstance(args.task, str), args.completion_column
-    is_task = hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task)))
+    is_task = hasattr(args.task, "train_prompts") or (
+        named and (":" in args.task or is_toy_task(args.task))
+    )
     if is_task or (args.reward and args.model is not None):
         task, rewards = find_task(args)
         return task, rewards, demonstrations(task, column)
     if args.model is None:
-        raise Refused("A data set has no model of its own: name one, --model DIRECTORY or --model tiny.")
+        raise Refused(
+            "A data set has no model of its own: name one, --model DIRECTORY or --model tiny."
+        )
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
     if args.split not in splits:
@@ -175,5 +192,7 @@ def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]
         raise Refused(f"{fault}.{nearest(column, rows[0])}")
     name, origin = (args.task, {}) if named else described(splits)
     rest = [row for split in splits if split != args.split for row in splits[split]]
-    task = with_environment(PromptTask(name, rows, rest, None, origin=origin), None, args.environment)
+    task = with_environment(
+        PromptTask(name, rows, rest, None, origin=origin), None, args.environment
+    )
     return task, None, demonstrations(task, column)

@@ -108,7 +108,9 @@ def training_step(
     inputs = advantage_inputs(whole, sampling, memory, rewards)
     advantages, returns = estimator.advantages(mask=whole.mask, valid=counting.compared, **inputs)
 
-    old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
+    old = old_logprobs(
+        learner, rows
+    )  # [n, T]; None: the policy of the update is the one that sampled
     rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
     history: list[dict[str, float]] = []
     scored: list[Scored] = []  # the rows that the first update learns from
@@ -116,7 +118,9 @@ def training_step(
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
         rows = replace(rows, weights=local(accelerator, weights))
         learning = learning_rows(learner, counting, advantages, chosen)  # [N]
-        halves, groups = halved(counting, chosen, learning, sampling) if measured else ([learning], None)
+        halves, groups = (
+            halved(counting, chosen, learning, sampling) if measured else ([learning], None)
+        )
         sums: list[Tensor] = []
         first_half_gradient = None
         learner.optimizer.zero_grad()
@@ -130,7 +134,9 @@ def training_step(
                 learner.forward.accumulate_gradients()
                 sums.append(loss_statistics(learner, loss, inputs))
                 if not history:  # the first update of the rollout
-                    scored.append(Scored(part.mask, part.sampling_logprobs, scores.logprobs.detach()))
+                    scored.append(
+                        Scored(part.mask, part.sampling_logprobs, scores.logprobs.detach())
+                    )
             if first_half_gradient is None and measured:
                 first_half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
@@ -143,7 +149,9 @@ def training_step(
     learner.generator.sync(policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
-    metrics |= {name: fmean(update[name] for update in history if name in update) for name in history[0]}
+    metrics |= {
+        name: fmean(update[name] for update in history if name in update) for name in history[0]
+    }
     metrics |= mismatch_metrics(scored) | update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())

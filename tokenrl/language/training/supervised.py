@@ -71,7 +71,11 @@ class Descent:
         self.parameters, self._of, self._max_grad_norm = list(parameters), of, max_grad_norm
         self._batches, self._batch_size = RowOrder(rows, seed, batch_orders), batch_size
         fused = self.parameters[0].device.type in ("cpu", "cuda")
-        options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
+        options: dict[str, Any] = {
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+            "fused": fused,
+        }
         self._optimizer = torch.optim.AdamW(self.parameters, **options)
         self._schedule = make_schedule(schedule, self._optimizer, max_steps, warmup_steps)
         self.step = self.tokens = 0
@@ -87,7 +91,9 @@ class Descent:
         """Return the numbers of the next batch's rows."""
         return self._batches.draw(self._batch_size)
 
-    def update(self, loss: Tensor, differentiated: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def update(
+        self, loss: Tensor, differentiated: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Update the weights by the gradient of a loss.
 
         Args:
@@ -145,9 +151,13 @@ def check_trainable(policy: Policy) -> None:
         Refused: no parameter requires a gradient, or one that does is float16.
     """
     if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
-        raise Refused(f"{policy.source!r} is float16: gradients underflow. Use bfloat16 or float32.")
+        raise Refused(
+            f"{policy.source!r} is float16: gradients underflow. Use bfloat16 or float32."
+        )
     if not policy.trainable_parameters():
-        raise Refused(f"{policy.source!r} has no trainable parameter: set requires_grad, or use LoRA.")
+        raise Refused(
+            f"{policy.source!r} has no trainable parameter: set requires_grad, or use LoRA."
+        )
 
 
 def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
@@ -163,23 +173,27 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
         if isinstance(text, list) and text and isinstance(text[-1], dict):
             text = text[-1].get("content")
         if not isinstance(text, str) or "prompt" not in row:
-            needed = "prompt and completion (text, or a list that ends with the assistant's message)"
-            raise Refused(f"The demonstration of {location} has {', '.join(row)}; it needs {needed}.")
+            needed = (
+                "prompt and completion (text, or a list that ends with the assistant's message)"
+            )
+            raise Refused(
+                f"The demonstration of {location} has {', '.join(row)}; it needs {needed}."
+            )
         if fault := fault_of_prompt(text, "completion"):
             raise Refused(f"The demonstration of {location}: {fault}.")
         before = policy.encode(row["prompt"])
         ids = following_ids(policy, before, text, row["prompt"])
         if ids is None:
-            problem = (
-                f"The demonstration of {location}: behind its prompt the tokenizer cannot write {text!r:.60}"
-            )
+            problem = f"The demonstration of {location}: behind its prompt the tokenizer cannot write {text!r:.60}"
             raise Refused(
                 f"{problem} so that both read as written. Give the prompt an end behind which it can."
             )
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
-            raise Refused(f"The demonstration of {location} has no token, nor an EOS: leave it out.")
+            raise Refused(
+                f"The demonstration of {location} has no token, nor an EOS: leave it out."
+            )
         if policy.context is not None and len(before) + len(ids) > policy.context:
             options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
             policy.encode_all([row["prompt"]], locations=[location], **options)  # refuses it
@@ -229,7 +243,9 @@ class SupervisedTraining(Descent):
             Refused: there are no demonstrations, or one cannot be used.
         """
         if not demonstrations:
-            raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
+            raise Refused(
+                "There are no demonstrations to learn from. Give rows of prompt and completion."
+            )
         self._policy, self._forward = policy, forward or Forward(policy, policy.model, USUAL)
         self.pairs = encode_demonstrations(policy, demonstrations)
         options |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}

@@ -37,7 +37,10 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     """
     step, reward = session.step, session.rows[-1]["reward"]
     observed = _step_facts(run, session)
-    idle, findings = observed["steps_without_signal"], {f.flag: f for f in reversed(judge(observed))}
+    idle, findings = (
+        observed["steps_without_signal"],
+        {f.flag: f for f in reversed(judge(observed))},
+    )
     lost = [flag for flag in POLICY_LOST if flag in session.flags]
     if not lost and (new := [flag for flag in POLICY_LOST if flag in findings]):
         lost = new[:1]
@@ -102,7 +105,11 @@ def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
             both = session.eval_before, session.evaluation  # the numbers that people see
             before, after = (metrics.get("reward", metrics["reward_greedy"]) for metrics in both)
             numbers |= {
-                **{"gain": gain, "gain_stderr": error, "held_out": sum(not math.isnan(x) for x in gains)},
+                **{
+                    "gain": gain,
+                    "gain_stderr": error,
+                    "held_out": sum(not math.isnan(x) for x in gains),
+                },
                 **{"before_reward": before, "after_reward": after, "step_reward": after},
                 "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
             }
@@ -113,7 +120,9 @@ def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
         findings.append(Finding("environment-fails", "act", f"in the last evaluation {failed}"))
     if "policy-destroyed" in session.flags:
         names = {"nothing-learnt": "policy-destroyed"}
-        findings = [replace(finding, flag=names.get(finding.flag, finding.flag)) for finding in findings]
+        findings = [
+            replace(finding, flag=names.get(finding.flag, finding.flag)) for finding in findings
+        ]
     session.flags = list(dict.fromkeys([*session.flags, *(finding.flag for finding in findings)]))
     return findings
 
@@ -121,7 +130,9 @@ def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
 def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
     """Return the facts of rows of metrics (see `facts`), with what is known of the task and the model."""
     args, task, solved = run.args, run.task, getattr(run.task, "solved", None)
-    uncut = "raise --max-completion-length, name strings that end them (--stop), or take another model."
+    uncut = (
+        "raise --max-completion-length, name strings that end them (--stop), or take another model."
+    )
     if asks_in_text(run):
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
     ours = is_own(task, args.model, run.learner.policy)
@@ -129,7 +140,8 @@ def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dic
         "usual_rate": run.usual_rate,
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
-        "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or ours),
+        "can_warm_start": bool(getattr(task, "demonstrations", None))
+        and not (args.warm_start or ours),
         "uncut": uncut,
         "short_texts": _advice_on_positions(run.learner.policy.model.config),
         **numbers,
@@ -140,9 +152,14 @@ def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dic
 def _advice_on_positions(config: Any) -> str:
     """Return what a longrope model needs, whose positions change in long texts; empty for other models."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    each = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one for each type of layer
+    each = [
+        ropes,
+        *(rope for rope in ropes.values() if isinstance(rope, dict)),
+    ]  # one for each type of layer
     limits = [
-        rope["original_max_position_embeddings"] for rope in each if rope.get("rope_type") == "longrope"
+        rope["original_max_position_embeddings"]
+        for rope in each
+        if rope.get("rope_type") == "longrope"
     ]
     if not limits:
         return ""
@@ -158,7 +175,9 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     """
     rows, middle, count = session.rows[1:], -math.inf, 0
     if "policy-destroyed" in session.flags:
-        best = max(row["eval_reward"] for row in session.rows if finite(row.get("eval_reward")) is not None)
+        best = max(
+            row["eval_reward"] for row in session.rows if finite(row.get("eval_reward")) is not None
+        )
         middle = (best + min(row["reward"] for row in rows)) / 2
     for row in reversed(rows):
         if share_equal(row, run.args.estimator.needs_groups) == 1:

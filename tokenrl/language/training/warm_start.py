@@ -40,7 +40,12 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import SftArguments
-from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count, sampling_of
+from tokenrl.language.training.defaults import (
+    default_rate,
+    demonstrations,
+    parameter_count,
+    sampling_of,
+)
 from tokenrl.language.training.forward import Forward, choose_forward, choose_precision
 from tokenrl.language.training.probe import probe_policy
 from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
@@ -53,7 +58,9 @@ from tokenrl.runs.signals import SIGNALS
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
 
-MADE_BY = 3  # raise it when the weights that a warm start gives change, or what its checkpoints hold
+MADE_BY = (
+    3  # raise it when the weights that a warm start gives change, or what its checkpoints hold
+)
 BATCH, WARMUP, SAVED = 16, 10, 50
 """Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
 MOST_BYTES = 8 * 10**9
@@ -131,7 +138,9 @@ def _make_once(
             held = lock.acquire()
     except OSError as error:
         where = f"Warm-started models are kept in {directory.parent}, which cannot be written"
-        raise Refused(f"{where} ({describe(error)}). Set TOKENRL_CACHE to another directory.") from error
+        raise Refused(
+            f"{where} ({describe(error)}). Set TOKENRL_CACHE to another directory."
+        ) from error
     with held:
         if directory.exists():
             try:
@@ -170,7 +179,11 @@ def warm_started_base(
         if warm is not None:
             rows, steps = task.demonstrations, f"{warm.steps} steps; cached for next time"
             announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
-            options = {"batch_size": warm.batch_size, "learning_rate": warm.learning_rate, "seed": seed}
+            options = {
+                "batch_size": warm.batch_size,
+                "learning_rate": warm.learning_rate,
+                "seed": seed,
+            }
             fit(policy, rows, max_steps=warm.steps, **options)
         save_policy(policy, folder)
 
@@ -204,17 +217,36 @@ class WarmStart:
             Refused: there are no demonstrations, or the model cannot be used.
         """
         if policy.has_adapter:
-            raise Refused("warm_start trains all weights, but the model has an adapter: merge it first.")
+            raise Refused(
+                "warm_start trains all weights, but the model has an adapter: merge it first."
+            )
         check_trainable(policy)
         policy.model.to(accelerator.device)
         self.policy, self.rewards, self.args, self.console = policy, rewards, args, console
-        self._prompts, self._rows, self._accelerator = task.train_prompts, demonstrations(task), accelerator
+        self._prompts, self._rows, self._accelerator = (
+            task.train_prompts,
+            demonstrations(task),
+            accelerator,
+        )
         self._rate = default_rate(parameter_count(policy), supervised=True)
-        model = [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)]
+        model = [
+            fingerprint(policy.model),
+            tokenizer_fingerprint(policy.tokenizer),
+            vars(policy.form),
+        ]
         sampling = [args.max_completion_length, args.num_generations, distribution_of(args)]
         precision = choose_precision(args, policy, accelerator)[0]
         computing = [accelerator.device.type, precision, args.training_attention]
-        training = [args.warm_start, BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
+        training = [
+            args.warm_start,
+            BATCH,
+            WARMUP,
+            PROMPTS,
+            ENOUGH,
+            self._rate,
+            args.seed,
+            *computing,
+        ]
         # All that the weights depend on, besides the number of updates.
         self._ingredients = [model, self._rows, rewards.names, sampling, training]
 
@@ -251,8 +283,14 @@ class WarmStart:
         with suppress(OSError):  # of a cache that others own, write or empty at the same time
             os.utime(directory)  # the newest now, as it is used
             if not cached:
-                size, most, folder = decimal(_remove_oldest()), decimal(MOST_BYTES), cache_directory()
-                self.console.note(f"the cache, {folder}, has {size} of at most {most}; delete it to empty it")
+                size, most, folder = (
+                    decimal(_remove_oldest()),
+                    decimal(MOST_BYTES),
+                    cache_directory(),
+                )
+                self.console.note(
+                    f"the cache, {folder}, has {size} of at most {most}; delete it to empty it"
+                )
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
@@ -275,13 +313,26 @@ class WarmStart:
         args, most = self.args, self.args.warm_start_steps
         run = _cache_folder("warm-start-run", self._ingredients)
         stage = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
-        self.console.note(f"warm start: {stage}, learning rate {self._rate:g}; kept in {cache_directory()}")
-        with FileLock(f"{run}.lock"):  # waits for a stage of another length, where a session would refuse
+        self.console.note(
+            f"warm start: {stage}, learning rate {self._rate:g}; kept in {cache_directory()}"
+        )
+        with FileLock(
+            f"{run}.lock"
+        ):  # waits for a stage of another length, where a session would refuse
             going_on = _can_continue(run, most)
             settings: dict[str, Any] = {"output_dir": str(run), "overwrite": not going_on}
             settings |= {name: getattr(args, name) for name in ("quiet", "save_minutes", "seed")}
-            settings |= {"resume": "auto" if going_on else None, "save_every": SAVED, "keep_checkpoints": 1}
-            settings |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate, "eval_every": 0}
+            settings |= {
+                "resume": "auto" if going_on else None,
+                "save_every": SAVED,
+                "keep_checkpoints": 1,
+            }
+            settings |= {
+                "max_steps": most,
+                "batch_size": BATCH,
+                "learning_rate": self._rate,
+                "eval_every": 0,
+            }
             facts, code = self._learn(SftArguments(task="demonstrations", **settings))
             if code:
                 message = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
@@ -296,20 +347,26 @@ class WarmStart:
         with Session("sft", settings) as session:
             session.console.each = "warm start"
             session.keep(
-                SavedPolicy(self.policy), Provenance({}, device=self.policy.device.type), training=training
+                SavedPolicy(self.policy),
+                Provenance({}, device=self.policy.device.type),
+                training=training,
             )
             session.open({})
             if not session.continues:
                 session.evaluated(self._probe())
             session.begin(settings, names={})
             before = session.eval_before
-            for _ in session.steps(0 if args.warm_start == "auto" and _has_signal(before) else most):
+            for _ in session.steps(
+                0 if args.warm_start == "auto" and _has_signal(before) else most
+            ):
                 session.record(session.timed(training.learn))
             session.save()
             code, after = session.stop.exit_code, before
             if training.step and not code:
                 after = self._probe()
-        self.policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free them
+        self.policy.model.zero_grad(
+            set_to_none=True
+        )  # an adapter leaves these weights alone: free them
         if training.step == most and not _has_signal(after):
             shares = f"{after['unequal']:.0%} of the groups have unequal rewards"
             cut = f"{after['truncated']:.0%} of the completions are cut"
@@ -327,11 +384,19 @@ class WarmStart:
         count = min(PROMPTS, len(self._prompts))
         sampling = sampling_of(self.args)
         sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
-        prompts = [row for _, row in PromptStream(self._prompts, self.args.seed).draw_prompts(count)]
-        with self.console.status(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
+        prompts = [
+            row for _, row in PromptStream(self._prompts, self.args.seed).draw_prompts(count)
+        ]
+        with self.console.status(
+            f"sampling {len(prompts)} x {sampling.num_generations} completions"
+        ):
             self._forward.copy_weights()
             probe = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
-        return {"reward": probe.reward.value, "unequal": probe.unequal, "truncated": probe.truncated.value}
+        return {
+            "reward": probe.reward.value,
+            "unequal": probe.unequal,
+            "truncated": probe.truncated.value,
+        }
 
 
 def _can_continue(directory: Path, most: int) -> bool:
