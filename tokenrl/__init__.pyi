@@ -26,8 +26,8 @@ if typing.TYPE_CHECKING:
 else:
     from tokenrl.control.training import train_agent as train_agent
     from tokenrl.lab.compare.loop import compare as compare
-    from tokenrl.language.evaluation.chat import sample as sample
-    from tokenrl.language.evaluation.evaluate import evaluate as evaluate
+    from tokenrl.language.commands.evaluate import evaluate as evaluate
+    from tokenrl.language.commands.sample import sample as sample
     from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
     from tokenrl.language.training.loop import train as train
     from tokenrl.language.training.sft import sft as sft

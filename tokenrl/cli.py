@@ -22,7 +22,7 @@ from tokenrl.flags import Command, parse
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
+from tokenrl.language.commands.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.runs.console import harmless, visible
@@ -76,8 +76,8 @@ COMMANDS = {
     "reward-model": Command(
         RewardModelArguments, "tokenrl.language:train_reward_model", trains=True
     ),
-    "evaluate": Command(EvaluateArguments, "tokenrl.language.evaluation.evaluate:print_evaluation"),
-    "sample": Command(SampleArguments, "tokenrl.language.evaluation.chat:print_samples"),
+    "evaluate": Command(EvaluateArguments, "tokenrl.language.commands.evaluate:print_evaluation"),
+    "sample": Command(SampleArguments, "tokenrl.language.commands.sample:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
     "compare": Command(CompareArguments, "tokenrl.lab.compare.loop:compare"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),

@@ -11,15 +11,15 @@ from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.plan import Plan
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.measurement import Measured
-from tokenrl.language.evaluation.arguments import EvaluateArguments
-from tokenrl.language.evaluation.arguments import SampleArguments
+from tokenrl.language.commands.arguments import EvaluateArguments
+from tokenrl.language.commands.arguments import SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.fit import RewardModelResult
 from tokenrl.language.tasks.sources import DataArguments
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.evaluation import Evaluation
+from tokenrl.language.evaluation.evaluation import Evaluation
 from tokenrl.language.training.run import RunResult
 from tokenrl.language.training.sft import SftResult
 

@@ -17,8 +17,8 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
+from tokenrl.language.evaluation.evaluation import Estimate
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.evaluation import Estimate
 from tokenrl.language.training.probe import Probe
 from tokenrl.language.training.setup import train_settings
 

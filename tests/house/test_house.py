@@ -60,7 +60,10 @@ ORDER = [
 ORDER += [["control", "language"], ["lab"], ["advisor"], ["flags"], ["cli"], ["__main__"]]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 INSIDE = {  # the folders of a room, from below
-    "language": ["policy", "rewards", "tasks", "rollout", "training", "preferences", "evaluation"],
+    "language": [
+        *("policy", "rewards", "tasks", "rollout", "evaluation"),
+        *("supervised", "training", "preferences", "commands"),
+    ],
     "lab": ["exact", "measure", "compare"],
 }
 PUBLIC_ROOMS = ("core", "runs", "control", "language", "lab")

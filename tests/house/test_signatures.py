@@ -20,7 +20,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.lab import measure_gradients
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.language.evaluation.arguments import EvaluateArguments, SampleArguments
+from tokenrl.language.commands.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.tasks.sources import DataArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
@@ -68,7 +68,7 @@ RESULTS = {
     "tokenrl.lab.measure.measurement": ("Measured",),
     "tokenrl.language.preferences.fit": ("RewardModelResult",),
     "tokenrl.language.tasks.task": ("Task",),
-    "tokenrl.language.training.evaluation": ("Evaluation",),
+    "tokenrl.language.evaluation.evaluation": ("Evaluation",),
     "tokenrl.language.training.run": ("RunResult",),
     "tokenrl.language.training.sft": ("SftResult",),
     "tokenrl.core.estimator": ("Estimator",),

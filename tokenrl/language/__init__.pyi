@@ -8,6 +8,11 @@ from tokenrl.language.evaluation.best_of_n import (
     pool_rewards as pool_rewards,
     sample_pool as sample_pool,
 )
+from tokenrl.language.evaluation.evaluation import (
+    Evaluation as Evaluation,
+    evaluate_policy as evaluate_policy,
+    over_prompts as over_prompts,
+)
 from tokenrl.language.policy.model import Policy as Policy, load_policy as load_policy, wrap as wrap
 from tokenrl.language.preferences.arguments import RewardModelArguments as RewardModelArguments
 from tokenrl.language.preferences.data import reward_backbone as reward_backbone
@@ -43,11 +48,6 @@ from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task
 from tokenrl.language.training.arguments import (
     SftArguments as SftArguments,
     TrainArguments as TrainArguments,
-)
-from tokenrl.language.training.evaluation import (
-    Evaluation as Evaluation,
-    evaluate_policy as evaluate_policy,
-    over_prompts as over_prompts,
 )
 from tokenrl.language.training.supervised import fit as fit
 from tokenrl.language.training.warm_start import warm_started_base as warm_started_base

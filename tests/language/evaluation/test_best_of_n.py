@@ -18,9 +18,9 @@ from tokenrl.language.evaluation.best_of_n import (
     pool_rewards,
     sample_pool,
 )
+from tokenrl.language.evaluation.evaluation import best_of
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.evaluation import best_of
 
 PROXY = np.array([0.3, -1.0, 2.0, 0.3, 2.0, 2.0, 0.7])  # with ties
 GOLD = np.array([1.0, 0.0, -3.0, 5.0, 2.0, 0.5, 4.0])

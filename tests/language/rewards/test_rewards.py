@@ -17,7 +17,7 @@ import torch
 
 import toy_tasks
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.evaluation.arguments import EvaluateArguments
+from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.rewards.library import Length, RegexFormat
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards

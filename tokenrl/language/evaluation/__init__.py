@@ -1,1 +1,1 @@
-"""Evaluates trained policies: held-out rewards, best-of-n, and completions for people."""
+"""Measures a policy on held-out prompts by rewarded completions, and by the best of n."""

@@ -16,13 +16,13 @@ import numpy as np
 
 from tokenrl.core.returns import at_last_action
 from tokenrl.errors import Refused
+from tokenrl.language.evaluation.evaluation import over_prompts
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
-from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.settings import check_number
 
 

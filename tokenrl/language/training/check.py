@@ -24,13 +24,13 @@ from rich.filesize import decimal
 
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, TokenrlError, with_places
+from tokenrl.language.evaluation.evaluation import over_prompts, transcript
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import failures_of, logprobs_under, prompt_text, sample
 from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
-from tokenrl.language.training.evaluation import over_prompts, transcript
 from tokenrl.language.training.learner import Learner, make_optimizer
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step

@@ -15,6 +15,7 @@ from typing import Any
 from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, Stopped, own_process, with_places
 from tokenrl.keywords import arguments_of_call, takes
+from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saved import SavedPolicy
@@ -29,7 +30,6 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.collect import failures_of, prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps, usual_rate
-from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
 from tokenrl.language.training.setup import (

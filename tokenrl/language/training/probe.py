@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.evaluation import (
+from tokenrl.language.evaluation.evaluation import (
     Estimate,
     all_equal,
     best_of,
@@ -20,6 +17,9 @@ from tokenrl.language.training.evaluation import (
     over_prompts,
     sampled_rows,
 )
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 
 Row = Mapping[str, Any]
 

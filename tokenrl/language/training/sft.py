@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenrl.errors import Refused, nearest
 from tokenrl.keywords import arguments_of_call, takes
+from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
@@ -30,7 +31,6 @@ from tokenrl.language.training.defaults import (
     sft_defaults,
     with_origins,
 )
-from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import make_policy, provenance_of
 from tokenrl.language.training.supervised import SupervisedTraining

@@ -11,12 +11,8 @@ import torch
 from tiny_models import LETTERS, Engine, letters, textbook_logprobs
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.evaluate import evaluation_table, paired_differences
-from tokenrl.language.policy.model import wrap
-from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.evaluation import (
+from tokenrl.language.commands.evaluate import evaluation_table, paired_differences
+from tokenrl.language.evaluation.evaluation import (
     SCORED_AT_ONCE,
     all_equal,
     best_of,
@@ -26,6 +22,10 @@ from tokenrl.language.training.evaluation import (
     over_prompts,
     sampled_rows,
 )
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.probe import probe_policy
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel

@@ -11,8 +11,9 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.evaluation.arguments import SampleArguments
-from tokenrl.language.evaluation.evaluate import as_in_runs
+from tokenrl.language.commands.arguments import SampleArguments
+from tokenrl.language.commands.evaluate import as_in_runs
+from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
@@ -24,7 +25,6 @@ from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import completion_limit
-from tokenrl.language.training.evaluation import transcript
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.evaluation.arguments import SampleArguments
-from tokenrl.language.evaluation.chat import Sampler
+from tokenrl.language.commands.arguments import SampleArguments
+from tokenrl.language.commands.sample import Sampler
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.policy.saving import save_policy
 from toy_tasks import load

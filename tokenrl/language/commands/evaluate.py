@@ -14,8 +14,14 @@ from typing import Any, overload
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.evaluation.arguments import EvaluateArguments
+from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
+from tokenrl.language.evaluation.evaluation import (
+    Evaluation,
+    check_sizes,
+    evaluate_policy,
+    over_prompts,
+)
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
@@ -25,12 +31,6 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
 from tokenrl.language.training.collect import failures_of
 from tokenrl.language.training.defaults import completion_limit
-from tokenrl.language.training.evaluation import (
-    Evaluation,
-    check_sizes,
-    evaluate_policy,
-    over_prompts,
-)
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, plain, write_json

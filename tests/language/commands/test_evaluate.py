@@ -13,8 +13,8 @@ import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
-from tokenrl.language.evaluation.arguments import EvaluateArguments
-from tokenrl.language.evaluation.evaluate import as_trained
+from tokenrl.language.commands.arguments import EvaluateArguments
+from tokenrl.language.commands.evaluate import as_trained
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from toy_tasks import load

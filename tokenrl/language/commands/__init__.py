@@ -1,0 +1,1 @@
+"""The commands that use a finished model: `tokenrl evaluate` and `tokenrl sample`."""

@@ -1,0 +1,1 @@
+"""Trains a model on demonstrations: supervised fine-tuning, and the warm start of a training."""
