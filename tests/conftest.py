@@ -69,7 +69,7 @@ def handlers():
 @pytest.fixture
 def short_warm_start(tmp_path, monkeypatch):
     """Warm starts of ten steps, in a cache of the test's own."""
-    from tokenrl.language.training import warm_start
+    from tokenrl.language.supervised import warm_start
 
     fit = warm_start.fit
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))

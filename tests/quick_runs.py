@@ -23,8 +23,8 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(toy_tasks, "load", kept(toy_tasks.load))
     if "tokenrl.flags" in sys.modules:
         read_flags_once(patch, sys.modules["tokenrl.flags"])
-    if "tokenrl.language.training.forward" in sys.modules:
-        forward = sys.modules["tokenrl.language.training.forward"]
+    if "tokenrl.language.rollout.forward" in sys.modules:
+        forward = sys.modules["tokenrl.language.rollout.forward"]
         patch.setattr(forward, "check_scoring", remembered(forward.check_scoring))
     if "tokenrl.language.policy.saved" in sys.modules:
         saved = sys.modules["tokenrl.language.policy.saved"]

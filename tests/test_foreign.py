@@ -19,8 +19,9 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, nearest
 from tokenrl.flags import parse
 from tokenrl.foreign import OF_DATA, check_flags, meaning, settings_of, table
+from tokenrl.language.supervised.defaults import SFT_ANY
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.defaults import ANY, SFT_ANY
+from tokenrl.language.training.settings import ANY
 from tokenrl.settings import arguments, field_types
 
 KNOWN = {

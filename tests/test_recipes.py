@@ -105,7 +105,7 @@ def make_chat_model_and_data(folder: Path) -> None:
 def base(tmp_path_factory):
     """Makes the base that the rungs share, after a tenth of its warm start, and returns its cache."""
     import toy_tasks
-    from tokenrl.language.training import warm_start
+    from tokenrl.language.supervised import warm_start
 
     @cache
     def made() -> Path:

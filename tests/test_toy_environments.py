@@ -13,7 +13,7 @@ import toy_tasks
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.tools import assistant_message
-from tokenrl.language.training.supervised import encode_demonstrations
+from tokenrl.language.supervised.fit import encode_demonstrations
 from toy_tasks import calculator, guess_number
 from toy_tasks.models import EOS
 

@@ -9,9 +9,9 @@ from tokenrl.language.preferences.fit import (
     RewardModelResult as RewardModelResult,
 )
 from tokenrl.language.rewards.model import RewardModel as RewardModel
+from tokenrl.language.supervised.sft import SftResult as SftResult
 from tokenrl.language.tasks.task import PromptTask as PromptTask
 from tokenrl.language.training.run import RunResult as RunResult
-from tokenrl.language.training.sft import SftResult as SftResult
 
 if typing.TYPE_CHECKING:
     from tokenrl.signatures import (
@@ -29,7 +29,7 @@ else:
     from tokenrl.language.commands.evaluate import evaluate as evaluate
     from tokenrl.language.commands.sample import sample as sample
     from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
+    from tokenrl.language.supervised.sft import sft as sft
     from tokenrl.language.training.loop import train as train
-    from tokenrl.language.training.sft import sft as sft
 
 __version__: str

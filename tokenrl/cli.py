@@ -24,7 +24,8 @@ from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.commands.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
-from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.output import (
     UNREAD,
@@ -72,7 +73,7 @@ def write_report(args: ReportArguments) -> int:
 
 COMMANDS = {
     "train": Command(TrainArguments, "tokenrl.language.training.loop:train", trains=True),
-    "sft": Command(SftArguments, "tokenrl.language.training.sft:sft", trains=True),
+    "sft": Command(SftArguments, "tokenrl.language.supervised.sft:sft", trains=True),
     "reward-model": Command(
         RewardModelArguments, "tokenrl.language:train_reward_model", trains=True
     ),

@@ -17,11 +17,11 @@ from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.fit import RewardModelResult
 from tokenrl.language.tasks.sources import DataArguments
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import SftArguments
+from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.evaluation.evaluation import Evaluation
 from tokenrl.language.training.run import RunResult
-from tokenrl.language.training.sft import SftResult
+from tokenrl.language.supervised.sft import SftResult
 
 
 def train(

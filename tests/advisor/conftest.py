@@ -10,7 +10,7 @@ import pytest
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.setup import train_settings
+from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog

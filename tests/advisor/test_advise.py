@@ -18,9 +18,9 @@ from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.evaluation.evaluation import Estimate
+from tokenrl.language.evaluation.probe import Probe
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.probe import Probe
-from tokenrl.language.training.setup import train_settings
+from tokenrl.language.training.settings import train_settings
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)
 LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)

@@ -25,7 +25,7 @@ MODEL, SAVING = "language/policy/model.py", "language/policy/saving.py"
 CACHE, HEAD, FORWARD = (
     "language/rollout/cache.py",
     "language/rollout/head.py",
-    "language/training/forward.py",
+    "language/rollout/forward.py",
 )
 VLLM, CHAT = "language/rollout/vllm.py", "language/rewards/environments.py"
 AGENTS, METRICS = "control/environments.py", "runs/metrics.py"
@@ -68,8 +68,8 @@ NAMES = {
     "peft:PeftModel.get_base_model": SAVING,
     "peft:get_peft_model_state_dict": SAVING,
     "peft:set_peft_model_state_dict": SAVING,
-    "accelerate:PartialState._shared_state": "language/training/setup.py",
-    "accelerate.state:AcceleratorState._reset_state": "language/training/setup.py",
+    "accelerate:PartialState._shared_state": "runs/processes.py",
+    "accelerate.state:AcceleratorState._reset_state": "runs/processes.py",
     "accelerate.tracking:LOGGER_TYPE_TO_CLASS": METRICS,
     "accelerate.tracking:GeneralTracker.store_init_configuration": METRICS,
     "accelerate.utils:is_tensorboard_available": METRICS,  # as of every tracker

@@ -22,8 +22,9 @@ from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.commands.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.tasks.sources import DataArguments
-from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import OR_FUNCTION, OR_OBJECT, field_types
 
 STUB = Path(tokenrl.__file__).with_name("signatures.pyi")
@@ -70,7 +71,7 @@ RESULTS = {
     "tokenrl.language.tasks.task": ("Task",),
     "tokenrl.language.evaluation.evaluation": ("Evaluation",),
     "tokenrl.language.training.run": ("RunResult",),
-    "tokenrl.language.training.sft": ("SftResult",),
+    "tokenrl.language.supervised.sft": ("SftResult",),
     "tokenrl.core.estimator": ("Estimator",),
 }
 

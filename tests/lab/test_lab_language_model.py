@@ -13,9 +13,11 @@ from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training import setup
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import make_learner
+from tokenrl.language.training.settings import train_settings
 from tokenrl.language.training.step import training_step
+from tokenrl.runs.processes import make_accelerator
 
 torch.set_num_threads(1)
 GRPO = {
@@ -127,7 +129,7 @@ def test_training_has_the_exact_mean_and_variance(
     """
     estimator, steps = Estimator(**fields), 40 if groups > 1 else 600
     exact = exact_moments(estimator, problem)
-    given = setup.TrainArguments(
+    given = TrainArguments(
         max_steps=1,
         prompts_per_step=groups,
         num_generations=2,
@@ -137,8 +139,8 @@ def test_training_has_the_exact_mean_and_variance(
         cpu=True,
         estimator=estimator,
     )
-    args = setup.train_settings(given, task=None)
-    learner = make_learner(args, policy, setup.make_accelerator(args))
+    args = train_settings(given, task=None)
+    learner = make_learner(args, policy, make_accelerator(args))
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(points), RunningMean(0.9)
     found = []

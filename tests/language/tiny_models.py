@@ -171,8 +171,10 @@ def letters_trained(folder, task, **options):
 
 def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
     """A learner on one process, with plain arguments resolved."""
-    from tokenrl.language.training import setup
+    from tokenrl.language.training.arguments import TrainArguments
     from tokenrl.language.training.learner import make_learner
+    from tokenrl.language.training.settings import train_settings
+    from tokenrl.runs.processes import make_accelerator
     from tokenrl.settings import arguments
 
     estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
@@ -185,9 +187,9 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
         "max_grad_norm": 0.0,
         "cpu": True,
     }
-    args = arguments(setup.TrainArguments, values | options | {"estimator": estimator})
-    args = setup.train_settings(args, make_task())
-    return make_learner(args, policy, setup.make_accelerator(args))
+    args = arguments(TrainArguments, values | options | {"estimator": estimator})
+    args = train_settings(args, make_task())
+    return make_learner(args, policy, make_accelerator(args))
 
 
 def scored(learner, **how):

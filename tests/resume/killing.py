@@ -25,7 +25,7 @@ from tests.states import state_of
 
 FORK = get_context("forkserver")
 TRAININGS = ["control.training", "language.preferences.fit", "language.training.loop"]
-TRAININGS += ["language.training.sft"]
+TRAININGS += ["language.supervised.sft"]
 FORK.set_forkserver_preload(
     ["peft", "transformers", *(f"tokenrl.{training}" for training in TRAININGS)]
 )

@@ -16,17 +16,18 @@ from tokenrl.advisor.advice import (
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
+from tokenrl.language.evaluation.probe import Probe, probe_policy
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.supervised.base import make_policy
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.probe import Probe, probe_policy
-from tokenrl.language.training.setup import make_policy, train_settings
+from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import plain
 from tokenrl.runs.findings import MOST, Finding, facts, groups_without_signal

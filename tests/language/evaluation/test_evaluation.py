@@ -22,11 +22,11 @@ from tokenrl.language.evaluation.evaluation import (
     over_prompts,
     sampled_rows,
 )
+from tokenrl.language.evaluation.probe import probe_policy
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.probe import probe_policy
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 

@@ -8,7 +8,7 @@ from tiny_models import SENTENCES, make_model
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.training.supervised import encode_demonstrations
+from tokenrl.language.supervised.fit import encode_demonstrations
 
 TEXTS = [
     *SENTENCES,

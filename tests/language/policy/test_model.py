@@ -20,7 +20,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.arguments import SftArguments
+from tokenrl.language.supervised.arguments import SftArguments
 
 CHAT = [{"role": "user", "content": "the cat"}]
 LONG = "count to ten " * 6
@@ -62,13 +62,14 @@ def test_objects_that_are_no_model_with_its_tokenizer_are_refused_in_the_call():
 
 
 def test_float16_is_refused_for_training_also_if_it_was_saved_so(tmp_path):
-    from tokenrl.language.training import setup
+    from tokenrl.language.supervised.base import make_policy
+    from tokenrl.language.training.arguments import TrainArguments
 
     make_model(dtype="float16").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    for kind in (setup.TrainArguments, SftArguments):
+    for kind in (TrainArguments, SftArguments):
         with pytest.raises(Refused, match="float16"):
-            setup.make_policy(kind(model=str(tmp_path), dtype="auto"), None, print)
+            make_policy(kind(model=str(tmp_path), dtype="auto"), None, print)
 
 
 def test_every_eos_of_config_generation_config_and_tokenizer_counts():

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.rewards.library import ExactMatch, NumericAnswer
+from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.records import fingerprint, remarks
 from tokenrl.language.tasks.sources import TaskArguments, memory_splits, read_splits
 from tokenrl.language.tasks.task import PromptTask, find_task
-from tokenrl.language.training.defaults import demonstrations
 
 TEXTS = st.one_of(
     st.sampled_from(

@@ -11,9 +11,8 @@ from tiny_models import PROMPTS, make_policy, make_task, vowel_reward
 import tokenrl
 from tokenrl.core import Estimator
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.defaults import plain_steps
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.language.training.setup import train_settings
+from tokenrl.language.training.settings import plain_steps, train_settings
 
 PLAIN = 4 * 2  # prompts x completions of a step
 REFILLING = Estimator.preset(

@@ -385,7 +385,7 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
     corrected = tokenrl.Estimator.preset("rloo", importance="token", importance_cap=2.0)
     assert check_policy(make_policy(), estimator=corrected).flags == ("sampling-differs",)
     # Rounding to bfloat16 is worth a remark only where the user asked for it.
-    chosen = "tokenrl.language.training.forward.choose_precision"
+    chosen = "tokenrl.language.rollout.forward.choose_precision"
     monkeypatch.setattr(
         chosen, lambda args, *_: (args.mixed_precision or "bf16", "as the test says")
     )

@@ -9,19 +9,20 @@ import toy_tasks
 from tokenrl.configuration import configured
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.task import PromptTask, load_task
-from tokenrl.language.training.arguments import SftArguments, TrainArguments
-from tokenrl.language.training.defaults import (
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.defaults import (
     completion_limit,
     default_rate,
     parameter_count,
     room,
     sft_defaults,
-    training_defaults,
 )
+from tokenrl.language.supervised.fit import encode_demonstrations
+from tokenrl.language.tasks.task import PromptTask, load_task
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.run import first_facts
-from tokenrl.language.training.supervised import encode_demonstrations
+from tokenrl.language.training.settings import training_defaults
 from toy_tasks.models import TinyModel
 
 OTHER = "default for other models"

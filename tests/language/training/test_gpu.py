@@ -7,8 +7,8 @@ import torch
 from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy, make_task
 
 from tokenrl import train
+from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.scoring import Scoring, score
-from tokenrl.language.training.forward import Forward, half_copy, with_attention
 
 pytestmark = [
     pytest.mark.gpu,

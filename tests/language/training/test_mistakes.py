@@ -15,8 +15,9 @@ from tokenrl import train
 from tokenrl.cli import main
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.training.arguments import SftArguments, TrainArguments
-from tokenrl.language.training.setup import check_shares
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.settings import check_shares
 from tokenrl.settings import arguments
 
 QUICK = {

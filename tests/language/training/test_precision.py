@@ -24,10 +24,10 @@ from tokenrl import train
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy, add_lora
+from tokenrl.language.rollout import forward
+from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.scoring import Scoring, score
-from tokenrl.language.training import forward
 from tokenrl.language.training.collect import sample
-from tokenrl.language.training.forward import Forward, half_copy, with_attention
 
 KL = Estimator.preset("grpo", beta=0.1)
 

@@ -17,9 +17,10 @@ from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, Problem
+from tokenrl.language.supervised.base import load_base
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.setup import load_base, train_settings
+from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
 from tokenrl.settings import arguments, check_choice, check_seed, field_types

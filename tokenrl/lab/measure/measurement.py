@@ -120,7 +120,7 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     """Load the policy; from a run that trained an adapter, the policy in which only that adapter trains."""
     from tokenrl.language.policy.loading import device_for
     from tokenrl.language.policy.model import load_policy
-    from tokenrl.language.training.setup import make_policy
+    from tokenrl.language.supervised.base import make_policy
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
     if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
@@ -152,7 +152,7 @@ def _in_memory(
     from accelerate.utils.memory import should_reduce_batch_size
     from rich.progress import Progress
 
-    from tokenrl.language.training.defaults import completion_limit
+    from tokenrl.language.supervised.defaults import completion_limit
 
     prompts = list(task.train_prompts)[: args.num_prompts]
     if len(prompts) < args.num_prompts:

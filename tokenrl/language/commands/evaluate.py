@@ -25,13 +25,13 @@ from tokenrl.language.evaluation.evaluation import (
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
+from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.supervised.base import load_placed
+from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
-from tokenrl.language.training.collect import failures_of
-from tokenrl.language.training.defaults import completion_limit
-from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, plain, write_json
 from tokenrl.runs.threads import choose_threads, using_threads

@@ -18,14 +18,19 @@ from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.rewarded import prompts_of, reward_rows, sample_rows, texts_of
+from tokenrl.language.rollout.rewarded import (
+    prompt_text,
+    prompts_of,
+    reward_rows,
+    sample_rows,
+    texts_of,
+)
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.supervised.base import load_placed
+from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.collect import prompt_text
-from tokenrl.language.training.defaults import completion_limit
-from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 

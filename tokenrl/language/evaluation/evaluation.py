@@ -21,10 +21,9 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import prompts_of, sample_and_reward, texts_of
+from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
-from tokenrl.language.training.collect import completion_kl
 from tokenrl.runs.console import distinct as distinct_rewards, message_text, with_errors
 from tokenrl.runs.reader import Tabled
 

@@ -29,9 +29,8 @@ from tokenrl.language.preferences.evaluation import encode_pairs, preference_met
 from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.tasks.records import recorded
-from tokenrl.language.training.setup import provenance_of
-from tokenrl.language.training.supervised import Descent
+from tokenrl.language.supervised.fit import Descent
+from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from tokenrl.core.losses import k1, k3
+from tokenrl.core.rows import zero_outside
+from tokenrl.language.rollout.rollout import Rollout, lengths
+from tokenrl.language.rollout.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rewards.environments import Environments
+    from tokenrl.language.rewards.rewards import Rewards
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tokenrl.core.returns import at_last_action
 from tokenrl.errors import locations_of
@@ -15,8 +29,7 @@ from tokenrl.language.policy.stops import decoded, markers
 from tokenrl.language.rewards.environments import ENDINGS, Environments
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.rollout import Rollout, lengths
-from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.language.rollout.sampling import encode, uniforms
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -196,3 +209,34 @@ def sample_and_reward(
             policy, generator, rows, sampling, stream, rewards.environments, tokens
         )
         yield reward_rows(policy, rewards, rollout, step=sampling.step)
+
+
+def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Estimate the KL of whole completions to the reference, from one sample each, in nats.
+
+    `kl` is the log-ratio summed over tokens (k1). `kl_k3` sums `ref/pi - 1 + log(pi/ref)` over tokens (k3;
+    Schulman 2020, "Approximating KL divergence"). Given the tokens before, the mean of a summand over the
+    next token is the KL of that token's distribution, so by the chain rule both sums are unbiased. k3 is
+    never negative; its variance is far smaller than that of k1 near the reference, and larger far from it.
+
+    Args:
+        logprobs: log-probabilities of the policy that sampled, under the distribution of sampling [N, T].
+        ref_logprobs: log-probabilities of the reference, at the same temperature over all tokens [N, T].
+        mask: True on actions [N, T]; elsewhere both tensors may hold anything.
+
+    Returns:
+        `kl` and `kl_k3`, each [N].
+    """
+    log_pi, log_ref = (zero_outside(x.double(), mask) for x in (logprobs, ref_logprobs))
+    return {"kl": k1(log_pi, log_ref).sum(dim=1), "kl_k3": k3(log_pi, log_ref).sum(dim=1)}
+
+
+def prompt_text(prompt: Any) -> str:
+    """Return a prompt as a person would type it: the text itself, or the last of its chat messages."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def failures_of(texts: Sequence[str]) -> str:
+    """Return how many of N episodes failed, of N texts, and how the first did; empty if none failed."""
+    failures = [text for text in texts if text]
+    return f"{len(failures)} of {len(texts)} episodes failed. {failures[0]}" if failures else ""

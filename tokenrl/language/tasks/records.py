@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.files import FORMLESS, canonical
+from tokenrl.runs.resume import Provenance
 
 IN_MEMORY = "in-memory:"
 """How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
@@ -70,3 +72,22 @@ def recorded(task: Any) -> dict[str, Any]:
     origin, rows = getattr(task, "origin", None), getattr(task, "train_prompts", ())
     chats = any(not isinstance(row["prompt"], str) for row in rows)
     return ({"task_rows": origin} if origin else {}) | ({"chat_prompts": True} if chats else {})
+
+
+def provenance_of(
+    policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None
+) -> Provenance:
+    """Return the provenance of a run, before its first step; only a run of the same can continue it.
+
+    Args:
+        policy: the policy or the reward model, with the weights that it starts from.
+        rows: all rows of data that decide what is learnt, in named parts.
+        accelerator: accelerate's handle of device and processes; None for one process without it.
+    """
+    fingerprints = {
+        "data": fingerprint(rows),
+        "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+        "base model": model_fingerprint(policy.model),
+    }
+    where = policy.model if accelerator is None else accelerator
+    return Provenance(fingerprints, getattr(where, "num_processes", 1), where.device.type)

@@ -18,6 +18,7 @@ from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
+from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.rollout import (
     NOT_YET,
     OF_PROMPTS,
@@ -27,7 +28,6 @@ from tokenrl.language.rollout.rollout import (
     to_host,
 )
 from tokenrl.language.rollout.scoring import Scores
-from tokenrl.language.training.collect import failures_of
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator

@@ -26,15 +26,17 @@ from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, TokenrlError, with_places
 from tokenrl.language.evaluation.evaluation import over_prompts, transcript
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.rewarded import failures_of, prompt_text
 from tokenrl.language.rollout.sampling import encode
+from tokenrl.language.supervised.defaults import demonstrations
+from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import failures_of, logprobs_under, prompt_text, sample
-from tokenrl.language.training.defaults import demonstrations, sizes_of_steps
+from tokenrl.language.training.collect import logprobs_under, sample
 from tokenrl.language.training.learner import Learner, make_optimizer
 from tokenrl.language.training.run import RunResult, TrainingRun
+from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
 from tokenrl.runs.console import duration, harmless, number, visible
 from tokenrl.runs.findings import Finding, Weight, conclude, lower_rate, share_equal

@@ -18,11 +18,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from tokenrl.core.losses import k1, k3
-from tokenrl.core.rows import from_first, zero_outside, zero_spread
+from tokenrl.core.rows import from_first, zero_spread
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.rewarded import prompts_of, reward_rows, sample_rows, texts_of
+from tokenrl.language.rollout.rewarded import (
+    completion_kl,
+    prompts_of,
+    reward_rows,
+    sample_rows,
+    texts_of,
+)
 from tokenrl.language.rollout.rollout import Rollout, cat, lengths
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
@@ -248,37 +253,6 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
             metrics[f"rewards/{name}/mean"] = values.mean()
             metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
     return {name: float(value) for name, value in metrics.items()}
-
-
-def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Estimate the KL of whole completions to the reference, from one sample each, in nats.
-
-    `kl` is the log-ratio summed over tokens (k1). `kl_k3` sums `ref/pi - 1 + log(pi/ref)` over tokens (k3;
-    Schulman 2020, "Approximating KL divergence"). Given the tokens before, the mean of a summand over the
-    next token is the KL of that token's distribution, so by the chain rule both sums are unbiased. k3 is
-    never negative; its variance is far smaller than that of k1 near the reference, and larger far from it.
-
-    Args:
-        logprobs: log-probabilities of the policy that sampled, under the distribution of sampling [N, T].
-        ref_logprobs: log-probabilities of the reference, at the same temperature over all tokens [N, T].
-        mask: True on actions [N, T]; elsewhere both tensors may hold anything.
-
-    Returns:
-        `kl` and `kl_k3`, each [N].
-    """
-    log_pi, log_ref = (zero_outside(x.double(), mask) for x in (logprobs, ref_logprobs))
-    return {"kl": k1(log_pi, log_ref).sum(dim=1), "kl_k3": k3(log_pi, log_ref).sum(dim=1)}
-
-
-def prompt_text(prompt: Any) -> str:
-    """Return a prompt as a person would type it: the text itself, or the last of its chat messages."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def failures_of(texts: Sequence[str]) -> str:
-    """Return how many of N episodes failed, of N texts, and how the first did; empty if none failed."""
-    failures = [text for text in texts if text]
-    return f"{len(failures)} of {len(texts)} episodes failed. {failures[0]}" if failures else ""
 
 
 def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from tokenrl.errors import (
     explain,
     raised,
 )
-from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.model import (
+    Policy,
+)
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, score_in_parts
+from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.settings import shown
 
 METHODS = ("generate", "sync", "close")
@@ -344,3 +348,10 @@ def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
 def _mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
     """Return the mean size of the difference of two numbers of each token, over the actions."""
     return float((a - b)[mask].abs().double().mean())
+
+
+def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
+    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
+    if args.generator == "vllm":
+        return partial(VllmGenerator.start, cache=args.generator_cache)
+    return TransformersGenerator if args.generator == "transformers" else args.generator

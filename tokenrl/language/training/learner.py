@@ -18,14 +18,13 @@ from tokenrl.core.losses import next_beta
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import to_device
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.batch import sum_gradients
-from tokenrl.language.training.defaults import sampling_of
 from tokenrl.language.training.engines import start_engine
-from tokenrl.language.training.forward import Forward, choose_forward, shape_of
 from tokenrl.runs.schedules import make_schedule
 
 MOST_TOKENS = 4096

@@ -22,30 +22,29 @@ from tokenrl.language.policy.saved import SavedPolicy
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import largest
+from tokenrl.language.rollout.rewarded import failures_of, prompt_text
 from tokenrl.language.rollout.sampling import encode
-from tokenrl.language.tasks.records import recorded, remarks
+from tokenrl.language.supervised.base import adapt, load_base
+from tokenrl.language.supervised.warm_start import WarmStart
+from tokenrl.language.tasks.records import provenance_of, recorded, remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.collect import failures_of, prompt_text
-from tokenrl.language.training.defaults import sizes_of_steps, usual_rate
+from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
-from tokenrl.language.training.setup import (
-    adapt,
+from tokenrl.language.training.settings import (
     check_shares,
-    engine_of,
     fill_defaults,
-    load_base,
-    make_accelerator,
-    provenance_of,
+    sizes_of_steps,
+    usual_rate,
     without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
-from tokenrl.language.training.warm_start import WarmStart
 from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.processes import make_accelerator
 from tokenrl.runs.resume import Agreed, check_processes, resume_settings, together
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads

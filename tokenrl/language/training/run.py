@@ -27,11 +27,12 @@ from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_line
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.supervised.defaults import with_origins
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.defaults import plain_steps, sizes_of_steps, with_origins
 from tokenrl.language.training.learner import Learner
+from tokenrl.language.training.settings import plain_steps, sizes_of_steps
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.schedules import load_schedule

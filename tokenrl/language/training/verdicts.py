@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenrl.errors import Stopped
 from tokenrl.language.evaluation.evaluation import over_prompts
-from tokenrl.language.training.collect import failures_of
-from tokenrl.language.training.defaults import is_own
+from tokenrl.language.rollout.rewarded import failures_of
+from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
 from tokenrl.runs.findings import Finding, Part, facts, share_equal, slowing
 from tokenrl.runs.reader import finite

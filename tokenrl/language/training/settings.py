@@ -1,15 +1,10 @@
-"""Makes what a run needs from its arguments: settings, policy, accelerator.
-
-Arguments that cannot be used are refused here, before anything is trained.
-"""
+"""Makes the settings of a training run: lays the layers over each other, and refuses contradictions."""
 
 from __future__ import annotations
 
-import importlib
+import math
 import os
-import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,44 +12,88 @@ import torch
 from tokenrl.core.baselines import check_horizon
 from tokenrl.core.memories import memory_of, read
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.arguments import TINY
-from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import (
     Policy,
-    add_lora,
-    enable_gradient_checkpointing,
-    load_policy,
-    wrap,
 )
-from tokenrl.language.policy.prompts import fill_form, form_of
-from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
-from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.vllm import VllmGenerator
-from tokenrl.language.tasks.records import fingerprint as rows_fingerprint
+from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.defaults import demonstrations, training_defaults
-from tokenrl.language.training.supervised import check_trainable
-from tokenrl.language.training.warm_start import warm_started_base
-from tokenrl.runs.resume import Provenance
-from tokenrl.settings import Layered
+from tokenrl.runs.processes import overruled
+from tokenrl.settings import Layered, lay
 
-WRITTEN = f"{string.printable[:95]}\n"
-"""What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
+ANY = {
+    "max_steps": 200,
+    "prompts_per_step": 16,
+    "num_generations": 8,
+    "lr_scheduler_type": "linear",
+}
 
 
-HEEDED = (
-    "USE_CPU",
-    "TORCH_DEVICE",
-    "CPU_AFFINITY",
-    "NUM_PROCESSES",
-    "DEBUG_MODE",
-    "LOG_LEVEL",
-    "ENABLE_RICH",
-)
-"""Variables of accelerate, without their prefix, that say where a run computes and not what."""
+TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
+"""A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
+
+
+def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
+    """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
+    prompts, generations = args.prompts_per_step, args.num_generations
+    return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
+
+
+def plain_steps(args: TrainArguments) -> int:
+    """Return the length of a run in plain steps, in which the times of evaluations are counted."""
+    return (
+        args.max_steps
+        if args.max_samples is None
+        else -(-args.max_samples // sizes_of_steps(args)[0])
+    )
+
+
+def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> Layered:
+    """Lay the settings that were given over what the task recommends, and that over the defaults.
+
+    Args:
+        choices: the arguments of `tokenrl train`.
+        task: the task.
+        policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
+    """
+    layers = _below_training(choices, task, policy)
+    if choices.max_completion_length is None:
+        limit, origin = completion_limit(
+            task, choices.model, policy, truncate=choices.truncate_prompts
+        )
+        layers.append((origin, {"max_completion_length": limit}))
+    layers.append(("given", vars(choices)))
+    values = lay(*layers).values
+    if choices.max_samples is not None:
+        steps = -(-choices.max_samples // sizes_of_steps(values)[1])
+        layers.append((f"max_samples {choices.max_samples:,}", {"max_steps": steps}))
+    every = max(1, plain_steps(values) // 10)
+    if (
+        choices.model is not None
+    ):  # to evaluate a completion takes up to two thirds of learning from it
+        evaluated = len(task.eval_prompts) * (1 + choices.eval_generations)
+        every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
+    every = every if values.eval_every is None else values.eval_every
+    return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
+
+
+def _below_training(
+    choices: Any, task: Any, policy: Policy | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the layers below what was given to `tokenrl train` (see `layers_below`)."""
+    recommended = getattr(task, "train", None) or {}
+    return layers_below(
+        choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended
+    )
+
+
+def usual_rate(choices: Any, task: Any, policy: Policy) -> float | None:
+    """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
+    if choices.optimizer != "adamw":
+        return None
+    return float(lay(*_below_training(choices, task, policy)).values.learning_rate)
+
+
 OFF = ("", "no", "none", "false", "0", "1", "default")
 """Values with which the others change nothing, as `accelerate launch` sets them."""
 
@@ -185,108 +224,6 @@ def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]
             yield f"{name}={value} has no effect, because {reason}."
 
 
-def make_policy(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
-    """Load the policy that the arguments name, and add the adapter that they ask for.
-
-    Raises:
-        Refused: the model cannot be loaded, cannot be asked as the arguments say, or cannot be trained.
-    """
-    policy = load_base(args, task, announce)
-    adapt(args, policy)
-    return policy
-
-
-def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
-    """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
-
-    Raises:
-        Refused: the model cannot be loaded.
-    """
-    source: Any = args.model
-    if source is None:
-        source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
-    if source == TINY and not os.path.isdir(TINY):
-        policy = make_tiny(args, task)
-    elif isinstance(source, Policy):
-        policy = source
-    elif isinstance(source, tuple | list):
-        policy = wrap(*source, source=type(source[0]).__name__)
-    else:
-        policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    policy.ask(form_of(fill_form(args)))
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(policy)
-    return policy
-
-
-def make_tiny(args: Any, task: Any) -> Policy:
-    """Make a tiny model with random weights: that of a toy task before its warm start, or one for any rows.
-
-    Args:
-        args: the arguments of a command; the weights depend on the vocabulary and on `base_seed` alone.
-        task: the task; held-out rows and demonstrations count for the vocabulary too.
-    """
-    build = getattr(task, "build", None)
-    if build is None:
-        rows = [
-            *task.train_prompts,
-            *task.eval_prompts,
-            *(getattr(task, "demonstrations", None) or ()),
-        ]
-        form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
-        if getattr(task, "environment", None) is not None:
-            rows.append({"prompt": WRITTEN})
-            form["tools"] = Environments(task.environment).has_tools
-        room = max(1024, getattr(args, "max_completion_length", None) or 0)
-        build = partial(
-            importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form
-        )
-    policy = wrap(*build(args.base_seed), source=TINY)
-    policy.model.to(getattr(torch, args.dtype.replace("auto", "float32")))
-    return policy
-
-
-def adapt(args: Any, policy: Policy) -> None:
-    """Add the LoRA adapter that the arguments ask for, if any.
-
-    Raises:
-        Refused: the adapter does not fit, or the model cannot be trained.
-    """
-    if getattr(args, "lora_r", 0):
-        modules, seed = args.lora_target_modules, getattr(args, "seed", 0)
-        add_lora(policy, r=args.lora_r, alpha=args.lora_alpha, target_modules=modules, seed=seed)
-    check_trainable(policy)
-
-
-def make_accelerator(args: Any) -> Any:
-    """Make accelerate's handle of device, precision and processes, as the arguments of a run say.
-
-    Raises:
-        Refused: accelerate refuses the settings.
-    """
-    from accelerate import Accelerator, PartialState
-    from accelerate.state import AcceleratorState
-
-    # accelerate remembers the device and the precision of the first run of a program; each run has its own.
-    alone = (
-        PartialState._shared_state.get("num_processes") == 1
-    )  # else processes must not be joined again
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
-    cpu = args.cpu or not torch.accelerator.is_available()
-    # Accelerate would take the device of this variable even if it is told to take the CPU.
-    hidden = [*overruled(), *["ACCELERATE_TORCH_DEVICE"] * (args.cpu is True)]
-    values = {name: os.environ.pop(name) for name in hidden if name in os.environ}
-    try:
-        return Accelerator(cpu=cpu, mixed_precision="no")
-    except ValueError as error:
-        raise Refused(
-            f"accelerate cannot be set up as asked: {' '.join(str(error).split())}"
-        ) from error
-    finally:
-        os.environ.update(values)
-
-
 def check_shares(args: Any, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
@@ -299,43 +236,3 @@ def check_shares(args: Any, world: int) -> None:
         valid = f"{down} or {up}" if down else up
         problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
         raise Refused(f"{problem}. Give {valid}.")
-
-
-def overruled() -> list[str]:
-    """Return the environment variables of accelerate by which it would compute otherwise than a run says."""
-    names = [name for name in os.environ if name.startswith("ACCELERATE_")]
-    return sorted(name for name in names if name.removeprefix("ACCELERATE_") not in HEEDED)
-
-
-def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
-    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
-    if args.generator == "vllm":
-        return partial(VllmGenerator.start, cache=args.generator_cache)
-    return TransformersGenerator if args.generator == "transformers" else args.generator
-
-
-def provenance_of(
-    policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None
-) -> Provenance:
-    """Return the provenance of a run, before its first step; only a run of the same can continue it.
-
-    Args:
-        policy: the policy or the reward model, with the weights that it starts from.
-        rows: all rows of data that decide what is learnt, in named parts.
-        accelerator: accelerate's handle of device and processes; None for one process without it.
-    """
-    fingerprints = {
-        "data": rows_fingerprint(rows),
-        "tokenizer": tokenizer_fingerprint(policy.tokenizer),
-        "base model": fingerprint(policy.model),
-    }
-    where = policy.model if accelerator is None else accelerator
-    return Provenance(fingerprints, getattr(where, "num_processes", 1), where.device.type)
-
-
-def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
-    """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
-    policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    policy.model.to(device_for(policy.size))
-    check_scoring(policy, gradient=False)
-    return policy

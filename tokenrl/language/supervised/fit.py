@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import following_ids
+from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
-from tokenrl.language.training.forward import Forward
 from tokenrl.runs.schedules import load_schedule, make_schedule
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion

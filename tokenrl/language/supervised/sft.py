@@ -18,22 +18,22 @@ from tokenrl.language.policy.saved import SavedPolicy
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.held_out import smaller_evaluation
-from tokenrl.language.tasks.records import described, recorded
-from tokenrl.language.tasks.sources import memory_splits, read_splits, with_prompts
-from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
-from tokenrl.language.training.arguments import SftArguments
-from tokenrl.language.training.defaults import (
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.base import make_policy
+from tokenrl.language.supervised.defaults import (
     completion_limit,
     demonstrations,
     room,
     sft_defaults,
     with_origins,
 )
-from tokenrl.language.training.forward import Forward
-from tokenrl.language.training.setup import make_policy, provenance_of
-from tokenrl.language.training.supervised import SupervisedTraining
+from tokenrl.language.supervised.fit import SupervisedTraining
+from tokenrl.language.tasks.held_out import smaller_evaluation
+from tokenrl.language.tasks.records import described, provenance_of, recorded
+from tokenrl.language.tasks.sources import memory_splits, read_splits, with_prompts
+from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
 from tokenrl.runs.console import number
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings

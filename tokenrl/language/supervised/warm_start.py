@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from tokenrl.errors import Interrupted, Refused, describe
+from tokenrl.language.evaluation.probe import probe_policy
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.policy.saved import SavedPolicy
@@ -37,18 +38,13 @@ from tokenrl.language.policy.saving import (
 )
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
+from tokenrl.language.rollout.forward import Forward, choose_forward, choose_precision
+from tokenrl.language.rollout.sampling import sampling_of
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.defaults import default_rate, demonstrations, parameter_count
+from tokenrl.language.supervised.fit import SupervisedTraining, check_trainable, fit
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import SftArguments
-from tokenrl.language.training.defaults import (
-    default_rate,
-    demonstrations,
-    parameter_count,
-    sampling_of,
-)
-from tokenrl.language.training.forward import Forward, choose_forward, choose_precision
-from tokenrl.language.training.probe import probe_policy
-from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import atomic_directory, write_json

@@ -18,21 +18,10 @@ import numpy as np
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.distribution import distribution_of
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.sources import as_prompt
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.supervised import Pair, encode_demonstrations
 from tokenrl.settings import Layered, lay
 
-ANY = {
-    "max_steps": 200,
-    "prompts_per_step": 16,
-    "num_generations": 8,
-    "lr_scheduler_type": "linear",
-}
-TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
-"""A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
 SFT_ANY = {"max_steps": 200, "batch_size": 64}
 SFT_TOY = {"max_steps": 250, "batch_size": 16}
 RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
@@ -158,71 +147,6 @@ def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
     return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
 
 
-def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
-    """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
-    prompts, generations = args.prompts_per_step, args.num_generations
-    return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
-
-
-def plain_steps(args: TrainArguments) -> int:
-    """Return the length of a run in plain steps, in which the times of evaluations are counted."""
-    return (
-        args.max_steps
-        if args.max_samples is None
-        else -(-args.max_samples // sizes_of_steps(args)[0])
-    )
-
-
-def sampling_of(args: TrainArguments) -> Sampling:
-    """Return how a run samples; callers set the step."""
-    sizes = args.max_completion_length, args.num_generations, args.seed
-    return Sampling(*sizes, truncate_prompts=args.truncate_prompts, **distribution_of(args))
-
-
-def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> Layered:
-    """Lay the settings that were given over what the task recommends, and that over the defaults.
-
-    Args:
-        choices: the arguments of `tokenrl train`.
-        task: the task.
-        policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
-    """
-    layers = _below_training(choices, task, policy)
-    if choices.max_completion_length is None:
-        limit, origin = completion_limit(
-            task, choices.model, policy, truncate=choices.truncate_prompts
-        )
-        layers.append((origin, {"max_completion_length": limit}))
-    layers.append(("given", vars(choices)))
-    values = lay(*layers).values
-    if choices.max_samples is not None:
-        steps = -(-choices.max_samples // sizes_of_steps(values)[1])
-        layers.append((f"max_samples {choices.max_samples:,}", {"max_steps": steps}))
-    every = max(1, plain_steps(values) // 10)
-    if (
-        choices.model is not None
-    ):  # to evaluate a completion takes up to two thirds of learning from it
-        evaluated = len(task.eval_prompts) * (1 + choices.eval_generations)
-        every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
-    every = every if values.eval_every is None else values.eval_every
-    return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
-
-
-def _below_training(
-    choices: Any, task: Any, policy: Policy | None
-) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the layers below what was given to `tokenrl train` (see `_below`)."""
-    recommended = getattr(task, "train", None) or {}
-    return _below(choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
-
-
-def usual_rate(choices: Any, task: Any, policy: Policy) -> float | None:
-    """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
-    if choices.optimizer != "adamw":
-        return None
-    return float(lay(*_below_training(choices, task, policy)).values.learning_rate)
-
-
 def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
     """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
 
@@ -235,7 +159,7 @@ def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
     if warm is not None:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
-    layers = _below(
+    layers = layers_below(
         choices,
         task,
         policy,
@@ -249,7 +173,7 @@ def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
     return lay(("default", {"eval_every": every}), *layers)
 
 
-def _below(
+def layers_below(
     choices: Any,
     task: Any,
     policy: Policy | None,

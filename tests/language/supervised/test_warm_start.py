@@ -14,10 +14,11 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
-from tokenrl.language.training import forward, warm_start as stage
+from tokenrl.language.rollout import forward
+from tokenrl.language.supervised import warm_start as stage
+from tokenrl.language.supervised.fit import SupervisedTraining, fit
+from tokenrl.language.supervised.warm_start import warm_started_base
 from tokenrl.language.training.loop import train
-from tokenrl.language.training.supervised import SupervisedTraining, fit
-from tokenrl.language.training.warm_start import warm_started_base
 
 ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
 

@@ -25,7 +25,6 @@ from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.training.arguments import TrainArguments
 
 Copies = Sequence[
     tuple[nn.Parameter, nn.Parameter]
@@ -131,7 +130,7 @@ def choose_forward(
     return Forward(acting, model, scoring, copies, words, tokens), settings
 
 
-def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> tuple[str, str]:
+def choose_precision(args: Any, policy: Policy, accelerator: Any) -> tuple[str, str]:
     """Return `bf16` for a bfloat16 copy of the weights or else `no`, and the reason."""
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         return "no", "weights are not float32"
@@ -152,9 +151,7 @@ def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> 
     )
 
 
-def _attention(
-    args: TrainArguments, policy: Policy, accelerator: Any
-) -> Literal["as_loaded", "eager"]:
+def _attention(args: Any, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
     """Return the attention of updates: on a CPU the kernels' gradients are slow for short completions."""
     if args.training_attention is not None:
         return args.training_attention
