@@ -73,8 +73,8 @@ NAMES = {
     "accelerate.tracking:LOGGER_TYPE_TO_CLASS": METRICS,
     "accelerate.tracking:GeneralTracker.store_init_configuration": METRICS,
     "accelerate.utils:is_tensorboard_available": METRICS,  # as of every tracker
-    "accelerate.utils:gather_object": "language/training/collect.py",
-    "accelerate.utils:broadcast": "language/training/learner.py",
+    "accelerate.utils:gather_object": "runs/processes.py",
+    "accelerate.utils:broadcast": "runs/processes.py",
     "accelerate.utils.memory:should_reduce_batch_size": "lab/measure/measurement.py",
     "torch.utils._pytree:tree_map": "runs/checkpoint.py",
     "torch.optim.lr_scheduler:LambdaLR._last_lr": "runs/schedules.py",

@@ -1,16 +1,22 @@
 """Everything that the processes of a run do together: how they are joined, and what they exchange.
 
-Nothing else in the package calls accelerate's collectives. Every process has to call each of these functions.
+Nothing else in the package calls accelerate's collectives. Each function that exchanges something has to be
+called by every process, in the same order. In a run of a single process they return what they were given.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
 
 from tokenrl.errors import Refused
+
+Whole = TypeVar("Whole", Tensor, list[Any])
 
 HEEDED = (
     "USE_CPU",
@@ -57,3 +63,81 @@ def overruled() -> list[str]:
     """Return the environment variables of accelerate by which it would compute otherwise than a run says."""
     names = [name for name in os.environ if name.startswith("ACCELERATE_")]
     return sorted(name for name in names if name.removeprefix("ACCELERATE_") not in HEEDED)
+
+
+def local(accelerator: Any, whole: Whole) -> Whole:
+    """Return this process's part of what all processes hold; the parts have equal lengths."""
+    size = len(whole) // accelerator.num_processes
+    start = accelerator.process_index * size
+    return whole[start : start + size]
+
+
+def gather_rows(
+    accelerator: Any, columns: Mapping[str, Tensor], left_padded: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Gather columns of rows from all processes, in the order of the processes.
+
+    Args:
+        accelerator: accelerate's handle of device and processes.
+        columns: tensors [n, ...] of this process, on any device; the second dimension may differ.
+        left_padded: names of the columns that are padded on the left, as prompts are.
+
+    Returns:
+        The columns [N, ...] on the accelerator's device; those of truth values are uint8.
+    """
+    sent = {}
+    for name, column in columns.items():
+        # Padding would turn truth values into int64, and only on the processes that need padding.
+        column = column.to(torch.uint8) if column.dtype == torch.bool else column
+        column = column.to(accelerator.device)
+        is_left = name in left_padded
+        sent[name] = accelerator.pad_across_processes(column, dim=1, pad_first=is_left)
+    gathered: dict[str, Tensor] = accelerator.gather(sent)
+    return gathered
+
+
+def gather_numbers(accelerator: Any, number: Tensor) -> list[int]:
+    """Return the whole number that each process holds, in the order of the processes."""
+    numbers: Tensor = accelerator.gather(number[None].to(accelerator.device))
+    return numbers.tolist()
+
+
+def gather_objects(objects: list[Any]) -> list[Any]:
+    """Return the objects of all processes, which pickle can write, in the order of the processes."""
+    everywhere: list[Any] = gather_object(objects)
+    return everywhere
+
+
+def all_reduce_max(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
+    """Return the element-wise maximum over processes; without an accelerator there is a single process."""
+    if accelerator is None or accelerator.num_processes == 1:  # it need not wait for its device
+        return numbers
+    everywhere: Tensor = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return everywhere.amax(dim=0).tolist()
+
+
+def all_reduce_sum(accelerator: Any, numbers: Tensor) -> Tensor:
+    """Return the element-wise sum over processes; in a single process it stays on its device."""
+    if accelerator.num_processes == 1:
+        return numbers
+    total: Tensor = accelerator.reduce(numbers.to(accelerator.device), reduction="sum")
+    return total
+
+
+def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients over processes, once after an update's last pass, so that passes need not be equal.
+
+    A weight without a gradient counts as one whose gradient is 0.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            parameter.grad = all_reduce_sum(accelerator, gradient)
+
+
+def broadcast_weights(model: nn.Module) -> None:
+    """Give all processes the weights of the main process, since each draws new weights for itself."""
+    for parameter in model.parameters():
+        broadcast(parameter.data)

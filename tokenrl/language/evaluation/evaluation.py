@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from accelerate.utils import gather_object
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
@@ -25,6 +24,7 @@ from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.runs.console import distinct as distinct_rewards, message_text, with_errors
+from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.reader import Tabled
 
 Row = Mapping[str, Any]
@@ -121,7 +121,7 @@ def evaluate_policy(
         rows = sampled_rows(
             policy, prompts, rewards, draw, reference=reference if count else None, **options
         )
-        everywhere = rows if accelerator is None else gather_object(rows)
+        everywhere = rows if accelerator is None else gather_objects(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
         failures += [row["failure"] for row in passes[-1] if "failure" in row]
     greedy, rows = passes[0], passes[-1]

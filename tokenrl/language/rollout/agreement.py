@@ -9,7 +9,7 @@ is used; a model for which both are wrong is refused. No random numbers are draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
@@ -24,6 +24,7 @@ from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
+from tokenrl.runs.processes import all_reduce_max
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
 """By precision: the largest error of a value, in standard deviations of the logits (or of the hidden states),
@@ -163,17 +164,9 @@ def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
 
 def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
     """Return the faults of any of the processes, since all processes have to score alike."""
-    anywhere = largest(accelerator, [int(bool(fault)) for fault in faults])
+    anywhere = all_reduce_max(accelerator, [int(bool(fault)) for fault in faults])
     elsewhere = "it is wrong on another process"
     return [fault or elsewhere * there for fault, there in zip(faults, anywhere, strict=True)]
-
-
-def largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
-    """Return for each number the largest value over all processes; without an accelerator there is one."""
-    if accelerator is None or accelerator.num_processes == 1:  # it need not wait for its device
-        return numbers
-    everywhere: Tensor = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
-    return everywhere.amax(dim=0).tolist()
 
 
 class _Wrong(Exception):

@@ -7,12 +7,12 @@ widths, because their gradients are summed only after the last pass of an update
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
@@ -28,21 +28,13 @@ from tokenrl.language.rollout.rollout import (
     to_host,
 )
 from tokenrl.language.rollout.scoring import Scores
+from tokenrl.runs.processes import gather_rows
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
-
-Whole = TypeVar("Whole", Tensor, list[Any])
-
-
-def local(accelerator: Any, whole: Whole) -> Whole:
-    """Return this process's part of what all processes hold; the parts have equal lengths."""
-    size = len(whole) // accelerator.num_processes
-    start = accelerator.process_index * size
-    return whole[start : start + size]
 
 
 def gather(accelerator: Any, rows: Rollout) -> Rollout:
@@ -61,14 +53,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         columns = {
             name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3
         }
-        # Padding would turn a bool mask into int64, and only on the processes that need padding.
-        sent = {
-            name: x.to(torch.uint8) if x.dtype == torch.bool else x for name, x in columns.items()
-        }
-        for name, x in sent.items():
-            x = x.to(accelerator.device)
-            sent[name] = accelerator.pad_across_processes(x, dim=1, pad_first=name in OF_PROMPTS)
-        gathered = accelerator.gather(sent)
+        gathered = gather_rows(accelerator, columns, OF_PROMPTS)
         host = dict(zip(gathered, to_host(gathered.values()), strict=True))
         whole = {name: x.to(columns[name].dtype) for name, x in host.items()}
         rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
@@ -200,14 +185,3 @@ def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
         "entropy": scores.entropy,
         "centres": scores.centres,
     }
-
-
-def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients over processes, once after an update's last pass, so that passes need not be equal.
-
-    A weight without a gradient counts as one whose gradient is 0.
-    """
-    if accelerator.num_processes > 1:
-        for p in parameters:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = accelerator.reduce(grad, reduction="sum")

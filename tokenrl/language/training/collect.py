@@ -15,7 +15,6 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from tokenrl.core.rows import from_first, zero_spread
@@ -32,6 +31,7 @@ from tokenrl.language.rollout.rollout import Rollout, cat, lengths
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
 from tokenrl.runs.files import canonical
+from tokenrl.runs.processes import gather_numbers, gather_objects
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -105,7 +105,7 @@ def refill(
     accelerator, size, refilled = learner.accelerator, sampling.group_size, 0
     for _ in range(learner.args.max_refills):
         dead = zero_spread(rows.rewards, size, rows.valid)
-        counts = accelerator.gather(dead.sum()[None].to(accelerator.device)).tolist()
+        counts = gather_numbers(accelerator, dead.sum())
         if not sum(counts):
             break
         refilled += sum(counts)
@@ -200,7 +200,7 @@ def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
 def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
     """Average what rewards logged over calls and processes, by rows; every process has to call this."""
     values: dict[str, list[float]] = {}
-    for means, count in gather_object(list(logged)):
+    for means, count in gather_objects(list(logged)):
         for name, value in means.items():
             values.setdefault(name, []).extend([value] * count)
     return {name: mean(each) for name, each in values.items()}

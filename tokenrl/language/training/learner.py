@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
@@ -23,8 +22,8 @@ from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.batch import sum_gradients
 from tokenrl.language.training.engines import start_engine
+from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 from tokenrl.runs.schedules import make_schedule
 
 MOST_TOKENS = 4096
@@ -102,7 +101,7 @@ class Critic:
             sum_gradients(accelerator, self.head.parameters())
             losses.append(loss.detach())
             self.optimizer.step()
-        return float(accelerator.reduce(losses[0], reduction="sum")) if losses else 0.0
+        return float(all_reduce_sum(accelerator, losses[0])) if losses else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of the head and the state of its optimiser."""
@@ -289,8 +288,7 @@ def make_learner(
     device = accelerator.device
     check_vocabulary(args.estimator, policy)
     policy.model.to(device)
-    for p in policy.model.parameters():  # new weights are drawn by each process for itself
-        broadcast(p.data)
+    broadcast_weights(policy.model)
     if args.estimator.needs_reference:
         policy.add_reference()
         if policy.reference is not None:

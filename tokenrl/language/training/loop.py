@@ -21,7 +21,6 @@ from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saved import SavedPolicy
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import largest
 from tokenrl.language.rollout.rewarded import failures_of, prompt_text
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.base import adapt, load_base
@@ -44,7 +43,7 @@ from tokenrl.language.training.settings import (
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.metrics import write_completions
-from tokenrl.runs.processes import make_accelerator
+from tokenrl.runs.processes import all_reduce_max, make_accelerator
 from tokenrl.runs.resume import Agreed, check_processes, resume_settings, together
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -94,7 +93,7 @@ def train(
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices)
-    main, agreed = accelerator.is_main_process, partial(largest, accelerator)
+    main, agreed = accelerator.is_main_process, partial(all_reduce_max, accelerator)
     task, rewards = together(
         main, agreed, partial(_task_of, choices, accelerator.num_processes, agreed)
     )

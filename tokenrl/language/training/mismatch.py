@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from tokenrl.language.rollout.rollout import to_host
+from tokenrl.runs.processes import gather_objects
 
 
 class Scored(NamedTuple):
@@ -65,7 +65,7 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
     apart = []
     for part, logprobs in zip(parts, host, strict=True):
         apart.append(differences(part.mask, part.sampling_logprobs, logprobs))
-    rows = gather_object(torch.cat(apart).tolist() if apart else [])
+    rows = gather_objects(torch.cat(apart).tolist() if apart else [])
     if not rows:
         return {}
     ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T

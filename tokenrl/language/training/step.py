@@ -30,10 +30,8 @@ from tokenrl.language.training.batch import (
     halved,
     kept_rows,
     learning_rows,
-    local,
     loss_inputs,
     micro_batches,
-    sum_gradients,
 )
 from tokenrl.language.training.collect import (
     DrawPrompts,
@@ -46,6 +44,7 @@ from tokenrl.language.training.collect import (
     with_estimates,
 )
 from tokenrl.language.training.mismatch import Scored, mismatch_metrics
+from tokenrl.runs.processes import all_reduce_sum, local, sum_gradients
 
 if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
@@ -222,8 +221,7 @@ def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> di
     """
     accelerator, limit = learner.accelerator, learner.args.max_grad_norm or math.inf
     sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+    sums = all_reduce_sum(accelerator, sums).cpu()
     metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
     if learner.estimator.ratio in CLIPPED:
         metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
