@@ -1,8 +1,9 @@
 """Which baseline should I use, and how sure may I be? Four arms on two tasks, six seeds of each.
 
 sort_digits ends at the ceiling: with the usual budget every arm answers nearly all prompts, so what differs
-is how fast it gets there. reverse_text is graded and has no ceiling in reach. All arms generate the same
-number of completions, from the same initial weights, on the same prompts with the same random numbers.
+is how fast it gets there. reverse_text is graded and has no ceiling in reach. All arms are compared
+after the same number of completions, from the same initial weights, on the same prompts with the same random
+numbers.
 
 Look for, in this order: the verdicts, which come from differences paired by seed; the sentences below them,
 which say what a difference does not mean (the arm without a baseline may win in sampled reward by being

@@ -1,4 +1,4 @@
-"""Plans: arms, equal samples, paired seeds, tuned rates, and what may change when a comparison goes on."""
+"""Plans: arms, the budget in samples, paired seeds, tuned rates, and what may change when a comparison goes on."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
 
 
 def test_all_arms_have_the_budget_of_the_task_in_samples():
-    made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3")
+    made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3", "dapo")
     (problem,) = made.problems
     assert (
         problem.budget == 40 * 16 * 8
@@ -77,13 +77,21 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
         and problem.evaluated_at[-1] == 5120
     )
     runs = {arm.label: made.run(problem, arm, 0).settings for arm in made.arms}
-    assert {run["max_samples"] for run in runs.values()} == {40 * 16 * 8}
-    assert not any("max_steps" in run for run in runs.values())
+    steps = [40, math.ceil(40 * 8 / 9), 80, 40, 40]
+    assert [run["max_steps"] for run in runs.values()] == steps
+    assert not any("max_samples" in run for run in runs.values())
     assert runs["grpo,num_generations=4"]["eval_every"] == 2 * runs["rloo"]["eval_every"], (
         "the same samples"
     )
-    assert [run["learning_rate"] for run in runs.values()] == [2e-4, 2e-4, 2e-4, 1e-3]
+    assert [run["learning_rate"] for run in runs.values()] == [2e-4, 2e-4, 2e-4, 1e-3, 2e-4]
     assert made.run(problem, made.arms[3], 0, rate=5e-4).learning_rate == 5e-4
+    assert made.describe()["length on sort_digits"] == (
+        "rloo, rloo,learning_rate=1e-3: 40 steps of 128 completions; remax: 36 steps of 144 completions; "
+        "grpo,num_generations=4: 80 steps of 64 completions; dapo: 40 steps of 128 completions and refills. "
+        "Runs with refills are read at 5,120 completions"
+    )
+    double = toy("rloo", "grpo,prompts_per_step=32").runs()[1].settings
+    assert (double["max_steps"], double["eval_every"]) == (20, runs["rloo"]["eval_every"] // 2)
 
 
 def test_the_margin_is_a_share_of_the_declared_range():

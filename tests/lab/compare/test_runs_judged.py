@@ -51,12 +51,21 @@ def test_scores_are_those_of_the_evaluations_without_that_before_training(tmp_pa
     assert one["entropy"] == pytest.approx(0.4) and one["grad_clipped"] == pytest.approx(0.2)
 
 
-def test_an_arm_with_more_samples_per_step_is_read_at_the_same_places(tmp_path):
-    """Ten samples per step and not eight: its evaluations come at 100, 200, 300, 400 and 500 samples."""
-    more = rewards(*REWARDS, counts=lambda step: {"episodes": 10})
+def test_an_arm_with_more_samples_per_step_is_read_at_the_budget(tmp_path):
+    """Ten samples per step, and eight for the others: evaluations at 100, 200, 300, 400 and 500 samples.
+
+    The steps after the 40th, which reaches the budget of 400, tell nothing of its training.
+    """
+    more = rewards(
+        *REWARDS, counts=lambda step: {"episodes": 10, "entropy": 0.4 if step < 40 else step}
+    )
     found = compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": more}, seeds=2)
     expected = [0.1, 0.1 + 0.1 * 0.8, 0.2 + 0.1 * 0.6, 0.3 + 0.2 * 0.4, 0.5 + 0.2 * 0.2, 0.7]
     assert curve(found, "a2c") == pytest.approx(expected)
+    one = row(found, "a2c")
+    assert (one["samples"], one["reward"]) == (500, pytest.approx(0.7))
+    assert one["area"] == pytest.approx(np.mean(expected[1:]))
+    assert one["entropy"] == pytest.approx((3 * 0.4 + 40) / 4), "the mean of steps 37 to 40"
 
 
 @pytest.mark.parametrize(

@@ -231,14 +231,10 @@ def _ceiling(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     samples = apart.idxmax()
     if samples < problem.budget and apart[samples] > 1:
         steps = max(1, round(samples / problem.per_step))
-        flag = (
-            f"--max-samples {samples:.0f}"
-            if problem.unit == "completions"
-            else f"--max-steps {steps}"
-        )
         text += (
             f" Compare at a smaller budget: after {samples:,.0f} {problem.unit} the arms lay farthest apart, "
-            f"relative to the spread over seeds ({flag}; since these results suggest it, with other seeds)."
+            f"relative to the spread over seeds (--max-steps {steps}; since these results suggest it, with "
+            "other seeds)."
         )
     yield Caveat(text, "every arm ends at the ceiling")
 

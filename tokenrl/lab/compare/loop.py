@@ -188,9 +188,9 @@ def _forecasts(plan: Plan) -> dict[str, str]:
     (arm,) = (arm for arm in plan.arms if arm.label == plan.reference)
     times = {}
     for problem in plan.problems:
-        run, samples = plan.run(problem, arm, plan.seeds[0]), TIMED_STEPS * problem.per_step
-        limit = {"max_steps": TIMED_STEPS} if run.kind == "control" else {"max_samples": samples}
-        run = replace(run, settings={**run.settings, "eval_every": 0, **limit})
+        run = plan.run(problem, arm, plan.seeds[0])
+        limits = {"eval_every": 0, "max_steps": TIMED_STEPS}
+        run = replace(run, settings={**run.settings, **limits})
         with tempfile.TemporaryDirectory() as folder:
             execute([run], Path(folder), console=Console(quiet=True))
             (row,) = read_runs(plan, [run], Path(folder))
@@ -202,7 +202,7 @@ def _forecasts(plan: Plan) -> dict[str, str]:
                 timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing
             ]
         evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
-        seconds = problem.budget / problem.per_step * median(steps[2:] or steps)
+        seconds = problem.max_steps(arm) * median(steps[2:] or steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         times[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
     return times

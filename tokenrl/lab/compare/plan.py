@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -42,6 +43,24 @@ JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 
 
 @dataclass(frozen=True)
+class Arm:
+    """One of the ways of training that are compared.
+
+    Attributes:
+        label: what the user wrote, such as `grpo,scale=none`.
+        settings: its own settings, as JSON holds them; `estimator` is among them.
+    """
+
+    label: str
+    settings: dict[str, Any]
+
+    @property
+    def estimator(self) -> Estimator:
+        """The estimator of the arm."""
+        return arguments(Estimator, self.settings["estimator"])
+
+
+@dataclass(frozen=True)
 class Problem:
     """What the arms are compared on: a task or environment with a model, a group size and a learning rate.
 
@@ -50,7 +69,7 @@ class Problem:
     Attributes:
         label: name in tables, such as `sort_digits`; if there are several, `sort_digits, num_generations=4`.
         settings: the settings that all its runs share, as JSON holds them; `task` or `env` among them.
-        budget: number of samples that each run may generate.
+        budget: number of samples at which all runs are compared.
         unit: what a sample is: `completions`, or in control `episodes` (or `environment steps`).
         per_step: samples of a training step without greedy completions or refills.
         every: samples between two evaluations; 0 for a single one at the end.
@@ -84,32 +103,43 @@ class Problem:
 
     @property
     def evaluated_at(self) -> tuple[float, ...]:
-        """Numbers of samples after which runs are evaluated while they train; the last is the budget.
+        """Numbers of samples at which curves are read; the last is the budget.
 
-        An arm with larger steps, because of greedy completions or refills, is evaluated a little later.
+        Arms whose steps have as many samples as `per_step` are evaluated there. The curves of other arms are
+        interpolated.
         """
         step = self.every or self.budget
         return tuple(
             float(min(samples, self.budget)) for samples in range(step, self.budget + step, step)
         )
 
+    def samples_per_step(self, arm: Arm) -> int:
+        """Return the samples of a training step of an arm, without the refills of DAPO.
 
-@dataclass(frozen=True)
-class Arm:
-    """One of the ways of training that are compared.
+        An estimator with a greedy baseline generates one more completion for each prompt.
+        """
+        if self.unit != "completions":
+            return self.per_step
+        settings = {**self.settings, **arm.settings}
+        per_prompt = settings["num_generations"] + arm.estimator.needs_greedy
+        return int(settings["prompts_per_step"] * per_prompt)
 
-    Attributes:
-        label: what the user wrote, such as `grpo,scale=none`.
-        settings: its own settings, as JSON holds them; `estimator` is among them.
-    """
+    def max_steps(self, arm: Arm) -> int:
+        """Return the steps in which an arm without refills generates the samples of the budget."""
+        return math.ceil(self.budget / self.samples_per_step(arm))
 
-    label: str
-    settings: dict[str, Any]
-
-    @property
-    def estimator(self) -> Estimator:
-        """The estimator of the arm."""
-        return arguments(Estimator, self.settings["estimator"])
+    def steps_in_words(self, arms: Sequence[Arm]) -> str:
+        """The number of steps of each arm and their samples, and how arms with refills are compared."""
+        by_length = dict[str, list[str]]()
+        refills = ""
+        for arm in arms:
+            length = f"{self.max_steps(arm)} steps of {self.samples_per_step(arm)} {self.unit}"
+            if arm.estimator.zero_spread == "refill":
+                length += " and refills"
+                refills = f". Runs with refills are read at {self.budget:,} {self.unit}"
+            by_length.setdefault(length, []).append(arm.label)
+        lengths = [f"{', '.join(labels)}: {length}" for length, labels in by_length.items()]
+        return "; ".join(lengths) + refills
 
 
 @dataclass(frozen=True)
@@ -194,14 +224,14 @@ class Plan:
     ) -> PlannedRun:
         """Plan one run; its learning rate is the one given, else the arm's own, else the problem's.
 
-        All runs on a problem generate equally many samples, and are evaluated after equally many.
+        Its length and the steps between evaluations follow from the problem's samples and the arm's cost.
         """
         settings = {**problem.settings, **arm.settings, "seed": seed, "keep_checkpoints": 1}
         settings["learning_rate"] = rate or settings["learning_rate"]
-        if "task" in settings:
-            samples = settings["eval_every"] * problem.settings["num_generations"]  # per prompt
-            every = settings["eval_every"] and max(1, round(samples / settings["num_generations"]))
-            settings |= {"max_samples": problem.budget, "eval_every": every}
+        settings["max_steps"] = problem.max_steps(arm)
+        if problem.every:
+            every = round(problem.every / problem.samples_per_step(arm))
+            settings["eval_every"] = max(1, every)
         folder = _slug(arm.label, [each.label for each in self.arms])
         suffix = f"-tuning-{settings['learning_rate']:g}" if role == "tuning" else f"-{role}"
         folder += suffix if role != "comparison" else ""
@@ -273,6 +303,7 @@ class Plan:
                 f"on {p.label}": f"{p.budget:,} {p.unit}, {p.margin_in_words}"
                 for p in self.problems
             },
+            **{f"length on {p.label}": p.steps_in_words(self.arms) for p in self.problems},
             "seeds": "; ".join(
                 f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of
             ),

@@ -44,7 +44,7 @@ RESERVED = (
         "check",
         "threads",
     ),
-    *("keep", "best_metric", "patience"),
+    *("keep", "best_metric", "patience", "max_samples"),
 )
 """Settings of a run that neither users nor arms may set, because the comparison does."""
 SWEPT = ("num_generations", "learning_rate")
@@ -61,7 +61,7 @@ SHARED = (
     ),
     *("environment", "max_turns", "malformed"),
     *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
-    *("max_steps", "max_samples", "eval_every"),
+    *("max_steps", "eval_every"),
 )
 """Settings that decide what is measured, how often, and on how many samples; all arms share them."""
 
@@ -178,8 +178,8 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         task: Any = describe(args.env, args.max_episode_steps)
         unit = "environment steps" if args.num_steps else "episodes"
         per_step = args.num_envs * (args.num_steps or 1)
-        budget, resolved = args.max_steps * per_step, args
-        filled_in = ["learning_rate", "max_steps", "num_envs"]
+        resolved = args
+        filled_in = ["learning_rate", "num_envs"]
     else:
         fits_every_shape = {
             "baseline": "running_mean",
@@ -189,7 +189,6 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         task, reward = find_task(args)
         resolved = train_settings(args, task, load_base(args, task, announce))
         unit, per_step = "completions", resolved.prompts_per_step * resolved.num_generations
-        budget = args.max_samples or resolved.max_steps * per_step
         reward_range = getattr(reward, "range", None)
         fixed |= {
             "mixed_precision": "no",
@@ -203,12 +202,14 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
             "max_completion_length",
         ]
         filled_in += ["lr_scheduler_type"]
+    budget = resolved.max_steps * per_step
     every = args.eval_every
     every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
     settings = {**fixed, "eval_every": every, **user_settings}
     settings |= {name: getattr(resolved, name) for name in filled_in}
-    if unit == "completions":  # the budget says how long a run is
-        settings = {"log_completions": every, **settings, "max_steps": None, "max_samples": None}
+    settings["max_steps"] = None  # it follows from the budget and the arm
+    if unit == "completions":
+        settings = {"log_completions": every, **settings}
     return Problem(
         label=label,
         settings=plain({name: value for name, value in settings.items() if value is not None}),

@@ -69,7 +69,8 @@ class RunTable(NamedTuple):
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.
 
-    A run that ended before its budget was used keeps the values of its last evaluation, also if it failed.
+    A run that ended before the budget keeps the values of its last evaluation, also if it failed. A run with
+    refills generates more samples than the budget; it is read at the budget, and what comes later is ignored.
 
     Args:
         plan: the comparison.
@@ -136,7 +137,9 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
     if "reward" in curve:
         before = curve["reward"].iloc[0]
         scores |= {"before": before, "gain": scores["reward"] - before}
-    return scores | _training_facts(run), curve
+    before_step = samples.shift(fill_value=0.0)
+    last_step = before_step.index[before_step < problem.budget][-1]
+    return scores | _training_facts(run, last_step), curve
 
 
 def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
@@ -166,12 +169,13 @@ def is_done(run: PlannedRun, root: Path) -> bool:
     return summary.is_file() and read_config(summary).get("exit_reason") in ENDED
 
 
-def _training_facts(run: RecordedRun) -> dict[str, float]:
-    """Return means over training steps: entropy in the last tenth, and facts of `tokenrl.runs.rules`.
+def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
+    """Return means up to a step: entropy in the last tenth of them, and facts of `tokenrl.runs.rules`.
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
     """
-    steps, config = pd.DataFrame(run.metrics).query("step > 0"), run.config
+    config = run.config
+    steps = pd.DataFrame(run.metrics).query("0 < step <= @last_step")
     tenth = max(1, len(steps) // 10)
     early, whole, late = (
         part.mean(numeric_only=True) for part in (steps[:tenth], steps, steps[-tenth:])
