@@ -389,7 +389,6 @@ def compare(
     chat_template_kwargs: typing.Any = ...,
     chat_time: typing.Any = ...,
     check: typing.Any = ...,
-    check_reference: bool = ...,
     cpu: typing.Any = ...,
     diagnostics_every: typing.Any = ...,
     dry_run: bool = ...,

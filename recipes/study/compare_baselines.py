@@ -6,9 +6,7 @@ after the same number of completions, from the same initial weights, on the same
 numbers.
 
 Look for, in this order: the verdicts, which come from differences paired by seed; the sentences below them,
-which say what a difference does not mean (the arm without a baseline may win in sampled reward by being
-surer, not by knowing more: compare entropy and greedy reward). With `check_reference=True` the reference runs
-on other seeds too, which shows how far apart two equal arms lie.
+which say what a difference does not mean; the greedy reward and the entropy of each arm.
 
 Killed and started again, the program goes on where it was. `--seeds 2 --max-steps 40` is a quick look.
 """

@@ -91,17 +91,15 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
 
     Args:
         output_dir: the directory.
-        arms: by arm, what its runs are like; the first is the reference. Those of an arm whose name ends with
-            ` itself` are its runs on other seeds.
+        arms: by arm, what its runs are like; the first is the reference.
         **options: further keywords of `tokenrl.compare`.
     """
-    labels = tuple(arm for arm in arms if not arm.endswith(" itself"))
-    given = {**WALK, "arms": labels, "output_dir": str(output_dir), **options}
-    plan = tokenrl.compare(**given, print_commands=True)
+    settings = {**WALK, "arms": tuple(arms), "output_dir": str(output_dir), **options}
+    plan = tokenrl.compare(**settings, print_commands=True)
     for run in plan.runs():
-        made = dict(arms[f"{run.arm} itself" if run.role == "itself" else run.arm](run.seed))
-        if made and not (output_dir / run.path).exists():
-            write_run(output_dir / run.path, **made)
+        values = arms[run.arm](run.seed)
+        if values and not (output_dir / run.path).exists():
+            write_run(output_dir / run.path, **values)
     return judge_directory(output_dir)
 
 

@@ -218,14 +218,6 @@ def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_other
     assert void.differences[1] == plain.differences[1], "the level was planned for both"
 
 
-def test_the_reference_against_itself_belongs_to_no_family():
-    table = {arm: {s: float(s % 3) for s in range(6)} for arm in ("ref", "a", "b")}
-    alone, beside = family(table), family(table, itself={"": {100 + s: s / 8 for s in range(6)}})
-    assert beside.differences == alone.differences and alone.itself is None
-    assert beside.itself is not None and beside.itself.level == 0.95
-    assert list(beside.itself.differences.values()) == [s / 8 - s % 3 for s in range(6)]
-
-
 def test_all_pairs_share_one_level():
     table = {
         arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))

@@ -50,9 +50,6 @@ class JudgementArguments(Settings, group="judgement"):
     two arms are called equivalent."""
     failure_below: Number | None = None
     """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
-    check_reference: bool = False
-    """Also run the reference on as many other seeds and compare it with itself: the report then shows what
-    two equal arms look like. It decides nothing."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Comparison:
     @cached_property
     def caveats(self) -> dict[str, list[Caveat]]:
         """What the verdicts do not mean, by problem."""
-        kinds = (_exploratory, _ceiling, _sharpness, _updates, _edges)
+        kinds = (_exploratory, _ceiling, _updates, _edges)
         return {
             p.label: [caveat for of in kinds for caveat in of(self, p)] for p in self.plan.problems
         }
@@ -132,7 +132,7 @@ class Comparison:
     def differences(self) -> pd.DataFrame:
         """Return every difference in each metric; the column `decides` marks those that give the verdicts."""
         table = pd.concat([judgement.table() for judgement in self.judgements.values()])
-        decides = (table["metric"] == self.plan.metric) & ~table["arm"].str.endswith(" itself")
+        decides = table["metric"] == self.plan.metric
         return table.assign(decides=decides.map({True: "yes", False: "no"}))
 
 
@@ -149,7 +149,6 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     """
     ended, metric = table.runs[table.runs["state"] != "missing"], plan.metric
     compared = ended[ended["role"] == "comparison"]
-    repeated = ended[(ended["role"] == "itself") & ~ended["failed"]]
     findings = {}
     for problem, arm in product(plan.problems, plan.arms):
         runs = compared[compared["problem"] == problem.label]
@@ -172,10 +171,6 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
             margin=plan.margins if name == metric else None,
             all_pairs=plan.all_pairs,
             void=void,
-            itself={
-                str(p): of.set_index("seed")[name].to_dict()
-                for p, of in repeated.groupby("problem")
-            },
         )
         for name in dict.fromkeys([metric, *metrics])
     }
@@ -237,45 +232,6 @@ def _ceiling(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
             "other seeds)."
         )
     yield Caveat(text, "every arm ends at the ceiling")
-
-
-def _sharpness(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Warn if arms differ in sampled but not in greedy reward, and the better one is sharper.
-
-    Where the arms have different learning rates, the rate alone may be the reason.
-    """
-    metric = comparison.plan.metric
-    names = [
-        name for name in (metric, f"{metric}_greedy", "entropy") if name in comparison.judgements
-    ]
-    each = (comparison.judgements[name].of(problem.label).differences for name in names)
-    means = comparison.table.of(problem.label).groupby("arm")[["entropy", "learning_rate"]].mean()
-    for sampled, greedy, entropy in zip(*each, strict=True) if len(names) == 3 else ():
-        gain, greedy_gain = sampled.mean.value, greedy.mean.value
-        is_sharper = (
-            sampled.adjusted.excludes_0
-            and entropy.mean.excludes_0
-            and gain * entropy.mean.value < 0
-        )
-        is_equal = not greedy.mean.excludes_0 and 2 * abs(greedy_gain) < abs(gain)
-        if is_sharper and is_equal and sampled.verdict != "void":
-            better, worse = sampled.arm, sampled.reference
-            if gain < 0:
-                better, worse = worse, better
-            nats = " against ".join(digits(means["entropy"][arm]) for arm in (better, worse))
-            rates = [f"{means['learning_rate'][arm]:g}" for arm in (better, worse)]
-            is_rate = rates[0] != rates[1]
-            reason = (
-                f"It also had another learning rate ({' against '.join(rates)}), which by itself moves the "
-                "entropy: compare the two at one rate before you explain the difference."
-            )
-            yield Caveat(
-                f"Sharpness: {better} has a sampled reward that is {digits(abs(gain))} higher than that of "
-                f"{worse}, but no difference is seen in greedy reward ({sampled.arm}: {greedy.apart}), and "
-                f"{better} has the lower entropy ({nats}). A sharper policy alone raises the sampled reward, "
-                f"so it need not know more.{f' {reason}' * is_rate}",
-                f"{better} may only be sharper than {worse}{', and had another learning rate' * is_rate}",
-            )
 
 
 def _updates(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:

@@ -33,7 +33,6 @@ def judge_scores(
     failure_below: float | None = None,
     all_pairs: bool = False,
     void: Mapping[tuple[str, str], str] | None = None,
-    itself: Mapping[str, Mapping[int, float]] | None = None,
 ) -> Judgement:
     """Judge scores of several arms over seeds; the scores may come from any tool.
 
@@ -91,8 +90,6 @@ def judge_scores(
         failure_below: runs with a lower score failed.
         all_pairs: compare all arms with each other, and not only with the reference.
         void: by problem and arm, the reason why its scores are not valid; they are shown without a verdict.
-        itself: by problem, scores of the reference on other seeds: their difference to its scores on the
-            compared seeds shows what two equal arms look like.
 
     Returns:
         Families of comparisons, one per problem.
@@ -133,8 +130,7 @@ def judge_scores(
             (arm_scores, earlier) for earlier, arm_scores in combinations(against, 2) if all_pairs
         ]
         differences = tuple(_compare_pair(*pair, limit, len(pairs)) for pair in pairs)
-        again = _self_check(arms[label], (itself or {}).get(problem), limit)
-        families.append(Family(problem, label, limit, tuple(arms.values()), differences, again))
+        families.append(Family(problem, label, limit, tuple(arms.values()), differences))
     return Judgement(metric, tuple(families))
 
 
@@ -206,17 +202,6 @@ def _as_frame(table: Any) -> pd.DataFrame:
         return table
     return pd.DataFrame(list(table)).rename(
         columns=dict(enumerate(("arm", "seed", "score", "problem")))
-    )
-
-
-def _self_check(
-    arm: ArmScores, again: Mapping[int, float] | None, margin: float | None
-) -> PairedDifference | None:
-    """Compare an arm with itself on other seeds, each of which is paired with one of its seeds."""
-    scores = dict(zip(arm.scores, (again or {}).values(), strict=False))
-    paired = ArmScores(arm.arm, {seed: arm.scores[seed] for seed in scores})
-    return (
-        _compare_pair(ArmScores(f"{arm.arm} itself", scores), paired, margin, 1) if scores else None
     )
 
 

@@ -150,9 +150,8 @@ def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
     if log.is_file() and not log.stat().st_size:
         log.unlink()
     rate = f", learning rate {run.learning_rate:g}" * (run.role == "tuning")
-    check = ", to check the reference" * (run.role == "itself")
     ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
-    return f"{run.problem}: {run.arm}, seed {run.seed}{rate}{check}: {ending}"
+    return f"{run.problem}: {run.arm}, seed {run.seed}{rate}: {ending}"
 
 
 def _local_executor() -> tuple[RunCommand, int]:

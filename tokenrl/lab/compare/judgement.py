@@ -153,8 +153,6 @@ class Family:
         margin: differences smaller than this count as none; None if equivalence is not judged.
         arms: the scores of each arm, in the order in which they were given.
         differences: each other arm against the reference, then all other pairs if they were asked for.
-        itself: the difference of the reference to itself on other seeds, if that was measured. It belongs to
-            no family: its level is .95.
     """
 
     problem: str
@@ -162,7 +160,6 @@ class Family:
     margin: float | None
     arms: tuple[ArmScores, ...]
     differences: tuple[PairedDifference, ...]
-    itself: PairedDifference | None = None
 
     @property
     def against_reference(self) -> dict[str, PairedDifference]:
@@ -223,11 +220,11 @@ class Judgement:
         }
 
     def table(self) -> pd.DataFrame:
-        """Return a row for each difference, that of a reference to itself last in its family."""
+        """Return a row for each difference."""
         rows = [
             {"problem": family.problem, "metric": self.metric, **d.row()}
             for family in self.families
-            for d in (*family.differences, *([family.itself] if family.itself else []))
+            for d in family.differences
         ]
         return pd.DataFrame(rows)
 

@@ -160,7 +160,7 @@ def _of_problem(comparison: Comparison, problem: Problem, on: str) -> Iterator[h
 
 
 def _forest(comparison: Comparison, family: Family) -> Forest:
-    """Draw the differences of a family, and below them the reference against itself."""
+    """Draw the differences of a family."""
     words = (
         f"in the {SCORES[comparison.plan.metric]}, paired by seed, of runs that did not fail. Small dots are "
         "seeds, the dot is their mean, the thick bar its 95 % interval, the thin one decides. "
@@ -173,13 +173,10 @@ def _forest(comparison: Comparison, family: Family) -> Forest:
         else difference.arm: difference
         for difference in family.differences
     }
-    if family.itself:
-        words += "The last line shows what two equal arms look like."
-        rows[f"{family.reference} against itself"] = family.itself
     bars = []
     for name, difference in rows.items():
         values = list(difference.differences.values())
-        word = "same arm" if difference is family.itself else difference.verdict
+        word = difference.verdict
         ends = difference.mean.value, difference.mean[1:], difference.adjusted[1:]
         if values:
             bars.append(

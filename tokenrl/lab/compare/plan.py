@@ -21,9 +21,8 @@ from tokenrl.runs.files import plain, remove, write_json
 from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]
-Role = Literal["comparison", "tuning", "itself"]
-"""What a run is for: the comparison, the choice of an arm's learning rate, or the comparison of the reference
-with itself on other seeds."""
+Role = Literal["comparison", "tuning"]
+"""What a run is for: the comparison, or the choice of an arm's learning rate."""
 SCORES = {
     "area": "mean held-out sampled reward over the evaluations of the budget",
     "reward": "held-out sampled reward at the end",
@@ -183,7 +182,6 @@ class Plan:
         reference: label of the arm that the others are compared with.
         metric: name of the score that decides.
         seeds: seeds of the comparison.
-        itself_seeds: further seeds of the reference, on which it is compared with itself; none unless asked.
         tuning_seeds: seeds on which learning rates are chosen; none unless they are tuned.
         failure_below: the reward at the end below which a run counts as failed.
         all_pairs: whether all arms are compared with each other.
@@ -196,7 +194,6 @@ class Plan:
     reference: str
     metric: str
     seeds: tuple[int, ...]
-    itself_seeds: tuple[int, ...] = ()
     tuning_seeds: tuple[int, ...] = ()
     failure_below: float | None = None
     all_pairs: bool = False
@@ -233,8 +230,8 @@ class Plan:
             every = round(problem.every / problem.samples_per_step(arm))
             settings["eval_every"] = max(1, every)
         folder = _slug(arm.label, [each.label for each in self.arms])
-        suffix = f"-tuning-{settings['learning_rate']:g}" if role == "tuning" else f"-{role}"
-        folder += suffix if role != "comparison" else ""
+        if role == "tuning":
+            folder += f"-tuning-{settings['learning_rate']:g}"
         path = f"runs/{_slug(problem.label, list(self.margins))}/{folder}/seed_{seed}"
         return PlannedRun(problem.label, arm.label, role, seed, path, settings)
 
@@ -246,14 +243,10 @@ class Plan:
         """
         runs = []
         for problem in self.problems:
-            for number, seed in enumerate(self.seeds):
+            for seed in self.seeds:
                 for arm in self.arms:
                     rate = (rates or {}).get((problem.label, arm.label))
                     runs.append(self.run(problem, arm, seed, rate=rate))
-                    if arm.label == self.reference and self.itself_seeds:
-                        runs.append(
-                            self.run(problem, arm, self.itself_seeds[number], "itself", rate)
-                        )
         return runs
 
     def command_with(self, changes: Mapping[str, Any]) -> str:
@@ -280,7 +273,6 @@ class Plan:
             )
         seeds = {
             "": self.seeds,
-            " for the check": self.itself_seeds,
             " for tuning": self.tuning_seeds,
         }
         settings = self.problems[0].settings
@@ -448,7 +440,7 @@ def _remove(plan: Plan, root: Path) -> None:
     arms = [
         Path(plan.run(p, arm, 0, rate=1.0).path).parent for p in plan.problems for arm in plan.arms
     ]
-    patterns = [f"{arm}{role}/seed_*.json" for arm in arms for role in ("", "-itself", "-tuning-*")]
+    patterns = [f"{arm}{role}/seed_*.json" for arm in arms for role in ("", "-tuning-*")]
     settings = [file for pattern in patterns for file in root.glob(pattern)]  # each beside its run
     runs = [
         file.with_suffix("") for file in settings if file.stem.removeprefix("seed_").isdecimal()

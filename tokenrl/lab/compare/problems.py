@@ -89,7 +89,6 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         reference=labels[0] if args.reference is None else args.reference,
         metric=args.metric,
         seeds=tuple(seeds),
-        itself_seeds=tuple(s + 10_000 for s in seeds if args.check_reference),
         tuning_seeds=tuple(
             first + 20_000 + number for number in range(TUNING_SEEDS if is_tuned else 0)
         ),
