@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +16,16 @@ import pandas as pd
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.intervals import seeds_to_decide
-from tokenrl.lab.compare.judgement import Judgement, digits, joined
+from tokenrl.lab.compare.judgement import Judgement, PairedDifference, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
 
 CONFIRMATION = (
-    "They make a comparison of their own: adding seeds to this one until there is a verdict would "
+    "They make a comparison of their own: adding seeds to this one until there is a verdict would find "
+    "differences by chance in more than 5 % of all cases."
 )
-CONFIRMATION += "find differences by chance in more than 5 % of all cases."
 
 
 class Caveat(NamedTuple):
@@ -68,16 +68,22 @@ class Comparison:
     @cached_property
     def caveats(self) -> dict[str, list[Caveat]]:
         """What the verdicts do not mean, by problem."""
-        kinds = (_exploratory, _ceiling, _updates, _edges)
-        return {
-            p.label: [caveat for of in kinds for caveat in of(self, p)] for p in self.plan.problems
-        }
+        caveats = {}
+        for problem in self.plan.problems:
+            caveats[problem.label] = [
+                *_exploratory(self.plan),
+                *_ceiling(problem, self.table),
+                *_updates(problem, self),
+                *_edges(problem, self.table),
+            ]
+        return caveats
 
     @property
     def exit_code(self) -> int:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
         runs = self.table.runs
-        return int((runs["state"] != "finished")[runs["role"] != "tuning"].any())
+        compared = runs[runs["role"] != "tuning"]
+        return int((compared["state"] != "finished").any())
 
     @cached_property
     def proposal(self) -> tuple[str, str] | None:
@@ -85,49 +91,53 @@ class Comparison:
 
         It has new seeds and a directory of its own, so its level holds whatever this one showed; seeds that
         are added here after looking are exploratory. All verdicts of an exploratory comparison are open.
-        Where the differences are all equal, or one arm fails more often, seeds would not help.
         """
-        plan, is_open = self.plan, {"undecided", "descriptive"}
-        is_open |= {"better", "worse", "equivalent"} if plan.changes else set()
-        each = [
-            d
-            for family in self.judgement.families
-            for d in family.differences
-            if not d.more_failures
-        ]
-        undecided = [
-            d for d in each if d.verdict in is_open and len(set(d.differences.values())) > 1
-        ]
-        if not undecided:
+        plan = self.plan
+        open_differences = [d for d in self.judgement.differences if self._is_open(d)]
+        if not open_differences:
             return None
-        labels = {plan.reference}.union(*((d.arm, d.reference) for d in undecided))
-        needed = [
-            seeds_to_decide(np.array([*d.differences.values()]), d.level, d.margin)
-            for d in undecided
-        ]
-        seeds, first = max([len(plan.seeds), *(count for count, _ in needed)]), plan.seeds[-1] + 1
+        labels = {plan.reference}
+        seeds = len(plan.seeds)
+        margins = []
+        for difference in open_differences:
+            labels |= {difference.arm, difference.reference}
+            values = np.array([*difference.differences.values()])
+            count, margin = seeds_to_decide(values, difference.level, difference.margin)
+            seeds = max(seeds, count)
+            if margin is not None:
+                margins.append(margin)
+        first = plan.seeds[-1] + 1
+        directory = re.sub(r"-from-seed-\d+$", "", str(self.output_dir))
         changes: dict[str, Any] = {
             "arms": tuple(arm.label for arm in plan.arms if arm.label in labels),
             "seeds": seeds,
             "first_seed": first,
-            "output_dir": re.sub(r"-from-seed-\d+$", "", str(self.output_dir))
-            + f"-from-seed-{first}",
+            "output_dir": f"{directory}-from-seed-{first}",
         }
         condition = "if the arms differ and vary as they do here"
-        if wider := [margin for _, margin in needed if margin is not None]:
-            changes["margin"] = max(wider)
-            condition = f"with a --margin of {max(wider):g}, below which differences count as none"
+        if margins:
+            margin = max(margins)
+            changes["margin"] = margin
+            condition = f"with a --margin of {margin:g}, below which differences count as none"
         text = f"About {seeds} new seeds would decide what is open, {condition}. {CONFIRMATION}"
         return text, plan.command_with(changes)
+
+    def _is_open(self, difference: PairedDifference) -> bool:
+        """Return whether new seeds may decide: not where differences are equal, or one arm fails more often."""
+        if difference.more_failures or len(set(difference.differences.values())) < 2:
+            return False
+        if self.plan.changes:
+            return difference.verdict != "void"
+        return difference.verdict in ("undecided", "descriptive")
 
     def headline(self, problem: str) -> str:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
         family = self.judgement.of(problem)
-        decided = any(d.verdict in ("better", "worse", "equivalent") for d in family.differences)
-        qualified = dict.fromkeys(
-            c.headline for c in self.caveats[problem] if c.headline and decided
-        )
-        return family.headline(list(qualified))
+        verdicts = {difference.verdict for difference in family.differences}
+        reasons = []
+        if verdicts & {"better", "worse", "equivalent"}:
+            reasons = [caveat.headline for caveat in self.caveats[problem] if caveat.headline]
+        return family.headline(reasons)
 
     def differences(self) -> pd.DataFrame:
         """Return every difference in each metric; the column `decides` marks those that give the verdicts."""
@@ -147,84 +157,78 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     Raises:
         Stopped: on a problem no run has the score that decides.
     """
-    ended, metric = table.runs[table.runs["state"] != "missing"], plan.metric
-    compared = ended[ended["role"] == "comparison"]
+    runs = table.runs[(table.runs["role"] == "comparison") & (table.runs["state"] != "missing")]
     findings = {}
-    for problem, arm in product(plan.problems, plan.arms):
-        runs = compared[compared["problem"] == problem.label]
-        if runs[metric].isna().all():
-            reason = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
-            raise Stopped(
-                f"Nothing can be judged on {problem.label}: no run has {metric}. {reason}"
+    void = {}
+    for problem in plan.problems:
+        of_problem = runs[runs["problem"] == problem.label]
+        _refuse_without_score(problem, of_problem, plan.metric)
+        for arm in plan.arms:
+            key = problem.label, arm.label
+            findings[key] = _findings(arm, problem, of_problem[of_problem["arm"] == arm.label])
+            reasons = [finding.text for finding in findings[key] if finding.weight == "void"]
+            void[key] = " ".join(reasons)
+    sound = runs[~runs["failed"]]
+    judgements = {}
+    for name in dict.fromkeys([plan.metric, *SCORES, "entropy"]):
+        decides = name == plan.metric
+        if decides or (name in sound and sound[name].notna().all()):
+            judgements[name] = judge_scores(
+                runs,
+                metric=name,
+                reference=plan.reference,
+                margin=plan.margins if decides else None,
+                all_pairs=plan.all_pairs,
+                void=void,
             )
-        findings[problem.label, arm.label] = _findings(arm, problem, runs[runs["arm"] == arm.label])
-    void = {
-        key: " ".join(f.text for f in each if f.weight == "void") for key, each in findings.items()
-    }
-    sound = compared[~compared["failed"]]
-    metrics = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
-    judgements = {
-        name: judge_scores(
-            compared,
-            metric=name,
-            reference=plan.reference,
-            margin=plan.margins if name == metric else None,
-            all_pairs=plan.all_pairs,
-            void=void,
+    reached = pd.concat([thresholds(problem, table) for problem in plan.problems])
+    return Comparison(output_dir, plan, table, findings, judgements, reached)
+
+
+def _refuse_without_score(problem: Problem, runs: pd.DataFrame, metric: str) -> None:
+    if runs[metric].isna().all():
+        reasons = [f"{run.arm}, seed {run.seed}: {run.reason}" for run in runs[:1].itertuples()]
+        raise Stopped(
+            f"Nothing can be judged on {problem.label}: no run has {metric}. {' '.join(reasons)}"
         )
-        for name in dict.fromkeys([metric, *metrics])
-    }
-    return Comparison(
-        output_dir=output_dir,
-        plan=plan,
-        table=table,
-        findings=findings,
-        judgements=judgements,
-        thresholds=pd.concat([thresholds(problem, table) for problem in plan.problems]),
-    )
 
 
 def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     """Return what the table of rules finds in an arm's runs; `void` findings give no verdict."""
-    facts: dict[str, Any] = {
-        str(name): value for name, value in runs.mean(numeric_only=True).items()
-    }
-    facts |= {"has_entropy_bonus": arm.estimator.entropy_coef > 0}
-    facts |= {
-        "max_completion_length": {**problem.settings, **arm.settings}.get("max_completion_length")
-    }
+    settings = {**problem.settings, **arm.settings}
+    facts: dict[Any, Any] = dict(runs.mean(numeric_only=True))
+    facts["has_entropy_bonus"] = arm.estimator.entropy_coef > 0
+    facts["max_completion_length"] = settings.get("max_completion_length")
     if not arm.estimator.needs_groups:
         facts.pop("early_equal", None)
     return judge(facts)
 
 
-def _exploratory(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+def _exploratory(plan: Plan) -> Iterator[Caveat]:
     """Warn of decisions after results could be seen: then the level of the intervals does not hold."""
-    if comparison.plan.changes:
+    if plan.changes:
         yield Caveat(
-            f"Exploratory: {'; '.join(comparison.plan.changes)}. Who sees results before choosing what to "
+            f"Exploratory: {'; '.join(plan.changes)}. Who sees results before choosing what to "
             "compare, or when to stop, finds differences by chance more often than the level says. The "
             "command that is proposed repeats it with new seeds in another --output-dir.",
             "it was changed after results could be seen",
         )
 
 
-def _ceiling(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+def _ceiling(problem: Problem, table: RunTable) -> Iterator[Caveat]:
     """Warn if all arms end at the best possible reward; name the budget at which they differed most."""
-    means = comparison.table.of(problem.label).groupby("arm")["reward"].mean()
-    least, best = means.min(skipna=False), (problem.reward_range or (None, None))[1]
-    if best is not None and problem.margin is not None and best - least <= problem.margin:
-        where = f"within {digits(problem.margin)} of the best possible reward, {digits(best)}"
+    rewards = table.of(problem.label).groupby("arm")["reward"].mean()
+    least = rewards.min(skipna=False)
+    best = problem.reward_range[1] if problem.reward_range else math.inf
+    if problem.margin is not None and best - least <= problem.margin:
+        level = f"within {digits(problem.margin)} of the best possible reward, {digits(best)}"
     elif problem.solved is not None and least >= problem.solved:
-        where = f"at {digits(least)} or above, and {digits(problem.solved)} counts as solved"
+        level = f"at {digits(least)} or above, and {digits(problem.solved)} counts as solved"
     else:
         return
-    text = f"Ceiling: every arm ends {where}, so the reward at the end hardly separates them."
-    by_budget = comparison.table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
-    spread = by_budget.agg(["mean", "std"]).groupby("samples")
-    apart = (spread["mean"].std() / spread["std"].mean().clip(lower=1e-9)).iloc[1:].fillna(0.0)
-    samples = apart.idxmax()
-    if samples < problem.budget and apart[samples] > 1:
+    text = f"Ceiling: every arm ends {level}, so the reward at the end hardly separates them."
+    samples = _separating_samples(problem, table)
+    if samples is not None:
         steps = max(1, round(samples / problem.per_step))
         text += (
             f" Compare at a smaller budget: after {samples:,.0f} {problem.unit} the arms lay farthest apart, "
@@ -234,39 +238,51 @@ def _ceiling(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
     yield Caveat(text, "every arm ends at the ceiling")
 
 
-def _updates(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+def _separating_samples(problem: Problem, table: RunTable) -> float | None:
+    """Return the samples before the budget at which the arms' mean rewards vary most.
+
+    Their standard deviation is divided by the mean standard deviation over seeds. None if it is nowhere the
+    larger of the two, or is largest at the budget.
+    """
+    by_arm = table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
+    by_samples = by_arm.agg(["mean", "std"]).groupby("samples")
+    over_arms = by_samples["mean"].std()
+    over_seeds = by_samples["std"].mean().clip(lower=1e-9)
+    ratio = (over_arms / over_seeds).iloc[1:].fillna(0.0)
+    samples = float(ratio.idxmax())
+    if samples < problem.budget and ratio[samples] > 1:
+        return samples
+    return None
+
+
+def _updates(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
     """Warn of arms whose gradient was clipped in most updates, or whose updates were skipped."""
-    arms = [arm.label for arm in comparison.plan.arms]
-    flagged = [
-        (arm, finding) for arm in arms for finding in comparison.findings[problem.label, arm]
-    ]
     shares = comparison.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
-    clipped = [
-        f"{arm} ({shares[arm]:.0%})"
-        for arm, finding in flagged
-        if finding.flag == "clipped-updates"
-    ]
+    clipped = []
+    skipped = []
+    for arm in comparison.plan.arms:
+        for finding in comparison.findings[problem.label, arm.label]:
+            if finding.flag == "clipped-updates":
+                clipped.append(f"{arm.label} ({shares[arm.label]:.0%})")
+            elif finding.flag == "skipped":
+                skipped.append(Caveat(f"Updates of {arm.label}: {finding.text}"))
     if clipped:
         yield Caveat(
             f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
             "the size of a step, and the estimator only its direction.",
             "most updates were clipped, which hides a gradient's size",
         )
-    for arm, finding in flagged:
-        if finding.flag == "skipped":
-            yield Caveat(f"Updates of {arm}: {finding.text}")
+    yield from skipped
 
 
-def _edges(comparison: Comparison, problem: Problem) -> Iterator[Caveat]:
+def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:
     """Warn of tuned learning rates that are the least or the greatest of those that were tried."""
-    tuning = comparison.table.of(problem.label, role="tuning").groupby("arm", sort=False)[
-        "learning_rate"
-    ]
-    for arm, rates in tuning:
-        chosen = comparison.table.of(problem.label, str(arm))["learning_rate"].iloc[0]
-        if chosen in (rates.min(), rates.max()):
-            side = "least" if chosen == rates.min() else "greatest"
-            yield Caveat(
-                f"Learning rate: the best one of {arm}, {chosen:g}, is the {side} that was tried, so a "
-                "better one may lie beyond it."
-            )
+    tuning = table.of(problem.label, role="tuning")
+    for arm, rates in tuning.groupby("arm", sort=False)["learning_rate"]:
+        best = table.of(problem.label, str(arm))["learning_rate"].iloc[0]
+        for side, edge in (("least", rates.min()), ("greatest", rates.max())):
+            if best == edge:
+                yield Caveat(
+                    f"Learning rate: the best one of {arm}, {best:g}, is the {side} that was tried, so a "
+                    "better one may lie beyond it."
+                )

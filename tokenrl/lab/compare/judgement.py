@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any, Literal
 
@@ -210,6 +211,11 @@ class Judgement:
     def of(self, problem: str) -> Family:
         """Return the family of a problem."""
         return next(family for family in self.families if family.problem == problem)
+
+    @property
+    def differences(self) -> list[PairedDifference]:
+        """The differences of all families."""
+        return [*chain.from_iterable(family.differences for family in self.families)]
 
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""
