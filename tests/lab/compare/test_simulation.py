@@ -137,7 +137,7 @@ def verdicts(scores: np.ndarray, **options: object) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_rare_failures_near_a_ceiling_are_said_as_the_docstring_says(seeds):
+def test_rare_failures_near_a_ceiling_are_judged_as_the_page_says(seeds):
     studies = SEEDS[seeds]
     spread = 3 * math.sqrt(0.25 / studies)
     steady = with_failures(seeds, studies, 1.0, 0.0, 0.0, 6)

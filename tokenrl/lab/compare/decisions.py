@@ -43,40 +43,8 @@ def judge_scores(
     An arm that fails more often and is better otherwise is undecided. An interval of width zero decides
     nothing.
 
-    How often arms that are the same are found different, in simulated families of three comparisons with 6,
-    10 and 20 seeds (100,000 families in each cell, * 15,000): 4.6 / 4.6 / 4.5 % where scores are normal,
-    1.7 / 2.0 / 2.5 % where they are lognormal, 1.4 / 2.7 / 2.5* % where a tenth of the runs of every arm
-    failed and was declared as such; but 1.7 / 6.4 / 6.1 % where what an arm adds to a seed has only two
-    values, so the 5 % hold about and not strictly. Where the true difference is the margin and differences
-    are symmetric, at most 3.0 % of the families had an arm that was called equivalent.
-
-    It is more where the reference is steady and the arm has a long tail, which a few runs rarely show: the
-    t-interval is too narrow on that side. Where the tail is of rare large gains, and the means are equal,
-    some arm of three is found different, nearly always worse, in 18 / 17 / 13 % (exponential tail) and
-    31 / 29 / 24 % (lognormal); one that scores less but for a tenth of its runs is called worse wherever
-    none of its n runs shows a gain, which has the probability .9^n: 53 / 35 / 12 %. Where the tail is of low
-    scores, none of which counts as a failure, what errs is equivalence: a single arm whose true difference
-    is the margin is then called equivalent in 11 / 10 / 8 % (exponential tail) and 17 / 16 / 13 %
-    (lognormal), some arm of seven in 26 / 24 / 19 and 44 / 45 / 38 %, at 6, 10 and 20 seeds; the 95 %
-    intervals cover 89 / 90 / 92 and 82 / 84 / 87 % (20,000 families a cell or more). Scores near a ceiling
-    look like that: 9 / 8 / 6 % if they have a beta(9, 1) distribution. Two remedies were simulated and not
-    taken. A bootstrap-t interval that must agree halves these rates; but of arms that are the same, with
-    normal differences and a standard deviation of half the margin, it finds 72 / 99 % equivalent instead of
-    94 / 100 % at 6 and 10 seeds. An exact interval of the median that must agree helps as much at 6 and 10
-    seeds and hardly at 20, and with a deviation of .7 of the margin finds 69 instead of 96 % at 10. So look
-    at the runs, give `failure_below`, or take more seeds.
-
-    Say what counts as a failure: no test of a few means can see what a few runs did not show. Simulated with
-    6, 10 and 20 seeds; in n runs none happens to fail with the probability .9^n:
-
-    - The reference scores 1 in each run, the arm too, but fails (scores 0) in 10 % of its runs: never
-      equivalent, since equal scores have no spread. If scores vary a little (standard deviation .005, margin
-      .02): without `failure_below` equivalent in 53 / 35 / 12 %, where no run happened to fail; with it the
-      runs that did not fail are rightly found equivalent in 53 / 100 / 99 % (of the others of 6 too few pairs
-      are left), and the sentence of the verdict says which failure rates are not excluded.
-    - The reference scores .9 (standard deviation .02), the arm 1, but fails in 10 % of its runs, so that the
-      means are equal: without `failure_below` the arm is called better in 53 / 35 / 12 %. With it that is
-      right of the runs that did not fail, and said in 53 / 100 / 99 %.
+    Arms that are the same are called different in at most about 5 % of families. More often wrong are scores
+    with long tails, and rare failures that are not declared: recipes/pages/verdicts.md has the rates.
 
     Args:
         table: rows with the columns `arm`, `seed` and `score`, if there are several `problem` (or `task`),
