@@ -7,6 +7,8 @@ import json
 import pytest
 
 from tokenrl.cli import COMMANDS, main
+from tokenrl.configuration import configured
+from tokenrl.errors import Refused
 
 TRAINS = [name for name, command in COMMANDS.items() if command.trains]
 SPOILT = {
@@ -99,3 +101,15 @@ def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(com
     for place in ("", ".", "absent/file.json"):
         assert main([*command.split(), "--json", place]) == 2
         assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_was_off(tmp_path):
+    file = tmp_path / "config.json"
+    old = {"versions": {}, "seed": 4, "minutes": None}
+    file.write_text(json.dumps(old))
+    assert configured(COMMANDS["train"].arguments, file, "train").seed == 4
+    file.write_text(json.dumps(old | {"minutes": 5}))
+    with pytest.raises(
+        Refused, match=r"no setting 'minutes'\. --check prints the seconds of a step"
+    ):
+        configured(COMMANDS["train"].arguments, file, "train")

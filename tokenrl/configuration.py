@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
 from tokenrl.names import source_file
-from tokenrl.settings import Settings, arguments, check
+from tokenrl.settings import Settings, arguments, check, field_types
 
 T = TypeVar("T")
 
@@ -74,9 +74,16 @@ def configured(
         )
     try:
         of_a_run = directory_of(path, stored) is not None
-        left_out = [*RECORDED, *["output_dir"] * (anew and of_a_run)]
-        left_out += ["resume", "overwrite"] * (of_a_run or not anew)
-        left_out += ["trust_run", "trust_remote_code"] * of_a_run
+        left_out = {*RECORDED}
+        if of_a_run or not anew:
+            left_out |= {"resume", "overwrite"}
+        if of_a_run and anew:
+            left_out.add("output_dir")
+        if of_a_run:
+            left_out |= {"trust_run", "trust_remote_code"}
+            # settings of an earlier version
+            earlier = stored.keys() - field_types(kind)  # type: ignore[arg-type]
+            left_out |= {name for name in earlier if not stored[name]}
         settings = arguments(
             kind, {name: value for name, value in stored.items() if name not in left_out}
         )
