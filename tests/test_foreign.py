@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 import shlex
@@ -18,10 +17,8 @@ from tokenrl.core import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, nearest
 from tokenrl.flags import parse
-from tokenrl.foreign import OF_DATA, check_flags, meaning, settings_of, table
-from tokenrl.language.supervised.defaults import SFT_ANY
+from tokenrl.foreign import check_flags, meaning, settings_of, table, translated
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import ANY
 from tokenrl.settings import arguments, field_types
 
 KNOWN = {
@@ -76,87 +73,46 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
         assert [name for name in known if meaning(name, known)] == []
 
 
+def settings_from(ours: dict) -> TrainArguments:
+    """The settings of train with our names and values, axes of the estimator as a mapping."""
+    axes = {name[10:]: value for name, value in ours.items() if "." in name}
+    options = {name: value for name, value in ours.items() if "." not in name}
+    return arguments(TrainArguments, options | ({"estimator": axes} if axes else {}))
+
+
 def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
     settings, changed = KNOWN["train"], 0
-    translated = [row for row in table() if row.ours]
-    rows = [
-        (name, value, row.remark)
-        for row in translated
-        for name in row.names
-        for value in row.values
-    ]
-    numbers = {
-        "lr": 1e-5,
-        "beta": 0.04,
-        "epsilon_high": 0.28,
-        "delta": 2.0,
-        "kl_coef": 0.1,
-        "eval_steps": 5,
-    }
-    numbers |= {"use_cpu": True, "rloo_k": 4, "response_length": 9, "model_name_or_path": "a/b c"}
-    for name, value, remark in [*rows, *((name, value, "") for name, value in numbers.items())]:
-        hints = (
-            meaning(name, settings, {name: value}, flags=flags)[:-1] for flags in (True, False)
+    numbers = {"lr": 1e-5, "beta": 0.04, "epsilon_high": 0.28, "delta": 2.0, "kl_coef": 0.1}
+    numbers |= {"eval_steps": 5, "use_cpu": True, "rloo_k": 4, "model_name_or_path": "a/b c"}
+    cases = [(name, value, "") for name, value in numbers.items()]
+    for row in table():
+        if row.ours and row.needs <= settings:
+            cases += [(row.names[0], value, row.remark) for value in row.values]
+    lines: list[tuple[dict, list[str]]] = []  # of settings that fit on one command line, and flags
+    for name, value, remark in cases:
+        options = {name: value, "estimator": None}
+        ours = translated([name], settings, options)
+        keywords, flags = (
+            re.sub("^It is (.*: )?", "", meaning(name, settings, {name: value}, flags=as_flags))
+            .removesuffix(".")
+            .removesuffix(remark)
+            for as_flags in (False, True)
         )
-        hints = (re.sub("^It is (an axis of the estimator: )?", "", hint) for hint in hints)
-        flags, keywords = (hint.removesuffix(remark) for hint in hints)
         made = arguments(TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator}))
-        assert made == parse("train", COMMANDS["train"], shlex.split(flags)), (name, value)
+        assert made == settings_from(ours), name
         changed += made != TrainArguments()
+        line = next((line for line in lines if not line[0].keys() & ours.keys()), None)
+        if line is None:
+            lines.append(line := ({}, []))
+        if "estimator" not in ours:  # a preset would move the other axes
+            line[0].update(ours)
+            line[1].extend(shlex.split(flags))
     assert changed > 35
+    for ours, flags in lines:
+        assert parse("train", COMMANDS["train"], flags) == settings_from(ours)
     hint = meaning("beta", settings, {"beta": 0.1, "estimator": "grpo"})
     assert "estimator=Estimator.preset('grpo', beta=0.1)" in hint
     assert "estimator=dict(beta=0.1)" in meaning("beta", settings | {"arms"}, {"beta": 0.1})
-
-
-def test_arithmetic_is_done_where_its_numbers_are_known(tmp_path, monkeypatch):
-    batch = {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": "4",
-        "num_generations": 4,
-    }
-    rows, train = [{"prompt": "1"}] * 1_000, KNOWN["train"]
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"prompt": "1"}\n' * 3 + "\n")
-    for name, options, hint in (
-        (
-            "num_train_epochs",
-            {"task": rows},
-            "max_steps=188 (epochs 3 x rows 1,000 / prompts_per_step 16)",
-        ),
-        ("epochs", {"task": {"train": rows}, "prompts_per_step": 1}, "max_steps=3000 ("),
-        (
-            "epochs",
-            {"task": rows, **batch},
-            "max_steps=375 (epochs 3 x rows 1,000 / prompts_per_step 8)",
-        ),
-        (
-            "epochs",
-            {"task": rows, "per_device_train_batch_size": "x"},
-            "max_steps (epochs 3 x rows 1,000 / p",
-        ),
-        ("epochs", {"task": "a.jsonl"}, "max_steps (epochs 3 x rows / prompts_per_step), less if"),
-        ("warmup_ratio", {"warmup_ratio": 0.07, "max_steps": 100}, "warmup_steps=7 (ratio 0.07 x"),
-        (
-            "gradient_accumulation_steps",
-            batch,
-            "prompts_per_step=8 (per_device_train_batch_size 8 x",
-        ),
-        ("generation_batch_size", {"generation_batch_size": 64}, "prompts_per_step=8 ("),
-        ("steps_per_generation", {"steps_per_generation": 2}, "num_minibatches=2 ("),
-        (
-            "epochs",
-            {"task": "rows.jsonl", "prompts_per_step": 2},
-            "max_steps=5 (epochs 3 x rows 3 / prompts_",
-        ),
-    ):
-        assert meaning(name, train, {name: 3} | options).startswith(f"It is {hint}"), name
-    assert "batch_size=32 (" in meaning("per_device_train_batch_size", KNOWN["sft"], batch)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--prompts-per-step 16 (" in meaning(
-        "gradient_accumulation_steps", train, batch, flags=True
-    )
-    assert {name: (ANY | SFT_ANY)[name] for name in OF_DATA} == OF_DATA
 
 
 def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys):
@@ -179,9 +135,9 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
     [
         (
             *("train", "per_device_train_batch_size"),
-            "It is --prompts-per-step 1 (per_device_train_batch_size 8 x gradient_accumulation_steps 1 x "
-            "processes 1 / num_generations 8), as TRL counts completions; micro_batch_size and "
-            "tokens_per_pass change memory only.",
+            "It is --prompts-per-step, which is per_device_train_batch_size x gradient_accumulation_steps x "
+            "processes / num_generations, as TRL counts completions; micro_batch_size and tokens_per_pass "
+            "change memory only.",
         ),
         (
             "train",
@@ -226,7 +182,7 @@ def test_the_hint_is_that_of_the_command(command, name, said):
 def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, capsys):
     for wrong, said in {
         "beta": r"axis of the estimator: estimator=Estimator\(beta=1\)",
-        "num_train_epochs": r"It is max_steps \(epochs 1 x rows / prompts_per_step\)",
+        "num_train_epochs": "It is max_steps, which is epochs x rows / prompts_per_step",
         "learning_rat": "Did you mean 'learning_rate'",
     }.items():
         with pytest.raises(Refused, match=said) as caught:
@@ -236,65 +192,56 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     assert main(["train", "--config", str(tmp_path / "trl.yaml")]) == 2
     said = capsys.readouterr().err
     assert "trl.yaml cannot be used" in said
-    assert "no setting 'num_train_epochs'. It is max_steps (epochs 1 x rows" in said
+    assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in said
     preset = "estimator=Estimator.preset('trl_grpo', beta=0.04)"
     assert f"no setting 'beta'. It is an axis of the estimator: {preset}." in said
-    assert said.endswith(f"\nAll together: {preset}, learning_rate=1e-06\n")
+    assert said.endswith(f"\nAll together: learning_rate=1e-06, {preset}, max_steps=...\n")
 
 
-TOGETHER = [
-    (
-        "train --seed 8 --loss_type dr_grpo --scale_rewards False --num_train_epochs 3 --bf16 --epochs=8 "
-        "--per_device_train_batch_size 8 --beta 0.04 --task rows.jsonl --max_prompt_length 9 --ds 8",
-        "train --seed 8 --task rows.jsonl --estimator trl_grpo,aggregation=fixed_length,scale=none,beta=.04 "
-        "--prompts-per-step 1 --max-steps 24 --mixed-precision bf16",
+TOGETHER = {
+    "train --seed 8 --loss_type dr_grpo --scale_rewards False --num_train_epochs 3 --bf16 --epochs=8 "
+    "--per_device_train_batch_size 8 --beta 0.04 --task rows.jsonl --max_prompt_length 9 --ds 8": (
+        "train --seed 8 --task rows.jsonl --estimator trl_grpo --estimator.aggregation fixed_length "
+        "--estimator.scale none --max-steps ... --mixed-precision bf16 --prompts-per-step ... "
+        "--estimator.beta 0.04"
     ),
-    (
-        "train --rloo_k 4 --lr 1e-5",
-        "train --estimator trl_rloo --num-generations 4 --learning-rate 1e-5",
+    "train --rloo_k 4 --lr 1e-5": (
+        "train --estimator trl_rloo --num-generations 4 --learning-rate 1e-5"
     ),
-    (
-        "train --estimator rloo --lr 1 --loss_type grpo",
-        "train --estimator rloo,aggregation=sequence_mean --learning-rate 1",
+    "train --estimator rloo --lr 1 --loss_type grpo": (
+        "train --estimator rloo --learning-rate 1 --estimator.aggregation sequence_mean"
     ),
-    ("train --adv_estimator remax --clip_ratio .3", "train --estimator remax,epsilon=.3"),
-    (
-        "train --use_kl_loss True --max_response_length 9",
-        "train --estimator verl_grpo --max-completion-length 9",
+    "train --adv_estimator remax --clip_ratio .3": (
+        "train --estimator remax --estimator.epsilon .3"
     ),
-    ("train --init_kl_coef .1", "train --estimator openrlhf_default,beta=.1"),
-    (
-        "compare --arms rloo --lr 1e-5 --loss_type grpo --seeds 2",
-        "compare --arms rloo --seeds 2 --learning-rate 1e-5 --estimator.aggregation sequence_mean",
+    "train --use_kl_loss True --max_response_length 9": (
+        "train --estimator verl_grpo --estimator.kl_placement loss --estimator.kl_estimator k3 "
+        "--max-completion-length 9"
     ),
-    (
-        "control --total_timesteps 10000 --gae_lambda .9 --clip_range .1 --ent_coef .01 --n_steps 128 "
-        "--n_envs 4 --n_epochs 3 --batch_size 64 --vf_coef .4",
-        "control --estimator ppo,lam=.9,epsilon=.1,entropy_coef=.01 --num-steps 128 --num-envs 4 "
-        "--max-steps 20 --num-iterations 3 --num-minibatches 8 --value-coef .4",
+    "train --init_kl_coef .1": "train --estimator openrlhf_default --estimator.beta .1",
+    "compare --arms rloo --lr 1e-5 --loss_type grpo --seeds 2": (
+        "compare --arms rloo --seeds 2 --learning-rate 1e-5 --estimator.aggregation sequence_mean"
     ),
-]
+    "control --total_timesteps 10000 --gae_lambda .9 --n_envs 4 --batch_size 64": (
+        "control --estimator ppo --max-steps ... --estimator.lam .9 --num-envs 4 --num-minibatches ..."
+    ),
+}
 
 
-@pytest.mark.parametrize(("foreign", "ours"), TOGETHER, ids=[case[0][:30] for case in TOGETHER])
-def test_the_last_line_is_the_whole_command(foreign, ours, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"prompt": "1"}\n' * 3)
+@pytest.mark.parametrize("foreign", TOGETHER, ids=lambda foreign: foreign[:30])
+def test_the_last_line_is_the_whole_command(foreign, capsys):
     assert main(foreign.split()) == 2
     *hints, whole = capsys.readouterr().err.removeprefix("tokenrl: ").splitlines()
-    assert len(hints) > 0 and all(line.startswith("There is no flag --") for line in hints)
-    name, *words = shlex.split(whole.removeprefix("All together: tokenrl "))
-    parsed = (parse(name, COMMANDS[name], given) for given in (words, ours.split()[1:]))
-    assert next(parsed) == next(parsed)
+    assert hints and all(line.startswith("There is no flag --") for line in hints)
+    assert whole.replace("kl-", "kl_") == f"All together: tokenrl {TOGETHER[foreign]}"
 
 
 def test_the_last_line_is_the_whole_call_with_objects_left_out():
-    rows = [{"prompt": "1"}] * 32
     with pytest.raises(Refused) as caught:
-        tokenrl.train(task=rows, reward=len, num_train_epochs=2, scale_rewards=False, quiet=True)
+        tokenrl.train(task=[], reward=len, num_train_epochs=2, scale_rewards=False, quiet=True)
     assert str(caught.value).splitlines()[-1] == (
-        "All together: task=..., reward=..., estimator=Estimator.preset('trl_grpo', scale='none'), "
-        "quiet=True, max_steps=4"
+        "All together: task=..., reward=..., quiet=True, "
+        "estimator=Estimator.preset('trl_grpo', scale='none'), max_steps=..."
     )
 
 
@@ -332,9 +279,10 @@ def test_the_page_has_the_names_and_the_values_that_hints_have():
         ), name
         assert f"estimator.{name}" not in settings or f"`estimator.{name}`" in ours, name
         for row in (row for row in table() if name in row.names and row.needs <= settings):
-            for word in (word for pair in row.ours.items() for word in pair if word):
-                assert word in ours, (name, word)
-            assert row.formula in ours, name
+            for word in {*row.ours, *row.ours.values()} - {None}:
+                assert str(word) in ours, (name, word)
+            for formula in re.findall("which is ([^,]+)", row.remark):
+                assert formula in ours, name
 
 
 SHOWN = re.findall(r"^\$ tokenrl (.*)\n(tokenrl: (?:(?![$`]).*\n)*)", PAGE.read_text(), re.M)
@@ -346,31 +294,24 @@ def test_the_page_shows_what_is_printed(typed, printed, capsys):
     assert capsys.readouterr().err == printed
 
 
-def test_the_script_of_the_page_runs_and_its_command_makes_the_same_run(tmp_path, monkeypatch):
+def test_the_script_of_the_page_runs_and_its_command_has_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     make_chat_model_and_data(tmp_path)
     write_files(PAGE)
-    train, brief = (
-        tokenrl.train,
-        {"model": "model", "max_steps": 2, "quiet": True, "eval_generations": 0},
+    train, calls = tokenrl.train, []
+    brief = {"model": "model", "max_steps": 1, "quiet": True, "eval_generations": 0}
+    brief |= {"prompts_per_step": 1, "max_completion_length": 4}
+    monkeypatch.setattr(
+        tokenrl, "train", lambda **call: (calls.append(call), train(**call | brief))[1]
     )
-    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | brief))
     runpy.run_path("sums.py", run_name="__main__")
     runpy.run_path("with_tokenrl.py")
     (words,) = (words for name, *words in commands(PAGE) if "sums.py:exact" in words)
-    words = ["model" if "HuggingFaceTB" in word else word for word in words]
-    brief_flags = "--max-steps 2 --quiet --eval-generations 0 --output-dir runs/command"
-    assert main(["train", *words, *brief_flags.split()]) == 0
-    scripted, typed = (
-        json.loads(Path(f"runs/{run}/config.json").read_text()) for run in ("sums", "command")
-    )
-    differ = {name for name in scripted | typed if scripted.get(name) != typed.get(name)}
-    assert differ == {"code", "command", "output_dir", "task", "task_rows", "title", "reward"}
-    assert (
-        Path("runs/sums/metrics.jsonl").read_bytes()
-        == Path("runs/command/metrics.jsonl").read_bytes()
-    )
+    typed, scripted = parse("train", COMMANDS["train"], words), arguments(TrainArguments, calls[0])
+    assert Path("runs/sums/model").is_dir() and Path("sums/test.jsonl").is_file()
+    differ = {name for name, value in vars(typed).items() if value != getattr(scripted, name)}
+    assert differ == {"task", "reward"}
 
 
 def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refused():

@@ -1,100 +1,98 @@
-"""Says what settings of other toolkits are called here. Imports no torch.
+"""Says what settings of other toolkits, and of earlier versions of tokenrl, are called here. Imports no torch.
 
 The table foreign.txt has the names of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and
-scripts), the commonest ones of OpenRLHF, verl and Stable-Baselines3, and names that tokenrl itself had
-before. Whoever gives one as a keyword, as a flag or in a configuration is told ours with the value that it
-has here; of what tokenrl has not, a sentence says what happens instead. At the end stands the whole command,
-which starts from the toolkit's own estimator, since names that are left out have its defaults.
+scripts), the usual ones of OpenRLHF, verl and Stable-Baselines3, and those that tokenrl itself had. A keyword,
+a flag or a line of a configuration with such a name is refused with one sentence: our name, or what happens
+instead. The last line of the message is the whole command with our names. It starts from the toolkit's own
+estimator, since names that are left out have its defaults; `...` stands for a number that a sentence computes.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
-from math import ceil, prod
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.errors import Refused, nearest, suggest
 
-TRL = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
-"""The defaults of TRL for numbers of its arithmetic."""
-THEIRS = {
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "generation_batch_size",
-    "ratio",
-}
-THEIRS |= {"steps_per_generation", "ppo_mini_batch_size", "processes", "rows", "epochs", "size"}
-THEIRS |= {"total_timesteps"}
-"""Names in the arithmetic of the table that are no settings of ours."""
-OF_DATA = {"prompts_per_step": 16, "batch_size": 64}
-"""Our defaults for data whose number of rows is known."""
-OF_AGENTS = {"num_envs": 64}
-"""Our defaults for agents."""
 PLAIN = (str, int, float)
 """Types of values that are written as they are."""
-NAME, POSITIVE = re.compile("[a-z_]{2,}"), re.compile(r"(?=.*[1-9])\d{0,15}[.]?\d{0,15}")
 
 
 class Row(NamedTuple):
     """A row of the table: what names of other toolkits are called here.
 
     Attributes:
-        names: the names in other toolkits.
-        values: their values for which the row holds, in small letters; empty if it holds for any value.
-        ours: our settings with their values; a value is None where it is the one that was given.
-        formula: arithmetic that gives the value of the only setting, such as `a x b / c`; or empty.
-        remark: what ends the sentence, with a comma before it; without a setting of ours the whole sentence.
-        needs: the settings that a command must have for the row to hold.
+        names: The names in other toolkits.
+        values: Their values for which the row holds, in small letters; empty if it holds for any value.
+        ours: Our settings with their values; a value is None where the row has none.
+        remark: The end of the sentence, with a comma before it; without a setting of ours the whole sentence.
+        needs: The settings that a command must have for the row to hold.
     """
 
     names: list[str]
     values: list[str]
-    ours: dict[str, str | None]
-    formula: str
+    ours: dict[str, str | int | None]
     remark: str
     needs: set[str]
+
+    def translate(self, value: Any) -> dict[str, Any]:
+        """Return our settings with their values; a setting that is only renamed has the user's value."""
+        if self.remark:
+            return dict(self.ours)
+        return {setting: value if ours is None else ours for setting, ours in self.ours.items()}
+
+
+@cache
+def _lines() -> list[str]:
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    return text.splitlines()
 
 
 @cache
 def table() -> list[Row]:
     """Read the rows of foreign.txt."""
-    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    return [_row(line) for line in text.splitlines() if re.match("[a-z].* [|] ", line)]
+    return [_row(line) for line in _lines() if re.match("[a-z].* [|] ", line)]
 
 
 @cache
 def starts() -> list[list[str]]:
-    """Read the lines of foreign.txt that say where a whole command starts: a preset, a setting, and names."""
-    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    return [line.split()[1:] for line in text.splitlines() if line.startswith("starts ")]
+    """Read where a whole command starts, from foreign.txt: a preset, a setting of the command, and names."""
+    return [line.split()[1:] for line in _lines() if line.startswith("starts ")]
 
 
 def _row(line: str) -> Row:
-    theirs, target, remark = (part.strip() for part in f"{line} | ".split("|")[:3])
+    theirs, target, *remarks = (part.strip() for part in line.split("|"))
     names, _, values = theirs.partition(" = ")
-    target, _, formula = target.partition(" = ")
-    words: list[Any] = target.split()
-    ours = dict(zip(words[::2], words[1::2] or [None], strict=True))
-    needs = {name.strip("()") for name in ours} | {*NAME.findall(formula)} - THEIRS
-    ours = {} if target.startswith("(") else ours
-    remark = f", {remark}" if ours and remark else remark
-    return Row(names.split(), values.split(), ours, formula, remark, needs)
+    target, _, need = target.partition("(")
+    words: list[Any] = [int(word) if word.isdigit() else word for word in target.split()]
+    ours = dict(zip(words[::2], words[1::2] or [None], strict=False))
+    needs = {*ours, need.removesuffix(")")} - {""}
+    remark = ", ".join(["", *remarks] if ours else remarks)
+    return Row(names.split(), values.split(), ours, remark, needs)
 
 
 def settings_of(hints: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings of a command, and `estimator.AXIS` for each axis of its estimator."""
     axes = hints.get("estimator")
-    return (
-        [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))]
-        if is_dataclass(axes)
-        else [*hints]
-    )
+    if not is_dataclass(axes):
+        return [*hints]
+    return [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))]
+
+
+def _rows(name: str, settings: set[str]) -> list[Row]:
+    return [row for row in table() if name in row.names and row.needs <= settings]
+
+
+def _row_for(name: str, settings: set[str], value: Any) -> Row | None:
+    """Return the row of a name that holds for a value; a row for this very value comes first."""
+    rows = _rows(name, settings)
+    exact = [row for row in rows if value is not None and str(value).lower() in row.values]
+    return next(iter([*exact, *(row for row in rows if not row.values)]), None)
 
 
 def meaning(
@@ -107,174 +105,119 @@ def meaning(
     """Say what a setting of another toolkit is called here.
 
     Args:
-        name: the name that was given, with underscores.
-        settings: the settings that the command has, from `settings_of`.
-        options: what the same call gives, its values by name, also that of `name`.
-        flags: write our names as flags of the command line, else as keywords.
+        name: The user's name of the setting, with underscores.
+        settings: The settings that the command has, from `settings_of`.
+        options: The options of the same call, their values by name, also that of `name`.
+        flags: Write our names as flags of the command line, else as keywords.
 
     Returns:
-        A sentence, or an empty text: the name is our own, or not known, or has no meaning for this command.
+        A sentence, or an empty text: the name is our own, or not in the table, or the command has no use for it.
     """
     settings, options = set(settings), options or {}
-    opening = "" if flags else _opening(settings, options)
+    value, axis = options.get(name), f"estimator.{name}"
+    write = _flags if flags else partial(_keywords, opening=_opening(settings, options))
     if name in settings:
         return ""
-    if f"estimator.{name}" in settings:
-        axis = {f"estimator.{name}": options.get(name)}
-        return f"It is an axis of the estimator: {_written(axis, opening)}."
-    rows = [row for row in table() if name in row.names and row.needs <= settings]
-    for row in _holding(rows, options.get(name)):
-        if not row.ours:
-            return row.remark
-        ours, arithmetic = _ours(row, name, options), ""
-        if row.formula:
-            numbers = {n: f"{n} {number:,.12g}" for n, number in _numbers(name, options).items()}
-            words = re.split(f"({NAME.pattern})", row.formula)
-            arithmetic = f" ({''.join(numbers.get(word, word) for word in words)})"
-        return f"It is {_written(ours, opening)}{arithmetic}{row.remark}."
+    if axis in settings:
+        return f"It is an axis of the estimator: {write({axis: value})}."
+    row = _row_for(name, settings, value)
+    if row is not None:
+        return f"It is {write(row.translate(value))}{row.remark}." if row.ours else row.remark
     valued = [
-        f"{' and '.join(row.values)} is {_written(row.ours, opening)}{row.remark}"
-        for row in rows
+        f"{' and '.join(row.values)} is {write(row.ours)}{row.remark}"
+        for row in _rows(name, settings)
         if row.ours
     ]
     return f"Of its values {'; '.join(valued)}." if valued else ""
 
 
-def _opening(settings: Iterable[str], options: Mapping[str, Any]) -> str:
-    """Return what opens the estimator of a call, such as `Estimator.preset('grpo', `."""
-    preset = options.get("estimator")
-    opening = f"Estimator.preset({preset!r}, " if isinstance(preset, str) else "Estimator("
-    return "dict(" if "arms" in settings else opening
-
-
-def _holding(rows: Sequence[Row], value: Any) -> Sequence[Row]:
-    """Return the rows of a name that hold for a value, the first of which counts."""
-    exact = [row for row in rows if value is not None and str(value).lower() in row.values]
-    return exact or [row for row in rows if not row.values]
-
-
-def _ours(row: Row, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our settings that a row names, with their values as far as these are known."""
-    ours = dict[str, Any](row.ours)
-    (first, value), *_ = ours.items()
-    if row.formula:
-        ours[first] = _result(row.formula, _numbers(name, options))
-    elif value is None and not row.remark:
-        ours[first] = options.get(name)
-    return ours
-
-
 def translated(
     names: Iterable[str], settings: Iterable[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return our settings that names of other toolkits stand for together, with the values that are known.
+    """Return our settings that names of other toolkits stand for together.
 
-    Where they say nothing else, the estimator is the default of their toolkit.
+    A value is `...` where it has to be computed. Unless the options or the names say which estimator, it is
+    the default of their toolkit.
 
     Args:
-        names: the names, with underscores.
-        settings: the settings that the command has, from `settings_of`.
-        options: what the same call gives, its values by name.
+        names: The names, with underscores.
+        settings: The settings that the command has, from `settings_of`.
+        options: The options of the same call, their values by name.
     """
-    names, settings, ours = list(names), set(settings), dict[str, Any]()
-    for name in [*names, *names]:  # twice, as arithmetic may need what a later name stands for
-        rows = [row for row in table() if name in row.names and row.needs <= settings]
-        for row in _holding(rows, options.get(name))[:1]:
-            if row.ours:
-                ours |= _ours(row, name, {**ours, **options})
+    names, settings, ours = set(names), set(settings), dict[str, Any]()
+    for name in [name for name in options if name in names]:
+        row = _row_for(name, settings, options[name])
         if f"estimator.{name}" in settings:
             ours[f"estimator.{name}"] = options[name]
-    ours = {name: value for name, value in ours.items() if value is not None}
-    presets = [
-        preset for preset, needed, *of in starts() if needed in settings and {*of} & {*names}
-    ]
-    if presets and ours and not {"estimator", "arms"} & {*options, *ours}:
-        return {"estimator": presets[0]} | ours
+        elif row is not None:
+            ours |= row.translate(options[name])
+    ours = {setting: ... if value is None else value for setting, value in ours.items()}
+    if ours and not {"estimator", "arms"} & {*options, *ours}:
+        for preset, needed, *signs in starts():
+            if needed in settings and names & {*signs}:
+                return {"estimator": preset} | ours
     return ours
 
 
-def _result(formula: str, numbers: Mapping[str, float]) -> int | None:
-    """Do arithmetic such as `a x b / c`, and round up; None if not all its numbers are known."""
-    if not {*NAME.findall(formula)} <= numbers.keys():
-        return None
-    above, _, below = formula.partition(" / ")
-    result = prod(numbers[name] for name in above.split(" x "))
-    result /= prod(numbers[name] for name in NAME.findall(below))
-    return ceil(round(result, 9))
+def _opening(settings: Iterable[str], options: Mapping[str, Any]) -> str:
+    """Return the text that opens the estimator of a call, such as `Estimator.preset('grpo', `."""
+    if "arms" in settings:
+        return "dict("
+    preset = options.get("estimator")
+    return f"Estimator.preset({preset!r}, " if isinstance(preset, str) else "Estimator("
 
 
-def _numbers(name: str, options: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers that arithmetic about a setting may use, as far as they are known."""
-    data = next(
-        (options[key] for key in ("task", "train_dataset") if options.get(key) is not None), ""
-    )
-    data = data.get("train", "") if isinstance(data, Mapping) else data
-    rows = {"rows": len(data)} if hasattr(data, "__len__") and not isinstance(data, str) else {}
-    if isinstance(data, str) and data.endswith(".jsonl") and os.path.isfile(data):
-        rows = {"rows": sum(1 for line in Path(data).read_bytes().splitlines() if line.strip())}
-    theirs = {**TRL, "processes": os.environ.get("WORLD_SIZE", 1), **options, **rows}
-    theirs |= dict.fromkeys(("epochs", "ratio", "size"), options.get(name))
-    plain = {key: str(value) for key, value in theirs.items() if isinstance(value, PLAIN)}
-    numbers = {key: float(value) for key, value in plain.items() if POSITIVE.fullmatch(value)}
-    sizes: dict[str, Any] = OF_AGENTS | (OF_DATA if rows else {})
-    if options.keys() & TRL.keys() - {"num_generations"}:
-        batches = [row for row in table() if "gradient_accumulation_steps" in row.names]
-        sizes |= {setting: _result(row.formula, numbers) for row in batches for setting in row.ours}
-    return {name: size for name, size in sizes.items() if size is not None} | numbers
+def _keywords(ours: Mapping[str, Any], opening: str) -> str:
+    """Write settings as keywords of a call; `opening` begins the estimator that has the axes among them."""
+    axes, keywords = list[str](), dict[str, str]()
+    for setting, value in ours.items():
+        _, is_axis, axis = setting.partition("estimator.")
+        name = axis if is_axis else setting
+        if isinstance(value, PLAIN):
+            text = f"{name}={value!r}"
+        else:
+            text = name if value is None and not is_axis else f"{name}=..."
+        if is_axis:
+            axes.append(text)
+            text = f"estimator={opening}{', '.join(axes)})"
+        keywords["estimator" if is_axis else setting] = text
+    return ", ".join(keywords.values())
 
 
-def _written(ours: Mapping[str, Any], opening: str) -> str:
-    """Write settings with their values where these are numbers or text.
-
-    Args:
-        ours: the settings with their values.
-        opening: what opens an estimator as a keyword, such as `Estimator(`; empty to write flags.
-    """
-    plain = {name: value for name, value in ours.items() if isinstance(value, PLAIN)}
-    if not opening:
-        return " ".join(_flag(name, plain.get(name)) for name in ours)
-    plain = {name: repr(int(v) if str(v).isdigit() else v) for name, v in plain.items()}
-    axes = [
-        f"{axis}={plain.get(name, '...')}"
-        for name in ours
-        if (axis := name.partition("estimator.")[2])
-    ]
-    settings = [f"{n}={plain[n]}" if n in plain else n for n in ours if "." not in n]
-    return ", ".join([f"estimator={opening}{', '.join(axes)})", *settings] if axes else settings)
-
-
-def _flag(name: str, value: Any = None) -> str:
-    """Write a setting as a flag; one that is on or off has no value."""
-    words = "--" + name.replace("_", "-")
-    if str(value).lower() in ("true", "false"):
-        return words if str(value).lower() == "true" else f"--no-{words[2:]}"
-    return words if value is None else f"{words} {shlex.quote(str(value))}"
+def _flags(ours: Mapping[str, Any]) -> str:
+    """Write settings as flags; one that is on or off has no value."""
+    words = []
+    for setting, value in ours.items():
+        name = setting.replace("_", "-")
+        if str(value).lower() in ("true", "false"):
+            words.append(f"--{name}" if str(value).lower() == "true" else f"--no-{name}")
+        elif value is None:
+            words.append(f"--{name}")
+        else:
+            text = str(value) if isinstance(value, PLAIN) else "..."
+            words.append(f"--{name} {shlex.quote(text)}")
+    return " ".join(words)
 
 
 def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Refuse keywords that are no settings.
 
     Args:
-        options: the keywords with their values.
-        hints: the type of each setting that there is.
+        options: The keywords with their values.
+        hints: The type of each setting that there is.
 
     Raises:
-        Refused: there is no setting of such a name; the message says for each what it is here, or lists what
-            there is.
+        Refused: There is no setting of such a name; the message has for each our name, or lists the settings.
     """
-    settings, names = settings_of(hints), [name for name in options if name not in hints]
+    names = [name for name in options if name not in hints]
+    settings = settings_of(hints)
     ours = translated(names, settings, options)
-    refused = {
-        repr(n): meaning(n, settings, {**options, **ours}) or suggest(n, hints).strip()
-        for n in names
-    }
+    sentences = {}
+    for name in names:
+        sentence = meaning(name, settings, {**options, **ours})
+        sentences[repr(name)] = sentence or suggest(name, hints).strip()
     call = {name: value for name, value in options.items() if name in hints} | ours
-    opening = _opening(settings, call)
-    if any("." in name for name in ours):  # axes of that estimator
-        call.pop("estimator", None)
-    objects = [f"{name}=..." for name, value in call.items() if not isinstance(value, PLAIN)]
-    plain = {name: value for name, value in call.items() if isinstance(value, PLAIN)}
-    _refuse("setting", refused, ours, ", ".join([*objects, _written(plain, opening)]))
+    _refuse("setting", sentences, ours, _keywords(call, _opening(settings, call)))
 
 
 def check_flags(
@@ -287,53 +230,54 @@ def check_flags(
     """Refuse words of a command line that are no flags of the command.
 
     Args:
-        unknown: the words; those that are not flags are values of the flags before them.
-        hints: the type of each setting that the command has.
-        prog: the command.
-        options: the settings that the command line gives, by name.
-        typed: all words of the command line.
+        unknown: The words; those that are not flags are values of the flags before them.
+        hints: The type of each setting that the command has.
+        prog: The command.
+        options: The settings that the command line gives, by name.
+        typed: All words of the command line.
 
     Raises:
-        Refused: there is such a word; the message says for each what its flag is called here, or is near.
+        Refused: There is such a word; the message has for each the name of its flag here, or the nearest flag.
     """
-    settings, values, flag = settings_of(hints), dict[str, str | None](), ""
+    values, flag = dict[str, str](), ""
     for word in unknown:
         if word.startswith("--") or not values:
-            flag, _, value = word.partition("=")
-            values[flag] = value or None
-        else:
-            values[flag] = values[flag] or word
+            flag, _, values[flag] = word.partition("=")
+        elif not values[flag]:
+            values[flag] = word
     names = {flag: flag[2:].replace("-", "_") for flag in values}
     options = {**options, **{names[flag]: value or "true" for flag, value in values.items()}}
+    settings = settings_of(hints)
     ours = translated(names.values(), settings, options)
-    flags, refused = [_flag(setting) for setting in settings], {}
+    flags = _flags(dict.fromkeys(settings)).split()
+    sentences = {}
     for flag, name in names.items():
-        near = f"{nearest(flag, flags)} See {prog} --help.".strip()
-        refused[flag] = meaning(name, settings, options | ours, flags=True) or near
-    words, left, is_value = [prog], list(unknown), False
+        sentence = meaning(name, settings, options | ours, flags=True)
+        sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
+    words, rest = [prog], list(unknown)
     for word in typed:
-        is_value = left[:1] == [word] and (is_value or word.startswith("--"))
-        if is_value:
-            left.pop(0)
+        if rest[:1] == [word]:
+            rest.pop(0)
         else:
             words.append(shlex.quote(word))
-    _refuse("flag", refused, ours, " ".join([*words, _written(ours, "")]))
+    _refuse("flag", sentences, ours, " ".join([*words, _flags(ours)]))
 
 
-def _refuse(kind: str, hints: Mapping[str, str], ours: Mapping[str, Any], whole: str) -> None:
-    """Refuse names that there are not, one hint a line; those with the same hint share it.
+def _refuse(kind: str, sentences: Mapping[str, str], ours: Mapping[str, Any], whole: str) -> None:
+    """Refuse names that do not exist, with one line for each sentence; names with the same sentence share it.
 
     Args:
-        kind: what the names are.
-        hints: a hint for each name.
-        ours: our settings that the names stand for together.
-        whole: the call with these instead. It is shown if it says more than the hints do.
+        kind: The kind of the names.
+        sentences: A sentence for each name.
+        ours: Our settings that the names stand for together.
+        whole: The call with these instead. It is shown if it says more than the sentences do.
     """
-    by_hint: dict[str, list[str]] = {}
-    for name, hint in hints.items():
-        by_hint.setdefault(hint, []).append(name)
-    lines = [f"There is no {kind} {' or '.join(n)}. {hint}" for hint, n in by_hint.items()]
-    if ours and (len(hints) > 1 or len(ours) > 1):
+    if not sentences:
+        return
+    by_sentence: dict[str, list[str]] = {}
+    for name, sentence in sentences.items():
+        by_sentence.setdefault(sentence, []).append(name)
+    lines = [f"There is no {kind} {' or '.join(n)}. {text}" for text, n in by_sentence.items()]
+    if ours and (len(sentences) > 1 or len(ours) > 1):
         lines.append(f"All together: {whole}")
-    if hints:
-        raise Refused("\n".join(lines))
+    raise Refused("\n".join(lines))
