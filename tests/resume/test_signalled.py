@@ -23,7 +23,7 @@ PLACES = {
     "pruning": ("runs/checkpoint.py:checkpoints", 3),
     "last checkpoint": ("language/policy/saving.py:write", 5),
     "model": ("language/policy/saving.py:text", 1),
-    "report": ("runs/html.py:write_page", 1),
+    "report": ("runs/markup.py:write_page", 1),
 }
 AFTER_THE_OUTCOME = ("last checkpoint", "model", "report")
 ARGV = [*TRAIN, "--estimator", "rloo", "--diagnostics-every", "2"]

@@ -89,7 +89,7 @@ def test_the_same_numbers_give_the_same_bytes_and_others_do_not(tmp_path):
 
 def test_matplotlib_is_loaded_when_something_is_drawn_and_pyplot_never():
     code = (
-        "import sys, tokenrl; from tokenrl.runs import html, plots, report\n"
+        "import sys, tokenrl; from tokenrl.runs import markup, plots, report\n"
         "assert not {'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
         "plots.svg(plots.Chart('n', 'u', [plots.Curve([0, 1], [0, 1])]), 400, 200)\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"

@@ -13,7 +13,7 @@ import pytest
 from runs.pages import EVIL, Page
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
-from tokenrl.runs.html import Section, completions, table, write_page
+from tokenrl.runs.markup import Section, completions, table, write_page
 from tokenrl.runs.metrics import MetricsLog, write_completions
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import PALETTE

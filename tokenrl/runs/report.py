@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import tokenrl.runs.html as html
+import tokenrl.runs.markup as markup
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
@@ -92,7 +92,7 @@ def report_from_directory(run: str | Path) -> Path:
         learning_curve(
             recorded.path / "learning_curve.png", recorded.metrics, mark=recorded.mark, **about
         )
-        return html.write_page(page, recorded.title, list(_sections(recorded)))
+        return markup.write_page(page, recorded.title, list(_sections(recorded)))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, Refused):
             raise
@@ -123,7 +123,7 @@ def learning_curve(
     return picture(path, charts, title=title, subtitle=subtitle)
 
 
-def _sections(run: RecordedRun) -> Iterator[html.Section]:
+def _sections(run: RecordedRun) -> Iterator[markup.Section]:
     config, summary = run.config, run.summary
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
     command = (
@@ -137,20 +137,20 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     if gaps and engine not in (None, "transformers"):
         gap = f"{number(max(gaps))} nats between its log-probability of a token and the trainer's"
         remarks.append(f"Sampled by {engine}, with at most {gap}.")
-    verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
+    verdict = markup.paragraph(str(summary.get("verdict", "")), "strong")
     told = [*filter(None, map(summary.get, ("error", "remedy"))), *summary.get("warnings", ())]
     box = (
-        html.verdict("The run failed" if "error" in summary else "Warnings", told, ())
+        markup.verdict("The run failed" if "error" in summary else "Warnings", told, ())
         if told
         else {}
     )
-    texts = html.paragraph(ending(summary), "soft"), verdict, *map(html.paragraph, remarks)
-    yield html.Section("", [box, *texts])
+    texts = markup.paragraph(ending(summary), "soft"), verdict, *map(markup.paragraph, remarks)
+    yield markup.Section("", [box, *texts])
     evaluations, when = _evaluations(run)
     before, after = (with_errors(distinct(metrics)) for metrics in evaluations)
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
-    yield html.Section(
-        f"Held-out evaluation, before → {when} (± standard error)", [html.cards(both)]
+    yield markup.Section(
+        f"Held-out evaluation, before → {when} (± standard error)", [markup.cards(both)]
     )
     stage = run.path / "warm_start.jsonl"
     if stage.is_file():
@@ -159,10 +159,10 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
             "Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)]
         )
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
-    yield html.Section("To repeat", [html.preformatted(words)])
-    yield html.Section("Configuration", [html.preformatted(settings)], closed=True)
-    yield html.Section("Versions", [html.preformatted(config.get("versions", {}))], closed=True)
-    yield html.Section("Completions", [html.completions(_completions(run))])
+    yield markup.Section("To repeat", [markup.preformatted(words)])
+    yield markup.Section("Configuration", [markup.preformatted(settings)], closed=True)
+    yield markup.Section("Versions", [markup.preformatted(config.get("versions", {}))], closed=True)
+    yield markup.Section("Completions", [markup.completions(_completions(run))])
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -201,13 +201,13 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     mark = marks.pop() if len(marks) == 1 else None
     charts = _charts({name: run.metrics for name, run in recorded.items()}, next(iter(kinds)), mark)
     sections = [
-        html.Section("", [html.paragraph(_CAUTION, "soft")]),
-        html.Section("Runs", [html.run_list(about, links)]),
-        html.Section("Final numbers (± standard error)", [_final_numbers(recorded)]),
-        html.Section("Settings that differ", _differences(recorded)),
+        markup.Section("", [markup.paragraph(_CAUTION, "soft")]),
+        markup.Section("Runs", [markup.run_list(about, links)]),
+        markup.Section("Final numbers (± standard error)", [_final_numbers(recorded)]),
+        markup.Section("Settings that differ", _differences(recorded)),
         _learning("Learning curves", charts),
     ]
-    return html.write_page(output, f"Comparison of {len(recorded)} runs", sections)
+    return markup.write_page(output, f"Comparison of {len(recorded)} runs", sections)
 
 
 def _evaluations(run: RecordedRun) -> tuple[list[Mapping[str, Any]], str]:
@@ -226,9 +226,9 @@ def _evaluations(run: RecordedRun) -> tuple[list[Mapping[str, Any]], str]:
     return [before or rows.get(0, {}), rows[last]], f"at step {last}, the last evaluation"
 
 
-def _learning(heading: str, charts: Sequence[Chart]) -> html.Section:
-    drawn = html.drawings(charts)
-    return html.Section(heading, [html.paragraph(_CURVES, "soft"), drawn] if drawn else [])
+def _learning(heading: str, charts: Sequence[Chart]) -> markup.Section:
+    drawn = markup.drawings(charts)
+    return markup.Section(heading, [markup.paragraph(_CURVES, "soft"), drawn] if drawn else [])
 
 
 def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
@@ -306,7 +306,7 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     return rows
 
 
-def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
+def _final_numbers(runs: Mapping[str, RecordedRun]) -> markup.Block:
     columns = {
         name: with_errors(distinct(run.summary.get("eval_after"))) for name, run in runs.items()
     }
@@ -316,7 +316,7 @@ def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
     return _side_by_side(columns)
 
 
-def _differences(runs: Mapping[str, RecordedRun]) -> list[html.Block]:
+def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
     """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
     configs = {
         name: {k: v for k, v in run.config.items() if k not in _NOT_COMPARED}
@@ -329,7 +329,7 @@ def _differences(runs: Mapping[str, RecordedRun]) -> list[html.Block]:
     names = sorted({key for column in settings.values() for key in column})
     differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
     if not differ:
-        return [html.paragraph("None: the runs have the same settings.")]
+        return [markup.paragraph("None: the runs have the same settings.")]
     apart = " and ".join(key for key in ("task", "reward", "env", "data") if key in differ)
     warning = (
         f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
@@ -337,11 +337,11 @@ def _differences(runs: Mapping[str, RecordedRun]) -> list[html.Block]:
     columns = {
         name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()
     }
-    return [html.paragraph(warning, "strong"), _side_by_side(columns)]
+    return [markup.paragraph(warning, "strong"), _side_by_side(columns)]
 
 
-def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> html.Block:
+def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> markup.Block:
     """Make a table with a column per run; what a run lacks is a dash."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
-    return html.table(["", *columns], rows, "wide")
+    return markup.table(["", *columns], rows, "wide")

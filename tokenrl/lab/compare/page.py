@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import tokenrl.runs.html as html
+import tokenrl.runs.markup as html
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Problem
