@@ -105,9 +105,9 @@ def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsy
 @pytest.mark.parametrize(
     "argv, flags",
     [
-        (["MountainCar-v0", "--max-episode-steps", "20", "--episodes", "5"], ["nothing-to-learn"]),
-        (["CartPole-v1", "--max-episode-steps", "2", "--episodes", "5"], ["nothing-to-learn"]),
-        (["gridworld", "--max-episode-steps", "12", "--episodes", "100"], ["few-signals"]),
+        (["MountainCar-v0", "--max-episode-steps", "20", "--episodes", "5"], ["no-signal"]),
+        (["CartPole-v1", "--max-episode-steps", "2", "--episodes", "5"], ["no-signal"]),
+        (["gridworld", "--max-episode-steps", "12", "--episodes", "100"], ["no-signal"]),
         (["CartPole-v1", "--episodes", "20"], []),
     ],
 )
@@ -207,9 +207,9 @@ def test_the_smallest_group_of_which_half_live(dead, size):
         ({"reward": 0.96}, {"already-solved"}),
         ({"reward": 0.96, "binary": False}, set()),
         ({"reward": -0.04, "binary": False, "solved": -0.05}, {"already-solved"}),
-        ({"dead": (0.98, 0.95, 0.91)}, {"few-signals", "signal"}),
-        ({"dead": (1.0, 1.0, 1.0)}, {"nothing-to-learn", "signal"}),
-        ({"dead": (0.98, 0.9, 0.85)}, {"signal"}),
+        ({"dead": (0.98, 0.95, 0.91)}, {"no-signal"}),
+        ({"dead": (1.0, 1.0, 1.0)}, {"no-signal"}),
+        ({"dead": (0.98, 0.9, 0.85)}, {"no-signal"}),
         ({"entropy": 0.05}, {"entropy-collapsed"}),
         ({"entropy": 0.05, "entropy_coef": 0.1}, set()),
         ({"cut": 0.2}, {"truncation"}),

@@ -70,15 +70,14 @@ def test_all_problems_are_told_at_once_and_quiet_ones_too(tmp_path, capsys):
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 3
     assert (
-        "1. nothing-to-learn: In none of 4 episodes do the rewards differ; their mean is -10."
-        in lines[1]
+        "1. no-signal: In none of 4 episodes do the rewards differ; their mean is -10." in lines[1]
     )
     assert "2. unusual-rate: The learning rate 3 is 150 times the 0.02 that is usual" in lines[2]
 
 
 def test_pieces_without_a_reward_are_a_remark_if_whole_episodes_differ(check, capsys):
     result = check(env="gridworld", estimator="a2c", num_steps=2, eval_episodes=50)
-    assert (result.exit_code, result.flags) == (0, ["nothing-to-learn"])
+    assert (result.exit_code, result.flags) == (0, ["no-signal"])
     assert (
         "In none of 8 steps, in which no episode ended, do the rewards differ; their mean is -0.01"
         in said(capsys)
@@ -88,8 +87,8 @@ def test_pieces_without_a_reward_are_a_remark_if_whole_episodes_differ(check, ca
 def test_observations_far_from_1_are_a_remark_unless_they_are_normalised(check, capsys):
     env = counting_env.register(lengths=(30, 20))
     result = check(env=env)  # its rewards do not depend on the actions
-    assert (result.exit_code, result.flags) == (2, ["nothing-to-learn", "observations-far-from-1"])
+    assert (result.exit_code, result.flags) == (2, ["no-signal", "observations-far-from-1"])
     assert "observations-far-from-1: The largest absolute value of an observation was 29" in said(
         capsys
     )
-    assert check(env=env, normalize_observations=True).flags == ["nothing-to-learn"]
+    assert check(env=env, normalize_observations=True).flags == ["no-signal"]

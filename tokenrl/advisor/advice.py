@@ -12,8 +12,8 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.runs.console import measured, rich_console, rich_table
 from tokenrl.runs.findings import Finding
 
-KINDS = {"void": "grave problem", "act": "problem", "watch": "remark"}
-"""The weights of findings in words."""
+LEVELS = {"void": "grave problem", "act": "problem", "watch": "remark"}
+"""The weights of findings in words, the gravest first."""
 Reason = tuple[str, bool, str]
 """A row of a table of reasons: a setting such as `estimator.baseline`, whether the row applies to the advice
 that is given, and why the setting has its value."""
@@ -53,7 +53,7 @@ class Advice:
             (
                 ("kind", "finding", "what it is", "change"),
                 [
-                    (KINDS[f.weight], f.flag, f.text, shlex.join(flags(f.changes)))
+                    (LEVELS[f.weight], f.flag, f.text, shlex.join(flags(f.changes)))
                     for f in self.findings
                 ],
             ),
@@ -68,21 +68,20 @@ class Advice:
 
 
 def merge(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Return the changes of all findings; of two changes of one setting, that of the gravest finding counts.
+    """Return the changes of all findings; of two changes of one setting, the gravest finding's counts.
 
-    If the policy is destroyed, only the change against that is advised: what else was found may be its
-    consequence. A higher rate, for a reward that does not rise, is advised only if no other grave finding
-    explains that.
+    A grave finding may explain those of lower precedence, whose changes are then left out: all else may be
+    the consequence of a destroyed policy, and a higher rate for a flat reward is advised if nothing else is
+    wrong.
     """
-    ranked = sorted(
-        findings, key=lambda finding: ("void", "act", "watch").index(finding.weight)
-    )  # stable
-    lost = [finding for finding in ranked if finding.flag == "policy-destroyed"]
-    explained = [finding for finding in ranked if finding.flag != "reward-flat"]
-    grave = any(finding.weight != "watch" for finding in explained)
+    findings = list(findings)
+    grave = [finding.precedence for finding in findings if finding.weight != "watch"]
+    explained = max(grave, default=0)
     changes: dict[str, Any] = {}
-    for finding in lost or (explained if grave else ranked):
-        changes = dict(finding.changes) | changes
+    for level in LEVELS:
+        for finding in findings:
+            if finding.weight == level and finding.precedence >= explained:
+                changes = dict(finding.changes) | changes
     return changes
 
 

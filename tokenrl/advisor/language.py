@@ -30,7 +30,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import plain
-from tokenrl.runs.findings import MOST, Finding, facts, groups_without_signal
+from tokenrl.runs.findings import LOST_SHARE, Finding, facts, groups_without_signal
 from tokenrl.runs.rules import judge
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -103,7 +103,7 @@ def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
     bias = f"gradient {describe_bias(estimator)}"
     earlier = "mean of earlier rewards: one completion per prompt has none beside it"
     rate = "recommended by the task for its own model, else by size (adapters: ten times that)"
-    size = f"the smallest from {SMALLEST_GROUP} up of which at most {MOST:.0%} are dead, else the largest; "
+    size = f"the smallest from {SMALLEST_GROUP} up of which at most {LOST_SHARE:.0%} are dead, else the largest; "
     return [
         ("num_generations", True, f"{size}or as you asked"),
         ("prompts_per_step", True, "so many completions a step as the task's settings have"),
@@ -165,7 +165,7 @@ def fitted(
     """
     dead = {count: share.value for count, share in probe.dead_groups.items()}
     sizes = [count for count in dead if count >= SMALLEST_GROUP] or list(dead)
-    size = size or next((count for count in sizes if dead[count] <= MOST), max(sizes))
+    size = size or next((count for count in sizes if dead[count] <= LOST_SHARE), max(sizes))
     rows, estimator = train.prompts_per_step * train.num_generations, train.estimator
     if estimator.baseline == "running_mean":
         estimator = replace(estimator, running_mean_init=rounded(probe.reward.value, 2))
@@ -193,6 +193,6 @@ def fitted(
     )
     findings = judge(observed)
     changes = merge(
-        finding for finding in findings if finding.flag != "signal"
+        finding for finding in findings if finding.flag != "no-signal"
     )  # the size was chosen above
     return with_changes(train, changes), findings

@@ -25,7 +25,7 @@ rule that reads it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,20 +36,16 @@ from tokenrl.runs.reader import finite
 if TYPE_CHECKING:
     from tokenrl.runs.session import Session
 
-Facts = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 Weight = Literal["watch", "act", "void"]
 Part = Literal["step", "first", "latest", "recent"]
 
-MOST = 0.5
+LOST_SHARE = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
 it, as a share of effective samples: importance weights then about double the variance of the gradient."""
-APART = 0.05
-"""Most nats per token between sampler and trainer. If chance decides their signs, the importance weights of
-completions of 100 tokens spread by a factor of 1.9 around 1."""
-FEW_STEPS, FEW_GROUPS = 3, 48
+LATEST_STEPS, LATEST_GROUPS = 3, 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
-SEVERAL = 9
+SPEED_STEPS = 9
 """The steps by which the speed at the start, and now, is measured: half of them do not yet count."""
 METRICS = {
     **{
@@ -62,9 +58,23 @@ METRICS = {
     "effective_samples": "sampling/effective_sample_size",
 }
 """The metric behind each name after a prefix."""
-SOLVED = (
+SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 )
+
+
+class Missing(float):
+    """A number that is not there: it is false, and no comparison with it holds."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class Facts(dict[str, Any]):
+    """Facts by name, also as attributes; an attribute that is not there is `Missing`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name, Missing("nan"))
 
 
 @dataclass(frozen=True)
@@ -77,16 +87,30 @@ class Finding:
             mean nothing as they are: a check is then not passed, and an arm gets no verdict.
         text: one or more whole sentences, with the numbers.
         changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`.
+        precedence: a finding of weight `act` or `void` may explain all those of lower precedence, so that
+            their changes are not advised beside its own.
     """
 
     flag: str
     weight: Weight
     text: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    precedence: int = 1
 
     def __str__(self) -> str:
         """Return the finding as one line, its flag first."""
         return f"{self.flag}: {self.text}"
+
+
+def above(
+    number: float, watch: float = math.inf, act: float = math.inf, void: float = math.inf
+) -> Weight | None:
+    """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
+    if number > void:
+        return "void"
+    if number > act:
+        return "act"
+    return "watch" if number > watch else None
 
 
 def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, Any]:
@@ -101,31 +125,30 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
         **numbers: facts that only the caller knows, or knows better; None for what is unknown.
     """
     estimator: Any = settings.estimator
-    groups, metrics = estimator.needs_groups, dict(METRICS)
-    equal = "frac_reward_zero_std" if groups else "reward_std"
-    if (
-        getattr(settings, "head", "softmax") != "softmax"
-    ):  # the entropy of a density may well be negative
-        del metrics["entropy"]
+    metrics = dict(METRICS)
+    if getattr(settings, "head", "softmax") != "softmax":
+        del metrics["entropy"]  # the entropy of a density may well be negative
     steps = [row for row in rows if row["step"] > 0]
-    few = max(FEW_STEPS, math.ceil(FEW_GROUPS / getattr(settings, "prompts_per_step", FEW_GROUPS)))
+    groups_per_step = getattr(settings, "prompts_per_step", LATEST_GROUPS)
+    count = max(LATEST_STEPS, math.ceil(LATEST_GROUPS / groups_per_step))
     rows_of: dict[Part, Rows] = {
         "step": [row for row in steps if row["step"] == steps[-1]["step"]],
         "first": steps[:1],
-        "latest": steps[-few:] if len(steps) >= few else [],
+        "latest": steps[-count:] if len(steps) >= count else [],
         "recent": steps[-max(1, len(steps) // 10) :],
     }
     observed = {**vars(estimator), **vars(settings), "has_baseline": estimator.subtracts_baseline}
-    observed |= {"has_entropy_bonus": estimator.entropy_coef > 0, "needs_groups": groups}
+    observed["has_entropy_bonus"] = estimator.entropy_coef > 0
+    observed["needs_groups"] = estimator.needs_groups
     for part in parts:
-        observed |= {f"{part}_{name}": _mean(rows_of[part], key) for name, key in metrics.items()}
-        shares = [
-            share_equal(row, groups) for row in rows_of[part] if finite(row.get(equal)) is not None
-        ]
-        observed[f"{part}_equal"] = fmean(shares) if shares else math.nan
+        for name, metric in metrics.items():
+            observed[f"{part}_{name}"] = _mean(row.get(metric) for row in rows_of[part])
+        shares = [share_equal(row, estimator.needs_groups) for row in rows_of[part]]
+        observed[f"{part}_equal"] = _mean(shares)
     if "latest" in parts and rows_of["latest"]:
-        observed |= _of_latest(rows_of["latest"], steps[0], observed)
-    if evaluations := [row for row in rows if finite(row.get("eval_reward")) is not None]:
+        observed |= _latest_facts(rows_of["latest"], steps[0], observed)
+    evaluations = [row for row in rows if finite(row.get("eval_reward")) is not None]
+    if evaluations:
         best = max(evaluations, key=lambda row: float(row["eval_reward"]))
         for prefix, row in (("best", best), ("before", rows[0])):
             observed[f"{prefix}_reward"] = row.get("eval_reward")
@@ -133,14 +156,21 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
     return observed | numbers
 
 
-def _mean(rows: Rows, key: str) -> float:
-    values = [value for row in rows if (value := finite(row.get(key))) is not None]
-    return fmean(values) if values else math.nan
+def _mean(values: Iterable[Any]) -> float:
+    """Return the mean of the values that are finite numbers; nan if none is."""
+    numbers = [number for number in map(finite, values) if number is not None]
+    return fmean(numbers) if numbers else math.nan
 
 
 def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
-    """Return the share of groups of a step with equal rewards; without groups 1 if all rewards are equal."""
-    return float(row["frac_reward_zero_std"] if needs_groups else row["reward_std"] == 0)
+    """Return the share of groups of a step with equal rewards; without groups 1 if all rewards are equal.
+
+    It is nan if the step has no such number.
+    """
+    number = finite(row.get("frac_reward_zero_std" if needs_groups else "reward_std"))
+    if number is None:
+        return math.nan
+    return number if needs_groups else float(number == 0)
 
 
 def slowing(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -154,32 +184,35 @@ def slowing(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
     Returns:
         `rate_at_start` and `rate_now` in tokens per second, and `length_ratio`, of the latest to the first.
     """
-    if len(steps) <= 2 * SEVERAL:
+    if len(steps) <= 2 * SPEED_STEPS:
         return {}
-    parts = steps[1 : SEVERAL + 1], steps[-SEVERAL:]
-    (rate, length), (recent_rate, recent) = (map(median, zip(*part, strict=True)) for part in parts)
+    rates, lengths = zip(*steps[1:], strict=True)
+    length_at_start = max(median(lengths[:SPEED_STEPS]), 1e-9)
     return {
-        "rate_at_start": rate,
-        "rate_now": recent_rate,
-        "length_ratio": recent / max(length, 1e-9),
+        "rate_at_start": median(rates[:SPEED_STEPS]),
+        "rate_now": median(rates[-SPEED_STEPS:]),
+        "length_ratio": median(lengths[-SPEED_STEPS:]) / length_at_start,
     }
 
 
-def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str, Any]:
+def _latest_facts(
+    latest: Rows, first: Mapping[str, Any], means: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return which steps are the latest, the noise of their reward, and signs of a policy that is lost.
 
-    Equal rewards show no noise, so that of the first step counts too. Where the signs are empty, the policy
-    may recover.
+    Equal rewards show no noise, so the noise of the first step counts too. Without signs the policy may
+    recover.
     """
-    names = ("latest_equal", "latest_entropy", "first_entropy", "latest_cut", "first_cut")
-    equal, entropy, entropy_before, cut, cut_before = (means[name] for name in names)
-    signs = {
-        f"{equal:.0%} of the groups had equal rewards": equal >= 0.75,
-        f"the entropy was {entropy:.2g} nats, down from {entropy_before:.2g}": entropy
-        < entropy_before / 4,
-        f"{cut:.0%} of the completions were cut": cut
-        >= max(MOST, cut_before + (1 - cut_before) / 4),
-    }
+    equal = means["latest_equal"]
+    entropy = means["latest_entropy"]
+    cut = means["latest_cut"]
+    signs = []
+    if equal >= 0.75:
+        signs.append(f"{equal:.0%} of the groups had equal rewards")
+    if entropy < means["first_entropy"] / 4:
+        signs.append(f"the entropy was {entropy:.2g} nats, down from {means['first_entropy']:.2g}")
+    if cut >= max(LOST_SHARE, means["first_cut"] + (1 - means["first_cut"]) / 4):
+        signs.append(f"{cut:.0%} of the completions were cut")
     errors = [
         math.nan if row.get("reward_stderr") is None else row["reward_stderr"] for row in latest
     ]
@@ -187,45 +220,51 @@ def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str
     return {
         "steps": f"steps {latest[0]['step']} to {latest[-1]['step']}",
         "latest_stderr": max(math.hypot(*errors) / len(latest), noise_at_first),
-        "signs": " and ".join(sign for sign, is_seen in signs.items() if is_seen),
+        "signs": " and ".join(signs),
     }
 
 
-def lower_rate(facts: Facts) -> tuple[str, dict[str, float]]:
-    """Say that the learning rate is the likely cause of a loss; return that with the rate to take instead."""
-    rate, usual = facts["learning_rate"], facts.get("usual_rate", 0.0)  # 0: nobody knows
-    mend = usual if 0 < usual < rate else rate / 4
-    comparison = (
-        f", {'which' if mend == usual else f'although {usual:g}'} is usual here" if usual else ""
-    )
-    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {mend:g}{comparison}."
-    return text, {"learning_rate": mend}
+def lower_rate(facts: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """Say that the learning rate is the likely cause of a loss; return this with the rate to take instead."""
+    rate = facts["learning_rate"]
+    usual = facts.get("usual_rate") or 0.0
+    advised = rate / 4
+    comparison = f", although {usual:g} is usual here" if usual else ""
+    if 0 < usual < rate:
+        advised = usual
+        comparison = ", which is usual here"
+    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {advised:g}{comparison}."
+    return text, {"learning_rate": advised}
 
 
 def remedy(facts: Facts) -> str:
     """Say what helps most where rewards do not differ.
 
     `pass_mark` is the reward that counts as solved; `can_warm_start` says that there are demonstrations that
-    have not been used; `uncut` says what lets completions end that are cut. Where completions were
-    compared in groups and none differed, it is also said what that means for groups of other sizes.
+    have not been used; `uncut` is advice on how to let completions end before the limit. Where completions
+    were compared in groups and none differed, a bound on groups of other sizes follows.
     """
     if "num_envs" in facts:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
-    if facts.get("step_reward", -math.inf) >= facts.get("pass_mark", math.inf):
-        return SOLVED
-    text = "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
-    text += "or more generations per prompt."
-    if facts.get("can_warm_start"):
+    if facts.step_reward >= facts.pass_mark:
+        return SOLVED_ADVICE
+    text = (
+        "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
+        "or more generations per prompt."
+    )
+    if facts.can_warm_start:
         text = "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
-    elif facts.get("step_cut", 0) >= MOST:
+    elif facts.step_cut >= LOST_SHARE:
         text = "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
-    if not (facts.get("steps_without_signal") and facts.get("needs_groups")):
+    if not (facts.steps_without_signal and facts.needs_groups):
         return text
-    samples = facts["steps_without_signal"] * facts["prompts_per_step"] * facts["num_generations"]
-    most = min(0.5, 1 - 0.05 ** (1 / samples))  # if more differed, 95 % of samples would show one
-    shares = ", ".join(f"{share:.0%}" for share in groups_without_signal(most).values())
-    text += f" None of {samples:,} completions differed, so at most {most:.2g} of all do (95 % confidence), "
-    return text + f"and at least {shares} of groups of 2, 4, 8, 16 have equal rewards."
+    samples = facts.steps_without_signal * facts.prompts_per_step * facts.num_generations
+    rate = min(0.5, 1 - 0.05 ** (1 / samples))  # if more differed, 95 % of samples would show one
+    shares = ", ".join(f"{share:.0%}" for share in groups_without_signal(rate).values())
+    return (
+        f"{text} None of {samples:,} completions differed, so at most {rate:.2g} of all do (95 % confidence), "
+        f"and at least {shares} of groups of 2, 4, 8, 16 have equal rewards."
+    )
 
 
 def groups_without_signal(rate: float) -> dict[int, float]:
@@ -233,9 +272,9 @@ def groups_without_signal(rate: float) -> dict[int, float]:
     return {size: rate**size + (1 - rate) ** size for size in (2, 4, 8, 16)}
 
 
-def doubled(facts: Facts, *names: str) -> dict[str, Any]:
-    """Return twice the value of the first of some settings that the command has."""
-    return next(({name: 2 * facts[name]} for name in names if name in facts), {})
+def rounded(number: float, figures: int = 1) -> float:
+    """Round to a few significant figures, where only the order of magnitude matters."""
+    return float(f"{number:.{figures}g}")
 
 
 def conclude(

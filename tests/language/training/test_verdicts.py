@@ -205,7 +205,7 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
         result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
         shown = said(capsys)
-        assert result.flags == ("nothing-to-learn",) and remedy in shown
+        assert result.flags == ("no-signal",) and remedy in shown
         # 128 completions, none of them another: 1 - .05^(1/128) = .023, and (1 - .023)^G of groups of G
         assert (
             "None of 128 completions differed, so at most 0.023 of all do (95 % confidence), and"

@@ -41,7 +41,7 @@ from tokenrl.language.training.verdicts import asks_in_text, run_facts
 from tokenrl.runs.console import duration, harmless, number, visible
 from tokenrl.runs.findings import Finding, Weight, conclude, lower_rate, share_equal
 from tokenrl.runs.metrics import peak_memory
-from tokenrl.runs.rules import SURE, judge
+from tokenrl.runs.rules import MIN_ERRORS, judge
 from tokenrl.runs.session import Session
 
 FEW_PROMPTS = 8
@@ -125,7 +125,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
     observed = _trial_facts(run, records, session.eval_before) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
-    open_settings = [("all-truncated", "max_completion_length")]
+    open_settings = [("truncation", "max_completion_length")]
     open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
     unasked = {flag for flag, name in open_settings if getattr(session.args, name) is None}
     findings += [
@@ -187,7 +187,7 @@ def _judge_steps(
     if -gain > 2 * error and len(gains) >= FEW_PROMPTS:
         text = f"The trial steps lower the held-out reward from {before:.3g} to {after:.3g}. "
         advice, changes = lower_rate(observed)
-        weight: Weight = "void" if -gain > SURE * error else "watch"
+        weight: Weight = "void" if -gain > MIN_ERRORS * error else "watch"
         findings.append(Finding("reward-falls", weight, text + advice, changes))
     return {"held out": f"reward {before:.3g}, {after:.3g} after the trial steps"}
 
@@ -377,7 +377,7 @@ def _trial_facts(
     }
     if run.rewards.environments is not None:  # a turn that was cut off is never acted on
         cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
-        numbers["recent_cut"] = cut if cut < 1 else None  # the rule all-truncated says that
+        numbers["recent_cut"] = cut if cut < 1 else None  # the rule truncation says that
     if not any(math.isfinite(record.metrics["grad_norm"]) for record in records):
         numbers["step_grad_norm"] = math.inf
     if not (policy.eos_ids or policy.stops):  # then all are cut

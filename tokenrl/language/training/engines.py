@@ -63,7 +63,7 @@ COMPARED = 32
 """Completions of a first rollout that the trainer scores."""
 FARTHEST = 1.0
 """Most nats per token between the log-probabilities of an engine and the trainer's. Rounded or older weights
-and another temperature stay below it, and a warning tells of them (`off-policy`)."""
+and another temperature stay below it, and a warning tells of them (`sampling-differs`)."""
 LESS_PROBABLE = 0.25
 """By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
 own way; and this share of the tokens may be even less probable."""

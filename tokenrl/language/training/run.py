@@ -54,7 +54,7 @@ class RunResult(Outcome):
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`,
             `environment-fails` (episodes of the last evaluation failed). Of a check, a
-            short name for each problem and then for each remark, such as `nothing-to-learn` (all rewards are
+            short name for each problem and then for each remark, such as `no-signal` (all rewards are
             equal); the exit code is 2 if there was a problem.
         warm_started: what `warm_start` found; empty without such a stage.
         policy: the trained policy, with the weights that are in model/.

@@ -46,10 +46,10 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         lost = new[:1]
         session.flags += lost
         session.warn_once(lost[0], f"step {step}: {findings[lost[0]].text}")
-    for flag in ("all-truncated", "slow-reward", "slow-machine"):
+    for flag in ("truncation", "slow-reward", "slow-machine"):
         if flag in findings:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
-    for finding in judge(run_facts(run, session.rows, "recent"), "off-policy"):
+    for finding in judge(run_facts(run, session.rows, "recent"), "sampling-differs"):
         session.warn_once(finding.flag, f"step {step}: {finding.text}")
     if (none := findings.get("no-signal")) is None:
         return None
