@@ -252,7 +252,8 @@ def test_a_prompt_whose_end_the_template_cuts_is_refused(template):
     policy.tokenizer.chat_template = template
     prompt = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat sat"}]
     with pytest.raises(
-        Refused, match=r"chat template of 'tiny llama' cuts the last message.*'cat sat'"
+        Refused,
+        match=r"chat template of 'tiny llama' refuses .*deletes portions of the final message",
     ):
         policy.encode(prompt)
 

@@ -215,7 +215,7 @@ def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
     tokenizer = make_tokenizer("chat")
     rows = ["the cat", "a <eos> b", [{"role": "user", "content": "x<pad>"}]]
     (said,) = special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
-    assert 'row 1 contains "<eos>"' in said and "and 1 more rows" in said
+    assert 'row 1 contains "<eos>"' in said
     right = ["the <eo s>", [{"role": "<eos>", "content": "cat"}]]
     assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in right])
     assert (

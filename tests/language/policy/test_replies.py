@@ -118,7 +118,7 @@ def test_of_named_templates_the_one_for_tools_shows_tools(names):
         assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
         return
     with pytest.raises(
-        Refused, match=r"several chat templates.*\['rag', 'tool_use'\].*set tokenizer"
+        Refused, match=r"multiple chat templates.*\['rag', 'tool_use'\].*set tokenizer"
     ):
         policy.encode(USER)
 

@@ -49,7 +49,6 @@ class Policy:
         reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
-        reply_starts: where replies start in the chat template's text, for `reply_ids`.
         plain_cache: whether sampling may do no more with the model's cache than hand it back to the model.
             `check_scoring` sets this where the faster way is wrong or fails with the installed transformers.
     """
@@ -63,7 +62,6 @@ class Policy:
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
-    reply_starts: dict[str, int] = field(default_factory=dict, repr=False)
     plain_cache: bool = field(default=False, repr=False)
 
     @property

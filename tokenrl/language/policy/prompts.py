@@ -16,7 +16,7 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.stops import decoded
+from tokenrl.language.policy.stops import decoded, special_tokens
 from tokenrl.settings import arguments, lay
 
 Prompt = str | list[dict[str, Any]]
@@ -28,6 +28,8 @@ CLOCK = (
     "{%- endfor -%}{{ text.text }}{%- endmacro %}{{ '' }}"
 )
 """Put before a chat template it hides the clock that transformers gives to templates under this name."""
+DIRECTIVES = "-d -H -I -j -m -M -S -y a A b B c d H I j m M p S U w W x X y Y"
+"""Directives of `strftime`; a minus leaves out the zeros in front."""
 OURS = (
     "messages",
     "tools",
@@ -123,14 +125,6 @@ def with_time(tokenizer: Any, form: PromptArguments) -> PromptArguments:
     return replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
 
 
-def time_parts(time: str) -> dict[str, str]:
-    """Return what `strftime` makes of each of its directives, also without the zeros in front, as in %-d."""
-    moment = datetime.fromisoformat(time)
-    parts = {letter: moment.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyY"}
-    bare = {f"%-{letter}": text.lstrip("0") or "0" for letter, text in parts.items()}
-    return bare | {f"%{letter}": text for letter, text in parts.items()}
-
-
 def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     """Refuse a form in which the model cannot be asked.
 
@@ -200,92 +194,81 @@ def render(
     """Return messages as the chat template writes them, as text, or with the option tokenize as token ids.
 
     Raises:
-        Refused: there is no template, it refuses them, or it never reads tools and there are some.
+        Refused: there is no template, it refuses the messages, or it never reads tools and there are some.
     """
     from jinja2 import TemplateError
 
     _check_template(tokenizer, name)
-    shown = list(tools) or None
-    try:
-        template = str(tokenizer.get_chat_template(tools=shown))
-    except ValueError as error:  # it has several, and none is named default
-        problem = f"The tokenizer of {name!r} has several chat templates ({describe(error)})"
-        raise Refused(f"{problem}: set tokenizer.chat_template to one of them.") from error
-    if tools and not re.search(r"\btools\b", template):
-        problem = (
-            f"The chat template of {name!r} never reads tools, so the policy would not see them"
-        )
+    if tools and not re.search(r"\btools\b", str(tokenizer.chat_template)):
         raise Refused(
-            f"{problem}: take a model whose template does, or an environment without tools."
+            f"The chat template of {name!r} never reads tools, so the policy would not see them: take a "
+            "model whose template does, or an environment without tools."
         )
-    fixed: dict[str, Any] = {"tokenize": False, "return_dict": False, "tools": shown}
-    if form.chat_time:
-        fixed |= {"chat_template": CLOCK + template, "time_parts": time_parts(form.chat_time)}
+    variables: dict[str, Any] = {
+        "tokenize": False,
+        "return_dict": False,
+        "tools": list(tools) or None,
+    }
+    variables |= options | _variables(form)
     try:
-        return tokenizer.apply_chat_template(messages, **(fixed | options | _variables(form)))
-    except TemplateError as error:
+        if form.chat_time:
+            variables["chat_template"] = CLOCK + tokenizer.get_chat_template(
+                tools=variables["tools"]
+            )
+            time = datetime.fromisoformat(form.chat_time)
+            variables["time_parts"] = {f"%{d}": time.strftime(f"%{d}") for d in DIRECTIVES.split()}
+        return tokenizer.apply_chat_template(messages, **variables)
+    except (TemplateError, ValueError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
-        fault = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
         raise Refused(
-            f"{fault}. Give prompts as the template takes them, the system's words too."
-        ) from error
-    except ValueError as error:
-        if not options.get("continue_final_message"):
-            raise
-        fault = f"The chat template of {name!r} cuts the last message of a prompt, which the policy continues"
-        end = messages[-1]["content"][-60:]
-        raise Refused(
-            f"{fault}: {end!r}. End the prompt otherwise, or with a message of the user."
+            f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)}). "
+            "Give prompts as the template takes them, the system's words too, or set "
+            "tokenizer.chat_template to another template."
         ) from error
 
 
 def reply_ids(
     policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
 ) -> list[int]:
-    """Return the ids that a chat template writes from a turn of the assistant to its next one.
+    """Return the ids that a chat template writes from the end of an assistant's turn to its next turn.
 
-    They are taken from a conversation of two dummy turns, without tokenising the episode again. Where they
-    start in it is checked once and remembered in `reply_starts` of the policy. The first id is the EOS that
+    They are read off a dummy conversation, without tokenising the episode again. The first id is the EOS that
     ends the turn before, if the template writes one.
 
     Raises:
-        Refused: the template writes what is before or behind a turn otherwise once messages follow.
+        Refused: the template writes earlier messages differently once others follow them.
     """
     answer: dict[str, Any] = {"role": "assistant", "content": "?"}
     if messages[0]["role"] == "tool":
         call = {"name": messages[0]["name"], "arguments": {}}
         answer |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
     dummy = [{"role": "user", "content": "?"}, answer]
-    form = {"form": policy.form, "name": policy.source, "tools": tools}
-    ids_of: Any = partial(render, policy.tokenizer, **form, tokenize=True)
-    whole, starts = ids_of([*dummy, *messages], add_generation_prompt=True), policy.reply_starts
-    key = str((policy.form, answer, len(messages), [tool.__qualname__ for tool in tools]))
-    if key not in starts:  # the ids before an answer depend on none of its words
-        before = ids_of(dummy)
-        longer = [{**turn, "content": turn["content"] + " and more"} for turn in messages]
-        others = ids_of([*dummy, *longer], add_generation_prompt=True)
-        ends, later = (
-            [i for i, x in enumerate(ids) if x in policy.eos_ids] for ids in (before, whole)
+    write: Any = partial(
+        render, policy.tokenizer, form=policy.form, name=policy.source, tools=tools
+    )
+    opening = write(dummy[:1])
+    before = write(dummy)
+    whole = write([*dummy, *messages], add_generation_prompt=True)
+    names = policy.tokenizer.convert_ids_to_tokens(policy.eos_ids)
+    end = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    start = len(before)
+    is_kept = whole.startswith(before)
+    if ends := end.findall(before):
+        # Some templates drop the thoughts of every turn but the last, so ends of turns are counted.
+        starts = [match.start() for match in end.finditer(whole)]
+        start = next(iter(starts[len(ends) - 1 :]), len(whole))
+        is_kept = whole.startswith(opening) and not end.split(before)[-1].strip()
+    head, ids = (
+        policy.tokenizer(text, add_special_tokens=False).input_ids
+        for text in (whole[:start], whole)
+    )
+    if not (is_kept and before.startswith(opening) and ids[: len(head)] == head):
+        raise Refused(
+            f"The chat template of {policy.source!r} writes earlier messages otherwise once others follow "
+            "them, so an episode of several turns cannot be continued token by token: give the tokenizer a "
+            "chat_template that leaves them as they are."
         )
-        head = start = len(before)
-        tail: list[int] = []
-        if ends:  # the turn itself may differ, as some templates drop the thoughts of all turns but the last
-            head, tail = ([-1, *ends])[-2] + 1, before[ends[-1] :]
-            start = next(iter(later[len(ends) - 1 :]), len(whole))  # where the dummy turn ends
-        same = whole[:head] == before[:head] and whole[start : start + len(tail)] == tail
-        same = same and whole[: start + 1] == others[: start + 1]
-        if (
-            not same or policy.tokenizer.decode(tail[1:]).strip()
-        ):  # or EOS is before a turn, not behind it
-            problem = f"The chat template of {policy.source!r} writes earlier messages otherwise once others"
-            problem += (
-                " follow them, so an episode of several turns cannot be continued token by token"
-            )
-            raise Refused(
-                f"{problem}: give the tokenizer a chat_template that leaves them as they are."
-            )
-        starts[key] = start
-    return whole[starts[key] :]
+    return list(ids[len(head) :])
 
 
 def following_ids(
@@ -367,21 +350,18 @@ def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str
         tokenizer: the model's tokenizer.
         rows: rows with a `prompt`, text or chat messages, as the user wrote them.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-    prompts = [row["prompt"] for row in rows]
-    texts = [
-        p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts
-    ]
-    placed = zip(with_places(rows), texts, strict=True)
-    matches = [
-        (position, match[0]) for (position, _), text in placed if (match := pattern.search(text))
-    ]
-    if not matches or getattr(tokenizer, "split_special_tokens", False):
+    if getattr(tokenizer, "split_special_tokens", False):
         return []
-    further = f" (and {len(matches) - 1:,} more rows contain one)" if len(matches) > 1 else ""
-    return [
-        f'The prompt of {matches[0][0]} contains "{matches[0][1]}", which the tokenizer reads as a special '
-        f"token{further}. If it is meant as text, write it otherwise, as with a space inside."
-    ]
+    names = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    for location, row in with_places(rows):
+        prompt = row["prompt"]
+        text = (
+            prompt if isinstance(prompt, str) else " ".join(str(turn["content"]) for turn in prompt)
+        )
+        if match := pattern.search(text):
+            return [
+                f'The prompt of {location} contains "{match[0]}", which the tokenizer reads as a special '
+                "token. If it is meant as text, write it differently, as with a space inside."
+            ]
+    return []

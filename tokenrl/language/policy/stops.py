@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,20 +15,22 @@ from tokenrl.errors import Refused
 DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 """Arguments of `batch_decode`: the text of a completion as the model wrote it, without special tokens."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-MARGIN = 8
-"""Characters that the decoded end of a text may lack at its own ends: a space that the tokenizer strips, and
-parts of a character whose bytes are several tokens."""
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the texts of a tokenizer's special tokens by their ids."""
+    added = tokenizer.added_tokens_decoder
+    return {i: str(token) for i, token in added.items() if token.special}
 
 
 @functools.lru_cache(maxsize=8)
 def markers(tokenizer: Any) -> dict[int, str]:
     """Return the special tokens by id, without those of a role such as BOS or padding.
 
-    They may mean something, as `<think>` does, and decoded text leaves them out all the same.
+    They may mean something, as `<think>` does, although decoded text leaves them out.
     """
     roles = {getattr(tokenizer, f"{role}_token", None) for role in ROLES}
-    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {i: name for i, name in added.items() if name not in roles}
+    return {i: name for i, name in special_tokens(tokenizer).items() if name not in roles}
 
 
 class StopStrings:
@@ -46,31 +49,35 @@ class StopStrings:
             Refused: a string holds the name of a special token and other text.
         """
         self._tokenizer = tokenizer
-        special = {
-            str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        strings = list(strings)
+        self.ids: set[int] = set()
+        self.strings: list[str] = []
+        special = {name: i for i, name in special_tokens(tokenizer).items()}
         for string in strings:
-            inside = [name for name in special if name in string and name != string]
-            if inside:
-                raise Refused(
-                    f"stop holds {string!r}, but {inside[0]!r} is a special token, which the text of a "
-                    f"completion leaves out. Give {inside[0]!r} alone, or a string without it."
-                )
-        self.ids = {special[string] for string in strings if string in special}
-        self.strings = [string for string in strings if string not in special]
-        self._longest = max(map(len, self.strings), default=0)
-        token_ids = sorted(tokenizer.get_vocab().values())
-        # Twice, as some tokenizers strip a space in front; a part of a character decodes to U+FFFD.
-        texts = self._decode([[i, i] for i in token_ids])
-        last = {string[-1] for string in self.strings} | ({"\ufffd"} if self.strings else set())
-        self._may_end = torch.zeros(token_ids[-1] + 1, dtype=torch.bool)
-        self._may_end[token_ids] = torch.tensor(
-            [
-                i in self.ids or not last.isdisjoint(text)
-                for i, text in zip(token_ids, texts, strict=True)
-            ]
-        )
+            if string in special:
+                self.ids.add(special[string])
+                continue
+            self.strings.append(string)
+            for name in special:
+                if name in string:
+                    raise Refused(
+                        f"stop holds {string!r}, but {name!r} is a special token, which the text of a "
+                        f"completion leaves out. Give {name!r} alone, or a string without it."
+                    )
+        self._pattern = re.compile("|".join(map(re.escape, self.strings)) or "(?!)")
+        self._may_end = self._tokens_that_may_end()
+
+    def _tokens_that_may_end(self) -> Tensor:
+        """Return for each id whether its token can complete one of the strings [V]."""
+        ids = sorted(self._tokenizer.get_vocab().values())
+        last = {string[-1] for string in self.strings}
+        if last:
+            last.add("\ufffd")  # a part of a character
+        may_end = torch.zeros(ids[-1] + 1, dtype=torch.bool)
+        # Each token stands there twice, as some tokenizers strip a space in front of a text.
+        texts = decoded(self._tokenizer, [[i, i] for i in ids])
+        for i, text in zip(ids, texts, strict=True):
+            may_end[i] = i in self.ids or not last.isdisjoint(text)
+        return may_end
 
     def ended(self, ids: Tensor, rows: Tensor, t: int) -> Tensor:
         """Return which rows end with the token at position t.
@@ -83,12 +90,17 @@ class StopStrings:
         Returns:
             Booleans [n].
         """
-        token = ids[rows, t].clamp(
-            max=len(self._may_end) - 1
-        )  # a model may have more ids than its tokenizer
-        ended = self._may_end[token]
-        texts = ids[rows[ended], : t + 1].tolist()
-        ended[ended.clone()] = torch.tensor([self._completes(row) for row in texts]).bool()
+        largest = len(self._may_end) - 1  # a model may have more ids than its tokenizer
+        ended = self._may_end[ids[rows, t].clamp(max=largest)]
+        tokens = ids[rows[ended], : t + 1].tolist()
+        texts = decoded(self._tokenizer, tokens)
+        ended[ended.clone()] = torch.tensor(
+            [
+                row[-1] in self.ids or self.cut(text) != text
+                for row, text in zip(tokens, texts, strict=True)
+            ],
+            dtype=torch.bool,
+        )
         return ended
 
     def end(self, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
@@ -102,33 +114,17 @@ class StopStrings:
         alive = torch.arange(len(ids))
         for t in range(ids.shape[1]):
             alive = alive[lengths[alive] > t]
-            ended = self.ended(ids, alive, t)
-            lengths[alive[ended]], finished[alive[ended]] = t + 1, True
+            ended = alive[self.ended(ids, alive, t)]
+            lengths[ended] = t + 1
+            finished[ended] = True
 
     def cut(self, text: str) -> str:
         """Return the text before the first stop string in it; all of it if there is none."""
-        starts = [start for string in self.strings if (start := text.find(string)) >= 0]
-        return text[: min(starts)] if starts else text
-
-    def _completes(self, ids: Sequence[int]) -> bool:
-        """Return whether the last token completes a string, from as few tokens before it as show that."""
-        if ids[-1] in self.ids:
-            return True
-        width = self._longest + MARGIN
-        if width < len(ids):
-            before, text = self._decode([ids[-width - 1 : -1], ids[-width - 1 :]])
-            # Part of a character may spoil bytes beside it, so those are decoded with all before them.
-            if len(before) >= width and "\ufffd" not in text[MARGIN:] and self.cut(text) == text:
-                return False
-        (text,) = self._decode([ids])
-        return self.cut(text) != text
-
-    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return decoded(self._tokenizer, rows)
+        return self._pattern.split(text, maxsplit=1)[0]
 
 
 def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], **changes: Any) -> list[str]:
-    """Return the texts of rows of ids; ids of the model that are none of the tokenizer's have no text.
+    """Return the texts of rows of ids; an id that the tokenizer lacks has no text.
 
     Args:
         tokenizer: the tokenizer.
@@ -138,6 +134,6 @@ def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], **changes: Any) -> li
     try:
         return list(tokenizer.batch_decode(rows, **DECODING | changes))
     except Exception:  # tokenizers written in Python fail on such ids, each in a way of its own
-        held = set(tokenizer.get_vocab().values())
-        rows = [[i for i in row if i in held] for row in rows]
+        known_ids = set(tokenizer.get_vocab().values())
+        rows = [[i for i in row if i in known_ids] for row in rows]
         return list(tokenizer.batch_decode(rows, **DECODING | changes))
