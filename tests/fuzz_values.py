@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("micro_batch_size", "rows_at_once"), (None, 1, 3, 10**9)),
     **dict.fromkeys(("num_envs", "batch_size"), (1, 2, 5)),
     "max_completion_length": [1, 2, 6, 20, 64],
-    **{"max_samples": [None, 1, 20], "eval_size": [1, 2, 10**9], "num_minibatches": [1, 2, 3]},
+    **{"eval_size": [1, 2, 10**9], "num_minibatches": [1, 2, 3]},
     **{"max_refills": [0, 1, 3], "num_steps": [None, 2, 7], "max_episode_steps": [None, 1, 5]},
     **{
         "eval_episodes": [1, 3],

@@ -258,7 +258,7 @@ def test_the_last_line_is_the_whole_call_with_objects_left_out():
         ("ground_truth", ["completions", "solution"], "solution"),
         ("prompt", ["question", "prompt_id"], "question"),
         ("answr", ["answer", "question"], "answer"),
-        ("max_stpes", ["max_steps", "max_samples"], "max_steps"),
+        ("max_stpes", ["max_steps"], "max_steps"),
     ],
 )
 def test_names_are_suggested_by_meaning_and_by_distance(name, names, meant):

@@ -13,15 +13,15 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.measurement import Measured
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.commands.arguments import SampleArguments
+from tokenrl.language.evaluation.evaluation import Evaluation
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.fit import RewardModelResult
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.sft import SftResult
 from tokenrl.language.tasks.sources import DataArguments
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.evaluation.evaluation import Evaluation
 from tokenrl.language.training.run import RunResult
-from tokenrl.language.supervised.sft import SftResult
 
 
 def train(
@@ -34,7 +34,6 @@ def train(
     chat_time: str | os.PathLike[str] | None = ...,
     check: bool = ...,
     cpu: bool | None = ...,
-    diagnostics_every: int = ...,
     dtype: typing.Literal['float32', 'bfloat16', 'float16', 'float64', 'auto'] = ...,
     environment: typing.Any | None = ...,
     estimator: Estimator | str | Mapping[str, typing.Any] = ...,
@@ -59,7 +58,6 @@ def train(
     max_completion_length: int | None = ...,
     max_grad_norm: float = ...,
     max_refills: int = ...,
-    max_samples: int | None = ...,
     max_steps: int | None = ...,
     max_turns: int = ...,
     micro_batch_size: int | None = ...,
@@ -429,7 +427,6 @@ def compare(
     max_episode_steps: typing.Any = ...,
     max_grad_norm: typing.Any = ...,
     max_refills: typing.Any = ...,
-    max_samples: typing.Any = ...,
     max_steps: typing.Any = ...,
     max_turns: typing.Any = ...,
     metric: typing.Literal['area', 'reward', 'area_greedy', 'reward_greedy'] = ...,

@@ -67,7 +67,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "warm start": {"warm_start": True, "warm_start_steps": 4},
-    "diagnostics": {"diagnostics_every": 1},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
     "guess_number": {"task": "guess_number", "reward": None},
     "calculator": {"task": "calculator", "reward": None},

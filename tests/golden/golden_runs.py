@@ -46,7 +46,7 @@ class Run:
 RUNS: dict[str, Run] = {
     "rloo": Run(
         (
-            _TRAIN + "--estimator rloo --save-every 2 --diagnostics-every 2",
+            _TRAIN + "--estimator rloo --save-every 2",
             "evaluate --task sort_digits --model run/model --num-generations 2 --k 1 2 "
             "--reference run/checkpoints/step_000002 --json evaluation.json",
         )

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 CONTROL = ["control", "--max-steps", "12", "--num-envs", "8", "--eval-episodes", "8", "--quiet"]
 CONTROL += ["--eval-every", "4", "--save-every", "2"]
 POLICY_GRADIENT = {
-    "rloo": ["--estimator", "rloo", "--diagnostics-every", "2", "--warmup-steps", "3"],
+    "rloo": ["--estimator", "rloo", "--warmup-steps", "3"],
     "ppo cycle": [
         *("--estimator", "ppo", "--num-iterations", "2", "--num-minibatches", "2"),
         *("--lr-scheduler-type", "cosine"),

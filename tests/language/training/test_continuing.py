@@ -20,8 +20,6 @@ REFILLING = Estimator.preset(
 )
 REFILLED = {
     "estimator": REFILLING,
-    "max_samples": 36,
-    "max_steps": None,
     "target_kl": 0.3,
     "max_refills": 1,
 }
@@ -40,7 +38,7 @@ KINDS = {
         "float32",
         {"estimator": "ppo", "prompts_per_step": 4, "top_p": 0.9, **CYCLE},
     ),
-    "samples, refills, KL control": ("llama", "float32", REFILLED),
+    "refills, KL control": ("llama", "float32", REFILLED),
     "running mean, sgd, bfloat16 copy": (
         "llama",
         "float32",
@@ -53,9 +51,9 @@ KINDS = {
     ),
     "adapter": ("llama", "float32", {"lora_r": 2, "estimator": "remax", "keep": "best"}),
     "bfloat16": ("llama", "bfloat16", {}),
-    "measured": ("qwen2", "float64", {"diagnostics_every": 2, "lr_scheduler_type": "cosine"}),
+    "float64": ("llama", "float64", {"lr_scheduler_type": "cosine"}),
 }
-QUICK = ("critic", "samples, refills, KL control", "tracker", "running mean, sgd, bfloat16 copy")
+QUICK = ("critic", "refills, KL control", "tracker", "running mean, sgd, bfloat16 copy")
 
 
 def files_of(run, step):
@@ -74,7 +72,7 @@ def continued(tmp_path, family, dtype="float32", **options):
     def train(resume=None):
         policy = family_policy(family, dtype=dtype, vocabulary=96)
         policy.tokenizer, policy.eos_ids = make_tokenizer(), ENDS
-        reward = coarse if "max_samples" in options else vowel_reward
+        reward = coarse if "max_refills" in options else vowel_reward
         settings = {
             **{
                 "model": policy,

@@ -93,7 +93,6 @@ SCENARIOS = {
     "score norms": ("optimal", {}, vowel_reward),
     "refilled": ("dapo", {}, flat_on_both),
     "logged": ("rloo", {}, logging),
-    "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
     "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
     "failing episodes": ("grpo", {"num_generations": 4}, vowel_reward),
 }

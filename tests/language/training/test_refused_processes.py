@@ -27,7 +27,6 @@ DIFFER = {
     "overwrite": "--overwrite",
     "seed": "--seed 5",
     "max_steps": "--max-steps 3",
-    "max_samples": "--max-samples 4",
     "estimator": "--estimator ppo",
     "generator": "--generator vllm",
     "gradient": "--num-minibatches 2",

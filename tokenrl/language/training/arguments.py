@@ -115,9 +115,6 @@ class EvaluationArguments(Settings, group="evaluation"):
     evaluations take at most a tenth of the time, or so."""
     eval_generations: Natural = 4
     """Sampled completions per held-out prompt, besides the greedy one."""
-    diagnostics_every: Natural = 0
-    """Steps between measurements of signal and noise of the gradient, from two halves of the prompts of the
-    first update (NaN where fewer than two prompts count); 0: none."""
 
 
 @dataclass(frozen=True)
@@ -201,11 +198,6 @@ class TrainArguments(
     most 1e-3. None with --optimizer sgd."""
     seed: Seed = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
-    max_samples: Count | None = None
-    """Completions to generate in training, in place of max_steps, which then follows and is ignored if it is
-    given. ReMax's greedy completions and DAPO's refills count (metric num_samples); evaluations do
-    not. The run ends after the step that uses them up. The learning rate and eval_every
-    follow the samples: eval_every times prompts_per_step x num_generations lie between two evaluations."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False

@@ -106,20 +106,6 @@ def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: 
     return learning
 
 
-def halved(
-    counting: Kept, chosen: Tensor, learning: Tensor, sampling: Sampling
-) -> tuple[list[Tensor], tuple[int, int]]:
-    """Divide the groups of an update that count into two halves, whose gradients are compared.
-
-    Returns:
-        True for the rows that learn in the first and in the second half [N], and how many groups each has.
-    """
-    counted = (chosen & counting.counted).view(-1, sampling.group_size).any(dim=1)  # [B]
-    groups = int(counted.sum())
-    first = (counted.cumsum(0) <= groups // 2).repeat_interleave(sampling.group_size)
-    return [learning & first, learning & ~first], (groups // 2, groups - groups // 2)
-
-
 def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Tensor]:
     """Divide the rows that this process learns from into micro-batches.
 

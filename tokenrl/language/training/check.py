@@ -22,7 +22,6 @@ from unicodedata import normalize
 import torch
 from rich.filesize import decimal
 
-from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, TokenrlError, with_places
 from tokenrl.language.evaluation.evaluation import over_prompts, transcript
 from tokenrl.language.rewards.rewards import Rewards
@@ -314,9 +313,7 @@ def _trial_steps(
 
     def step() -> Record:
         critic, memory = copy.deepcopy((learner.critic, run.memory))
-        trial = replace(
-            learner, optimizer=optimizer, critic=critic, diagnostics=GradientDiagnostics(0)
-        )
+        trial = replace(learner, optimizer=optimizer, critic=critic)
         return training_step(trial, rewards, memory, len(records) + 1, stream.draw_prompts)
 
     least, most = extent

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.importance import score_centres
 from tokenrl.core.losses import next_beta
-from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
@@ -126,7 +125,6 @@ class Learner:
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
         args: the settings of the run.
         generator: samples the run's completions.
-        diagnostics: measures signal and noise of the gradient where the run asks for it.
         critic: predicts values, for the estimators that need them; else None.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
@@ -141,7 +139,6 @@ class Learner:
     estimator: Estimator
     args: TrainArguments
     generator: Generator
-    diagnostics: GradientDiagnostics
     critic: Critic | None = None
     nonfinite: int = 0
     skipped: int = 0
@@ -163,25 +160,15 @@ class Learner:
         centres = partial(score_centres, self.estimator) if self.estimator.needs_centres else None
         return {"entropy": self.estimator.needs_entropy, "centres": centres}
 
+    @property
+    def largest_norm(self) -> float:
+        """The norm to which gradients are clipped; infinite if they are not."""
+        return self.args.max_grad_norm or math.inf
+
     def sync(self) -> None:
         """Sample and score with the weights that the policy has now."""
         self.forward.copy_weights()
         self.generator.sync(self.policy)
-
-    def gradient_noise(
-        self, half: Tensor | None, groups: tuple[int, int] | None
-    ) -> dict[str, float]:
-        """Return the metrics of signal and noise of an update.
-
-        Args:
-            half: the gradient of the first half of the update [parameters]; that of the whole update is what
-                the parameters hold now. None: nothing is measured.
-            groups: numbers of groups in the first and in the second half; None: nothing is measured.
-        """
-        if half is None or groups is None:
-            return {}
-        whole = flat_gradient(self.policy.trainable_parameters())
-        return self.diagnostics.metrics(half, whole, groups)
 
     def accepts(self, norm: float, learns: bool) -> bool:
         """Return whether the optimiser may take a step, and count the updates in which it may not.
@@ -243,7 +230,7 @@ class Learner:
 
     def _parts(self) -> dict[str, Any]:
         """Return the parts that have a state to be saved, by name."""
-        parts = {"optimizer": self.optimizer, "diagnostics": self.diagnostics}
+        parts = {"optimizer": self.optimizer}
         return parts if self.critic is None else parts | {"critic": self.critic}
 
 
@@ -307,7 +294,6 @@ def make_learner(
         estimator=args.estimator,
         args=args,
         generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
-        diagnostics=GradientDiagnostics(args.diagnostics_every),
     )
     if args.estimator.needs_values:
         rate, iterations = args.value_learning_rate, args.value_iterations

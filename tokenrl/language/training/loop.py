@@ -45,6 +45,7 @@ from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.processes import all_reduce_max, make_accelerator
 from tokenrl.runs.resume import Agreed, check_processes, resume_settings, together
+from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -110,7 +111,7 @@ def train(
         run = _prepare(choices, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads), own_process():
             session.open(run.facts())
-            for warning in _warnings(run, args.max_steps):
+            for warning in _warnings(run):
                 session.console.warn(warning)
             if run.args.check:
                 return check_run(run, session, partial(_evaluate, step=0))
@@ -119,7 +120,7 @@ def train(
             for step in session.steps(run.args.max_steps, run.seconds_left):
                 record = session.timed(partial(_one_step, run, step))
                 metrics = dict(record.metrics)
-                if run.due(session, run.args.eval_every):
+                if session.due(run.args.eval_every):
                     metrics |= _evaluated(run, session)
                 _record(run, session, record, metrics)
                 if step == 2:
@@ -200,7 +201,7 @@ def _prepare(
     return run
 
 
-def _warnings(run: TrainingRun, max_steps: int | None) -> list[str]:
+def _warnings(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows, episodic = run.task.train_prompts, run.rewards.environments is not None
     special = special_texts(run.learner.policy.tokenizer, rows)
@@ -212,7 +213,7 @@ def _warnings(run: TrainingRun, max_steps: int | None) -> list[str]:
     warnings = [*few, *special, *remarks(rows)]
     if size < most:
         warnings.append(fewer)
-    return [*warnings, *without_effect(run.args, max_steps)]
+    return [*warnings, *without_effect(run.args)]
 
 
 def _begin(run: TrainingRun, session: Session) -> None:
@@ -234,14 +235,14 @@ def _begin(run: TrainingRun, session: Session) -> None:
     recorded_facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
     recorded_facts |= {"warm_started": run.warm_started} if run.warm_started else {}
     names = {"task": run.task.name, "model": policy.source}
-    session.begin(args, names=names, spent=lambda: run.spent, title=run.title, **recorded_facts)
+    session.begin(args, names=names, title=run.title, **recorded_facts)
     if run.warm_started and session.main:
         shutil.copy(
             Path(run.warm_started["kept_in"], "metrics.jsonl"),
             session.output_dir / "warm_start.jsonl",
         )
     if session.continues:
-        run.set_rate(session.step)
+        load_schedule(run.learner.schedule, session.step)
         run.learner.sync()  # the weights are those of the checkpoint
 
 
@@ -249,7 +250,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner, stream = run.learner, run.stream
     record = training_step(learner, run.rewards, run.memory, step, stream.draw_prompts)
-    metrics, (plain, least) = record.metrics, sizes_of_steps(run.args)
+    metrics = record.metrics
+    plain, least = sizes_of_steps(run.args)
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),
         "completion_tokens": metrics["completions/mean_length"] * plain,
@@ -267,7 +269,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         "idle_steps": learner.idle,
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
-    run.set_rate(step)
+    load_schedule(learner.schedule, step)
     run.totals.update({name: spent for name, spent in record.timings.items() if "seconds" in name})
     return record
 
@@ -312,7 +314,7 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     The metrics come last of what is written: with them a step is complete.
     """
     every, rows = run.args.log_completions, []
-    if session.main and every and (session.step == 1 or run.due(session, every)):
+    if session.main and every and (session.step == 1 or session.due(every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
     if session.main and (failed := failures_of(record.failures)):

@@ -1,18 +1,8 @@
-"""The state of a policy's training run: its parts, how far it has come, how long it is, and its result.
-
-A run has a number of steps, or a number of completions (samples) that it may generate in all. Estimators need
-different numbers of completions for a step: ReMax one greedy completion more per prompt, and DAPO new groups
-in place of those whose rewards are all equal. A comparison gives all of them the same number, and then the
-schedule of the learning rate and the evaluations follow the samples too, in these units:
-
-- a plain step is as many samples as a step has without greedy completions and refills, so that runs of all
-  estimators are evaluated after (nearly) the same numbers of samples;
-- the least step is as many as each step of this estimator has, so that the schedule of a run without refills
-  is that of the same number of steps, bit for bit.
-"""
+"""The state of a policy's training run: its parts, how far it has come, how long it is, and its result."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +22,8 @@ from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import Learner
-from tokenrl.language.training.settings import plain_steps, sizes_of_steps
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 
 
@@ -107,28 +95,6 @@ class TrainingRun:
     failures: Sequence[str] = ()
 
     @property
-    def spent(self) -> bool:
-        """Whether the run has generated all completions that it may, where their number is bounded."""
-        return (
-            self.args.max_samples is not None
-            and self.totals["num_samples"] >= self.args.max_samples
-        )
-
-    def due(self, session: Session, every: int) -> bool:
-        """Return whether something is due in this step: every `every` plain steps, and in the last step."""
-        if self.args.max_samples is None or not every:
-            return session.due(every)
-        size, before = every * sizes_of_steps(self.args)[0], session.rows[-1].get("num_samples", 0)
-        return session.due(0) or self.totals["num_samples"] // size > before // size
-
-    def set_rate(self, step: int) -> None:
-        """Set the learning rate of the step after this one."""
-        least, samples = sizes_of_steps(self.args)[1], self.totals["num_samples"]
-        load_schedule(
-            self.learner.schedule, step if self.args.max_samples is None else samples / least
-        )
-
-    @property
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
@@ -154,7 +120,8 @@ class TrainingRun:
     @property
     def num_evaluations(self) -> int:
         """The number of evaluations of the whole run, those before and after training included."""
-        return 1 + -(-plain_steps(self.args) // self.args.eval_every) if self.args.eval_every else 2
+        every = self.args.eval_every
+        return 1 + math.ceil(self.args.max_steps / every) if every else 2
 
     def forecast_duration(self, step_seconds: float) -> str:
         """Return in words how long the run takes if a step takes `step_seconds`."""
@@ -169,11 +136,10 @@ class TrainingRun:
 
     def seconds_left(self, step: int, step_seconds: float) -> float:
         """Return how long the steps and evaluations after a step take if a step takes `step_seconds`."""
-        plain, every, done = plain_steps(self.args), self.args.eval_every, step
-        if self.args.max_samples is not None:
-            done = min(plain, self.totals["num_samples"] // sizes_of_steps(self.args)[0])
-        evaluations = self.num_evaluations - 1 - (done // every if every else 0)
-        return (plain - done) * step / max(1, done) * step_seconds + evaluations * self.eval_seconds
+        every = self.args.eval_every
+        evaluated = step // every if every else 0
+        evaluations = self.num_evaluations - 1 - evaluated
+        return (self.args.max_steps - step) * step_seconds + evaluations * self.eval_seconds
 
     def facts(self) -> dict[str, Any]:
         """Return the last lines of the header, which are printed when the model is ready."""

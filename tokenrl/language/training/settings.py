@@ -39,15 +39,6 @@ def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
 
 
-def plain_steps(args: TrainArguments) -> int:
-    """Return the length of a run in plain steps, in which the times of evaluations are counted."""
-    return (
-        args.max_steps
-        if args.max_samples is None
-        else -(-args.max_samples // sizes_of_steps(args)[0])
-    )
-
-
 def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> Layered:
     """Lay the settings that were given over what the task recommends, and that over the defaults.
 
@@ -64,10 +55,7 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
         layers.append((origin, {"max_completion_length": limit}))
     layers.append(("given", vars(choices)))
     values = lay(*layers).values
-    if choices.max_samples is not None:
-        steps = -(-choices.max_samples // sizes_of_steps(values)[1])
-        layers.append((f"max_samples {choices.max_samples:,}", {"max_steps": steps}))
-    every = max(1, plain_steps(values) // 10)
+    every = max(1, values.max_steps // 10)
     if (
         choices.model is not None
     ):  # to evaluate a completion takes up to two thirds of learning from it
@@ -152,12 +140,6 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
-    if args.diagnostics_every and args.num_minibatches == args.prompts_per_step:
-        shape = f"num_minibatches={args.num_minibatches}, prompts_per_step={args.prompts_per_step}"
-        raise Refused(
-            f"diagnostics_every compares two halves of an update's prompts, but {shape} leaves one prompt "
-            "in an update: take fewer minibatches or more prompts, or diagnostics_every=0."
-        )
     if args.generator == "vllm" and args.top_p < 1 and args.min_p:
         raise Refused(
             "vllm applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
@@ -192,16 +174,8 @@ def _try_out(args: TrainArguments) -> None:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
 
-def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]:
-    """Yield a warning for each setting, or variable, that was changed but has no effect with the others.
-
-    Args:
-        args: the settings of the run.
-        max_steps: the number of steps that the user gave; None if none was given.
-    """
-    if args.max_samples is not None and max_steps not in (None, args.max_steps):
-        limit = f"max_samples={args.max_samples} says how long the run is: {args.max_steps} steps or fewer"
-        yield f"max_steps={max_steps} has no effect, because {limit}."
+def without_effect(args: TrainArguments) -> Iterator[str]:
+    """Yield a warning for each setting, or variable, that was changed but has no effect with the others."""
     if loud := [
         f"{name}={os.environ[name]}" for name in overruled() if os.environ[name].lower() not in OFF
     ]:

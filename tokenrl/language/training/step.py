@@ -7,7 +7,6 @@ the update. Weights and advantages are identical on every process, and each proc
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,14 +19,13 @@ from torch import Tensor
 
 from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.memories import Memory, update
-from tokenrl.core.statistics import flat_gradient, generator_of
+from tokenrl.core.statistics import generator_of
 from tokenrl.language.rollout.rewarded import unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
     advantage_inputs,
     gather,
-    halved,
     kept_rows,
     learning_rows,
     loss_inputs,
@@ -90,96 +88,86 @@ def training_step(
         draw_prompts: returns so many further prompts, the same on every process: those of the whole step,
             and for some estimators those that replace groups of equal rewards.
     """
-    policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
-    model, limit = learner.forward.model, learner.args.max_grad_norm or math.inf
-    sampling, parameters = replace(learner.sampling, step=step), policy.trainable_parameters()
-    times, before = [time.perf_counter()], dict(rewards.seconds)
+    policy = learner.policy
+    estimator = learner.estimator
+    accelerator = learner.accelerator
+    parameters = policy.trainable_parameters()
+    sampling = replace(learner.sampling, step=step)
+    reward_seconds = dict(rewards.seconds)
+    began = time.perf_counter()
 
     prompts = local(accelerator, draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)  # n rows, G for each prompt
     if estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, draw_prompts)
-    times.append(time.perf_counter())
+    collected = time.perf_counter()
 
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
     inputs = advantage_inputs(whole, sampling, memory, rewards)
     advantages, returns = estimator.advantages(mask=whole.mask, valid=counting.compared, **inputs)
+    rows = replace(
+        rows,
+        advantages=local(accelerator, advantages),
+        old_logprobs=old_logprobs(learner, rows),
+    )
 
-    old = old_logprobs(
-        learner, rows
-    )  # [n, T]; None: the policy of the update is the one that sampled
-    rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
-    history: list[dict[str, float]] = []
-    scored: list[Scored] = []  # the rows that the first update learns from
-    for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
+    updates: list[dict[str, float]] = []
+    scored: list[Scored] = []
+    for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
-        rows = replace(rows, weights=local(accelerator, weights))
         learning = learning_rows(learner, counting, advantages, chosen)  # [N]
-        halves, groups = (
-            halved(counting, chosen, learning, sampling) if measured else ([learning], None)
-        )
+        rows = replace(rows, weights=local(accelerator, weights))
         sums: list[Tensor] = []
-        first_half_gradient = None
         learner.optimizer.zero_grad()
-        for half in halves:
-            for index in micro_batches(learner, rows, local(accelerator, half)):
-                part = rows.take(index)
-                scores = score(model, part, **learner.scoring, **learner.needs)
-                inputs = loss_inputs(part, scores)
-                loss = estimator.loss(**inputs)
-                accelerator.backward(loss)
-                learner.forward.accumulate_gradients()
-                sums.append(loss_statistics(learner, loss, inputs))
-                if not history:  # the first update of the rollout
-                    scored.append(
-                        Scored(part.mask, part.sampling_logprobs, scores.logprobs.detach())
-                    )
-            if first_half_gradient is None and measured:
-                first_half_gradient = flat_gradient(parameters, accelerator)
+        for index in micro_batches(learner, rows, local(accelerator, learning)):
+            part = rows.take(index)
+            scores = score(learner.forward.model, part, **learner.scoring, **learner.needs)
+            inputs = loss_inputs(part, scores)
+            loss = estimator.loss(**inputs)
+            accelerator.backward(loss)
+            learner.forward.accumulate_gradients()
+            sums.append(loss_statistics(learner, loss, inputs))
+            if not updates:  # the sampler is compared with the policy before its first update
+                scored.append(Scored(part.mask, part.sampling_logprobs, scores.logprobs.detach()))
         sum_gradients(accelerator, parameters)
-        noise = learner.gradient_noise(first_half_gradient, groups)
-        norm, *sums = to_host([accelerator.clip_grad_norm_(parameters, limit), *sums])
+        norm = accelerator.clip_grad_norm_(parameters, learner.largest_norm)
+        norm, *sums = to_host([norm, *sums])
         if learner.accepts(float(norm), bool(learning.any())):
             learner.optimizer.step()
         learner.forward.copy_weights()
-        history.append(update_metrics(learner, sums, float(norm)) | noise)
+        updates.append(update_metrics(learner, sums, float(norm)))
     learner.generator.sync(policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
-    metrics |= {
-        name: fmean(update[name] for update in history if name in update) for name in history[0]
-    }
-    metrics |= mismatch_metrics(scored) | update_baselines(learner, memory, rows, whole, returns)
+    metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
+    metrics |= mismatch_metrics(scored)
+    metrics |= update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
-    times.append(time.perf_counter())
-    spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
-    timings = {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent
+    timings = {"collect": collected - began, "update": time.perf_counter() - collected}
+    for name, seconds in rewards.seconds.items():
+        timings[f"rewards/{name}/seconds"] = seconds - reward_seconds[name]
     table = partial(completion_rows, policy, rows, rewards.names)
     return Record(metrics, table, timings, rows.failures or (), unread_tokens(policy, rows))
 
 
-def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor, bool]]:
+def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
     """Yield the rows of each update: `num_minibatches` sets of groups in each of `num_iterations` passes.
 
     Yields:
-        True for the rows that the update learns from [N], the same on every process, and whether signal and
-        noise of its gradient are measured.
+        True for the rows that the update learns from [N], the same on every process.
     """
     args, size = learner.args, learner.sampling.group_size
     order = torch.arange(rows // size)
     generator = generator_of(args.seed, "minibatches", step)
-    # Only the first update of a rollout is on-policy, and the diagnostics are about the on-policy gradient.
-    measured = learner.diagnostics.due(step)
     for _ in range(args.num_iterations):
         if args.num_minibatches > 1:
             order = torch.randperm(rows // size, generator=generator)
         for part in order.tensor_split(args.num_minibatches):
             chosen = torch.zeros(rows // size, dtype=torch.bool)
             chosen[part] = True
-            yield chosen.repeat_interleave(size), measured
-            measured = False
+            yield chosen.repeat_interleave(size)
 
 
 def token_weights(learner: Learner, counting: Kept, chosen: Tensor, like: Tensor) -> Tensor:
@@ -219,10 +207,10 @@ def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> di
         `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
         share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios in `CLIPPED`.
     """
-    accelerator, limit = learner.accelerator, learner.args.max_grad_norm or math.inf
     sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
-    sums = all_reduce_sum(accelerator, sums).cpu()
-    metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
+    sums = all_reduce_sum(learner.accelerator, sums).cpu()
+    is_clipped = float(norm > learner.largest_norm)
+    metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": is_clipped}
     if learner.estimator.ratio in CLIPPED:
         metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
     return metrics
