@@ -288,10 +288,7 @@ def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
         check_supported(Estimator(**fields), ControlArguments(num_steps=num_steps))
 
 
-@pytest.mark.parametrize(
-    ("fields", "width"),
-    [({"ratio": "token"}, 1), ({"ratio": "sequence_mean"}, 4), ({"entropy_form": "sequence"}, 4)],
-)
-def test_rows_that_a_ratio_or_an_entropy_sums_over_are_not_split(fields, width):
-    estimator = Estimator(baseline="none", entropy_coef=0.1, **fields)
+@pytest.mark.parametrize(("ratio", "width"), [("token", 1), ("sequence_mean", 4)])
+def test_rows_that_a_ratio_sums_over_are_not_split(ratio, width):
+    estimator = Estimator(baseline="none", entropy_coef=0.1, ratio=ratio)
     assert prepare(agent_of(estimator), estimator, rollout_of())[0].mask.shape[1] == width

@@ -75,7 +75,7 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
             "kl_placement": "loss",
             "aggregation": "token_mean",
         },
-        {"entropy_coef": 0.4, "entropy_form": "sequence", "ratio": "sequence_product"},
+        {"entropy_coef": 0.4, "ratio": "sequence_product"},
         {"beta": 0.3, "returns": "reward_to_go", "baseline": "running_mean", "gamma": 0.8},
     ],
     ids=str,

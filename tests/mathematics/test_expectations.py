@@ -127,15 +127,15 @@ def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own() -> None:
         assert ((wanted - problem.gradient(beta=beta)).norm() < 1e-12) == (name == "k1")
 
 
-def test_the_entropy_bonus_holds_the_prefix_fixed_or_follows_the_path() -> None:
+def test_the_entropy_bonus_holds_the_prefix_fixed() -> None:
     problem, coefficient = tabular_problem(15), 0.7
     plain = torch.einsum("pm,pmtd->pd", problem.chances, problem.entropy_slopes)
-    later = ascent_by_token(problem, to_go(problem.entropy) - problem.entropy)
     found = mean_of({"entropy_coef": coefficient}, problem, 2)
     torch.testing.assert_close(found, problem.gradient() + coefficient * plain, **CLOSE)
-    whole = mean_of({"entropy_coef": coefficient, "entropy_form": "sequence"}, problem, 2)
+    # The gradient of the entropy of whole completions has another term: an action changes later entropy.
+    later = ascent_by_token(problem, to_go(problem.entropy) - problem.entropy)
+    whole = problem.gradient(entropy_coef=coefficient)
     torch.testing.assert_close(whole, found + coefficient * later, **CLOSE)
-    torch.testing.assert_close(whole, problem.gradient(entropy_coef=coefficient), **CLOSE)
 
 
 # Rows that are left out
@@ -148,28 +148,20 @@ def spread_chances(problem: Problem, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_truncations_that_are_masked_or_dropped(size: int) -> None:
-    """Masked: grad E[m R] - J grad P(m = 1), m = 1 for rows that ended by themselves, so that ending is paid.
+def test_truncations_that_are_masked(size: int) -> None:
+    """It is grad E[m R] - J grad P(m = 1), m = 1 for rows that ended by themselves, so that ending is paid.
 
-    Dropped: P(two or more are left) grad E[R | not truncated]. With a fixed baseline b both ascend
-    E[m (R - b)].
+    With a fixed baseline b it ascends E[m (R - b)].
     """
     problem = tabular_problem(51)
     ended = ~problem.truncated
-    left = problem.chances * ended
-    j, kept = (problem.chances * problem.totals).sum(), float(left.sum())
+    j = (problem.chances * problem.totals).sum()
     wanted = ascent(problem, (problem.totals - j) * ended)
     torch.testing.assert_close(mean_of({"truncations": "mask"}, problem, size), wanted, **CLOSE)
-    two = 1 - (1 - kept) ** size - size * kept * (1 - kept) ** (size - 1)
-    mean = (left * problem.totals).sum() / kept
-    wanted = two * ascent(problem, (problem.totals - mean) * ended) / kept
-    torch.testing.assert_close(mean_of({"truncations": "drop"}, problem, size), wanted, **CLOSE)
     for b in (0.0, 0.8):
         wanted = ascent(problem, (problem.totals - b) * ended)
-        some = (1 - (1 - kept) ** size) / kept
-        for how, factor in (("mask", 1.0), ("drop", some)):
-            fields = {"truncations": how, "baseline": "constant", "baseline_constant": b}
-            torch.testing.assert_close(mean_of(fields, problem, size), factor * wanted, **CLOSE)
+        fields = {"truncations": "mask", "baseline": "constant", "baseline_constant": b}
+        torch.testing.assert_close(mean_of(fields, problem, size), wanted, **CLOSE)
 
 
 def test_dropped_and_refilled_groups_weigh_prompts() -> None:

@@ -24,7 +24,6 @@ PATHS = {
     "kl_placement": "loss",
     "kl_estimator": "full_path",
     "entropy_coef": 0.1,
-    "entropy_form": "sequence",
     "importance": "token",
     "importance_cap": 1.5,
 }

@@ -150,11 +150,11 @@ ESTIMATORS = [
     *({"scale": name} for name in ("group_std", "loo_std", "batch_std", "token_whiten")),
     *({"aggregation": name} for name in ("fixed_length", "token_mean", "sequence_mean")),
     *({"ratio": name} for name in ("token", "cispo", "sequence_mean", "sequence_product")),
-    *({"truncations": name} for name in ("mask", "drop")),
+    {"truncations": "mask"},
     *({"zero_spread": name} for name in ("drop", "refill")),
     KL | {"kl_estimator": "k3"},
     KL | {"kl_placement": "loss", "kl_estimator": "full_path"},
-    {"entropy_coef": 0.3, "entropy_form": "sequence"},
+    {"entropy_coef": 0.3},
     *({"objective": "max_at_k", "objective_order": k} for k in (1, 2)),
 ]
 

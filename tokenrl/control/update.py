@@ -187,9 +187,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
         old_logprobs=None if scored is None else in_rows(scored.logprobs, mask),
         old_values=values,
     )
-    whole_rows = choice_of("ratio", estimator.ratio).whole_row or (
-        estimator.needs_entropy and choice_of("entropy_form", estimator.entropy_form).whole_row
-    )
+    whole_rows = choice_of("ratio", estimator.ratio).whole_row
     return (units if whole_rows else one_by_one(units)), metrics
 
 

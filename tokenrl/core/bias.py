@@ -41,8 +41,9 @@ def effects(estimator: Estimator, binary: bool = False, of_reward: bool = False)
     alone = [objective_effect(estimator, of_reward)]
     alone += [effect(estimator) for effect in (baseline_effect, returns_effect, zero_spread_effect)]
     axes = ["scale", "aggregation", "ratio", "importance", "truncations"]
-    axes += ["entropy_form"] * estimator.needs_entropy
     alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
+    if estimator.needs_entropy:
+        alone.append(choices.ENTROPY)
     if estimator.needs_kl:
         alone.append(choices.KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
     if binary and compares_groups_only(estimator):

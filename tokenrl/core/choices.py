@@ -61,7 +61,7 @@ class Choice(Effect):
         needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
         centred: Whether the baseline equals the return in every group of equal returns.
         additive: Whether the baselines of several reward functions add up to that of their sum.
-        whole_row: Whether a ratio, a weight or an entropy sums over the row, which must then not be split.
+        whole_row: Whether a ratio or a weight sums over the row, which must then not be split.
         row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
         discounted: The effect with gamma below 1.
         of_reward: What the gradient of an objective is for the mean reward, if that is something else.
@@ -248,14 +248,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             EXACT, "one per timestep, weighted by the scores of the other rows up to it"
         ),
     },
-    "entropy_form": {
-        "per_step": Choice(
-            BIASED,
-            "the gradient of each step's entropy with its prefix held fixed; the effect of an action on the "
-            "entropy of later steps is missing",
-        ),
-        "sequence": Choice(EXACT, "each action is credited with later entropy too", whole_row=True),
-    },
     "returns": {
         "total": Choice(
             EXACT,
@@ -319,11 +311,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "that are not truncated and b held fixed at its mean (J with 'rloo', 0 with 'none'), as if each "
             "truncated row had the reward b",
         ),
-        "drop": Choice(
-            BIASED,
-            "truncated rows count nowhere: ascends E[R | m = 1], m = 1 for rows that are not truncated, if b "
-            "is their mean ('rloo', 'group_mean'), and E[m (R - b)] with a fixed b, such as 0 with 'none'",
-        ),
     },
 }
 
@@ -354,6 +341,13 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
+ENTROPY = Effect(
+    BIASED,
+    "the gradient of each step's entropy with its prefix held fixed; the effect of an action on the "
+    "entropy of later steps is missing",
+)
+"""The effect of an entropy bonus."""
+
 YOUR_OWN = Choice(
     UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions"
 )
@@ -383,7 +377,6 @@ if TYPE_CHECKING:
     ImportanceBound = str
     KlEstimator = str
     KlPlacement = str
-    EntropyForm = str
     Returns = str
     ZeroSpread = str
     Truncations = str

@@ -127,9 +127,7 @@ class Estimator(Settings):
     kl_placement: choices.KlPlacement = "reward"
     """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
     entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus in the loss."""
-    entropy_form: choices.EntropyForm = "per_step"
-    """per_step, the usual bonus, ignores the effect of an action on later entropy; sequence includes it."""
+    """Weight of the entropy bonus in the loss, a bias: an action's effect on later entropy is ignored."""
     returns: choices.Returns = "total"
     """Credit each action with the whole return, the reward to go (also normalised over its episode), its next
     rewards, or GAE's return."""
@@ -144,7 +142,7 @@ class Estimator(Settings):
     zero_spread: choices.ZeroSpread = "keep"
     """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
     truncations: choices.Truncations = "keep"
-    """Keep completions cut off at the maximum length, mask their gradient, or drop them entirely."""
+    """Keep completions cut off at the maximum length, or mask their gradient."""
     overlong_buffer: Natural = 0
     """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
     value_clip: Positive | None = None

@@ -142,8 +142,6 @@ def loss(
         gain = gain - estimator.beta * PER_TOKEN[estimator.kl_estimator](logprobs, reference)
     if estimator.needs_entropy:
         bonus = inside("entropy", entropy, "an entropy bonus")
-        if estimator.entropy_form == "sequence":
-            bonus = along_path(bonus, logprobs)
         gain = gain + estimator.entropy_coef * bonus
     return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
 
@@ -328,20 +326,6 @@ def score_norm_of(
         probabilities: Probabilities of all actions.
     """
     return 1 - 2 * chosen.exp() + probabilities.square().sum(-1)
-
-
-def along_path(
-    entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]
-) -> Float[Tensor, "N T"]:
-    """Return the entropy of each step, with a gradient whose mean is that of the sequence's entropy.
-
-    The value at step t is H_t and the gradient is `grad H_t + (sum_{u > t} H_u) grad log pi_t`. Its mean is
-    `-E[grad log pi(y) log pi(y)]`, with the entropy of each step computed and not sampled. Both arguments
-    must be 0 where the position is not an action.
-    """
-    later = reward_to_go(entropy.detach()) - entropy.detach()  # sum_{u > t} H_u
-    # logprobs - sg(logprobs) is 0 in value and has the score as its gradient.
-    return entropy + later * (logprobs - logprobs.detach())
 
 
 def critic_loss(

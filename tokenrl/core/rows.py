@@ -92,8 +92,6 @@ def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Te
 class Kept(NamedTuple):
     """The rows and actions that count after `truncations` and `zero_spread` have been applied."""
 
-    compared: Bool[Tensor, " N"]
-    """`valid` of `Estimator.advantages`: the rows that baselines and scales use."""
     counted: Bool[Tensor, " N"]
     """`valid` of `Estimator.token_weights`: the rows that the loss is divided by."""
     mask: Bool[Tensor, "N T"]
@@ -111,9 +109,9 @@ def keep(
 ) -> Kept:
     """Return which rows and actions of a step count, by the fields `truncations` and `zero_spread`.
 
-    A truncated row that is masked stays in baselines and divisors and has no gradient; one that is dropped
-    counts nowhere. A group of equal rewards that is dropped (or should have been refilled, but was not) stays
-    in baselines and scales but not in the divisor: the loss is divided by the number of the remaining rows.
+    A truncated row that is masked stays in baselines and divisors and has no gradient. A group of equal rewards
+    that is dropped (or should have been refilled, but was not) stays in baselines and scales but not in the
+    divisor: the loss is divided by the number of the remaining rows.
 
     Args:
         estimator: The estimator whose fields are applied.
@@ -127,17 +125,15 @@ def keep(
         Refused: When truncations are not kept and `truncated` is missing, or rows do not fall into groups.
     """
     actions = mask.bool()
-    compared = actions.new_ones(len(actions)) if valid is None else valid.bool()
+    valid = actions.new_ones(len(actions)) if valid is None else valid.bool()
     if estimator.truncations != "keep":
         cut = required("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
-        if estimator.truncations == "drop":
-            compared = compared & ~cut
         actions = actions & ~cut[:, None]
-    counted = compared  # with 'keep', groups of equal rewards count: they were sampled
+    counted = valid  # with 'keep', groups of equal rewards count: they were sampled
     if estimator.zero_spread != "keep":
-        dead = zero_spread(rewards, group_size, compared)
+        dead = zero_spread(rewards, group_size, valid)
         counted = counted & ~dead.repeat_interleave(len(actions) // len(dead))
-    return Kept(compared, counted, actions & counted[:, None])
+    return Kept(counted, actions & counted[:, None])
 
 
 class LossTerms(NamedTuple):
@@ -177,9 +173,7 @@ def loss_terms(
         estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated
     )
     sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
-    advantages, returns = estimator.advantages(
-        rewards, mask, valid=kept_rows.compared, **sizes, **inputs
-    )
+    advantages, returns = estimator.advantages(rewards, mask, valid=valid, **sizes, **inputs)
     weights = estimator.token_weights(
         kept_rows.mask.to(advantages.dtype), max_length=max_length, valid=kept_rows.counted
     )

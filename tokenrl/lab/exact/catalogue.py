@@ -41,7 +41,6 @@ STANDARD: dict[str, Any] = {**EPISODE, "scale": "episode_std", "gamma": 0.99}
 FULL_PATH: dict[str, Any] = {"beta": 0.2, "kl_placement": "loss", "kl_estimator": "full_path"}
 
 NEEDS: dict[str, dict[str, Any]] = {
-    "entropy_form": {"entropy_coef": 0.3},
     "optimal_form": {"baseline": "optimal"},
     "importance_bound": {"importance": "token", "importance_cap": 2.0},
     "episode_mean": TO_GO,
@@ -75,6 +74,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
+    "entropy bonus": {"entropy_coef": 0.3},
     "max_at_2, full path KL": {**FULL_PATH, "objective": "max_at_k", "objective_order": 2},
     "log_success, token_mean": {"objective": "log_success", "aggregation": "token_mean"},
 }

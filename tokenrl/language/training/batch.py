@@ -65,14 +65,14 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
 
 
 def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
-    """Return which of all N rows are compared, and which rows and tokens are learnt from.
+    """Return which of all N rows count in the divisor, and which tokens are learnt from.
 
     Raises:
-        Refused: A row that is compared has a reward that the objective does not take.
+        Refused: A row that does not abstain has a reward that the objective does not take.
     """
     states: dict[str, Any] = {"valid": rows.valid, "truncated": rows.truncated}
     kept = keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
-    check_rewards(estimator, rows.rewards, kept.compared)
+    check_rewards(estimator, rows.rewards, rows.valid)
     return kept
 
 

@@ -106,7 +106,7 @@ def training_step(
     whole = gather(accelerator, rows)  # all N rows, on every process
     counting = kept_rows(estimator, whole, sampling)
     inputs = advantage_inputs(whole, sampling, memory, rewards)
-    advantages, returns = estimator.advantages(mask=whole.mask, valid=counting.compared, **inputs)
+    advantages, returns = estimator.advantages(mask=whole.mask, valid=whole.valid, **inputs)
     rows = replace(
         rows,
         advantages=local(accelerator, advantages),
