@@ -33,9 +33,8 @@ def names(folder):
 def save(folder, step, write, *, keep, **state):
     """Save a checkpoint of a training whose model is whatever `write` writes."""
     part = SimpleNamespace(state_dict=lambda: state)
-    saver = Saver(folder, SavingArguments(keep_checkpoints=keep))
-    saver.keep(SimpleNamespace(write=write, tensors=list), {"part": part})
-    saver.save(step)
+    model = SimpleNamespace(write=write, tensors=list)
+    Saver(folder, SavingArguments(keep_checkpoints=keep), model, {"part": part}).save(step)
     return folder / f"step_{step:06d}"
 
 

@@ -125,9 +125,9 @@ class AgentRun:
             return None
         return evaluation["reward"] >= self.spec.solved
 
-    def result(self, session: Session, reason: str) -> ControlResult:
-        """Return the result of the run; `reason` says how it ended, unless a signal ended it."""
-        outcome = session.outcome(reason)
+    def result(self, session: Session) -> ControlResult:
+        """Return the result of the run."""
+        outcome = session.outcome()
         return ControlResult(
             **outcome,
             env_steps=self.env_steps,

@@ -77,19 +77,24 @@ def train_agent(
         run = prepare(choices, spec, session.directory)
         stack.enter_context(using_threads(run.args.threads))
         saved = SavedPolicy(run.agent.policy, spec.env)
-        session.keep(
-            saved, Provenance({"initial policy": saved.fingerprint()}), agent=run.agent, run=run
-        )
-        title = f"{spec.env}, {preset_name(choices.estimator)}, seed {choices.seed}"
+        provenance = Provenance({"initial policy": saved.fingerprint()})
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs), own_process():
             session.console.start(f"tokenrl control: {spec.env}", header(run))
-            session.open({"threads": run.threads})
+            session.open(
+                run.args,
+                saved,
+                provenance,
+                {"agent": run.agent, "run": run},
+                {"threads": run.threads},
+                title=f"{spec.env}, {preset_name(choices.estimator)}, seed {choices.seed}",
+                solved=spec.solved,
+                horizon=spec.horizon,
+            )
             if choices.check:
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
                 session.evaluated(_evaluate(run))
-            session.begin(run.args, names={}, title=title, solved=spec.solved, horizon=spec.horizon)
-            if session.continues and choices.num_steps is not None:
+            elif choices.num_steps is not None:
                 session.console.warn(ANEW)
             return _loop(run, session)
 
@@ -111,15 +116,18 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
     """Train until the last step, the first signal, or until the environment is solved."""
     args = run.args
     reached = run.solved(session.eval_before) is True
-    over = session.ended == "solved" or (args.stop_when_solved and reached)
-    for step in session.steps(0 if over else args.max_steps):
-        metrics = session.timed(partial(_one_update, run, step))
+    if args.stop_when_solved and reached:
+        session.ended = "solved"
+    for step in session.steps():
+        with session.update():
+            metrics = _one_update(run, step)
         if session.due(args.eval_every):
             scores = _evaluate(run)
             metrics |= session.evaluated(scores)
             if run.solved(scores):
-                over = args.stop_when_solved
-                if not (reached or over) and step < args.max_steps:
+                if args.stop_when_solved:
+                    session.ended = "solved"
+                elif not reached and step < args.max_steps:
                     session.console.note(
                         f"Solved at step {step}, with a mean return of {scores['reward']:.4g}. Training goes "
                         f"on to step {args.max_steps}; with --stop-when-solved it ends here."
@@ -130,8 +138,6 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
             "cpu_seconds": run.cpu_seconds,
         }
         session.record(metrics, timings)
-        if over:
-            break
     if session.owes_evaluation:
         session.evaluated(_evaluate(run))
     if args.video and not session.stop.requested:
@@ -140,7 +146,7 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
             session.console.note(f"video   {video}")
         except (Exception, SystemExit) as error:  # a trained policy is not lost over a picture
             session.console.warn(f"No video could be made: {describe_error(error)}")
-    ended = run.result(session, "solved" if over else "finished")
+    ended = run.result(session)
     finish(run, session, ended)
     return ended
 
@@ -252,5 +258,6 @@ def check_agent(
         )
         findings.append(Finding("observations-far-from-1", "watch", text))
     code = conclude(session, "environment, policy and estimator", measured, findings)
-    result = run.result(session, "check")
+    session.ended = "check"
+    result = run.result(session)
     return replace(result, flags=session.flags, exit_code=result.exit_code or code)

@@ -10,13 +10,13 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.configuration import TrustArguments
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, describe, raised
 from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import STEP, remove_debris
 from tokenrl.runs.files import atomic_directory, remove, trial_directory, verify
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "trainer_state.pt"
-ROWS_HASH = "metrics_sha256.txt"
-"""The file of a checkpoint with the SHA-256 of the rows of metrics.jsonl up to its step."""
 
 
 @dataclass(frozen=True)
@@ -80,52 +78,48 @@ class Model(Protocol):
 class Saver:
     """Saves checkpoints of a model and of all else that a run needs in order to continue."""
 
-    def __init__(self, folder: Path, args: SavingArguments, *, active: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        args: SavingArguments,
+        model: Model,
+        parts: Mapping[str, Resumable],
+        *,
+        active: bool = True,
+    ) -> None:
         """Prepare.
 
         Args:
             folder: the run's folder `checkpoints`.
             args: how often to save.
+            model: what is trained.
+            parts: everything else that has a state, by name. They are restored in this order, before the
+                model.
             active: whether this process saves; the others only continue from what it has saved.
         """
-        self._folder, self._args, self._active = folder, args, active
-        self._model: Model | None = None
-        self._parts: dict[str, Resumable] = {}
+        self._folder = folder
+        self._args = args
+        self._model = model
         self.best = Best(args)
+        self._parts = {**parts, "best": self.best}
+        self._active = active
         # Step 0 counts as saved, since a run starts without a checkpoint, unless it may be the best.
-        self._saved, self._at = (-1 if args.keep == "best" else 0), time.monotonic()
+        self._saved = -1 if args.keep == "best" else 0
+        self._saved_at = time.monotonic()
 
-    def keep(self, model: Model, parts: dict[str, Resumable]) -> None:
-        """Register what checkpoints hold: what is trained, and everything else that has a state, by name.
-
-        The parts are restored in their order, and before the model.
-        """
-        self._model, self._parts = model, parts | {"best": self.best}
-
-    def check(
-        self,
-        parts: Mapping[str, Resumable],
-        agreed: Callable[[Sequence[int]], Sequence[int]] = list,
-    ) -> None:
-        """Save the model and the states of the parts once before the first step, and read them again.
+    def check(self, parts: Mapping[str, Resumable]) -> None:
+        """Save the model and the states of some parts once before the first step, and read them again.
 
         Args:
             parts: the parts whose states a user's code may make.
-            agreed: returns the largest of each of the numbers that all processes pass to it.
 
         Raises:
-            Refused: the model or a state cannot be saved, or not so that the same is read again.
+            Refused, Stopped: the model or a state cannot be saved, or not so that the same is read again.
         """
-        fault: TokenrlError | None = None
-        try:
-            if self._active and self._model is not None:
-                with trial_directory(self._folder.with_name("model")) as folder:
-                    self._model.check(folder)
-                    check_states(folder, parts)
-        except TokenrlError as error:
-            fault = error
-        if any(agreed([int(fault is not None)])):
-            raise fault or Refused("The main process of this run cannot save it, and says why.")
+        if self._active:
+            with trial_directory(self._folder.with_name("model")) as folder:
+                self._model.check(folder)
+                check_states(folder, parts)
 
     def check_finite(self, step: int) -> None:
         """Refuse weights that are not finite after a step.
@@ -135,9 +129,7 @@ class Saver:
         """
         import torch
 
-        if self._model and not all(
-            bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()
-        ):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
             fault = f"After step {step} the weights are not finite, so they are not saved."
             raise Stopped(
                 f"{fault} The learning rate is the likely cause: lower it, and start again."
@@ -145,29 +137,28 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
-        args, minutes = self._args, (time.monotonic() - self._at) / 60
-        by_steps = bool(args.save_every) and step % args.save_every == 0
-        by_time, is_best = 0 < args.save_minutes <= minutes, self.best.until(None) == step
-        return self._active and step > self._saved and (by_steps or by_time or is_best)
+        every = self._args.save_every
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_time = (every > 0 and step % every == 0) or 0 < self._args.save_minutes <= minutes
+        is_best = self.best.until(None) == step
+        return self._active and step > self._saved and (is_time or is_best)
 
-    def save(self, step: int, rows_hash: str = "") -> None:
+    def save(self, step: int) -> None:
         """Save the state after a step, unless it is saved already or this process does not save.
 
         Args:
             step: the step, of which everything has been done, and nothing yet of the next one.
-            rows_hash: the SHA-256 of the rows of metrics.jsonl up to the step; without it none is saved.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
         """
-        model = self._model
-        if not self._active or model is None or step == self._saved:
+        if not self._active or step == self._saved:
             return
         self.check_finite(step)
         remove_debris(self._folder)
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
-            model.write(partial)
+            self._model.write(partial)
             state = {name: part.state_dict() for name, part in self._parts.items()}
             try:
                 write_state(partial, {"step": step, **state})
@@ -176,13 +167,12 @@ class Saver:
                 raise
             except Exception as error:  # pickle raises errors of all kinds
                 raise Stopped(_not_plain("this run", error)) from error
-            if rows_hash:
-                (partial / ROWS_HASH).write_text(rows_hash)
         try:
             verify(path)  # before older ones go
         except Refused as fault:
             raise Stopped(str(fault)) from fault
-        self._saved, self._at = step, time.monotonic()
+        self._saved = step
+        self._saved_at = time.monotonic()
         self._remove_older()
 
     def _remove_older(self) -> None:
@@ -206,7 +196,6 @@ class Saver:
         Raises:
             Refused: the state does not fit this run.
         """
-        assert self._model is not None, "keep comes before restore"
         state = read_state(path)
         if state["step"] != step_of(path):
             raise Refused(
@@ -253,7 +242,7 @@ class Saver:
             Stopped: their checkpoint was damaged since `whole_best`.
         """
         best = self.best.until(None)
-        if self._model is None or best in (None, step):
+        if best in (None, step):
             return
         try:
             self._model.read(self._folder / f"step_{best:06d}")

@@ -6,31 +6,28 @@ Times, rates and memory go to timings.jsonl. Importing this module imports no to
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.runs.files import flat, plain, replacing, write_text, writing
+from tokenrl.runs.files import flat, plain, replacing, writing
 from tokenrl.settings import Settings, check_choice
 
 _GIB = 1024**3
 
 
 class MetricsLog:
-    """Appends one line per step to metrics.jsonl and to timings.jsonl, and gives each to the system at once.
+    """Appends one line per step to metrics.jsonl and to timings.jsonl, each written unbuffered.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
-
-    Attributes:
-        rows_hash: the SHA-256 of the lines of metrics.jsonl, as far as they are written.
     """
 
     def __init__(self, run: Path) -> None:
@@ -39,12 +36,10 @@ class MetricsLog:
         Raises:
             Stopped: a file cannot be written.
         """
-        self._metrics = run / "metrics.jsonl"
-        self._files = {}
-        for path in (self._metrics, run / "timings.jsonl"):
-            with writing(path):
-                self._files[path] = path.open("ab", buffering=0)
-        self.rows_hash = hashlib.sha256(self._metrics.read_bytes())
+        self._files: dict[Path, FileIO] = {}
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            with writing(run / name):
+                self._files[run / name] = (run / name).open("ab", buffering=0)
 
     def write(
         self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
@@ -62,35 +57,20 @@ class MetricsLog:
         for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
             if row is None:
                 continue
-            rest = line = line_of({"step": int(step), **row}).encode()
+            rest = line_of({"step": int(step), **row}).encode()
             with writing(path):
-                while rest:  # what does not fit on the disk any more is left over
+                while rest:  # a disk that is nearly full takes a part of it
                     rest = rest[file.write(rest) :]
-            if path == self._metrics:
-                self.rows_hash.update(line)
 
-    def sync(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+    def sync(self) -> None:
         """Flush both files to the disk, so that a checkpoint never has more steps than they have.
-
-        Args:
-            rows: all rows of metrics.jsonl. If it holds others, since another program has changed, moved or
-                removed it, it is written again.
-
-        Returns:
-            Whether metrics.jsonl was written again.
 
         Raises:
             Stopped: the disk is full.
         """
-        is_changed = hash_of_rows(self._metrics) != self.rows_hash.hexdigest()
-        if is_changed:
-            self._files[self._metrics].close()
-            write_text(self._metrics, "".join(map(line_of, rows)))
-            self._files[self._metrics] = self._metrics.open("ab", buffering=0)
         for path, file in self._files.items():
             with writing(path):
                 os.fsync(file.fileno())
-        return is_changed
 
     def close(self) -> None:
         """Close both files."""
@@ -105,18 +85,6 @@ def line_of(row: Mapping[str, Any]) -> str:
     """
     ordered = {"step": row["step"], **dict(sorted(row.items()))}
     return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def hash_of_rows(metrics: Path, count: int | None = None) -> str:
-    """Return the SHA-256 of the first `count` lines of metrics.jsonl, or of all of them.
-
-    A last line that was cut short does not count. A file that cannot be read has no hash: an empty text.
-    """
-    try:
-        lines = metrics.read_bytes().split(b"\n")[:-1]
-    except OSError:
-        return ""
-    return hashlib.sha256(b"".join(line + b"\n" for line in lines[:count])).hexdigest()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Refused, Silent
-from tokenrl.runs.checkpoint import ROWS_HASH, checkpoints, step_of, tables
+from tokenrl.errors import Refused, Silent, TokenrlError
+from tokenrl.runs.checkpoint import checkpoints, step_of, tables
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_text, writing
-from tokenrl.runs.metrics import hash_of_rows, line_of, read_metrics
+from tokenrl.runs.metrics import line_of, read_metrics
 from tokenrl.runs.origin import versions
 from tokenrl.settings import Settings, arguments
 
@@ -111,8 +111,8 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
 
     Args:
         run: the run directory.
-        resume: `auto` for the newest checkpoint that is whole and whose steps all have the row in
-            metrics.jsonl that the run wrote; the path of one of the run's checkpoints; or the run directory
+        resume: `auto` for the newest checkpoint that is whole and whose steps all have a row in
+            metrics.jsonl; the path of one of the run's checkpoints; or the run directory
             itself, as `auto`.
 
     Returns:
@@ -138,17 +138,11 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     for path in [Path(resume)] if named else reversed(checkpoints(folder)):
         try:
             verify(path)
-            step, held = step_of(path), path / ROWS_HASH
-            reason = "rows of metrics.jsonl up to it are not those that the run wrote"
-            if step > reached:
-                reason = (
-                    f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
-                )
-            elif not held.exists() or held.read_text() == hash_of_rows(
-                run / "metrics.jsonl", step + 1
-            ):
-                return path, skipped
-            raise Refused(f"The checkpoint {path} cannot be continued: {reason}.")
+            if step_of(path) > reached:
+                rows = f"only the first {reached + 1} are there"
+                reason = f"rows of metrics.jsonl were lost, and {rows}"
+                raise Refused(f"The checkpoint {path} cannot be continued: {reason}.")
+            return path, skipped
         except Refused as fault:
             if named:
                 raise
@@ -315,7 +309,7 @@ def together(main: bool, agreed: Agreed, prepare: Callable[[], T]) -> T:
     """
     try:
         result, fault = prepare(), None
-    except Refused as error:
+    except TokenrlError as error:
         result, fault = None, error
     by_main, by_any = agreed([int(main and fault is not None), int(fault is not None)])
     if fault is not None and (main or not by_main):

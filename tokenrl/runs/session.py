@@ -3,22 +3,22 @@
 All trainings use it: of a policy, an agent, a reward model, and the supervised warm start. Each training
 writes its own loop and asks the session what is due::
 
-    with Session("train", args) as session:
-        session.console.start("tokenrl train", facts)  # the header: what is known before the model is loaded
-        session.keep(model, provenance, run=run)     # what checkpoints hold
-        session.open(more_facts)                # from here on a signal lets the step end and saves
+    with Session("train", choices) as session:      # the directory is locked, and nothing in it has changed
+        session.console.start("tokenrl train", {"seed": choices.seed})
+        session.open(args, model, provenance, {"run": run}, header)  # a continuation has its state again
         if not session.continues:
-            session.evaluated(evaluate())       # before the first step
-        session.begin(args, names={})           # from here on the directory holds this run
-        for step in session.steps(args.max_steps):
-            metrics = session.timed(update)
+            session.evaluated(evaluate())
+        for step in session.steps():                # from here on the directory holds this run
+            with session.update():
+                metrics = learn()
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics)
-        session.finish(Outcome(**session.outcome("finished")), write_model)
+        session.finish(Outcome(**session.outcome()), write_model)
 
-Checkpoints are saved between two steps and at the end; a step that fails saves nothing. What a user can mend
-is `Refused` before `begin`, and `Stopped` after it: summary.json says why, the message names a checkpoint.
+Checkpoints are saved between two steps and at the end; a step that fails saves nothing. An error that a user
+can mend is `Refused` before `steps` and `Stopped` after it: summary.json says why, the message names a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenrl.configuration import signatures
 from tokenrl.errors import (
@@ -63,10 +63,8 @@ from tokenrl.runs.resume import (
 )
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 
-T = TypeVar("T")
-Names = Mapping[str, str | None]
-_KEPT = ("eval_before", "_evaluated", "_told", "flags", "ended", "training_seconds")
-"""The fields of a `Session` that a continuation goes on from."""
+_STATE = ("eval_before", "_evaluated", "_warned", "flags", "training_seconds")
+"""The fields of a `Session` that a continuation goes on from, besides `ended` and the seconds."""
 
 
 class Session:
@@ -74,66 +72,72 @@ class Session:
 
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
-        args: its settings; until `begin` the arguments that are known so far.
+        choices: the settings as the user chose them; some of them may be open.
+        args: the complete settings; until `open` the same as `choices`.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
-        origin: how the run was started; known from `begin` on.
+        origin: how the run was started; set by `open`.
         step: number of the current step, from 1; 0 before the first.
         rows: the rows of metrics.jsonl up to the current step.
         eval_before: the metrics of the evaluation before training; empty if there was none.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags: warnings about the outcome.
-        ended: why the run ended by itself before its last step; None if it did not.
+        ended: why the run ends before its last step, as in summary.json; a loop sets it to end the run.
     """
 
+    saver: Saver
+    origin: Origin
+
     def __init__(
-        self, kind: str, args: Any, *, every: int = 10, main: bool = True, agreed: Agreed = list
+        self, kind: str, choices: Any, *, every: int = 10, main: bool = True, agreed: Agreed = list
     ) -> None:
-        """Make and lock the directory. A run that it already holds stays untouched until `begin`.
+        """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
         Args:
             kind: the command that runs.
-            args: its settings; None as `output_dir` takes the next of the numbered directories.
+            choices: its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process; an attribute too.
-            agreed: returns the largest of each of the numbers that all processes pass; an attribute too.
+            agreed: returns the element-wise maximum over all processes of a list of numbers.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
-        self.kind, self.main, self._quiet, self.agreed = kind, main, args.quiet or not main, agreed
-        self._owner, self.console = os.getpid(), Console(quiet=self._quiet, every=every)
-        self._trackers = Trackers(args, self.console.warn)
-        claimed = together(main, agreed, partial(claim, kind, args, main=main))
-        self._directory, self._skipped, *numbers = claimed
-        number, step = agreed(numbers)
-        self.directory = str(numbered(kind, number) if args.output_dir is None else args.output_dir)
-        self.args, self.output_dir = args, Path(self.directory).absolute()
-        self._continued = self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None
-        self.continues = self._continued is not None
+        self.kind = kind
+        self.choices = self.args = choices
+        self.main = main
+        self.agreed = agreed
+        self._quiet = choices.quiet or not main
+        self._owner = os.getpid()
+        self.console = Console(quiet=self._quiet, every=every)
         self.stop = GracefulStop(quiet=self._quiet)
-        self.saver = Saver(self.output_dir / "checkpoints", args, active=main)
-        self._provenance = Provenance()
+        self._trackers = Trackers(choices, self.console.warn)
+        claimed = together(main, agreed, partial(claim, kind, choices, main=main))
+        self._lock, self._skipped, *numbers = claimed
+        number, step = agreed(numbers)
+        self.directory = str(choices.output_dir or numbered(kind, number))
+        self.output_dir = Path(self.directory).absolute()
+        self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None
+        self.continues = self._checkpoint is not None
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
-        self.step = self._recorded = self._total = (
-            0  # the current step, the last in the log, that of the end
-        )
-        self.rows: list[dict[str, Any]] = []
-        self.flags, self._told = list[str](), dict[str, str]()  # warnings by their topic
-        self.ended: str | None = None
         self._spent: Callable[[], bool] = bool
-        self._begun = False
-        self._exit_code: int | None = None  # the one in the outcome
+        self._has_begun = False
+        self._exit_code: int | None = None  # as in the outcome
+        self.ended: str | None = None
+        self.step = 0
+        self._recorded = 0  # the last step in the log
+        self.rows: list[dict[str, Any]] = []
+        self.flags: list[str] = []
+        self._warned: dict[str, str] = {}  # warnings by their topic
         self.eval_before: dict[str, float] = {}
-        self._evaluated: tuple[int, dict[str, float]] = (
-            -1,
-            {},
-        )  # the last evaluation, with its step
-        self.step_seconds = self.training_seconds = 0.0
-        self._began, self._seconds = time.monotonic(), 0.0  # seconds before the run was continued
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation's step
+        self.step_seconds = 0.0
+        self.training_seconds = 0.0
+        self._began = time.monotonic()
+        self._earlier_seconds = 0.0  # before the run was continued
 
     def compare(self, values: Mapping[str, Any]) -> None:
         """Refuse values by name, such as settings, in which the processes of this run differ."""
@@ -141,8 +145,8 @@ class Session:
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
-        if self._directory is not None:
-            self._atexit.callback(self._directory.release)
+        if self._lock is not None:
+            self._atexit.callback(self._lock.release)
         self._atexit.enter_context(without_warnings(self._quiet))
         return self
 
@@ -150,19 +154,20 @@ class Session:
         """Close the run. If an error ended it, save its state, record the failure, and raise it again.
 
         Raises:
-            Refused: a `Stopped` or `sys.exit` came before `begin`, so that nothing has been lost.
-            Stopped: one of them came after `begin`; the message adds the step and the last checkpoint.
+            Refused: a `Stopped` or `sys.exit` came before `steps`, so that nothing has been lost.
+            Stopped: one of them came after `steps`; the message adds the step and the last checkpoint.
         """
         leave(self._owner)
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
             stopped = error if isinstance(error, Stopped) else explain(error) if error else None
-            if stopped is not None and not self._begun:
+            if stopped is not None and not self._has_begun:
                 kind = Silent if isinstance(stopped, Lost) and not self.main else Refused
                 raise kind(f"Before the first step: {stopped}") from error
-            stopped = Stopped(str(error)) if isinstance(error, Refused) else stopped
-            if isinstance(error, USER_CODE_FAILED) and self._begun:
+            if isinstance(error, Refused):
+                stopped = Stopped(str(error))
+            if isinstance(error, USER_CODE_FAILED) and self._has_begun:
                 failed = self._failed(stopped or error)
                 if stopped is not None:
                     raise failed from error
@@ -170,120 +175,150 @@ class Session:
         if error is None and self._exit_code == 0 and not typed_command():
             self.stop.pass_on()  # a signal after the outcome is not lost; a command ends anyway
 
-    def keep(self, model: Model, provenance: Provenance, **parts: Resumable) -> None:
-        """Register what checkpoints hold, and refuse what could not be read again (see `Saver.check`)."""
-        self._provenance = provenance
-        self.saver.keep(model, {"maker": provenance, "session": self, **parts})
-        self.saver.check(parts, self.agreed)
-
-    def open(self, facts: Mapping[str, Any]) -> None:
-        """Print the rest of the header, and catch signals from here on."""
-        self._atexit.enter_context(self.stop)
-        self.console.facts("", facts)
-
-    def begin(
-        self, args: Any, *, names: Names, spent: Callable[[], bool] = bool, **facts: Any
+    def open(
+        self,
+        args: Any,
+        model: Model,
+        provenance: Provenance,
+        parts: dict[str, Resumable],
+        header: Mapping[str, Any],
+        *,
+        names: Mapping[str, str | None] | None = None,
+        spent: Callable[[], bool] = bool,
+        **facts: Any,
     ) -> None:
-        """Write config.json and the evaluation of step 0, or continue from the checkpoint that was found.
+        """Prepare for the first step, or restore the state of the checkpoint from which the run continues.
 
-        A run that the directory held and that is not continued is removed.
+        From here on a signal lets the step end and saves. The files of the directory stay as they are.
 
         Args:
-            args: the settings, a dataclass, complete and with the directory in `output_dir`.
+            args: the complete settings, a dataclass, with the directory in `output_dir`.
+            model: what is trained.
+            provenance: what the run is made from, which is compared with that of the checkpoint.
+            parts: whatever else has a state that a checkpoint must hold, by name.
+            header: the rest of the header, by name.
             names: by field, the text that stands in config.json for an object given from Python.
             spent: returns whether another budget than the steps is used up, so that this step is the last.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
-            Refused: the checkpoint is of other settings, data or models, or another process of this run is.
+            Refused: a state cannot be saved and read again, the checkpoint is of other settings, data or
+                models, or the processes of this run differ.
         """
-        self.args, self._spent = args, spent
-        self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
+        self.args = args
+        self._spent = spent
+        self.origin = Origin.of(self.kind, args, names or {}, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
-        self._provenance.settings = settings
-        self.compare({**settings, **self._provenance.fingerprints})
-        self.rows = [{"step": 0, **of_evaluation(self.eval_before)}]
-        if self._continued is not None:
-            self._continue(self._continued)
-        self._begun = True
-        if not self.main:
-            return
+        provenance.settings = settings
+        self.compare({**settings, **provenance.fingerprints})
+        code = {"command": self.origin.command, "code": signatures(plain(settings))}
+        self._config = {"versions": versions(), **settings, **facts, **code}
+        held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
+        folder = self.output_dir / "checkpoints"
+        self.saver = Saver(folder, args, model, held, active=self.main)
+        together(self.main, self.agreed, partial(self.saver.check, parts))
+        self._atexit.enter_context(self.stop)
+        self.console.facts("", header)
+        self.rows = [{"step": 0}]
+        if self._checkpoint is not None and not getattr(args, "check", False):
+            self._restore(self._checkpoint, provenance)
+
+    def _restore(self, checkpoint: Path, provenance: Provenance) -> None:
+        """Restore the state of a checkpoint, and say from where and how exactly the run continues."""
+        self.step = self._recorded = self.saver.restore(checkpoint, self.console.warn)
+        rows = read_metrics(self.output_dir / "metrics.jsonl")
+        self.rows = [row for row in rows if row["step"] <= self.step]
+        for fault in self._skipped:
+            self.console.warn(f"skipped: {fault}")
+        self.console.note(f"The run continues after step {self.step}, from {checkpoint}")
+        if causes := "; ".join(provenance.inexact):
+            self.console.warn(f"The continuation may not be bit-exact: {causes}.")
+
+    def steps(self, seconds_left: TimeLeft | None = None) -> Iterator[int]:
+        """Return the steps that are left; they end early after a signal, or once `ended` is set.
+
+        Before the first of them config.json and the evaluation of step 0 are written. A run that the
+        directory held goes; of a run that is continued, whatever it wrote after the checkpoint.
+
+        Args:
+            seconds_left: see `Progress`.
+
+        Raises:
+            Refused: what the directory holds cannot be removed.
+        """
+        if self.continues:
+            self.console.warnings += self._warned.values()
+            if self.main:
+                cut_back(self.output_dir, self.step)
+        self._has_begun = True
+        if self.main:
+            self._begin()
+        self._progress = Progress(self.console, self.args.max_steps, self.step, seconds_left)
+        return self._steps(self._progress)
+
+    def _begin(self) -> None:
+        """Write config.json and step 0, and open the log and the trackers."""
         if not self.continues:
             remove_run_files(self.output_dir)
-        config = {
-            **settings,
-            **facts,
-            "command": self.origin.command,
-            "code": signatures(plain(settings)),
-        }
-        write_json(self.output_dir / "config.json", {"versions": versions(), **config})
-        if self.step >= args.max_steps or self._over():
+        write_json(self.output_dir / "config.json", self._config)
+        is_over = self.step >= self.args.max_steps or self._is_over
+        if self.continues and is_over:
             self.console.note("Nothing is left to do: the run had ended.")
             return
-        self._trackers.start(config, self.output_dir)
+        self._trackers.start(self._config, self.output_dir)
         self._log = MetricsLog(self.output_dir)
         self._atexit.callback(self._log.close)
         if self.step == 0:
             self.record(of_evaluation(self.eval_before))
 
-    def _continue(self, path: Path) -> None:
-        """Restore the state of a checkpoint, and remove what the run wrote after it."""
-        self.step = self._recorded = self.saver.restore(path, self.console.warn)
-        if self.main:
-            cut_back(self.output_dir, self.step)
-        self.rows = [
-            r for r in read_metrics(self.output_dir / "metrics.jsonl") if r["step"] <= self.step
-        ]
-        for fault in self._skipped:
-            self.console.warn(f"skipped: {fault}")
-        self.console.note(f"The run continues after step {self.step}, from {path}")
-        if causes := "; ".join(self._provenance.inexact):
-            self.console.warn(f"The continuation may not be bit-exact: {causes}.")
-
-    def steps(self, total: int, seconds_left: TimeLeft | None = None) -> Iterator[int]:
-        """Yield the steps that are left (see `Progress` for `seconds_left`); end early if asked to stop."""
-        self._total, self._progress = total, Progress(self.console, total, self.step, seconds_left)
-        with self._progress:
-            while self.step < total and not (self._over() or self._asked()):
+    def _steps(self, progress: Progress) -> Iterator[int]:
+        with progress:
+            while self.step < self.args.max_steps and not (self._is_over or self._is_stopped()):
                 self.step += 1
                 yield self.step
 
-    def _over(self) -> bool:
-        """Return whether the run has ended by itself, whatever the number of its steps."""
-        return self._spent() or self.ended is not None or self.saver.best.exhausted
+    @property
+    def _is_over(self) -> bool:
+        """Whether the run has ended by itself, whatever the number of its steps."""
+        return self._spent() or self.ended is not None
 
-    def _asked(self) -> bool:
-        """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
+    def _is_stopped(self) -> bool:
+        """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
         signal, save = self.agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
         if save:
             self.save()
-        self.stop.requested = signal or self.stop.requested  # or one that came in between
+        self.stop.requested = signal or self.stop.requested  # or a signal that came in between
         return bool(signal)
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        return self.step == self._total or self._spent() or bool(every and self.step % every == 0)
+        is_last = self.step == self.args.max_steps or self._spent()
+        return is_last or (every > 0 and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         self._evaluated = self.step, dict(metrics)
-        self.saver.best.judge(self.step, metrics)
         if self.step == 0:
             self.eval_before = dict(metrics)
-        if self.step == self._recorded:  # after the last step, whose line is already written
+            self.rows = [{"step": 0, **of_evaluation(metrics)}]
+        elif self.step == self._recorded:  # after the last step, whose line is already written
             self._trackers.write(self.step, of_evaluation(metrics))
+        best = self.saver.best
+        best.judge(self.step, metrics)
+        if best.exhausted and self.ended is None and self.step < self.args.max_steps:
+            self.ended = "no-improvement"
         return of_evaluation(metrics)
 
-    def timed(self, update: Callable[[], T]) -> T:
-        """Make an update and return what it returns; its seconds count, those of evaluations do not."""
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Time the block, an update. Its seconds count as seconds of training; evaluations do not."""
         began = time.perf_counter()
-        result = update()
+        yield
         self.step_seconds = time.perf_counter() - began
         self.training_seconds += self.step_seconds
-        return result
 
     def rate(self, count: float) -> float:
-        """Return how many things a second that is, if all updates so far have processed `count` of them."""
+        """Return the number per second of things of which all updates so far have processed `count`."""
         return count / max(self.training_seconds, 1e-9)
 
     @property
@@ -293,8 +328,8 @@ class Session:
 
     @property
     def evaluation(self) -> dict[str, float]:
-        """The metrics of the latest evaluation."""
-        return self._evaluated[1]
+        """The metrics of the current step's evaluation; empty if it has not been evaluated."""
+        return self._evaluated[1] if self.is_evaluated else {}
 
     @property
     def owes_evaluation(self) -> bool:
@@ -304,7 +339,7 @@ class Session:
     @property
     def wall_seconds(self) -> float:
         """Seconds that the run has taken, without those between its end and its continuation."""
-        return self._seconds + time.monotonic() - self._began
+        return self._earlier_seconds + time.monotonic() - self._began
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
@@ -321,38 +356,33 @@ class Session:
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
-        if topic not in self._told:
-            self._told[topic] = message
+        if topic not in self._warned:
+            self._warned[topic] = message
             self.console.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation must know."""
-        return {name: getattr(self, name) for name in _KEPT} | {"wall_seconds": self.wall_seconds}
+        state = {name: getattr(self, name) for name in _STATE}
+        may_go_on = self.step >= self.args.max_steps or self.ended == "callback"
+        state["ended"] = None if may_go_on else self.ended
+        return {**state, "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        for name in _KEPT:
-            setattr(self, name, state.get(name, getattr(self, name)))
-        self._seconds = state["wall_seconds"]
-        self.console.warnings += self._told.values()
+        for name in (*_STATE, "ended"):
+            setattr(self, name, state[name])
+        self._earlier_seconds = state["wall_seconds"]
 
-    def outcome(self, reason: str) -> dict[str, Any]:
-        """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
+    def outcome(self) -> dict[str, Any]:
+        """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
         code = self._exit_code = self.stop.exit_code
-        if reason == "finished" and self.step < self._total and self.saver.best.exhausted:
-            reason = "no-improvement"
-        goes_on = (
-            code or self._spent() or reason == "callback"
-        )  # a budget may grow in a continuation
-        if self.step < self._total and not goes_on:
-            self.ended = reason
         return {
             "output_dir": self.output_dir,
-            "exit_reason": SIGNALS.get(code, reason),
+            "exit_reason": SIGNALS.get(code, self.ended or "finished"),
             "exit_code": code,
             "steps": self.step,
             "eval_before": self.eval_before,
-            "eval_after": self._evaluated[1] if self.is_evaluated else {},
+            "eval_after": self.evaluation,
             "wall_seconds": self.wall_seconds,
             "best": self.saver.whole_best(self.step, self.console.warn),
         }
@@ -378,9 +408,8 @@ class Session:
         self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
-        summary = ended.summary() | {
-            "warnings": [*self.console.warnings, *(texts := list(warnings))]
-        }
+        texts = list(warnings)
+        summary = ended.summary() | {"warnings": [*self.console.warnings, *texts]}
         write_json(self.output_dir / "summary.json", summary)
         try:
             report_from_directory(self.output_dir)
@@ -398,13 +427,8 @@ class Session:
     def save(self) -> None:
         """Save a checkpoint of the current step, unless only a part of it has been done."""
         if self._log is not None and self._recorded == self.step:
-            if self._log.sync(
-                self.rows
-            ):  # a checkpoint must never know more steps than metrics.jsonl
-                self.console.warn(
-                    "Another program changed metrics.jsonl, which has been written again."
-                )
-            self.saver.save(self.step, self._log.rows_hash.hexdigest())
+            self._log.sync()  # a checkpoint must never know more steps than metrics.jsonl
+            self.saver.save(self.step)
 
     def _failed(self, error: BaseException) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
@@ -419,7 +443,7 @@ class Session:
         if not self.main:
             return Stopped(messages[0])
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        summary = Outcome(**self.outcome("failed") | failed).summary()
+        summary = Outcome(**self.outcome() | failed).summary()
         remedy = how_to_continue(self.output_dir)
         facts: dict[str, Any] = {"flags": self.flags, "warnings": self.console.warnings}
         facts |= {"error": " ".join(messages), "remedy": remedy}

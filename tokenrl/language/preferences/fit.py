@@ -243,40 +243,47 @@ def train_reward_model(
         }
         provenance = provenance_of(reward_model, rows)
         saved = SavedPolicy(reward_model, "reward model")
-        session.keep(saved, provenance, training=training)
         header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
-        session.open(header)
+        names = {
+            "data": data.name,
+            "model": reward_model.__name__,
+            "policy": "in memory",
+            "task": None if data.task is None else data.task.name,
+        }
+        title = f"Reward model, {data.name}, seed {args.seed}"
+        session.open(
+            args,
+            saved,
+            provenance,
+            {"training": training},
+            header,
+            names=names,
+            title=title,
+            pairs={"train": len(data.train), "held_out": len(data.held_out)},
+            **recorded(data.task),
+        )
 
         def evaluate() -> dict[str, float]:
-            return session.evaluated(
-                preference_metrics(score_pairs(reward_model, held_out), data.held_out)
-            )
+            rewards = score_pairs(reward_model, held_out)
+            return session.evaluated(preference_metrics(rewards, data.held_out))
 
         if not session.continues:
             evaluate()
         if args.check:
             code = check_pairs(session, data.train, data.held_out)
-            ended = RewardModelResult(**session.outcome("check"), reward_model=reward_model)
+            session.ended = "check"
+            ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
             return replace(ended, exit_code=ended.exit_code or code)
-        task = None if data.task is None else data.task.name
-        names = {
-            "data": data.name,
-            "model": reward_model.__name__,
-            "policy": "in memory",
-            "task": task,
-        }
-        title = f"Reward model, {data.name}, seed {args.seed}"
-        counts = {"train": len(data.train), "held_out": len(data.held_out)}
-        session.begin(args, names=names, title=title, pairs=counts, **recorded(data.task))
-        for _ in session.steps(args.max_steps):
-            metrics = session.timed(training.update)
+        for _ in session.steps():
+            with session.update():
+                metrics = training.update()
             timings = {"tokens_per_second": session.rate(metrics["num_tokens"])}
             if session.due(args.eval_every):
                 metrics |= evaluate()
             session.record(metrics, timings)
         if not session.is_evaluated:
             evaluate()
-        ended = RewardModelResult(**session.outcome("finished"), reward_model=reward_model)
+        ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         _finish(session, data, ended, title, score_pairs(reward_model, held_out))
         return ended
 

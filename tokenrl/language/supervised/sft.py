@@ -125,15 +125,21 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         title = f"{name}, supervised, seed {args.seed}"
         provenance = provenance_of(policy, {"demonstrations": rows})
         saved = SavedPolicy(policy)
-        session.keep(saved, provenance, training=training)
-        session.open(facts)
+        session.open(
+            args,
+            saved,
+            provenance,
+            {"training": training},
+            facts,
+            names={"task": name, "model": policy.source},
+            title=title,
+            **recorded(task),
+        )
         if not session.continues:
             session.evaluated(evaluate())
-        session.begin(
-            args, names={"task": name, "model": policy.source}, title=title, **recorded(task)
-        )
-        for _ in session.steps(args.max_steps):
-            metrics = session.timed(training.learn)
+        for _ in session.steps():
+            with session.update():
+                metrics = training.learn()
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
@@ -141,7 +147,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "loss_before": training.loss_before,
             "loss_after": training.loss_after,
         }
-        ended = SftResult(**session.outcome("finished"), **losses, policy=policy)
+        ended = SftResult(**session.outcome(), **losses, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         facts |= {"final loss": training.loss_after}
         facts["weights"] = ended.weights

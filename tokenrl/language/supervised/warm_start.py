@@ -342,20 +342,18 @@ class WarmStart:
         training, most, args = self._training(self._rate), settings.max_steps, self.args
         with Session("sft", settings) as session:
             session.console.each = "warm start"
-            session.keep(
-                SavedPolicy(self.policy),
-                Provenance({}, device=self.policy.device.type),
-                training=training,
-            )
-            session.open({})
+            provenance = Provenance({}, device=self.policy.device.type)
+            saved = SavedPolicy(self.policy)
+            session.open(settings, saved, provenance, {"training": training}, {})
             if not session.continues:
                 session.evaluated(self._probe())
-            session.begin(settings, names={})
             before = session.eval_before
-            for _ in session.steps(
-                0 if args.warm_start == "auto" and _has_signal(before) else most
-            ):
-                session.record(session.timed(training.learn))
+            if args.warm_start == "auto" and _has_signal(before):
+                session.ended = "skipped"
+            for _ in session.steps():
+                with session.update():
+                    metrics = training.learn()
+                session.record(metrics)
             session.save()
             code, after = session.stop.exit_code, before
             if training.step and not code:

@@ -126,7 +126,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     open_settings = [("truncation", "max_completion_length")]
     open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
-    unasked = {flag for flag, name in open_settings if getattr(session.args, name) is None}
+    unasked = {flag for flag, name in open_settings if getattr(session.choices, name) is None}
     findings += [
         each for each in judge(observed) if each.weight != "watch" or each.flag not in unasked
     ]
@@ -141,7 +141,8 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
         lines["prompt"] = _rendered(run, records, train)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
-    result = run.result(session, "check")
+    session.ended = "check"
+    result = run.result(session)
     return replace(result, exit_code=result.exit_code or code)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.processes import all_reduce_max, make_accelerator
-from tokenrl.runs.resume import Agreed, check_processes, resume_settings, together
+from tokenrl.runs.resume import Agreed, Provenance, check_processes, resume_settings, together
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -108,30 +108,27 @@ def train(
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
-        run = _prepare(choices, task, rewards, accelerator, session)
+        run, provenance = _prepare(choices, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads), own_process():
-            session.open(run.facts())
+            _open(run, session, provenance)
             for warning in _warnings(run):
                 session.console.warn(warning)
             if run.args.check:
                 return check_run(run, session, partial(_evaluate, step=0))
-            _begin(run, session)
-            reason = session.ended or "finished"
-            for step in session.steps(run.args.max_steps, run.seconds_left):
-                record = session.timed(partial(_one_step, run, step))
+            for step in _steps(run, session):
+                with session.update():
+                    record = _one_step(run, step)
                 metrics = dict(record.metrics)
                 if session.due(run.args.eval_every):
                     metrics |= _evaluated(run, session)
                 _record(run, session, record, metrics)
                 if step == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                if ended_by := judge_step(run, session):
-                    reason = ended_by
-                    break
-                if callback and max(session.agreed([int(callback(step, dict(metrics)) is True)])):
-                    reason = "callback"
-                    break
-            return _finish(run, session, reason)
+                if reason := judge_step(run, session):
+                    session.ended = reason
+                elif callback and max(session.agreed([int(callback(step, dict(metrics)) is True)])):
+                    session.ended = "callback"
+            return _finish(run, session)
 
 
 def _task_of(choices: Any, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
@@ -148,8 +145,8 @@ def _task_of(choices: Any, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
 
 def _prepare(
     choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session
-) -> TrainingRun:
-    """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
+) -> tuple[TrainingRun, Provenance]:
+    """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
         with console.status("loading the model"):
@@ -196,9 +193,26 @@ def _prepare(
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
-    parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": learner}
-    session.keep(SavedPolicy(policy), provenance, **parts, run=run)
-    return run
+    return run, provenance
+
+
+def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
+    """Show the rest of the header, and restore the state of the checkpoint from which a run continues."""
+    parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": run.learner}
+    facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
+    if run.warm_started:
+        facts["warm_started"] = run.warm_started
+    policy = run.learner.policy
+    session.open(
+        run.args,
+        SavedPolicy(policy),
+        provenance,
+        parts | {"run": run},
+        run.facts(),
+        names={"task": run.task.name, "model": policy.source},
+        title=run.title,
+        **facts,
+    )
 
 
 def _warnings(run: TrainingRun) -> list[str]:
@@ -216,34 +230,28 @@ def _warnings(run: TrainingRun) -> list[str]:
     return [*warnings, *without_effect(run.args)]
 
 
-def _begin(run: TrainingRun, session: Session) -> None:
-    """Evaluate the policy before training, or continue from the checkpoint that was found.
+def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
+    """Evaluate the policy before training, unless the run continues; return the steps that are left.
 
     Raises:
-        Refused: a prompt is too long for the model's context, or the checkpoint is of another run.
+        Refused: a prompt is too long for the model's context.
     """
-    args, policy, sampling = run.args, run.learner.policy, run.learner.sampling
-    asked = run.task.train_prompts if run.rewards.environments is None else ()
-    for location, row in with_places(asked):  # one by one, to save memory
-        encode(policy, [row["prompt"]], sampling, [location])
-    if not session.continues:
-        run.learner.sync()
-        with session.console.status(
-            f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
-        ):
-            _evaluated(run, session)
-    recorded_facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
-    recorded_facts |= {"warm_started": run.warm_started} if run.warm_started else {}
-    names = {"task": run.task.name, "model": policy.source}
-    session.begin(args, names=names, title=run.title, **recorded_facts)
-    if run.warm_started and session.main:
-        shutil.copy(
-            Path(run.warm_started["kept_in"], "metrics.jsonl"),
-            session.output_dir / "warm_start.jsonl",
-        )
+    learner = run.learner
+    if run.rewards.environments is None:
+        for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
+            encode(learner.policy, [row["prompt"]], learner.sampling, [location])
+    learner.sync()  # with the weights of the checkpoint, if there is one
     if session.continues:
-        load_schedule(run.learner.schedule, session.step)
-        run.learner.sync()  # the weights are those of the checkpoint
+        load_schedule(learner.schedule, session.step)
+    else:
+        held_out = len(run.task.eval_prompts)
+        with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
+            _evaluated(run, session)
+    steps = session.steps(run.seconds_left)
+    if run.warm_started and session.main:
+        rows = Path(run.warm_started["kept_in"], "metrics.jsonl")
+        shutil.copy(rows, session.output_dir / "warm_start.jsonl")
+    return steps
 
 
 def _one_step(run: TrainingRun, step: int) -> Record:
@@ -337,12 +345,12 @@ def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
 
 
-def _finish(run: TrainingRun, session: Session, reason: str) -> RunResult:
+def _finish(run: TrainingRun, session: Session) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
         _evaluated(run, session)
-    findings, warmed = judge_end(run, session, reason), run.warm_started
-    ended = run.result(session, reason)
+    findings, warmed = judge_end(run, session), run.warm_started
+    ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
     facts |= form_line(ended.policy.form)

@@ -107,10 +107,10 @@ class TrainingRun:
         """Continue from what `state_dict` returned."""
         self.totals, self.means = Counter(state["totals"]), state["means"]
 
-    def result(self, session: Session, reason: str) -> RunResult:
-        """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""
+    def result(self, session: Session) -> RunResult:
+        """Return the result for the caller."""
         return RunResult(
-            **session.outcome(reason),
+            **session.outcome(),
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,

@@ -86,7 +86,7 @@ def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
     )
 
 
-def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
+def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     """Set the flags of a run that has ended, from its evaluations and last steps; return what is to be told.
 
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
@@ -99,7 +99,7 @@ def judge_end(run: TrainingRun, session: Session, reason: str) -> list[Finding]:
         gains = [now - then for then, now in zip(*run.means, strict=True)]
         gain, error = over_prompts(gains)
         error = 0.0 if math.isnan(error) else error
-        if reason == "learnt" or gain > 2 * error:  # it has recovered
+        if session.ended == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         else:
             both = session.eval_before, session.evaluation  # the numbers that people see
