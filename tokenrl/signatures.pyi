@@ -217,7 +217,6 @@ def train_agent(
     allow_no_baseline: bool = ...,
     best_metric: str | os.PathLike[str] | None = ...,
     check: bool = ...,
-    diagnostics_every: int = ...,
     entropy_schedule: typing.Literal['constant', 'linear'] = ...,
     env: str | os.PathLike[str] = ...,
     estimator: Estimator | str | Mapping[str, typing.Any] = ...,

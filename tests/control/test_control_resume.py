@@ -21,7 +21,6 @@ SMALL = {
 PIECES = {"num_steps": 7, "estimator": "ppo", "num_iterations": 2, "num_minibatches": 3}
 MUCH = {
     "normalize_observations": True,
-    "diagnostics_every": 2,
     "learning_rate_schedule": "linear",
     "estimator": "reinforce_running_mean",
 }

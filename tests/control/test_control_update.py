@@ -15,7 +15,6 @@ from tokenrl.control.setup import check_supported
 from tokenrl.control.update import Agent, learn, prepare, scheduled
 from tokenrl.core import Estimator
 from tokenrl.core.memories import memory_of
-from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 
 LENGTHS = torch.tensor([4, 2, 3, 1])
@@ -58,7 +57,6 @@ def agent_of(estimator, *, critic="separate", **options):
         horizon=10,
         optimizer=torch.optim.SGD(policy.parameters(), lr=args.learning_rate),
         memory=memory_of(estimator),
-        diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(2),
     )
 
@@ -201,24 +199,6 @@ def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():
         [1.0, 0.5, 0.1]
     )
     assert scheduled(replace(agent.args, entropy_schedule="constant"), 6).entropy_coef == 1.0
-
-
-def test_diagnostics_compare_halves_of_whole_episodes():
-    estimator = Estimator(baseline="none", returns="reward_to_go")
-    agent, rollout = agent_of(estimator, diagnostics_every=1), rollout_of()
-    flat, _ = prepare(agent, estimator, rollout)
-    halves = []
-    for rows in (flat.row[:, 0] < 2, flat.row[:, 0] >= 2):
-        fresh = agent_of(estimator)
-        part = flat.each(lambda x, rows=rows: x[rows])
-        logprobs = fresh.policy.score(part.observations[:, 0], part.actions[:, 0]).logprobs[:, None]
-        estimator.loss(logprobs, part.advantages, part.weights, part.mask).backward()
-        halves.append(2 * flat_gradient(fresh.policy.policy_parameters()))
-    metrics = learn(agent, rollout, 1)
-    noise = (halves[0] - halves[1]).square().sum() / 4
-    assert metrics["gradient/snr"] == pytest.approx(float(halves[0] @ halves[1] / noise), rel=1e-5)
-    plain = learn(agent_of(estimator), rollout, 1)
-    assert "gradient/snr" not in plain and metrics["entropy"] == pytest.approx(plain["entropy"])
 
 
 def test_a_shared_critic_weighs_half_beside_the_policy():

@@ -102,7 +102,7 @@ RUNS: dict[str, Run] = {
             "sft --task sort_digits --output-dir run --quiet --max-steps 4 --lora-r 4 --learning-rate 0.01",
         ),
     ),
-    "cartpole": Run((_CONTROL + "--save-every 2 --diagnostics-every 2",)),
+    "cartpole": Run((_CONTROL + "--save-every 2",)),
     "cartpole_critic": Run(
         (
             _CONTROL + "--estimator ppo --num-steps 64 --num-iterations 2 --num-minibatches 2 "

@@ -92,8 +92,6 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Steps between evaluations; 0: only before and after training. Default: a tenth of the run."""
     stop_when_solved: bool = False
     """End the run at the first evaluation that reaches the environment's reward threshold."""
-    diagnostics_every: Natural = 0
-    """Steps between measurements of the gradient's signal and noise; 0: none."""
     logging_steps: Count = 10
     """Steps between two printed lines where the output is no terminal, and between records to trackers."""
     stop_after_nonfinite: Count = 5

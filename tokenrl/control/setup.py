@@ -16,7 +16,6 @@ from tokenrl.core.baselines import check_horizon, set_size
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import memory_of
 from tokenrl.core.objectives import check_group
-from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.runs.schedules import make_schedule
@@ -132,7 +131,6 @@ def prepare(choices: Any, spec: Spec, directory: str) -> AgentRun:
         horizon=spec.horizon,
         optimizer=torch.optim.Adam(groups, lr=args.learning_rate, fused=True),
         memory=memory_of(estimator),
-        diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
     )
     return AgentRun(

@@ -19,11 +19,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import Memory, read, update
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import in_rows, loss_terms
-from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
-
-STATEFUL = ("optimizer", "memory", "diagnostics")
-"""The parts of an `Agent` that have a `state_dict` of their own."""
 
 
 @dataclass
@@ -36,7 +32,6 @@ class Agent:
         horizon: the largest number of steps of an episode.
         optimizer: has two groups of parameters, those of the policy and those of a separate critic.
         memory: what the baseline remembers of earlier rollouts, such as the mean of past returns.
-        diagnostics: measures the noise of the gradient, if the settings ask for it.
         generator: random numbers that assign actions to minibatches.
         nonfinite: number of latest updates in a row whose gradient was not finite.
         skipped: number of all updates so far whose gradient was not finite.
@@ -47,15 +42,15 @@ class Agent:
     horizon: int
     optimizer: torch.optim.Optimizer
     memory: Memory
-    diagnostics: GradientDiagnostics
     generator: torch.Generator
     nonfinite: int = 0
     skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue beside the weights; tensors are references, not copies."""
-        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in STATEFUL}
-        return state | {
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "memory": self.memory.state_dict(),
             "generator": self.generator.get_state(),
             "failures": (self.nonfinite, self.skipped),
         }
@@ -66,8 +61,8 @@ class Agent:
         Raises:
             Refused: the optimiser has other parameters than the one that was saved.
         """
-        for name in STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.memory.load_state_dict(state["memory"])
         self.generator.set_state(state["generator"])
         self.nonfinite, self.skipped = state["failures"]
 
@@ -75,8 +70,6 @@ class Agent:
 class Units(NamedTuple):
     """What the loss sums over: M single actions [M, 1], or whole rows [N, T] if it compares their steps."""
 
-    row: Tensor
-    """The row of the rollout that each action comes from."""
     observations: Tensor
     actions: Tensor
     mask: Tensor
@@ -103,32 +96,31 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     Raises:
         Stopped: too many updates in a row had a gradient that was not finite.
     """
-    args, policy = agent.args, agent.policy
+    args = agent.args
+    policy = agent.policy
     estimator = scheduled(args, step)
     units, metrics = prepare(agent, estimator, rollout)
-    history: list[dict[str, float]] = []
     count = len(units.mask)
+    updates: list[dict[str, float]] = []
     for _ in range(args.num_iterations):
-        several = args.num_minibatches > 1
-        order = torch.randperm(count, generator=agent.generator) if several else torch.arange(count)
+        if args.num_minibatches == 1:
+            updates.append(_update(agent, estimator, units))
+            continue
+        order = torch.randperm(count, generator=agent.generator)
         for index in order.tensor_split(min(args.num_minibatches, count)):
-            part = units.each(itemgetter(index)) if several else units
-            # The expected gradient of a minibatch is that of the whole rollout.
-            part = part._replace(
-                weights=part.weights * (units.mask.sum() / part.mask.sum().clamp(min=1))
-            )
-            measure = not history and agent.diagnostics.due(step)
-            history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
+            part = units.each(itemgetter(index))
+            # With these weights a minibatch has the expected gradient of the whole rollout.
+            weights = part.weights * (units.mask.sum() / part.mask.sum())
+            updates.append(_update(agent, estimator, part._replace(weights=weights)))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
     if estimator.needs_memory:
-        metrics["baseline"] = update(
-            agent.memory, keys_of(rollout), rollout.rewards * args.reward_scale
-        )
+        rewards = rollout.rewards * args.reward_scale
+        metrics["baseline"] = update(agent.memory, keys_of(rollout), rewards)
     if policy.scale is not None:
         policy.scale.update(rollout.observations[rollout.mask])
-    # The first update has every metric; the later ones lack those that are measured on-policy only.
-    columns = {name: [update[name] for update in history if name in update] for name in history[0]}
-    return metrics | {name: sum(values) / len(values) for name, values in columns.items()}
+    for name in updates[0]:
+        metrics[name] = sum(values[name] for values in updates) / len(updates)
+    return metrics
 
 
 def scheduled(args: ControlArguments, step: int) -> Estimator:
@@ -177,7 +169,6 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
     if values is not None:
         metrics["explained_variance"] = explained(*unpadded(mask, values, terms.returns))
     units = Units(
-        row=torch.arange(len(mask))[:, None].expand(mask.shape),
         observations=rollout.observations,
         actions=rollout.actions,
         mask=mask,
@@ -219,58 +210,49 @@ def explained(values: Tensor, returns: Tensor) -> float:
     return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
 
 
-def _update(
-    agent: Agent, estimator: Estimator, units: Units, rows: int, *, measure: bool
-) -> dict[str, float]:
-    policy, parameters = agent.policy, agent.policy.policy_parameters()
+def _update(agent: Agent, estimator: Estimator, units: Units) -> dict[str, float]:
     agent.optimizer.zero_grad()
-    first = (rows + 1) // 2  # two halves of the episodes, independent but for a common baseline
-    early = units.row[:, 0] < first
-    half, sums = None, torch.zeros(3, dtype=torch.double)
-    for part in (
-        [units.each(itemgetter(chosen)) for chosen in (early, ~early)] if measure else [units]
-    ):
-        objective, error, spread = _losses(agent, estimator, part, float(units.mask.sum()))
-        (objective + error).backward()
-        sums += torch.stack([objective.detach(), error.detach(), spread]).double()
-        half = flat_gradient(parameters) if measure and half is None else half
-    loss, value_loss, entropy = sums.tolist()
-    metrics = {"loss": loss, "entropy": entropy}
-    if half is not None:
-        metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), (first, rows - first))
-    metrics["grad_norm"] = _apply(agent)
-    metrics["grad_clipped"] = float(metrics["grad_norm"] > (agent.args.max_grad_norm or math.inf))
-    if policy.critic is not None:
-        metrics["value_loss"] = value_loss
+    objective, critic_loss, entropy = _losses(agent, estimator, units)
+    (objective + critic_loss).backward()
+    norm = _apply(agent)
+    metrics = {
+        "loss": float(objective.detach()),
+        "entropy": float(entropy),
+        "grad_norm": norm,
+        "grad_clipped": float(norm > (agent.args.max_grad_norm or math.inf)),
+    }
+    if agent.policy.critic is not None:
+        metrics["value_loss"] = float(critic_loss.detach())
     return metrics
 
 
-def _losses(
-    agent: Agent, estimator: Estimator, part: Units, actions: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses of policy and critic and the entropy: this part's share of means over `actions`."""
-    policy, mask, args = agent.policy, part.mask, agent.args
-    observations, chosen = unpadded(mask, part.observations, part.actions)
-    scored = policy.score(observations, chosen, entropy_gradient=estimator.needs_entropy)
+def _losses(agent: Agent, estimator: Estimator, units: Units) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of policy and critic, and the mean entropy of the actions."""
+    policy = agent.policy
+    mask = units.mask
+    observations, actions = unpadded(mask, units.observations, units.actions)
+    scored = policy.score(observations, actions, entropy_gradient=estimator.needs_entropy)
     objective = estimator.loss(
         in_rows(scored.logprobs, mask),
-        part.advantages,
-        part.weights,
+        units.advantages,
+        units.weights,
         mask,
-        old_logprobs=part.old_logprobs,
-        sampling_logprobs=part.old_logprobs,
+        old_logprobs=units.old_logprobs,
+        sampling_logprobs=units.old_logprobs,
         entropy=in_rows(scored.entropy, mask),
     )
-    entropy = scored.entropy.detach().sum() / actions
+    count = float(mask.sum())
+    entropy = scored.entropy.detach().sum() / count
     if policy.critic is None:
         return objective, objective.new_zeros(()), entropy
     # The loss of a shared critic has the policy's weights times value_coef, since both move the same layers.
     # A separate critic has its own learning rate, and its loss is the mean over actions.
-    shared = policy.shape.critic == "shared"
-    weights = part.weights * args.value_coef if shared else mask / actions
+    weights = mask / count
+    if policy.shape.critic == "shared":
+        weights = units.weights * agent.args.value_coef
     values = in_rows(policy.values(observations), mask)
-    error = estimator.critic_loss(values, part.returns, weights, old_values=part.old_values)
-    return objective, error, entropy
+    critic_loss = estimator.critic_loss(values, units.returns, weights, old_values=units.old_values)
+    return objective, critic_loss, entropy
 
 
 def _apply(agent: Agent) -> float:
