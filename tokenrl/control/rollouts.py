@@ -85,8 +85,11 @@ def collect_episodes(
     Raises:
         Stopped: the environment raised an error, or gave a number that cannot be used.
     """
-    began = envs.reset(seed), np.zeros(envs.num_envs, bool)
-    steps, after, _ = _play(envs, policy, *began, horizon, generator, chunk=NOISE_CHUNK, once=True)
+    observation = envs.reset(seed)
+    idle = np.zeros(envs.num_envs, bool)
+    steps, after, _ = _play(
+        envs, policy, observation, idle, horizon, generator, chunk=NOISE_CHUNK, once=True
+    )
     rollout = into_rows(steps, after)
     _check_numbers(envs.env, rollout, "an episode")
     return rollout._replace(truncated=~rollout.terminated)
@@ -97,9 +100,12 @@ class Pieces:
 
     def __init__(self, envs: Environments, num_steps: int, *, seed: int) -> None:
         """Start an episode in every environment."""
-        self.envs, self.num_steps = envs, num_steps
-        self._observation, self._idle = envs.reset(seed), np.zeros(envs.num_envs, bool)
-        self._returns, self._lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
+        self.envs = envs
+        self.num_steps = num_steps
+        self._observation = envs.reset(seed)
+        self._idle = np.zeros(envs.num_envs, bool)
+        self._returns = np.zeros(envs.num_envs)  # of the episodes so far
+        self._lengths = np.zeros(envs.num_envs, int)
 
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:
         """Take `num_steps` steps in every environment; every episode with a step among them gives a row.
@@ -107,8 +113,16 @@ class Pieces:
         Raises:
             Stopped: the environment raised an error, or gave a number that cannot be used.
         """
-        now, n = (self._observation, self._idle), self.num_steps
-        steps, after, self._idle = _play(self.envs, policy, *now, n, generator, chunk=n, once=False)
+        steps, after, self._idle = _play(
+            self.envs,
+            policy,
+            self._observation,
+            self._idle,
+            self.num_steps,
+            generator,
+            chunk=self.num_steps,
+            once=False,
+        )
         self._observation = after.numpy()
         rollout = into_rows(steps, after)
         _check_numbers(self.envs.env, rollout, "a piece of an episode")
@@ -116,17 +130,20 @@ class Pieces:
         return rollout._replace(returns=torch.tensor(returns), lengths=torch.tensor(lengths))
 
     def _ended(self, steps: Steps) -> tuple[list[float], list[int]]:
-        """Add rewards to the returns of the episodes so far; give returns and lengths of those that ended."""
+        """Add the steps to the episodes so far; give returns and lengths of those that ended."""
+        real = ~steps.idle.numpy()
+        ends = real & (steps.terminated | steps.truncated).numpy()
+        rewards = np.where(real, steps.rewards.double().numpy(), 0.0)
         returns: list[float] = []
         lengths: list[int] = []
-        columns = (steps.rewards.double(), ~steps.idle, steps.terminated | steps.truncated)
-        for reward, counts, over in zip(*(x.T.numpy() for x in columns), strict=True):
-            self._returns += np.where(counts, reward, 0.0)
-            self._lengths += counts
-            over = over & counts
-            returns += self._returns[over].tolist()
-            lengths += self._lengths[over].tolist()
-            self._returns[over], self._lengths[over] = 0.0, 0
+        for t in range(self.num_steps):
+            self._returns += rewards[:, t]
+            self._lengths += real[:, t]
+            ended = ends[:, t]
+            returns += self._returns[ended].tolist()
+            lengths += self._lengths[ended].tolist()
+            self._returns[ended] = 0.0
+            self._lengths[ended] = 0
         return returns, lengths
 
 
@@ -157,28 +174,31 @@ def _play(
     Returns:
         The steps, the observations after the last of them [E, O], and the next `idle`.
     """
-    act, history = policy.actor(), []
+    act = policy.actor()
+    history = []
     noise: list[Tensor | None] = [None] * chunk
     for t in range(steps):
         if generator is not None and t % chunk == 0:
-            size = min(chunk, steps - t), envs.num_envs
-            noise = list(policy.noise(*size, generator=generator).unbind())
-        now = torch.from_numpy(observation)
-        actions = act(now, noise[t % chunk])
+            count = min(chunk, steps - t)
+            noise = list(policy.noise(count, envs.num_envs, generator=generator).unbind())
+        before = torch.from_numpy(observation)
+        actions = act(before, noise[t % chunk])
         observation, reward, terminated, truncated = envs.step(actions.numpy())
-        history.append((now, actions, reward, terminated, truncated, idle))
-        over = terminated | truncated
-        idle = idle | over if once else over & ~idle
-        if once and idle.all():
+        history.append((before, actions, reward, terminated, truncated, idle))
+        ended = terminated | truncated
+        if not once:
+            idle = ended & ~idle  # the next step resets
+            continue
+        idle = idle | ended
+        if idle.all():
             break
-    columns = [
-        torch.stack([torch.as_tensor(x) for x in column], 1)
-        for column in zip(*history, strict=True)
-    ]
-    columns[2] = columns[
-        2
-    ].float()  # a reward beyond float32 becomes infinite, which `_check_numbers` finds
-    return Steps(*columns), torch.from_numpy(observation), idle
+    columns = []
+    for column in zip(*history, strict=True):
+        columns.append(torch.stack([torch.as_tensor(x) for x in column], 1))
+    played = Steps(*columns)
+    # A reward beyond float32 becomes infinite, which `_check_numbers` finds.
+    played = played._replace(rewards=played.rewards.float())
+    return played, torch.from_numpy(observation), idle
 
 
 def into_rows(steps: Steps, after: Tensor) -> Rollout:
@@ -206,22 +226,20 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
     # The observation after each step. At the end of an episode that is its final observation, because
     # gymnasium resets one step later.
     following = torch.cat([steps.observations[:, 1:], after[:, None]], 1)
-    rewards, mask = rows(steps.rewards), rows(real)
+    rewards = rows(steps.rewards)
+    mask = rows(real)
     lengths = mask.sum(1)
     last = torch.arange(count), lengths - 1
-    terminated, truncated, final = (
-        rows(x)[last] for x in (steps.terminated, steps.truncated, following)
-    )
-    truncated &= ~terminated
-    ends = {"terminated": terminated, "truncated": truncated, "final_observations": final}
-    returns = rewards.sum(1)
+    terminated = rows(steps.terminated)[last]
     return Rollout(
-        rows(steps.observations),
-        rows(steps.actions),
-        rewards,
-        mask,
-        **ends,
-        returns=returns,
+        observations=rows(steps.observations),
+        actions=rows(steps.actions),
+        rewards=rewards,
+        mask=mask,
+        terminated=terminated,
+        truncated=rows(steps.truncated)[last] & ~terminated,
+        final_observations=rows(following)[last],
+        returns=rewards.sum(1),
         lengths=lengths,
     )
 
@@ -238,23 +256,20 @@ def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:
     if finite and rollout.rewards.abs().max() <= LARGEST_REWARD:  # a nan is the largest
         return
     for row, mask in enumerate(rollout.mask):
-        observations = torch.cat(
-            [rollout.observations[row, mask], rollout.final_observations[row, None]]
+        last = rollout.final_observations[row, None]
+        observations = torch.cat([rollout.observations[row, mask], last])  # [T + 1, O]
+        rewards = rollout.rewards[row, mask]  # [T]
+        bad_observations = ~observations.isfinite().all(1)
+        bad_rewards = ~(rewards.abs() <= LARGEST_REWARD)  # not `>`, which is False for nan
+        bad_steps = bad_observations | pad(bad_rewards, (1, 0))
+        if not bad_steps.any():
+            continue
+        step = int(bad_steps.int().argmax())
+        number = f"the reward {float(rewards[step - 1]):g}"
+        if bad_observations[step]:
+            number = f"the observation {observations[step].tolist()!s:.200}"
+        moment = f"in step {step}" if step else "at the start"
+        raise Stopped(
+            f"The environment {env} gave {number} {moment} of {unit}. "
+            f"Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size."
         )
-        rewards = rollout.rewards[row, mask]
-        bad_observation = ~observations.isfinite().all(
-            1
-        )  # [T + 1], before each step and after the last
-        bad_reward = ~(rewards.abs() <= LARGEST_REWARD)  # [T]; not `>`, which is False for nan
-        wrong = bad_observation | pad(bad_reward, (1, 0))
-        if wrong.any():
-            step = int(wrong.int().argmax())
-            observation = f"the observation {observations[step].tolist()!s:.200}"
-            number = (
-                observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
-            )
-            where = f"in step {step}" if step else "at the start"
-            raise Stopped(
-                f"The environment {env} gave {number} {where} of {unit}. "
-                f"Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size."
-            )
