@@ -265,7 +265,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops():
 )
 def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
     with pytest.raises(Refused, match=message):
-        check_supported(Estimator(**fields), ControlArguments(num_steps=num_steps))
+        check_supported(Estimator(**fields), num_steps)
 
 
 @pytest.mark.parametrize(("ratio", "width"), [("token", 1), ("sequence_mean", 4)])

@@ -22,7 +22,7 @@ from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
-from tokenrl.control.setup import fill_defaults
+from tokenrl.control.setup import control_settings
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
@@ -77,7 +77,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
     if args.baseline not in (None, "value"):
         settings["estimator.baseline"], reason = args.baseline, "as you asked"
     control = with_changes(ControlArguments(**start), settings)
-    fill_defaults(control, spec)  # refuses what does not fit the environment
+    control_settings(control, spec)  # refuses what does not fit the environment
     returns = measure_returns(spec, args, control.hidden)
     control = fitted(replace(control, head=spec.head), spec, returns)
     observed = facts(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.control.arguments import ControlArguments
@@ -62,10 +63,10 @@ class ControlResult(Outcome):
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json, with the rate of training (by the clock) if there was any."""
-        rate = (
-            {"env_steps_per_second": self.env_steps / self.train_seconds} if self.env_steps else {}
-        )
-        return super().summary() | rate
+        summary = super().summary()
+        if self.env_steps:
+            summary["env_steps_per_second"] = self.env_steps / self.train_seconds
+        return summary
 
 
 @dataclass
@@ -155,39 +156,49 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
     goal = f"{spec.env} has no threshold" if spec.solved is None else f"threshold {spec.solved:g}"
     if "reward" not in evaluation:
         return f"not evaluated: the run was ended at step {step}, before its evaluation; {goal}"
-    mean, error = evaluation["reward"], evaluation["reward_stderr"]
+    mean = evaluation["reward"]
+    error = evaluation["reward_stderr"]
+    sampled = _with_error(mean, error)
     greedy = _with_error(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
-    result = f"mean return {_with_error(mean, error)} of {episodes} fresh episodes, {goal}"
-    result = f"{result} (with the most probable actions {greedy})"
+    result = (
+        f"mean return {sampled} of {episodes} fresh episodes, {goal} "
+        f"(with the most probable actions {greedy})"
+    )
     if spec.solved is None:
         return result
-    near = "; the threshold is within two standard errors, so more episodes may decide otherwise"
-    doubt = near if abs(mean - spec.solved) < 2 * error else ""
-    return f"{'solved' if mean >= spec.solved else 'not solved'}: {result}{doubt}"
+    if abs(mean - spec.solved) < 2 * error:
+        result += (
+            "; the threshold is within two standard errors, so more episodes may decide otherwise"
+        )
+    return f"solved: {result}" if mean >= spec.solved else f"not solved: {result}"
 
 
 def _with_error(mean: float, error: float) -> str:
-    return f"{mean:.5g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
+    return f"{mean:.5g} ± {error:.2g}" if math.isfinite(error) else f"{mean:.5g}"
 
 
 def header(run: AgentRun) -> dict[str, Any]:
     """Return what the header shows of a run, by name."""
-    args, spec, policy, estimator = run.args, run.spec, run.agent.policy, run.args.estimator
-    actions = (
-        f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
-    )
-    goal = "" if spec.solved is None else f", solved at {spec.solved:g}"
-    layers = f"{' x '.join(map(str, args.hidden))} {args.activation}" if args.hidden else "linear"
-    actor, critic = (
-        sum(p.numel() for p in part)
-        for part in (policy.policy_parameters(), policy.value_parameters())
-    )
-    whole = f"one episode of up to {spec.horizon} steps"
-    data = whole if args.num_steps is None else f"{args.num_steps} steps"
+    args = run.args
+    spec = run.spec
+    estimator = args.estimator
+    environment = f"{spec.observation_size} observations, {spec.actions} actions"
+    if not spec.discrete:
+        environment = f"{spec.observation_size} observations, {spec.action_size} continuous actions"
+    if spec.solved is not None:
+        environment += f", solved at {spec.solved:g}"
+    layers = "linear"
+    if args.hidden:
+        layers = f"{' x '.join(map(str, args.hidden))} {args.activation}"
+    policy = f"{args.head}, {layers}, {_size(run.agent.policy.policy_parameters()):,} parameters"
+    if critic := run.agent.policy.value_parameters():
+        policy += f", critic {_size(critic):,}"
+    data = f"{args.num_steps} steps"
+    if args.num_steps is None:
+        data = f"one episode of up to {spec.horizon} steps"
     return {
-        "environment": f"{spec.observation_size} observations, {actions}{goal}",
-        "policy": f"{args.head}, {layers}, {actor:,} parameters"
-        + (f", critic {critic:,}" if critic else ""),
+        "environment": environment,
+        "policy": policy,
         "estimator": f"{preset_name(estimator)}: baseline {estimator.baseline}, returns {estimator.returns}, "
         f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
         f"bias: {estimator.bias_status}",
@@ -196,6 +207,10 @@ def header(run: AgentRun) -> dict[str, Any]:
         f"seed {args.seed}",
         "run": args.output_dir,
     }
+
+
+def _size(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def finish(run: AgentRun, session: Session, ended: ControlResult) -> None:

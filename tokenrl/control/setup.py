@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,107 +21,117 @@ from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.runs.schedules import make_schedule
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import lay
 
 
-def control_settings(args: Any, spec: Spec) -> ControlArguments:
-    """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
-    return ControlArguments(**vars(fill_defaults(args, spec)))
-
-
-def fill_defaults(choices: Any, spec: Spec) -> Any:
-    """Lay what was given over the defaults, and refuse what does not fit the environment.
+def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
+    """Return the settings with a value for what was left open, but for threads and output_dir.
 
     Raises:
         Refused: the head cannot give the actions; the estimator has no meaning for environments; there is no
             baseline although episodes may be long, or it compares more episodes than `num_envs`; or a video
             is asked for that cannot be made.
     """
-    check_head(choices.head, discrete=spec.discrete)
-    check_horizon(choices.estimator, spec.horizon, allow_no_baseline=choices.allow_no_baseline)
-    check_supported(choices.estimator, choices)
-    if choices.video:
+    estimator = args.estimator
+    check_head(args.head, discrete=spec.discrete)
+    check_horizon(estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
+    check_supported(estimator, args.num_steps)
+    if args.video:
         check_film(spec)
-    if choices.num_steps is None:
+    if args.num_steps is None:
         for axis in ("baseline", "scale"):
-            set_size(choices.estimator, axis, choices.num_envs, choices.num_envs)
-        check_group(choices.estimator, choices.num_envs)
-    usual = {
-        "eval_every": max(1, choices.max_steps // 10),
-        "value_learning_rate": choices.learning_rate,
-    }
-    return lay(
-        ("default", usual), ("given", vars(choices)), ("environment", {"head": spec.head})
-    ).values
+            set_size(estimator, axis, args.num_envs, args.num_envs)
+        check_group(estimator, args.num_envs)
+    eval_every = args.eval_every
+    if eval_every is None:
+        eval_every = max(1, args.max_steps // 10)
+    return replace(
+        args,
+        head=spec.head,
+        eval_every=eval_every,
+        value_learning_rate=args.value_learning_rate or args.learning_rate,
+    )
 
 
-def check_supported(estimator: Estimator, args: Any) -> None:
-    """Refuse settings of the estimator that have no meaning in an environment.
+def check_supported(estimator: Estimator, num_steps: int | None) -> None:
+    """Refuse settings of the estimator that have no meaning in an environment, or with pieces of episodes.
 
     Raises:
         Refused: the message names the field, and what to choose; or the baseline cannot be imported.
     """
     if isinstance(estimator.baseline, NamedFunction):
         estimator.baseline.load()
-    wrong = {
-        "beta": estimator.beta > 0 and "there is no reference policy",
-        "baseline 'remax'": estimator.needs_greedy and "no second episode starts in the same state",
-        "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
-        "truncations": estimator.truncations != "keep"
-        and "time limits are handled by the value that follows",
-        "importance_centre": estimator.needs_centres
-        and "the policy that samples is the one that learns",
-        "components": estimator.components != "summed" and "an environment has a single reward",
-        "overlong_buffer": estimator.overlong_buffer > 0
-        and "the environment itself rewards length",
+    unsupported = {
+        "beta": (estimator.beta > 0, "there is no reference policy"),
+        "baseline 'remax'": (
+            estimator.needs_greedy,
+            "no second episode starts in the same state",
+        ),
+        "zero_spread": (estimator.zero_spread != "keep", "there are no prompts to leave out"),
+        "truncations": (
+            estimator.truncations != "keep",
+            "time limits are handled by the value that follows",
+        ),
+        "importance_centre": (
+            estimator.needs_centres,
+            "the policy that samples is the one that learns",
+        ),
+        "components": (
+            estimator.components != "summed",
+            "an environment has a single reward",
+        ),
+        "overlong_buffer": (
+            estimator.overlong_buffer > 0,
+            "the environment itself rewards length",
+        ),
     }
-    for setting, reason in wrong.items():
-        if reason:
+    for setting, (is_set, reason) in unsupported.items():
+        if is_set:
             raise Refused(f"In control {setting} cannot be set: {reason}. Leave it at its default.")
-    if args.num_steps is None:
+    if num_steps is None:
         return
     if not estimator.needs_values:
         raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and only a critic can estimate what is cut off. "
+            f"num_steps {num_steps} cuts episodes, and only a critic can estimate what is cut off. "
             "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out for whole episodes."
         )
-    whole = "returns" in estimator.within_rows
-    if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
+    whole_episodes = "returns" in estimator.within_rows or estimator.baseline != "value"
+    if whole_episodes or estimator.scale not in ("none", "token_whiten"):
         raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and pieces cannot be compared, or normalised. "
+            f"num_steps {num_steps} cuts episodes, and pieces cannot be compared, or normalised. "
             "Choose the baseline 'value' with scale 'none' or 'token_whiten' and returns 'gae' or "
             "'reward_to_go', or leave num_steps out for whole episodes."
         )
 
 
-def prepare(choices: Any, spec: Spec, directory: str) -> AgentRun:
-    """Make policy, settings, optimiser and environments.
+def prepare(args: ControlArguments, spec: Spec, directory: str) -> AgentRun:
+    """Make policy, optimiser and environments.
 
     Args:
-        choices: the settings, of which the number of threads may be open.
+        args: the settings from `control_settings`.
         spec: the environment.
         directory: the run directory.
 
     Raises:
         Refused: the policy to load does not fit.
     """
-    estimator = choices.estimator
+    estimator = args.estimator
     shape = Shape(
         spec.observation_size,
-        choices.head,
+        spec.head,
         spec.actions or spec.action_size,
-        hidden=tuple(choices.hidden),
-        critic=choices.value_network if estimator.needs_values else None,
-        activation=choices.activation,
-        normalize_observations=choices.normalize_observations,
-        initial_weights=choices.initial_weights,
+        hidden=tuple(args.hidden),
+        critic=args.value_network if estimator.needs_values else None,
+        activation=args.activation,
+        normalize_observations=args.normalize_observations,
+        initial_weights=args.initial_weights,
     )
-    with using_threads(1):  # the same weights for everyone
-        policy = Policy(shape, torch.Generator().manual_seed(seed_of(choices.seed, 10)))
-    if choices.load is not None:
-        SavedPolicy(policy, spec.env).read(choices.load)
-    threads, reason = choose_threads(sum(p.numel() for p in policy.parameters()), choices.threads)
-    args = ControlArguments(**vars(choices) | {"threads": threads, "output_dir": directory})
+    with using_threads(1):  # the weights must not depend on the number of threads
+        policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
+    if args.load is not None:
+        SavedPolicy(policy, spec.env).read(args.load)
+    size = sum(weights.numel() for weights in policy.parameters())
+    threads, reason = choose_threads(size, args.threads)
+    args = replace(args, threads=threads, output_dir=directory)
     groups: list[dict[str, Any]] = [
         {"params": policy.policy_parameters()},
         {"params": policy.value_parameters(), "lr": args.value_learning_rate},

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.policies import SavedPolicy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import AgentRun, ControlResult, finish, header
-from tokenrl.control.setup import fill_defaults, prepare
+from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error, own_process
@@ -36,7 +35,7 @@ from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import arguments
 
-ANEW = (
+NEW_EPISODES = (
     "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "
     "next and are not saved. Its numbers can be repeated, but are not those of an uninterrupted run."
 )
@@ -69,7 +68,7 @@ def train_agent(
     args = _arguments(args, agent, options)
     args = resume_settings(args, "control")
     spec = describe(args.env, args.max_episode_steps)
-    choices = fill_defaults(args, spec)
+    choices = control_settings(args, spec)
     with (
         Session("control", choices, every=choices.logging_steps) as session,
         contextlib.ExitStack() as stack,
@@ -91,11 +90,11 @@ def train_agent(
                 horizon=spec.horizon,
             )
             if choices.check:
-                return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
+                return check_agent(run, session)
             if not session.continues:
                 session.evaluated(_evaluate(run))
             elif choices.num_steps is not None:
-                session.console.warn(ANEW)
+                session.console.warn(NEW_EPISODES)
             return _loop(run, session)
 
 
@@ -152,7 +151,8 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
 
 
 def _one_update(run: AgentRun, step: int) -> dict[str, float]:
-    cpu, agent = time.process_time(), run.agent
+    start = time.process_time()
+    agent = run.agent
     rollout = _collect(run, step)
     load_schedule(run.schedule, step - 1)
     metrics = learn(agent, rollout, step)
@@ -168,7 +168,7 @@ def _one_update(run: AgentRun, step: int) -> dict[str, float]:
         "learning_rate": agent.optimizer.param_groups[0]["lr"],
         "skipped_steps": agent.skipped,
     }
-    run.cpu_seconds += time.process_time() - cpu
+    run.cpu_seconds += time.process_time() - start
     return metrics
 
 
@@ -178,39 +178,37 @@ def _collect(run: AgentRun, step: int) -> Rollout:
     Pieces of episodes go on from one rollout to the next. Only the first rollout of a run, or of its
     continuation, starts them anew.
     """
-    args, start = run.args, seed_of(run.args.seed, 0, step - 1)
+    args = run.args
+    policy = run.agent.policy
+    seed = seed_of(args.seed, 0, step - 1)
     if args.num_steps is None:
-        return collect_episodes(
-            run.envs, run.agent.policy, run.spec.horizon, run.actions, seed=start
-        )
+        return collect_episodes(run.envs, policy, run.spec.horizon, run.actions, seed=seed)
     if run.pieces is None:
-        run.pieces = Pieces(run.envs, args.num_steps, seed=start)
-    return run.pieces.collect(run.agent.policy, run.actions)
+        run.pieces = Pieces(run.envs, args.num_steps, seed=seed)
+    return run.pieces.collect(policy, run.actions)
 
 
 def _evaluate(run: AgentRun) -> dict[str, float]:
     return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)
 
 
-USUAL_RATES = 1e-3, 2e-2
+LOWEST_RATE = 1e-3
+HIGHEST_RATE = 2e-2
 """Adam's usual learning rates for agents, from deep networks to small ones (see `TUNED` and the default)."""
-SMALL, LARGE = 0.1, 10
+SMALLEST_INPUT = 0.1
+LARGEST_INPUT = 10
 """A network learns well if the largest absolute value of the observations lies between these."""
 
 
-def check_agent(
-    run: AgentRun,
-    session: Session,
-    evaluate: Callable[[], dict[str, float]],
-    collect: Callable[[], Rollout],
-) -> ControlResult:
-    """Check a run whose parts are ready, print what was found, and return the result.
+def check_agent(run: AgentRun, session: Session) -> ControlResult:
+    """Check a run whose parts are ready, print the findings, and return the result.
+
+    The run begins with an evaluation, a rollout, and an update of a copy: its policy and its critic stay as
+    they are, bit for bit.
 
     Args:
-        run: the run. Its policy and its critic stay as they are, bit for bit.
+        run: the run.
         session: the session, which has been opened.
-        evaluate: evaluates the policy, as before the first update.
-        collect: collects the rollout of a first update.
 
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
@@ -218,46 +216,56 @@ def check_agent(
     Raises:
         Stopped: the environment failed.
     """
-    args, began = run.args, time.perf_counter()
-    session.evaluated(evaluate())
-    evaluated = time.perf_counter()
-    rollout = collect()
-    metrics = learn(copy.deepcopy(run.agent), rollout, 1)
-    evaluation, update = evaluated - began, time.perf_counter() - evaluated
+    args = run.args
+    start = time.perf_counter()
+    session.evaluated(_evaluate(run))
+    evaluation_end = time.perf_counter()
+    rollout = _collect(run, 1)
+    norm = learn(copy.deepcopy(run.agent), rollout, 1)["grad_norm"]
+    update_seconds = time.perf_counter() - evaluation_end
+    rewards = rollout.returns
+    unit = "episodes"
+    groups = f"{len(rewards)} episodes"
+    if not len(rewards):
+        rewards = rollout.rewards[rollout.mask]
+        unit = "steps"
+        groups = f"{len(rewards)} steps, in which no episode ended,"
+    low = float(rewards.min())
+    high = float(rewards.max())
     largest = float(rollout.observations[rollout.mask].abs().max())
-    rewards = rollout.returns if len(rollout.returns) else rollout.rewards[rollout.mask]
-    unit = "episodes" if len(rollout.returns) else "steps, in which no episode ended,"
-    count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
-    whole = duration(args.max_steps * update + count * evaluation)
-    work = f"{args.max_steps} updates and {count} evaluation{'s' * (count != 1)}"
-    low, high = float(rewards.min()), float(rewards.max())
-    measured = {
-        "returns": f"{low:.4g} to {high:.4g} in {len(rewards)} {unit.partition(',')[0]}",
+    evaluations = 2
+    if args.eval_every:
+        evaluations = 1 + math.ceil(args.max_steps / args.eval_every)
+    seconds = args.max_steps * update_seconds + evaluations * (evaluation_end - start)
+    measurements = {
+        "returns": f"{low:.4g} to {high:.4g} in {len(rewards)} {unit}",
         "observations": f"{largest:.3g} at most, in absolute value",
         "learning rate": f"{args.learning_rate:g}",
-        "time": f"{update:.2g} s per update, about {whole} for {work}, if episodes stay as long as now",
+        "time": f"{update_seconds:.2g} s per update, about {duration(seconds)} for {args.max_steps} updates "
+        f"and {evaluations} evaluations, if episodes stay as long as now",
     }
-    alike = len(rewards) > 1 and low == high and rollout.lengths.unique().numel() <= 1
+    # Episodes of different lengths can be told apart although their returns are equal.
+    equal = len(rewards) > 1 and low == high and rollout.lengths.unique().numel() <= 1
     observed = facts(
         [],
         args,
-        lowest_rate=USUAL_RATES[0],
-        highest_rate=USUAL_RATES[1],
+        lowest_rate=LOWEST_RATE,
+        highest_rate=HIGHEST_RATE,
         whose="agents with Adam",
-        step_grad_norm=metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
-        step_equal=float(alike or not rollout.rewards[rollout.mask].any()),
+        step_grad_norm=norm if math.isfinite(norm) else math.inf,
+        step_equal=float(equal or not rollout.rewards[rollout.mask].any()),
         step_reward=low,
-        groups=f"{len(rewards)} {unit}",
+        groups=groups,
         others_differ=session.eval_before["reward_stderr"] > 0,
     )
     findings = judge(observed)
-    if not (SMALL <= largest <= LARGE or args.normalize_observations):
+    if not (SMALLEST_INPUT <= largest <= LARGEST_INPUT or args.normalize_observations):
         text = (
             f"The largest absolute value of an observation was {largest:.3g}, and networks learn best from "
             "inputs near 1. Add --normalize-observations, or scale them in the environment."
         )
         findings.append(Finding("observations-far-from-1", "watch", text))
-    code = conclude(session, "environment, policy and estimator", measured, findings)
+    code = conclude(session, "environment, policy and estimator", measurements, findings)
     session.ended = "check"
     result = run.result(session)
     return replace(result, flags=session.flags, exit_code=result.exit_code or code)
