@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,21 +85,22 @@ def find(env: str) -> EnvSpec:
         raise Refused(
             f"env was given as a {type(env).__name__}; give the id under which it is registered."
         )
-    source, _, name = (OWN[env][0] if env in OWN else env).rpartition(":")
-    added = (
-        _import(str(Path(source).resolve()) if source.endswith(".py") else source)
-        if source
-        else None
-    )
+    if env in OWN:
+        return gymnasium.spec(OWN[env][0])
+    source, _, name = env.rpartition(":")
+    registered: list[str] = []
+    if source:
+        file = str(Path(source).resolve()) if source.endswith(".py") else source
+        registered = _import(file)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about older versions: the id given is used
+            warnings.simplefilter("ignore")  # gymnasium warns of older versions
             return gymnasium.spec(name)
     except gymnasium.error.Error as error:
-        if added is not None:
-            hint = (
-                suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
-            )
+        if source:
+            hint = f" Call gymnasium.register({name!r}, ...) in it."
+            if registered:
+                hint = suggest(name, registered)
             raise Refused(
                 f"env '{env}': {source} registers no environment {name!r}.{hint}"
             ) from error
@@ -114,9 +116,8 @@ def _import(source: str) -> list[str]:
     """Import a file or module once; return the ids that it registered."""
     before = dict(gymnasium.registry)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*Overriding environment"
-        )  # imported before by another name
+        # A file may have been imported before by another name.
+        warnings.filterwarnings("ignore", ".*Overriding environment")
         import_source(source, "env")
     return [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]
 
@@ -169,17 +170,16 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     """
     spec = find(env)
     with contextlib.closing(Environments(env, 1, max_episode_steps)) as envs:
-        observations, actions = (
-            envs.vector.single_observation_space,
-            envs.vector.single_action_space,
-        )
+        observations = envs.vector.single_observation_space
+        actions = envs.vector.single_action_space
         modes = envs.vector.metadata.get("render_modes", ())
     discrete = isinstance(actions, spaces.Discrete)
+    size = int(spaces.flatdim(actions))
     return Spec(
         env=spec.id,
         observation_size=int(spaces.flatdim(observations)),
-        actions=int(actions.n) if isinstance(actions, spaces.Discrete) else None,
-        action_size=0 if discrete else int(spaces.flatdim(actions)),
+        actions=size if discrete else None,
+        action_size=0 if discrete else size,
         horizon=_horizon(spec, max_episode_steps),
         solved=None if spec.reward_threshold is None else float(spec.reward_threshold),
         fast=spec.vector_entry_point is not None,
@@ -230,22 +230,25 @@ def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Spa
     """Refuse observations that are no vectors or are pictures, and actions that no head here gives."""
     shape = observations.shape or ()
     if not isinstance(observations, (spaces.Box, spaces.Discrete)):
-        kind = f"are of kind {type(observations).__name__}; supported are Box (flattened), Discrete (one-hot)"
-        raise Refused(f"Observations of {env} {kind}. {REGISTER.format('FlattenObservation')}")
-    if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
-        kind = f"pictures (Box, shape {' x '.join(map(str, shape))}, dtype {observations.dtype})"
         raise Refused(
-            f"Observations of {env} are {kind}, and no policy here has convolutional layers. "
-            + REGISTER.format(
-                "TransformObservation (features), or FlattenObservation if they are no picture"
-            )
+            f"Observations of {env} are of kind {type(observations).__name__}; supported are Box "
+            f"(flattened), Discrete (one-hot). {REGISTER.format('FlattenObservation')}"
         )
+    if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
+        size = " x ".join(map(str, shape))
+        wrapper = "TransformObservation (features), or FlattenObservation if they are no picture"
+        raise Refused(
+            f"Observations of {env} are pictures (Box, shape {size}, dtype {observations.dtype}), and no "
+            f"policy here has convolutional layers. {REGISTER.format(wrapper)}"
+        )
+    if isinstance(actions, spaces.Discrete):
+        return
     real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
-    if not isinstance(actions, spaces.Discrete) and not (real and len(actions.shape or ()) == 1):
-        kind = (
-            f"are {actions!s:.200}; supported are Discrete, and a Box of real numbers with one axis"
+    if not real or len(actions.shape or ()) != 1:
+        raise Refused(
+            f"Actions of {env} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
+            f"one axis. {REGISTER.format('TransformAction')}"
         )
-        raise Refused(f"Actions of {env} {kind}. {REGISTER.format('TransformAction')}")
 
 
 class Environments:
@@ -259,18 +262,19 @@ class Environments:
     ) -> None:
         """Make the copies, of at most `limit` steps an episode (see `make`), or take those of a `vector`."""
         self.vector = vector or make(env, num_envs, limit)
-        self.env, self.num_envs = find(env).id, num_envs
+        self.env = find(env).id
+        self.num_envs = num_envs
         self._observations: Any = self.vector.single_observation_space
-        actions: Any = self.vector.single_action_space
-        self._start = int(actions.start) if isinstance(actions, spaces.Discrete) else None
-        if self._start is None:
-            self._low, self._high = actions.low, actions.high
-            exact = np.promote_types(actions.dtype, np.float32)
-            low, high = actions.low.astype(exact), actions.high.astype(exact)
+        self._actions: Any = self.vector.single_action_space
+        if isinstance(self._actions, spaces.Box):
+            low = self._actions.low.astype(np.float64)
+            high = self._actions.high.astype(np.float64)
+            # Where a bound is missing, -1 and 1 stand for themselves.
             bounded = (np.abs(low) <= LARGEST) & (np.abs(high) <= LARGEST)
-            least, most = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-            self._middle = ((least + most) / 2).astype(exact)
-            self._half = ((most - least) / 2).astype(exact)
+            low = np.where(bounded, low, -1.0)
+            high = np.where(bounded, high, 1.0)
+            self._middle = (low + high) / 2
+            self._half = (high - low) / 2
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start a new episode in every copy; return the observations [E, O].
@@ -278,8 +282,8 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
-        observations: np.ndarray = self._call("reset", seed=seed)[0]
-        return observations
+        with self._failures("reset"):
+            return self.flat(self.vector.reset(seed=seed)[0])
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Step every copy.
@@ -296,25 +300,27 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
-        observations, rewards, terminated, truncated = self._call("step", self.translate(actions))
-        return observations, rewards, terminated, truncated
+        with self._failures("step"):
+            observations, *columns = self.vector.step(self.translate(actions))
+            rewards, terminated, truncated = map(np.array, columns[:3])
+            return self.flat(observations), rewards, terminated, truncated
 
-    def _call(self, method: str, *args: Any, **options: Any) -> tuple[Any, ...]:
-        """Call a method of the copies; return its results with flat observations, but without the infos."""
+    @contextlib.contextmanager
+    def _failures(self, method: str) -> Iterator[None]:
+        """Report an error of the environment's own code by its name."""
         try:
-            answer = getattr(self.vector, method)(*args, **options)
-            return () if answer is None else (self.flat(answer[0]), *map(np.array, answer[1:4]))
+            yield
         except USER_CODE_FAILED as error:
-            raise Stopped(
-                f"The environment {self.env} failed in {method}(): {raised(error)}."
-            ) from error
+            text = f"The environment {self.env} failed in {method}(): {raised(error)}."
+            raise Stopped(text) from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""
-        if self._start is not None:
-            return actions + self._start
+        space = self._actions
+        if isinstance(space, spaces.Discrete):
+            return actions + int(space.start)
         scaled = self._middle + self._half * actions
-        return np.clip(scaled, self._low, self._high).astype(self._low.dtype)
+        return np.clip(scaled, space.low, space.high).astype(space.dtype)
 
     def flat(self, observations: np.ndarray) -> np.ndarray:
         """Flatten the observations of E copies to [E, O]."""
@@ -326,6 +332,7 @@ class Environments:
     def close(self) -> None:
         """Close the copies. An error is only a warning, because they are not needed any more."""
         try:
-            self._call("close")
+            with self._failures("close"):
+                self.vector.close()
         except Stopped as error:
             warnings.warn(str(error), stacklevel=2)

@@ -22,6 +22,8 @@ from tokenrl.errors import Refused
 
 SEEDS = 2**30
 """Seeds of training are below this number and those of evaluation are not, so that they never share one."""
+MOST_COPIES = 10**6
+"""Largest number of copies of an environment, which take consecutive seeds."""
 
 
 def seed_of(seed: int, purpose: int, rollout: int = 0, *, evaluation: bool = False) -> int:
@@ -33,9 +35,8 @@ def seed_of(seed: int, purpose: int, rollout: int = 0, *, evaluation: bool = Fal
         rollout: number of rollouts before, for a purpose that needs a seed in each of them.
         evaluation: whether it is for an evaluation.
     """
-    number = int(np.random.SeedSequence([seed, purpose, rollout]).generate_state(1)[0]) % (
-        SEEDS - 10**6
-    )
+    (state,) = np.random.SeedSequence([seed, purpose, rollout]).generate_state(1)
+    number = int(state) % (SEEDS - MOST_COPIES)
     return number + SEEDS if evaluation else number
 
 
@@ -48,18 +49,19 @@ def evaluation_metrics(
         For both, the mean return (of unscaled rewards, undiscounted) and its standard error over episodes;
         and the mean length of the episodes with sampled actions.
     """
-    metrics: dict[str, float] = {}
     start = seed_of(seed, 1, evaluation=True)
-    for name, generator in (
-        ("reward", torch.Generator().manual_seed(seed)),
-        ("reward_greedy", None),
-    ):
-        rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
-        metrics[name], metrics[f"{name}_stderr"] = map(
-            float, mean_and_error(rollout.returns.double())
-        )
-        metrics.setdefault("episode_length", float(rollout.lengths.double().mean()))
-    return metrics
+    generator = torch.Generator().manual_seed(seed)
+    sampled = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
+    greedy = collect_episodes(envs, policy, spec.horizon, None, seed=start)
+    reward, error = mean_and_error(sampled.returns.double())
+    greedy_reward, greedy_error = mean_and_error(greedy.returns.double())
+    return {
+        "reward": float(reward),
+        "reward_stderr": float(error),
+        "episode_length": float(sampled.lengths.double().mean()),
+        "reward_greedy": float(greedy_reward),
+        "reward_greedy_stderr": float(greedy_error),
+    }
 
 
 def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
@@ -74,16 +76,14 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
 
     # Many environments draw with SDL, which fails where there is no display unless its driver is 'dummy'.
     driver = os.environ.get("SDL_VIDEODRIVER")
-    os.environ["SDL_VIDEODRIVER"] = driver or "dummy"
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    start = seed_of(seed, 2, evaluation=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with contextlib.closing(
-                Environments(spec.env, 1, vector=SyncVectorEnv([camera]))
-            ) as envs:
-                collect_episodes(
-                    envs, policy, spec.horizon, None, seed=seed_of(seed, 2, evaluation=True)
-                )
+            envs = Environments(spec.env, 1, vector=SyncVectorEnv([camera]))
+            with contextlib.closing(envs):
+                collect_episodes(envs, policy, spec.horizon, None, seed=start)
     finally:
         if driver is None:
             del os.environ["SDL_VIDEODRIVER"]
