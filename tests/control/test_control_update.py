@@ -12,7 +12,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
 from tokenrl.control.setup import check_supported
-from tokenrl.control.update import Agent, learn, prepare, scheduled
+from tokenrl.control.update import Agent, learn, loss_units, scheduled
 from tokenrl.core import Estimator
 from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, Stopped
@@ -181,7 +181,7 @@ def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value(gamma, options,
     estimator = Estimator(baseline="value", returns="gae", lam=0.9, gamma=gamma)
     agent, rollout = agent_of(estimator, **options), rollout_of()
     values = agent.policy.values(rollout.final_observations).detach()
-    flat, _ = prepare(agent, estimator, rollout)
+    flat, _ = loss_units(agent, estimator, rollout)
     rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
     expected = rewards + gamma * torch.tensor(goes_on) * values
     torch.testing.assert_close(flat.returns[LENGTHS.cumsum(0) - 1, 0], expected)
@@ -271,4 +271,4 @@ def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
 @pytest.mark.parametrize(("ratio", "width"), [("token", 1), ("sequence_mean", 4)])
 def test_rows_that_a_ratio_sums_over_are_not_split(ratio, width):
     estimator = Estimator(baseline="none", entropy_coef=0.1, ratio=ratio)
-    assert prepare(agent_of(estimator), estimator, rollout_of())[0].mask.shape[1] == width
+    assert loss_units(agent_of(estimator), estimator, rollout_of())[0].mask.shape[1] == width

@@ -33,7 +33,8 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
 
     env: str = "CartPole-v1"
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
-    An own one with the file or module that registers it: my_envs.py:Mine-v0, my_package.envs:Mine-v0.
+    For your own environment, name the file or module that registers it: my_envs.py:Mine-v0 or
+    my_package.envs:Mine-v0.
     Observations are a Box, flattened, or Discrete, one-hot. A Box with several axes is refused as a picture
     if its numbers are bytes or more than 1,024."""
     estimator: Estimator = field(
@@ -53,7 +54,7 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     max_episode_steps: Count | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
     time_limits: Literal["bootstrap", "end"] = "bootstrap"
-    """Let a critic estimate what a time limit cuts off, if gamma is below 1; or treat a limit as an end."""
+    """A critic estimates the rewards after a time limit, if gamma is below 1; or a time limit is an end."""
     head: Literal["auto", "softmax", "gaussian"] = "auto"
     """Distribution of actions; auto chooses by the action space."""
     hidden: tuple[Count, ...] = (64,)
@@ -105,18 +106,18 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Try everything out without a change of the weights, print all problems with how to mend them, and how
-    long the run will take, and stop. Exit code 0: passed (remarks apart); 2: there is a problem."""
+    """Try everything out without changing the weights, print all problems with their remedies, print how long
+    the run will take, and stop. Exit code 0: passed, perhaps with remarks; 2: there is a problem."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 AGENTS = ("classic", "tuned")
 
-# The agent of textbooks. Each episode is a batch of its own: the discounted returns to go of its steps,
+# The agent of textbooks. Each episode is a batch by itself: the discounted returns to go of its steps,
 # shifted to mean 0 and divided by their standard deviation, weight the scores of its actions. Mean and
-# deviation contain the results of the very actions that they judge, which biases the gradient
-# (`core/choices.py` says towards what), and an episode is never compared with another one.
+# deviation depend on the actions that they judge, which biases the gradient (see `core/choices.py`), and
+# episodes are never compared with each other.
 CLASSIC: dict[str, Any] = {
     "estimator": Estimator(
         baseline="episode_mean",
@@ -134,7 +135,7 @@ CLASSIC: dict[str, Any] = {
 CLASSIC_EPISODES = {"CartPole-v1": 400, "Acrobot-v1": 300, "LunarLander-v3": 1000}
 """Episodes that the classic agent trains on, by environment; one episode is one update."""
 OTHER_EPISODES = 1000
-"""Episodes of the classic agent in an environment that `CLASSIC_EPISODES` does not list."""
+"""Episodes of the classic agent in all other environments."""
 
 # The parts of PPO: the critic and GAE (lam) make credit local. A discount bounds how far ahead the critic
 # must see, and lets a time limit be bootstrapped. The clipped ratio allows several passes over the same
@@ -185,7 +186,7 @@ TUNED: dict[str, dict[str, Any]] = {
 
 ABOUT_AGENT = (
     "Start from the settings of an agent: classic (one episode an update) fits any environment, tuned has "
-    f"some for {', '.join(TUNED)}. Flags override them."
+    f"settings for {', '.join(TUNED)}. Flags override them."
 )
 """Help of the flag --agent."""
 
@@ -208,6 +209,8 @@ def agent_settings(agent: str, env: str) -> dict[str, Any]:
     if agent == "classic":
         return {"env": env, **CLASSIC, "max_steps": CLASSIC_EPISODES.get(env, OTHER_EPISODES)}
     if env not in TUNED:
-        some = f"it has some for {', '.join(TUNED)}. The agent 'classic' fits any environment."
-        raise Refused(f"The agent 'tuned' has no settings for {env!r}; {some}")
+        raise Refused(
+            f"The agent 'tuned' has no settings for {env!r}; it has settings for {', '.join(TUNED)}. "
+            "The agent 'classic' fits any environment."
+        )
     return {"env": env, **TUNED[env]}

@@ -132,17 +132,18 @@ class Policy(nn.Module):
         self.scale = (
             ObservationScale(shape.observation_size) if shape.normalize_observations else None
         )
-        width = [shape.observation_size, *shape.hidden][-1]
-        kind = shape.initial_weights
+        width = shape.hidden[-1] if shape.hidden else shape.observation_size
+        outputs = shape.action_size
+        if shape.head == "gaussian":
+            outputs *= 2  # means and log stds
         self.body = _layers(shape, generator)
-        outputs = shape.action_size * (2 if shape.head == "gaussian" else 1)
-        self.head = _linear(width, outputs, 0.01, generator, kind)
+        self.head = _linear(shape, width, outputs, 0.01, generator)
         self.critic: nn.Module | None = None
         if shape.critic is not None:
-            top = _linear(width, 1, 1.0, generator, kind)
-            self.critic = (
-                top if shape.critic == "shared" else nn.Sequential(_layers(shape, generator), top)
-            )
+            top = _linear(shape, width, 1, 1.0, generator)
+            self.critic = top
+            if shape.critic == "separate":
+                self.critic = nn.Sequential(_layers(shape, generator), top)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O]."""
@@ -152,7 +153,9 @@ class Policy(nn.Module):
         """Return the critic's value [M] of observations [M, O]."""
         if self.critic is None:
             raise ValueError("this policy has no critic")
-        layers = (self.body, self.critic) if self.shape.critic == "shared" else (self.critic,)
+        layers = [self.critic]
+        if self.shape.critic == "shared":
+            layers.insert(0, self.body)
         return _function(*layers)(self._scaled(observations)).squeeze(-1)
 
     def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
@@ -166,12 +169,15 @@ class Policy(nn.Module):
 
     def actor(self) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Return `act` for many calls in a row; it follows changes of the weights in place, and no others."""
-        forward, softmax = _function(self.body, self.head), self.shape.head == "softmax"
+        forward = _function(self.body, self.head)
+        softmax = self.shape.head == "softmax"
 
         def act(observations: Tensor, noise: Tensor | None) -> Tensor:
             parameters = forward(self._scaled(observations))
-            if softmax:  # the argmax of logits plus Gumbel noise is a draw
-                return (parameters if noise is None else parameters + noise).argmax(-1)
+            if softmax and noise is not None:
+                parameters = parameters + noise  # the argmax of logits plus Gumbel noise is a draw
+            if softmax:
+                return parameters.argmax(-1)
             mean, log_std = _mean_and_log_std(parameters)
             return mean if noise is None else mean + log_std.exp() * noise
 
@@ -196,24 +202,25 @@ class Policy(nn.Module):
         """
         parameters = self(observations)
         if self.shape.head == "softmax":
-            logprobs = parameters.log_softmax(-1)
-            chosen = logprobs.gather(-1, actions[:, None]).squeeze(-1)
-            log_pi = logprobs if entropy_gradient else logprobs.detach()
+            log_pi = parameters.log_softmax(-1)
+            logprobs = log_pi.gather(-1, actions[:, None]).squeeze(-1)
+            if not entropy_gradient:
+                log_pi = log_pi.detach()
             probabilities = log_pi.exp()
-            norms = score_norm_of(chosen.detach(), probabilities.detach())
-            return Scored(chosen, entropy_of(log_pi, probabilities), norms)
+            norms = score_norm_of(logprobs.detach(), probabilities.detach())
+            return Scored(logprobs, entropy_of(log_pi, probabilities), norms)
         mean, log_std = _mean_and_log_std(parameters)
         z = (actions - mean) / log_std.exp()
-        chosen = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        logprobs = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
         # Derivatives of the log density: z / std in the mean, z^2 - 1 in the log std.
         slopes = (z / log_std.exp()).square() + (z.square() - 1).square()
-        return Scored(chosen, entropy, slopes.sum(-1).detach())
+        return Scored(logprobs, entropy, slopes.sum(-1).detach())
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return all parameters but those of a separate critic."""
-        separate = set(self.value_parameters())
-        return [parameter for parameter in self.parameters() if parameter not in separate]
+        critic = set(self.value_parameters())
+        return [parameter for parameter in self.parameters() if parameter not in critic]
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of a separate critic."""
@@ -255,18 +262,15 @@ def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation]
     layers: list[nn.Module] = []
     for before, after in pairwise([shape.observation_size, *shape.hidden]):
-        layers += [
-            _linear(before, after, math.sqrt(2), generator, shape.initial_weights),
-            activation(),
-        ]
+        layers += [_linear(shape, before, after, math.sqrt(2), generator), activation()]
     return nn.Sequential(*layers)
 
 
 def _linear(
-    before: int, after: int, gain: float, generator: torch.Generator | None, kind: str
+    shape: Shape, before: int, after: int, gain: float, generator: torch.Generator | None
 ) -> nn.Linear:
     layer = nn.Linear(before, after)
-    if kind == "uniform":
+    if shape.initial_weights == "uniform":
         bound = 1 / math.sqrt(before)
         for parameter in layer.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
@@ -288,10 +292,9 @@ def read_policy(folder: str | Path) -> Policy:
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(model / "policy.safetensors"))
     except Exception as error:  # JSON, shapes and weights each have errors of their own
-        text = (
-            f"No policy could be read from {model} ({describe(error)}). Give that of a control run."
-        )
-        raise Refused(text) from error
+        raise Refused(
+            f"No policy could be read from {model} ({describe(error)}). Give the directory of a control run."
+        ) from error
     return policy
 
 
@@ -319,17 +322,14 @@ class SavedPolicy:
             Refused: the folder holds no policy, or one of another shape.
         """
         saved = read_policy(folder)
-        expected, loaded = vars(self.policy.shape), vars(saved.shape)
-        # The initial weights do not matter, because the loaded ones replace them.
-        differ = [
-            name
-            for name in expected
-            if loaded[name] != expected[name] and name != "initial_weights"
-        ]
-        if differ:
-            text = ", ".join(
-                f"{name} {loaded[name]!r} instead of {expected[name]!r}" for name in differ
-            )
+        loaded = vars(saved.shape)
+        differences = []
+        for name, expected in vars(self.policy.shape).items():
+            # The initial weights do not matter, because the loaded ones replace them.
+            if loaded[name] != expected and name != "initial_weights":
+                differences.append(f"{name} {loaded[name]!r} instead of {expected!r}")
+        if differences:
+            text = ", ".join(differences)
             raise Refused(
                 f"The policy in {folder} has {text}. Give these settings, or leave load out."
             )

@@ -12,7 +12,6 @@ import copy
 import math
 import time
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from tokenrl.control.arguments import ControlArguments, agent_settings

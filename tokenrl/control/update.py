@@ -99,7 +99,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     args = agent.args
     policy = agent.policy
     estimator = scheduled(args, step)
-    units, metrics = prepare(agent, estimator, rollout)
+    units, metrics = loss_units(agent, estimator, rollout)
     count = len(units.mask)
     updates: list[dict[str, float]] = []
     for _ in range(args.num_iterations):
@@ -132,27 +132,33 @@ def scheduled(args: ControlArguments, step: int) -> Estimator:
 
 
 @torch.no_grad()
-def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units, dict[str, float]]:
-    """Compute what the loss needs from a rollout, and metrics of the policy that played it."""
-    policy, mask = agent.policy, rollout.mask
-    scored = values = bootstrap = None
-    before = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
-    if before or estimator.needs_score_norms:
-        scored = policy.score(*unpadded(mask, rollout.observations, rollout.actions))
+def loss_units(
+    agent: Agent, estimator: Estimator, rollout: Rollout
+) -> tuple[Units, dict[str, float]]:
+    """Return the units of a rollout that the loss sums over, and metrics of the policy that played it."""
+    args = agent.args
+    policy = agent.policy
+    mask = rollout.mask
+    scored = None
+    values = None
+    bootstrap = None
+    ratio = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
+    if ratio or estimator.needs_score_norms:
+        scored = policy.score(rollout.observations[mask], rollout.actions[mask])
     if estimator.needs_values:
-        values = in_rows(policy.values(*unpadded(mask, rollout.observations)), mask)
+        values = in_rows(policy.values(rollout.observations[mask]), mask)
         # A terminal state has value 0. A truncated episode would have gone on, so the critic's value is added
         # in place of its later rewards; except with gamma 1, where the return of an episode is the sum of its
         # own rewards. A value of normalised returns is in other units than rewards, so it is not added.
         ends = rollout.terminated
-        if estimator.gamma == 1 or agent.args.time_limits == "end":
+        if estimator.gamma == 1 or args.time_limits == "end":
             ends = ends | rollout.truncated
         if "returns" not in estimator.within_rows:
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
     check_rewards(estimator, rollout.rewards, mask.any(-1))
     terms = loss_terms(
         estimator,
-        rollout.rewards * agent.args.reward_scale,
+        rollout.rewards * args.reward_scale,
         mask,
         group_size=len(mask) if estimator.needs_groups else None,
         max_length=agent.horizon,
@@ -162,12 +168,13 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
         baseline_value=read(agent.memory, keys_of(rollout)) if estimator.needs_memory else None,
     )
     advantages = terms.advantages
-    advantages = advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages
-    metrics = {
-        "advantage_std": float(unpadded(mask, advantages)[0].std()) if mask.sum() > 1 else 0.0
-    }
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand(mask.shape)
+    metrics = {"advantage_std": 0.0}
+    if mask.sum() > 1:
+        metrics["advantage_std"] = float(advantages[mask].std())
     if values is not None:
-        metrics["explained_variance"] = explained(*unpadded(mask, values, terms.returns))
+        metrics["explained_variance"] = explained(values[mask], terms.returns[mask])
     units = Units(
         observations=rollout.observations,
         actions=rollout.actions,
@@ -189,16 +196,7 @@ def keys_of(rollout: Rollout) -> Tensor:
 
 def one_by_one(rows: Units) -> Units:
     """Make every action a unit of its own, and leave out the padding."""
-    return rows.each(lambda x: unpadded(rows.mask, x)[0][:, None])
-
-
-def unpadded(mask: Tensor, *rows: Tensor) -> list[Tensor]:
-    """Return the entries [M, ...] of each tensor [N, T, ...] at the M steps where the mask is True."""
-    flat = [x.flatten(0, 1) for x in rows]
-    if mask.all():
-        return flat
-    chosen = mask.flatten().nonzero().squeeze(1)
-    return [x.index_select(0, chosen) for x in flat]
+    return rows.each(lambda x: x[rows.mask][:, None])
 
 
 def explained(values: Tensor, returns: Tensor) -> float:
@@ -230,8 +228,10 @@ def _losses(agent: Agent, estimator: Estimator, units: Units) -> tuple[Tensor, T
     """Return the losses of policy and critic, and the mean entropy of the actions."""
     policy = agent.policy
     mask = units.mask
-    observations, actions = unpadded(mask, units.observations, units.actions)
-    scored = policy.score(observations, actions, entropy_gradient=estimator.needs_entropy)
+    observations = units.observations[mask]
+    scored = policy.score(
+        observations, units.actions[mask], entropy_gradient=estimator.needs_entropy
+    )
     objective = estimator.loss(
         in_rows(scored.logprobs, mask),
         units.advantages,
@@ -268,7 +268,8 @@ def _apply(agent: Agent) -> float:
         agent.nonfinite = 0
         agent.optimizer.step()
         return norm
-    agent.skipped, agent.nonfinite = agent.skipped + 1, agent.nonfinite + 1
+    agent.skipped += 1
+    agent.nonfinite += 1
     if agent.nonfinite >= agent.args.stop_after_nonfinite:
         raise Stopped(
             f"The gradient was not finite in {agent.nonfinite} updates in a row, which were skipped. Lower "
