@@ -74,7 +74,9 @@ def told(family: Any, scores: Any, digits: int = 3) -> list[str]:
 
 def verdict(against: Mapping[str, Any], label: str) -> list[str]:
     """Return two cells: the difference of an arm or cell to the reference, and the verdict."""
-    return [against[label].apart, against[label].verdict] if label in against else ["", "reference"]
+    return (
+        [against[label].interval, against[label].verdict] if label in against else ["", "reference"]
+    )
 
 
 def marked(part: str, arm: str, before: str = " ", tick: str = "`") -> str:
@@ -112,7 +114,7 @@ def rates(axes: Axes, part: str) -> str:
         cells += [f"{chosen[arm]:g}", f"{clipped[arm]:.0%}"]
         for name, scores in zip(parts, each, strict=True):
             cells += told(judged(name), scores, 3 if margin < 1 else 1)
-        rows.append([*cells, greedy[arm].apart if arm in greedy else ""])
+        rows.append([*cells, greedy[arm].interval if arm in greedy else ""])
     for name, up in zip(parts, (0.14, -0.14), strict=False):
         forest(axes, judged(name).against_reference, margin, up, hollow=name != part)
     axes.set_yticklabels([marked(part, arm, "\n", "") for arm in greedy])

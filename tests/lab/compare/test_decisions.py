@@ -144,7 +144,7 @@ def test_an_interval_of_width_zero_decides_nothing(apart):
     found, text = one(reference, [x + apart for x in reference], margin=0.5)
     assert found.verdict == "undecided"
     assert found.adjusted.low == found.adjusted.high
-    assert "says nothing of how they vary" in text
+    assert "does not show how they vary" in text
 
 
 def test_every_verdict_says_which_failure_rates_are_not_excluded():

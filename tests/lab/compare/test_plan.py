@@ -12,8 +12,9 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.loop import missing
-from tokenrl.lab.compare.plan import continue_plan, read_plan, write_plan
+from tokenrl.lab.compare.execution import remove_comparison
+from tokenrl.lab.compare.loop import continue_plan, missing
+from tokenrl.lab.compare.plan import read_plan, write_plan
 from tokenrl.lab.compare.problems import make_plan, read_arm
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
@@ -84,9 +85,9 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
     assert [run["learning_rate"] for run in runs.values()] == [2e-4, 2e-4, 2e-4, 1e-3, 2e-4]
     assert made.run(problem, made.arms[3], 0, rate=5e-4).learning_rate == 5e-4
     assert made.describe()["length on sort_digits"] == (
-        "rloo, rloo,learning_rate=1e-3: 40 steps of 128 completions; remax: 36 steps of 144 completions; "
-        "grpo,num_generations=4: 80 steps of 64 completions; dapo: 40 steps of 128 completions and refills. "
-        "Runs with refills are read at 5,120 completions"
+        "rloo: 40 steps of 128; remax: 36 steps of 144; grpo,num_generations=4: 80 steps of 64; "
+        "rloo,learning_rate=1e-3: 40 steps of 128; "
+        "dapo: 40 steps of 128 and refills, read at 5,120 completions"
     )
     double = toy("rloo", "grpo,prompts_per_step=32").runs()[1].settings
     assert (double["max_steps"], double["eval_every"]) == (20, runs["rloo"]["eval_every"] // 2)
@@ -194,25 +195,23 @@ def begun(tmp_path):
 
 
 def test_the_same_plan_goes_on_and_is_read_back(begun):
-    assert continue_plan(plan(), begun, overwrite=False) == plan()
+    assert continue_plan(plan(), begun) == plan()
     assert read_plan(begun).runs() == plan().runs()
 
 
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
-    more = continue_plan(plan(seeds=5), begun, overwrite=False)
+    more = continue_plan(plan(seeds=5), begun)
     arms = "reinforce, reinforce_timestep_mean"
     assert more.changes == (
         f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",
     )
     wider = plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean"))
-    added = continue_plan(wider, begun, overwrite=False)
+    added = continue_plan(wider, begun)
     assert added.changes == (
         "3 runs of rloo,baseline=batch_mean with seeds from 0 to 2 were added after runs had begun",
     )
     write_plan(added, begun)
-    assert continue_plan(wider, begun, overwrite=False).changes == added.changes, (
-        "it stays exploratory"
-    )
+    assert continue_plan(wider, begun).changes == added.changes, "it stays exploratory"
 
 
 def test_another_way_to_judge_is_exploratory(begun):
@@ -222,7 +221,7 @@ def test_another_way_to_judge_is_exploratory(begun):
         "failure_below": 0.2,
         "all_pairs": True,
     }
-    changes = continue_plan(plan(**other), begun, overwrite=False).changes
+    changes = continue_plan(plan(**other), begun).changes
     assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
 
 
@@ -240,28 +239,28 @@ def test_another_way_to_judge_is_exploratory(begun):
 )
 def test_another_experiment_in_the_same_directory_is_refused(begun, options, words):
     with pytest.raises(Refused, match=f"another comparison: .*{words}"):
-        continue_plan(plan(**options), begun, overwrite=False)
+        continue_plan(plan(**options), begun)
     assert (begun / "plan.json").is_file()
-    assert continue_plan(plan(**options), begun, overwrite=True).changes == ()
+    remove_comparison(begun)
     assert not (begun / "runs").exists()
 
 
 def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
     write_plan(plan(), tmp_path)
-    assert continue_plan(plan(seeds=5), tmp_path, overwrite=False).changes == ()
+    assert continue_plan(plan(seeds=5), tmp_path).changes == ()
 
 
 def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
+    for refuses in (lambda: continue_plan(plan(), other), lambda: remove_comparison(other)):
         with pytest.raises(Refused, match="holds files"):
-            continue_plan(plan(), other, overwrite=overwrite)
+            refuses()
     assert (other / "thesis.tex").is_file()
     for text in (json.dumps({"plan": None})[:-3], "{}", '{"plan": {}}'):
         (begun / "plan.json").write_text(text)
         with pytest.raises(Refused, match="cannot be read"):
-            continue_plan(plan(), begun, overwrite=False)
+            continue_plan(plan(), begun)
 
 
 TUNED = {

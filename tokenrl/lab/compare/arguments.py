@@ -102,22 +102,18 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             )
         for name in ("task", "reward", "model", "arms"):
             value = getattr(self, name, self.shared.get(name)) or ()
-            if not all(
-                isinstance(part, str)
-                for part in (value if isinstance(value, tuple | list) else [value])
-            ):
+            parts = value if isinstance(value, tuple | list) else [value]
+            if not all(isinstance(part, str) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
 
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """Put the options that are settings of the runs, and not of the comparison itself, under `shared`."""
-    own_options = {
-        name: value for name, value in options.items() if name in field_types(CompareArguments)
-    }
-    shared = {name: value for name, value in options.items() if name not in own_options}
-    if not shared or not isinstance(
-        own_options.get("shared", {}), Mapping
-    ):  # which the arguments refuse
-        return own_options
-    return own_options | {"shared": {**own_options.get("shared", {}), **shared}}
+    fields = field_types(CompareArguments)
+    own_options = {name: value for name, value in options.items() if name in fields}
+    of_runs = {name: value for name, value in options.items() if name not in fields}
+    shared = own_options.get("shared", {})
+    if of_runs and isinstance(shared, Mapping):  # which the arguments refuse if it is none
+        own_options["shared"] = {**shared, **of_runs}
+    return own_options

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-import tokenrl.lab.compare.intervals as numbers
 from tokenrl.errors import Refused
-from tokenrl.lab.compare.intervals import Interval
+from tokenrl.lab.compare.intervals import (
+    LEAST_PAIRS,
+    Estimate,
+    differences_by_seed,
+    failures_differ,
+    level_of,
+    mean_interval,
+)
 from tokenrl.lab.compare.judgement import (
     ArmScores,
     Family,
@@ -71,95 +77,96 @@ def judge_scores(
         >>> rows = [("ppo", s, x) for s, x in enumerate(ppo)] + [("rloo", s, x) for s, x in enumerate(rloo)]
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
-    frame = _rows(table, metric, {tuple(run) for run in failed}, failure_below)
-    problems = list(dict.fromkeys(frame["problem"]))
+    frame = _rows(table, metric, failed, failure_below)
+    problems = list(frame["problem"].unique())
     margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
-    for problem, limit in margins.items():
+    for problem, size in margins.items():
         check_choice("the problem in margin", problem, problems)
-        if limit is not None:
-            check_number("margin", limit, above=0)
+        if size is not None:
+            check_number("margin", size, above=0)
     families = []
     for problem in problems:
-        limit, arms = margins.get(problem), dict[str, ArmScores]()
-        for name, runs in frame[frame["problem"] == problem].groupby("arm", sort=False):
-            arm, sound = str(name), runs[~runs["failed"]]
-            scores = dict(zip(sound["seed"].tolist(), sound["score"].tolist(), strict=True))
-            lost = tuple(runs["seed"][runs["failed"]].tolist())
-            arms[arm] = ArmScores(arm, scores, lost, (void or {}).get((problem, arm), ""))
-        label = next(iter(arms)) if reference is None else reference
-        check_choice("reference", label, arms)
-        if len(arms) < 2:
-            raise Refused(
-                f"{problem or 'The table'} has only the arm {label!r}; give two arms or more."
+        arms = {}
+        for arm, runs in frame[frame["problem"] == problem].groupby("arm", sort=False):
+            sound = runs[~runs["failed"]]
+            arms[str(arm)] = ArmScores(
+                arm=str(arm),
+                scores=dict(zip(sound["seed"].tolist(), sound["score"].tolist(), strict=True)),
+                failed=tuple(runs["seed"][runs["failed"]].tolist()),
+                void=(void or {}).get((problem, arm), ""),
             )
-        against = [arm_scores for arm_scores in arms.values() if arm_scores.arm != label]
-        pairs = [(arm_scores, arms[label]) for arm_scores in against]
-        pairs += [
-            (arm_scores, earlier) for earlier, arm_scores in combinations(against, 2) if all_pairs
-        ]
-        differences = tuple(_compare_pair(*pair, limit, len(pairs)) for pair in pairs)
-        families.append(Family(problem, label, limit, tuple(arms.values()), differences))
+        families.append(_judge_family(problem, arms, reference, margins.get(problem), all_pairs))
     return Judgement(metric, tuple(families))
 
 
+def _judge_family(
+    problem: str,
+    arms: Mapping[str, ArmScores],
+    reference: str | None,
+    margin: float | None,
+    all_pairs: bool,
+) -> Family:
+    """Compare the arms on one problem; the arguments are those of `judge_scores`."""
+    label = next(iter(arms)) if reference is None else reference
+    check_choice("reference", label, arms)
+    against = [scores for arm, scores in arms.items() if arm != label]
+    if not against:
+        raise Refused(
+            f"{problem or 'The table'} has only the arm {label!r}; give two arms or more."
+        )
+    pairs = [(arm, arms[label]) for arm in against]
+    if all_pairs:
+        pairs += [(later, earlier) for earlier, later in combinations(against, 2)]
+    differences = tuple(_compare_pair(*pair, margin, len(pairs)) for pair in pairs)
+    return Family(problem, label, margin, tuple(arms.values()), differences)
+
+
 def _rows(
-    table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None
+    table: Any, metric: str, failed: Iterable[Sequence[Any]], failure_below: float | None
 ) -> pd.DataFrame:
     """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
     frame = _as_frame(table)
-    other_names = {"score": metric, "problem": "task"}
-    frame = frame.rename(
-        columns={b: a for a, b in other_names.items() if a not in frame and b in frame}
-    )
+    for column, synonym in (("score", metric), ("problem", "task")):
+        if column not in frame:
+            frame = frame.rename(columns={synonym: column})
     if frame.empty or not {"arm", "seed", "score"} <= set(frame):
         raise Refused(
             f"The table has {len(frame)} rows and the columns {', '.join(map(str, frame)) or 'none'}; it "
             f"needs a row for each run, with arm, seed and {metric}, and problem if there are several."
         )
-    blank = pd.Series("", frame.index)
-    rows_read = pd.DataFrame(
-        {
-            "problem": frame.get("problem", blank).fillna("").astype(str),
-            "arm": frame["arm"].astype(str),
-            "seed": pd.to_numeric(frame["seed"], errors="coerce"),
-            "score": pd.to_numeric(frame["score"], errors="coerce").astype(float),
-            "failed": frame.get("failed", blank)
-            .astype(str)
-            .str.lower()
-            .isin(["true", "1", "1.0", "yes"]),
-        }
-    ).reset_index(drop=True)
-    keys = list(zip(rows_read["problem"], rows_read["arm"], rows_read["seed"], strict=True))
-    if unknown := failed - {*keys, *(key[1:] for key in keys)}:
-        raise Refused(
-            f"failed names the run {min(unknown)}, which the table lacks; give (arm, seed)."
-        )
-    rows_read["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
+    runs = frame.reindex(columns=["problem", "arm", "seed", "score", "failed"])
+    runs = runs.reset_index(drop=True)
+    runs["problem"] = runs["problem"].astype(object).fillna("").astype(str)
+    runs["arm"] = runs["arm"].astype(str)
+    for column in ("seed", "score"):
+        runs[column] = pd.to_numeric(runs[column], errors="coerce").astype(float)
+    runs["failed"] = runs["failed"].astype(str).str.lower().isin(["true", "1", "1.0", "yes"])
+    for run in failed:
+        labels = ["problem", "arm", "seed"][-len(run) :]
+        rows = (runs[labels] == list(run)).all(axis=1)
+        if not rows.any():
+            raise Refused(f"failed names the run {run}, which the table lacks; give (arm, seed).")
+        runs["failed"] |= rows
     if failure_below is not None:
-        rows_read["failed"] |= rows_read["score"] < failure_below
-    unknown_score = ~np.isfinite(rows_read["score"]) & ~rows_read["failed"]
-    wrong = {
-        "has no whole number as its seed": rows_read["seed"] % 1 != 0,
+        runs["failed"] |= runs["score"] < failure_below
+    mistakes = {
+        "has no whole number as its seed": runs["seed"] % 1 != 0,
         "has no finite score; give the one at its end, or say that it failed (failed): leaving failed runs "
-        "out would flatter the arm": unknown_score,
-        "is there a second time; give each run once": rows_read.duplicated(
-            ["problem", "arm", "seed"]
-        ),
+        "out would flatter the arm": ~np.isfinite(runs["score"]) & ~runs["failed"],
+        "is there a second time; give each run once": runs.duplicated(["problem", "arm", "seed"]),
     }
-    for words, rows in wrong.items():
+    for mistake, rows in mistakes.items():
         if rows.any():
-            run = rows_read[rows].iloc[0]
-            raise Refused(f"Row {run.name}, arm {run['arm']!r}, seed {run['seed']:.0f}, {words}.")
-    return rows_read.astype({"seed": int})
+            run = runs[rows].iloc[0]
+            raise Refused(f"Row {run.name}, arm {run['arm']!r}, seed {run['seed']:.0f}, {mistake}.")
+    return runs.astype({"seed": int})
 
 
 def _as_frame(table: Any) -> pd.DataFrame:
     """Make a data frame of a CSV file, of another library's table, or of rows."""
     if isinstance(table, str | os.PathLike):
-        try:
-            return pd.read_csv(
-                table, dtype=str, keep_default_na=False
-            )  # "None" may be the name of an arm
+        try:  # "None" may be the name of an arm
+            return pd.read_csv(table, dtype=str, keep_default_na=False)
         except (OSError, ValueError) as error:
             raise Refused(
                 f"The table {table} cannot be read ({error}); give a CSV file."
@@ -168,37 +175,42 @@ def _as_frame(table: Any) -> pd.DataFrame:
         return table.to_pandas()
     if isinstance(table, pd.DataFrame):
         return table
-    return pd.DataFrame(list(table)).rename(
-        columns=dict(enumerate(("arm", "seed", "score", "problem")))
-    )
+    columns = dict(enumerate(("arm", "seed", "score", "problem")))
+    return pd.DataFrame(list(table)).rename(columns=columns)
 
 
 def _compare_pair(
     arm: ArmScores, reference: ArmScores, margin: float | None, comparisons: int
 ) -> PairedDifference:
-    both = arm.seeds & reference.seeds
-    if not both:
+    """Compare an arm with another one in two parts, failures and scores."""
+    pairs = arm.seeds & reference.seeds
+    if not pairs:
         raise Refused(
             f"The arms {arm.arm!r} and {reference.arm!r} have no seed in common to be paired by."
         )
-    differences = numbers.paired_differences(arm.scores, reference.scores)
-    values = np.array(list(differences.values()), dtype=np.float64)
+    differences = differences_by_seed(arm.scores, reference.scores)
+    values = np.array(list(differences.values()))
     parts = 2 if arm.failed or reference.failed else 1  # each of which can err
-    level = numbers.level_of(comparisons * parts)
-    adjusted = numbers.mean_interval(values, level)
+    level = level_of(comparisons * parts)
+    adjusted = mean_interval(values, level)
     verdict = _verdict(adjusted, len(values), margin)
-    counts = [(len(scores.failed), len(scores.seeds)) for scores in (arm, reference)]
-    p_failures, more_failures = numbers.failures_differ(*counts[0], *counts[1]), ""
-    if p_failures <= 1 - level + 1e-12 and len(both) >= numbers.LEAST_PAIRS:
-        is_worse = arm.failures.value > reference.failures.value
-        by_failures: VerdictWord = "worse" if is_worse else "better"
-        more_failures = arm.arm if is_worse else reference.arm
-        verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
+    p_failures = failures_differ(
+        len(arm.failed), len(arm.seeds), len(reference.failed), len(reference.seeds)
+    )
+    more_failures = ""
+    if p_failures <= 1 - level + 1e-12 and len(pairs) >= LEAST_PAIRS:
+        by_failures: VerdictWord = "better"
+        more_failures = reference.arm
+        if arm.failures.value > reference.failures.value:
+            by_failures = "worse"
+            more_failures = arm.arm
+        contradicts = {by_failures, verdict} == {"better", "worse"}
+        verdict = "undecided" if contradicts else by_failures
     return PairedDifference(
         arm=arm.arm,
         reference=reference.arm,
         differences=differences,
-        mean=numbers.mean_interval(values),
+        mean=mean_interval(values),
         adjusted=adjusted,
         level=level,
         p_failures=p_failures,
@@ -209,16 +221,20 @@ def _compare_pair(
     )
 
 
-def _verdict(interval: Interval, pairs: int, margin: float | None) -> VerdictWord:
+def _verdict(interval: Estimate, pairs: int, margin: float | None) -> VerdictWord:
     """Return the verdict of runs that did not fail.
 
     An interval within the margin is equivalent also if it excludes 0: then there is a difference, and it is
     smaller than what counts as one.
     """
-    if pairs < numbers.LEAST_PAIRS:
+    if pairs < LEAST_PAIRS:
         return "descriptive"
     if interval.low == interval.high:
         return "undecided"
     if margin is not None and -margin <= interval.low and interval.high <= margin:
         return "equivalent"
-    return "better" if interval.low > 0 else "worse" if interval.high < 0 else "undecided"
+    if interval.low > 0:
+        return "better"
+    if interval.high < 0:
+        return "worse"
+    return "undecided"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -18,12 +19,13 @@ from threading import Event
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.lab.compare.plan import PlannedRun
+from tokenrl.lab.compare.plan import Plan, PlannedRun, read_earlier_plan
 from tokenrl.runs.console import Console
-from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import write_json
+from tokenrl.runs.directory import RunDirectory, in_use, remove_run_files
+from tokenrl.runs.files import remove, write_json
 from tokenrl.runs.signals import GracefulStop
 
+ATTEMPTS = 2
 TICK = 0.2
 """Seconds between two looks at the runs under way."""
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -32,7 +34,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 """Environment variables of each run, beside those of the program that starts it."""
 
 RunCommand = Callable[[Sequence[str], str, Callable[[], bool]], int]
-"""Runs a command of tokenrl whose output goes to a file, and stops it once a function says that all is over.
+"""Runs a command of tokenrl whose output goes to a file, and terminates it once `is_over()` returns True.
 
 It returns the exit code, or minus the number of the signal that ended the process."""
 
@@ -47,28 +49,21 @@ def command(run: PlannedRun, root: Path) -> list[str]:
         root: the directory of the comparison.
     """
     path = str(root / run.path)
-    return [
-        run.kind,
-        "--config",
-        f"{path}.json",
-        "--output-dir",
-        path,
-        "--resume",
-        "auto",
-        "--quiet",
-    ]
+    settings = f"{path}.json"
+    flags = ["--config", settings, "--output-dir", path, "--resume", "auto", "--quiet"]
+    return [run.kind, *flags]
 
 
 def print_commands(runs: Sequence[PlannedRun], root: Path) -> None:
     """Print the command line of each run, for any scheduler, and write the settings that it reads."""
-    variables = (f"{name}={value}" for name, value in ENVIRONMENT.items())
-    words = ["env", *variables, "tokenrl"]
+    variables = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
     for run in runs:
         _write_settings(run, root)
-        print(shlex.join([*words, *command(run, root)]))
+        print(shlex.join(["env", *variables, "tokenrl", *command(run, root)]))
 
 
 def _write_settings(run: PlannedRun, root: Path) -> None:
+    """Write the settings of a run, which its command reads."""
     path = root / f"{run.path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in run.settings.items() if value is not None}
@@ -99,8 +94,9 @@ def execute(
         Refused: there is no Ray.
         Stopped: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
-    ended, over = 0, Event()
+    over = Event()
     call, processors = _ray_executor() if executor == "ray" else _local_executor()
+    ended = 0
     with (
         GracefulStop(quiet=console.rich.quiet) as stop,
         ThreadPoolExecutor(workers or processors) as pool,
@@ -112,13 +108,11 @@ def execute(
         futures = {pool.submit(_run_until_ended, run, root, call, is_over): run for run in runs}
         try:
             for future in as_completed(futures):
-                code = future.result()
+                ending = _describe_ending(futures[future], future.result(), root)
                 if stop.requested:
                     break
                 ended += 1
-                console.note(
-                    f"run {ended}/{len(runs)}  {_describe_ending(futures[future], code, root)}"
-                )
+                console.note(f"run {ended}/{len(runs)}  {ending}")
         finally:
             over.set()
     if stop.requested:
@@ -134,12 +128,16 @@ def _run_until_ended(
     run: PlannedRun, root: Path, call: RunCommand, is_over: Callable[[], bool]
 ) -> int:
     """Make or continue a run, and once more if its process was killed; return the exit code."""
-    code, path = -int(signal.SIGTERM), root / run.path
+    path = root / run.path
     _write_settings(run, root)
-    for _ in range(2):
+    code = -int(signal.SIGTERM)
+    for _ in range(ATTEMPTS):
         while not is_over() and in_use(path):
             time.sleep(TICK)  # a run of a comparison that was killed is still being saved
-        if is_over() or 0 <= (code := call(command(run, root), f"{path}.log", is_over)) <= 128:
+        if is_over():
+            break
+        code = call(command(run, root), f"{path}.log", is_over)
+        if 0 <= code <= 128:
             break
     return code
 
@@ -149,16 +147,16 @@ def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
     log = Path(f"{root / run.path}.log")
     if log.is_file() and not log.stat().st_size:
         log.unlink()
-    rate = f", learning rate {run.learning_rate:g}" * (run.role == "tuning")
     ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
+    rate = f", learning rate {run.learning_rate:g}" if run.role == "tuning" else ""
     return f"{run.problem}: {run.arm}, seed {run.seed}{rate}: {ending}"
 
 
 def _local_executor() -> tuple[RunCommand, int]:
     """Return the function that runs a command here, and the number of processors."""
-    processors = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    processors = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
     return partial(_call, environment=_environment()), processors
 
 
@@ -206,15 +204,11 @@ def _ray_executor() -> tuple[RunCommand, int]:
     """
     try:
         ray: Any = importlib.import_module("ray")
-        local = (
-            {}
-            if os.environ.get("RAY_ADDRESS")
-            else {"address": "local", "include_dashboard": False}
-        )
-        ray.init(log_to_driver=False, ignore_reinit_error=True, **local)
-    except (
-        Exception
-    ) as error:  # of many kinds, such as ImportError, ConnectionError and RuntimeError
+        cluster: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            cluster = {"address": "local", "include_dashboard": False}
+        ray.init(log_to_driver=False, ignore_reinit_error=True, **cluster)
+    except Exception as error:  # such as ImportError, ConnectionError and RuntimeError
         raise Refused(
             f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
             "with pip install ray, set RAY_ADDRESS, or leave executor at local."
@@ -241,3 +235,51 @@ def _run_in_task(
     """Run a command in a process of Ray, which interrupts it to stop it."""
     os.chdir(directory)
     return _call(words, log, lambda: False, environment)
+
+
+def remove_comparison(root: Path) -> None:
+    """Remove what a comparison wrote and nothing else; its plan stays until the next plan replaces it.
+
+    Args:
+        root: its directory, which this process has locked.
+
+    Raises:
+        Refused: a run is at work, or lies behind a link; or a file was not written by the comparison.
+    """
+    plan = read_earlier_plan(root)
+    if plan is None:
+        return
+    root = root.resolve()
+    runs = []
+    for file in _settings_files(plan, root):
+        run = file.with_suffix("")
+        if run.resolve() != run:
+            raise Refused(
+                f"{run} lies behind a link, where nothing is removed. Give another --output-dir."
+            )
+        runs.append(run)
+    for directory in [RunDirectory(run, overwrite=True) for run in runs]:
+        run = directory.path
+        remove_run_files(run)
+        remove(run / ".lock")
+        directory.release()
+        if os.listdir(run):
+            raise Refused(
+                f"{run} holds files that no run wrote. Move them, and repeat the command."
+            )
+        run.rmdir()
+        remove(Path(f"{run}.log"))
+        remove(Path(f"{run}.json"))
+        with contextlib.suppress(OSError):  # there are other runs, or files of others
+            os.removedirs(run.parent)
+    for name in ("runs.csv", "comparisons.csv", "comparison.json", "report.html"):
+        remove(root / name)
+
+
+def _settings_files(plan: Plan, root: Path) -> list[Path]:
+    """Return the files of settings beside the runs of a plan, those for tuning included."""
+    files = list[Path]()
+    for folder in dict.fromkeys(Path(run.path).parent for run in plan.runs()):
+        for pattern in (f"{folder}/seed_*.json", f"{folder}-tuning-*/seed_*.json"):
+            files += root.glob(pattern)
+    return [file for file in files if file.stem.removeprefix("seed_").isdecimal()]

@@ -22,15 +22,15 @@ LEAST_PAIRS = 6
 """Fewer pairs give no verdict: even if all of them agree in sign, that happens by chance in more than 5 %."""
 MOST_SEEDS = 50
 """Most seeds that a new comparison is proposed with."""
-LARGEST = 1_000.0
-"""Most standard deviations of a difference among which the detectable one is looked for."""
+LARGEST_EFFECT = 1_000.0
+"""Upper bound of the detectable difference, in standard deviations of a difference."""
 DIGITS = 12
 """Digits, relative to the largest score, that count in a difference."""
 
 Array = NDArray[np.float64]
 
 
-class Interval(NamedTuple):
+class Estimate(NamedTuple):
     """A number with its confidence interval; the ends are nan where there is none."""
 
     value: float
@@ -48,7 +48,7 @@ def level_of(comparisons: int) -> float:
     return 1 - ALPHA / max(1, comparisons)
 
 
-def paired_differences(
+def differences_by_seed(
     arm: Mapping[int, float], reference: Mapping[int, float]
 ) -> dict[int, float]:
     """Return score of the arm minus score of the reference for each seed that both have.
@@ -56,34 +56,34 @@ def paired_differences(
     They are rounded to 12 digits of the largest score, so that differences that are equal but for the
     rounding of floating-point numbers are equal (.29 - .17 is not .12 in binary).
     """
-    largest = max((abs(score) for score in (*arm.values(), *reference.values())), default=0.0)
-    digits = DIGITS - (math.floor(math.log10(largest)) if largest else 0)
-    return {
-        seed: round(arm[seed] - reference[seed], digits)
-        for seed in sorted(arm.keys() & reference.keys())
-    }
+    largest = max(map(abs, [0.0, *arm.values(), *reference.values()]))
+    digits = DIGITS
+    if largest:
+        digits -= math.floor(math.log10(largest))
+    pairs = sorted(arm.keys() & reference.keys())
+    return {seed: round(arm[seed] - reference[seed], digits) for seed in pairs}
 
 
-def mean_interval(values: Array, level: float = 0.95) -> Interval:
+def mean_interval(values: Array, level: float = 0.95) -> Estimate:
     """Return the mean of some values [n] with its Student-t interval; a single value has no ends (nan)."""
+    mean = float(np.mean(values)) if len(values) else math.nan
     if len(values) < 2:
-        return Interval(float(values.sum()) if len(values) else math.nan, math.nan, math.nan)
-    mean = float(values.mean())
+        return Estimate(mean, math.nan, math.nan)
     if not np.ptp(values):
-        return Interval(mean, mean, mean)
-    ends = stats.ttest_1samp(values, 0.0).confidence_interval(level)
-    return Interval(mean, float(ends.low), float(ends.high))
+        return Estimate(mean, mean, mean)
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(level)
+    return Estimate(mean, float(low), float(high))
 
 
 @lru_cache
-def failure_rate(failed: int, runs: int) -> Interval:
+def failure_rate(failed: int, runs: int) -> Estimate:
     """Return the share of runs that failed, with exact limits (Clopper and Pearson).
 
     Each of the two limits holds with a probability of at least 95 %: if none of 6 runs failed, a failure rate
     of up to 39 % is not excluded, and with 20 runs one of up to 14 %.
     """
-    ends = stats.binomtest(failed, runs).proportion_ci(1 - 2 * ALPHA, "exact")
-    return Interval(failed / runs, float(ends.low), float(ends.high))
+    low, high = stats.binomtest(failed, runs).proportion_ci(1 - 2 * ALPHA, "exact")
+    return Estimate(failed / runs, float(low), float(high))
 
 
 @lru_cache
@@ -104,11 +104,12 @@ def power(pairs: int, effect: float, level: float) -> float:
         effect: the true mean difference over the standard deviation of a difference.
         level: level of the two-sided interval.
     """
-    critical, shift = float(stats.t.ppf((1 + level) / 2, pairs - 1)), effect * math.sqrt(pairs)
-    probability = float(stats.nct.sf(critical, pairs - 1, shift))
-    if math.isfinite(probability):
-        return probability
-    return float(stats.norm.sf(critical - shift))  # far out in the tail
+    critical = stats.t.ppf((1 + level) / 2, pairs - 1)
+    shift = effect * math.sqrt(pairs)
+    probability = stats.nct.sf(critical, pairs - 1, shift)
+    if not math.isfinite(probability):  # far out in the tail
+        probability = stats.norm.sf(critical - shift)
+    return float(probability)
 
 
 def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
@@ -120,17 +121,18 @@ def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
         comparisons: number of comparisons in the family.
     """
     level = level_of(comparisons)
-    return sd * float(
-        optimize.brentq(lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST)
+    deviations = optimize.brentq(
+        lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST_EFFECT
     )
+    return sd * float(deviations)
 
 
 def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[int, float | None]:
     """Return how many new seeds would decide between two arms, and the margin that this needs.
 
-    An interval that is no longer than the margin decides whatever its middle is: it lies within the margin,
-    or on one side of 0. Fewer seeds may do: those of which 80 % of comparisons find a difference as large as
-    the observed one. The standard deviation is its upper 80 % limit, since that of a few pairs is uncertain.
+    An interval shorter than the margin always gives a verdict: it lies within the margin, or on one side of
+    0. Fewer seeds may do: enough for a power of 80 % if the true difference is the observed one. The standard
+    deviation is its upper 80 % limit, since the estimate from a few pairs is uncertain.
 
     Args:
         values: differences by pair [n] of a first comparison, not all equal.
@@ -141,10 +143,11 @@ def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[
         The number, from 6 to `MOST_SEEDS`; then None, or a wider margin if that many would not suffice.
     """
     free = len(values) - 1
-    sd = float(values.std(ddof=1)) * math.sqrt(free / stats.chi2.ppf(1 - POWER, free))
-    effect = abs(float(values.mean())) / sd
+    sd = values.std(ddof=1) * math.sqrt(free / stats.chi2.ppf(1 - POWER, free))
+    effect = abs(values.mean()) / sd
     for pairs in range(LEAST_PAIRS, MOST_SEEDS + 1):
-        length = 2 * sd * float(stats.t.ppf((1 + level) / 2, pairs - 1)) / math.sqrt(pairs)
+        critical = stats.t.ppf((1 + level) / 2, pairs - 1)
+        length = 2 * sd * critical / math.sqrt(pairs)
         if length <= (margin or 0.0) or power(pairs, effect, level) >= POWER:
             return pairs, None
     return MOST_SEEDS, float(f"{1.05 * length:.2g}")  # rounded up

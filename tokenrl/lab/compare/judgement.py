@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from tokenrl.lab.compare.intervals import LEAST_PAIRS, Interval, failure_rate
+from tokenrl.lab.compare.intervals import LEAST_PAIRS, Estimate, failure_rate
 
 VerdictWord = Literal["better", "worse", "equivalent", "undecided", "descriptive", "void"]
 """Of an arm against another: better, worse, equivalent within the margin, or undecided. Without a verdict:
 descriptive, because there are fewer than six pairs; or void, because an arm is not valid."""
-WHOLE: dict[VerdictWord, str] = {
-    "better": "Better than {other}: {arms}.",
-    "worse": "Worse than {other}: {arms}.",
-    "equivalent": "Equivalent to {other} within {margin}: {arms}.",
-    "undecided": "Undecided against {other}: {arms}.",
-    "descriptive": "No verdict, because there are too few seeds: {arms} against {other}.",
-    "void": "Not valid, so not compared with {other}: {arms}.",
+HEADLINES: dict[VerdictWord, str] = {
+    "better": "Better than {reference}: {arms}.",
+    "worse": "Worse than {reference}: {arms}.",
+    "equivalent": "Equivalent to {reference} within {margin}: {arms}.",
+    "undecided": "Undecided against {reference}: {arms}.",
+    "descriptive": "No verdict, because there are too few seeds: {arms} against {reference}.",
+    "void": "Not valid, so not compared with {reference}: {arms}.",
 }
 """For each verdict, the sentence about the arms that have it."""
 
@@ -57,7 +57,7 @@ class ArmScores:
         return fmean(self.scores.values()) if self.scores else math.nan
 
     @property
-    def failures(self) -> Interval:
+    def failures(self) -> Estimate:
         """Share of the runs that failed, with exact limits."""
         return failure_rate(len(self.failed), len(self.seeds))
 
@@ -89,8 +89,8 @@ class PairedDifference:
     arm: str
     reference: str
     differences: dict[int, float]
-    mean: Interval
-    adjusted: Interval
+    mean: Estimate
+    adjusted: Estimate
     level: float
     p_failures: float
     more_failures: str
@@ -99,48 +99,64 @@ class PairedDifference:
     margin: float | None
 
     @property
-    def apart(self) -> str:
+    def interval(self) -> str:
         """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
-        return f"{self.mean.value:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
+        mean = self.mean.value
+        return f"{mean:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
 
     @property
     def finding(self) -> str:
         """The verdict in a sentence, which is about runs that did not fail unless failures decide."""
-        arm, reference, pairs = self.arm, self.reference, len(self.differences)
+        arm = self.arm
+        reference = self.reference
         if self.verdict == "void":
             return f"{arm} and {reference} cannot be compared: one of them is not valid."
         if self.verdict == "descriptive":
-            lies = f"{arm} lies {self.apart} from {reference}; " if pairs else ""
-            few = f"{lies}{pairs} pair{'s are' if pairs != 1 else ' is'} too few for a verdict"
-            return f"{few}, which needs {LEAST_PAIRS} seeds or more."
+            return self._too_few
         if self.verdict == "equivalent":
-            yet = ", though it is not 0" * self.adjusted.excludes_0
-            size = f"the difference, {self.apart}, is smaller than the margin of {digits(self.margin)}{yet}"
+            size = f"the difference, {self.interval}, is smaller than the margin of {digits(self.margin)}"
+            if self.adjusted.excludes_0:
+                size += ", though it is not 0"
             return f"{arm} and {reference} are equivalent: {size}."
         if self.verdict in ("better", "worse"):
-            often = "more" if self.more_failures == arm else "less"
-            reason = f"because it fails {often} often" if self.more_failures else f"by {self.apart}"
+            reason = f"by {self.interval}"
+            if self.more_failures:
+                often = "more" if self.more_failures == arm else "less"
+                reason = f"because it fails {often} often"
             return f"{arm} is {self.verdict} than {reference}, {reason}."
+        return f"{arm} against {reference} is undecided: {self._undecided_reason}."
+
+    @property
+    def _too_few(self) -> str:
+        count = len(self.differences)
+        pairs = "1 pair is" if count == 1 else f"{count} pairs are"
+        sentence = f"{pairs} too few for a verdict, which needs {LEAST_PAIRS} seeds or more."
+        if count:
+            sentence = f"{self.arm} lies {self.interval} from {self.reference}; {sentence}"
+        return sentence
+
+    @property
+    def _undecided_reason(self) -> str:
         if self.more_failures:
-            reason = (
-                f"one fails more often, and the other is worse where neither fails, {self.apart}"
+            return (
+                f"one fails more often, and the other is worse where neither fails, {self.interval}"
             )
-        elif self.adjusted.low == self.adjusted.high:
-            reason = f"all differences are {digits(self.mean.value)}, which says nothing of how they vary"
-        else:
-            reason = (
-                f"the difference, {self.apart}, may have either sign; more seeds would narrow it"
+        if self.adjusted.low == self.adjusted.high:
+            return (
+                f"all differences are {digits(self.mean.value)}, which does not show how they vary"
             )
-        return f"{arm} against {reference} is undecided: {reason}."
+        return f"the difference, {self.interval}, may have either sign; more seeds would narrow it"
 
     def row(self) -> dict[str, Any]:
         """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
         cells: dict[str, Any] = {"pairs": len(self.differences)}
         for name, value in vars(self).items():
-            if isinstance(value, Interval):
+            if isinstance(value, Estimate):
                 cells |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            elif name == "unpaired":
+                cells[name] = " ".join(map(str, value))
             elif name != "differences":
-                cells[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                cells[name] = value
         return cells
 
 
@@ -173,16 +189,20 @@ class Family:
         Args:
             qualified: what qualifies the verdicts, such as "every arm ends at the ceiling".
         """
-        names = {"other": self.reference, "margin": digits(self.margin)}
-        each = {
-            v: [d.arm for d in self.against_reference.values() if d.verdict == v] for v in WHOLE
-        }
-        sentences = [
-            WHOLE[v].format(arms=joined(arms), **names) for v, arms in each.items() if arms
-        ]
-        failing = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
-        sentences += [f"Runs failed: {joined(failing)}."] if failing else []
-        return " ".join([*sentences, *([f"But {joined(qualified)}."] if qualified else [])])
+        sentences = []
+        for verdict, template in HEADLINES.items():
+            arms = [d.arm for d in self.against_reference.values() if d.verdict == verdict]
+            if arms:
+                margin = digits(self.margin)
+                sentences.append(
+                    template.format(reference=self.reference, margin=margin, arms=joined(arms))
+                )
+        failures = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
+        if failures:
+            sentences.append(f"Runs failed: {joined(failures)}.")
+        if qualified:
+            sentences.append(f"But {joined(qualified)}.")
+        return " ".join(sentences)
 
     def sentences(self) -> list[str]:
         """Return the verdict of each difference in two parts, then why arms are not valid.
@@ -190,9 +210,10 @@ class Family:
         The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
         """
         arms = {arm.arm: arm for arm in self.arms}
-        sentences = [
-            f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences
-        ]
+        sentences = []
+        for difference in self.differences:
+            failures = _failures(difference, arms[difference.arm], arms[difference.reference])
+            sentences.append(f"{difference.finding} {failures}")
         return sentences + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 
@@ -219,42 +240,48 @@ class Judgement:
 
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""
-        return {
-            (f.problem, arm): d.verdict
-            for f in self.families
-            for arm, d in f.against_reference.items()
-        }
+        verdicts = {}
+        for family in self.families:
+            for arm, difference in family.against_reference.items():
+                verdicts[family.problem, arm] = difference.verdict
+        return verdicts
 
     def table(self) -> pd.DataFrame:
         """Return a row for each difference."""
-        rows = [
-            {"problem": family.problem, "metric": self.metric, **d.row()}
-            for family in self.families
-            for d in family.differences
-        ]
+        rows = []
+        for family in self.families:
+            for difference in family.differences:
+                labels = {"problem": family.problem, "metric": self.metric}
+                rows.append(labels | difference.row())
         return pd.DataFrame(rows)
 
 
 def _failures(difference: PairedDifference, arm: ArmScores, reference: ArmScores) -> str:
     """Say how many runs of both failed, what is not excluded, and which seeds are left out."""
-    seeds = joined([str(seed) for seed in difference.unpaired])
-    left_out = f" Left out, because only one of the two has them: seeds {seeds}." if seeds else ""
+    left_out = ""
+    if difference.unpaired:
+        seeds = joined([str(seed) for seed in difference.unpaired])
+        left_out = f" Left out, because only one of the two has them: seeds {seeds}."
     if not arm.failed and not reference.failed:
-        most = max(arm.failures.high, reference.failures.high)
-        return f"No run of either failed, which does not exclude that up to {most:.0%} would.{left_out}"
-    each = [
-        f"{scores.count} of {scores.arm} failed [{scores.failures.low:.0%}, {scores.failures.high:.0%}]"
-        for scores in (arm, reference)
-    ]
+        high = max(arm.failures.high, reference.failures.high)
+        return f"No run of either failed, which does not exclude that up to {high:.0%} would.{left_out}"
+    counts = []
+    for scores in (arm, reference):
+        low, high = scores.failures[1:]
+        counts.append(f"{scores.count} of {scores.arm} failed [{low:.0%}, {high:.0%}]")
     p = digits(difference.p_failures)
-    return f"{joined(each)}, p = {p}; the difference is that of the other runs.{left_out}"
+    return f"{joined(counts)}, p = {p}; the difference is that of the other runs.{left_out}"
 
 
 def joined(names: Sequence[str]) -> str:
     """Join names with commas and a last `and`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def digits(value: float | None) -> str:
     """Write a number to three digits; a missing one as a dash."""
-    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.3g}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -22,26 +23,29 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
-from tokenrl.lab.compare.execution import execute, print_commands
+from tokenrl.lab.compare.execution import execute, print_commands, remove_comparison
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
     PlannedRun,
-    continue_plan,
     lock_plan,
+    read_earlier_plan,
     read_plan,
     write_plan,
 )
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
+from tokenrl.runs.files import plain
 from tokenrl.runs.reader import read_run
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are slower than the others, and do not count."""
+JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
+"""How runs are judged, which may change when a comparison goes on."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates that are tried, relative to the recommended one: four times that often destroys a policy."""
-WIDER = 2
+WIDENINGS = 2
 """How often a grid is widened whose best rate is its least or its greatest."""
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
 
@@ -72,15 +76,20 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> result.judgement.verdicts()
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
-    console, root = Console(quiet=args.quiet), Path(args.output_dir)
+    console = Console(quiet=args.quiet)
+    root = Path(args.output_dir)
     plan = make_plan(args, console.note)
     if args.dry_run:
-        plan = continue_plan(plan, root, overwrite=False)
+        plan = continue_plan(plan, root)
         console.start("tokenrl compare", plan.describe() | _forecasts(plan), note=NOTE)
         return plan
-    lock, rows = lock_plan(root), list[dict[str, Any]]()
+    lock = lock_plan(root)
+    rows = list[dict[str, Any]]()
     try:
-        plan = continue_plan(plan, root, overwrite=args.overwrite)
+        if args.overwrite:
+            remove_comparison(root)
+        else:
+            plan = continue_plan(plan, root)
         write_plan(plan, root)
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
@@ -102,6 +111,67 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     return comparison
 
 
+def continue_plan(plan: Plan, output_dir: Path) -> Plan:
+    """Compare a plan with the plan that the directory holds; return it with the changes between the two.
+
+    A plan may gain runs, of more seeds or arms, and judge them in another way. If runs of the older plan have
+    begun, such changes are noted as exploratory: who looks at results before choosing what to compare, or
+    when to stop, will find differences by chance more often than the level says.
+
+    Args:
+        plan: the plan.
+        output_dir: the directory of the comparison.
+
+    Raises:
+        Refused: the directory holds a comparison with runs that the plan lacks, or has with other settings;
+            or something else.
+    """
+    old = read_earlier_plan(output_dir)
+    if old is None:
+        return plan
+    before = {run.path: run for run in old.runs()}
+    now = {run.path: run for run in plan.runs()}
+    difference = _first_difference(before, now)
+    if old.tuning_seeds != plan.tuning_seeds and not difference:
+        difference = "its learning rates are chosen in another way"
+    if difference:
+        raise Refused(
+            f"{output_dir} holds another comparison: {difference[:900]}. Give the arguments that it was "
+            "started with (plan.json has its command), another --output-dir, or --overwrite."
+        )
+    if not any((output_dir / "runs").rglob("config.json")):
+        return plan
+    changes = list(old.changes)
+    for name in JUDGED:
+        earlier = getattr(old, name)
+        value = getattr(plan, name)
+        if value != earlier:
+            changes.append(f"{name} was changed from {earlier} to {value} after runs had begun")
+    added = [run for path, run in now.items() if path not in before]
+    if added:
+        arms = ", ".join(dict.fromkeys(run.arm for run in added))
+        seeds = [run.seed for run in added]
+        runs = f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)}"
+        changes.append(f"{runs} were added after runs had begun")
+    return replace(plan, changes=tuple(dict.fromkeys(changes)))
+
+
+def _first_difference(before: Mapping[str, PlannedRun], now: Mapping[str, PlannedRun]) -> str:
+    """Describe the first run that is missing now or has other settings; empty text if there is none."""
+    for path, run in before.items():
+        if path not in now:
+            return f"it has {path}, which these arguments do not make"
+        earlier = plain(run.settings)
+        settings = plain(now[path].settings)
+        differences = []
+        for name in earlier | settings:
+            if earlier.get(name) != settings.get(name):
+                differences.append(f"{name} {earlier.get(name)}, now {settings.get(name)}")
+        if differences:
+            return f"{path} has {'; '.join(differences)}"
+    return ""
+
+
 def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     """Return the runs to make next: those of a round of tuning, or all others once the rates are chosen.
 
@@ -111,21 +181,23 @@ def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
             A run that failed keeps the score that it had at its end, so a rate that destroys the policy is a
             bad rate and not a missing one; a run without a score is the worst.
     """
-    rates, runs = {}, list[PlannedRun]()
+    scores: Any = defaultdict(dict)
+    for row in rows:
+        if row["role"] == "tuning":
+            score = row[plan.metric]
+            of_arm = scores[row["problem"], row["arm"]]
+            of_arm[row["learning_rate"], row["seed"]] = -math.inf if math.isnan(score) else score
+    rates = {}
+    runs = []
     for problem, arm in product(plan.problems, plan.arms) if plan.tuning_seeds else ():
-        scores = {
-            (row["learning_rate"], row["seed"]): -math.inf
-            if math.isnan(score := row[plan.metric])
-            else score
-            for row in rows
-            if (row["problem"], row["arm"], row["role"]) == (problem.label, arm.label, "tuning")
-        }
+        key = problem.label, arm.label
         usual = plan.run(problem, arm, plan.seeds[0]).learning_rate
-        best, untried = tune(usual, plan.tuning_seeds, scores)
-        rates[problem.label, arm.label] = best
+        rates[key], untried = tune(usual, plan.tuning_seeds, scores[key])
         runs += [plan.run(problem, arm, seed, "tuning", rate) for rate, seed in untried]
+    if runs:
+        return runs
     paths = {row["path"] for row in rows}
-    return runs or [run for run in plan.runs(rates) if run.path not in paths]
+    return [run for run in plan.runs(rates) if run.path not in paths]
 
 
 def tune(
@@ -138,23 +210,21 @@ def tune(
         seeds: the tuning seeds.
         scores: the score of each pair of rate and seed that has been tried.
     """
-    rates, seeds_so_far = [factor * usual for factor in FACTORS], list[int]()
-    for seed in seeds:
-        seeds_so_far.append(seed)
-        for widened in range(WIDER + 1):
-            if untried := [(rate, seed) for rate in rates if (rate, seed) not in scores]:
+    rates = [factor * usual for factor in FACTORS]
+    for count, seed in enumerate(seeds, start=1):
+        for widened in range(WIDENINGS + 1):
+            untried = [(rate, seed) for rate in rates if (rate, seed) not in scores]
+            if untried:
                 return rates[0], untried
-            rates.sort(key=lambda rate: (-fmean(scores[rate, seed] for seed in seeds_so_far), rate))
-            if len(seeds_so_far) == 1 and widened < WIDER:
-                rates += _rate_beyond(rates)
+            means = {rate: fmean(scores[rate, each] for each in seeds[:count]) for rate in rates}
+            rates.sort(key=lambda rate: (-means[rate], rate))
+            if count == 1 and widened < WIDENINGS:
+                if rates[0] == min(rates):
+                    rates.append(rates[0] / 2)
+                elif rates[0] == max(rates):
+                    rates.append(rates[0] * 2)
         rates = rates[: math.ceil(len(rates) / 2)]
     return rates[0], []
-
-
-def _rate_beyond(ranked: Sequence[float]) -> list[float]:
-    """Return the rate beyond the edge of a grid, if the best one lies there, and none otherwise."""
-    best, low, high = ranked[0], min(ranked), max(ranked)
-    return [low / 2] if best == low else [high * 2] if best == high else []
 
 
 def judge_directory(output_dir: str | Path) -> Comparison:
@@ -167,7 +237,8 @@ def judge_directory(output_dir: str | Path) -> Comparison:
         Refused: the plan or a run is damaged.
         Stopped: nothing can be judged yet.
     """
-    root, rows = Path(output_dir), list[dict[str, Any]]()
+    root = Path(output_dir)
+    rows = list[dict[str, Any]]()
     plan = read_plan(root)
     while runs := missing(plan, rows):
         rows += read_runs(plan, runs, root)
@@ -184,28 +255,26 @@ def report_comparison(output_dir: str | Path) -> Path:
 
 
 def _forecasts(plan: Plan) -> dict[str, str]:
-    """Say how long a run on each problem takes, from a few steps and evaluations of the reference."""
-    (arm,) = (arm for arm in plan.arms if arm.label == plan.reference)
-    times = {}
+    """Forecast how long a run on each problem takes, from a few steps and evaluations of the reference."""
+    arm = next(arm for arm in plan.arms if arm.label == plan.reference)
+    forecasts = {}
     for problem in plan.problems:
         run = plan.run(problem, arm, plan.seeds[0])
-        limits = {"eval_every": 0, "max_steps": TIMED_STEPS}
-        run = replace(run, settings={**run.settings, **limits})
+        run = replace(run, settings={**run.settings, "eval_every": 0, "max_steps": TIMED_STEPS})
         with tempfile.TemporaryDirectory() as folder:
-            execute([run], Path(folder), console=Console(quiet=True))
-            (row,) = read_runs(plan, [run], Path(folder))
+            root = Path(folder)
+            execute([run], root, console=Console(quiet=True))
+            (row,) = read_runs(plan, [run], root)
             if row["state"] != "finished":
                 attempt = f"A few steps of {arm.label} on {problem.label} were tried"
                 raise Refused(f"{attempt}, and failed: {row['reason']}")
-            recorded = read_run(Path(folder, run.path))
-            steps = [
-                timing["step_seconds"] for timing in recorded.timings if "step_seconds" in timing
-            ]
+            recorded = read_run(root / run.path)
+        steps = [row["step_seconds"] for row in recorded.timings if "step_seconds" in row]
         evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
         seconds = problem.max_steps(arm) * median(steps[2:] or steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
-        times[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
-    return times
+        forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
+    return forecasts
 
 
 def _print_result(comparison: Comparison, console: Console) -> None:
@@ -216,18 +285,17 @@ def _print_result(comparison: Comparison, console: Console) -> None:
         table = rich_table(title, ("arm",), columns)
         for arm in family.arms:
             difference = family.against_reference.get(arm.arm)
-            cells = (difference.apart, difference.verdict) if difference else ("", "reference")
+            cells = (difference.interval, difference.verdict) if difference else ("", "reference")
             table.add_row(arm.arm, arm.count, number(arm.mean), *cells)
         console.rich.print(table)
         console.note(comparison.headline(family.problem))
-        for text in (
-            *family.sentences(),
-            *(caveat.text for caveat in comparison.caveats[family.problem]),
-        ):
-            console.note(f"- {text}")
+        caveats = [caveat.text for caveat in comparison.caveats[family.problem]]
+        for sentence in family.sentences() + caveats:
+            console.note(f"- {sentence}")
     for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
-    text, command = comparison.proposal or ("", "")
-    notes = [text, f"report  {comparison.output_dir / 'report.html'}", f"next    {command}"]
-    for note in notes if text else notes[1:2]:
-        console.note(note)
+    report = f"report  {comparison.output_dir / 'report.html'}"
+    if comparison.proposal:
+        text, command = comparison.proposal
+        report = f"{text}\n{report}\nnext    {command}"
+    console.note(report)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
-from tokenrl.runs.directory import RunDirectory, acquire_lock, remove_run_files
-from tokenrl.runs.files import plain, remove, write_json
+from tokenrl.runs.directory import acquire_lock
+from tokenrl.runs.files import write_json
 from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]
@@ -32,13 +31,11 @@ SCORES = {
 """The scores of a run in words; in control the rewards are returns of episodes."""
 SPREAD = (0.002, 0.011)
 """Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
-DECLARE = (
+DECLARATION = (
     "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
 )
 COMPUTATION = ("threads", "mixed_precision", "training_attention")
 """Settings that say how a run computes; a comparison sets them unless the user does."""
-JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
-"""How runs are judged, which may change when a comparison goes on."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,19 @@ class Problem:
     @property
     def margin_in_words(self) -> str:
         """The margin, and what it costs to have none."""
-        if self.margin is not None:
-            span = self.reward_range and "; the reward's range is {:g} to {:g}".format(
-                *self.reward_range
+        if self.margin is None:
+            sentence = (
+                "no margin: a difference can be found, but no arm is called as good as another. "
+                "Give --margin"
             )
-            return f"margin {self.margin:g}{span or ''}"
-        words = "no margin: a difference can be found, but no arm is called as good as another. Give --margin"
-        return words + f", or declare the range of each reward: {DECLARE}" * (
-            self.unit == "completions"
-        )
+            if self.unit == "completions":
+                sentence += f", or declare the range of each reward: {DECLARATION}"
+            return sentence
+        sentence = f"margin {self.margin:g}"
+        if self.reward_range:
+            low, high = self.reward_range
+            sentence += f"; the reward's range is {low:g} to {high:g}"
+        return sentence
 
     @property
     def evaluated_at(self) -> tuple[float, ...]:
@@ -108,9 +109,7 @@ class Problem:
         interpolated.
         """
         step = self.every or self.budget
-        return tuple(
-            float(min(samples, self.budget)) for samples in range(step, self.budget + step, step)
-        )
+        return (*map(float, range(step, self.budget, step)), float(self.budget))
 
     def samples_per_step(self, arm: Arm) -> int:
         """Return the samples of a training step of an arm, without the refills of DAPO.
@@ -128,17 +127,14 @@ class Problem:
         return math.ceil(self.budget / self.samples_per_step(arm))
 
     def steps_in_words(self, arms: Sequence[Arm]) -> str:
-        """The number of steps of each arm and their samples, and how arms with refills are compared."""
-        by_length = dict[str, list[str]]()
-        refills = ""
+        """The number of steps of each arm and their samples; runs with refills are read at the budget."""
+        lengths = []
         for arm in arms:
-            length = f"{self.max_steps(arm)} steps of {self.samples_per_step(arm)} {self.unit}"
+            length = f"{arm.label}: {self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
             if arm.estimator.zero_spread == "refill":
-                length += " and refills"
-                refills = f". Runs with refills are read at {self.budget:,} {self.unit}"
-            by_length.setdefault(length, []).append(arm.label)
-        lengths = [f"{', '.join(labels)}: {length}" for length, labels in by_length.items()]
-        return "; ".join(lengths) + refills
+                length += f" and refills, read at {self.budget:,} {self.unit}"
+            lengths.append(length)
+        return "; ".join(lengths)
 
 
 @dataclass(frozen=True)
@@ -224,11 +220,12 @@ class Plan:
         Its length and the steps between evaluations follow from the problem's samples and the arm's cost.
         """
         settings = {**problem.settings, **arm.settings, "seed": seed, "keep_checkpoints": 1}
-        settings["learning_rate"] = rate or settings["learning_rate"]
         settings["max_steps"] = problem.max_steps(arm)
         if problem.every:
             every = round(problem.every / problem.samples_per_step(arm))
             settings["eval_every"] = max(1, every)
+        if rate:
+            settings["learning_rate"] = rate
         folder = _slug(arm.label, [each.label for each in self.arms])
         if role == "tuning":
             folder += f"-tuning-{settings['learning_rate']:g}"
@@ -241,79 +238,88 @@ class Plan:
         Args:
             rates: learning rates by problem and arm, where they have been tuned.
         """
+        rates = rates or {}
         runs = []
         for problem in self.problems:
             for seed in self.seeds:
                 for arm in self.arms:
-                    rate = (rates or {}).get((problem.label, arm.label))
+                    rate = rates.get((problem.label, arm.label))
                     runs.append(self.run(problem, arm, seed, rate=rate))
         return runs
 
     def command_with(self, changes: Mapping[str, Any]) -> str:
         """Return the command with other values of some flags; from Python the changes of the call."""
         if not self.command:
-            return f"the same call with {', '.join(f'{name}={value!r}' for name, value in changes.items())}"
-        words, name = list[str](), ""
+            keywords = [f"{name}={value!r}" for name, value in changes.items()]
+            return f"the same call with {', '.join(keywords)}"
+        words = []
+        flag = ""
         for word in shlex.split(self.command):
-            name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else name
-            words += [word] if name not in (*changes, "overwrite") else []
+            if word.startswith("--"):
+                flag = word[2:].partition("=")[0].replace("-", "_")
+            if flag not in (*changes, "overwrite"):
+                words.append(word)
         for name, value in changes.items():
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+            words.append(f"--{name.replace('_', '-')}")
+            words += map(str, value if isinstance(value, tuple) else [value])
         return shlex.join(words)
 
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
-        rates = ", ".join(
-            f"{rate:g}" for rate in sorted({run.learning_rate for run in self.runs()})
-        )
+        runs = self.runs()
+        count = str(len(runs))
+        seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
+        rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
         if self.tuning_seeds:
+            count += " beside those for tuning"
+            seeds += f"; {self.tuning_seeds[0]} to {self.tuning_seeds[-1]} for tuning"
             rates = (
                 "for each arm the best of a grid around the recommended one, in ten runs or more"
             )
-        seeds = {
-            "": self.seeds,
-            " for tuning": self.tuning_seeds,
-        }
-        settings = self.problems[0].settings
-        computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
-        can_show = (
-            f"{len(self.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
-        )
-        if len(self.seeds) >= LEAST_PAIRS:
-            deviations = detectable_difference(len(self.seeds), 1.0, self.comparisons)
-            low, high = (f"{deviations * spread:.2g}" for spread in SPREAD)
-            can_show = (
-                f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired "
-                f"difference; on the toy tasks about {low} to {high} of the reward's range"
-            )
-        return {
+        facts = {
             "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in self.arms),
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
-            **{
-                f"on {p.label}": f"{p.budget:,} {p.unit}, {p.margin_in_words}"
-                for p in self.problems
-            },
-            **{f"length on {p.label}": p.steps_in_words(self.arms) for p in self.problems},
-            "seeds": "; ".join(
-                f"{of[0]} to {of[-1]}{purpose}" for purpose, of in seeds.items() if of
-            ),
-            "learning rate": rates,
-            "runs": f"{len(self.runs())}{' beside those for tuning' * bool(self.tuning_seeds)}",
-            "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
-            "can show": can_show,
         }
+        for problem in self.problems:
+            budget = f"{problem.budget:,} {problem.unit}"
+            facts[f"on {problem.label}"] = f"{budget}, {problem.margin_in_words}"
+            facts[f"length on {problem.label}"] = problem.steps_in_words(self.arms)
+        settings = self.problems[0].settings
+        computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
+        return facts | {
+            "seeds": seeds,
+            "learning rate": rates,
+            "runs": count,
+            "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
+            "can show": self._detectable_in_words(),
+        }
+
+    def _detectable_in_words(self) -> str:
+        """Describe the smallest difference that the seeds can show."""
+        pairs = len(self.seeds)
+        if pairs < LEAST_PAIRS:
+            return f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        deviations = detectable_difference(pairs, 1.0, self.comparisons)
+        low, high = SPREAD
+        return (
+            f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference; "
+            f"on the toy tasks about {deviations * low:.2g} to {deviations * high:.2g} of the reward's range"
+        )
 
 
 def _slug(label: str, all_labels: Sequence[str]) -> str:
     """Return the folder of a label; where several labels have the same folder, a number is added."""
-    plainly = {
-        each: re.sub(r"[^A-Za-z0-9_.=-]+", "-", each).strip("-.")[:80] or "arm"
-        for each in all_labels
-    }
-    same = [each for each in all_labels if plainly[each].lower() == plainly[label].lower()]
-    return plainly[label] + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
+    folders = []
+    for each in all_labels:
+        words = re.sub(r"[^A-Za-z0-9_.=-]+", "-", each).strip("-.")[:80]
+        folders.append(words or "arm")
+    index = all_labels.index(label)
+    folder = folders[index]
+    twins = [each.lower() == folder.lower() for each in folders]
+    if sum(twins) > 1:
+        folder += f"-{sum(twins[: index + 1])}"
+    return folder
 
 
 def write_plan(plan: Plan, output_dir: Path) -> None:
@@ -330,12 +336,12 @@ def read_plan(output_dir: Path) -> Plan:
     """
     path = output_dir / "plan.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        values: dict[str, Any] = {
-            n: tuple(x) if isinstance(x, list) else x for n, x in stored.items()
-        }
-        values["problems"] = tuple(Problem(**fields) for fields in stored["problems"])
-        values["arms"] = tuple(Arm(**fields) for fields in stored["arms"])
+        values = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        values["problems"] = [Problem(**fields) for fields in values["problems"]]
+        values["arms"] = [Arm(**fields) for fields in values["arms"]]
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = tuple(value)
         return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
@@ -369,99 +375,13 @@ def _refuse_foreign(output_dir: Path) -> None:
         raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
 
 
-def continue_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
-    """Compare a plan with the plan that the directory holds; return it with the changes between the two.
-
-    A plan may gain runs, of more seeds or arms, and judge them in another way. If runs of the older plan have
-    begun, such changes are noted as exploratory: who looks at results before choosing what to compare, or
-    when to stop, will find differences by chance more often than the level says.
-
-    Args:
-        plan: the plan.
-        output_dir: the directory of the comparison.
-        overwrite: remove the comparison that the directory holds; this process has locked the directory.
+def read_earlier_plan(output_dir: Path) -> Plan | None:
+    """Return the plan of the comparison that a directory holds; None if it holds nothing.
 
     Raises:
-        Refused: the directory holds a comparison with runs that the plan lacks, or has with other settings;
-            or something else; or a comparison that cannot be removed.
+        Refused: it holds something else.
     """
     _refuse_foreign(output_dir)
     if not os.path.exists(output_dir / "plan.json"):
-        return plan
-    old = read_plan(output_dir)
-    if overwrite:
-        _remove(old, output_dir.resolve())
-        return plan
-    before, now = (
-        {run.path: run for run in each.runs() if run.role == "comparison"} for each in (old, plan)
-    )
-    difference = _first_difference(before, now)
-    if difference or old.tuning_seeds != plan.tuning_seeds:
-        difference = difference or "its learning rates are chosen in another way"
-        raise Refused(
-            f"{output_dir} holds another comparison: {difference[:900]}. Give the arguments that it was "
-            "started with (plan.json has its command), another --output-dir, or --overwrite."
-        )
-    if not any((output_dir / "runs").rglob("config.json")):
-        return plan
-    changes = [
-        f"{name} was changed from {getattr(old, name)} to {getattr(plan, name)} after runs had begun"
-        for name in JUDGED
-        if getattr(old, name) != getattr(plan, name)
-    ]
-    if added := [run for path, run in now.items() if path not in before]:
-        arms, seeds = (
-            ", ".join(dict.fromkeys(run.arm for run in added)),
-            [run.seed for run in added],
-        )
-        runs = f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)}"
-        changes.append(f"{runs} were added after runs had begun")
-    return replace(plan, changes=tuple(dict.fromkeys([*old.changes, *changes])))
-
-
-def _first_difference(before: Mapping[str, PlannedRun], now: Mapping[str, PlannedRun]) -> str:
-    """Describe the first run that is missing now or has other settings; empty text if there is none."""
-    for path, run in before.items():
-        if path not in now:
-            return f"it has {path}, which these arguments do not make"
-        settings, new = plain(run.settings), plain(now[path].settings)
-        if differ := [name for name in settings | new if settings.get(name) != new.get(name)]:
-            words = (f"{name} {settings.get(name)}, now {new.get(name)}" for name in differ)
-            return f"{path} has {'; '.join(words)}"
-    return ""
-
-
-def _remove(plan: Plan, root: Path) -> None:
-    """Remove what a comparison wrote and nothing else; its plan stays until the next plan replaces it.
-
-    Raises:
-        Refused: a run is at work, or lies behind a link; or it holds files that no run wrote.
-    """
-    arms = [
-        Path(plan.run(p, arm, 0, rate=1.0).path).parent for p in plan.problems for arm in plan.arms
-    ]
-    patterns = [f"{arm}{role}/seed_*.json" for arm in arms for role in ("", "-tuning-*")]
-    settings = [file for pattern in patterns for file in root.glob(pattern)]  # each beside its run
-    runs = [
-        file.with_suffix("") for file in settings if file.stem.removeprefix("seed_").isdecimal()
-    ]
-    if behind := [run for run in runs if run.resolve() != run]:
-        raise Refused(
-            f"{behind[0]} lies behind a link, where nothing is removed. Give another --output-dir."
-        )
-    for directory in [RunDirectory(run, overwrite=True) for run in runs]:
-        run = directory.path
-        remove_run_files(run)
-        remove(run / ".lock")
-        directory.release()
-        if os.listdir(run):
-            raise Refused(
-                f"{run} holds files that no run wrote. Move them, and repeat the command."
-            )
-        run.rmdir()
-        remove(Path(f"{run}.log"))
-        remove(Path(f"{run}.json"))
-        with contextlib.suppress(OSError):  # there are other runs, or files of others
-            os.removedirs(run.parent)
-    for name in ("runs.csv", "comparisons.csv", "comparison.json", "report.html"):
-        remove(root / name)
+        return None
+    return read_plan(output_dir)

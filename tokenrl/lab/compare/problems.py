@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import combinations, product
@@ -28,42 +27,63 @@ from tokenrl.settings import arguments, check_choice, check_seed, field_types
 MARGIN = 0.02
 """Differences smaller than this share of the reward's declared range count as none."""
 TUNING_SEEDS = 3
+TUNING_OFFSET = 20_000
+"""Number of tuning seeds, and the distance of the first of them from the first seed."""
 EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 AXES = tuple(f.name for f in fields(Estimator))
-RESERVED = (
-    *(
-        "task",
-        "env",
-        "model",
-        "output_dir",
-        "overwrite",
-        "quiet",
-        "seed",
-        "resume",
-        "check",
-        "threads",
-    ),
-    *("keep", "best_metric", "patience", "max_samples"),
-)
+RESERVED = [
+    "task",
+    "env",
+    "model",
+    "output_dir",
+    "overwrite",
+    "quiet",
+    "seed",
+    "resume",
+    "check",
+    "threads",
+    "keep",
+    "best_metric",
+    "patience",
+    "max_samples",
+]
 """Settings of a run that neither users nor arms may set, because the comparison does."""
 SWEPT = ("num_generations", "learning_rate")
 """Settings of which a comparison takes several values, each a problem; an arm may set its own value too."""
-SHARED = (
-    *(
-        "reward",
-        "reward_weights",
-        "prompt_column",
-        "prompt_template",
-        "split",
-        "eval_split",
-        "eval_size",
-    ),
-    *("environment", "max_turns", "malformed"),
-    *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
-    *("max_steps", "eval_every"),
-)
+SHARED = [
+    "reward",
+    "reward_weights",
+    "prompt_column",
+    "prompt_template",
+    "split",
+    "eval_split",
+    "eval_size",
+    "environment",
+    "max_turns",
+    "malformed",
+    "eval_generations",
+    "num_envs",
+    "num_steps",
+    "eval_episodes",
+    "max_episode_steps",
+    "max_steps",
+    "eval_every",
+]
 """Settings that decide what is measured, how often, and on how many samples; all arms share them."""
+FIXED = {"threads": 1}
+FIXED_OF_TRAIN = {
+    "mixed_precision": "no",
+    "training_attention": "as_loaded",
+    "stop_after_zero_spread": 0,
+}
+"""Settings of every run, and of those of tokenrl train, unless a user sets them."""
+CHOSEN = ("learning_rate", "num_envs")
+CHOSEN_OF_TRAIN = (
+    *("learning_rate", "prompts_per_step", "num_generations", "max_completion_length"),
+    "lr_scheduler_type",
+)
+"""Settings that get the value that a single run would choose, unless a user sets them."""
 
 
 def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
@@ -78,20 +98,17 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     """
     first = args.first_seed
     seeds = range(first, first + args.seeds)
-    check_seed(seeds[-1] + 20_000)
+    check_seed(seeds[-1] + TUNING_OFFSET)
+    tuning_seeds = range(first + TUNING_OFFSET, first + TUNING_OFFSET + TUNING_SEEDS)
     problems, arms = _problems_and_arms(args, announce)
-    labels, is_tuned = [arm.label for arm in arms], "tuned" in args.learning_rate
+    labels = [arm.label for arm in arms]
     plan = Plan(
-        problems=tuple(
-            replace(problem, margin=args.margin or problem.margin) for problem in problems
-        ),
+        problems=tuple(problems),
         arms=tuple(arms),
         reference=labels[0] if args.reference is None else args.reference,
         metric=args.metric,
         seeds=tuple(seeds),
-        tuning_seeds=tuple(
-            first + 20_000 + number for number in range(TUNING_SEEDS if is_tuned else 0)
-        ),
+        tuning_seeds=tuple(tuning_seeds) if "tuned" in args.learning_rate else (),
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         command=typed_command(),
@@ -148,20 +165,24 @@ def _problems_and_arms(
             raise Refused(
                 f"The arms {arm.label!r} and {twin.label!r} have the same settings; leave one out."
             )
-    swept: dict[str, Sequence[Any]] = {"model": args.model, "num_generations": args.num_generations}
-    swept |= {
-        "learning_rate": [None if isinstance(rate, str) else rate for rate in args.learning_rate]
+    rates = [None if isinstance(rate, str) else rate for rate in args.learning_rate]
+    swept: dict[str, Sequence[Any]] = {
+        "model": args.model or [None],
+        "num_generations": args.num_generations or [None],
+        "learning_rate": rates,
     }
+    names = args.env or args.task or [shared.get("environment") or "sort_digits"]
     problems = []
-    names = args.env or args.task or (shared.get("environment") or "sort_digits",)
-    for name, *values in product(names, *(options or (None,) for options in swept.values())):
-        chosen = {key: value for key, value in zip(swept, values, strict=True) if value is not None}
-        label = ", ".join(
-            [name, *(f"{key}={chosen[key]}" for key in chosen if len(swept[key]) > 1)]
-        )
-        problems.append(
-            _problem(label, {**shared, **chosen, "env" if args.env else "task": name}, announce)
-        )
+    for name, *values in product(names, *swept.values()):
+        settings = {**shared, "env" if args.env else "task": name}
+        label = name
+        for setting, value in zip(swept, values, strict=True):
+            if value is not None:
+                settings[setting] = value
+                if len(swept[setting]) > 1:
+                    label += f", {setting}={value}"
+        problem = _problem(label, settings, announce)
+        problems.append(replace(problem, margin=args.margin or problem.margin))
     return problems, arms
 
 
@@ -171,52 +192,43 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
     In control the budget is counted in episodes, or, if `num_steps` is set, in steps of the environment, of
     which all arms then generate equally many per update.
     """
-    reward_range, fixed = None, dict[str, Any](threads=1)
     if "env" in user_settings:
         args: Any = arguments(ControlArguments, user_settings)
         task: Any = describe(args.env, args.max_episode_steps)
+        resolved = args
+        reward_range = None
         unit = "environment steps" if args.num_steps else "episodes"
         per_step = args.num_envs * (args.num_steps or 1)
-        resolved = args
-        filled_in = ["learning_rate", "num_envs"]
     else:
-        fits_every_shape = {
-            "baseline": "running_mean",
-            "ratio": "token",
-        }  # in place of an arm's estimator
+        fits_every_shape = {"baseline": "running_mean", "ratio": "token"}  # as an arm's may not
         args = arguments(TrainArguments, {**user_settings, "estimator": fits_every_shape})
         task, reward = find_task(args)
         resolved = train_settings(args, task, load_base(args, task, announce))
-        unit, per_step = "completions", resolved.prompts_per_step * resolved.num_generations
         reward_range = getattr(reward, "range", None)
-        fixed |= {
-            "mixed_precision": "no",
-            "training_attention": "as_loaded",
-            "stop_after_zero_spread": 0,
-        }
-        filled_in = [
-            "learning_rate",
-            "prompts_per_step",
-            "num_generations",
-            "max_completion_length",
-        ]
-        filled_in += ["lr_scheduler_type"]
-    budget = resolved.max_steps * per_step
+        unit = "completions"
+        per_step = resolved.prompts_per_step * resolved.num_generations
     every = args.eval_every
-    every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
-    settings = {**fixed, "eval_every": every, **user_settings}
-    settings |= {name: getattr(resolved, name) for name in filled_in}
-    settings["max_steps"] = None  # it follows from the budget and the arm
+    if every is None:
+        every = max(1, resolved.max_steps // EVALUATIONS)
+    settings = {**FIXED, "eval_every": every}
+    chosen = CHOSEN
     if unit == "completions":
-        settings = {"log_completions": every, **settings}
+        settings |= FIXED_OF_TRAIN | {"log_completions": every}
+        chosen = CHOSEN_OF_TRAIN
+    settings |= user_settings | {name: getattr(resolved, name) for name in chosen}
+    settings.pop("max_steps", None)  # which follow from the budget and the arm
+    margin = None
+    if reward_range:
+        low, high = reward_range
+        margin = MARGIN * (high - low)
     return Problem(
         label=label,
         settings=plain({name: value for name, value in settings.items() if value is not None}),
-        budget=budget,
+        budget=resolved.max_steps * per_step,
         unit=unit,
         per_step=per_step,
         every=per_step * every,
-        margin=MARGIN * (reward_range[1] - reward_range[0]) if reward_range else None,
+        margin=margin,
         reward_range=reward_range,
         solved=getattr(task, "solved", None),
     )
@@ -235,24 +247,27 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
     Raises:
         Refused: there is no such preset, axis or setting, one is given twice, or a value is not allowed.
     """
-    axes, own_settings, settings = dict(axes), dict[str, Any](), field_types(kind)
+    axes = dict(axes)
+    changes_of_run = {}
+    settings = field_types(kind)
     try:
         preset, changes = read_changes(text)
         for name, value in changes.items():
             if name in (*RESERVED, *SHARED, "estimator"):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
-            if name not in AXES and name not in settings:
+            if name in AXES:
+                axes[name] = value
+            elif name in settings:
+                changes_of_run[name] = value
+            else:
                 raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
-            (axes if name in AXES else own_settings)[name] = value
-        swept = {name: own_settings[name] for name in SWEPT if name in own_settings}
-        arguments(kind, swept)  # the others are checked with the whole run's
-        if None in swept.values():
-            raise Refused(
-                f"{' or '.join(swept)} was given as None; give a number, or leave it out."
-            )
+            if name in SWEPT:  # other settings are checked with those of a whole run
+                arguments(kind, {name: value})
+                if value is None:
+                    raise Refused(f"{name} was given as None; give a number, or leave it out.")
         estimator = Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
     usual = plain(Estimator())
     changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
-    return Arm(text, {"estimator": changed_axes, **own_settings})
+    return Arm(text, {"estimator": changed_axes, **changes_of_run})

@@ -50,10 +50,10 @@ class RunTable(NamedTuple):
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> RunTable:
         """Make the table from the rows that `read_runs` returns."""
-        empty = pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])
-        curves = [row["curve"] for row in rows if row["curve"] is not None]
+        curves = [pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])]
+        curves += [row["curve"] for row in rows if row["curve"] is not None]
         runs = pd.DataFrame(rows).drop(columns="curve")
-        return cls(runs, pd.concat([empty, *curves], ignore_index=True))
+        return cls(runs, pd.concat(curves, ignore_index=True))
 
     def of(self, problem: str, arm: str | None = None, role: str = "comparison") -> pd.DataFrame:
         """Return the rows of the runs on a problem, of one arm or of all."""
@@ -62,8 +62,8 @@ class RunTable(NamedTuple):
 
     def curves_of(self, problem: str) -> pd.DataFrame:
         """Return the curves of the runs on a problem that are compared."""
-        of_problem = self.curves["problem"] == problem
-        return self.curves[of_problem & (self.curves["role"] == "comparison")]
+        curves = self.curves
+        return curves[(curves["problem"] == problem) & (curves["role"] == "comparison")]
 
 
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
     Raises:
         Refused: a file of a run is damaged.
     """
-    by_label = {problem.label: problem for problem in plan.problems}
+    problems = {problem.label: problem for problem in plan.problems}
     rows = []
     for run in runs:
         path = root / run.path
@@ -93,17 +93,17 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         row |= {**dict.fromkeys(SCORES, math.nan), "curve": None}
         del row["settings"]
         if recorded and recorded.metrics:
-            scores, curve = _scores(recorded, by_label[run.problem])
-            row |= scores
-            row["curve"] = curve.assign(
-                problem=run.problem, arm=run.arm, role=run.role, path=run.path
-            )
-        low = plan.failure_below is not None and row["reward"] < plan.failure_below
-        if low and not reason:
+            scores, curve = _scores(recorded, problems[run.problem])
+            labels = {name: row[name] for name in ("problem", "arm", "role", "path")}
+            row |= scores | {"curve": curve.assign(**labels)}
+        row["failed"] = state == "failed"
+        if plan.failure_below is not None and row["reward"] < plan.failure_below:
+            row["failed"] = True
             row["reason"] = (
-                f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
+                reason
+                or f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
             )
-        rows.append({**row, "failed": state == "failed" or low})
+        rows.append(row)
     return rows
 
 
@@ -121,22 +121,20 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
     example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
     samples = samples_of(run, problem.unit)
-    scores, curve = (
-        {"samples": samples.iloc[-1]},
-        pd.DataFrame({"samples": [0.0, *problem.evaluated_at]}),
-    )
+    curve = pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
     for name in CURVES:
         steps, values = series(run.evaluations, name)
         if steps:
-            curve[name] = np.interp(
-                curve["samples"], samples.reindex(steps, method="ffill"), values
-            )
+            evaluated = samples.reindex(steps, method="ffill")
+            curve[name] = np.interp(curve["samples"], evaluated, values)
+    scores = {"samples": samples.iloc[-1]}
     for name, area in (("reward", "area"), ("reward_greedy", "area_greedy")):
         if name in curve:
-            scores |= {area: curve[name].iloc[1:].mean(), name: curve[name].iloc[-1]}
+            scores[area] = curve[name].iloc[1:].mean()
+            scores[name] = curve[name].iloc[-1]
     if "reward" in curve:
-        before = curve["reward"].iloc[0]
-        scores |= {"before": before, "gain": scores["reward"] - before}
+        scores["before"] = curve["reward"].iloc[0]
+        scores["gain"] = scores["reward"] - scores["before"]
     before_step = samples.shift(fill_value=0.0)
     last_step = before_step.index[before_step < problem.budget][-1]
     return scores | _training_facts(run, last_step), curve
@@ -145,21 +143,19 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
 def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     """Return whether a run finished, failed or is still to be made, and why it has not finished."""
     summary = recorded.summary if recorded else {}
-    if summary.get("exit_reason") in ENDED:
+    ending = summary.get("exit_reason")
+    if ending in ENDED:
         return "finished", ""
-    if summary.get("exit_reason") in SIGNALS.values():
-        return (
-            "missing",
-            f"It was stopped by {summary['exit_reason']}; the same command continues it.",
-        )
+    if ending in SIGNALS.values():
+        return "missing", f"It was stopped by {ending}; the same command continues it."
     if summary:
-        return "failed", str(summary.get("error") or f"It ended as {summary['exit_reason']}.")
+        return "failed", str(summary.get("error") or f"It ended as {ending}.")
     log = Path(f"{directory}.log")
     printed = log.read_text("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
-    if printed or recorded:
-        return "failed", " ".join(
-            printed.split()
-        ) or "It was ended from outside, as for want of memory."
+    if printed:
+        return "failed", " ".join(printed.split())
+    if recorded:
+        return "failed", "It was ended from outside, as for want of memory."
     return "missing", "It has not been run."
 
 
@@ -177,22 +173,23 @@ def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
     config = run.config
     steps = pd.DataFrame(run.metrics).query("0 < step <= @last_step")
     tenth = max(1, len(steps) // 10)
-    early, whole, late = (
-        part.mean(numeric_only=True) for part in (steps[:tenth], steps, steps[-tenth:])
-    )
-    updates = (
-        max(1, len(steps)) * config.get("num_iterations", 1) * config.get("num_minibatches", 1)
-    )
-    most = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
+    early = steps[:tenth].mean(numeric_only=True)
+    whole = steps.mean(numeric_only=True)
+    late = steps[-tenth:].mean(numeric_only=True)
+    updates_per_step = config.get("num_iterations", 1) * config.get("num_minibatches", 1)
+    updates = max(1, len(steps)) * updates_per_step
+    counts = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
     facts = {
         "entropy": late.get("entropy"),
-        "early_entropy": None if config.get("head") == "gaussian" else early.get("entropy"),
+        "early_entropy": early.get("entropy"),
         "early_equal": early.get("frac_reward_zero_std"),
         "recent_cut": whole.get("completions/clipped_ratio"),
         "grad_clipped": whole.get("grad_clipped"),
-        "skipped": most.get("skipped_steps"),
-        "idle": most.get("idle_steps"),
+        "skipped": counts.get("skipped_steps"),
+        "idle": counts.get("idle_steps"),
     }
+    if config.get("head") == "gaussian":
+        del facts["early_entropy"]
     return {name: float(value) for name, value in facts.items() if value is not None}
 
 
@@ -203,17 +200,21 @@ def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
         By arm, how many runs reach it in an evaluation, and the median of the samples until the first such
         evaluation, in which a run without one counts as infinite.
     """
-    runs, curves = table.of(problem.label), table.curves_of(problem.label)
-    threshold, chosen = problem.solved, "solved"
+    runs = table.of(problem.label)
+    curves = table.curves_of(problem.label)
+    threshold = problem.solved
+    origin = "solved"
     if threshold is None:
-        start, best = runs["before"].mean(), runs.groupby("arm")["reward"].mean().max()
-        threshold, chosen = (start + best) / 2, "half of the best arm's gain"
+        start = runs["before"].mean()
+        best = runs.groupby("arm")["reward"].mean().max()
         if not best > start:
             return pd.DataFrame(columns=["problem", "arm"])
+        threshold = (start + best) / 2
+        origin = "half of the best arm's gain"
     first = curves[curves["reward"] >= threshold].groupby("path")["samples"].min()
-    needed = runs["path"].map(first).fillna(math.inf).groupby(runs["arm"], sort=False)
-    summary = needed.agg(
-        runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median"
+    needed = runs["path"].map(first).fillna(math.inf)
+    by_arm = pd.DataFrame({"arm": runs["arm"], "needed": needed, "reached": np.isfinite(needed)})
+    summary = by_arm.groupby("arm", sort=False).agg(
+        runs=("needed", "size"), reached=("reached", "sum"), median_samples=("needed", "median")
     )
-    columns = {"problem": problem.label, "threshold": threshold, "chosen": chosen}
-    return summary.rename_axis("arm").reset_index().assign(**columns)
+    return summary.reset_index().assign(problem=problem.label, threshold=threshold, chosen=origin)
