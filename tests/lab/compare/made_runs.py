@@ -74,14 +74,14 @@ Runs = Callable[[int], Mapping[str, Any]]
 """By seed, the arguments of `write_run` for a run of an arm."""
 
 
-def rising(end: float, size: float = 0.002, **more: Any) -> Runs:
+def rising(end: float, size: float = 0.002, **options: Any) -> Runs:
     """Runs whose reward rises from 0 to an end that differs a little between seeds."""
 
     def of_seed(seed: int) -> dict[str, Any]:
         last = end + noise(
             seed, size * (1 + end)
         )  # else the differences of two arms would all be equal
-        return {"rewards": [0.0, last / 2, *[last] * 4], **more}
+        return {"rewards": [0.0, last / 2, *[last] * 4], **options}
 
     return of_seed
 
@@ -103,7 +103,7 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
     return judge_directory(output_dir)
 
 
-def said(found: Comparison, first: str) -> list[str]:
+def caveats_of(comparison: Comparison, opening: str) -> list[str]:
     """The caveats on the first problem that begin with a word."""
-    texts = [caveat.text for caveat in found.caveats[found.plan.problems[0].label]]
-    return [text for text in texts if text.startswith(first)]
+    texts = [caveat.text for caveat in comparison.caveats[comparison.plan.problems[0].label]]
+    return [text for text in texts if text.startswith(opening)]

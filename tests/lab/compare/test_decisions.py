@@ -33,14 +33,14 @@ def rows(table):
 
 
 def family(table, **options) -> Family:
-    (found,) = judge_scores(rows(table) if isinstance(table, dict) else table, **options).families
-    return found
+    (result,) = judge_scores(rows(table) if isinstance(table, dict) else table, **options).families
+    return result
 
 
-def one(reference, arm, **options) -> tuple[PairedDifference, str]:
+def judge_two(reference, arm, **options) -> tuple[PairedDifference, str]:
     """Judge two arms, given as the scores of seeds 0, 1, 2, ...; return the difference and its sentence."""
-    found = family({"ref": dict(enumerate(reference)), "arm": dict(enumerate(arm))}, **options)
-    return found.differences[0], found.sentences()[0]
+    result = family({"ref": dict(enumerate(reference)), "arm": dict(enumerate(arm))}, **options)
+    return result.differences[0], result.sentences()[0]
 
 
 @few
@@ -74,14 +74,16 @@ def test_two_arms_give_the_opposite_when_the_other_one_is_the_reference(table, m
 @few
 @given(tables(), margins)
 def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, margin):
-    found = family(table, margin=margin)
-    for d in found.differences:
+    result = family(table, margin=margin)
+    for d in result.differences:
         scores = [[table[arm][s] for s in d.differences] for arm in (d.arm, d.reference)]
         low, high = d.adjusted.low, d.adjusted.high
         if low < high:
-            for level, ends in ((0.95, d.mean), (1 - 0.05 / len(found.differences), d.adjusted)):
-                known = stats.ttest_rel(*scores).confidence_interval(level)
-                assert (ends.low, ends.high) == pytest.approx((known.low, known.high), abs=1e-9)
+            for level, ends in ((0.95, d.mean), (1 - 0.05 / len(result.differences), d.adjusted)):
+                expected = stats.ttest_rel(*scores).confidence_interval(level)
+                assert (ends.low, ends.high) == pytest.approx(
+                    (expected.low, expected.high), abs=1e-9
+                )
         assert (d.verdict == "descriptive") == (len(d.differences) < 6)
         if d.verdict == "equivalent":
             assert margin is not None and -margin <= low < high <= margin
@@ -92,11 +94,11 @@ def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, m
             assert low == high or (
                 low <= 0 <= high and (margin is None or low < -margin or high > margin)
             )
-        check_words(next(text for text in found.sentences() if f"{d.arm} " in text), d.verdict)
-        assert d.arm in found.headline() and d.reference in found.headline()
+        check_words(next(text for text in result.sentences() if f"{d.arm} " in text), d.verdict)
+        assert d.arm in result.headline() and d.reference in result.headline()
 
 
-SAID = {
+PHRASES = {
     "better": "is better than",
     "worse": "is worse than",
     "equivalent": "are equivalent",
@@ -107,7 +109,7 @@ SAID = {
 
 
 def check_words(text: str, verdict: str) -> None:
-    assert [other for other, words in SAID.items() if words in text] == [verdict], text
+    assert [each for each, words in PHRASES.items() if words in text] == [verdict], text
     assert "No run of either failed" in text
 
 
@@ -132,8 +134,8 @@ def check_words(text: str, verdict: str) -> None:
     ],
 )
 def test_each_verdict_has_its_words(verdict, differences, options):
-    found, text = one([0.0] * len(differences), differences, **options)
-    assert found.verdict == verdict
+    result, text = judge_two([0.0] * len(differences), differences, **options)
+    assert result.verdict == verdict
     check_words(text, verdict)
 
 
@@ -141,30 +143,32 @@ def test_each_verdict_has_its_words(verdict, differences, options):
 def test_an_interval_of_width_zero_decides_nothing(apart):
     """Six equal differences show no spread; .1 is rounded differently in each pair of scores."""
     reference = [0.0, 0.1, 0.2, 0.3, 0.4, 0.7]
-    found, text = one(reference, [x + apart for x in reference], margin=0.5)
-    assert found.verdict == "undecided"
-    assert found.adjusted.low == found.adjusted.high
+    result, text = judge_two(reference, [x + apart for x in reference], margin=0.5)
+    assert result.verdict == "undecided"
+    assert result.adjusted.low == result.adjusted.high
     assert "does not show how they vary" in text
 
 
 def test_every_verdict_says_which_failure_rates_are_not_excluded():
-    assert "does not exclude that up to 39% would" in one([0.0] * 6, [1 + x for x in ZIGZAG])[1]
-    assert "up to 14% would" in one([0.0] * 20, [1 + x for x in (ZIGZAG * 4)[:20]])[1]
+    assert (
+        "does not exclude that up to 39% would" in judge_two([0.0] * 6, [1 + x for x in ZIGZAG])[1]
+    )
+    assert "up to 14% would" in judge_two([0.0] * 20, [1 + x for x in (ZIGZAG * 4)[:20]])[1]
 
 
 def test_failures_are_counted_and_the_difference_is_that_of_the_others():
     scores = [0.1, *(1 + x for x in ZIGZAG)]
     for options in ({"failure_below": 0.5}, {"failed": [("arm", 0), ("ref", 6)]}):
         reference = [1.2] * 6 + [0.2]
-        found, text = one(reference, scores, **options)
-        assert list(found.differences) == [1, 2, 3, 4, 5]
-        assert found.level == 0.975, "two parts share the level"
-        assert found.p_failures == pytest.approx(1.0) and found.verdict == "descriptive"
+        result, text = judge_two(reference, scores, **options)
+        assert list(result.differences) == [1, 2, 3, 4, 5]
+        assert result.level == 0.975, "two parts share the level"
+        assert result.p_failures == pytest.approx(1.0) and result.verdict == "descriptive"
         assert "1 of 7 runs of arm failed [1%, 52%] and 1 of 7 runs of ref failed" in text
 
 
 @pytest.mark.parametrize(
-    ("arm_fails", "others", "verdict", "words"),
+    ("failures", "shift", "verdict", "words"),
     [
         (6, -0.5, "worse", "because it fails more often"),
         (6, 0.5, "undecided", "one fails more often, and the other is worse where neither fails"),
@@ -172,20 +176,20 @@ def test_failures_are_counted_and_the_difference_is_that_of_the_others():
         (1, 0.5, "better", "arm is better than ref, by +0.501 [0.491"),
     ],
 )
-def test_an_arm_that_fails_more_often_is_not_better(arm_fails, others, verdict, words):
+def test_an_arm_that_fails_more_often_is_not_better(failures, shift, verdict, words):
     reference = [1.0] * 14
-    arm = [0.0] * arm_fails + [1 + others + x / 10 for x in (ZIGZAG * 3)[: 14 - arm_fails]]
-    found, text = one(reference, arm, failure_below=0.2)
-    assert found.verdict == verdict and words in text
-    assert found.p_failures == pytest.approx(
-        stats.fisher_exact([[arm_fails, 14 - arm_fails], [0, 14]]).pvalue
+    arm = [0.0] * failures + [1 + shift + x / 10 for x in (ZIGZAG * 3)[: 14 - failures]]
+    result, text = judge_two(reference, arm, failure_below=0.2)
+    assert result.verdict == verdict and words in text
+    assert result.p_failures == pytest.approx(
+        stats.fisher_exact([[failures, 14 - failures], [0, 14]]).pvalue
     )
 
 
 def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
     table = [("ref", s, 1 + s / 8) for s in range(8)] + [("arm", s, math.nan) for s in range(8)]
-    (found,) = family(table, failed=[("arm", s) for s in range(8)]).differences
-    assert found.verdict == "worse" and found.differences == {}
+    (result,) = family(table, failed=[("arm", s) for s in range(8)]).differences
+    assert result.verdict == "worse" and result.differences == {}
     marked = [{"arm": a, "seed": s, "score": x, "failed": a == "arm"} for a, s, x in table]
     assert family(marked).differences[0].verdict == "worse", "a column failed says the same"
 
@@ -198,11 +202,11 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
     }
     table["other"] = dict(table["arm"])
     del table["arm"][3], table["ref"][5]
-    found = family(table)
-    arm = found.differences[0]
+    result = family(table)
+    arm = result.differences[0]
     assert list(arm.differences) == [0, 1, 2, 4, 6, 7] and arm.unpaired == (3, 5)
-    assert found.sentences()[0].endswith("only one of the two has them: seeds 3 and 5.")
-    assert found.sentences()[1].endswith("only one of the two has them: seeds 5.")
+    assert result.sentences()[0].endswith("only one of the two has them: seeds 3 and 5.")
+    assert result.sentences()[1].endswith("only one of the two has them: seeds 5.")
 
 
 def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_others():
@@ -223,13 +227,13 @@ def test_all_pairs_share_one_level():
         arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))
     }
     judged = judge_scores(rows(table), all_pairs=True)
-    (found,) = judged.families
-    assert [(d.arm, d.reference) for d in found.differences] == [
+    (result,) = judged.families
+    assert [(d.arm, d.reference) for d in result.differences] == [
         ("a", "ref"),
         ("b", "ref"),
         ("b", "a"),
     ]
-    assert [d.level for d in found.differences] == pytest.approx([1 - 0.05 / 3] * 3)
+    assert [d.level for d in result.differences] == pytest.approx([1 - 0.05 / 3] * 3)
     assert judged.verdicts() == {("", "a"): "better", ("", "b"): "better"}
     assert list(judged.table()["verdict"]) == ["better"] * 3
 
@@ -241,9 +245,9 @@ def test_every_problem_is_a_family_with_a_margin_of_its_own():
         for i, arm in enumerate("ab")
         for s in range(6)
     ]
-    found = judge_scores(table, margin={"sort": 0.5, "add": None})
-    assert found.verdicts() == {("sort", "b"): "equivalent", ("add", "b"): "better"}
-    assert [f.margin for f in found.families] == [0.5, None]
+    result = judge_scores(table, margin={"sort": 0.5, "add": None})
+    assert result.verdicts() == {("sort", "b"): "equivalent", ("add", "b"): "better"}
+    assert [f.margin for f in result.families] == [0.5, None]
 
 
 def test_a_table_may_be_a_csv_file_a_frame_mappings_or_tuples(tmp_path):
@@ -267,7 +271,7 @@ GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
 
 
 @pytest.mark.parametrize(
-    ("table", "options", "said"),
+    ("table", "options", "words"),
     [
         ([*GOOD, ("ppo", 6, math.nan)], {}, "Row 12, arm 'ppo', seed 6, has no finite score"),
         ([*GOOD, ("ppo", 3, 0.1)], {}, "Row 12, arm 'ppo', seed 3, is there a second time"),
@@ -285,7 +289,7 @@ GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
         ("no/such/file.csv", {}, "cannot be read"),
     ],
 )
-def test_a_table_that_cannot_be_judged_is_refused(table, options, said):
+def test_a_table_that_cannot_be_judged_is_refused(table, options, words):
     with pytest.raises(Refused) as refused:
         judge_scores(table, **options)
-    assert said in str(refused.value)
+    assert words in str(refused.value)

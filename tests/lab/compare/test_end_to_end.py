@@ -22,7 +22,7 @@ SHORT = {"seeds": 2, "max_steps": 3, "num_envs": 4, "eval_every": 1, "eval_episo
 WALK = PLANNED | SHORT | {"arms": ("reinforce", "reinforce_timestep_mean")}
 
 
-def found_in(folder):
+def tables_of(folder):
     """What the seeds determine."""
     return [(folder / name).read_bytes() for name in ("comparisons.csv", "runs.csv")]
 
@@ -41,8 +41,8 @@ def walk(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
-    found, folder = walk
-    assert found.exit_code == 0 and found.judgement.verdicts() == {
+    comparison, folder = walk
+    assert comparison.exit_code == 0 and comparison.judgement.verdicts() == {
         ("walk", WALK["arms"][1]): "descriptive"
     }
     files = {"plan.json", "runs.csv", "comparisons.csv", "comparison.json", "report.html"}
@@ -50,18 +50,18 @@ def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
         "nothing was printed"
     )
     first = {}
-    for one in found.table.runs.itertuples():
+    for run in comparison.table.runs.itertuples():
         rows = [
             json.loads(line)
-            for line in (folder / one.path / "metrics.jsonl").read_text().splitlines()
+            for line in (folder / run.path / "metrics.jsonl").read_text().splitlines()
         ]
         rewards = [row["eval_reward"] for row in rows if "eval_reward" in row]
-        assert one.state == "finished" and one.samples == 3 * 4
+        assert run.state == "finished" and run.samples == 3 * 4
         assert (
-            one.area == pytest.approx(sum(rewards[1:]) / len(rewards[1:]))
-            and one.reward == rewards[-1]
+            run.area == pytest.approx(sum(rewards[1:]) / len(rewards[1:]))
+            and run.reward == rewards[-1]
         )
-        first.setdefault(one.seed, set()).add(str(rows[0]))
+        first.setdefault(run.seed, set()).add(str(rows[0]))
     assert all(len(rows) == 1 for rows in first.values()), "before training all arms are the same"
 
 
@@ -69,12 +69,12 @@ def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
 def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
     _, folder = walk
     before, times = (
-        found_in(folder),
+        tables_of(folder),
         {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")},
     )
     tokenrl.compare(**WALK, output_dir=str(folder))
     assert main(["report", str(folder)]) == 0
-    assert found_in(folder) == before
+    assert tables_of(folder) == before
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")} == times
     with pytest.raises(Refused, match="another comparison"):
         tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=str(folder))
@@ -89,8 +89,8 @@ def test_a_printed_command_makes_the_same_run(walk, tmp_path, capsys):
     assert len(lines) == len(set(lines)) == 4
     line = lines[0].replace("tokenrl control", f"{shlex.quote(sys.executable)} -m tokenrl control")
     subprocess.run(line, shell=True, check=True, capture_output=True, timeout=300)
-    ((name, made),) = metrics(tmp_path / "walk").items()
-    assert metrics(folder)[name] == made
+    ((name, content),) = metrics(tmp_path / "walk").items()
+    assert metrics(folder)[name] == content
     tokenrl.compare(**options, print_commands=True)
     assert len(capsys.readouterr().out.splitlines()) == 3
 
@@ -103,13 +103,12 @@ def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_pat
     )
     words = [sys.executable, "-m", "tokenrl", "compare", *flags.split()]
     words.append("--output-dir")
-    for number, wanted in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
+    for number, ended in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
         process = subprocess.Popen(
             [*words, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-1
         )
         while (
-            len(list(tmp_path.glob("*/runs/*/*/*/summary.json"))) < wanted
-            and process.poll() is None
+            len(list(tmp_path.glob("*/runs/*/*/*/summary.json"))) < ended and process.poll() is None
         ):
             time.sleep(0.05)
         process.send_signal(number)
@@ -118,7 +117,7 @@ def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_pat
         assert b"Traceback" not in errors
     for name in ("killed", "whole"):
         subprocess.run([*words, name], cwd=tmp_path, check=True, capture_output=True, timeout=900)
-    assert found_in(tmp_path / "whole") == found_in(tmp_path / "killed")
+    assert tables_of(tmp_path / "whole") == tables_of(tmp_path / "killed")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
 
@@ -126,7 +125,7 @@ def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_pat
 def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
     pytest.importorskip("ray")
     tokenrl.compare(**WALK, workers=2, output_dir=str(tmp_path / "walk"), executor="ray")
-    assert found_in(tmp_path / "walk") == found_in(walk[1])
+    assert tables_of(tmp_path / "walk") == tables_of(walk[1])
     assert metrics(tmp_path / "walk") == metrics(walk[1])
 
 
@@ -190,18 +189,18 @@ def test_the_page_shows_the_verdict_first_and_everything_that_was_found(tmp_path
         "a2c": rising(0.6),
         "rloo": rising(0.52),
     }
-    found = compared(tmp_path, arms, margin=0.05)
+    comparison = compared(tmp_path, arms, margin=0.05)
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     order = [
-        found.headline("walk"),
+        comparison.headline("walk"),
         "What was compared",
         "Difference to",
         "<b>reward</b>",
         "<h2>Arms",
     ]
-    places = [page.index(text) for text in order]
-    assert places == sorted(places)
+    positions = [page.index(text) for text in order]
+    assert positions == sorted(positions)
     for text in (
         "better, +0.09",
         "equivalent, +0.0",

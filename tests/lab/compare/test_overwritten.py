@@ -6,9 +6,9 @@ import pytest
 from made_runs import WALK, compared, rising, write_run
 
 import tokenrl
-from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.lab.compare import loop
+from tokenrl.lab.compare.page import write_tables
 from tokenrl.runs.directory import acquire_lock
 
 ARMS = {"reinforce": rising(0.5), "a2c": rising(0.6)}
@@ -34,16 +34,16 @@ def files(folder):
 
 def again(output_dir=".", **options):
     """Another comparison in the same directory, which writes its plan and the settings of its runs."""
-    given = {"arms": ("reinforce", "rloo"), "overwrite": True, "print_commands": True, **options}
-    return tokenrl.compare(**{**WALK, **given}, output_dir=str(output_dir))
+    settings = {"arms": ("reinforce", "rloo"), "overwrite": True, "print_commands": True, **options}
+    return tokenrl.compare(**{**WALK, **settings}, output_dir=str(output_dir))
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A comparison in the current directory, with its page and with files of the user."""
     monkeypatch.chdir(tmp_path)
-    compared(Path(), ARMS, seeds=2)
-    assert main(["report", "."]) == 0 and Path("runs.csv").exists()
+    write_tables(compared(Path(), ARMS, seeds=2))
+    Path("report.html").touch()
     for name in MINE:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(
@@ -55,9 +55,12 @@ def here(tmp_path, monkeypatch):
 def test_what_the_comparison_wrote_goes_and_everything_else_stays(here):
     before = files(here)
     planned = again()
-    left = files(here)
-    assert {name: left.get(name) for name in MINE} == {name: before[name] for name in MINE}
-    assert left.keys() - set(MINE) == {"plan.json", *(f"{run.path}.json" for run in planned.runs())}
+    remaining = files(here)
+    assert {name: remaining.get(name) for name in MINE} == {name: before[name] for name in MINE}
+    assert remaining.keys() - set(MINE) == {
+        "plan.json",
+        *(f"{run.path}.json" for run in planned.runs()),
+    }
 
 
 def test_a_file_of_others_in_a_run_is_refused_and_stays(here):
@@ -101,10 +104,10 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
         refused.append(error)
 
     monkeypatch.setattr(loop, "execute", execute)
-    made = tokenrl.compare(
+    comparison = tokenrl.compare(
         **WALK, seeds=2, arms=("reinforce", "a2c"), output_dir=str(tmp_path / "found")
     )
-    assert refused and set(made.table.runs["state"]) == {"finished"}
+    assert refused and set(comparison.table.runs["state"]) == {"finished"}
 
 
 def test_a_plan_of_another_program_is_not_replaced(tmp_path):
@@ -117,12 +120,12 @@ def test_a_plan_of_another_program_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "words"), [("mine.txt", "cannot be used"), ("a/../b", "contains '..'")]
+    ("path", "words"), [("mine.txt", "cannot be used"), ("a/../b", "contains '..'")]
 )
 def test_a_directory_that_cannot_be_made_or_that_runs_would_refuse_is_refused(
-    tmp_path, place, words
+    tmp_path, path, words
 ):
     (tmp_path / "mine.txt").write_text("years of work")
     with pytest.raises(Refused, match=words):
-        again(tmp_path / place)
+        again(tmp_path / path)
     assert files(tmp_path) == {"mine.txt": b"years of work"}

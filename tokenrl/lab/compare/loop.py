@@ -266,11 +266,12 @@ def _forecasts(plan: Plan) -> dict[str, str]:
             execute([run], root, console=Console(quiet=True))
             (row,) = read_runs(plan, [run], root)
             if row["state"] != "finished":
-                attempt = f"A few steps of {arm.label} on {problem.label} were tried"
-                raise Refused(f"{attempt}, and failed: {row['reason']}")
+                raise Refused(
+                    f"A few steps of {arm.label} on {problem.label} failed: {row['reason']}"
+                )
             recorded = read_run(root / run.path)
         steps = [row["step_seconds"] for row in recorded.timings if "step_seconds" in row]
-        evaluation = max(0.0, (recorded.summary["wall_seconds"] - sum(steps)) / 2)
+        evaluation = (recorded.summary["wall_seconds"] - sum(steps)) / 2
         seconds = problem.max_steps(arm) * median(steps[2:] or steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"

@@ -83,20 +83,14 @@ def write_tables(comparison: Comparison) -> None:
     folder = comparison.output_dir
     write_text(folder / "runs.csv", comparison.table.runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.differences().to_csv(index=False))
-    headlines = {}
-    sentences = {}
-    for family in comparison.judgement.families:
-        headlines[family.problem] = comparison.headline(family.problem)
-        sentences[family.problem] = family.sentences()
-    caveats = {}
-    for label, reservations in comparison.caveats.items():
-        caveats[label] = [caveat.text for caveat in reservations]
+    families = comparison.judgement.families
+    caveats = comparison.caveats.items()
     packages = versions()
     values = {
         "plan": asdict(comparison.plan),
-        "headlines": headlines,
-        "sentences": sentences,
-        "caveats": caveats,
+        "headlines": {label: comparison.headline(label) for label in comparison.caveats},
+        "sentences": {family.problem: family.sentences() for family in families},
+        "caveats": {label: [caveat.text for caveat in group] for label, group in caveats},
         "thresholds": comparison.thresholds.to_dict("records"),
         "versions": packages,
         "citation": CITATION.format(**packages),

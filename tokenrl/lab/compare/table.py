@@ -109,8 +109,9 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
 
 def samples_of(run: RecordedRun, unit: str) -> pd.Series:
     """Return by step the number of samples that a run had generated."""
-    steps = pd.DataFrame(run.metrics).set_index("step")
-    counts = steps.get(COUNTS[unit], pd.Series(0.0, steps.index)).astype(float).fillna(0.0)
+    metric = COUNTS[unit]
+    steps = pd.DataFrame(run.metrics, columns=["step", metric]).set_index("step")
+    counts = steps[metric].astype(float).fillna(0.0)
     return counts.cumsum() if unit == "episodes" else counts.cummax()
 
 
