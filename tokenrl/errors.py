@@ -165,8 +165,8 @@ def explain(error: BaseException) -> Stopped | None:
     if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return Stopped(
             f"There is not enough memory ({describe(error)}). Give less at once: of a language model fewer "
-            "--tokens-per-pass, --micro-batch-size or --sampling-batch-size, which change no result, or "
-            "shorter completions; of an agent fewer --num-envs."
+            "--tokens-per-pass, --micro-batch-size, --sampling-batch-size or, in lab measure, "
+            "--rows-at-once, which change no result, or shorter completions; of an agent fewer --num-envs."
         )
     network = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "/gloo/" in str(
         error

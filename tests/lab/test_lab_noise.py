@@ -15,7 +15,7 @@ from tokenrl.core.statistics import Interval
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.measure.contributions import contributions, step_slopes
 from tokenrl.lab.measure.measurement import words
-from tokenrl.lab.measure.noise import measure_estimators, measure_group_sizes, same_expectation
+from tokenrl.lab.measure.noise import measure_estimators, same_expectation
 from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Resampling, cosine, interval, reciprocal
@@ -31,10 +31,10 @@ def policy() -> Policy:
 
 
 def test_products_and_variances_are_unbiased() -> None:
-    """All 4^3 samples of three units from four points of unequal chance; two copies per unit."""
+    """All 4^3 samples of three units from four points of unequal chance."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(4, 2, 5, generator=generator, dtype=torch.double)
-    other = torch.randn(4, 1, 5, generator=generator, dtype=torch.double)
+    values = torch.randn(4, 5, generator=generator, dtype=torch.double)
+    other = torch.randn(4, 5, generator=generator, dtype=torch.double)
     chance = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.double)
     draw = Resampling(3, 5, replicates=2)
     signal, cross, variance = 0.0, 0.0, 0.0
@@ -43,10 +43,10 @@ def test_products_and_variances_are_unbiased() -> None:
         signal += float(p * draw.product(values[index], values[index])[0])
         cross += float(p * draw.product(values[index], other[index])[0])
         variance += float(p * draw.variance(values[index])[0])
-    mean = (chance[:, None] * values.mean(1)).sum(0)
+    mean = chance @ values
     assert signal == pytest.approx(float(mean @ mean), rel=1e-12)
-    assert cross == pytest.approx(float(mean @ (chance[:, None] * other[:, 0]).sum(0)), rel=1e-12)
-    second = float((chance * values.square().mean(1).sum(-1)).sum())
+    assert cross == pytest.approx(float(mean @ (chance @ other)), rel=1e-12)
+    second = float(chance @ values.square().sum(-1))
     assert variance == pytest.approx(second - float(mean @ mean), rel=1e-12)
 
 
@@ -54,7 +54,7 @@ def test_replicates_multiply_no_unit_with_itself() -> None:
     """Orthogonal units have products of exactly 0, however often one is drawn."""
     draw = Resampling(6, 6, replicates=50)
     draw.probes[:] = 1
-    units = torch.eye(6, dtype=torch.double)[:, None]
+    units = torch.eye(6, dtype=torch.double)
     assert draw.product(units, units).abs().max() < 1e-12
     assert draw.units.sum(-1).eq(6).all() and draw.units[1:].max() > 1
 
@@ -83,9 +83,7 @@ def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Te
     chance, gradient = [], []
     for x, (i, j) in itertools.product(range(2), itertools.product(range(m), repeat=2)):
         pair = torch.tensor([i, j])
-        slopes = step_slopes(
-            estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2
-        ).logprobs
+        slopes = step_slopes(estimator, drawn(problem, pair, 2, x), torch.arange(2)).logprobs
         chance.append(problem.chances[x, pair].prod() / 2)
         gradient.append(torch.einsum("nt,ntd->d", slopes, problem.scores[x, pair]))
     return torch.stack(chance), torch.stack(gradient)
@@ -113,7 +111,7 @@ def test_intervals_cover_the_truth() -> None:
         generator = torch.Generator().manual_seed(repetition)
         chosen = torch.multinomial(chance, 192, replacement=True, generator=generator)
         z = torch.randint(0, 2, (64, rloo.numel()), generator=generator).double() * 2 - 1
-        a, b = ((made[n][1][chosen] @ z.T / 64**0.5)[:, None] for n in ("rloo", "grpo"))
+        a, b = (made[n][1][chosen] @ z.T / 64**0.5 for n in ("rloo", "grpo"))
         draw = Resampling(192, 64, replicates=300, seed=repetition)
         aa, bb, ab = draw.product(a, a), draw.product(b, b), draw.product(a, b)
         found = {
@@ -159,7 +157,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
             groups // 4 if name == "token" else groups
         )
         if name == "token":  # its units are steps already
-            units = contributions(estimators[name], samples, seen, prompts_per_step=4).values[:, 0]
+            units = contributions(estimators[name], samples, seen, prompts_per_step=4).values
             assert m.variance.value == pytest.approx(float(units.var(0).sum()), rel=1e-10)
             continue
         noise = exact.noise / 4  # of a step of four groups
@@ -174,31 +172,6 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
         assert found[name].quieter.low <= ratio <= found[name].quieter.high, name
     assert found["rloo"].cosine.value == pytest.approx(1, abs=1e-12)
     assert found["reinforce"].quieter.value == 1.0
-
-
-@pytest.mark.slow
-def test_group_sizes_agree_with_the_enumerated_truth(policy: Policy) -> None:
-    problem = problem_of_policy(policy, PROMPTS[:1], points_of, length=2, vocabulary=4)
-    generator = torch.Generator().manual_seed(2)
-    chosen = torch.multinomial(problem.chances[0], 4 * 400, replacement=True, generator=generator)
-    samples, seen = drawn(problem, chosen, 4), Projections(problem.scores[0, chosen], None)
-    chosen_ones = {"rloo": Estimator(), "grpo": GRPO, "none": Estimator(baseline="none")}
-    sizes = measure_group_sizes(samples, seen, chosen_ones, prompts_per_step=8, replicates=300)
-    assert [(s.estimator, s.group_size) for s in sizes] == [
-        (n, g) for n in ("rloo", "grpo") for g in (2, 4)
-    ]
-    for s in sizes:
-        exact = exact_moments(chosen_ones[s.estimator], problem, group_size=s.group_size)
-        noise = exact.noise * s.group_size / 32
-        assert s.noise.low <= noise <= s.noise.high
-        if s.group_size == 4:
-            ratio = (
-                exact_moments(chosen_ones[s.estimator], problem, group_size=2).noise
-                * 2
-                / exact.noise
-                / 4
-            )
-            assert s.quieter.low <= ratio <= s.quieter.high and s.quieter.high / s.quieter.low < 2
 
 
 def test_same_expectation_needs_the_same_objective() -> None:

@@ -211,7 +211,7 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
     if every is None:
         every = max(1, resolved.max_steps // EVALUATIONS)
     settings = {**FIXED, "eval_every": every}
-    chosen = CHOSEN
+    chosen: tuple[str, ...] = CHOSEN
     if unit == "completions":
         settings |= FIXED_OF_TRAIN | {"log_completions": every}
         chosen = CHOSEN_OF_TRAIN

@@ -10,16 +10,20 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import Count, Seed, Several
 
 DEFAULT_ESTIMATORS = (
-    *(
-        "reinforce",
-        "reinforce_running_mean",
-        "reinforce_baseline",
-        "remax",
-        "rloo",
-        "opo_loo",
-        "shrinkage",
-    ),
-    *("rloo_token_mean", "dr_grpo", "grpo", "grpo_no_std", "dapo", "gspo", "reinforce_pp"),
+    "reinforce",
+    "reinforce_running_mean",
+    "reinforce_baseline",
+    "remax",
+    "rloo",
+    "opo_loo",
+    "shrinkage",
+    "rloo_token_mean",
+    "dr_grpo",
+    "grpo",
+    "grpo_no_std",
+    "dapo",
+    "gspo",
+    "reinforce_pp",
 )
 
 
@@ -33,7 +37,7 @@ class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArgument
     """Number of training prompts; more make the intervals narrower. With fewer than some 20 groups of unequal
     rewards the intervals are too narrow."""
     num_generations: Several = 8
-    """Completions per prompt (G); a power of two, so that groups can be halved."""
+    """Completions per prompt (G)."""
     prompts_per_step: Count = 8
     """Prompts per step; the noise is that of one step, within which some estimators compare prompts."""
     max_completion_length: Count | None = None
@@ -43,8 +47,8 @@ class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArgument
     layers: tuple[str, ...] = ()
     """Use only parameters with one of these in their name; `last` for the last block and the head."""
     rows_at_once: Count | None = None
-    """Completions per forward pass, halved while memory runs out; changes no number. Default: as many as have
-    16 million logits, at most 1024."""
+    """Completions per forward pass; with fewer, memory suffices for larger models, and no number changes.
+    Default: as many as have 16 million logits, at most 1024."""
     cpu: bool | None = None
     """As in train."""
     seed: Seed = 0

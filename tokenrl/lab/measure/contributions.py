@@ -23,15 +23,15 @@ from tokenrl.lab.measure.rollouts import Samples
 
 
 class Contributions(NamedTuple):
-    """Projected gradients of M independent units, with J gradients of the same expectation for each.
+    """Projected gradients of M independent units.
 
     Attributes:
-        values: Gradients in K projections [M, J, K]; J is 1 unless groups are divided into smaller ones.
+        values: Gradients in K projections [M, K].
         groups: Number of prompt groups per unit.
         coupled: Whether the units are steps because the estimator couples the prompts of a step.
     """
 
-    values: Float[Tensor, "M J K"]
+    values: Float[Tensor, "M K"]
     groups: int
     coupled: bool
 
@@ -41,7 +41,6 @@ def step_slopes(
     samples: Samples,
     rows: Tensor,
     *,
-    group_size: int,
     score_norms: Float[Tensor, "N T"] | None = None,
     baseline_value: float = 0.0,
 ) -> Slopes:
@@ -51,7 +50,6 @@ def step_slopes(
         estimator: Any estimator without a critic.
         samples: All rows.
         rows: Indices of the rows of the step [n], in whole groups.
-        group_size: Number of consecutive rows per group; may divide the groups of `samples` further.
         score_norms: |s_t|^2 of all rows.
         baseline_value: The running mean before the step.
 
@@ -63,7 +61,7 @@ def step_slopes(
         estimator,
         samples.rewards[rows],
         samples.mask[rows],
-        group_size=group_size,
+        group_size=samples.group_size,
         max_length=samples.mask.shape[1],
         valid=samples.valid[rows],
         truncated=samples.truncated[rows],
@@ -85,13 +83,7 @@ def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Float[T
 
 
 def contributions(
-    estimator: Estimator,
-    samples: Samples,
-    projections: Projections,
-    *,
-    prompts_per_step: int,
-    group_size: int | None = None,
-    coupled: bool | None = None,
+    estimator: Estimator, samples: Samples, projections: Projections, *, prompts_per_step: int
 ) -> Contributions:
     """Compute an estimator's projected gradient for every independent unit.
 
@@ -105,48 +97,37 @@ def contributions(
         projections: The projections of their scores.
         prompts_per_step: Groups per step. Steps are disjoint; for coupled estimators, groups that do not fill
             a step are left out.
-        group_size: Size of the smaller groups into which each group is divided; None to keep them whole.
-        coupled: Whether units are steps; None to decide by that comparison.
 
     Raises:
         Refused: When the estimator needs a critic, or cannot be used with such groups.
     """
     if estimator.needs_values:
         raise Refused("A measurement has no critic: no baseline 'value' and no returns 'gae'.")
-    whole = samples.group_size
-    size = whole if group_size is None else group_size
+    row_numbers = torch.arange(len(samples.rewards))
+    groups = row_numbers.reshape(-1, samples.group_size)  # [B, G]
+    step_of = row_numbers // (samples.group_size * prompts_per_step)
     norms = projections.logprobs.double().square().sum(-1) if estimator.needs_score_norms else None
-    step_of = torch.arange(len(samples.rewards)) // (whole * prompts_per_step)
 
-    def unit(rows: Tensor) -> Slopes:
-        elsewhere = (
-            step_of != step_of[rows[0]]
-        ) & samples.valid  # a running mean has seen other steps
-        mean = float(samples.rewards[elsewhere].mean()) if estimator.needs_memory else 0.0
-        return step_slopes(
-            estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=mean
-        )
+    def slopes(rows: Tensor) -> Slopes:
+        mean = 0.0
+        if estimator.needs_memory:  # the running mean of the other steps
+            elsewhere = (step_of != step_of[rows[0]]) & samples.valid
+            mean = float(samples.rewards[elsewhere].mean())
+        return step_slopes(estimator, samples, rows, score_norms=norms, baseline_value=mean)
 
-    groups = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
-    whole_steps = groups[: len(groups) // prompts_per_step * prompts_per_step]
-    steps = whole_steps.reshape(-1, prompts_per_step, *groups.shape[1:])  # [M, P, J, g]
-    if coupled is None:
-        coupled = prompts_per_step > 1 and _couples(unit, steps)
-    units = steps.transpose(1, 2).flatten(2) if coupled else groups  # [M, J, n]
-    values = torch.stack(
-        [torch.stack([projected(unit(r), projections, r) for r in rows]) for rows in units]
-    )
+    whole = len(groups) // prompts_per_step * prompts_per_step
+    steps = groups[:whole].reshape(-1, prompts_per_step, samples.group_size)  # [M, P, G]
+    coupled = prompts_per_step > 1 and any(_couples(slopes, step) for step in steps)
+    units = steps.flatten(1) if coupled else groups
+    values = torch.stack([projected(slopes(rows), projections, rows) for rows in units])
     return Contributions(values, prompts_per_step if coupled else 1, coupled)
 
 
-def _couples(unit: Callable[[Tensor], Slopes], steps: Tensor) -> bool:
-    """Whether the slopes of any step differ from those of its groups, each as a step by itself."""
-    for step in steps[:, :, 0]:  # [P, g]
-        try:
-            alone = torch.cat([unit(rows).logprobs for rows in step]) / len(step)
-        except Refused:  # the estimator compares prompts, and a group has only one
-            return True
-        together = unit(step.flatten()).logprobs
-        if not torch.allclose(together, alone, rtol=1e-6, atol=1e-9):
-            return True
-    return False
+def _couples(slopes: Callable[[Tensor], Slopes], step: Tensor) -> bool:
+    """Whether the slopes of a step differ from those of its groups, each as a step by itself."""
+    try:
+        alone = torch.cat([slopes(rows).logprobs for rows in step]) / len(step)
+    except Refused:  # the estimator compares prompts, and a group has only one
+        return True
+    together = slopes(step.flatten()).logprobs
+    return not torch.allclose(together, alone, rtol=1e-6, atol=1e-9)

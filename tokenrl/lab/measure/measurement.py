@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
@@ -23,13 +22,14 @@ from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
 from tokenrl.keywords import takes
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.lab.measure.noise import (
-    GroupSize,
-    Measurement,
-    measure_estimators,
-    measure_group_sizes,
+from tokenrl.lab.measure.noise import Measurement, measure_estimators
+from tokenrl.lab.measure.projections import (
+    AT_ONCE,
+    Projections,
+    chosen_parameters,
+    joined,
+    project,
 )
-from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
@@ -40,12 +40,11 @@ from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
 
 if TYPE_CHECKING:
-    from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.tasks.task import Task
 
-MOST_ROWS = 1024
+MAX_ROWS = 1024
 """Completions per forward pass, if their logits are few."""
-LOGITS_AT_ONCE = 2**24
+MAX_LOGITS = 2**24
 """With eight directions at once, in float32, the logits and their derivatives then take about 2 GB."""
 
 
@@ -58,14 +57,12 @@ class Measured:
         task: The name of the task.
         settings: Numbers of prompts, completions and probes, and mean reward and length of the completions.
         estimators: One measurement per chosen estimator.
-        group_sizes: Noise by group size, for estimators that compare only the completions of a prompt.
     """
 
     model: str
     task: str
     settings: dict[str, float]
     estimators: tuple[Measurement, ...]
-    group_sizes: tuple[GroupSize, ...]
 
 
 @takes(MeasureArguments)
@@ -90,30 +87,47 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     """Sample completions, project the scores of their tokens, and measure every estimator.
 
     Raises:
-        Refused: For a preset, a number or a layer that cannot be used, or for lack of memory.
+        Refused: For a preset, a number or a layer that cannot be used, or a task with too few prompts.
     """
+    from tokenrl.language.supervised.defaults import completion_limit
     from tokenrl.language.tasks.task import check_single_turn, find_task
 
-    chosen = {name: Estimator.preset(name) for name in args.estimators}
+    estimators = {name: Estimator.preset(name) for name in args.estimators}
     args = _checked(args, console.note)
     task, rewards = find_task(args)
     check_single_turn(rewards, "lab measure")
+    prompts = list(task.train_prompts)[: args.num_prompts]
+    if len(prompts) < args.num_prompts:
+        raise Refused(
+            f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts."
+        )
     policy = _policy(args, task, console)
+    sampling = Sampling(
+        max_completion_length=args.max_completion_length
+        or completion_limit(task, args.model, policy)[0],
+        num_generations=args.num_generations,
+        seed=args.seed,
+        **distribution_of(args),
+    )
+    rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
     parameters = chosen_parameters(policy, args.layers)
-    size, layers = sum(p.numel() for p in parameters.values()), ", ".join(args.layers) or "all"
-    rows = args.num_prompts * args.num_generations
-    console.note(f"Differentiating {rows} completions in {size:,} parameters ({layers}).")
+    size = sum(p.numel() for p in parameters.values())
+    layers = ", ".join(args.layers) or "all"
+    completions = args.num_prompts * args.num_generations
+    console.note(f"Differentiating {completions} completions in {size:,} parameters ({layers}).")
     threads, _ = choose_threads(policy.size)
     with using_threads(threads):
-        samples, projections = _in_memory(policy, task, rewards, parameters, args, console)
-        options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
-        return Measured(
-            model=policy.source,
-            task=task.name,
-            settings=_settings(args, samples),
-            estimators=measure_estimators(samples, projections, chosen, **options),
-            group_sizes=measure_group_sizes(samples, projections, chosen, **options),
+        samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
+        entropy = any(estimator.needs_entropy for estimator in estimators.values())
+        projections = _projections(policy, samples, parameters, args, console, entropy=entropy)
+        measurements = measure_estimators(
+            samples,
+            projections,
+            estimators,
+            prompts_per_step=args.prompts_per_step,
+            seed=args.seed,
         )
+    return Measured(policy.source, task.name, _settings(args, samples), measurements)
 
 
 def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
@@ -136,91 +150,56 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     return policy
 
 
-def _in_memory(
+def _projections(
     policy: Policy,
-    task: Task,
-    rewards: Rewards,
+    samples: Samples,
     parameters: Mapping[str, Tensor],
     args: MeasureArguments,
     console: Console,
-) -> tuple[Samples, Projections]:
-    """Sample and project as many completions at once as memory allows: half as many whenever it runs out.
-
-    Raises:
-        Refused: When not even the completions of one prompt fit, or the task has too few prompts.
-    """
-    from accelerate.utils.memory import should_reduce_batch_size
+    *,
+    entropy: bool,
+) -> Projections:
+    """Project the scores of all samples, with a bar that shows the progress."""
     from rich.progress import Progress
 
-    from tokenrl.language.supervised.defaults import completion_limit
-
-    prompts = list(task.train_prompts)[: args.num_prompts]
-    if len(prompts) < args.num_prompts:
-        raise Refused(
-            f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts."
-        )
-    sampling = Sampling(
-        max_completion_length=args.max_completion_length
-        or completion_limit(task, args.model, policy)[0],
-        num_generations=args.num_generations,
-        seed=args.seed,
-        **distribution_of(args),
-    )
-    rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
-    projected = partial(
-        project,
-        policy,
-        parameters=parameters,
-        count=args.probes,
-        seed=args.seed,
-        distribution=args,
-        entropy=any(Estimator.preset(name).needs_entropy for name in args.estimators),
-    )
-    while True:
-        try:
-            samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
-            scoring, width = samples.scoring, samples.mask.shape[1]
-            with Progress(console=console.rich) as progress:
-                total = len(samples.parts) * math.ceil(args.probes / AT_ONCE)
-                advance = partial(
-                    progress.advance, progress.add_task("differentiating", total=total)
-                )
-                parts = [
-                    projected(x, width=width, scoring=scoring, after=advance) for x in samples.parts
-                ]
-            logprobs, slopes = zip(*parts, strict=True)
-            whole = None if slopes[0] is None else torch.cat([x.cpu() for x in slopes])
-            return samples, Projections(torch.cat([x.cpu() for x in logprobs]), whole)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if rows <= args.num_generations:
-                raise Refused(
-                    f"Memory ran out with the {rows} completions of one prompt. Fewer --probes, a shorter "
-                    "--max-completion-length, --layers last or --lora-r 8 need less."
-                ) from error
-        rows //= 2
-        console.note(f"Memory ran out; going on with {rows} completions at once.")
+    parts = []
+    with Progress(console=console.rich) as progress:
+        passes = len(samples.parts) * math.ceil(args.probes / AT_ONCE)
+        bar = progress.add_task("differentiating", total=passes)
+        for rollout in samples.parts:
+            part = project(
+                policy,
+                rollout,
+                parameters,
+                count=args.probes,
+                seed=args.seed,
+                width=samples.mask.shape[1],
+                distribution=args,
+                entropy=entropy,
+                scoring=samples.scoring,
+                after=partial(progress.advance, bar),
+            )
+            parts.append(part)
+    return joined(parts)
 
 
 def rows_at_once(policy: Policy, length: int) -> int:
     """Return how many completions of `length` tokens have 16 million logits, but at most 1024."""
     vocabulary: int = policy.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    return max(1, min(MOST_ROWS, LOGITS_AT_ONCE // (length * vocabulary)))
+    return max(1, min(MAX_ROWS, MAX_LOGITS // (length * vocabulary)))
 
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
     """Check the numbers; return the arguments with the form of the prompts, which is announced."""
     from tokenrl.language.policy.prompts import fill_form, form_line, form_of
 
-    g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step
-    if g & (g - 1):
-        raise Refused(f"num_generations={g}: give a power of two, so that groups can be halved.")
+    prompts, step = args.num_prompts, args.prompts_per_step
     if args.gradient_checkpointing:
         raise Refused("gradient_checkpointing has no forward-mode derivative. Measure without it.")
-    if b < 4 * p or b % p:
+    if prompts < 4 * step or prompts % step:
         raise Refused(
-            f"num_prompts={b} with prompts_per_step={p}: give a multiple of {p}, at least {4 * p}."
+            f"num_prompts={prompts} with prompts_per_step={step}: give a multiple of {step}, at least "
+            f"{4 * step}."
         )
     args = arguments(MeasureArguments, vars(fill_form(args)))
     for line in form_line(form_of(args), args.model).values():
@@ -268,7 +247,7 @@ def _finite(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def print_tables(measured: Measured) -> None:
-    """Print estimators and group sizes, and below them what the columns mean."""
+    """Print the estimators, and below them what the columns mean."""
     console = rich_console(width=140)
     numbers = ("noise of a step", "cosine", "noise of none / its own")
     table = rich_table("", ("estimator", "declared", "units"), numbers)
@@ -276,13 +255,6 @@ def print_tables(measured: Measured) -> None:
         units = f"{m.units} {'steps' if m.coupled else 'groups'}"
         table.add_row(m.estimator, m.declared, units, *map(words, (m.noise, m.cosine, m.quieter)))
     console.print(table)
-    if measured.group_sizes:
-        numbers = ("G", "noise of as many completions", "noise with half the G / its own")
-        table = rich_table("", ("estimator",), numbers)
-        for size in measured.group_sizes:
-            quieter = "" if size.quieter is None else words(size.quieter)
-            table.add_row(size.estimator, str(size.group_size), words(size.noise), quieter)
-        console.print(table)
     s = measured.settings
     console.print(
         f"Over {s['num_prompts']:.0f} prompts of {measured.task} with {s['num_generations']:.0f} completions "

@@ -1,11 +1,10 @@
-"""Compares estimators on the same rows: signal, noise, direction, and the effect of the group size."""
+"""Compares estimators on the same rows: signal, noise and direction."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from tokenrl.core.choices import EXACT
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import Interval
-from tokenrl.errors import Refused
 from tokenrl.lab.measure.contributions import Contributions, contributions
 from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
@@ -51,23 +49,6 @@ class Measurement:
     quieter: Interval
 
 
-@dataclass(frozen=True)
-class GroupSize:
-    """The noise of an estimator with smaller groups, at the same number of completions per step.
-
-    Attributes:
-        estimator: Name of the estimator.
-        group_size: Completions per prompt.
-        noise: Noise of a step with the same number of completions, of more prompts.
-        quieter: Noise with groups of half the size divided by this noise; None for the smallest groups.
-    """
-
-    estimator: str
-    group_size: int
-    noise: Interval
-    quieter: Interval | None
-
-
 def measure_estimators(
     samples: Samples,
     projections: Projections,
@@ -88,11 +69,14 @@ def measure_estimators(
     32 groups on where most groups have a gradient. Where rewards are equal in 83 % of the groups it covers 88
     / 90 / 93 / 93 / 95 % with 32 / 64 / 128 / 256 / 512 groups: it takes some 20 groups of unequal rewards.
     """
-    step = prompts_per_step
-    of_rloo, without_baseline = (
-        contributions(e, samples, projections, prompts_per_step=step, coupled=False)
-        for e in (Estimator(), Estimator(baseline="none"))
+    measured = partial(
+        contributions,
+        samples=samples,
+        projections=projections,
+        prompts_per_step=prompts_per_step,
     )
+    of_rloo = measured(Estimator())
+    without_baseline = measured(Estimator(baseline="none"))
     probes = projections.logprobs.shape[-1]
 
     @cache
@@ -102,11 +86,15 @@ def measure_estimators(
     measurements = []
     for name, estimator in estimators.items():
         check_rewards(estimator, samples.rewards, samples.valid)
-        units = contributions(estimator, samples, projections, prompts_per_step=step)
-        rloo, none = (_in_units_of(units, groups) for groups in (of_rloo, without_baseline))
-        draw, share = resampling(len(units.values)), units.groups / step  # of a unit in a step
-        signal, rloo_signal = draw.product(units.values, units.values), draw.product(rloo, rloo)
-        variance, plain_variance = draw.variance(units.values) * share, draw.variance(none) * share
+        units = measured(estimator)
+        draw = resampling(len(units.values))
+        rloo = _in_units_of(units, of_rloo)
+        none = _in_units_of(units, without_baseline)
+        share = units.groups / prompts_per_step  # of a unit in a step
+        signal = draw.product(units.values, units.values)
+        rloo_signal = draw.product(rloo, rloo)
+        variance = draw.variance(units.values) * share
+        plain_variance = draw.variance(none) * share
         same = same_expectation(estimator)
         snr = interval((rloo_signal if same else signal) / variance)
         # A ratio has an interval only if that of its denominator lies above 0.
@@ -136,57 +124,7 @@ def same_expectation(estimator: Estimator) -> bool:
 
 
 def _in_units_of(units: Contributions, groups: Contributions) -> Tensor:
-    """Average the values of `groups`, whose units are groups, over units of another size [M, 1, K]."""
-    m, size = len(units.values), units.groups
-    return groups.values[: m * size].reshape(m, size, *groups.values.shape[1:]).mean(1)
-
-
-def measure_group_sizes(
-    samples: Samples,
-    projections: Projections,
-    estimators: Mapping[str, Estimator],
-    *,
-    prompts_per_step: int,
-    seed: int = 0,
-    replicates: int = 1000,
-) -> tuple[GroupSize, ...]:
-    """Divide the groups into smaller ones and compare the noise of equally many completions.
-
-    With groups of size g, a step of N completions has N/g prompts, so its variance is g/N times that of one
-    group.
-    """
-    groups, probes = len(samples.mask) // samples.group_size, projections.logprobs.shape[-1]
-    draw = Resampling(groups, probes, replicates=replicates, seed=seed)
-    step: dict[str, Any] = {"prompts_per_step": prompts_per_step}
-    rloo = contributions(Estimator(), samples, projections, coupled=False, **step)
-    rloo_signal = draw.product(rloo.values, rloo.values)
-    rows = []
-    sizes = [2**k for k in range(1, samples.group_size.bit_length())]
-    for name, estimator in estimators.items():
-        if not estimator.needs_groups:
-            continue
-        half: tuple[Tensor, Tensor] | None = (
-            None  # signal and variance with groups of half the size
-        )
-        for size in sizes:
-            try:
-                units = contributions(estimator, samples, projections, group_size=size, **step)
-            except Refused:  # for example 'loo_std' with groups of two
-                continue
-            if units.coupled:  # its units are steps
-                continue
-            same = same_expectation(estimator)
-            signal = rloo_signal if same else draw.product(units.values, units.values)
-            variance = draw.variance(units.values) * size / (prompts_per_step * samples.group_size)
-            quieter = None if half is None else _gain(half, (signal, variance))
-            rows.append(GroupSize(name, size, reciprocal(interval(signal / variance)), quieter))
-            half = signal, variance
-    return tuple(rows)
-
-
-def _gain(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Interval:
-    """Return the noise before divided by the noise after, each given as signal and variance."""
-    if after[0] is before[0]:  # the same signal cancels, whether or not it is resolved
-        return interval(before[1] / after[1])
-    ratio = (after[0] / before[0]) * (before[1] / after[1])
-    return interval(ratio, resolved=interval(before[0]).low > 0)
+    """Average the values of `groups`, whose units are groups, over units of another size [M, K]."""
+    count = len(units.values)
+    whole = groups.values[: count * units.groups]
+    return whole.reshape(count, units.groups, -1).mean(1)

@@ -35,6 +35,13 @@ class Projections(NamedTuple):
     entropy: Float[Tensor, "N T K"] | None
 
 
+def joined(parts: Sequence[Projections]) -> Projections:
+    """Join the projections of several rollouts, on the CPU."""
+    logprobs = torch.cat([part.logprobs.cpu() for part in parts])
+    entropies = [part.entropy.cpu() for part in parts if part.entropy is not None]
+    return Projections(logprobs, torch.cat(entropies) if entropies else None)
+
+
 def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the trainable parameters by name, restricted to those in which the gradient is measured.
 
@@ -64,12 +71,10 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
 def _last(names: Sequence[str]) -> list[str]:
     """Return the names in the last numbered block and after it; a tied head comes before the blocks."""
     matches = [re.search(r"\.(\d+)\.", name) for name in names]
-    numbers = [None if match is None else int(match[1]) for match in matches]
-    highest = max((n for n in numbers if n is not None), default=None)
-    first = numbers.index(highest)
-    return [
-        name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)
-    ]
+    blocks = [-1 if match is None else int(match[1]) for match in matches]
+    first = blocks.index(max(blocks))
+    after = zip(names[first:], blocks[first:], strict=True)
+    return [name for name, block in after if block in (max(blocks), -1)]
 
 
 AT_ONCE = 8

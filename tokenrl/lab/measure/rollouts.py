@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,6 @@ def collect(
     sampling: Sampling,
     *,
     rows_at_once: int = 1024,
-    after: Callable[[], None] = lambda: None,
 ) -> Samples:
     """Sample, reward and score G completions of each prompt, and its greedy completion.
 
@@ -68,22 +68,26 @@ def collect(
         rows: One per prompt, with the columns that the reward functions need.
         sampling: How to sample the G completions of each prompt.
         rows_at_once: Completions per forward pass; changes memory only.
-        after: Called after each batch of as many.
 
     Raises:
         Refused: When a greedy completion has no reward.
     """
-    g, greedy = sampling.num_generations, replace(sampling, num_generations=0)
-    size, scoring = max(1, rows_at_once // g), check_scoring(policy)
+    group_size = sampling.num_generations
+    scoring = check_scoring(policy)
     sampled = sample_and_reward(
         policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
     )
-    greedily = sample_and_reward(
-        policy, rows, rewards, greedy, stream="measurement", batch_size=size
+    greedily_sampled = sample_and_reward(
+        policy,
+        rows,
+        rewards,
+        replace(sampling, num_generations=0),
+        stream="measurement",
+        batch_size=max(1, rows_at_once // group_size),
     )
     parts, columns = [], []
-    for rollout, best in zip(sampled, greedily, strict=True):
-        if not best.valid.all():
+    for rollout, greedy in zip(sampled, greedily_sampled, strict=True):
+        if not greedy.valid.all():
             raise Refused(
                 "Every reward function abstained on a greedy completion; give other prompts."
             )
@@ -91,34 +95,27 @@ def collect(
             "rewards": rollout.rewards,
             "valid": rollout.valid,
             "truncated": rollout.truncated,
-            "greedy_rewards": best.rewards.repeat_interleave(g),
+            "greedy_rewards": greedy.rewards.repeat_interleave(group_size),
         }
         parts.append(rollout)
         columns.append(shared | _scores(policy, rollout, sampling, scoring))
-        after()
-    whole = {name: torch.cat([c[name].cpu() for c in columns]) for name in columns[0]}
-    whole = {k: x.double() if x.is_floating_point() else x for k, x in whole.items()}
-    return Samples(parts=tuple(parts), group_size=g, scoring=scoring, **whole)
+    whole = {name: torch.cat([part[name].cpu() for part in columns]) for name in columns[0]}
+    whole = {name: x.double() if x.is_floating_point() else x for name, x in whole.items()}
+    return Samples(parts=tuple(parts), group_size=group_size, scoring=scoring, **whole)
 
 
 def _scores(
     policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring
 ) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    options: dict[str, Any] = {"scoring": scoring, "rows_at_once": None}
-    scored = score_in_parts(policy.model, rollout, **options, distribution=sampling, entropy=True)
+    score = partial(score_in_parts, rollout=rollout, scoring=scoring, rows_at_once=None)
+    scored = score(policy.model, distribution=sampling, entropy=True)
     assert scored.entropy is not None
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
-            reference = score_in_parts(
-                model, rollout, **options, distribution=sampling.whole
-            ).logprobs
-    columns = {"mask": rollout.mask}
-    for name, x in (
-        ("logprobs", scored.logprobs),
-        ("ref_logprobs", reference),
-        ("entropy", scored.entropy),
-    ):
-        columns[name] = torch.where(rollout.mask, x, 0)
-    return {k: pad_right(x, sampling.max_completion_length) for k, x in columns.items()}
+            reference = score(model, distribution=sampling.whole).logprobs
+    scores = {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}
+    columns = {name: torch.where(rollout.mask, x, 0) for name, x in scores.items()}
+    columns["mask"] = rollout.mask
+    return {name: pad_right(x, sampling.max_completion_length) for name, x in columns.items()}

@@ -27,21 +27,21 @@ class Resampling:
         self.units = _counts(units, replicates, generator)  # [R, M]
         self.probes = _counts(probes, replicates, generator)  # [R, K]
 
-    def product(self, a: Float[Tensor, "M J K"], b: Float[Tensor, "M J K"]) -> Float[Tensor, " R"]:
+    def product(self, a: Float[Tensor, "M K"], b: Float[Tensor, "M K"]) -> Float[Tensor, " R"]:
         """Estimate `E a . E b`: the mean of `a_i . b_j` over pairs of distinct units.
 
-        It is `(sum_i w_i a_i . sum_i w_i b_i - sum_i w_i^2 a_i . b_i) / ((sum w)^2 - sum w^2)`, after the
-        mean over J. With w = 1 it is the U-statistic of the product of means.
+        It is `(sum_i w_i a_i . sum_i w_i b_i - sum_i w_i^2 a_i . b_i) / ((sum w)^2 - sum w^2)`. With w = 1 it
+        is the U-statistic of the product of means.
         """
-        a, b, w = a.mean(1), b.mean(1), self.units
+        w = self.units
         sums = (self.probes * (w @ a) * (w @ b)).sum(-1)
         squares = (w.square() * (self.probes @ (a * b).T)).sum(-1)
         return (sums - squares) / self._pairs()
 
-    def variance(self, a: Float[Tensor, "M J K"]) -> Float[Tensor, " R"]:
+    def variance(self, a: Float[Tensor, "M K"]) -> Float[Tensor, " R"]:
         """Estimate without bias the trace of the covariance of one gradient, `E|a|^2 - |E a|^2`."""
         w = self.units
-        squares = self.probes @ a.square().mean(1).T  # [R, M]
+        squares = self.probes @ a.square().T  # [R, M]
         total = w.sum(-1, keepdim=True)
         return (w * (total - w) * squares).sum(-1) / self._pairs() - self.product(a, a)
 
