@@ -89,6 +89,7 @@ def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Te
     return torch.stack(chance), torch.stack(gradient)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     """100 repetitions of 192 groups of two, new probes each, on a policy without very rare completions.
 
@@ -146,7 +147,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
     samples, seen = drawn(problem, chosen, 2), Projections(problem.scores[0, chosen], None)
     estimators = {
-        name: Estimator.preset(name) for name in ("reinforce", "rloo", "remax", "grpo", "dr_grpo")
+        name: Estimator.preset(name) for name in ("reinforce", "rloo", "remax", "grpo")
     } | {"token": Estimator(aggregation="token_mean")}
     measured = measure_estimators(samples, seen, estimators, prompts_per_step=4, replicates=300)
     found = {m.estimator: m for m in measured}
