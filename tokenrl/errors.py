@@ -63,18 +63,18 @@ class Placed(dict[str, Any]):
 
     def __init__(self, row: Mapping[str, Any], location: str) -> None:
         super().__init__(row)
-        self.place = location
+        self.location = location
 
 
 def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (location, row) for each row; the location is that in the user's data, else the row's number."""
     for number, row in enumerate(rows):
-        yield row.place if isinstance(row, Placed) else f"row {number}", row
+        yield row.location if isinstance(row, Placed) else f"row {number}", row
 
 
 def locations_of(rows: Iterable[Any]) -> list[str]:
     """Return the locations of rows in the user's data; empty if they are unknown."""
-    return [row.place for row in rows if isinstance(row, Placed)]
+    return [row.location for row in rows if isinstance(row, Placed)]
 
 
 ALIKE = (
@@ -148,10 +148,10 @@ def raised(error: BaseException) -> str:
         error, ImportError
     ):  # the line is one of Python's own, and the message names the module
         return f"it raised {describe(error)}"
-    return f"it raised {describe(error)}{location(error)}"
+    return f"it raised {describe(error)}{code_line(error)}"
 
 
-def location(error: BaseException, frame: int = -1) -> str:
+def code_line(error: BaseException, frame: int = -1) -> str:
     """Return in which line a frame of the traceback is, as in ' (envs.py, line 7)'; by default the last."""
     frames = traceback.extract_tb(error.__traceback__)[frame:][:1]
     return "".join(f" ({Path(entry.filename).name}, line {entry.lineno})" for entry in frames)

@@ -105,7 +105,7 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
             raise Refused(
                 f"{problem} Preferences are rows of chosen, rejected and, unless these hold it, prompt."
             )
-    pairs = [_pair(row, f"{where}, {position}") for position, row in with_places(rows)]
+    pairs = [_pair(row, f"{where}, {location}") for location, row in with_places(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not different:
         raise Refused(

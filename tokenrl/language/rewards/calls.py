@@ -29,8 +29,8 @@ from tokenrl.errors import (
     Refused,
     Stopped,
     TokenrlError,
+    code_line,
     describe,
-    location,
     own_process,
     suggest,
     written,
@@ -202,7 +202,7 @@ def _failure(
     `pairs` are the prompts and completions that it was called with.
     """
     prompts, completions, _ = described.args
-    line = location(error, 1)  # frame 0 is the call in this file
+    line = code_line(error, 1)  # frame 0 is the call in this file
     problem = f"Reward function {name} raised {describe(error)}{line}."
     if isinstance(error, AttributeError | TypeError) and not all(
         isinstance(c, str) for c in completions

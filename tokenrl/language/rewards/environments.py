@@ -22,8 +22,8 @@ from tokenrl.errors import (
     USER_CODE_FAILED,
     Refused,
     Stopped,
+    code_line,
     describe,
-    location,
     suggest,
     with_places,
     written,
@@ -101,7 +101,7 @@ class Episode:
             theirs = (
                 number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM
             )
-            line = location(problem, next(theirs, len(frames)))
+            line = code_line(problem, next(theirs, len(frames)))
             overdue = (
                 f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
             )
@@ -166,18 +166,18 @@ class Environments:
         Raises:
             Refused: a row names none, or its columns do not fit.
         """
-        for where, row in with_places(rows):
+        for location, row in with_places(rows):
             name = self._name(row)
             if name not in self._first:
                 problem = (
-                    f"The column environment of {where} is {name!r}, which names no environment"
+                    f"The column environment of {location} is {name!r}, which names no environment"
                 )
                 raise Refused(f"{problem}.{suggest(str(name), map(str, self._first))}")
             environment = self._first[name].environment
             try:
                 inspect.signature(environment.reset).bind(**self._options(row, 0))
             except TypeError as error:
-                problem = f"{type(environment).__name__}.reset cannot take the columns of {where}: {error}"
+                problem = f"{type(environment).__name__}.reset cannot take the columns of {location}: {error}"
                 raise Refused(
                     f"{problem}. Give it parameters for those it needs, and **kwargs."
                 ) from error

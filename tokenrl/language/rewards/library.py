@@ -123,11 +123,11 @@ class _Answer(Settings):
 
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuse an answer that no completion can equal, as it is neither text nor a number."""
-        for position, row in with_places(rows):
+        for location, row in with_places(rows):
             answer = row.get(self.column)
             if isinstance(answer, bool) or not isinstance(answer, str | Number | None):
                 kind = type(answer).__name__
-                problem = f"{position}: the answer in the column '{self.column}' is {answer!r:.100} ({kind})"
+                problem = f"{location}: the answer in the column '{self.column}' is {answer!r:.100} ({kind})"
                 raise Refused(
                     f"{problem}. {self.__name__} takes text or a number: write it as the text."
                 )

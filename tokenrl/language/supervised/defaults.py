@@ -79,8 +79,8 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     rows = list(getattr(task, "demonstrations", None) or [])
     placed = with_places(task.train_prompts)
     rows = rows or [
-        Placed({**row, "completion": as_prompt(row[column])}, at)
-        for at, row in placed
+        Placed({**row, "completion": as_prompt(row[column])}, location)
+        for location, row in placed
         if column in row
     ]
     if not rows:

@@ -44,14 +44,14 @@ def read_rows(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
     for file in files:
         read = _csv_rows if kind == "csv" else _json_rows
         for row in read(_text(file), file):
-            row.place += "" if len(files) == 1 else f" of {file.name}"
+            row.location += "" if len(files) == 1 else f" of {file.name}"
             rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     if kind == "csv":
         columns = {name: _column(cells) for name, cells in columns.items()}
     return [
-        Placed({name: values[number] for name, values in columns.items()}, row.place)
+        Placed({name: values[number] for name, values in columns.items()}, row.location)
         for number, row in enumerate(rows)
     ]
 

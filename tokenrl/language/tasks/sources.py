@@ -205,8 +205,8 @@ def with_prompts(
             f"{problem} Name it by prompt_column, or give a prompt_template (--prompt-template)."
         )
     prompted = [
-        Placed(row, position)
-        for (position, _), row in zip(with_places(rows), prompted, strict=True)
+        Placed(row, location)
+        for (location, _), row in zip(with_places(rows), prompted, strict=True)
     ]
     check_prompts(prompted, where)
     for row in prompted:
@@ -226,10 +226,10 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
         if unknown:
             raise Refused(f"no column is named {unknown[0]!r}.{suggest(unknown[0], rows[0])}")
         filled = []
-        for position, row in with_places(rows):
+        for location, row in with_places(rows):
             empty = [field for field in fields if row[field] is None or row[field] != row[field]]
             if empty:  # the word None or nan would enter the prompt
-                raise Refused(f"column '{empty[0]}' of {position} is {row[empty[0]]!r}.")
+                raise Refused(f"column '{empty[0]}' of {location} is {row[empty[0]]!r}.")
             filled.append({**row, "prompt": template.format(**row)})
     except Exception as error:
         problem = (
@@ -257,15 +257,15 @@ def as_prompt(value: Any) -> Any:
 def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
     prompted, first = [], dict[bool, str]()
-    for position, row in with_places(rows):
+    for location, row in with_places(rows):
         messages = as_prompt(row["messages"])
         fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
         if fault:
             raise Refused(
-                f"{where}, {position}: of the column 'messages', {fault}; it holds chat messages."
+                f"{where}, {location}: of the column 'messages', {fault}; it holds chat messages."
             )
         answered = messages[-1]["role"] == "assistant"
-        first.setdefault(answered, position)
+        first.setdefault(answered, location)
         text, turns = messages[-1]["content"], messages[:-1] if answered else messages
         answer = {"answer": text, "completion": text} if answered else {}
         prompted.append({**answer, **row, "prompt": turns})
@@ -283,15 +283,15 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     Raises:
         Refused: a row has another prompt, or none; the message names the row and what was found there.
     """
-    for position, row in with_places(rows):
+    for location, row in with_places(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
             raise Refused(
-                f"{where}, {position}: expected a mapping with a 'prompt', found {row!r:.200}."
+                f"{where}, {location}: expected a mapping with a 'prompt', found {row!r:.200}."
             )
         fault = fault_of_prompt(row["prompt"])
         if fault:
             allowed = 'text, or a list of chat messages {"role": ..., "content": text}'
-            raise Refused(f"{where}, {position}: {fault}. A prompt is {allowed}.")
+            raise Refused(f"{where}, {location}: {fault}. A prompt is {allowed}.")
 
 
 def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:

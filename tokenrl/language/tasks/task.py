@@ -316,12 +316,12 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
 
 def _check_copies(rows: Sequence[Row], where: str) -> None:
     """Refuse rows with a value that cannot be copied, since each function that gets rows gets copies."""
-    for position, row in with_places(rows):
+    for location, row in with_places(rows):
         for name, value in row.items():
             try:
                 copied(value)
             except Exception as error:
-                problem = f"{where}, {position}: column {name!r} holds {shown(value)}, which cannot be copied"
+                problem = f"{where}, {location}: column {name!r} holds {shown(value)}, which cannot be copied"
                 raise Refused(
                     f"{problem} ({describe(error)}), and each function gets copies of the rows. Give texts, "
                     "numbers, and lists or dicts of them; keep other objects in the module of the function."

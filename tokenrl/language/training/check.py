@@ -267,12 +267,12 @@ def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Findin
     if run.rewards.environments is not None:  # what is asked is known once an episode has begun
         return rows
     usable, refused = list[Mapping[str, Any]](), list[str]()
-    for name, row in with_places(rows):
+    for location, row in with_places(rows):
         try:
-            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [name])
+            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [location])
             usable.append(row)
         except Refused as error:
-            refused.append(f"The first is that of {name}. {error}")
+            refused.append(f"The first is that of {location}. {error}")
     if refused:
         text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
         findings.append(Finding("prompts-refused", "void", text))
