@@ -37,6 +37,7 @@ from tokenrl.language.rewards.rewards import (
     load_reward as load_reward,
 )
 from tokenrl.language.rollout.generator import (
+    Abilities as Abilities,
     Generator as Generator,
     TransformersGenerator as TransformersGenerator,
 )

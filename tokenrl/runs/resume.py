@@ -217,6 +217,7 @@ class Provenance:
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
         settings: the settings of the run; known once the run begins.
+        caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
 
@@ -224,6 +225,7 @@ class Provenance:
     processes: int = 1
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -251,8 +253,7 @@ class Provenance:
                 raise Refused(f"The run was started with other {part}: {'; '.join(wrong)}. {mend}")
         self.inexact = [text for name, text in differ["settings"].items() if name in ROUNDING]
         self.inexact += differ["versions"].values()
-        if self.settings.get("generator") == "vllm":
-            self.inexact.append("vllm has random numbers of its own")
+        self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import torch
 from families import family_policy
@@ -13,8 +14,9 @@ from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import UNCHANGED, score
+from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, score
 from tokenrl.language.rollout.vllm import VllmGenerator
+from tokenrl.language.training.engines import start_engine
 
 GROUPED = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 SHAPES = {"gpt2": {"hidden_size": 64, "n_embd": 64, "n_head": 2}}
@@ -37,8 +39,11 @@ def wide_policy(
 
 @contextlib.contextmanager
 def started(policy: Policy, rows_at_once: int | None = None, *, cache: float = 0.05):
-    with contextlib.closing(VllmGenerator.start(policy, rows_at_once, cache=cache)) as engine:
-        yield engine
+    """An engine whose first completions agree with the trainer."""
+    make = partial(VllmGenerator.start, cache=cache)
+    with contextlib.closing(start_engine(make, policy, USUAL, rows_at_once)) as engine:
+        sampled(engine)
+        yield engine.engine
 
 
 def sampled(engine, prompts=IDS, *, stream: str = "training", **settings) -> Rollout:

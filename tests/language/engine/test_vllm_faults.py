@@ -10,7 +10,7 @@ import torch
 from engines import gap, sampled, started, trained, wide_policy
 from tiny_models import make_task
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused, Stopped, TokenrlError
 from tokenrl.language.rollout.vllm import VllmGenerator
 
 pytestmark = pytest.mark.vllm
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.vllm
 def test_a_model_that_the_engine_cannot_sample_is_refused_and_the_next_is_not(
     family, config, words
 ):
-    with pytest.raises(Refused, match=words) as caught, started(wide_policy(family, **config)):
+    with pytest.raises(TokenrlError, match=words) as caught, started(wide_policy(family, **config)):
         pass
     with started(wide_policy()) as engine:
         del caught  # and with it what is left of the first engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from tiny_models import ENDS, PROMPTS, Engine, letter_task, letters_trained, mak
 
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.generator import Abilities, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import USUAL
 from tokenrl.language.training.engines import start_engine
+from tokenrl.language.training.settings import check_shares
 
 LENGTH, GROUP = 6, 3
 NAN, INF = math.nan, math.inf
@@ -282,6 +284,48 @@ def test_a_completion_that_goes_on_behind_a_stop_string_is_wrong():
             lambda policy, spoil: Spoilt(dataclasses.replace(policy, stops=None), spoil),
             stops=["e"],
         )
+
+
+class Limited(Engine):
+    """An engine that says what it can do."""
+
+    abilities = Abilities(
+        exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.5, 1.5)
+    )
+
+    def __init__(self, policy, _):
+        super().__init__(policy)
+
+
+class Rough(Limited):
+    gap = -0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 2}, r"temperature was given as 2; Limited samples from 0\.5 to 1\.5"),
+        ({"top_p": 0.9, "min_p": 0.1}, "Limited applies min_p before top_p"),
+        ({"generator": Rough}, r"trainer's model, gives log-probabilities that are off by 0\.\d+"),
+    ],
+)
+def test_an_engine_is_held_to_its_abilities(tmp_path, options, words):
+    options = {"generator": Limited, "max_steps": 2, "quiet": False} | options
+    with pytest.raises(Refused, match=words):
+        letters_trained(tmp_path, letter_task(ends), **options)
+
+
+def test_a_run_with_an_inexact_engine_says_so_and_needs_one_process(tmp_path, capsys):
+    options = {"generator": Limited, "quiet": False, "max_completion_length": 6}
+    for steps, resume in ((1, None), (2, "auto")):
+        letters_trained(tmp_path, letter_task(ends), max_steps=steps, resume=resume, **options)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "by Limited, with random numbers of its own: the run is not bit-exact" in printed
+    assert "Limited has random numbers of its own" in printed
+    with pytest.raises(
+        Refused, match="Limited samples in a run of one process, and this run has 3"
+    ):
+        check_shares(SimpleNamespace(generator=Limited, prompts_per_step=3), 3)
 
 
 def ends(completions, **_):

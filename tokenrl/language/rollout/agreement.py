@@ -1,4 +1,4 @@
-"""Checks on a few tokens that a model is sampled and scored rightly, and returns how to score it.
+"""Checks on a few tokens that a model is sampled and scored rightly, and compares engines with the trainer.
 
 Architectures differ in what they cache and in how they treat padding, and a model that treats them otherwise
 than expected still trains, on wrong numbers. So values and gradients are compared with the forward pass of
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
+from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score, score_in_parts
 from tokenrl.runs.processes import all_reduce_max
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
@@ -33,6 +34,20 @@ COARSE = (0.12, 0.5)
 """The same for bfloat16 and for quantised weights."""
 PIECE = 3
 """Tokens whose logits are computed at once in a trial of chunks, of a few more."""
+COMPARED = 32
+"""Completions of the first rollouts of an engine that the trainer scores."""
+ROUNDING = 0.05
+"""Largest difference, in nats per token, of the columns that an engine fills with the trainer's numbers."""
+FARTHEST = 1.0
+"""Largest difference, in nats per token, between the log-probabilities of an engine and the trainer's.
+Rounded or older weights and another temperature stay below it, and a warning tells of them (`sampling-differs`)."""
+LESS_PROBABLE = 0.25
+"""By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
+own way; and this share of the tokens may be even less probable."""
+
+
+class WrongRollout(Exception):
+    """Raised where the rows or the numbers of a batch are not what they must be; says in words how."""
 
 
 def check_scoring(
@@ -81,23 +96,57 @@ def check_scoring(
     return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
 
 
-def check_generator(generator: Any) -> None:
-    """Compare the log-probabilities that an engine reports of a few tokens with those of each row alone.
+def check_generator(
+    rows: Rollout, sampling: Sampling, policy: Policy, scoring: Scoring, *, agrees: bool
+) -> None:
+    """Compare the first completions of an engine with the trainer, which has the same weights then.
 
     Args:
-        generator: a dataclass with the field `policy`, whose weights the engine holds already.
+        rows: what the engine returned, checked for its form.
+        sampling: how it was to sample; with 0 generations the completions are greedy.
+        policy: the policy that was to be sampled.
+        scoring: how the policy is scored.
+        agrees: whether the numbers of the engine may differ from the trainer's by rounding only. Otherwise its
+            log-probabilities may differ by `FARTHEST`.
 
     Raises:
-        Refused: they differ by more than rounding.
+        WrongRollout: the numbers differ by more, or greedy tokens are improbable ones.
     """
-    rollout = _sampled(generator, hidden=False)
-    trial = _Trial.of(generator.policy, rollout, hidden=False, gradient=False)
-    try:
-        trial.compare(f"sampling by {type(generator).__name__}", rollout.sampling_logprobs, None)
-    except _Wrong as error:
-        raise Refused(
-            f"{error}, against the trainer's. The engine computes another model."
-        ) from error
+    rows = rows.take(torch.arange(min(COMPARED, len(rows))))
+    if not sampling.num_generations:
+        _compare_greedy(rows, policy, scoring)
+        return
+    if agrees and sampling.is_whole:
+        few = rows.take(torch.arange(4) * len(rows) // 4)
+        few = few.cut(few.prompt_ids.shape[1], min(4, few.mask.shape[1]))
+        trial = _Trial.of(policy, few, sampling)
+        trial.compare("the engine, against the trainer's model,", few.sampling_logprobs)
+    options: dict[str, Any] = {"rows_at_once": None, "distribution": sampling, "entropy": True}
+    scores = score_in_parts(policy.model, rows, scoring, **options)
+    limits = {"sampling_logprobs": FARTHEST, "logprobs": ROUNDING, "entropy": ROUNDING}
+    for name, limit in limits.items():
+        reported = getattr(rows, name)
+        if reported is None:
+            continue
+        expected: Any = scores.entropy if name == "entropy" else scores.logprobs
+        gap = float((reported - expected)[rows.mask].abs().double().mean())
+        # The temperature divides what rounding changes.
+        if gap > limit / min(1.0, sampling.temperature):
+            raise WrongRollout(
+                f"{name} differ from the trainer's by {gap:.2g} nats per token, so these tokens are of "
+                "other weights, another distribution or another prompt"
+            )
+
+
+def _compare_greedy(rows: Rollout, policy: Policy, scoring: Scoring) -> None:
+    """Raise `WrongRollout` if many greedy tokens are not the most probable ones."""
+    options: dict[str, Any] = {"rows_at_once": None, "distribution": Distribution(top_k=1)}
+    scores = score_in_parts(policy.model, rows, scoring, **options)
+    # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
+    gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
+    share = float((gaps > LESS_PROBABLE).double().mean())
+    if share > LESS_PROBABLE:
+        raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
 
 
 def _recomputes(policy: Policy) -> bool:
@@ -122,10 +171,9 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     trials: list[_Trial] = []
 
     def sample(plain_cache: bool) -> None:
-        rollout = _sampled(TransformersGenerator(replace(policy, plain_cache=plain_cache)), hidden)
-        trials[:] = [
-            _Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))
-        ]
+        rollout = _sampled(replace(policy, plain_cache=plain_cache), hidden)
+        slope = gradient and bool(policy.trainable_parameters())
+        trials[:] = [_Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
 
     cache = _failure(sample, False)
@@ -143,13 +191,12 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     return [wrong, unshared, "" if wrong else whole, cache]
 
 
-def _sampled(generator: Any, hidden: bool) -> Rollout:
+def _sampled(policy: Policy, hidden: bool) -> Rollout:
     """Sample two completions of a longer and of a shorter prompt, which do not end early."""
-    prompts, length = _prompts(generator.policy)
+    prompts, length = _prompts(policy)
     draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
-    endless = replace(generator, policy=replace(generator.policy, eos_ids=(), stops=None))
-    rollout: Rollout = endless.generate(prompts, Sampling(length, 2, keep_hidden=hidden), draws)
-    return rollout
+    endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None))
+    return endless.generate(prompts, Sampling(length, 2, keep_hidden=hidden), draws)
 
 
 def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
@@ -159,7 +206,8 @@ def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
     length = max(1, min(4, context // 3))
     ids = [(7 * i + 3) * vocabulary // 53 % vocabulary for i in range(7)]
     longer = ids[: max(1, min(5, context - length))]
-    return [longer, ids[-max(1, len(longer) // 2) :]], length
+    shorter = ids[-max(1, len(longer) // 2) :]
+    return [longer, shorter], length
 
 
 def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
@@ -169,15 +217,11 @@ def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
     return [fault or elsewhere * there for fault, there in zip(faults, anywhere, strict=True)]
 
 
-class _Wrong(Exception):
-    """Raised where a batch gives other numbers than each row alone."""
-
-
 def _failure(compute: Callable[..., None], *arguments: Any) -> str:
     """Compute something; return in words how that fails, or an empty text."""
     try:
         compute(*arguments)
-    except (_Wrong, Refused) as error:
+    except (WrongRollout, Refused) as error:
         return str(error)
     except torch.OutOfMemoryError:
         raise
@@ -207,22 +251,41 @@ class _Trial:
     spread: Tensor
 
     @classmethod
-    def of(cls, policy: Policy, rollout: Rollout, hidden: bool, gradient: bool) -> _Trial:
+    def of(
+        cls,
+        policy: Policy,
+        rollout: Rollout,
+        distribution: Distribution = UNCHANGED,
+        *,
+        hidden: bool = False,
+        gradient: bool = False,
+    ) -> _Trial:
         """Compute each row without padding, mask and cache."""
-        width = rollout.completion_ids.shape[1]
-        logprobs, states, spread = [], [], []
+        width = rollout.mask.shape[1]
+        logprobs, states, spreads = [], [], []
         with torch.set_grad_enabled(gradient):
-            for row in (rollout.take(torch.tensor([i])) for i in range(4)):
+            for i in range(len(rollout)):
+                row = rollout.take(torch.tensor([i]))
+                length = row.mask.shape[1]
+                before = slice(-length - 1, -1)  # the positions that predict the completion
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1).to(policy.device)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
-                logp = UNCHANGED.log_probabilities(out.logits[:, -width - 1 : -1])
-                logprobs.append(logp.gather(2, ids[:, -width:, None]).squeeze(2))
-                spread.append(logp.detach().std())
-                states += [out.hidden_states[-1][:, -width - 1 : -1].detach()] if hidden else []
-            chosen = torch.cat(logprobs)
-            slope = _gradient(policy, chosen) if gradient else None
-        alone = torch.cat(states) if states else None
-        return cls(policy, rollout, chosen.detach(), alone, slope, torch.stack(spread).mean())
+                logp = distribution.log_probabilities(out.logits[:, before])
+                chosen = logp.gather(2, ids[:, -length:, None]).squeeze(2)
+                logprobs.append(pad_right(chosen, width))
+                spreads.append(logp.detach().std())
+                if hidden:
+                    states.append(out.hidden_states[-1][:, before].detach())
+            alone = torch.cat(logprobs)
+            slope = _gradient(policy, alone) if gradient else None
+        return cls(
+            policy=policy,
+            rollout=rollout,
+            logprobs=alone.detach(),
+            hidden=torch.cat(states) if hidden else None,
+            gradient=slope,
+            spread=torch.stack(spreads).mean(),
+        )
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -245,17 +308,19 @@ class _Trial:
         )
         # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
         if math.isfinite(norm) and not error <= self.tolerances[1] * norm:
-            raise _Wrong(
+            raise WrongRollout(
                 f"{name} gives a gradient that is off by {error / max(norm, 1e-30):.2g} of its norm"
             )
 
-    def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None) -> None:
-        """Raise `_Wrong` if log-probabilities or hidden states are too far from those of each row alone."""
+    def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
+        """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
         # In half precision a mixture of experts may send a few tokens elsewhere: their mean is compared then.
         typical = limit > TOLERANCES[torch.float32][0]
         logprobs = logprobs.detach().to(self.logprobs.device)
-        errors = {"log-probabilities": (logprobs - self.logprobs).abs() / self.spread}
+        off_mask = ~self.rollout.mask.to(self.logprobs.device)  # of rows that have ended early
+        difference = (logprobs - self.logprobs).abs().masked_fill(off_mask, 0)
+        errors = {"log-probabilities": difference / self.spread}
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
             errors["hidden states"] = off / self.hidden.float().std()
@@ -263,7 +328,7 @@ class _Trial:
             by_prompt = error.view(2, -1)
             worst = float((by_prompt.mean(dim=1) if typical else by_prompt.amax(dim=1)).max())
             if not worst <= limit:
-                raise _Wrong(
+                raise WrongRollout(
                     f"{name} gives {quantity} that are off by {worst:.2g} standard deviations"
                 )
 

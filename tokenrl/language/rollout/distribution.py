@@ -38,6 +38,11 @@ class Distribution(Settings, group="sampling"):
         """The same temperature over all tokens: a reference is scored so, whose kept tokens are others."""
         return Distribution(temperature=self.temperature)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token may be sampled."""
+        return (self.top_k, self.top_p, self.min_p) == (0, 1, 0)
+
     def log_probabilities(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return log-probabilities [..., V] of logits [..., V], computed in float32 or better.
 
@@ -59,7 +64,7 @@ class Distribution(Settings, group="sampling"):
         always kept. Sampler and trainer may round differently, and after an update other tokens are kept than
         when the token was sampled; its probability would be 0 then.
         """
-        if (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
+        if self.is_whole:
             return logits
         removed = logits < self._least(logits.detach())
         if ids is not None:

@@ -7,6 +7,7 @@ of processes, and two estimators can be compared on common random numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,10 +37,37 @@ NOT_FINITE = (
 )
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What an engine can do. The class of an engine, or a function that makes one, holds it as `abilities`.
+
+    Attributes:
+        exact: its completions depend on the weights and on `draws` alone, so a run repeats bit for bit.
+        agrees: it computes the trainer's probabilities up to rounding; a run refuses to start if it does not.
+            Other engines may differ more (see `check_generator`), and a run warns of the difference.
+        distributed: it samples in a run of several processes.
+        min_p_last: with `top_p` and `min_p` it samples from the tokens that `Distribution` keeps.
+        temperatures: the lowest and the highest temperature that it samples at.
+    """
+
+    exact: bool = True
+    agrees: bool = False
+    distributed: bool = True
+    min_p_last: bool = True
+    temperatures: tuple[float, float] = (0.0, math.inf)
+
+
+def abilities_of(engine: Any) -> Abilities:
+    """Return what an engine, its class or a function that makes it says that it can do."""
+    abilities: Abilities = getattr(engine, "abilities", Abilities())
+    return abilities
+
+
 class Generator(Protocol):
     """An engine that samples completions. If it holds a copy of the weights, `sync` updates the copy.
 
-    What an engine other than the default one returns is checked in each rollout, see `training.engines`.
+    What an engine other than the default one returns is checked in each rollout, see `training.engines`. An
+    engine that cannot do all that the default one can has an attribute `abilities`, see `Abilities`.
     """
 
     def generate(

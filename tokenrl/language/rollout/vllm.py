@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.isolation import Streams
-from tokenrl.language.rollout.agreement import check_generator
-from tokenrl.language.rollout.generator import NOT_FINITE
+from tokenrl.language.rollout.generator import NOT_FINITE, Abilities
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.output import without_warnings
@@ -47,12 +46,15 @@ class VllmGenerator:
 
     policy: Policy
     engine: Any
+    abilities: ClassVar = Abilities(
+        exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.01, 2.0)
+    )
 
     @classmethod
     def start(
         cls, policy: Policy, rows_at_once: int | None = None, *, cache: float = 2.0
     ) -> VllmGenerator:
-        """Start the engine, give it the weights of the policy, and compare its numbers with the trainer's.
+        """Start the engine, and give it the weights of the policy.
 
         Args:
             policy: the policy, on its device. The engine computes in the precision of its weights.
@@ -61,7 +63,7 @@ class VllmGenerator:
                 the longest prompt with its completion.
 
         Raises:
-            Refused: vLLM is not installed, cannot load this model, or computes another than the trainer.
+            Refused: vLLM is not installed, or cannot load this model or its weights.
         """
         os.environ.update(IN_THIS_PROCESS)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -101,7 +103,6 @@ class VllmGenerator:
             generator = cls(policy, engine)
             try:
                 generator.sync(policy)
-                check_generator(generator)
             except BaseException:
                 generator.close()  # what is left of an engine would spoil the next of this process
                 raise

@@ -26,17 +26,21 @@ from tokenrl.errors import (
     explain,
     raised,
 )
-from tokenrl.language.policy.model import (
-    Policy,
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.agreement import ROUNDING, WrongRollout, check_generator
+from tokenrl.language.rollout.generator import (
+    Abilities,
+    Generator,
+    TransformersGenerator,
+    abilities_of,
 )
-from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scoring, score_in_parts
+from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.settings import shown
 
+ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
 METHODS = ("generate", "sync", "close")
 COLUMNS = {
     "prompt_ids": ("NP", "whole numbers"),
@@ -57,16 +61,17 @@ COLUMNS = {
 }
 """The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps
 others."""
-ROUNDING = 0.05
-"""Most by which a number of a token may miss its range, or the trainer's own number of it on average."""
-COMPARED = 32
-"""Completions of a first rollout that the trainer scores."""
-FARTHEST = 1.0
-"""Most nats per token between the log-probabilities of an engine and the trainer's. Rounded or older weights
-and another temperature stay below it, and a warning tells of them (`sampling-differs`)."""
-LESS_PROBABLE = 0.25
-"""By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
-own way; and this share of the tokens may be even less probable."""
+
+
+def named_engine(args: Any) -> Any:
+    """Return the class of the engine that the arguments name, or the user's function that makes one."""
+    named = args.generator
+    return ENGINES.get(named, named) if isinstance(named, str) else named
+
+
+def engine_name(args: Any) -> str:
+    """Return the name of the engine that samples, or of the user's function that makes it."""
+    return str(getattr(args.generator, "__name__", args.generator))
 
 
 def start_engine(
@@ -103,10 +108,6 @@ def start_engine(
     return CheckedEngine(engine, policy, scoring)
 
 
-class WrongRollout(Exception):
-    """Raised where a rollout is not what an engine was asked for; says in words what is wrong."""
-
-
 def _in_words(error: BaseException, ours: TokenrlError) -> TokenrlError:
     """Return what used up memory or a lost process means, or else an error that names the engine."""
     if isinstance(error, SystemExit):
@@ -131,6 +132,11 @@ class CheckedEngine:
     scoring: Scoring
     compared: set[bool] = field(default_factory=set)
 
+    @property
+    def abilities(self) -> Abilities:
+        """What the engine can do."""
+        return abilities_of(self.engine)
+
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
@@ -144,7 +150,8 @@ class CheckedEngine:
         try:
             rollout = checked(answer, prompt_ids, sampling, self.policy)
             if (draws is None) not in self.compared:
-                self._compare(rollout, sampling, greedy=draws is None)
+                agrees = self.abilities.agrees
+                check_generator(rollout, sampling, self.policy, self.scoring, agrees=agrees)
                 self.compared.add(draws is None)
         except Exception as error:
             fault = str(error) if isinstance(error, WrongRollout) else describe(error)
@@ -174,40 +181,6 @@ class CheckedEngine:
         except USER_CODE_FAILED as error:
             text = f"{type(self.engine).__name__}.{method} failed: {raised(error)}."
             raise _in_words(error, Stopped(text)) from error
-
-    def _compare(self, rollout: Rollout, sampling: Sampling, *, greedy: bool) -> None:
-        """Compare some rows of a first rollout with the trainer, which has the same weights then.
-
-        Raises:
-            WrongRollout: log-probabilities are far from the trainer's, or greedy tokens are improbable ones.
-        """
-        rows = rollout.take(torch.arange(min(COMPARED, len(rollout))))
-        # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
-        distribution = Distribution(top_k=1) if greedy else sampling
-        options: dict[str, Any] = {"distribution": distribution, "rows_at_once": None}
-        scores = score_in_parts(
-            self.policy.model, rows, self.scoring, entropy=not greedy, **options
-        )
-        if greedy:
-            gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
-            if (share := float((gaps > LESS_PROBABLE).double().mean())) > LESS_PROBABLE:
-                raise WrongRollout(
-                    f"{share:.0%} of its greedy tokens are not the most probable ones"
-                )
-            return
-        for name, most in {
-            "sampling_logprobs": FARTHEST,
-            "logprobs": ROUNDING,
-            "entropy": ROUNDING,
-        }.items():
-            reported = getattr(rows, name)
-            expected: Any = scores.entropy if name == "entropy" else scores.logprobs
-            gap = 0.0 if reported is None else _mean_gap(reported, expected, rows.mask)
-            if gap > most / min(1.0, sampling.temperature):  # which divides what rounding changes
-                raise WrongRollout(
-                    f"{name} differ from the trainer's by {gap:.2g} nats per token, so these tokens are of "
-                    "other weights, another distribution or another prompt"
-                )
 
 
 def checked(
@@ -345,13 +318,7 @@ def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
     return finite & (x >= -ROUNDING) if kind.endswith("at least 0") else finite
 
 
-def _mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
-    """Return the mean size of the difference of two numbers of each token, over the actions."""
-    return float((a - b)[mask].abs().double().mean())
-
-
 def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
     """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
-    if args.generator == "vllm":
-        return partial(VllmGenerator.start, cache=args.generator_cache)
-    return TransformersGenerator if args.generator == "transformers" else args.generator
+    engine = named_engine(args)
+    return partial(engine.start, cache=args.generator_cache) if engine is VllmGenerator else engine

@@ -21,6 +21,7 @@ from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
 from tokenrl.language.policy.saved import SavedPolicy
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of, prompt_text
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.base import adapt, load_base
@@ -30,7 +31,7 @@ from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.engines import engine_of
+from tokenrl.language.training.engines import engine_name, engine_of
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
 from tokenrl.language.training.settings import (
@@ -181,6 +182,8 @@ def _prepare(
         }
         settings = SimpleNamespace(**vars(args) | chosen)
         learner = make_learner(settings, policy, accelerator, engine_of(args))
+    if not abilities_of(learner.generator).exact:
+        provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
     run = TrainingRun(
         args=learner.args,
         task=task,

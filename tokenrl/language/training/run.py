@@ -17,10 +17,12 @@ from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_line
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import with_origins
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.engines import engine_name
 from tokenrl.language.training.learner import Learner
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
@@ -145,17 +147,20 @@ class TrainingRun:
         """Return the last lines of the header, which are printed when the model is ready."""
         policy = self.learner.policy
         trained = sum(p.numel() for p in policy.trainable_parameters())
-        engine = "by vllm, with random numbers of its own: the run is not bit-exact"
         device = str(policy.device)
         if device == "cpu" and self.args.cpu is None and torch.accelerator.is_available():
             device = "cpu, as a Mac's GPU is no faster with a small model (--no-cpu takes it all the same)"
-        return {
+        facts = {
             "trained": f"{trained:,} parameters, on {device}",
             "threads": self.threads,
             "computing": self.learner.forward.words,
-            **({"sampling": engine} if self.args.generator == "vllm" else {}),
-            **self.learner.forward.scoring.remarks,
         }
+        if not abilities_of(self.learner.generator).exact:
+            engine = engine_name(self.args)
+            facts["sampling"] = (
+                f"by {engine}, with random numbers of its own: the run is not bit-exact"
+            )
+        return {**facts, **self.learner.forward.scoring.remarks}
 
 
 def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import (
     Policy,
 )
+from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.engines import engine_name, named_engine
 from tokenrl.runs.processes import overruled
 from tokenrl.settings import Layered, lay
 
@@ -140,13 +142,16 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
-    if args.generator == "vllm" and args.top_p < 1 and args.min_p:
+    engine = engine_name(args)
+    abilities = abilities_of(named_engine(args))
+    if args.top_p < 1 and args.min_p and not abilities.min_p_last:
         raise Refused(
-            "vllm applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
+            f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
-    if args.generator == "vllm" and not 0.01 <= args.temperature <= 2:
+    lowest, highest = abilities.temperatures
+    if not lowest <= args.temperature <= highest:
         raise Refused(
-            f"temperature was given as {args.temperature:g}; vllm samples from 0.01 to 2."
+            f"temperature was given as {args.temperature:g}; {engine} samples from {lowest:g} to {highest:g}."
         )
     if args.dtype == "float16":
         raise Refused(
@@ -201,10 +206,9 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
 def check_shares(args: Any, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
-    if world > 1 and args.generator == "vllm":
-        raise Refused(
-            f"vllm samples in a run of one process, and this run has {world}: take transformers."
-        )
+    if world > 1 and not abilities_of(named_engine(args)).distributed:
+        problem = f"samples in a run of one process, and this run has {world}"
+        raise Refused(f"{engine_name(args)} {problem}: take transformers.")
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
         valid = f"{down} or {up}" if down else up
