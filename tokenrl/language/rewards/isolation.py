@@ -1,12 +1,11 @@
 """Calls code of environments: in the random state of its episode, with a deadline, async calls together.
 
-Environments draw from the global streams of `random` and `numpy.random`, so each episode has a state of them
-of its own, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a
-run could not be continued exactly. The deadline interrupts Python code and waits. It cannot end code that
-neither returns to Python nor waits in it, such as a regular expression that backtracks for ever or
-`os.system`; a loop around `except BaseException`; a finalizer (`__del__`), whose errors Python drops; or what
-follows after an environment has taken SIGALRM for itself. An async method that blocks its thread instead of
-awaiting holds all others, which then miss their deadlines.
+Environments draw from the global streams of `random` and `numpy.random`. Each episode has its own state of
+both, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a run
+could not be continued exactly. The deadline is a signal, which interrupts Python code, waits in it and regular
+expressions. It cannot end `os.system` and other code that does not return to Python, a loop around `except
+BaseException`, a finalizer (`__del__`), whose errors Python drops, or an environment that uses SIGALRM itself.
+An async method that blocks its thread instead of awaiting holds all others, which then miss their deadlines.
 """
 
 from __future__ import annotations

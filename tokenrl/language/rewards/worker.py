@@ -1,10 +1,11 @@
 """Runs reward functions under a deadline, in a process of their own, because only a process can be killed.
 
-A regular expression that backtracks for ever holds the interpreter, so neither a thread nor a signal handler
-of the same process gets a turn. The process is a freshly spawned interpreter, since a fork would inherit the
-locks and thread pools of a process that runs torch. Data is pickled through a pipe, which only this program
-and its own child use; when this program ends, the child reads the end of the pipe and exits.
-If a function changes globals or its own attributes, the change stays in that process.
+A signal of this process would interrupt most functions, but a reward may use SIGALRM itself, as math-verify
+does, and code of a library may run for ever without returning to Python. The process is a freshly spawned
+interpreter, since a fork would inherit the locks and thread pools of a process that runs torch. Data is
+pickled through a pipe, which only this program and its child use. When this program ends, the child reads the
+end of the pipe and exits. If a function changes globals or its own attributes, the change stays in that
+process.
 """
 
 from __future__ import annotations
