@@ -12,7 +12,7 @@ from tiny_models import ENDS, gradient, make_learner, make_policy, one_step, qui
 from tokenrl.core import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.training import collect, step
+from tokenrl.language.training import rows as collect, step
 
 ESTIMATORS = {
     **{

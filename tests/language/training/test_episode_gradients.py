@@ -16,7 +16,7 @@ import tokenrl
 from tokenrl.core import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.training.collect import collect_rows
+from tokenrl.language.training.rows import collect_rows
 
 LIMIT, SIZE = 10, 3
 """The most tokens that the policy may choose in an episode, and the episodes of a group."""

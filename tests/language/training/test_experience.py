@@ -30,15 +30,9 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.collect import (
-    averaged,
-    collect_rows,
-    completion_rows,
-    refill,
-    step_metrics,
-    with_estimates,
-)
 from tokenrl.language.training.learner import Critic
+from tokenrl.language.training.metrics import averaged, completion_rows, step_metrics
+from tokenrl.language.training.rows import collect_rows, refill, with_estimates
 from tokenrl.language.training.step import training_step
 from tokenrl.runs.metrics import read_completions, read_metrics
 

@@ -27,7 +27,7 @@ from tokenrl.language.policy.model import Policy, add_lora
 from tokenrl.language.rollout import forward
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.scoring import Scoring, score
-from tokenrl.language.training.collect import sample
+from tokenrl.language.training.rows import sample
 
 KL = Estimator.preset("grpo", beta=0.1)
 

@@ -31,8 +31,8 @@ from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import logprobs_under, sample
 from tokenrl.language.training.learner import Learner, make_optimizer
+from tokenrl.language.training.rows import logprobs_under, sample
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step

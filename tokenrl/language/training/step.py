@@ -8,7 +8,7 @@ the update. Weights and advantages are identical on every process, and each proc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -17,41 +17,40 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenrl.core.losses import beyond_bounds
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import generator_of
 from tokenrl.language.rollout.rewarded import unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.batch import (
+from tokenrl.language.training.metrics import (
+    Scored,
+    averaged,
+    completion_rows,
+    loss_statistics,
+    mismatch_metrics,
+    step_metrics,
+    update_metrics,
+)
+from tokenrl.language.training.rows import (
+    DrawPrompts,
     advantage_inputs,
+    collect_rows,
     gather,
     kept_rows,
     learning_rows,
     loss_inputs,
     micro_batches,
-)
-from tokenrl.language.training.collect import (
-    DrawPrompts,
-    averaged,
-    collect_rows,
-    completion_rows,
     old_logprobs,
     refill,
-    step_metrics,
     with_estimates,
 )
-from tokenrl.language.training.mismatch import Scored, mismatch_metrics
-from tokenrl.runs.processes import all_reduce_sum, local, sum_gradients
+from tokenrl.runs.processes import local, sum_gradients
 
 if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.rollout import Rollout
     from tokenrl.language.training.learner import Learner
-
-CLIPPED = ("token", "geometric_clip", "cispo", "trust")
-"""Ratios with a bound for each token; for them the metric `clip_ratio` is reported."""
 
 
 class Record(NamedTuple):
@@ -179,41 +178,6 @@ def token_weights(learner: Learner, counting: Kept, chosen: Tensor, like: Tensor
         valid=counting.counted[chosen],
     )
     return weights
-
-
-def loss_statistics(learner: Learner, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the loss of a micro-batch, its tokens beyond the bounds, and all that it learns from [3].
-
-    The inputs are those of `Estimator.loss`.
-    """
-    counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
-    if learner.estimator.ratio in CLIPPED:
-        learnt = inputs["weights"] != 0
-        columns = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
-        beyond = beyond_bounds(learner.estimator, *columns) & learnt
-        counts = torch.stack([beyond.sum(), learnt.sum()])
-    return torch.cat([loss.detach()[None], counts])
-
-
-def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> dict[str, float]:
-    """Return the metrics of an update.
-
-    Args:
-        learner: the settings.
-        parts: what `loss_statistics` returned for the micro-batches of this process.
-        norm: norm of the gradient before clipping.
-
-    Returns:
-        `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
-        share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios in `CLIPPED`.
-    """
-    sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
-    sums = all_reduce_sum(learner.accelerator, sums).cpu()
-    is_clipped = float(norm > learner.largest_norm)
-    metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": is_clipped}
-    if learner.estimator.ratio in CLIPPED:
-        metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
-    return metrics
 
 
 def update_baselines(

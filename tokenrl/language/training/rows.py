@@ -1,40 +1,62 @@
-"""Collects the rows of a training step and reports on them.
+"""Makes the rows of a training step, and divides them: over processes, updates and micro-batches.
 
 One process samples its completions, rewards them and adds what the estimator compares them with. `refill`
-replaces groups whose rewards are all equal by groups of new prompts. The report is the metrics of the step
-and a table of its completions.
+replaces groups whose rewards are all equal by groups of new prompts. Advantages and weights are computed from
+the whole step, identically on every process, and then sliced; the completions of a prompt stay on one process.
+Processes may make different numbers of passes, of different widths, because their gradients are summed only
+after the last pass of an update.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenrl.core.rows import from_first, zero_spread
-from tokenrl.core.statistics import mean_and_error
+from tokenrl.core.memories import Memory, read
+from tokenrl.core.objectives import check_rewards
+from tokenrl.core.rows import Kept, keep
+from tokenrl.errors import Stopped
+from tokenrl.language.rollout.rewarded import failures_of
+from tokenrl.language.rollout.rollout import (
+    NOT_YET,
+    OF_PROMPTS,
+    Rollout,
+    lengths,
+    to_device,
+    to_host,
+)
+from tokenrl.language.rollout.scoring import Scores
+from tokenrl.runs.processes import gather_rows
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+    from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.rollout.sampling import Sampling
+    from tokenrl.language.training.learner import Learner
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import (
-    completion_kl,
-    prompts_of,
     reward_rows,
     sample_rows,
-    texts_of,
 )
-from tokenrl.language.rollout.rollout import Rollout, cat, lengths
+from tokenrl.language.rollout.rollout import cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
 from tokenrl.runs.files import canonical
-from tokenrl.runs.processes import gather_numbers, gather_objects
+from tokenrl.runs.processes import gather_numbers
 
 if TYPE_CHECKING:
-    from tokenrl.language.policy.model import Policy
     from tokenrl.language.rewards.environments import Environments
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.distribution import Distribution
@@ -197,88 +219,137 @@ def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
     return greedy.rewards.repeat_interleave(size)
 
 
-def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """Average what rewards logged over calls and processes, by rows; every process has to call this."""
-    values: dict[str, list[float]] = {}
-    for means, count in gather_objects(list(logged)):
-        for name, value in means.items():
-            values.setdefault(name, []).extend([value] * count)
-    return {name: mean(each) for name, each in values.items()}
+def gather(accelerator: Any, rows: Rollout) -> Rollout:
+    """Gather the rows of all processes, in the order of the prompts, with rewards in the policy's precision.
+
+    Hidden states and what is no tensor stay with their process.
+
+    Raises:
+        Stopped: no row of the step has a reward.
+    """
+    like, failed = rows.logprobs, failures_of(rows.failures or ())
+    names = ("rewards", "by_function", "turn_rewards")
+    columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
+    rows = replace(rows, **columns)
+    if accelerator.num_processes > 1:
+        columns = {
+            name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3
+        }
+        gathered = gather_rows(accelerator, columns, OF_PROMPTS)
+        host = dict(zip(gathered, to_host(gathered.values()), strict=True))
+        whole = {name: x.to(columns[name].dtype) for name, x in host.items()}
+        rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
+    if not rows.valid.any():
+        raise Stopped(
+            f"Every reward function abstained from every completion of this step. {failed}".strip()
+        )
+    return rows
 
 
-def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
-    """Compute the metrics of the step's rows, under TRL's names.
+def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
+    """Return which of all N rows count in the divisor, and which tokens are learnt from.
 
-    `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
-    have no gradient. `reward_stderr` is the standard error of `reward` over prompts; it is missing with a
-    single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` and `kl_k3` are the means over
-    completions of both estimates of `completion_kl`, with standard errors over prompts. The run adds
-    `num_samples`, the number of completions generated so far, greedy and replaced ones included, and adds up
-    `num_tokens`, the tokens of prompts and of the completions learnt from.
+    Raises:
+        Refused: A row that does not abstain has a reward that the objective does not take.
+    """
+    states: dict[str, Any] = {"valid": rows.valid, "truncated": rows.truncated}
+    kept = keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
+    check_rewards(estimator, rows.rewards, rows.valid)
+    return kept
+
+
+def advantage_inputs(
+    rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards
+) -> dict[str, Any]:
+    """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
+    names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards", "turns")
+    sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
+    value = None if rows.keys is None else read(memory, rows.keys)  # [N]
+    computed = {"baseline_value": value, "components": rows.by_function}
+    computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
+    computed["rewards"] = (
+        rows.rewards if rows.turn_rewards is None else rows.turn_rewards
+    )  # [N] or [N, T]
+    return sizes | {name: getattr(rows, name) for name in names} | computed
+
+
+def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
+    """Return True for the rows of an update that can have a gradient [N]; other rows count in divisors only.
 
     Args:
-        rows: all N rows of the step.
-        names: names of the F reward functions.
-        group_size: completions per prompt.
+        learner: the settings.
+        counting: which rows of the step, and which of their tokens, are learnt from.
+        advantages: one for each row [N] or for each token [N, T].
+        chosen: True for the rows of the update [N].
     """
-    rewards, valid, mask = rows.rewards, rows.valid, rows.mask
-    counts, tokens = mask.sum(dim=1).double(), mask.sum().clamp(min=1)
-    # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
-    size = group_size if group_size > 1 else len(rewards)
-    differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
-    rewarded = rewards[valid].double()
-    means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
-    errors = {"reward": mean_and_error(means[~means.isnan()])[1]}
-    metrics = {
-        "reward": rewarded.mean(),
-        "reward_std": rewarded.std(correction=min(1, len(rewarded) - 1)),
-        "frac_reward_zero_std": (differences == 0).all(dim=1).double().mean(),
-        "entropy": (rows.entropy * mask).double().sum() / tokens,
-        "completions/mean_length": counts.mean(),
-        "completions/min_length": counts.min(),
-        "completions/max_length": counts.max(),
-        "completions/clipped_ratio": rows.truncated.double().mean(),
-        "num_tokens": lengths(mask).sum() + rows.prompt_mask.sum(),
-    }
-    if rows.ref_logprobs is not None:
-        for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
-            metrics[name], errors[name] = mean_and_error(values, group_size)
-    metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
-    if len(rewarded) < len(rewards):
-        metrics["frac_rows_abstained"] = 1 - valid.double().mean()
-    for column, name in enumerate(names):
-        values = rows.by_function[:, column].double()
-        values = values[~values.isnan()]
-        if len(values):
-            metrics[f"rewards/{name}/mean"] = values.mean()
-            metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
-    return {name: float(value) for name, value in metrics.items()}
+    learning = chosen & counting.counted & counting.mask.any(dim=1)
+    if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
+        learning &= (advantages != 0).reshape(len(learning), -1).any(dim=1)
+    return learning
 
 
-def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return this process's completions with their rewards and advantages, as rows of a table.
+def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Tensor]:
+    """Divide the rows that this process learns from into micro-batches.
 
-    A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
-    itself. The reward is None where every function abstained, as from an episode that failed. Where each
-    token has an advantage of its own, the row holds that of the first token.
+    Args:
+        learner: the settings.
+        rows: this process's n rows.
+        learning: True for those that are learnt from [n].
+
+    Returns:
+        For each micro-batch the numbers of its rows; nothing if there are none.
     """
-    advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
-    rewarded = zip(rows.rewards.tolist(), rows.valid.tolist(), strict=True)
-    data = dict.fromkeys(name for row in rows.data for name in row)
-    logs = dict.fromkeys(
-        name for row in rows.logs for name in row
-    )  # of some calls a function logs none
-    columns: dict[str, Any] = {
-        **{name: [row.get(name) for row in rows.data] for name in data},
-        "prompt": prompts_of(policy, rows),
-        "completion": texts_of(policy, rows),
-        "reward": [x if valid else None for x, valid in rewarded],
-        **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
-        **{name: [row.get(name) for row in rows.logs] for name in logs},
-        "advantage": advantages.tolist(),
-        "truncated": rows.truncated.tolist(),
+    columns = (learning, lengths(rows.mask), rows.prompt_mask.sum(dim=1))
+    packed = _packed(learner, *(x.tolist() for x in columns))
+    return [torch.tensor(sorted(part)) for part in packed]
+
+
+def _packed(
+    learner: Learner, active: Sequence[bool], lengths: Sequence[int], prompts: Sequence[int]
+) -> list[list[int]]:
+    """Fill passes with the active rows of a process, in whole groups, those of the longest completions first.
+
+    A group that is too large for one pass is split, and its prompt is computed again.
+    """
+    args, size = learner.args, learner.sampling.group_size
+    shared = learner.forward.scoring.share_prompt
+    limit, most_rows = learner.forward.tokens, args.micro_batch_size or len(active)
+
+    def fits(part: Sequence[int]) -> bool:
+        computed = len({i // size for i in part}) if shared else len(part)  # how many prompts
+        tokens = len(part) * max(lengths[i] for i in part) + computed * max(
+            prompts[i] for i in part
+        )
+        return tokens <= limit and len(part) <= most_rows
+
+    groups = [[i for i in range(k, k + size) if active[i]] for k in range(0, len(active), size)]
+    plan: list[list[int]] = []
+    for group in sorted(filter(None, groups), key=lambda part: -max(lengths[i] for i in part)):
+        most = max(n for n in range(1, len(group) + 1) if n == 1 or fits(group[:n]))
+        for part in (group[k : k + most] for k in range(0, len(group), most)):
+            if plan and fits(plan[-1] + part):
+                plan[-1] += part
+            else:
+                plan.append(part)
+    return plan
+
+
+def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
+    """Return the arguments of `Estimator.loss` for the rows of a micro-batch with their present scores.
+
+    They are on the device of the scores.
+
+    If the present policy is also the one that sampled, the denominator of the ratio is the same number
+    without its gradient: the ratio is 1, and its gradient is that of the log-probabilities.
+    """
+    names = ("advantages", "weights", "mask", "old_logprobs", "sampling_logprobs", "ref_logprobs")
+    columns = {name: getattr(rows, name) for name in names}
+    device = scores.logprobs.device
+    inputs = {name: None if x is None else to_device(x, device) for name, x in columns.items()}
+    if rows.old_logprobs is None:
+        inputs["old_logprobs"] = scores.logprobs.detach()
+    return inputs | {
+        "logprobs": scores.logprobs,
+        "entropy": scores.entropy,
+        "centres": scores.centres,
     }
-    if rows.messages is not None:
-        columns |= {"ending": rows.endings, "messages": rows.messages}
-        columns |= {"failure": [failure or None for failure in rows.failures]}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

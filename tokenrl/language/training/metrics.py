@@ -1,0 +1,225 @@
+"""Computes the metrics of a training step, and the table of its completions.
+
+The metrics of sampling say how far the sampler's log-probabilities are from the trainer's, at the first update
+of a step. A generator with weights or arithmetic of its own (another engine, another precision) samples from
+a policy that is not quite the one that is trained, and so does one that leaves tokens out unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenrl.core.losses import beyond_bounds
+from tokenrl.language.rollout.rollout import to_host
+from tokenrl.runs.processes import all_reduce_sum
+
+if TYPE_CHECKING:
+    from tokenrl.language.rollout.rollout import Rollout
+    from tokenrl.language.training.learner import Learner
+import math
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from tokenrl.core.rows import from_first
+from tokenrl.core.statistics import mean_and_error
+from tokenrl.language.rollout.rewarded import (
+    completion_kl,
+    prompts_of,
+    texts_of,
+)
+from tokenrl.language.rollout.rollout import Rollout, lengths
+from tokenrl.runs.processes import gather_objects
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+
+CLIPPED = ("token", "geometric_clip", "cispo", "trust")
+"""Ratios with a bound for each token; for them the metric `clip_ratio` is reported."""
+
+
+def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Average what rewards logged over calls and processes, by rows; every process has to call this."""
+    values: dict[str, list[float]] = {}
+    for means, count in gather_objects(list(logged)):
+        for name, value in means.items():
+            values.setdefault(name, []).extend([value] * count)
+    return {name: mean(each) for name, each in values.items()}
+
+
+def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
+    """Compute the metrics of the step's rows, under TRL's names.
+
+    `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
+    have no gradient. `reward_stderr` is the standard error of `reward` over prompts; it is missing with a
+    single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` and `kl_k3` are the means over
+    completions of both estimates of `completion_kl`, with standard errors over prompts. The run adds
+    `num_samples`, the number of completions generated so far, greedy and replaced ones included, and adds up
+    `num_tokens`, the tokens of prompts and of the completions learnt from.
+
+    Args:
+        rows: all N rows of the step.
+        names: names of the F reward functions.
+        group_size: completions per prompt.
+    """
+    rewards, valid, mask = rows.rewards, rows.valid, rows.mask
+    counts, tokens = mask.sum(dim=1).double(), mask.sum().clamp(min=1)
+    # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
+    size = group_size if group_size > 1 else len(rewards)
+    differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
+    rewarded = rewards[valid].double()
+    means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
+    errors = {"reward": mean_and_error(means[~means.isnan()])[1]}
+    metrics = {
+        "reward": rewarded.mean(),
+        "reward_std": rewarded.std(correction=min(1, len(rewarded) - 1)),
+        "frac_reward_zero_std": (differences == 0).all(dim=1).double().mean(),
+        "entropy": (rows.entropy * mask).double().sum() / tokens,
+        "completions/mean_length": counts.mean(),
+        "completions/min_length": counts.min(),
+        "completions/max_length": counts.max(),
+        "completions/clipped_ratio": rows.truncated.double().mean(),
+        "num_tokens": lengths(mask).sum() + rows.prompt_mask.sum(),
+    }
+    if rows.ref_logprobs is not None:
+        for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
+            metrics[name], errors[name] = mean_and_error(values, group_size)
+    metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
+    if len(rewarded) < len(rewards):
+        metrics["frac_rows_abstained"] = 1 - valid.double().mean()
+    for column, name in enumerate(names):
+        values = rows.by_function[:, column].double()
+        values = values[~values.isnan()]
+        if len(values):
+            metrics[f"rewards/{name}/mean"] = values.mean()
+            metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return this process's completions with their rewards and advantages, as rows of a table.
+
+    A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
+    itself. The reward is None where every function abstained, as from an episode that failed. Where each
+    token has an advantage of its own, the row holds that of the first token.
+    """
+    advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
+    rewarded = zip(rows.rewards.tolist(), rows.valid.tolist(), strict=True)
+    data = dict.fromkeys(name for row in rows.data for name in row)
+    logs = dict.fromkeys(
+        name for row in rows.logs for name in row
+    )  # of some calls a function logs none
+    columns: dict[str, Any] = {
+        **{name: [row.get(name) for row in rows.data] for name in data},
+        "prompt": prompts_of(policy, rows),
+        "completion": texts_of(policy, rows),
+        "reward": [x if valid else None for x, valid in rewarded],
+        **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
+        **{name: [row.get(name) for row in rows.logs] for name in logs},
+        "advantage": advantages.tolist(),
+        "truncated": rows.truncated.tolist(),
+    }
+    if rows.messages is not None:
+        columns |= {"ending": rows.endings, "messages": rows.messages}
+        columns |= {"failure": [failure or None for failure in rows.failures]}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class Scored(NamedTuple):
+    """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
+
+    mask: Tensor
+    """True on actions, on the CPU [n, T]."""
+    sampling_logprobs: Tensor
+    """Those of the sampler, on the CPU."""
+    logprobs: Tensor
+    """Those of the policy that is trained, on its device."""
+
+
+def differences(mask: Tensor, sampling_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """Return of each row how far sampler and trainer are apart [n, 4].
+
+    Args:
+        mask: True on actions [n, T].
+        sampling_logprobs: log-probabilities of the sampler [n, T].
+        logprobs: log-probabilities under the policy that is trained [n, T].
+
+    Returns:
+        The sum over tokens of the log ratio `log pi - log mu`, in nats, with pi the trainer's probability and
+        mu the sampler's; the sum and the largest of its absolute values; and the number of tokens.
+    """
+    gaps = torch.where(mask, logprobs - sampling_logprobs, 0).double()
+    sizes = gaps.abs()
+    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
+
+
+def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
+    """Return the metrics of the rows of all processes; every process has to call this.
+
+    A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be
+    that of the policy on the sampler's rows. Its mean is 1 in expectation, if the sampler can draw whatever
+    the policy can, and else the policy's probability of what the sampler keeps.
+
+    Args:
+        parts: the micro-batches of this process.
+
+    Returns:
+        `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
+        sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
+        many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w. They are those
+        of the rows that the first update learns from; none if there are no such rows.
+    """
+    host = to_host(part.logprobs for part in parts)
+    apart = []
+    for part, logprobs in zip(parts, host, strict=True):
+        apart.append(differences(part.mask, part.sampling_logprobs, logprobs))
+    rows = gather_objects(torch.cat(apart).tolist() if apart else [])
+    if not rows:
+        return {}
+    ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T
+    log_total = ratios.logsumexp(0)
+    effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
+    return {
+        "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
+        "sampling/logp_difference/max": float(largest.max()),
+        "sampling/effective_sample_size": effective / len(rows),
+        "sampling/kept_mass": float((log_total - math.log(len(rows))).exp()),
+    }
+
+
+def loss_statistics(learner: Learner, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the loss of a micro-batch, its tokens beyond the bounds, and all that it learns from [3].
+
+    The inputs are those of `Estimator.loss`.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
+    if learner.estimator.ratio in CLIPPED:
+        learnt = inputs["weights"] != 0
+        columns = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
+        beyond = beyond_bounds(learner.estimator, *columns) & learnt
+        counts = torch.stack([beyond.sum(), learnt.sum()])
+    return torch.cat([loss.detach()[None], counts])
+
+
+def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> dict[str, float]:
+    """Return the metrics of an update.
+
+    Args:
+        learner: the settings.
+        parts: what `loss_statistics` returned for the micro-batches of this process.
+        norm: norm of the gradient before clipping.
+
+    Returns:
+        `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
+        share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios in `CLIPPED`.
+    """
+    sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
+    sums = all_reduce_sum(learner.accelerator, sums).cpu()
+    is_clipped = float(norm > learner.largest_norm)
+    metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": is_clipped}
+    if learner.estimator.ratio in CLIPPED:
+        metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
+    return metrics
