@@ -75,7 +75,6 @@ NAMES = {
     "accelerate.utils:is_tensorboard_available": METRICS,  # as of every tracker
     "accelerate.utils:gather_object": "runs/processes.py",
     "accelerate.utils:broadcast": "runs/processes.py",
-    
     "torch.utils._pytree:tree_map": "runs/checkpoint.py",
     "torch.optim.lr_scheduler:LambdaLR._last_lr": "runs/schedules.py",
     "torch.autograd.function:once_differentiable": HEAD,

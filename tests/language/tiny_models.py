@@ -189,7 +189,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
     }
     args = arguments(TrainArguments, values | options | {"estimator": estimator})
     args = train_settings(args, make_task())
-    return make_learner(args, policy, make_accelerator(args))
+    return make_learner(args, policy, make_accelerator(args.cpu))
 
 
 def scored(learner, **how):

@@ -30,8 +30,11 @@ HEEDED = (
 """Variables of accelerate, without their prefix, that say where a run computes and not what."""
 
 
-def make_accelerator(args: Any) -> Any:
-    """Make accelerate's handle of device, precision and processes, as the arguments of a run say.
+def make_accelerator(cpu: bool | None) -> Any:
+    """Make accelerate's handle of device, precision and processes.
+
+    Args:
+        cpu: whether to compute on the CPU even if there is a GPU; None to take a GPU if there is one.
 
     Raises:
         Refused: accelerate refuses the settings.
@@ -45,12 +48,13 @@ def make_accelerator(args: Any) -> Any:
     )  # else processes must not be joined again
     AcceleratorState._reset_state(reset_partial_state=alone)
     # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
-    cpu = args.cpu or not torch.accelerator.is_available()
     # Accelerate would take the device of this variable even if it is told to take the CPU.
-    hidden = [*overruled(), *["ACCELERATE_TORCH_DEVICE"] * (args.cpu is True)]
+    hidden = overruled()
+    if cpu is True:
+        hidden.append("ACCELERATE_TORCH_DEVICE")
     values = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     try:
-        return Accelerator(cpu=cpu, mixed_precision="no")
+        return Accelerator(cpu=cpu or not torch.accelerator.is_available(), mixed_precision="no")
     except ValueError as error:
         raise Refused(
             f"accelerate cannot be set up as asked: {' '.join(str(error).split())}"

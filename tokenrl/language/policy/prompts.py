@@ -11,15 +11,16 @@ from dataclasses import fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import decoded, special_tokens
-from tokenrl.settings import arguments, lay
+from tokenrl.settings import arguments
 
 Prompt = str | list[dict[str, Any]]
+T = TypeVar("T")
 
 FORM = tuple(field.name for field in fields(PromptArguments))
 CLOCK = (
@@ -79,15 +80,17 @@ def saved_form(model: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(form).items() if value} if form is not None else {}
 
 
-def fill_form(args: Any, model: Any = None) -> Any:
+def fill_form(args: T, model: Any = None) -> T:
     """Return settings in which the form of prompts, where it was left open, is as in the run of the model.
 
     Args:
         args: the arguments of a command.
         model: the model; None for `args.model`.
     """
-    form = saved_form(args.model if model is None else model)
-    return lay(("the model's run", form), ("given", vars(args))).values
+    values = vars(args)
+    form = saved_form(values["model"] if model is None else model)
+    left_open = {name: value for name, value in form.items() if values[name] is None}
+    return replace(args, **left_open)  # type: ignore[type-var]
 
 
 def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokenrl.language.policy.arguments import TINY
+from tokenrl.language.policy.arguments import TINY, LoraArguments, ModelArguments
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import (
     Policy,
@@ -30,7 +30,7 @@ WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
 
 
-def make_policy(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
+def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
     """Load the policy that the arguments name, and add the adapter that they ask for.
 
     Raises:
@@ -41,7 +41,7 @@ def make_policy(args: Any, task: Any, announce: Callable[[str], None]) -> Policy
     return policy
 
 
-def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
+def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
     """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
 
     Raises:
@@ -64,7 +64,7 @@ def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     return policy
 
 
-def make_tiny(args: Any, task: Any) -> Policy:
+def make_tiny(args: ModelArguments, task: Any) -> Policy:
     """Make a tiny model with random weights: that of a toy task before its warm start, or one for any rows.
 
     Args:
@@ -91,15 +91,20 @@ def make_tiny(args: Any, task: Any) -> Policy:
     return policy
 
 
-def adapt(args: Any, policy: Policy) -> None:
+def adapt(args: ModelArguments, policy: Policy) -> None:
     """Add the LoRA adapter that the arguments ask for, if any.
 
     Raises:
         Refused: the adapter does not fit, or the model cannot be trained.
     """
-    if getattr(args, "lora_r", 0):
-        modules, seed = args.lora_target_modules, getattr(args, "seed", 0)
-        add_lora(policy, r=args.lora_r, alpha=args.lora_alpha, target_modules=modules, seed=seed)
+    if isinstance(args, LoraArguments) and args.lora_r:
+        add_lora(
+            policy,
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            target_modules=args.lora_target_modules,
+            seed=getattr(args, "seed", 0),
+        )
     check_trainable(policy)
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.sources import as_prompt
-from tokenrl.settings import Layered, lay
+from tokenrl.settings import lay
 
 SFT_ANY = {"max_steps": 200, "batch_size": 64}
 SFT_TOY = {"max_steps": 250, "batch_size": 16}
@@ -147,7 +148,9 @@ def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
     return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
 
 
-def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
+def sft_defaults(
+    choices: SftArguments, task: Any, policy: Policy
+) -> tuple[SftArguments, dict[str, str]]:
     """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
 
     Args:
@@ -170,7 +173,8 @@ def sft_defaults(choices: Any, task: Any, policy: Policy) -> Layered:
     )
     layers.append(("given", vars(choices)))
     every = max(1, lay(*layers).values.max_steps // 10)
-    return lay(("default", {"eval_every": every}), *layers)
+    values, origins = lay(("default", {"eval_every": every}), *layers)
+    return SftArguments(**vars(values)), origins
 
 
 def layers_below(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -94,14 +94,15 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         with session.console.status("loading the model"):
             policy = make_policy(choices, task, session.console.note)
             policy.model.to(device_for(policy.size))
-            scoring, filled = check_scoring(policy), sft_defaults(choices, task, policy)
+            scoring = check_scoring(policy)
+            args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        chosen = {
-            "threads": threads,
-            "output_dir": session.directory,
-            "chat_time": policy.form.chat_time,
-        }
-        args = SftArguments(**vars(filled.values) | chosen)
+        args = replace(
+            args,
+            threads=threads,
+            output_dir=session.directory,
+            chat_time=policy.form.chat_time,
+        )
         stack.enter_context(using_threads(threads))
         training = SupervisedTraining(
             policy,
@@ -113,7 +114,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             seed=args.seed,
         )
         evaluate = _evaluation(args, task, rewards, policy, training)
-        line = partial(with_origins, args, filled.origins)
+        line = partial(with_origins, args, origins)
         facts: dict[str, Any] = {
             "model": policy.source,
             "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
@@ -172,7 +173,7 @@ def _evaluation(
     return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
 
 
-def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
+def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
     """Return the task, its rewards, and rows of prompt and completion.
 
     A data set without a reward is used whole; with one, some of its rows are held out.

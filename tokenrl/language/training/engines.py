@@ -38,6 +38,7 @@ from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import shown
 
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
@@ -63,13 +64,13 @@ COLUMNS = {
 others."""
 
 
-def named_engine(args: Any) -> Any:
+def named_engine(args: TrainArguments) -> Any:
     """Return the class of the engine that the arguments name, or the user's function that makes one."""
     named = args.generator
     return ENGINES.get(named, named) if isinstance(named, str) else named
 
 
-def engine_name(args: Any) -> str:
+def engine_name(args: TrainArguments) -> str:
     """Return the name of the engine that samples, or of the user's function that makes it."""
     return str(getattr(args.generator, "__name__", args.generator))
 
@@ -318,7 +319,7 @@ def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
     return finite & (x >= -ROUNDING) if kind.endswith("at least 0") else finite
 
 
-def engine_of(args: Any) -> Callable[[Policy, int | None], Generator]:
+def engine_of(args: TrainArguments) -> Callable[[Policy, int | None], Generator]:
     """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
     engine = named_engine(args)
     return partial(engine.start, cache=args.generator_cache) if engine is VllmGenerator else engine

@@ -246,7 +246,7 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
             )
 
 
-def make_optimizer(args: Any, policy: Policy) -> torch.optim.Optimizer:
+def make_optimizer(args: TrainArguments, policy: Policy) -> torch.optim.Optimizer:
     """Make the optimiser of a run, at its full learning rate, for the policy's trainable parameters."""
     make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
     fused = (args.optimizer == "adamw" and policy.device.type in ("cpu", "cuda")) or None
@@ -256,7 +256,7 @@ def make_optimizer(args: Any, policy: Policy) -> torch.optim.Optimizer:
 
 
 def make_learner(
-    args: Any,
+    args: TrainArguments,
     policy: Policy,
     accelerator: Any,
     engine: Callable[[Policy, int | None], Generator] = TransformersGenerator,
@@ -281,7 +281,7 @@ def make_learner(
         if policy.reference is not None:
             policy.reference.to(device)
     forward, computing = choose_forward(args, policy, accelerator)
-    args = TrainArguments(**vars(args) | computing)
+    args = replace(args, **computing)
     optimizer = make_optimizer(args, policy)
     learner = Learner(
         policy=policy,

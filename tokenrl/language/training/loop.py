@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tokenrl.core.memories import memory_of
@@ -38,6 +37,7 @@ from tokenrl.language.training.settings import (
     check_shares,
     fill_defaults,
     sizes_of_steps,
+    train_settings,
     usual_rate,
     without_effect,
 )
@@ -94,7 +94,7 @@ def train(
         )
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
-    accelerator = make_accelerator(choices)
+    accelerator = make_accelerator(choices.cpu)
     main, agreed = accelerator.is_main_process, partial(all_reduce_max, accelerator)
     task, rewards = together(
         main, agreed, partial(_task_of, choices, accelerator.num_processes, agreed)
@@ -132,7 +132,7 @@ def train(
             return _finish(run, session)
 
 
-def _task_of(choices: Any, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
+def _task_of(choices: TrainArguments, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
     """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
 
     Raises:
@@ -140,12 +140,12 @@ def _task_of(choices: Any, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
     """
     check_processes({**vars(choices), "resume": bool(choices.resume)}, agreed)
     task, rewards = find_task(choices)
-    check_shares(fill_defaults(choices, task).values, world)
+    check_shares(train_settings(choices, task), world)
     return task, rewards
 
 
 def _prepare(
-    choices: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session
+    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session
 ) -> tuple[TrainingRun, Provenance]:
     """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
@@ -154,8 +154,7 @@ def _prepare(
             policy = load_base(choices, task, console.note)
         args, origins = fill_defaults(choices, task, policy)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
-            on_cpu = SimpleNamespace(**vars(args) | {"cpu": True})
-            accelerator = make_accelerator(on_cpu)  # there is one process, as on a Mac
+            accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy))
         if args.warm_start:
             stage = WarmStart(policy, task, rewards, args, console, accelerator)
@@ -175,13 +174,13 @@ def _prepare(
         using_threads(threads),
         console.status("checking that this model is sampled and scored rightly"),
     ):
-        chosen = {
-            "threads": threads,
-            "output_dir": session.directory,
-            "chat_time": policy.form.chat_time,
-        }
-        settings = SimpleNamespace(**vars(args) | chosen)
-        learner = make_learner(settings, policy, accelerator, engine_of(args))
+        args = replace(
+            args,
+            threads=threads,
+            output_dir=session.directory,
+            chat_time=policy.form.chat_time,
+        )
+        learner = make_learner(args, policy, accelerator, engine_of(args))
     if not abilities_of(learner.generator).exact:
         provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
     run = TrainingRun(

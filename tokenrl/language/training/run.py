@@ -163,7 +163,9 @@ class TrainingRun:
         return {**facts, **self.learner.forward.scoring.remarks}
 
 
-def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict[str, Any]:
+def first_facts(
+    args: TrainArguments, directory: str, task: Task, rewards: Rewards
+) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
@@ -183,7 +185,7 @@ def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict
     }
 
 
-def model_facts(args: Any, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
+def model_facts(args: TrainArguments, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
     sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
     line = partial(with_origins, args, origins)

@@ -41,7 +41,7 @@ def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
 
 
-def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> Layered:
+def training_defaults(choices: TrainArguments, task: Any, policy: Policy | None = None) -> Layered:
     """Lay the settings that were given over what the task recommends, and that over the defaults.
 
     Args:
@@ -68,7 +68,7 @@ def training_defaults(choices: Any, task: Any, policy: Policy | None = None) -> 
 
 
 def _below_training(
-    choices: Any, task: Any, policy: Policy | None
+    choices: TrainArguments, task: Any, policy: Policy | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the layers below what was given to `tokenrl train` (see `layers_below`)."""
     recommended = getattr(task, "train", None) or {}
@@ -77,7 +77,7 @@ def _below_training(
     )
 
 
-def usual_rate(choices: Any, task: Any, policy: Policy) -> float | None:
+def usual_rate(choices: TrainArguments, task: Any, policy: Policy) -> float | None:
     """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
     if choices.optimizer != "adamw":
         return None
@@ -88,15 +88,22 @@ OFF = ("", "no", "none", "false", "0", "1", "default")
 """Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
-def train_settings(args: Any, task: Task, policy: Policy | None = None) -> TrainArguments:
+def train_settings(
+    args: TrainArguments, task: Task, policy: Policy | None = None
+) -> TrainArguments:
     """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
-    return TrainArguments(**vars(fill_defaults(args, task, policy).values))
+    return fill_defaults(args, task, policy)[0]
 
 
-def fill_defaults(choices: Any, task: Task, policy: Policy | None = None) -> Layered:
+def fill_defaults(
+    choices: TrainArguments, task: Task, policy: Policy | None = None
+) -> tuple[TrainArguments, dict[str, str]]:
     """Lay what was given over the defaults (see `training_defaults`), and refuse what contradicts itself.
 
     Without the policy, before it is loaded, what depends on its size or its tokenizer is provisional.
+
+    Returns:
+        The settings, complete but for those about computing, and where the value of each comes from.
 
     Raises:
         Refused: two settings contradict each other, there is no learning rate for the optimiser, or there are
@@ -109,11 +116,12 @@ def fill_defaults(choices: Any, task: Task, policy: Policy | None = None) -> Lay
             "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
         )
     filled = training_defaults(choices, task, policy)
-    buffer, length = choices.estimator.overlong_buffer, filled.values.max_completion_length
+    args = TrainArguments(**vars(filled.values))
+    buffer, length = args.estimator.overlong_buffer, args.max_completion_length
     if policy is not None and buffer >= length:  # else the length may be provisional
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
-    check(filled.values, episodic=getattr(task, "environment", None) is not None)
-    return filled
+    check(args, episodic=getattr(task, "environment", None) is not None)
+    return args, filled.origins
 
 
 def check(args: TrainArguments, *, episodic: bool = False) -> None:
@@ -203,7 +211,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield f"{name}={value} has no effect, because {reason}."
 
 
-def check_shares(args: Any, world: int) -> None:
+def check_shares(args: TrainArguments, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
     if world > 1 and not abilities_of(named_engine(args)).distributed:
