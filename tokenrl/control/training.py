@@ -64,15 +64,14 @@ def train_agent(
         >>> train_agent(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
         >>> train_agent(agent="classic", env="Acrobot-v1", hidden=(32,), output_dir="runs/acrobot").verdict
     """
-    args = _arguments(args, agent, options)
-    args = resume_settings(args, "control")
+    args = resume_settings(_arguments(args, agent, options), "control")
     spec = describe(args.env, args.max_episode_steps)
-    choices = control_settings(args, spec)
+    args = control_settings(args, spec)
     with (
-        Session("control", choices, every=choices.logging_steps) as session,
+        Session("control", args, every=args.logging_steps) as session,
         contextlib.ExitStack() as stack,
     ):
-        run = prepare(choices, spec, session.directory)
+        run = prepare(args, spec, session.directory)
         stack.enter_context(using_threads(run.args.threads))
         saved = SavedPolicy(run.agent.policy, spec.env)
         provenance = Provenance({"initial policy": saved.fingerprint()})
@@ -84,15 +83,15 @@ def train_agent(
                 provenance,
                 {"agent": run.agent, "run": run},
                 {"threads": run.threads},
-                title=f"{spec.env}, {preset_name(choices.estimator)}, seed {choices.seed}",
+                title=f"{spec.env}, {preset_name(args.estimator)}, seed {args.seed}",
                 solved=spec.solved,
                 horizon=spec.horizon,
             )
-            if choices.check:
+            if args.check:
                 return check_agent(run, session)
             if not session.continues:
                 session.evaluated(_evaluate(run))
-            elif choices.num_steps is not None:
+            elif args.num_steps is not None:
                 session.console.warn(NEW_EPISODES)
             return _loop(run, session)
 
