@@ -19,14 +19,14 @@ cuts counts as if it had ended there.
 Expect, with seeds 0 to 4 [95 % intervals of the mean]: a rolling mean of 475 with all of them, after 1,961 to
 2,860 episodes, which are 647,511 to 801,892 steps; the last 100 of 3,000 episodes return 469 [456, 482], the
 best actions 496 [493, 499]. DQN uses every step many times and needs fewer: after 150,000 steps its last 100
-episodes return 428 [379, 471], those of REINFORCE after as many 293. In time it is the other way round: 13
-seconds of one core against 171.
+episodes return 428 [379, 471], those of REINFORCE after as many 293. It takes 171 seconds of one core, and
+REINFORCE 13.
 
-What is varied, each beside the usual gamma 0.99, no window, standardised: `gamma`, how far ahead an action is
-credited; `window`, the same with a sharp limit; `plain`, returns not standardised; `undiscounted`, gamma 1.
-What looks ahead by 50 steps or fewer stays behind with every seed: its last 500 episodes return 128 [105,
-158] less (window 50) to 217 [199, 234] less (window 5) than the usual 473. Gamma 0.999 and 1 are like 0.99.
-Not standardising changes nothing at the end; without the discount too, the one setting whose gradient is
+Variations of the usual gamma 0.99, no window, standardised: `gamma`, how far ahead an action is credited;
+`window`, the same with a sharp limit; `plain`, returns not standardised; `undiscounted`, gamma 1. What looks
+ahead by 50 steps or fewer stays behind with every seed: its last 500 episodes return 128 [105, 158] less
+(window 50) to 217 [199, 234] less (window 5) than the usual 473. Gamma 0.999 and 1 are like 0.99. Not
+standardising changes nothing at the end; without the discount too, the only setting whose gradient is
 unbiased, every seed learns faster: 57 more [39, 80] over all episodes, and 12 more [4, 19] at the end.
 """
 
@@ -37,17 +37,17 @@ unbiased, every seed learns faster: 57 more [39, 80] over all episodes, and 12 m
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
 import numpy as np
 import tyro
-from curves import GREY, draw_band, mean_with_interval, open_frame
+from curves import GREY, draw_band, mean_with_interval, open_frame, rolling
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -102,9 +102,8 @@ def forward(weights: Weights, observations: np.ndarray) -> tuple[np.ndarray, np.
     """Return the hidden layer [T, H] and P(1) [T]; for one observation [D], they are [H] and [1]."""
     hidden = np.maximum(observations @ weights.w1.T + weights.b1, 0.0)
     logits = hidden @ weights.w2 + weights.b2
-    return hidden, 0.5 + 0.5 * np.tanh(
-        0.5 * logits
-    )  # the sigmoid, without an exponential that overflows
+    # The sigmoid, without an exponential that overflows.
+    return hidden, 0.5 + 0.5 * np.tanh(0.5 * logits)
 
 
 def backward(weights: Weights, episode: Episode, advantages: np.ndarray) -> Weights:
@@ -120,22 +119,16 @@ def backward(weights: Weights, episode: Episode, advantages: np.ndarray) -> Weig
     )
 
 
-def returns_of(rewards: np.ndarray, gamma: float, window: int | None = None) -> np.ndarray:
-    """Return `G_t = sum_u gamma^(u - t) r_u`, [T], over u from t to the end, or to t + window - 1."""
+def advantages_of(rewards: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return `G_t = sum_u gamma^(u - t) r_u`, [T], over u from t to the end or the window's, standardised."""
     returns = np.array(rewards, dtype=np.float64)
     for t in range(len(returns) - 2, -1, -1):
-        returns[t] += gamma * returns[t + 1]
-    if window is not None:
-        returns[:-window] -= gamma**window * returns[window:]
+        returns[t] += settings.gamma * returns[t + 1]
+    if settings.window is not None:
+        returns[: -settings.window] -= settings.gamma**settings.window * returns[settings.window :]
+    if settings.standardise:
+        returns = (returns - returns.mean()) / (returns.std() + 1e-8)
     return returns
-
-
-def advantages_of(rewards: np.ndarray, settings: Settings) -> np.ndarray:
-    """Return the advantages [T] of one episode from its rewards [T]."""
-    returns = returns_of(rewards, settings.gamma, settings.window)
-    if not settings.standardise:
-        return returns
-    return (returns - returns.mean()) / (returns.std() + 1e-8)
 
 
 def ascend(weights: Weights, gradient: Weights, squares: Weights, settings: Settings) -> None:
@@ -148,27 +141,28 @@ def ascend(weights: Weights, gradient: Weights, squares: Weights, settings: Sett
 
 def play(env: gymnasium.Env, weights: Weights, generator: np.random.Generator) -> Episode:
     """Play one episode with sampled actions, until it terminates or is truncated."""
-    observations, actions, rewards, over = [env.reset()[0]], [], [], False
-    while not over:
+    observations = [env.reset()[0]]
+    actions = []
+    rewards = []
+    ended = False
+    while not ended:
         _, probability = forward(weights, observations[-1])
         actions.append(int(generator.random() < probability[0]))
         observation, reward, terminated, truncated, _ = env.step(actions[-1])
         observations.append(observation)
         rewards.append(reward)
-        over = terminated or truncated
-    return Episode(
-        np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards)
-    )
+        ended = terminated or truncated
+    inputs = np.array(observations[:-1], dtype=np.float64)
+    return Episode(inputs, np.array(actions), np.array(rewards))
 
 
 def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
     """Train without end; each update yields the weights, which the next changes, and its episodes."""
-    first, actions, world = np.random.SeedSequence(settings.seed).spawn(3)
-    env, generator = gymnasium.make("CartPole-v1"), np.random.default_rng(actions)
-    env.reset(seed=int(world.generate_state(1)[0]))
-    weights = initial_weights(
-        env.observation_space.shape[0], settings.hidden, np.random.default_rng(first)
-    )
+    weight_seed, action_seed, start_seed = np.random.SeedSequence(settings.seed).spawn(3)
+    env = gymnasium.make("CartPole-v1")
+    env.reset(seed=int(start_seed.generate_state(1)[0]))
+    generator = np.random.default_rng(action_seed)
+    weights = initial_weights(4, settings.hidden, np.random.default_rng(weight_seed))
     squares = Weights(*map(np.zeros_like, weights))
     while True:
         episodes = [play(env, weights, generator) for _ in range(settings.episodes_per_update)]
@@ -181,32 +175,21 @@ def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
 # What follows runs the agent over seeds and draws it.
 
 COLOURS = {"REINFORCE": "#0072B2", "DQN": "#D55E00"}  # Okabe and Ito
-OTHERS = (
-    "#D55E00",
-    "#CC79A7",
-    "#009E73",
-    "#0072B2",
-)  # of the variations; the usual setting is black
-SUGGESTED = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
-WIDTH, TAIL = (
-    100,
-    500,
-)  # episodes in a rolling mean and in the evaluation; in the comparison of variations
-# Network, batch and buffer are rl-baselines3-zoo's; its other settings are for 50,000 steps, and a longer run
-# loses its policy again. These converge: a smaller rate that falls to 0, and slower target networks. They
-# were chosen by a trial with seed 0.
+PALETTE = ("#D55E00", "#CC79A7", "#009E73", "#0072B2")  # of the variations
+THRESHOLD = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
+WIDTH = 100  # episodes in a rolling mean and in the evaluation
+TAIL = 500  # episodes at the end by which variations are compared
+# Network, batch and buffer are rl-baselines3-zoo's. Its other settings are for 50,000 steps. These converge in
+# longer runs too: a smaller rate that falls to 0, and slower target networks, chosen by a trial with seed 0.
 DQN = {
     "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000, "gamma": 0.99, "train_freq": 4,
     "gradient_steps": 2, "target_update_interval": 500, "exploration_fraction": 0.1,
     "exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]},
 }  # fmt: skip
 USUAL = Settings()
-VARIATIONS = {
-    "gamma": {
-        f"gamma {gamma:g}": replace(USUAL, gamma=gamma) for gamma in (0.8, 0.95, 0.99, 0.999)
-    },
-    "window": {f"window {n}": replace(USUAL, window=n) for n in (5, 10, 20, 50)}
-    | {"no window": USUAL},
+VARIATIONS: dict[str, dict[str, Settings]] = {
+    "gamma": {f"gamma {x:g}": replace(USUAL, gamma=x) for x in (0.8, 0.95, 0.99, 0.999)},
+    "window": {f"window {n}": replace(USUAL, window=n) for n in (5, 10, 20, 50)},
     "plain": {"standardised": USUAL, "not standardised": replace(USUAL, standardise=False)},
     "undiscounted": {
         "gamma 0.99": USUAL,
@@ -214,6 +197,7 @@ VARIATIONS = {
         "gamma 1, not standardised": replace(USUAL, gamma=1.0, standardise=False),
     },
 }
+VARIATIONS["window"]["no window"] = USUAL
 
 
 @dataclass(frozen=True)
@@ -223,7 +207,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds; one run of each kind for each."""
     episodes: int = 3000
-    """Episodes of each run of REINFORCE."""
+    """Episodes of each run of REINFORCE, 100 or more."""
     vary: tuple[Literal["gamma", "window", "plain", "undiscounted"], ...] = ()
     """What to vary, with one panel for each; without it the agent is drawn by itself."""
     dqn: bool = False
@@ -235,19 +219,34 @@ class Arguments:
 
 
 class Run(NamedTuple):
-    """What is kept of a run; each step has a reward of 1, so that returns are numbers of steps too."""
+    """The results of a run; each step has a reward of 1, so that returns are numbers of steps too."""
 
     returns: np.ndarray  # of each training episode
     greedy: np.ndarray  # of 100 fresh episodes afterwards, always with the best action
     seconds: float  # of CPU time
 
+    def means(self) -> np.ndarray:
+        """Return the mean of the last 100 episodes, from the hundredth on."""
+        return rolling(self.returns[None], WIDTH)[0]
+
+    def solved(self) -> tuple[float, float]:
+        """Return episodes and steps until a mean of 475, or infinities if there is none."""
+        above = self.means() >= THRESHOLD
+        if not above.any():
+            return np.inf, np.inf
+        episodes = int(above.argmax()) + WIDTH
+        return episodes, float(self.returns[:episodes].sum())
+
 
 def reinforce(settings: Settings, episodes: int) -> Run:
     """Train the NumPy agent; the best action is the one with the larger probability."""
-    start, returns = time.process_time(), []
-    for weights, batch in islice(train(settings), -(-episodes // settings.episodes_per_update)):  # noqa: B007
+    start = time.process_time()
+    returns: list[float] = []
+    for weights, batch in train(settings):  # noqa: B007  the last weights are evaluated
         returns += [float(episode.rewards.sum()) for episode in batch]
-    greedy = evaluate(lambda seen: (forward(weights, seen)[1] > 0.5).astype(int), settings.seed)
+        if len(returns) >= episodes:
+            break
+    greedy = evaluate(lambda x: (forward(weights, x)[1] > 0.5).astype(int), settings.seed)
     return Run(np.array(returns[:episodes]), greedy, time.process_time() - start)
 
 
@@ -258,11 +257,11 @@ def dqn(seed: int, steps: int) -> Run:
     from stable_baselines3.common.monitor import Monitor
 
     torch.set_num_threads(1)  # networks so small gain nothing from more
-    start, env = time.process_time(), Monitor(gymnasium.make("CartPole-v1"))
-    agent = Agent("MlpPolicy", env, lambda left: 5e-4 * left, seed=seed, device="cpu", **DQN).learn(
-        steps
-    )
-    greedy = evaluate(lambda seen: agent.predict(seen, deterministic=True)[0], seed)
+    start = time.process_time()
+    env = Monitor(gymnasium.make("CartPole-v1"))
+    agent = Agent("MlpPolicy", env, lambda share: 5e-4 * share, seed=seed, device="cpu", **DQN)
+    agent.learn(steps)
+    greedy = evaluate(lambda x: agent.predict(x, deterministic=True)[0], seed)
     return Run(np.array(env.get_episode_rewards()), greedy, time.process_time() - start)
 
 
@@ -270,7 +269,8 @@ def evaluate(act: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
     """Return the returns of 100 fresh episodes, which start alike for both agents."""
     envs = gymnasium.make_vec("CartPole-v1", WIDTH, vectorization_mode="sync")
     observations, _ = envs.reset(seed=seed_of(seed, 1, evaluation=True))
-    returns, playing = np.zeros(WIDTH), np.ones(WIDTH, dtype=bool)
+    returns = np.zeros(WIDTH)
+    playing = np.ones(WIDTH, dtype=bool)
     while playing.any():
         observations, rewards, terminated, truncated, _ = envs.step(act(observations))
         returns += rewards * playing
@@ -278,71 +278,55 @@ def evaluate(act: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
     return returns
 
 
-def rolling(returns: np.ndarray) -> np.ndarray:
-    """Mean of the last 100 episodes, from the hundredth on (of fewer, if there are fewer)."""
-    width = min(WIDTH, len(returns))
-    return np.convolve(returns, np.ones(width) / width, mode="valid")
-
-
-def reached(one: Run) -> tuple[float, float]:
-    """Return episodes and steps until a rolling mean of 475, or infinities if there is none."""
-    mean = rolling(one.returns)
-    if mean.max() < SUGGESTED:
-        return np.inf, np.inf
-    episodes = int(np.argmax(mean >= SUGGESTED)) + len(one.returns) - len(mean) + 1
-    return episodes, float(one.returns[:episodes].sum())
+def milestone(runs: list[Run]) -> tuple[str, float, float]:
+    """Return in words how many runs reach a mean of 475, and the median episodes and steps until then."""
+    episodes, steps = np.array([run.solved() for run in runs]).T
+    seeds = f"475 in {np.isfinite(episodes).sum()} of {len(runs)} seeds"
+    return seeds, float(np.median(episodes)), float(np.median(steps))
 
 
 def summary(kind: str, runs: list[Run]) -> str:
-    """Print what the runs of one agent come to, and return a line for the title."""
-    when = np.array([reached(one) for one in runs])  # [seeds, 2]
-    episodes, steps = (f"{x:,.0f}" if np.isfinite(x) else "never" for x in np.median(when, axis=0))
-    number = f"{np.isfinite(when[:, 0]).sum()} of {len(runs)} seeds"
-    best, last = (
-        [f(rolling(one.returns)) for one in runs] for f in (np.max, lambda mean: mean[-1])
-    )
-    greedy = [one.greedy.mean() for one in runs]
-    print(
-        f"{kind}, {len(runs)} seeds: a mean of 475 in {number}, median {episodes} episodes, {steps} steps"
-    )
-    means = {
-        "highest mean of 100 training episodes": best,
-        "the last 100 training episodes": last,
-        "100 fresh episodes with the best actions": greedy,
-        "CPU seconds": [run.seconds for run in runs],
-    }
-    for label, values in means.items():
-        print(f"  {label} {mean_with_interval(values, '.0f')}")
+    """Print the results of one agent, and return a line for the title."""
+    seeds, episodes, steps = milestone(runs)
+    median = "never"
+    if np.isfinite(steps):
+        median = f"{episodes:,.0f} episodes, {steps:,.0f} steps"
+    print(f"{kind}, {len(runs)} seeds: a mean of {seeds}, median {median}")
+    highest = [run.means().max() for run in runs]
+    last = [run.means()[-1] for run in runs]
+    greedy = [run.greedy.mean() for run in runs]
+    seconds = [run.seconds for run in runs]
+    print(f"  highest mean of 100 training episodes {mean_with_interval(highest, '.0f')}")
+    print(f"  the last 100 training episodes {mean_with_interval(last, '.0f')}")
+    print(f"  100 fresh episodes with the best actions {mean_with_interval(greedy, '.0f')}")
+    print(f"  CPU seconds {mean_with_interval(seconds, '.0f')}")
     ends = f"{np.mean(last):.0f}, with the best actions {np.mean(greedy):.0f}"
-    return f"{kind}: 475 in {number} (median: {steps} steps); highest {np.mean(best):.0f}; at the end {ends}"
+    return f"{kind}: {seeds} (median: {median}); highest {np.mean(highest):.0f}; at the end {ends}"
 
 
-def draw(runs: dict[str, list[Run]], title: str) -> Figure:
-    """Draw both agents by episodes, and by environment steps as far as every seed goes."""
+def draw(runs: dict[str, list[Run]]) -> Figure:
+    """Draw each agent by episodes, and by environment steps as far as every seed goes."""
     figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for kind, of_kind in runs.items():
-        for axes, by_steps in ((left, False), (right, True)):
-            curves = []
-            for one in of_kind:
-                mean = rolling(one.returns)
-                episodes = np.arange(len(mean)) + len(one.returns) - len(mean) + 1
-                curves.append(
-                    (np.cumsum(one.returns)[episodes - 1] if by_steps else episodes, mean)
-                )
-                axes.plot(*curves[-1], color=COLOURS[kind], linewidth=0.7, alpha=0.4)
-            grid = np.geomspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 2000)
-            means = np.array([np.interp(grid, *curve) for curve in curves])
-            draw_band(axes, grid, means, COLOURS[kind], kind)
-    for axes, label in ((left, "episodes"), (right, "environment steps")):
-        label_axes(axes, label)
+    for kind, seeds in runs.items():
+        colour = COLOURS[kind]
+        means = [run.means() for run in seeds]
+        episodes = [np.arange(len(mean)) + WIDTH for mean in means]
+        steps = [np.cumsum(run.returns)[WIDTH - 1 :] for run in seeds]
+        for axes, x in ((left, episodes), (right, steps)):
+            for curve in zip(x, means, strict=True):
+                axes.plot(*curve, color=colour, linewidth=0.7, alpha=0.4)
+            grid = np.geomspace(max(part[0] for part in x), min(part[-1] for part in x), 2000)
+            curves = [np.interp(grid, *curve) for curve in zip(x, means, strict=True)]
+            draw_band(axes, grid, np.array(curves), colour, kind)
+    label_axes(left, "episodes")
+    label_axes(right, "environment steps")
     left.set(xlim=(0, None), ylabel="training return, mean of the last 100 episodes")
     right.set_xscale("log")
     left.legend(frameon=False, loc="lower right")
+    title = "\n".join(summary(kind, seeds) for kind, seeds in runs.items())
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.supxlabel(
-        "bands: 95 % of the mean over seeds (bootstrap); thin lines: each seed", fontsize=9
-    )
+    figure.supxlabel("bands: 95 % of the mean over seeds; thin lines: each seed", fontsize=9)
     return figure
 
 
@@ -355,78 +339,59 @@ def label_axes(axes: Axes, label: str) -> None:
 
 def vary(args: Arguments) -> Figure:
     """Train every variation with every seed, print the gains over the usual setting, and draw them."""
-    runs: dict[Settings, list[np.ndarray]] = {}
     columns = min(2, len(args.vary))
-    figure = Figure(
-        figsize=(6.4 * columns, 4.6 * -(-len(args.vary) // columns)), dpi=100, layout="constrained"
-    )
-    grid = figure.subplots(-(-len(args.vary) // columns), columns, squeeze=False, sharey=True)
-    for axes, variation in zip(grid.flat, args.vary, strict=False):
-        colours = iter(OTHERS)
-        for name, settings in {"usual": USUAL, **VARIATIONS[variation]}.items():
+    rows = math.ceil(len(args.vary) / columns)
+    figure = Figure(figsize=(6.4 * columns, 4.6 * rows), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    usual = train_seeds(USUAL, args)
+    compare("usual", usual, usual)
+    runs = {USUAL: usual}
+    for axes, variation in zip(panels.flat, args.vary, strict=False):
+        colours = iter(PALETTE)
+        for name, settings in VARIATIONS[variation].items():
             if settings not in runs:
-                each = (replace(settings, seed=seed) for seed in args.seeds)
-                runs[settings] = [reinforce(one, args.episodes).returns for one in each]
-                tell(name, runs[settings], runs[USUAL])
-            if name != "usual":
-                means = np.array([rolling(returns) for returns in runs[settings]])
-                x = np.arange(means.shape[1]) + args.episodes - means.shape[1] + 1
-                last = mean_with_interval(
-                    [returns[-TAIL:].mean() for returns in runs[settings]], ".0f"
-                )
-                draw_band(
-                    axes,
-                    x,
-                    means,
-                    "black" if settings == USUAL else next(colours),
-                    f"{name}: {last}",
-                )
+                runs[settings] = train_seeds(settings, args)
+                compare(name, runs[settings], usual)
+            means = np.array([run.means() for run in runs[settings]])
+            episodes = np.arange(means.shape[1]) + WIDTH
+            last = mean_with_interval([run.returns[-TAIL:].mean() for run in runs[settings]], ".0f")
+            colour = "black" if settings == USUAL else next(colours)
+            draw_band(axes, episodes, means, colour, f"{name}: {last}")
         label_axes(axes, "episodes")
-        axes.legend(
-            frameon=False,
-            fontsize=8.5,
-            loc="lower right",
-            title=f"mean of the last {TAIL} episodes",
-        )
+        title = f"mean of the last {TAIL} episodes"
+        axes.legend(frameon=False, fontsize=8.5, loc="lower right", title=title)
         axes.set_title(variation, loc="left", fontsize=11)
     figure.supylabel("return, mean of 100 episodes", fontsize=10)
-    figure.supxlabel(
-        "bands and brackets: 95 % of the mean over seeds; black: the usual setting", fontsize=9
-    )
+    note = "bands and brackets: 95 % of the mean over seeds; black: the usual setting"
+    figure.supxlabel(note, fontsize=9)
     return figure
 
 
-def tell(name: str, runs: list[np.ndarray], usual: list[np.ndarray]) -> None:
-    """Print what the runs of one setting come to, beside the usual one with equal seeds."""
-    when = [reached(Run(returns, returns, 0.0))[0] for returns in runs]
-    seeds = f"{np.isfinite(when).sum()} of {len(runs)} seeds"
-    print(f"{name}: 475 in {seeds}, median {np.median(when):,.0f} episodes")
-    for words, last in ((f"the last {TAIL}", TAIL), ("all", 0)):
-        ours, theirs = (
-            [float(returns[-last:].mean()) for returns in kind] for kind in (runs, usual)
-        )
-        gains = mean_with_interval([a - b for a, b in zip(ours, theirs, strict=True)], "+.0f")
-        print(
-            f"  {words} episodes {mean_with_interval(ours, '.0f')}; against the usual {gains}",
-            flush=True,
-        )
+def train_seeds(settings: Settings, args: Arguments) -> list[Run]:
+    return [reinforce(replace(settings, seed=seed), args.episodes) for seed in args.seeds]
+
+
+def compare(name: str, runs: list[Run], usual: list[Run]) -> None:
+    """Print the results of one setting, beside the usual one with equal seeds."""
+    seeds, episodes, _ = milestone(runs)
+    print(f"{name}: {seeds}, median {episodes:,.0f} episodes")
+    for label, count in ((f"the last {TAIL}", TAIL), ("all", 0)):
+        means = np.array([run.returns[-count:].mean() for run in runs])
+        gains = means - [run.returns[-count:].mean() for run in usual]
+        gain = mean_with_interval(gains, "+.0f")
+        print(f"  {label} episodes {mean_with_interval(means, '.0f')}; against the usual {gain}")
 
 
 def main(args: Arguments) -> None:
     if args.vary:
-        figure, output = vary(args), args.output or Path("numpy_variations.png")
+        figure = vary(args)
+        output = args.output or Path("numpy_variations.png")
     else:
-        runs: dict[str, list[Run]] = {"REINFORCE": [], **({"DQN": []} if args.dqn else {})}
-        for seed in args.seeds:
-            for kind, of_kind in runs.items():
-                agent = dqn(seed, args.dqn_steps) if kind == "DQN" else None
-                of_kind.append(agent or reinforce(replace(USUAL, seed=seed), args.episodes))
-                (episodes, steps), last = reached(of_kind[-1]), rolling(of_kind[-1].returns)[-1]
-                print(
-                    f"{kind}, seed {seed}: 475 in {episodes:,.0f} episodes, {steps:,.0f} steps; {last:.0f}"
-                )
-        title = "\n".join(summary(kind, of_kind) for kind, of_kind in runs.items())
-        figure, output = draw(runs, title), args.output or Path("numpy_cartpole.png")
+        runs = {"REINFORCE": train_seeds(USUAL, args)}
+        if args.dqn:
+            runs["DQN"] = [dqn(seed, args.dqn_steps) for seed in args.seeds]
+        figure = draw(runs)
+        output = args.output or Path("numpy_cartpole.png")
     figure.savefig(output)
     print(f"figure: {output}")
 
