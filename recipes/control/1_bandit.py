@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from curves import GREY, open_frame
+from curves import open_frame
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -44,9 +44,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 CASES = ((-1.0, 1), (-1.0, 0), (0.0, 0))  # theta, and the action sampled there: 0 is action 1
 KINDS = tuple(product(("total", "reward_to_go"), ("none", "timestep_mean")))  # returns, baseline
 THETA = -1.0  # where the variance is measured over the horizon
-Found = dict[
-    tuple[int, str, str], tuple[float, float]
-]  # variance and standard error, by T, returns, baseline
+Variances = dict[tuple[int, str, str], tuple[float, float]]
+"""A variance and its standard error, by T, returns and baseline."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +97,22 @@ def gradient_variance(
     baseline `b_t = m_t` takes the T^3 out of the first sum. For T = 1 without a baseline: `s (1 - s)^3`.
     """
     s = probability(theta)[..., None]  # [*N, 1], to broadcast over [T]
-    v, to_go = s * (1 - s), torch.arange(steps, 0, -1, dtype=torch.double)
-    terms = (
-        to_go if returns == "reward_to_go" else torch.full_like(to_go, steps)
-    )  # rewards in G_t, [T]
-    mean = s * terms if baseline == "none" else torch.zeros_like(terms)
-    own = v * (mean + 1 - 2 * s).square()  # [*N, T]
-    pairs = v.square() * steps * (steps - 1) / 2
-    return own.sum(-1) + pairs[..., 0] * (4 if returns == "total" else 1)
+    v = s * (1 - s)
+    rewards = torch.arange(steps, 0, -1, dtype=torch.double)  # in G_t, [T]
+    k = 1
+    if returns == "total":
+        rewards = torch.full_like(rewards, steps)
+        k = 2
+    mean = s * rewards if baseline == "none" else 0 * rewards
+    single = v * (mean + 1 - 2 * s).square()  # [*N, T]
+    pairs = k**2 * v.square() * steps * (steps - 1) / 2
+    return single.sum(-1) + pairs[..., 0]
 
 
 def episode_gradients(estimator: Estimator, theta: float, actions: Tensor) -> Tensor:
     """Differentiate the estimator's loss for N episodes [N, T]; returns each one's own sample of g, [N]."""
     rewards = (actions == 0).double()
-    copies = torch.full(
-        (len(actions), 1), theta, dtype=torch.double, requires_grad=True
-    )  # one an episode
+    copies = torch.full((len(actions), 1), theta, dtype=torch.double, requires_grad=True)
     mask = torch.ones(actions.shape, dtype=torch.double)
     advantages = estimator.advantages(rewards, mask, group_size=None).policy
     weights = estimator.token_weights(mask, max_length=None)  # 1 / N
@@ -144,26 +143,29 @@ def single_updates(learning_rate: float) -> None:
         )
 
 
-def two_ways(samples: int, generator: torch.Generator) -> dict[float, Tensor]:
+def sampled_gradients(samples: int, generator: torch.Generator) -> dict[float, Tensor]:
     """Print E[g] by formula and by sampling; returns the gradient samples [N] by theta."""
-    found = {}
+    gradients = {}
     print(f"\nN = {samples}")
     print("  theta     E[g]   mean of g   Var[g]    sd   standard error   off, in s.e.")
     for theta in (x / 2 for x in range(-6, 7)):
         actions = sampled_actions(theta, generator, samples)
-        g = found[theta] = (actions == 0) * score(theta, actions)
-        exact, variance = float(expected_gradient(theta)), float(gradient_variance(theta))
+        g = (actions == 0) * score(theta, actions)
+        gradients[theta] = g
+        mean = float(g.mean())
+        exact = float(expected_gradient(theta))
+        variance = float(gradient_variance(theta))
         error = (variance / samples) ** 0.5
         print(
-            f"{theta:7.1f} {exact:8.4f} {g.mean():11.4f} {variance:8.4f} {variance**0.5:6.3f} {error:15.4f} "
-            f"{(float(g.mean()) - exact) / error:14.1f}"
+            f"{theta:7.1f} {exact:8.4f} {mean:11.4f} {variance:8.4f} {variance**0.5:6.3f} {error:15.4f} "
+            f"{(mean - exact) / error:14.1f}"
         )
-    return found
+    return gradients
 
 
-def variances(args: Arguments, generator: torch.Generator) -> Found:
+def variances(args: Arguments, generator: torch.Generator) -> Variances:
     """Print the variance of each estimator over the horizon, exact and measured, and its slopes."""
-    found: Found = {}
+    measured: Variances = {}
     print(
         "\n  T   returns       baseline            Var[g]     measured   ± 2 s.e.   Var[g] / E[g]^2"
     )
@@ -171,7 +173,8 @@ def variances(args: Arguments, generator: torch.Generator) -> Found:
         actions = sampled_actions(THETA, generator, args.episodes, steps)
         for returns, baseline in KINDS:
             g = episode_gradients(Estimator(returns=returns, baseline=baseline), THETA, actions)
-            variance, error = found[steps, returns, baseline] = with_error(g)
+            variance, error = with_error(g)
+            measured[steps, returns, baseline] = variance, error
             exact = float(gradient_variance(THETA, steps, returns, baseline))
             print(
                 f"{steps:4}  {returns:13} {baseline:13} {exact:12.4f} {variance:12.4f} {2 * error:10.4f} "
@@ -179,95 +182,68 @@ def variances(args: Arguments, generator: torch.Generator) -> Found:
             )
     short, long = args.horizons[-2:]
     print(f"\nslope of log Var[g] over log T, from T = {short} to {long}")
-    for kind in KINDS:
-        ends = [float(gradient_variance(THETA, steps, *kind)) for steps in (short, long)]
-        (a, error_a), (b, error_b) = (found[steps, kind[0], kind[1]] for steps in (short, long))
+    for returns, baseline in KINDS:
+        a = gradient_variance(THETA, short, returns, baseline)
+        b = gradient_variance(THETA, long, returns, baseline)
+        exact = float(torch.log(b / a)) / log(long / short)
+        (a, error_a), (b, error_b) = (measured[t, returns, baseline] for t in (short, long))
         error = ((error_a / a) ** 2 + (error_b / b) ** 2) ** 0.5 / log(long / short)
         print(
-            f"{kind[0]:13} {kind[1]:13} exact {log(ends[1] / ends[0]) / log(long / short):5.2f}   "
+            f"{returns:13} {baseline:13} exact {exact:5.2f}   "
             f"measured {log(b / a) / log(long / short):5.2f} ± {2 * error:.2f}"
         )
-    return found
+    return measured
 
 
 def with_error(g: Tensor) -> tuple[float, float]:
     """Estimate the variance of g [N] and its standard error: `sqrt((m_4 - Var^2) / N)`."""
-    variance, fourth = g.var(), (g - g.mean()).pow(4).mean()
+    variance = g.var()
+    fourth = (g - g.mean()).pow(4).mean()
     return float(variance), float((fourth - variance**2).clamp(min=0).div(len(g)).sqrt())
 
 
-def draw_bandit(found: dict[float, Tensor], samples: int) -> Figure:
+def draw_bandit(gradients: dict[float, Tensor], samples: int) -> Figure:
     """Draw signal and noise over theta: lines by formula, points by sampling."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     theta = torch.linspace(-4, 4, 401, dtype=torch.double)
-    axes.plot(theta, expected_gradient(theta), color=BLUE, linewidth=2.2)
-    axes.plot(theta, gradient_variance(theta).sqrt(), color=ORANGE, linewidth=2.2)
-    sds = [float(g.std()) for g in found.values()]
-    errors = [2 * sd / samples**0.5 for sd in sds]
-    means = [float(g.mean()) for g in found.values()]
-    axes.errorbar(list(found), means, errors, fmt="o", color=BLUE, capsize=3, markersize=8)
-    # The error of an sd is that of the variance over twice the sd.
-    errors = [
-        2 * with_error(g)[1] / (2 * sd) if sd else 0.0
-        for g, sd in zip(found.values(), sds, strict=True)
-    ]
-    axes.errorbar(
-        list(found), sds, errors, fmt="D", color=ORANGE, markerfacecolor="white", capsize=3
-    )
-    axes.annotate(
-        "sd(g) = √(s(1 - s)³)", (-1.1, 0.325), (-95, 28), textcoords="offset points", color=ORANGE
-    )
-    axes.annotate("E[g] = s(1 - s)", (1.1, 0.19), (14, 10), textcoords="offset points", color=BLUE)
-    for x, top, chance in ((0.0, 0.25, "1/2"), (-1.0986, 0.3248, "1/4")):
-        axes.plot([x, x], [0, top], ":", color=GREY, linewidth=1)
-        axes.annotate(
-            f"P(a=1) = {chance}", (x, 0), (4, 6), textcoords="offset points", color="#555555"
-        )
+    axes.plot(theta, expected_gradient(theta), color=BLUE, linewidth=2.2, label="E[g] = s(1 - s)")
+    noise = gradient_variance(theta).sqrt()
+    axes.plot(theta, noise, color=ORANGE, linewidth=2.2, label="sd(g) = √(s(1 - s)³)")
+    for x, g in gradients.items():
+        variance, error = with_error(g)
+        sd = variance**0.5
+        axes.errorbar(x, float(g.mean()), 2 * sd / samples**0.5, fmt="o", color=BLUE, capsize=3)
+        # The error of an sd is the error of the variance over twice the sd.
+        bar = error / sd if sd else 0.0
+        axes.errorbar(x, sd, bar, fmt="D", color=ORANGE, markerfacecolor="white", capsize=3)
     axes.set(xlim=(-4, 4), ylim=(0, 0.45), xlabel="theta (log odds of the rewarded action)")
     axes.set_ylabel("gradient sample g (reward per unit of theta)")
     axes.set_title(
         "The signal is largest for an undecided policy, the noise for a bad one", loc="left"
     )
     note = f"points: {samples} samples each, ± 2 standard errors"
-    axes.text(
-        0.99,
-        0.97,
-        note,
-        transform=axes.transAxes,
-        ha="right",
-        va="top",
-        color="#555555",
-        fontsize=9,
-    )
+    axes.legend(frameon=False, loc="upper right", title=note)
     open_frame(axes)
     return figure
 
 
-def draw_horizon(args: Arguments, found: Found) -> Figure:
+def draw_horizon(args: Arguments, measured: Variances) -> Figure:
     """Draw the variance over the horizon, by itself and relative to the squared gradient."""
     figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    every = range(args.horizons[0], args.horizons[-1] + 1)
+    horizons = range(args.horizons[0], args.horizons[-1] + 1)
     for axes, power in ((left, 0), (right, 2)):
+        units = {steps: float(expected_gradient(THETA, steps)) ** power for steps in horizons}
         for returns, baseline in KINDS:
             color = ORANGE if baseline == "none" else BLUE
-            total = returns == "total"
-            unit = {steps: float(expected_gradient(THETA, steps)) ** power for steps in every}
-            curve = [float(gradient_variance(THETA, t, returns, baseline)) / unit[t] for t in every]
-            axes.plot(every, curve, "-" if total else "--", color=color, linewidth=2)
-            values, errors = (
-                [found[t, returns, baseline][i] / unit[t] * (1, 2)[i] for t in args.horizons]
-                for i in (0, 1)
-            )
-            face = color if total else "white"
-            axes.errorbar(
-                args.horizons, values, errors, fmt="o", color=color, markerfacecolor=face, capsize=3
-            )
-            label = "total return" if total else "reward to go"
-            axes.annotate(
-                label, (every[-1], curve[-1]), (10, 0), textcoords="offset points", color=color
-            )
+            line = "-" if returns == "total" else "--"
+            exact = [float(gradient_variance(THETA, t, returns, baseline)) for t in horizons]
+            curve = [variance / units[t] for t, variance in zip(horizons, exact, strict=True)]
+            axes.plot(horizons, curve, line, color=color, label=f"{returns}, baseline {baseline}")
+            for t in args.horizons:
+                variance, error = measured[t, returns, baseline]
+                axes.errorbar(t, variance / units[t], 2 * error / units[t], fmt="o", color=color)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(args.horizons, [str(steps) for steps in args.horizons])
@@ -276,30 +252,22 @@ def draw_horizon(args: Arguments, found: Found) -> Figure:
     right.yaxis.set_major_formatter("{x:g}")
     left.set_ylabel("Var[g] of one episode ((reward per unit of theta)²)")
     right.set_ylabel("Var[g] / E[g]² (episodes until standard error = gradient)")
-    left.set_title(
-        "A baseline turns T³ into T²; reward to go only changes the factor", loc="left", fontsize=11
-    )
-    right.set_title(
-        "Noise against signal: grows like T without a baseline", loc="left", fontsize=11
-    )
-    legend = (
-        ("no baseline", ORANGE),
-        ("baseline: mean at each timestep", BLUE),
-        ("lines: exact", "#555555"),
-    )
-    for line, (text, color) in enumerate(legend):
-        left.text(0.02, 0.97 - 0.055 * line, text, transform=left.transAxes, va="top", color=color)
+    title = "A baseline turns T³ into T²; reward to go only changes the factor"
+    left.set_title(title, loc="left", fontsize=11)
+    title = "Noise against signal: grows like T without a baseline"
+    right.set_title(title, loc="left", fontsize=11)
+    left.legend(frameon=False, title="lines: exact; points: measured, ± 2 s.e.")
     return figure
 
 
 def main(args: Arguments) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     single_updates(args.learning_rate)
-    draw_bandit(two_ways(args.samples, generator), args.samples).savefig(
-        args.output_dir / "bandit.png"
-    )
+    gradients = sampled_gradients(args.samples, generator)
+    draw_bandit(gradients, args.samples).savefig(args.output_dir / "bandit.png")
     generator = torch.Generator().manual_seed(args.seed)
-    draw_horizon(args, variances(args, generator)).savefig(args.output_dir / "variance_horizon.png")
+    measured = variances(args, generator)
+    draw_horizon(args, measured).savefig(args.output_dir / "variance_horizon.png")
     print(f"figures: bandit.png and variance_horizon.png in {args.output_dir}")
 
 

@@ -94,12 +94,12 @@ class Arguments:
 
 def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
     """Print and return the returns of ten actions, raw and normalised [10]."""
-    rewards, mask = torch.zeros(1, 10, dtype=torch.double), torch.ones(1, 10, dtype=torch.bool)
+    rewards = torch.zeros(1, 10, dtype=torch.double)
     rewards[0, -1] = 1.0
-    normal = replace(NORMALISED, scale_ddof=0, scale_eps=0)
-    raw, normalised = (
-        e.advantages(rewards, mask, group_size=None).policy[0] for e in (PLAIN, normal)
-    )
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    exact = replace(NORMALISED, scale_ddof=0, scale_eps=0)
+    raw = PLAIN.advantages(rewards, mask, group_size=None).policy[0]
+    normalised = exact.advantages(rewards, mask, group_size=None).policy[0]
     print("  t  reward      G_t   normalised   the action taken becomes, raw / normalised")
     for t in range(10):
         words = " / ".join(
@@ -117,16 +117,18 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     parameters = [p for module in (body, *heads) for p in module.parameters()]
     optimizer, env, found = torch.optim.Adam(parameters, lr=3e-4), Walk(), []
     for _ in range(episodes):
-        seen, logprobs, rewards, over = [env.reset()[0]], [], [], False
-        while not over:
-            policy = torch.distributions.Categorical(
-                logits=heads[0](body(torch.from_numpy(seen[-1])))
-            )
+        observations = [env.reset()[0]]
+        logprobs = []
+        rewards = []
+        ended = False
+        while not ended:
+            logits = heads[0](body(torch.from_numpy(observations[-1])))
+            policy = torch.distributions.Categorical(logits=logits)
             action = policy.sample()
             logprobs.append(policy.log_prob(action))
             observation, reward, terminated, truncated, _ = env.step(int(action))
-            over = terminated or truncated
-            seen.append(observation)
+            ended = terminated or truncated
+            observations.append(observation)
             rewards.append(reward)
         returns = torch.tensor(
             [sum(GAMMA**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
@@ -134,7 +136,7 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
         returns = (returns - returns.mean()) / (returns.std() + 1e-8)
         loss = -(torch.stack(logprobs) * returns).mean()
         if value_head:
-            values = heads[1](body(torch.from_numpy(np.stack(seen[:-1])))).squeeze(-1)
+            values = heads[1](body(torch.from_numpy(np.stack(observations[:-1])))).squeeze(-1)
             loss = -(torch.stack(logprobs) * (returns - values.detach())).mean()
             loss = loss + 0.5 * (values - returns).square().mean()
         optimizer.zero_grad()
@@ -147,7 +149,7 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
 
 def returns_of(args: Arguments, name: str) -> np.ndarray:
     """Train once per seed; returns the returns of the episodes, [seeds, episodes]."""
-    found = []
+    returns = []
     for seed in range(args.seeds):
         result = train_agent(
             env=args.env,
@@ -169,8 +171,8 @@ def returns_of(args: Arguments, name: str) -> np.ndarray:
             quiet=True,
         )
         metrics = read_metrics(result.output_dir / "metrics.jsonl")
-        found.append([row["reward"] for row in metrics[1:]])  # without the evaluation before
-    return np.array(found)
+        returns.append([row["reward"] for row in metrics[1:]])  # without the evaluation before
+    return np.array(returns)
 
 
 def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> None:
@@ -248,12 +250,12 @@ def main(args: Arguments) -> None:
             flush=True,
         )
     last = {name: returns[:, -100:].mean(1) for name, returns in runs.items()}
-    for one, other in (
+    for a, b in (
         ("normalised, V", "normalised"),
         ("raw, V", "raw"),
         ("raw, V", "normalised, V"),
     ):
-        print(f"{one} minus {other}, seed by seed: {mean_with_interval(last[one] - last[other])}")
+        print(f"{a} minus {b}, seed by seed: {mean_with_interval(last[a] - last[b])}")
     draw(args, runs, last, table).savefig(args.output)
     print(f"figure: {args.output}")
 

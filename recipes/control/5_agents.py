@@ -105,21 +105,19 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Return whether a folder holds a finished run with these settings."""
     if not (folder / "summary.json").is_file():
         return False
-    wanted = json.loads(json.dumps(settings, default=vars))
-    config, summary = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "summary.json")
-    )
-    return summary["exit_reason"] == "finished" and wanted.items() <= config.items()
+    summary = json.loads((folder / "summary.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    plain = json.loads(json.dumps(settings, default=vars))
+    return summary["exit_reason"] == "finished" and plain.items() <= config.items()
 
 
 def train(arguments: Arguments, env: str, agent: str, seed: int) -> Run:
     """Train one agent, unless that has been done; a signal raises KeyboardInterrupt or SystemExit."""
     settings = agent_settings(agent, env) | {"seed": seed, "video": arguments.video}
-    settings |= {
-        "eval_episodes": arguments.eval_episodes,
-        "eval_every": 0,
-    }  # before and after training
-    settings |= {} if arguments.max_steps is None else {"max_steps": arguments.max_steps}
+    settings["eval_episodes"] = arguments.eval_episodes
+    settings["eval_every"] = 0  # only before and after training
+    if arguments.max_steps is not None:
+        settings["max_steps"] = arguments.max_steps
     folder = arguments.output_dir / f"{env}-{agent}-seed{seed}"
     if arguments.overwrite or not finished(folder, settings):
         result = train_agent(**settings, output_dir=str(folder), overwrite=True, quiet=True)
@@ -156,14 +154,11 @@ def solved(runs: list[Run]) -> int:
 def print_table(groups: Groups) -> None:
     for (env, agent), runs in groups.items():
         threshold = runs[0].summary["threshold"]
-        score = (
-            ""
-            if threshold is None
-            else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
-        )
-        steps, cpu = (
-            np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds")
-        )
+        score = ""
+        if threshold is not None:
+            score = f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
+        steps = np.mean([run.summary["env_steps"] for run in runs])
+        cpu = np.mean([run.summary["train_cpu_seconds"] for run in runs])
         print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
         print(f"  mean {mean_with_interval(ends(runs), '.1f')}{score}")
         episodes = np.mean([played(run) for run in runs])
@@ -180,12 +175,12 @@ def played(run: Run) -> int:
 def curve(run: Run, axis: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps or episodes so far, and the mean return of at least `SMOOTHED` episodes around there."""
     rows = [row for row in run.updates if row["episodes"]]
-    each = [row["episodes"] for row in rows]
-    so_far = (
-        np.cumsum(each) if axis == "episodes" else np.array([row["num_env_steps"] for row in rows])
-    )
-    window = 2 * round(SMOOTHED / 2 / np.mean(each)) + 1
-    return so_far, np.array(smooth([row["reward"] for row in rows], window))
+    episodes = [row["episodes"] for row in rows]
+    x = np.cumsum(episodes)
+    if axis == "environment steps":
+        x = np.array([row["num_env_steps"] for row in rows])
+    window = 2 * round(SMOOTHED / 2 / np.mean(episodes)) + 1
+    return x, np.array(smooth([row["reward"] for row in rows], window))
 
 
 def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
@@ -224,8 +219,8 @@ def draw(groups: Groups) -> Figure:
     for axes in grid[:, 0]:
         axes.set_ylabel("return")
     for line, agent in enumerate(dict.fromkeys(agent for _, agent in groups)):
-        place = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
-        grid[0][0].text(0.03, 0.8 - 0.09 * line, agent, fontweight="bold", **place)
+        style = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
+        grid[0][0].text(0.03, 0.8 - 0.09 * line, agent, fontweight="bold", **style)
     lines = f"lines: mean over seeds of the return in training, over {SMOOTHED} episodes or more"
     rest = "a run that has ended keeps its last one; bands, bars: 95 %; dots: fresh episodes; dotted: threshold"
     figure.supxlabel(f"{lines}\n{rest}", fontsize=9, color="#555555")

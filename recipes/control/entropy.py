@@ -98,7 +98,7 @@ class Sweep(NamedTuple):
 
     @property
     def best(self) -> int:
-        """Place of the beta with the highest mean return."""
+        """Index of the beta with the highest mean return."""
         return int(self.returns.mean(1).argmax())
 
     def behind(self) -> np.ndarray:
@@ -147,24 +147,20 @@ def train(args: Arguments, env: str, beta: float, seed: int):
 def sweep(args: Arguments, env: str) -> Sweep:
     """Train with every beta and every seed."""
     grid = grid_of(env)
-    found: dict[str, list] = {name: [] for name in Sweep._fields[2:]}
-    for beta in args.betas:
-        for seed in range(args.seeds):
-            result = train(args, env, beta, seed)
-            with torch.no_grad():
-                policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
-            metrics = read_metrics(result.output_dir / "metrics.jsonl")[
-                1:
-            ]  # without the evaluation before
-            found["rewards"].append([row["reward"] for row in metrics])
-            found["entropies"].append([row["entropy"] for row in metrics])
-            found["returns"].append(exact_return(grid, policy, horizon=GRIDWORLD_STEPS))
-            found["chances"].append(chances_of(grid, policy))
-            found["collapsed"].append("entropy-collapsed" in result.flags)
-    shaped = {
-        k: np.array(v).reshape(len(args.betas), args.seeds, *np.shape(v)[1:])
-        for k, v in found.items()
-    }
+    columns: dict[str, list] = {name: [] for name in Sweep._fields[2:]}
+    for beta, seed in itertools.product(args.betas, range(args.seeds)):
+        result = train(args, env, beta, seed)
+        with torch.no_grad():
+            policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
+        metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]  # row 0: the evaluation
+        columns["rewards"].append([row["reward"] for row in metrics])
+        columns["entropies"].append([row["entropy"] for row in metrics])
+        columns["returns"].append(exact_return(grid, policy, horizon=GRIDWORLD_STEPS))
+        columns["chances"].append(chances_of(grid, policy))
+        columns["collapsed"].append("entropy-collapsed" in result.flags)
+    shaped = {}
+    for name, values in columns.items():
+        shaped[name] = np.array(values).reshape(len(args.betas), args.seeds, *np.shape(values)[1:])
     return Sweep(env, args.betas, **shaped)
 
 
@@ -176,9 +172,8 @@ def paths(grid: GridWorld) -> dict[str, float]:
         "decoy": np.full(grid.cells, 1),
     }
     names = ENDS[: len(grid.ends)]
-    return {
-        end: exact_return(grid, np.eye(4)[moves[end]], horizon=GRIDWORLD_STEPS) for end in names
-    }
+    horizon = GRIDWORLD_STEPS
+    return {end: exact_return(grid, np.eye(4)[moves[end]], horizon=horizon) for end in names}
 
 
 def print_facts(env: str) -> None:
@@ -273,9 +268,10 @@ def draw(sweeps: list[Sweep]) -> Figure:
 
 def title(s: Sweep) -> str:
     """State how many runs the first beta brings to the goal, and how many the best."""
-    first, best = ((s.chances[i, :, 0] > 0.5).sum() for i in (0, s.best))
-    runs, betas = s.returns.shape[1], (s.betas[0], s.betas[s.best])
-    return f"{first} of {runs} runs escape the {s.env} with beta {betas[0]:g}, {best} with beta {betas[1]:g}"
+    escapes = (s.chances[:, :, 0] > 0.5).sum(1)
+    runs = s.returns.shape[1]
+    first = f"{escapes[0]} of {runs} runs escape the {s.env} with beta {s.betas[0]:g}"
+    return f"{first}, {escapes[s.best]} with beta {s.betas[s.best]:g}"
 
 
 def main(args: Arguments) -> None:
