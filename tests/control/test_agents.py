@@ -27,36 +27,22 @@ def parsed(*flags):
 
 @pytest.mark.parametrize("env", TUNED)
 def test_tuned_settings_are_settings_of_that_environment(env):
-    found = agent_settings("tuned", env)
-    assert arguments(ControlArguments, found).env == env
-    found["max_steps"] = 10**6  # a caller may change what it was given, and nobody else sees it
+    settings = agent_settings("tuned", env)
+    assert arguments(ControlArguments, settings).env == env
+    settings["max_steps"] = 10**6  # a caller may change what it was given, and nobody else sees it
     assert agent_settings("tuned", env)["max_steps"] < 10**6
 
 
 @pytest.mark.parametrize(
-    ("agent", "env", "message"),
+    ("agent", "message"),
     [
-        ("clasic", "CartPole-v1", "agent was given as 'clasic'. Did you mean 'classic'"),
-        (
-            "tuned",
-            "gridworld",
-            "no settings for 'gridworld'.*CartPole-v1, Acrobot-v1, LunarLander-v3",
-        ),
+        ("clasic", "agent was given as 'clasic'. Did you mean 'classic'"),
+        ("tuned", "no settings for 'gridworld'.*CartPole-v1, Acrobot-v1, LunarLander-v3"),
     ],
 )
-def test_an_agent_without_settings_is_refused_naming_those_there_are(
-    agent, env, message, tmp_path, capsys
-):
+def test_an_agent_without_settings_is_refused_naming_those_there_are(agent, message):
     with pytest.raises(Refused, match=message):
-        train_agent(agent=agent, env=env, output_dir=tmp_path / "run", **SHORT)
-    assert (
-        main(["control", "--agent", agent, "--env", env, "--output-dir", str(tmp_path / "run")])
-        == 2
-    )
-    said = capsys.readouterr().err
-    assert (
-        said.startswith("tokenrl: ") and "Traceback" not in said and not (tmp_path / "run").exists()
-    )
+        train_agent(agent=agent, env="gridworld")
 
 
 def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
@@ -88,55 +74,22 @@ def test_flags_override_the_agent_wherever_they_stand():
     assert parsed("--env", "Acrobot-v1") == ControlArguments(env="Acrobot-v1")
 
 
-DOUBT = "so more episodes may decide otherwise"
-
-
 @pytest.mark.parametrize(
     ("env", "mean", "error", "start", "end"),
     [
-        (
-            "CartPole-v1",
-            497.31,
-            0.9,
-            "solved: mean return 497.31 ± 0.9 of 100 fresh",
-            "actions 500 ± 0)",
-        ),
-        (
-            "Acrobot-v1",
-            -120.5,
-            3.0,
-            "not solved: mean return -120.5 ± 3 of 100",
-            "actions 500 ± 0)",
-        ),
+        ("CartPole-v1", 497.31, 0.9, "solved: mean return 497.31 ± 0.9 of 100 fresh", "500 ± 0)"),
         ("Pendulum-v1", -190.0, 0.9, "mean return -190 ± 0.9", "500 ± 0)"),
-        ("CartPole-v1", 474.0, 1.0, "not solved: ", DOUBT),
-        ("CartPole-v1", 476.5, 1.0, "solved: ", DOUBT),
-        ("CartPole-v1", 478.0, 1.0, "solved: ", "500 ± 0)"),
-        (
-            "CartPole-v1",
-            500.0,
-            math.nan,
-            "solved: mean return 500 of 100 fresh episodes",
-            "500 ± 0)",
-        ),
-        (
-            "CartPole-v1",
-            None,
-            0.0,
-            "not evaluated: the run was ended at step 7, before",
-            "threshold 475",
-        ),
+        ("CartPole-v1", 474.0, 1.0, "not solved: ", "so more episodes may decide otherwise"),
+        ("CartPole-v1", 476.5, 1.0, "solved: ", "so more episodes may decide otherwise"),
+        ("CartPole-v1", 500.0, math.nan, "solved: mean return 500 of 100 fresh", "500 ± 0)"),
+        ("CartPole-v1", None, 0.0, "not evaluated: the run was ended at step 7", "threshold 475"),
     ],
 )
 def test_the_verdict_in_words(env, mean, error, start, end):
-    found = {
-        "reward": mean,
-        "reward_stderr": error,
-        "reward_greedy": 500.0,
-        "reward_greedy_stderr": 0.0,
-    }
-    said = verdict(describe(env), {} if mean is None else found, 100, 7)
-    assert said.startswith(start) and said.endswith(end) and "nan" not in said
+    evaluation = {"reward": mean, "reward_stderr": error}
+    evaluation |= {"reward_greedy": 500.0, "reward_greedy_stderr": 0.0}
+    text = verdict(describe(env), {} if mean is None else evaluation, 100, 7)
+    assert text.startswith(start) and text.endswith(end) and "nan" not in text
 
 
 def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, capsys):

@@ -110,31 +110,29 @@ def test_a_damaged_policy_is_refused(once, tmp_path, file):
 
 
 def test_a_run_depends_on_its_seed_and_not_on_evaluations_in_between(tmp_path):
-    often, never, other = (
-        short(tmp_path, str(place), eval_every=every, seed=seed, estimator="a2c", max_steps=3)
-        for place, (every, seed) in enumerate([(1, 0), (0, 0), (1, 1)])
-    )
-    lines = [
-        [{k: v for k, v in row.items() if "eval" not in k} for row in rows(r)]
-        for r in (often, never)
-    ]
-    assert lines[0] == lines[1] and often.eval_after == never.eval_after
-    assert rows(often)[1]["entropy"] != rows(other)[1]["entropy"]
+    options = {"estimator": "a2c", "max_steps": 2}
+    often = short(tmp_path, "often", eval_every=1, **options)
+    never = short(tmp_path, "never", eval_every=0, **options)
+    other = short(tmp_path, "other", eval_every=0, seed=1, **options)
+    lines = rows(often)
+    for line in lines:
+        for name in [name for name in line if "eval" in name]:
+            del line[name]
+    assert lines[1] == rows(never)[1] and never.eval_after == often.eval_after
+    assert lines[1]["entropy"] != rows(other)[1]["entropy"]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"estimator": "grpo", "env": "FrozenLake-v1"},
         {"estimator": "ppo", "num_steps": 32, "num_iterations": 2, "num_minibatches": 2},
         {"estimator": "optimal_per_timestep", "env": "Acrobot-v1", "max_episode_steps": 20, "hidden": (16,),
          "activation": "relu"},
-        {"estimator": "ppo_clip", "num_iterations": 2, "env": "walk"},
         {"estimator": "reinforce", "env": "Pendulum-v1", "max_episode_steps": 20, "reward_scale": 0.1,
          "normalize_observations": True},
         {"estimator": Estimator(baseline="rloo", entropy_coef=0.1), "env": "bandit", "hidden": ()},
     ],
-    ids=lambda options: " ".join(str(v) for v in options.values())[:40],
+    ids=["ppo", "optimal", "continuous", "bandit"],
 )  # fmt: skip
 def test_everything_runs_together(tmp_path, options):
     lines = rows(short(tmp_path, **options))
@@ -148,20 +146,12 @@ def test_everything_runs_together(tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"env": "Nope-v3"}, "no environment"),
         ({"head": "gaussian"}, "gaussian"),
         ({"env": "Pendulum-v1", "head": "softmax"}, "softmax"),
         ({"estimator": "reinforce", "max_episode_steps": 501}, "500"),
-        *(
-            ({"estimator": name, "num_envs": 1}, "compares the rows of a .*(num_envs|step has 1)")
-            for name in ("rloo", "reinforce_timestep_mean", "reinforce_baseline")
-        ),
+        ({"estimator": "rloo", "num_envs": 1}, "compares the rows of a .*(num_envs|step has 1)"),
         ({"estimator": "rloo", "num_steps": 8}, "num_steps 8"),
-        ({"estimator": "nope"}, "preset was given as 'nope'"),
-        ({"hidden": (0,)}, "hidden"),
-        ({"learn_rate": 1}, "setting 'learn_rate'.*learning_rate"),
         ({"load": "nowhere"}, "No policy could be read from nowhere"),
-        ({"output_dir": "a/../b"}, "'..'"),
         ({"env": "bandit", "video": True}, "cannot be filmed"),
     ],
     ids=lambda value: str(value)[:40],
