@@ -190,8 +190,8 @@ class Saver:
                 os.rename(older, hidden)
                 remove(hidden)
 
-    def restore(self, path: Path, warn: Callable[[str], object] = str) -> int:
-        """Continue from a checkpoint; return its step. A lost best one is warned of (see `whole_best`).
+    def restore(self, path: Path) -> int:
+        """Continue from a checkpoint; return its step.
 
         Raises:
             Refused: the state does not fit this run.
@@ -215,7 +215,6 @@ class Saver:
                 ) from error
         self._model.read(path)
         self._saved = step_of(path)
-        self.whole_best(self._saved, warn)
         return self._saved
 
     def whole_best(self, step: int, warn: Callable[[str], object]) -> dict[str, Any]:
@@ -223,7 +222,7 @@ class Saver:
 
         Args:
             step: the current step, whose weights are in memory.
-            warn: prints a warning if the best weights are damaged or gone; they are then forgotten.
+            warn: prints a warning if the best weights are damaged or gone; those of the last step count then.
         """
         best = self.best.until(None)
         if best not in (None, step):
@@ -231,23 +230,16 @@ class Saver:
                 verify(self._folder / f"step_{best:06d}")
             except Refused as fault:
                 self.best.steps.clear()
-                then = "model/ gets those of a better evaluation to come, or else of the last step"
-                warn(f"The best weights so far, of step {best}, are lost, so {then}. {fault}")
+                lost = f"The best weights, of step {best}, are lost"
+                warn(f"{lost}: model/ gets those of the last step. {fault}")
         return self.best.summary()
 
     def read_best(self, step: int) -> None:
-        """Give the model the best weights, if these are to be kept and are not those of `step`, the last.
-
-        Raises:
-            Stopped: their checkpoint was damaged since `whole_best`.
-        """
+        """Give the model the best weights, if these are to be kept and are not those of `step`, the last."""
         best = self.best.until(None)
         if best in (None, step):
             return
-        try:
-            self._model.read(self._folder / f"step_{best:06d}")
-        except Refused as fault:
-            raise Stopped(f"The best weights cannot be read. {fault}") from fault
+        self._model.read(self._folder / f"step_{best:06d}")
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,9 +13,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, text + "\n")
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, write: Callable[[Any], str] | None = None) -> Any:
     """Convert a value to what strict JSON can hold.
 
     NaN becomes None and an infinity its name. Tensors and numpy values become numbers or lists, dataclasses
     become dicts, sets sorted lists, a function its "module:name", and anything else its `str`.
+
+    Args:
+        value: the value.
+        write: writes functions and other objects in another way.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value)
@@ -115,18 +119,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):  # UTF-8 cannot hold a lone surrogate
         return value.encode("utf-8", "replace").decode("utf-8")
     if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+        value = {part.name: getattr(value, part.name) for part in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, write) for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted((plain(item) for item in value), key=str)
+        return sorted((plain(item, write) for item in value), key=str)
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, write) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch, of any rank
-        return plain(value.tolist())
-    return (
-        f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
-    )
+        return plain(value.tolist(), write)
+    return (write or _name)(value)
+
+
+def _name(value: Any) -> str:
+    is_named = hasattr(value, "__qualname__")
+    return f"{value.__module__}:{value.__qualname__}" if is_named else str(value)
 
 
 def canonical(value: Any) -> str:
@@ -135,28 +142,10 @@ def canonical(value: Any) -> str:
     Sets have no order of their own, and the text of an object without a `__repr__` holds its address in
     memory: in its stead stands `FORMLESS`.
     """
-    return json.dumps(_ordered(value), sort_keys=True)
+    return json.dumps(plain(value, _without_address), sort_keys=True)
 
 
-def _ordered(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {
-            key if isinstance(key, str) else canonical(key): _ordered(part)
-            for key, part in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_ordered(part) for part in value]
-    if isinstance(value, set | frozenset):
-        return sorted(canonical(part) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return [
-            type(value).__name__,
-            *(_ordered(getattr(value, part.name)) for part in fields(value)),
-        ]
-    if hasattr(value, "tolist"):  # an array of numpy, whose text leaves out most of it
-        return _ordered(value.tolist())
+def _without_address(value: Any) -> str:
     return ADDRESS.sub(FORMLESS, written(value, str))
 
 
@@ -276,14 +265,15 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     Raises:
         Refused: the folder is damaged, or it lies where a checkpoint should be and is none.
     """
+    model = name_or_path
     run = Path(name_or_path)
-    there = os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model")
-    model = run / "model" if there else name_or_path
+    if os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model"):
+        model = run / "model"
     if os.path.isdir(model):
-        folder_of_model = Path(model).resolve()
-        for folder in (folder_of_model, folder_of_model.parent):
-            in_checkpoints = folder.parent.name == "checkpoints" and folder.name.startswith("step_")
-            if in_checkpoints or _manifest(folder) is not None:
+        path = Path(model).resolve()
+        for folder in (path, path.parent):
+            is_checkpoint = folder.match("checkpoints/step_*")
+            if is_checkpoint or _manifest(folder) is not None:
                 verify(folder)
     return model
 
@@ -313,10 +303,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return {}
     if not isinstance(entries, dict):
         return {}
-    is_ours = not entries or any(
-        isinstance(entry, list) and len(entry) == 2 for entry in entries.values()
-    )
-    return entries if is_ours else None
+    is_ours = any(isinstance(entry, list) and len(entry) == 2 for entry in entries.values())
+    return entries if is_ours or not entries else None
 
 
 def _entry(file: Path) -> list[Any]:

@@ -21,8 +21,6 @@ from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.runs.files import flat, plain, replacing, writing
 from tokenrl.settings import Settings, check_choice
 
-_GIB = 1024**3
-
 
 class MetricsLog:
     """Appends one line per step to metrics.jsonl and to timings.jsonl, each written unbuffered.
@@ -83,7 +81,8 @@ def line_of(row: Mapping[str, Any]) -> str:
 
     It begins with the step; the other names follow in alphabetical order.
     """
-    ordered = {"step": row["step"], **dict(sorted(row.items()))}
+    ordered = {"step": row["step"]}
+    ordered |= sorted(row.items())
     return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -105,16 +104,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            infinite = {name: float(x) for name, x in row.items() if x in ("Infinity", "-Infinity")}
-            rows.append({**row, **infinite, "step": int(row["step"])})
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+            for name, value in row.items():
+                if value in ("Infinity", "-Infinity"):
+                    row[name] = float(value)
+            rows.append({**row, "step": int(row["step"])})
+        except Exception as error:  # a damaged line raises many kinds of errors
             if number == len(lines):  # it has no newline: a crash cut it short
                 break
             fault = f"Line {number} of {path} is damaged ({describe(error)})"
@@ -139,11 +133,9 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
         table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
     except (
         Exception
-    ) as error:  # of a reward's own values: nested without end, or with methods that fail
-        mend = "give log_extra numbers and text"
-        raise Stopped(
-            f"The completions cannot be written as a table ({describe(error)}): {mend}."
-        ) from error
+    ) as error:  # a reward's values may be nested without end, or have methods that fail
+        fault = f"The completions cannot be written as a table ({describe(error)})"
+        raise Stopped(f"{fault}: give log_extra numbers and text.") from error
     path = folder / f"step_{step:06d}.parquet"
     with replacing(path) as partial:
         folder.mkdir(exist_ok=True)
@@ -172,13 +164,15 @@ def _column(values: list[Any]) -> Any:
     """Make a column of one type, or else of JSON texts."""
     import pyarrow
 
-    cells = [
-        value if isinstance(value, float) else plain(value) for value in values
-    ]  # parquet has NaN
+    cells = [plain(value) for value in values]
     if not any(isinstance(cell, dict | list) for cell in cells):
+        numbers = [
+            value if isinstance(value, float) else cell
+            for value, cell in zip(values, cells, strict=True)
+        ]
         with suppress(pyarrow.ArrowException, OverflowError):
-            return pyarrow.array(cells)
-    return [None if cell is None else json.dumps(plain(cell), ensure_ascii=False) for cell in cells]
+            return pyarrow.array(numbers)  # parquet has NaN
+    return [None if cell is None else json.dumps(cell, ensure_ascii=False) for cell in cells]
 
 
 def peak_memory() -> dict[str, float]:
@@ -187,14 +181,15 @@ def peak_memory() -> dict[str, float]:
     Returns:
         `peak_memory_gib`, the resident set; where there is a GPU, `peak_cuda_memory_gib`, the tensors on it.
     """
-    status = Path(
-        "/proc/self/status"
-    )  # `getrusage` would also count the process that started this one
-    held = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    peaks = {"peak_memory_gib": int(held[1]) * 1024 / _GIB} if held else {}
+    peaks = {}
+    status = Path("/proc/self/status")  # `getrusage` would count the process that started this one
+    if status.exists():
+        kibibytes = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+        if kibibytes:
+            peaks["peak_memory_gib"] = int(kibibytes[1]) / 2**20
     torch = sys.modules.get("torch")  # without it nothing is on a GPU
     if torch is not None and torch.cuda.is_available():
-        peaks["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
+        peaks["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return peaks
 
 
@@ -230,7 +225,8 @@ class Trackers:
         Raises:
             Refused: accelerate has no tracker of that name, or its package is not installed.
         """
-        self._args, self._warn = args, warn
+        self._args = args
+        self._warn = warn
         self._names = _installed(args.report_to)
         self._every = getattr(args, "logging_steps", 1)
         self._started: dict[str, Any] = {}
@@ -243,19 +239,16 @@ class Trackers:
                 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
                 PartialState()  # the trackers ask it whether this is the main process
-                kind, args = LOGGER_TYPE_TO_CLASS[name], self._args
-                project = (
-                    args.tracker_project or os.environ.get(f"{name.upper()}_PROJECT") or "tokenrl"
-                )
+                kind = LOGGER_TYPE_TO_CLASS[name]
+                variable = os.environ.get(f"{name.upper()}_PROJECT")
+                project = self._args.tracker_project or variable or "tokenrl"
                 if name == "tensorboard":  # it knows neither project nor name: a run is a folder
                     project = name
                 folder = [str(output_dir)] if kind.requires_logging_directory else []
-                named = (
-                    {_NAME_OF_RUN[name]: args.run_name or output_dir.name}
-                    if name in _NAME_OF_RUN
-                    else {}
-                )
-                tracker = self._started[name] = kind(project, *folder, **named)
+                names = {}
+                if name in _NAME_OF_RUN:
+                    names[_NAME_OF_RUN[name]] = self._args.run_name or output_dir.name
+                tracker = self._started[name] = kind(project, *folder, **names)
                 tracker.start()
                 tracker.store_init_configuration(flat(config))
 
@@ -263,10 +256,9 @@ class Trackers:
         """Send the finite numbers of a step, if it is due or has been evaluated."""
         if step % self._every and not any(name.startswith("eval_") for name in metrics):
             return
-        numbers = {
-            key: value for key, value in plain(metrics).items() if isinstance(value, int | float)
-        }
-        for name, tracker in list(self._started.items()) if numbers else ():
+        values = plain(metrics)
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        for name, tracker in list(self._started.items()) if numbers else []:
             with self._attempt(name, f"at step {step}"):
                 tracker.log(numbers, step=step)
 
@@ -301,17 +293,19 @@ def _installed(names: tuple[str, ...]) -> list[str]:
             f"report_to was given as {' '.join(names)}; none stands alone, or is left out."
         )
     from accelerate import utils
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS as KNOWN
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    there = [name for name in KNOWN if getattr(utils, f"is_{name}_available", lambda: True)()]
+    installed = []
+    for name in LOGGER_TYPE_TO_CLASS:
+        if getattr(utils, f"is_{name}_available", lambda: True)():
+            installed.append(name)
     for name in names:
-        check_choice("report_to", name, (*sorted(KNOWN), "all", "none"))
-        if name in KNOWN and name not in there:
-            mend = f"pip install {name.replace('_', '-')}, or leave report_to out"
-            raise Refused(
-                f"report_to was given as {name!r}, but that tracker is not installed: {mend}."
-            )
-    return there if "all" in names else list(dict.fromkeys(names))
+        check_choice("report_to", name, (*sorted(LOGGER_TYPE_TO_CLASS), "all", "none"))
+        if name not in (*installed, "all"):
+            package = name.replace("_", "-")
+            fault = f"report_to was given as {name!r}, but that tracker is not installed"
+            raise Refused(f"{fault}: pip install {package}, or leave report_to out.")
+    return installed if "all" in names else list(dict.fromkeys(names))
 
 
 def of_evaluation(metrics: Mapping[str, float]) -> dict[str, float]:

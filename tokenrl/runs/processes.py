@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused
@@ -108,6 +107,8 @@ def gather_numbers(accelerator: Any, number: Tensor) -> list[int]:
 
 def gather_objects(objects: list[Any]) -> list[Any]:
     """Return the objects of all processes, which pickle can write, in the order of the processes."""
+    from accelerate.utils import gather_object
+
     everywhere: list[Any] = gather_object(objects)
     return everywhere
 
@@ -143,5 +144,7 @@ def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:
 
 def broadcast_weights(model: nn.Module) -> None:
     """Give all processes the weights of the main process, since each draws new weights for itself."""
+    from accelerate.utils import broadcast
+
     for parameter in model.parameters():
         broadcast(parameter.data)

@@ -35,15 +35,20 @@ class Tabled:
         return []
 
     def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self._rows(), strict=True)]
-        name, *numbers = (f"{{:{sign}{width}}}" for sign, width in zip("<>>", widths, strict=False))
-        lines = ["  ".join([name, *numbers]).format(*row) for row in self._rows()]
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for name, *numbers in rows:
+            cells = map(str.rjust, numbers, widths[1:])
+            lines.append("  ".join([name.ljust(widths[0]), *cells]))
         return "\n".join([*lines, *self._ending()])
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows())
-        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        rows = ""
+        for row in self._rows():
+            cells = [f"<td>{escape(cell)}</td>" for cell in row]
+            rows += f"<tr>{''.join(cells)}</tr>"
         return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
 
 
@@ -74,9 +79,7 @@ class Outcome(Tabled):
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
-        names = [
-            f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")
-        ]
+        names = {part.name for part in fields(self) if part.repr} - {"output_dir", "exit_code"}
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -130,11 +133,10 @@ class RecordedRun:
     def mark(self) -> tuple[str, float] | None:
         """Name and value of a line to reach: where a task counts as solved, or a reward model's ceiling."""
         ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
-        for name, value in (
-            ("solved", self.config.get("solved")),
-            ("gold reward on these labels", ceiling),
-        ):
-            if (number := finite(value)) is not None:
+        marks = {"solved": self.config.get("solved"), "gold reward on these labels": ceiling}
+        for name, value in marks.items():
+            number = finite(value)
+            if number is not None:
                 return name, number
         return None
 
@@ -153,11 +155,12 @@ class RecordedRun:
         """
         rows = []
         for row in self.metrics:
-            if measured := {
-                n.removeprefix("eval_"): v for n, v in row.items() if n.startswith("eval_")
-            }:
-                rows.append({"step": row["step"], **measured})
-        last, steps = self.summary.get("eval_after"), self.summary.get("steps")
+            names = [name for name in row if name.startswith("eval_")]
+            if names:
+                metrics = {name.removeprefix("eval_"): row[name] for name in names}
+                rows.append({"step": row["step"], **metrics})
+        last = self.summary.get("eval_after")
+        steps = self.summary.get("steps")
         if last and steps is not None and (not rows or rows[-1]["step"] < steps):
             rows.append({"step": steps, **last})
         return rows
@@ -176,15 +179,20 @@ class RecordedRun:
         Raises:
             Refused: a table is damaged.
         """
-        files = tables(self.path / "completions")[::-1]
-        apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
-        chosen = [files[round(number * apart)] for number in range(min(steps, len(files)))][::-1]
-        rows = {step_of(file): read_completions(file) for file in chosen}
-        stride = {
-            step: max(1, -(-len(table) // (most or len(table) or 1)))
-            for step, table in rows.items()
-        }
-        return [{"step": step, **row} for step in rows for row in rows[step][:: stride[step]]]
+        rows = []
+        for file in _spread(tables(self.path / "completions"), steps):
+            table = read_completions(file)
+            stride = 1 if most is None else max(1, math.ceil(len(table) / most))
+            rows += [{"step": step_of(file), **row} for row in table[::stride]]
+        return rows
+
+
+def _spread(files: Sequence[Path], count: int) -> list[Path]:
+    """Return at most `count` files in their order, evenly spread, the last one and then the first included."""
+    last = len(files) - 1
+    interval = max(1.0, last / max(1, count - 1))
+    numbers = [last - round(i * interval) for i in range(min(count, len(files)))]
+    return [files[number] for number in reversed(numbers)]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:
@@ -198,24 +206,29 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
         if os.path.isfile(path / "plan.json"):
             raise Refused(f"{path} holds a comparison, not a run; its runs are in {path / 'runs'}.")
         raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
-    config, summary = (
-        read_config(path / name) if (path / name).exists() else {}
-        for name in ("config.json", "summary.json")
-    )
-    return RecordedRun(path, config, read_metrics(path / "metrics.jsonl"), summary)
+    files = {}
+    for name in ("config", "summary"):
+        file = path / f"{name}.json"
+        files[name] = read_config(file) if file.exists() else {}
+    return RecordedRun(path=path, metrics=read_metrics(path / "metrics.jsonl"), **files)
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric is a finite number, and those numbers."""
-    points = [
-        (int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None
-    ]
-    return [step for step, _ in points], [value for _, value in points]
+    steps = []
+    values = []
+    for row in rows:
+        value = finite(row.get(name))
+        if value is not None:
+            steps.append(int(row["step"]))
+            values.append(value)
+    return steps, values
 
 
 def finite(value: Any) -> float | None:
     """Return a value of a file as a number; None if it is none, or not finite."""
     try:
-        return number if math.isfinite(number := float(value)) else None
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from json import JSONEncoder
 from pathlib import Path
 from typing import Any, TypeVar
-from zlib import crc32
 
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError
@@ -17,56 +16,20 @@ from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_text, writing
 from tokenrl.runs.metrics import line_of, read_metrics
 from tokenrl.runs.origin import versions
+from tokenrl.runs.processes import all_reduce_max, gather_objects
 from tokenrl.settings import Settings, arguments
 
 T = TypeVar("T")
-Agreed = Callable[[Sequence[int]], Sequence[int]]
 
-FREE = (
-    *(
-        "output_dir",
-        "max_steps",
-        "max_samples",
-        "save_every",
-        "save_minutes",
-        "keep_checkpoints",
-        "resume",
-    ),
-    *(
-        "overwrite",
-        "logging_steps",
-        "log_completions",
-        "quiet",
-        "report_to",
-        "tracker_project",
-        "run_name",
-    ),
-    *("video", "stop_after_zero_spread", "stop_after_nonfinite", "check", "trust_run"),
-)
+_SAVING = {"output_dir", "quiet", "save_every", "save_minutes", "keep_checkpoints"}
+_SHOWING = {"logging_steps", "log_completions", "report_to", "tracker_project", "run_name"}
+FREE = _SAVING | _SHOWING | {"max_steps", "max_samples", "resume", "overwrite", "video", "check"}
+FREE |= {"stop_after_zero_spread", "stop_after_nonfinite", "trust_run"}
 """Settings that may change when a run continues."""
-ROUNDING = (
-    *("micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "training_attention"),
-    *("tokens_per_pass", "threads", "cpu", "generator", "generator_cache"),
-)
+ROUNDING = {"micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "tokens_per_pass"}
+ROUNDING |= {"training_attention", "threads", "cpu", "generator", "generator_cache"}
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
-_APART = {
-    *ROUNDING,
-    "output_dir",
-    "quiet",
-    "save_every",
-    "save_minutes",
-    "keep_checkpoints",
-    "base model",
-}
-_APART |= {
-    "logging_steps",
-    "log_completions",
-    "report_to",
-    "tracker_project",
-    "run_name",
-    "trust_run",
-}
-_APART -= {"generator"}
+_PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}
 """What may differ between the processes of a run; all get the weights of the main one's base model."""
 _MENDS = {
     "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
@@ -86,16 +49,15 @@ def resume_settings(args: T, kind: str) -> T:
     Raises:
         Refused: code would be executed that the run names and this user did not (see `check_code`).
     """
-    choices: Any = args
-    output_dir = numbered(kind, newest(kind)) if choices.output_dir is None else choices.output_dir
-    if choices.resume is None or not Path(output_dir, "config.json").is_file():
+    options: Any = args
+    run = str(options.output_dir or numbered(kind, newest(kind)))
+    if options.resume is None or not Path(run, "config.json").is_file():
         return args
-    stored = read_config(output_dir) | {"output_dir": str(output_dir)}
-    left_open = {
-        name: stored[name] for name, value in vars(args).items() if value is None and name in stored
-    }
-    check_code(left_open, output_dir, stored, trusted=choices.trust_run)
-    return arguments(type(args), vars(args) | left_open)
+    stored = read_config(run) | {"output_dir": run}
+    open_names = [name for name, value in vars(args).items() if value is None]
+    chosen = {name: stored[name] for name in open_names if name in stored}
+    check_code(chosen, run, stored, trusted=options.trust_run)
+    return arguments(type(args), vars(args) | chosen)
 
 
 def how_to_continue(run: Path) -> str:
@@ -121,45 +83,45 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
-    folder, target = (
-        run / "checkpoints",
-        Path(resume.replace("\0", "?")).resolve(),
-    )  # no path has a null byte
-    named = resume != "auto" and target != run.resolve()
-    if named and target.parent != folder.resolve():
-        allowed = (
-            f"it must be auto or a checkpoint of the run in output_dir, as {folder / 'step_000100'}"
-        )
-        raise Refused(
-            f"resume was given as {resume!r}; {allowed}. A new run takes weights with --model."
-        )
-    reached = _recorded_until(run / "metrics.jsonl")
-    skipped: list[str] = []
-    for path in [Path(resume)] if named else reversed(checkpoints(folder)):
+    folder = run / "checkpoints"
+    target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
+    last_step = _last_step(run / "metrics.jsonl")
+    if resume != "auto" and target != run.resolve():
+        if target.parent != folder.resolve():
+            allowed = (
+                f"it must be auto or a checkpoint of the run in output_dir, as {folder}/step_000100"
+            )
+            fault = f"resume was given as {resume!r}; {allowed}."
+            raise Refused(f"{fault} A new run takes weights with --model.")
+        _check_checkpoint(Path(resume), last_step)
+        return Path(resume), []
+    faults: list[str] = []
+    for path in reversed(checkpoints(folder)):
         try:
-            verify(path)
-            if step_of(path) > reached:
-                rows = f"only the first {reached + 1} are there"
-                reason = f"rows of metrics.jsonl were lost, and {rows}"
-                raise Refused(f"The checkpoint {path} cannot be continued: {reason}.")
-            return path, skipped
+            _check_checkpoint(path, last_step)
+            return path, faults
         except Refused as fault:
-            if named:
-                raise
-            skipped.append(str(fault))
-    if skipped or (reached > 0 and (run / "model").exists()):
-        reason = " ".join(skipped) or "It holds a model, but no checkpoint."
+            faults.append(str(fault))
+    if faults or (last_step > 0 and (run / "model").exists()):
+        reason = " ".join(faults) or "It holds a model, but no checkpoint."
         mend = "To start it again, which replaces what it holds, give --overwrite and no --resume."
         raise Refused(f"The run in {run} cannot be continued. {reason} {mend}")
     return None, []
 
 
-def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
+def _check_checkpoint(path: Path, last_step: int) -> None:
+    """Refuse a checkpoint that is not whole, or whose steps reach beyond the last in metrics.jsonl."""
+    verify(path)
+    if step_of(path) > last_step:
+        rows = f"rows of metrics.jsonl were lost, and only the first {last_step + 1} are there"
+        raise Refused(f"The checkpoint {path} cannot be continued: {rows}.")
+
+
+def claim(kind: str, args: Any) -> tuple[RunDirectory, Path | None, list[str]]:
     """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
 
     Returns:
-        The directory, what is wrong with newer checkpoints, the number of the directory, and the step of the
-        checkpoint; 0 where there is none.
+        The directory, the checkpoint or None, and what is wrong with newer checkpoints.
 
     Raises:
         Refused: the directory or the checkpoint cannot be used.
@@ -168,26 +130,28 @@ def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, lis
         raise Refused(
             "overwrite replaces the run in output_dir, resume continues it: give one of both."
         )
-    if not main:
-        return None, [], 0, 0
     if args.output_dir is None:
         directory = new_directory(kind)
-        number = int(directory.path.name.rpartition("-")[2])
     else:
-        held_run = {"overwrite": args.overwrite, "resume": bool(args.resume)}
-        directory, number = RunDirectory(Path(args.output_dir).absolute(), **held_run), 0
+        path = Path(args.output_dir).absolute()
+        directory = RunDirectory(path, overwrite=args.overwrite, resume=bool(args.resume))
+    if not args.resume:
+        return directory, None, []
     try:
-        path, skipped = find_checkpoint(directory.path, args.resume) if args.resume else (None, [])
+        return directory, *find_checkpoint(directory.path, args.resume)
     except Refused:
         directory.release()
         raise
-    return directory, skipped, number, step_of(path) if path else 0
 
 
-def _recorded_until(metrics: Path) -> int:
+def _last_step(metrics: Path) -> int:
     """Return the last step up to which metrics.jsonl has a row for every step; -1 if it has none."""
-    steps = [row.get("step") for row in read_metrics(metrics)] if metrics.exists() else []
-    return next((number for number, step in enumerate(steps) if step != number), len(steps)) - 1
+    last = -1
+    for row in read_metrics(metrics) if metrics.exists() else []:
+        if row["step"] != last + 1:
+            break
+        last += 1
+    return last
 
 
 def cut_back(run: Path, step: int) -> None:
@@ -197,12 +161,13 @@ def cut_back(run: Path, step: int) -> None:
         Refused: timings.jsonl is damaged; nothing has been removed.
         Stopped: a file cannot be written or removed.
     """
-    paths = run / "metrics.jsonl", run / "timings.jsonl"
+    paths = [run / "metrics.jsonl", run / "timings.jsonl"]
     logs = {path: read_metrics(path) for path in paths if path.exists()}
     with writing(run / "summary.json"):  # which may be a directory
         (run / "summary.json").unlink(missing_ok=True)
     for path, rows in logs.items():
-        write_text(path, "".join(line_of(row) for row in rows if row["step"] <= step))
+        lines = [line_of(row) for row in rows if row["step"] <= step]
+        write_text(path, "".join(lines))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)
@@ -245,14 +210,17 @@ class Provenance:
             Refused: a setting that decides what the run learns, the data, the tokenizer, the base model or
                 the number of processes is another.
         """
-        differ = {part: _differences(state[part], ours) for part, ours in self.state_dict().items()}
+        differences = {
+            part: _differences(state[part], ours) for part, ours in self.state_dict().items()
+        }
         for part, mend in _MENDS.items():
-            if wrong := [
-                text for name, text in differ[part].items() if name not in (*FREE, *ROUNDING)
-            ]:
-                raise Refused(f"The run was started with other {part}: {'; '.join(wrong)}. {mend}")
-        self.inexact = [text for name, text in differ["settings"].items() if name in ROUNDING]
-        self.inexact += differ["versions"].values()
+            fixed = differences[part].keys() - FREE - ROUNDING
+            texts = [differences[part][name] for name in sorted(fixed)]
+            if texts:
+                raise Refused(f"The run was started with other {part}: {'; '.join(texts)}. {mend}")
+        settings = differences["settings"]
+        self.inexact = [text for name, text in settings.items() if name in ROUNDING]
+        self.inexact += differences["versions"].values()
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
@@ -260,61 +228,72 @@ class Provenance:
 
 def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """Return for each name whose values differ a text with both values."""
-    stored, ours = flat(stored), flat(ours)
-    return {
-        name: f"{name}: {stored.get(name, '(not there)')!r}, now {ours.get(name, '(not there)')!r}"
-        for name in sorted({*stored, *ours})
-        if stored.get(name) != ours.get(name)
-    }
+    before = flat(stored)
+    now = flat(ours)
+    absent = "(not there)"
+    texts = {}
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            texts[name] = f"{name}: {before.get(name, absent)!r}, now {now.get(name, absent)!r}"
+    return texts
 
 
-def check_processes(values: Mapping[str, Any], agreed: Agreed) -> None:
-    """Compare values by name, such as settings, with those of the other processes, but not those of `_APART`.
+def check_processes(accelerator: Any, values: Mapping[str, Any]) -> None:
+    """Compare values by name, such as settings, in all processes, but not those of `_PER_PROCESS`.
 
     Of data, functions and objects no text is compared: it may hold an address, or a set in any order.
 
     Args:
-        values: the values; the names are the same in all processes.
-        agreed: returns the largest of each of the numbers that all processes pass to it.
+        accelerator: accelerate's handle of the processes; None in a run of a single process.
+        values: the values of this process; the names are the same in all processes.
 
     Raises:
-        Refused: a value of another process is not that of this one; all processes raise it.
+        Refused: a value of another process differs; all processes raise it, all but the main one `Silent`.
     """
-    names = sorted(values.keys() - _APART)
-    encode = JSONEncoder(
-        skipkeys=True, default=lambda x: vars(x) if isinstance(x, Settings) else ""
-    ).encode
-    plainly = {
-        name: "" if isinstance(value := values[name], list | dict) else value for name in names
-    }
-    numbers = [crc32(encode(plainly[name]).encode()) for name in names]
-    extremes = agreed(
-        [*numbers, *(-number for number in numbers)]
-    )  # the largest, and minus the least
-    if wrong := [name for i, name in enumerate(names) if extremes[i] + extremes[i + len(names)]]:
+    if accelerator is None or accelerator.num_processes == 1:
+        return
+    texts = {}
+    for name in sorted(values.keys() - _PER_PROCESS):
+        if not isinstance(values[name], list | dict):
+            texts[name] = json.dumps(values[name], skipkeys=True, default=_comparable)
+    everywhere = gather_objects([texts])
+    differing = [name for name in texts if len({each.get(name) for each in everywhere}) > 1]
+    if differing:
         mend = "Start all of them with the same command, on the same data."
-        raise Refused(f"The processes of this run differ in {', '.join(wrong)}. {mend}")
+        fault = f"The processes of this run differ in {', '.join(differing)}. {mend}"
+        raise (Refused if is_main(accelerator) else Silent)(fault)
 
 
-def together(main: bool, agreed: Agreed, prepare: Callable[[], T]) -> T:
+def _comparable(value: object) -> object:
+    return vars(value) if isinstance(value, Settings) else ""
+
+
+def together(accelerator: Any, prepare: Callable[[], T]) -> T:
     """Return what `prepare` returns in this process, unless it refuses in this or in the main process.
 
     Args:
-        main: whether this is the main process.
-        agreed: returns the largest of each of the numbers that all processes pass to it.
+        accelerator: accelerate's handle of the processes; None in a run of a single process.
         prepare: what each process does, which may refuse.
 
     Raises:
         Refused: `prepare` refused, here or in another process. If it did so in the main process, the others
             raise `Silent`, and those too in which it did not.
     """
+    fault: TokenrlError | None = None
     try:
-        result, fault = prepare(), None
+        result = prepare()
     except TokenrlError as error:
-        result, fault = None, error
-    by_main, by_any = agreed([int(main and fault is not None), int(fault is not None)])
+        fault = error
+    main = is_main(accelerator)
+    has_failed = fault is not None
+    by_main, by_any = all_reduce_max(accelerator, [int(main and has_failed), int(has_failed)])
     if fault is not None and (main or not by_main):
         raise fault
     if by_any:
         raise (Refused if main else Silent)("Another process of this run refuses it, and says why.")
-    return result  # type: ignore[return-value]
+    return result
+
+
+def is_main(accelerator: Any) -> bool:
+    """Return whether this is the main process, which alone writes files and prints."""
+    return accelerator is None or accelerator.is_main_process

@@ -26,8 +26,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +42,23 @@ from tokenrl.errors import (
     leave,
 )
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.checkpoint import Model, Resumable, Saver
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
-from tokenrl.runs.directory import numbered, remove_run_files
+from tokenrl.runs.directory import RunDirectory, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, typed_command, versions
 from tokenrl.runs.output import without_warnings
+from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import (
-    Agreed,
     Provenance,
     check_processes,
     claim,
     cut_back,
     how_to_continue,
+    is_main,
     together,
 )
 from tokenrl.runs.signals import SIGNALS, GracefulStop
@@ -72,6 +72,7 @@ class Session:
 
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
+        accelerator, main: accelerate's handle of the processes, and whether this is the main process.
         choices: the settings as the user chose them; some of them may be open.
         args: the complete settings; until `open` the same as `choices`.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
@@ -90,7 +91,7 @@ class Session:
     origin: Origin
 
     def __init__(
-        self, kind: str, choices: Any, *, every: int = 10, main: bool = True, agreed: Agreed = list
+        self, kind: str, choices: Any, *, every: int = 10, accelerator: Any = None
     ) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
@@ -98,33 +99,31 @@ class Session:
             kind: the command that runs.
             choices: its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines where the output is no terminal.
-            main: whether this is the main process; an attribute too.
-            agreed: returns the element-wise maximum over all processes of a list of numbers.
+            accelerator: accelerate's handle of the processes; None in a run of a single process.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
         self.kind = kind
         self.choices = self.args = choices
-        self.main = main
-        self.agreed = agreed
-        self._quiet = choices.quiet or not main
+        self.accelerator = accelerator
+        self.main = is_main(accelerator)
+        self._quiet = choices.quiet or not self.main
         self._owner = os.getpid()
         self.console = Console(quiet=self._quiet, every=every)
         self.stop = GracefulStop(quiet=self._quiet)
         self._trackers = Trackers(choices, self.console.warn)
-        claimed = together(main, agreed, partial(claim, kind, choices, main=main))
-        self._lock, self._skipped, *numbers = claimed
-        number, step = agreed(numbers)
+        self._lock: RunDirectory | None = None
+        self._skipped: list[str] = []  # what is wrong with newer checkpoints
+        number, step = all_reduce_max(accelerator, together(accelerator, self._claim))
         self.directory = str(choices.output_dir or numbered(kind, number))
         self.output_dir = Path(self.directory).absolute()
-        self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None
-        self.continues = self._checkpoint is not None
+        self.continues = step > 0
+        self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}"
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
         self._spent: Callable[[], bool] = bool
-        self._has_begun = False
         self._exit_code: int | None = None  # as in the outcome
         self.ended: str | None = None
         self.step = 0
@@ -139,9 +138,15 @@ class Session:
         self._began = time.monotonic()
         self._earlier_seconds = 0.0  # before the run was continued
 
-    def compare(self, values: Mapping[str, Any]) -> None:
-        """Refuse values by name, such as settings, in which the processes of this run differ."""
-        together(self.main, self.agreed, partial(check_processes, values, self.agreed))
+    def _claim(self) -> Sequence[int]:
+        """Lock the directory; return its number, if it is numbered, and the step to continue from, or 0."""
+        if not self.main:
+            return [0, 0]
+        self._lock, checkpoint, self._skipped = claim(self.kind, self.choices)
+        number = 0
+        if self.choices.output_dir is None:
+            number = int(self._lock.path.name.rpartition("-")[2])
+        return [number, step_of(checkpoint) if checkpoint else 0]
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -161,13 +166,17 @@ class Session:
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
-            stopped = error if isinstance(error, Stopped) else explain(error) if error else None
-            if stopped is not None and not self._has_begun:
+            stopped: Stopped | None = None
+            if isinstance(error, Stopped):
+                stopped = error
+            elif error is not None:
+                stopped = explain(error)
+            if stopped is not None and self._progress is None:
                 kind = Silent if isinstance(stopped, Lost) and not self.main else Refused
                 raise kind(f"Before the first step: {stopped}") from error
             if isinstance(error, Refused):
                 stopped = Stopped(str(error))
-            if isinstance(error, USER_CODE_FAILED) and self._has_begun:
+            if isinstance(error, USER_CODE_FAILED) and self._progress is not None:
                 failed = self._failed(stopped or error)
                 if stopped is not None:
                     raise failed from error
@@ -210,27 +219,27 @@ class Session:
         self.origin = Origin.of(self.kind, args, names or {}, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         provenance.settings = settings
-        self.compare({**settings, **provenance.fingerprints})
+        check_processes(self.accelerator, {**settings, **provenance.fingerprints})
         code = {"command": self.origin.command, "code": signatures(plain(settings))}
         self._config = {"versions": versions(), **settings, **facts, **code}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         folder = self.output_dir / "checkpoints"
         self.saver = Saver(folder, args, model, held, active=self.main)
-        together(self.main, self.agreed, partial(self.saver.check, parts))
+        together(self.accelerator, lambda: self.saver.check(parts))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
         self.rows = [{"step": 0}]
-        if self._checkpoint is not None and not getattr(args, "check", False):
-            self._restore(self._checkpoint, provenance)
+        if self.continues and not getattr(args, "check", False):
+            self._restore(provenance)
 
-    def _restore(self, checkpoint: Path, provenance: Provenance) -> None:
-        """Restore the state of a checkpoint, and say from where and how exactly the run continues."""
-        self.step = self._recorded = self.saver.restore(checkpoint, self.console.warn)
+    def _restore(self, provenance: Provenance) -> None:
+        """Restore the state of the checkpoint, and say from where and how exactly the run continues."""
+        self.step = self._recorded = self.saver.restore(self._checkpoint)
         rows = read_metrics(self.output_dir / "metrics.jsonl")
         self.rows = [row for row in rows if row["step"] <= self.step]
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
-        self.console.note(f"The run continues after step {self.step}, from {checkpoint}")
+        self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
         if causes := "; ".join(provenance.inexact):
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
@@ -250,10 +259,9 @@ class Session:
             self.console.warnings += self._warned.values()
             if self.main:
                 cut_back(self.output_dir, self.step)
-        self._has_begun = True
+        self._progress = Progress(self.console, self.args.max_steps, self.step, seconds_left)
         if self.main:
             self._begin()
-        self._progress = Progress(self.console, self.args.max_steps, self.step, seconds_left)
         return self._steps(self._progress)
 
     def _begin(self) -> None:
@@ -269,7 +277,8 @@ class Session:
         self._log = MetricsLog(self.output_dir)
         self._atexit.callback(self._log.close)
         if self.step == 0:
-            self.record(of_evaluation(self.eval_before))
+            self._log.write(0, of_evaluation(self.eval_before))
+            self._trackers.write(0, of_evaluation(self.eval_before))
 
     def _steps(self, progress: Progress) -> Iterator[int]:
         with progress:
@@ -284,7 +293,8 @@ class Session:
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
-        signal, save = self.agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
+        numbers = [self.stop.requested or 0, int(self.saver.due(self.step))]
+        signal, save = all_reduce_max(self.accelerator, numbers)
         if save:
             self.save()
         self.stop.requested = signal or self.stop.requested  # or a signal that came in between
@@ -344,15 +354,13 @@ class Session:
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         timings = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
-        both = {**metrics, **timings} if self.step else metrics
         if self._log is not None:
-            self._log.write(self.step, metrics, timings if self.step else None)
-            self._trackers.write(self.step, both)
-        if self.step:
-            self.rows.append({"step": self.step, **metrics})
+            self._log.write(self.step, metrics, timings)
+            self._trackers.write(self.step, {**metrics, **timings})
+        self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
         if self._progress is not None:
-            self._progress.update(self.step, both)
+            self._progress.update(self.step, {**metrics, **timings})
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
@@ -411,11 +419,12 @@ class Session:
         texts = list(warnings)
         summary = ended.summary() | {"warnings": [*self.console.warnings, *texts]}
         write_json(self.output_dir / "summary.json", summary)
+        report = f"\nreport  {Path(self.directory, 'report.html')}"
         try:
             report_from_directory(self.output_dir)
-            report = f"\nreport  {Path(self.directory, 'report.html')}"
         except Exception as error:  # a report that fails must not lose the trained model
-            report, again = "", f"For another attempt: tokenrl report {self.output_dir}"
+            report = ""
+            again = f"For another attempt: tokenrl report {self.output_dir}"
             self.console.warn(f"No report could be made: {error} {again}")
         self.console.finish(summary)
         for text in texts:
@@ -432,23 +441,26 @@ class Session:
 
     def _failed(self, error: BaseException) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
-        errors = [error]
+        messages = [_message(error)]
         try:
             self.save()
         except USER_CODE_FAILED as fault:  # the state of a memory is made by user code too
-            errors.append(explain(fault) or fault)
-        messages = [
-            *dict.fromkeys(str(e) if isinstance(e, Stopped) else describe(e) for e in errors)
-        ]
+            messages.append(_message(explain(fault) or fault))
         if not self.main:
             return Stopped(messages[0])
-        failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        summary = Outcome(**self.outcome() | failed).summary()
-        remedy = how_to_continue(self.output_dir)
-        facts: dict[str, Any] = {"flags": self.flags, "warnings": self.console.warnings}
-        facts |= {"error": " ".join(messages), "remedy": remedy}
+        outcome = self.outcome() | {"exit_reason": "failed", "eval_after": None}
+        summary = Outcome(**outcome | {"steps": self._recorded}).summary()
+        summary |= {"flags": self.flags, "warnings": self.console.warnings}
+        summary["error"] = " ".join(dict.fromkeys(messages))
+        summary["remedy"] = how_to_continue(self.output_dir)
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
-            write_json(self.output_dir / "summary.json", summary | facts)
+            write_json(self.output_dir / "summary.json", summary)
             report_from_directory(self.output_dir)
-        words = f"At step {self.step}:", *messages, remedy, kept_weights(summary)
-        return Stopped(" ".join(filter(None, words)))
+        words = (
+            f"At step {self.step}: {summary['error']} {summary['remedy']} {kept_weights(summary)}"
+        )
+        return Stopped(words.rstrip())
+
+
+def _message(error: BaseException) -> str:
+    return str(error) if isinstance(error, Stopped) else describe(error)

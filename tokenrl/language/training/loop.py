@@ -45,7 +45,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.processes import all_reduce_max, make_accelerator
-from tokenrl.runs.resume import Agreed, Provenance, check_processes, resume_settings, together
+from tokenrl.runs.resume import Provenance, check_processes, resume_settings, together
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -95,17 +95,9 @@ def train(
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
-    main, agreed = accelerator.is_main_process, partial(all_reduce_max, accelerator)
-    task, rewards = together(
-        main, agreed, partial(_task_of, choices, accelerator.num_processes, agreed)
-    )
-    with Session(
-        "train",
-        choices,
-        every=choices.logging_steps if choices.logging_steps > 1 else 10,
-        main=main,
-        agreed=agreed,
-    ) as session:
+    task, rewards = together(accelerator, partial(_task_of, choices, accelerator))
+    every = choices.logging_steps if choices.logging_steps > 1 else 10
+    with Session("train", choices, every=every, accelerator=accelerator) as session:
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
@@ -127,20 +119,22 @@ def train(
                     session.console.note(run.forecast_duration(session.step_seconds))
                 if reason := judge_step(run, session):
                     session.ended = reason
-                elif callback and max(session.agreed([int(callback(step, dict(metrics)) is True)])):
-                    session.ended = "callback"
+                elif callback:
+                    is_last = callback(step, dict(metrics)) is True
+                    if any(all_reduce_max(accelerator, [int(is_last)])):
+                        session.ended = "callback"
             return _finish(run, session)
 
 
-def _task_of(choices: TrainArguments, world: int, agreed: Agreed) -> tuple[Task, Rewards]:
+def _task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
     """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
 
     Raises:
         Refused: the processes were started in different ways, or the task or a setting cannot be used.
     """
-    check_processes({**vars(choices), "resume": bool(choices.resume)}, agreed)
+    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     task, rewards = find_task(choices)
-    check_shares(train_settings(choices, task), world)
+    check_shares(train_settings(choices, task), accelerator.num_processes)
     return task, rewards
 
 
@@ -168,7 +162,8 @@ def _prepare(
     provenance = provenance_of(
         policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
     )
-    session.compare({**vars(args), **provenance.fingerprints, "size of the model": policy.size})
+    same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
+    check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
     with (
         using_threads(threads),
