@@ -110,7 +110,6 @@ def live(
     maker=None,
     counter=None,
     accelerator=None,
-    samples=None,
     score=lambda step: {"reward": 10.0 * step},
     **options,
 ):
@@ -120,9 +119,8 @@ def live(
     args = resume_settings(settings, "train")
     with Session("train", args, accelerator=accelerator) as session:
         args = replace(args, output_dir=session.directory)
-        spent = lambda: samples is not None and session.step >= samples  # noqa: E731
         parts = {"counter": counter}
-        session.open(args, counter, maker or Provenance(), parts, {}, spent=spent, title="counting")
+        session.open(args, counter, maker or Provenance(), parts, {}, title="counting")
         if not session.continues:
             session.evaluated(score(0))
         for step in session.steps():
@@ -189,16 +187,6 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     verify(tmp_path / "checkpoints" / "step_000004")
     state = read_state(tmp_path / "checkpoints" / "step_000004")
     assert (state["step"], state["counter"]["number"]) == (4, 1 + 2 + 3 + 4)
-
-
-def test_a_budget_of_another_kind_makes_a_step_the_last_and_may_grow(tmp_path):
-    ended = live(tmp_path, samples=3, max_steps=9)
-    assert (ended.exit_reason, ended.steps) == ("finished", 3)
-    assert [row["step"] for row in lines(tmp_path) if "eval_reward" in row] == [0, 2, 3]
-    assert read_state(tmp_path / "checkpoints" / "step_000003")["session"]["ended"] is None
-    more = live(tmp_path, samples=5, max_steps=9, resume="auto")
-    assert (more.steps, more.eval_after) == (5, {"reward": 50.0})
-    assert live(tmp_path, samples=5, max_steps=9, resume="auto").steps == 5  # nothing is left to do
 
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])

@@ -45,7 +45,7 @@ class SavingArguments(SelectionArguments, TrustArguments, group="checkpoints"):
     resume: str | None = None
     """Continue the run that output_dir holds, bit for bit, as if it had never ended: auto takes its newest
     whole checkpoint, and starts the run where there is none yet; or name a checkpoint. The other settings
-    must be those of the run; only max_steps, max_samples and what concerns saving, logging and safety stops
+    must be those of the run; only max_steps and what concerns saving, logging and safety stops
     may change."""
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _SAVING = {"output_dir", "quiet", "save_every", "save_minutes", "keep_checkpoints"}
 _SHOWING = {"logging_steps", "log_completions", "report_to", "tracker_project", "run_name"}
-FREE = _SAVING | _SHOWING | {"max_steps", "max_samples", "resume", "overwrite", "video", "check"}
+FREE = _SAVING | _SHOWING | {"max_steps", "resume", "overwrite", "video", "check"}
 FREE |= {"stop_after_zero_spread", "stop_after_nonfinite", "trust_run"}
 """Settings that may change when a run continues."""
 ROUNDING = {"micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "tokens_per_pass"}

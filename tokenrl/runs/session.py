@@ -123,7 +123,6 @@ class Session:
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
-        self._spent: Callable[[], bool] = bool
         self._exit_code: int | None = None  # as in the outcome
         self.ended: str | None = None
         self.step = 0
@@ -193,7 +192,6 @@ class Session:
         header: Mapping[str, Any],
         *,
         names: Mapping[str, str | None] | None = None,
-        spent: Callable[[], bool] = bool,
         **facts: Any,
     ) -> None:
         """Prepare for the first step, or restore the state of the checkpoint from which the run continues.
@@ -207,7 +205,6 @@ class Session:
             parts: whatever else has a state that a checkpoint must hold, by name.
             header: the rest of the header, by name.
             names: by field, the text that stands in config.json for an object given from Python.
-            spent: returns whether another budget than the steps is used up, so that this step is the last.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
@@ -215,7 +212,6 @@ class Session:
                 models, or the processes of this run differ.
         """
         self.args = args
-        self._spent = spent
         self.origin = Origin.of(self.kind, args, names or {}, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         provenance.settings = settings
@@ -269,7 +265,7 @@ class Session:
         if not self.continues:
             remove_run_files(self.output_dir)
         write_json(self.output_dir / "config.json", self._config)
-        is_over = self.step >= self.args.max_steps or self._is_over
+        is_over = self.step >= self.args.max_steps or self.ended is not None
         if self.continues and is_over:
             self.console.note("Nothing is left to do: the run had ended.")
             return
@@ -282,14 +278,11 @@ class Session:
 
     def _steps(self, progress: Progress) -> Iterator[int]:
         with progress:
-            while self.step < self.args.max_steps and not (self._is_over or self._is_stopped()):
+            while self.step < self.args.max_steps and self.ended is None:
+                if self._is_stopped():
+                    break
                 self.step += 1
                 yield self.step
-
-    @property
-    def _is_over(self) -> bool:
-        """Whether the run has ended by itself, whatever the number of its steps."""
-        return self._spent() or self.ended is not None
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
@@ -302,7 +295,7 @@ class Session:
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        is_last = self.step == self.args.max_steps or self._spent()
+        is_last = self.step == self.args.max_steps
         return is_last or (every > 0 and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
