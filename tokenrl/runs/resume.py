@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Refused, Silent, TokenrlError
+from tokenrl.errors import Refused, Silent, Stopped, TokenrlError, describe
+from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, step_of, tables
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
-from tokenrl.runs.files import flat, plain, remove, verify, write_text, writing
+from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import line_of, read_metrics
 from tokenrl.runs.origin import versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
+from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
 
 T = TypeVar("T")
@@ -68,6 +70,17 @@ def how_to_continue(run: Path) -> str:
     return "No checkpoint had been saved yet: see --save-minutes and --save-every."
 
 
+def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseException]) -> str:
+    """Write summary.json and the report of a run that failed; return what failed and what helps, in words."""
+    texts = [str(e) if isinstance(e, Stopped) else describe(e) for e in errors]
+    summary["error"] = " ".join(dict.fromkeys(texts))
+    summary["remedy"] = how_to_continue(run)
+    with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
+        write_json(run / "summary.json", summary)
+        report_from_directory(run)
+    return f"{summary['error']} {summary['remedy']} {kept_weights(summary)}".rstrip()
+
+
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:
     """Find the checkpoint from which a run continues, and verify it.
 
@@ -117,31 +130,37 @@ def _check_checkpoint(path: Path, last_step: int) -> None:
         raise Refused(f"The checkpoint {path} cannot be continued: {rows}.")
 
 
-def claim(kind: str, args: Any) -> tuple[RunDirectory, Path | None, list[str]]:
+def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
     """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
 
     Returns:
-        The directory, the checkpoint or None, and what is wrong with newer checkpoints.
+        The directory, what is wrong with newer checkpoints, the number of a numbered directory, and the step
+        of the checkpoint; 0 where there is none.
 
     Raises:
         Refused: the directory or the checkpoint cannot be used.
     """
+    if not main:
+        return None, [], 0, 0
     if args.overwrite and args.resume:
         raise Refused(
             "overwrite replaces the run in output_dir, resume continues it: give one of both."
         )
+    number = 0
     if args.output_dir is None:
         directory = new_directory(kind)
+        number = int(directory.path.name.rpartition("-")[2])
     else:
         path = Path(args.output_dir).absolute()
         directory = RunDirectory(path, overwrite=args.overwrite, resume=bool(args.resume))
     if not args.resume:
-        return directory, None, []
+        return directory, [], number, 0
     try:
-        return directory, *find_checkpoint(directory.path, args.resume)
+        checkpoint, faults = find_checkpoint(directory.path, args.resume)
     except Refused:
         directory.release()
         raise
+    return directory, faults, number, step_of(checkpoint) if checkpoint else 0
 
 
 def _last_step(metrics: Path) -> int:

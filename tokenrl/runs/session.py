@@ -1,10 +1,8 @@
 """Keeps one run of a training: directory, header, log, checkpoints, signals, failure, summary, report.
 
-All trainings use it: of a policy, an agent, a reward model, and the supervised warm start. Each training
-writes its own loop and asks the session what is due::
+Each training writes its own loop and asks the session what is due::
 
     with Session("train", choices) as session:      # the directory is locked, and nothing in it has changed
-        session.console.start("tokenrl train", {"seed": choices.seed})
         session.open(args, model, provenance, {"run": run}, header)  # a continuation has its state again
         if not session.continues:
             session.evaluated(evaluate())
@@ -16,9 +14,8 @@ writes its own loop and asks the session what is due::
             session.record(metrics)
         session.finish(Outcome(**session.outcome()), write_model)
 
-Checkpoints are saved between two steps and at the end; a step that fails saves nothing. An error that a user
-can mend is `Refused` before `steps` and `Stopped` after it: summary.json says why, the message names a
-checkpoint.
+Checkpoints are saved between two steps and at the end; a step that fails saves nothing. What a user can mend
+is `Refused` before `steps`. Later it is `Stopped`, and names a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,25 +23,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import (
-    USER_CODE_FAILED,
-    Lost,
-    Refused,
-    Silent,
-    Stopped,
-    describe,
-    explain,
-    leave,
-)
-from tokenrl.runs.best import kept_weights
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
+from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain, leave
+from tokenrl.runs.checkpoint import Model, Resumable, Saver
 from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
-from tokenrl.runs.directory import RunDirectory, numbered, remove_run_files
+from tokenrl.runs.directory import numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, typed_command, versions
@@ -57,13 +44,13 @@ from tokenrl.runs.resume import (
     check_processes,
     claim,
     cut_back,
-    how_to_continue,
     is_main,
     together,
+    write_failure,
 )
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 
-_STATE = ("eval_before", "_evaluated", "_warned", "flags", "training_seconds")
+_STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds")
 """The fields of a `Session` that a continuation goes on from, besides `ended` and the seconds."""
 
 
@@ -73,15 +60,14 @@ class Session:
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
         accelerator, main: accelerate's handle of the processes, and whether this is the main process.
-        choices: the settings as the user chose them; some of them may be open.
-        args: the complete settings; until `open` the same as `choices`.
+        choices, args: the settings as the user chose them, and all of them; the same until `open`.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; set by `open`.
         step: number of the current step, from 1; 0 before the first.
         rows: the rows of metrics.jsonl up to the current step.
-        eval_before: the metrics of the evaluation before training; empty if there was none.
+        eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags: warnings about the outcome.
         ended: why the run ends before its last step, as in summary.json; a loop sets it to end the run.
@@ -113,9 +99,11 @@ class Session:
         self.console = Console(quiet=self._quiet, every=every)
         self.stop = GracefulStop(quiet=self._quiet)
         self._trackers = Trackers(choices, self.console.warn)
-        self._lock: RunDirectory | None = None
-        self._skipped: list[str] = []  # what is wrong with newer checkpoints
-        number, step = all_reduce_max(accelerator, together(accelerator, self._claim))
+        claimed = together(accelerator, lambda: claim(kind, choices, main=self.main))
+        self._lock, self._skipped, *numbers = (
+            claimed  # skipped: what is wrong with newer checkpoints
+        )
+        number, step = all_reduce_max(accelerator, numbers)
         self.directory = str(choices.output_dir or numbered(kind, number))
         self.output_dir = Path(self.directory).absolute()
         self.continues = step > 0
@@ -125,27 +113,14 @@ class Session:
         self._atexit = contextlib.ExitStack()
         self._exit_code: int | None = None  # as in the outcome
         self.ended: str | None = None
-        self.step = 0
-        self._recorded = 0  # the last step in the log
-        self.rows: list[dict[str, Any]] = []
+        self.step = self._recorded = 0  # recorded: the last step in the log
+        self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
         self._warned: dict[str, str] = {}  # warnings by their topic
         self.eval_before: dict[str, float] = {}
-        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation's step
-        self.step_seconds = 0.0
-        self.training_seconds = 0.0
+        self.evaluation: dict[str, float] = {}
+        self.step_seconds = self.training_seconds = 0.0
         self._began = time.monotonic()
-        self._earlier_seconds = 0.0  # before the run was continued
-
-    def _claim(self) -> Sequence[int]:
-        """Lock the directory; return its number, if it is numbered, and the step to continue from, or 0."""
-        if not self.main:
-            return [0, 0]
-        self._lock, checkpoint, self._skipped = claim(self.kind, self.choices)
-        number = 0
-        if self.choices.output_dir is None:
-            number = int(self._lock.path.name.rpartition("-")[2])
-        return [number, step_of(checkpoint) if checkpoint else 0]
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -155,20 +130,13 @@ class Session:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close the run. If an error ended it, save its state, record the failure, and raise it again.
-
-        Raises:
-            Refused: a `Stopped` or `sys.exit` came before `steps`, so that nothing has been lost.
-            Stopped: one of them came after `steps`; the message adds the step and the last checkpoint.
-        """
+        """Close the run. Record an error that ended it, as `Refused` before `steps` and `Stopped` after it."""
         leave(self._owner)
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
-            stopped: Stopped | None = None
-            if isinstance(error, Stopped):
-                stopped = error
-            elif error is not None:
+            stopped = error if isinstance(error, Stopped) else None
+            if error is not None and stopped is None:
                 stopped = explain(error)
             if stopped is not None and self._progress is None:
                 kind = Silent if isinstance(stopped, Lost) and not self.main else Refused
@@ -219,12 +187,10 @@ class Session:
         code = {"command": self.origin.command, "code": signatures(plain(settings))}
         self._config = {"versions": versions(), **settings, **facts, **code}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
-        folder = self.output_dir / "checkpoints"
-        self.saver = Saver(folder, args, model, held, active=self.main)
+        self.saver = Saver(self._checkpoint.parent, args, model, held, active=self.main)
         together(self.accelerator, lambda: self.saver.check(parts))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
-        self.rows = [{"step": 0}]
         if self.continues and not getattr(args, "check", False):
             self._restore(provenance)
 
@@ -236,17 +202,15 @@ class Session:
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
-        if causes := "; ".join(provenance.inexact):
+        if provenance.inexact:
+            causes = "; ".join(provenance.inexact)
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self, seconds_left: TimeLeft | None = None) -> Iterator[int]:
         """Return the steps that are left; they end early after a signal, or once `ended` is set.
 
         Before the first of them config.json and the evaluation of step 0 are written. A run that the
-        directory held goes; of a run that is continued, whatever it wrote after the checkpoint.
-
-        Args:
-            seconds_left: see `Progress`.
+        directory held goes; of a continued run, what follows the checkpoint. `seconds_left`: see `Progress`.
 
         Raises:
             Refused: what the directory holds cannot be removed.
@@ -265,23 +229,21 @@ class Session:
         if not self.continues:
             remove_run_files(self.output_dir)
         write_json(self.output_dir / "config.json", self._config)
-        is_over = self.step >= self.args.max_steps or self.ended is not None
-        if self.continues and is_over:
+        if self.continues and (self.ended or self.step >= self.args.max_steps):
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._trackers.start(self._config, self.output_dir)
         self._log = MetricsLog(self.output_dir)
         self._atexit.callback(self._log.close)
-        if self.step == 0:
+        if not self.continues:
             self._log.write(0, of_evaluation(self.eval_before))
             self._trackers.write(0, of_evaluation(self.eval_before))
 
     def _steps(self, progress: Progress) -> Iterator[int]:
         with progress:
-            while self.step < self.args.max_steps and self.ended is None:
-                if self._is_stopped():
-                    break
+            while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
                 self.step += 1
+                self.evaluation = {}
                 yield self.step
 
     def _is_stopped(self) -> bool:
@@ -295,12 +257,11 @@ class Session:
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        is_last = self.step == self.args.max_steps
-        return is_last or (every > 0 and self.step % every == 0)
+        return self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
-        self._evaluated = self.step, dict(metrics)
+        self.evaluation = dict(metrics)
         if self.step == 0:
             self.eval_before = dict(metrics)
             self.rows = [{"step": 0, **of_evaluation(metrics)}]
@@ -325,24 +286,14 @@ class Session:
         return count / max(self.training_seconds, 1e-9)
 
     @property
-    def is_evaluated(self) -> bool:
-        """Whether the current step has been evaluated."""
-        return self._evaluated[0] == self.step
-
-    @property
-    def evaluation(self) -> dict[str, float]:
-        """The metrics of the current step's evaluation; empty if it has not been evaluated."""
-        return self._evaluated[1] if self.is_evaluated else {}
-
-    @property
     def owes_evaluation(self) -> bool:
         """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
-        return not self.is_evaluated and not self.stop.requested
+        return not self.evaluation and not self.stop.requested
 
     @property
     def wall_seconds(self) -> float:
         """Seconds that the run has taken, without those between its end and its continuation."""
-        return self._earlier_seconds + time.monotonic() - self._began
+        return time.monotonic() - self._began
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
@@ -372,7 +323,7 @@ class Session:
         """Continue from what `state_dict` returned."""
         for name in (*_STATE, "ended"):
             setattr(self, name, state[name])
-        self._earlier_seconds = state["wall_seconds"]
+        self._began -= state["wall_seconds"]
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
@@ -391,10 +342,12 @@ class Session:
     def finish(
         self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()
     ) -> None:
-        """Save a checkpoint and the model, write summary, plot and report, and print the result.
+        """Save a checkpoint and the model, write summary and report, and print the result.
 
-        `write` fills the empty folder that becomes `model/`, from here on with the weights of the best
-        evaluation, if these are to be kept; `warnings` come after the result.
+        Args:
+            ended: the result.
+            write: writes the model into an empty folder. The model has the best weights if `keep` says so.
+            warnings: come after the result.
 
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
@@ -416,9 +369,8 @@ class Session:
         try:
             report_from_directory(self.output_dir)
         except Exception as error:  # a report that fails must not lose the trained model
-            report = ""
-            again = f"For another attempt: tokenrl report {self.output_dir}"
-            self.console.warn(f"No report could be made: {error} {again}")
+            report = f"\nagain   tokenrl report {self.output_dir}"
+            self.console.warn(f"No report could be made: {error}")
         self.console.finish(summary)
         for text in texts:
             self.console.warn(text)
@@ -434,26 +386,15 @@ class Session:
 
     def _failed(self, error: BaseException) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
-        messages = [_message(error)]
+        errors = [error]
         try:
             self.save()
         except USER_CODE_FAILED as fault:  # the state of a memory is made by user code too
-            messages.append(_message(explain(fault) or fault))
+            errors.append(explain(fault) or fault)
         if not self.main:
-            return Stopped(messages[0])
-        outcome = self.outcome() | {"exit_reason": "failed", "eval_after": None}
-        summary = Outcome(**outcome | {"steps": self._recorded}).summary()
+            return Stopped(str(error))
+        failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
+        summary = Outcome(**self.outcome() | failed).summary()
         summary |= {"flags": self.flags, "warnings": self.console.warnings}
-        summary["error"] = " ".join(dict.fromkeys(messages))
-        summary["remedy"] = how_to_continue(self.output_dir)
-        with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
-            write_json(self.output_dir / "summary.json", summary)
-            report_from_directory(self.output_dir)
-        words = (
-            f"At step {self.step}: {summary['error']} {summary['remedy']} {kept_weights(summary)}"
-        )
-        return Stopped(words.rstrip())
-
-
-def _message(error: BaseException) -> str:
-    return str(error) if isinstance(error, Stopped) else describe(error)
+        words = write_failure(self.output_dir, summary, errors)
+        return Stopped(f"At step {self.step}: {words}")

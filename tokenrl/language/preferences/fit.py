@@ -281,7 +281,7 @@ def train_reward_model(
             if session.due(args.eval_every):
                 metrics |= evaluate()
             session.record(metrics, timings)
-        if not session.is_evaluated:
+        if not session.evaluation:
             evaluate()
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         _finish(session, data, ended, title, score_pairs(reward_model, held_out))

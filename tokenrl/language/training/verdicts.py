@@ -94,7 +94,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     """
     rows, groups = session.rows[1:], run.args.estimator.needs_groups
     numbers, solved = dict[str, Any](), getattr(run.task, "solved", None) or math.inf
-    if session.is_evaluated and session.step:
+    if session.evaluation and session.step:
         numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
         gains = [now - then for then, now in zip(*run.means, strict=True)]
         gain, error = over_prompts(gains)
@@ -116,7 +116,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     observed = run_facts(run, session.rows, "step", "recent", **numbers)
     findings = judge(observed, "nothing-learnt", "entropy-collapsed")
     findings = [finding for finding in findings if finding.weight != "watch"]
-    if session.is_evaluated and (failed := failures_of(run.failures)):
+    if session.evaluation and (failed := failures_of(run.failures)):
         findings.append(Finding("environment-fails", "act", f"in the last evaluation {failed}"))
     if "policy-destroyed" in session.flags:
         names = {"nothing-learnt": "policy-destroyed"}
