@@ -17,7 +17,7 @@ def nursery(tmp_path_factory):
     )
     rows = [json.dumps({"prompt": f"{n * 98765 % 999999:06d}>"}) for n in range(1, 11)]
     (folder / "digits.jsonl").write_text("\n".join(rows))
-    found = Nursery(folder)
+    nursery = Nursery(folder)
     warm = ["sft", "--task", "sort_digits", "--max-steps", "1", "--output-dir", "warm", "--quiet"]
-    assert found.run(warm) == 0, found.said  # the task's model is made once
-    return found
+    assert nursery.run(warm) == 0, nursery.said  # the task's model is made once
+    return nursery

@@ -26,7 +26,7 @@ PLACES = {
     "report": ("runs/markup.py:write_page", 1),
 }
 AFTER_THE_OUTCOME = ("last checkpoint", "model", "report")
-ARGV = [*TRAIN, "--estimator", "rloo"]
+ARGV = [*TRAIN.split(), "--estimator", "rloo"]
 
 
 def shown(code):
