@@ -16,7 +16,8 @@ DATA = {
     "tokenrl/core/toolkits.txt",
     "tokenrl/lab/exact/trl_config.txt",
     "tokenrl/foreign.txt",
-    *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js")),
+    "tokenrl/runs/metric_table.txt",
+    *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js", "mplstyle")),
 }
 
 

@@ -26,12 +26,13 @@ from tokenrl.language.commands.arguments import EvaluateArguments, SampleArgumen
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.output import (
     UNREAD,
     checked_output,
+    harmless,
     hush_libraries,
     prepare_streams,
+    visible,
     without_warnings,
 )
 from tokenrl.settings import Settings

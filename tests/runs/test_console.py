@@ -2,7 +2,8 @@ import io
 import math
 import re
 
-from tokenrl.runs.console import Console, Progress, duration, ending, measured, number, visible
+from tokenrl.runs.console import Console, Progress, duration, ending, measured, number
+from tokenrl.runs.output import visible
 
 AFTER = {"pass@8": 1.0, "reward": 0.875, "reward_stderr": 0.0123}
 SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,

@@ -65,7 +65,7 @@ def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
     page = page_of(run)
     for part in ("completed, 2 steps, 1:01, 99 tokens/s", "reward0.125 → 0.877 ± 0.012", "pass@4- → 0.5",
                  "held-out sampled 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
-                 "before clipping last 2", "max_grad_norm scaled down; 1 means all last 1", '"chat": true',
+                 "gradient before clipping last 2", "max_grad_norm scaled down; 1 means all last 1", '"chat": true',
                  "a middle and the last step", "Sampled by vllm, with at most 1e-05 nats"):  # fmt: skip
         assert part in " ".join(page.text.split())
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -202,7 +202,7 @@ def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_t
     assert page.text.count("/mean") == shown and len(page.all("div", "card")) == 1 + shown
     words, caption = (
         " ".join(page.text.split()),
-        "mean of this reward, before its weight training 0 held out",
+        "mean, before its weight training 0 held out",
     )
     assert words.count(f"{caption} 0.25") == shown and len(page.all("svg")) == 2 + shown
     shutil.copytree(tmp_path, other := tmp_path / "other")

@@ -9,8 +9,9 @@ from typing import Any
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.runs.console import measured, rich_console, rich_table
+from tokenrl.runs.console import measured
 from tokenrl.runs.findings import Finding
+from tokenrl.runs.output import rich_console, rich_table
 
 LEVELS = {"void": "grave problem", "act": "problem", "watch": "remark"}
 """The weights of findings in words, the gravest first."""

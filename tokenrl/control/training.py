@@ -25,8 +25,8 @@ from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error, own_process
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.runs.console import duration
-from tokenrl.runs.findings import Finding, conclude, facts
+from tokenrl.runs.console import conclude, duration
+from tokenrl.runs.findings import Finding, facts
 from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenrl.errors import Refused
+from tokenrl.runs.metric_table import metric_of
 from tokenrl.settings import Natural, Settings
 
 USUAL = ("reward_greedy", "reward", "accuracy", "loss")
@@ -23,7 +24,8 @@ class SelectionArguments(Settings, group="selection"):
     be the one before training. The best of many evaluations of the same held-out rows is partly luck, so
     expect a little less of it on other data. Its checkpoint is saved, and kept beside the newest ones."""
     best_metric: str | None = None
-    """The metric of evaluations by which keep and patience decide: higher is better, but for a loss lower.
+    """The metric of evaluations by which keep and patience decide: higher is better, but lower for a loss, an
+    error or another metric of which less is better.
     Default: reward_greedy, or what is evaluated of reward, accuracy and loss."""
     patience: Natural = 0
     """End the run, with the exit reason no-improvement, after this many evaluations in a row that are no
@@ -59,7 +61,7 @@ class Best:
             raise Refused(
                 f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}."
             )
-        sign = -1 if self.metric.endswith("loss") else 1
+        sign = -1 if metric_of(self.metric).better == "less" else 1
         value = metrics.get(self.metric, math.nan)
         self.count, self.since = self.count + 1, self.since + 1
         better = self.value is None or sign * value > sign * self.value

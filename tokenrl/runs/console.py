@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import sys
 import threading
@@ -15,86 +14,28 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
+from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.origin import untested_versions
-from tokenrl.runs.output import drop_output
+from tokenrl.runs.output import drop_output, harmless, rich_console, rich_table, visible
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-    from rich.table import Table
+    from tokenrl.runs.findings import Finding
+    from tokenrl.runs.session import Session
 
 _LOSS_NOTE = (
     "The loss is no measure of progress: it weights log-probabilities by advantages, "
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
-PATIENCE = 5.0  # seconds without a line, after which one is printed
-_RECENT = 20  # steps whose median time foretells those to come
+MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
+_TIMED_STEPS = 20  # whose median time is expected of the steps to come
 TimeLeft = Callable[[int, float], float]
-_DECIMALS = 6  # most decimal places of a number with its error
+_MAX_DECIMALS = 6  # of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
-_CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
-_HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _CELL = 60  # characters of a prompt or completion shown in a table
 _EPISODE = 300  # the same of an episode
-
-
-def rich_console(
-    *, width: int = 110, quiet: bool = False, file: TextIO | None = None
-) -> RichConsole:
-    """Make a console of the library rich that prints texts of data and models as they are, but `harmless`.
-
-    Args:
-        width: characters per line where the output is no terminal.
-        quiet: print nothing.
-        file: where to print; None for stdout.
-    """
-    from rich.console import Console as RichConsole
-    from rich.text import Text
-
-    class Plain(RichConsole):
-        def on_broken_pipe(self) -> None:
-            raise  # where rich would end the program at once, before the run is saved
-
-        def render_str(self, text: str, **options: Any) -> Text:  # of every text, in tables too
-            return super().render_str(harmless(text), **options)
-
-    # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    console = Plain(file=file, quiet=quiet, **plain)
-    if (
-        console.is_jupyter
-    ):  # rich would make every line an output of its own; ipykernel says it is a terminal
-        console = Plain(file=file, quiet=quiet, force_jupyter=False, force_terminal=False, **plain)
-    if not console.is_terminal:
-        console.width = width
-    return console
-
-
-def rich_table(
-    title: str = "",
-    texts: Sequence[str] = (),
-    numbers: Sequence[str] = (),
-    header: bool = True,
-    **of: Any,
-) -> Table:
-    """Make a table of the library rich.
-
-    Args:
-        title: text above the table, aligned left.
-        texts: headers of the first columns, which are aligned left.
-        numbers: headers of the columns after them, which are aligned right.
-        header: whether the headers are shown.
-        **of: options of rich for all these columns, such as `no_wrap`.
-    """
-    from rich import box
-    from rich.table import Table
-
-    look: Any = {"title_style": "bold", "title_justify": "left", "box": box.SIMPLE}
-    table = Table(title=title or None, show_header=header, **look)
-    for name in (*texts, *numbers):
-        table.add_column(name, justify="left" if name in texts else "right", **of)
-    return table
 
 
 class Console:
@@ -109,7 +50,8 @@ class Console:
             every: steps between two printed lines where the output is no terminal; one is also printed when
                 five seconds have passed without any.
         """
-        self.every, self.each = every, "step"
+        self.every = every
+        self.each = "step"
         self.rich = rich_console(quiet=quiet, file=file)
         self.warnings = list[str]()  # so far, printed or not
 
@@ -122,19 +64,20 @@ class Console:
     def status(self, activity: str) -> Iterator[None]:
         """Print what the block does, and every five seconds how long that has taken so far."""
         self.note(f"{activity} ...")
-        ended, began = threading.Event(), time.monotonic()
+        ended = threading.Event()
+        began = time.monotonic()
 
-        def tell() -> None:
-            while not ended.wait(PATIENCE):
+        def repeat() -> None:
+            while not ended.wait(MAX_SILENCE):
                 self.note(f"{activity}: {time.monotonic() - began:.0f} s so far")
 
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
+        thread = threading.Thread(target=repeat, daemon=True)
+        thread.start()
         try:
             yield
         finally:
             ended.set()
-            teller.join()
+            thread.join()
 
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """Print a table of facts by name, if there are any."""
@@ -154,11 +97,13 @@ class Console:
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
-            # Of an episode the end is shown too, as the answer comes after the calls of tools.
-            most, end = (_EPISODE, _EPISODE // 2) if "messages" in row else (_CELL, 0)
-            texts = [visible(str(row.get("prompt", "")), _CELL)]
-            texts.append(visible(str(row.get("completion", "")), most, end))
-            table.add_row(*texts, *(number(row.get(key)) for key in numbers))
+            prompt = visible(str(row.get("prompt", "")), _CELL)
+            completion = str(row.get("completion", ""))
+            if "messages" in row:  # the answer of an episode comes after the calls of tools
+                completion = visible(completion, _EPISODE, end=_EPISODE // 2)
+            else:
+                completion = visible(completion, _CELL)
+            table.add_row(prompt, completion, *(number(row.get(key)) for key in numbers))
         self.print(table)
 
     def note(self, message: str) -> None:
@@ -167,15 +112,12 @@ class Console:
 
     def warn(self, message: str) -> None:
         """Print a warning, and keep it for the report."""
-        self.warnings += [message] if message not in self.warnings else []
+        if message not in self.warnings:
+            self.warnings.append(message)
         self.print(f"warning: {message}", style="yellow")
 
     def check(
-        self,
-        parts: str,
-        measured: Mapping[str, str],
-        problems: Iterable[str],
-        remarks: Iterable[str],
+        self, parts: str, measurements: Mapping[str, str], findings: Iterable[Finding]
     ) -> None:
         """Print what a check of a training measured and found.
 
@@ -184,21 +126,25 @@ class Console:
 
         Args:
             parts: what was checked, in words, such as "model, data and rewards".
-            measured: the lines of the table.
-            problems: what makes training pointless or wrong.
-            remarks: what else was found.
+            measurements: the lines of the table.
+            findings: what was found; a finding of weight `void` is a problem, another a remark.
         """
-        numbered = [harmless(f"  {index}. {problem}") for index, problem in enumerate(problems, 1)]
-        if not numbered:
+        problems = [str(finding) for finding in findings if finding.weight == "void"]
+        if not problems:
             self.note(f"Check passed: {parts} work together. Nothing was trained.")
-        self.facts("", measured)
-        for remark in remarks:
-            self.warn(remark)
-        if numbered:
+        self.facts("", measurements)
+        for finding in findings:
+            if finding.weight != "void":
+                self.warn(str(finding))
+        if problems:
             sys.stdout.flush()  # the table first, where both go to one place
-            count = f"{len(numbered)} problem{'s' * (len(numbered) > 1)}"
-            headline = f"tokenrl: Check not passed: {count}. Nothing was trained."
-            print(headline, *numbered, sep="\n", file=sys.stderr)
+            plural = "" if len(problems) == 1 else "s"
+            print(
+                f"tokenrl: Check not passed: {len(problems)} problem{plural}. Nothing was trained.",
+                *(harmless(f"  {number}. {text}") for number, text in enumerate(problems, 1)),
+                sep="\n",
+                file=sys.stderr,
+            )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
@@ -243,8 +189,8 @@ class Progress:
             console: where the line is shown.
             total: number of the last step.
             first: steps made before.
-            seconds_left: returns the seconds that are left after a step, from its number and the seconds of a
-                step; None takes the mean of all steps so far, evaluations included.
+            seconds_left: returns the seconds that are left after a step, from its number and the median
+                seconds of the latest steps; None for steps without evaluations.
         """
         from rich.progress import (
             BarColumn,
@@ -253,16 +199,21 @@ class Progress:
             TextColumn,
         )
 
-        self._console, self._total, self._evaluation = console, total, ""
-        self._left, self._seconds = seconds_left, list[float]()
-        self._at = time.monotonic()  # of the last printed line
-        line = TextColumn("{task.fields[line]}")
-        columns = (TextColumn(console.each), MofNCompleteColumn(), BarColumn(20), line)
-        where: Any = {"console": console.rich, "disable": not console.rich.is_terminal}
-        self._live = RichProgress(
-            *columns, speed_estimate_period=math.inf, **where
-        )  # steps may take minutes
-        self._live.add_task("", total=total, completed=first, line="")
+        self._console = console
+        self._total = total
+        self._seconds_left = seconds_left or (lambda step, seconds: (total - step) * seconds)
+        self._seconds = list[float]()
+        self._evaluation = ""
+        self._printed_at = time.monotonic()
+        columns = (
+            TextColumn(console.each),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TextColumn("{task.fields[line]}"),
+        )
+        is_log = not console.rich.is_terminal
+        self._live = RichProgress(*columns, console=console.rich, disable=is_log)
+        self._task = self._live.add_task("", total=total, completed=first, line="")
 
     def __enter__(self) -> Progress:
         self._console.attempt(self._live.start)
@@ -281,51 +232,50 @@ class Progress:
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
+        console = self._console
+        parts = [
+            f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics
+        ]
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
-        parts = [
-            f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics
-        ][:1]
-        parts += [self._evaluation, *_rates(metrics)]
-        self._live.update(self._live.task_ids[0], completed=step)
-        self._seconds.append(metrics.get("step_seconds", 0.0))
-        if remaining := self._live.tasks[0].time_remaining:
-            seconds = median_low(
-                self._seconds[-_RECENT:]
-            )  # without the first step, which is slower
-            parts.append(f"ETA {duration(self._left(step, seconds) if self._left else remaining)}")
-        line = "  ".join(part for part in parts if part)
-        self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
-        due = (
-            step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None
-        )
-        if not self._console.rich.is_terminal and (due or time.monotonic() > self._at + PATIENCE):
-            position = f"{self._console.each} {step:>{len(str(self._total))}}/{self._total}"
-            self._console.print(f"{position}  {line}", soft_wrap=True)
-            self._at = time.monotonic()
+        parts = [*parts[:1], self._evaluation, *_rates(metrics)]
+        if step:
+            self._seconds.append(metrics.get("step_seconds", 0.0))
+        if len(self._seconds) > 1 and step < self._total:  # the first step is slower
+            seconds = median_low(self._seconds[-_TIMED_STEPS:])
+            parts.append(f"ETA {duration(self._seconds_left(step, seconds))}")
+        line = "  ".join(filter(None, parts))
+        console.attempt(self._live.update, self._task, completed=step, line=line)
+        if console.rich.is_terminal:
+            return
+        is_due = step % console.every == 0 or step in (1, 2, self._total) or evaluated is not None
+        if is_due or time.monotonic() > self._printed_at + MAX_SILENCE:
+            width = len(str(self._total))
+            console.print(f"{console.each} {step:>{width}}/{self._total}  {line}", soft_wrap=True)
+            self._printed_at = time.monotonic()
 
 
-def harmless(text: str) -> str:
-    r"""Return a text in which characters that could change a terminal are written as escapes, such as \x1b.
+def conclude(
+    session: Session, parts: str, measurements: Mapping[str, str], findings: Sequence[Finding]
+) -> int:
+    """Print what a check of `parts` measured and found, and add the names of all findings to the flags.
 
-    These are control characters but newline and tab, lone surrogates, and those that turn the direction of
-    writing, with which a text can show something else than it says.
+    Returns:
+        The exit code: 2 if a finding is `void`, else 0.
     """
-    return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    findings = sorted(findings, key=lambda finding: finding.weight != "void")
+    session.flags += [finding.flag for finding in findings]
+    if session.main:
+        session.console.check(parts, measurements, findings)
+    has_problem = any(finding.weight == "void" for finding in findings)
+    return Refused.exit_code if has_problem else 0
 
 
 def message_text(message: Mapping[str, Any]) -> str:
     """Return the text of a chat message, and the calls of tools in it as JSON."""
     parts = [message["content"], *(message.get("tool_calls") or ())]
     return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts if part)
-
-
-def visible(text: str, limit: int | None = None, end: int = 0) -> str:
-    r"""Return a harmless text on one line, at most `limit` characters, `end` of its end, newlines as \n."""
-    if limit is not None and len(text) > limit:
-        text = f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
-    return harmless(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def number(value: Any) -> str:
@@ -345,10 +295,9 @@ def measured(value: Any, error: Any = None) -> str:
     """
     if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
         return number(value)
-    decimals = 1 - math.floor(math.log10(error)) if error > 0 else _DECIMALS + 1
-    if decimals > _DECIMALS:
+    if error < 10 ** (1 - _MAX_DECIMALS):
         return f"{number(value)} ± {error:.1g}"
-    decimals = max(0, decimals)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"
 
 
@@ -357,28 +306,28 @@ def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
 
     The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first.
     """
-    names = [name for name in metrics if not (name.endswith("_stderr") and name[:-7] in metrics)]
-    names.sort(key=lambda name: name not in ("reward", "reward_greedy"))
-    return {name: measured(metrics[name], metrics.get(name + "_stderr")) for name in names}
+    texts = {}
+    for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward"):
+        if name.removesuffix("_stderr") == name or name.removesuffix("_stderr") not in metrics:
+            texts[name] = measured(metrics[name], metrics.get(f"{name}_stderr"))
+    return texts
 
 
 def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return metrics without those of a single reward function, which repeat those of the reward itself."""
     metrics = dict(metrics or {})
     names = [name for name in metrics if name.startswith("rewards/")]
-    repeated = names if len({name.split("/")[1] for name in names}) == 1 else []
-    return {
-        k: value
-        for k, value in metrics.items()
-        if k not in repeated or value != metrics.get("reward")
-    }
+    if len({name.split("/")[1] for name in names}) == 1:
+        for name in names:
+            if metrics[name] == metrics.get("reward"):
+                del metrics[name]
+    return metrics
 
 
 def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
-    before, after = (
-        with_errors(distinct(summary.get(f"eval_{when}"))) for when in ("before", "after")
-    )
+    before = with_errors(distinct(summary.get("eval_before")))
+    after = with_errors(distinct(summary.get("eval_after")))
     return [(visible(name), before.get(name, "-"), after.get(name, "-")) for name in before | after]
 
 
@@ -391,8 +340,11 @@ def duration(seconds: float) -> str:
 
 def ending(summary: Mapping[str, Any]) -> str:
     """Return one line on how a run ended (reason with flags, steps, time, rate), from summary.json."""
-    failed = [f"({flag})" for flag in summary.get("flags") or () if flag in FAILURES]
-    parts = [visible(" ".join([str(summary.get("exit_reason", "unfinished")), *failed]))]
+    reason = str(summary.get("exit_reason", "unfinished"))
+    for flag in summary.get("flags") or ():
+        if flag in FAILURES:
+            reason = f"{reason} ({flag})"
+    parts = [visible(reason)]
     if summary.get("steps") is not None:
         parts.append(f"{summary['steps']} steps")
     if summary.get("wall_seconds") is not None:
@@ -412,23 +364,22 @@ def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: 
     run = shlex.quote(args.output_dir)
     repeat = f"tokenrl {kind} --config {run}"
     if summary["exit_reason"].startswith("SIG"):
-        return [f"{repeat} --resume auto"] * repeatable
-    used = {
-        "control": f"advise --run {run}",
-        "reward-model": f"train --task TASK --reward {run}/model",
-    }
-    judged = "control" if "nothing-learnt" in summary.get("flags", ()) else kind
-    commands = [f"tokenrl {used.get(judged, f'sample --model {run}')}"]
+        return [f"{repeat} --resume auto"] if repeatable else []
+    command = f"tokenrl sample --model {run}"
+    if kind == "control" or "nothing-learnt" in summary.get("flags", ()):
+        command = f"tokenrl advise --run {run}"
+    elif kind == "reward-model":
+        command = f"tokenrl train --task TASK --reward {run}/model"
     name, _, number = args.output_dir.rpartition("-")
-    earlier = f"{name}-{int(number) - 1}" if number.isdecimal() else ""
-    if earlier and Path(earlier, "config.json").exists():
-        commands.append(f"tokenrl report {shlex.quote(earlier)} {run}")
-    elif repeatable:
-        commands.append(f"{repeat} --seed {args.seed + 1}")
-    return commands
+    if number.isdecimal() and Path(f"{name}-{int(number) - 1}", "config.json").exists():
+        return [command, f"tokenrl report {shlex.quote(f'{name}-{int(number) - 1}')} {run}"]
+    return [command, f"{repeat} --seed {args.seed + 1}"] if repeatable else [command]
 
 
-def _rates(measured: Mapping[str, Any]) -> list[str]:
+def _rates(metrics: Mapping[str, Any]) -> list[str]:
     """Return the rates that were measured, as text: tokens or environment steps per second."""
-    counts = {unit: measured.get(f"{unit}_per_second") for unit in ("tokens", "env_steps")}
-    return [f"{count:,.0f} {unit.replace('_', ' ')}/s" for unit, count in counts.items() if count]
+    rates = []
+    for name in ("tokens_per_second", "env_steps_per_second"):
+        if metrics.get(name):
+            rates.append(f"{metrics[name]:,.0f} {metric_of(name).unit}")
+    return rates

@@ -10,10 +10,8 @@ prefix is a setting, or a number of the whole run. A prefix says which steps or 
     early_    the first tenth of the steps, which a comparison reads
     before_   the evaluation before training; best_ the highest so far; after_ the last one
 
-Names after a prefix: `reward`, `stderr` (its standard error), `equal` (share of groups with
-equal rewards; where no groups are compared, of steps), `entropy` (nats per action), `cut` (share of
-completions cut at the limit), `clip_ratio`, `kl`, `explained_variance`, `grad_norm`, `length` (of episodes),
-`logp_difference` (of sampler and trainer, nats per token), `effective_samples` (a share of the completions).
+Names after a prefix are those in the column "fact" of the table of metrics, `stderr` (the standard error of
+the reward) and `equal` (the share of groups with equal rewards; where no groups are compared, of steps).
 
 Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
 threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
@@ -28,13 +26,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tokenrl.errors import Refused
+from tokenrl.runs.metric_table import metric_table
 from tokenrl.runs.reader import finite
-
-if TYPE_CHECKING:
-    from tokenrl.runs.session import Session
 
 Rows = Sequence[Mapping[str, Any]]
 Weight = Literal["watch", "act", "void"]
@@ -47,16 +42,7 @@ LATEST_STEPS, LATEST_GROUPS = 3, 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
 SPEED_STEPS = 9
 """The steps by which the speed at the start, and now, is measured: half of them do not yet count."""
-METRICS = {
-    **{
-        name: name
-        for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")
-    },
-    "cut": "completions/clipped_ratio",
-    "length": "episode_length",
-    "logp_difference": "sampling/logp_difference/mean",
-    "effective_samples": "sampling/effective_sample_size",
-}
+METRICS = {metric.fact: metric.name for metric in metric_table() if metric.fact}
 """The metric behind each name after a prefix."""
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
@@ -275,19 +261,3 @@ def groups_without_signal(rate: float) -> dict[int, float]:
 def rounded(number: float, figures: int = 1) -> float:
     """Round to a few significant figures, where only the order of magnitude matters."""
     return float(f"{number:.{figures}g}")
-
-
-def conclude(
-    session: Session, parts: str, measurements: Mapping[str, str], findings: Sequence[Finding]
-) -> int:
-    """Print what a check of `parts` measured and found, and add the names of all findings to the flags.
-
-    Returns:
-        The exit code: 2 if a finding is `void`, else 0.
-    """
-    problems = [finding for finding in findings if finding.weight == "void"]
-    remarks = [finding for finding in findings if finding.weight != "void"]
-    session.flags += [finding.flag for finding in (*problems, *remarks)]
-    if session.main:
-        session.console.check(parts, measurements, map(str, problems), map(str, remarks))
-    return Refused.exit_code if problems else 0

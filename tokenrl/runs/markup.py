@@ -16,8 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenrl.runs.console import harmless, message_text, number
+from tokenrl.runs.console import message_text, number
 from tokenrl.runs.files import plain, write_text
+from tokenrl.runs.output import harmless
 from tokenrl.runs.plots import Chart, Curve, Forest, svg
 
 Block = dict[str, Any]
@@ -112,13 +113,14 @@ def drawings(charts: Sequence[Chart | Forest]) -> Block:
     """
     drawn = []
     for chart in charts:
-        sizes = (
-            {"broad": (1000, 300), "narrow": (360, 230)} if chart.large else {"small": (280, 140)}
-        )
+        sizes = {"broad": (1000, 300), "narrow": (360, 230)}
         if isinstance(chart, Forest):
-            sizes = {name: (width, 40 + 60 * len(chart.rows)) for name, (width, _) in sizes.items()}
+            height = 40 + 60 * len(chart.rows)
+            sizes = {"broad": (1000, height), "narrow": (360, height)}
         elif not chart.drawn:
             continue
+        elif not chart.large:
+            sizes = {"small": (280, 140)}
         drawn.append((chart, sizes))
     return {"kind": "drawings", "charts": drawn} if drawn else {}
 
@@ -131,40 +133,41 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     Args:
         rows: texts and numbers of each completion by name. A number that only some have is missing in others.
     """
-    rows = [
-        {harmless(name): value for name, value in row.items()} for row in rows
-    ]  # as the page shows them
-    names = dict.fromkeys(name for row in rows for name in row)
-    numeric = [
-        name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)
-    ]
-    samples = [_sample(row, numeric) for row in rows]
-    cards: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
-    for row, card in zip(rows, samples, strict=True):
-        cards.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), card)
-    steps = [list(of_step.values())[:_OPEN] for of_step in cards.values()]
-    some = [steps[place] for place in sorted({0, len(steps) // 2, len(steps) - 1}) if rows]
-    block = {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
-    return block if rows else {}
+    if not rows:
+        return {}
+    named = [{harmless(name): value for name, value in row.items()} for row in rows]
+    numeric = []
+    for name in dict.fromkeys(name for row in named for name in row):
+        if all(isinstance(row.get(name), int | float | None) for row in named):
+            numeric.append(name)
+    samples = []
+    first: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
+    for row in named:
+        samples.append(_sample(row, numeric))
+        first.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), samples[-1])
+    steps = [list(samples_of_step.values())[:_OPEN] for samples_of_step in first.values()]
+    some = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})]
+    return {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
 
 
 def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
     """Return the texts of a completion, each as messages with roles, and its numbers."""
-    cells = {name: value for name, value in row.items() if value is not None}
-    texts = {name: _messages(str(value)) for name, value in cells.items() if name not in numeric}
-    return {
-        "texts": texts,
-        "numbers": {name: plain(float(cells[name])) for name in numeric if name in cells},
-    }
+    texts, numbers = {}, {}
+    for name, value in row.items():
+        if value is None:
+            continue
+        if name in numeric:
+            numbers[name] = plain(float(value))
+        else:
+            texts[name] = _messages(str(value))
+    return {"texts": texts, "numbers": numbers}
 
 
 def _messages(text: str) -> list[tuple[str, str]]:
     """Return roles and contents of the chat messages that a text holds as JSON, or else the text itself."""
+    if not text.startswith("[{"):
+        return [("", text)]
     try:
-        messages = json.loads(text) if text.startswith("[{") else []
-        roles = [(str(message["role"]), message_text(message)) for message in messages] or [
-            ("", text)
-        ]
+        return [(str(message["role"]), message_text(message)) for message in json.loads(text)]
     except (ValueError, TypeError, KeyError):
         return [("", text)]
-    return roles

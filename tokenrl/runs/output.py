@@ -1,19 +1,27 @@
-"""Keeps the output clean: libraries stay quiet, and output that cannot be written ends in no traceback."""
+"""Keeps the output clean: texts cannot harm a terminal, libraries stay quiet, failed output ends in no traceback."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Stopped
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
 
 UNREAD = 141
 """Exit code of a command whose output nobody reads any more: 128 plus SIGPIPE, as of other programs."""
 _LIBRARIES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 _LIBRARIES |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+_CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
+_HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def hush_libraries() -> None:
@@ -93,3 +101,80 @@ def drop_output() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
+
+
+def harmless(text: str) -> str:
+    r"""Return a text in which characters that could change a terminal are written as escapes, such as \x1b.
+
+    These are control characters but newline and tab, lone surrogates, and those that turn the direction of
+    writing, with which a text can show something else than it says.
+    """
+    return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def visible(text: str, limit: int | None = None, end: int = 0) -> str:
+    r"""Return a harmless text on one line, at most `limit` characters, `end` of its end, newlines as \n."""
+    if limit is not None and len(text) > limit:
+        text = f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
+    return harmless(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+def rich_console(
+    *, width: int = 110, quiet: bool = False, file: TextIO | None = None
+) -> RichConsole:
+    """Make a console of the library rich that prints texts of data and models as they are, but `harmless`.
+
+    Args:
+        width: characters per line where the output is no terminal.
+        quiet: print nothing.
+        file: where to print; None for stdout.
+    """
+    from rich.console import Console as RichConsole
+    from rich.text import Text
+
+    class Plain(RichConsole):
+        def on_broken_pipe(self) -> None:
+            raise  # where rich would end the program at once, before the run is saved
+
+        def render_str(self, text: str, **options: Any) -> Text:  # of every text, in tables too
+            return super().render_str(harmless(text), **options)
+
+    # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
+    options: dict[str, Any] = {"file": file, "quiet": quiet}
+    options |= {"markup": False, "emoji": False, "highlight": False}
+    console = Plain(**options)
+    if (
+        console.is_jupyter
+    ):  # rich would make an output of every line, and ipykernel passes for a terminal
+        console = Plain(**options, force_jupyter=False, force_terminal=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
+
+
+def rich_table(
+    title: str = "",
+    texts: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    header: bool = True,
+    **options: Any,
+) -> Table:
+    """Make a table of the library rich.
+
+    Args:
+        title: text above the table, aligned left.
+        texts: headers of the first columns, which are aligned left.
+        numbers: headers of the columns after them, which are aligned right.
+        header: whether the headers are shown.
+        **options: options of rich for all these columns, such as `no_wrap`.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, show_header=header, title_style="bold", box=box.SIMPLE)
+    table.title_justify = "left"
+    for name in texts:
+        table.add_column(name, **options)
+    for name in numbers:
+        table.add_column(name, justify="right", **options)
+    return table

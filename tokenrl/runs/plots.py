@@ -7,42 +7,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenrl.runs.console import harmless, measured, number
+from tokenrl.runs.console import measured, number
 from tokenrl.runs.files import replacing
+from tokenrl.runs.output import harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The palette of Okabe and Ito, darkened so that it can be read as text; it differs for every colour vision.
 PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777f", "c1": "#0072b2",
            "c2": "#c24e00", "c3": "#007a58", "c4": "#9b3d7a", "c5": "#806200", "c6": "#3b4cc0"}  # fmt: skip
 """Colours on white by the names that page.css gives them; c0 is grey, c1 to c6 tell curves apart."""
 COLOURS = 6
-# In an SVG text stays text, in the font of the page, and ids come from the content: the bytes are stable.
-_LOOK: Any = {
-    **{
-        "svg.fonttype": "none",
-        "svg.hashsalt": "page",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 11,
-    },
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
-    **{f"{axis}tick.major.size": 0 for axis in "xy"},
-    **{f"{axis}tick.color": PALETTE["soft"] for axis in "xy"},
-    **{
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": PALETTE["line"],
-        "grid.linewidth": 1,
-    },
-    **{"axes.axisbelow": True, "legend.frameon": False, "xtick.major.pad": 6, "ytick.major.pad": 6},
-}
 
 
 class Curve(NamedTuple):
@@ -86,16 +70,17 @@ class Curve(NamedTuple):
         look: dict[str, Any] = {"color": PALETTE[self.variable], "clip_on": False}
         if self.band is not None:
             axes.fill_between(self.x, *self.band, alpha=0.2, linewidth=0, **look)
-        averaged = self.y
+        means = self.y
         if not self.dots:
-            averaged = smooth(
-                self.y, 2 * (len(self.y) // 40) + 1
-            )  # odd, and about a twentieth of the run
+            window = 2 * (len(self.y) // 40) + 1  # odd, and about a twentieth of the run
+            means = smooth(self.y, window)
             axes.plot(self.x, self.y, linewidth=1, alpha=0.35, **look)
+        label = _literal(f"{self.name} {self.last}")
+        (line,) = axes.plot(self.x, means, linewidth=2, label=label, **look)
+        if self.dashed:
+            line.set_linestyle((0, (4, 2)))
         if self.dots or len(self.y) == 1:  # a line through one point would not be seen
-            look |= {"marker": "o", "markersize": 5, "markeredgewidth": 0}
-        look |= {"linewidth": 2, "linestyle": (0, (4, 2)) if self.dashed else "-"}
-        axes.plot(self.x, averaged, label=_literal(f"{self.name} {self.last}"), **look)
+            line.set(marker="o", markersize=5, markeredgewidth=0)
 
 
 class Chart(NamedTuple):
@@ -135,15 +120,17 @@ class Chart(NamedTuple):
             axes.set_xticks(list(self.ticks), list(self.ticks.values()))
         for curve in self.drawn:
             curve.draw(axes)
-        name, mark = self.mark or ("", 0.0)
+        lowest = [min(curve.y) for curve in self.drawn]
         if self.mark is not None:
+            name, mark = self.mark
+            lowest.append(mark)
             axes.axhline(
                 mark, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False
             )
             _write(axes, f"{name}: {number(mark)}", mark, (4, 4), "c3")
         if self.whole:
             axes.set_xlim(left=0)
-        if min(mark, *(min(curve.y) for curve in self.drawn)) >= 0:
+        if min(lowest) >= 0:
             axes.set_ylim(bottom=0)
 
 
@@ -174,16 +161,14 @@ class Bars(NamedTuple):
         _write(axes, self.name, line, (0, -14), "ink", weight="bold")
         _write(axes, self.result, line, (0, -29), colour)
         look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}
-        for ends, style in (
-            (self.outer, {"linewidth": 2}),
-            (self.inner, {"linewidth": 6, "alpha": 0.55}),
-        ):
-            if all(map(math.isfinite, ends)):
-                axes.plot(ends, [line + 0.72] * 2, **style, **look)
-        axes.plot([self.value], [line + 0.72], "o", markersize=9, **look)
-        axes.plot(
-            self.points, [line + 0.9] * len(self.points), "o", markersize=4, alpha=0.5, **look
-        )
+        height = line + 0.72
+        if all(map(math.isfinite, self.outer)):
+            axes.plot(self.outer, [height] * 2, linewidth=2, **look)
+        if all(map(math.isfinite, self.inner)):
+            axes.plot(self.inner, [height] * 2, linewidth=6, alpha=0.55, **look)
+        axes.plot([self.value], [height], "o", markersize=9, **look)
+        heights = [line + 0.9] * len(self.points)
+        axes.plot(self.points, heights, "o", markersize=4, alpha=0.5, **look)
 
 
 class Forest(NamedTuple):
@@ -223,26 +208,37 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
         width: its width in pixels; the element itself fits any width.
         height: its height in pixels.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    pad_left, pad_right, pad_top, pad_bottom = (
-        44 if isinstance(drawing, Chart) else 4,
-        14,
-        10,
-        24,
-    )  # pixels
-    with rc_context(_LOOK):
-        figure = Figure((width / 72, height / 72), dpi=72)
-        size = 1 - (pad_left + pad_right) / width, 1 - (pad_top + pad_bottom) / height
-        drawing.draw(figure.add_axes((pad_left / width, pad_bottom / height, *size)))
-        file, nothing = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    left = 44 if isinstance(drawing, Chart) else 4  # pixels, as the others
+    right, top, bottom = 14, 10, 24
+    box = (
+        left / width,
+        bottom / height,
+        1 - (left + right) / width,
+        1 - (top + bottom) / height,
+    )
+    file = StringIO()
+    with _figure((width / 72, height / 72), dpi=72) as figure:
+        drawing.draw(figure.add_axes(box))
+        unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=unnamed)
     inside = file.getvalue().partition("<svg")[2].partition(">")[2]
     for name, colour in PALETTE.items():
         inside = inside.replace(colour, f"var(--{name})")
     inside = re.sub(r"<g id=[^>]*?(/?)>", r"<g\1>", inside)
     return f'<svg viewBox="0 0 {width} {height}">{inside}'
+
+
+@contextmanager
+def _figure(size: tuple[float, float], dpi: int) -> Iterator[Figure]:
+    """Make an empty figure of this size in inches; the block draws in the look of the pages."""
+    from matplotlib import rc_context, rc_params_from_file
+    from matplotlib.figure import Figure
+
+    look = rc_params_from_file(
+        Path(__file__).with_name("page.mplstyle"), use_default_template=False
+    )
+    with rc_context(look):
+        yield Figure(size, dpi=dpi)
 
 
 def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = "") -> Path:
@@ -257,30 +253,23 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
     Raises:
         Stopped: the file could not be written; an old one is untouched.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     charts = [chart for chart in charts if chart.drawn]
-    with rc_context(_LOOK):
-        figure = Figure(figsize=(12, 6), dpi=100, facecolor="white")
-        figure.text(
-            0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=PALETTE["ink"]
-        )
-        figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=PALETTE["soft"])
+    with _figure((12, 6), dpi=100) as figure:
+        figure.set_facecolor("white")
+        ink, soft = PALETTE["ink"], PALETTE["soft"]
+        figure.text(0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=ink)
+        figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=soft)
         grid = figure.add_gridspec(
             1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07
         )
         for column, chart in enumerate(charts):
             axes = figure.add_subplot(grid[column])
             chart.draw(axes)
-            axes.set_title(
-                _literal(f"{chart.name}, {chart.unit}, by step"), loc="left", pad=34, size=11
-            )
+            heading = _literal(f"{chart.name}, {chart.unit}, by step")
+            axes.set_title(heading, loc="left", pad=34, size=11)
             if any(curve.name for curve in chart.drawn):
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-        with replacing(
-            path
-        ) as partial:  # without a name of its maker, which differs between versions
+        with replacing(path) as partial:  # its maker's name differs between versions
             figure.savefig(partial, format="png", metadata={"Software": None})
     return path
 
@@ -288,15 +277,17 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
     sums = [0.0, *accumulate(values)]
-    ends = [
-        (max(0, i - window // 2), min(i + window // 2 + 1, len(values))) for i in range(len(values))
-    ]
-    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
+    means = []
+    for index in range(len(values)):
+        start = max(0, index - window // 2)
+        end = min(index + window // 2 + 1, len(values))
+        means.append((sums[end] - sums[start]) / (end - start))
+    return means
 
 
-def _scale(axes: Axes, axis: Any, most: int, whole: bool = False) -> None:
-    """Let an axis name about `most` round numbers; only whole ones if asked."""
-    axes.locator_params(axis, nbins=most, integer=whole)
+def _scale(axes: Axes, axis: Any, count: int, whole: bool = False) -> None:
+    """Let an axis name about `count` round numbers, or whole numbers only."""
+    axes.locator_params(axis, nbins=count, integer=whole)
     getattr(axes, f"{axis}axis").set_major_formatter("{x:g}")
 
 
@@ -304,12 +295,16 @@ def _write(
     axes: Axes, text: str, height: float, shift: tuple[float, float], colour: str, **look: Any
 ) -> None:
     """Write a text at the left end of a height of the data, shifted by points to the right and up."""
-    look |= {
-        "xycoords": ("axes fraction", "data"),
-        "textcoords": "offset points",
-        "annotation_clip": False,
-    }
-    axes.annotate(_literal(text), (0, height), shift, color=PALETTE[colour], **look)
+    axes.annotate(
+        _literal(text),
+        (0, height),
+        shift,
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        annotation_clip=False,
+        color=PALETTE[colour],
+        **look,
+    )
 
 
 def _literal(text: str) -> str:

@@ -12,9 +12,11 @@ import tokenrl.runs.markup as markup
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.console import distinct, ending, number, visible, with_errors
+from tokenrl.runs.console import distinct, ending, number, with_errors
 from tokenrl.runs.files import check_place, flat
+from tokenrl.runs.metric_table import metric_of, metric_table
 from tokenrl.runs.metrics import read_metrics
+from tokenrl.runs.output import visible
 from tokenrl.runs.plots import Chart, Curve, picture
 from tokenrl.runs.reader import RecordedRun, read_run, series
 
@@ -32,41 +34,19 @@ _CURVES = (
     "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
     "dots are evaluations, with bands of ± one standard error where it is known."
 )
-_REWARD = ("reward", "mean", {"reward": "training", "eval_reward": "held-out sampled",
-                              "eval_reward_greedy": "held-out greedy"})  # fmt: skip
+_REWARD = {
+    "reward": "training",
+    "eval_reward": "held-out sampled",
+    "eval_reward_greedy": "held-out greedy",
+}
+_LOSS = {"loss": "training"}
 _ACCURACY = {"accuracy": "training batch", "eval_accuracy": "held out"}
-_LARGE = {
-    "sft": (("loss", "nats per token", {"loss": "training"}), _REWARD),
-    "reward-model": (("accuracy", "share of pairs", _ACCURACY),),
-}
-"""The large charts of a kind of run (of other kinds the reward): name, unit, and metrics with their names."""
-DIAGNOSTICS = {
-    "entropy": ("entropy", "nats per action; near 0 the policy no longer explores"),
-    "completions/mean_length": ("completion length", "tokens"),
-    "episode_length": ("episode length", "steps, mean of the episodes that ended"),
-    "explained_variance": ("critic", "explained variance of the returns; below 0 it does harm"),
-    "frac_reward_zero_std": ("groups without signal", "fraction of prompts with equal rewards"),
-    "kl": ("KL to the reference", "nats per completion"),
-    "grad_norm": ("gradient norm", "before clipping"),
-    "grad_clipped": (
-        "clipped gradients",
-        "share of updates that max_grad_norm scaled down; 1 means all",
-    ),
-    "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
-    "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was beyond its bounds"),
-    "sampling/logp_difference/mean": ("sampler off the trainer", "nats per token, without sign"),
-    "sampling/effective_sample_size": (
-        "effective samples",
-        "share of completions, by importance weights",
-    ),
-    "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
-    "idle_steps": ("idle steps", "updates without any gradient, which left the weights alone"),
-}
-"""The small charts, of a run's health: metrics with the name and the meaning of each."""
-_USUAL = {"sampling/logp_difference/mean": (0, 1e-4), "sampling/effective_sample_size": (1, 0.01)}
-"""The usual value of a diagnostic that is not 0, or how far rounding moves it."""
-_LARGEST = 1e300  # a number that can be drawn: beyond it means and ranges of axes would overflow
-_STEPS, _ROWS = 8, 16  # most steps, and most completions of each, on a page
+_LARGE = {"sft": (_LOSS, _REWARD), "reward-model": (_ACCURACY,)}
+"""The large charts of a kind of run (of other kinds the reward): metrics with the names of their curves."""
+_ROUNDING = 1e-4
+"""A diagnostic that never differs more from its best value, 0 or 1, is not drawn."""
+_MAX_NUMBER = 1e300  # beyond it means and ranges of axes would overflow
+_MAX_STEPS, _MAX_ROWS = 8, 16  # steps, and completions of each, on a page
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
@@ -84,20 +64,20 @@ def report_from_directory(run: str | Path) -> Path:
         return page
     recorded = read_run(run)
     try:
-        about = {
-            "title": recorded.title,
-            "subtitle": ending(recorded.summary),
-            "kind": recorded.kind,
-        }
         learning_curve(
-            recorded.path / "learning_curve.png", recorded.metrics, mark=recorded.mark, **about
+            recorded.path / "learning_curve.png",
+            recorded.metrics,
+            title=recorded.title,
+            subtitle=ending(recorded.summary),
+            kind=recorded.kind,
+            mark=recorded.mark,
         )
         return markup.write_page(page, recorded.title, list(_sections(recorded)))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, Refused):
             raise
         fault = f"{recorded.path / 'summary.json'} holds what no run writes ({describe(error)})"
-        raise Refused(f"{fault}. Mend or remove it, and the run can be shown.") from error
+        raise Refused(f"{fault}. Correct or remove it, and the run can be shown.") from error
 
 
 def learning_curve(
@@ -124,33 +104,12 @@ def learning_curve(
 
 
 def _sections(run: RecordedRun) -> Iterator[markup.Section]:
-    config, summary = run.config, run.summary
-    settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
-    command = (
-        config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}")
-        or _FROM_PYTHON
-    )
-    words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-    warm = (summary.get("warm_started") or {}).get("in_words")
-    remarks = [f"Warm start on demonstrations: {warm}." if warm else "", kept_weights(summary)]
-    engine, gaps = config.get("generator"), run.series("sampling/logp_difference/max")[1]
-    if gaps and engine not in (None, "transformers"):
-        gap = f"{number(max(gaps))} nats between its log-probability of a token and the trainer's"
-        remarks.append(f"Sampled by {engine}, with at most {gap}.")
-    verdict = markup.paragraph(str(summary.get("verdict", "")), "strong")
-    told = [*filter(None, map(summary.get, ("error", "remedy"))), *summary.get("warnings", ())]
-    box = (
-        markup.verdict("The run failed" if "error" in summary else "Warnings", told, ())
-        if told
-        else {}
-    )
-    texts = markup.paragraph(ending(summary), "soft"), verdict, *map(markup.paragraph, remarks)
-    yield markup.Section("", [box, *texts])
-    evaluations, when = _evaluations(run)
-    before, after = (with_errors(distinct(metrics)) for metrics in evaluations)
-    both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
+    config = run.config
+    yield markup.Section("", list(_outcome(run)))
+    before, after, heading = _evaluations(run)
+    numbers = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
     yield markup.Section(
-        f"Held-out evaluation, before → {when} (± standard error)", [markup.cards(both)]
+        f"Held-out evaluation, {heading} (± standard error)", [markup.cards(numbers)]
     )
     stage = run.path / "warm_start.jsonl"
     if stage.is_file():
@@ -159,10 +118,34 @@ def _sections(run: RecordedRun) -> Iterator[markup.Section]:
             "Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)]
         )
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
-    yield markup.Section("To repeat", [markup.preformatted(words)])
+    repeat = f"tokenrl {run.kind} --config {run.path / 'config.json'}"
+    command = config.get("command", repeat) or _FROM_PYTHON
+    if isinstance(command, list):
+        command = " ".join(map(str, command))
+    yield markup.Section("To repeat", [markup.preformatted(str(command))])
+    settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
     yield markup.Section("Configuration", [markup.preformatted(settings)], closed=True)
     yield markup.Section("Versions", [markup.preformatted(config.get("versions", {}))], closed=True)
     yield markup.Section("Completions", [markup.completions(_completions(run))])
+
+
+def _outcome(run: RecordedRun) -> Iterator[markup.Block]:
+    """Yield what went wrong, how the run ended, its verdict, and remarks."""
+    summary = run.summary
+    warnings = [*filter(None, map(summary.get, ("error", "remedy"))), *summary.get("warnings", ())]
+    if warnings:
+        heading = "The run failed" if "error" in summary else "Warnings"
+        yield markup.verdict(heading, warnings, ())
+    yield markup.paragraph(ending(summary), "soft")
+    yield markup.paragraph(str(summary.get("verdict", "")), "strong")
+    if warm := (summary.get("warm_started") or {}).get("in_words"):
+        yield markup.paragraph(f"Warm start on demonstrations: {warm}.")
+    yield markup.paragraph(kept_weights(summary))
+    engine = run.config.get("generator")
+    gaps = run.series("sampling/logp_difference/max")[1]
+    if gaps and engine not in (None, "transformers"):
+        gap = f"{number(max(gaps))} nats between its log-probability of a token and the trainer's"
+        yield markup.paragraph(f"Sampled by {engine}, with at most {gap}.")
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -181,49 +164,51 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     """
     recorded = {str(run): read_run(run) for run in runs}
     if len({run.path.resolve() for run in recorded.values()}) < len(runs):
-        raise Refused(
-            f"A run is given twice among {', '.join(map(str, runs))}; give each of them once."
-        )
+        names = ", ".join(map(str, runs))
+        raise Refused(f"A run is given twice among {names}; give each of them once.")
     kinds = {run.kind: name for name, run in recorded.items()}
     if len(kinds) > 1:
-        named = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
+        names = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
         raise Refused(
-            f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind."
+            f"Runs of different kinds have no curve in common: {names}. Compare runs of one kind."
         )
     output = Path(output)
     check_place(output)
-    links = {}
+    links, lines = {}, {}
     for name, run in recorded.items():
-        if (page := run.path / "report.html").is_file():
+        lines[name] = f"{run.title}; {ending(run.summary)}"
+        page = run.path / "report.html"
+        if page.is_file():
             links[name] = quote(Path(os.path.relpath(page, output.parent)).as_posix())
-    about = {name: f"{run.title}; {ending(run.summary)}" for name, run in recorded.items()}
     marks = {run.mark for run in recorded.values()}
     mark = marks.pop() if len(marks) == 1 else None
-    charts = _charts({name: run.metrics for name, run in recorded.items()}, next(iter(kinds)), mark)
+    metrics = {name: run.metrics for name, run in recorded.items()}
     sections = [
         markup.Section("", [markup.paragraph(_CAUTION, "soft")]),
-        markup.Section("Runs", [markup.run_list(about, links)]),
+        markup.Section("Runs", [markup.run_list(lines, links)]),
         markup.Section("Final numbers (± standard error)", [_final_numbers(recorded)]),
         markup.Section("Settings that differ", _differences(recorded)),
-        _learning("Learning curves", charts),
+        _learning("Learning curves", _charts(metrics, next(iter(kinds)), mark)),
     ]
     return markup.write_page(output, f"Comparison of {len(recorded)} runs", sections)
 
 
-def _evaluations(run: RecordedRun) -> tuple[list[Mapping[str, Any]], str]:
-    """Return the evaluations before and after training, and when the latter was.
+def _evaluations(run: RecordedRun) -> tuple[dict[str, str], dict[str, str], str]:
+    """Return the evaluations before and after training as text, and a heading that says when they were.
 
-    That of a run that has failed, or goes on, is its last one.
+    A run that has failed, or goes on, has its last evaluation in place of the one after training.
     """
     rows = {}
     for row in run.metrics:
-        if metrics := {key[5:]: value for key, value in row.items() if key.startswith("eval_")}:
-            rows[row["step"]] = metrics
-    before, after = (run.summary.get(name) for name in ("eval_before", "eval_after"))
-    last = max(rows, default=0)
-    if after or not last:
-        return [before or rows.get(0, {}), after or {}], "after training"
-    return [before or rows.get(0, {}), rows[last]], f"at step {last}, the last evaluation"
+        names = [name for name in row if name.startswith("eval_")]
+        if names:
+            rows[row["step"]] = {name.removeprefix("eval_"): row[name] for name in names}
+    before = run.summary.get("eval_before") or rows.get(0)
+    after, heading = run.summary.get("eval_after"), "before → after training"
+    step = max(rows, default=0)
+    if step and not after:
+        after, heading = rows[step], f"before → at step {step}, the last evaluation"
+    return with_errors(distinct(before)), with_errors(distinct(after)), heading
 
 
 def _learning(heading: str, charts: Sequence[Chart]) -> markup.Section:
@@ -240,77 +225,93 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         kind: the command that made the runs.
         mark: name and value of a line to reach.
     """
+    is_single = len(runs) == 1
     charts = []
-    for name, unit, metrics in _LARGE.get(kind, (_REWARD,)):
+    for labels in _LARGE.get(kind, (_REWARD,)):
+        name = next(iter(labels))
+        unit = metric_of(name).unit or "mean"
         line = None if name == "loss" else mark
-        if len(runs) == 1:
+        if is_single:
+            (rows,) = runs.values()
+            curves = [_curve(rows, *label, colour) for colour, label in enumerate(labels.items())]
+            charts.append(Chart(name, unit, curves, large=True, mark=line))
+        else:
+            for key, label in labels.items():
+                curves = _curves(runs, key)
+                charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
+    for name in _rewards(runs):
+        curves = _curves(runs, name, "")
+        if is_single:  # in the colours of the reward above
             (rows,) = runs.values()
             curves = [
-                _curve(rows, key, label, colour)
-                for colour, (key, label) in enumerate(metrics.items())
+                _curve(rows, name, "training", 0),
+                _curve(rows, f"eval_{name}", "held out", 1),
             ]
-            charts.append(Chart(name, unit, curves, large=True, mark=line))
-        for key, label in metrics.items() if len(runs) > 1 else ():
-            curves = [
-                _curve(rows, key, run, colour) for colour, (run, rows) in enumerate(runs.items(), 1)
-            ]
-            charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
-    last = "last" if len(runs) == 1 else ""  # the colours of several runs are told once, above
-    rewards = _rewards(runs)
-    for key, (name, unit) in (rewards | DIAGNOSTICS).items():
-        curves = [_curve(rows, key, last, colour) for colour, rows in enumerate(runs.values(), 1)]
-        if last and key in rewards:  # in the colours of the reward above
-            curves = [
-                _curve(runs[""], key, "training", 0),
-                _curve(runs[""], f"eval_{key}", "held out", 1),
-            ]
-        usual, rounding = _USUAL.get(key, (0, 0))  # which all the time is not worth a look
-        if key in rewards or any(
-            abs(value - usual) > rounding for curve in curves for value in curve.y
-        ):
-            charts.append(Chart(name, unit, curves))
+        charts.append(Chart(name.removesuffix("/mean"), "mean, before its weight", curves))
+    for metric in metric_table():
+        curves = _curves(runs, metric.name, "last" if is_single else "")
+        values = [value for curve in curves for value in curve.y]
+        best = 1.0 if metric.better == "more" else 0.0
+        is_usual = all(abs(value - best) <= _ROUNDING for value in values)
+        if metric.panel == "health" and not is_usual:
+            charts.append(Chart(metric.name, metric.caption, curves))
     return charts
 
 
-def _rewards(runs: Mapping[str, Rows]) -> dict[str, tuple[str, str]]:
-    """Return the metric of each reward function with its name and meaning, if there are several.
+def _rewards(runs: Mapping[str, Rows]) -> list[str]:
+    """Return the metric of each reward function, if there are several.
 
-    Where one of them rises while another falls, the policy trades the one for the other.
+    Where the mean of one rises while another falls, the policy trades the one for the other.
     """
     keys = dict.fromkeys(key for rows in runs.values() for row in rows for key in row)
     means = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
-    unit = "mean of this reward, before its weight"
-    return {key: (key.removesuffix("/mean"), unit) for key in means if len(means) > 1}
+    return means if len(means) > 1 else []
+
+
+def _curves(runs: Mapping[str, Rows], key: str, name: str | None = None) -> list[Curve]:
+    """Return the curve of a metric for each run, with the name of the run unless another is given."""
+    curves = []
+    for colour, (run, rows) in enumerate(runs.items(), start=1):
+        curves.append(_curve(rows, key, run if name is None else name, colour))
+    return curves
 
 
 def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
-    """Make the curve of a metric; that of an evaluation has dots, and a band of its standard errors."""
+    """Return the curve of a metric; an evaluation has dots, and a band of its standard errors."""
     x, y = series(metrics, key)
-    y = [min(max(value, -_LARGEST), _LARGEST) for value in y]
-    evaluated = key.startswith("eval_")  # the band of a single step would hide the running mean
-    error_at = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
-    errors = [min(error_at.get(step, 0.0), _LARGEST) for step in x]
-    low, high = ([value + sign * e for value, e in zip(y, errors, strict=True)] for sign in (-1, 1))
-    band = (low, high) if error_at else None
-    return Curve(x, y, name, colour, evaluated, band, error_at.get(x[-1]) if x else None)
+    y = [min(max(value, -_MAX_NUMBER), _MAX_NUMBER) for value in y]
+    if not key.startswith("eval_"):  # the band of a single step would hide the running mean
+        return Curve(x, y, name, colour)
+    error_at = dict(zip(*series(metrics, f"{key}_stderr"), strict=True))
+    errors = [min(error_at.get(step, 0.0), _MAX_NUMBER) for step in x]
+    low = [value - error for value, error in zip(y, errors, strict=True)]
+    high = [value + error for value, error in zip(y, errors, strict=True)]
+    return Curve(
+        x,
+        y,
+        name,
+        colour,
+        dots=True,
+        band=(low, high) if error_at else None,
+        error=error_at.get(x[-1]) if x else None,
+    )
 
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     """Return completions of the first step that was kept, of the last one and of some between them."""
     rows = []
-    for row in run.completions(_STEPS, _ROWS):
+    for row in run.completions(_MAX_STEPS, _MAX_ROWS):
         if row.get("ending") and "messages" in row:  # an episode is shown as a chat
             row["completion"] = row.pop("messages")
-        answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
-        rows.append({**distinct(row), "characters": sum(map(len, map(str, answers)))})
+        texts = [str(row[name]) for name in ("completion", "chosen", "rejected") if name in row]
+        rows.append({**distinct(row), "characters": sum(map(len, texts))})
     return rows
 
 
 def _final_numbers(runs: Mapping[str, RecordedRun]) -> markup.Block:
-    columns = {
-        name: with_errors(distinct(run.summary.get("eval_after"))) for name, run in runs.items()
-    }
+    columns = {}
     for name, run in runs.items():
+        columns[name] = with_errors(distinct(run.summary.get("eval_after")))
         if run.summary.get("loss_after") is not None:
             columns[name]["loss of the last batch"] = number(run.summary["loss_after"])
     return _side_by_side(columns)
@@ -318,25 +319,20 @@ def _final_numbers(runs: Mapping[str, RecordedRun]) -> markup.Block:
 
 def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
     """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
-    configs = {
-        name: {k: v for k, v in run.config.items() if k not in _NOT_COMPARED}
-        for name, run in runs.items()
-    }
-    settings = {
-        run: {k: visible(str(v)) for k, v in flat(config).items()}
-        for run, config in configs.items()
-    }
+    settings = {}
+    for name, run in runs.items():
+        compared = {key: value for key, value in run.config.items() if key not in _NOT_COMPARED}
+        settings[name] = {key: visible(str(value)) for key, value in flat(compared).items()}
     names = sorted({key for column in settings.values() for key in column})
     differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
     if not differ:
         return [markup.paragraph("None: the runs have the same settings.")]
-    apart = " and ".join(key for key in ("task", "reward", "env", "data") if key in differ)
-    warning = (
-        f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
-    )
-    columns = {
-        name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()
-    }
+    warning = ""
+    if subjects := [key for key in ("task", "reward", "env", "data") if key in differ]:
+        warning = f"The runs differ in {' and '.join(subjects)}, so their numbers do not measure the same."
+    columns = {}
+    for name, column in settings.items():
+        columns[name] = {key: column.get(key, "-") for key in differ}
     return [markup.paragraph(warning, "strong"), _side_by_side(columns)]
 
 

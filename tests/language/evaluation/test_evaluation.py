@@ -27,7 +27,7 @@ from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.runs.console import rich_console
+from tokenrl.runs.output import rich_console
 from toy_tasks.models import TinyModel
 
 ROWS = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "ab"]

@@ -13,7 +13,7 @@ from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.prompts import FORM, form_line, saved_form, special_texts
-from tokenrl.runs.console import harmless
+from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
 SYSTEM = [{"role": "system", "content": "count to ten"}]

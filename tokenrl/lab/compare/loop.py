@@ -35,8 +35,9 @@ from tokenrl.lab.compare.plan import (
 )
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
-from tokenrl.runs.console import Console, duration, number, rich_table
+from tokenrl.runs.console import Console, duration, number
 from tokenrl.runs.files import plain
+from tokenrl.runs.output import rich_table
 from tokenrl.runs.reader import read_run
 
 TIMED_STEPS = 6

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import tokenrl.runs.markup as html
+import tokenrl.runs.markup as markup
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.files import write_json, write_text
+from tokenrl.runs.metric_table import metric_table
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Bars, Chart, Curve, Forest
 from tokenrl.runs.reader import read_run
-from tokenrl.runs.report import DIAGNOSTICS
 
 CITATION = """@software{{tokenrl,
   title = {{tokenrl: policy gradients on language models, with declared bias}},
@@ -29,7 +29,6 @@ FROM_PYTHON = (
 )
 COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 """Colours of the verdicts in the palette of the charts; the others are grey."""
-GREEDY = {"reward_greedy": ("greedy reward", "held-out, of the most probable completion or action")}
 COMPLETIONS = 4
 """How many completions of the first run of each arm are shown on each problem."""
 
@@ -52,24 +51,24 @@ def write_comparison(comparison: Comparison) -> Path:
     labels = [problem.label for problem in plan.problems]
     origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
     proposal = comparison.proposal[0] if comparison.proposal else ""
-    context = html.table(["", ""], list(_context(comparison).items()), "words")
-    sections = [html.Section("", [html.paragraph(subtitle, "soft")])]
+    context = markup.table(["", ""], list(_context(comparison).items()), "words")
+    sections = [markup.Section("", [markup.paragraph(subtitle, "soft")])]
     for label in labels:
-        sections.append(html.Section(f"Verdict on {label}", [_verdict(comparison, label)]))
-    sections.append(html.Section("", [html.paragraph(proposal)]))
-    sections.append(html.Section("What was compared", [context]))
+        sections.append(markup.Section(f"Verdict on {label}", [_verdict(comparison, label)]))
+    sections.append(markup.Section("", [markup.paragraph(proposal)]))
+    sections.append(markup.Section("What was compared", [context]))
     for problem in plan.problems:
         sections += _of_problem(comparison, problem)
     closed = {
-        "Sample completions": [html.completions(_completions(comparison))],
+        "Sample completions": [markup.completions(_completions(comparison))],
         "Every difference, in each metric": [_table(comparison.differences())],
         "Every run": [_table(runs)],
-        "To repeat, and to cite": [html.preformatted(part) for part in origin],
-        "The plan": [html.preformatted(asdict(plan))],
+        "To repeat, and to cite": [markup.preformatted(part) for part in origin],
+        "The plan": [markup.preformatted(asdict(plan))],
     }
-    sections += [html.Section(heading, blocks, closed=True) for heading, blocks in closed.items()]
+    sections += [markup.Section(heading, blocks, closed=True) for heading, blocks in closed.items()]
     title = f"Comparison of {len(plan.arms)} arms on {', '.join(labels)}"
-    return html.write_page(comparison.output_dir / "report.html", title, sections)
+    return markup.write_page(comparison.output_dir / "report.html", title, sections)
 
 
 def write_tables(comparison: Comparison) -> None:
@@ -98,7 +97,7 @@ def write_tables(comparison: Comparison) -> None:
     write_json(folder / "comparison.json", values)
 
 
-def _verdict(comparison: Comparison, label: str) -> html.Block:
+def _verdict(comparison: Comparison, label: str) -> markup.Block:
     """Show the verdict on a problem in words, then each difference, and what the verdict does not mean."""
     sentences = comparison.judgement.of(label).sentences()
     plan = comparison.plan
@@ -107,7 +106,7 @@ def _verdict(comparison: Comparison, label: str) -> html.Block:
             f"Each was compared with {plan.reference}; --all-pairs compares all pairs."
         )
     caveats = [caveat.text for caveat in comparison.caveats[label]]
-    return html.verdict(comparison.headline(label), sentences, caveats)
+    return markup.verdict(comparison.headline(label), sentences, caveats)
 
 
 def _context(comparison: Comparison) -> dict[str, str]:
@@ -127,23 +126,25 @@ def _context(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def _of_problem(comparison: Comparison, problem: Problem) -> list[html.Section]:
+def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section]:
     """Return the sections on one problem: differences, curves, a table of the arms, and tuned rates."""
     label = problem.label
     curves = comparison.table.curves_of(label)
     unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
     mark = None if problem.solved is None else ("solved", problem.solved)
     charts = [Chart("reward", unit, _curves(comparison, curves, "reward"), large=True, mark=mark)]
-    for metric, (name, unit) in (GREEDY | DIAGNOSTICS).items():
-        if metric in curves and curves[metric].nunique() > 1:
-            charts.append(Chart(name, unit, _curves(comparison, curves, metric)))
+    for metric in metric_table():
+        is_shown = metric.name == "reward_greedy" or metric.panel == "health"
+        if is_shown and metric.name in curves and curves[metric.name].nunique() > 1:
+            drawn = _curves(comparison, curves, metric.name)
+            charts.append(Chart(metric.name, metric.caption, drawn))
     blocks = {
-        "Differences": html.drawings([_forest(comparison, comparison.judgement.of(label))]),
-        "Learning": html.drawings(charts),
+        "Differences": markup.drawings([_forest(comparison, comparison.judgement.of(label))]),
+        "Learning": markup.drawings(charts),
         "Arms": _table(_arm_summary(comparison, label), "wide fit"),
-        "Learning rates": html.drawings(_rate_charts(comparison, label)),
+        "Learning rates": markup.drawings(_rate_charts(comparison, label)),
     }
-    return [html.Section(f"{heading} on {label}", [block]) for heading, block in blocks.items()]
+    return [markup.Section(f"{heading} on {label}", [block]) for heading, block in blocks.items()]
 
 
 def _forest(comparison: Comparison, family: Family) -> Forest:
@@ -239,9 +240,9 @@ def _completions(comparison: Comparison) -> list[dict[str, object]]:
     return rows
 
 
-def _table(frame: pd.DataFrame, style: str = "wide") -> html.Block:
+def _table(frame: pd.DataFrame, style: str = "wide") -> markup.Block:
     rows = [list(map(_cell, row)) for row in frame.itertuples(index=False)]
-    return html.table(list(map(str, frame.columns)), rows, style)
+    return markup.table(list(map(str, frame.columns)), rows, style)
 
 
 def _cell(value: object) -> str:

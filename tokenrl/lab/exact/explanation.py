@@ -11,7 +11,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS, Preset, preset_name
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.exact.trl_config import read_trl_config
-from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.output import rich_console, rich_table
 
 CHOICES = ("baseline", "scale", "aggregation", "ratio", "returns", "zero_spread", "truncations")
 """The axes that are shown, also those where the estimator is as RLOO."""

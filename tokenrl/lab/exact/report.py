@@ -27,8 +27,8 @@ from tokenrl.lab.exact.samplers import (
 )
 from tokenrl.lab.exact.turns import compare_turns
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
-from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
+from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import using_threads
 
 OF_ALL = ("declared", "found", "cosine", "relative_bias", "variance", "noise", "ok")

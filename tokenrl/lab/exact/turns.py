@@ -25,7 +25,7 @@ from tokenrl.lab.exact.discounting import TIMESTEP
 from tokenrl.lab.exact.enumeration import TOLERANCE, exact_moments
 from tokenrl.lab.exact.problems import Completions, Problem, tabular_problem
 from tokenrl.lab.exact.verdict import worst
-from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.output import rich_console, rich_table
 
 
 def turn_problem(seed: int) -> Problem:

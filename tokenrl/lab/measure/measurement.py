@@ -34,8 +34,9 @@ from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.runs.console import Console, rich_console, rich_table
+from tokenrl.runs.console import Console
 from tokenrl.runs.files import check_place, write_text
+from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
 

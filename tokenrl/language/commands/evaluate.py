@@ -32,8 +32,10 @@ from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
-from tokenrl.runs.console import measured, rich_console, rich_table, visible
+from tokenrl.runs.console import measured
 from tokenrl.runs.files import check_place, plain, write_json
+from tokenrl.runs.metric_table import metric_of
+from tokenrl.runs.output import rich_console, rich_table, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, field_types, lay
 
@@ -266,28 +268,6 @@ def print_evaluation(args: EvaluateArguments) -> int:
     return 0
 
 
-MEANINGS = {
-    "reward_greedy": "the greedy completion",
-    "reward": "mean of all samples (avg@k)",
-    "rewards/": "this reward function alone, before its weight",
-    "pass@": "probability that at least one of k samples is right",
-    "best@": "expected best reward of k samples",
-    "best_of_n@": "task's own reward of the best of n, chosen by --reward",
-    "best_of_n_proxy@": "reward of the same choice by --reward itself",
-    "best_of_n_kl@": "KL of best-of-n to the model, in nats",
-    "kl": "KL to the reference, nats per completion (k1)",
-    "kl_k3": "the same KL estimated by k3: less noise near the reference",
-    "entropy": "nats per token",
-    "distinct_1": "different tokens / all tokens, among a prompt's samples",
-    "distinct_2": "different pairs of adjacent tokens / all pairs",
-    "completions/mean_length": "tokens, EOS included",
-    "completions/clipped_ratio": "share cut at the maximum length, before an end",
-    "max_completion_length": "most tokens that a completion could have",
-    "episodes/": "turns of an episode, and the share of episodes that end so",
-}
-"""Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
-
-
 def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) -> Any:
     """Make a table of the metrics: of one model with what they mean, of several with a column for each.
 
@@ -301,19 +281,15 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
     table = rich_table(title, ("",), [*models] if compared else ["value"], overflow="fold")
     if not compared:
         table.add_column("")
-    order = {name: number for number, name in enumerate(MEANINGS)}
-    names = dict.fromkeys(
-        name for metrics in models.values() for name in metrics if "_stderr" not in name
-    )
-    for name in sorted(names, key=lambda name: order.get(_kind(name), len(order))):
+    names = dict.fromkeys(name for metrics in models.values() for name in metrics)
+    for name in sorted(names, key=lambda name: metric_of(name).row):
+        if name.endswith("_stderr"):
+            continue
         cells = [
             measured(metrics.get(name), metrics.get(name + "_stderr"))
             for metrics in models.values()
         ]
-        table.add_row(name, *cells, *([] if compared else [MEANINGS.get(_kind(name), "")]))
+        if not compared:
+            cells.append(metric_of(name).caption)
+        table.add_row(name, *cells)
     return table
-
-
-def _kind(name: str) -> str:
-    """Return the key of `MEANINGS` to which a metric belongs."""
-    return next((key for key in MEANINGS if key[-1] in "/@" and name.startswith(key)), name)

@@ -31,7 +31,7 @@ from tokenrl.language.supervised.base import load_placed
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
-from tokenrl.runs.console import harmless, visible
+from tokenrl.runs.output import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 
 

@@ -37,9 +37,10 @@ from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
-from tokenrl.runs.console import duration, harmless, number, visible
-from tokenrl.runs.findings import Finding, Weight, conclude, lower_rate, share_equal
+from tokenrl.runs.console import conclude, duration, number
+from tokenrl.runs.findings import Finding, Weight, lower_rate, share_equal
 from tokenrl.runs.metrics import peak_memory
+from tokenrl.runs.output import harmless, visible
 from tokenrl.runs.rules import MIN_ERRORS, judge
 from tokenrl.runs.session import Session
 

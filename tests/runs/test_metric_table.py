@@ -1,0 +1,72 @@
+"""The table of metrics: whatever runs record is in it, and each of its rows is recorded by something."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.policy.saving import save_policy
+from tokenrl.runs import read_run
+from tokenrl.runs.metric_table import metric_of, metric_table
+from toy_tasks import load
+
+STEP = "--task rows.jsonl --reward exact_match --prompts-per-step 2 --num-generations 2 --max-completion-length 4"
+RUNS = {
+    "train": f"train {STEP} --estimator grpo --estimator.beta 0.1",
+    "critic": f"train {STEP} --estimator ppo --eval-generations 0",
+    "sft": "sft --task rows.jsonl --reward exact_match --eval-every 1",
+    "reward-model": "reward-model --data rows.jsonl --eval-every 1",
+    "control": "control --env bandit --num-envs 4 --eval-episodes 4",
+    "pieces": "control --env bandit --estimator ppo --num-envs 4 --num-steps 4 --eval-episodes 4",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A saved model and a data file that suits train, sft and reward-model."""
+    folder = tmp_path_factory.mktemp("files")
+    save_policy(wrap(*load("sort_digits").build(0)), folder / "model")
+    row = {"answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
+    lines = [json.dumps({"prompt": f"{number}>"} | row) for number in range(30)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(files)
+    words = [
+        *RUNS[kind].split(),
+        "--max-steps",
+        "1",
+        "--quiet",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    if "control" not in RUNS[kind]:
+        words += ["--model", "model"]
+    assert main(words) == 0
+    run = read_run(tmp_path / "run")
+    names = {name for row in (*run.metrics, *run.timings) for name in row}
+    names |= (run.summary["eval_after"] or {}).keys()
+    assert {name for name in names if not metric_of(name).meaning} == set()
+
+
+def test_each_row_is_recorded_by_something_and_no_name_has_two():
+    texts = [path.read_text() for path in Path(tokenrl.__file__).parent.rglob("*.py")]
+    code = "\n".join(texts)
+    for metric in metric_table():
+        parts = re.split(r"{\w+}", metric.name)
+        assert all(part in code for part in parts), metric.name
+        assert metric.better in ("", "more", "less") and metric.meaning
+    names = [metric.name for metric in metric_table()]
+    facts = [metric.fact for metric in metric_table() if metric.fact]
+    assert len(set(names)) == len(names) and len(set(facts)) == len(facts)
+    assert metric_of("no such metric") not in metric_table()

@@ -1,0 +1,60 @@
+"""One table of what runs and evaluations record: names, units and meanings. Imports no torch.
+
+The rows stand in metric_table.txt. The console, pages, evaluations, rules and comparisons read them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """A row of the table; a column that does not apply is empty.
+
+    Attributes:
+        name: its name, in which braces stand for any name or number, as in `rewards/{name}/mean`.
+        fact: the name by which rules read it, behind a prefix such as `recent_`.
+        unit: its unit, such as `nats per token`.
+        better: `more` or `less`; empty where neither is better by itself.
+        panel: the charts that show it: reward, loss, accuracy or health.
+        meaning: what it is, in a few words.
+    """
+
+    name: str
+    fact: str = ""
+    unit: str = ""
+    better: str = ""
+    panel: str = ""
+    meaning: str = ""
+
+    @property
+    def caption(self) -> str:
+        """Unit and meaning."""
+        return ": ".join(filter(None, (self.unit, self.meaning)))
+
+    @property
+    def row(self) -> int:
+        """The place of the row in the table; those that are not in it come last."""
+        rows = metric_table()
+        return rows.index(self) if self in rows else len(rows)
+
+
+@cache
+def metric_table() -> tuple[Metric, ...]:
+    """Read the table."""
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    rows = re.findall(r"^[a-z].* \| .*$", text.replace("| - ", "|  "), flags=re.MULTILINE)
+    return tuple(Metric(*map(str.strip, row.split("|"))) for row in rows)
+
+
+def metric_of(name: str) -> Metric:
+    """Return the row of a recorded number, such as `eval_pass@4_stderr`; of an unknown one its name alone."""
+    name = re.sub("^eval_|_stderr$", "", name)
+    for metric in metric_table():
+        pattern = re.sub(r"\\{\w+\\}", ".+", re.escape(metric.name))
+        if re.fullmatch(pattern, name):
+            return metric
+    return Metric(name)
