@@ -11,7 +11,7 @@ import pytest
 
 from tokenrl.advisor.advice import command_line
 from tokenrl.advisor.environment import choose_way
-from tokenrl.advisor.language import fitted, without_signal
+from tokenrl.advisor.language import fitted
 from tokenrl.cli import COMMANDS, main
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
@@ -219,16 +219,6 @@ def test_what_the_rules_say_of_a_task(what, flags):
     assert fitted_to(**what)[1] == flags
 
 
-def test_the_share_of_groups_without_signal_is_measured_and_beyond_that_computed():
-    measured = {size: Estimate(share, 0.01) for size, share in ((2, 0.75), (4, 0.5), (8, 0.25))}
-    one = Estimate(0.1, 0.02)
-    found = Probe(64, 8, True, one, {1: one}, measured, one, 7.0, 8, 0.5)
-    said = "75% of groups of 2, 50% of groups of 4, 25% of groups of 8"
-    beyond = ", at least 19% (p^G + (1-p)^G) of groups of 16"  # .9^16 = .185
-    assert without_signal(found) == said + beyond
-    assert without_signal(replace(found, binary=False)) == said  # the formula is for 0 and 1
-
-
 @pytest.mark.parametrize(
     "cut, room, length", [(0.05, None, 8), (0.2, None, 16), (0.2, 12, 12), (0.2, 8, 8)]
 )
@@ -238,9 +228,7 @@ def test_many_cut_completions_ask_for_a_longer_limit(cut, room, length):
 
 def test_a_task_is_measured_and_the_files_can_be_run(capsys):
     shown, advice = advised(capsys, "--task", "vowels", *FEW, "--lora-r", "2", "--lora-alpha", "3")
-    assert (
-        "without_signal" in shown and "rloo" in shown and "tokenrl train --config c.json" in shown
-    )
+    assert "rloo" in shown and "tokenrl train --config c.json" in shown
     found = advice["measured"]
     assert (found["prompts"], found["samples"]) == (8, 4) and advice["arguments"][
         "task"

@@ -260,7 +260,7 @@ def test_the_report_of_a_run_that_failed_has_the_warnings_of_the_screen(tmp_path
     words = " ".join(Page((tmp_path / "report.html").read_text("utf-8")).text.split())
     parts = ["The run failed", "The reward has gone.", "step_000004", warning, "failed, 4 steps"]
     assert [words.index(part) for part in parts] == sorted(words.index(part) for part in parts)
-    assert "before → at step 4, the last evaluation" in words and "0 → 40" in words
+    assert "Held-out evaluation, before → after step 4" in words and "0 → 40" in words
     # Continued, the earlier warnings stand there too.
     live(tmp_path, lambda session: session.console.warn("further"), resume="auto")
     assert summary_of(tmp_path)["warnings"] == [warning, "further"]

@@ -15,9 +15,6 @@ from tokenrl.runs.output import rich_console, rich_table
 
 LEVELS = {"void": "grave problem", "act": "problem", "watch": "remark"}
 """The weights of findings in words, the gravest first."""
-Reason = tuple[str, bool, str]
-"""A row of a table of reasons: a setting such as `estimator.baseline`, whether the row applies to the advice
-that is given, and why the setting has its value."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,20 @@ class Advice:
         """Print what was measured, the findings, the settings and the command."""
         console = rich_console()
         console.print(f"tokenrl advise: {self.subject}", style="bold")
-        for columns, rows in (
-            (("measured", ""), self.measured.items()),
-            (
-                ("kind", "finding", "what it is", "change"),
-                [
-                    (LEVELS[f.weight], f.flag, f.text, shlex.join(flags(f.changes)))
-                    for f in self.findings
-                ],
-            ),
-            (("setting", "value", "reason"), [setting.values() for setting in self.settings]),
-        ):
-            table = rich_table("", columns, overflow="fold")
+        findings = []
+        for finding in self.findings:
+            change = shlex.join(flags(finding.changes))
+            findings.append((LEVELS[finding.weight], finding.flag, finding.text, change))
+        tables: dict[tuple[str, ...], Iterable[Iterable[Any]]] = {
+            ("measured", ""): self.measured.items(),
+            ("kind", "finding", "what it is", "change"): findings,
+            ("setting", "value", "reason"): [setting.values() for setting in self.settings],
+        }
+        for header, rows in tables.items():
+            table = rich_table("", header, overflow="fold")
             for row in rows:
                 table.add_row(*map(written, row))
-            if rows:
+            if table.rows:
                 console.print(table)
         console.print(f"Run it: {self.line}" if self.line else self.unchanged, soft_wrap=True)
 
@@ -75,22 +71,19 @@ def merge(findings: Iterable[Finding]) -> dict[str, Any]:
     the consequence of a destroyed policy, and a higher rate for a flat reward is advised if nothing else is
     wrong.
     """
-    findings = list(findings)
+    findings = sorted(findings, key=lambda finding: list(LEVELS).index(finding.weight))
     grave = [finding.precedence for finding in findings if finding.weight != "watch"]
-    explained = max(grave, default=0)
     changes: dict[str, Any] = {}
-    for level in LEVELS:
-        for finding in findings:
-            if finding.weight == level and finding.precedence >= explained:
-                changes = dict(finding.changes) | changes
+    for finding in findings:
+        if finding.precedence >= max(grave, default=0):
+            changes = {**finding.changes, **changes}
     return changes
 
 
 def settings_of(arguments: Any) -> dict[str, Any]:
     """Return the settings by name, those of the estimator too, such as `estimator.baseline`."""
-    return vars(arguments) | {
-        f"estimator.{name}": value for name, value in vars(arguments.estimator).items()
-    }
+    axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
+    return vars(arguments) | axes
 
 
 def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
@@ -101,37 +94,40 @@ def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
 
 def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
-    axes = {
-        n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")
-    }
-    settings = {name: value for name, value in changes.items() if not name.startswith("estimator.")}
+    axes, settings = {}, {}
+    for name, value in changes.items():
+        if name.startswith("estimator."):
+            axes[name.removeprefix("estimator.")] = value
+        else:
+            settings[name] = value
     return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
 
 
 def recommendation(
-    command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any
+    command: str,
+    arguments: Any,
+    reasons: Mapping[str, str],
+    findings: Iterable[Finding],
+    **fields: Any,
 ) -> Advice:
-    """Return advice with the command line for its arguments, and the reasons that apply to them."""
-    values, applying = (
-        settings_of(arguments),
-        [(name, text) for name, applies, text in reasons if applies],
+    """Return advice with the command line for its arguments, and why settings have their values."""
+    values = settings_of(arguments)
+    settings = []
+    for name, reason in reasons.items():
+        settings.append({"name": name, "value": values[name], "reason": reason})
+    return Advice(
+        command=command,
+        arguments=arguments,
+        line=command_line(command, arguments),
+        settings=settings,
+        findings=advised(findings, arguments),
+        **fields,
     )
-    settings = [{"name": name, "value": values[name], "reason": text} for name, text in applying]
-    line, fields["findings"] = (
-        command_line(command, arguments),
-        advised(fields["findings"], arguments),
-    )
-    return Advice(command=command, arguments=arguments, line=line, settings=settings, **fields)
 
 
 def describe_bias(estimator: Estimator) -> str:
     """Return the bias of an estimator in words; an entropy bonus changes the objective, not the bias."""
     return replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
-
-
-def rounded(number: float, figures: int = 1) -> float:
-    """Round to a few significant figures, where only the order of magnitude matters."""
-    return float(f"{number:.{figures}g}")
 
 
 def written(value: Any) -> str:
@@ -149,20 +145,22 @@ def written(value: Any) -> str:
 
 def command_line(command: str, arguments: Any) -> str:
     """Return the command for these arguments: the nearest preset, and a flag for each value that differs."""
-    usual = {field.name: field.default for field in fields(arguments)}
-    changes = {name: value for name, value in vars(arguments).items() if value != usual[name]}
-    changes.pop("estimator", None)
-    axes = vars(arguments.estimator).items()
-    apart = {
-        preset: {
-            f"estimator.{name}": value for name, value in axes if value != getattr(point, name)
+    changes = {}
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        if field.name != "estimator" and value != field.default:
+            changes[field.name] = value
+    estimator = vars(arguments.estimator)
+    axes = {}
+    for preset in PRESETS:
+        point = Estimator.preset(preset)
+        changed = {
+            name: value for name, value in estimator.items() if value != getattr(point, name)
         }
-        for preset, point in ((preset, Estimator.preset(preset)) for preset in PRESETS)
-    }
-    nearest = min(apart, key=lambda preset: len(apart[preset]))
-    return shlex.join(
-        ["tokenrl", command, "--estimator", nearest, *flags(changes | apart[nearest])]
-    )
+        axes[preset] = {f"estimator.{name}": value for name, value in changed.items()}
+    nearest = min(axes, key=lambda preset: len(axes[preset]))
+    words = flags(changes | axes[nearest])
+    return shlex.join(["tokenrl", command, "--estimator", nearest, *words])
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ class AdviseArguments(ModelArguments, TaskArguments, LoraArguments):
 
     env: str = ""
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
-    An own one with the file or module that registers it: my_envs.py:Mine-v0, my_package.envs:Mine-v0."""
+    For your own environment, name the file or module that registers it: my_envs.py:Mine-v0."""
     task: str = ""
     """Name of a language task, as for training."""
     run: str = ""

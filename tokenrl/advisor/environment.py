@@ -11,10 +11,8 @@ import torch
 
 from tokenrl.advisor.advice import (
     Advice,
-    Reason,
     describe_bias,
     recommendation,
-    rounded,
     with_changes,
 )
 from tokenrl.advisor.arguments import AdviseArguments
@@ -26,7 +24,7 @@ from tokenrl.control.setup import control_settings
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.findings import facts
+from tokenrl.runs.findings import facts, rounded
 from tokenrl.runs.rules import judge
 
 A2C = {"estimator": Estimator.preset("a2c"), "learning_rate_schedule": "linear"}
@@ -60,7 +58,7 @@ SLOW_STEPS = 10_000
 MEASURED_STEPS = 20_000
 """Largest number of steps of a measurement, which still takes at least ten episodes."""
 RARE = 0.1
-"""The reward is called sparse if fewer episodes than this share have another return than the commonest."""
+"""The reward is sparse if at least 90 % of the episodes have the same return."""
 
 
 def advise_environment(args: AdviseArguments) -> Advice:
@@ -118,16 +116,14 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
 
     Returns:
         The number of `episodes`, the `mean` and `sd` (ddof 1) of their returns, their mean `length`, the
-        share with an `unusual` return (not the commonest one), the share that the time limit `truncated`, and
+        share with an `unusual` return (not the most frequent return), the share that the time limit `truncated`, and
         the number of `parameters` of the policy.
     """
     episodes = min(args.episodes, max(10, MEASURED_STEPS // spec.horizon))
     generator = torch.Generator().manual_seed(args.seed)
     shape = Shape(spec.observation_size, spec.head, spec.actions or spec.action_size, hidden)
-    policy, environments = (
-        Policy(shape, generator),
-        Environments(args.env, episodes, args.max_episode_steps),
-    )
+    policy = Policy(shape, generator)
+    environments = Environments(args.env, episodes, args.max_episode_steps)
     try:
         rollout = collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
     except Stopped as error:  # nothing has been trained
@@ -148,72 +144,57 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
 
 def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> ControlArguments:
     """Set what follows from the returns: reward scale, discount, entropy bonus, number of environments."""
-    estimator, spread = control.estimator, returns["sd"] or max(1.0, abs(returns["mean"]))
+    estimator = control.estimator
+    spread = returns["sd"] or max(1.0, abs(returns["mean"]))
     if estimator.baseline == "running_mean":  # it starts at the mean of other episodes
         estimator = replace(estimator, running_mean_init=rounded(returns["mean"], 2))
     if estimator.needs_values:
-        control, spread = (
-            replace(control, reward_scale=rounded(1 / spread)),
-            1.0,
-        )  # returns are scaled to it
+        control = replace(control, reward_scale=rounded(1 / spread))
+        spread = 1.0  # returns are scaled to it
         if returns["truncated"] == 1 and not spec.discrete:
             estimator = replace(estimator, gamma=ENDLESS_GAMMA)
     if spec.discrete:
         estimator = replace(estimator, entropy_coef=rounded(ENTROPY * spread))
         control = replace(control, entropy_schedule="linear")
-    slow = (
-        control.num_steps is None and not spec.fast and spec.horizon * control.num_envs > SLOW_STEPS
-    )
-    envs = 16 if slow else control.num_envs
-    return replace(
-        control, estimator=estimator, num_envs=2 * envs if returns["unusual"] < RARE else envs
-    )
+    envs = control.num_envs
+    is_slow = not spec.fast and spec.horizon * envs > SLOW_STEPS
+    if is_slow and control.num_steps is None:
+        envs = 16
+    if returns["unusual"] < RARE:
+        envs *= 2
+    return replace(control, estimator=estimator, num_envs=envs)
 
 
-def _reasons(
-    control: ControlArguments, returns: dict[str, float], baseline_reason: str
-) -> list[Reason]:
-    """Return the reasons of the settings; `why` is that of the baseline."""
-    estimator, pieces = control.estimator, control.num_steps is not None
-    whole, exact = not pieces, estimator.scale == "none"
-    bias = f"gradient {describe_bias(estimator)}, an entropy bonus aside"
-    bonus = (
-        f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
-    )
-    reach = f"credit reaches about {1 / max(1 - estimator.gamma, 1e-9):.0f} steps; nearer 1 for later rewards"
-    scale = f"about 1 / sd of returns ({returns['sd']:.3g}): a critic learns targets of size 1"
-    steps = "pieces of episodes: the critic estimates the rest, so that updates need not wait"
-    return [
-        ("estimator.baseline", True, f"{baseline_reason}; {bias}"),
-        (
-            "estimator.returns",
-            whole,
-            "rewards that came before an action are left out of its advantage",
-        ),
-        ("estimator.returns", pieces, "GAE: lam trades the critic's bias for less noise"),
-        (
-            "estimator.scale",
-            exact,
-            "no division is exact; Adam's steps have one size, whatever the returns",
-        ),
-        (
-            "estimator.scale",
-            not exact,
-            "PPO divides by the spread of the step: one rate suits any returns",
-        ),
-        ("estimator.ratio", whole, "on-policy: every rollout is used for one update only"),
-        ("estimator.ratio", pieces, "PPO's clip lets a rollout be used more than once"),
-        ("num_envs", whole, "as many whole episodes per update"),
-        ("num_envs", pieces, "copies that are stepped together"),
-        ("learning_rate", True, "Adam; halve it if the return rises and then falls"),
-        (
-            "max_steps",
-            True,
-            "updates; --stop-when-solved may end sooner where there is a threshold",
-        ),
-        ("estimator.entropy_coef", estimator.entropy_coef > 0, bonus),
-        ("num_steps", pieces, steps),
-        ("num_iterations", pieces, "passes over each rollout; staler data gets clipped"),
-        ("estimator.gamma", pieces, reach),
-        ("reward_scale", estimator.needs_values, scale),
-    ]
+def _reasons(control: ControlArguments, returns: dict[str, float], baseline: str) -> dict[str, str]:
+    """Return why settings have their values, by setting; `baseline` is the reason of the baseline."""
+    estimator = control.estimator
+    reasons = {
+        "estimator.baseline": f"{baseline}; gradient {describe_bias(estimator)}, an entropy bonus aside",
+        "estimator.returns": "rewards that came before an action are left out of its advantage",
+        "estimator.scale": "PPO divides by the spread of the step: one rate suits any returns",
+        "estimator.ratio": "on-policy: every rollout is used for one update only",
+        "num_envs": "as many whole episodes per update",
+        "learning_rate": "Adam; halve it if the return rises and then falls",
+        "max_steps": "updates; --stop-when-solved may end sooner where there is a threshold",
+    }
+    if estimator.scale == "none":
+        reasons["estimator.scale"] = (
+            "no division is exact; Adam's steps have one size, whatever the returns"
+        )
+    if estimator.entropy_coef > 0:
+        bonus = f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
+        reasons["estimator.entropy_coef"] = bonus
+    if control.num_steps is not None:
+        reach = 1 / max(1 - estimator.gamma, 1e-9)
+        reasons |= {
+            "estimator.returns": "GAE: lam trades the critic's bias for less noise",
+            "estimator.ratio": "PPO's clip lets a rollout be used more than once",
+            "num_envs": "copies that are stepped together",
+            "num_steps": "pieces of episodes: the critic estimates the rest, so that updates need not wait",
+            "num_iterations": "passes over each rollout; staler data gets clipped",
+            "estimator.gamma": f"credit reaches about {reach:.0f} steps; nearer 1 for later rewards",
+        }
+    if estimator.needs_values:
+        scale = f"about 1 / sd of returns ({returns['sd']:.3g}): a critic learns targets of size 1"
+        reasons["reward_scale"] = scale
+    return reasons

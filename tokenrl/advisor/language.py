@@ -6,11 +6,9 @@ from dataclasses import fields, replace
 
 from tokenrl.advisor.advice import (
     Advice,
-    Reason,
     describe_bias,
     merge,
     recommendation,
-    rounded,
     with_changes,
 )
 from tokenrl.advisor.arguments import AdviseArguments
@@ -30,7 +28,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import plain
-from tokenrl.runs.findings import LOST_SHARE, Finding, facts, groups_without_signal
+from tokenrl.runs.findings import LOST_SHARE, Finding, facts, rounded
 from tokenrl.runs.rules import judge
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -89,63 +87,38 @@ def advise_language(args: AdviseArguments) -> Advice:
         train,
         _reasons(train, policy),
         subject=f"{task.name}, {policy.source}",
-        measured=form_line(policy.form, args.model)
-        | plain(probe)
-        | {"without_signal": without_signal(probe)},
+        measured=form_line(policy.form, args.model) | plain(probe),
         findings=[*findings, *(Finding("few-prompts", "watch", text) for text in few)],
     )
 
 
-def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
-    """Return the reasons of the settings."""
-    estimator, baseline = train.estimator, train.estimator.baseline
-    adapter = sum(p.numel() for p in policy.trainable_parameters())
-    bias = f"gradient {describe_bias(estimator)}"
-    earlier = "mean of earlier rewards: one completion per prompt has none beside it"
-    rate = "recommended by the task for its own model, else by size (adapters: ten times that)"
-    size = f"the smallest from {SMALLEST_GROUP} up of which at most {LOST_SHARE:.0%} are dead, else the largest; "
-    return [
-        ("num_generations", True, f"{size}or as you asked"),
-        ("prompts_per_step", True, "so many completions a step as the task's settings have"),
-        ("max_completion_length", True, "the task's, or twice that where many completions are cut"),
-        (
-            "estimator.scale",
-            True,
-            "no division, exact: a divisor weights easy and hard prompts unequally",
-        ),
-        ("estimator.ratio", True, "on-policy: every rollout is used for one update only"),
-        (
-            "estimator.entropy_coef",
-            True,
-            "none, unless the policy is almost certain of every token",
-        ),
-        ("temperature", True, "the same in sampling and in training"),
-        ("learning_rate", True, rate),
-        ("estimator.baseline", baseline == "rloo", f"mean of the prompt's other rewards; {bias}"),
-        ("estimator.baseline", baseline == "running_mean", f"{earlier}; {bias}"),
-        ("estimator.baseline", baseline not in ("rloo", "running_mean"), f"as you asked; {bias}"),
-        ("estimator.beta", estimator.beta > 0, "a policy can exploit a reward model"),
-        ("estimator.beta", estimator.beta == 0, "a reward by rule needs no KL term"),
-        (
-            "lora_r",
-            train.lora_r > 0,
-            f"as you asked: trains {adapter:,} of {policy.size:,} parameters",
-        ),
-    ]
-
-
-def without_signal(probe: Probe) -> str:
-    """Say which share of groups has equal rewards, by the size of the group.
-
-    Sizes up to that of the probe were measured. For larger ones, rewards of 0 and 1 and one success rate for
-    all prompts, p, it is p^G + (1-p)^G; prompts that differ in difficulty make it larger.
-    """
-    computed = groups_without_signal(probe.reward.value) if probe.binary else {}
-    shares = {size: f"at least {share:.0%} (p^G + (1-p)^G)" for size, share in computed.items()}
-    shares |= {
-        size: f"{share.value:.0%}" for size, share in probe.dead_groups.items() if size <= 16
+def _reasons(train: TrainArguments, policy: Policy) -> dict[str, str]:
+    """Return why settings have their values, by setting."""
+    bias = f"gradient {describe_bias(train.estimator)}"
+    size = f"the smallest from {SMALLEST_GROUP} up of which at most {LOST_SHARE:.0%} are dead"
+    baselines = {
+        "rloo": "mean of the prompt's other rewards",
+        "running_mean": "mean of earlier rewards: one completion per prompt has none beside it",
     }
-    return ", ".join(f"{share} of groups of {size}" for size, share in shares.items())
+    baseline = baselines.get(str(train.estimator.baseline), "as you asked")
+    reasons = {
+        "num_generations": f"{size}, else the largest; or as you asked",
+        "prompts_per_step": "so many completions a step as the task's settings have",
+        "max_completion_length": "the task's, or twice that where many completions are cut",
+        "estimator.scale": "no division, exact: a divisor weights easy and hard prompts unequally",
+        "estimator.ratio": "on-policy: every rollout is used for one update only",
+        "estimator.entropy_coef": "none, unless the policy is almost certain of every token",
+        "temperature": "the same in sampling and in training",
+        "learning_rate": "recommended by the task for its own model, else by size (adapters: ten times that)",
+        "estimator.baseline": f"{baseline}; {bias}",
+        "estimator.beta": "a reward by rule needs no KL term",
+    }
+    if train.estimator.beta > 0:
+        reasons["estimator.beta"] = "a policy can exploit a reward model"
+    if train.lora_r > 0:
+        adapter = sum(p.numel() for p in policy.trainable_parameters())
+        reasons["lora_r"] = f"as you asked: trains {adapter:,} of {policy.size:,} parameters"
+    return reasons
 
 
 def fitted(
@@ -164,14 +137,16 @@ def fitted(
         size: the group size that was asked for; None to choose it.
     """
     dead = {count: share.value for count, share in probe.dead_groups.items()}
-    sizes = [count for count in dead if count >= SMALLEST_GROUP] or list(dead)
-    size = size or next((count for count in sizes if dead[count] <= LOST_SHARE), max(sizes))
-    rows, estimator = train.prompts_per_step * train.num_generations, train.estimator
+    if size is None:
+        sizes = [count for count in dead if count >= SMALLEST_GROUP] or list(dead)
+        alive = [count for count in sizes if dead[count] <= LOST_SHARE]
+        size = min(alive, default=max(sizes))
+    completions = train.prompts_per_step * train.num_generations
+    estimator = train.estimator
     if estimator.baseline == "running_mean":
         estimator = replace(estimator, running_mean_init=rounded(probe.reward.value, 2))
-    train = replace(
-        train, num_generations=size, prompts_per_step=max(2, rows // size), estimator=estimator
-    )
+    prompts = max(2, completions // size)
+    train = replace(train, num_generations=size, prompts_per_step=prompts, estimator=estimator)
     score, mark = probe.reward.value, solved
     if solved is None and probe.passed:
         score, mark = probe.passed[1].value, EASY
@@ -192,7 +167,6 @@ def fitted(
         is_easy=mark is not None and score >= mark,
     )
     findings = judge(observed)
-    changes = merge(
-        finding for finding in findings if finding.flag != "no-signal"
-    )  # the size was chosen above
+    # The size of the groups was chosen above.
+    changes = merge(finding for finding in findings if finding.flag != "no-signal")
     return with_changes(train, changes), findings

@@ -11,7 +11,7 @@ from tokenrl.errors import Refused
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.settings import Natural, Settings
 
-USUAL = ("reward_greedy", "reward", "accuracy", "loss")
+DECISIVE = ("reward_greedy", "reward", "accuracy", "loss")
 """The metrics by which evaluations are ranked, unless one is named: the first that is evaluated."""
 
 
@@ -43,8 +43,10 @@ class Best:
 
     def __init__(self, args: SelectionArguments) -> None:
         """Prepare; `args` says by which metric to decide."""
-        self._args, self.metric = args, args.best_metric or ""
-        self.steps, self.count, self.since = list[int](), 0, 0
+        self._args = args
+        self.metric = args.best_metric or ""
+        self.steps = list[int]()
+        self.count = self.since = 0
         self.value: float | None = None
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -55,18 +57,22 @@ class Best:
         """
         if self._args.keep == "last" and not self._args.patience:
             return
-        self.metric = self.metric or next((name for name in USUAL if name in metrics), USUAL[0])
+        evaluated = [name for name in DECISIVE if name in metrics]
+        self.metric = self.metric or (evaluated or DECISIVE)[0]
         if self.metric not in metrics and not self.count:
             names = ", ".join(name for name in metrics if not name.endswith("_stderr"))
             raise Refused(
                 f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}."
             )
-        sign = -1 if metric_of(self.metric).better == "less" else 1
+        self.count += 1
+        self.since += 1
         value = metrics.get(self.metric, math.nan)
-        self.count, self.since = self.count + 1, self.since + 1
-        better = self.value is None or sign * value > sign * self.value
-        if better and not math.isnan(value):
-            self.steps, self.value, self.since = [*self.steps, step], value, 0
+        sign = -1 if metric_of(self.metric).better == "less" else 1
+        is_better = self.value is None or sign * value > sign * self.value
+        if is_better and not math.isnan(value):
+            self.steps = [*self.steps, step]
+            self.value = value
+            self.since = 0
 
     @property
     def exhausted(self) -> bool:
@@ -81,13 +87,10 @@ class Best:
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""
         step = self.until(None)
-        facts = {
-            "step": step,
-            "metric": self.metric,
-            "value": self.value,
-            "evaluations": self.count,
-        }
-        return {} if step is None else facts
+        if step is None:
+            return {}
+        best = {"step": step, "metric": self.metric, "value": self.value}
+        return best | {"evaluations": self.count}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation must know."""
@@ -103,12 +106,14 @@ def kept_weights(summary: Mapping[str, Any]) -> str:
     best = summary.get("best")
     if not best or summary["exit_reason"] == "check":
         return ""
-    step, metric, value, count = (best[name] for name in ("step", "metric", "value", "evaluations"))
-    folder = f"checkpoints/step_{step:06d}" if summary["exit_reason"] == "failed" else "model/"
+    folder = "model/"
+    if summary["exit_reason"] == "failed":
+        folder = f"checkpoints/step_{best['step']:06d}"
     text = (
-        f"{folder} holds the weights of step {step}, with the best {metric} of {count} evaluations"
+        f"{folder} holds the weights of step {best['step']}, with the best {best['metric']} of "
+        f"{best['evaluations']} evaluations, {best['value']:.4g}"
     )
-    last = (summary.get("eval_after") or {}).get(metric)
-    text += f", {value:.4g}"
-    text += "" if last is None else f"; after the last step, {summary['steps']}, it is {last:.4g}"
+    last = (summary.get("eval_after") or {}).get(best["metric"])
+    if last is not None:
+        text += f"; after the last step, {summary['steps']}, it is {last:.4g}"
     return f"{text}. The best of several is partly luck: measure these weights on other data."

@@ -106,11 +106,7 @@ def learning_curve(
 def _sections(run: RecordedRun) -> Iterator[markup.Section]:
     config = run.config
     yield markup.Section("", list(_outcome(run)))
-    before, after, heading = _evaluations(run)
-    numbers = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
-    yield markup.Section(
-        f"Held-out evaluation, {heading} (± standard error)", [markup.cards(numbers)]
-    )
+    yield _evaluations(run)
     stage = run.path / "warm_start.jsonl"
     if stage.is_file():
         curve = _curve(read_metrics(stage), "loss", "loss of demonstrations", 2)
@@ -141,11 +137,6 @@ def _outcome(run: RecordedRun) -> Iterator[markup.Block]:
     if warm := (summary.get("warm_started") or {}).get("in_words"):
         yield markup.paragraph(f"Warm start on demonstrations: {warm}.")
     yield markup.paragraph(kept_weights(summary))
-    engine = run.config.get("generator")
-    gaps = run.series("sampling/logp_difference/max")[1]
-    if gaps and engine not in (None, "transformers"):
-        gap = f"{number(max(gaps))} nats between its log-probability of a token and the trainer's"
-        yield markup.paragraph(f"Sampled by {engine}, with at most {gap}.")
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -193,22 +184,17 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     return markup.write_page(output, f"Comparison of {len(recorded)} runs", sections)
 
 
-def _evaluations(run: RecordedRun) -> tuple[dict[str, str], dict[str, str], str]:
-    """Return the evaluations before and after training as text, and a heading that says when they were.
-
-    A run that has failed, or goes on, has its last evaluation in place of the one after training.
-    """
-    rows = {}
-    for row in run.metrics:
-        names = [name for name in row if name.startswith("eval_")]
-        if names:
-            rows[row["step"]] = {name.removeprefix("eval_"): row[name] for name in names}
-    before = run.summary.get("eval_before") or rows.get(0)
-    after, heading = run.summary.get("eval_after"), "before → after training"
-    step = max(rows, default=0)
-    if step and not after:
-        after, heading = rows[step], f"before → at step {step}, the last evaluation"
-    return with_errors(distinct(before)), with_errors(distinct(after)), heading
+def _evaluations(run: RecordedRun) -> markup.Section:
+    """Show the numbers of the evaluation before training and of the last one."""
+    texts = {0: dict[str, str]()}
+    for row in run.evaluations:
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        texts[row["step"]] = with_errors(distinct(numbers))
+    last = max(texts)
+    after = texts[last] if last else {}
+    both = {name: (texts[0].get(name, "-"), after.get(name, "-")) for name in texts[0] | after}
+    heading = f"Held-out evaluation, before → after step {last} (± standard error)"
+    return markup.Section(heading, [markup.cards(both)])
 
 
 def _learning(heading: str, charts: Sequence[Chart]) -> markup.Section:
