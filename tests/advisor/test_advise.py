@@ -247,8 +247,11 @@ def test_a_task_is_measured_and_the_files_can_be_run(capsys):
     assert "is for `tokenrl train`" in capsys.readouterr().err
 
 
+TASK = ["--task", "vowels", *FEW, "--num-generations", "1"]
+
+
 @pytest.mark.parametrize(
-    "subject", [["--task", "vowels", *FEW, "--num-generations", "1"], ["--env", "bandit"]]
+    "subject", [pytest.param(TASK, marks=pytest.mark.slow), ["--env", "bandit"]]
 )
 def test_the_command_line_that_is_shown_can_be_typed(subject, capsys):
     assert main(["advise", *subject]) == 0

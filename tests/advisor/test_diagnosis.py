@@ -294,7 +294,7 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
         assert words in error and error.count("\n") == 1, path
 
 
-@pytest.mark.parametrize("kind", ["control", "train"])
+@pytest.mark.parametrize("kind", ["control", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     """Two tiny runs: the diagnosis reads what they wrote, and its command runs."""
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
@@ -328,8 +328,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("command", ["advise --run a", "report a", "report a b"])
-@pytest.mark.parametrize("source", ["mine.py", "mine"])
-@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize(("kind", "source"), [("control", "mine.py"), ("train", "mine")])
 def test_reading_a_run_executes_nothing_that_it_names(
     made_up, tmp_path, monkeypatch, kind, source, command
 ):

@@ -94,7 +94,8 @@ def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
 
 def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
-    axes, settings = {}, {}
+    axes = {}
+    settings = {}
     for name, value in changes.items():
         if name.startswith("estimator."):
             axes[name.removeprefix("estimator.")] = value

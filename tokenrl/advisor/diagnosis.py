@@ -158,9 +158,11 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
 
 def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     """Return whether the reward has gained or fallen by more than chance, and its value at its best."""
-    parts, evaluated = quarters(run), evaluations(run)
+    parts = quarters(run)
+    evaluated = evaluations(run)
     compared = evaluated if len(evaluated) > 1 else parts
-    now, peak = compared[-1], max(compared)
+    now = compared[-1]
+    peak = max(compared)
     comparisons = len(compared) - 1
     is_running = not run.summary and in_use(run.path)
     gained = any(_difference(means[-1], means[0], 2) > 0 for means in (compared, parts))
@@ -224,7 +226,8 @@ def _horizon(run: RecordedRun, arguments: ControlArguments) -> float:
 
 def _status(run: RecordedRun, arguments: Any) -> str:
     """Return how far the run has come, and how it ended."""
-    step, summary = run.metrics[-1]["step"], run.summary
+    step = run.metrics[-1]["step"]
+    summary = run.summary
     ended = "still running" if not summary and in_use(run.path) else ending(summary)
     error = f"; {summary['error']}" if "error" in summary else ""
     share = step / arguments.max_steps

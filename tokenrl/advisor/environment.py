@@ -73,7 +73,8 @@ def advise_environment(args: AdviseArguments) -> Advice:
     names = ("env", "head", "seed", "max_episode_steps", "allow_no_baseline")
     settings = {name: getattr(args, name) for name in names}
     if args.baseline not in (None, "value"):
-        settings["estimator.baseline"], reason = args.baseline, "as you asked"
+        settings["estimator.baseline"] = args.baseline
+        reason = "as you asked"
     control = with_changes(ControlArguments(**start), settings)
     control_settings(control, spec)  # refuses what does not fit the environment
     returns = measure_returns(spec, args, control.hidden)
@@ -89,7 +90,8 @@ def advise_environment(args: AdviseArguments) -> Advice:
         before_greedy=returns["mean"] if returns["sd"] else None,
         pass_mark=spec.solved,
     )
-    measured, reasons = asdict(spec) | returns, _reasons(control, returns, reason)
+    measured = asdict(spec) | returns
+    reasons = _reasons(control, returns, reason)
     return recommendation(
         "control", control, reasons, subject=spec.env, measured=measured, findings=judge(observed)
     )

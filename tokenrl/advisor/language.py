@@ -76,11 +76,12 @@ def advise_language(args: AdviseArguments) -> Advice:
         probe = probe_policy(policy, rows, rewards, sampling)
     prompts = [row["prompt"] for row in (*task.train_prompts, *task.eval_prompts)]
     # An environment begins other episodes with equal prompts, and writes to all of them.
-    room, episodic = None, rewards.environments is not None
+    room = None
+    episodic = rewards.environments is not None
     if policy.context is not None and not episodic:
         room = policy.context - max(map(len, map(policy.encode, prompts)))
-    solved, size = getattr(task, "solved", None), args.num_generations
-    train, findings = fitted(train, probe, room=room, solved=solved, size=size)
+    solved = getattr(task, "solved", None)
+    train, findings = fitted(train, probe, room=room, solved=solved, size=args.num_generations)
     few = [] if episodic else few_prompts(task.train_prompts)
     return recommendation(
         "train",
@@ -147,9 +148,11 @@ def fitted(
         estimator = replace(estimator, running_mean_init=rounded(probe.reward.value, 2))
     prompts = max(2, completions // size)
     train = replace(train, num_generations=size, prompts_per_step=prompts, estimator=estimator)
-    score, mark = probe.reward.value, solved
+    score = probe.reward.value
+    mark = solved
     if solved is None and probe.passed:
-        score, mark = probe.passed[1].value, EASY
+        score = probe.passed[1].value
+        mark = EASY
     observed = facts(
         [],
         train,

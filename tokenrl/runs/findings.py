@@ -38,7 +38,8 @@ Part = Literal["step", "first", "latest", "recent"]
 LOST_SHARE = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
 it, as a share of effective samples: importance weights then about double the variance of the gradient."""
-LATEST_STEPS, LATEST_GROUPS = 3, 48
+LATEST_STEPS = 3
+LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
 SPEED_STEPS = 9
 """The steps by which the speed at the start, and now, is measured: half of them do not yet count."""
@@ -246,16 +247,11 @@ def remedy(facts: Facts) -> str:
         return text
     samples = facts.steps_without_signal * facts.prompts_per_step * facts.num_generations
     rate = min(0.5, 1 - 0.05 ** (1 / samples))  # if more differed, 95 % of samples would show one
-    shares = ", ".join(f"{share:.0%}" for share in groups_without_signal(rate).values())
+    shares = ", ".join(f"{rate**size + (1 - rate) ** size:.0%}" for size in (2, 4, 8, 16))
     return (
         f"{text} None of {samples:,} completions differed, so at most {rate:.2g} of all do (95 % confidence), "
         f"and at least {shares} of groups of 2, 4, 8, 16 have equal rewards."
     )
-
-
-def groups_without_signal(rate: float) -> dict[int, float]:
-    """Return the chance that all of 2, 4, 8 and 16 completions succeed or all fail, at this rate each."""
-    return {size: rate**size + (1 - rate) ** size for size in (2, 4, 8, 16)}
 
 
 def rounded(number: float, figures: int = 1) -> float:

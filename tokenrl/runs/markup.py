@@ -13,6 +13,7 @@ import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
         return {}
     named = [{harmless(name): value for name, value in row.items()} for row in rows]
     numeric = []
-    for name in dict.fromkeys(name for row in named for name in row):
+    for name in dict.fromkeys(chain.from_iterable(named)):
         if all(isinstance(row.get(name), int | float | None) for row in named):
             numeric.append(name)
     samples = []
@@ -152,7 +153,8 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
 
 def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
     """Return the texts of a completion, each as messages with roles, and its numbers."""
-    texts, numbers = {}, {}
+    texts = {}
+    numbers = {}
     for name, value in row.items():
         if value is None:
             continue

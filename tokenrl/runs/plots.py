@@ -208,14 +208,8 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
         width: its width in pixels; the element itself fits any width.
         height: its height in pixels.
     """
-    left = 44 if isinstance(drawing, Chart) else 4  # pixels, as the others
-    right, top, bottom = 14, 10, 24
-    box = (
-        left / width,
-        bottom / height,
-        1 - (left + right) / width,
-        1 - (top + bottom) / height,
-    )
+    margin = 44 if isinstance(drawing, Chart) else 4  # at the left, in pixels
+    box = (margin / width, 24 / height, 1 - (margin + 14) / width, 1 - 34 / height)
     file = StringIO()
     with _figure((width / 72, height / 72), dpi=72) as figure:
         drawing.draw(figure.add_axes(box))
@@ -256,9 +250,9 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
     charts = [chart for chart in charts if chart.drawn]
     with _figure((12, 6), dpi=100) as figure:
         figure.set_facecolor("white")
-        ink, soft = PALETTE["ink"], PALETTE["soft"]
-        figure.text(0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=ink)
-        figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=soft)
+        look: dict[str, Any] = {"fontsize": 18, "fontweight": "bold", "color": PALETTE["ink"]}
+        figure.text(0.05, 0.92, _literal(title), **look)
+        figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=PALETTE["soft"])
         grid = figure.add_gridspec(
             1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07
         )

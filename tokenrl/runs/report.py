@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -46,7 +48,8 @@ _LARGE = {"sft": (_LOSS, _REWARD), "reward-model": (_ACCURACY,)}
 _ROUNDING = 1e-4
 """A diagnostic that never differs more from its best value, 0 or 1, is not drawn."""
 _MAX_NUMBER = 1e300  # beyond it means and ranges of axes would overflow
-_MAX_STEPS, _MAX_ROWS = 8, 16  # steps, and completions of each, on a page
+_MAX_STEPS = 8  # on a page
+_MAX_ROWS = 16  # completions of a step on a page
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
@@ -165,7 +168,8 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         )
     output = Path(output)
     check_place(output)
-    links, lines = {}, {}
+    links = {}
+    lines = {}
     for name, run in recorded.items():
         lines[name] = f"{run.title}; {ending(run.summary)}"
         page = run.path / "report.html"
@@ -236,7 +240,7 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         charts.append(Chart(name.removesuffix("/mean"), "mean, before its weight", curves))
     for metric in metric_table():
         curves = _curves(runs, metric.name, "last" if is_single else "")
-        values = [value for curve in curves for value in curve.y]
+        values = chain.from_iterable(curve.y for curve in curves)
         best = 1.0 if metric.better == "more" else 0.0
         is_usual = all(abs(value - best) <= _ROUNDING for value in values)
         if metric.panel == "health" and not is_usual:
@@ -249,8 +253,8 @@ def _rewards(runs: Mapping[str, Rows]) -> list[str]:
 
     Where the mean of one rises while another falls, the policy trades the one for the other.
     """
-    keys = dict.fromkeys(key for rows in runs.values() for row in rows for key in row)
-    means = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
+    keys = dict.fromkeys(chain.from_iterable(chain.from_iterable(runs.values())))
+    means = [key for key in keys if re.fullmatch("rewards/.+/mean", key)]
     return means if len(means) > 1 else []
 
 
@@ -309,7 +313,7 @@ def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
     for name, run in runs.items():
         compared = {key: value for key, value in run.config.items() if key not in _NOT_COMPARED}
         settings[name] = {key: visible(str(value)) for key, value in flat(compared).items()}
-    names = sorted({key for column in settings.values() for key in column})
+    names = sorted(set(chain.from_iterable(settings.values())))
     differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
     if not differ:
         return [markup.paragraph("None: the runs have the same settings.")]
@@ -324,6 +328,7 @@ def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
 
 def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> markup.Block:
     """Make a table with a column per run; what a run lacks is a dash."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
+    rows = []
+    for name in dict.fromkeys(chain.from_iterable(columns.values())):
+        rows.append([name, *(column.get(name, "-") for column in columns.values())])
     return markup.table(["", *columns], rows, "wide")

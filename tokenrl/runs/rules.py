@@ -27,10 +27,10 @@ Judgement = tuple[Any, ...] | None
 """What a rule returns: the weight (None for nothing), the sentence with facts in braces, and the changes."""
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
-MIN_ERRORS, MIN_ERRORS_OF_BEST = 4.5, 6.0
-"""Standard errors by which the reward of a destroyed policy falls: from the evaluation before training, or
-from the best of several. Tested hundreds of times per run, a fall of 2 standard errors is often chance; the
-best of several evaluations is biased upwards."""
+MIN_ERRORS = 4.5
+MIN_ERRORS_OF_BEST = 6.0
+"""Standard errors by which the reward of a destroyed policy falls. Tested hundreds of times per run, a fall
+of 2 standard errors is often chance; the best of several evaluations is biased upwards."""
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
