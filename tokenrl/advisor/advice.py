@@ -81,7 +81,7 @@ def merge(findings: Iterable[Finding]) -> dict[str, Any]:
 
 
 def settings_of(arguments: Any) -> dict[str, Any]:
-    """Return the settings by name, those of the estimator too, such as `estimator.baseline`."""
+    """Return the settings by name, with the axes of the estimator as `estimator.baseline` and so on."""
     axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
     return vars(arguments) | axes
 

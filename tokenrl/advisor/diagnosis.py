@@ -47,7 +47,7 @@ RECORDED = (
     "num_generations",
     "max_completion_length",
 )
-"""Settings of which every run has a number in config.json, if its command has them."""
+"""Settings that are numbers in the config.json of every run whose command has them."""
 SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) reaches solved_at, or
 nearly all rewards are 1. So there is nothing to change, and no command. Take a harder task; or, if the
 answers do not deserve their rewards, correct the reward."""
@@ -74,7 +74,7 @@ def advise_run(path: str) -> Advice:
     if run.kind not in COMMANDS:
         raise Refused(
             f"{path} is a run of `tokenrl {run.kind}`. Only runs with a policy gradient can be diagnosed: "
-            "those of `tokenrl train` and `tokenrl control`."
+            "of `tokenrl train` and `tokenrl control`."
         )
     if not any(run.series("reward")[0]):
         raise Refused(
@@ -83,9 +83,9 @@ def advise_run(path: str) -> Advice:
         )
     try:
         return _diagnosed(run)
+    except Refused:
+        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
         raise Refused(
             f"{path} cannot be diagnosed: a file of it is damaged or was changed ({describe(error)})."
         ) from error

@@ -96,7 +96,7 @@ def advise_language(args: AdviseArguments) -> Advice:
 def _reasons(train: TrainArguments, policy: Policy) -> dict[str, str]:
     """Return why settings have their values, by setting."""
     bias = f"gradient {describe_bias(train.estimator)}"
-    size = f"the smallest from {SMALLEST_GROUP} up of which at most {LOST_SHARE:.0%} are dead"
+    size = f"the smallest size from {SMALLEST_GROUP} on with at most {LOST_SHARE:.0%} dead groups"
     baselines = {
         "rloo": "mean of the prompt's other rewards",
         "running_mean": "mean of earlier rewards: one completion per prompt has none beside it",
@@ -127,7 +127,7 @@ def fitted(
 ) -> tuple[TrainArguments, list[Finding]]:
     """Set what follows from the probe; return the settings and what the rules find.
 
-    The group is the smallest from four on of which at most half are dead, else the largest: larger ones need
+    The group has the smallest size from four on with at most half dead groups, else the largest: larger ones need
     more completions per prompt, and gain little once most groups have unequal rewards.
 
     Args:

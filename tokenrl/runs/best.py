@@ -20,12 +20,12 @@ class SelectionArguments(Settings, group="selection"):
     """Which weights a run hands over at its end, and when it ends because it gets no better."""
 
     keep: Literal["last", "best"] = "last"
-    """The weights in model/ at the end: those of the last step, or those with the best evaluation, which may
-    be the one before training. The best of many evaluations of the same held-out rows is partly luck, so
+    """The weights in model/ at the end: from the last step, or from the step with the best evaluation, which may
+    be before training. The best of many evaluations of the same held-out rows is partly luck, so
     expect a little less of it on other data. Its checkpoint is saved, and kept beside the newest ones."""
     best_metric: str | None = None
-    """The metric of evaluations by which keep and patience decide: higher is better, but lower for a loss, an
-    error or another metric of which less is better.
+    """The metric of evaluations by which keep and patience decide: higher is better, but for a loss, an error
+    or a cost lower.
     Default: reward_greedy, or what is evaluated of reward, accuracy and loss."""
     patience: Natural = 0
     """End the run, with the exit reason no-improvement, after this many evaluations in a row that are no

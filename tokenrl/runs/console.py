@@ -314,7 +314,7 @@ def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return metrics without those of a single reward function, which repeat those of the reward itself."""
+    """Return metrics without the metrics of a single reward function, which repeat the reward itself."""
     metrics = dict(metrics or {})
     names = [name for name in metrics if name.startswith("rewards/")]
     if len({name.split("/")[1] for name in names}) == 1:

@@ -74,7 +74,7 @@ class Finding:
             mean nothing as they are: a check is then not passed, and an arm gets no verdict.
         text: one or more whole sentences, with the numbers.
         changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`.
-        precedence: a finding of weight `act` or `void` may explain all those of lower precedence, so that
+        precedence: a finding of weight `act` or `void` may explain all findings of lower precedence, so that
             their changes are not advised beside its own.
     """
 
@@ -106,7 +106,7 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
     A mean leaves out numbers that are missing or not finite; of none it is nan, which rules take as missing.
 
     Args:
-        rows: rows of metrics.jsonl in order. Those of the trial steps of a check all have the same step.
+        rows: rows of metrics.jsonl in order. The trial steps of a check all have the same number.
         settings: the settings of the run, a dataclass, whose estimator's axes are facts too.
         parts: the prefixes of the means. The rules about the latest steps compare them with the first step.
         **numbers: facts that only the caller knows, or knows better; None for what is unknown.

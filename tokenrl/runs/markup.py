@@ -92,7 +92,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "")
     """Make a table, empty without rows. On a narrow screen each row becomes a block of lines.
 
     Args:
-        header: names of the columns, of which the first one names the rows.
+        header: names of the columns; the first column names the rows.
         rows: cells as text, one row of them after the other.
         style: `words` where the last column is a sentence, `wide` where many columns may scroll, `fit` where
             cells do not wrap.

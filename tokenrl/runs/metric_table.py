@@ -51,7 +51,7 @@ def metric_table() -> tuple[Metric, ...]:
 
 
 def metric_of(name: str) -> Metric:
-    """Return the row of a recorded number, such as `eval_pass@4_stderr`; of an unknown one its name alone."""
+    """Return the row of a recorded number, such as `eval_pass@4_stderr`; an unknown number has a name alone."""
     name = re.sub("^eval_|_stderr$", "", name)
     for metric in metric_table():
         pattern = re.sub(r"\\{\w+\\}", ".+", re.escape(metric.name))

@@ -91,8 +91,8 @@ def checked_output() -> Iterator[None]:
         drop_output()
         if isinstance(error, BrokenPipeError) or error.filename is not None:
             raise
-        mend = "Send it to a place with space, and run again."
-        raise Stopped(f"The output could not be written ({error}). {mend}") from error
+        advice = "Send it to a place with space, and run again."
+        raise Stopped(f"The output could not be written ({error}). {advice}") from error
 
 
 def drop_output() -> None:

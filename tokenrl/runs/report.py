@@ -57,7 +57,7 @@ def report_from_directory(run: str | Path) -> Path:
     """Write the page of a run, finished or not, from its directory, and the PNG of its learning curve.
 
     Returns:
-        The page. That of a comparison of several arms is left as it is.
+        The page. The page of a comparison of several arms is left as it is.
 
     Raises:
         Refused: the directory holds no run, or a file of it is damaged.
@@ -76,9 +76,9 @@ def report_from_directory(run: str | Path) -> Path:
             mark=recorded.mark,
         )
         return markup.write_page(page, recorded.title, list(_sections(recorded)))
+    except Refused:
+        raise
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, Refused):
-            raise
         fault = f"{recorded.path / 'summary.json'} holds what no run writes ({describe(error)})"
         raise Refused(f"{fault}. Correct or remove it, and the run can be shown.") from error
 

@@ -54,7 +54,7 @@ def rule(flag: str, precedence: int = 1) -> Callable[[Callable[[Facts], Judgemen
 
 
 def judge(facts: Mapping[str, Any], *flags: str) -> list[Finding]:
-    """Return what the rules find, or those of some flags; a fact that is None or nan counts as missing."""
+    """Return the findings of all rules, or of some flags; a fact that is None or nan counts as missing."""
     present = Facts({name: x for name, x in facts.items() if x is not None and x == x})
     findings = []
     for flag, function, precedence in RULES:
@@ -361,7 +361,7 @@ def critic_adds_noise(facts: Facts) -> Judgement:
 
 @rule("no-baseline")
 def no_baseline(facts: Facts) -> Judgement:
-    """Nothing is subtracted from the return of many actions, of which an episode has at most `horizon`."""
+    """Nothing is subtracted from the return of many actions; an episode has at most `horizon` actions."""
     if facts.get("has_baseline", True):
         return None
     changes = {"estimator.baseline": "running_mean"}
