@@ -387,7 +387,6 @@ def compare(
     chat_time: typing.Any = ...,
     check: typing.Any = ...,
     cpu: typing.Any = ...,
-    diagnostics_every: typing.Any = ...,
     dry_run: bool = ...,
     dtype: typing.Any = ...,
     entropy_schedule: typing.Any = ...,

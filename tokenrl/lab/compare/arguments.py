@@ -38,12 +38,13 @@ class JudgementArguments(Settings, group="judgement"):
     """Which score decides, and what counts as a difference."""
 
     reference: str | None = None
-    """The arm with which each of the others is compared. Default: the first."""
+    """The arm with which all others are compared. Default: the first arm."""
     all_pairs: bool = False
     """Compare all arms with each other, not only with the reference; a verdict then needs more evidence."""
     metric: Literal["area", "reward", "area_greedy", "reward_greedy"] = "area"
-    """Score that decides: area (mean held-out sampled reward over the evaluations of the budget, the one
-    before training left out), reward (the last of them), area_greedy, reward_greedy."""
+    """Score that decides. area: mean held-out sampled reward over the evaluations of the budget, without the
+    evaluation before training; reward: that reward at the budget; area_greedy and reward_greedy: the same
+    with greedy completions or actions."""
     margin: Positive | None = None
     """Smaller differences count as none. Default: .02 of the range that the reward declares (as an attribute:
     reward.range = (low, high), or reward.binary = True). Without a margin a difference can be found, but no

@@ -49,8 +49,8 @@ class Comparison:
         plan: what was planned before anything was run.
         table: the rows and curves of all runs.
         findings: what the table of rules finds in the training of an arm, by problem and arm.
-        judgements: failures, paired differences and verdicts by score; that of the plan decides.
-        thresholds: by problem and arm, how many runs reach a reward, and the median of the samples to it.
+        judgements: failures, paired differences and verdicts by score; the score of the plan decides.
+        thresholds: by problem and arm, how many runs reach a reward, after how many samples (median).
     """
 
     output_dir: Path
@@ -87,10 +87,10 @@ class Comparison:
 
     @cached_property
     def proposal(self) -> tuple[str, str] | None:
-        """A new comparison that would decide what is open: why, and its command; None if no seeds would.
+        """A new comparison that would decide what is open: the reason and the command; None if no seeds would.
 
-        It has new seeds and a directory of its own, so its level holds whatever this one showed; seeds that
-        are added here after looking are exploratory. All verdicts of an exploratory comparison are open.
+        It has new seeds and a new directory, so its level does not depend on these results. Seeds that are
+        added to this comparison are exploratory. All verdicts of an exploratory comparison are open.
         """
         plan = self.plan
         open_differences = [d for d in self.judgement.differences if self._is_open(d)]
@@ -123,7 +123,7 @@ class Comparison:
         return text, plan.command_with(changes)
 
     def _is_open(self, difference: PairedDifference) -> bool:
-        """Return whether new seeds may decide: not where differences are equal, or one arm fails more often."""
+        """Return whether new seeds may decide: no where differences are equal or an arm fails more often."""
         if difference.more_failures or len(set(difference.differences.values())) < 2:
             return False
         if self.plan.changes:
@@ -269,7 +269,7 @@ def _updates(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
     if clipped:
         yield Caveat(
             f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
-            "the size of a step, and the estimator only its direction.",
+            "the size of a step; the estimator sets only its direction.",
             "most updates were clipped, which hides a gradient's size",
         )
     yield from skipped
@@ -283,6 +283,6 @@ def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:
         for side, edge in (("least", rates.min()), ("greatest", rates.max())):
             if best == edge:
                 yield Caveat(
-                    f"Learning rate: the best one of {arm}, {best:g}, is the {side} that was tried, so a "
-                    "better one may lie beyond it."
+                    f"Learning rate: the best rate of {arm}, {best:g}, is the {side} that was tried, so a "
+                    "better rate may lie beyond it."
                 )

@@ -45,7 +45,8 @@ def judge_scores(
     The unit is the run: its seed, not its prompts or episodes. A verdict has two parts. Failures are counted,
     with exact limits of their rate, and compared by Fisher's exact test. Runs that did not fail are compared
     by the seeds that both arms have; the Student-t interval of their mean difference decides, at the level of
-    the family (Bonferroni over the comparisons on one problem, and over the two parts where a run failed).
+    the family. The level is shared by the comparisons on a problem, and by the two parts where a run failed
+    (Bonferroni).
     An arm that fails more often and is better otherwise is undecided. An interval of width zero decides
     nothing.
 
@@ -56,9 +57,9 @@ def judge_scores(
         table: rows with the columns `arm`, `seed` and `score`, if there are several `problem` (or `task`),
             and if you like `failed`: mappings, tuples (arm, seed, score) or (arm, seed, score, problem), a
             data frame, or the path of a CSV file.
-        metric: name of the score, also the name of its column if there is no column `score`.
+        metric: name of the score. It is also the name of its column if there is no column `score`.
         reference: the arm that the others are compared with; None for the first.
-        margin: differences below it count as none: a number, or one by problem; None for no equivalence.
+        margin: smaller differences count as none. A number, or numbers by problem; None for no equivalence.
         failed: runs that failed, as (arm, seed) or (problem, arm, seed), besides those that a column `failed`
             names. Their scores are not used and may be missing (nan).
         failure_below: runs with a lower score failed.
@@ -182,7 +183,7 @@ def _as_frame(table: Any) -> pd.DataFrame:
 def _compare_pair(
     arm: ArmScores, reference: ArmScores, margin: float | None, comparisons: int
 ) -> PairedDifference:
-    """Compare an arm with another one in two parts, failures and scores."""
+    """Compare an arm with the reference in two parts, failures and scores."""
     pairs = arm.seeds & reference.seeds
     if not pairs:
         raise Refused(
@@ -224,8 +225,8 @@ def _compare_pair(
 def _verdict(interval: Estimate, pairs: int, margin: float | None) -> VerdictWord:
     """Return the verdict of runs that did not fail.
 
-    An interval within the margin is equivalent also if it excludes 0: then there is a difference, and it is
-    smaller than what counts as one.
+    An interval within the margin is equivalent also if it excludes 0: the difference exists, but it is too
+    small to count.
     """
     if pairs < LEAST_PAIRS:
         return "descriptive"

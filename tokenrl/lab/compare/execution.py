@@ -31,7 +31,7 @@ TICK = 0.2
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-"""Environment variables of each run, beside those of the program that starts it."""
+"""Environment variables of each run, in addition to the variables of this program."""
 
 RunCommand = Callable[[Sequence[str], str, Callable[[], bool]], int]
 """Runs a command of tokenrl whose output goes to a file, and terminates it once `is_over()` returns True.
@@ -199,7 +199,7 @@ def _ray_executor() -> tuple[RunCommand, int]:
     """Connect to Ray or start it; return the function that runs a command there, and its processors.
 
     The cluster is the one that RAY_ADDRESS names; without it a local one is started. On a cluster of several
-    machines tokenrl must be installed on each, and the current directory, that of the comparison and the
+    machines tokenrl must be installed on each. The current directory, the comparison's directory and the
     cache of models must be on a file system that all share, under the same paths.
     """
     try:

@@ -80,7 +80,7 @@ def failure_rate(failed: int, runs: int) -> Estimate:
     """Return the share of runs that failed, with exact limits (Clopper and Pearson).
 
     Each of the two limits holds with a probability of at least 95 %: if none of 6 runs failed, a failure rate
-    of up to 39 % is not excluded, and with 20 runs one of up to 14 %.
+    of up to 39 % is not excluded; with 20 runs the limit is 14 %.
     """
     low, high = stats.binomtest(failed, runs).proportion_ci(1 - 2 * ALPHA, "exact")
     return Estimate(failed / runs, float(low), float(high))

@@ -69,12 +69,12 @@ class ArmScores:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The difference of an arm to another one in two parts: failures, and scores paired by seed.
+    """The difference of an arm to a reference in two parts: failures, and scores paired by seed.
 
     Attributes:
         arm: the arm.
         reference: the arm with which it is compared.
-        differences: score of the arm minus that of the reference by seed, of pairs in which neither failed.
+        differences: score of the arm minus score of the reference by seed, where neither run failed.
         mean: mean difference with a 95 % Student-t interval.
         adjusted: the same at the level that decides.
         level: that level: .05 shared by all comparisons of the family, and where a run of the two arms
@@ -270,7 +270,7 @@ def _failures(difference: PairedDifference, arm: ArmScores, reference: ArmScores
         low, high = scores.failures[1:]
         counts.append(f"{scores.count} of {scores.arm} failed [{low:.0%}, {high:.0%}]")
     p = digits(difference.p_failures)
-    return f"{joined(counts)}, p = {p}; the difference is that of the other runs.{left_out}"
+    return f"{joined(counts)}, p = {p}; the difference is between the other runs.{left_out}"
 
 
 def joined(names: Sequence[str]) -> str:
@@ -281,7 +281,7 @@ def joined(names: Sequence[str]) -> str:
 
 
 def digits(value: float | None) -> str:
-    """Write a number to three digits; a missing one as a dash."""
+    """Write a number to three digits; a missing number as a dash."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.3g}"

@@ -1,7 +1,7 @@
 """Runs a comparison: as long as runs of the plan are missing, they are made and read; then all are judged.
 
 Which runs are missing is a function of the plan and of the runs that have been made. Where learning rates are
-tuned, one is chosen for each arm by successive halving over seeds that the comparison does not use: all rates
+tuned, the rate of each arm is chosen by successive halving over seeds that the comparison does not use: all rates
 of a grid are tried on the first tuning seed, the better half of them on the next seed, and so on; the rate
 with the best mean score over all its seeds wins. Each run has the whole budget, because a rate that is best
 for a short run is not best for a long one.
@@ -174,7 +174,7 @@ def _first_difference(before: Mapping[str, PlannedRun], now: Mapping[str, Planne
 
 
 def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
-    """Return the runs to make next: those of a round of tuning, or all others once the rates are chosen.
+    """Return the runs to make next: the runs of a round of tuning, or all others once the rates are chosen.
 
     Args:
         plan: the comparison.

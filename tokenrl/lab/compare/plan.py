@@ -146,7 +146,7 @@ class PlannedRun:
         arm: label of the arm.
         role: what it is for.
         seed: its seed.
-        path: its directory, relative to that of the comparison.
+        path: its directory, relative to the directory of the comparison.
         settings: all its settings, without the directory.
     """
 
@@ -215,7 +215,7 @@ class Plan:
         role: Role = "comparison",
         rate: float | None = None,
     ) -> PlannedRun:
-        """Plan one run; its learning rate is the one given, else the arm's own, else the problem's.
+        """Plan one run; its learning rate is `rate`, else the rate of the arm, else of the problem.
 
         Its length and the steps between evaluations follow from the problem's samples and the arm's cost.
         """
@@ -233,7 +233,7 @@ class Plan:
         return PlannedRun(problem.label, arm.label, role, seed, path, settings)
 
     def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
-        """Return the runs of the comparison, those of one seed together, so that pairs are complete early.
+        """Return the runs of the comparison. Runs of a seed stand together, so that pairs are complete early.
 
         Args:
             rates: learning rates by problem and arm, where they have been tuned.

@@ -46,7 +46,6 @@ RESERVED = [
     "keep",
     "best_metric",
     "patience",
-    "max_samples",
 ]
 """Settings of a run that neither users nor arms may set, because the comparison does."""
 SWEPT = ("num_generations", "learning_rate")
