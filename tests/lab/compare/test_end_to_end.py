@@ -68,10 +68,8 @@ def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
 @pytest.mark.slow
 def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
     _, folder = walk
-    before, times = (
-        tables_of(folder),
-        {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")},
-    )
+    before = tables_of(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
     tokenrl.compare(**WALK, output_dir=str(folder))
     assert main(["report", str(folder)]) == 0
     assert tables_of(folder) == before

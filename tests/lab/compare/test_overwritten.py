@@ -85,7 +85,8 @@ def test_nothing_is_removed_behind_a_link(here, link):
 
 @pytest.mark.parametrize("busy", [".", str(FIRST)])
 def test_a_comparison_or_a_run_at_work_is_not_removed(here, busy):
-    before, lock = files(here), acquire_lock(here / busy, "")
+    before = files(here)
+    lock = acquire_lock(here / busy, "")
     words = "Another process works on the comparison" if busy == "." else "Another run is using"
     with pytest.raises(Refused, match=words):
         again()

@@ -122,7 +122,8 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         "def step(self, text): return '', 1.0, True, False, {}",
     )
     file.write_text("\n    ".join(["class Env:", *methods]))
-    name, shared = f"{file}:Env", {"max_steps": 40, "max_turns": 3, "eval_size": 4}
+    name = f"{file}:Env"
+    shared = {"max_steps": 40, "max_turns": 3, "eval_size": 4}
     of_task = toy("rloo", "grpo", task=name, model="tiny", shared=shared)
     alone = toy("rloo", "grpo", task=(), model="tiny", shared={**shared, "environment": name})
     for planned in (of_task, alone):
@@ -265,12 +266,11 @@ TUNED = {
 
 def tuned(score, by="arm", **options):
     """The runs for tuning that are planned if a function of the run gives its score, and the rates by arm."""
-    planned, rows = plan(**TUNED | options), []
+    planned = plan(**TUNED | options)
+    rows = []
     while (runs := missing(planned, rows)) and runs[0].role == "tuning":
-        each = [
-            vars(run) | {"learning_rate": run.learning_rate, "area": score(run)} for run in runs
-        ]
-        rows += each
+        for run in runs:
+            rows.append(vars(run) | {"learning_rate": run.learning_rate, "area": score(run)})
     assert {run.role for run in runs} == {"comparison"} and len(runs) == len(planned.runs())
     return rows, {getattr(run, by): run.learning_rate for run in runs}
 
@@ -312,6 +312,7 @@ def test_a_best_rate_at_the_edge_widens_the_grid_but_not_without_end():
         ({0.1: 1.0, 0.2: 0.9}, {0.1: 0.0, 0.2: 0.9}, 0.2),  # a run without a score is the worst
         ({0.1: -1.0, 0.2: -2.0}, {0.1: -1.0, 0.2: -2.0}, 0.1),  # also where all scores are below 0
         ({0.1: 1.0, 0.2: 1.0}, {0.1: 1.0, 0.2: 1.0}, 0.1),  # of equal rates the smaller
+        ({0.1: 1.0, 0.2: 0.0}, {0.1: 0.5, 0.2: 0.9}, 0.1),  # of all seeds, and not of the last
         (
             {0.1: 1.0, 0.05: 0.9, 0.2: 0.9, 0.025: 0.8, 0.4: 0.8},
             {0.1: 0.2, 0.05: 0.1, 0.2: 0.1},

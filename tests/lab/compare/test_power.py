@@ -29,7 +29,8 @@ def test_the_detectable_difference_has_the_power_and_scales_with_the_spread(pair
 
 @pytest.mark.parametrize(("mean", "margin"), [(0.0, 0.02), (0.01, 0.02), (0.015, None)])
 def test_the_seeds_that_would_decide_do_so_in_four_of_five_comparisons(mean, margin):
-    rng, decided = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    decided = []
     for _ in range(60):
         seeds, wider = seeds_to_decide(rng.normal(mean, 0.01, 6), 0.95, margin)
         _, low, high = mean_interval(rng.normal(mean, 0.01, seeds))

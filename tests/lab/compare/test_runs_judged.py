@@ -149,10 +149,8 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
     assert caveats_of(comparison, "Ceiling") == [], (
         "500 counts as solved there, and nothing was declared as the best"
     )
-    (skipped,), (clipped,) = (
-        caveats_of(comparison, "Updates of a2c"),
-        caveats_of(comparison, "Clipping"),
-    )
+    (skipped,) = caveats_of(comparison, "Updates of a2c")
+    (clipped,) = caveats_of(comparison, "Clipping")
     assert "20.0% of the updates were skipped" in skipped
     assert "the gradient was clipped in most updates of a2c (97%)" in clipped
     assert "Worse than reinforce: a2c. But most updates were clipped" in comparison.headline(

@@ -33,12 +33,8 @@ def lognormal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def judge(scores: np.ndarray, **options: object) -> tuple[Family, ...]:
     """Judge studies [studies, arms, seeds]; the first arm is the reference."""
-    table = [
-        (f"arm {arm}", seed, score, f"study {number}")
-        for number, study in enumerate(scores.tolist())
-        for arm, by_seed in enumerate(study)
-        for seed, score in enumerate(by_seed)
-    ]
+    indices = np.ndindex(scores.shape)
+    table = [(f"arm {i[1]}", i[2], float(scores[i]), f"study {i[0]}") for i in indices]
     return judge_scores(table, **options).families
 
 
@@ -145,7 +141,8 @@ def test_rare_failures_near_a_ceiling_are_judged_as_the_page_says(seeds):
     steady = with_failures(seeds, studies, 1.0, 0.0, 0.0, 6)
     for options in ({}, {"failure_below": 0.5}):
         assert not (verdicts(steady, margin=0.02, **options) == "equivalent").any()
-    declared_share, without = CEILING[seeds], (1 - RARE) ** seeds
+    declared_share = CEILING[seeds]
+    without = (1 - RARE) ** seeds
     varied = with_failures(seeds, studies, 1.0, 0.005, 0.005, 7)
     declared = verdicts(varied, margin=0.02, failure_below=0.5)
     assert np.mean(declared == "equivalent") == pytest.approx(declared_share, abs=spread)

@@ -68,21 +68,20 @@ class Comparison:
     @cached_property
     def caveats(self) -> dict[str, list[Caveat]]:
         """What the verdicts do not mean, by problem."""
-        caveats = {}
-        for problem in self.plan.problems:
-            caveats[problem.label] = [
-                *_exploratory(self.plan),
-                *_ceiling(problem, self.table),
-                *_updates(problem, self),
-                *_edges(problem, self.table),
-            ]
-        return caveats
+        return {problem.label: self._caveats_on(problem) for problem in self.plan.problems}
+
+    def _caveats_on(self, problem: Problem) -> list[Caveat]:
+        return [
+            *_exploratory(self.plan),
+            *_ceiling(problem, self.table),
+            *_updates(problem, self),
+            *_edges(problem, self.table),
+        ]
 
     @property
     def exit_code(self) -> int:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
-        runs = self.table.runs
-        compared = runs[runs["role"] != "tuning"]
+        compared = self.table.runs.query("role == 'comparison'")
         return int((compared["state"] != "finished").any())
 
     @cached_property
@@ -142,8 +141,8 @@ class Comparison:
     def differences(self) -> pd.DataFrame:
         """Return every difference in each metric; the column `decides` marks those that give the verdicts."""
         table = pd.concat([judgement.table() for judgement in self.judgements.values()])
-        decides = table["metric"] == self.plan.metric
-        return table.assign(decides=decides.map({True: "yes", False: "no"}))
+        decides = np.where(table["metric"] == self.plan.metric, "yes", "no")
+        return table.assign(decides=decides)
 
 
 def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
@@ -157,18 +156,18 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     Raises:
         Stopped: on a problem no run has the score that decides.
     """
-    runs = table.runs[(table.runs["role"] == "comparison") & (table.runs["state"] != "missing")]
+    runs = table.runs.query("role == 'comparison' and state != 'missing'")
     findings = {}
     void = {}
     for problem in plan.problems:
-        of_problem = runs[runs["problem"] == problem.label]
+        of_problem = runs.query("problem == @problem.label")
         _refuse_without_score(problem, of_problem, plan.metric)
         for arm in plan.arms:
             key = problem.label, arm.label
-            findings[key] = _findings(arm, problem, of_problem[of_problem["arm"] == arm.label])
+            findings[key] = _findings(arm, problem, of_problem.query("arm == @arm.label"))
             reasons = [finding.text for finding in findings[key] if finding.weight == "void"]
             void[key] = " ".join(reasons)
-    sound = runs[~runs["failed"]]
+    sound = runs.query("not failed")
     judgements = {}
     for name in dict.fromkeys([plan.metric, *SCORES, "entropy"]):
         decides = name == plan.metric

@@ -79,16 +79,17 @@ def judge_scores(
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
     frame = _rows(table, metric, failed, failure_below)
-    problems = list(frame["problem"].unique())
+    by_problem = dict(iter(frame.groupby("problem", sort=False)))
+    problems = list(by_problem)
     margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
     for problem, size in margins.items():
         check_choice("the problem in margin", problem, problems)
         if size is not None:
             check_number("margin", size, above=0)
     families = []
-    for problem in problems:
+    for problem, of_problem in by_problem.items():
         arms = {}
-        for arm, runs in frame[frame["problem"] == problem].groupby("arm", sort=False):
+        for arm, runs in of_problem.groupby("arm", sort=False):
             sound = runs[~runs["failed"]]
             arms[str(arm)] = ArmScores(
                 arm=str(arm),

@@ -57,9 +57,7 @@ def differences_by_seed(
     rounding of floating-point numbers are equal (.29 - .17 is not .12 in binary).
     """
     largest = max(map(abs, [0.0, *arm.values(), *reference.values()]))
-    digits = DIGITS
-    if largest:
-        digits -= math.floor(math.log10(largest))
+    digits = DIGITS - math.floor(math.log10(largest or 1.0))
     pairs = sorted(arm.keys() & reference.keys())
     return {seed: round(arm[seed] - reference[seed], digits) for seed in pairs}
 

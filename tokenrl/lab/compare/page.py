@@ -43,7 +43,7 @@ def write_comparison(comparison: Comparison) -> Path:
     plan = comparison.plan
     packages = versions()
     runs = comparison.table.runs
-    compared = runs[runs["role"] == "comparison"]
+    compared = runs.query("role == 'comparison'")
     subtitle = (
         f"{len(compared)} runs over {len(plan.seeds)} seeds, {compared['failed'].sum() or 'none'} of them failed; "
         f"made with tokenrl {packages['tokenrl']}"
@@ -180,7 +180,7 @@ def _curves(comparison: Comparison, curves: pd.DataFrame, metric: str) -> list[C
     """Return the mean of a metric over each arm's runs, with a band from the lowest to the highest run."""
     drawn = []
     for colour, arm in enumerate(comparison.plan.arms, start=1):
-        by_samples = curves[curves["arm"] == arm.label].groupby("samples")[metric]
+        by_samples = curves.query("arm == @arm.label").groupby("samples")[metric]
         points = by_samples.agg(["mean", "min", "max"]).dropna()
         mean, low, high = points.to_numpy().T.tolist()
         drawn.append(Curve(list(points.index), mean, arm.label, colour, True, (low, high)))
@@ -190,15 +190,14 @@ def _curves(comparison: Comparison, curves: pd.DataFrame, metric: str) -> list[C
 def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
     """Return each arm's failures, mean scores, share of clipped updates, and samples until a threshold."""
     runs = comparison.table.of(label)
-    means = runs[~runs["failed"]].groupby("arm").mean(numeric_only=True)
+    means = runs.query("not failed").groupby("arm").mean(numeric_only=True)
     failures = {}
     for arm in comparison.judgement.of(label).arms:
         failures[arm.arm] = f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
     frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
     frame = frame.join(means.filter([*comparison.judgements, "grad_clipped", "learning_rate"]))
-    thresholds = comparison.thresholds
     reached = {}
-    for row in thresholds[thresholds["problem"] == label].to_dict("records"):
+    for row in comparison.thresholds.query("problem == @label").to_dict("records"):
         samples = "never for half of them"
         if math.isfinite(row["median_samples"]):
             samples = f"{row['median_samples']:,.0f}"
@@ -228,8 +227,7 @@ def _rate_charts(comparison: Comparison, label: str) -> list[Chart]:
 
 def _completions(comparison: Comparison) -> list[dict[str, object]]:
     """Return some completions of the first run of each arm on each problem, to sort and to filter."""
-    runs = comparison.table.runs
-    runs = runs[(runs["role"] == "comparison") & runs["samples"].notna()]
+    runs = comparison.table.runs.query("role == 'comparison'").dropna(subset="samples")
     rows = []
     for run in runs.drop_duplicates(["problem", "arm"]).itertuples():
         completions = read_run(comparison.output_dir / str(run.path)).completions()

@@ -128,13 +128,13 @@ class Problem:
 
     def steps_in_words(self, arms: Sequence[Arm]) -> str:
         """The number of steps of each arm and their samples; runs with refills are read at the budget."""
-        lengths = []
-        for arm in arms:
-            length = f"{arm.label}: {self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
-            if arm.estimator.zero_spread == "refill":
-                length += f" and refills, read at {self.budget:,} {self.unit}"
-            lengths.append(length)
-        return "; ".join(lengths)
+        return "; ".join(f"{arm.label}: {self._length_in_words(arm)}" for arm in arms)
+
+    def _length_in_words(self, arm: Arm) -> str:
+        length = f"{self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
+        if arm.estimator.zero_spread == "refill":
+            length += f" and refills, read at {self.budget:,} {self.unit}"
+        return length
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ class Plan:
     @property
     def comparisons(self) -> int:
         """Number of comparisons on each problem."""
-        count = len(self.arms) - 1
-        return count * (count + 1) // 2 if self.all_pairs else count
+        count = len(self.arms)
+        return math.comb(count, 2) if self.all_pairs else count - 1
 
     def run(
         self,

@@ -77,11 +77,14 @@ FIXED_OF_TRAIN = {
     "stop_after_zero_spread": 0,
 }
 """Settings of every run, and of those of tokenrl train, unless a user sets them."""
-CHOSEN = ("learning_rate", "num_envs")
-CHOSEN_OF_TRAIN = (
-    *("learning_rate", "prompts_per_step", "num_generations", "max_completion_length"),
+CHOSEN = ["learning_rate", "num_envs"]
+CHOSEN_OF_TRAIN = [
+    "learning_rate",
+    "prompts_per_step",
+    "num_generations",
+    "max_completion_length",
     "lr_scheduler_type",
-)
+]
 """Settings that get the value that a single run would choose, unless a user sets them."""
 
 
@@ -210,7 +213,7 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
     if every is None:
         every = max(1, resolved.max_steps // EVALUATIONS)
     settings = {**FIXED, "eval_every": every}
-    chosen: tuple[str, ...] = CHOSEN
+    chosen = CHOSEN
     if unit == "completions":
         settings |= FIXED_OF_TRAIN | {"log_completions": every}
         chosen = CHOSEN_OF_TRAIN

@@ -57,13 +57,12 @@ class RunTable(NamedTuple):
 
     def of(self, problem: str, arm: str | None = None, role: str = "comparison") -> pd.DataFrame:
         """Return the rows of the runs on a problem, of one arm or of all."""
-        runs = self.runs[(self.runs["problem"] == problem) & (self.runs["role"] == role)]
-        return runs if arm is None else runs[runs["arm"] == arm]
+        runs = self.runs.query("problem == @problem and role == @role")
+        return runs if arm is None else runs.query("arm == @arm")
 
     def curves_of(self, problem: str) -> pd.DataFrame:
         """Return the curves of the runs on a problem that are compared."""
-        curves = self.curves
-        return curves[(curves["problem"] == problem) & (curves["role"] == "comparison")]
+        return self.curves.query("problem == @problem and role == 'comparison'")
 
 
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
@@ -212,7 +211,7 @@ def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
             return pd.DataFrame(columns=["problem", "arm"])
         threshold = (start + best) / 2
         origin = "half of the best arm's gain"
-    first = curves[curves["reward"] >= threshold].groupby("path")["samples"].min()
+    first = curves.query("reward >= @threshold").groupby("path")["samples"].min()
     needed = runs["path"].map(first).fillna(math.inf)
     by_arm = pd.DataFrame({"arm": runs["arm"], "needed": needed, "reached": np.isfinite(needed)})
     summary = by_arm.groupby("arm", sort=False).agg(
