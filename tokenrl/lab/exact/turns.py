@@ -27,6 +27,11 @@ from tokenrl.lab.exact.problems import Completions, Problem, tabular_problem
 from tokenrl.lab.exact.verdict import worst
 from tokenrl.runs.output import rich_console, rich_table
 
+ENDS, CALLS, ANSWERS = ("0", "20", "22"), ("1", "21"), ("012", "210")
+"""The tokens of a turn that ends its row, of a turn that calls the tool, and of what the environment answers."""
+WIDTH = 7
+"""The most tokens of a row: two turns of two tokens, and an answer of three."""
+
 
 def turn_problem(seed: int) -> Problem:
     """Make a problem of at most two turns, with a random policy, random rewards and groups of three.
@@ -35,25 +40,33 @@ def turn_problem(seed: int) -> Problem:
     tool has the reward 0.3; the environment draws one of two answers of three tokens, and the policy writes a
     second turn. Each row has a random reward at its last action, too.
     """
-    ends, calls = ("0", "20", "22"), ("1", "21")
-    rows = [*ends, *map("".join, product(calls, ("012", "210"), (*ends, *calls)))]
-    ids = torch.tensor([[int(token) for token in row.ljust(7, "0")] for row in rows])
-    first = torch.tensor([[len(row) if row in ends else row.index("1") + 1] for row in rows])
-    position, length = torch.arange(7), torch.tensor([[len(row)] for row in rows])
-    mask = (position < first) | (position >= first + 3) & (position < length)
-    texts = [[row[:t] if mask[m, t] else "" for t in range(7)] for m, row in enumerate(rows)]
-    prefixes = sorted({text for row in texts for text in row})
-    prefix = torch.tensor([[prefixes.index(text) for text in row] for row in texts])
-    listed = Completions(ids, mask.double(), prefix, prefixes)
-    problem = tabular_problem(
-        seed, name=f"two turns, seed {seed}", group_size=3, length=4, rows=listed
-    )
+    rows = [*ENDS, *map("".join, product(CALLS, ANSWERS, ENDS + CALLS))]
+    position = torch.arange(WIDTH)
+    length = torch.tensor([[len(row)] for row in rows])
+    first = torch.tensor([[len(row) if row in ENDS else row.index("1") + 1] for row in rows])
+    is_first, is_second = position < first, (position >= first + 3) & (position < length)
     answered = length > first
-    rewards = problem.rewards[..., None] * at_last_action(mask) + 0.3 * (
-        answered & (position == first - 1)
+    mask = is_first | is_second
+    problem = tabular_problem(
+        seed, name=f"two turns, seed {seed}", group_size=3, length=4, rows=_listed(rows, mask)
     )
-    chances, turns = 1 - 0.5 * answered.double().T, (position >= first).long()
-    return replace(problem, rewards=rewards, environment=chances, turns=turns)
+    last_of_first = position == first - 1
+    called = answered & last_of_first
+    return replace(
+        problem,
+        rewards=problem.rewards[..., None] * at_last_action(mask) + 0.3 * called,
+        environment=1 - 0.5 * answered.double().T,
+        turns=(position >= first).long(),
+    )
+
+
+def _listed(rows: list[str], mask: Tensor) -> Completions:
+    """Return rows, each a text of digits, with the index of the text before each action."""
+    ids = torch.tensor([[int(token) for token in row.ljust(WIDTH, "0")] for row in rows])
+    before = [row[:t] if mask[m, t] else "" for m, row in enumerate(rows) for t in range(WIDTH)]
+    prefixes = sorted(set(before))
+    prefix = torch.tensor([prefixes.index(text) for text in before]).reshape(mask.shape)
+    return Completions(ids, mask.double(), prefix, prefixes)
 
 
 @cache
@@ -77,46 +90,52 @@ def turn_problems() -> tuple[Problem, ...]:
     return tuple(map(turn_problem, range(12)))
 
 
-def summed(
-    _: Tensor, rewards: Tensor, mask: Tensor, row_inside: bool, absent: bool, **of: Any
+def sum_of_means(
+    totals: Tensor,
+    *,
+    rewards: Tensor,
+    mask: Tensor,
+    leave_one_out: bool = True,
+    absent_count: bool = False,
+    **_: Any,
 ) -> Tensor:
     """Return the sum over this and later turns of the mean reward at each turn [N, K].
 
-    The mean is over the rows that reach the turn, or with `absent` over all rows.
+    The mean is over the rows that reach the turn, or with `absent_count` over all rows.
     """
-    reached = (mask | absent).T
+    reached = (mask | absent_count).T
     means, defined = weighted_mean(
-        rewards.T, reached, reached.double(), leave_one_out=not row_inside
+        rewards.T, reached, reached.double(), leave_one_out=leave_one_out
     )
     return reward_to_go(zero_outside(means, defined & reached).T)
 
 
-def samples(totals: Tensor, mask: Tensor, left_out: int, **_: Any) -> Tensor:
+def mean_of_turns(totals: Tensor, *, mask: Tensor, left_out: int, **_: Any) -> Tensor:
     """Return the mean of the totals over all turns of the step, less so many of the row's own turns [N]."""
     turns = mask.sum(-1)
     own = turns.clamp(max=left_out)
     return ((turns * totals).sum() - own * totals) / (turns.sum() - own)
 
 
-def divided(totals: Tensor, mask: Tensor, valid: Tensor, by: str, **_: Any) -> Tensor:
-    """Return the baseline [N, T] with which the advantage is that of RLOO, divided by a count of tokens."""
+def divided(totals: Tensor, *, mask: Tensor, valid: Tensor, by: str, **_: Any) -> Tensor:
+    """Return the baseline [N, T] with which the advantage is RLOO's, divided by a count of tokens."""
     begins = mask & ~pad(mask[:, :-1], (1, 0))
-    turns = Turns.read(begins.cumsum(-1) - 1, mask)
-    written = at_last_action(mask).double().argmax(-1, keepdim=True) + 1.0
-    counts = {
-        "turns": begins.sum(-1, keepdim=True),
-        "turn": turns.spread(turns.sums(mask.double())),
-    }
-    counts |= {"row": written, "group": written.mean(0, keepdim=True)}
-    return totals[:, None] - (totals - rloo(totals, valid))[:, None] / counts[by].expand_as(
-        mask
-    ).clamp(min=1)
+    if by == "turns":
+        count = begins.sum(-1, keepdim=True)
+    elif by == "turn":
+        turns = Turns.read(begins.cumsum(-1) - 1, mask)
+        count = turns.spread(turns.sums(mask.double()))
+    else:  # the tokens of the row, the environment's too, or their mean over the group
+        count = at_last_action(mask).double().argmax(-1, keepdim=True) + 1.0
+        if by == "group":
+            count = count.mean(0, keepdim=True)
+    advantages = (totals - rloo(totals, valid))[:, None] / count.expand_as(mask).clamp(min=1)
+    return totals[:, None] - advantages
 
 
-MEANS = ((True, False), (False, False), (False, True))
-OWN, OTHERS, ALL = (
-    {**TO_GO, "baseline": partial(summed, row_inside=x, absent=y)} for x, y in MEANS
-)
+OWN: dict[str, Any] = {**TO_GO, "baseline": partial(sum_of_means, leave_one_out=False)}
+OTHERS: dict[str, Any] = {**TO_GO, "baseline": sum_of_means}
+ALL: dict[str, Any] = {**TO_GO, "baseline": partial(sum_of_means, absent_count=True)}
 COMPARED: dict[str, dict[str, dict[str, Any]]] = {
     "advantage of a turn's tokens": {
         "the row's total, RLOO": {},
@@ -127,9 +146,11 @@ COMPARED: dict[str, dict[str, dict[str, Any]]] = {
         "the same with LOO": OTHERS,
         "the same with LOO, a turn not reached counted as 0": ALL,
         "the own turn's reward only, LOO": {**TIMESTEP, "returns": "blame_window", "window": 1},
-        "every turn a sample of its own, own mean": {"baseline": partial(samples, left_out=0)},
-        "the same, leave out the turn only": {"baseline": partial(samples, left_out=1)},
-        "the same, leave out the whole row": {"baseline": partial(samples, left_out=2)},
+        "every turn a sample of its own, own mean": {
+            "baseline": partial(mean_of_turns, left_out=0)
+        },
+        "the same, leave out the turn only": {"baseline": partial(mean_of_turns, left_out=1)},
+        "the same, leave out the whole row": {"baseline": partial(mean_of_turns, left_out=2)},
     },
     "divisor, with RLOO on totals": {
         "the row's chosen tokens": {"aggregation": "sequence_mean"},
@@ -152,23 +173,24 @@ EXPLANATION = (
 
 def compare_turns() -> list[dict[str, Any]]:
     """Measure everything in `COMPARED` on `turn_problems`, and print its tables; one record for each line."""
-    console, records = rich_console(width=120), list[dict[str, Any]]()
+    console = rich_console(width=120)
+    records = []
     for head, lines in COMPARED.items():
+        problems = turn_problems()
+        if "divisor" in head:  # it counts tokens, so its function has to get the mask of tokens
+            problems = tuple(replace(problem, turns=None) for problem in problems)
         table = rich_table("", (head, "status"), ("bias", "worst", "cosine"), no_wrap=True)
-        # A divisor counts tokens, so its function has to get the mask of tokens.
-        problems = [replace(x, turns=None) if "divisor" in head else x for x in turn_problems()]
         for name, fields in lines.items():
             moments = [exact_moments(Estimator(**fields), problem) for problem in problems]
-            status, bias = worst(*(m.status for m in moments)), [m.relative_bias for m in moments]
-            cosine = min(m.cosine for m in moments)
+            biases = [m.relative_bias for m in moments]
+            status = worst(*(m.status for m in moments))
             numbers = {
-                "relative_bias": median(bias),
-                "worst_relative_bias": max(bias),
-                "cosine": cosine,
+                "relative_bias": median(biases),
+                "worst_relative_bias": max(biases),
+                "cosine": min(m.cosine for m in moments),
             }
-            table.add_row(
-                name, status, *("0" if x < TOLERANCE else f"{x:.3f}" for x in numbers.values())
-            )
+            cells = ["0" if x < TOLERANCE else f"{x:.3f}" for x in numbers.values()]
+            table.add_row(name, status, *cells)
             records.append({"of": head, "name": name, "status": status, **numbers})
         console.print(table)
     console.print(EXPLANATION)
