@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenrl.lab.exact.problems import (
@@ -58,7 +58,8 @@ class Trajectories(NamedTuple):
     @property
     def last(self) -> Int[Tensor, " M"]:
         """The last successor of each trajectory: a state if it was truncated, S if it ended."""
-        return self.successors.gather(1, self.mask.sum(-1, keepdim=True).long() - 1).squeeze(1)
+        lengths = self.mask.sum(-1, keepdim=True).long()
+        return self.successors.gather(1, lengths - 1).squeeze(1)
 
 
 def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> TabularMdp:
@@ -78,43 +79,41 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
     rewards = torch.randn(2, 2, 3, generator=draw, dtype=torch.double)
     logits, reference = torch.randn(2, 2, 2, generator=draw, dtype=torch.double)
     guesses = torch.randn(2, generator=draw, dtype=torch.double)
-    first, *coins = (0.3 + 0.4 * torch.rand(5, generator=draw, dtype=torch.double)).tolist()
+    coins = 0.3 + 0.4 * torch.rand(5, generator=draw, dtype=torch.double)
     if even:
-        first, coins, logits = 0.5, [0.5] * 4, torch.zeros_like(logits)
-    first = 1.0 if one_start else first
-    stay_0, other_0, stay_1, other_1 = coins
+        coins = torch.full_like(coins, 0.5)
+        logits = torch.zeros_like(logits)
+    first, stay_0, other_0, stay_1, other_1 = coins.tolist()
+    if one_start:
+        first = 1.0
+    start = torch.tensor([first, 1 - first], dtype=torch.double)
     transitions = [
         [[stay_0, 1 - stay_0, 0.0], [0.0, other_0, 1 - other_0]],
         [[1 - stay_1, stay_1, 0.0], [other_1, 0.0, 1 - other_1]],
     ]
-    start = torch.tensor([first, 1 - first], dtype=torch.double)
-    return TabularMdp(
-        start, torch.tensor(transitions, dtype=torch.double), rewards, logits, reference, guesses
-    )
+    moves = torch.tensor(transitions, dtype=torch.double)
+    return TabularMdp(start, moves, rewards, logits, reference, guesses)
 
 
 def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
     """List every trajectory of at most `steps` steps that has a positive probability."""
-    end, choices = len(mdp.start), mdp.logits.shape[1]
-    possible = (mdp.transitions > 0).tolist()
+    end = len(mdp.start)
+    moves = mdp.transitions.nonzero().tolist()  # state, action and successor
 
-    def grow(path: tuple[tuple[int, int, int], ...], states: list[int]) -> Iterator[tuple]:  # type: ignore[type-arg]
-        if not states or len(path) == steps:
+    def continued(path: list[list[int]], state: int) -> Iterator[list[list[int]]]:
+        if state == end or len(path) == steps:
             yield path
             return
-        for state in states:
-            for action in range(choices):
-                for after in range(end + 1):
-                    if possible[state][action][after]:
-                        yield from grow(
-                            (*path, (state, action, after)), [after] if after < end else []
-                        )
+        for move in moves:
+            if move[0] == state:
+                yield from continued([*path, move], move[2])
 
-    paths = list(grow((), mdp.start.nonzero().flatten().tolist()))
-    padded = torch.tensor(
-        [[*path, *[(0, 0, 0)] * (steps - len(path))] for path in paths]
-    )  # [M, T, 3]
-    mask = torch.arange(steps) < torch.tensor([len(path) for path in paths])[:, None]
+    paths: list[list[list[int]]] = []
+    for state in mdp.start.nonzero().flatten().tolist():
+        paths += continued([], state)
+    lengths = torch.tensor([[len(path)] for path in paths])
+    padded = torch.tensor([path + [[0, 0, 0]] * (steps - len(path)) for path in paths])
+    mask = torch.arange(steps) < lengths
     return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
 
 
@@ -126,19 +125,16 @@ def expected_rewards(mdp: TabularMdp, steps: int) -> Float[Tensor, "S1 K"]:
     """
     moves = mdp.logits.softmax(-1)[:, :, None] * mdp.transitions  # [S, A, S + 1]
     mean = (moves * mdp.rewards).sum((1, 2))
-    columns = []
-    for _ in range(steps):
-        columns.append(torch.nn.functional.pad(mean, (0, 1)))
-        mean = moves.sum(1) @ columns[-1]
-    return (
-        torch.stack(columns, -1) if columns else torch.zeros(len(mean) + 1, 0, dtype=torch.double)
-    )
+    rewards = torch.zeros(len(mean) + 1, steps, dtype=torch.double)
+    for step in range(steps):
+        rewards[:-1, step] = mean
+        mean = moves.sum(1) @ rewards[:, step]
+    return rewards
 
 
 def problem_of_mdp(
     mdp: TabularMdp,
     *,
-    name: str = "",
     group_size: int = 2,
     steps: int = 3,
     beyond: int = 0,
@@ -150,7 +146,6 @@ def problem_of_mdp(
 
     Args:
         mdp: The environment and the policy.
-        name: Name of the problem; made from the other arguments if empty.
         group_size: Episodes per step.
         steps: Number of steps after which an episode is truncated.
         beyond: Number of steps for which the environment would continue after the truncation. With 0 the
@@ -164,47 +159,42 @@ def problem_of_mdp(
         The problem, with one prompt (P = 1) and M trajectories.
     """
     paths = all_trajectories(mdp, steps)
-    chances = torch.where(
-        paths.mask.bool(), mdp.transitions[paths.states, paths.actions, paths.successors], 1.0
-    )
-    mean_rewards = expected_rewards(mdp, steps + beyond)  # [S + 1, K]
-    # Before step t, `steps_left[t]` steps remain; V^pi is the sum of that many discounted mean rewards.
-    steps_left = steps + beyond - torch.arange(steps + 1)
-    if critic == "true":
-        discounted = mean_rewards * gamma ** torch.arange(steps + beyond, dtype=torch.double)
-        values = torch.stack(
-            [discounted[:, :k].sum(-1) for k in steps_left.tolist()], -1
-        )  # [S + 1, T + 1]
+    moves = (paths.states, paths.actions, paths.successors)
+    chances = torch.where(paths.mask.bool(), mdp.transitions[moves], 1.0)
+    environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
+    whole = steps + beyond
+    mean_rewards = expected_rewards(mdp, whole)  # [S + 1, K]
+    if critic == "true":  # V^pi with k steps left is the sum of k discounted mean rewards
+        discounted = mean_rewards * gamma ** torch.arange(whole, dtype=torch.double)
+        columns = [discounted[:, : whole - t].sum(-1) for t in range(steps + 1)]
+        values = torch.stack(columns, -1)  # [S + 1, T + 1]
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
-    truncated: Bool[Tensor, " M"] = paths.last < len(mdp.start)
-    continues = beyond > 0
     rows = Completions(paths.actions, paths.mask, paths.states, [])
     logits = mdp.logits[None]
     logprobs = token_logprobs(logits, rows)
-    environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
     return Problem(
-        name=name
-        or f"control, {steps} steps of {steps + beyond}, groups of {group_size}, critic: {critic}",
+        name=f"control, {steps} steps of {whole}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
         mask=paths.mask,
-        truncated=truncated,
+        truncated=paths.last < len(mdp.start),
         logprobs=logprobs,
         ref_logprobs=token_logprobs(mdp.reference[None], rows),
         entropy=token_entropies(logits, rows),
-        rewards=(mdp.rewards[paths.states, paths.actions, paths.successors] * paths.mask)[None],
+        rewards=(mdp.rewards[moves] * paths.mask)[None],
         scores=slopes_of(token_logprobs, logits, rows, shared=True),
         entropy_slopes=slopes_of(token_entropies, logits, rows, shared=True),
         values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
         greedy=_greedy(mdp, paths, environment * logprobs[0].sum(-1).exp()),
         max_length=steps + 2,
         environment=environment[None],
-        bootstrap=values[paths.last, steps][None] if continues and bootstrap else None,
-        after=mean_rewards[paths.last, :beyond][None] if continues else None,
+        bootstrap=values[paths.last, steps][None] if beyond and bootstrap else None,
+        after=mean_rewards[paths.last, :beyond][None] if beyond else None,
     )
 
 
 def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:
     """Return the most probable of the trajectories in which every action is the most probable one."""
-    best = mdp.logits.argmax(-1)[paths.states] == paths.actions
-    return torch.where((best | (paths.mask == 0)).all(-1), chances, 0.0).argmax()[None]
+    is_best = mdp.logits.argmax(-1)[paths.states] == paths.actions
+    all_best = (is_best | (paths.mask == 0)).all(-1)
+    return torch.where(all_best, chances, 0.0).argmax()[None]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,14 +25,14 @@ from tokenrl.core.rows import LossTerms, loss_terms, zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem
 
-RARE = -1e3
-"""A log-probability below it is that of a token that is never drawn, whose weight is then of no account."""
-CHUNK = 20_000
+MIN_LOGPROB = -1e3
+"""Below this log-probability a token counts as never sampled."""
+STEPS_AT_ONCE = 20_000
 """Number of steps computed at once; about 100 MB on the larger problems."""
 TOLERANCE = 1e-9
 """Relative tolerance; rounding leaves about 1e-15, and the smallest bias on these problems is about 1e-3."""
-ROUNDED = 1e-5
-"""The same for a baseline of the user's own, which may compute in float32."""
+FLOAT32_TOLERANCE = 1e-5
+"""The relative tolerance for a baseline of the user's own, which may compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Moments:
     @property
     def status(self) -> str:
         """The best status that the numbers allow: one of the exact ones, or 'biased'."""
-        if float((self.mean - self.target).norm()) < self.tolerance * float(self.target.norm()):
+        error = float((self.mean - self.target).norm())
+        if error < self.tolerance * float(self.target.norm()):
             return EXACT
         if sine_between(self.mean.flatten(), self.target.flatten()) < self.tolerance:
             return UP_TO_SCALE
-        pairs = zip(self.mean, self.target, strict=True)
-        return PER_PROMPT if all(sine_between(m, t) < self.tolerance for m, t in pairs) else BIASED
+        sines = map(sine_between, self.mean, self.target)
+        return PER_PROMPT if max(sines) < self.tolerance else BIASED
 
     @property
     def bias(self) -> Float[Tensor, " D"]:
@@ -77,14 +79,16 @@ class Moments:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between E[g] and grad J; 0 if E[g] is 0."""
-        mean, target = self.mean.sum(0), self.target.sum(0)
-        return float(mean @ target / (mean.norm() * target.norm()).clamp(min=1e-300))
+        mean = self.mean.sum(0)
+        target = self.target.sum(0)
+        lengths = mean.norm() * target.norm()
+        return float(mean @ target / lengths.clamp(min=1e-300))
 
     @property
     def scale(self) -> float:
         """The factor c for which `c grad J` is nearest to E[g]."""
-        mean, target = self.mean.sum(0), self.target.sum(0)
-        return float(mean @ target / (target @ target))
+        target = self.target.sum(0)
+        return float(self.mean.sum(0) @ target / (target @ target))
 
     @property
     def variance(self) -> float:
@@ -106,14 +110,19 @@ class Moments:
 
 def sine_between(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:
     """Return the sine of the angle between the two; 2 if it is 90 degrees or more, or `mean` is 0."""
-    along = float(mean @ target)
-    if along <= 0:
+    product = float(mean @ target)
+    if product <= 0:
         return 2.0
-    return float((mean - along / (target @ target) * target).norm() / mean.norm())
+    along = product / (target @ target) * target
+    return float((mean - along).norm() / mean.norm())
 
 
 def exact_moments(
-    estimator: Estimator, problem: Problem, *, group_size: int | None = None, chunk: int = CHUNK
+    estimator: Estimator,
+    problem: Problem,
+    *,
+    group_size: int | None = None,
+    chunk: int = STEPS_AT_ONCE,
 ) -> Moments:
     """Return the moments of the gradient over all M^(P G) possible steps, each with one group per prompt.
 
@@ -139,25 +148,33 @@ def exact_moments(
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
     refill = estimator.zero_spread == "refill"
-    for drawn in (
-        itertools.product(range(prompts), repeat=prompts) if refill else [tuple(range(prompts))]
-    ):
+    every_prompt: list[tuple[int, ...]] = [tuple(range(prompts))]
+    if refill:
+        every_prompt = [*itertools.product(range(prompts), repeat=prompts)]
+    for drawn in every_prompt:
         of_row = torch.tensor(drawn).repeat_interleave(size)  # [N]
         for chosen in _steps(completions, len(of_row), chunk):  # [C, N]
             chance = chances[of_row, chosen].prod(-1)
             if refill:  # steps with a group of equal rewards never happen: the group is replaced
-                alive = torch.ones(len(of_row), dtype=torch.bool)
-                dead = torch.vmap(lambda r: zero_spread(r, size, alive).any())  # noqa: B023
+                dead = torch.vmap(partial(_has_equal_rewards, group_size=size))
                 chance = chance * ~dead(problem.rewards[of_row, chosen])
             coefficients = _coefficients(estimator, problem, of_row, chosen)  # [C, 2 P M T]
             total = total + chance.sum()
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
-    mean = _by_prompt(listed, shares / total)
-    tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
     return Moments(
-        mean, target_of(estimator, problem), float(second / total), problem.name, tolerance
+        mean=_by_prompt(listed, shares / total),
+        target=target_of(estimator, problem),
+        second=float(second / total),
+        problem=problem.name,
+        tolerance=FLOAT32_TOLERANCE if callable(estimator.baseline) else TOLERANCE,
     )
+
+
+def _has_equal_rewards(rewards: Tensor, group_size: int) -> Tensor:
+    """Return whether any group of a step has equal rewards."""
+    valid = torch.ones(len(rewards), dtype=torch.bool)
+    return zero_spread(rewards, group_size, valid).any()
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
@@ -171,17 +188,17 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
         Refused: When the estimator cannot be used with such groups.
     """
     counts = (problem.chances / problem.chances.min()).round().long()  # [P, M]
-    sides = [torch.arange(len(c)).repeat_interleave(c) for c in counts]
-    groups = [
-        torch.cartesian_prod(*[side] * problem.group_size).repeat(copies, 1) for side in sides
-    ]
-    of_row = torch.cat([torch.full((g.numel(),), x) for x, g in enumerate(groups)])
-    chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
-    coefficients = _coefficients(estimator, problem, of_row, chosen)[0]
+    prompts, rows = [], []
+    for prompt, count in enumerate(counts):
+        completions = torch.arange(len(count)).repeat_interleave(count)
+        groups = torch.cartesian_prod(*[completions] * problem.group_size)
+        rows.append(groups.repeat(copies, 1).flatten())
+        prompts.append(torch.full_like(rows[-1], prompt))
+    chosen = torch.cat(rows)[None]  # [1, N]
+    coefficients = _coefficients(estimator, problem, torch.cat(prompts), chosen)[0]
     mean = _by_prompt(_listed_slopes(estimator, problem), coefficients)
-    return Moments(
-        mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name
-    )
+    second = float(mean.sum(0).square().sum())
+    return Moments(mean, target_of(estimator, problem), second, problem.name)
 
 
 def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
@@ -208,14 +225,14 @@ def _listed_slopes(estimator: Estimator, problem: Problem) -> Float[Tensor, "K P
 
 def _by_prompt(slopes: Float[Tensor, "K P M T D"], shares: Tensor) -> Float[Tensor, "P D"]:
     """Multiply the slopes of `_listed_slopes` by coefficients [K P M T], for each prompt."""
-    return torch.einsum("kpmt,kpmtd->pd", shares.reshape(slopes.shape[:-1]), slopes)
+    coefficients = shares.reshape(slopes.shape[:-1])
+    return torch.einsum("kpmt,kpmtd->pd", coefficients, slopes)
 
 
 def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N"]]:
     """Yield all ordered choices of one completion per row, in chunks, as the digits of numbers in base M."""
     powers = completions ** torch.arange(rows - 1, -1, -1)
-    for start in range(0, completions**rows, chunk):
-        numbers = torch.arange(start, min(start + chunk, completions**rows))
+    for numbers in torch.arange(completions**rows).split(chunk):  # type: ignore[no-untyped-call]
         yield numbers[:, None] // powers % completions
 
 
@@ -223,16 +240,20 @@ def _coefficients(
     estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor
 ) -> Float[Tensor, "C X"]:
     """Return minus the derivative of each step's loss in every logprob, entropy and centre, X = K P M T."""
-    columns = {
-        k: v[of_row, chosen] for k, v in _of_completions(problem).items()
-    }  # [C, N, ...] each
-    entropy, sampled = columns.pop("entropy"), columns.pop("sampling_logprobs")
-    sizes: dict[str, Any] = {"group_size": problem.group_size, "max_length": problem.max_length}
+    columns = {name: x[of_row, chosen] for name, x in _columns(problem).items()}  # [C, N, ...]
+    entropy = columns.pop("entropy")
+    sampling_logprobs = columns.pop("sampling_logprobs")
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
-    apart = 0.0 if estimator.baseline == "running_mean" else 0.5
-    sizes["baseline_value"] = problem.baseline_value + apart * of_row.double()
+    shift = 0.0 if estimator.baseline == "running_mean" else 0.5
+    step_terms = partial(
+        loss_terms,
+        estimator,
+        group_size=problem.group_size,
+        max_length=problem.max_length,
+        baseline_value=problem.baseline_value + shift * of_row.double(),
+    )
     try:
-        terms = torch.vmap(lambda step: loss_terms(estimator, **step, **sizes))(columns)
+        terms = torch.vmap(lambda step: step_terms(**step))(columns)
     except RuntimeError as error:
         if not callable(estimator.baseline):
             raise
@@ -243,16 +264,14 @@ def _coefficients(
         ) from error
     # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
     rows = LossTerms(*(x.flatten(0, 1) for x in terms))
-    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampled)
+    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampling_logprobs)
     slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
     listed = tuple(slopes) if problem.sampler else slopes[:2]
-    index = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(
-        terms.mask.shape
-    )  # [C, N, T]
+    completion = of_row * problem.mask.shape[0] + chosen  # [C, N]
+    index = completion[:, :, None].expand(terms.mask.shape)  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
-    return torch.cat(
-        [zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed], dim=1
-    )
+    sums = [zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed]
+    return torch.cat(sums, dim=1)
 
 
 class Slopes(NamedTuple):
@@ -275,34 +294,28 @@ def ascent_slopes(
 
     Without `sampling_logprobs` it is also the one that sampled, and the centres have no gradient.
     """
-    leaves = [x.detach().requires_grad_() for x in (logprobs, entropy, torch.zeros_like(logprobs))]
+    leaves = Slopes(logprobs, entropy, torch.zeros_like(logprobs))
+    leaves = Slopes(*(x.detach().requires_grad_() for x in leaves))
     loss = estimator.loss(
-        leaves[0],
+        leaves.logprobs,
         *terms[:3],
         old_logprobs=logprobs,
         sampling_logprobs=logprobs if sampling_logprobs is None else sampling_logprobs,
         ref_logprobs=ref_logprobs,
-        entropy=leaves[1],
-        centres=leaves[2],
+        entropy=leaves.entropy,
+        centres=leaves.centres,
     )
-    return Slopes(*(-slope for slope in torch.autograd.grad(loss, leaves, materialize_grads=True)))
+    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return Slopes(*(-gradient for gradient in gradients))
 
 
-def _of_completions(problem: Problem) -> dict[str, Tensor]:
+def _columns(problem: Problem) -> dict[str, Tensor]:
     """Return all inputs of an estimator by name, for each prompt and completion [P, M, ...]."""
     prompts = len(problem.greedy)
     greedy = problem.totals[torch.arange(prompts), problem.greedy]
-    optional = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
-    if (
-        problem.rewards.ndim == 2
-    ):  # as if of two functions, each of which rewards every other completion
-        even = torch.arange(problem.rewards.shape[1]) % 2 == 0
-        optional["components"] = problem.rewards[..., None] * torch.stack([even, ~even], -1)
-    if problem.turns is not None:
-        optional["turns"] = problem.turns.expand(prompts, -1, -1)
     sampled = problem.of_sampler.logprobs
-    return {
-        "sampling_logprobs": torch.where(sampled < RARE, problem.logprobs, sampled),
+    columns = {
+        "sampling_logprobs": torch.where(sampled < MIN_LOGPROB, problem.logprobs, sampled),
         "mask": problem.mask.expand(prompts, -1, -1),
         "truncated": problem.truncated.expand(prompts, -1),
         "rewards": problem.rewards,
@@ -312,5 +325,12 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
         "entropy": problem.entropy,
         "values": problem.values,
         "score_norms": problem.scores.square().sum(-1),
-        **optional,
     }
+    if problem.bootstrap is not None:
+        columns["bootstrap"] = problem.bootstrap
+    if problem.turns is not None:
+        columns["turns"] = problem.turns.expand(prompts, -1, -1)
+    if problem.rewards.ndim == 2:  # as if each of two functions rewarded every other completion
+        even = torch.arange(problem.rewards.shape[1]) % 2 == 0
+        columns["components"] = problem.rewards[..., None] * torch.stack([even, ~even], -1)
+    return columns

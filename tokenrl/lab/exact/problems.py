@@ -116,14 +116,12 @@ class Problem:
         It includes the mean of the rewards that would follow a truncation.
         """
         lengths = self.mask.sum(-1)
-        if self.rewards.ndim == 3:
-            returns = self.rewards @ gamma ** torch.arange(self.mask.shape[1], dtype=torch.double)
-        else:
-            returns = self.rewards * gamma ** (lengths - 1)
-        if self.after is None:
-            return returns
-        later = self.after @ gamma ** torch.arange(self.after.shape[2], dtype=torch.double)
-        return returns + gamma**lengths * later
+        at_end = self.rewards.ndim == 2
+        discount = gamma ** (lengths - 1)
+        returns = self.rewards * discount if at_end else _discounted(self.rewards, gamma)
+        if self.after is not None:
+            returns = returns + gamma**lengths * _discounted(self.after, gamma)
+        return returns
 
     def gradient(
         self,
@@ -146,16 +144,21 @@ class Problem:
         objective stands in place of E[R], and the derivative of the objective in the probability of the
         completion in place of R.
         """
-        log_pi, log_ref = self.logprobs.sum(-1), self.ref_logprobs.sum(-1)
+        log_pi = self.logprobs.sum(-1)
+        log_ref = self.ref_logprobs.sum(-1)
         weight = self.returns(gamma)
         if overlong_buffer:
-            weight = weight + overlong_penalty(
-                self.mask.sum(-1).long(), self.max_length, overlong_buffer
-            )
+            lengths = self.mask.sum(-1).long()
+            weight = weight + overlong_penalty(lengths, self.max_length, overlong_buffer)
         if estimator is not None:
             weight = slopes_in_probability(estimator, weight, self.chances, self.group_size)
         weight = weight - beta * (log_pi - log_ref) - entropy_coef * log_pi
         return torch.einsum("pm,pmtd->pd", self.chances * weight, self.scores) / len(self.chances)
+
+
+def _discounted(rewards: Float[Tensor, "P M T"], gamma: float) -> Float[Tensor, "P M"]:
+    """Return the sum of rewards, discounted from the first of them."""
+    return rewards @ gamma ** torch.arange(rewards.shape[2], dtype=torch.double)
 
 
 class Completions(NamedTuple):
@@ -174,23 +177,22 @@ class Completions(NamedTuple):
 
 def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) -> Completions:
     """List every completion of at most `length` tokens; a token in `ends` is always the last one."""
-    continuing = [v for v in range(vocabulary) if v not in ends]
-    prefixes = [y for n in range(length) for y in itertools.product(continuing, repeat=n)]
-    sequences = [
-        (*prefix, v)
-        for prefix in prefixes
-        for v in range(vocabulary)
-        if v in ends or len(prefix) + 1 == length
-    ]
-    rank = {prefix: row for row, prefix in enumerate(prefixes)}
-    pad = ends[0] if ends else 0
-    ids = torch.tensor([[*y, *[pad] * (length - len(y))] for y in sequences])
-    lengths = torch.tensor([len(y) for y in sequences])
-    mask = (torch.arange(length) < lengths[:, None]).double()
-    prefix = torch.tensor(
-        [[rank[y[:t]] if t < len(y) else 0 for t in range(length)] for y in sequences]
-    )
-    return Completions(ids, mask, prefix, prefixes)
+    continuing = [token for token in range(vocabulary) if token not in ends]
+    ending = [token for token in range(vocabulary) if token in ends]
+    prefixes: list[tuple[int, ...]] = []
+    for tokens in range(length):
+        prefixes += itertools.product(continuing, repeat=tokens)
+    rank = {prefix: number for number, prefix in enumerate(prefixes)}
+    ids, ranks, lengths = [], [], []
+    for prefix in prefixes:
+        padding = [0] * (length - len(prefix) - 1)
+        before = [rank[prefix[:t]] for t in range(len(prefix) + 1)]
+        for token in ending if padding else range(vocabulary):
+            ids.append([*prefix, token, *padding])
+            ranks.append(before + padding)
+            lengths.append([len(prefix) + 1])
+    mask = torch.arange(length) < torch.tensor(lengths)
+    return Completions(torch.tensor(ids), mask.double(), torch.tensor(ranks), prefixes)
 
 
 def tabular_problem(
@@ -234,9 +236,9 @@ def tabular_problem(
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
     drawn = _rewards(rewards, table, rows, draw)
     logprobs = token_logprobs(logits, rows)
-    values = (
-        _true_values(logprobs, drawn, rows) if true_values else guesses[:, rows.prefix] * rows.mask
-    )
+    values = guesses[:, rows.prefix] * rows.mask
+    if true_values:
+        values = _true_values(logprobs, drawn, rows)
     ends = rows.ids.gather(1, rows.last).squeeze(1)
     return Problem(
         name=name or f"{prompts} prompts, groups of {group_size}, {rewards} rewards, seed {seed}",
@@ -289,17 +291,14 @@ def slopes_of(
     shared: bool,
 ) -> Float[Tensor, "P M T *V D"]:
     """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share."""
-    blocks = [
-        torch.func.jacrev(quantity)(x, rows).flatten(-2) for x in logits
-    ]  # [M, T, ..., S V] each
+    slope = torch.func.jacrev(quantity)
+    own = torch.stack([slope(x, rows).flatten(-2) for x in logits])  # [P, M, T, ..., S V]
     if shared:
-        return torch.stack(blocks)
+        return own
     # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.
-    whole = torch.zeros(
-        len(blocks), *blocks[0].shape[:-1], len(blocks), blocks[0].shape[-1]
-    ).double()
-    for x, block in enumerate(blocks):
-        whole[x, ..., x, :] = block
+    whole = own.new_zeros(*own.shape[:-1], len(logits), own.shape[-1])
+    for prompt, block in enumerate(own):
+        whole[prompt, ..., prompt, :] = block
     return whole.flatten(-2)
 
 
@@ -310,23 +309,27 @@ def _rewards(kind: Rewards, table: Tensor, rows: Completions, draw: torch.Genera
     drawn = torch.randn(len(table), len(rows.ids), generator=draw, dtype=torch.double)
     if kind == "binary":
         return (drawn > 0.3).double()
-    return ((drawn > -0.5).double() + (drawn > 0.5).double()) / 2 if kind == "graded" else drawn
+    if kind == "graded":
+        return ((drawn > -0.5).double() + (drawn > 0.5)) / 2
+    return drawn
 
 
 def _true_values(logprobs: Tensor, rewards: Tensor, rows: Completions) -> Tensor:
     """Return V^pi of each token's prefix [P, M, T]: the mean reward to go of the completions with it."""
     if rewards.ndim == 2:
         rewards = rewards[:, :, None] * at_last_action(rows.mask.bool())
-    to_go = reward_to_go(rewards)
-    weight = logprobs.sum(-1).exp()[:, :, None] * rows.mask  # [P, M, T]
-    sums = torch.zeros(2, len(rewards), len(rows.prefixes), dtype=torch.double)
-    for t in range(rows.mask.shape[1]):
-        for k, summed in enumerate((weight * to_go, weight)):
-            sums[k].index_add_(1, rows.prefix[:, t], summed[:, :, t])
-    return (sums[0] / sums[1])[:, rows.prefix] * rows.mask
+    chances = logprobs.sum(-1).exp()[:, :, None] * rows.mask  # [P, M, T]
+
+    def by_prefix(x: Tensor) -> Tensor:
+        sums = torch.zeros(len(x), len(rows.prefixes), dtype=torch.double)
+        return sums.index_add(1, rows.prefix.flatten(), x.flatten(1))
+
+    values = by_prefix(chances * reward_to_go(rewards)) / by_prefix(chances)
+    return values[:, rows.prefix] * rows.mask
 
 
 def _greedy(logits: Tensor, rows: Completions) -> Tensor:
     """Index of the completion whose every token is the most probable one, by prompt."""
-    best = logits.argmax(-1)[:, rows.prefix] == rows.ids  # [P, M, T]
-    return (best | (rows.mask == 0)).all(-1).int().argmax(-1)
+    is_best = logits.argmax(-1)[:, rows.prefix] == rows.ids  # [P, M, T]
+    all_best = (is_best | (rows.mask == 0)).all(-1)
+    return all_best.int().argmax(-1)
