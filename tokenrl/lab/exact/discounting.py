@@ -67,8 +67,11 @@ def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
         reward_to_go J_1 neither
     """
     moments = exact_moments(estimator, problem)
-    targets = [target_of(estimator, problem, gamma) for gamma in (1.0, estimator.gamma)]
-    return WhichObjective(*(replace(moments, target=target) for target in targets))
+    discounted = target_of(estimator, problem, estimator.gamma)
+    return WhichObjective(
+        undiscounted=replace(moments, target=target_of(estimator, problem)),
+        discounted=replace(moments, target=discounted),
+    )
 
 
 VALUE: dict[str, Any] = {**TO_GO, "baseline": "value"}
@@ -113,11 +116,9 @@ def objectives_on_control() -> Iterator[tuple[str, float, WhichObjective]]:
     mdp = random_mdp(2, one_start=True)
     for name, (fields, options) in ROWS.items():
         estimator = Estimator(**fields)
-        arguments = {key: value for key, value in options.items() if key != "reward"}
-        rewards = (
-            mdp.rewards
-            if "reward" not in options
-            else torch.full_like(mdp.rewards, options["reward"])
-        )
+        arguments = dict(options)
+        rewards = mdp.rewards
+        if "reward" in arguments:
+            rewards = torch.full_like(rewards, arguments.pop("reward"))
         problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **arguments)
         yield name, estimator.gamma, which_objective(estimator, problem)

@@ -37,11 +37,12 @@ def slopes_in_probability(
         powers = below ** (order - 1)
         steps = powers.diff(dim=-1) * ranked[:, 1:]  # the best of the others is this one
         later = torch.nn.functional.pad(steps.flip(-1).cumsum(-1).flip(-1), (0, 1))
-        return torch.zeros_like(returns).scatter(-1, indices, order * (ranked * powers + later))
+        slopes = order * (ranked * powers + later)
+        return torch.zeros_like(returns).scatter(-1, indices, slopes)
     if estimator.objective == "log_success":
         mean = (chances * returns).sum(-1, keepdim=True)
-        last = group_size - (estimator.form != "keep_failures")
-        return returns * (1 - (1 - mean) ** last) / mean
+        terms = group_size if estimator.form == "keep_failures" else group_size - 1
+        return returns * (1 - (1 - mean) ** terms) / mean
     return returns
 
 
@@ -70,22 +71,21 @@ def prompt_weight(
         >>> prompt_weight("rloo", 0.25, 4).item(), round(prompt_weight("maxrl", 0.5, 4).item(), 3)
         (1.0, 1.75)
     """
-    estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
+    if isinstance(estimator, str):
+        estimator = Estimator.preset(estimator)
     check_number("group_size", group_size, int, at_least=2, at_most=1024)
-    rate = torch.as_tensor(success_rate, dtype=torch.double)[..., None]
     mask = torch.ones(group_size, 1, dtype=torch.double)
-    others = torch.arange(group_size)
+    others = torch.arange(group_size)  # K, the successes among the other rows
     successes = (others < others[:, None] + 1).double()  # [K, G]: row 0 and K others are right
     failures = successes * (others > 0)
 
     def first(rewards: Tensor) -> Tensor:
-        return estimator.advantages(rewards, mask, group_size=group_size).policy.reshape(
-            group_size, -1
-        )[0, 0]
+        advantages = estimator.advantages(rewards, mask, group_size=group_size).policy
+        return advantages.reshape(group_size, -1)[0, 0]
 
     slope = torch.vmap(first)(successes) - torch.vmap(first)(failures)
-    counts = torch.tensor(
-        [math.comb(group_size - 1, k) for k in range(group_size)], dtype=torch.double
-    )
-    chance = counts * rate**others * (1 - rate) ** (group_size - 1 - others)
+    counts = [math.comb(group_size - 1, k) for k in range(group_size)]
+    rate = torch.as_tensor(success_rate, dtype=torch.double)[..., None]
+    powers = rate**others * (1 - rate) ** (group_size - 1 - others)
+    chance = torch.tensor(counts, dtype=torch.double) * powers
     return (chance * slope).sum(-1)

@@ -16,7 +16,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
 from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.discounting import objectives_on_control
-from tokenrl.lab.exact.enumeration import Moments
+from tokenrl.lab.exact.enumeration import TOLERANCE, Moments
 from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.problems import Problem
 from tokenrl.lab.exact.samplers import (
@@ -47,7 +47,6 @@ NUMBERS = ("problem", "status", "cosine", "relative_bias", "scale", "variance", 
 
 PROBLEMS = 20
 """Number of random problems on which corrections are compared."""
-ROUNDING = 1e-9
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "none, centred": {"importance_centre": True},
@@ -73,9 +72,9 @@ EXPLANATION = (
     "median."
 )
 MISSING = (
-    "The sampler can produce completions that have a probability of {kept:.3f} under the policy in the "
+    "The sampler can produce completions that have a probability of {share:.3f} under the policy in the "
     "median, and of {least:.3f} at least. No weight brings back the rest: weights of sequences give the "
-    "gradient of E[(R - b) 1(kept)] under the policy, with the baseline b and what is kept held fixed."
+    "gradient of E[(R - b) 1(drawn)] under the policy, with the baseline b and the drawn ones held fixed."
 )
 
 
@@ -92,19 +91,16 @@ def exact(args: LabArguments) -> int:
 
     if args.json is not None:
         check_place(args.json)
-    options = (
-        args.preset,
-        args.trl_config,
-        args.sampler,
-        args.estimators or None,
-        args.turns or None,
-    )
-    if options.count(None) < len(options) - 1:
+    exclusive = (args.preset, args.trl_config, args.sampler, args.estimators, args.turns)
+    if sum(map(bool, exclusive)) > 1:
         raise Refused(
             "--preset, --trl-config, --sampler, --estimators, --turns exclude each other; give one."
         )
-    if args.sampler is not None or args.turns:
-        write_records(args, compare_turns() if args.turns else compare_corrections(args))
+    if args.turns:
+        write_records(args, compare_turns())
+        return 0
+    if args.sampler is not None:
+        write_records(args, compare_corrections(args.sampler))
         return 0
     explanation = explain(args)
     estimators = explanation or named_estimators()
@@ -114,15 +110,16 @@ def exact(args: LabArguments) -> int:
             raise Refused(
                 f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(estimators)}."
             )
-    chosen = [name for name in estimators if not args.estimators or name in args.estimators]
-    progress = track(chosen, "enumerating", console=rich_console(file=sys.stderr))
+    if args.estimators:
+        estimators = {name: e for name, e in estimators.items() if name in args.estimators}
+    progress = track(estimators, "enumerating", console=rich_console(file=sys.stderr))
     with using_threads(1):  # many small sums, which a second thread only slows down
         verdicts = {name: both_verdicts(estimators[name]) for name in progress}
     print_table(verdicts)
     if not args.estimators and not explanation:
         print_objectives()
     write_records(args, records(verdicts))
-    return 0 if all(v.ok for v in verdicts.values()) else 1
+    return 0 if all(verdict.ok for verdict in verdicts.values()) else 1
 
 
 def both_verdicts(estimator: Estimator) -> Verdict:
@@ -133,7 +130,8 @@ def both_verdicts(estimator: Estimator) -> Verdict:
 def write_records(args: LabArguments, written: list[dict[str, Any]]) -> None:
     """Write records to the file of `--json`, if there is one."""
     if args.json is not None:
-        write_text(Path(args.json), json.dumps(written, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(written, indent=1, allow_nan=False)
+        write_text(Path(args.json), text + "\n")
 
 
 def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
@@ -144,21 +142,21 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
     `relative_bias` the largest over the problems. `variance` and `noise` are those of the first problem;
     `noise` is None if the expected gradient is 0. `problems` has the numbers of each.
     """
-    return [
-        {
-            "estimator": name,
-            **{name: _finite(getattr(v, name)) for name in OF_ALL},
-            **{claim: getattr(v, claim) and getattr(v, claim).found for claim in CLAIMS},
-            "problems": [
-                {name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements
-            ],
-        }
-        for name, v in verdicts.items()
-    ]
+    records = []
+    for name, verdict in verdicts.items():
+        record = {"estimator": name, **_attributes(verdict, OF_ALL)}
+        for special in CLAIMS:
+            claim = getattr(verdict, special)
+            record[special] = claim and claim.found
+        record["problems"] = [_attributes(moments, NUMBERS) for moments in verdict.measurements]
+        records.append(record)
+    return records
 
 
-def _finite(value: Any) -> Any:
-    return None if value == math.inf else value
+def _attributes(numbers: object, names: Sequence[str]) -> dict[str, Any]:
+    """Return attributes by name, with None for an infinite number."""
+    values = {name: getattr(numbers, name) for name in names}
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:
@@ -166,33 +164,34 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
     console = rich_console(width=120)
     heads = ("estimator", "declared", "found", "sampler"), ("cosine", "bias", "noise", "ok")
     table = rich_table("", *heads, no_wrap=True)
-    for name, v in verdicts.items():
-        bias = f"{v.relative_bias:.1e}" if v.relative_bias < 1e-3 else f"{v.relative_bias:.3f}"
-        row = (
+    for name, verdict in verdicts.items():
+        bias = verdict.relative_bias
+        off_policy = verdict.off_policy.declared if verdict.off_policy else "unknown"
+        table.add_row(
             name,
-            v.declared,
-            v.found,
-            OFF_POLICY[v.off_policy.declared if v.off_policy else "unknown"],
+            verdict.declared,
+            verdict.found,
+            OFF_POLICY[off_policy],
+            f"{verdict.cosine:.6f}",
+            f"{bias:.1e}" if bias < 1e-3 else f"{bias:.3f}",
+            f"{verdict.noise:.2f}",
+            "yes" if verdict.ok else "NO",
+            style=None if verdict.ok else "bold red",
         )
-        numbers = (f"{v.cosine:.6f}", bias, f"{v.noise:.2f}", "yes" if v.ok else "NO")
-        table.add_row(*row, *numbers, style=None if v.ok else "bold red")
     console.print(table)
-    of_reward = "; ".join(
-        f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward
-    )
+    of_reward = [f"{name}: {v.of_reward.found}" for name, v in verdicts.items() if v.of_reward]
     if of_reward:
-        console.print(
-            f"What the gradient of another objective is for the mean reward: {of_reward}."
-        )
-    wrong = [name for name, v in verdicts.items() if not v.ok]
+        statuses = "; ".join(of_reward)
+        console.print(f"What the gradient of another objective is for the mean reward: {statuses}.")
+    wrong = [name for name, verdict in verdicts.items() if not verdict.ok]
+    summary = f"declared wrongly: {'; '.join(wrong)}" if wrong else "every declaration holds"
     console.print(
         "cosine: between the expected gradient and that of J, the lowest over the problems; bias: "
         "|E g - grad J| / |grad J|, the largest, a wrong scale included; noise: tr Var g / |E g|^2 on the "
         "first problem; sampler: whose gradient it is where the sampler differs from the policy, empty if "
         "biased (--sampler noise=0.3 compares corrections). "
-        f"Tried: up to {max(v.tried for v in verdicts.values())}.\n"
-        f"{len(verdicts)} estimators; "
-        + (f"declared wrongly: {'; '.join(wrong)}." if wrong else "every declaration holds.")
+        f"Tried: up to {max(verdict.tried for verdict in verdicts.values())}.\n"
+        f"{len(verdicts)} estimators; {summary}."
     )
 
 
@@ -224,8 +223,8 @@ def _against(match: Moments) -> str:
     return f"off by {match.relative_bias:.3f}, cos {match.cosine:.4f}"
 
 
-def compare_corrections(args: LabArguments) -> list[dict[str, Any]]:
-    """Measure all corrections with the sampler of `--sampler`, and print the table.
+def compare_corrections(sampler: str) -> list[dict[str, Any]]:
+    """Measure all corrections with a sampler such as `noise=0.3`, and print the table.
 
     Returns:
         One record for each correction.
@@ -233,28 +232,29 @@ def compare_corrections(args: LabArguments) -> list[dict[str, Any]]:
     Raises:
         Refused: The sampler cannot be read.
     """
-    perturbation = Perturbation.read(str(args.sampler))
+    perturbation = Perturbation.read(sampler)
     problems = [perturbed_problem(seed, perturbation) for seed in range(PROBLEMS)]
     records = [record(name, Estimator(**fields), problems) for name, fields in CORRECTIONS.items()]
     heads = ("off J(policy)", "worst", "cosine", "off J(sampler)", "worst", "noise")
     table = rich_table("", ("correction", "off-policy it is declared"), heads)
     for row in records:
         names = ("policy_bias", "worst_policy_bias", "cosine", "sampler_bias", "worst_sampler_bias")
-        numbers = ["0" if row[name] < ROUNDING else f"{row[name]:.3f}" for name in names]
+        numbers = ["0" if row[name] < TOLERANCE else f"{row[name]:.3f}" for name in names]
         table.add_row(row["correction"], row["declared"], *numbers, f"{row['noise']:.1f}")
     console = rich_console(width=120)
     console.print(table)
-    console.print(EXPLANATION.format(sampler=args.sampler, problems=PROBLEMS))
-    kept = [kept_mass(problem) for problem in problems]
-    if min(kept) < 1 - ROUNDING:
-        console.print(MISSING.format(kept=median(kept), least=min(kept)))
+    console.print(EXPLANATION.format(sampler=sampler, problems=PROBLEMS))
+    shares = [kept_mass(problem) for problem in problems]
+    if min(shares) < 1 - TOLERANCE:
+        console.print(MISSING.format(share=median(shares), least=min(shares)))
     return records
 
 
 def record(name: str, estimator: Estimator, problems: Sequence[Problem]) -> dict[str, Any]:
     """Return the numbers of one correction over all problems, as `EXPLANATION` explains them."""
     pairs = [off_policy_moments(estimator, problem) for problem in problems]
-    policy, sampler = ([pair[side].relative_bias for pair in pairs] for side in (0, 1))
+    policy = [beside_policy.relative_bias for beside_policy, _ in pairs]
+    sampler = [beside_sampler.relative_bias for _, beside_sampler in pairs]
     return {
         "correction": name,
         "declared": estimator.off_policy_status,

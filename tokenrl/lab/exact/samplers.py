@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from itertools import compress
 from typing import Any
 
 import torch
@@ -108,18 +107,23 @@ def measure_off_policy(
         >>> measure_off_policy(Estimator(importance="token")).found
         'biased'
     """
-    names, statuses = (EXACT_FOR_POLICY, EXACT_FOR_SAMPLER), list[set[str]]()
+    if problems is None:
+        problems = default_sampled_problems()
+    pairs = []
     refusal = Refused("There is no problem to measure on; give at least one.")
-    for problem in default_sampled_problems() if problems is None else problems:
+    for problem in problems:
         try:
-            matches = off_policy_moments(estimator, problem)
-            along = [match.status in (EXACT, UP_TO_SCALE) for match in matches]
-            statuses.append(set(compress(names, along)))
+            pairs.append(off_policy_moments(estimator, problem))
         except Refused as error:
             refusal = error
-    if not statuses:
+    if not pairs:
         raise refusal
-    return Claim(estimator.off_policy_status, min(set.intersection(*statuses), default=BIASED))
+    status = BIASED
+    if all(sampler.status in (EXACT, UP_TO_SCALE) for _, sampler in pairs):
+        status = EXACT_FOR_SAMPLER
+    if all(policy.status in (EXACT, UP_TO_SCALE) for policy, _ in pairs):
+        status = EXACT_FOR_POLICY
+    return Claim(estimator.off_policy_status, status)
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
@@ -24,13 +25,12 @@ CLASSES = {"grpo": "GRPOConfig of TRL 1.16.0", "rloo": "RLOOConfig of TRL 1.16.0
 EXPORT = 60
 """A file of more fields was written by a program; only those that differ from TRL's defaults are listed."""
 COUNTS = (
-    *(
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_iterations",
-        "num_generations",
-    ),
-    *("steps_per_generation", "generation_batch_size"),
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "num_generations",
+    "steps_per_generation",
+    "generation_batch_size",
 )
 NUMBER = r"[-+]?[0-9]+([.][0-9]*)?(e[-+]?[0-9]+)?"
 TO_JSON = "python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\""
@@ -42,10 +42,8 @@ Reading = tuple[str, Estimator, list[str], list[str]]
 @cache
 def table() -> list[list[str]]:
     """Return the rows of trl_config.txt: the kind of each, and its columns."""
-    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    return [
-        re.split(r" +[|] ", line) for line in text.splitlines() if re.match(r"[a-z]+ +[|] ", line)
-    ]
+    lines = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    return [re.split(r" +[|] ", line) for line in lines if re.match(r"[a-z]+ +[|] ", line)]
 
 
 def rows(kind: str, values: Mapping[str, str]) -> Iterator[list[str]]:
@@ -58,8 +56,9 @@ def rows(kind: str, values: Mapping[str, str]) -> Iterator[list[str]]:
 def _holds(condition: str, values: Mapping[str, str]) -> bool:
     """Whether NAME=A/B or NAME!=A/B holds; no condition holds for a field that the class does not have."""
     name, _, allowed = condition.partition("=")
-    value = values.get(name.rstrip("!"))
-    return value is not None and (value in allowed.split("/")) != name.endswith("!")
+    value = values.get(name.removesuffix("!"))
+    is_allowed = value in allowed.split("/")
+    return value is not None and is_allowed != name.endswith("!")
 
 
 def read_trl_config(path: str) -> Reading:
@@ -84,8 +83,8 @@ def read_trl_config(path: str) -> Reading:
     usual = {trainer: _defaults(trainer) for trainer in CLASSES}
     names = {"trainer", *usual["grpo"], *usual["rloo"]}
     for name in fields.keys() - names:
-        if close := get_close_matches(name, names, n=1, cutoff=0.9):
-            raise Refused(f"{path}: {name!r} is no field of TRL. Did you mean {close[0]!r}?")
+        for close in get_close_matches(name, names, n=1, cutoff=0.9):
+            raise Refused(f"{path}: {name!r} is no field of TRL. Did you mean {close!r}?")
     if not fields.keys() & names:
         raise Refused(
             f"{path} has no field of GRPOConfig or RLOOConfig, such as loss_type, beta or epsilon."
@@ -93,10 +92,10 @@ def read_trl_config(path: str) -> Reading:
     of_rloo = fields.keys() & usual["rloo"].keys() - usual["grpo"].keys()
     trainer = fields.pop("trainer", "rloo" if of_rloo else "grpo")
     check_choice("trainer", trainer, CLASSES)
-    if foreign := sorted(fields.keys() & names - usual[trainer].keys()):
-        raise Refused(
-            f"{path}: a {CLASSES[trainer]} has no field {', '.join(foreign)}; leave it out."
-        )
+    foreign = fields.keys() & names - usual[trainer].keys()
+    if foreign:
+        listed = ", ".join(sorted(foreign))
+        raise Refused(f"{path}: a {CLASSES[trainer]} has no field {listed}; leave it out.")
     try:
         return _reading(trainer, usual[trainer], fields)
     except Refused as error:
@@ -105,8 +104,8 @@ def read_trl_config(path: str) -> Reading:
 
 def _defaults(trainer: str) -> dict[str, str]:
     """Return the fields of a class with their defaults."""
-    texts = rows("default", {"trainer": trainer})
-    return dict(pair.split("=") for (text,) in texts for pair in text.split())
+    texts = [text for (text,) in rows("default", {"trainer": trainer})]
+    return dict(pair.split("=") for pair in " ".join(texts).split())
 
 
 def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) -> Reading:
@@ -119,47 +118,68 @@ def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) 
         check_choice(name, values[name], names.split())
     changes: dict[str, Any] = {}
     for (text,) in rows("set", values):
-        text = re.sub(r"[$](\w+)", lambda match: values[match[1]], text)
-        changes |= {
-            name: x for name, x in read_changes(text.replace(" ", ","))[1].items() if x != "none"
-        }
-    listed = [n for n in fields if len(fields) <= EXPORT or fields[n] != usual.get(n)]
-    idle: dict[str, list[str]] = {}
-    for patterns, reason in rows("idle", values):
-        matching = [n for n in listed if any(fnmatch(n, pattern) for pattern in patterns.split())]
-        listed = [n for n in listed if n not in matching]
-        idle.setdefault(reason, []).extend(matching)
-    lines = [f"{', '.join(matching)}: {reason}." for reason, matching in idle.items() if matching]
+        filled = re.sub(r"[$](\w+)", lambda match: values[match[1]], text)
+        _, axes = read_changes(filled.replace(" ", ","))
+        changes |= {axis: value for axis, value in axes.items() if value != "none"}
     remarks = [remark for (remark,) in rows("remark", values)]
-    return CLASSES[trainer], arguments(Estimator, changes), lines, remarks
+    idle = _idle(fields, usual, values)
+    return CLASSES[trainer], arguments(Estimator, changes), idle, remarks
+
+
+def _idle(
+    fields: Mapping[str, str], usual: Mapping[str, str], values: Mapping[str, str]
+) -> list[str]:
+    """Return a sentence for each reason for which fields of a file change nothing."""
+    names = list(fields)
+    if len(fields) > EXPORT:
+        names = [name for name in fields if fields[name] != usual.get(name)]
+    by_reason: dict[str, list[str]] = {}
+    for patterns, reason in rows("idle", values):
+        for name in list(names):
+            if any(fnmatch(name, pattern) for pattern in patterns.split()):
+                by_reason.setdefault(reason, []).append(name)
+                names.remove(name)
+    return [f"{', '.join(names)}: {reason}." for reason, names in by_reason.items()]
 
 
 def _derived(values: Mapping[str, str]) -> dict[str, str]:
     """Return the updates from one rollout, CISPO's bound and the weights of KL and entropy relative to it."""
-    number = {name: _number(name, values[name], int) for name in COUNTS if values[name] != "none"}
-    accumulated = number["gradient_accumulation_steps"]
-    slices = (
-        number.get("generation_batch_size", 0) // number["per_device_train_batch_size"]
-        or accumulated
-    )
-    rollout = number.get("steps_per_generation", slices) * number["num_iterations"]
+    counts = {}
+    for name in COUNTS:
+        if values[name] != "none":
+            counts[name] = int(_number(name, values[name], int, at_least=1))
+    accumulated = counts["gradient_accumulation_steps"]
+    batches = counts.get("generation_batch_size", 0) // counts["per_device_train_batch_size"]
+    passes = counts.get("steps_per_generation", batches or accumulated)
+    rollout = passes * counts["num_iterations"]
     name = "epsilon" if values["epsilon_high"] == "none" else "epsilon_high"
     bound = _number(name, values[name], float)
     capped = values.get("loss_type") == "cispo" and bound <= 1
+    unit = 1.0
     if capped:
         check_number(name, bound, above=0)
-    derived = {"capped": str(capped).lower(), "excess": f"{bound - 1:.12g}"}
+        unit = bound
+    derived = {
+        "updates": "several" if accumulated % rollout else "1",
+        "capped": str(capped).lower(),
+        "excess": f"{bound - 1:.12g}",
+    }
     for term in ("beta", "entropy_coef"):
         weight = _number(term, values.get(term, "0"), float)
-        derived[f"relative_{term}"] = f"{weight / bound if capped else weight:.12g}"
-    updates = "several" if accumulated % rollout else "1"
-    return {"updates": updates, **derived}
+        derived[f"relative_{term}"] = f"{weight / unit:.12g}"
+    return derived
 
 
-def _number(name: str, text: str, kind: type[float]) -> float:
-    """Read a number, which must be at least 1 if it is a count."""
-    value = kind(text) if re.fullmatch("[0-9]+" if kind is int else NUMBER, text) else text
-    check_number(name, value, kind, **({"at_least": 1} if kind is int else {}))
+def _number(name: str, text: str, kind: type[float], **bounds: float) -> float:
+    """Read a number within bounds.
+
+    Raises:
+        Refused: The text is no such number, or it lies outside the bounds.
+    """
+    value: Any = text
+    with suppress(ValueError):
+        value = kind(text)
+    check_number(name, value, kind, **bounds)
     return kind(value)
 
 

@@ -24,10 +24,16 @@ from tokenrl.lab.exact.enumeration import (
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 from tokenrl.settings import check_number
 
-MOST_ROWS, MOST_STEPS = 15, 60_000
-"""The largest group of which all steps are listed, and the largest number of these."""
+MAX_GROUP_SIZE = 15
+"""The largest group whose steps are all listed."""
+MAX_STEPS = 60_000
+"""The largest number of such steps."""
 EVEN = torch.tensor([[1, 3], [1, 2], [1, 1]]).double().log()
 """Logits of two tokens, one of which is the end, under which all four completions are equally probable."""
+
+
+GRADED = (choices.EXACT, choices.UP_TO_SCALE, choices.PER_PROMPT, choices.ASYMPTOTIC)
+"""Statuses for which a better one passes too."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,11 @@ class Claim:
     def ok(self) -> bool:
         """Whether the status found is the declared one or better; a declared bias must be found.
 
-        Of an unknown status nothing is asked, and no status off-policy is better than another.
+        An unknown status always passes; off-policy statuses must match.
         """
-        if self.declared in (choices.UNKNOWN, self.found):
-            return True
-        graded = choices.FROM_BEST_TO_WORST[: choices.FROM_BEST_TO_WORST.index(choices.BIASED)]
-        return self.declared in graded and self.found in graded[: graded.index(self.declared)]
+        if self.declared in GRADED:
+            return worst(self.declared, self.found) == self.declared
+        return self.declared in (choices.UNKNOWN, self.found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,9 +79,9 @@ class Verdict(Claim):
     off_policy: Claim | None = None
 
     def __repr__(self) -> str:
-        differs = "" if self.ok else f" (declared {self.declared})"
+        declared = "" if self.ok else f" (declared {self.declared})"
         numbers = f"cosine {self.cosine:.3f}, noise {self.noise:.2f}"
-        return f"{self.estimator}: {self.found}{differs}, {numbers}"
+        return f"{self.estimator}: {self.found}{declared}, {numbers}"
 
     def _repr_html_(self) -> str:
         """Return the line for a notebook."""
@@ -116,15 +121,16 @@ def measure_bias(
 
     The status is `exact`, `exact_up_to_scale` or `exact_per_prompt` if that holds on every problem, to a
     relative 1e-9 (1e-5 with a baseline of your own, which may compute in float32). Otherwise limit problems
-    decide, of which a step can hold every group in exact proportion. The status is `asymptotic` if a step of
-    one group per prompt shows the bias on each of them, and the direction of the gradient of two larger steps
-    is that of J or approaches it as 1/N. Else it is `biased`: what the limit problems do not show may stay.
+    decide. Their probabilities have a common denominator, so a finite step contains each group as often as it
+    is drawn. The status is `asymptotic` if each of them shows the bias in a step of one group per prompt, and
+    the direction of the gradient approaches that of J as 1/N in two larger steps. Else it is `biased`: a bias
+    that the limit problems do not show may stay.
 
-    A better status that is declared for rewards of 0 and 1 is measured on problems with such rewards, and
-    with another objective than the mean reward the gradient is also compared with that of E[R].
+    A better status that is declared for rewards of 0 and 1 is measured on problems with such rewards. With
+    another objective than the mean reward the gradient is also compared with that of E[R].
 
-    This is no proof. A bias that no problem shows is not found, so `Verdict.tried` says how large the
-    problems were.
+    This is no proof: a bias that no problem shows stays hidden. `Verdict.tried` says how large the problems
+    were.
 
     Args:
         estimator: Any estimator, also one whose bias is unknown, or the name of a preset. A baseline of your
@@ -157,17 +163,19 @@ def measure_bias(
         >>> verdict.declared, verdict.found, round(verdict.measurements[0].scale, 3)
         ('unknown', 'exact_up_to_scale', 0.875)
     """
-    estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
+    if isinstance(estimator, str):
+        estimator = Estimator.preset(estimator)
     if not isinstance(estimator, Estimator):
         raise Refused(
             f"Give measure_bias an Estimator or the name of a preset instead of {estimator!r}."
         )
-    check_number("group_size", group_size, int, at_least=2, at_most=MOST_ROWS)
+    check_number("group_size", group_size, int, at_least=2, at_most=MAX_GROUP_SIZE)
     _check_memory(estimator)
     main = problems_of(estimator) if problems is None else problems
     wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
-    status, measured, measurements = choices.EXACT, list[Problem](), list[Moments]()
+    status = choices.EXACT
+    measured, measurements = list[Problem](), list[Moments]()
     for number, problem in enumerate((*main, *wide)):
         if number >= len(main) and status == choices.BIASED:
             break
@@ -178,7 +186,7 @@ def measure_bias(
             continue
         if not moments.mean.isfinite().all():
             raise Refused(
-                f"The baseline returned nan or inf on the problem '{problem.name}'; mend it."
+                f"The baseline returned nan or inf on the problem '{problem.name}': correct it."
             )
         worse = worst(status, moments.status)
         if number < len(main) or worse != status:
@@ -189,10 +197,18 @@ def measure_bias(
         raise refusal
     if status == choices.BIASED and tends_to_the_gradient(estimator):
         status = choices.ASYMPTOTIC
-    name = getattr(estimator.baseline, "__name__", preset_name(estimator))
-    tried = extent(measured) + ", the memory held fixed" * estimator.needs_memory
-    claims = _on_binary(estimator), _of_reward(estimator, measured)
-    return Verdict(estimator.bias_status, status, tuple(measurements), tried, name, *claims)
+    tried = extent(measured)
+    if estimator.needs_memory:
+        tried += ", the memory held fixed"
+    return Verdict(
+        declared=estimator.bias_status,
+        found=status,
+        measurements=tuple(measurements),
+        tried=tried,
+        estimator=getattr(estimator.baseline, "__name__", preset_name(estimator)),
+        on_binary=_on_binary(estimator),
+        of_reward=_of_reward(estimator, measured),
+    )
 
 
 def worst(*statuses: str) -> str:
@@ -206,7 +222,8 @@ def _on_binary(estimator: Estimator) -> Claim | None:
     if status in (estimator.bias_status, choices.ASYMPTOTIC):
         return None
     usable = [p for p in binary_problems() if p.group_size >= estimator.fewest_rows]
-    return Claim(status, worst(*(exact_moments(estimator, problem).status for problem in usable)))
+    statuses = [exact_moments(estimator, problem).status for problem in usable]
+    return Claim(status, worst(*statuses))
 
 
 def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | None:
@@ -215,20 +232,20 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
     if estimator.objective == "reward" or status == choices.ASYMPTOTIC:
         return None
     mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
-    pairs = [(exact_moments(estimator, problem), target_of(mean, problem)) for problem in problems]
-    return Claim(
-        status, worst(*(replace(moments, target=target).status for moments, target in pairs))
-    )
+    statuses = []
+    for problem in problems:
+        moments = exact_moments(estimator, problem)
+        statuses.append(replace(moments, target=target_of(mean, problem)).status)
+    return Claim(status, worst(*statuses))
 
 
 def extent(problems: Sequence[Problem]) -> str:
     """Return the largest numbers of prompts, completions per prompt and tokens, and the largest reward."""
-    sizes = [
-        (len(p.greedy), p.group_size, p.mask.shape[1], float(p.totals.abs().max()))
-        for p in problems
-    ]
-    prompts, groups, tokens, rewards = (max(size) for size in zip(*sizes, strict=True))
-    return f"{prompts} prompts, groups of {groups}, {tokens} tokens, rewards of {rewards:.2g}"
+    prompts = max(len(problem.greedy) for problem in problems)
+    rows = max(problem.group_size for problem in problems)
+    tokens = max(problem.mask.shape[1] for problem in problems)
+    reward = max(float(problem.totals.abs().max()) for problem in problems)
+    return f"{prompts} prompts, groups of {rows}, {tokens} tokens, rewards of {reward:.2g}"
 
 
 def _check_memory(estimator: Estimator) -> None:
@@ -238,9 +255,11 @@ def _check_memory(estimator: Estimator) -> None:
     draw = torch.Generator().manual_seed(0)
     rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
-    steps = (rewards, changed, rewards)
-    first, _, second = (estimator.advantages(x, mask, group_size=2).policy for x in steps)
-    if not first.nan_to_num().equal(second.nan_to_num()):
+    results = []
+    for step in (rewards, changed, rewards):
+        advantages = estimator.advantages(step, mask, group_size=2).policy
+        results.append(advantages.nan_to_num())
+    if not results[0].equal(results[2]):
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
         raise Refused(
             f"The baseline {name!r} returned two different results for the same step, so it has a memory or "
@@ -251,7 +270,7 @@ def _check_memory(estimator: Estimator) -> None:
 
 def tends_to_the_gradient(estimator: Estimator) -> bool:
     """Whether every limit problem shows the bias, and the direction of grad J with more groups per step."""
-    is_shown = False
+    measured = 0
     for problem in limit_problems():
         try:
             single = exact_moments(estimator, problem)
@@ -263,8 +282,8 @@ def tends_to_the_gradient(estimator: Estimator) -> bool:
         # keeps its size.
         if single.status != choices.BIASED or large >= max(single.tolerance, 0.3 * small):
             return False
-        is_shown = True
-    return is_shown
+        measured += 1
+    return measured > 0
 
 
 @cache
@@ -315,7 +334,7 @@ def binary_problems() -> tuple[Problem, ...]:
 @cache
 def wide_problems(group_size: int) -> tuple[Problem, ...]:
     """Return problems with larger groups, more prompts, longer completions, larger and equal rewards."""
-    length = max(tokens for tokens in (1, 2, 3) if (tokens + 1) ** group_size <= MOST_STEPS)
+    length = max(tokens for tokens in (1, 2, 3) if (tokens + 1) ** group_size <= MAX_STEPS)
     long = tabular_problem(11, group_size=5, vocabulary=2, length=6)
     return (
         tabular_problem(10, group_size=group_size, vocabulary=2, length=length),
