@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenrl.lab.exact.problems import (
@@ -39,25 +38,25 @@ class TabularMdp(NamedTuple):
         guesses: Values that an untrained critic gives to the states [S].
     """
 
-    start: Float[Tensor, " S"]
-    transitions: Float[Tensor, "S A S1"]
-    rewards: Float[Tensor, "S A S1"]
-    logits: Float[Tensor, "S A"]
-    reference: Float[Tensor, "S A"]
-    guesses: Float[Tensor, " S"]
+    start: Tensor  # [S]
+    transitions: Tensor  # [S, A, S1]
+    rewards: Tensor  # [S, A, S1]
+    logits: Tensor  # [S, A]
+    reference: Tensor  # [S, A]
+    guesses: Tensor  # [S]
 
 
 class Trajectories(NamedTuple):
     """State, action and successor of each step, and the mask of steps, [M, T] each; 0 outside the mask."""
 
-    states: Int[Tensor, "M T"]
-    actions: Int[Tensor, "M T"]
-    successors: Int[Tensor, "M T"]
-    mask: Float[Tensor, "M T"]
+    states: Tensor  # [M, T]
+    actions: Tensor  # [M, T]
+    successors: Tensor  # [M, T]
+    mask: Tensor  # [M, T]
 
     @property
-    def last(self) -> Int[Tensor, " M"]:
-        """The last successor of each trajectory: a state if it was truncated, S if it ended."""
+    def last(self) -> Tensor:
+        """The last successor of each trajectory [M]: a state if it was truncated, S if it ended."""
         lengths = self.mask.sum(-1, keepdim=True).long()
         return self.successors.gather(1, lengths - 1).squeeze(1)
 
@@ -117,8 +116,8 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
     return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
 
 
-def expected_rewards(mdp: TabularMdp, steps: int) -> Float[Tensor, "S1 K"]:
-    """Return the mean reward of each of the next `steps` steps under the policy, from each state or the end.
+def expected_rewards(mdp: TabularMdp, steps: int) -> Tensor:
+    """Return the mean reward of each of the next K steps under the policy, from each state or the end [S + 1, K].
 
     `m_1(s) = E[r | s]` and `m_{k+1}(s) = E[m_k(s') | s]`. The value with k steps left is
     `sum_{j <= k} gamma^(j - 1) m_j(s)`.
@@ -193,8 +192,8 @@ def problem_of_mdp(
     )
 
 
-def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:
-    """Return the most probable of the trajectories in which every action is the most probable one."""
+def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Tensor:
+    """Return the most probable of the trajectories in which every action is the most probable one [1]."""
     is_best = mdp.logits.argmax(-1)[paths.states] == paths.actions
     all_best = (is_best | (paths.mask == 0)).all(-1)
     return torch.where(all_best, chances, 0.0).argmax()[None]

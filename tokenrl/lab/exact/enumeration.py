@@ -14,7 +14,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
@@ -49,8 +48,8 @@ class Moments:
         tolerance: Relative size below which a difference is taken for rounding.
     """
 
-    mean: Float[Tensor, "P D"]
-    target: Float[Tensor, "P D"]
+    mean: Tensor  # [P, D]
+    target: Tensor  # [P, D]
     second: float
     problem: str = ""
     tolerance: float = TOLERANCE
@@ -67,8 +66,8 @@ class Moments:
         return PER_PROMPT if max(sines) < self.tolerance else BIASED
 
     @property
-    def bias(self) -> Float[Tensor, " D"]:
-        """E[g] - grad J."""
+    def bias(self) -> Tensor:
+        """E[g] - grad J [D]."""
         return (self.mean - self.target).sum(0)
 
     @property
@@ -108,8 +107,8 @@ class Moments:
         return self.variance / signal if signal > rounding else float("inf")
 
 
-def sine_between(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:
-    """Return the sine of the angle between the two; 2 if it is 90 degrees or more, or `mean` is 0."""
+def sine_between(mean: Tensor, target: Tensor) -> float:
+    """Return the sine of the angle between two gradients [D]; 2 if it is 90 degrees or more, or `mean` is 0."""
     product = float(mean @ target)
     if product <= 0:
         return 2.0
@@ -201,8 +200,8 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     return Moments(mean, target_of(estimator, problem), second, problem.name)
 
 
-def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
-    """Return `Problem.gradient` of the estimator's objective, with the terms that it adds to that."""
+def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Tensor:
+    """Return `Problem.gradient` [P, D] of the estimator's objective, with the terms that it adds to that."""
     return problem.gradient(
         estimator=estimator,
         gamma=gamma,
@@ -212,8 +211,8 @@ def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Flo
     )
 
 
-def _listed_slopes(estimator: Estimator, problem: Problem) -> Float[Tensor, "K P M T D"]:
-    """Return the gradients of all logprobs and entropies, and with a sampler those of the centres."""
+def _listed_slopes(estimator: Estimator, problem: Problem) -> Tensor:
+    """Return the gradients [K, P, M, T, D] of logprobs, entropies and, with a sampler, centres."""
     slopes = [problem.scores, problem.entropy_slopes]
     if problem.sampler is not None:
         leaf = problem.sampler.policy.clone().requires_grad_()
@@ -223,23 +222,21 @@ def _listed_slopes(estimator: Estimator, problem: Problem) -> Float[Tensor, "K P
     return torch.stack(slopes)
 
 
-def _by_prompt(slopes: Float[Tensor, "K P M T D"], shares: Tensor) -> Float[Tensor, "P D"]:
-    """Multiply the slopes of `_listed_slopes` by coefficients [K P M T], for each prompt."""
+def _by_prompt(slopes: Tensor, shares: Tensor) -> Tensor:
+    """Multiply the slopes of `_listed_slopes` by coefficients [K P M T], for each prompt [P, D]."""
     coefficients = shares.reshape(slopes.shape[:-1])
     return torch.einsum("kpmt,kpmtd->pd", coefficients, slopes)
 
 
-def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N"]]:
-    """Yield all ordered choices of one completion per row, in chunks, as the digits of numbers in base M."""
+def _steps(completions: int, rows: int, chunk: int) -> Iterator[Tensor]:
+    """Yield all ordered choices of one completion per row, in chunks [C, N]: the digits of numbers in base M."""
     powers = completions ** torch.arange(rows - 1, -1, -1)
     for numbers in torch.arange(completions**rows).split(chunk):  # type: ignore[no-untyped-call]
         yield numbers[:, None] // powers % completions
 
 
-def _coefficients(
-    estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor
-) -> Float[Tensor, "C X"]:
-    """Return minus the derivative of each step's loss in every logprob, entropy and centre, X = K P M T."""
+def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor) -> Tensor:
+    """Return minus the derivative of each step's loss in every logprob, entropy and centre [C, K P M T]."""
     columns = {name: x[of_row, chosen] for name, x in _columns(problem).items()}  # [C, N, ...]
     entropy = columns.pop("entropy")
     sampling_logprobs = columns.pop("sampling_logprobs")
@@ -277,9 +274,9 @@ def _coefficients(
 class Slopes(NamedTuple):
     """Derivatives of the ascent objective (minus the loss) in each logprob, entropy and centre [N, T]."""
 
-    logprobs: Float[Tensor, "N T"]
-    entropy: Float[Tensor, "N T"]
-    centres: Float[Tensor, "N T"]
+    logprobs: Tensor  # [N, T]
+    entropy: Tensor  # [N, T]
+    centres: Tensor  # [N, T]
 
 
 def ascent_slopes(

@@ -18,11 +18,11 @@ from tokenrl.settings import check_number
 
 def slopes_in_probability(
     estimator: Estimator,
-    returns: Float[Tensor, "P M"],
-    chances: Float[Tensor, "P M"],
+    returns: Tensor,  # [P, M]
+    chances: Tensor,  # [P, M]
     group_size: int,
-) -> Float[Tensor, "P M"]:
-    """Return the derivative of the estimator's objective in the probability of each completion, by prompt.
+) -> Tensor:
+    """Return the derivative of the estimator's objective in the probability of each completion [P, M].
 
     - `reward`: R.
     - `max_at_k`: `k E[max(R, the best of k - 1 others)]`.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
@@ -27,15 +26,15 @@ Rewards = Literal["binary", "graded", "continuous", "dense"]
 class Sampler(NamedTuple):
     """What draws the completions of a problem in place of its policy; V is the size of the vocabulary."""
 
-    logprobs: Float[Tensor, "P M T"]
+    logprobs: Tensor  # [P, M, T]
     """Log-probability of each token under the sampler; finite, so a token that is never drawn has -1e4."""
-    scores: Float[Tensor, "P M T D"]
+    scores: Tensor  # [P, M, T, D]
     """Gradient of `logprobs` in the sampler's own logits, by the parameters of the problem."""
-    vocabulary: Float[Tensor, "P M T V"]
+    vocabulary: Tensor  # [P, M, T, V]
     """Log-probability of every token of the vocabulary under the sampler, at the prefix of each token."""
-    policy: Float[Tensor, "P M T V"]
+    policy: Tensor  # [P, M, T, V]
     """The same under the policy."""
-    slopes: Float[Tensor, "P M T V D"]
+    slopes: Tensor  # [P, M, T, V, D]
     """Gradient of `policy` in the parameters."""
 
 
@@ -73,23 +72,23 @@ class Problem:
 
     name: str
     group_size: int
-    mask: Float[Tensor, "M T"]
-    truncated: Bool[Tensor, " M"]
-    logprobs: Float[Tensor, "P M T"]
-    ref_logprobs: Float[Tensor, "P M T"]
-    entropy: Float[Tensor, "P M T"]
-    rewards: Float[Tensor, "P M *T"]
-    scores: Float[Tensor, "P M T D"]
-    entropy_slopes: Float[Tensor, "P M T D"]
-    values: Float[Tensor, "P M T"]
-    greedy: Int[Tensor, " P"]
+    mask: Tensor  # [M, T]
+    truncated: Tensor  # [M]
+    logprobs: Tensor  # [P, M, T]
+    ref_logprobs: Tensor  # [P, M, T]
+    entropy: Tensor  # [P, M, T]
+    rewards: Tensor  # [P, M] or [P, M, T]
+    scores: Tensor  # [P, M, T, D]
+    entropy_slopes: Tensor  # [P, M, T, D]
+    values: Tensor  # [P, M, T]
+    greedy: Tensor  # [P]
     max_length: int
     baseline_value: float = 0.37
-    environment: Float[Tensor, "P M"] | float = 1.0
-    bootstrap: Float[Tensor, "P M"] | None = None
-    after: Float[Tensor, "P M K"] | None = None
+    environment: Tensor | float = 1.0  # [P, M]
+    bootstrap: Tensor | None = None  # [P, M]
+    after: Tensor | None = None  # [P, M, K]
     sampler: Sampler | None = None
-    turns: Int[Tensor, "M T"] | None = None
+    turns: Tensor | None = None  # [M, T]
 
     @property
     def of_sampler(self) -> Problem:
@@ -101,17 +100,17 @@ class Problem:
         )
 
     @property
-    def chances(self) -> Float[Tensor, "P M"]:
-        """Probability of each completion; they sum to 1 for each prompt."""
+    def chances(self) -> Tensor:
+        """Probability of each completion [P, M]; they sum to 1 for each prompt."""
         return self.logprobs.sum(-1).exp() * self.environment
 
     @property
-    def totals(self) -> Float[Tensor, "P M"]:
-        """Undiscounted return of each completion."""
+    def totals(self) -> Tensor:
+        """Undiscounted return of each completion [P, M]."""
         return self.rewards.sum(-1) if self.rewards.ndim == 3 else self.rewards
 
-    def returns(self, gamma: float = 1.0) -> Float[Tensor, "P M"]:
-        """Return of each completion, discounted from its first step.
+    def returns(self, gamma: float = 1.0) -> Tensor:
+        """Return of each completion [P, M], discounted from its first step.
 
         It includes the mean of the rewards that would follow a truncation.
         """
@@ -131,8 +130,8 @@ class Problem:
         overlong_buffer: int = 0,
         gamma: float = 1.0,
         estimator: Estimator | None = None,
-    ) -> Float[Tensor, "P D"]:
-        """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt.
+    ) -> Tensor:
+        """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt [P, D].
 
         R includes the penalty on long completions, if there is one, and the mean reward that would follow a
         truncation: then the gradient is that through the steps before it, with the policy held fixed after
@@ -156,22 +155,22 @@ class Problem:
         return torch.einsum("pm,pmtd->pd", self.chances * weight, self.scores) / len(self.chances)
 
 
-def _discounted(rewards: Float[Tensor, "P M T"], gamma: float) -> Float[Tensor, "P M"]:
-    """Return the sum of rewards, discounted from the first of them."""
+def _discounted(rewards: Tensor, gamma: float) -> Tensor:
+    """Return the sum of rewards [P, M, T], discounted from the first of them [P, M]."""
     return rewards @ gamma ** torch.arange(rewards.shape[2], dtype=torch.double)
 
 
 class Completions(NamedTuple):
     """All completions: ids and mask [M, T], the index of each token's prefix [M, T], and all prefixes."""
 
-    ids: Int[Tensor, "M T"]
-    mask: Float[Tensor, "M T"]
-    prefix: Int[Tensor, "M T"]
+    ids: Tensor  # [M, T]
+    mask: Tensor  # [M, T]
+    prefix: Tensor  # [M, T]
     prefixes: Sequence[object]
 
     @property
-    def last(self) -> Int[Tensor, " M 1"]:
-        """Position of the last token of each completion."""
+    def last(self) -> Tensor:
+        """Position of the last token of each completion [M, 1]."""
         return at_last_action(self.mask.bool()).long().argmax(-1, keepdim=True)
 
 
@@ -206,7 +205,7 @@ def tabular_problem(
     rewards: Rewards = "continuous",
     shared: bool = False,
     true_values: bool = False,
-    logits: Float[Tensor, "S V"] | None = None,
+    logits: Tensor | None = None,  # [S, V]
     sampler: Callable[[Tensor], Tensor] | None = None,
     rows: Completions | None = None,
 ) -> Problem:
@@ -289,8 +288,8 @@ def slopes_of(
     logits: Tensor,
     rows: Completions,
     shared: bool,
-) -> Float[Tensor, "P M T *V D"]:
-    """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share."""
+) -> Tensor:
+    """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share [P, M, T, ..., D]."""
     slope = torch.func.jacrev(quantity)
     own = torch.stack([slope(x, rows).flatten(-2) for x in logits])  # [P, M, T, ..., S V]
     if shared:

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tokenrl.core.choices import BIASED, EXACT, UP_TO_SCALE
@@ -56,8 +55,8 @@ class Perturbation(Distribution):
                 "or temperature=0.8,top_p=0.9."
             ) from error
 
-    def logits(self, logits: Float[Tensor, "*N V"], seed: int) -> Float[Tensor, "*N V"]:
-        """Return the sampler's logits, given those of the policy and the seed of the noise."""
+    def logits(self, logits: Tensor, seed: int) -> Tensor:
+        """Return the sampler's logits [..., V], from those of the policy and the seed of the noise."""
         draw = torch.Generator().manual_seed(seed)
         noise = torch.randn(logits.shape, generator=draw, dtype=torch.double)
         logits = self.truncated((logits + self.noise * noise) / self.temperature)

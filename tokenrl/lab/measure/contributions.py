@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
@@ -31,7 +30,7 @@ class Contributions(NamedTuple):
         coupled: Whether the units are steps because the estimator couples the prompts of a step.
     """
 
-    values: Float[Tensor, "M K"]
+    values: Tensor  # [M, K]
     groups: int
     coupled: bool
 
@@ -41,7 +40,7 @@ def step_slopes(
     samples: Samples,
     rows: Tensor,
     *,
-    score_norms: Float[Tensor, "N T"] | None = None,
+    score_norms: Tensor | None = None,  # [N, T]
     baseline_value: float = 0.0,
 ) -> Slopes:
     """Return the derivatives of one step's loss in logprobs and entropies, by `Estimator`'s own methods.
@@ -74,8 +73,8 @@ def step_slopes(
     return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
 
 
-def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Float[Tensor, " K"]:
-    """Sum the slopes times the projected scores over the tokens of some rows."""
+def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Tensor:
+    """Sum the slopes times the projected scores over the tokens of some rows [K]."""
     total = slopes.logprobs.flatten() @ projections.logprobs[rows].flatten(0, 1).double()
     if projections.entropy is not None:
         total = total + slopes.entropy.flatten() @ projections.entropy[rows].flatten(0, 1).double()

@@ -256,11 +256,11 @@ def print_tables(measured: Measured) -> None:
         units = f"{m.units} {'steps' if m.coupled else 'groups'}"
         table.add_row(m.estimator, m.declared, units, *map(words, (m.noise, m.cosine, m.quieter)))
     console.print(table)
-    s = measured.settings
+    settings = measured.settings
     console.print(
-        f"Over {s['num_prompts']:.0f} prompts of {measured.task} with {s['num_generations']:.0f} completions "
-        f"each the mean reward is {s['reward']:.3g}; in {s['frac_reward_zero_std']:.0%} of the groups all "
-        "rewards are equal.\n"
+        f"Over {settings['num_prompts']} prompts of {measured.task} with {settings['num_generations']} "
+        f"completions each the mean reward is {settings['reward']:.3g}; in "
+        f"{settings['frac_reward_zero_std']:.0%} of the groups all rewards are equal.\n"
         "noise: tr Var g / |E g|^2 of one step; cosine: between E g and that of RLOO on other rows; in "
         "brackets: 95 % bootstrap intervals over units and random directions, too narrow below some 20 "
         "groups of unequal rewards; 'not resolved': the interval of |E g|^2 contains 0, so more prompts are "

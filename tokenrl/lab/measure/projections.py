@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,8 +30,8 @@ class Projections(NamedTuple):
     They are 0 outside the mask.
     """
 
-    logprobs: Float[Tensor, "N T K"]
-    entropy: Float[Tensor, "N T K"] | None
+    logprobs: Tensor  # [N, T, K]
+    entropy: Tensor | None  # [N, T, K]
 
 
 def joined(parts: Sequence[Projections]) -> Projections:

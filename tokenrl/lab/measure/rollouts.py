@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.errors import Refused
@@ -41,14 +40,14 @@ class Samples:
 
     parts: tuple[Rollout, ...]
     group_size: int
-    mask: Bool[Tensor, "N T"]
-    rewards: Float[Tensor, " N"]
-    valid: Bool[Tensor, " N"]
-    truncated: Bool[Tensor, " N"]
-    greedy_rewards: Float[Tensor, " N"]
-    logprobs: Float[Tensor, "N T"]
-    ref_logprobs: Float[Tensor, "N T"]
-    entropy: Float[Tensor, "N T"]
+    mask: Tensor  # [N, T]
+    rewards: Tensor  # [N]
+    valid: Tensor  # [N]
+    truncated: Tensor  # [N]
+    greedy_rewards: Tensor  # [N]
+    logprobs: Tensor  # [N, T]
+    ref_logprobs: Tensor  # [N, T]
+    entropy: Tensor  # [N, T]
     scoring: Scoring = USUAL
 
 

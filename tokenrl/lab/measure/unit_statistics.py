@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tokenrl.core.statistics import Interval
@@ -27,8 +26,8 @@ class Resampling:
         self.units = _counts(units, replicates, generator)  # [R, M]
         self.probes = _counts(probes, replicates, generator)  # [R, K]
 
-    def product(self, a: Float[Tensor, "M K"], b: Float[Tensor, "M K"]) -> Float[Tensor, " R"]:
-        """Estimate `E a . E b`: the mean of `a_i . b_j` over pairs of distinct units.
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Estimate `E a . E b` in each replicate [R]: the mean of `a_i . b_j` [M, K] over pairs of distinct units.
 
         It is `(sum_i w_i a_i . sum_i w_i b_i - sum_i w_i^2 a_i . b_i) / ((sum w)^2 - sum w^2)`. With w = 1 it
         is the U-statistic of the product of means.
@@ -38,14 +37,15 @@ class Resampling:
         squares = (w.square() * (self.probes @ (a * b).T)).sum(-1)
         return (sums - squares) / self._pairs()
 
-    def variance(self, a: Float[Tensor, "M K"]) -> Float[Tensor, " R"]:
-        """Estimate without bias the trace of the covariance of one gradient, `E|a|^2 - |E a|^2`."""
+    def variance(self, a: Tensor) -> Tensor:
+        """Estimate without bias the trace of the covariance of a gradient, `E|a|^2 - |E a|^2` [R]."""
         w = self.units
         squares = self.probes @ a.square().T  # [R, M]
         total = w.sum(-1, keepdim=True)
-        return (w * (total - w) * squares).sum(-1) / self._pairs() - self.product(a, a)
+        moments = (w * (total - w) * squares).sum(-1) / self._pairs()
+        return moments - self.product(a, a)
 
-    def _pairs(self) -> Float[Tensor, " R"]:
+    def _pairs(self) -> Tensor:
         return self.units.sum(-1).square() - self.units.square().sum(-1)
 
 
@@ -58,7 +58,7 @@ def _counts(n: int, replicates: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.ones(1, n, dtype=torch.double), counts])
 
 
-def interval(replicates: Float[Tensor, " R"], *, resolved: bool = True) -> Interval:
+def interval(replicates: Tensor, *, resolved: bool = True) -> Interval:
     """Return the bias-corrected 95 % percentile interval; no ends if a replicate is not finite.
 
     The quantiles are `Phi(2 z0 -+ z)`, with z0 the normal quantile of the share of replicates below the
@@ -67,17 +67,21 @@ def interval(replicates: Float[Tensor, " R"], *, resolved: bool = True) -> Inter
     what the sample does not contain, such as a rare completion with a large score.
 
     Args:
-        replicates: The estimate first, then its bootstrap replicates.
+        replicates: The estimate first, then its bootstrap replicates [R].
         resolved: False for a ratio whose denominator may be 0: it has no ends either.
     """
-    first, rest = replicates[0], replicates[1:]
-    if not (resolved and bool(replicates.isfinite().all())):
-        return Interval(float(first) if first.isfinite() else math.nan, math.nan, math.nan)
-    share = ((rest < first).double() + 0.5 * (rest == first).double()).mean()
-    z0 = torch.special.ndtri(share.clamp(1 / len(rest), 1 - 1 / len(rest)))
-    z = torch.special.ndtri(torch.tensor([0.5 - LEVEL / 2, 0.5 + LEVEL / 2], dtype=torch.double))
+    estimate = float(replicates[0])
+    rest = replicates[1:]
+    if not math.isfinite(estimate):
+        estimate = math.nan
+    if not (resolved and replicates.isfinite().all()):
+        return Interval(estimate, math.nan, math.nan)
+    below = (rest < estimate).double() + 0.5 * (rest == estimate)
+    z0 = torch.special.ndtri(below.mean().clamp(1 / len(rest), 1 - 1 / len(rest)))
+    ends = torch.tensor([0.5 - LEVEL / 2, 0.5 + LEVEL / 2], dtype=torch.double)
+    z = torch.special.ndtri(ends)
     low, high = torch.quantile(rest, torch.special.ndtr(2 * z0 + z)).tolist()
-    return Interval(float(first), low, high)
+    return Interval(estimate, low, high)
 
 
 def reciprocal(x: Interval) -> Interval:
@@ -88,9 +92,9 @@ def reciprocal(x: Interval) -> Interval:
     """
     if not x.high > 0:
         return Interval(math.nan, math.nan, math.nan)
-    return Interval(
-        1 / x.value if x.value > 0 else math.nan, 1 / x.high, 1 / x.low if x.low > 0 else math.inf
-    )
+    value = 1 / x.value if x.value > 0 else math.nan
+    high = 1 / x.low if x.low > 0 else math.inf
+    return Interval(value, 1 / x.high, high)
 
 
 def cosine(cross: Tensor, first: Tensor, second: Tensor, *, resolved: bool) -> Interval:
