@@ -28,7 +28,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(forward, "check_scoring", remembered(forward.check_scoring))
     if "tokenrl.language.policy.saved" in sys.modules:
         saved = sys.modules["tokenrl.language.policy.saved"]
-        patch.setattr(saved.SavedPolicy, "check", tried(saved.SavedPolicy.check))
+        patch.setattr(saved.SavedModel, "check", tried(saved.SavedModel.check))
 
 
 def read_flags_once(patch: pytest.MonkeyPatch, flags) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -14,12 +13,12 @@ from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 TINY = "tiny"
-"""Name of a new tiny model, where a model to train is named; a directory of this name goes before it."""
+"""Name of a new tiny model, where a model to train is named; a directory of this name takes precedence."""
 
 
 @dataclass(frozen=True)
 class PromptArguments(Settings, group="prompts and ends"):
-    """How prompts reach the model, and what ends its completions. Left out: as in the run that saved it."""
+    """How prompts reach the model, and what ends its completions. Default: as in the run that saved it."""
 
     system_prompt: str | None = None
     """Message of the system that is put before the chat messages of each prompt; rewards do not see it."""
@@ -30,8 +29,8 @@ class PromptArguments(Settings, group="prompts and ends"):
     """Variables for the model's chat template, in JSON such as '{"enable_thinking": false}'; from Python a
     dict."""
     chat_time: str | None = None
-    """The time that a chat template which reads the clock is told, such as 2026-01-31T12:00. Default: that of
-    the run's start, to the hour, for all of its prompts, also when it continues on another day."""
+    """The time that a chat template which reads the clock is told, such as 2026-01-31T12:00. Default: the start
+    of the run, to the hour, for all of its prompts, also when it continues on another day."""
     stop: tuple[str, ...] | None = None
     """Strings that end a completion: it is finished where one appears in its text, which is cut before it. In
     a shell write $'\\n' for a line break."""
@@ -46,8 +45,10 @@ class PromptArguments(Settings, group="prompts and ends"):
         try:
             datetime.fromisoformat(self.chat_time or "2000-01-01")
         except ValueError as error:
-            text = f"chat_time was given as {self.chat_time!r}; write a time as 2026-01-31T12:00"
-            raise Refused(f"{text}, or a day as 2026-01-31.") from error
+            raise Refused(
+                f"chat_time was given as {self.chat_time!r}; write a time as 2026-01-31T12:00, or a day as "
+                "2026-01-31."
+            ) from error
         for text in self.stop or ():
             if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
                 raise Refused(
@@ -56,17 +57,15 @@ class PromptArguments(Settings, group="prompts and ends"):
 
 
 def _as_json(value: Any) -> str:
-    """Return the JSON of an object that is given as such or as its JSON."""
+    """Return an object, which may be given as JSON, in JSON."""
     try:
         content = json.loads(value) if isinstance(value, str) else value
-        if isinstance(content, Mapping):
-            return json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
-    except (TypeError, ValueError):
-        pass
-    raise Refused(
-        f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
-        "'{\"enable_thinking\": false}'."
-    )
+        return json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
+            "'{\"enable_thinking\": false}'."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,18 @@ class ModelArguments(HoldingArguments, PromptArguments):
     def __post_init__(self) -> None:
         """Check the values, and refuse objects that are no model with its tokenizer."""
         super().__post_init__()
-        parts: Any = self.model if isinstance(self.model, tuple | list) else (self.model,)
-        attributes = {1: ["encode_all"], 2: ["get_input_embeddings", "get_vocab"]}.get(
-            len(parts), ["none"]
+        model: Any = self.model
+        is_policy = hasattr(model, "encode_all")
+        if isinstance(model, str | None) or is_policy:
+            return
+        if isinstance(model, tuple | list) and len(model) == 2:
+            causal, tokenizer = model
+            if hasattr(causal, "get_input_embeddings") and hasattr(tokenizer, "get_vocab"):
+                return
+        raise Refused(
+            f"model was given as a {type(model).__name__}; it must be a directory or hub name, or a model "
+            "with its tokenizer: model=(model, tokenizer)."
         )
-        if not (isinstance(self.model, str | None) or all(map(hasattr, parts, attributes))):
-            types = ", ".join(type(part).__name__ for part in parts)
-            problem = f"model was given as {f'({types})' if len(parts) > 1 else types}; it must be a directory"
-            raise Refused(
-                f"{problem} or hub name, or a model with its tokenizer: model=(model, tokenizer)."
-            )
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ class LoraArguments(Settings, group="LoRA"):
         """Check the values, and refuse settings of an adapter without an adapter."""
         super().__post_init__()
         for name in ("lora_alpha", "lora_target_modules"):
-            if not self.lora_r and getattr(self, name):
-                problem = f"{name} was given as {getattr(self, name)}, but lora_r is 0"
-                raise Refused(f"{problem}: set it to a rank such as 16, or leave {name} out.")
+            value = getattr(self, name)
+            if value and not self.lora_r:
+                raise Refused(
+                    f"{name} was given as {value}, but lora_r is 0: set it to a rank such as 16, or leave "
+                    f"{name} out."
+                )

@@ -7,18 +7,21 @@ generation_config.json that cannot be read, although the tokens that end a compl
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from textwrap import shorten
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import TINY
+from tokenrl.language.policy.prompts import run_of
 from tokenrl.runs.files import model_directory
 
 LARGE = 10_000_000
@@ -57,9 +60,14 @@ def find_model(name_or_path: str | Path) -> str:
                 with safe_open(file, framework="pt"):  # its header must cover the whole file
                     pass
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            problem = f"The file {file.name} of the model in {folder} is damaged ({error})"
-            raise Refused(f"{problem}. Copy or save the model once more.") from error
-    _check_contents(folder, Path(name_or_path))
+            raise Refused(
+                f"The file {file.name} of the model in {folder} is damaged ({error}). Copy or save the model "
+                "once more."
+            ) from error
+    if fault := _fault_of(folder, name_or_path):
+        raise Refused(
+            f"{name_or_path} {fault}. A model is a local directory written by save_pretrained, or a hub name."
+        )
     return str(folder)
 
 
@@ -79,49 +87,39 @@ def _check_hub(name: str) -> None:
             HfApi().model_info(name, timeout=10)
     except GatedRepoError:
         return  # transformers says how to ask for access
-    except (
-        Exception
-    ) as error:  # names that cannot be, unknown models, and a network in all its states
-        problem = f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub"
-        raise Refused(f"{problem} ({describe(error)}).") from error
+    except Exception as error:  # of names that cannot be, unknown models, or the network
+        raise Refused(
+            f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub "
+            f"({describe(error)})."
+        ) from error
 
 
-def _check_contents(folder: Path, named: Path) -> None:
-    """Refuse a directory without a model or without a tokenizer, and say what it is instead.
+def _fault_of(folder: Path, name_or_path: str | Path) -> str:
+    """Say what a directory is instead of a model with its tokenizer; an empty text if it is a model.
 
     Args:
         folder: the directory that should hold the model.
-        named: the directory that the user named, which may be that of a run.
+        name_or_path: the directory that the user named, which may be the directory of a run.
     """
-    if "control" in map(_kind, (folder, named, named.parent)):
-        fault = "is of an agent that tokenrl control trained, which is no language model"
-    elif _kind(folder) is not None:
-        latest = max((folder / "checkpoints").glob("step_*"), default="none yet")
-        fault = f"is a run that has not saved its model yet. Its latest checkpoint: {latest}"
+    files = {file.name for file in folder.iterdir()}
+    run = run_of(name_or_path)
+    kind = None if run is None else read_config(run).get("kind")  # a model's config.json has none
+    if kind == "control":
+        return "is of an agent that tokenrl control trained, which is no language model"
+    if run is not None and kind is not None and run == folder.resolve():
+        latest = max((run / "checkpoints").glob("step_*"), default="none yet")
+        reason = "has not saved its model yet"
         with suppress(OSError, ValueError, KeyError):
-            error = json.loads((folder / "summary.json").read_bytes())["error"]
-            fault = (
-                f"is a run that failed and has no model ({error}). Its latest checkpoint: {latest}"
-            )
-    elif (folder / "plan.json").exists():
-        fault = "is the directory of a comparison; give that of one of its runs"
-    elif not ((folder / "config.json").exists() or (folder / "adapter_config.json").exists()):
-        fault = "holds no saved model: it has no config.json of one"
-    elif not [file for name in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(name)]:
-        fault = "has no tokenizer beside its model: save it there with save_pretrained too"
-    else:
-        return
-    raise Refused(
-        f"{named} {fault}. A model is a local directory written by save_pretrained, or a hub name."
-    )
-
-
-def _kind(folder: Path) -> Any:
-    """Return the `kind` of the run that config.json describes; None for a model, or if it cannot be read."""
-    try:
-        return json.loads((folder / "config.json").read_bytes()).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None
+            error = json.loads((run / "summary.json").read_bytes())["error"]
+            reason = f"failed and has no model ({error})"
+        return f"is a run that {reason}. Its latest checkpoint: {latest}"
+    if "plan.json" in files:
+        return "is the directory of a comparison; give the directory of one of its runs"
+    if not files & {"config.json", "adapter_config.json"}:
+        return "holds no saved model: it has no config.json"
+    if not any(re.match(r"tokenizer|vocab|.*\.model$", name) for name in files):
+        return "has no tokenizer beside its model: save it there with save_pretrained too"
+    return ""
 
 
 @contextmanager
@@ -136,23 +134,23 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
     Raises:
         Refused: something in the block raised an error; the message quotes it.
     """
-    hint = (
-        "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
-    )
     try:
         with quietly():
             yield
     except Refused:
         raise
-    except (
-        Exception
-    ) as error:  # configuration, weights and tokenizer files each have errors of their own
-        cause = " ".join((str(error) or type(error).__name__).split())
-        if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
-            cause = "its weights are a pickle with more in it than weights, which could run as a program"
+    except UnpicklingError as error:  # torch's message says how to run the program
         raise Refused(
-            f"No {kind} could be loaded from {source!r}{hint}: {shorten(cause, 300).rstrip('.')}. Give a "
-            "local directory written by save_pretrained, or a hub name."
+            f"No {kind} could be loaded from {source!r}: its weights are a pickle with more in it than "
+            "weights, which could run as a program. Give weights that save_pretrained wrote."
+        ) from error
+    except Exception as error:  # files of a model have errors of all kinds
+        hint = (
+            "" if trust_remote_code else " Code shipped with a model runs with trust_remote_code."
+        )
+        raise Refused(
+            f"No {kind} could be loaded from {source!r} ({describe(error)}). Give a local directory written "
+            f"by save_pretrained, or a hub name.{hint}"
         ) from error
 
 
@@ -210,9 +208,7 @@ def switch_dropout_off(model: nn.Module) -> None:
             config.output_router_logits = False
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(
-            vars(module).items()
-        ):  # rates that the forward pass hands to functions
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and re.search("dropout|^layerdrop$", name):
+                setattr(module, name, 0.0)  # the forward pass hands this rate to a function
     model.eval()

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import Dtype, PromptArguments
+from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly, switch_dropout_off
 from tokenrl.language.policy.prompts import (
     Prompt,
@@ -32,7 +32,6 @@ from tokenrl.language.policy.prompts import (
 )
 from tokenrl.language.policy.saving import check_base, merged
 from tokenrl.language.policy.stops import StopStrings, decoded
-from tokenrl.settings import check_choice
 
 
 @dataclass
@@ -98,35 +97,37 @@ class Policy:
                 them or ignores tools, the form does not fit the prompt, the prompt is text and there are
                 tools, or it is empty and the tokenizer has no BOS.
         """
-        prompt, tokenizer = formed(prompt, self.form), self.tokenizer
+        prompt = formed(prompt, self.form)
+        tokenizer = self.tokenizer
         if isinstance(prompt, str):
             if tools:
-                problem = f"An environment has tools, but a prompt is text: {prompt!r:.60}"
                 raise Refused(
-                    f"{problem}. Only a chat template shows tools to a model: add chat (--chat)."
+                    f"An environment has tools, but a prompt is text: {prompt!r:.60}. Only a chat template "
+                    "shows tools to a model: add chat (--chat)."
                 )
             ids = list(tokenizer(prompt).input_ids)
             if ids and ids[-1] in self.eos_ids:
                 bare = tokenizer(prompt, add_special_tokens=False).input_ids
-                if not (bare and bare[-1] in self.eos_ids):
+                if ids[-1] not in bare[-1:]:
                     ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
-            begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-            turn: dict[str, Any] = {
-                "add_generation_prompt": not begun,
-                "continue_final_message": begun,
-            }
-            ids = list(
-                render(
-                    tokenizer, prompt, self.form, self.source, tokenize=True, tools=tools, **turn
-                )
+            is_begun = bool(prompt) and prompt[-1].get("role") == "assistant"
+            ids = render(
+                tokenizer,
+                prompt,
+                self.form,
+                self.source,
+                tools,
+                tokenize=True,
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
             )
         if not ids and tokenizer.bos_token_id is None:
-            problem = (
-                "A prompt is empty, and the tokenizer has no BOS to start from: give it a token"
+            raise Refused(
+                "A prompt is empty, and the tokenizer has no BOS to start from: give it a token, or an "
+                "environment whose reset returns a text."
             )
-            raise Refused(f"{problem}, or an environment whose reset returns a text.")
-        return ids or [tokenizer.bos_token_id]
+        return list(ids) or [tokenizer.bos_token_id]
 
     def reply_ids(
         self,
@@ -166,10 +167,8 @@ class Policy:
         form = with_time(self.tokenizer, form)
         if form != self.form:
             check_form(self.tokenizer, form, self.source)
-            self.form, self.stops = (
-                form,
-                StopStrings(self.tokenizer, form.stop) if form.stop else None,
-            )
+            self.form = form
+            self.stops = StopStrings(self.tokenizer, form.stop) if form.stop else None
 
     def encode_all(
         self,
@@ -192,48 +191,45 @@ class Policy:
             Refused: a prompt and its completion could exceed the context (the message names the place,
                 or else quotes the prompt, and says the lengths), or `encode` refuses a prompt.
         """
-        room = None if self.context is None else self.context - max_completion_length
-        if room is not None and room < 1 and truncate is not None:
-            setting = f"max_completion_length={max_completion_length} leaves no room for a prompt"
-            problem = f"{setting} in the model's context of {self.context} tokens"
-            raise Refused(
-                f"{problem}: lower --max-completion-length, or take a model with a longer context."
-            )
         encoded = [self.encode(prompt) for prompt in prompts]
+        if self.context is None:
+            return encoded
+        room = self.context - max_completion_length
+        if room < 1 and truncate is not None:
+            raise Refused(
+                f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's "
+                f"context of {self.context} tokens: lower --max-completion-length, or take a model with a "
+                "longer context."
+            )
         for row, ids in enumerate(encoded):
-            if room is not None and len(ids) > room and not truncate:
-                where = f"of {locations[row]}" if locations else f"{prompts[row]!r:.60}"
-                mend = "leave it out, or take a model with a longer context"
-                if truncate is not None:
-                    mend = f"give --truncate-prompts, which drops tokens from the left, {mend}"
-                    spare = room + max_completion_length - len(ids)
-                    mend = (
-                        f"give --max-completion-length {spare} or less, {mend}"
-                        if spare > 0
-                        else mend
-                    )
+            if len(ids) > room and not truncate:
+                name = f"of {locations[row]}" if locations else f"{prompts[row]!r:.60}"
+                remedy = "leave it out, or take a model with a longer context"
+                if truncate is False:
+                    remedy = f"give --truncate-prompts, which drops tokens from the left, {remedy}"
+                    if len(ids) < self.context:
+                        spare = self.context - len(ids)
+                        remedy = f"give --max-completion-length {spare} or less, {remedy}"
                 raise Refused(
-                    f"The prompt {where} has {len(ids)} tokens, with its completion "
+                    f"The prompt {name} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
-                    f"{mend}."
+                    f"{remedy}."
                 )
-            encoded[row] = ids if room is None else ids[-room:]
-        return encoded
+        return [ids[-room:] for ids in encoded]
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Texts of N completions, given as `ids` [N, T] and `mask` [N, T], without special tokens.
 
         A text is cut before the stop string that ended it.
         """
-        rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
-        texts = decoded(self.tokenizer, rows)
-        return texts if self.stops is None else [self.stops.cut(text) for text in texts]
+        rows = zip(ids.cpu(), mask.bool().cpu(), strict=True)
+        texts = decoded(self.tokenizer, [row[is_token].tolist() for row, is_token in rows])
+        return texts if self.stops is None else list(map(self.stops.cut, texts))
 
     def add_reference(self) -> None:
         """Keep a frozen copy of the model as the reference of a KL term; an adapter makes it needless."""
-        if self.has_adapter or self.reference is not None:
-            return
-        self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self.reference is None and not self.has_adapter:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
@@ -259,7 +255,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         Refused: the tokenizer has ids beyond the rows of the model's embedding.
     """
     config: Any = model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config = config.get_text_config()
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
@@ -267,17 +263,20 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
             f"The tokenizer of {source or 'this model'} has token ids up to {largest}, but the model's "
             f"vocabulary has only {rows} rows: give the tokenizer that belongs to the model."
         )
-    eos: set[int] = set()
+    ends: list[int | None] = []
     for part in (getattr(model, "generation_config", None), text_config, tokenizer):
-        value = getattr(part, "eos_token_id", None)
-        eos.update([value] if isinstance(value, int) else value or ())
-    pad = next(i for i in (tokenizer.pad_token_id, min(eos, default=None), 0) if i is not None)
+        end = getattr(part, "eos_token_id", None)
+        ends += [end] if isinstance(end, int | None) else end
+    eos_ids = sorted({end for end in ends if end is not None and 0 <= end < rows})
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = min(eos_ids, default=0)
     switch_dropout_off(model)
     return Policy(
         model=model,
         tokenizer=tokenizer,
-        eos_ids=tuple(sorted(i for i in eos if 0 <= i < rows)),
-        pad_id=pad,
+        eos_ids=tuple(eos_ids),
+        pad_id=pad_id,
         context=getattr(text_config, "max_position_embeddings", None),
         source=source,
     )
@@ -310,11 +309,11 @@ def load_policy(
     from transformers.utils import find_adapter_config_file
 
     name = find_model(name_or_path)
-    check_choice("dtype", dtype, get_args(Dtype))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with loading("causal language model", name, trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if adapter := find_adapter_config_file(name):
+        adapter = find_adapter_config_file(name)
+        if adapter is not None:
             if not json.loads(Path(adapter).read_bytes()).get("base_model_name_or_path"):
                 raise Refused(
                     f"{adapter} does not name the base that the adapter belongs to, which was given in "
@@ -333,11 +332,11 @@ def load_policy(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, **options, output_loading_info=True
             )
-            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-            if missing:  # transformers would fill them with random numbers, and only warn
-                lacks = f"it lacks {', '.join(missing)[:200]}"
+            model, keys = loaded
+            if missing := keys["missing_keys"]:  # transformers would fill them with random numbers
                 raise Refused(
-                    f"{name!r} is no whole causal language model: {lacks}. Give one with its head."
+                    f"{name!r} is no whole causal language model: it lacks "
+                    f"{', '.join(sorted(missing))[:200]}. Give one with its head."
                 )
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
@@ -363,9 +362,8 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     except ValueError as error:
         raise Refused(f"gradient_checkpointing fails ({describe(error)}): leave it off.") from error
     model.enable_input_require_grads()  # under LoRA the embedding is frozen, and no block would get one
-    for (
-        module
-    ) in model.modules():  # transformers checkpoints only in training mode, where routers add noise
+    # Transformers checkpoints only in training mode, in which routers add noise.
+    for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
 
 
@@ -396,18 +394,17 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    linear = [name for name, module in policy.model.named_modules() if _is_linear(module)]
-    missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
-    if missing:
-        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        problem = (
-            f"lora_target_modules, names with spaces between, holds {', '.join(map(repr, missing))}"
-        )
-        raise Refused(f"{problem}, but this model's linear layers are: {', '.join(names)}.")
+    layers = [name for name, module in policy.model.named_modules() if _is_linear(module)]
+    for name in target_modules:
+        if not any(f".{layer}".endswith(f".{name}") for layer in layers):
+            names = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise Refused(
+                f"lora_target_modules, names with spaces between, holds {name!r}, but this model's linear "
+                f"layers are: {', '.join(names)}."
+            )
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do
-        lora_dropout=0.0,
         target_modules=list(target_modules) or "all-linear",
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in policy.model.modules()),
@@ -415,9 +412,10 @@ def add_lora(
     with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
-    if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
-        # so that the adapter finds its base from wherever it is loaded
-        config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
+    base = Path(config.base_model_name_or_path or "")
+    if config.base_model_name_or_path and base.is_dir():
+        # The adapter then finds its base from wherever it is loaded.
+        config.base_model_name_or_path = str(base.resolve())
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -58,12 +58,13 @@ def run_of(model: Any) -> Path | None:
     Args:
         model: a directory (of the run, of its `model/` or of a checkpoint), or anything else.
     """
-    if isinstance(model, str | os.PathLike) and os.path.exists(model):
-        path = Path(model).resolve()
-        for run in (path, *path.parents[:2]):
-            ours = run == path or path.relative_to(run).parts[0] in ("model", "checkpoints")
-            if ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-                return run
+    if not isinstance(model, str | os.PathLike) or not os.path.exists(model):
+        return None
+    path = Path(model).resolve()
+    for run in (path, *path.parents[:2]):
+        is_ours = path.relative_to(run).parts[:1] in ((), ("model",), ("checkpoints",))
+        if is_ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
+            return run
     return None
 
 
@@ -77,7 +78,11 @@ def saved_form(model: Any) -> dict[str, Any]:
     if (run := run_of(model)) is not None:
         config = read_config(run)
         form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
-    return {name: value for name, value in vars(form).items() if value} if form is not None else {}
+    return {} if form is None else _set_fields(form)
+
+
+def _set_fields(form: PromptArguments) -> dict[str, Any]:
+    return {name: value for name, value in vars(form).items() if value}
 
 
 def fill_form(args: T, model: Any = None) -> T:
@@ -100,19 +105,22 @@ def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
         form: how the model is asked.
         model: the model as it was named, to say where the form comes from if its run was asked so.
     """
-    parts = ["each text as a message of the user"] if form.chat else []
-    parts += [f"system prompt {form.system_prompt!r}"] if form.system_prompt else []
-    parts += [f"chat template with {form.chat_template_kwargs}"] if _variables(form) else []
-    parts += [f"chat template at {form.chat_time}"] if form.chat_time else []
-    parts += [f"completions end at {' or '.join(map(repr, form.stop))}"] if form.stop else []
-    inherited = parts and saved_form(model) == {
-        name: value for name, value in vars(form).items() if value
-    }
-    return (
-        {"asked": "; ".join(parts) + (f" (as the run of {model})" if inherited else "")}
-        if parts
-        else {}
-    )
+    parts = []
+    if form.chat:
+        parts.append("each text as a message of the user")
+    if form.system_prompt:
+        parts.append(f"system prompt {form.system_prompt!r}")
+    if _variables(form):
+        parts.append(f"chat template with {form.chat_template_kwargs}")
+    if form.chat_time:
+        parts.append(f"chat template at {form.chat_time}")
+    if form.stop:
+        parts.append(f"completions end at {' or '.join(map(repr, form.stop))}")
+    if not parts:
+        return {}
+    words = "; ".join(parts)
+    is_inherited = saved_form(model) == _set_fields(form)
+    return {"asked": f"{words} (as the run of {model})" if is_inherited else words}
 
 
 def print_form(form: PromptArguments, model: Any) -> None:
@@ -144,17 +152,16 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     if not (form.chat or variables or form.system_prompt):
         return
     _check_template(tokenizer, name)
-    read = set(re.findall(r"\w+", str(tokenizer.chat_template))).difference(
-        OURS
-    )  # of all named templates
-    if unread := [variable for variable in variables if variable not in read]:
-        reason = (
-            f"which the chat template of {name!r} never reads, or which each prompt sets itself"
-        )
-        raise Refused(f"chat_template_kwargs sets {unread[0]!r}, {reason}: leave it out.")
-    question = [{"role": "user", "content": "?"}]
+    words = re.findall(r"\w+", str(tokenizer.chat_template))  # of all named templates
+    for variable in variables:
+        if variable in OURS or variable not in words:
+            raise Refused(
+                f"chat_template_kwargs sets {variable!r}, which the chat template of {name!r} never reads, or "
+                "which each prompt sets itself: leave it out."
+            )
     if form.system_prompt:
-        whole = [{"role": "system", "content": form.system_prompt}, *question]
+        question = [{"role": "user", "content": "?"}]
+        whole = formed(question, form)
         if render(tokenizer, whole, form, name) == render(tokenizer, question, form, name):
             raise Refused(
                 f"The chat template of {name!r} leaves out messages of the system: write the system_prompt "
@@ -169,20 +176,22 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
         Refused: the form has a system prompt or variables of the template and the prompt is text, or the
             prompt already has a message of the system.
     """
+    if isinstance(prompt, str) and form.chat:
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        if form.chat:
-            prompt = [{"role": "user", "content": prompt}]
-        elif form.system_prompt or _variables(form):
-            setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
+        setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
+        if form.system_prompt or _variables(form):
             raise Refused(
                 f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) "
                 "to send text as a message of the user, or write the words into the prompts."
             )
-    if not isinstance(prompt, str) and form.system_prompt:
+    elif form.system_prompt:
         if prompt and prompt[0].get("role") == "system":
-            fault = f"A prompt already begins with a message of the system, {prompt[0].get('content')!r:.60}"
-            raise Refused(f"{fault}: leave it out, or system_prompt.")
-        prompt = [{"role": "system", "content": form.system_prompt}, *prompt]
+            raise Refused(
+                "A prompt already begins with a message of the system, "
+                f"{prompt[0].get('content')!r:.60}: leave it out, or system_prompt."
+            )
+        return [{"role": "system", "content": form.system_prompt}, *prompt]
     return prompt
 
 
@@ -292,7 +301,8 @@ def following_ids(
     Returns:
         The ids; None if there are none that read so, though the tokenizer can write such a text.
     """
-    tokenizer, tail = policy.tokenizer, [*before[-TAIL:]]
+    tokenizer = policy.tokenizer
+    tail = list(before[-TAIL:])
 
     def read(ids: list[int]) -> str:
         return decoded(tokenizer, [ids], skip_special_tokens=False)[0]
@@ -300,22 +310,21 @@ def following_ids(
     def ids_of(words: str) -> list[int]:
         return list(tokenizer(words, add_special_tokens=False).input_ids)
 
-    alone, start = ids_of(text), read(tail)
-    begins = set(before) <= set(tokenizer.all_special_ids)
-    if begins or read(tail + alone) == start + text:
+    alone = ids_of(text)
+    start = read(tail)
+    is_first = set(before) <= set(tokenizer.all_special_ids)
+    if is_first or read(tail + alone) == start + text:
         return alone
     text = _space_before(policy, prompt, text) + text
-    right = {
-        start + text,
-        read(ids_of(start + text)),
-    }  # as written, as far as the tokenizer can write it
+    right = (start + text, read(ids_of(start + text)))  # the second as the tokenizer can write it
     for anchor in ("", start, *ANCHORS):
-        head, whole = ids_of(anchor), ids_of(anchor + text)
+        head = ids_of(anchor)
+        whole = ids_of(anchor + text)
         ids = whole[len(head) :]
         if whole[: len(head)] == head and read(tail + ids) in right:
             return ids
-    whole_text = prompt + text if prompt and isinstance(prompt, str) else start + text
-    return alone if read(ids_of(whole_text)).strip() != whole_text.strip() else None
+    words = (prompt if isinstance(prompt, str) and prompt else start) + text
+    return None if read(ids_of(words)).strip() == words.strip() else alone
 
 
 def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
@@ -326,8 +335,8 @@ def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
     written = partial(render, policy.tokenizer, form=policy.form, name=policy.source)
     opening = written(prompt, add_generation_prompt=True)
     whole = written([*prompt, {"role": "assistant", "content": text}])
-    answer = whole.removeprefix(opening)
-    return answer[: len(answer) - len(answer.lstrip())] if whole.startswith(opening) else ""
+    answer = whole[len(opening) :]
+    return re.match(r"\s*", answer)[0] if whole.startswith(opening) else ""  # type: ignore[index]
 
 
 def _variables(form: PromptArguments) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.language.policy.loading import LARGE, quietly
 from tokenrl.language.policy.saving import (
-    KINDS,
+    AUTO_CLASSES,
     Card,
     adapter_weights,
     base_of,
@@ -35,16 +35,18 @@ from tokenrl.language.policy.saving import (
     write_generation,
 )
 
-ROUNDING, COARSE = 0.01, 0.12
-"""The largest error of a logit, relative to the largest one, in float32 or better, and in less precision."""
-STEP = 0.1
+MAX_ERROR = 0.01
+"""The largest error of a logit, relative to the largest logit, in float32 or better."""
+MAX_COARSE_ERROR = 0.12
+"""The same where some weights have less precision."""
+RELATIVE_MOVE = 0.1
 """How far a trial moves the weights, relative to their size, so that an adapter and ties have an effect."""
-WRITTEN = f"{string.printable}naïve café, 漢字 😀"
+SAMPLE = f"{string.printable}naïve café, 漢字 😀"
 """A text that a tokenizer has to read as it did before it was saved."""
 
 
 @dataclass
-class SavedPolicy:
+class SavedModel:
     """A policy or a reward model as checkpoints hold it: all of its weights, or its adapter alone.
 
     Attributes:
@@ -64,16 +66,19 @@ class SavedPolicy:
         model = self.policy.model
         if not has_adapter(model):
             return
-        if len(names := model.active_adapters) != 1:
-            problem = f"The model has {len(names)} active adapters ({', '.join(names)})"
-            raise Refused(f"{problem}, and one is trained: choose it by model.set_adapter.")
-        held = {weight.data_ptr() for weight in adapter_weights(model).values()}
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if outside := [name for name, p in trained if p.data_ptr() not in held]:
+        names = model.active_adapters
+        if len(names) != 1:
             raise Refused(
-                f"The model has an adapter, but {len(outside)} weights outside it would be trained too, "
-                f"such as {outside[0]}: freeze them, or name their modules in peft's modules_to_save."
+                f"The model has {len(names)} active adapters ({', '.join(names)}), and one is trained: "
+                "choose it by model.set_adapter."
             )
+        of_adapter = {weight.data_ptr() for weight in adapter_weights(model).values()}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and weight.data_ptr() not in of_adapter:
+                raise Refused(
+                    f"The model has an adapter, but weights outside it would be trained too, such as {name}: "
+                    "freeze them, or name their modules in peft's modules_to_save."
+                )
 
     @cached_property
     def _base(self) -> dict[str, Any]:
@@ -85,11 +90,11 @@ class SavedPolicy:
         A folder with an adapter alone loads on top of the base model that the adapter was trained on, and is
         refused where that model is not to be found.
         """
-        if not has_adapter(self.policy.model):
+        if has_adapter(self.policy.model):
+            with quietly():
+                write_adapter(self.policy, folder, self._base)
+        else:
             save_policy(self.policy, folder)
-            return
-        with quietly():
-            write_adapter(self.policy, folder, self._base)
 
     def read(self, folder: Path) -> None:
         """Give the model the weights that `write` wrote, bit for bit.
@@ -109,19 +114,16 @@ class SavedPolicy:
         Raises:
             Refused: something cannot be saved, or not so that transformers loads the same model.
         """
-        trial, model = copy.copy(self.policy), self.policy.model
-        with _saving("model", "Give one that can be copied, with an adapter that can be merged."):
-            trial.model = _moved(model) if _is_small(model) else _hollow(model)
-        base = _bare(trial.model)
-        mend = "Mend generation_config.json, or model.generation_config: sampling needs do_sample true."
-        with _saving("generation settings", mend):
-            write_generation(trial, base, folder)
-        with _saving("model or tokenizer", "Give what save_pretrained can write."):
-            if _is_small(model):
+        trial = copy.copy(self.policy)
+        with _trying():
+            if _is_small(trial.model):
+                trial.model = _moved(trial.model)
                 save_policy(trial, folder)
             else:
-                base.config.save_pretrained(folder)
+                trial.model = _hollow(trial.model)
+                trial.model.config.save_pretrained(folder)
                 trial.tokenizer.save_pretrained(folder)
+                write_generation(trial, trial.model, folder)
         self._compare(trial, folder)
 
     def hand_over(self, folder: Path, card: Card) -> None:
@@ -138,34 +140,24 @@ class SavedPolicy:
 
     @quietly()
     def _compare(self, policy: Any, folder: Path) -> None:
-        """Load a saved model as plain transformers does, and compare it with the one that was saved."""
+        """Load a saved model as plain transformers does, and compare it with the one that was saved.
+
+        Raises:
+            Refused: it cannot be loaded, or is another model.
+        """
         import transformers
 
-        model, auto = policy.model, getattr(transformers, KINDS[self.kind][1])
-        options = {
-            "trust_remote_code": type(_bare(model)).__module__.startswith("transformers_modules")
-        }
-        with _saving("tokenizer", "Give one that AutoTokenizer can load from a folder."):
+        model = policy.model
+        auto = getattr(transformers, AUTO_CLASSES[self.kind])
+        has_own_code = "transformers_modules" in str(type(_bare(model)))
+        options = {"trust_remote_code": has_own_code}
+        with _trying():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             if _reading(tokenizer) != _reading(policy.tokenizer):
-                raise ValueError("loaded again, it reads a text as other tokens")
-        mend = (
-            "It must be what transformers makes of its configuration: set config.tie_word_embeddings to "
-            "whether the head shares the embedding's weights, and undo other changes of layers or code."
-        )
-        with _saving("model", mend):
+                raise ValueError("loaded again, the tokenizer reads a text as other tokens")
             if _is_small(model):
-                loaded, keys = auto.from_pretrained(
-                    folder, dtype="auto", output_loading_info=True, **options
-                )
-                if wrong := [
-                    *keys["missing_keys"],
-                    *keys["unexpected_keys"],
-                    *keys["mismatched_keys"],
-                ]:
-                    raise ValueError(
-                        f"loaded again, its weights differ: {', '.join(map(str, wrong))[:200]}"
-                    )
+                loaded = auto.from_pretrained(folder, dtype="auto", **options)
+                _compare_shapes(_hollow(model), loaded)
                 _compare_logits(model, loaded)
             elif getattr(_bare(model), "hf_quantizer", None) is None:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
@@ -175,8 +167,12 @@ class SavedPolicy:
 
 
 @contextmanager
-def _saving(part: str, mend: str) -> Iterator[None]:
-    """Refuse what cannot be saved or loaded in the block, and say what helps; transformers prints nothing."""
+def _trying() -> Iterator[None]:
+    """Refuse what cannot be saved or loaded in the block; transformers prints nothing there.
+
+    Raises:
+        Refused: something in the block raised an error; the message quotes it.
+    """
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -187,7 +183,9 @@ def _saving(part: str, mend: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise errors of all kinds
         raise Refused(
-            f"The {part} of this run cannot be saved and loaded ({describe(error)}). {mend}"
+            f"The model of this run cannot be saved and loaded ({describe(error)}). With its tokenizer it must "
+            "be what transformers makes of its configuration: set config.tie_word_embeddings to whether the "
+            "head shares the embedding's weights, and undo other changes of layers or code."
         ) from error
     finally:
         logging.set_verbosity(level)
@@ -198,54 +196,48 @@ def _bare(model: Any) -> Any:
     return model.get_base_model() if has_adapter(model) else model
 
 
-def _is_small(model: nn.Module) -> bool:
-    return sum(p.numel() for p in model.parameters()) <= LARGE
+def _is_small(model: Any) -> bool:
+    return bool(_bare(model).num_parameters() <= LARGE)
 
 
 def _reading(tokenizer: Any) -> tuple[Any, ...]:
     """Return what a tokenizer makes of a text, with its vocabulary and its chat template."""
     template = getattr(tokenizer, "chat_template", None)
-    return tokenizer(WRITTEN)["input_ids"], tokenizer.get_vocab(), template
+    return tokenizer(SAMPLE)["input_ids"], tokenizer.get_vocab(), template
 
 
 @torch.no_grad()
 def _moved(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose trained weights are others, as after some updates."""
     moved = copy.deepcopy(model)
-    for weight in (p for p in moved.parameters() if p.requires_grad):
-        size = float(weight.float().square().mean().sqrt()) or 1.0
-        ramp = torch.arange(weight.numel(), device=weight.device).cos().view_as(weight)
-        weight.add_(ramp, alpha=STEP * size)
+    for weight in moved.parameters():
+        if weight.requires_grad:
+            size = float(weight.float().square().mean().sqrt()) or 1.0
+            ramp = torch.arange(weight.numel(), device=weight.device).cos()
+            weight.add_(ramp.view_as(weight), alpha=RELATIVE_MOVE * size)
     return moved
 
 
 @torch.no_grad()
 def _compare_logits(model: nn.Module, loaded: Any) -> None:
     """Compare the logits of a text with tokens from all over the vocabulary."""
-    weight = next(model.parameters())
-    limit = (
-        ROUNDING
-        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-        else COARSE
-    )
+    weights = list(model.parameters())
     rows = len(loaded.get_input_embeddings().weight)
-    ids = (torch.arange(1, 9, device=weight.device) * rows // 9)[None]
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    ids = ids[:, :context]
-    before, after = (
-        m.eval()(input_ids=ids).logits for m in (copy.deepcopy(model), loaded.to(weight.device))
-    )
-    error, size = float((before - after).abs().max()), max(float(before.abs().max()), 0.1)
-    if math.isfinite(size) and not error <= limit * size:
-        raise ValueError(f"loaded again, its logits are off by {error / size:.2g} of the largest")
+    ids = torch.arange(1, 9, device=weights[0].device)[None] * rows // 9
+    before = copy.deepcopy(model).eval()(input_ids=ids).logits
+    after = loaded.to(ids.device).eval()(input_ids=ids).logits
+    size = max(float(before.abs().max()), 0.1)
+    error = float((before - after).abs().max()) / size
+    is_coarse = any(weight.dtype.itemsize < 4 for weight in weights)
+    limit = MAX_COARSE_ERROR if is_coarse else MAX_ERROR
+    if math.isfinite(size) and not error <= limit:
+        raise ValueError(f"loaded again, its logits are off by {error:.2g} of the largest")
 
 
 def _hollow(model: Any) -> Any:
     """Return a copy of a model whose weights have names and shapes alone, with its adapter merged."""
-    weights = {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
-    }
-    hollow = copy.deepcopy(model, weights)
+    bare_weights = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    hollow = copy.deepcopy(model, bare_weights)
     return merged(hollow) if has_adapter(model) else hollow
 
 

@@ -62,20 +62,21 @@ def merged(model: Any) -> Any:
     Returns:
         The model without the adapter.
     """
-    owners, tied = defaultdict(list), True
+    owners = defaultdict(list)
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             owners[weight].append((path, module, name))
-    for weight, (first, *others) in owners.items():
-        is_adapted = any(
-            re.search("base_layer|original_module", path) for path, *_ in (first, *others)
-        )
-        for _, module, name in others if is_adapted else ():
-            setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
-            tied = False
+    is_untied = False
+    for weight, layers in owners.items():
+        is_adapted = any(re.search("base_layer|original_module", path) for path, *_ in layers)
+        if is_adapted and len(layers) > 1:
+            is_untied = True
+            for _, module, name in layers[1:]:
+                setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
     whole = model.merge_and_unload()
-    for config in () if tied else (whole.config, whole.config.get_text_config()):
-        config.tie_word_embeddings = False
+    if is_untied:
+        whole.config.tie_word_embeddings = False
+        whole.config.get_text_config().tie_word_embeddings = False
     return whole
 
 
@@ -84,9 +85,11 @@ def write_generation(policy: Any, model: Any, directory: Path) -> None:
     settings = copy.deepcopy(getattr(model, "generation_config", None))
     if settings is None:  # of a reward model
         return
-    stops = getattr(policy, "stops", None)
-    if ends := sorted({*policy.eos_ids, *(stops.ids if stops else ())}):
-        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    ends = set(policy.eos_ids)
+    if policy.stops is not None:
+        ends |= policy.stops.ids
+    if ends:
+        settings.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
     settings.save_pretrained(directory)
 
 
@@ -122,20 +125,18 @@ def read_weights(model: Any, folder: Path) -> None:
 def _read_whole(model: Any, folder: Path) -> None:
     """Read all weights as transformers does: names on the disk may differ from those of the model."""
     # The widest precision of the model holds each of its weights without rounding.
-    kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    form: Any = {"dtype": reduce(torch.promote_types, kinds), "config": copy.deepcopy(model.config)}
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     with torch.random.fork_rng(devices=[]):  # some classes draw weights before they load them
-        saved, mismatch = type(model).from_pretrained(
-            folder, **form, output_loading_info=True, local_files_only=True
+        saved, keys = type(model).from_pretrained(
+            folder,
+            dtype=reduce(torch.promote_types, dtypes),
+            config=copy.deepcopy(model.config),
+            output_loading_info=True,
+            local_files_only=True,
         )
-    if wrong := [
-        *mismatch["missing_keys"],
-        *mismatch["mismatched_keys"],
-        *mismatch["unexpected_keys"],
-    ]:
-        raise ValueError(
-            f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}"
-        )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys[kind]:
+            raise ValueError(f"{kind}: {', '.join(map(str, keys[kind]))[:200]}")
     model.load_state_dict(saved.state_dict())
 
 
@@ -164,13 +165,15 @@ def _read_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    saved, present = load_file(folder / "adapter_model.safetensors"), adapter_weights(model)
-    if {name: w.shape for name, w in saved.items()} != {
-        name: w.shape for name, w in present.items()
-    }:
+    saved = load_file(folder / "adapter_model.safetensors")
+    if _shapes(saved) != _shapes(adapter_weights(model)):
         raise ValueError("the names or the shapes of its adapter's weights differ")
     check_base(model, folder)
     set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def check_base(model: Any, folder: Path) -> None:
@@ -187,7 +190,8 @@ def check_base(model: Any, folder: Path) -> None:
     """
     if not (folder / BASE).exists():  # written by peft itself
         return
-    recorded, base = json.loads((folder / BASE).read_bytes()), base_of(model)
+    recorded = json.loads((folder / BASE).read_bytes())
+    base = base_of(model)
     if recorded["dtypes"] == base["dtypes"] and recorded != base:
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
         raise Refused(
@@ -242,23 +246,42 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-KINDS = {
-    "policy": (
-        "transformers",
-        "AutoModelForCausalLM",
-        "This model was trained by tokenrl. It loads so:",
-    ),
-    "adapter": (
-        "peft",
-        "AutoPeftModelForCausalLM",
-        "This is a LoRA adapter alone, trained by tokenrl.",
-    ),
-    "reward model": (
-        *("transformers", "AutoModelForSequenceClassification"),
-        "A reward model: one number for prompt + completion, trained on preferences.",
-    ),
+AUTO_CLASSES = {
+    "policy": "AutoModelForCausalLM",
+    "adapter": "AutoPeftModelForCausalLM",
+    "reward model": "AutoModelForSequenceClassification",
 }
-"""By kind of card, the library and its class that load what is saved beside the card, and what that is."""
+"""By kind of card, the class that loads what is saved beside the card."""
+CARD = """\
+---
+{{ front }}
+---
+# {{ plain(card.title) }}
+
+{% if card.kind == "policy" -%}
+This model was trained by tokenrl. It loads so:
+{%- elif card.kind == "adapter" -%}
+This is a LoRA adapter alone, trained by tokenrl.
+{%- else -%}
+A reward model: one number for prompt + completion, trained on preferences.
+{%- endif %}
+
+```python
+from transformers import AutoTokenizer
+from {{ library }} import {{ auto }}
+model = {{ auto }}.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+```
+
+| | |
+|---|---|
+{% for name, value in card.facts.items() -%}
+| {{ plain(name) }} | {{ plain(value) }} |
+{% endfor %}
+{% for line in card.origin -%}
+{{ line }}
+{% endfor %}"""
+"""Template of a card."""
 _MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""
 
@@ -286,35 +309,21 @@ class Card:
     def text(self) -> str:
         """Return the card as Markdown, with the front matter that the hub reads."""
         from huggingface_hub import ModelCardData
+        from jinja2 import Template
 
-        library, auto, about = KINDS[self.kind]
+        is_adapter = self.kind == "adapter"
+        is_judge = self.kind == "reward model"
+        library = "peft" if is_adapter else "transformers"
         data = ModelCardData(
             library_name=library,
             base_model=os.fspath(self.base) if isinstance(self.base, str | os.PathLike) else None,
-            pipeline_tag="text-classification"
-            if self.kind == "reward model"
-            else "text-generation",
-            tags=[*self.tags, *(["lora"] if self.kind == "adapter" else []), "tokenrl"],
+            pipeline_tag="text-classification" if is_judge else "text-generation",
+            tags=[*self.tags, "lora", "tokenrl"] if is_adapter else [*self.tags, "tokenrl"],
         )
-        lines = [
-            *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", about, ""),
-            *(
-                "```python",
-                "from transformers import AutoTokenizer",
-                f"from {library} import {auto}",
-            ),
-            f"model = {auto}.from_pretrained(DIRECTORY)",
-            *(
-                "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
-                "```",
-                "",
-                "| | |",
-                "|---|---|",
-            ),
-            *(f"| {_plain(name)} | {_plain(value)} |" for name, value in self.facts.items()),
-            *("", *self.origin, ""),
-        ]
-        return "\n".join(lines)
+        auto = AUTO_CLASSES[self.kind]
+        return Template(CARD, keep_trailing_newline=True).render(
+            card=self, front=data.to_yaml().strip(), library=library, auto=auto, plain=_plain
+        )
 
 
 def _plain(value: Any) -> str:

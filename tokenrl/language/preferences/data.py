@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,8 @@ from tokenrl.language.tasks.task import check_single_turn, find_task
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
-HELD_OUT = (
-    2**32
-)  # added to the seed, so that held-out and training pairs use different random numbers
+HELD_OUT_SEED = 2**32
+"""Added to the seed, so that held-out and training pairs use different random numbers."""
 
 
 @dataclass(frozen=True)
@@ -69,51 +68,55 @@ def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
         Refused: neither data nor a task is named, or it cannot be used.
     """
     if args.data is None and args.task is None:
-        lack = "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected"
-        raise Refused(f"{lack}, or --task NAME to make them from a task's policy and reward.")
+        raise Refused(
+            "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected, or "
+            "--task NAME to make them from a task's policy and reward."
+        )
     task = rewards = None
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
         check_single_turn(rewards, "A reward model")
     if args.data is not None:
         name = args.data if isinstance(args.data, str | Path) else "data in memory"
-        options = {"split": args.split, "eval_split": args.eval_split, "eval_size": args.eval_size}
-        return RewardData(str(name), *load_pairs(args.data, seed=args.seed, **options), task)
-    assert task is not None
+        train, held_out = load_pairs(
+            args.data,
+            split=args.split,
+            eval_split=args.eval_split,
+            eval_size=args.eval_size,
+            seed=args.seed,
+        )
+        return RewardData(str(name), train, held_out, task)
     return _from_task(args, task, rewards, announce)
 
 
 def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], None]) -> RewardData:
-    named = args.policy
-    if named is None and getattr(task, "build", None) is None:
-        named = args.model
-    arguments = ModelArguments(model=named, base_seed=args.base_seed, **vars(form_of(args)))
+    model = args.policy
+    if model is None and getattr(task, "build", None) is None:
+        model = args.model
+    arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(form_of(args)))
     policy = make_policy(arguments, task, announce)
     check_scoring(policy, gradient=False)
-    length = args.max_completion_length or completion_limit(task, named, policy)[0]
+    length = args.max_completion_length or completion_limit(task, model, policy)[0]
 
     def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:
         per_prompt = math.ceil(pairs / len(prompts))
-        chosen = prompts[: math.ceil(pairs / per_prompt)]
         sampling = Sampling(length, 2 * per_prompt, seed, temperature=args.temperature)
-        return make_preferences(
-            policy, chosen, rewards, sampling, noise_temperature=args.noise_temperature
-        )
+        prompts = prompts[: math.ceil(pairs / per_prompt)]
+        noise = args.noise_temperature
+        return make_preferences(policy, prompts, rewards, sampling, noise_temperature=noise)
 
     try:
         with using_threads(choose_threads(policy.size, args.threads)[0]):
-            rows = {
-                "preferences.jsonl": sampled(task.train_prompts, args.num_pairs, args.seed),
-                "preferences_eval.jsonl": sampled(
-                    task.eval_prompts, args.eval_size, HELD_OUT + args.seed
-                ),
-            }
+            train = sampled(task.train_prompts, args.num_pairs, args.seed)
+            held_out = sampled(task.eval_prompts, args.eval_size, HELD_OUT_SEED + args.seed)
     except Stopped as error:
         raise Refused(f"Before the first step: {error}") from error
-    count = len(rows["preferences.jsonl"])
-    announce(f"{count:,} preferences from {args.num_pairs:,} sampled pairs; the others are ties.")
-    train, held_out = (read_pairs(part, name) for name, part in rows.items())
-    return RewardData(task.name, train, held_out, task, rows)
+    announce(
+        f"{len(train):,} preferences from {args.num_pairs:,} sampled pairs; the others are ties."
+    )
+    rows = {"preferences.jsonl": train, "preferences_eval.jsonl": held_out}
+    train_pairs, held_out_pairs = (read_pairs(part, name) for name, part in rows.items())
+    return RewardData(task.name, train_pairs, held_out_pairs, task, rows)
 
 
 def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> RewardModel:
@@ -163,13 +166,14 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     check_seed(seed)
     if isinstance(source, Policy):
         source = (source.model, source.tokenizer)
+    missing: list[str] = []
     if isinstance(source, tuple):
-        (model, tokenizer), missing = source, list[str]()
+        model, tokenizer = source
         if not type(model).__name__.endswith("ForSequenceClassification"):
             model, missing = _from_language_model(model)
     else:
         model, tokenizer, missing = load_classifier(str(source), dtype=torch.float32)
-    inside = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
+    inside = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise Refused(
             f"{source!s:.100} is not a whole model: it lacks {', '.join(inside[:3])}. Save it whole."
@@ -185,7 +189,7 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     return RewardModel((model.requires_grad_(True), tokenizer))
 
 
-def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
+def _from_language_model(model: Any) -> tuple[Any, list[str]]:
     """Return a classifier with a copy of the model's backbone, and the names of its new weights."""
     from transformers import AutoModelForSequenceClassification
 
@@ -193,25 +197,23 @@ def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
         raise Refused(
             "The model has an adapter: merge it first (merge_and_unload), or give a saved model."
         )
-    source: Any = model
-    config = copy.deepcopy(source.config)
+    config = copy.deepcopy(model.config)
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
         classifier: Any = AutoModelForSequenceClassification.from_config(config)
-    classifier.base_model.load_state_dict(source.base_model.state_dict())
-    prefix = classifier.base_model_prefix + "."
-    names = [name for name, _ in classifier.named_parameters() if not name.startswith(prefix)]
-    return classifier.to(source.device, source.dtype), names
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    prefix = f"{classifier.base_model_prefix}."
+    head = [name for name, _ in classifier.named_parameters() if not name.startswith(prefix)]
+    return classifier.to(model.device, model.dtype), head
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
+def _draw(model: nn.Module, names: Sequence[str], seed: int) -> None:
     """Draw the weights of a new head, and set its biases to 0."""
-    generator, drawn = torch.Generator().manual_seed(seed), set(names)
-    for name, weight in model.named_parameters():
-        if name in drawn and weight.ndim > 1:
-            weight.copy_(
-                torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
-            )
-        elif name in drawn:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in [weight for name, weight in model.named_parameters() if name in names]:
+        if weight.ndim > 1:
+            drawn = torch.randn(weight.shape, generator=generator)
+            weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
+        else:
             weight.zero_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +29,20 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
         Refused: a text is longer than the model's context, or messages have no chat template.
     """
 
-    def ids(pair: Pair, completion: Any) -> list[int]:
-        return reward_model.encode(pair.prompt, completion, truncate=False)
-
-    encoded = [(ids(pair, pair.chosen), ids(pair, pair.rejected)) for pair in pairs]
-    lengths, limit = [max(map(len, both)) for both in encoded], reward_model.max_length
-    if limit is not None and (count := sum(length > limit for length in lengths)):
-        problem = (
-            f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
+    encoded = []
+    for pair in pairs:
+        chosen, rejected = (
+            reward_model.encode(pair.prompt, completion, truncate=False)
+            for completion in (pair.chosen, pair.rejected)
         )
+        encoded.append((chosen, rejected))
+    limit = reward_model.max_length
+    lengths = [max(map(len, texts)) for texts in encoded]
+    if limit is not None and max(lengths) > limit:
+        count = sum(length > limit for length in lengths)
         raise Refused(
-            f"{problem} (up to {max(lengths)}): leave them out, or take a model of longer context."
+            f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens (up to "
+            f"{max(lengths)}): leave them out, or take a model of longer context."
         )
     return encoded
 
@@ -53,11 +56,10 @@ def score_pairs(reward_model: RewardModel, encoded: Sequence[Encoded]) -> np.nda
     Raises:
         Stopped: a reward is not finite.
     """
-    rewards = np.asarray(
-        reward_model.score([ids for both in encoded for ids in both]), dtype=np.float64
-    )
-    if not np.isfinite(rewards).all():
-        count = (~np.isfinite(rewards)).sum()
+    texts = [ids for pair in encoded for ids in pair]
+    rewards = np.asarray(reward_model.score(texts), dtype=np.float64)
+    count = np.count_nonzero(~np.isfinite(rewards))
+    if count:
         raise Stopped(
             f"{count} of {rewards.size} rewards are not finite: the weights have diverged."
         )
@@ -85,19 +87,19 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     difference = rewards[:, 0] - rewards[:, 1]  # [N]
     right = _right(difference)
     metrics = {"accuracy": float(right.mean())}
-    if (error := clustered_stderr(right, [pair.key for pair in pairs])) is not None:
+    error = clustered_stderr(right, [pair.key for pair in pairs])
+    if error is not None:
         metrics["accuracy_stderr"] = error
-    metrics |= {
-        "loss": float(np.logaddexp(0, -difference).mean()),
-        "margin": float(difference.mean()),
-    }
+    metrics["loss"] = float(np.logaddexp(0, -difference).mean())
+    metrics["margin"] = float(difference.mean())
     metrics["calibration_error"] = expected_calibration_error(difference)
     golds = [pair.gold for pair in pairs if pair.gold is not None]
     if len(golds) == len(pairs):
-        gold = np.asarray(golds)[:, 0] - np.asarray(golds)[:, 1]
+        gold = -np.diff(golds)[:, 0]  # [N]
         metrics["noise_ceiling"] = float(_right(gold).mean())
-        if (differ := gold != 0).any():
-            metrics["gold_agreement"] = float(_right((difference * np.sign(gold))[differ]).mean())
+        if gold.any():
+            agreement = difference * np.sign(gold)
+            metrics["gold_agreement"] = float(_right(agreement[gold != 0]).mean())
     return metrics
 
 
@@ -105,18 +107,19 @@ def _right(difference: np.ndarray) -> np.ndarray:
     return np.asarray((difference > 0) + 0.5 * (difference == 0))
 
 
-def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | None:
+def clustered_stderr(values: np.ndarray, groups: Sequence[Any]) -> float | None:
     """Standard error of a mean whose values are independent only between groups; None for a single group.
 
     It is `sqrt(K / (K - 1) sum_k (sum_{i in k} (x_i - mean))^2) / N` for K groups and N values (Liang & Zeger
     1986); with one value per group it is the usual standard error.
     """
-    names = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    if len(names) < 2:
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    count = len(numbers)
+    if count < 2:
         return None
-    sums = np.zeros(len(names))
-    np.add.at(sums, [names[group] for group in groups], values - values.mean())
-    return float(math.sqrt(len(names) / (len(names) - 1) * (sums**2).sum()) / len(values))
+    cluster = [numbers[group] for group in groups]  # [N]
+    sums = np.bincount(cluster, weights=values - values.mean())  # [K]
+    return math.sqrt(count / (count - 1) * (sums**2).sum()) / len(values)
 
 
 def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
@@ -132,7 +135,5 @@ def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
     bin_of = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = np.bincount(
-        bin_of, weights=_right(difference) - predicted
-    )  # of each bin, times its pairs
+    gaps = np.bincount(bin_of, weights=_right(difference) - predicted)  # per bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

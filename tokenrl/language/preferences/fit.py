@@ -14,14 +14,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.prompts import fill_form, form_line, form_of
-from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
@@ -68,9 +67,9 @@ def bradley_terry_loss(
         A scalar.
     """
     difference = chosen_rewards - rejected_rewards - margin  # [B]
-    likelihood = (1 - label_smoothing) * logsigmoid(difference) + label_smoothing * logsigmoid(
-        -difference
-    )
+    as_labelled = logsigmoid(difference)
+    as_flipped = logsigmoid(-difference)
+    likelihood = (1 - label_smoothing) * as_labelled + label_smoothing * as_flipped
     center = (chosen_rewards + rejected_rewards).square().mean()
     return -likelihood.mean() + center_rewards_coefficient * center
 
@@ -98,14 +97,22 @@ class PreferenceTraining:
         Raises:
             Refused: a text is longer than the model's context.
         """
-        self._args, self._model = args, reward_model
+        self._args = args
+        self._model = reward_model
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
-        names = ("max_steps", "batch_size", "learning_rate", "seed", "weight_decay")
-        options: dict[str, Any] = {name: getattr(args, name) for name in names}
-        options |= {"max_grad_norm": args.max_grad_norm or math.inf, "of": "the reward model"}
-        weights = [p for p in reward_model.model.parameters() if p.requires_grad]
-        self.descent, self._tokens = Descent(weights, len(pairs), **options), 0
+        self._tokens = 0
+        self.descent = Descent(
+            [p for p in reward_model.model.parameters() if p.requires_grad],
+            len(pairs),
+            max_steps=args.max_steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm or math.inf,
+            of="the reward model",
+        )
 
     def update(self) -> dict[str, float]:
         """Update the reward model on the next batch.
@@ -116,30 +123,33 @@ class PreferenceTraining:
         Raises:
             Stopped: the loss or its gradient became NaN or infinite.
         """
-        args, part, rate = self._args, self.descent.batch(), self.descent.learning_rate
-        texts = [self._encoded[i][0] for i in part] + [self._encoded[i][1] for i in part]
+        args = self._args
+        learning_rate = self.descent.learning_rate
+        numbers = self.descent.batch()
+        texts = [self._encoded[i][0] for i in numbers] + [self._encoded[i][1] for i in numbers]
         self._tokens += sum(map(len, texts))
         chosen, rejected = self._model.logits(texts).chunk(2)
-        margins = [self._margins[i] for i in part]
+        margin = chosen.new_tensor([self._margins[i] for i in numbers])
         loss = bradley_terry_loss(
             chosen,
             rejected,
-            margin=torch.tensor(margins, dtype=chosen.dtype, device=chosen.device),
+            margin=margin,
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
-        won, lost = chosen.detach(), rejected.detach()
-        measured = {
-            "accuracy": ((won > lost).float() + 0.5 * (won == lost).float()).mean(),
-            "margin": (won - lost).mean(),
-            "rewards/chosen": won.mean(),
-            "rewards/rejected": lost.mean(),
+        chosen, rejected = chosen.detach(), rejected.detach()
+        difference = chosen - rejected
+        is_right = (difference > 0).float() + 0.5 * (difference == 0).float()
+        metrics = self.descent.update(loss)
+        return metrics | {
+            "accuracy": float(is_right.mean()),
+            "margin": float(difference.mean()),
+            "rewards/chosen": float(chosen.mean()),
+            "rewards/rejected": float(rejected.mean()),
+            "learning_rate": learning_rate,
+            "epoch": self.descent.step * args.batch_size / len(self._encoded),
+            "num_tokens": self._tokens,
         }
-        metrics = self.descent.update(loss) | {
-            name: float(value) for name, value in measured.items()
-        }
-        epoch = self.descent.step * args.batch_size / len(self._encoded)
-        return metrics | {"learning_rate": rate, "epoch": epoch, "num_tokens": self._tokens}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
@@ -218,8 +228,8 @@ def train_reward_model(
     args = resume_settings(args, "reward-model")
     choices = fill_form(args, args.model if args.policy is None else args.policy)
     with Session("reward-model", choices) as session, ExitStack() as stack:
-        named = [where for where in (choices.data, choices.task) if isinstance(where, str)]
-        title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
+        sources = [name for name in (choices.data, choices.task) if isinstance(name, str)]
+        title = f"tokenrl reward-model: {', '.join(sources) or 'data in memory'}"
         session.console.start(
             title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE
         )
@@ -230,25 +240,27 @@ def train_reward_model(
         parameters = sum(p.numel() for p in reward_model.model.parameters())
         threads, reason = choose_threads(parameters, choices.threads)
         stack.enter_context(using_threads(threads))
-        form = reward_model.form
-        chosen = {"threads": threads, "output_dir": session.directory, "chat_time": form.chat_time}
-        args = RewardModelArguments(**vars(fill_defaults(choices, data)) | chosen)
-        training = PreferenceTraining(
-            reward_model, data.train, args
-        )  # refuses texts that are too long
+        args = fill_defaults(
+            choices,
+            data,
+            threads=threads,
+            output_dir=session.directory,
+            chat_time=reward_model.form.chat_time,
+        )
+        training = PreferenceTraining(reward_model, data.train, args)
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {
             "train": list(map(asdict, data.train)),
             "held_out": list(map(asdict, data.held_out)),
         }
         provenance = provenance_of(reward_model, rows)
-        saved = SavedPolicy(reward_model, "reward model")
+        saved = SavedModel(reward_model, "reward model")
         header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
         names = {
             "data": data.name,
             "model": reward_model.__name__,
             "policy": "in memory",
-            "task": None if data.task is None else data.task.name,
+            "task": getattr(data.task, "name", None),
         }
         title = f"Reward model, {data.name}, seed {args.seed}"
         session.open(
@@ -288,19 +300,31 @@ def train_reward_model(
         return ended
 
 
-def fill_defaults(choices: Any, data: RewardData) -> Any:
-    """Lay what was given over the defaults that follow from the data; refuse a margin that is given twice."""
+def fill_defaults(choices: Any, data: RewardData, **settled: Any) -> RewardModelArguments:
+    """Lay the settings of a call over the defaults that follow from the data.
+
+    Args:
+        choices: the settings of the call, of which some are open.
+        data: the pairs.
+        **settled: settings that the run has decided.
+
+    Raises:
+        Refused: the margin is given twice.
+    """
     if choices.margin and any(pair.margin is not None for pair in data.train):
         raise Refused(
             f"margin={choices.margin} and a column 'margin' were both given: give one of the two."
         )
-    batch = min(choices.batch_size, len(data.train))
-    steps = choices.max_steps or math.ceil(len(data.train) / batch)
-    usual = {"max_steps": steps, "learning_rate": 1e-3 if choices.model is None else 1e-5}
-    usual["eval_every"] = max(1, steps // 10)
-    return lay(
-        ("default", usual), ("given", vars(choices)), ("pairs", {"batch_size": batch})
-    ).values
+    batch_size = min(choices.batch_size, len(data.train))
+    max_steps = choices.max_steps or math.ceil(len(data.train) / batch_size)
+    defaults = {
+        "max_steps": max_steps,
+        "learning_rate": 1e-3 if choices.model is None else 1e-5,
+        "eval_every": max(1, max_steps // 10),
+    }
+    settled["batch_size"] = batch_size
+    layers = lay(("default", defaults), ("given", vars(choices)), ("pairs", settled))
+    return RewardModelArguments(**vars(layers.values))
 
 
 def _header(
@@ -334,24 +358,23 @@ def _finish(
     for name in ("preferences.jsonl", "preferences_eval.jsonl"):
         if name in data.rows:
             write_preferences(directory / name, data.rows[name])
-    rows = [
-        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        | {"reward_chosen": float(chosen), "reward_rejected": float(rejected)}
-        for pair, (chosen, rejected) in zip(data.held_out, rewards, strict=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        rows.append(row | {"reward_chosen": chosen, "reward_rejected": rejected})
     rows.sort(
         key=lambda row: row["reward_chosen"] - row["reward_rejected"]
     )  # the worst mistakes first
     for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
-    facts: dict[str, Any] = {
-        f"{name} on held-out pairs": value for name, value in ended.eval_after.items()
-    }
+    facts: dict[str, Any] = {}
+    for name, value in ended.eval_after.items():
+        facts[f"{name} on held-out pairs"] = value
     facts |= form_line(ended.reward_model.form)
     facts["weights"] = ended.weights
     base, origin = session.args.model, session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
     session.finish(
-        ended, lambda path: SavedPolicy(ended.reward_model, "reward model").hand_over(path, card)
+        ended, lambda path: SavedModel(ended.reward_model, "reward model").hand_over(path, card)
     )

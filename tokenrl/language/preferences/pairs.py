@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of a prompt, of which one was chosen.
+    """Two completions of a prompt, a chosen and a rejected one.
 
     Attributes:
         prompt: text, or a list of chat messages.
@@ -74,16 +74,19 @@ def load_pairs(
     Raises:
         Refused: the data does not exist, or a reward model cannot be trained on it.
     """
-    named = isinstance(data, str | Path)
-    name = f"data '{data}'" if named else "the preference data"
-    splits = read_splits(str(data)) if named else memory_splits(data)
+    name = "the preference data"
+    if isinstance(data, str | Path):
+        name = f"data '{data}'"
+        splits = read_splits(str(data))
+    else:
+        splits = memory_splits(data)
     held_out_split = find_eval_split(splits, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'")
     if held_out_split is None:
         return hold_out(pairs, eval_size, seed)
-    held = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'")
-    order = np.random.default_rng([seed, 2]).permutation(len(held))[: max(1, eval_size)]
-    return pairs, [held[i] for i in sorted(order)]
+    held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'")
+    order = np.random.default_rng([seed, 2]).permutation(len(held_out))[: max(1, eval_size)]
+    return pairs, [held_out[i] for i in sorted(order)]
 
 
 def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
@@ -102,9 +105,9 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
         raise Refused(f"{where} is empty: give at least two rows of prompt, chosen and rejected.")
     for column in ("chosen", "rejected"):
         if column not in rows[0]:
-            problem = f"{where} has no column '{column}'.{suggest(column, rows[0])}"
             raise Refused(
-                f"{problem} Preferences are rows of chosen, rejected and, unless these hold it, prompt."
+                f"{where} has no column '{column}'.{suggest(column, rows[0])} Preferences are rows of chosen, "
+                "rejected and, unless these hold it, prompt."
             )
     pairs = [_pair(row, f"{where}, {location}") for location, row in with_places(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
@@ -119,30 +122,37 @@ def _pair(row: Row, where: str) -> Pair:
     prompt, chosen, rejected = (
         as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected")
     )
-    for name, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
-        fault = "" if name == "prompt" and value is None else fault_of_prompt(value, name)
-        if fault:
-            message = '{"role": ..., "content": text}'
-            raise Refused(
-                f"{where}: {fault}; it must be text, or a list of chat messages {message}."
-            )
-    chats = not isinstance(chosen, str)
-    alike = chats != isinstance(rejected, str)
-    repeated = chats and alike and chosen[0]["content"] == rejected[0]["content"] == prompt
-    if not alike or (chats and isinstance(prompt, str) and not repeated):
-        problem = (
-            f"{where}: some of prompt, chosen and rejected are text and others are chat messages."
-        )
+    fault = fault_of_prompt(chosen, "chosen") or fault_of_prompt(rejected, "rejected")
+    if prompt is not None:
+        fault = fault or fault_of_prompt(prompt)
+    if fault:
         raise Refused(
-            f"{problem} Give them alike; only a prompt of messages may stand before text."
+            f"{where}: {fault}; it must be text, or a list of chat messages "
+            '{"role": ..., "content": text}.'
         )
-    if prompt is None or repeated:  # some data sets repeat the first message as the prompt
+    is_text = isinstance(chosen, str)
+    is_mixed = is_text != isinstance(rejected, str)
+    is_repeated = False
+    if not is_text and isinstance(
+        prompt, str
+    ):  # some data sets repeat the first message as the prompt
+        is_repeated = not is_mixed and chosen[0]["content"] == rejected[0]["content"] == prompt
+        is_mixed = not is_repeated
+    if is_mixed:
+        raise Refused(
+            f"{where}: some of prompt, chosen and rejected are text and others are chat messages. Give them "
+            "alike; only a prompt of messages may stand before text."
+        )
+    if prompt is None or is_repeated:
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    margin, *golds = (
+    margin, chosen_gold, rejected_gold = (
         _number(row, name, where) for name in ("margin", "chosen_gold", "rejected_gold")
     )
-    return Pair(prompt, chosen, rejected, margin, None if None in golds else (golds[0], golds[1]))  # type: ignore[arg-type]
+    gold = None
+    if chosen_gold is not None and rejected_gold is not None:
+        gold = (chosen_gold, rejected_gold)
+    return Pair(prompt, chosen, rejected, margin, gold)
 
 
 def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -156,9 +166,10 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 def _number(row: Row, name: str, where: str) -> float | None:
     """Return the number in a column; None without the column, or where it has no value."""
     value = row.get(name)
-    if value is not None:
-        check_number(f"{where}: {name}", value)
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    check_number(f"{where}: {name}", value)
+    return float(value)
 
 
 def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -170,30 +181,36 @@ def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], l
     Raises:
         Refused: there are too few pairs to split.
     """
-    one_prompt = len({pair.key for pair in pairs}) == 1
-    keys = [str(i) if one_prompt else pair.key for i, pair in enumerate(pairs)]
-    distinct = Counter(keys)
-    if size < 1 or len(distinct) < 2:
-        problem = f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others"
-        raise Refused(f"{problem}, give an eval_size of at least 1 and at least 2 pairs.")
-    target, held, count = min(size, max(1, len(pairs) // 5)), set[str](), 0
-    names = list(distinct)
+    keys = [pair.key for pair in pairs]
+    if len(set(keys)) == 1:
+        keys = [str(number) for number in range(len(pairs))]
+    pairs_of = Counter(keys)
+    if size < 1 or len(pairs_of) < 2:
+        raise Refused(
+            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others, give "
+            "an eval_size of at least 1 and at least 2 pairs."
+        )
+    size = min(size, max(1, len(pairs) // 5))
+    names = list(pairs_of)
+    held_out: set[str] = set()
     for number in np.random.default_rng([seed, 2]).permutation(len(names))[:-1]:
-        if count < target:
-            held.add(names[number])
-            count += distinct[names[number]]
-    train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in held]
-    return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held]
+        if sum(pairs_of[name] for name in held_out) < size:
+            held_out.add(names[number])
+    train: list[Pair] = []
+    evaluation: list[Pair] = []
+    for pair, key in zip(pairs, keys, strict=True):
+        (evaluation if key in held_out else train).append(pair)
+    return train, evaluation
 
 
-MOSTLY = 0.95
+MIN_LENGTH_SHARE = 0.95
 """From this share of pairs on in which the longer (or shorter) one is chosen, length explains the choices."""
-MANY = 0.5
+MAX_REPEATED_SHARE = 0.5
 """From this share of held-out pairs on that are trained on too, the evaluation is worth nothing."""
 
 
 def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair]) -> int:
-    """Look for mistakes in the pairs, print what was found, and return the exit code.
+    """Look for mistakes in the pairs, print them, and return the exit code.
 
     Args:
         session: the session of the run, which has been opened.
@@ -203,15 +220,13 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
     repeated = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out)
     swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in trained for pair in train)
-    texts = (
-        completion_texts([getattr(pair, name) for pair in train]) for name in ("chosen", "rejected")
-    )
-    gaps = [len(chosen) - len(rejected) for chosen, rejected in zip(*texts, strict=True)]
-    longer, shorter = (sum(sign * gap > 0 for gap in gaps) / len(train) for sign in (1, -1))
-    which, share = ("longer", longer) if longer > shorter else ("shorter", shorter)
+    chosen = completion_texts([pair.chosen for pair in train])
+    rejected = completion_texts([pair.rejected for pair in train])
+    gaps = np.array(list(map(len, chosen))) - np.array(list(map(len, rejected)))
+    shares = {"longer": float((gaps > 0).mean()), "shorter": float((gaps < 0).mean())}
     findings = []
     if repeated:
-        weight: Weight = "void" if repeated >= MANY * len(held_out) else "watch"
+        weight: Weight = "void" if repeated >= MAX_REPEATED_SHARE * len(held_out) else "watch"
         text = f"{repeated:,} of {len(held_out):,} held-out pairs are also trained on: take them out of it."
         findings.append(Finding("held-out-in-training", weight, text))
     if swapped:
@@ -220,12 +235,15 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
             f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
         )
         findings.append(Finding("contradictory-pairs", weight, text))
-    if share >= MOSTLY:
-        text = f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model may"
-        text = f"{text} learn that alone. Add pairs in which it is the other way."
-        findings.append(Finding("length-decides", "watch", text))
+    for name, share in shares.items():
+        if share >= MIN_LENGTH_SHARE:
+            text = (
+                f"In {share:.0%} of the training pairs the {name} completion is chosen: a reward model may "
+                "learn that alone. Add pairs in which it is the other way."
+            )
+            findings.append(Finding("length-decides", "watch", text))
     measured = {
         "pairs": f"{len(train):,} to train on, {len(trained):,} of them distinct; {len(held_out):,} held out",
-        "chosen": f"the longer in {longer:.0%}, the shorter in {shorter:.0%}",
+        "chosen": f"the longer in {shares['longer']:.0%}, the shorter in {shares['shorter']:.0%}",
     }
     return conclude(session, "data, model and loss", measured, findings)

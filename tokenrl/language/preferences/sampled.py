@@ -65,43 +65,44 @@ def make_preferences(
             "There are no prompts to make preferences from: give at least one row with a prompt."
         )
     check_number("noise_temperature", noise_temperature, at_least=0)
-    pairs, left_over = divmod(sampling.num_generations, 2)
-    if pairs < 1 or left_over:
-        fault = (
-            f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
+    pairs = sampling.num_generations // 2
+    if pairs < 1 or sampling.num_generations % 2:
+        raise Refused(
+            f"num_generations={sampling.num_generations}: two completions of a prompt make a pair, so give an "
+            "even number of at least 2."
         )
-        raise Refused(f"{fault}, so give an even number of at least 2.")
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
     check_single_turn(gold, "A pair of completions")
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
-    noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
+    draws = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []
     for batch in sample_and_reward(
         policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
-        texts, numbers = (
-            policy.decode(batch.completion_ids, batch.mask),
-            batch.prompt_index.tolist(),
-        )
+        texts = policy.decode(batch.completion_ids, batch.mask)
         golds = batch.rewards.masked_fill(~batch.valid, math.nan).tolist()
         for k in range(0, len(texts), 2):
-            pair = k // 2 % pairs
-            first = first_is_chosen(
-                golds[k], golds[k + 1], noise_temperature, noise[numbers[k], pair]
-            )
-            if first is None or texts[k] == texts[k + 1]:
+            draw = draws[int(batch.prompt_index[k]), k // 2 % pairs]
+            is_first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, draw)
+            if is_first is None or texts[k] == texts[k + 1]:
                 continue
-            chosen, rejected = (k, k + 1) if first else (k + 1, k)
+            chosen, rejected = (k, k + 1) if is_first else (k + 1, k)
             prompt = batch.data[k]["prompt"]
-            answers: list[Any] = [texts[chosen], texts[rejected]]
+            row = {
+                "prompt": prompt,
+                "chosen": texts[chosen],
+                "rejected": texts[rejected],
+                "chosen_gold": golds[chosen],
+                "rejected_gold": golds[rejected],
+            }
             if not isinstance(prompt, str):
-                answers = [[{"role": "assistant", "content": text}] for text in answers]
-            row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-            rows.append(row | {"chosen_gold": golds[chosen], "rejected_gold": golds[rejected]})
+                for name in ("chosen", "rejected"):
+                    row[name] = [{"role": "assistant", "content": row[name]}]
+            rows.append(row)
     if not rows:
-        fault = f"None of {len(prompts) * pairs} sampled pairs can be used: they are equal, or equally good."
         raise Refused(
-            f"{fault} Raise the temperature, or use a graded gold reward or another policy."
+            f"None of {len(prompts) * pairs} sampled pairs can be used: they are equal, or equally good. Raise "
+            "the temperature, or use a graded gold reward or another policy."
         )
     return rows
 

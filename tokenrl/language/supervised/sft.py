@@ -14,7 +14,7 @@ from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
-from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
@@ -125,7 +125,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         }
         title = f"{name}, supervised, seed {args.seed}"
         provenance = provenance_of(policy, {"demonstrations": rows})
-        saved = SavedPolicy(policy)
+        saved = SavedModel(policy)
         session.open(
             args,
             saved,

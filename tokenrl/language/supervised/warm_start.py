@@ -29,7 +29,7 @@ from tokenrl.errors import Interrupted, Refused, describe
 from tokenrl.language.evaluation.probe import probe_policy
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy, wrap
-from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import (
     fingerprint,
     read_weights,
@@ -343,7 +343,7 @@ class WarmStart:
         with Session("sft", settings) as session:
             session.console.each = "warm start"
             provenance = Provenance({}, device=self.policy.device.type)
-            saved = SavedPolicy(self.policy)
+            saved = SavedModel(self.policy)
             session.open(settings, saved, provenance, {"training": training}, {})
             if not session.continues:
                 session.evaluated(self._probe())

@@ -17,7 +17,7 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
-from tokenrl.language.policy.saved import SavedPolicy
+from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
@@ -202,7 +202,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     policy = run.learner.policy
     session.open(
         run.args,
-        SavedPolicy(policy),
+        SavedModel(policy),
         provenance,
         parts | {"run": run},
         run.facts(),
@@ -358,7 +358,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
     session.finish(
-        ended, lambda path: SavedPolicy(ended.policy).hand_over(path, card), map(str, findings)
+        ended, lambda path: SavedModel(ended.policy).hand_over(path, card), map(str, findings)
     )
     run.learner.accelerator.wait_for_everyone()
     return ended
