@@ -207,7 +207,8 @@ def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_p
         start(tmp_path, task=None)
     assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(
-        Refused, match=r"task is data \(Dataset\), which has prompts but no reward.*reward=function"
+        Refused,
+        match=r"task 'in-memory:.*' is data, which has prompts but no reward.*reward=function",
     ):
         start(tmp_path, task=dataset(), reward=())
     with pytest.raises(Refused, match="'answer'"):

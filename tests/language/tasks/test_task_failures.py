@@ -35,7 +35,7 @@ def zero(completions):
 @pytest.mark.parametrize("error", [SystemExit(0), OSError("disk")], ids=repr)
 def test_a_task_that_raises_is_refused(error):
     kind = type(error).__name__
-    said = rf"training prompts of the task were read, and it raised {kind}: .*\(test_task_failures.py, line"
+    said = rf"task 'mine' was read, and it raised {kind}: .*\(test_task_failures.py, line"
     with pytest.raises(Refused, match=said):
         find_task(TaskArguments(task=PromptTask("mine", Rows(error), [{"prompt": "a"}], zero)))
     with pytest.raises(Refused, match="The task was read, and it raised"):

@@ -22,7 +22,7 @@ def test_columns_and_templates():
     template = DataArguments(prompt_template="{question} ({hint[text]}) {{}}\nAnswer:")
     rows = with_prompts(ROWS, "here", template)
     assert rows[2] == {"prompt": "q2 (2) {}\nAnswer:", **ROWS[2]}
-    for template in ("{questoin}", "{}", "{question", "no field", "{hint[gone]}"):
+    for template in ("{questoin}", "{}", "{question", "{hint[gone]}"):
         with pytest.raises(Refused, match="prompt_template"):
             with_prompts(ROWS, "here", DataArguments(prompt_template=template))
     with pytest.raises(Refused, match="here is empty"):
@@ -32,7 +32,7 @@ def test_columns_and_templates():
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
     with pytest.raises(
-        Refused, match=f"prompt_template .* column 'question' of row 3 is {missing}"
+        Refused, match=f"prompt_template .* of row 3 .* column 'question' is {missing}"
     ):
         with_prompts(
             [*ROWS, {"question": missing}], "here", DataArguments(prompt_template="{question}")

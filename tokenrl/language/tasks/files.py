@@ -13,6 +13,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tokenrl.errors import Placed
 
 SPACE = re.compile(r"[ \t\r\n]*")
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
-LONGEST_CELL = 2**31 - 1
+MAX_CELL_CHARACTERS = 2**31 - 1
 
 
 def read_rows(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
@@ -41,11 +43,10 @@ def read_rows(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
         ValueError: a file is no UTF-8 or is not of this kind; the message names the line or the item.
     """
     rows: list[Placed] = []
+    read = _csv_rows if kind == "csv" else _json_rows
     for file in files:
-        read = _csv_rows if kind == "csv" else _json_rows
-        for row in read(_text(file), file):
-            row.location += "" if len(files) == 1 else f" of {file.name}"
-            rows.append(row)
+        for location, row in read(_text(file), file):
+            rows.append(Placed(row, location if len(files) == 1 else f"{location} of {file.name}"))
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     if kind == "csv":
@@ -64,18 +65,17 @@ def _text(file: Path) -> str:
         raise ValueError(f"line {line} of {file} is no UTF-8") from error
 
 
-def _json_rows(text: str, file: Path) -> Iterator[Placed]:
-    """Yield the objects of a JSON list, or those that follow each other in a text."""
-    has_escapes = "\\u" in text  # only so can a half of a surrogate pair be written
+def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a JSON list, or those that follow each other in a text, with their locations."""
+    has_escapes = "\\u" in text  # only an escape can write half of a surrogate pair
     for location, value in _json_values(text):
-        position = f"{location} of {file}"
         if not isinstance(value, dict):
-            written = json.dumps(value)
-            remedy = "; remove the null" if value is None else ""
-            raise ValueError(f"{position} is {written:.60}: a row is an object{remedy}")
+            raise ValueError(
+                f"{location} of {file} is {json.dumps(value):.60}: a row is an object; remove it"
+            )
         if has_escapes and HALF_OF_PAIR.search(json.dumps(value, ensure_ascii=False)):
-            raise ValueError(f"{position} is no UTF-8: it holds half of a surrogate pair")
-        yield Placed(value, location)
+            raise ValueError(f"{location} of {file} is no UTF-8: it holds half of a surrogate pair")
+        yield location, value
 
 
 def _json_values(text: str) -> Iterator[tuple[str, Any]]:
@@ -87,52 +87,39 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder()
     end = 0
     line = 1
-    while (start := _after_space(text, end)) < len(text):
+    while text[end : end + 1]:
+        start = SPACE.match(text, end).end()  # type: ignore[union-attr]  # also matches no space
         line += text.count("\n", end, start)
-        try:
+        end = start
+        if start < len(text):
             value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{error.msg} in line {error.lineno}, column {error.colno}") from error
-        yield f"line {line}", value
-        line += text.count("\n", start, end)
+            yield f"line {line}", value
+            line += text.count("\n", start, end)
 
 
-def _after_space(text: str, start: int) -> int:
-    space = SPACE.match(text, start)
-    assert space is not None
-    return space.end()
-
-
-def _csv_rows(text: str, file: Path) -> Iterator[Placed]:
-    """Yield the rows of a CSV file as texts; lines without any cell are skipped."""
-    csv.field_size_limit(LONGEST_CELL)
+def _csv_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a CSV file as texts, with their locations; lines without any cell are skipped."""
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names: list[str] = []
-    last = 0
+    names = next(filter(None, lines), [])
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two columns of {file} are called {name!r}: name each by itself")
+    first = lines.line_num + 1
     for cells in lines:
-        first = last + 1
-        last = lines.line_num
-        if not names:
-            names = cells
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                raise ValueError(
-                    f"two columns of {file} are called {twice[0]!r}: name each by itself"
-                )
-        elif len(cells) > len(names):
-            problem = (
-                f"line {first} of {file} has {len(cells)} cells, and there are {len(names)} columns"
+        if len(cells) > len(names):
+            raise ValueError(
+                f"line {first} of {file} has {len(cells)} cells, and there are {len(names)} columns: write a "
+                'cell with a comma in quotes, "like, this"'
             )
-            raise ValueError(f'{problem}: write a cell with a comma in quotes, "like, this"')
-        elif cells:
-            padded = cells + [""] * (len(names) - len(cells))
-            yield Placed(dict(zip(names, padded, strict=True)), f"line {first}")
+        if cells:
+            yield f"line {first}", dict(zip_longest(names, cells))
+        first = lines.line_num + 1
 
 
 def _column(cells: Sequence[str | None]) -> list[Any]:
-    """Return the values of a column of CSV."""
-    written = [cell for cell in cells if cell]
-    numbers = {cell: _number(cell) for cell in written}
+    """Return the values of a column of CSV: numbers if each cell is one, else texts."""
+    numbers = {cell: _number(cell) for cell in cells if cell}
     if None in numbers.values():
         return [cell or None for cell in cells]
     return [numbers[cell] if cell else None for cell in cells]
@@ -141,10 +128,8 @@ def _column(cells: Sequence[str | None]) -> list[Any]:
 def _number(cell: str) -> int | float | None:
     """Return the number that Python writes just as this cell; None if there is none."""
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             number = kind(cell)
-        except ValueError:
-            continue
-        if str(number) == cell and math.isfinite(number):
-            return number
+            if str(number) == cell and math.isfinite(number):
+                return number
     return None

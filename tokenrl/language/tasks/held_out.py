@@ -57,13 +57,13 @@ def dataset_rows(
         Refused: there is no such split, too few prompts, or a prompt cannot be made.
     """
     evaluation = eval_split(splits, where, data.split, data.eval_split)
-    train, held_out = (
-        None
-        if split is None
-        else with_prompts(splits[split], f"{where}, split '{split}'", data, chat=chat)
-        for split in (data.split, evaluation)
-    )
-    return separate(train or [], held_out, data.eval_size, seed, where)
+    train = with_prompts(splits[data.split], f"{where}, split '{data.split}'", data, chat=chat)
+    held_out = None
+    if evaluation is not None:
+        held_out = with_prompts(
+            splits[evaluation], f"{where}, split '{evaluation}'", data, chat=chat
+        )
+    return separate(train, held_out, data.eval_size, seed, where)
 
 
 def eval_split(splits: Mapping[str, Any], where: str, split: str, chosen: str | None) -> str | None:
@@ -72,10 +72,11 @@ def eval_split(splits: Mapping[str, Any], where: str, split: str, chosen: str | 
     Raises:
         Refused: the split to train on, or the chosen one, does not exist.
     """
-    for name in (split, split if chosen is None else chosen):
+    for name in (split, chosen or split):
         if name not in splits:
             raise Refused(f"{where} has no split '{name}'.{suggest(name, splits)}")
-    return chosen or next((name for name in EVAL_SPLITS if name in splits and name != split), None)
+    usual = [name for name in EVAL_SPLITS if name in splits and name != split]
+    return chosen or next(iter(usual), None)
 
 
 def separate(
@@ -103,26 +104,19 @@ def separate(
     pool: dict[str, dict[str, Any]] = {}
     for row in train_rows if eval_rows is None else eval_rows:
         pool.setdefault(prompt_key(row["prompt"]), row)
-    most = (
-        len(pool)
-        if eval_rows is not None
-        else len(pool) // 2
-        if eval_size
-        else max(1, len(pool) // 5)
-    )
-    size = min(eval_size or 128, most)
+    size = eval_size or 128
+    if eval_rows is None:
+        size = min(size, len(pool) // 2 if eval_size else max(1, len(pool) // 5))
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     keys = list(pool)
-    chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}
-    rest = [row for row in train_rows if prompt_key(row["prompt"]) not in chosen]
-    if not chosen or not rest:
-        counts = (
-            f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen"
-        )
+    held_out = {keys[i]: pool[keys[i]] for i in sorted(order)}
+    rest = [row for row in train_rows if prompt_key(row["prompt"]) not in held_out]
+    if not held_out or not rest:
         raise Refused(
-            f"{where} has too few distinct prompts: {counts}. Give more data, or a smaller eval_size."
+            f"{where} has too few distinct prompts: {len(pool)} to evaluate on, {len(rest)} training rows that "
+            "differ from those chosen. Give more data, or a smaller eval_size."
         )
-    return rest, list(chosen.values())
+    return rest, list(held_out.values())
 
 
 def prompt_key(prompt: Any) -> str:

@@ -17,10 +17,10 @@ from tokenrl.language.rewards.loading import parse_spec
 from tokenrl.language.tasks.held_out import separate
 from tokenrl.settings import check_number
 
-APART = 2**31
+SEED_DISTANCE = 2**31
 """Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
 two seeds nearer to each other than the number of items share items. NumPy takes seeds below 2**32."""
-LARGEST = 2**30 - 1
+MAX_SIZE = 2**30 - 1
 """Largest size and seed, up to which training and held-out items never share a seed."""
 
 
@@ -86,18 +86,20 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
         raise Refused(
             f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}"
         )
-    size, seed, held_out = options.pop("size", 500), options.pop("seed", 0), eval_size or 128
+    options = {"size": 500, "seed": 0} | options
     try:
-        check_number("size", size, int, at_least=1, at_most=LARGEST)
-        check_number("seed", seed, int, at_least=0, at_most=LARGEST)
-        trained = _rows(name, options | {"size": size, "seed": seed})
-        drawn = _rows(name, options | {"size": held_out, "seed": seed + APART})
+        check_number("size", options["size"], int, at_least=1, at_most=MAX_SIZE)
+        check_number("seed", options["seed"], int, at_least=0, at_most=MAX_SIZE)
+        train_rows = _rows(name, options)
+        held_out = {"size": eval_size or 128, "seed": options["seed"] + SEED_DISTANCE}
+        eval_rows = _rows(name, options | held_out)
     except Exception as error:  # configurations check themselves, by assertions too
         names = ", ".join(sorted(field.name for field in fields(DATASETS[name][1])))
-        problem = f"task '{spec}': {name} refuses these options ({describe(error)})"
-        raise Refused(f"{problem}. It takes {names}.") from error
+        raise Refused(
+            f"task '{spec}': {name} refuses these options ({describe(error)}). It takes {names}."
+        ) from error
     score = ReasoningScore(name, tuple(sorted(options.items())))
-    return *separate(trained, drawn, held_out, 0, f"task '{spec}'"), score
+    return *separate(train_rows, eval_rows, eval_size, 0, f"task '{spec}'"), score
 
 
 def _rows(name: str, options: dict[str, Any]) -> Rows:

@@ -23,20 +23,22 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     formless = [name for name in columns if any(_is_formless(row.get(name)) for row in rows)]
     warnings = []
     if partly:
-        holes = (
-            f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}"
+        warnings.append(
+            f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. Rewards get "
+            "None there."
         )
-        warnings.append(f"{holes}. Rewards get None there.")
     if formless:
-        objects = f"the values of {', '.join(formless)} are objects without a __repr__ of their own"
-        warnings.append(f"{objects}: if they change, a continuation of this run cannot notice it.")
+        warnings.append(
+            f"the values of {', '.join(formless)} are objects without a __repr__ of their own: if they change, "
+            "a continuation of this run cannot notice it."
+        )
     return warnings
 
 
 def _is_formless(value: Any) -> bool:
     is_plain = isinstance(
         value, str | int | float
-    )  # of most data, which need not be written a second time
+    )  # so that most data is not written a second time
     return not is_plain and FORMLESS in canonical(value)
 
 
@@ -53,13 +55,9 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
 def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]:
     """Return the name of data that was given from Python, and what is recorded of it."""
     columns = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
+    digits = fingerprint(splits)
     rows = {name: len(rows) for name, rows in splits.items()}
-    origin: dict[str, Any] = {
-        "rows": rows,
-        "columns": list(columns),
-        "fingerprint": fingerprint(splits),
-    }
-    return IN_MEMORY + origin["fingerprint"], origin
+    return IN_MEMORY + digits, {"rows": rows, "columns": list(columns), "fingerprint": digits}
 
 
 def recorded(task: Any) -> dict[str, Any]:
@@ -69,9 +67,12 @@ def recorded(task: Any) -> dict[str, Any]:
         task: the task, or None. Data that was given from Python is described as `task_rows`; `chat_prompts`
             says that prompts are chat messages.
     """
-    origin, rows = getattr(task, "origin", None), getattr(task, "train_prompts", ())
-    chats = any(not isinstance(row["prompt"], str) for row in rows)
-    return ({"task_rows": origin} if origin else {}) | ({"chat_prompts": True} if chats else {})
+    facts: dict[str, Any] = {}
+    if origin := getattr(task, "origin", None):
+        facts["task_rows"] = origin
+    if any(not isinstance(row["prompt"], str) for row in getattr(task, "train_prompts", ())):
+        facts["chat_prompts"] = True
+    return facts
 
 
 def provenance_of(

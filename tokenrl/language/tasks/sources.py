@@ -1,14 +1,11 @@
 """Reads data files, folders and hub datasets, and makes checked prompts of their rows, as arguments say how.
 
-Everything here runs before the first step, so whatever goes wrong is `Refused`. A traceback from a network
-library tells a user neither what was asked for nor how to mend it.
+Everything here runs before the first step, so whatever goes wrong is `Refused`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import string
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from typing import Annotated, Any, Literal
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
 from tokenrl.runs.output import without_progress_bars
-from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
+from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
 Row = Mapping[str, Any]
 
@@ -26,7 +23,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 class LeftOut(str):
-    """The default of a task, which is known from an equal name that was given."""
+    """The default name of a task, which has a type of its own so that the same name can also be given."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     """
     path = Path(name)
     is_file = path.is_file()
-    if not path.exists() and path.suffix in FORMATS:
+    if path.suffix in FORMATS and not path.exists():
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if is_file and path.suffix not in FORMATS:
         raise Refused(
@@ -117,18 +114,16 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         else:
             splits = _by_datasets(path, name)
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
+        hint = "" if is_file else _hint_of_cache()
         raise Refused(
-            f"task '{name}': the data could not be read ({describe(error)}).{_cache(path)}"
+            f"task '{name}': the data could not be read ({describe(error)}).{hint}"
         ) from error
     if is_file and not splits["train"]:
         raise Refused(f"The file '{name}' is empty: give data with at least one row.")
     return splits
 
 
-def _cache(path: Path) -> str:
-    """Return where the cache of the hub is, for the message about data that is no file."""
-    if path.is_file():
-        return ""
+def _hint_of_cache() -> str:
     import datasets
 
     cache = datasets.config.HF_DATASETS_CACHE
@@ -143,28 +138,26 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     import datasets
 
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return memory_splits(datasets.load_from_disk(os.fspath(path)))
+        return memory_splits(datasets.load_from_disk(name))
     # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
-    with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
+    with without_progress_bars(), tempfile.TemporaryDirectory() as folder:
         if path.is_file():
-            builder = datasets.load_dataset_builder(
-                "parquet", data_files=str(path), cache_dir=aside
-            )
+            builder = datasets.load_dataset_builder("parquet", data_files=name, cache_dir=folder)
+        elif path.exists():
+            builder = datasets.load_dataset_builder(name)
         else:
-            hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
+            hub_name, _, config = name.partition(":")
             builder = datasets.load_dataset_builder(hub_name, config or None)
-        plain = builder.info.features is None and getattr(builder.config, "sep", ",") == ","
-        if builder.name in ("json", "csv") and plain:
-            manager = datasets.DownloadManager()
-            files = manager.download_and_extract(builder.config.data_files)
-            return {
-                str(split): read_rows(
-                    [Path(file) for file in manager.iter_files(paths)], builder.name
-                )
-                for split, paths in files.items()
-            }
-        builder.download_and_prepare()
-        return memory_splits(builder.as_dataset())
+        is_typed = builder.info.features is not None or getattr(builder.config, "sep", ",") != ","
+        if is_typed or builder.name not in ("json", "csv"):
+            builder.download_and_prepare()
+            return memory_splits(builder.as_dataset())
+        manager = datasets.DownloadManager()
+        splits = {}
+        for split, paths in manager.download_and_extract(builder.config.data_files).items():
+            files = [Path(file) for file in manager.iter_files(paths)]
+            splits[str(split)] = read_rows(files, builder.name)
+        return splits
 
 
 def with_prompts(
@@ -190,24 +183,22 @@ def with_prompts(
         raise Refused(
             f'{where} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
         )
-    columns, column = list(rows[0]), data.prompt_column
-    if column == "prompt" and column not in columns and "messages" in columns:
+    column = data.prompt_column
+    if column == "prompt" and column not in rows[0] and "messages" in rows[0]:
         column = "messages"
     if data.prompt_template is not None:
         prompted = _filled(data.prompt_template, rows, where)
-    elif column == "messages" and column in columns:
-        prompted = _from_conversations(rows, where)
-    elif column in columns:
-        prompted = [{**row, "prompt": as_prompt(row[column])} for row in rows]
-    else:
-        problem = f"{where} has no column '{column}'.{suggest(column, columns)}"
+    elif column not in rows[0]:
         raise Refused(
-            f"{problem} Name it by prompt_column, or give a prompt_template (--prompt-template)."
+            f"{where} has no column '{column}'.{suggest(column, rows[0])} Name it by prompt_column, or give a "
+            "prompt_template (--prompt-template)."
         )
-    prompted = [
-        Placed(row, location)
-        for (location, _), row in zip(with_places(rows), prompted, strict=True)
-    ]
+    elif column == "messages":
+        prompted = _from_conversations(rows, where)
+    else:
+        prompted = [{**row, "prompt": as_prompt(row[column])} for row in rows]
+    locations = [location for location, _ in with_places(rows)]
+    prompted = list(map(Placed, prompted, locations))
     check_prompts(prompted, where)
     for row in prompted:
         if chat and isinstance(row["prompt"], str):
@@ -215,29 +206,28 @@ def with_prompts(
     return prompted
 
 
+class _Cells(dict[str, Any]):
+    """The cells of a row for a template; a missing value is an error, since None would enter the prompt."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if value is None or value != value:
+            raise ValueError(f"column {name!r} is {value!r}")
+        return value
+
+
 def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Return the rows with prompts made by a template from their columns."""
-    try:
-        parsed = [
-            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
-        ]
-        fields = [field.replace("[", ".").split(".")[0] for field in parsed]
-        unknown = [field for field in fields or [""] if field not in rows[0]]
-        if unknown:
-            raise Refused(f"no column is named {unknown[0]!r}.{suggest(unknown[0], rows[0])}")
-        filled = []
-        for location, row in with_places(rows):
-            empty = [field for field in fields if row[field] is None or row[field] != row[field]]
-            if empty:  # the word None or nan would enter the prompt
-                raise Refused(f"column '{empty[0]}' of {location} is {row[empty[0]]!r}.")
-            filled.append({**row, "prompt": template.format(**row)})
-    except Exception as error:
-        problem = (
-            str(error)
-            if isinstance(error, Refused)
-            else f"{describe(error)}. Write {{{{ for a brace."
-        )
-        raise Refused(f"{where}, prompt_template {template!r}: {problem}") from error
+    filled = []
+    for location, row in with_places(rows):
+        try:
+            filled.append({**row, "prompt": template.format_map(_Cells(row))})
+        except Exception as error:  # values have formats of their own
+            raise Refused(
+                f"{where}, prompt_template {template!r}: the prompt of {location} cannot be made "
+                f"({describe(error)}). Name columns in braces (there are {', '.join(map(str, row))}), each "
+                "with a value, and write {{ for a brace."
+            ) from error
     return filled
 
 
@@ -256,23 +246,26 @@ def as_prompt(value: Any) -> Any:
 
 def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
-    prompted, first = [], dict[bool, str]()
+    prompted = []
+    with_answer: dict[bool, str] = {}
     for location, row in with_places(rows):
-        messages = as_prompt(row["messages"])
-        fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
+        turns = as_prompt(row["messages"])
+        fault = "it is text" if isinstance(turns, str) else fault_of_prompt(turns)
         if fault:
             raise Refused(
                 f"{where}, {location}: of the column 'messages', {fault}; it holds chat messages."
             )
-        answered = messages[-1]["role"] == "assistant"
-        first.setdefault(answered, location)
-        text, turns = messages[-1]["content"], messages[:-1] if answered else messages
-        answer = {"answer": text, "completion": text} if answered else {}
-        prompted.append({**answer, **row, "prompt": turns})
-    if len(first) > 1:
+        columns: dict[str, Any] = {}
+        is_answered = turns[-1]["role"] == "assistant"
+        if is_answered:
+            *turns, last = turns
+            columns = {"answer": last["content"], "completion": last["content"]}
+        with_answer.setdefault(is_answered, location)
+        prompted.append({**columns, **row, "prompt": turns})
+    if len(with_answer) > 1:
         raise Refused(
-            f"{where}: the messages of {first[True]} end with a turn of the assistant, and "
-            f"those of {first[False]} do not: give every conversation an answer, or none."
+            f"{where}: the messages of {with_answer[True]} end with a turn of the assistant, and those of "
+            f"{with_answer[False]} do not: give every conversation an answer, or none."
         )
     return prompted
 
@@ -288,10 +281,11 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
             raise Refused(
                 f"{where}, {location}: expected a mapping with a 'prompt', found {row!r:.200}."
             )
-        fault = fault_of_prompt(row["prompt"])
-        if fault:
-            allowed = 'text, or a list of chat messages {"role": ..., "content": text}'
-            raise Refused(f"{where}, {location}: {fault}. A prompt is {allowed}.")
+        if fault := fault_of_prompt(row["prompt"]):
+            raise Refused(
+                f"{where}, {location}: {fault}. A prompt is text, or a list of chat messages "
+                '{"role": ..., "content": text}.'
+            )
 
 
 def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
@@ -302,17 +296,17 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
     if isinstance(prompt, str):
         half = HALF_OF_PAIR.search(prompt)
         return f"the {name} holds {half[0]!r}, which UTF-8 cannot write" if half else ""
-    if not isinstance(prompt, list | tuple) or not prompt:
-        empty = "an empty list" if prompt == [] else f"{prompt!r:.100} ({type(prompt).__name__})"
-        return f"the {name} is {empty}"
-    for position, message in enumerate(prompt):
+    if prompt == []:
+        return f"the {name} is an empty list"
+    if not isinstance(prompt, list | tuple):
+        return f"the {name} is {prompt!r:.100} ({type(prompt).__name__})"
+    for number, message in enumerate(prompt):
+        subject = f"message {number} of the {name}"
         if not isinstance(message, Mapping):
-            return (
-                f"message {position} of the {name} is {message!r:.100} ({type(message).__name__})"
-            )
+            return f"{subject} is {message!r:.100} ({type(message).__name__})"
         for key in ("role", "content"):
             if not isinstance(message.get(key), str) or HALF_OF_PAIR.search(message[key]):
-                return f"message {position} of the {name} has {key} {message.get(key)!r:.100}"
+                return f"{subject} has {key} {message.get(key)!r:.100}"
     return ""
 
 
@@ -334,39 +328,38 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     Raises:
         Refused: the data is streamed or of another type, a row is no mapping, or rows have different columns.
     """
-    if isinstance(data, Mapping) and "prompt" in data:
-        problem = "task is a dict with the key 'prompt', and the keys of a dict are names of splits"
+    if not isinstance(data, Mapping):
+        return {"train": _rows(data, "task")}
+    if "prompt" in data:
         raise Refused(
-            f"{problem}: write task=[row] for a row, Dataset.from_dict(columns) for columns."
+            "task is a dict with the key 'prompt', and the keys of a dict are names of splits: write "
+            "task=[row] for a row, Dataset.from_dict(columns) for columns."
         )
-    if isinstance(data, Mapping):
-        return {str(name): _rows(value, f"task, split '{name}'") for name, value in data.items()}
-    return {"train": _rows(data, "task")}
+    return {str(name): _rows(rows, f"task, split '{name}'") for name, rows in data.items()}
 
 
 def _rows(data: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(data, list | tuple):
         import datasets
 
-        if isinstance(data, datasets.Dataset):
-            # A function that with_transform applies to rows is applied where they are read one by one.
-            custom = data.format["type"] == "custom"
-            return _before_arrow([dict(row) for row in data] if custom else data.to_list())
-        description = " ".join(repr(data).split())
-        raise Refused(f"{where} is {description:.100} ({type(data).__name__}); it must be {FORMS}.")
-    for index, row in enumerate(data):
+        if not isinstance(data, datasets.Dataset):
+            description = f"{shown(data, 100)} ({type(data).__name__})"
+            raise Refused(f"{where} is {description}; it must be {FORMS}.")
+        # A function that with_transform applies to rows is applied where they are read one by one.
+        is_custom = data.format["type"] == "custom"
+        return _before_arrow(list(map(dict, data)) if is_custom else data.to_list())
+    for number, row in enumerate(data):
         if not isinstance(row, Mapping):
-            description = (
-                f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict"
-            )
             raise Refused(
-                f'{description}. Of texts write task=[{{"prompt": text}} for text in texts].'
+                f"{where}, row {number} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
+                'write task=[{"prompt": text} for text in texts].'
             )
-        if row.keys() != data[0].keys():
-            differ = ", ".join(sorted(map(str, row.keys() ^ data[0].keys())))
-            rows = f"row {index} and row 0 do not have the same columns; only one has {differ}"
-            raise Refused(f"{where}: {rows}. Give None where there is no value.")
-    return [dict(row) for row in data]
+        if differences := row.keys() ^ data[0].keys():
+            raise Refused(
+                f"{where}: row {number} and row 0 do not have the same columns; only one has "
+                f"{', '.join(sorted(map(str, differences)))}. Give None where there is no value."
+            )
+    return list(map(dict, data))
 
 
 def _before_arrow(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -379,11 +372,10 @@ def _before_arrow(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     for name in rows[0] if rows else ():
         column = [row[name] for row in rows]
-        numbers = [value for value in column if value is not None]
-        if len(numbers) < len(column) and all(_is_whole(value) for value in numbers):
+        if None in column and all(value is None or _is_whole(value) for value in column):
             column = [None if value is None else int(value) for value in column]
         elif name == "tools" or any(map(_is_chat, column)):
-            column = [_without_padding(value) for value in column]
+            column = list(map(_without_padding, column))
         for row, value in zip(rows, column, strict=True):
             row[name] = value
     return rows
@@ -394,9 +386,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and any(
-        isinstance(part, Mapping) and "role" in part for part in value
-    )
+    return isinstance(value, list) and any("role" in part for part in value if type(part) is dict)
 
 
 def _without_padding(value: Any) -> Any:

@@ -15,7 +15,7 @@ from tokenrl.settings import check_seed
 
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
 
-FEW = 13
+MIN_PROMPTS = 13
 """With fewer distinct training prompts (16, of which a fifth is held out) a policy learns them by heart."""
 
 
@@ -26,11 +26,12 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
         rows: training rows with a `prompt` each.
     """
     distinct = len({prompt_key(row["prompt"]) for row in rows})
-    if distinct >= FEW:
+    if distinct >= MIN_PROMPTS:
         return []
+    noun = "prompt" if distinct == 1 else "prompts"
     return [
-        f"only {distinct} distinct prompt{'s' * (distinct != 1)} in {len(rows):,} training rows: the policy "
-        "can learn the answers by heart, which says nothing about other prompts. Give more data."
+        f"only {distinct} distinct {noun} in {len(rows):,} training rows: the policy can learn the answers by "
+        "heart, which says nothing about other prompts. Give more data."
     ]
 
 
@@ -52,15 +53,16 @@ class RowOrder:
             Refused: the seed is negative.
         """
         check_seed(seed)
-        self.position, self._num_rows, self._seed, self._shuffle = 0, num_rows, seed, shuffle
+        self.position = 0
+        self._num_rows = num_rows
+        self._seed = seed
+        self._shuffle = shuffle
         self._restart()
 
     def _restart(self) -> None:
-        self._orders, self._epoch, self._order = (
-            self._shuffle(self._num_rows, self._seed),
-            -1,
-            list[int](),
-        )
+        self._orders = enumerate(self._shuffle(self._num_rows, self._seed))
+        self._epoch = -1
+        self._order: list[int] = []
 
     def draw(self, count: int) -> list[int]:
         """Return the numbers of the next `count` rows."""
@@ -68,7 +70,7 @@ class RowOrder:
         for _ in range(count):
             epoch, row = divmod(self.position, self._num_rows)
             while self._epoch < epoch:
-                self._order, self._epoch = next(self._orders), self._epoch + 1
+                self._epoch, self._order = next(self._orders)
             numbers.append(self._order[row])
             self.position += 1
         return numbers
@@ -83,11 +85,11 @@ class RowOrder:
         Raises:
             Refused: the state belongs to another seed or another number of rows, and so to another order.
         """
-        for key, ours in (("seed", self._seed), ("num_rows", self._num_rows)):
-            if state[key] != ours:
+        for name, value in self.state_dict().items():
+            if name != "position" and state[name] != value:
                 raise Refused(
-                    f"The saved order of the rows has {key} {state[key]} and this run has {ours}: resume "
-                    "with the same data and seed, or start anew."
+                    f"The saved order of the rows has {name} {state[name]} and this run has {value}: resume "
+                    "with the same data and seed, or start a new run."
                 )
         self.position = int(state["position"])
         self._restart()

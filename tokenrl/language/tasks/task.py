@@ -94,7 +94,8 @@ class PromptTask:
     environment: Any = None
 
 
-EPISODES = 512, 64
+TRAIN_EPISODES = 512
+EVAL_EPISODES = 64
 """Rows to train and to evaluate on of a task that is an environment alone. They are all the same, but each
 episode is reset with a seed of its own."""
 
@@ -128,29 +129,31 @@ def load_task(
     return with_environment(_loaded(name, data, reward, seed, chat), name, data.environment)
 
 
-def _loaded(name: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
+def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
+    """Return the task of a name, of an object that makes one, or of data."""
+    if callable(source):
+        name = getattr(source, "__name__", type(source).__name__)
+        return _finished(_made_task(source, name, data.eval_size, chat), name, reward)
+    name = source
     origin: dict[str, Any] = {}
-    if callable(name):
-        object_name = getattr(name, "__name__", type(name).__name__)
-        return _finished(_made_task(name, object_name, data.eval_size, chat), object_name, reward)
-    if isinstance(name, str):
-        task = _named_task(name, data.eval_size, chat)
+    splits = None
+    if isinstance(source, str):
+        task = _named_task(source, data.eval_size, chat)
         if task is not None:
-            return smaller_evaluation(_finished(task, name, reward), data.eval_size, seed)
-        splits, where = None, f"task '{name}' is a dataset"
+            return smaller_evaluation(_finished(task, source, reward), data.eval_size, seed)
     else:
-        splits = sources.memory_splits(name)
-        where = f"task is data ({type(name).__name__})"
+        splits = sources.memory_splits(source)
         name, origin = records.described(splits)
     if reward is None and data.environment is None:
         raise Refused(
-            f"{where}, which has prompts but no reward: give one with --reward module:function (or a "
-            "file.py, or the folder of a reward model), from Python reward=function."
+            f"task '{name}' is data, which has prompts but no reward: give one with --reward module:function "
+            "(or a file.py, or the folder of a reward model), from Python reward=function."
         )
-    where = "task" if splits else f"task '{name}'"
-    splits = sources.read_splits(name) if splits is None else splits
-    train_rows, eval_rows = dataset_rows(splits, where, data, seed=seed, chat=chat)
-    divided = eval_split(splits, where, data.split, data.eval_split) is None
+    title = "task" if splits else f"task '{name}'"
+    if splits is None:
+        splits = sources.read_splits(name)
+    train_rows, eval_rows = dataset_rows(splits, title, data, seed=seed, chat=chat)
+    divided = eval_split(splits, title, data.split, data.eval_split) is None
     task = PromptTask(name, train_rows, eval_rows, reward, origin=origin, divided=divided)
     return _finished(task, name, reward)
 
@@ -170,21 +173,19 @@ def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
     source = name.rpartition(":")[0]
     if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
         return _made_task(import_attribute(name, "task"), name, eval_size, chat)
-    if not (os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS):
-        forms = f"module:attribute, a {'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name"
-        raise Refused(
-            f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}."
-        )
-    return None
+    if os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS:
+        return None
+    raise Refused(
+        f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: module:attribute, a "
+        f"{'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name."
+    )
 
 
 def limit_of(task: Any) -> int | None:
     """Return the most tokens of a completion that a task itself has, an object or by its name; else None."""
-    return getattr(
-        _named_task(task, None, False) if isinstance(task, str) else task,
-        "max_completion_length",
-        None,
-    )
+    if isinstance(task, str):
+        task = _named_task(task, None, False)
+    return getattr(task, "max_completion_length", None)
 
 
 def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
@@ -202,29 +203,29 @@ def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any
             task = task()
     if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
         return task
-    prompt = [{"role": "user", "content": ""}] if chat else ""
-    train, held_out = (
-        [{"prompt": prompt}] * size for size in (EPISODES[0], eval_size or EPISODES[1])
-    )
-    return PromptTask(name, train, held_out, [], environment=source)
+    row = {"prompt": [{"role": "user", "content": ""}] if chat else ""}
+    eval_rows = [row] * (eval_size or EVAL_EPISODES)
+    return PromptTask(name, [row] * TRAIN_EPISODES, eval_rows, [], environment=source)
 
 
 def with_environment(task: Any, source: Any, environment: Any) -> Any:
     """Return the task with the environment of the arguments, if they name one beside the task's `source`."""
     if environment is None or environment is source:
         return task
-    named = isinstance(environment, str)
-    return changed(
-        task, environment=import_attribute(environment, "environment") if named else environment
-    )
+    if isinstance(environment, str):
+        environment = import_attribute(environment, "environment")
+    return changed(task, environment=environment)
 
 
 @contextlib.contextmanager
 def _refusing(beginning: str) -> Iterator[None]:
-    """Refuse a task whose own code raises an error, `sys.exit` included; `what` begins the message.
+    """Refuse a task whose own code raises an error in the block, `sys.exit` included.
+
+    Args:
+        beginning: the words of the message before "it raised".
 
     Raises:
-        Refused: it does.
+        Refused: the code in the block raised an error.
     """
     try:
         yield
@@ -239,19 +240,20 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     with _refusing(f"task '{name}' was read, and"):
         missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
         if missing:
-            problem = f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}"
-            raise Refused(f"{problem}: make a tokenrl.PromptTask, or give it those attributes.")
+            raise Refused(
+                f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
+                "tokenrl.PromptTask, or give it those attributes."
+            )
         for attribute in ("train_prompts", "eval_prompts"):
-            if len(getattr(task, attribute)) == 0:
+            rows = getattr(task, attribute)
+            if len(rows) == 0:
                 raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
-            sources.check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
-    if reward is not None:
-        several = isinstance(reward, Sequence) and not isinstance(reward, str)
-        functions: Any = (
-            [load_reward(function) for function in reward] if several else load_reward(reward)
-        )
-        return changed(task, reward=functions, pass_threshold=None)
-    return task
+            sources.check_prompts(rows, f"task '{name}', {attribute}")
+    if reward is None:
+        return task
+    if isinstance(reward, Sequence) and not isinstance(reward, str):
+        return changed(task, reward=list(map(load_reward, reward)), pass_threshold=None)
+    return changed(task, reward=load_reward(reward), pass_threshold=None)
 
 
 def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
@@ -264,72 +266,68 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     Raises:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
-    task: Any = args.task
-    if isinstance(task, str) and task.startswith(records.IN_MEMORY):
+    source: Any = args.task
+    if isinstance(source, str) and source.startswith(records.IN_MEMORY):
         raise Refused(
-            f"task '{task}' was data given from Python: give it again, or save it once with "
+            f"task '{source}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and give --task data.jsonl."
         )
-    chosen, environments = [load_reward(spec) for spec in args.reward or ()], None
+    reward = list(map(load_reward, args.reward or ())) or None
+    task: Any = None
     with _refusing("The task was read, and"):
-        is_task = hasattr(task, "train_prompts")
-        if is_task:
-            task = smaller_evaluation(task, args.eval_size)
-            sources.check_prompts(task.eval_prompts, f"task '{task.name}', eval_prompts")
-    if not is_task:
-        task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
-    task = with_environment(task, args.task, args.environment)
+        if hasattr(source, "train_prompts"):
+            task = smaller_evaluation(source, args.eval_size)
+    if task is None:
+        task = _loaded(source, args, reward, 0, bool(getattr(args, "chat", None)))
+    else:
+        task = _finished(task, source.name, reward)
+    task = with_environment(task, source, args.environment)
+    environments = None
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
-    functions, unchanged = (
-        chosen or getattr(task, "reward", None),
-        not (chosen or args.reward_weights),
-    )
-    if environments is None and (functions is None or functions in ([], ())):
+    if environments is None and task.reward in (None, [], ()):
         raise Refused(
             f"The task {task.name!r} has no reward: name one with --reward module:function."
         )
-    if not unchanged and getattr(task, "solved", None) is not None:
+    pass_threshold = getattr(args, "pass_threshold", None)
+    if reward or args.reward_weights:
         task = changed(task, solved=None)
-    mark = getattr(args, "pass_threshold", None)
+    elif pass_threshold is None:
+        pass_threshold = getattr(task, "pass_threshold", None)
     rewards = Rewards(
-        functions or [],
+        task.reward or [],
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
         sources=args.reward or None,
-        pass_threshold=getattr(task, "pass_threshold", None)
-        if unchanged and mark is None
-        else mark,
+        pass_threshold=pass_threshold,
     )
-    with _refusing("The training prompts of the task were read, and"):
-        sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
-        for attribute in ("train_prompts", "eval_prompts"):
-            _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
-        columns = dict.fromkeys(name for row in task.train_prompts for name in row)
-    rewards.check_columns(columns)
-    for rows in (task.train_prompts, task.eval_prompts):
-        rewards.check_rows(rows)
+    rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
+    for attribute in ("train_prompts", "eval_prompts"):
+        _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
+        rewards.check_rows(getattr(task, attribute))
     return task, rewards
 
 
-def _check_copies(rows: Sequence[Row], where: str) -> None:
+def _check_copies(rows: Sequence[Row], title: str) -> None:
     """Refuse rows with a value that cannot be copied, since each function that gets rows gets copies."""
     for location, row in with_places(rows):
         for name, value in row.items():
             try:
                 copied(value)
             except Exception as error:
-                problem = f"{where}, {location}: column {name!r} holds {shown(value)}, which cannot be copied"
                 raise Refused(
-                    f"{problem} ({describe(error)}), and each function gets copies of the rows. Give texts, "
-                    "numbers, and lists or dicts of them; keep other objects in the module of the function."
+                    f"{title}, {location}: column {name!r} holds {shown(value)}, which cannot be copied "
+                    f"({describe(error)}), and each function gets copies of the rows. Give texts, numbers, "
+                    "and lists or dicts of them; keep other objects in the module of the function."
                 ) from error
 
 
 def check_single_turn(rewards: Rewards, purpose: str) -> None:
     """Refuse rewards of episodes where completions of a single turn are needed; `purpose` says what for."""
     if rewards.environments is not None:
-        problem = f"{purpose} needs completions of one turn, and {rewards.environments.__name__} answers them"
-        raise Refused(f"{problem}: name a task without an environment.")
+        raise Refused(
+            f"{purpose} needs completions of one turn, and {rewards.environments.__name__} answers them: name "
+            "a task without an environment."
+        )
