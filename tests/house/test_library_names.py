@@ -53,7 +53,7 @@ NAMES = {
     "transformers:PreTrainedModel.gradient_checkpointing_enable": MODEL,
     "transformers:PreTrainedModel.base_model_prefix": "language/preferences/data.py",
     "transformers:PretrainedConfig.get_text_config": MODEL,
-    "transformers.pytorch_utils:Conv1D": MODEL,  # known by its name alone
+    "transformers.pytorch_utils:Conv1D": MODEL,
     "transformers.utils:find_adapter_config_file": MODEL,
     "transformers.utils:logging.is_progress_bar_enabled": "language/policy/loading.py",
     "transformers.utils:logging.disable_progress_bar": "language/policy/loading.py",

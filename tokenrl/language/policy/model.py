@@ -22,13 +22,12 @@ from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly, switch_dropout_off
 from tokenrl.language.policy.prompts import (
     Prompt,
-    check_form,
+    checked_form,
     following_ids,
     formed,
     render,
     reply_ids,
     saved_form,
-    with_time,
 )
 from tokenrl.language.policy.saving import check_base, merged
 from tokenrl.language.policy.stops import StopStrings, decoded
@@ -93,12 +92,11 @@ class Policy:
             tools: functions with type hints and docstrings, which the chat template describes to the model.
 
         Raises:
-            Refused: the prompt is chat messages and the tokenizer has no chat template or one that refuses
-                them or ignores tools, the form does not fit the prompt, the prompt is text and there are
+            Refused: the chat template or the form does not fit the prompt, the prompt is text and there are
                 tools, or it is empty and the tokenizer has no BOS.
         """
-        prompt = formed(prompt, self.form)
         tokenizer = self.tokenizer
+        prompt = formed(prompt, self.form)
         if isinstance(prompt, str):
             if tools:
                 raise Refused(
@@ -112,22 +110,16 @@ class Policy:
                     ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
             is_begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-            ids = render(
-                tokenizer,
-                prompt,
-                self.form,
-                self.source,
-                tools,
-                tokenize=True,
-                add_generation_prompt=not is_begun,
-                continue_final_message=is_begun,
-            )
-        if not ids and tokenizer.bos_token_id is None:
+            turn = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
+            ids = render(tokenizer, prompt, self.form, self.source, tools, tokenize=True, **turn)
+        if ids:
+            return list(ids)
+        if tokenizer.bos_token_id is None:
             raise Refused(
                 "A prompt is empty, and the tokenizer has no BOS to start from: give it a token, or an "
                 "environment whose reset returns a text."
             )
-        return list(ids) or [tokenizer.bos_token_id]
+        return [tokenizer.bos_token_id]
 
     def reply_ids(
         self,
@@ -152,9 +144,8 @@ class Policy:
         """
         if not (chat or self.form.chat):
             text = "".join(message["content"] for message in messages)
-            return following_ids(self, before, text) or self.tokenizer.encode(
-                text, add_special_tokens=False
-            )
+            ids = following_ids(self, before, text)
+            return ids or self.tokenizer.encode(text, add_special_tokens=False)
         ids = reply_ids(self, messages, tools)
         return ids[1:] if ended and ids[0] in self.eos_ids else ids
 
@@ -164,9 +155,8 @@ class Policy:
         Raises:
             Refused: the model cannot be asked so; the message says why.
         """
-        form = with_time(self.tokenizer, form)
+        form = checked_form(self.tokenizer, form, self.source)
         if form != self.form:
-            check_form(self.tokenizer, form, self.source)
             self.form = form
             self.stops = StopStrings(self.tokenizer, form.stop) if form.stop else None
 
@@ -188,8 +178,7 @@ class Policy:
             locations: where each prompt stands in the data, for the message of a refusal.
 
         Raises:
-            Refused: a prompt and its completion could exceed the context (the message names the place,
-                or else quotes the prompt, and says the lengths), or `encode` refuses a prompt.
+            Refused: a prompt and its completion could exceed the context, or `encode` refuses a prompt.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         if self.context is None:
@@ -197,9 +186,8 @@ class Policy:
         room = self.context - max_completion_length
         if room < 1 and truncate is not None:
             raise Refused(
-                f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's "
-                f"context of {self.context} tokens: lower --max-completion-length, or take a model with a "
-                "longer context."
+                f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context "
+                f"of {self.context} tokens: lower --max-completion-length, or take a model with a longer context."
             )
         for row, ids in enumerate(encoded):
             if len(ids) > room and not truncate:
@@ -208,8 +196,7 @@ class Policy:
                 if truncate is False:
                     remedy = f"give --truncate-prompts, which drops tokens from the left, {remedy}"
                     if len(ids) < self.context:
-                        spare = self.context - len(ids)
-                        remedy = f"give --max-completion-length {spare} or less, {remedy}"
+                        remedy = f"give --max-completion-length {self.context - len(ids)} or less, {remedy}"
                 raise Refused(
                     f"The prompt {name} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
@@ -218,10 +205,7 @@ class Policy:
         return [ids[-room:] for ids in encoded]
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Texts of N completions, given as `ids` [N, T] and `mask` [N, T], without special tokens.
-
-        A text is cut before the stop string that ended it.
-        """
+        """Texts of N completions `ids` [N, T] with their `mask` [N, T], cut before the stop string at their end."""
         rows = zip(ids.cpu(), mask.bool().cpu(), strict=True)
         texts = decoded(self.tokenizer, [row[is_token].tolist() for row, is_token in rows])
         return texts if self.stops is None else list(map(self.stops.cut, texts))
@@ -291,12 +275,10 @@ def load_policy(
 ) -> Policy:
     """Load a causal language model and its tokenizer from a local directory or a hub name.
 
-    If the directory holds a peft adapter, its base model is loaded too and the adapter is merged into it. A
-    LoRA adapter that is trained on top then has the merged model as its reference.
+    An adapter of peft is merged into its base model, which is the reference of an adapter trained on top.
 
     Args:
-        name_or_path: local directory or hub name. The directory of a run means the model that the run saved,
-            which is asked as in the run.
+        name_or_path: local directory or hub name. The directory of a run means its saved model, asked as there.
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the one the checkpoint was saved in.
         trust_remote_code: run Python code that is shipped with the model.
         merge_adapter: False leaves an adapter apart from its base, so that it alone can be trained on.
@@ -353,10 +335,8 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     """
     model: Any = policy.model
     # transformers 5 renamed the method in a later release; its first releases have only the older name.
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
@@ -377,8 +357,7 @@ def add_lora(
 ) -> None:
     """Wrap the policy's model with a LoRA adapter of rank `r`, in place; only the adapter stays trainable.
 
-    The reference policy of a KL term is then the model as it stands now, with the adapter switched off, so no
-    frozen copy is needed.
+    The reference policy of a KL term is then the model with its adapter switched off, without a frozen copy.
 
     Args:
         policy: the policy to adapt.
@@ -393,8 +372,10 @@ def add_lora(
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
-    layers = [name for name, module in policy.model.named_modules() if _is_linear(module)]
+    modules = dict(policy.model.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
     for name in target_modules:
         if not any(f".{layer}".endswith(f".{name}") for layer in layers):
             names = sorted({layer.rpartition(".")[2] for layer in layers})
@@ -407,7 +388,7 @@ def add_lora(
         lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do
         target_modules=list(target_modules) or "all-linear",
         task_type="CAUSAL_LM",
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in policy.model.modules()),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
     with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
@@ -416,7 +397,3 @@ def add_lora(
     if config.base_model_name_or_path and base.is_dir():
         # The adapter then finds its base from wherever it is loaded.
         config.base_model_name_or_path = str(base.resolve())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -129,15 +129,10 @@ def print_form(form: PromptArguments, model: Any) -> None:
         print(f"tokenrl: asked: {line}", file=sys.stderr)
 
 
-def with_time(tokenizer: Any, form: PromptArguments) -> PromptArguments:
-    """Return a form with the present time, to the hour, if the chat template reads the clock and has none."""
-    if form.chat_time or "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
-        return form
-    return replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
+def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArguments:
+    """Return the form in which a model is asked, and refuse one in which it cannot be asked.
 
-
-def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
-    """Refuse a form in which the model cannot be asked.
+    If the chat template reads the clock and the form has no time, it gets the present one, to the hour.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -148,11 +143,14 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
         Refused: there is no chat template, it does not know one of the variables, or it refuses or leaves out
             a message of the system.
     """
+    template = str(getattr(tokenizer, "chat_template", None))
+    if "strftime_now" in template and not form.chat_time:
+        form = replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
     variables = _variables(form)
     if not (form.chat or variables or form.system_prompt):
-        return
+        return form
     _check_template(tokenizer, name)
-    words = re.findall(r"\w+", str(tokenizer.chat_template))  # of all named templates
+    words = re.findall(r"\w+", template)  # of all named templates
     for variable in variables:
         if variable in OURS or variable not in words:
             raise Refused(
@@ -167,6 +165,7 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
                 f"The chat template of {name!r} leaves out messages of the system: write the system_prompt "
                 "into the prompts, as with a prompt_template."
             )
+    return form
 
 
 def formed(prompt: Prompt, form: PromptArguments) -> Prompt:

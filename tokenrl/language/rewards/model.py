@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.loading import find_model, gains_from, loading
-from tokenrl.language.policy.prompts import check_form, formed, render, saved_form, with_time
+from tokenrl.language.policy.prompts import checked_form, formed, render, saved_form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,8 +116,7 @@ class RewardModel:
         Raises:
             Refused: the chat template cannot.
         """
-        check_form(self.tokenizer, form, self.__name__)
-        self.form = with_time(self.tokenizer, form)
+        self.form = checked_form(self.tokenizer, form, self.__name__)
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """Rewards of N encoded texts, without gradient, in batches of similar length."""
