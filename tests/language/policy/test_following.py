@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from tiny_models import SENTENCES, make_model
 
@@ -99,6 +101,7 @@ KINDS = [
 KINDS += ["byte level with space", "byte level bos", "wordpiece"]
 
 
+@cache
 def policy_of(kind, template=None):
     tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = TEMPLATES.get(template)

@@ -64,32 +64,30 @@ def toy_tasks(monkeypatch, **tasks):
 RUN = "train --reward length(target=3) --max-completion-length 8"
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 @pytest.mark.parametrize(
-    ("bad", "commands"),
+    ("bad", "suffix", "commands"),
     [
-        ("the cat " * 40, [RUN, "sft", "sft --reward length(target=3)"]),
-        ("a <eos> b", [RUN]),
-        ("", [f"{RUN} --prompt-template {{prompt}}"]),
+        ("the cat " * 40, ".jsonl", [RUN, "sft", "sft --reward length(target=3)"]),
+        ("a <eos> b", ".csv", [RUN]),
+        ("", ".csv", [f"{RUN} --prompt-template {{prompt}}"]),
     ],
     ids=["long", "special", "empty"],
 )
 def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
-    bad, commands, suffix, saved, capsys
+    bad, suffix, commands, saved, capsys
 ):
     rows = [{"prompt": bad if n == 5 else f"{n} a", "completion": "two"} for n in range(9)]
-    head, lines = "prompt,completion", [",".join(row.values()) for row in rows]
+    lines = ["prompt,completion", *(",".join(row.values()) for row in rows)]
     if suffix == ".jsonl":
-        head, *lines = (
-            json.dumps(row | {"prompt": row["prompt"] or None}) for row in [rows[0], *rows]
-        )
+        lines = list(map(json.dumps, [rows[0], *rows]))
+    lines.insert(3, "")
     with open(f"data{suffix}", "w") as file:
-        file.write("\n".join([head, *lines[:2], "", *lines[2:]]))
+        file.write("\n".join(lines))
     for command in commands:
         words = f"{command} --task data{suffix} --model {saved(kind='chat')} --max-steps 1"
         main(words.split())
-        said = capsys.readouterr()
-        assert "of line 8 " in " ".join((said.out + said.err).split()), command
+        output = capsys.readouterr()
+        assert "of line 8 " in " ".join((output.out + output.err).split()), command
 
 
 # ---- sources ----

@@ -61,21 +61,20 @@ def alone(tmp_path, monkeypatch):
 
 
 EACH = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "folder/train.jsonl"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 @EACH
 @given(rows=table(NESTED), indent=st.sampled_from([None, 1]))
 def test_json_gives_what_json_loads_gives(name, rows, indent):
-    os.makedirs("folder", exist_ok=True)
     with open(name, "w", encoding="utf-8") as file:
         if name == "a.json":
             json.dump(rows, file, indent=indent)
         else:
             file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert repr(read_splits(name.partition("/")[0])["train"]) == repr(alike(rows))
+    assert repr(read_splits(name)["train"]) == repr(alike(rows))
 
 
 @EACH
@@ -234,26 +233,25 @@ def test_rows_without_a_value_are_counted_by_column():
 
 UNORDERED = """
 from dataclasses import dataclass
-from tokenrl.language.tasks.records import fingerprint
+from tokenrl.runs.files import canonical
 
 @dataclass(frozen=True)
 class Point:
     names: frozenset
 
-ROW = {"set": {"a", "b", "c", ("d", 1)}, "point": Point(frozenset("xyz")), "map": {1: 2, "a": {"q", "r"}}}
-print(fingerprint({"a": [ROW]}))
+print(canonical({"set": {"a", "b", "c", ("d", 1)}, "point": Point(frozenset("xyz")), "map": {1: {"q", "r"}}}))
 """
 
 
-def test_values_without_an_order_have_the_same_fingerprint_in_every_process():
-    digits = set()
-    for seed in ("1", "2", "3"):
+def test_values_without_an_order_are_written_alike_in_every_process():
+    texts = set()
+    for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         run = subprocess.run(
             [sys.executable, "-c", UNORDERED], env=environment, capture_output=True, check=True
         )
-        digits.add(run.stdout)
-    assert len(digits) == 1
+        texts.add(run.stdout)
+    assert len(texts) == 1
     sets = [{"a"}, {"b"}, {"a", "b"}, {1: {"a"}}, {2: {"a"}}]
     assert len({fingerprint({"a": [{"set": value}]}) for value in sets}) == len(sets)
 
