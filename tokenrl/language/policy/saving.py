@@ -202,8 +202,10 @@ def check_base(model: Any, folder: Path) -> None:
 
 def base_of(model: nn.Module) -> dict[str, Any]:
     """Return what tells the base under an adapter apart from others: its fingerprint and its precision."""
-    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    return {"sha256": _hash_of(frozen), "dtypes": sorted({str(p.dtype) for p in frozen.values()})}
+    parameters = model.named_parameters()
+    frozen = {name: weight.detach() for name, weight in parameters if not weight.requires_grad}
+    dtypes = {str(weight.dtype) for weight in frozen.values()}
+    return {"sha256": _hash_of(frozen), "dtypes": sorted(dtypes)}
 
 
 def fingerprint(model: nn.Module) -> str:

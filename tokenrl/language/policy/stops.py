@@ -30,7 +30,8 @@ def markers(tokenizer: Any) -> dict[int, str]:
     They may mean something, as `<think>` does, although decoded text leaves them out.
     """
     roles = {getattr(tokenizer, f"{role}_token", None) for role in ROLES}
-    return {i: name for i, name in special_tokens(tokenizer).items() if name not in roles}
+    special = special_tokens(tokenizer)
+    return {i: name for i, name in special.items() if name not in roles}
 
 
 class StopStrings:

@@ -134,6 +134,7 @@ def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
         bins: number of bins.
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
-    bin_of = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
+    bin_of = ((predicted - 0.5) * 2 * bins).astype(int)
+    bin_of = np.minimum(bin_of, bins - 1)
     gaps = np.bincount(bin_of, weights=_right(difference) - predicted)  # per bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

@@ -240,40 +240,18 @@ def train_reward_model(
         parameters = sum(p.numel() for p in reward_model.model.parameters())
         threads, reason = choose_threads(parameters, choices.threads)
         stack.enter_context(using_threads(threads))
-        args = fill_defaults(
-            choices,
-            data,
-            threads=threads,
-            output_dir=session.directory,
-            chat_time=reward_model.form.chat_time,
-        )
+        time = reward_model.form.chat_time
+        decided = {"threads": threads, "output_dir": session.directory, "chat_time": time}
+        args = fill_defaults(choices, data, decided)
         training = PreferenceTraining(reward_model, data.train, args)
         held_out = encode_pairs(reward_model, data.held_out)
-        rows = {
-            "train": list(map(asdict, data.train)),
-            "held_out": list(map(asdict, data.held_out)),
-        }
-        provenance = provenance_of(reward_model, rows)
+        rows = {"train": data.train, "held_out": data.held_out}
+        dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
+        provenance = provenance_of(reward_model, dicts)
         saved = SavedModel(reward_model, "reward model")
         header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
-        names = {
-            "data": data.name,
-            "model": reward_model.__name__,
-            "policy": "in memory",
-            "task": getattr(data.task, "name", None),
-        }
-        title = f"Reward model, {data.name}, seed {args.seed}"
-        session.open(
-            args,
-            saved,
-            provenance,
-            {"training": training},
-            header,
-            names=names,
-            title=title,
-            pairs={"train": len(data.train), "held_out": len(data.held_out)},
-            **recorded(data.task),
-        )
+        record = _record(args, data, reward_model)
+        session.open(args, saved, provenance, {"training": training}, header, **record)
 
         def evaluate() -> dict[str, float]:
             rewards = score_pairs(reward_model, held_out)
@@ -296,17 +274,17 @@ def train_reward_model(
         if not session.evaluation:
             evaluate()
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
-        _finish(session, data, ended, title, score_pairs(reward_model, held_out))
+        _finish(session, data, ended, record["title"], score_pairs(reward_model, held_out))
         return ended
 
 
-def fill_defaults(choices: Any, data: RewardData, **settled: Any) -> RewardModelArguments:
+def fill_defaults(choices: Any, data: RewardData, decided: dict[str, Any]) -> RewardModelArguments:
     """Lay the settings of a call over the defaults that follow from the data.
 
     Args:
         choices: the settings of the call, of which some are open.
         data: the pairs.
-        **settled: settings that the run has decided.
+        decided: settings that the run has decided.
 
     Raises:
         Refused: the margin is given twice.
@@ -322,9 +300,24 @@ def fill_defaults(choices: Any, data: RewardData, **settled: Any) -> RewardModel
         "learning_rate": 1e-3 if choices.model is None else 1e-5,
         "eval_every": max(1, max_steps // 10),
     }
-    settled["batch_size"] = batch_size
-    layers = lay(("default", defaults), ("given", vars(choices)), ("pairs", settled))
+    pairs = decided | {"batch_size": batch_size}
+    layers = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
     return RewardModelArguments(**vars(layers.values))
+
+
+def _record(args: RewardModelArguments, data: RewardData, model: RewardModel) -> dict[str, Any]:
+    """Return what config.json holds beside the settings."""
+    return {
+        "names": {
+            "data": data.name,
+            "model": model.__name__,
+            "policy": "in memory",
+            "task": getattr(data.task, "name", None),
+        },
+        "title": f"Reward model, {data.name}, seed {args.seed}",
+        "pairs": {"train": len(data.train), "held_out": len(data.held_out)},
+        **recorded(data.task),
+    }
 
 
 def _header(

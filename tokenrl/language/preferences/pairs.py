@@ -89,36 +89,36 @@ def load_pairs(
     return pairs, [held_out[i] for i in sorted(order)]
 
 
-def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
+def read_pairs(rows: Sequence[Row], source: str) -> list[Pair]:
     """Check rows of preferences and return them as pairs; identical completions are left out.
 
     Args:
         rows: rows with `chosen` and `rejected`, and optionally `prompt`, `margin`, `chosen_gold` and
             `rejected_gold`. Without a prompt, the common beginning of chosen and rejected is the prompt.
-        where: name of the data in error messages.
+        source: name of the data in error messages.
 
     Raises:
         Refused: there are no rows, a column is missing, a value is neither text nor messages, or all pairs
             are identical.
     """
     if not rows:
-        raise Refused(f"{where} is empty: give at least two rows of prompt, chosen and rejected.")
+        raise Refused(f"{source} is empty: give at least two rows of prompt, chosen and rejected.")
     for column in ("chosen", "rejected"):
         if column not in rows[0]:
             raise Refused(
-                f"{where} has no column '{column}'.{suggest(column, rows[0])} Preferences are rows of chosen, "
+                f"{source} has no column '{column}'.{suggest(column, rows[0])} Preferences are rows of chosen, "
                 "rejected and, unless these hold it, prompt."
             )
-    pairs = [_pair(row, f"{where}, {location}") for location, row in with_places(rows)]
+    pairs = [_pair(row, f"{source}, {location}") for location, row in with_places(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not different:
         raise Refused(
-            f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows."
+            f"{source}: chosen and rejected are identical in every one of the {len(rows)} rows."
         )
     return different
 
 
-def _pair(row: Row, where: str) -> Pair:
+def _pair(row: Row, source: str) -> Pair:
     prompt, chosen, rejected = (
         as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected")
     )
@@ -127,7 +127,7 @@ def _pair(row: Row, where: str) -> Pair:
         fault = fault or fault_of_prompt(prompt)
     if fault:
         raise Refused(
-            f"{where}: {fault}; it must be text, or a list of chat messages "
+            f"{source}: {fault}; it must be text, or a list of chat messages "
             '{"role": ..., "content": text}.'
         )
     is_text = isinstance(chosen, str)
@@ -140,14 +140,14 @@ def _pair(row: Row, where: str) -> Pair:
         is_mixed = not is_repeated
     if is_mixed:
         raise Refused(
-            f"{where}: some of prompt, chosen and rejected are text and others are chat messages. Give them "
+            f"{source}: some of prompt, chosen and rejected are text and others are chat messages. Give them "
             "alike; only a prompt of messages may stand before text."
         )
     if prompt is None or is_repeated:
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     margin, chosen_gold, rejected_gold = (
-        _number(row, name, where) for name in ("margin", "chosen_gold", "rejected_gold")
+        _number(row, name, source) for name in ("margin", "chosen_gold", "rejected_gold")
     )
     gold = None
     if chosen_gold is not None and rejected_gold is not None:
@@ -163,12 +163,12 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return max(0, chosen.rfind(" ", 0, cut)) if isinstance(chosen, str) else cut
 
 
-def _number(row: Row, name: str, where: str) -> float | None:
+def _number(row: Row, name: str, source: str) -> float | None:
     """Return the number in a column; None without the column, or where it has no value."""
     value = row.get(name)
     if value is None:
         return None
-    check_number(f"{where}: {name}", value)
+    check_number(f"{source}: {name}", value)
     return float(value)
 
 

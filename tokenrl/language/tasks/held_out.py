@@ -30,15 +30,17 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
     no held-out prompt, whatever the size.
 
     """
-    if eval_size is None or eval_size >= len(task.eval_prompts):
+    rows = task.eval_prompts
+    if eval_size is None or eval_size >= len(rows):
         return task
-    chosen = np.random.default_rng(seed).permutation(len(task.eval_prompts))[:eval_size]
-    return changed(task, eval_prompts=[task.eval_prompts[i] for i in sorted(chosen.tolist())])
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    chosen = sorted(order[:eval_size])
+    return changed(task, eval_prompts=[rows[i] for i in chosen])
 
 
 def dataset_rows(
     splits: Mapping[str, Sequence[Row]],
-    where: str,
+    source: str,
     data: DataArguments,
     *,
     seed: int = 0,
@@ -48,7 +50,7 @@ def dataset_rows(
 
     Args:
         splits: the rows of each split.
-        where: what error messages call the data.
+        source: what error messages call the data.
         data: the splits to read, how many rows are held out, and how prompts are made.
         seed: chooses the rows that are held out.
         chat: make each prompt that is text a message of the user.
@@ -56,17 +58,19 @@ def dataset_rows(
     Raises:
         Refused: there is no such split, too few prompts, or a prompt cannot be made.
     """
-    evaluation = eval_split(splits, where, data.split, data.eval_split)
-    train = with_prompts(splits[data.split], f"{where}, split '{data.split}'", data, chat=chat)
+    evaluation = eval_split(splits, source, data.split, data.eval_split)
+    train = with_prompts(splits[data.split], f"{source}, split '{data.split}'", data, chat=chat)
     held_out = None
     if evaluation is not None:
         held_out = with_prompts(
-            splits[evaluation], f"{where}, split '{evaluation}'", data, chat=chat
+            splits[evaluation], f"{source}, split '{evaluation}'", data, chat=chat
         )
-    return separate(train, held_out, data.eval_size, seed, where)
+    return separate(train, held_out, data.eval_size, seed, source)
 
 
-def eval_split(splits: Mapping[str, Any], where: str, split: str, chosen: str | None) -> str | None:
+def eval_split(
+    splits: Mapping[str, Any], source: str, split: str, chosen: str | None
+) -> str | None:
     """Return the split to evaluate on: the chosen one, else one for validation or test if there is any.
 
     Raises:
@@ -74,7 +78,7 @@ def eval_split(splits: Mapping[str, Any], where: str, split: str, chosen: str | 
     """
     for name in (split, chosen or split):
         if name not in splits:
-            raise Refused(f"{where} has no split '{name}'.{suggest(name, splits)}")
+            raise Refused(f"{source} has no split '{name}'.{suggest(name, splits)}")
     usual = [name for name in EVAL_SPLITS if name in splits and name != split]
     return chosen or next(iter(usual), None)
 
@@ -84,7 +88,7 @@ def separate(
     eval_rows: list[dict[str, Any]] | None,
     eval_size: int | None,
     seed: int,
-    where: str,
+    source: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return training and evaluation rows that share no prompt.
 
@@ -96,7 +100,7 @@ def separate(
         eval_size: the most rows to evaluate on; of training rows at most half of the prompts. None takes 128;
             of training rows at most a fifth.
         seed: chooses them.
-        where: what error messages call the data.
+        source: what error messages call the data.
 
     Raises:
         Refused: nothing is left to train on, or there is nothing to evaluate on.
@@ -113,7 +117,7 @@ def separate(
     rest = [row for row in train_rows if prompt_key(row["prompt"]) not in held_out]
     if not held_out or not rest:
         raise Refused(
-            f"{where} has too few distinct prompts: {len(pool)} to evaluate on, {len(rest)} training rows that "
+            f"{source} has too few distinct prompts: {len(pool)} to evaluate on, {len(rest)} training rows that "
             "differ from those chosen. Give more data, or a smaller eval_size."
         )
     return rest, list(held_out.values())

@@ -39,8 +39,11 @@ class ReasoningScore:
 
     def __call__(self, completions: Sequence[Any], entry: Sequence[Any], **_: Any) -> list[float]:
         """Score N completions, each against the puzzle in its row, `entry`."""
-        pairs = zip(completion_texts(completions), entry, strict=True)
-        return [self._puzzle.score_answer(_answer(text), puzzle) for text, puzzle in pairs]
+        rewards = []
+        for text, puzzle in zip(completion_texts(completions), entry, strict=True):
+            reward = self._puzzle.score_answer(_answer(text), puzzle)
+            rewards.append(reward)
+        return rewards
 
     @functools.cached_property
     def _puzzle(self) -> Any:

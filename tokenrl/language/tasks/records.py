@@ -54,10 +54,19 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
 
 def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]:
     """Return the name of data that was given from Python, and what is recorded of it."""
-    columns = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
     digits = fingerprint(splits)
-    rows = {name: len(rows) for name, rows in splits.items()}
-    return IN_MEMORY + digits, {"rows": rows, "columns": list(columns), "fingerprint": digits}
+    counts: dict[str, int] = {}
+    columns: dict[str, None] = {}
+    for split, rows in splits.items():
+        counts[split] = len(rows)
+        for row in rows:
+            columns |= dict.fromkeys(row)
+    origin = {
+        "rows": counts,
+        "columns": list(columns),
+        "fingerprint": digits,
+    }
+    return IN_MEMORY + digits, origin
 
 
 def recorded(task: Any) -> dict[str, Any]:

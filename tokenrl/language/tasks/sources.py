@@ -19,6 +19,10 @@ from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
 Row = Mapping[str, Any]
 
+CACHE_HINT = (
+    " The hub needs a network or a copy in the cache of datasets (HF_DATASETS_CACHE), which must be writable; "
+    "if it is damaged, delete it."
+)
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -114,20 +118,13 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         else:
             splits = _by_datasets(path, name)
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
-        hint = "" if is_file else _hint_of_cache()
+        hint = "" if is_file else CACHE_HINT
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)}).{hint}"
         ) from error
     if is_file and not splits["train"]:
         raise Refused(f"The file '{name}' is empty: give data with at least one row.")
     return splits
-
-
-def _hint_of_cache() -> str:
-    import datasets
-
-    cache = datasets.config.HF_DATASETS_CACHE
-    return f" The hub needs a network or a copy in {cache}, which must be writable; if it is damaged, delete it."
 
 
 def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -161,7 +158,7 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def with_prompts(
-    rows: Sequence[Row], where: str, data: DataArguments, *, chat: bool = False
+    rows: Sequence[Row], source: str, data: DataArguments, *, chat: bool = False
 ) -> list[dict[str, Any]]:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
@@ -171,7 +168,7 @@ def with_prompts(
 
     Args:
         rows: the rows as they were read; every row has the same columns.
-        where: what error messages call the rows.
+        source: what error messages call the rows.
         data: `prompt_column` holds the prompt, unless there is a `prompt_template`.
         chat: make each prompt that is text a message of the user.
 
@@ -181,25 +178,25 @@ def with_prompts(
     """
     if not rows:
         raise Refused(
-            f'{where} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
+            f'{source} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
         )
     column = data.prompt_column
     if column == "prompt" and column not in rows[0] and "messages" in rows[0]:
         column = "messages"
     if data.prompt_template is not None:
-        prompted = _filled(data.prompt_template, rows, where)
+        prompted = _filled(data.prompt_template, rows, source)
     elif column not in rows[0]:
         raise Refused(
-            f"{where} has no column '{column}'.{suggest(column, rows[0])} Name it by prompt_column, or give a "
+            f"{source} has no column '{column}'.{suggest(column, rows[0])} Name it by prompt_column, or give a "
             "prompt_template (--prompt-template)."
         )
     elif column == "messages":
-        prompted = _from_conversations(rows, where)
+        prompted = _from_conversations(rows, source)
     else:
         prompted = [{**row, "prompt": as_prompt(row[column])} for row in rows]
     locations = [location for location, _ in with_places(rows)]
     prompted = list(map(Placed, prompted, locations))
-    check_prompts(prompted, where)
+    check_prompts(prompted, source)
     for row in prompted:
         if chat and isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
@@ -216,7 +213,7 @@ class _Cells(dict[str, Any]):
         return value
 
 
-def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
+def _filled(template: str, rows: Sequence[Row], source: str) -> list[dict[str, Any]]:
     """Return the rows with prompts made by a template from their columns."""
     filled = []
     for location, row in with_places(rows):
@@ -224,7 +221,7 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
             filled.append({**row, "prompt": template.format_map(_Cells(row))})
         except Exception as error:  # values have formats of their own
             raise Refused(
-                f"{where}, prompt_template {template!r}: the prompt of {location} cannot be made "
+                f"{source}, prompt_template {template!r}: the prompt of {location} cannot be made "
                 f"({describe(error)}). Name columns in braces (there are {', '.join(map(str, row))}), each "
                 "with a value, and write {{ for a brace."
             ) from error
@@ -241,10 +238,14 @@ def as_prompt(value: Any) -> Any:
         return str(value)
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return value
-    return [{key: part for key, part in message.items() if part is not None} for message in value]
+    messages = []
+    for message in value:
+        present = {key: part for key, part in message.items() if part is not None}
+        messages.append(present)
+    return messages
 
 
-def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
+def _from_conversations(rows: Sequence[Row], source: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
     prompted = []
     with_answer: dict[bool, str] = {}
@@ -253,7 +254,7 @@ def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]
         fault = "it is text" if isinstance(turns, str) else fault_of_prompt(turns)
         if fault:
             raise Refused(
-                f"{where}, {location}: of the column 'messages', {fault}; it holds chat messages."
+                f"{source}, {location}: of the column 'messages', {fault}; it holds chat messages."
             )
         columns: dict[str, Any] = {}
         is_answered = turns[-1]["role"] == "assistant"
@@ -264,13 +265,13 @@ def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]
         prompted.append({**columns, **row, "prompt": turns})
     if len(with_answer) > 1:
         raise Refused(
-            f"{where}: the messages of {with_answer[True]} end with a turn of the assistant, and those of "
+            f"{source}: the messages of {with_answer[True]} end with a turn of the assistant, and those of "
             f"{with_answer[False]} do not: give every conversation an answer, or none."
         )
     return prompted
 
 
-def check_prompts(rows: Iterable[Row], where: str) -> None:
+def check_prompts(rows: Iterable[Row], source: str) -> None:
     """Check that every row's "prompt" is text (also empty text) or a list of chat messages.
 
     Raises:
@@ -279,11 +280,11 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     for location, row in with_places(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
             raise Refused(
-                f"{where}, {location}: expected a mapping with a 'prompt', found {row!r:.200}."
+                f"{source}, {location}: expected a mapping with a 'prompt', found {row!r:.200}."
             )
         if fault := fault_of_prompt(row["prompt"]):
             raise Refused(
-                f"{where}, {location}: {fault}. A prompt is text, or a list of chat messages "
+                f"{source}, {location}: {fault}. A prompt is text, or a list of chat messages "
                 '{"role": ..., "content": text}.'
             )
 
@@ -338,25 +339,25 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     return {str(name): _rows(rows, f"task, split '{name}'") for name, rows in data.items()}
 
 
-def _rows(data: Any, where: str) -> list[dict[str, Any]]:
+def _rows(data: Any, source: str) -> list[dict[str, Any]]:
     if not isinstance(data, list | tuple):
         import datasets
 
         if not isinstance(data, datasets.Dataset):
             description = f"{shown(data, 100)} ({type(data).__name__})"
-            raise Refused(f"{where} is {description}; it must be {FORMS}.")
+            raise Refused(f"{source} is {description}; it must be {FORMS}.")
         # A function that with_transform applies to rows is applied where they are read one by one.
         is_custom = data.format["type"] == "custom"
         return _before_arrow(list(map(dict, data)) if is_custom else data.to_list())
     for number, row in enumerate(data):
         if not isinstance(row, Mapping):
             raise Refused(
-                f"{where}, row {number} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
+                f"{source}, row {number} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
                 'write task=[{"prompt": text} for text in texts].'
             )
         if differences := row.keys() ^ data[0].keys():
             raise Refused(
-                f"{where}: row {number} and row 0 do not have the same columns; only one has "
+                f"{source}: row {number} and row 0 do not have the same columns; only one has "
                 f"{', '.join(sorted(map(str, differences)))}. Give None where there is no value."
             )
     return list(map(dict, data))

@@ -132,7 +132,8 @@ class PromptStream(RowOrder):
 def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
     """Yield the order of prompts in each epoch."""
     for epoch in itertools.count():
-        yield np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        generator = np.random.default_rng([seed, epoch])
+        yield generator.permutation(num_rows).tolist()
 
 
 def batch_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
