@@ -82,7 +82,7 @@ def rollout_of_all(
 ) -> Rollout:
     """Return all completions of one prompt as if each had been sampled once; the logprobs are set to 0."""
     every = all_completions(vocabulary, length, policy.eos_ids)
-    prompt_ids, prompt_mask = pad_left([prompt] * len(every.ids), policy.pad_id, policy.device)
+    prompt_ids, prompt_mask = pad_left([prompt] * len(every.ids), policy.pad_id)
     nothing = torch.zeros(every.mask.shape, dtype=torch.double)
     last = every.ids.gather(1, every.last).squeeze(1)
     return Rollout(

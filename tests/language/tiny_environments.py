@@ -151,7 +151,7 @@ class Recorded:
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.policy.pad_id] * (width - len(row)) for row in rows])
         mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
-        prompts = pad_left(prompt_ids, self.policy.pad_id, ids.device)
+        prompts = pad_left(prompt_ids, self.policy.pad_id)
         return Rollout(
             *prompts,
             prompt_index=torch.arange(len(rows)),

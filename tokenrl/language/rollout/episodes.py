@@ -68,26 +68,30 @@ def play(
     draws = uniforms(stream, sampling, [number for number, _ in prompts])
     data = [row for _, row in prompts for _ in range(sampling.group_size)]
     episodes = environments.reset(data, _seeds(environments, prompts, sampling, stream))
-    rows = [_Row.begun(policy, episode, sampling.max_completion_length) for episode in episodes]
-    parts, once = list[_Part](), replace(sampling, num_generations=min(1, sampling.num_generations))
+    rows = [_Row.begin(policy, episode, sampling.max_completion_length) for episode in episodes]
+    parts = list[_Part]()
+    one_each = replace(sampling, num_generations=min(1, sampling.num_generations))
     for turn in range(environments.max_turns):
-        if not (active := [i for i, row in enumerate(rows) if not row.ending]):
+        active = [i for i, row in enumerate(rows) if not row.ending]
+        if not active:
             break
         for index, length in _calls(policy, rows, active):
-            of_turn = replace(once, max_completion_length=length)
+            of_turn = replace(one_each, max_completion_length=length)
             parts.append(_sampled(policy, generator, rows, index, draws, of_turn, turn))
         waiting = [rows[i] for i in active if not rows[i].ending]
-        answers = environments.step(
-            [row.episode for row in waiting], [row.messages[-1] for row in waiting]
-        )
+        messages = [row.messages[-1] for row in waiting]
+        answers = environments.step([row.episode for row in waiting], messages)
         for row, answer in zip(waiting, answers, strict=True):
             row.take(answer)
-            if not row.ending:
-                row.ending = (
-                    "max_turns" if turn + 1 == environments.max_turns else row.read(policy, answer)
-                )
-    ended = [row for row in rows if not row.episode.failure]
-    for row, answer in zip(ended, environments.finish([row.episode for row in ended]), strict=True):
+            if row.ending:
+                continue
+            if turn + 1 == environments.max_turns:
+                row.ending = "max_turns"
+            else:
+                row.ending = row.read(policy, answer)
+    over = [row for row in rows if not row.episode.failure]
+    answers = environments.finish([row.episode for row in over])
+    for row, answer in zip(over, answers, strict=True):
         row.take(answer)
     return _rollout(policy, rows, parts, sampling.group_size).of(prompts)
 
@@ -100,7 +104,7 @@ class _Row:
         episode: the episode.
         prompt: token ids of the prompt with the first observation.
         chat: whether the policy reads chat messages.
-        left: number of tokens that the policy may still choose.
+        budget: number of tokens that the policy may still choose.
         tokens: token ids after the prompt, those of the policy and those of the environment.
         rewards: position and value of each reward.
         messages: what the policy and the environment wrote, after the prompt.
@@ -111,7 +115,7 @@ class _Row:
     episode: Episode
     prompt: list[int]
     chat: bool
-    left: int
+    budget: int
     ending: str
     failure: str
     tokens: list[int] = field(default_factory=list)
@@ -119,18 +123,21 @@ class _Row:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def begun(cls, policy: Policy, episode: Episode, limit: int) -> _Row:
-        """Return the row of an episode that was reset, and that may have failed in that."""
-        opening, ending, failure = episode.opening, episode.ending, episode.failure
-        encoded = partial(policy.encode, tools=episode.tools)
-        ids = [policy.pad_id] if ending else _encoded(policy, encoded, opening)
-        if policy.context is not None and len(ids) >= policy.context:
-            more = " or more" if len(ids) > 2 * policy.context else ""
-            size = f"has {len(ids)} tokens{more}, and the model's context {policy.context}"
-            ids, ending = [policy.pad_id], "context_overflow"
-            failure = f"The prompt with its first observation {size}."
-        chat = bool(policy.form.chat) or not isinstance(opening, str)
-        return cls(episode, ids, chat, limit, ending, failure)
+    def begin(cls, policy: Policy, episode: Episode, budget: int) -> _Row:
+        """Return the row of an episode after its reset, which may have failed."""
+        chat = bool(policy.form.chat) or not isinstance(episode.opening, str)
+        row = cls(episode, [policy.pad_id], chat, budget, episode.ending, episode.failure)
+        if row.ending:
+            return row
+        ids = _encoded(policy, partial(policy.encode, tools=episode.tools), episode.opening)
+        if policy.context is None or len(ids) < policy.context:
+            row.prompt = ids
+            return row
+        more = " or more" if len(ids) > 2 * policy.context else ""
+        size = f"{len(ids)} tokens{more}, and the model's context {policy.context}"
+        row.ending = "context_overflow"
+        row.failure = f"The prompt with its first observation has {size}."
+        return row
 
     def room(self, policy: Policy, limit: int) -> int:
         """Return how many of `limit` further tokens fit into the model's context."""
@@ -142,23 +149,27 @@ class _Row:
         """Add a turn of the policy."""
         self.messages.append(message)
         self.tokens += ids
-        self.left -= len(ids)
+        self.budget -= len(ids)
 
     def take(self, answer: Answer) -> None:
         """Add what the environment answers to the last turn: messages, reward and ending."""
         self.messages += answer.messages
         self.rewards.append((len(self.tokens) - 1, answer.reward))
-        self.ending, self.failure = answer.ending or self.ending, answer.failure or self.failure
+        self.ending = answer.ending or self.ending
+        self.failure = answer.failure or self.failure
 
     def read(self, policy: Policy, answer: Answer) -> str:
         """Append the tokens of an answer, if the policy can write on after them; else return the ending."""
-        if not self.left:
+        if not self.budget:
             return "max_tokens"
-        ended = self.tokens[-1] in policy.eos_ids
-        before = self.prompt + self.tokens
-        tools = self.episode.tools
-        encoded = partial(policy.reply_ids, ended=ended, chat=self.chat, tools=tools, before=before)
-        ids = _encoded(policy, encoded, answer.messages)
+        encode = partial(
+            policy.reply_ids,
+            ended=self.tokens[-1] in policy.eos_ids,
+            chat=self.chat,
+            tools=self.episode.tools,
+            before=self.prompt + self.tokens,
+        )
+        ids = _encoded(policy, encode, answer.messages)
         if self.room(policy, len(ids) + 1) <= len(ids):
             return "context_overflow"
         self.tokens += ids
@@ -166,22 +177,28 @@ class _Row:
 
 
 def _encoded(policy: Policy, encode: Callable[[Any], list[int]], observation: Any) -> list[int]:
-    """Return the tokens of what an environment says, a text or messages.
+    """Return the tokens of an observation, which is a text or messages.
 
-    Of what is far longer than the context only the beginning is read, if that alone is too long.
+    An observation far longer than the context is cut, unless it has few tokens for its length.
     """
     if policy.context is not None:
-        most = CHARACTERS * policy.context
-        is_text = isinstance(observation, str)
-        short = observation[:most] if is_text else [_shortened(turn, most) for turn in observation]
-        if short != observation and len(ids := encode(short)) > 2 * policy.context:
-            return ids
+        start = _cut(observation, CHARACTERS * policy.context)
+        if start != observation:
+            ids = encode(start)
+            if len(ids) > 2 * policy.context:
+                return ids
     return encode(observation)
 
 
-def _shortened(message: dict[str, Any], most: int) -> dict[str, Any]:
-    content = message.get("content")
-    return message | {"content": content[:most]} if isinstance(content, str) else message
+def _cut(observation: Any, size: int) -> Any:
+    """Return an observation whose texts have at most `size` characters."""
+    if isinstance(observation, str):
+        return observation[:size]
+    if isinstance(observation, list):
+        return [_cut(message, size) for message in observation]
+    if isinstance(observation, dict) and isinstance(observation.get("content"), str):
+        return observation | {"content": observation["content"][:size]}
+    return observation
 
 
 class _Part(NamedTuple):
@@ -202,20 +219,29 @@ class _Part(NamedTuple):
     turn: int
 
     @property
+    def inside(self) -> tuple[Tensor, ...]:
+        """Row and position of each token that was kept, in the table of this part."""
+        return self.kept.nonzero(as_tuple=True)
+
+    @property
     def cells(self) -> tuple[Tensor, Tensor]:
         """Row and position of each token that was kept, in the table of all rows."""
-        positions = self.starts[:, None] + torch.arange(self.kept.shape[1])
-        return self.rows[:, None].expand_as(self.kept)[self.kept], positions[self.kept]
+        row, position = self.inside
+        return self.rows[row], self.starts[row] + position
 
 
 def _seeds(
     environments: Environments, prompts: Sequence[tuple[int, Any]], sampling: Sampling, stream: str
 ) -> list[int]:
-    """Return the seed of each episode; those of one prompt share it unless each is to have its own."""
+    """Return the seed of each episode; the episodes of a prompt share it if `share_seed` says so."""
     key = key_of(stream, sampling).tolist()
-    own = [0 if environments.share_seed else g + 1 for g in range(sampling.group_size)]
-    sequences = [np.random.SeedSequence([*key, number, g]) for number, _ in prompts for g in own]
-    return [int(sequence.generate_state(1)[0]) >> 1 for sequence in sequences]
+    seeds = []
+    for number, _ in prompts:
+        for g in range(sampling.group_size):
+            branch = 0 if environments.share_seed else g + 1
+            sequence = np.random.SeedSequence([*key, number, branch])
+            seeds.append(int(sequence.generate_state(1)[0]) >> 1)
+    return seeds
 
 
 def _calls(
@@ -225,10 +251,12 @@ def _calls(
 
     A row that may choose fewer tokens is cut afterwards; but no row is sampled beyond the model's context.
     """
-    most = max((rows[i].left for i in active), default=0)
-    room = {i: rows[i].room(policy, most) for i in active}
-    for length in sorted(set(room.values())):
-        yield [i for i in active if room[i] == length], length
+    budget = max(rows[i].budget for i in active)
+    calls: dict[int, list[int]] = {}
+    for i in active:
+        calls.setdefault(rows[i].room(policy, budget), []).append(i)
+    for length in sorted(calls):
+        yield calls[length], length
 
 
 def _sampled(
@@ -244,22 +272,26 @@ def _sampled(
     length = sampling.max_completion_length
     if draws is not None:
         later = pad(draws, (0, length))  # beyond a row's own limit, where tokens are cut off
-        chosen = [draws.shape[1] - rows[i].left for i in index]
-        draws = torch.stack([later[i, n : n + length] for i, n in zip(index, chosen, strict=True)])
-    histories = [rows[i].prompt + rows[i].tokens for i in index]
+        of_turn = []
+        for i in index:
+            chosen = draws.shape[1] - rows[i].budget
+            of_turn.append(later[i, chosen : chosen + length])
+        draws = torch.stack(of_turn)
+    active = [rows[i] for i in index]
+    histories = [row.prompt + row.tokens for row in active]
     rollout = generator.generate(histories, sampling, draws).on_host()
-    room = torch.tensor([rows[i].room(policy, rows[i].left) for i in index])
+    room = torch.tensor([row.room(policy, row.budget) for row in active])
     kept = rollout.mask & (torch.arange(rollout.mask.shape[1]) < room[:, None])
     cut = rollout.truncated | (rollout.mask.sum(dim=1) > room)
-    starts = torch.tensor([len(rows[i].tokens) for i in index])
+    starts = torch.tensor([len(row.tokens) for row in active])
     texts = policy.decode(rollout.completion_ids, kept)
-    for j, i in enumerate(index):
-        row, ids = rows[i], rollout.completion_ids[j][kept[j]].tolist()
+    for j, row in enumerate(active):
+        ids = rollout.completion_ids[j][kept[j]].tolist()
         tools = () if cut[j] else row.episode.tools  # an unfinished turn is never acted on
         before = row.prompt + row.tokens  # the engine may have changed the list that it was given
         row.write(assistant_message(policy.tokenizer, ids, before, texts[j], tools), ids)
         if cut[j]:
-            row.ending = "context_overflow" if row.left else "max_tokens"
+            row.ending = "context_overflow" if row.budget else "max_tokens"
     return _Part(rollout, kept, torch.tensor(index), starts, turn)
 
 
@@ -267,33 +299,33 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
     """Put the rows into a table."""
     shape = len(rows), max(1, *(len(row.tokens) for row in rows))
     prompt_ids, prompt_mask = pad_left([row.prompt for row in rows], policy.pad_id)
-    whole = [row.tokens + [policy.pad_id] * (shape[1] - len(row.tokens)) for row in rows]
-    columns: dict[str, Any] = {
-        name: torch.zeros(*shape, *x.shape[2:], dtype=x.dtype, device=x.device)
-        for name in SAMPLED
-        if (x := getattr(parts[0].rollout, name) if parts else None) is not None
-    }
-    mask = torch.zeros(shape, dtype=torch.bool)
-    turns = torch.zeros(shape, dtype=torch.int64)
-    for part in parts:
-        cells = part.cells
-        mask[cells], turns[cells] = True, part.turn
-        inside = part.kept.nonzero(as_tuple=True)  # the same tokens in the table of the part
-        for name, column in columns.items():
-            of_part = getattr(part.rollout, name)
-            target = tuple(index.to(column.device) for index in cells)
-            source = tuple(index.to(column.device) for index in inside)
-            column[target] = of_part[source]
+    ids = torch.full(shape, policy.pad_id)
     turn_rewards = torch.zeros(shape, dtype=torch.float64)
     for i, row in enumerate(rows):
+        ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
         for position, value in row.rewards:
             turn_rewards[i, max(0, position)] += value
+    mask = torch.zeros(shape, dtype=torch.bool)
+    turns = torch.zeros(shape, dtype=torch.int64)
+    columns: dict[str, Any] = {}
+    for part in parts:
+        mask[part.cells] = True
+        turns[part.cells] = part.turn
+        for name in SAMPLED:
+            x = getattr(part.rollout, name)
+            if x is None:
+                continue
+            if name not in columns:
+                columns[name] = x.new_zeros(*shape, *x.shape[2:])
+            target = tuple(index.to(x.device) for index in part.cells)
+            source = tuple(index.to(x.device) for index in part.inside)
+            columns[name][target] = x[source]
     columns.setdefault("sampling_logprobs", torch.zeros(shape))
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         prompt_index=torch.arange(len(rows)) // size,
-        completion_ids=torch.tensor(whole),
+        completion_ids=ids,
         mask=mask,
         truncated=torch.tensor([row.ending in CUT for row in rows]),
         turns=turns,

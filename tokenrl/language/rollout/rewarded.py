@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenrl.core.losses import k1, k3
-from tokenrl.core.rows import zero_outside
-from tokenrl.language.rollout.rollout import Rollout, lengths
-from tokenrl.language.rollout.sampling import Sampling
-
-if TYPE_CHECKING:
-    from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rewards.environments import Environments
-    from tokenrl.language.rewards.rewards import Rewards
-
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 from tokenrl.core.returns import at_last_action
+from tokenrl.core.rows import zero_outside
 from tokenrl.errors import locations_of
 from tokenrl.language.policy.stops import decoded, markers
 from tokenrl.language.rewards.environments import ENDINGS, Environments
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.sampling import encode, uniforms
+from tokenrl.language.rollout.rollout import Rollout, lengths
+from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -67,7 +58,8 @@ def sample_rows(
 
 def encoded(policy: Policy, data: Sequence[Row], sampling: Sampling) -> list[list[int]]:
     """Return the token ids of the prompts of rows of the data; a refusal names the row."""
-    return encode(policy, [row["prompt"] for row in data], sampling, locations_of(data))
+    prompts = [row["prompt"] for row in data]
+    return encode(policy, prompts, sampling, locations_of(data))
 
 
 def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
@@ -75,15 +67,16 @@ def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
     if rollout.turns is None:
         return policy.decode(rollout.completion_ids, rollout.mask)
     rows = zip(rollout.completion_ids.tolist(), lengths(rollout.mask).tolist(), strict=True)
-    return decoded(policy.tokenizer, [ids[:length] for ids, length in rows])
+    ids = [row[:length] for row, length in rows]
+    return decoded(policy.tokenizer, ids)
 
 
 def unread_tokens(policy: Policy, rollout: Rollout) -> str:
     """Say which special tokens the completions hold that rewards do not read; empty if there are none."""
-    names, ends = (
-        markers(policy.tokenizer),
-        {*policy.eos_ids, *(policy.stops.ids if policy.stops else ())},
-    )
+    names = markers(policy.tokenizer)
+    ends = [*policy.eos_ids]
+    if policy.stops is not None:
+        ends += policy.stops.ids
     ids = torch.tensor([i for i in names if i not in ends], dtype=torch.long)
     inside = torch.isin(rollout.completion_ids, ids) & rollout.mask
     if not inside.any():
@@ -116,11 +109,12 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
         rollout: N completions with the `data` of their prompts.
         **state: what `Rewards` takes besides, such as the `step`.
     """
-    data, pairs = rollout.data, zip(rollout.completion_ids, rollout.mask, strict=True)
+    data = rollout.data
     texts: list[Any] = texts_of(policy, rollout)
+    pairs = zip(rollout.completion_ids, rollout.mask, strict=True)
     ids = [row[mask].tolist() for row, mask in pairs]
-    names = dict.fromkeys(name for row in data for name in row if name != "prompt")
-    columns = {name: [row.get(name) for row in data] for name in names}
+    names = dict.fromkeys(chain(*data))
+    columns = {name: [row.get(name) for row in data] for name in names if name != "prompt"}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
     state |= {"all_may_abstain": True, "locations": locations_of(data)}
@@ -131,40 +125,45 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
     result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
     total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
     logged = result.logged
-    if (
-        rollout.messages is not None
-    ):  # in time: rewards of environments, by their weight; at the end the rest
-        failed = torch.tensor(
-            [bool(failure) for failure in rollout.failures]
-        )  # such a row counts nowhere
-        total, valid = total.masked_fill(failed, 0), valid & ~failed
+    if rollout.messages is not None:
+        failed = torch.tensor([bool(failure) for failure in rollout.failures])
+        total = total.masked_fill(failed, 0)  # a failed episode counts nowhere
+        valid = valid & ~failed
         values = values.masked_fill(failed[:, None], math.nan)
+        # Rewards of environments stand in their turns, those of functions at the end.
         in_turns = rewards.environment_weight * rollout.turn_rewards.masked_fill(failed[:, None], 0)
         rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask)
         rollout = replace(rollout, turn_rewards=in_turns + rest)
         logged = logged | episode_metrics(rollout)
+    logs = [
+        dict(zip(result.extra, row, strict=True))
+        for row in zip(*result.extra.values(), strict=True)
+    ]
     return replace(
         rollout,
         rewards=total,
         by_function=values,
         valid=valid,
-        logs=[{name: column[i] for name, column in result.extra.items()} for i in range(len(data))],
+        logs=logs or [{}] * len(data),
         logged=((logged, len(data)),),
     )
 
 
 def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
-    """Return what rewards are told of episodes: the environments, and the rewards that these gave."""
-    totals, failures = rollout.turn_rewards.sum(dim=1).tolist(), rollout.failures
-    own = [None if failure else total for total, failure in zip(totals, failures, strict=True)]
+    """Return the environments of episodes and the rewards that these gave, None where an episode failed."""
+    totals = rollout.turn_rewards.sum(dim=1).tolist()
+    rows = zip(totals, rollout.failures, strict=True)
+    own = [None if failure else total for total, failure in rows]
     return {"environments": list(rollout.environments), "environment_rewards": own}
 
 
 def episode_metrics(rollout: Rollout) -> dict[str, float]:
     """Return the mean number of turns of the episodes of a rollout, and the share of each ending."""
-    shares = {f"episodes/{name}": rollout.endings.count(name) / len(rollout) for name in ENDINGS}
     turns = (rollout.turns.amax(dim=1) + 1) * rollout.mask.any(dim=1)  # none if reset failed
-    return {"episodes/turns": float(turns.double().mean()), **shares}
+    metrics = {"episodes/turns": float(turns.double().mean())}
+    for name in ENDINGS:
+        metrics[f"episodes/{name}"] = rollout.endings.count(name) / len(rollout)
+    return metrics
 
 
 def sample_and_reward(
@@ -194,9 +193,9 @@ def sample_and_reward(
     Yields:
         The rewarded batches in the order of the prompts, which they number as the list does.
     """
-    rank, world = (
-        (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    )
+    rank, world = 0, 1
+    if accelerator is not None:
+        rank, world = accelerator.process_index, accelerator.num_processes
     generator = generator or TransformersGenerator(policy)
     # All of them on every process, so that every process refuses a prompt that is too long.
     ids = None if rewards.environments else encoded(policy, prompts, sampling)
@@ -227,7 +226,8 @@ def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[
     Returns:
         `kl` and `kl_k3`, each [N].
     """
-    log_pi, log_ref = (zero_outside(x.double(), mask) for x in (logprobs, ref_logprobs))
+    log_pi = zero_outside(logprobs.double(), mask)
+    log_ref = zero_outside(ref_logprobs.double(), mask)
     return {"kl": k1(log_pi, log_ref).sum(dim=1), "kl_k3": k3(log_pi, log_ref).sum(dim=1)}
 
 
@@ -239,4 +239,6 @@ def prompt_text(prompt: Any) -> str:
 def failures_of(texts: Sequence[str]) -> str:
     """Return how many of N episodes failed, of N texts, and how the first did; empty if none failed."""
     failures = [text for text in texts if text]
-    return f"{len(failures)} of {len(texts)} episodes failed. {failures[0]}" if failures else ""
+    if not failures:
+        return ""
+    return f"{len(failures)} of {len(texts)} episodes failed. {failures[0]}"

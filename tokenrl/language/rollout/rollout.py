@@ -8,7 +8,7 @@ has computed all that it was given, so it is read in one transfer (`to_host`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -116,16 +116,19 @@ class Rollout:
 
     def columns(self) -> dict[str, Any]:
         """Return the columns that are filled, by name."""
-        names = [field.name for field in fields(self) if field.name != "logged"]
-        return {name: x for name in names if (x := getattr(self, name)) is not None}
+        columns = dict(vars(self))
+        del columns["logged"]
+        return {name: x for name, x in columns.items() if x is not None}
 
     def on_host(self) -> Rollout:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        columns = {
-            name: x for name, x in self.columns().items() if isinstance(x, Tensor) and x.ndim < 3
-        }
-        host: dict[str, Any] = dict(zip(columns, to_host(columns.values()), strict=True))
-        return replace(self, **host)
+        columns = dict[str, Any]()
+        for name, x in self.columns().items():
+            if isinstance(x, Tensor) and x.ndim < 3:
+                columns[name] = x
+        host = to_host(columns.values())
+        columns.update(zip(columns, host, strict=True))
+        return replace(self, **columns)
 
     def take(self, index: Tensor) -> Rollout:
         """Select the rows `index` [n], cut to their longest prompt and completion."""
@@ -136,12 +139,18 @@ class Rollout:
             else:
                 columns[name] = [x[i] for i in index.tolist()]
         longest_prompt = int(columns["prompt_mask"].sum(dim=1).max())
-        return replace(self, **columns).cut(longest_prompt, int(lengths(columns["mask"]).max()))
+        longest = int(lengths(columns["mask"]).max())
+        return replace(self, **columns).cut(longest_prompt, longest)
 
     def cut(self, P: int, T: int) -> Rollout:
         """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
-        P, T = max(1, P), max(1, T)
-        return replace(self, **{name: _fitted(name, x, P, T) for name, x in self.columns().items()})
+        columns = dict[str, Any]()
+        for name, x in self.columns().items():
+            if name in OF_PROMPTS:
+                columns[name] = pad(x, (max(1, P) - x.shape[1], 0))
+            elif isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS:
+                columns[name] = pad_right(x, max(1, T))
+        return replace(self, **columns)
 
     def of(self, prompts: Sequence[tuple[int, Mapping[str, Any]]]) -> Rollout:
         """Give each row the number and the data of its prompt.
@@ -155,35 +164,32 @@ class Rollout:
 
     def distinct_prompts(self) -> tuple[Tensor, Tensor]:
         """Return the first row of each of B prompts [B], and which of these prompts each row has [N]."""
-        options = {"return_inverse": True, "return_counts": True}
-        # Environments may have given the rows of a prompt other first observations.
         prompts = self.prompt_index[:, None]
-        prompts = prompts if self.turns is None else torch.cat([prompts, self.prompt_ids], dim=1)
-        _, which, counts = torch.unique_consecutive(prompts, dim=0, **options)
-        return counts.cumsum(0) - counts, which
+        if self.turns is not None:  # environments may begin the rows of a prompt in several ways
+            prompts = torch.cat([prompts, self.prompt_ids], dim=1)
+        _, prompt, counts = torch.unique_consecutive(
+            prompts, return_inverse=True, return_counts=True, dim=0
+        )
+        first_row = counts.cumsum(0) - counts
+        return first_row, prompt
 
 
 def cat(parts: Sequence[Rollout]) -> Rollout:
     """Put tables with the same columns one below the other."""
-    columns: dict[str, Any] = {"logged": tuple(call for part in parts for call in part.logged)}
-    P, T = (max(getattr(part, name).shape[1] for part in parts) for name in ("prompt_ids", "mask"))
+    P = max(part.prompt_ids.shape[1] for part in parts)
+    T = max(part.mask.shape[1] for part in parts)
+    fitted = [part.cut(P, T) for part in parts]
+    columns: dict[str, Any] = {"logged": sum((part.logged for part in parts), ())}
     for name, x in parts[0].columns().items():
-        column = [_fitted(name, getattr(part, name), P, T) for part in parts]
+        column = [getattr(part, name) for part in fitted]
         columns[name] = torch.cat(column) if isinstance(x, Tensor) else [*chain(*column)]
     return replace(parts[0], **columns)
 
 
-def _fitted(name: str, x: Any, P: int, T: int) -> Any:
-    """Cut or pad a column to P tokens of the prompt, on the left, and T of the completion, on the right."""
-    if name in OF_PROMPTS:
-        return pad(x, (P - x.shape[1], 0))
-    of_tokens = isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS
-    return pad_right(x, T) if of_tokens else x
-
-
 def lengths(mask: Tensor) -> Tensor:
     """Return the number of tokens of each row up to the last action [N], of a mask [N, T]."""
-    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+    numbers = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * numbers).amax(dim=1)
 
 
 def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -204,17 +210,19 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    counts = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(width, device=device) >= width - counts[:, None]
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = width - len(row)
+        ids[i, start:] = torch.tensor(row)
+        mask[i, start:] = True
     return ids, mask
 
 
 def pad_right(x: Tensor, width: int) -> Tensor:
     """Pad a tensor [N, T, ...] with zeros on the right to [N, width, ...], or cut it to that."""
-    return pad(x, (*(0, 0) * (x.ndim - 2), 0, width - x.shape[1]))
+    later_axes = [0, 0] * (x.ndim - 2)
+    return pad(x, [*later_axes, 0, width - x.shape[1]])
