@@ -210,6 +210,12 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")
 
 
+def zeroed(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the numbers of tokens [N, T] or [N, T, ...] with 0 off the mask [N, T] of the CPU."""
+    off = to_device(~mask, x.device)
+    return x.masked_fill(off[..., None] if x.ndim > 2 else off, 0)
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     width = max(map(len, rows))

@@ -19,7 +19,7 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_host
+from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_host, zeroed
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -89,37 +89,48 @@ def score(
         centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], whose result
             is returned too; all logits exist at once then.
     """
-    forward = _shared if scoring.share_prompt else _plain
-    device = next(model.parameters()).device
-    completion_ids = to_device(rollout.completion_ids, device)
-    at_once = scoring.tokens_at_once if centres is None else None
-    if at_once is not None and int(rollout.mask.sum()) > at_once:
-        head = head_of(model)
-        assert head is not None  # `check_scoring` found it
-        with without_head(head) as inputs:
-            inside, states = forward(model, rollout, hidden, inputs)
+    at_once = scoring.tokens_at_once
+    if centres is None and at_once is not None and int(rollout.mask.sum()) > at_once:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        row, position = rollout.mask.nonzero(as_tuple=True)
-        actions = to_device(row, device), to_device(position, device)
-        numbers = score_tokens(inside[actions], head, completion_ids[actions], chunks)
-        logprobs, entropies, norms = (
-            x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
-        )
-        return Scores(
-            logprobs, entropies if entropy else None, norms if score_norms else None, states
-        )
-    logits, states = forward(model, rollout, hidden, None)
-    logp = distribution.log_probabilities(logits, completion_ids)  # [N, T, V]
-    logprobs = logp.gather(2, completion_ids[:, :, None]).squeeze(2)
-    p = logp.exp() if entropy or score_norms else logp
-    # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
-    kept = logp.masked_fill(logp == -torch.inf, 0) if centres else logp
+        return _score_in_chunks(model, rollout, scoring, chunks, hidden)
+    logits, states = _forward(model, rollout, scoring, hidden)
+    ids = to_device(rollout.completion_ids, logits.device)
+    logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
+    logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
+    scores = Scores(logprobs, hidden=states)
+    if entropy or score_norms:
+        p = logp.exp()
+        if entropy:
+            scores = scores._replace(entropy=entropy_of(logp, p))
+        if score_norms:
+            scores = scores._replace(score_norms=score_norm_of(logprobs, p))
+    if centres is not None:
+        # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
+        finite = logp.masked_fill(logp == -torch.inf, 0)
+        sampler = rollout.sampling_distribution.to(logp.device)
+        scores = scores._replace(centres=centres(finite, sampler))
+    return scores
+
+
+def _score_in_chunks(
+    model: nn.Module, rollout: Rollout, scoring: Scoring, chunks: Chunks, hidden: bool
+) -> Scores:
+    """Score the completions without having the logits of all tokens at once."""
+    head = head_of(model)
+    assert head is not None  # or `check_scoring` returns no number of tokens at once
+    with without_head(head) as inputs:
+        before, states = _forward(model, rollout, scoring, hidden, inputs)
+    ids = to_device(rollout.completion_ids, before.device)
+    actions = tuple(to_device(x, before.device) for x in rollout.mask.nonzero(as_tuple=True))
+    numbers = score_tokens(before[actions], head, ids[actions], chunks)
+    logprobs, entropy, norms = (
+        x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
+    )
     return Scores(
-        logprobs,
-        entropy_of(logp, p) if entropy else None,
-        score_norm_of(logprobs, p) if score_norms else None,
-        states,
-        None if centres is None else centres(kept, rollout.sampling_distribution.to(device)),
+        logprobs=logprobs,
+        entropy=entropy if chunks.entropy else None,
+        score_norms=norms if chunks.norms else None,
+        hidden=states,
     )
 
 
@@ -145,16 +156,17 @@ def score_in_parts(
         **options: further options of `score`.
     """
     n, width = rollout.mask.shape
-    parts = []
-    for rows in torch.arange(n).split(rows_at_once or n):
-        scores = score(model, rollout.take(rows), scoring, **options)
-        parts.append([None if x is None else pad_right(x, width) for x in scores])
-    columns = [
-        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    ]
-    small = [x for x in columns if x is not None and x.ndim < 3]
-    host = iter(to_host(small))
-    return Scores._make(x if x is None or x.ndim == 3 else next(host) for x in columns)
+    index = torch.arange(n).split(rows_at_once or n)
+    parts = [score(model, rollout.take(rows), scoring, **options) for rows in index]
+    columns = dict[str, Tensor]()
+    for name in Scores._fields:
+        column = [getattr(part, name) for part in parts]
+        if column[0] is not None:
+            columns[name] = torch.cat([pad_right(x, width) for x in column])
+    small = [name for name, x in columns.items() if x.ndim < 3]
+    host = to_host([columns[name] for name in small])
+    columns.update(zip(small, host, strict=True))
+    return Scores(**columns)
 
 
 def with_missing_fields(
@@ -178,81 +190,90 @@ def with_missing_fields(
         rows_at_once: rows per forward pass, which changes memory only; None for all.
         **needed: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
     """
-    missing = {name: True for name in needed if needed[name] and getattr(rollout, name) is None}
-    if not missing:
+    names = [name for name in needed if needed[name] and getattr(rollout, name) is None]
+    if not names:
         return rollout
-    options: dict[str, Any] = missing | {"distribution": distribution, "rows_at_once": rows_at_once}
-    options.pop("logprobs", None)  # every scoring computes those
-    scores = score_in_parts(policy.model, rollout, scoring, **options)
-    columns = dict[str, Any]()
-    for name in missing:
-        x = getattr(scores, name)
-        off = ~rollout.mask if x.ndim == 2 else ~rollout.mask[..., None]
-        columns[name] = x.masked_fill(to_device(off, x.device), 0)
+    options = {name: True for name in names if name != "logprobs"}  # which all scores have
+    scores = score_in_parts(
+        policy.model,
+        rollout,
+        scoring,
+        distribution=distribution,
+        rows_at_once=rows_at_once,
+        **options,
+    )
+    columns: dict[str, Any] = {name: zeroed(getattr(scores, name), rollout.mask) for name in names}
     return replace(rollout, **columns)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Position ids of a mask that is padded on the left: the first token has position 0."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _shared(
-    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None
+def _forward(
+    model: nn.Module,
+    rollout: Rollout,
+    scoring: Scoring,
+    hidden: bool,
+    inputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, T, V] and hidden states [N, T, H], with each distinct prompt computed once.
+    """Return logits [N, T, V] and, if they are needed, hidden states [N, T, H].
 
     Where the head is left out, its input [N, T, H] stands for the logits; `without_head` collects it in
     `inputs`.
     """
-    first_row, index = rollout.distinct_prompts()
-    padded = not bool(rollout.prompt_mask.all())
-    width, device = rollout.mask.shape[1], next(model.parameters()).device
-    ids = to_device(rollout.prompt_ids[first_row], device)
-    mask = to_device(rollout.prompt_mask[first_row], device)
-    index = to_device(index, device)
-    positions = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
-    options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(ids, **positions, **options, logits_to_keep=last(1, mask.device))
-    first = (out.logits if inputs is None else inputs.pop()[:, -1:])[index]  # [N, 1, V]
-    state = out.hidden_states[-1][:, -1:][index] if hidden else None  # [N, 1, H]
-    if width == 1:
-        return first, state
-    cache = Cache.of(out)
-    cache.select(index)
-    tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
-    if cache.recurrent:
-        cache.keep_states()
-        if (
-            width == 2
-        ):  # one token alone takes the kernels of sampling, which have no gradient: feed another
-            tokens = torch.cat([tokens, tokens], dim=1)
-    if padded:
-        # Completions are padded on the right, and causal attention never looks to the right, so their
-        # padding needs no mask.
-        whole = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        positions = {
-            "attention_mask": whole,
-            "position_ids": _positions(whole)[:, -tokens.shape[1] :],
-        }
-    rest = model(tokens, **cache.arguments(positions), **options)
-    logits = rest.logits if inputs is None else inputs.pop()
-    states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)[:, :width]
-    return torch.cat([first, logits], dim=1)[:, :width], states
+    if scoring.share_prompt:
+        return _forward_shared(model, rollout, hidden, inputs)
+    width = rollout.mask.shape[1]
+    device = next(model.parameters()).device
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
+    visible = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
+    out = model(
+        to_device(ids, device),
+        **_positions(to_device(visible, device), ids.shape[1]),
+        use_cache=False,
+        output_hidden_states=hidden,
+        logits_to_keep=last(width, device),
+    )
+    logits = out.logits if inputs is None else inputs.pop()[:, -width:]
+    states = out.hidden_states[-1][:, -width:] if hidden else None
+    return logits, states
 
 
-def _plain(
+def _positions(mask: Tensor, count: int) -> dict[str, Tensor]:
+    """Return a mask that is padded on the left, and the positions of its last tokens, counted from 0."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": mask, "position_ids": positions[:, -count:]}
+
+
+def _forward_shared(
     model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same as `_shared`, with the prompt computed again for each row."""
-    width = rollout.completion_ids.shape[1]
+    """Return the same as `_forward`, with each distinct prompt computed once."""
     device = next(model.parameters()).device
-    whole = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
-    visible = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)
-    ids = to_device(whole[:, :-1], device)
-    mask = to_device(visible[:, :-1], device)
-    options = {"use_cache": False, "output_hidden_states": hidden}
-    positions = {"attention_mask": mask, "position_ids": _positions(mask)}
-    out = model(ids, **positions, **options, logits_to_keep=last(width, mask.device))
-    logits = out.logits if inputs is None else inputs.pop()[:, -width:]
-    return logits, out.hidden_states[-1][:, -width:] if hidden else None
+    width = rollout.mask.shape[1]
+    first_row, prompt = rollout.distinct_prompts()
+    index = to_device(prompt, device)
+    ids = to_device(rollout.prompt_ids[first_row], device)
+    mask = to_device(rollout.prompt_mask[first_row], device)
+    is_padded = not bool(rollout.prompt_mask.all())
+    positions = _positions(mask, ids.shape[1]) if is_padded else {}
+    options = {"use_cache": True, "output_hidden_states": hidden}
+    out = model(ids, **positions, **options, logits_to_keep=last(1, device))
+    first = out.logits if inputs is None else inputs.pop()[:, -1:]
+    logits = [first[index]]  # [N, 1, V]
+    states = [out.hidden_states[-1][:, -1:][index]] if hidden else []  # [N, 1, H]
+    if width > 1:
+        cache = Cache.of(out)
+        cache.select(index)
+        tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
+        if cache.recurrent:
+            cache.keep_states()
+            if width == 2:  # a single token takes the kernels of sampling, which have no gradient
+                tokens = torch.cat([tokens, tokens], dim=1)
+        if is_padded:
+            # Completions are padded on the right, where causal attention never looks: it needs no mask.
+            visible = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+            positions = _positions(visible, tokens.shape[1])
+        out = model(tokens, **cache.arguments(positions), **options)
+        logits.append(out.logits if inputs is None else inputs.pop())
+        if hidden:
+            states.append(out.hidden_states[-1])
+    whole = torch.cat(logits, dim=1)[:, :width]
+    return whole, torch.cat(states, dim=1)[:, :width] if hidden else None
