@@ -77,10 +77,10 @@ class Cache:
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
         layers: Any = getattr(self.held, "layers", [])
-        states_alone = self.name == "cache_params" or (
-            bool(layers) and all(map(_has_no_keys, layers))
-        )
-        return {self.name: self.held} | ({} if states_alone else positions)
+        has_keys = not layers or any(getattr(layer, "keys", None) is not None for layer in layers)
+        if self.name == "cache_params" or not has_keys:
+            return {self.name: self.held}
+        return {self.name: self.held, **positions}
 
 
 class GrowingLayer(DynamicLayer):
@@ -120,9 +120,9 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the next tokens, and return those of all tokens so far."""
         start = self.length
-        self.length = end = start + key_states.shape[2]
-        for whole, new in zip(self.whole, (key_states, value_states), strict=True):
-            whole[:, :, start:end] = new
+        self.length += key_states.shape[2]
+        self.whole[0][:, :, start : self.length] = key_states
+        self.whole[1][:, :, start : self.length] = value_states
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -135,20 +135,20 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make the rows `beam_idx` the new batch."""
-        self._hold(self.keys[beam_idx], self.values[beam_idx], self.whole[0].shape[2])
+        room = self.whole[0].shape[2]
+        self._hold(self.keys[beam_idx], self.values[beam_idx], room)
 
     def _hold(self, keys: Tensor, values: Tensor, room: int) -> None:
-        self.whole = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values)]
+        self.whole = []
+        for x in (keys, values):
+            n, heads, _, size = x.shape
+            self.whole.append(x.new_empty(n, heads, room, size))
         self.length = 0
         self.update(keys, values)
 
 
 def _is_recurrent(layer: Any) -> bool:
     return hasattr(layer, "update_recurrent_state")
-
-
-def _has_no_keys(layer: Any) -> bool:
-    return getattr(layer, "keys", None) is None
 
 
 def _unwritten(states: Tensor, *_: Any, **__: Any) -> Tensor:

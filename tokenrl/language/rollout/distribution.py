@@ -78,13 +78,15 @@ class Distribution(Settings, group="sampling"):
         nucleus = ordered
         if self.top_p < 1:
             p = ordered.softmax(-1)
-            # without its own probability, so that the first is always kept
-            nucleus = ordered.masked_fill(p.cumsum(-1) - p >= self.top_p, math.inf)
+            before = p.cumsum(-1) - p  # 0 for the first token, which is therefore always kept
+            nucleus = ordered.masked_fill(before >= self.top_p, math.inf)
         least = nucleus.amin(-1, keepdim=True)
-        return least.clamp(min=ordered[..., :1] + math.log(self.min_p)) if self.min_p else least
+        if self.min_p:
+            least = least.clamp(min=ordered[..., :1] + math.log(self.min_p))
+        return least
 
 
 def distribution_of(arguments: Any) -> dict[str, Any]:
     """Return the fields of a `Distribution` that arguments hold, by name, without those that are None."""
-    values = {field.name: getattr(arguments, field.name) for field in fields(Distribution)}
-    return {name: value for name, value in values.items() if value is not None}
+    names = [field.name for field in fields(Distribution)]
+    return {name: vars(arguments)[name] for name in names if vars(arguments)[name] is not None}

@@ -68,9 +68,8 @@ def _threshold(total: Tensor, uniforms: Tensor) -> Tensor:
     """Return the product of a CDF's total [n] and the uniforms [n], which is below the total."""
     if uniforms.is_floating_point():
         return uniforms * total  # rounding leaves the total near 1 and not at 1
-    spare = (
-        UNIT - UNIFORM_BITS
-    )  # bits of the total that are left out, so that the product has 63 bits
+    # So many bits of the total are left out that the product has 63 bits.
+    spare = UNIT - UNIFORM_BITS
     return ((total >> spare) * uniforms) >> (UNIFORM_BITS - spare)
 
 

@@ -129,15 +129,17 @@ class TransformersGenerator:
         Raises:
             Stopped: the model's logits are not finite.
         """
-        model, size, parts = self.policy.model, sampling.group_size, []
+        size = sampling.group_size
         if draws is not None:
             draws = on_device(draws, self.policy.device)
-        groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
-        training = [
-            m for m in model.modules() if m.training
-        ]  # those that recompute, which keep no cache
+        groups = len(prompt_ids)
+        if self.rows_at_once is not None:
+            groups = max(1, self.rows_at_once // size)
+        modules = self.policy.model.modules()
+        training = [m for m in modules if m.training]  # those that recompute, which keep no cache
+        parts = []
         try:
-            model.eval()
+            self.policy.model.eval()
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 numbers = None if draws is None else draws[start * size : end * size]
@@ -172,38 +174,39 @@ def _decode(
     drawn = _Drawn((len(prompt_index), length), state, sampling, policy.pad_id)
     eos = torch.tensor(policy.eos_ids, device=device)
     rows = torch.arange(len(prompt_index), device=device)  # rows that are still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
+    alive = torch.ones_like(rows, dtype=torch.bool)  # True for those that are unfinished
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
-    looked = 0  # tokens of a row at the last look
+    unread = 0  # position of the first token that was not read at a look
     for t in range(length):
         uniforms = None if draws is None else draws[rows, t]
         token, numbers, logp = _next_token(state.logits, uniforms, sampling)
         drawn.write(t, rows, alive, token, numbers, state.hidden, logp)
         alive = alive & ~torch.isin(token, eos)
         is_last = t + 1 == length
-        looks = is_last or (t + 1) % look_every == 0
-        if looks and policy.stops is not None:
-            alive = alive & ~_end_at_stops(policy.stops, drawn.ids, drawn.mask, looked, t)[rows]
-            looked = t + 1
+        is_look = is_last or (t + 1) % look_every == 0
+        if is_look and policy.stops is not None:
+            ended = _end_at_stops(policy.stops, drawn.ids, drawn.mask, unread, t)
+            alive = alive & ~ended[rows]
+            unread = t + 1
         if is_last:
             break
-        if looks:
-            left = _rows_left(alive, numbers[1])
-            if not len(left):
+        if is_look:
+            unfinished = _unfinished(alive, numbers[1])
+            if not len(unfinished):
                 break
             # Copying the cache costs as much as keeping a few finished rows.
-            if len(left) <= 0.75 * len(rows) and not policy.plain_cache:
-                left = to_device(left, device)
-                state.select(left)
-                rows, token, alive = rows[left], token[left], alive[left]
+            if len(unfinished) <= 0.75 * len(rows) and not policy.plain_cache:
+                index = to_device(unfinished, device)
+                state.select(index)
+                rows = rows[index]
+                token = token[index]
+                alive = alive[index]
         state.advance(token)
     rollout = Rollout(
         prompt_ids=prompt_ids[prompt_index],
         prompt_mask=prompt_mask[prompt_index],
         prompt_index=first + prompt_index,
-        truncated=torch.zeros_like(drawn.mask[:, 0]).index_put(
-            (rows,), alive
-        ),  # those that have not ended
+        truncated=torch.zeros_like(drawn.mask[:, 0]).index_put((rows,), alive),
         **drawn.columns(),
     ).on_host()
     if not rollout.entropy.isfinite().all():
@@ -257,7 +260,9 @@ class _Drawn:
         """Return the columns of a `Rollout`, which are 0 off the mask."""
         off = ~self.mask
         logprobs, entropy, *norms = self._numbers.masked_fill(off, 0)
-        wide = {"hidden": self._hidden, "sampling_distribution": self._whole}
+        for wide in (self._hidden, self._whole):
+            if wide is not None:
+                wide.masked_fill_(off[..., None], 0)
         return {
             "completion_ids": self.ids.masked_fill(off, self._pad_id),
             "mask": self.mask,
@@ -265,10 +270,8 @@ class _Drawn:
             "logprobs": logprobs,
             "entropy": entropy,
             "score_norms": norms[0] if norms else None,
-            **{
-                name: None if x is None else x.masked_fill_(off[..., None], 0)
-                for name, x in wide.items()
-            },
+            "hidden": self._hidden,
+            "sampling_distribution": self._whole,
         }
 
 
@@ -296,7 +299,7 @@ def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end
     return to_device(ended, ids.device)
 
 
-def _rows_left(alive: Tensor, entropy: Tensor) -> Tensor:
+def _unfinished(alive: Tensor, entropy: Tensor) -> Tensor:
     """Return the unfinished rows of the batch, on the host, in one transfer.
 
     Raises:
@@ -331,17 +334,16 @@ class _Decoder:
         width = prompt_ids.shape[1]
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if prompt_mask.all() else to_device(prompt_mask, policy.device)
-        self.position = to_device(
-            prompt_mask.sum(dim=1), policy.device
-        )  # [B], position of the next token
+        # The position of the next token [B].
+        self.position = to_device(prompt_mask.sum(dim=1), policy.device)
         ids = to_device(prompt_ids, policy.device)
-        end = last(1, policy.device)
-        self._store(self.model(ids, **self._positions(width), **self.options, logits_to_keep=end))
+        options = self._positions(width) | self.options
+        self._store(self.model(ids, **options, logits_to_keep=last(1, policy.device)))
         if not policy.plain_cache:
             self.select(to_device(prompt_index, policy.device))
             self.cache.make_room(sampling.max_completion_length)
 
-    def _positions(self, width: int) -> dict[str, Tensor]:
+    def _positions(self, width: int) -> dict[str, Any]:
         """Return attention mask and positions of the `width` next tokens; nothing if no prompt is padded."""
         if self.mask is None:
             return {}
@@ -354,9 +356,11 @@ class _Decoder:
     def select(self, index: Tensor) -> None:
         """Make the rows `index` of everything that is held the new batch."""
         self.cache.select(index)
-        self.logits, self.hidden = self.logits[index], self.hidden[index]
+        self.logits = self.logits[index]
+        self.hidden = self.hidden[index]
         self.position = self.position[index]
-        self.mask = None if self.mask is None else self.mask[index]
+        if self.mask is not None:
+            self.mask = self.mask[index]
 
     def advance(self, token: Tensor) -> None:
         """Feed each row its token, `token` [n], to get the logits of the next one."""
@@ -370,9 +374,9 @@ class _Decoder:
         """Store the cache, the last logits and the last hidden states of a forward pass."""
         self.cache = Cache.of(out)
         self.logits = out.logits[:, -1]
-        self.hidden: Tensor = (
-            out.hidden_states[-1][:, -1] if self.options["output_hidden_states"] else self.logits
-        )
+        self.hidden = self.logits
+        if self.options["output_hidden_states"]:
+            self.hidden = out.hidden_states[-1][:, -1]
 
 
 def _next_token(
@@ -389,5 +393,7 @@ def _next_token(
     p = logp.exp()
     token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
-    norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
-    return token, torch.stack([chosen, entropy_of(logp, p), *norms]), logp
+    numbers = [chosen, entropy_of(logp, p)]
+    if sampling.keep_score_norms:
+        numbers.append(score_norm_of(chosen, p))
+    return token, torch.stack(numbers), logp

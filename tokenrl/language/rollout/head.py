@@ -115,14 +115,13 @@ class Chunks(NamedTuple):
         """
         size = min(self.at_once, len(states))
         narrow = weight.new_empty(size, len(weight))
-        wide = (
-            narrow
-            if _wide(weight) == weight.dtype
-            else torch.empty_like(narrow, dtype=_wide(weight))
-        )
+        wide = narrow
+        if _wide(weight) != weight.dtype:
+            wide = torch.empty_like(narrow, dtype=_wide(weight))
         for start in range(0, len(states), size):
             tokens = slice(start, min(start + size, len(states)))
-            product, logits = narrow[: tokens.stop - start], wide[: tokens.stop - start]
+            product = narrow[: tokens.stop - start]
+            logits = wide[: tokens.stop - start]
             torch.mm(states[tokens], weight.T, out=product)
             if bias is not None:
                 product.add_(bias)
@@ -159,10 +158,9 @@ class _Scores(torch.autograd.Function):
         states, weight, bias = inputs
         chunks: Chunks = ctx.chunks
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
-        back = [
-            torch.zeros_like(x, dtype=total.dtype) if needed else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
+        back: list[Tensor | None] = []
+        for x, is_needed in zip(inputs, ctx.needs_input_grad, strict=False):
+            back.append(torch.zeros_like(x, dtype=total.dtype) if is_needed else None)
         for tokens, logits, narrow in chunks.of(states, weight, bias, ids):
             slope = logits.sub_(total[tokens, None])
             if chunks.entropy:
@@ -183,21 +181,24 @@ class _Scores(torch.autograd.Function):
                     back[1].addmm_(slope.T, states[tokens])
                 else:
                     back[1] += slope.T @ states[tokens]
-        return (
-            *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)),
-            None,
-            None,
-        )
+        pairs = zip(back, inputs, strict=True)
+        slopes = [None if x is None else x.to(y.dtype) for x, y in pairs]
+        return (*slopes, None, None)
 
 
 def _scores(logits: Tensor, ids: Tensor, chunks: Chunks) -> Tensor:
     """Return log-probability, entropy, squared norm of the score and logsumexp [4, m]."""
     logp = logits.log_softmax(-1)
+    logit = logits.gather(1, ids[:, None]).squeeze(1)
     chosen = logp.gather(1, ids[:, None]).squeeze(1)
-    p = logp.exp() if chunks.entropy or chunks.norms else logp
-    entropy = entropy_of(logp, p) if chunks.entropy else torch.zeros_like(chosen)
-    norms = score_norm_of(chosen, p) if chunks.norms else torch.zeros_like(chosen)
-    return torch.stack([chosen, entropy, norms, logits.gather(1, ids[:, None]).squeeze(1) - chosen])
+    entropy = norms = torch.zeros_like(chosen)
+    if chunks.entropy or chunks.norms:
+        p = logp.exp()
+        if chunks.entropy:
+            entropy = entropy_of(logp, p)
+        if chunks.norms:
+            norms = score_norm_of(chosen, p)
+    return torch.stack([chosen, entropy, norms, logit - chosen])
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -93,9 +93,11 @@ def encode(
         Refused: a prompt and its completion could exceed the model's context; the message names the row and
             the lengths.
     """
-    length, truncate = sampling.max_completion_length, sampling.truncate_prompts
     return policy.encode_all(
-        prompts, max_completion_length=length, truncate=truncate, locations=locations
+        prompts,
+        max_completion_length=sampling.max_completion_length,
+        truncate=sampling.truncate_prompts,
+        locations=locations,
     )
 
 
@@ -118,17 +120,18 @@ def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor 
     """
     if not sampling.num_generations:
         return None
-    length, bits = sampling.max_completion_length, np.random.Philox(key=key_of(stream, sampling))
-    generator, state = np.random.Generator(bits), bits.state
-    table = np.empty((len(prompts), sampling.num_generations, length))
+    bits = np.random.Philox(key=key_of(stream, sampling))
+    generator = np.random.Generator(bits)
+    state = bits.state
+    shape = len(prompts), sampling.num_generations, sampling.max_completion_length
+    table = np.empty(shape)
     for b, prompt in enumerate(prompts):
-        for g in range(
-            sampling.num_generations
-        ):  # a counter per completion: it depends on neither G nor T
+        for g in range(sampling.num_generations):
+            # A counter for each completion, which depends on neither G nor T.
             state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
             bits.state = state
             generator.random(out=table[b, g])
-    return torch.from_numpy(table.reshape(-1, length))
+    return torch.from_numpy(table.reshape(-1, sampling.max_completion_length))
 
 
 def key_of(stream: str, sampling: Sampling) -> np.ndarray:

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.isolation import Streams
 from tokenrl.language.rollout.generator import NOT_FINITE, Abilities
-from tokenrl.language.rollout.rollout import Rollout, pad_left
+from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.output import without_warnings
 
@@ -118,16 +118,15 @@ class VllmGenerator:
         Raises:
             Stopped: the engine fails, its cache is too small, or its log-probabilities are not finite.
         """
-        size, longest = (
-            sampling.group_size,
-            max(map(len, prompt_ids)) + sampling.max_completion_length,
-        )
-        if longest > (most := self.engine.model_config.max_model_len):
-            sizes = f"up to {longest} tokens, and generator_cache has room for {most}: raise it"
+        longest = max(map(len, prompt_ids)) + sampling.max_completion_length
+        limit = self.engine.model_config.max_model_len
+        if longest > limit:
+            sizes = f"up to {longest} tokens, and generator_cache has room for {limit}: raise it"
             raise Stopped(
                 f"A prompt with its completion has {sizes}, or lower max_completion_length."
             )
-        requests = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(size)]
+        index = torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size)
+        requests = [{"prompt_token_ids": list(prompt_ids[i])} for i in index.tolist()]
         with _reported("fails while sampling", Stopped), _undisturbed(self.policy.device):
             parameters = self._parameters(sampling, draws, len(requests))
             answers = self.engine.generate(requests, parameters, use_tqdm=False)
@@ -141,21 +140,22 @@ class VllmGenerator:
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         flat = [completion.logprobs for completion in completions]
         # At each position the sampled token comes first, and then all tokens if they are wanted.
-        logprobs = _padded((torch.tensor(row.logprobs)[row.start_indices] for row in flat), mask)
+        logprobs = _padded([torch.tensor(row.logprobs)[row.start_indices] for row in flat], mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
-        whole: Any = _padded(map(_distribution, flat), mask) if sampling.keep_distribution else None
-        prompts = pad_left(prompt_ids, self.policy.pad_id)
-        index = torch.arange(len(prompt_ids)).repeat_interleave(size)
+        distribution: Any = None
+        if sampling.keep_distribution:
+            distribution = _padded([_distribution(row) for row in flat], mask)
+        prompts, prompt_mask = pad_left(prompt_ids, self.policy.pad_id)
         return Rollout(
-            prompt_ids=prompts[0][index],
-            prompt_mask=prompts[1][index],
+            prompt_ids=prompts[index],
+            prompt_mask=prompt_mask[index],
             prompt_index=index,
             completion_ids=ids[:, : mask.shape[1]].masked_fill(~mask, self.policy.pad_id),
             mask=mask,
             sampling_logprobs=logprobs,
             truncated=~finished,
-            sampling_distribution=whole,
+            sampling_distribution=distribution,
         )
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:
@@ -207,20 +207,26 @@ def checkpoint_weights(model: Any) -> dict[str, Tensor]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.core_model_loading import revert_weight_conversion
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_model(model)
     layers = {
         name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)
     }
     adapted = tuple(f"{name}." for name in layers)
-    weights = {
-        name: p.detach() for name, p in base.named_parameters() if not name.startswith(adapted)
-    }
+    weights: dict[str, Tensor] = {}
+    for name, weight in base.named_parameters():
+        if not name.startswith(adapted):
+            weights[name] = weight.detach()
     for name, layer in layers.items():
         merged: Any = copy.deepcopy(layer)
         merged.merge()
-        parts = merged.get_base_layer().named_parameters()
-        weights |= {f"{name}.{part}": p.detach() for part, p in parts}
+        for part, weight in merged.get_base_layer().named_parameters():
+            weights[f"{name}.{part}"] = weight.detach()
     return dict(revert_weight_conversion(base, weights))
+
+
+def _base_model(model: Any) -> Any:
+    """Return the model below the adapter of peft, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _repack_head(model: Any) -> None:
@@ -232,7 +238,7 @@ def _repack_head(model: Any) -> None:
 
 def _save_configuration(policy: Policy, folder: str) -> None:
     """Write what the engine reads of a model besides its weights; the tokenizer only for stop strings."""
-    model: Any = getattr(policy.model, "get_base_model", lambda: policy.model)()
+    model = _base_model(policy.model)
     configuration = copy.deepcopy(model.config)
     configuration.architectures = [type(model).__name__]
     configuration.save_pretrained(folder)
@@ -240,17 +246,16 @@ def _save_configuration(policy: Policy, folder: str) -> None:
         policy.tokenizer.save_pretrained(folder)
 
 
-def _padded(rows: Iterable[Tensor], mask: Tensor) -> Tensor:
+def _padded(rows: list[Tensor], mask: Tensor) -> Tensor:
     """Return the numbers of the tokens of each row as [N, T, ...], 0 off the mask [N, T]."""
-    columns = pad_sequence(list(rows), batch_first=True)[:, : mask.shape[1]]
-    return columns.masked_fill(~mask if columns.ndim == 2 else ~mask[..., None], 0)
+    column = pad_sequence(rows, batch_first=True)
+    return zeroed(column[:, : mask.shape[1]], mask)
 
 
 def _distribution(flat: Any) -> Tensor:
     """Return the log-probabilities of all V tokens at each position of a completion [T, V]."""
-    ids, logprobs = (
-        torch.tensor(x).view(len(flat), -1)[:, 1:] for x in (flat.token_ids, flat.logprobs)
-    )
+    ids = torch.tensor(flat.token_ids).view(len(flat), -1)[:, 1:]
+    logprobs = torch.tensor(flat.logprobs).view(len(flat), -1)[:, 1:]
     return torch.empty_like(logprobs).scatter_(1, ids, logprobs)
 
 
@@ -271,10 +276,11 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
     On a CPU its small functions are not compiled, because that takes many seconds and saves none.
     """
-    before, on_cpu = torch.set_num_threads, device.type == "cpu"
+    set_num_threads = torch.set_num_threads
+    on_cpu = device.type == "cpu"
     stance = torch.compiler.set_stance("force_eager" if on_cpu else "default")
     try:
         with Streams(0), torch.random.fork_rng(devices=[] if on_cpu else None), stance:
             yield
     finally:
-        torch.set_num_threads = before
+        torch.set_num_threads = set_num_threads

@@ -34,7 +34,7 @@ from tokenrl.language.rollout.generator import (
     TransformersGenerator,
     abilities_of,
 )
-from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
+from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
@@ -223,9 +223,7 @@ def checked(
         if wrong.any():
             raise WrongRollout(f"{words}, first in row {int(wrong.int().argmax())} of {len(wrong)}")
     for name in columns.keys() & list(COLUMNS)[7:] | {"sampling_logprobs"}:
-        x = columns[name]
-        off = to_device(~table.mask, x.device)
-        asked[name] = x.masked_fill(off if x.ndim == 2 else off[..., None], 0)
+        asked[name] = zeroed(columns[name], table.mask)
     return replace(table, **asked).cut(prompts.shape[1], int(table.mask.sum(dim=1).max()))
 
 
