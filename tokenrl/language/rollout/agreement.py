@@ -9,7 +9,7 @@ is used; a model for which both are wrong is refused. No random numbers are draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
@@ -82,18 +82,20 @@ def check_scoring(
             f"batches: {wrong}, against each row alone. It must heed attention_mask and position_ids, and "
             "return a cache: choose another architecture, or another release of transformers."
         )
-    choices = {
-        "cache": (
-            cache,
-            "as the model keeps it, with each prompt read for each completion, in sampling",
-        ),
-        "prompts": (prompts, "computed anew for each completion when scored"),
-        "logits": (logits, "of all tokens at once when scored"),
-    }
-    remarks = {name: f"{choice} ({fault})" for name, (fault, choice) in choices.items() if fault}
+    remarks = {}
+    if cache:
+        way = "as the model keeps it, with each prompt read for each completion, in sampling"
+        remarks["cache"] = f"{way} ({cache})"
+    if prompts:
+        remarks["prompts"] = f"computed anew for each completion when scored ({prompts})"
+    if logits:
+        remarks["logits"] = f"of all tokens at once when scored ({logits})"
     head = head_of(policy.model)
-    at_once = None if logits or head is None else tokens_at_once(head.out_features)
-    return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
+    return Scoring(
+        share_prompt=not prompts and not _recomputes(policy),
+        tokens_at_once=None if logits or head is None else tokens_at_once(head.out_features),
+        remarks=remarks,
+    )
 
 
 def check_generator(
@@ -179,16 +181,18 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     cache = _failure(sample, False)
     if cache and _failure(sample, True):
         return [cache, "", "", ""]
-    compare, share = trials[0].score, not _recomputes(policy)
-    unshared = wrong = ""
-    if share:
-        unshared = _failure(compare, model, Scoring())
-    if unshared or not share:
+    compare = trials[0].score
+    can_share = not _recomputes(policy)
+    unshared = _failure(compare, model, Scoring()) if can_share else ""
+    if unshared or not can_share:
+        can_share = False
         wrong = _failure(compare, model, Scoring(share_prompt=False))
+        if wrong:
+            return [wrong, unshared, "", cache]
     whole = "the head is no linear layer"
     if head_of(model) is not None:
-        whole = _failure(compare, model, Scoring(share and not unshared, PIECE))
-    return [wrong, unshared, "" if wrong else whole, cache]
+        whole = _failure(compare, model, Scoring(can_share, PIECE))
+    return ["", unshared, whole, cache]
 
 
 def _sampled(policy: Policy, hidden: bool) -> Rollout:
@@ -213,8 +217,12 @@ def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
 def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
     """Return the faults of any of the processes, since all processes have to score alike."""
     anywhere = all_reduce_max(accelerator, [int(bool(fault)) for fault in faults])
-    elsewhere = "it is wrong on another process"
-    return [fault or elsewhere * there for fault, there in zip(faults, anywhere, strict=True)]
+    everywhere = []
+    for fault, is_wrong in zip(faults, anywhere, strict=True):
+        if is_wrong and not fault:
+            fault = "it is wrong on another process"
+        everywhere.append(fault)
+    return everywhere
 
 
 def _failure(compute: Callable[..., None], *arguments: Any) -> str:
@@ -290,33 +298,32 @@ class _Trial:
     @property
     def tolerances(self) -> tuple[float, float]:
         """The largest errors of values and of gradients, of the coarsest precision of the weights."""
-        return max(TOLERANCES.get(p.dtype, COARSE) for p in self.policy.model.parameters())
+        types = {parameter.dtype for parameter in self.policy.model.parameters()}
+        return max(TOLERANCES.get(dtype, COARSE) for dtype in types)
 
     def score(self, model: nn.Module, scoring: Scoring) -> None:
         """Score what was sampled, and compare values and gradient with those of each row alone."""
         name = "scoring with a shared prompt" if scoring.share_prompt else "scoring"
-        name = name if scoring.tokens_at_once is None else "scoring some tokens at a time"
+        if scoring.tokens_at_once is not None:
+            name = "scoring some tokens at a time"
         with torch.set_grad_enabled(self.gradient is not None):
             scores = score(model, self.rollout, scoring, hidden=self.hidden is not None)
         self.compare(name, scores.logprobs, scores.hidden)
         if self.gradient is None:
             return
         slope = _gradient(self.policy, scores.logprobs)
-        error, norm = (
-            _norm(a - b for a, b in zip(slope, self.gradient, strict=True)),
-            _norm(self.gradient),
-        )
+        error = _norm([a - b for a, b in zip(slope, self.gradient, strict=True)])
+        norm = _norm(self.gradient)
         # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
         if math.isfinite(norm) and not error <= self.tolerances[1] * norm:
-            raise WrongRollout(
-                f"{name} gives a gradient that is off by {error / max(norm, 1e-30):.2g} of its norm"
-            )
+            share = error / max(norm, 1e-30)
+            raise WrongRollout(f"{name} gives a gradient that is off by {share:.2g} of its norm")
 
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
         """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
         # In half precision a mixture of experts may send a few tokens elsewhere: their mean is compared then.
-        typical = limit > TOLERANCES[torch.float32][0]
+        is_coarse = limit > TOLERANCES[torch.float32][0]
         logprobs = logprobs.detach().to(self.logprobs.device)
         off_mask = ~self.rollout.mask.to(self.logprobs.device)  # of rows that have ended early
         difference = (logprobs - self.logprobs).abs().masked_fill(off_mask, 0)
@@ -326,7 +333,8 @@ class _Trial:
             errors["hidden states"] = off / self.hidden.float().std()
         for quantity, error in errors.items():
             by_prompt = error.view(2, -1)
-            worst = float((by_prompt.mean(dim=1) if typical else by_prompt.amax(dim=1)).max())
+            largest = by_prompt.mean(dim=1) if is_coarse else by_prompt
+            worst = float(largest.max())
             if not worst <= limit:
                 raise WrongRollout(
                     f"{name} gives {quantity} that are off by {worst:.2g} standard deviations"
@@ -335,11 +343,13 @@ class _Trial:
 
 def _gradient(policy: Policy, logprobs: Tensor) -> list[Tensor]:
     """Return the gradient of a sum of log-probabilities, each with a weight of its own."""
-    weights = torch.cos(torch.arange(logprobs.numel(), device=logprobs.device)).view_as(logprobs)
+    numbers = torch.arange(logprobs.numel(), device=logprobs.device)
+    weighted = logprobs * torch.cos(numbers).view_as(logprobs)
     parameters = policy.trainable_parameters()
-    return list(torch.autograd.grad((logprobs * weights).sum(), parameters, materialize_grads=True))
+    return list(torch.autograd.grad(weighted.sum(), parameters, materialize_grads=True))
 
 
-def _norm(parts: Iterable[Tensor]) -> float:
-    """Norm of a vector that is given in parts."""
-    return math.hypot(*(float(torch.linalg.vector_norm(x.float())) for x in parts))
+def _norm(parts: Sequence[Tensor]) -> float:
+    """Return the norm of a vector that is given in parts."""
+    norms = [float(torch.linalg.vector_norm(x.float())) for x in parts]
+    return math.hypot(*norms)
