@@ -270,6 +270,11 @@ class Rewards:
         means = {name: float(np.mean(logged)) for name, logged in results.logged.items()}
         return RewardResult(values, self._total(values, described), valid, means, results.extra)
 
+    def seconds_since(self, earlier: Mapping[str, float]) -> dict[str, float]:
+        """Return the seconds of each function since `seconds` was `earlier`, by its name in timings.jsonl."""
+        spent = {name: now - earlier[name] for name, now in self.seconds.items()}
+        return {f"rewards/{name}/seconds": seconds for name, seconds in spent.items()}
+
     def _total(self, values: np.ndarray, described: Callable[[int], str]) -> np.ndarray:
         """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""
         with np.errstate(over="ignore", invalid="ignore"):

@@ -106,11 +106,8 @@ def training_step(
     counting = kept_rows(estimator, whole, sampling)
     inputs = advantage_inputs(whole, sampling, memory, rewards)
     advantages, returns = estimator.advantages(mask=whole.mask, valid=whole.valid, **inputs)
-    rows = replace(
-        rows,
-        advantages=local(accelerator, advantages),
-        old_logprobs=old_logprobs(learner, rows),
-    )
+    old = old_logprobs(learner, rows)  # None where a step has a single update
+    rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
 
     updates: list[dict[str, float]] = []
     scored: list[Scored] = []
@@ -145,8 +142,7 @@ def training_step(
     metrics |= update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
-    for name, seconds in rewards.seconds.items():
-        timings[f"rewards/{name}/seconds"] = seconds - reward_seconds[name]
+    timings |= rewards.seconds_since(reward_seconds)
     table = partial(completion_rows, policy, rows, rewards.names)
     return Record(metrics, table, timings, rows.failures or (), unread_tokens(policy, rows))
 
