@@ -87,10 +87,9 @@ def training_step(
         draw_prompts: returns so many further prompts, the same on every process: those of the whole step,
             and for some estimators those that replace groups of equal rewards.
     """
-    policy = learner.policy
     estimator = learner.estimator
     accelerator = learner.accelerator
-    parameters = policy.trainable_parameters()
+    parameters = learner.policy.trainable_parameters()
     sampling = replace(learner.sampling, step=step)
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
@@ -134,7 +133,7 @@ def training_step(
             learner.optimizer.step()
         learner.forward.copy_weights()
         updates.append(update_metrics(learner, sums, float(norm)))
-    learner.generator.sync(policy)  # the next step samples from the new weights
+    learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
@@ -143,8 +142,9 @@ def training_step(
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    table = partial(completion_rows, policy, rows, rewards.names)
-    return Record(metrics, table, timings, rows.failures or (), unread_tokens(policy, rows))
+    table = partial(completion_rows, learner.policy, rows, rewards.names)
+    unread = unread_tokens(learner.policy, rows)
+    return Record(metrics, table, timings, rows.failures or (), unread)
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
