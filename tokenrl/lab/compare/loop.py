@@ -217,8 +217,8 @@ def tune(
             untried = [(rate, seed) for rate in rates if (rate, seed) not in scores]
             if untried:
                 return rates[0], untried
-            means = {rate: fmean(scores[rate, each] for each in seeds[:count]) for rate in rates}
-            rates.sort(key=lambda rate: (-means[rate], rate))
+            rates.sort()  # of equal rates the smaller counts as better
+            rates.sort(key=lambda rate: -fmean(scores[rate, each] for each in seeds[:count]))
             if count == 1 and widened < WIDENINGS:
                 if rates[0] == min(rates):
                     rates.append(rates[0] / 2)
@@ -271,8 +271,8 @@ def _forecasts(plan: Plan) -> dict[str, str]:
                     f"A few steps of {arm.label} on {problem.label} failed: {row['reason']}"
                 )
             recorded = read_run(root / run.path)
-        steps = [row["step_seconds"] for row in recorded.timings if "step_seconds" in row]
-        evaluation = (recorded.summary["wall_seconds"] - sum(steps)) / 2
+            steps = [row["step_seconds"] for row in recorded.timings if "step_seconds" in row]
+            evaluation = (recorded.summary["wall_seconds"] - sum(steps)) / 2
         seconds = problem.max_steps(arm) * median(steps[2:] or steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"

@@ -102,14 +102,14 @@ class Problem:
         return sentence
 
     @property
-    def evaluated_at(self) -> tuple[float, ...]:
+    def evaluated_at(self) -> tuple[int, ...]:
         """Numbers of samples at which curves are read; the last is the budget.
 
         Arms whose steps have as many samples as `per_step` are evaluated there. The curves of other arms are
         interpolated.
         """
         step = self.every or self.budget
-        return (*map(float, range(step, self.budget, step)), float(self.budget))
+        return (*range(step, self.budget, step), self.budget)
 
     def samples_per_step(self, arm: Arm) -> int:
         """Return the samples of a training step of an arm, without the refills of DAPO.
