@@ -141,11 +141,13 @@ def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[
         The number, from 6 to `MOST_SEEDS`; then None, or a wider margin if that many would not suffice.
     """
     free = len(values) - 1
-    sd = values.std(ddof=1) * math.sqrt(free / stats.chi2.ppf(1 - POWER, free))
+    quantile = stats.chi2.ppf(1 - POWER, free)
+    sd = values.std(ddof=1) * math.sqrt(free / quantile)
     effect = abs(values.mean()) / sd
     for pairs in range(LEAST_PAIRS, MOST_SEEDS + 1):
         critical = stats.t.ppf((1 + level) / 2, pairs - 1)
         length = 2 * sd * critical / math.sqrt(pairs)
-        if length <= (margin or 0.0) or power(pairs, effect, level) >= POWER:
+        is_short = margin is not None and length <= margin
+        if is_short or power(pairs, effect, level) >= POWER:
             return pairs, None
     return MOST_SEEDS, float(f"{1.05 * length:.2g}")  # rounded up

@@ -152,7 +152,11 @@ class PairedDifference:
         cells: dict[str, Any] = {"pairs": len(self.differences)}
         for name, value in vars(self).items():
             if isinstance(value, Estimate):
-                cells |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+                cells |= {
+                    name: value.value,
+                    f"{name}_low": value.low,
+                    f"{name}_high": value.high,
+                }
             elif name == "unpaired":
                 cells[name] = " ".join(map(str, value))
             elif name != "differences":

@@ -219,8 +219,13 @@ class Plan:
 
         Its length and the steps between evaluations follow from the problem's samples and the arm's cost.
         """
-        settings = {**problem.settings, **arm.settings, "seed": seed, "keep_checkpoints": 1}
-        settings["max_steps"] = problem.max_steps(arm)
+        settings = {
+            **problem.settings,
+            **arm.settings,
+            "seed": seed,
+            "keep_checkpoints": 1,
+            "max_steps": problem.max_steps(arm),
+        }
         if problem.every:
             every = round(problem.every / problem.samples_per_step(arm))
             settings["eval_every"] = max(1, every)
@@ -230,7 +235,14 @@ class Plan:
         if role == "tuning":
             folder += f"-tuning-{settings['learning_rate']:g}"
         path = f"runs/{_slug(problem.label, list(self.margins))}/{folder}/seed_{seed}"
-        return PlannedRun(problem.label, arm.label, role, seed, path, settings)
+        return PlannedRun(
+            problem.label,
+            arm.label,
+            role,
+            seed,
+            path,
+            settings,
+        )
 
     def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
         """Return the runs of the comparison. Runs of a seed stand together, so that pairs are complete early.

@@ -88,8 +88,14 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         path = root / run.path
         recorded = read_run(path) if (path / "metrics.jsonl").is_file() else None
         state, reason = _state(recorded, path)
-        row = {**vars(run), "learning_rate": run.learning_rate, "state": state, "reason": reason}
-        row |= {**dict.fromkeys(SCORES, math.nan), "curve": None}
+        row = {
+            **vars(run),
+            "learning_rate": run.learning_rate,
+            "state": state,
+            "reason": reason,
+            **dict.fromkeys(SCORES, math.nan),
+            "curve": None,
+        }
         del row["settings"]
         if recorded and recorded.metrics:
             scores, curve = _scores(recorded, problems[run.problem])
@@ -213,8 +219,20 @@ def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
         origin = "half of the best arm's gain"
     first = curves.query("reward >= @threshold").groupby("path")["samples"].min()
     needed = runs["path"].map(first).fillna(math.inf)
-    by_arm = pd.DataFrame({"arm": runs["arm"], "needed": needed, "reached": np.isfinite(needed)})
-    summary = by_arm.groupby("arm", sort=False).agg(
-        runs=("needed", "size"), reached=("reached", "sum"), median_samples=("needed", "median")
+    by_arm = pd.DataFrame(
+        {
+            "arm": runs["arm"],
+            "needed": needed,
+            "reached": np.isfinite(needed),
+        }
     )
-    return summary.reset_index().assign(problem=problem.label, threshold=threshold, chosen=origin)
+    summary = by_arm.groupby("arm", sort=False).agg(
+        runs=("needed", "size"),
+        reached=("reached", "sum"),
+        median_samples=("needed", "median"),
+    )
+    return summary.reset_index().assign(
+        problem=problem.label,
+        threshold=threshold,
+        chosen=origin,
+    )
