@@ -108,7 +108,7 @@ LOST = {
 def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up):
     advice = advise_run(str(made_up("train", settings={"learning_rate": 8e-4}, **LOST)))
     assert "policy-destroyed" in [finding.flag for finding in advice.findings]
-    assert advice.line.endswith("--learning-rate 0.0002")  # and no other change
+    assert advice.line.endswith(".json --learning-rate 0.0002")  # and no other change
     assert "policy-destroyed" not in findings_of(
         made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.9}})
     )

@@ -52,6 +52,7 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
     ("entropy-collapsed", "watch", {"recent_entropy": 0.05, "is_solved": True}, {}, {"recent_entropy": 1}),
     ("entropy-collapsed", "void", {"early_entropy": 0.05, "gain": 0.0}, {}, {"gain": 0.1}),
     ("entropy-collapsed", "void", {"step_entropy": 0.001, "groups": "4 groups"}, {}, {"step_entropy": 0.1}),
+    ("entropy-collapsed", "watch", {"step_entropy": 0.05, "groups": "4 groups"}, {}, {"step_entropy": 0.1}),
     ("sampling-differs", "void", {"gap": 0.06, "largest_gap": 0.5}, {}, {"gap": 0.005}),
     ("sampling-differs", "act", OFF, {}, {"recent_logp_difference": 0.05}),
     ("sampling-differs", "act", OFF | {"recent_logp_difference": 0.01, "recent_effective_samples": 0.4}, {},
@@ -199,7 +200,7 @@ def test_a_loss_names_the_usual_rate_and_no_gain_is_explained_by_what_was_seen(g
 
 def row(step, reward, error=0.03, equal=0.2):
     return {"step": step, "reward": reward, "reward_stderr": error, "frac_reward_zero_std": equal,
-            "reward_std": 0.5, "entropy": 1.0, "completions/clipped_ratio": 0.0}  # fmt: skip
+            "reward_std": 0.25, "entropy": 1.0, "completions/clipped_ratio": 0.0}  # fmt: skip
 
 
 def settings_of(**settings):
