@@ -252,7 +252,7 @@ CHANGED = [  # what a hand has put into config.json, and what is said
     ({"solved": "soon"}, "a file of it is damaged or was changed"),
     (
         {"prompts_per_step": None, "max_steps": None},
-        "no number for max_steps and prompts_per_step,",
+        "a file of it is damaged or was changed",
     ),
     ({"kind": ["train"]}, "is a run of `tokenrl ['train']`"),
     (None, "config.json cannot be read"),

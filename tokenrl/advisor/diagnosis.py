@@ -27,7 +27,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import LOST_SHARE, Part, facts
-from tokenrl.runs.reader import RecordedRun, read_run
+from tokenrl.runs.reader import RecordedRun, finite, read_run
 from tokenrl.runs.rules import judge
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
@@ -40,14 +40,6 @@ MIN_STEPS = 5
 """Fewest steps whose mean is compared with another: the error of fewer is too uncertain."""
 EASY_REWARD = 0.95
 """Without a threshold of its own, a task is easy from this mean reward on, which is then a success rate."""
-RECORDED = (
-    "learning_rate",
-    "max_steps",
-    "prompts_per_step",
-    "num_generations",
-    "max_completion_length",
-)
-"""Settings that are numbers in the config.json of every run whose command has them."""
 SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) reaches solved_at, or
 nearly all rewards are 1. So there is nothing to change, and no command. Take a harder task; or, if the
 answers do not deserve their rewards, correct the reward."""
@@ -93,21 +85,16 @@ def advise_run(path: str) -> Advice:
 
 def _diagnosed(run: RecordedRun) -> Advice:
     arguments = configured(COMMANDS[run.kind], run.path, run.kind, anew=True)
-    path = run.path / "config.json"
-    if lacking := [name for name in RECORDED if getattr(arguments, name, 0) is None]:
-        names = " and ".join(lacking)
-        raise Refused(
-            f"{path} has no number for {names}, as every run records. Put back what it was."
-        )
     observed = run_facts(run, arguments)
     findings = judge(observed)
     changes = {} if observed["is_solved"] else merge(findings)
-    line = ["tokenrl", run.kind, "--config", str(path), *flags(changes)]
+    line = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     measured = {"status": _status(run, arguments)}
     arguments = with_changes(arguments, changes)
     for start in SHOWN:
-        numbers = {name: value for name, value in observed.items() if name.startswith(start)}
-        measured |= {name: x for name, x in numbers.items() if x is not None and x == x}
+        for name, value in observed.items():
+            if name.startswith(start) and finite(value) is not None:
+                measured[name] = value
     return Advice(
         subject=f"{run.path}: {run.title}",
         command=run.kind,
@@ -166,10 +153,9 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     comparisons = len(compared) - 1
     is_running = not run.summary and in_use(run.path)
     gained = any(_difference(means[-1], means[0], 2) > 0 for means in (compared, parts))
-    flags = run.summary.get("flags") if run.kind == "train" and len(evaluated) > 1 else None
-    if flags is not None and run.summary["exit_reason"] == "finished":
-        gained = "nothing-learnt" not in flags  # the run compared the same prompts
-    rising = len(parts) > 1 and _difference(parts[-1], parts[-2], 1) > 0
+    is_judged = run.kind == "train" and len(evaluated) > 1 and "flags" in run.summary
+    if is_judged and run.summary["exit_reason"] == "finished":
+        gained = "nothing-learnt" not in run.summary["flags"]  # the run compared the same prompts
     kl = [value for step, value in zip(*run.series("kl"), strict=True) if step <= peak.step]
     is_half_done = 2 * run.metrics[-1]["step"] >= arguments.max_steps
     return {
@@ -179,7 +165,7 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
         "peak_kl": kl[-1] if kl else None,
         "gained": gained,
         "fell": _difference(now, peak, comparisons) < 0,
-        "rising": rising and gained and not is_running,
+        "rising": gained and not is_running and _difference(parts[-1], parts[-2:][0], 1) > 0,
         "is_early": not comparisons or (is_running and not is_half_done),
     }
 

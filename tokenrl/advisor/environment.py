@@ -30,8 +30,13 @@ from tokenrl.runs.rules import judge
 A2C = {"estimator": Estimator.preset("a2c"), "learning_rate_schedule": "linear"}
 CONTINUOUS = {
     "estimator": Estimator.preset("ppo", gamma=0.99),
-    **{"max_steps": 250, "num_steps": 128, "num_iterations": 10, "num_minibatches": 8},
-    **{"hidden": (128, 128), "learning_rate": 1e-3, "normalize_observations": True},
+    "max_steps": 250,
+    "num_steps": 128,
+    "num_iterations": 10,
+    "num_minibatches": 8,
+    "hidden": (128, 128),
+    "learning_rate": 1e-3,
+    "normalize_observations": True,
 }
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "episodes": ({}, "the mean of the other episodes at the same step needs no critic"),

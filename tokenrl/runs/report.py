@@ -20,7 +20,7 @@ from tokenrl.runs.metric_table import metric_of, metric_table
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.output import visible
 from tokenrl.runs.plots import Chart, Curve, picture
-from tokenrl.runs.reader import RecordedRun, read_run, series
+from tokenrl.runs.reader import RecordedRun, finite, read_run, series
 
 Rows = Sequence[Mapping[str, Any]]
 Mark = tuple[str, float] | None
@@ -192,7 +192,7 @@ def _evaluations(run: RecordedRun) -> markup.Section:
     """Show the numbers of the evaluation before training and of the last one."""
     texts = {0: dict[str, str]()}
     for row in run.evaluations:
-        numbers = {name: value for name, value in row.items() if name != "step"}
+        numbers = {name: finite(value) for name, value in row.items() if name != "step"}
         texts[row["step"]] = with_errors(distinct(numbers))
     last = max(texts)
     after = texts[last] if last else {}
