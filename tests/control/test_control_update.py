@@ -14,7 +14,6 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.control.setup import check_supported
 from tokenrl.control.update import Agent, learn, loss_units, scheduled
 from tokenrl.core import Estimator
-from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, Stopped
 
 LENGTHS = torch.tensor([4, 2, 3, 1])
@@ -56,7 +55,7 @@ def agent_of(estimator, *, critic="separate", **options):
         args=args,
         horizon=10,
         optimizer=torch.optim.SGD(policy.parameters(), lr=args.learning_rate),
-        memory=memory_of(estimator),
+        memory=estimator.memory(),
         generator=torch.Generator().manual_seed(2),
     )
 

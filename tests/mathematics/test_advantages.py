@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES
-from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
+from tokenrl.core.choices import AXES, CHOICES
 from tokenrl.core.memories import RunningMean
 from tokenrl.errors import Refused
 
@@ -138,7 +137,7 @@ def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
 def exclude_each_other(baseline: str, scale: str, returns: str) -> bool:
     if returns == "total":
         return "episode" in baseline + scale
-    return returns == "episode_normalized" and baseline not in IN_UNITS_OF_THE_EPISODE
+    return returns == "episode_normalized" and not CHOICES["baseline"][baseline].any_units
 
 
 @pytest.mark.parametrize("returns", AXES["returns"])

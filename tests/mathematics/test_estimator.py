@@ -8,9 +8,9 @@ import pytest
 import tyro
 
 from tokenrl.core import Estimator
-from tokenrl.core.baselines import check_horizon
 from tokenrl.core.choices import AXES
-from tokenrl.core.presets import PRESETS, preset_name
+from tokenrl.core.presets import PRESETS
+from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused
 
 
@@ -19,14 +19,14 @@ def test_presets(name) -> None:
     e = Estimator.preset(name)
     first = {"unsloth": "trl_grpo"}.get(name, name)  # of equal presets the first has the name
     assert (
-        len(PRESETS) >= 39 and preset_name(e) == first and e.reference == PRESETS[first].paper != ""
+        len(PRESETS) >= 39 and e.preset_name == first and e.reference == PRESETS[first].paper != ""
     )
     assert (PRESETS[name].beyond != "") == (
         name in list(PRESETS)[-9:]
     )  # those of toolkits stand last
     changed = Estimator.preset(name, epsilon=0.11)
     assert changed == dataclasses.replace(e, epsilon=0.11)
-    assert (changed.reference, preset_name(changed)) == ("", "custom estimator")
+    assert (changed.reference, changed.preset_name) == ("", "custom estimator")
 
 
 def test_choices_that_exclude_each_other_are_refused() -> None:

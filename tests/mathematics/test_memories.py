@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.core import Estimator, RunningMean
-from tokenrl.core.memories import Tracker, memory_of, read, update
+from tokenrl.core.memories import Tracker, read, update
 from tokenrl.errors import Refused, Stopped
 from tokenrl.lab import measure_bias, tabular_problem
 
 
 def test_the_tracker_by_hand() -> None:
     """a <- .5 a + r, b <- .5 b + 1 - r, begun at the running mean; a row that abstains is not seen."""
-    tracker = memory_of(Estimator(baseline="tracker", tracker_decay=0.5, running_mean_init=0.2))
+    tracker = Estimator(baseline="tracker", tracker_decay=0.5, running_mean_init=0.2).memory()
     keys = torch.tensor([7, 7, 2**62, 5])
     assert tracker.read(keys).tolist() == pytest.approx([0.2] * 4)
     rewards, valid = (
@@ -25,7 +25,7 @@ def test_the_tracker_by_hand() -> None:
     mean = 0.9 * 0.2 + 0.1 * 0.5
     first, second = 1.6 / 2.5, 0.1 / 1.5
     assert tracker.read(keys).tolist() == pytest.approx([first, first, second, mean])
-    again = memory_of(Estimator(baseline="tracker", tracker_decay=0.5))
+    again = Estimator(baseline="tracker", tracker_decay=0.5).memory()
     again.load_state_dict(tracker.state_dict())
     for one in (tracker, again):
         update(
@@ -80,18 +80,18 @@ class Demanding(Forgetful):
 def test_a_class_of_ones_own_is_a_memory() -> None:
     e = Estimator(baseline=Best)
     assert (e.bias_status, e.needs_memory) == ("exact", True)
-    memory, keys = memory_of(e), torch.tensor([3, 4])
+    memory, keys = e.memory(), torch.tensor([3, 4])
     assert update(memory, keys, torch.tensor([2.0, 3.0])) == 0.0
-    assert memory.read(keys).tolist() == [2.0, 3.0] and memory_of(e).read(keys).tolist() == [
+    assert memory.read(keys).tolist() == [2.0, 3.0] and e.memory().read(keys).tolist() == [
         0.0,
         0.0,
     ]
     verdict = measure_bias(e, [tabular_problem(1, prompts=2, vocabulary=2)])
     assert verdict.found == "exact" and "the memory held fixed" in verdict.tried
     with pytest.raises(Refused, match="'Forgetful' has no state_dict and no load_state_dict"):
-        memory_of(Estimator(baseline=Forgetful))
+        Estimator(baseline=Forgetful).memory()
     with pytest.raises(Stopped, match=r"'Demanding' failed: it raised TypeError: .*'size'"):
-        memory_of(Estimator(baseline=Demanding))
+        Estimator(baseline=Demanding).memory()
     memory.best[4] = torch.nan
     with pytest.raises(Refused, match="'Best' must return a tensor of 2 finite numbers"):
         read(memory, keys)

@@ -11,9 +11,8 @@ import torch
 
 from tokenrl.core import Estimator
 from tokenrl.core.bias import objective_line
-from tokenrl.core.choices import Effect
+from tokenrl.core.choices import OBJECTIVES, Effect
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.targets import OBJECTIVES
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
 from tokenrl.lab.exact.objectives import slopes_in_probability
@@ -190,13 +189,13 @@ def test_the_target_of_the_lab_is_the_gradient_of_the_objective_summed_over_all_
 
 def test_negative_rewards_have_no_logarithm() -> None:
     e, valid = Estimator(objective="log_success"), torch.tensor([True, True, False])
-    check_rewards(e, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
+    check_rewards(e.objective, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
     for rewards in (
         torch.tensor([1.0, -0.5, 0.0]),
         torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]),
     ):
         with pytest.raises(Refused, match=r"the reward -0\.5\. Give rewards of 0 or more"):
-            check_rewards(e, rewards, valid)
+            check_rewards(e.objective, rewards, valid)
         check_rewards(Estimator(), rewards, valid)
     with pytest.raises(Refused, match="rewards of 0 or more"):
         measure_bias(e, [tabular_problem(2)])

@@ -14,10 +14,9 @@ import torch
 
 from tokenrl.cli import main
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES
-from tokenrl.core.importance import importance_weights, score_centres
-from tokenrl.core.rows import loss_terms, zero_spread
-from tokenrl.core.targets import OBJECTIVES
+from tokenrl.core.choices import AXES, OBJECTIVES
+from tokenrl.core.losses import bounded, importance_weights
+from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab import (
     Perturbation,
@@ -73,7 +72,7 @@ def gradients(
         for logs in (log_pi, chosen(mu_logits, every))
     ]
     pairs = z.log_softmax(-1), mu_logits.detach().log_softmax(-1)
-    centres = score_centres(estimator, *pairs)[:, every.prefix] * every.mask
+    centres = estimator.score_centres(*pairs)[:, every.prefix] * every.mask
     greedy = problem.totals[torch.arange(prompts), problem.greedy]
     mean, total = torch.zeros_like(z), torch.zeros(())
     refill = estimator.zero_spread == "refill"
@@ -96,7 +95,7 @@ def gradients(
             dead = [bool(zero_spread(x, size, alive).any()) for x in columns["rewards"]]
             chance = chance * ~torch.tensor(dead)
         sizes = {"group_size": size, "max_length": length + 2, "baseline_value": 0.37}
-        terms = torch.vmap(lambda step: loss_terms(estimator, **step, **sizes))(columns)  # noqa: B023
+        terms = torch.vmap(lambda step: estimator.loss_terms(**step, **sizes))(columns)  # noqa: B023
         flat = [x.flatten(0, 1) for x in (terms.advantages, terms.weights * chance[:, None, None])]
         loss = estimator.loss(
             log_pi[of, rows].flatten(0, 1),
@@ -396,8 +395,8 @@ def test_centres_of_tokens_that_are_never_sampled_are_finite() -> None:
             (log_pi.exp() / log_mu[:2].exp()).clamp(max=1.1),
         ),
     ):
-        centre = score_centres(
-            Estimator(importance_centre=True, **fields), logits.log_softmax(-1), log_mu
+        centre = Estimator(importance_centre=True, **fields).score_centres(
+            logits.log_softmax(-1), log_mu
         )
         wanted = (log_mu[:2].exp() * torch.as_tensor(weights).detach() * log_pi).sum()
         slopes = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (centre, wanted)]
@@ -443,7 +442,8 @@ def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) ->
 def test_rounding_masks_nothing(weights: str, bound: dict) -> None:
     rounding = torch.linspace(-2e-7, 2e-7, 24).reshape(4, 6)
     masked = Estimator(importance=weights, importance_bound="mask", **bound)
-    assert (importance_weights(masked, rounding, torch.ones(4, 6, dtype=torch.bool)) > 0.999).all()
+    unbounded = importance_weights(rounding, torch.ones(4, 6, dtype=torch.bool), weights)
+    assert (bounded(unbounded, masked.importance_range, masks=masked.masks_weights) > 0.999).all()
 
 
 def test_the_status_of_a_baseline_of_ones_own_is_unknown_where_it_decides() -> None:

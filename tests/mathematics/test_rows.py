@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.core.rows import completion_mask, keep, loss_terms, zero_outside, zero_spread
+from tokenrl.core.rows import completion_mask, keep, zero_outside, zero_spread
 from tokenrl.errors import Refused
 
 IDS = torch.tensor([[5, 2, 2, 2], [5, 3, 6, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
@@ -56,16 +56,19 @@ def test_what_is_kept() -> None:
     spread = torch.tensor([False] * 2 + [True] * 2 + [False] * 4)
     table = [
         ({}, VALID, VALID),
-        ({"truncations": "mask"}, VALID, VALID & ~truncated),
-        *(({"zero_spread": name}, spread, spread) for name in ("drop", "refill")),
+        ({"masks_truncated": True}, VALID, VALID & ~truncated),
+        ({"skips_equal_groups": True}, spread, spread),
     ]
     for fields, *wanted in table:
-        given = {"group_size": 2, "valid": VALID, "truncated": truncated}
-        counted, mask = keep(Estimator(**fields), REWARDS, torch.ones(8, 2), **given)
+        given = {"masks_truncated": False, "skips_equal_groups": False, **fields}
+        given |= {"group_size": 2, "valid": VALID, "truncated": truncated}
+        counted, mask = keep(REWARDS, torch.ones(8, 2), **given)
         for found, rows in zip((counted, mask.any(1)), wanted, strict=True):
             assert torch.equal(found, rows), fields
     with pytest.raises(Refused, match="truncated"):
-        keep(Estimator(truncations="mask"), REWARDS, torch.ones(8, 2), group_size=2)
+        Estimator(truncations="mask").loss_terms(
+            REWARDS, torch.ones(8, 2), group_size=2, max_length=2
+        )
 
 
 def test_the_loss_compares_other_rows_than_it_learns_from() -> None:
@@ -77,6 +80,6 @@ def test_the_loss_compares_other_rows_than_it_learns_from() -> None:
         "truncated": torch.tensor([False, True, False, False]),
     }
     rewards = torch.tensor([1.0, 0.0, 3.0, 3.0])
-    terms = loss_terms(Estimator(baseline="batch_mean", **axes), rewards, torch.ones(4, 2), **given)
+    terms = Estimator(baseline="batch_mean", **axes).loss_terms(rewards, torch.ones(4, 2), **given)
     assert terms.advantages.tolist() == [-0.75, -1.75, 1.25, 1.25]
     assert terms.weights.tolist() == [[0.5, 0.5], *[[0.0, 0.0]] * 3]

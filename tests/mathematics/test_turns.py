@@ -10,9 +10,7 @@ import torch
 
 import tokenrl.lab.exact.turns as turns_module
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES
-from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
-from tokenrl.core.rows import loss_terms
+from tokenrl.core.choices import AXES, CHOICES
 from tokenrl.errors import Refused
 from tokenrl.lab import exact_moments, measure_bias, named_estimators, turn_problems
 from tokenrl.lab.exact.verdict import Claim
@@ -74,7 +72,7 @@ def tokens_of(step, by_turn):
 def allowed(baseline, scale, returns):
     if returns == "total":
         return "episode" not in baseline + scale
-    return returns != "episode_normalized" or baseline in IN_UNITS_OF_THE_EPISODE
+    return returns != "episode_normalized" or CHOICES["baseline"][baseline].any_units
 
 
 @pytest.mark.parametrize("returns", AXES["returns"])
@@ -179,7 +177,7 @@ def test_components_and_loss_terms_have_turns_too() -> None:
     separate = {**inputs, "components": components}
     result = estimator.advantages(step["rewards"], step["mask"], **separate).policy
     torch.testing.assert_close(result, wanted)
-    terms = loss_terms(estimator, step["rewards"], step["mask"], max_length=T, **separate)
+    terms = estimator.loss_terms(step["rewards"], step["mask"], max_length=T, **separate)
     assert torch.equal(terms.advantages, result)
     assert not torch.allclose(
         estimator.advantages(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenrl.core.choices import Baseline
+from tokenrl.core.axes import Baseline
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import Count, Number, Positive, Seed, Several

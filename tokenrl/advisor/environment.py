@@ -21,8 +21,8 @@ from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.control.setup import control_settings
-from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.findings import facts, rounded
 from tokenrl.runs.rules import judge

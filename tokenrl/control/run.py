@@ -17,7 +17,6 @@ from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import objective_line
-from tokenrl.core.presets import preset_name
 from tokenrl.runs.findings import Finding, facts
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
@@ -199,7 +198,7 @@ def header(run: AgentRun) -> dict[str, Any]:
     return {
         "environment": environment,
         "policy": policy,
-        "estimator": f"{preset_name(estimator)}: baseline {estimator.baseline}, returns {estimator.returns}, "
+        "estimator": f"{estimator.preset_name}: baseline {estimator.baseline}, returns {estimator.returns}, "
         f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
         f"bias: {estimator.bias_status}",
         **objective_line(estimator),

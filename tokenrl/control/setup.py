@@ -13,10 +13,8 @@ from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, SavedPolicy, Shape, check_head
 from tokenrl.control.run import AgentRun
 from tokenrl.control.update import Agent
-from tokenrl.core.baselines import check_horizon, set_size
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.memories import memory_of
-from tokenrl.core.objectives import check_group
+from tokenrl.core.refusals import check_horizon, check_sizes
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.runs.schedules import make_schedule
@@ -38,9 +36,7 @@ def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
     if args.video:
         check_film(spec)
     if args.num_steps is None:
-        for axis in ("baseline", "scale"):
-            set_size(estimator, axis, args.num_envs, args.num_envs)
-        check_group(estimator, args.num_envs)
+        check_sizes(estimator, args.num_envs, args.num_envs)
     eval_every = args.eval_every
     if eval_every is None:
         eval_every = max(1, args.max_steps // 10)
@@ -66,9 +62,9 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
             estimator.needs_greedy,
             "no second episode starts in the same state",
         ),
-        "zero_spread": (estimator.zero_spread != "keep", "there are no prompts to leave out"),
+        "zero_spread": (estimator.skips_equal_groups, "there are no prompts to leave out"),
         "truncations": (
-            estimator.truncations != "keep",
+            estimator.masks_truncated,
             "time limits are handled by the value that follows",
         ),
         "importance_centre": (
@@ -76,7 +72,7 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
             "the policy that samples is the one that learns",
         ),
         "components": (
-            estimator.components != "summed",
+            estimator.separate_components,
             "an environment has a single reward",
         ),
         "overlong_buffer": (
@@ -141,7 +137,7 @@ def prepare(args: ControlArguments, spec: Spec, directory: str) -> AgentRun:
         args=args,
         horizon=spec.horizon,
         optimizer=torch.optim.Adam(groups, lr=args.learning_rate, fused=True),
-        memory=memory_of(estimator),
+        memory=estimator.memory(),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
     )
     return AgentRun(

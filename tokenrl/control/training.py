@@ -22,7 +22,6 @@ from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import AgentRun, ControlResult, finish, header
 from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
-from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error, own_process
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.runs.console import conclude, duration
@@ -83,7 +82,7 @@ def train_agent(
                 provenance,
                 {"agent": run.agent, "run": run},
                 {"threads": run.threads},
-                title=f"{spec.env}, {preset_name(args.estimator)}, seed {args.seed}",
+                title=f"{spec.env}, {args.estimator.preset_name}, seed {args.seed}",
                 solved=spec.solved,
                 horizon=spec.horizon,
             )

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
-from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import Memory, read, update
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.rows import in_rows, loss_terms
+from tokenrl.core.rows import in_rows
 from tokenrl.errors import Stopped
 
 
@@ -155,9 +154,8 @@ def loss_units(
             ends = ends | rollout.truncated
         if "returns" not in estimator.within_rows:
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
-    check_rewards(estimator, rollout.rewards, mask.any(-1))
-    terms = loss_terms(
-        estimator,
+    check_rewards(estimator.objective, rollout.rewards, mask.any(-1))
+    terms = estimator.loss_terms(
         rollout.rewards * args.reward_scale,
         mask,
         group_size=len(mask) if estimator.needs_groups else None,
@@ -185,7 +183,7 @@ def loss_units(
         old_logprobs=None if scored is None else in_rows(scored.logprobs, mask),
         old_values=values,
     )
-    whole_rows = choice_of("ratio", estimator.ratio).whole_row
+    whole_rows = estimator.chosen("ratio").whole_row
     return (units if whole_rows else one_by_one(units)), metrics
 
 

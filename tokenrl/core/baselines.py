@@ -10,23 +10,11 @@ the advantage exactly 0, in any precision; the plain mean of equal float32 numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core.choices import choice_of
-from tokenrl.core.rows import ALONE, check_groups, from_first, zero_outside
-from tokenrl.errors import Refused
-
-if TYPE_CHECKING:
-    from tokenrl.core.advantages import Step
-    from tokenrl.core.estimator import Estimator
-
-LONGEST_WITHOUT_BASELINE = 500
-"""Most steps of an episode without a baseline; in longer ones noise hides the effect of one action."""
+from tokenrl.core.rows import from_first, zero_outside
 
 
 def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
@@ -40,21 +28,28 @@ def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tens
     return first + (differences.sum(-1, keepdim=True) - differences) / count.clamp(min=1)
 
 
-def quantile(step: Step) -> Float[Tensor, "S n"]:
-    """Return the quantile of the OTHER valid rows: the least R_j that a share q of them do not exceed.
+def quantile(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], share: float
+) -> Float[Tensor, "S n"]:
+    """Return the quantile of the OTHER valid rows: the least R_j that a share of them do not exceed.
 
-    It is one of their returns, never a number between two: with q = 0.5 the median of an odd number of rows,
-    and the lower one of the two middle returns of an even number. A row without another gets its own return.
+    It is one of their returns, never a number between two: with a share of 0.5 the median of an odd number of
+    rows, and the lower one of the two middle returns of an even number. A row without another gets its own
+    return.
     """
-    n, q = step.totals.shape[1], step.estimator.baseline_quantile
-    itself = torch.eye(n, dtype=torch.bool, device=step.totals.device)
-    others = step.valid[:, None] & ~itself  # [S, n, n]
-    ordered = step.totals[:, None].masked_fill(~others, torch.inf).sort(-1).values
+    others = valid[:, None] & ~each_itself(totals.shape[1], totals)  # [S, n, n]
+    ordered = totals[:, None].masked_fill(~others, torch.inf).sort(-1).values
     count = others.sum(-1, keepdim=True)
-    place = (q * count - 1e-6).ceil().long().clamp(
-        min=1
-    ) - 1  # 1e-6: q n may be rounded up, as 0.07 * 100
-    return torch.where(count[..., 0] > 0, ordered.gather(-1, place)[..., 0], step.totals)
+    rank = (
+        (share * count - 1e-6).ceil().long()
+    )  # 1e-6: the product may be rounded up, as 0.07 * 100
+    chosen = ordered.gather(-1, rank.clamp(min=1) - 1)[..., 0]
+    return torch.where(count[..., 0] > 0, chosen, totals)
+
+
+def each_itself(n: int, like: Tensor) -> Bool[Tensor, "n n"]:
+    """Return the mask of the pairs of n things in which a thing meets itself."""
+    return torch.eye(n, dtype=torch.bool, device=like.device)
 
 
 def mean(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
@@ -76,9 +71,8 @@ def std(
     """
     differences, _ = from_first(totals, valid)
     count = valid.sum(-1, keepdim=True)
-    centred = zero_outside(
-        differences - differences.sum(-1, keepdim=True) / count.clamp(min=1), valid
-    )
+    centre = differences.sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = zero_outside(differences - centre, valid)
     # Two passes: E[R^2] - E[R]^2 would lose all digits where the spread is small compared with the mean.
     variance = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)
     return variance.sqrt().expand_as(totals)
@@ -99,15 +93,18 @@ def weighted_mean(
     Returns:
         The mean, and the mask of the rows that have one: those whose weights do not sum to 0.
     """
+    sum_of = sum_of_others if leave_one_out else sum_of_all
     differences, first = from_first(totals, valid)
     weights = zero_outside(weights.to(totals.dtype), valid)
-    mass, moment = (
-        sum_of_others(x) if leave_one_out else x.sum(-1, keepdim=True).expand_as(x)
-        for x in (weights, weights * differences)
-    )
+    mass = sum_of(weights)
     defined = mass > 0
     # Divide by 1 where there is no mean: a later `where` would not remove the nan of 0/0 from a gradient.
-    return first + moment / torch.where(defined, mass, 1.0), defined
+    return first + sum_of(weights * differences) / torch.where(defined, mass, 1.0), defined
+
+
+def sum_of_all(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
+    """Return `sum_j x_j`, for each of the n rows."""
+    return x.sum(-1, keepdim=True).expand_as(x)
 
 
 def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
@@ -120,83 +117,81 @@ def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
     return before + after
 
 
-def weighted_by_row(step: Step, weights: Float[Tensor, "S n"]) -> Float[Tensor, "S n"]:
-    """Return the weighted mean of the returns of the group, or the plain mean where all weights are 0."""
-    one_out = step.estimator.leave_one_out
-    weighted, defined = weighted_mean(step.totals, step.valid, weights, leave_one_out=one_out)
-    return torch.where(defined, weighted, (rloo if one_out else mean)(step.totals, step.valid))
+def weighted_by_row(
+    totals: Float[Tensor, "S n"],
+    valid: Bool[Tensor, "S n"],
+    weights: Float[Tensor, "S n"],
+    *,
+    leave_one_out: bool,
+) -> Float[Tensor, "S n"]:
+    """Return the weighted mean of the returns of the set, or the plain mean where all weights are 0.
+
+    With the weights L, the lengths of the rows, it is the baseline of OPO (arXiv 2505.23585): Hao et al. 2025
+    derive it from the baseline of least variance by assuming that the squared norm |S|^2 of a row's score is
+    proportional to the length of the row.
+
+    With the sums of the squared norms of the tokens' scores it estimates `E[|S|^2 R]/E[|S|^2]`, the constant
+    baseline of least variance (Greensmith et al. 2004; Weaver and Tao 2001). S is the sum of the scores of a
+    row's tokens; that sum of squares equals |S|^2 in expectation, and in every row when tokens share no
+    parameters.
+    """
+    weighted, defined = weighted_mean(totals, valid, weights, leave_one_out=leave_one_out)
+    plain = rloo if leave_one_out else mean
+    return torch.where(defined, weighted, plain(totals, valid))
 
 
-def weighted_by_time(step: Step, weights: Float[Tensor, "S n T"]) -> Float[Tensor, "S n T"]:
+def weighted_by_time(
+    returns: Float[Tensor, "S n T"],
+    actions: Bool[Tensor, "S n T"],
+    weights: Float[Tensor, "S n T"],
+    *,
+    leave_one_out: bool,
+) -> Float[Tensor, "S n T"]:
     """Return the weighted mean of the returns at each timestep, over the rows of the set that act at it.
 
     At a timestep where no (other) row acts, the mean of the latest timestep that has one is used instead; it
-    does not contain the row itself either. Before the first mean the result is 0.
+    does not contain the row itself either. Before the first mean the result is 0. With weights `|s_t|^2` it
+    estimates the baseline of least variance at each timestep (Greensmith et al. 2004), and with the sums of
+    `|s_u|^2` up to t it is the optimal token baseline (arXiv 2602.07078).
     """
-    by_time = (
-        x.transpose(1, 2) for x in (step.returns.expand_as(step.actions), step.actions, weights)
-    )
-    weighted, defined = weighted_mean(
-        *by_time, leave_one_out=step.estimator.leave_one_out
-    )  # [S, T, n]
-    weighted, defined = weighted.transpose(1, 2), defined.transpose(1, 2)
+    by_time = (x.transpose(1, 2) for x in (returns, actions, weights))
+    weighted, defined = weighted_mean(*by_time, leave_one_out=leave_one_out)  # [S, T, n]
+    weighted = weighted.transpose(1, 2)
+    defined = defined.transpose(1, 2)
     positions = torch.arange(defined.shape[-1], device=defined.device)
-    latest = (
-        torch.where(defined, positions, 0).cummax(-1).values
-    )  # the latest timestep that has a mean
+    latest = torch.where(defined, positions, 0).cummax(-1).values  # the latest that has a mean
     return zero_outside(weighted, defined).gather(-1, latest)
 
 
-def opo(step: Step) -> Float[Tensor, "S n"]:
-    """Return the mean weighted by length: `sum_j L_j R_j / sum_j L_j` (OPO, arXiv 2505.23585).
-
-    Hao et al. 2025 derive it from the baseline of least variance by assuming that the squared norm |S|^2 of a
-    row's score is proportional to the length of the row.
-    """
-    return weighted_by_row(step, step.actions.sum(-1))
-
-
-def optimal(step: Step) -> Float[Tensor, "S n *T"]:
-    """Return the mean weighted by squared score norms, an estimate of `E[|S|^2 R]/E[|S|^2]`.
-
-    That ratio is the constant baseline of least variance (Greensmith et al. 2004; Weaver and Tao 2001). S is
-    the sum of the scores of a row's tokens. The sum of the tokens' squared norms is used in place of |S|^2:
-    the two are equal in expectation, and equal in every row when tokens share no parameters.
-    """
-    weights = zero_outside(step.needed, step.actions)
-    if step.estimator.optimal_form == "sequence":
-        return weighted_by_row(step, weights.sum(-1))
-    if step.estimator.optimal_form == "cumulative":
-        weights = weights.cumsum(-1)  # the optimal token baseline, arXiv 2602.07078
-    return weighted_by_time(step, weights)
-
-
-def shrinkage(step: Step) -> Float[Tensor, "S n"]:
+def shrinkage(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], weight: float | None
+) -> Float[Tensor, "S n"]:
     """Return `lam * mean of the prompt's other rows + (1 - lam) * mean elsewhere`.
 
     The mean elsewhere is the mean of the other prompts' means. Neither mean nor weight depends on row i, so
-    the gradient stays exact (after the James-Stein shrinkage of arXiv 2511.03710). lam is shrinkage_weight
-    or, where that is None, estimated for each prompt by `estimated_weight`. In a step of one prompt the
-    result is the leave-one-out mean of the prompt.
+    the gradient stays exact (after the James-Stein shrinkage of arXiv 2511.03710). lam is the weight or,
+    where that is None, estimated for each prompt by `estimated_weight`. In a step of one prompt the result is
+    the leave-one-out mean of the prompt.
     """
-    totals, valid, weight = step.totals, step.valid, step.estimator.shrinkage_weight
     prompt_mean = rloo(totals, valid)
     means = mean(totals, valid)[..., 0]  # [S]
     present = valid.any(-1)
-    different = present & ~torch.eye(len(means), dtype=torch.bool, device=means.device)  # [S, S]
+    different = present & ~each_itself(len(means), means)  # [S, S]
     count = different.sum(-1)
     # Average differences from one of the means, so that the mean of equal means is exactly that number.
     first = means.gather(-1, present.long().argmax(-1, keepdim=True))
     elsewhere = first + (different * (means - first)).sum(-1) / count.clamp(min=1)  # [S]
-    lam = estimated_weight(step, means, elsewhere, different) if weight is None else weight
-    lam = torch.where(count > 0, lam, 1.0).to(totals.dtype)
+    variances = std(totals, valid, ddof=1)[..., 0].square()
+    estimate = estimated_weight(means, variances, valid.sum(-1), elsewhere, different)
+    lam = torch.where(count > 0, estimate if weight is None else weight, 1.0).to(totals.dtype)
     # lam own + (1 - lam) elsewhere, written as a difference so that it is exact where both are equal
     return prompt_mean + (1 - lam[:, None]) * (elsewhere[:, None] - prompt_mean)
 
 
 def estimated_weight(
-    step: Step,
     means: Float[Tensor, " S"],
+    variances: Float[Tensor, " S"],
+    count: Int[Tensor, " S"],
     elsewhere: Float[Tensor, " S"],
     different: Bool[Tensor, "S S"],
 ) -> Float[Tensor, " S"]:
@@ -205,103 +200,21 @@ def estimated_weight(
     sigma^2 is the mean variance within the other prompts. tau^2 is the variance of their means minus what
     sampling adds to it, and at least 0. With fewer than two other prompts there is no tau^2, and the weight
     is 1.
+
+    Args:
+        means: The mean return of each of S prompts.
+        variances: The variance of the returns of each prompt.
+        count: The number n of valid rows of each prompt.
+        elsewhere: The mean of the means of the other prompts.
+        different: True where two prompts differ, and the second has a valid row.
     """
-    totals, count = step.totals, step.valid.sum(-1)  # count: [S]
-    enough = different & (count >= 2)
-    within = (enough * std(totals, step.valid, ddof=1)[..., 0].square()).sum(-1) / enough.sum(
-        -1
-    ).clamp(min=1)
+    several = different & (count >= 2)
+    within = (several * variances).sum(-1) / several.sum(-1).clamp(min=1)
     number = different.sum(-1)
     spread = (different * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
-    shares = (different / count.clamp(min=1).to(totals.dtype)).sum(-1) / number.clamp(min=1)
+    shares = (different / count.clamp(min=1).to(means.dtype)).sum(-1) / number.clamp(min=1)
     # The variance of the means is tau^2 plus the sampling noise sigma^2/n; a negative difference is set to 0.
     between = (spread - within * shares).clamp(min=0.0)
     noise = within / (count - 1).clamp(min=1)
     defined = (number >= 2) & (between + noise > 0)
     return torch.where(defined, between / torch.where(defined, between + noise, 1.0), 1.0)
-
-
-BASELINES: dict[str, Callable[[Step], Tensor]] = {
-    "none": lambda step: torch.zeros_like(step.totals),
-    "constant": lambda step: torch.full_like(step.totals, step.estimator.baseline_constant),
-    "running_mean": lambda step: step.needed.expand_as(step.totals),
-    "tracker": lambda step: step.needed.expand_as(step.totals),
-    "rloo": lambda step: rloo(step.totals, step.valid),
-    "quantile": quantile,
-    "group_mean": lambda step: mean(step.totals, step.valid),
-    "batch_mean": lambda step: mean(step.totals, step.valid),
-    # The greedy completion of the prompt (ReMax, Li et al. 2024, arXiv 2310.10505).
-    "remax": lambda step: zero_outside(step.needed, step.valid),
-    "opo": opo,
-    "optimal": optimal,
-    "shrinkage": shrinkage,
-    "value": lambda step: zero_outside(step.needed, step.actions),
-    # The mean over the row's own steps depends on the row's own actions, hence is biased.
-    "episode_mean": lambda step: mean(step.returns.expand_as(step.actions), step.actions),
-    "timestep_mean": lambda step: weighted_by_time(step, step.actions.to(step.totals.dtype)),
-}
-"""The formula of each name in `choices.CHOICES["baseline"]`, which returns [S, n] or [S, n, T]."""
-
-
-def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None) -> int | None:
-    """Return how many consecutive rows the baseline or the scale compares; None if it compares none.
-
-    Args:
-        estimator: The estimator whose baseline or scale is meant.
-        axis: `baseline` or `scale`.
-        rows: Rows in the step.
-        group_size: Consecutive rows per prompt; None if there are no groups.
-
-    Raises:
-        Refused: When rows do not fall into such sets.
-    """
-    name = getattr(estimator, axis)
-    compares = choice_of(axis, name).compares
-    if compares == "step":
-        if rows < 2:
-            raise Refused(
-                f"{name!r} compares the rows of a step, but the step has {rows}. Collect more, or {ALONE}."
-            )
-        return rows
-    if compares != "group":
-        return None
-    size = check_groups(name, rows, group_size)
-    if name == "loo_std" and size < 3:
-        raise Refused(
-            "'loo_std' is the spread of the other rows of a group, but group_size 2 leaves only one. Take "
-            "three or more (num_generations), or the scale 'none' or 'other_groups_std'."
-        )
-    if name == "other_groups_std" and rows == size:
-        raise Refused(
-            "'other_groups_std' is the spread over other prompts, but the step has one. Take more prompts "
-            "per step, or the scale 'none' or 'loo_std'."
-        )
-    return size
-
-
-def check_horizon(
-    estimator: Estimator, horizon: int | None, allow_no_baseline: bool = False
-) -> None:
-    """Refuse REINFORCE without a baseline where an episode may last more than 500 steps.
-
-    With rewards of similar size at every step, R grows as the length T and the variance of `sum_t score_t R`
-    as T^3. A baseline would remove most of it.
-
-    Args:
-        estimator: The estimator.
-        horizon: Most steps of an episode (tokens of a completion); None if there is no limit.
-        allow_no_baseline: Accept the estimator nevertheless.
-
-    Raises:
-        Refused: With the baselines to choose from, and the flag that allows none.
-    """
-    short = horizon is not None and horizon <= LONGEST_WITHOUT_BASELINE
-    if short or allow_no_baseline or estimator.subtracts_baseline:
-        return
-    length = "without limit" if horizon is None else f"up to {horizon:,} steps"
-    raise Refused(
-        f"Episodes last {length}, but the estimator subtracts no baseline; beyond "
-        f"{LONGEST_WITHOUT_BASELINE} steps noise hides the effect of one action. Choose the baseline "
-        "'value', 'running_mean', 'timestep_mean' with returns 'reward_to_go', or 'rloo'; or make "
-        "episodes shorter, or pass --allow-no-baseline."
-    )

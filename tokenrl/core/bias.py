@@ -23,151 +23,166 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenrl.core import choices
-from tokenrl.core.choices import BIASED, UNKNOWN, UP_TO_SCALE, Effect, choice_of
-from tokenrl.core.targets import OBJECTIVES
+from tokenrl.core.choices import (
+    ASYMPTOTIC,
+    BIASED,
+    OBJECTIVES,
+    PER_PROMPT,
+    UNKNOWN,
+    UP_TO_SCALE,
+    Effect,
+    choice_of,
+)
 
 if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
+    from tokenrl.core.axes import Axes
 
 
-def effects(estimator: Estimator, binary: bool = False, of_reward: bool = False) -> list[Effect]:
+def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[Effect]:
     """List the effect of every choice of an estimator; a term whose coefficient is 0 has none.
 
     Args:
-        estimator: The estimator.
+        axes: The axes of the estimator.
         binary: Give the effects on rewards of 0 and 1.
         of_reward: Give the effect of the objective on the gradient of the mean reward.
     """
-    alone = [objective_effect(estimator, of_reward)]
-    alone += [effect(estimator) for effect in (baseline_effect, returns_effect, zero_spread_effect)]
-    axes = ["scale", "aggregation", "ratio", "importance", "truncations"]
-    alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
-    if estimator.needs_entropy:
+    alone = [objective_effect(axes, of_reward)]
+    alone += [effect(axes) for effect in (baseline_effect, returns_effect, zero_spread_effect)]
+    for axis in ("scale", "aggregation", "ratio", "importance", "truncations"):
+        alone.append(axes.chosen(axis))
+    if axes.needs_entropy:
         alone.append(choices.ENTROPY)
-    if estimator.needs_kl:
-        alone.append(choices.KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
-    if binary and compares_groups_only(estimator):
+    if axes.needs_kl:
+        alone.append(choices.KL_EFFECTS[axes.kl_placement, axes.kl_estimator])
+    if binary and compares_groups_only(axes):
         alone = [Effect(effect.binary or effect.status, effect.reason) for effect in alone]
-    return alone + combination_effects(estimator, alone)
+    return alone + combination_effects(axes, alone)
 
 
-def objective_effect(estimator: Estimator, of_reward: bool = False) -> Effect:
+def objective_effect(axes: Axes, of_reward: bool = False) -> Effect:
     """Return the effect of the objective and its form on the objective's own gradient, or that of E[R]."""
-    choice = OBJECTIVES[estimator.objective, estimator.form]
-    differs = of_reward and estimator.objective_order != 1
+    choice = OBJECTIVES[axes.objective, axes.form]
+    differs = of_reward and axes.objective_order != 1
     return choice.of_reward if differs and choice.of_reward else choice
 
 
-def compares_groups_only(estimator: Estimator) -> bool:
+def compares_groups_only(axes: Axes) -> bool:
     """Whether the advantage of a row depends on its reward and on those of its group only.
 
     Then on rewards of 0 and 1 it is f(r, K), with K successes among the others, and the expected gradient is
     `E[f(1, K) - f(0, K)] grad p`, with K of the distribution Binomial(G-1, p): a positive number for each
     prompt. `tokenrl.lab.prompt_weight` computes it. Numbers of other prompts are independent of the row.
     """
-    in_reward = estimator.needs_kl and estimator.kl_placement == "reward"
-    own = estimator.baseline in ("none", "rloo", "group_mean") and estimator.returns == "total"
-    return own and estimator.gamma == 1 and not in_reward and not estimator.overlong_buffer
+    own_return = axes.chosen("baseline").in_group and axes.shares_return and axes.gamma == 1
+    return own_return and not axes.kl_in_reward and not axes.overlong_buffer
 
 
-def objective_line(estimator: Estimator) -> dict[str, str]:
+def objective_line(axes: Axes) -> dict[str, str]:
     """Return the line of a run's header about another objective than the mean reward; none for that."""
-    if estimator.objective == "reward":
+    if not axes.other_objective:
         return {}
-    order = f" of order {estimator.objective_order}" * (estimator.objective_order is not None)
-    statuses = []
-    for of_reward in (False, True):
-        always, binary = (
-            declared(estimator, binary=x, of_reward=of_reward).status for x in (False, True)
-        )
-        statuses.append(always if always == binary else f"{always}, on rewards of 0 and 1 {binary}")
-    name = f"{estimator.objective}{order}, form {estimator.form}"
-    return {
-        "objective": f"{name}; bias: {statuses[0]}; as a gradient of the mean reward: {statuses[1]}"
-    }
+    name: str = axes.objective
+    if axes.objective_order is not None:
+        name += f" of order {axes.objective_order}"
+    own = status_line(axes, of_reward=False)
+    of_mean = status_line(axes, of_reward=True)
+    line = f"{name}, form {axes.form}; bias: {own}; as a gradient of the mean reward: {of_mean}"
+    return {"objective": line}
 
 
-def baseline_effect(estimator: Estimator) -> Effect:
+def status_line(axes: Axes, *, of_reward: bool) -> str:
+    """Return the status, and that on rewards of 0 and 1 if it is another one."""
+    always = declared(axes, of_reward=of_reward).status
+    binary = declared(axes, binary=True, of_reward=of_reward).status
+    return always if always == binary else f"{always}, on rewards of 0 and 1 {binary}"
+
+
+def baseline_effect(axes: Axes) -> Effect:
     """Return the effect of the baseline, which for some depends on `leave_one_out`."""
-    if callable(estimator.baseline) and estimator.needs_memory:
+    if callable(axes.baseline) and axes.needs_memory:
         return choices.MEMORY
-    choice = choice_of("baseline", estimator.baseline)
-    return choice if estimator.leave_one_out or choice.row_inside is None else choice.row_inside
+    choice = choice_of("baseline", axes.baseline)
+    return choice if axes.leave_one_out or choice.row_inside is None else choice.row_inside
 
 
-def returns_effect(estimator: Estimator) -> Effect:
+def returns_effect(axes: Axes) -> Effect:
     """Return the effect of the returns; GAE with lam 1 is the reward to go."""
-    reward_to_go = estimator.returns == "gae" and estimator.lam == 1.0
-    choice = choice_of("returns", "reward_to_go" if reward_to_go else estimator.returns)
-    return choice if estimator.gamma == 1.0 or choice.discounted is None else choice.discounted
+    reward_to_go = axes.returns == "gae" and axes.lam == 1.0
+    choice = choice_of("returns", "reward_to_go" if reward_to_go else axes.returns)
+    return choice if axes.gamma == 1.0 or choice.discounted is None else choice.discounted
 
 
-def zero_spread_effect(estimator: Estimator) -> Effect:
+def zero_spread_effect(axes: Axes) -> Effect:
     """Return the effect of dropping or refilling groups of equal rewards.
 
     It only reweights prompts if those groups have no gradient anyway, and is a bias otherwise.
     """
-    effect = choice_of("zero_spread", estimator.zero_spread)
-    if estimator.zero_spread == "keep":
+    effect = axes.chosen("zero_spread")
+    if not axes.skips_equal_groups:
         return effect
-    if callable(estimator.baseline):
+    if callable(axes.baseline):
         return Effect(UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
-    baseline = choice_of("baseline", estimator.baseline)
+    baseline = axes.chosen("baseline")
     had_gradient = (
         not baseline.centred
-        or (estimator.components == "separate" and not baseline.additive)
-        or not OBJECTIVES[estimator.objective, estimator.form].centred
-        or estimator.scale == "token_whiten"
-        or estimator.overlong_buffer > 0
-        or estimator.needs_kl
-        or estimator.needs_entropy
+        or (axes.separate_components and not baseline.additive)
+        or not OBJECTIVES[axes.objective, axes.form].centred
+        or axes.chosen("scale").subtracts_mean
+        or axes.overlong_buffer > 0
+        or axes.needs_kl
+        or axes.needs_entropy
     )
     if had_gradient:
         return Effect(
             BIASED, "the groups of equal rewards that are left out had a gradient of their own"
         )
-    if estimator.returns == "total":
+    if axes.shares_return:
         return effect
-    text = (
-        f"{effect.reason}; with rewards before the last action the groups left out had a gradient"
-    )
-    return Effect(UNKNOWN, text)
+    earlier = "with rewards before the last action the groups left out had a gradient"
+    return Effect(UNKNOWN, f"{effect.reason}; {earlier}")
 
 
-def combination_effects(estimator: Estimator, alone: list[Effect]) -> list[Effect]:
+def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
     """List the effects that choices have only in combination.
 
     Args:
-        estimator: The estimator.
+        axes: The axes of the estimator.
         alone: The effects of its choices by themselves, that of the objective first.
     """
-    baseline = choice_of("baseline", estimator.baseline)
-    shrinks, per_prompt = baseline.status == UP_TO_SCALE, alone[0].status == choices.PER_PROMPT
+    baseline = axes.chosen("baseline")
+    shrinks = baseline.status == UP_TO_SCALE
+    per_prompt = alone[0].status == PER_PROMPT
     # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term relative
     # to them, for any number of prompts. The factor of a batch mean tends to 1 as the step grows.
-    rescaled = estimator.scale != "none" or per_prompt or (shrinks and baseline.compares == "group")
-    term = estimator.loss_side_terms
-    limits = {
-        baseline_effect(estimator).status,
-        choice_of("aggregation", estimator.aggregation).status,
-    }
-    unequal = choices.ASYMPTOTIC in limits and (
-        per_prompt or estimator.scale in ("loo_std", "group_std")
-    )
-    separate = estimator.components == "separate" and estimator.scale != "none"
-    biased = {
-        "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
-        "coefficient": term and rescaled,
-        "each reward function is divided by its own spread, so it has another weight than in J; with rewards "
-        "of 0 and 1, 'group_mean' and 'group_std' it ascends sum_k w_G(p_k) grad p_k": separate,
-        "prompts stay weighted unequally, and the direction of each is right in the limit only": unequal,
-    }
-    shrunk = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
-    combined = [Effect(BIASED, text) for text, applies in biased.items() if applies]
-    return combined + [Effect(choices.ASYMPTOTIC, shrunk)] * (term and shrinks and not rescaled)
+    rescaled = axes.divides or per_prompt or (shrinks and baseline.compares == "group")
+    combined = []
+    if axes.loss_side_terms and rescaled:
+        reason = (
+            "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
+            "coefficient"
+        )
+        combined.append(Effect(BIASED, reason))
+    if axes.separate_components and axes.divides:
+        reason = (
+            "each reward function is divided by its own spread, so it has another weight than in J; with "
+            "rewards of 0 and 1, 'group_mean' and 'group_std' it ascends sum_k w_G(p_k) grad p_k"
+        )
+        combined.append(Effect(BIASED, reason))
+    limits = {baseline_effect(axes).status, axes.chosen("aggregation").status}
+    if ASYMPTOTIC in limits and (per_prompt or axes.chosen("scale").of_prompt):
+        reason = (
+            "prompts stay weighted unequally, and the direction of each is right in the limit only"
+        )
+        combined.append(Effect(BIASED, reason))
+    if axes.loss_side_terms and shrinks and not rescaled:
+        reason = (
+            "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
+        )
+        combined.append(Effect(ASYMPTOTIC, reason))
+    return combined
 
 
-def declared(estimator: Estimator, *, binary: bool = False, of_reward: bool = False) -> Effect:
+def declared(axes: Axes, *, binary: bool = False, of_reward: bool = False) -> Effect:
     """Return the worst status among the choices, and the reasons of every choice that is not exact.
 
     The worst status is that of the whole, because constant factors multiply to one constant factor (a group
@@ -175,14 +190,15 @@ def declared(estimator: Estimator, *, binary: bool = False, of_reward: bool = Fa
     in `combination_effects`.
 
     Args:
-        estimator: The estimator.
+        axes: The axes.
         binary: Give the status on rewards of 0 and 1.
         of_reward: Compare with the gradient of the mean reward, if the objective is another one.
     """
-    all_effects = effects(estimator, binary, of_reward)
-    status = max((effect.status for effect in all_effects), key=choices.FROM_BEST_TO_WORST.index)
-    reasons = [effect.reason for effect in all_effects if effect.status != choices.EXACT]
+    listed = effects(axes, binary, of_reward)
+    status = max((effect.status for effect in listed), key=choices.FROM_BEST_TO_WORST.index)
+    reasons = [effect.reason for effect in listed if effect.status != choices.EXACT]
     if not binary:
-        special = declared(estimator, binary=True, of_reward=of_reward).status
-        reasons += [f"on rewards of 0 and 1 it is {special}"] * (special != status)
+        special = declared(axes, binary=True, of_reward=of_reward).status
+        if special != status:
+            reasons.append(f"on rewards of 0 and 1 it is {special}")
     return Effect(status, "; ".join(reasons) or "no choice changes the expected gradient")

@@ -1,27 +1,16 @@
 """Lists every choice on every axis: its name, its effect on the expected gradient and why, and its needs.
 
-The names are written in this table only. A new choice is one row here and one formula in the module of its
-axis: `baselines`, `scales`, `returns` or `losses`. The command line then offers the choice, the checks accept
-it and the lab measures it. `bias` says what all choices of one estimator do together.
+A new choice is one row here, its name in the type of its field in `axes`, and one formula in the module of
+its axis: `baselines`, `scales`, `returns` or `losses`. `bias` says what all choices of one estimator do.
 
 In the reasons, G is the number of completions per prompt, N the number of rows in the step, R the return of a
-row, b the baseline, L the length of a row and p the probability of a correct completion. This module imports
-no torch.
+row, b the baseline, L the length of a row and p the probability of a correct completion. No torch is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
-
-from tokenrl.errors import Refused
-from tokenrl.settings import OR_FUNCTION
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-T = TypeVar("T")
+from dataclasses import dataclass, replace
+from typing import Literal
 
 EXACT = "exact"
 UP_TO_SCALE = "exact_up_to_scale"
@@ -29,7 +18,6 @@ PER_PROMPT = "exact_per_prompt"
 ASYMPTOTIC = "asymptotic"
 BIASED = "biased"
 UNKNOWN = "unknown"
-
 FROM_BEST_TO_WORST = (EXACT, UP_TO_SCALE, PER_PROMPT, ASYMPTOTIC, BIASED, UNKNOWN)
 """What the expected gradient is, compared with the gradient of the objective:
 
@@ -65,6 +53,13 @@ class Choice(Effect):
         row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
         discounted: The effect with gamma below 1.
         of_reward: What the gradient of an objective is for the mean reward, if that is something else.
+        any_units: Whether a baseline is in the units of the returns of actions, or made of no return.
+        in_group: Whether a baseline is known to depend on the rewards of the row's group only.
+        of_others: Whether a divisor is made of other rows only, or an objective needs one row more than k.
+        of_prompt: Whether a divisor is made of rows of the row's own prompt.
+        subtracts_mean: Whether a scale or a return subtracts a mean too.
+        to_go: Whether the credit of the first action is the return of the whole row.
+        token_bounds: Whether a ratio has a bound for each token.
     """
 
     compares: Literal["group", "step", "row"] | None = None
@@ -75,15 +70,21 @@ class Choice(Effect):
     row_inside: Effect | None = None
     discounted: Effect | None = None
     of_reward: Effect | None = None
+    any_units: bool = False
+    in_group: bool = False
+    of_others: bool = False
+    of_prompt: bool = False
+    subtracts_mean: bool = False
+    to_go: bool = False
+    token_bounds: bool = False
 
 
 ON_POLICY = "on-policy every importance weight is 1"
 FIRST_UPDATE = (
     "at the first update every ratio is 1, inside all bounds, and the gradient is REINFORCE's"
 )
-NO_OBJECTIVE = Effect(
-    BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
-)
+DISCOUNTED = "discounting from each action, without gamma^t, is the gradient of no objective"
+NO_OBJECTIVE = Effect(BIASED, DISCOUNTED)
 OF_OTHERS = "the baseline is made of the other completions of the prompt only"
 WEIGHTED_OTHERS = "the baseline and its weights are made of the other completions only"
 MEMORY = Choice(
@@ -94,18 +95,20 @@ MEMORY = Choice(
 
 CHOICES: dict[str, dict[str, Choice]] = {
     "baseline": {
-        "none": Choice(EXACT, "nothing is subtracted"),
-        "constant": Choice(EXACT, "a constant baseline times the score has mean zero"),
+        "none": Choice(EXACT, "nothing is subtracted", any_units=True, in_group=True),
+        "constant": Choice(
+            EXACT, "a constant baseline times the score has mean zero", any_units=True
+        ),
         "running_mean": MEMORY,
         "tracker": MEMORY,
-        "rloo": Choice(EXACT, OF_OTHERS, compares="group", centred=True),
+        "rloo": Choice(EXACT, OF_OTHERS, compares="group", centred=True, in_group=True),
         "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True, additive=False),
         "group_mean": Choice(
             UP_TO_SCALE,
-            "the row's own return is in the mean of its group: ascends E[R] - E[b]/G, (G-1)/G of the "
-            "gradient",
+            "the row's own return is in the mean of its group: ascends E[R] - E[b]/G, (G-1)/G of the gradient",
             compares="group",
             centred=True,
+            in_group=True,
         ),
         "batch_mean": Choice(
             UP_TO_SCALE,
@@ -122,8 +125,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
             centred=True,
             row_inside=Effect(
                 BIASED,
-                "the row's own return, weighted by its length, is in the baseline: ascends E[R] - E[b]/G, "
-                "with equal lengths (G-1)/G of the gradient",
+                "the row's own return, weighted by its length, is in the baseline: ascends E[R] - E[b]/G, with "
+                "equal lengths (G-1)/G of the gradient",
             ),
         ),
         "optimal": Choice(
@@ -134,8 +137,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
             centred=True,
             row_inside=Effect(
                 BIASED,
-                "the row's own return, weighted by its score, is in the baseline: with one baseline per row "
-                "ascends E[R] - E[b]/G, the weights held fixed",
+                "the row's own return, weighted by its score, is in the baseline: with one baseline per row ascends "
+                "E[R] - E[b]/G, the weights held fixed",
             ),
         ),
         "shrinkage": Choice(
@@ -145,18 +148,21 @@ CHOICES: dict[str, dict[str, Choice]] = {
             EXACT,
             "right or wrong, the value of a state does not depend on the action there",
             needs="values",
+            any_units=True,
         ),
         "episode_mean": Choice(
             BIASED,
-            "the mean over the row's own steps contains the results of its own actions: with the "
-            "undiscounted reward to go it ascends the return with the u-th of L rewards weighted by 1 - u/L, "
-            "so the last does not count; if every step has the same reward it is half the gradient",
+            "the mean over the row's own steps contains the results of its own actions: with the undiscounted "
+            "reward to go it ascends the return with the u-th of L rewards weighted by 1 - u/L, so the last does "
+            "not count; if every step has the same reward it is half the gradient",
             compares="row",
+            any_units=True,
         ),
         "timestep_mean": Choice(
             EXACT,
             "the baseline is made of the returns of the other rows at the same timestep",
             compares="step",
+            any_units=True,
             row_inside=Effect(
                 ASYMPTOTIC,
                 "the row's own return is in the mean of its timestep: (n-1)/n, with n rows that still act",
@@ -167,17 +173,17 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "none": Choice(EXACT, "advantages are not divided"),
         "group_std": Choice(
             BIASED,
-            "the row's own return is in the divisor: with binary rewards and the baseline 'group_mean' each "
-            "prompt ascends at w_G(p) grad p, w_G(p) = E[s_K^2/(std_K + eps)]/(p(1-p)) with K ~ "
-            "Binomial(G, p), s_K^2 = K/G(1 - K/G), and with 'rloo' at G/(G-1) times that; with three or more "
-            "reward levels there is no objective",
+            "the row's own return is in the divisor: with binary rewards and the baseline 'group_mean' each prompt "
+            "ascends at w_G(p) grad p, w_G(p) = E[s_K^2/(std_K + eps)]/(p(1-p)) with K ~ Binomial(G, p), s_K^2 = "
+            "K/G(1 - K/G), and with 'rloo' at G/(G-1) times that; with three or more reward levels there is no "
+            "objective",
             PER_PROMPT,
             compares="group",
+            of_prompt=True,
         ),
         "batch_std": Choice(
             ASYMPTOTIC,
-            "the row's own return is in the divisor, which tends to the same number for all rows as the step "
-            "grows",
+            "the row's own return is in the divisor, which tends to the same number for all rows as the step grows",
             PER_PROMPT,
             compares="step",
         ),
@@ -185,21 +191,25 @@ CHOICES: dict[str, dict[str, Choice]] = {
             PER_PROMPT,
             "the divisor is made of the other completions of the prompt: E[1/(std + eps)] of its gradient",
             compares="group",
+            of_others=True,
+            of_prompt=True,
         ),
         "other_groups_std": Choice(
             PER_PROMPT,
             "the divisor is made of the other prompts: E[1/(std + eps)] of the prompt's gradient",
             compares="group",
+            of_others=True,
         ),
         "token_whiten": Choice(
             ASYMPTOTIC,
-            "the row's own advantages are in the mean and in the divisor, each of which tends to the same "
-            "number for all rows as the step grows",
+            "the row's own advantages are in the mean and in the divisor, each of which tends to the same number "
+            "for all rows as the step grows",
+            subtracts_mean=True,
         ),
         "episode_std": Choice(
             BIASED,
-            "each episode is divided by the spread of its own returns to go; the result is the gradient of "
-            "no objective",
+            "each episode is divided by the spread of its own returns to go; the result is the gradient of no "
+            "objective",
             compares="row",
         ),
     },
@@ -210,8 +220,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "token_mean": Choice(
             ASYMPTOTIC,
-            "the number of tokens in the step depends on the actions; the gradient tends to that of J, "
-            "divided by the mean length, with an error of order 1/N",
+            "the number of tokens in the step depends on the actions; the gradient tends to that of J, divided by "
+            "the mean length, with an error of order 1/N",
         ),
         "sequence_mean": Choice(
             BIASED,
@@ -220,14 +230,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "ratio": {
         "none": Choice(EXACT, "on-policy"),
-        "token": Choice(EXACT, FIRST_UPDATE),
+        "token": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
         "sequence_mean": Choice(EXACT, FIRST_UPDATE, whole_row=True),
         "sequence_product": Choice(
             EXACT, "the ratio of the sequence is exact off-policy too", whole_row=True
         ),
-        "geometric_clip": Choice(EXACT, FIRST_UPDATE, whole_row=True),
-        "cispo": Choice(EXACT, FIRST_UPDATE),
-        "trust": Choice(EXACT, FIRST_UPDATE),
+        "geometric_clip": Choice(EXACT, FIRST_UPDATE, token_bounds=True, whole_row=True),
+        "cispo": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
+        "trust": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
     },
     # Where the sampler differs, `off_policy` says what these do.
     "importance": {
@@ -252,15 +262,16 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "total": Choice(
             EXACT,
             "every action is credited with the whole return",
+            to_go=True,
             discounted=Effect(BIASED, "ascends the discounted return E[sum_t gamma^t r_t], not J"),
         ),
         "reward_to_go": Choice(
-            EXACT, "earlier rewards do not depend on an action", discounted=NO_OBJECTIVE
+            EXACT, "earlier rewards do not depend on an action", to_go=True, discounted=NO_OBJECTIVE
         ),
         "blame_window": Choice(
             BIASED,
-            "rewards beyond the window are credited to no action, which is the gradient of no objective; "
-            "exact if no row is longer than the window",
+            "rewards beyond the window are credited to no action, which is the gradient of no objective; exact if "
+            "no row is longer than the window",
             discounted=Effect(
                 BIASED,
                 "rewards beyond the window are credited to no action, and the others are discounted",
@@ -268,14 +279,15 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "episode_normalized": Choice(
             BIASED,
-            "the mean and the spread of each episode's own returns to go depend on its actions: it is the "
-            "gradient of no objective, and in sum a good episode gets as much credit as a bad one, none",
+            "the mean and the spread of each episode's own returns to go depend on its actions: it is the gradient "
+            "of no objective, and in sum a good episode gets as much credit as a bad one, none",
             compares="row",
+            subtracts_mean=True,
         ),
         "gae": Choice(
             BIASED,
-            "with lam < 1 values replace later rewards; unbiased only if they are exact, V^pi of the state "
-            "and of the number of steps left",
+            "with lam < 1 values replace later rewards; unbiased only if they are exact, V^pi of the state and of "
+            "the number of steps left",
             needs="values",
             discounted=NO_OBJECTIVE,
         ),
@@ -286,16 +298,15 @@ CHOICES: dict[str, dict[str, Choice]] = {
             EXACT, "gradients add up, and that of each function has its own baseline"
         ),
     },
-    # These effects hold if the dropped groups had no advantage; `bias.zero_spread_effect` says when that is
-    # so. Only rewards are compared: a group of equal rewards whose bootstrap values differ had an advantage.
+    # These hold if the dropped groups had no advantage, see `bias.zero_spread_effect`. Only rewards are compared.
     "zero_spread": {
         "keep": Choice(
             EXACT, "groups of equal returns have the advantage 0 and count in the divisor"
         ),
         "drop": Choice(
             PER_PROMPT,
-            "the step is divided by the number of kept groups: of B prompts each is weighted by "
-            "B E[1/kept | it is kept], which is 1 with one prompt per step",
+            "the step is divided by the number of kept groups: of B prompts each is weighted by B E[1/kept | it is "
+            "kept], which is 1 with one prompt per step",
         ),
         "refill": Choice(
             UP_TO_SCALE,
@@ -307,12 +318,15 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "keep": Choice(EXACT, "a truncated completion is an outcome like any other"),
         "mask": Choice(
             BIASED,
-            "truncated rows stay in the baseline and have no gradient: ascends E[m (R - b)], m = 1 for rows "
-            "that are not truncated and b held fixed at its mean (J with 'rloo', 0 with 'none'), as if each "
-            "truncated row had the reward b",
+            "truncated rows stay in the baseline and have no gradient: ascends E[m (R - b)], m = 1 for rows that "
+            "are not truncated and b held fixed at its mean (J with 'rloo', 0 with 'none'), as if each truncated "
+            "row had the reward b",
         ),
     },
 }
+
+HELD = "with its prefix held fixed"
+LATER = "the effect of an action on the {} of later steps is missing"
 
 KL_EFFECTS: dict[tuple[str, str], Effect] = {
     ("reward", "k1"): Effect(EXACT, "a log ratio in the reward gives the gradient of J - beta KL"),
@@ -326,13 +340,9 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
     ("loss", "k1"): Effect(
         BIASED, "the gradient of the log ratio has mean zero: ascends J without any KL penalty"
     ),
-    ("loss", "k2"): Effect(
-        BIASED,
-        "the gradient of each step's KL with its prefix held fixed; the effect of an action on the KL of "
-        "later steps is missing",
-    ),
+    ("loss", "k2"): Effect(BIASED, f"the gradient of each step's KL {HELD}; {LATER.format('KL')}"),
     ("loss", "k3"): Effect(
-        BIASED, "the gradient of the FORWARD KL(ref || pi) of each step, with its prefix held fixed"
+        BIASED, f"the gradient of the FORWARD KL(ref || pi) of each step, {HELD}"
     ),
     ("loss", "k2_sequence"): Effect(EXACT, "k2 of the whole sequence has the gradient of the KL"),
     ("loss", "full_path"): Effect(
@@ -341,16 +351,41 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
-ENTROPY = Effect(
-    BIASED,
-    "the gradient of each step's entropy with its prefix held fixed; the effect of an action on the "
-    "entropy of later steps is missing",
-)
+ENTROPY = Effect(BIASED, f"the gradient of each step's entropy {HELD}; {LATER.format('entropy')}")
 """The effect of an entropy bonus."""
 
-YOUR_OWN = Choice(
-    UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions"
+LOG_SUCCESS = (
+    "the row's own return is in the divisor: with three or more reward levels there is no objective; on rewards of "
+    "0 and 1 it ascends "
 )
+MAXRL = Effect(BIASED, "hard prompts count for more than easy ones", PER_PROMPT)
+RARE = "prefers completions that are rarely matched by others; a reward of 1 counts k (1-p)^(k-1)"
+BEST = "the mean of the best of k rows, minus a number made of the others"
+BEST_OF_K = Choice(EXACT, BEST, of_reward=Effect(BIASED, RARE, PER_PROMPT))
+
+OBJECTIVES: dict[tuple[str, str], Choice] = {
+    ("reward", "default"): Choice(EXACT, "the mean reward", centred=True),
+    # Subtracted is the mean of the best of k others, of k - 1 others, G/(G-1) times the first, and nothing.
+    ("max_at_k", "leave_one_out"): replace(BEST_OF_K, centred=True, of_others=True),
+    ("max_at_k", "sloo_minus_one"): replace(BEST_OF_K, centred=True),
+    ("max_at_k", "sloo"): replace(BEST_OF_K, of_others=True),
+    ("max_at_k", "no_baseline"): BEST_OF_K,
+    ("log_success", "maxrl"): Choice(
+        BIASED, f"{LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k", EXACT, centred=True, of_reward=MAXRL
+    ),
+    ("log_success", "keep_failures"): Choice(
+        BIASED, f"{LOG_SUCCESS}sum_(k<=G) (1-(1-p)^k)/k", EXACT, of_reward=MAXRL
+    ),
+    ("log_success", "leave_one_out"): Choice(
+        PER_PROMPT,
+        "the divisor b is made of the other completions only: E[1/b; b > 0] of the gradient of E[R]",
+        centred=True,
+    ),
+}
+"""The effect of each form of each objective on its own gradient; the first form listed is the default."""
+
+OF_YOUR_OWN = "a baseline of your own is exact if it contains nothing of the row's own actions"
+YOUR_OWN = Choice(UNKNOWN, OF_YOUR_OWN, any_units=True)
 
 
 def choice_of(axis: str, name: object) -> Choice:
@@ -363,39 +398,3 @@ AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.
     "kl_placement": tuple(dict.fromkeys(placement for placement, _ in KL_EFFECTS)),
 }
 """The names of each axis."""
-
-# The type of each axis, such as KlEstimator for kl_estimator: the `Literal` of its names, from which the
-# command line lists and checks them. A type checker cannot read the table, so for it each of them is `str`.
-if TYPE_CHECKING:
-    Baseline = str
-    BaselineOrFunction = str | Callable[..., Tensor]
-    OptimalForm = str
-    Scale = str
-    Aggregation = str
-    Ratio = str
-    Importance = str
-    ImportanceBound = str
-    KlEstimator = str
-    KlPlacement = str
-    Returns = str
-    ZeroSpread = str
-    Truncations = str
-    Components = str
-else:
-    globals().update(
-        {axis.title().replace("_", ""): Literal[names] for axis, names in AXES.items()}
-    )
-    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
-
-
-def required(name: str, value: T | None, purpose: str) -> T:
-    """Return an input that the estimator needs.
-
-    Raises:
-        Refused: When it is missing.
-    """
-    if value is None:
-        raise Refused(
-            f"{name} was not given, and {purpose} needs it. Pass it, or take another estimator."
-        )
-    return value

@@ -1,163 +1,36 @@
-"""Defines `Estimator`: how rewards become a gradient, one choice on each axis. Imports no torch.
+"""Defines `Estimator`: how rewards become a gradient, one choice on each axis.
 
-Its four methods that compute with tensors are functions of the modules `advantages` and `losses`.
+Its methods compute with tensors and import torch when they are called, so that this module imports none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from types import MethodType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tokenrl import settings
-from tokenrl.core import choices
+from tokenrl.core.axes import Axes
 from tokenrl.core.bias import declared
-from tokenrl.core.choices import KL_EFFECTS, choice_of
-from tokenrl.core.off_policy import check_importance, declared_off_policy
+from tokenrl.core.off_policy import declared_off_policy
 from tokenrl.core.presets import PRESETS, Fields, read_changes
-from tokenrl.core.targets import OBJECTIVES, Objective, ObjectiveForm, check_objective
+from tokenrl.core.refusals import check_axes, check_sizes
 from tokenrl.errors import Refused
-from tokenrl.names import NamedFunction
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from tokenrl.core.advantages import advantages
-    from tokenrl.core.losses import critic_loss, loss, token_weights
-
-
-IN_UNITS_OF_THE_EPISODE = ("none", "constant", "value", "timestep_mean", "episode_mean")
-"""Baselines that do not use the total returns of rows, or that learn the returns of actions."""
-
-
-class Advantages(NamedTuple):
-    """What multiplies the scores, and the targets of a critic."""
-
-    policy: Tensor
-    """Advantages: [N] if all actions of a row share one, else [N, T]; 0 in rows without a gradient."""
-    returns: Tensor
-    """The return from each position on [N, T], with what is added to the rewards: a critic's targets."""
-
-
-class TorchMethod:
-    """A method that is a function of another module, which imports torch and is imported at the first use."""
-
-    def __init__(self, module: str) -> None:
-        """Take the function from this module; it has the name of the method."""
-        self.module = module
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        """Learn the name of the method."""
-        self.name = name
-
-    def __get__(self, estimator: object | None, owner: type) -> Callable[..., Any]:
-        """Return the function, bound to the estimator."""
-        function = getattr(import_module(self.module), self.name)
-        return function if estimator is None else MethodType(function, estimator)
+    from tokenrl.core.rows import Advantages, LossTerms
 
 
 @dataclass(frozen=True)
-class Estimator(Settings):
+class Estimator(Axes):
     """How rewards become a gradient. The defaults are RLOO, which is unbiased, with any KL in the reward."""
-
-    baseline: choices.BaselineOrFunction = "rloo"
-    """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
-
-    Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
-    module:function or path/to/file.py:function; from Python the function itself too. If it takes an argument
-    `rewards`, it gets these [N, T] too. A class with the methods `read` and `update` is a baseline with a
-    memory, see `recipes/pages/estimators.md`."""
-    baseline_constant: Number = 0.0
-    """The value subtracted by the baseline 'constant'."""
-    running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
-    """Decay per step of the baseline 'running_mean'; None for the plain mean of all returns so far."""
-    running_mean_init: Number = 0.0
-    """The value of the running mean before the first step."""
-    tracker_decay: Annotated[float, Bounds(at_least=0, below=1)] = 0.875
-    """The baseline 'tracker' multiplies a prompt's two counts by this before it adds the prompt's rewards."""
-    baseline_quantile: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
-    """The baseline 'quantile' is the least return that this share of the other rows do not exceed."""
-    leave_one_out: bool = True
-    """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
-    optimal_form: choices.OptimalForm = "sequence"
-    """What 'optimal' weights by: the row's |S|^2, the token's |s_t|^2, or the sum of |s_t|^2 so far."""
-    shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
-    """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
-    scale: choices.Scale = "none"
-    """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
-    scale_ddof: Literal[0, 1] = 1
-    """1 divides the sum of squares by n - 1, 0 by n."""
-    scale_eps: NonNegative = 1e-4
-    """Added to the standard deviation, outside the root."""
-    aggregation: choices.Aggregation = "sequence_sum"
-    """How tokens are averaged; sequence_sum, the mean over sequences of their token sums, is unbiased."""
-    ratio: choices.Ratio = "none"
-    """Importance ratio of the policy to the one that sampled; token is PPO's clipped ratio."""
-    epsilon: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
-    """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
-    epsilon_high: Positive | None = None
-    """The ratio is clipped above 1 + epsilon_high; None for epsilon."""
-    dual_clip: Annotated[float, Bounds(above=1, at_most=settings.LARGEST)] | None = None
-    """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
-    trust_bound: Annotated[float, Bounds(above=0, at_most=1)] = 0.15
-    """The ratio 'trust' drops tokens whose probability has moved by more than this since it was sampled."""
-    trust_sides: Literal[1, 2] = 1
-    """1 drops a token only if it moved in the direction of its advantage (DPPO), 2 drops it either way."""
-    trust_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] = 20.0
-    """Bound of the ratio by which 'trust' weights the tokens that it keeps."""
-    importance: choices.Importance = "none"
-    """Weight completions by the policy's probability over the sampler's: of each token, of the whole sequence
-    (exact without bounds, and noisy), or its geometric mean; none assumes that the two are equal."""
-    importance_bound: choices.ImportanceBound = "truncate"
-    """Move weights beyond importance_cap and importance_floor to that bound, or mask them: set them to 0."""
-    importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
-    """The largest importance weight; None for no bound."""
-    importance_floor: Annotated[float, Bounds(above=0, at_most=1)] | None = None
-    """The smallest importance weight; None for no bound."""
-    importance_centre: bool = False
-    """Subtract from each token's score its mean over the sampler's vocabulary at that prefix. Without weights
-    the gradient is then that of the sampler's own expected reward, up to a factor."""
-    beta: NonNegative = 0.0
-    """Weight of the KL divergence from the reference policy; 0 needs no reference."""
-    kl_estimator: choices.KlEstimator = "k1"
-    """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss."""
-    kl_placement: choices.KlPlacement = "reward"
-    """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
-    entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus in the loss, a bias: an action's effect on later entropy is ignored."""
-    returns: choices.Returns = "total"
-    """Credit each action with the whole return, the reward to go (also normalised over its episode), its next
-    rewards, or GAE's return."""
-    window: Count = 16
-    """Steps of reward that 'blame_window' credits to an action, its own step included."""
-    lam: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.95
-    """GAE's lambda: 1 uses observed rewards only, 0 one reward and the value of the next state."""
-    gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
-    """Discount per step; below 1 the gradient is no longer that of the undiscounted return."""
-    components: choices.Components = "summed"
-    """Add the rewards of all functions first, or give each its own baseline and scale, and add advantages."""
-    zero_spread: choices.ZeroSpread = "keep"
-    """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
-    truncations: choices.Truncations = "keep"
-    """Keep completions cut off at the maximum length, or mask their gradient."""
-    overlong_buffer: Natural = 0
-    """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
-    value_clip: Positive | None = None
-    """How far a value may move from the old one before the critic's loss is clipped; None for no clip."""
-    objective: Objective = "reward"
-    """What is ascended: the mean reward, the best of k completions (pass@k), or the log of success."""
-    objective_order: Count | None = None
-    """k of 'max_at_k', below the number of completions per prompt."""
-    objective_form: ObjectiveForm = "default"
-    """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names, numbers out of range, and choices that exclude each other."""
         super().__post_init__()
-        self._check_combinations()
+        check_axes(self)
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> Estimator:
@@ -186,43 +59,17 @@ class Estimator(Settings):
             preset = PRESETS[head].fields
         return settings.arguments(cls, preset | changes | overrides)
 
-    def _check_combinations(self) -> None:
-        """Refuse choices that exclude each other."""
-        placement, kl = self.kl_placement, self.kl_estimator
-        if self.needs_kl and (placement, kl) not in KL_EFFECTS:
-            raise Refused(
-                f"kl_estimator {kl!r} is exact in the loss, but kl_placement is {placement!r}. Set "
-                "kl_placement 'loss', or take kl_estimator 'k1', which is exact in the reward."
-            )
-        for axis in self.within_rows:
-            if self.components == "separate" or (axis != "returns" and self.returns == "total"):
-                raise Refused(
-                    f"{getattr(self, axis)!r} compares the steps of one row, which with returns 'total' or "
-                    "components 'separate' all have the same return. Set returns 'reward_to_go' and "
-                    f"components 'summed', or choose another {axis}."
-                )
-        of_totals = not callable(self.baseline) and self.baseline not in IN_UNITS_OF_THE_EPISODE
-        if self.returns == "episode_normalized" and of_totals:
-            raise Refused(
-                f"returns 'episode_normalized' and the baseline {self.baseline!r}, made of whole returns, "
-                "are in other units. Choose the baseline 'none' or 'value', or returns 'reward_to_go'."
-            )
-        check_importance(self)
-        if self.scale in ("loo_std", "other_groups_std") and self.scale_eps == 0:
-            raise Refused(
-                f"scale {self.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
-                "Give a scale_eps above 0; its preset has 0.1."
-            )
-        check_objective(self)
+    @property
+    def preset_name(self) -> str:
+        """The name of the first preset with exactly these fields, or 'custom estimator'."""
+        names = (name for name in PRESETS if type(self).preset(name) == self)
+        return next(names, "custom estimator")
 
-        added = self.overlong_buffer or (self.needs_kl and placement == "reward")
-        of_rewards = {*self._column("needs").values()} <= {"", "score_norms"}
-        if self.components == "separate" and (added or not of_rewards):
-            raise Refused(
-                "With components 'separate' the advantages of a reward function are made of its own rewards "
-                "in the step. Choose a baseline of these, such as 'rloo' or 'group_mean', returns other than "
-                "'gae', overlong_buffer 0, and for a KL the kl_placement 'loss'."
-            )
+    @property
+    def reference(self) -> str:
+        """The paper or toolkit of that preset, or an empty string."""
+        preset = PRESETS.get(self.preset_name)
+        return preset.paper if preset else ""
 
     @property
     def bias_status(self) -> str:
@@ -254,120 +101,295 @@ class Estimator(Settings):
         """What the expected gradient is for the mean reward E[R], if the objective is another one."""
         return declared(self, of_reward=True).status
 
-    @property
-    def form(self) -> str:
-        """The form of the objective, with its default filled in."""
-        forms = (form for name, form in OBJECTIVES if name == self.objective)
-        return next(forms) if self.objective_form == "default" else self.objective_form
+    def advantages(
+        self,
+        rewards: Float[Tensor, " N *T"],
+        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        *,
+        group_size: int | None,
+        valid: Bool[Tensor, " N"] | None = None,
+        logprobs: Float[Tensor, "N T"] | None = None,
+        ref_logprobs: Float[Tensor, "N T"] | None = None,
+        values: Float[Tensor, "N T"] | None = None,
+        bootstrap: Float[Tensor, " N"] | None = None,
+        greedy_rewards: Float[Tensor, " N"] | None = None,
+        score_norms: Float[Tensor, "N T"] | None = None,
+        baseline_value: float | Float[Tensor, " *N"] | None = None,
+        components: Float[Tensor, "N K"] | None = None,
+        component_weights: Float[Tensor, " K"] | None = None,
+        turns: Int[Tensor, "N T"] | None = None,
+        max_length: int | None = None,
+    ) -> Advantages:
+        """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
 
-    @property
-    def fewest_rows(self) -> int:
-        """The number of rows of a group without which the objective gives it no advantage."""
-        others = self.form in ("leave_one_out", "sloo")
-        return max(2, self.objective_order + others) if self.objective_order else 2
+        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward), then
+        returns, baseline and scale. Means and standard deviations over rows use the rows' total returns, also
+        with the returns 'reward_to_go'. Inputs that the chosen axes do not need are ignored.
 
-    @property
-    def reference(self) -> str:
-        """The paper or toolkit of the first preset that has exactly these fields, or an empty string."""
-        return next((p.paper for name, p in PRESETS.items() if type(self).preset(name) == self), "")
+        With `turns`, one instant is a turn instead of a token, see `advantages.Step.in_turns`: gamma, lam,
+        `window`, the length of a row and 'token_whiten' then count turns. With returns 'total', gamma 1 and a
+        named baseline the actions of a row share its return, and turns are ignored.
 
-    def _column(self, name: str) -> dict[str, object]:
-        """Look up one column of the table of choices for the three axes that make the advantages."""
-        three = ("returns", "baseline", "scale")
-        return {axis: getattr(choice_of(axis, getattr(self, axis)), name) for axis in three}
+        Args:
+            rewards: One per row [N], or one per position [N, T], which counts also where the mask is 0.
+            mask: 1 where the token is an action of the policy [N, T].
+            group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+            valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
+                and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
+            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward.
+            ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
+            values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
+            bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
+                the rewards that were cut off, so an error in it biases the gradient.
+            greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
+            score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
+            baseline_value: What the baseline's memory holds before this step, for 'running_mean', 'tracker' and
+                a memory of your own: one number, or one for each row [N].
+            components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
+                components 'separate' each column has a baseline and a scale of its own, and `rewards` is ignored.
+            component_weights: Weights by which the advantages of the functions are added [K]; None for 1. GDPO
+                (arXiv 2601.05242) whitens the sum over the step as well, which is a second scale.
+            turns: Number of the turn of each action, from 0 and in order [N, T]; off the mask it may hold
+                anything. A reward off the mask belongs to the last turn that began before it, and to the first
+                turn if none did. The value of a turn is that of its first token.
+            max_length: The largest number of actions that a row may have, for overlong_buffer.
 
-    @property
-    def within_rows(self) -> list[str]:
-        """The axes, of returns, baseline and scale, on which the steps of one row are compared."""
-        return [axis for axis, compares in self._column("compares").items() if compares == "row"]
-
-    @property
-    def subtracts_baseline(self) -> bool:
-        """Whether a baseline of any kind is subtracted.
-
-        A constant of 0 is not a baseline. Nor are the returns 'gae' by themselves: they mix values into the
-        return and subtract none. The scale 'token_whiten' is one, because it subtracts the mean over the
-        step, and so are the returns 'episode_normalized', which subtract the mean over the episode.
+        Raises:
+            Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
+            ValueError: When rewards and mask do not fit together.
         """
-        if self.scale == "token_whiten" or self.returns == "episode_normalized":
-            return True
-        return (
-            self.baseline_constant != 0 if self.baseline == "constant" else self.baseline != "none"
+        from tokenrl.core import advantages as formulas
+        from tokenrl.core.returns import Turns, token_rewards
+        from tokenrl.core.rows import Advantages, required, zero_outside
+
+        if rewards.shape not in (mask.shape[:1], mask.shape):
+            raise ValueError(
+                f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}"
+            )
+        check_sizes(self, len(mask), group_size)
+        mask = mask.bool()
+        valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
+        if self.separate_components:
+            columns = required("components", components, "'separate'").unbind(1)
+            streams = [(x.nan_to_num(), valid & ~x.isnan()) for x in columns]
+            streams = [(token_rewards(x, mask, present), present) for x, present in streams]
+        else:
+            complete = formulas.rewards_in_time(
+                self,
+                rewards.detach(),
+                mask,
+                valid,
+                bootstrap=bootstrap,
+                max_length=max_length,
+                logprobs=logprobs,
+                ref_logprobs=ref_logprobs,
+            )
+            streams = [(complete, valid)]
+        one_return = self.shares_return and self.gamma == 1 and not callable(self.baseline)
+        clock = None if turns is None or one_return else Turns.read(turns, mask)
+        parts = []
+        for in_time, present in streams:
+            step = formulas.Step(
+                in_time,
+                mask,
+                present,
+                group_size,
+                values,
+                score_norms,
+                greedy_rewards,
+                baseline_value,
+            )
+            if clock is None:
+                parts.append(formulas.advantages_of(self, step))
+                continue
+            policy, targets = formulas.advantages_of(self, step.in_turns(clock))
+            if policy.ndim == 2:
+                policy = zero_outside(clock.spread(policy), mask)
+            parts.append(Advantages(policy, clock.spread(targets)))
+        if self.separate_components:
+            return formulas.weighted_sum(parts, component_weights)
+        return parts[0]
+
+    def token_weights(
+        self,
+        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        *,
+        max_length: int | None,
+        valid: Bool[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, "N T"]:
+        """Return the weight of every token of the whole step, by the aggregation.
+
+        The losses of slices add up to that of the step; `rows.token_weights` has the formulas.
+
+        Args:
+            mask: 1 where the token is an action of the policy [N, T].
+            max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
+            valid: False where a row counts nowhere [N]; None if all rows count.
+
+        Raises:
+            Refused: When the aggregation is 'fixed_length' and no length is given.
+        """
+        from tokenrl.core.rows import token_weights
+
+        return token_weights(mask, aggregation=self.aggregation, max_length=max_length, valid=valid)
+
+    def loss(
+        self,
+        logprobs: Float[Tensor, "N T"],
+        advantages: Float[Tensor, " N *T"],
+        weights: Float[Tensor, "N T"],
+        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        *,
+        old_logprobs: Float[Tensor, "N T"] | None = None,
+        sampling_logprobs: Float[Tensor, "N T"] | None = None,
+        ref_logprobs: Float[Tensor, "N T"] | None = None,
+        entropy: Float[Tensor, "N T"] | None = None,
+        centres: Float[Tensor, "N T"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
+
+        The weights already divide by the whole step, so the losses of slices add up to that of the step. A
+        row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
+        inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
+        `logprobs`, `entropy` and `centres` carry a gradient.
+
+        Args:
+            logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
+            advantages: `Advantages.policy` of these rows [N] or [N, T].
+            weights: `token_weights` of these rows [N, T].
+            mask: 1 where the token is an action that is learnt from [N, T].
+            old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
+                a ratio.
+            sampling_logprobs: The same, as the sampler reported them [N, T]; for importance weights.
+            ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
+            entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
+            centres: `Estimator.score_centres` at the prefix of each token [N, T]; for importance_centre.
+
+        Raises:
+            ValueError: When the shapes of logprobs, weights and mask differ.
+            Refused: When the estimator needs an input that is missing.
+        """
+        from tokenrl.core.losses import PER_TOKEN, bounded, importance_weights, policy_gain
+        from tokenrl.core.rows import required, zero_outside
+
+        if not logprobs.shape == weights.shape == mask.shape:
+            raise ValueError(f"shapes differ: {logprobs.shape=}, {weights.shape=}, {mask.shape=}")
+        live = mask.bool() & (weights != 0)
+
+        def inside(name: str, x: Tensor | None, purpose: str) -> Tensor:
+            return zero_outside(required(name, x, purpose), live)
+
+        # Tokens that do not count may hold anything, also nan, so they are set to 0 before any arithmetic.
+        logprobs = zero_outside(logprobs, live)
+        advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
+        advantages = zero_outside(advantages.expand(live.shape), live)
+        old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
+        scored_before = self.needs_sampling_logprobs and old_logprobs is not None
+        if self.needs_old_logprobs or scored_before:
+            old = inside("old_logprobs", old_logprobs, f"the ratio {self.ratio!r}").detach()
+        gain = policy_gain(
+            logprobs,
+            old,
+            advantages,
+            live,
+            ratio=self.ratio,
+            clip_range=self.clip_range,
+            dual_clip=self.dual_clip,
+            trust_cap=self.trust_cap,
+            trust_bound=self.trust_bound,
+            trust_sides=self.trust_sides,
+        )
+        if self.needs_sampling_logprobs:
+            purpose = f"importance {self.importance!r}"
+            log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
+            of_sampler = importance_weights(log_weights, live, self.importance)
+            gain = gain * bounded(of_sampler, self.importance_range, masks=self.masks_weights)
+        if self.needs_centres:
+            gain = gain - advantages * inside("centres", centres, "importance_centre")
+        if self.kl_in_loss:
+            reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
+            # After the importance weight, which corrects the policy's gain and does not apply to the KL.
+            gain = gain - self.beta * PER_TOKEN[self.kl_estimator](logprobs, reference)
+        if self.needs_entropy:
+            gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
+        return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
+
+    def beyond_bounds(
+        self,
+        logprobs: Float[Tensor, "N T"],
+        old_logprobs: Float[Tensor, "N T"],
+        advantages: Float[Tensor, " N *T"],
+    ) -> Bool[Tensor, "N T"]:
+        """Return True for the tokens that the ratio 'trust' drops, or whose ratio is outside its clip range."""
+        from tokenrl.core.losses import beyond_trust
+
+        if self.ratio == "trust":
+            advantages = advantages if advantages.ndim == 2 else advantages[:, None]
+            return beyond_trust(
+                logprobs, old_logprobs, advantages, bound=self.trust_bound, sides=self.trust_sides
+            )
+        low, high = self.clip_range
+        ratio = (logprobs.detach() - old_logprobs.detach()).exp()
+        return (ratio > high) | (ratio < low)
+
+    def score_centres(
+        self, logprobs: Float[Tensor, "*N V"], sampling_logprobs: Float[Tensor, "*N V"]
+    ) -> Float[Tensor, " *N"]:
+        """Return the weighted mean score of a token under the sampler; see `losses.score_centres`."""
+        from tokenrl.core.losses import score_centres
+
+        bounds = self.importance_range if self.needs_sampling_logprobs else None
+        return score_centres(logprobs, sampling_logprobs, bounds, masks=self.masks_weights)
+
+    def critic_loss(
+        self,
+        values: Float[Tensor, "N T"],
+        returns: Float[Tensor, "N T"],
+        weights: Float[Tensor, "N T"],
+        *,
+        old_values: Float[Tensor, "N T"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the critic's loss `sum w (V - G)^2 / 2` over some rows; see `losses.critic_loss`."""
+        from tokenrl.core.losses import critic_loss
+
+        return critic_loss(
+            values, returns, weights, value_clip=self.value_clip, old_values=old_values
         )
 
-    @property
-    def needs_groups(self) -> bool:
-        """Whether several completions of each prompt are compared."""
-        return "group" in self._column("compares").values() or self.zero_spread != "keep"
+    def loss_terms(
+        self,
+        rewards: Float[Tensor, " N *T"],
+        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        *,
+        group_size: int | None,
+        max_length: int,
+        valid: Bool[Tensor, " N"] | None = None,
+        truncated: Bool[Tensor, " N"] | None = None,
+        **inputs: Any,
+    ) -> LossTerms:
+        """Return the advantages, weights and mask of a step, without the rows and tokens that do not count.
 
-    @property
-    def needs_kl(self) -> bool:
-        """Whether a KL divergence from a reference policy is used anywhere."""
-        return self.beta > 0
+        Args:
+            rewards: As given to `advantages` [N] or [N, T].
+            mask: 1 where the token is an action of the policy [N, T].
+            group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+            max_length: The largest number of actions that a row may have.
+            valid: False where a row abstains [N].
+            truncated: True where a row was cut off at the maximum length [N].
+            **inputs: Further arguments of `advantages`.
+        """
+        from tokenrl.core.rows import LossTerms, keep
 
-    needs_reference = needs_kl
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether the loss needs the entropy of each step."""
-        return self.entropy_coef > 0
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether a critic's values are needed."""
-        return "values" in self._column("needs").values()
-
-    @property
-    def needs_memory(self) -> bool:
-        """Whether the baseline is a memory of earlier steps, which each step updates."""
-        own = self.baseline.load() if isinstance(self.baseline, NamedFunction) else self.baseline
-        is_class = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
-        return is_class or "baseline_value" in self._column("needs").values()
-
-    @property
-    def needs_greedy(self) -> bool:
-        """Whether the reward of each prompt's greedy completion is needed."""
-        return "greedy_rewards" in self._column("needs").values()
-
-    @property
-    def needs_score_norms(self) -> bool:
-        """Whether the squared norm of each token's score is needed."""
-        return "score_norms" in self._column("needs").values()
-
-    @property
-    def needs_sampling_logprobs(self) -> bool:
-        """Whether the loss needs the logprobs that the sampler itself reported."""
-        return self.importance != "none"
-
-    @property
-    def needs_centres(self) -> bool:
-        """Whether the loss needs the mean score of a token at each prefix, under the sampler."""
-        return self.importance_centre
-
-    @property
-    def needs_old_logprobs(self) -> bool:
-        """Whether the loss needs the logprobs of the policy that sampled."""
-        return self.ratio != "none"
-
-    @property
-    def loss_side_terms(self) -> bool:
-        """Whether rows of advantage 0 still have a gradient, from a KL or an entropy term in the loss."""
-        return (self.needs_kl and self.kl_placement == "loss") or self.needs_entropy
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
-        return 1.0 - self.epsilon, 1.0 + (
-            self.epsilon if self.epsilon_high is None else self.epsilon_high
+        counted, learnt = keep(
+            rewards,
+            mask,
+            masks_truncated=self.masks_truncated,
+            skips_equal_groups=self.skips_equal_groups,
+            group_size=group_size,
+            valid=valid,
+            truncated=truncated,
         )
-
-    if TYPE_CHECKING:
-        advantages = advantages
-        token_weights = token_weights
-        loss = loss
-        critic_loss = critic_loss
-    else:
-        advantages = TorchMethod("tokenrl.core.advantages")
-        token_weights = TorchMethod("tokenrl.core.losses")
-        loss = TorchMethod("tokenrl.core.losses")
-        critic_loss = TorchMethod("tokenrl.core.losses")
+        sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
+        policy, returns = self.advantages(rewards, mask, valid=valid, **sizes, **inputs)
+        weights = self.token_weights(learnt.to(policy.dtype), max_length=max_length, valid=counted)
+        return LossTerms(policy, weights, learnt, returns)

@@ -1,4 +1,4 @@
-"""Computes the loss: for each token a gain, the quantity to ascend, and the weight with which it counts.
+"""Computes the parts of the loss: gains by a ratio, importance weights, estimates of a KL.
 
 sg(x) denotes x without its gradient (stop-gradient), rho the ratio pi / pi_old, A the advantage, and l the
 log ratio `log pi - log ref` of a token that the policy sampled.
@@ -14,146 +14,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core.choices import required
-from tokenrl.core.importance import importance_weights
 from tokenrl.core.returns import reward_to_go
-from tokenrl.core.rows import zero_outside
-from tokenrl.errors import Refused
-
-if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
-
-
-def token_weights(
-    estimator: Estimator,
-    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-    *,
-    max_length: int | None,
-    valid: Bool[Tensor, " N"] | None = None,
-) -> Float[Tensor, "N T"]:
-    """Return the weight of every token of the whole step; the losses of slices add up to that of the step.
-
-    With m the mask, L_i the number of actions of row i, and N the number of valid rows::
-
-        sequence_sum  m / N                 sequence_mean  m / (N L_i)
-        token_mean    m / sum_i L_i         fixed_length   m / (N max_length)
-
-    N counts every valid row, also one without any action: it was sampled, and its gradient is zero. Rows that
-    are not valid get weight 0 and count nowhere. 'fixed_length' (Dr. GRPO, arXiv 2503.20783) never divides by
-    the padded width, which depends on what was sampled and would bias the gradient.
-
-    Args:
-        estimator: The estimator whose aggregation is used.
-        mask: 1 where the token is an action of the policy [N, T].
-        max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
-        valid: False where a row counts nowhere [N]; None if all rows count.
-
-    Raises:
-        Refused: When the aggregation is 'fixed_length' and no length is given.
-    """
-    if estimator.aggregation == "fixed_length" and (max_length is None or max_length < 1):
-        raise Refused(
-            f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}."
-        )
-    valid = mask.new_ones(mask.shape[0]).bool() if valid is None else valid.bool()
-    actions = mask.bool() & valid[:, None]
-    lengths = actions.sum(-1, keepdim=True)
-    rows = valid.sum().clamp(min=1)  # of the whole step: never divide a slice by its own rows
-    divisors = {
-        "sequence_sum": rows,
-        "fixed_length": rows * (max_length or 1),
-        "token_mean": lengths.sum().clamp(min=1),
-        "sequence_mean": rows * lengths.clamp(min=1),
-    }
-    dtype = mask.dtype if mask.is_floating_point() else torch.get_default_dtype()
-    return actions.to(dtype) / divisors[estimator.aggregation]
-
-
-def loss(
-    estimator: Estimator,
-    logprobs: Float[Tensor, "N T"],
-    advantages: Float[Tensor, " N *T"],
-    weights: Float[Tensor, "N T"],
-    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-    *,
-    old_logprobs: Float[Tensor, "N T"] | None = None,
-    sampling_logprobs: Float[Tensor, "N T"] | None = None,
-    ref_logprobs: Float[Tensor, "N T"] | None = None,
-    entropy: Float[Tensor, "N T"] | None = None,
-    centres: Float[Tensor, "N T"] | None = None,
-) -> Float[Tensor, ""]:
-    """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
-
-    The weights already divide by the whole step, so the losses of slices add up to that of the step. A
-    row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
-    inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
-    `logprobs`, `entropy` and `centres` carry a gradient.
-
-    Args:
-        estimator: The estimator whose axes are used.
-        logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
-        advantages: `Advantages.policy` of these rows [N] or [N, T].
-        weights: `token_weights` of these rows [N, T].
-        mask: 1 where the token is an action that is learnt from [N, T].
-        old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
-            a ratio.
-        sampling_logprobs: The same, as the sampler reported them [N, T]; for importance weights.
-        ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
-        entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
-        centres: `importance.score_centres` at the prefix of each token [N, T]; for importance_centre.
-
-    Raises:
-        ValueError: When the shapes of logprobs, weights and mask differ.
-        Refused: When the estimator needs an input that is missing.
-    """
-    if not logprobs.shape == weights.shape == mask.shape:
-        raise ValueError(f"shapes differ: {logprobs.shape=}, {weights.shape=}, {mask.shape=}")
-    live = mask.bool() & (weights != 0)
-
-    def inside(name: str, x: Tensor | None, purpose: str) -> Tensor:
-        return zero_outside(required(name, x, purpose), live)
-
-    # Tokens that do not count may hold anything, also nan, so they are set to 0 before any arithmetic.
-    logprobs = zero_outside(logprobs, live)
-    advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
-    advantages = zero_outside(advantages.expand(live.shape), live)
-    old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
-    if estimator.needs_old_logprobs or (
-        estimator.needs_sampling_logprobs and old_logprobs is not None
-    ):
-        old = inside("old_logprobs", old_logprobs, f"the ratio {estimator.ratio!r}").detach()
-    gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
-    if estimator.needs_sampling_logprobs:
-        sampled = inside(
-            "sampling_logprobs", sampling_logprobs, f"importance {estimator.importance!r}"
-        )
-        gain = gain * importance_weights(estimator, old - sampled, live)
-    if estimator.needs_centres:
-        gain = gain - advantages * inside("centres", centres, "importance_centre")
-    if estimator.needs_kl and estimator.kl_placement == "loss":
-        reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
-        # After the importance weight, which corrects the policy's gain and does not apply to the KL.
-        gain = gain - estimator.beta * PER_TOKEN[estimator.kl_estimator](logprobs, reference)
-    if estimator.needs_entropy:
-        bonus = inside("entropy", entropy, "an entropy bonus")
-        gain = gain + estimator.entropy_coef * bonus
-    return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
+from tokenrl.core.rows import required, zero_outside
 
 
 def policy_gain(
-    estimator: Estimator,
     logprobs: Float[Tensor, "N T"],
-    log_ratio: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
     advantages: Float[Tensor, "N T"],
     live: Bool[Tensor, "N T"],
+    *,
+    ratio: str,
+    clip_range: tuple[float, float],
+    dual_clip: float | None,
+    trust_cap: float,
+    trust_bound: float,
+    trust_sides: int,
 ) -> Float[Tensor, "N T"]:
-    """Return the gain of each token by the ratio of the estimator.
+    """Return the gain of each token by the ratio.
 
     ::
 
@@ -161,72 +44,51 @@ def policy_gain(
         token             PPO's gain, clipped token by token (Schulman et al. 2017, arXiv 1707.06347, eq. 7)
         sequence_mean     GSPO's, with the clipped geometric mean of the row's ratios (arXiv 2507.18071)
         sequence_product  with the ratio of the whole sequence, unclipped, hence exact off-policy too
-        geometric_clip    GMPO's, with the geometric mean of the row's ratios, each of them clipped on the
-                          side of the advantage as PPO clips it (Zhao et al. 2025, arXiv 2507.20673)
+        geometric_clip    GMPO's, with the geometric mean of the row's clipped ratios (arXiv 2507.20673)
         cispo             sg(clip(rho)) A log pi: clipped tokens keep a gradient (arXiv 2506.13585)
-        trust             sg(min(rho, trust_cap)) A log pi, and 0 for the tokens of `beyond_bounds`
+        trust             sg(min(rho, trust_cap)) A log pi, and 0 for the tokens of `beyond_trust`
 
     Args:
-        estimator: The estimator whose ratio and bounds are used.
         logprobs: log pi, with a gradient; 0 outside `live`, as all that follow.
-        log_ratio: log rho = log pi - log pi_old, where pi_old is the policy that sampled.
+        old_logprobs: log pi_old, of the policy that sampled.
         advantages: A, without a gradient.
         live: True where the token is an action and its weight is not 0.
+        ratio: One of the seven.
+        clip_range: The bounds of rho.
+        dual_clip: The bound of rho for negative advantages, for 'token' and 'sequence_mean'; None for none.
+        trust_cap: The largest rho, for 'trust'.
+        trust_bound: How far the probability of a token may move, for 'trust'.
+        trust_sides: 1 if it may move so far against its advantage only, 2 in neither direction.
     """
-    if estimator.ratio == "none":
-        return advantages * logprobs
-    if estimator.ratio == "cispo":
-        return advantages * log_ratio.detach().exp().clamp(*estimator.clip_range) * logprobs
-    if estimator.ratio == "trust":
-        weight = log_ratio.detach().exp().clamp(max=estimator.trust_cap)
-        dropped = beyond_bounds(estimator, logprobs, logprobs - log_ratio, advantages)
-        return advantages * zero_outside(weight, ~dropped) * logprobs
-    if estimator.ratio == "token":
-        return clipped(estimator, log_ratio.exp(), advantages)
-    if estimator.ratio == "geometric_clip":
-        low, high = log_ratio.new_tensor(estimator.clip_range).log()
-        log_ratio = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
-        logprobs = (
-            log_ratio  # a token beyond the clip has no gradient, and the bound stays in the mean
-        )
-    of_sequence = log_ratio.sum(-1, keepdim=True)
-    if estimator.ratio != "sequence_product":
-        of_sequence = of_sequence / live.sum(-1, keepdim=True).clamp(min=1)
-    # The ratio of the sequence for each token, sg(ratio) pi_t / sg(pi_t): its gradient is the ratio times the
-    # token's score. With one advantage per row, the sum over the row's tokens has the gradient of the ratio
-    # itself, up to the number of tokens over which the two means average; with one advantage per token, each
-    # score meets its own. logprobs - sg(logprobs) is 0 in value.
-    ratio = (of_sequence.detach() + logprobs - logprobs.detach()).exp()
-    if estimator.ratio == "sequence_mean":
-        return clipped(estimator, ratio, advantages)
-    return advantages * ratio
-
-
-def beyond_bounds(
-    estimator: Estimator,
-    logprobs: Float[Tensor, "N T"],
-    old_logprobs: Float[Tensor, "N T"],
-    advantages: Float[Tensor, " N *T"],
-) -> Bool[Tensor, "N T"]:
-    """Return True for the tokens that the ratio 'trust' drops, or whose ratio is outside its clip range.
-
-    'trust' compares pi, the probability of the token, with mu, that under the policy that sampled, as the
-    trainer computed it. With one side a token is dropped where pi - mu is beyond `trust_bound` in the
-    direction of its advantage: above for A > 0, below for A < 0 (DPPO, arXiv 2602.04879). With two sides it
-    is dropped where |pi - mu| is.
-    """
-    new, old = logprobs.detach(), old_logprobs.detach()
-    if estimator.ratio != "trust":
-        low, high = estimator.clip_range
-        ratio = (new - old).exp()
-        return (ratio > high) | (ratio < low)
-    moved = new.exp() - old.exp()
-    signs = advantages.sign() if advantages.ndim == 2 else advantages.sign()[:, None]
-    return (moved.abs() if estimator.trust_sides == 2 else moved * signs) > estimator.trust_bound
+    log_ratio = logprobs - old_logprobs
+    match ratio:
+        case "token":
+            return clipped(log_ratio.exp(), advantages, clip_range, dual_clip)
+        case "cispo":
+            return advantages * log_ratio.detach().exp().clamp(*clip_range) * logprobs
+        case "trust":
+            weight = log_ratio.detach().exp().clamp(max=trust_cap)
+            dropped = beyond_trust(
+                logprobs, old_logprobs, advantages, bound=trust_bound, sides=trust_sides
+            )
+            return advantages * zero_outside(weight, ~dropped) * logprobs
+        case "geometric_clip":
+            log_ratio = clipped_by_side(log_ratio, advantages, clip_range)
+            return advantages * of_sequence(log_ratio, log_ratio, live)
+        case "sequence_mean":
+            of_row = of_sequence(log_ratio, logprobs, live)
+            return clipped(of_row, advantages, clip_range, dual_clip)
+        case "sequence_product":
+            return advantages * of_sequence(log_ratio, logprobs)
+        case _:
+            return advantages * logprobs
 
 
 def clipped(
-    estimator: Estimator, ratio: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"]
+    ratio: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    clip_range: tuple[float, float],
+    dual_clip: float | None = None,
 ) -> Float[Tensor, "N T"]:
     """Return `min(rho A, clip(rho, low, high) A)` (PPO, eq. 7), and for A < 0 no less than `dual_clip A`.
 
@@ -235,10 +97,130 @@ def clipped(
     """
     # The minimum is clipped only where the ratio has already moved in the direction of the advantage. A token
     # that moved in the other direction keeps its gradient, which brings it back.
-    gain = torch.minimum(ratio * advantages, ratio.clamp(*estimator.clip_range) * advantages)
-    if estimator.dual_clip is None:
+    gain = torch.minimum(ratio * advantages, ratio.clamp(*clip_range) * advantages)
+    if dual_clip is None:
         return gain
-    return torch.where(advantages < 0, torch.maximum(gain, estimator.dual_clip * advantages), gain)
+    return torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+
+
+def clipped_by_side(
+    log_ratio: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    clip_range: tuple[float, float],
+) -> Float[Tensor, "N T"]:
+    """Return the log ratios, each clipped on the side of its advantage, as PPO clips them.
+
+    It is for the mean of the row in GMPO (Zhao et al. 2025, arXiv 2507.20673): a token beyond the clip has no
+    gradient, and the bound stays in the mean.
+    """
+    low, high = log_ratio.new_tensor(clip_range).log()
+    return torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+
+
+def of_sequence(
+    log_ratio: Float[Tensor, "N T"],
+    logprobs: Float[Tensor, "N T"],
+    live: Bool[Tensor, "N T"] | None = None,
+) -> Float[Tensor, "N T"]:
+    """Return the ratio of the row for each of its tokens, `sg(ratio) pi_t / sg(pi_t)`.
+
+    Its gradient is the ratio times the token's score. With one advantage per row, the sum over the row's tokens
+    has the gradient of the ratio itself, up to the number of tokens over which the two means average; with one
+    advantage per token, each score meets its own.
+
+    Args:
+        log_ratio: The log ratio of each token, 0 outside `live`.
+        logprobs: What the gradient goes to: log pi, or the log ratio itself.
+        live: True where the token counts, for the geometric mean of the ratios; None for their product.
+    """
+    total = log_ratio.sum(-1, keepdim=True)
+    if live is not None:
+        total = total / live.sum(-1, keepdim=True).clamp(min=1)
+    return (total.detach() + logprobs - logprobs.detach()).exp()  # the last two are 0 in value
+
+
+def beyond_trust(
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    *,
+    bound: float,
+    sides: int,
+) -> Bool[Tensor, "N T"]:
+    """Return True for the tokens that the ratio 'trust' drops.
+
+    It compares pi, the probability of the token, with mu, that under the policy that sampled, as the trainer
+    computed it. With one side a token is dropped where pi - mu is beyond the bound in the direction of its
+    advantage: above for A > 0, below for A < 0 (DPPO, arXiv 2602.04879). With two sides it is dropped where
+    |pi - mu| is.
+    """
+    moved = logprobs.detach().exp() - old_logprobs.detach().exp()
+    return (moved.abs() if sides == 2 else moved * advantages.sign()) > bound
+
+
+def bounded(
+    weights: Float[Tensor, "*N"], bounds: tuple[float, float], *, masks: bool
+) -> Float[Tensor, "*N"]:
+    """Return the weights, those outside of the bounds moved to the bound, or set to 0 if `masks`."""
+    low, high = bounds
+    if masks:
+        return zero_outside(weights, (weights >= low) & (weights <= high))
+    return weights.clamp(low, high)
+
+
+def importance_weights(
+    log_weights: Float[Tensor, "N T"], live: Bool[Tensor, "N T"], importance: str
+) -> Float[Tensor, "N _"]:
+    """Return the weight of each token, or one for each row [N, 1], without a gradient and without bounds.
+
+    The sampler may be another engine, another precision, an older policy, or the policy at another temperature
+    or cut to its most probable tokens. With l the log-probability of a token under the trainer's policy minus
+    that under the sampler::
+
+        token      exp(l_t)
+        sequence   exp(sum_t l_t), the ratio of the two probabilities of the completion
+        geometric  exp(mean_t l_t)
+
+    Args:
+        log_weights: l, 0 outside `live`.
+        live: True where the token is an action and its weight in the loss is not 0.
+        importance: One of the three.
+    """
+    log_weights = log_weights.detach()
+    if importance == "token":
+        return log_weights.exp()
+    total = log_weights.sum(-1, keepdim=True)
+    if importance == "geometric":
+        total = total / live.sum(-1, keepdim=True).clamp(min=1)
+    return total.exp()
+
+
+def score_centres(
+    logprobs: Float[Tensor, "*N V"],
+    sampling_logprobs: Float[Tensor, "*N V"],
+    bounds: tuple[float, float] | None = None,
+    *,
+    masks: bool = False,
+) -> Float[Tensor, " *N"]:
+    """Return `sum_v mu(v) w(v) log pi(v)`, whose gradient is the mean score of a token of the sampler.
+
+    mu are the sampler's probabilities and w the weights of tokens, 1 without importance weights; both without
+    a gradient. `Estimator.loss` subtracts the advantage times this number (`importance_centre`).
+
+    Args:
+        logprobs: log pi of every token of the vocabulary, under the policy being trained.
+        sampling_logprobs: log mu of the same tokens; -inf, or any very low number, for those never sampled.
+        bounds: The smallest and the largest importance weight; None for weights of 1.
+        masks: Whether weights beyond these bounds are set to 0.
+    """
+    chances = sampling_logprobs.detach().exp()
+    possible = chances > 0  # others are left out before any product, which would be 0 * inf = nan
+    logprobs = zero_outside(logprobs, possible)
+    if bounds is not None:
+        log_mu = zero_outside(sampling_logprobs.detach(), possible)
+        weights = (logprobs.detach() - log_mu).exp()
+        chances = chances * bounded(weights, bounds, masks=masks)
+    return (chances * logprobs).sum(-1)
 
 
 def k1(
@@ -329,11 +311,11 @@ def score_norm_of(
 
 
 def critic_loss(
-    estimator: Estimator,
     values: Float[Tensor, "N T"],
     returns: Float[Tensor, "N T"],
     weights: Float[Tensor, "N T"],
     *,
+    value_clip: float | None = None,
     old_values: Float[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows.
@@ -343,20 +325,21 @@ def critic_loss(
     PPO (Schulman et al. 2017).
 
     Args:
-        estimator: The estimator whose value_clip is used.
         values: The critic's values V [N, T]; they carry the gradient.
         returns: `Advantages.returns`, the targets G [N, T].
         weights: `token_weights` [N, T].
+        value_clip: How far a value may move before the loss is clipped; None for no clip.
         old_values: The values before the update [N, T], for value_clip.
     """
-    clip = estimator.value_clip
     live = weights != 0
-    values, goal = zero_outside(values, live), zero_outside(returns.detach(), live)
+    values = zero_outside(values, live)
+    goal = zero_outside(returns.detach(), live)
     error = (values - goal).square()
-    if clip is not None:
+    if value_clip is not None:
         old = zero_outside(required("old_values", old_values, "value_clip").detach(), live)
+        moved = old + (values - old).clamp(-value_clip, value_clip)
         # The larger error: clipping may remove a gradient, but never makes the error look smaller.
-        error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - goal).square())
+        error = torch.maximum(error, (moved - goal).square())
     return (zero_outside(weights, live) * error).sum() / 2
 
 

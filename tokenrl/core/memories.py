@@ -6,18 +6,15 @@ its own baseline, so given the past the baseline is a constant, and the expected
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
-
-if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
 
 ROUNDING = 1e-6
 """How far a sum of rewards may be outside its range, because weights such as .1 have no exact binary form."""
@@ -44,28 +41,26 @@ class Memory(Protocol):
         """Continue from what `state_dict` returned."""
 
 
-def memory_of(estimator: Estimator) -> Memory:
-    """Make the memory of a run; an estimator that needs none gets a running mean, which stays as it is.
+def own_memory(baseline: Callable[[], Any]) -> Memory:
+    """Make the memory of a run from a user's class.
 
     Raises:
-        Refused: The class that is the baseline lacks a method.
+        Refused: The class lacks a method.
         Stopped: It cannot be made without arguments.
     """
-    mean = RunningMean(estimator.running_mean_decay, estimator.running_mean_init)
-    if not (callable(estimator.baseline) and estimator.needs_memory):
-        return Tracker(mean, estimator.tracker_decay) if estimator.baseline == "tracker" else mean
-    name = getattr(estimator.baseline, "__name__", "")
-    with failures_of(name):
-        memory: Any = estimator.baseline()
-    if missing := [x for x in ("state_dict", "load_state_dict") if not hasattr(memory, x)]:
+    name = getattr(baseline, "__name__", "")
+    with failures_of_baseline(name):
+        memory: Memory = baseline()
+    missing = [x for x in ("state_dict", "load_state_dict") if not hasattr(memory, x)]
+    if missing:
         raise Refused(
             f"The baseline {name!r} has no {' and no '.join(missing)}, which checkpoints need."
         )
-    return cast(Memory, memory)
+    return memory
 
 
 @contextmanager
-def failures_of(name: str) -> Iterator[None]:
+def failures_of_baseline(name: str) -> Iterator[None]:
     """Report an error of a user's baseline in one sentence.
 
     Raises:
@@ -87,10 +82,9 @@ def read(memory: Memory, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         Stopped: It raised an error.
     """
     name = type(memory).__name__
-    with failures_of(name):
-        values = memory.read(
-            keys.cpu().clone()
-        )  # copies in both directions: either may be changed in place
+    with failures_of_baseline(name):
+        # Copies in both directions: either may be changed in place.
+        values = memory.read(keys.cpu().clone())
     if not isinstance(values, Tensor) or values.shape != keys.shape or not values.isfinite().all():
         raise Refused(
             f"The baseline {name!r} must return a tensor of {len(keys)} finite numbers from read."
@@ -109,8 +103,9 @@ def update(
     Raises:
         Stopped: The memory raised an error, or cannot use these rewards.
     """
-    values, (totals, rows) = read(memory, keys), summed(rewards, valid)
-    with failures_of(type(memory).__name__):
+    values = read(memory, keys)
+    totals, rows = summed(rewards, valid)
+    with failures_of_baseline(type(memory).__name__):
         memory.update(keys=keys.cpu()[rows], rewards=totals)
     return float(values[0] + (values - values[0]).mean())  # of equal values exactly that value
 
@@ -167,7 +162,8 @@ class RunningMean:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from what `state_dict` returned."""
-        self.value, self.count = float(state["value"]), float(state["count"])
+        self.value = float(state["value"])
+        self.count = float(state["count"])
 
 
 class Tracker:
@@ -183,7 +179,9 @@ class Tracker:
 
     def __init__(self, mean: RunningMean, decay: float) -> None:
         """Start without prompts."""
-        self.mean, self.decay, self.counts = mean, decay, dict[int, tuple[float, float]]()
+        self.mean = mean
+        self.decay = decay
+        self.counts: dict[int, tuple[float, float]] = {}
 
     def read(self, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Return the value of the prompt of each row."""

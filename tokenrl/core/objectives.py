@@ -13,8 +13,6 @@ over all subsets.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -23,26 +21,6 @@ from torch.nn.functional import pad
 from tokenrl.core.baselines import mean, rloo, sum_of_others
 from tokenrl.core.rows import from_first, zero_outside
 from tokenrl.errors import Refused
-
-if TYPE_CHECKING:
-    from tokenrl.core.advantages import Step
-    from tokenrl.core.estimator import Estimator
-
-
-def objective_advantages(step: Step) -> tuple[Float[Tensor, "S n"], Bool[Tensor, "S n"]]:
-    """Return the advantages of the estimator's objective, and the mask of the rows that have one.
-
-    A group with too few valid rows has none.
-    """
-    estimator, totals, valid = step.estimator, step.totals, step.valid
-    check_group(estimator, valid.shape[-1])
-    if estimator.objective == "log_success":
-        advantages = log_success(totals, valid, estimator.form)
-    elif estimator.objective_order == 1 and estimator.form == "leave_one_out":
-        advantages = totals - rloo(totals, valid)  # the best of one row is its reward
-    else:
-        advantages = max_at_k(totals, valid, estimator.objective_order or 1, estimator.form)
-    return advantages, valid & (valid.sum(-1, keepdim=True) >= estimator.fewest_rows)
 
 
 def log_success(
@@ -54,21 +32,18 @@ def log_success(
     - `keep_failures`: the same, and -1 for all rows of a group whose mean is 0.
     - `leave_one_out`: `(R_i - b_i)/b_i` with the mean b_i of the other rows, 0 if that is 0.
     """
-    rewards, rows = zero_outside(totals, valid), valid.sum(-1, keepdim=True)
+    rewards = zero_outside(totals, valid)
+    rows = valid.sum(-1, keepdim=True)
     if form == "leave_one_out":
-        difference, divisor = (
-            totals - rloo(totals, valid),
-            sum_of_others(rewards) / (rows - 1).clamp(min=1),
-        )
+        centre = rloo(totals, valid)
+        divisor = sum_of_others(rewards) / (rows - 1).clamp(min=1)
     else:
-        difference, divisor = (
-            totals - mean(totals, valid),
-            rewards.mean(-1, keepdim=True).expand_as(totals),
-        )
+        centre = mean(totals, valid)
+        divisor = rewards.mean(-1, keepdim=True).expand_as(totals)
         divisor = divisor * (rewards.shape[-1] / rows.clamp(min=1))
     defined = divisor > 0
     without = -1.0 if form == "keep_failures" else 0.0
-    return torch.where(defined, difference / torch.where(defined, divisor, 1.0), without)
+    return torch.where(defined, (totals - centre) / torch.where(defined, divisor, 1.0), without)
 
 
 def max_at_k(
@@ -84,21 +59,23 @@ def max_at_k(
     - `sloo`: m/(m - 1) times the mean maximum of k others (eq. 29).
     - `no_baseline`: nothing (eq. 19).
     """
+    if order == 1 and form == "leave_one_out":
+        return totals - rloo(totals, valid)  # the best of one row is its reward
     differences, first = from_first(totals, valid)
     ranked, indices = torch.where(valid, differences, torch.inf).sort(-1)
     rows = valid.sum(-1, keepdim=True).to(totals.dtype)
     ranked = zero_outside(ranked, torch.arange(ranked.shape[-1], device=ranked.device) < rows)
-    larger, smaller = (
-        ranked[..., 1:],
-        ranked[..., :-1],
-    )  # each other row, by its place among the others
+    # Each other row, by its rank among the others: those above a row, and those below it.
+    larger = ranked[..., 1:]
+    smaller = ranked[..., :-1]
     chance = largest_of_drawn(order - 1, rows - 1, larger.shape[-1])
     best = ranked + sum_above(chance * larger) - ranked * sum_above(chance)
-    chance = largest_of_drawn(order - (form == "sloo_minus_one"), rows - 1, larger.shape[-1])
+    drawn = order - 1 if form == "sloo_minus_one" else order
+    chance = largest_of_drawn(drawn, rows - 1, larger.shape[-1])
     best_of_others = pad((chance * smaller).cumsum(-1), (1, 0)) + sum_above(chance * larger)
-    weight = {"no_baseline": torch.zeros_like(rows), "sloo": rows / (rows - 1).clamp(min=1)}
-    subtracted = weight.get(form, torch.ones_like(rows))
-    advantages = order * (best - subtracted * best_of_others + (1 - subtracted) * first)
+    weights = {"no_baseline": torch.zeros_like(rows), "sloo": rows / (rows - 1).clamp(min=1)}
+    weight = weights.get(form, torch.ones_like(rows))
+    advantages = order * (best - weight * best_of_others + (1 - weight) * first)
     return torch.zeros_like(totals).scatter(-1, indices, advantages)
 
 
@@ -121,39 +98,23 @@ def sum_above(x: Float[Tensor, "S m"]) -> Float[Tensor, "S n"]:
     return pad(x.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
-def check_group(estimator: Estimator, group_size: int) -> None:
-    """Refuse groups that are too small for the objective.
-
-    Raises:
-        Refused: When no group could have an advantage.
-    """
-    if estimator.objective != "reward" and group_size < estimator.fewest_rows:
-        raise Refused(
-            f"objective {estimator.objective!r} of order {estimator.objective_order} in the form "
-            f"{estimator.form!r} needs groups of at least {estimator.fewest_rows} rows, and they have "
-            f"{group_size}. Give more completions per prompt (num_generations; in control num_envs) "
-            "or a smaller objective_order."
-        )
-
-
-def check_rewards(estimator: Estimator, rewards: Tensor, valid: Bool[Tensor, " N"]) -> None:
+def check_rewards(objective: str, rewards: Tensor, valid: Bool[Tensor, " N"]) -> None:
     """Refuse negative rewards under `log_success`, whose logarithm they do not have.
 
     This looks at values, so it is called beside `Estimator.advantages` and not within.
 
     Args:
-        estimator: The estimator.
+        objective: The objective of the estimator.
         rewards: Rewards [N] or [N, T].
         valid: False where a row abstains, [N].
 
     Raises:
         Refused: When a row has a negative total.
     """
-    if estimator.objective != "log_success":
+    if objective != "log_success":
         return
-    totals = zero_outside(
-        rewards if rewards.shape == valid.shape else rewards.sum(-1), valid.bool()
-    )
+    totals = rewards if rewards.shape == valid.shape else rewards.sum(-1)
+    totals = zero_outside(totals, valid.bool())
     if (totals < 0).any():
         raise Refused(
             "objective 'log_success' takes the logarithm of the mean reward, and a completion has the reward "

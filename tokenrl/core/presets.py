@@ -226,9 +226,3 @@ def _toolkits() -> dict[str, Preset]:
 
 
 PRESETS |= _toolkits()
-
-
-def preset_name(estimator: Any) -> str:
-    """Return the name of the preset with exactly these fields, or 'custom estimator'."""
-    names = (name for name in PRESETS if type(estimator).preset(name) == estimator)
-    return next(names, "custom estimator")

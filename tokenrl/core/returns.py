@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenrl.core.baselines import mean, std
-from tokenrl.core.choices import required
 from tokenrl.core.rows import zero_outside
 from tokenrl.core.scales import divide
-
-if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
 
 
 def token_rewards(
@@ -130,30 +126,12 @@ def lambda_return(
     return torch.stack(backwards[::-1], dim=-1)
 
 
-def credited(
-    estimator: Estimator,
-    rewards: Float[Tensor, "N T"],
-    actions: Bool[Tensor, "N T"],
-    values: Float[Tensor, "N T"] | None,
+def normalised(
+    returns: Float[Tensor, "N T"], actions: Bool[Tensor, "N T"], *, ddof: int, eps: float
 ) -> Float[Tensor, "N T"]:
-    """Return what each action is credited with, by the returns of the estimator; also a critic's targets.
+    """Return `(G_t - mean) / (std + eps)`, with the mean and the standard deviation over the row's own steps.
 
-    With 'total' every action is credited with the first column; the others are only targets of a critic.
-    With 'episode_normalized' the reward to go G becomes `(G_t - mean) / (std + eps)`, mean and std over the
-    row's own steps; a critic then learns these numbers, and the baseline 'value' is subtracted from them.
-
-    Raises:
-        Refused: When values are needed and missing.
+    A critic then learns these numbers, and the baseline 'value' is subtracted from them.
     """
-    if estimator.returns == "blame_window":
-        return in_window(rewards, estimator.window, estimator.gamma)
-    if estimator.returns == "gae":
-        state_values = required("values", values, "returns 'gae'").detach().to(rewards.dtype)
-        return lambda_return(
-            rewards, state_values, actions, gamma=estimator.gamma, lam=estimator.lam
-        )
-    returns = reward_to_go(rewards, estimator.gamma)
-    if estimator.returns == "episode_normalized":
-        centred = zero_outside(returns - mean(returns, actions), actions)
-        return divide(centred, std(returns, actions, estimator.scale_ddof), estimator.scale_eps)
-    return returns
+    centred = zero_outside(returns - mean(returns, actions), actions)
+    return divide(centred, std(returns, actions, ddof), eps)

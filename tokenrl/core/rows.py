@@ -6,20 +6,29 @@ A mask is 1 (or True) where the policy chose the token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core.choices import required
+from tokenrl.core.refusals import check_groups
 from tokenrl.errors import Refused
 
-if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
+T = TypeVar("T")
 
-ALONE = "choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'"
-"""What to do where there are no other rows to compare with."""
+
+def required(name: str, value: T | None, purpose: str) -> T:
+    """Return an input that the estimator needs.
+
+    Raises:
+        Refused: When it is missing.
+    """
+    if value is None:
+        raise Refused(
+            f"{name} was not given, and {purpose} needs it. Pass it, or take another estimator."
+        )
+    return value
 
 
 def completion_mask(
@@ -76,9 +85,8 @@ def from_first(
     Returns:
         The differences (0 in rows that are not valid) and the total of the first valid row.
     """
-    first = totals.gather(
-        -1, valid.long().argmax(-1, keepdim=True)
-    )  # argmax returns the first maximum
+    index = valid.long().argmax(-1, keepdim=True)  # argmax returns the first maximum
+    first = totals.gather(-1, index)
     return zero_outside(totals - first, valid), first
 
 
@@ -99,41 +107,51 @@ class Kept(NamedTuple):
 
 
 def keep(
-    estimator: Estimator,
     rewards: Float[Tensor, " N *T"],
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
     *,
+    masks_truncated: bool,
+    skips_equal_groups: bool,
     group_size: int | None,
     valid: Bool[Tensor, " N"] | None = None,
     truncated: Bool[Tensor, " N"] | None = None,
 ) -> Kept:
-    """Return which rows and actions of a step count, by the fields `truncations` and `zero_spread`.
+    """Return which rows and actions of a step count.
 
     A truncated row that is masked stays in baselines and divisors and has no gradient. A group of equal rewards
-    that is dropped (or should have been refilled, but was not) stays in baselines and scales but not in the
-    divisor: the loss is divided by the number of the remaining rows.
+    that is skipped (also one that should have been refilled, but was not) stays in baselines and scales but not
+    in the divisor: the loss is divided by the number of the remaining rows.
 
     Args:
-        estimator: The estimator whose fields are applied.
         rewards: As given to `Estimator.advantages` [N] or [N, T].
         mask: 1 where the token is an action of the policy [N, T].
+        masks_truncated: Whether truncated rows have no gradient.
+        skips_equal_groups: Whether groups of equal rewards are skipped.
         group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
         valid: False where a row abstains [N].
         truncated: True where a row was cut off at the maximum length [N].
 
     Raises:
-        Refused: When truncations are not kept and `truncated` is missing, or rows do not fall into groups.
+        Refused: When `truncated` is needed and missing, or rows do not fall into groups.
     """
     actions = mask.bool()
-    valid = actions.new_ones(len(actions)) if valid is None else valid.bool()
-    if estimator.truncations != "keep":
-        cut = required("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
+    counted = actions.new_ones(len(actions)) if valid is None else valid.bool()
+    if masks_truncated:
+        cut = required("truncated", truncated, "truncations 'mask'").bool()
         actions = actions & ~cut[:, None]
-    counted = valid  # with 'keep', groups of equal rewards count: they were sampled
-    if estimator.zero_spread != "keep":
-        dead = zero_spread(rewards, group_size, valid)
-        counted = counted & ~dead.repeat_interleave(len(actions) // len(dead))
+    if skips_equal_groups:
+        equal = zero_spread(rewards, group_size, counted)
+        counted = counted & ~equal.repeat_interleave(len(actions) // len(equal))
     return Kept(counted, actions & counted[:, None])
+
+
+class Advantages(NamedTuple):
+    """What multiplies the scores, and the targets of a critic."""
+
+    policy: Float[Tensor, " N *T"]
+    """Advantages: [N] if all actions of a row share one, else [N, T]; 0 in rows without a gradient."""
+    returns: Float[Tensor, "N T"]
+    """The return from each position on [N, T], with what is added to the rewards: a critic's targets."""
 
 
 class LossTerms(NamedTuple):
@@ -146,38 +164,49 @@ class LossTerms(NamedTuple):
     """The targets of a critic."""
 
 
-def loss_terms(
-    estimator: Estimator,
-    rewards: Float[Tensor, " N *T"],
+def token_weights(
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
     *,
-    group_size: int | None,
-    max_length: int,
+    aggregation: str,
+    max_length: int | None,
     valid: Bool[Tensor, " N"] | None = None,
-    truncated: Bool[Tensor, " N"] | None = None,
-    **inputs: Any,
-) -> LossTerms:
-    """Apply `keep` to a step and return its advantages, weights and mask.
+) -> Float[Tensor, "N T"]:
+    """Return the weight of every token of the whole step; the losses of slices add up to that of the step.
+
+    With m the mask, L_i the number of actions of row i, and N the number of valid rows::
+
+        sequence_sum  m / N                 sequence_mean  m / (N L_i)
+        token_mean    m / sum_i L_i         fixed_length   m / (N max_length)
+
+    N counts every valid row, also one without any action: it was sampled, and its gradient is zero. Rows that
+    are not valid get weight 0 and count nowhere. 'fixed_length' (Dr. GRPO, arXiv 2503.20783) never divides by
+    the padded width, which depends on what was sampled and would bias the gradient.
 
     Args:
-        estimator: The estimator.
-        rewards: As given to `Estimator.advantages` [N] or [N, T].
         mask: 1 where the token is an action of the policy [N, T].
-        group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
-        max_length: The largest number of actions that a row may have.
-        valid: False where a row abstains [N].
-        truncated: True where a row was cut off at the maximum length [N].
-        **inputs: Further arguments of `Estimator.advantages`.
+        aggregation: One of the four.
+        max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
+        valid: False where a row counts nowhere [N]; None if all rows count.
+
+    Raises:
+        Refused: When the aggregation is 'fixed_length' and no length is given.
     """
-    kept_rows = keep(
-        estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated
-    )
-    sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
-    advantages, returns = estimator.advantages(rewards, mask, valid=valid, **sizes, **inputs)
-    weights = estimator.token_weights(
-        kept_rows.mask.to(advantages.dtype), max_length=max_length, valid=kept_rows.counted
-    )
-    return LossTerms(advantages, weights, kept_rows.mask, returns)
+    if aggregation == "fixed_length" and (max_length is None or max_length < 1):
+        raise Refused(
+            f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}."
+        )
+    valid = mask.new_ones(len(mask)).bool() if valid is None else valid.bool()
+    actions = mask.bool() & valid[:, None]
+    lengths = actions.sum(-1, keepdim=True)
+    rows = valid.sum().clamp(min=1)  # of the whole step: never divide a slice by its own rows
+    divisors = {
+        "sequence_sum": rows,
+        "fixed_length": rows * (max_length or 1),
+        "token_mean": lengths.sum().clamp(min=1),
+        "sequence_mean": rows * lengths.clamp(min=1),
+    }
+    dtype = mask.dtype if mask.is_floating_point() else torch.get_default_dtype()
+    return actions.to(dtype) / divisors[aggregation]
 
 
 def zero_spread(
@@ -192,27 +221,6 @@ def zero_spread(
     size = check_groups("zero_spread", len(totals), group_size)
     differences, _ = from_first(totals.reshape(-1, size), valid.reshape(-1, size))
     return (differences == 0).all(-1)  # exact: a standard deviation would suffer from rounding
-
-
-def check_groups(choice: str, rows: int, group_size: int | None) -> int:
-    """Return the group size; refuse rows that do not fall into groups of two or more.
-
-    Args:
-        choice: The baseline or scale that compares the rows of a group.
-        rows: Rows in the step.
-        group_size: Consecutive rows per prompt; None if there are no groups.
-
-    Raises:
-        Refused: Without groups, with groups of one, or when `rows` is no multiple of `group_size`.
-    """
-    if group_size is None or group_size < 2:
-        raise Refused(
-            f"{choice!r} compares the rows of a group, but group_size is {group_size}. Take two or more "
-            f"(num_generations; in control num_envs), or {ALONE}."
-        )
-    if rows % group_size:
-        raise Refused(f"{rows} rows are no multiple of group_size {group_size}; give whole groups.")
-    return group_size
 
 
 def overlong_penalty(

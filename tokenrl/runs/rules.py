@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from math import hypot, inf
 from typing import Any, NamedTuple
 
-from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
+from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.runs.findings import (
     LOST_SHARE,
     SOLVED_ADVICE,

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tokenrl.core.choices import AXES, KL_EFFECTS
+from tokenrl.core.choices import AXES, KL_EFFECTS, OBJECTIVES
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS, TO_GO
-from tokenrl.core.targets import OBJECTIVES
 from tokenrl.settings import Settings
 
 

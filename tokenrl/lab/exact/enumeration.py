@@ -18,9 +18,8 @@ from torch import Tensor
 
 from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.importance import score_centres
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.rows import LossTerms, loss_terms, zero_spread
+from tokenrl.core.rows import LossTerms, zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem
 
@@ -139,7 +138,7 @@ def exact_moments(
     """
     size = group_size or problem.group_size
     problem = replace(problem, group_size=size)
-    check_rewards(estimator, problem.returns(), problem.chances.bool())
+    check_rewards(estimator.objective, problem.returns(), problem.chances.bool())
     chances = problem.of_sampler.chances
     prompts, completions = chances.shape
     listed = _listed_slopes(estimator, problem)
@@ -216,7 +215,7 @@ def _listed_slopes(estimator: Estimator, problem: Problem) -> Tensor:
     slopes = [problem.scores, problem.entropy_slopes]
     if problem.sampler is not None:
         leaf = problem.sampler.policy.clone().requires_grad_()
-        centres = score_centres(estimator, leaf, problem.sampler.vocabulary).sum()
+        centres = estimator.score_centres(leaf, problem.sampler.vocabulary).sum()
         (of_token,) = torch.autograd.grad(centres, leaf)
         slopes.append(torch.einsum("pmtv,pmtvd->pmtd", of_token, problem.sampler.slopes))
     return torch.stack(slopes)
@@ -243,8 +242,7 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
     shift = 0.0 if estimator.baseline == "running_mean" else 0.5
     step_terms = partial(
-        loss_terms,
-        estimator,
+        estimator.loss_terms,
         group_size=problem.group_size,
         max_length=problem.max_length,
         baseline_value=problem.baseline_value + shift * of_row.double(),

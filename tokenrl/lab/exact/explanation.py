@@ -8,7 +8,7 @@ from __future__ import annotations
 from tokenrl.core.bias import effects, objective_line
 from tokenrl.core.choices import EXACT
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS, Preset, preset_name
+from tokenrl.core.presets import PRESETS, Preset
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.exact.trl_config import read_trl_config
 from tokenrl.runs.output import rich_console, rich_table
@@ -35,7 +35,7 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
         title, estimator, idle, beyond = read_trl_config(name)
     else:
         estimator = Estimator.preset(name)
-        preset = PRESETS.get(name) or PRESETS.get(preset_name(estimator), CUSTOM)
+        preset = PRESETS.get(name) or PRESETS.get(estimator.preset_name, CUSTOM)
         title, idle, beyond = preset.paper, [], [preset.beyond]
     causes = [
         f"{effect.reason} ({effect.status})"

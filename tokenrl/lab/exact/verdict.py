@@ -11,7 +11,6 @@ import torch
 
 from tokenrl.core import choices
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import (
@@ -205,7 +204,7 @@ def measure_bias(
         found=status,
         measurements=tuple(measurements),
         tried=tried,
-        estimator=getattr(estimator.baseline, "__name__", preset_name(estimator)),
+        estimator=getattr(estimator.baseline, "__name__", estimator.preset_name),
         on_binary=_on_binary(estimator),
         of_reward=_of_reward(estimator, measured),
     )

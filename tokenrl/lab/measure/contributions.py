@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rows import loss_terms
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import Slopes, ascent_slopes
 from tokenrl.lab.measure.projections import Projections
@@ -56,8 +55,7 @@ def step_slopes(
         Refused: When the estimator needs an input that is missing, or cannot be used with such groups.
     """
     logprobs, ref_logprobs = samples.logprobs[rows], samples.ref_logprobs[rows]
-    terms = loss_terms(
-        estimator,
+    terms = estimator.loss_terms(
         samples.rewards[rows],
         samples.mask[rows],
         group_size=samples.group_size,

@@ -85,7 +85,7 @@ def measure_estimators(
 
     measurements = []
     for name, estimator in estimators.items():
-        check_rewards(estimator, samples.rewards, samples.valid)
+        check_rewards(estimator.objective, samples.rewards, samples.valid)
         units = measured(estimator)
         draw = resampling(len(units.values))
         rloo = _in_units_of(units, of_rloo)

@@ -62,7 +62,7 @@ class Scores(NamedTuple):
     hidden: Tensor | None = None
     """[N, T, H]"""
     centres: Tensor | None = None
-    """[N, T], `importance.score_centres`, with a gradient"""
+    """[N, T], `Estimator.score_centres`, with a gradient"""
 
 
 def score(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.importance import score_centres
 from tokenrl.core.losses import next_beta
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
@@ -157,7 +155,7 @@ class Learner:
     @property
     def needs(self) -> dict[str, Any]:
         """Keyword arguments of `score`: what the loss needs besides log-probabilities."""
-        centres = partial(score_centres, self.estimator) if self.estimator.needs_centres else None
+        centres = self.estimator.score_centres if self.estimator.needs_centres else None
         return {"entropy": self.estimator.needs_entropy, "centres": centres}
 
     @property

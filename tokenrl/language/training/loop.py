@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenrl.core.memories import memory_of
 from tokenrl.errors import Refused, Stopped, own_process, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
@@ -184,7 +183,7 @@ def _prepare(
         rewards=rewards,
         learner=learner,
         stream=PromptStream(task.train_prompts, args.seed),
-        memory=memory_of(args.estimator),
+        memory=args.estimator.memory(),
         threads=f"{threads} ({reason})",
         usual_rate=usual_rate(choices, task, policy),
         warm_started=warmed,

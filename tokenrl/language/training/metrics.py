@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenrl.core.losses import beyond_bounds
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.runs.processes import all_reduce_sum
 
@@ -37,7 +36,6 @@ from tokenrl.runs.processes import gather_objects
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
 
-CLIPPED = ("token", "geometric_clip", "cispo", "trust")
 """Ratios with a bound for each token; for them the metric `clip_ratio` is reported."""
 
 
@@ -196,10 +194,10 @@ def loss_statistics(learner: Learner, loss: Tensor, inputs: Mapping[str, Any]) -
     The inputs are those of `Estimator.loss`.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
-    if learner.estimator.ratio in CLIPPED:
+    if learner.estimator.chosen("ratio").token_bounds:
         learnt = inputs["weights"] != 0
         columns = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
-        beyond = beyond_bounds(learner.estimator, *columns) & learnt
+        beyond = learner.estimator.beyond_bounds(*columns) & learnt
         counts = torch.stack([beyond.sum(), learnt.sum()])
     return torch.cat([loss.detach()[None], counts])
 
@@ -214,12 +212,12 @@ def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> di
 
     Returns:
         `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
-        share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios in `CLIPPED`.
+        share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios with a bound per token.
     """
     sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
     sums = all_reduce_sum(learner.accelerator, sums).cpu()
     is_clipped = float(norm > learner.largest_norm)
     metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": is_clipped}
-    if learner.estimator.ratio in CLIPPED:
+    if learner.estimator.chosen("ratio").token_bounds:
         metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
     return metrics

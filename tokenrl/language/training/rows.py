@@ -252,10 +252,16 @@ def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
     """
-    states: dict[str, Any] = {"valid": rows.valid, "truncated": rows.truncated}
-    kept = keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
-    check_rewards(estimator, rows.rewards, rows.valid)
-    return kept
+    check_rewards(estimator.objective, rows.rewards, rows.valid)
+    return keep(
+        rows.rewards,
+        rows.mask,
+        masks_truncated=estimator.masks_truncated,
+        skips_equal_groups=estimator.skips_equal_groups,
+        group_size=sampling.group_size,
+        valid=rows.valid,
+        truncated=rows.truncated,
+    )
 
 
 def advantage_inputs(

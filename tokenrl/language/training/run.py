@@ -13,7 +13,6 @@ import torch
 
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
-from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_line
 from tokenrl.language.rewards.rewards import Rewards
@@ -99,7 +98,7 @@ class TrainingRun:
     @property
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
-        return f"{self.task.name}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
+        return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs of the run itself; its parts have states of their own."""

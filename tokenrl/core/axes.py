@@ -1,0 +1,349 @@
+"""Defines the axes of an estimator: a choice on each, and what these choices need.
+
+The names on each axis stand in the types of the fields; `choices` says what each does. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tokenrl import settings
+from tokenrl.core.choices import OBJECTIVES, Choice, choice_of
+from tokenrl.names import NamedFunction
+from tokenrl.settings import (
+    OR_FUNCTION,
+    Bounds,
+    Count,
+    Natural,
+    NonNegative,
+    Number,
+    Positive,
+    Settings,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokenrl.core.memories import Memory
+
+Baseline = Literal[
+    "none",
+    "constant",
+    "running_mean",
+    "tracker",
+    "rloo",
+    "quantile",
+    "group_mean",
+    "batch_mean",
+    "remax",
+    "opo",
+    "optimal",
+    "shrinkage",
+    "value",
+    "episode_mean",
+    "timestep_mean",
+]
+if TYPE_CHECKING:
+    BaselineOrFunction = Baseline | str | Callable[..., Tensor]
+else:
+    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
+
+
+@dataclass(frozen=True)
+class Axes(Settings):
+    """The choice on each axis. The defaults are RLOO, which is unbiased, with any KL in the reward."""
+
+    baseline: BaselineOrFunction = "rloo"
+    """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
+
+    Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
+    module:function or path/to/file.py:function; from Python the function itself too. If it takes an argument
+    `rewards`, it gets these [N, T] too. A class with the methods `read` and `update` is a baseline with a
+    memory, see `recipes/pages/estimators.md`."""
+    baseline_constant: Number = 0.0
+    """The value subtracted by the baseline 'constant'."""
+    running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
+    """Decay per step of the baseline 'running_mean'; None for the plain mean of all returns so far."""
+    running_mean_init: Number = 0.0
+    """The value of the running mean before the first step."""
+    tracker_decay: Annotated[float, Bounds(at_least=0, below=1)] = 0.875
+    """The baseline 'tracker' multiplies a prompt's two counts by this before it adds the prompt's rewards."""
+    baseline_quantile: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
+    """The baseline 'quantile' is the least return that this share of the other rows do not exceed."""
+    leave_one_out: bool = True
+    """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
+    optimal_form: Literal["sequence", "per_timestep", "cumulative"] = "sequence"
+    """What 'optimal' weights by: the row's |S|^2, the token's |s_t|^2, or the sum of |s_t|^2 so far."""
+    shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
+    """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
+    scale: Literal[
+        "none",
+        "group_std",
+        "batch_std",
+        "loo_std",
+        "other_groups_std",
+        "token_whiten",
+        "episode_std",
+    ] = "none"
+    """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
+    scale_ddof: Literal[0, 1] = 1
+    """1 divides the sum of squares by n - 1, 0 by n."""
+    scale_eps: NonNegative = 1e-4
+    """Added to the standard deviation, outside the root."""
+    aggregation: Literal["sequence_sum", "fixed_length", "token_mean", "sequence_mean"] = (
+        "sequence_sum"
+    )
+    """How tokens are averaged; sequence_sum, the mean over sequences of their token sums, is unbiased."""
+    ratio: Literal[
+        "none", "token", "sequence_mean", "sequence_product", "geometric_clip", "cispo", "trust"
+    ] = "none"
+    """Importance ratio of the policy to the one that sampled; token is PPO's clipped ratio."""
+    epsilon: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
+    """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
+    epsilon_high: Positive | None = None
+    """The ratio is clipped above 1 + epsilon_high; None for epsilon."""
+    dual_clip: Annotated[float, Bounds(above=1, at_most=settings.LARGEST)] | None = None
+    """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
+    trust_bound: Annotated[float, Bounds(above=0, at_most=1)] = 0.15
+    """The ratio 'trust' drops tokens whose probability has moved by more than this since it was sampled."""
+    trust_sides: Literal[1, 2] = 1
+    """1 drops a token only if it moved in the direction of its advantage (DPPO), 2 drops it either way."""
+    trust_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] = 20.0
+    """Bound of the ratio by which 'trust' weights the tokens that it keeps."""
+    importance: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Weight completions by the policy's probability over the sampler's: of each token, of the whole sequence
+    (exact without bounds, and noisy), or its geometric mean; none assumes that the two are equal."""
+    importance_bound: Literal["truncate", "mask"] = "truncate"
+    """Move weights beyond importance_cap and importance_floor to that bound, or mask them: set them to 0."""
+    importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
+    """The largest importance weight; None for no bound."""
+    importance_floor: Annotated[float, Bounds(above=0, at_most=1)] | None = None
+    """The smallest importance weight; None for no bound."""
+    importance_centre: bool = False
+    """Subtract from each token's score its mean over the sampler's vocabulary at that prefix. Without weights
+    the gradient is then that of the sampler's own expected reward, up to a factor."""
+    beta: NonNegative = 0.0
+    """Weight of the KL divergence from the reference policy; 0 needs no reference."""
+    kl_estimator: Literal["k1", "k2", "k3", "k2_sequence", "full_path"] = "k1"
+    """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss."""
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus in the loss, a bias: an action's effect on later entropy is ignored."""
+    returns: Literal["total", "reward_to_go", "blame_window", "episode_normalized", "gae"] = "total"
+    """Credit each action with the whole return, the reward to go (also normalised over its episode), its next
+    rewards, or GAE's return."""
+    window: Count = 16
+    """Steps of reward that 'blame_window' credits to an action, its own step included."""
+    lam: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.95
+    """GAE's lambda: 1 uses observed rewards only, 0 one reward and the value of the next state."""
+    gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    """Discount per step; below 1 the gradient is no longer that of the undiscounted return."""
+    components: Literal["summed", "separate"] = "summed"
+    """Add the rewards of all functions first, or give each its own baseline and scale, and add advantages."""
+    zero_spread: Literal["keep", "drop", "refill"] = "keep"
+    """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
+    truncations: Literal["keep", "mask"] = "keep"
+    """Keep completions cut off at the maximum length, or mask their gradient."""
+    overlong_buffer: Natural = 0
+    """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
+    value_clip: Positive | None = None
+    """How far a value may move from the old one before the critic's loss is clipped; None for no clip."""
+    objective: Literal["reward", "max_at_k", "log_success"] = "reward"
+    """What is ascended: the mean reward, the best of k completions (pass@k), or the log of success."""
+    objective_order: Count | None = None
+    """k of 'max_at_k', below the number of completions per prompt."""
+    objective_form: Literal[
+        "default",
+        "leave_one_out",
+        "sloo_minus_one",
+        "sloo",
+        "no_baseline",
+        "maxrl",
+        "keep_failures",
+    ] = "default"
+    """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
+
+    def chosen(self, axis: str) -> Choice:
+        """Return the row of the table of choices for the choice on an axis."""
+        return choice_of(axis, getattr(self, axis))
+
+    @property
+    def _advantage_axes(self) -> dict[str, Choice]:
+        """The choices on the three axes that make the advantages."""
+        return {axis: self.chosen(axis) for axis in ("returns", "baseline", "scale")}
+
+    @property
+    def inputs(self) -> set[str]:
+        """The names of the arguments of `Estimator.advantages` that these axes need."""
+        return {choice.needs for choice in self._advantage_axes.values()} - {""}
+
+    @property
+    def within_rows(self) -> list[str]:
+        """The axes, of returns, baseline and scale, on which the steps of one row are compared."""
+        return [axis for axis, choice in self._advantage_axes.items() if choice.compares == "row"]
+
+    @property
+    def form(self) -> str:
+        """The form of the objective, with the default filled in."""
+        forms = [form for objective, form in OBJECTIVES if objective == self.objective]
+        return forms[0] if self.objective_form == "default" else self.objective_form
+
+    @property
+    def fewest_rows(self) -> int:
+        """The number of rows of a group without which the objective gives it no advantage."""
+        if self.objective_order is None:
+            return 2
+        needs_another = OBJECTIVES[self.objective, self.form].of_others
+        return max(2, self.objective_order + needs_another)
+
+    @property
+    def other_objective(self) -> bool:
+        """Whether another objective than the mean reward is ascended."""
+        return self.objective != "reward"
+
+    @property
+    def separate_components(self) -> bool:
+        """Whether each reward function has a baseline and a scale of its own."""
+        return self.components == "separate"
+
+    @property
+    def shares_return(self) -> bool:
+        """Whether all actions of a row are credited with the return of the row."""
+        return self.returns == "total"
+
+    @property
+    def divides(self) -> bool:
+        """Whether advantages are divided by a scale."""
+        return self.scale != "none"
+
+    @property
+    def masks_weights(self) -> bool:
+        """Whether importance weights beyond their bounds are set to 0."""
+        return self.importance_bound == "mask"
+
+    @property
+    def masks_truncated(self) -> bool:
+        """Whether truncated rows have no gradient."""
+        return self.truncations == "mask"
+
+    @property
+    def skips_equal_groups(self) -> bool:
+        """Whether groups of equal rewards are left out, or replaced."""
+        return self.zero_spread != "keep"
+
+    @property
+    def refills(self) -> bool:
+        """Whether groups of equal rewards are replaced by groups of new prompts."""
+        return self.zero_spread == "refill"
+
+    @property
+    def subtracts_baseline(self) -> bool:
+        """Whether a baseline of any kind is subtracted.
+
+        A constant of 0 is not a baseline. Nor are the returns 'gae' by themselves: they mix values into the
+        return and subtract none. A scale or returns that subtract a mean are one.
+        """
+        if any(choice.subtracts_mean for choice in self._advantage_axes.values()):
+            return True
+        if self.baseline == "constant":
+            return self.baseline_constant != 0
+        return self.baseline != "none"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether several completions of each prompt are compared."""
+        compared = {choice.compares for choice in self._advantage_axes.values()}
+        return "group" in compared or self.skips_equal_groups
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether a KL divergence from a reference policy is used anywhere."""
+        return self.beta > 0
+
+    needs_reference = needs_kl
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether a KL is subtracted from the reward."""
+        return self.needs_kl and self.kl_placement == "reward"
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether a KL is a term of the loss."""
+        return self.needs_kl and self.kl_placement == "loss"
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss needs the entropy of each step."""
+        return self.entropy_coef > 0
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether a critic's values are needed."""
+        return "values" in self.inputs
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether the baseline is a memory of earlier steps, which each step updates."""
+        own = self.baseline.load() if isinstance(self.baseline, NamedFunction) else self.baseline
+        is_class = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
+        return is_class or "baseline_value" in self.inputs
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether the reward of each prompt's greedy completion is needed."""
+        return "greedy_rewards" in self.inputs
+
+    @property
+    def needs_score_norms(self) -> bool:
+        """Whether the squared norm of each token's score is needed."""
+        return "score_norms" in self.inputs
+
+    @property
+    def needs_sampling_logprobs(self) -> bool:
+        """Whether the loss needs the logprobs that the sampler itself reported."""
+        return self.importance != "none"
+
+    @property
+    def needs_centres(self) -> bool:
+        """Whether the loss needs the mean score of a token at each prefix, under the sampler."""
+        return self.importance_centre
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the loss needs the logprobs of the policy that sampled."""
+        return self.ratio != "none"
+
+    @property
+    def loss_side_terms(self) -> bool:
+        """Whether rows of advantage 0 still have a gradient, from a KL or an entropy term in the loss."""
+        return self.kl_in_loss or self.needs_entropy
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
+        above = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return 1.0 - self.epsilon, 1.0 + above
+
+    @property
+    def importance_range(self) -> tuple[float, float]:
+        """The bounds of an importance weight, 0 and infinity where there is none."""
+        return self.importance_floor or 0.0, self.importance_cap or math.inf
+
+    def memory(self) -> Memory:
+        """Make the memory of a run; an estimator that needs none gets a running mean, which stays as it is.
+
+        Raises:
+            Refused: The class that is the baseline lacks a method.
+            Stopped: It cannot be made without arguments.
+        """
+        from tokenrl.core.memories import RunningMean, Tracker, own_memory
+
+        if callable(self.baseline) and self.needs_memory:
+            return own_memory(self.baseline)
+        mean = RunningMean(self.running_mean_decay, self.running_mean_init)
+        return Tracker(mean, self.tracker_decay) if self.baseline == "tracker" else mean
