@@ -165,27 +165,17 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 4, 5]
     assert [row["step"] for row in lines(tmp_path, "timings.jsonl")] == [1, 2, 3, 4, 5]
-    assert summary_of(tmp_path).keys() == {
-        "exit_reason",
-        "steps",
-        "eval_before",
-        "eval_after",
-        "wall_seconds",
-        "warnings",
-        "best",
-    }
+    keys = {"exit_reason", "steps", "eval_before", "eval_after", "wall_seconds", "warnings", "best"}
+    assert summary_of(tmp_path).keys() == keys
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("train", 5, "counting")
     assert config["command"] == f"tokenrl train --config {tmp_path / 'config.json'} --overwrite"
-    assert (tmp_path / "model" / "weights.safetensors").exists() and (
-        tmp_path / "report.html"
-    ).exists()
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
-        "step_000004",
-        "step_000005",
-    ]
-    verify(tmp_path / "checkpoints" / "step_000004")
-    state = read_state(tmp_path / "checkpoints" / "step_000004")
+    assert (tmp_path / "model" / "weights.safetensors").exists()
+    assert (tmp_path / "report.html").exists()
+    saved = checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in saved] == ["step_000004", "step_000005"]
+    verify(saved[0])
+    state = read_state(saved[0])
     assert (state["step"], state["counter"]["number"]) == (4, 1 + 2 + 3 + 4)
 
 
@@ -297,22 +287,6 @@ def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes(monke
         check_processes(processes, {**shared, "seed": 2, "reward": (partial(sum, "ba"),)})
 
 
-def test_processes_beside_the_main_one_continue_from_a_checkpoint_and_never_write_one(tmp_path):
-    counter, beside = Counter(), Counter()
-    main, other = (
-        Saver(tmp_path, SavingArguments(), model, {"counter": model}, active=active)
-        for model, active in ((counter, True), (beside, False))
-    )
-    counter.update(1)
-    main.save(1)
-    assert other.restore(
-        tmp_path / "step_000001"
-    ) == 1 and beside.weight.tolist() == counter.weight.tolist() == [1, 1]
-    beside.update(2)
-    other.save(2)  # as every process does whose run fails
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
-
-
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path, step):
     whole = live(tmp_path / "whole")
@@ -386,21 +360,16 @@ def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, m
 
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step):
-    options = {
-        "max_steps": 14,
-        "score": falling,
-        "keep": "best",
-        "patience": 3,
-        "keep_checkpoints": 1,
-    }
-    ended = live(tmp_path / "whole", **options, save_every=3)
+    options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3}
+    options |= {"keep_checkpoints": 1, "save_every": 3}
+    ended = live(tmp_path / "whole", **options)
     assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
     with pytest.raises(Killed):
-        live(tmp_path / "run", at(step, Killed()), **options, save_every=3)
-    live(tmp_path / "run", **options, save_every=3, resume="auto")
+        live(tmp_path / "run", at(step, Killed()), **options)
+    live(tmp_path / "run", **options, resume="auto")
     assert left(tmp_path / "run") == left(tmp_path / "whole")
     steps = []
-    again = live(tmp_path / "run", steps.append, **options, save_every=3, resume="auto")
+    again = live(tmp_path / "run", steps.append, **options, resume="auto")
     assert (steps, again.exit_reason, left(tmp_path / "run")) == (
         [],
         "no-improvement",

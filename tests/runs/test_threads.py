@@ -12,7 +12,7 @@ from tokenrl.runs.threads import choose_threads, using_threads
 
 
 @pytest.mark.parametrize(
-    ("parameters", "given", "variable", "number", "why"),
+    ("parameters", "threads", "variable", "number", "reason"),
     [
         (10**9, 3, "2", 3, "as set"),
         (10, None, "2", 2, "OMP_NUM_THREADS"),
@@ -21,14 +21,14 @@ from tokenrl.runs.threads import choose_threads, using_threads
     ],
 )
 def test_a_setting_comes_first_then_the_variable_then_the_size(
-    monkeypatch, parameters, given, variable, number, why
+    monkeypatch, parameters, threads, variable, number, reason
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     with using_threads(2):
-        found, words = choose_threads(parameters, given)
-    assert found == number and why in words
+        chosen, words = choose_threads(parameters, threads)
+    assert chosen == number and reason in words
 
 
 def test_a_block_has_its_threads_and_those_after_it_have_theirs():
@@ -46,11 +46,9 @@ SPIN = "GOMP_SPINCOUNT"
 @pytest.mark.parametrize(
     ("imports", "variables", "count"),
     [
-        ("tokenrl", {}, "10000"),
         ("tokenrl.cli", {}, "10000"),
         ("torch, tokenrl", {}, None),  # OpenMP has read it before
         ("tokenrl", {SPIN: "7"}, "7"),
-        ("tokenrl", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
         ("tokenrl", {"KMP_BLOCKTIME": "200"}, None),
     ],
 )
