@@ -11,7 +11,17 @@ import pytest
 
 from tokenrl.cli import main
 
-TRAIN = ["control", "--env", "bandit", "--max-steps", "8", "--logging-steps", "1", "--save-every", "1"]
+TRAIN = [
+    "control",
+    "--env",
+    "bandit",
+    "--max-steps",
+    "8",
+    "--logging-steps",
+    "1",
+    "--save-every",
+    "1",
+]
 
 
 def command(arguments, shell):

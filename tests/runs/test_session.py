@@ -313,6 +313,7 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
         tmp_path / "run" / "metrics.jsonl"
     )  # those before it, and its own
     assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
+    assert seen[0].training_seconds > seen[0].step_seconds > 0  # those of all five steps
     assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
 
 
@@ -492,9 +493,10 @@ def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_pat
 
 
 def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_grow(tmp_path):
-    live(tmp_path, max_steps=3)
+    first = live(tmp_path, max_steps=3)
     seen = []
     ended = live(tmp_path, seen.append, max_steps=3, resume="auto")
+    assert ended.wall_seconds > first.wall_seconds
     assert (seen, ended.exit_reason, ended.steps) == ([], "finished", 3)
     live(tmp_path, lambda session: seen.append(session.step), resume="auto")
     assert seen == [4, 5] and [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
