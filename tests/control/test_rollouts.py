@@ -10,7 +10,7 @@ import pytest
 import torch
 from counting_env import register
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import VectorEnv
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.control.environments import Environments, describe
@@ -86,72 +86,40 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
         assert not any(step[2] or step[3] for step in played[:-1])
 
 
-@pytest.mark.parametrize(("limit", "length"), [(100, 3), (2, 2)])
-def test_whole_episodes_one_each(limit, length):
-    """A time limit truncates them and does not terminate them."""
-    envs = Environments(register(limit=limit), 3)
-    rollout = collect_episodes(envs, policy_of(), limit, draws(), seed=0)
-    assert rollout.mask.sum(1).tolist() == [length] * 3 and rollout.env_steps == 3 * length
-    assert rollout.rewards.tolist() == [[1, 2, 3][:length]] * 3
-    assert rollout.observations[0].tolist() == [[0, 0], [0, 1], [0, 2]][:length]
-    assert rollout.final_observations.tolist() == [[0, length]] * 3
-    assert rollout.terminated.tolist() == [limit == 100] * 3 == (~rollout.truncated).tolist()
-    assert rollout.returns.tolist() == [sum(range(length + 1))] * 3
+def test_a_time_limit_truncates_whole_episodes_and_does_not_terminate_them():
+    envs = Environments(register(limit=2), 3)
+    rollout = collect_episodes(envs, policy_of(), 2, draws(), seed=0)
+    assert rollout.rewards.tolist() == [[1, 2]] * 3 and rollout.env_steps == 6
+    assert rollout.final_observations.tolist() == [[0, 2]] * 3
+    assert rollout.truncated.all() and not rollout.terminated.any()
+    assert rollout.returns.tolist() == [3] * 3
 
 
-class Together(VectorEnv):
-    """Copies that end after their number plus 2 steps; `own` memory is written again in each step."""
+class Rewriting(VectorEnv):
+    """Writes each answer into the same memory, and into the actions."""
 
     observation_space = single_observation_space = spaces.Box(-9, 99, (2,), np.float32)
     single_action_space = spaces.Discrete(2)
-
-    def __init__(self, num_envs=1, own=True, **_):
-        self.num_envs, self.own, self.closed = num_envs, own, False
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.memory = (
-            np.zeros((num_envs, 2), np.float32),
-            np.zeros(num_envs),
-            *np.zeros((2, num_envs), bool),
-        )
-
-    def _answer(self):
-        self.memory[0][:], self.memory[1][:] = self.time[:, None], self.time * (self.time % 3)
-        self.memory[2][:] = self.time == np.arange(self.num_envs) + 2
-        return self.memory if self.own else [x.copy() for x in self.memory]
+    num_envs = 1
 
     def reset(self, *, seed=None, options=None):
-        self.time = np.zeros(self.num_envs)
-        return self._answer()[0], {}
+        self.memory = np.zeros((1, 2), np.float32), np.zeros(1), *np.zeros((2, 1), bool)
+        return self.memory[0], {}
 
     def step(self, actions):
-        self.time = np.where(self.memory[2], 0, self.time + 1)
-        answer = self._answer()
-        if self.own:
-            actions[:] = 0
-        return *answer, {}
+        for part in self.memory:
+            part[:] = 1 - part
+        actions[:] = 9
+        return *self.memory, {}
 
 
-@pytest.mark.parametrize("num_steps", [None, 5])
-def test_environments_may_write_into_the_same_memory_again(num_steps):
-    def rollout(own):
-        gymnasium.registry.pop("tokenrl-tests/Together-v0", None)
-        gymnasium.register(
-            "tokenrl-tests/Together-v0",
-            vector_entry_point=Together,
-            max_episode_steps=9,
-            kwargs={"own": own},
-        )
-        envs = Environments("tokenrl-tests/Together-v0", 3)
-        if num_steps is None:
-            return collect_episodes(envs, policy_of(), 9, draws(), seed=0)
-        pieces = Pieces(envs, num_steps, seed=0)
-        pieces.collect(policy_of(), draws())
-        return pieces.collect(policy_of(), draws())
-
-    expected, other = rollout(False), rollout(True)
-    assert expected.actions.any() and len(expected.rewards.unique()) > 2
-    for name, x in expected._asdict().items():
-        assert torch.equal(getattr(other, name), x), name
+def test_environments_may_write_into_the_same_memory_again():
+    envs = Environments("CartPole-v1", 1, vector=Rewriting())
+    start, actions = envs.reset(), np.ones(1, int)
+    first, second = envs.step(actions), envs.step(actions)
+    assert start.tolist() == [[0, 0]] and actions.tolist() == [1]
+    assert [part.tolist() for part in first] == [[[1, 1]], [1], [True], [True]]
+    assert [part.tolist() for part in second] == [[[0, 0]], [0], [False], [False]]
 
 
 def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
@@ -180,20 +148,20 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
     rollout = into_rows(
         Steps(observations, actions, rewards, over & kind, over & ~kind, dummy), after
     )
-    assert rollout.env_steps == int((~dummy).sum())
-    following, place, row = torch.cat([observations[:, 1:], after[:, None]], 1), 0, []
+    following = torch.cat([observations[:, 1:], after[:, None]], 1)
+    row, steps = 0, []
     for e, t in itertools.product(range(envs), range(n)):
-        row += [t] * (not dummy[e, t])
-        if row and (over[e, t] or t + 1 == n):
-            own = rollout.mask[place]
-            assert own.tolist() == [True] * len(row) + [False] * (len(own) - len(row))
-            for found, all_of in zip(rollout[:3], (observations, actions, rewards), strict=True):
-                assert (
-                    torch.equal(found[place, own], all_of[e, row])
-                    and (found[place, ~own] == 0).all()
-                )
-            ends = over[e, t] & kind[e, t], over[e, t] & ~kind[e, t]
-            assert (rollout.terminated[place], rollout.truncated[place]) == ends
-            assert torch.equal(rollout.final_observations[place], following[e, t])
-            place, row = place + 1, []
-    assert place == len(rollout.mask)
+        if not dummy[e, t]:
+            steps.append(t)
+        if not steps or not (over[e, t] or t + 1 == n):
+            continue
+        mask = torch.arange(rollout.mask.shape[1]) < len(steps)
+        assert torch.equal(rollout.mask[row], mask)
+        for column, source in zip(rollout[:3], (observations, actions, rewards), strict=True):
+            assert torch.equal(column[row, mask], source[e, steps])
+            assert not column[row, ~mask].any()
+        assert rollout.terminated[row] == (over & kind)[e, t]
+        assert rollout.truncated[row] == (over & ~kind)[e, t]
+        assert torch.equal(rollout.final_observations[row], following[e, t])
+        row, steps = row + 1, []
+    assert row == len(rollout.mask) and rollout.env_steps == int((~dummy).sum())
