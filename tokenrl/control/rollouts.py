@@ -27,7 +27,7 @@ class Rollout(NamedTuple):
         rewards: unscaled rewards [N, T]; zero where the mask is False.
         mask: True for the steps that were taken, [N, T].
         terminated: True for rows that ended in a terminal state, [N].
-        truncated: True for rows that a time limit ended, [N]; a row that is neither continues later.
+        truncated: True for rows that a time limit cut, [N]. A row that is neither continues later.
         final_observations: the observation after the last step of each row, [N, O].
         returns: undiscounted returns of the episodes that ended in this rollout.
         lengths: lengths of those episodes.
@@ -230,14 +230,13 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
     mask = rows(real)
     lengths = mask.sum(1)
     last = torch.arange(count), lengths - 1
-    terminated = rows(steps.terminated)[last]
     return Rollout(
         observations=rows(steps.observations),
         actions=rows(steps.actions),
         rewards=rewards,
         mask=mask,
-        terminated=terminated,
-        truncated=rows(steps.truncated)[last] & ~terminated,
+        terminated=rows(steps.terminated)[last],
+        truncated=rows(steps.truncated)[last],
         final_observations=rows(following)[last],
         returns=rewards.sum(1),
         lengths=lengths,
