@@ -24,7 +24,7 @@ the mean: here the baseline adds noise, and without it |g|^2 is about half. With
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import mean, median
@@ -81,20 +81,24 @@ class Point(NamedTuple):
     high: float
 
 
-class Side(NamedTuple):
+@dataclass
+class Side:
     """The runs of the agent or of the model, with and without a baseline."""
 
     name: str
     unit: str
     length: str  # the metric that holds the mean T
     facts: dict[str, str]
-    updates: dict[str, list[list[dict[str, Any]]]]  # metrics by variant, seed, update
-    final: dict[str, list[float]]  # reward of fresh episodes or held-out prompts, by variant, seed
+    updates: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
+    """Metrics by variant, seed, update."""
+    final: dict[str, list[float]] = field(default_factory=dict)
+    """Reward of fresh episodes or held-out prompts, by variant, seed."""
 
     def add(self, variant: str, result: Any) -> None:
         """Add the metrics of a finished run."""
-        self.updates[variant].append(read_metrics(result.output_dir / "metrics.jsonl")[1:])
-        self.final[variant].append(result.eval_after["reward"])
+        metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]
+        self.updates.setdefault(variant, []).append(metrics)
+        self.final.setdefault(variant, []).append(result.eval_after["reward"])
 
     def pooled(self, variant: str) -> list[dict[str, Any]]:
         """Return the metrics of all updates of a variant."""
@@ -160,8 +164,6 @@ def train_all(arguments: Arguments) -> list[Side]:
             "compared with": "all others",
             "reward": "after every action",
         },
-        {variant: [] for variant in VARIANTS},
-        {variant: [] for variant in VARIANTS},
     )
     models = Side(
         TASK,
@@ -172,8 +174,6 @@ def train_all(arguments: Arguments) -> list[Side]:
             "compared with": f"the other {GENERATIONS - 1} of the prompt",
             "reward": "once, at the end",
         },
-        {variant: [] for variant in VARIANTS},
-        {variant: [] for variant in VARIANTS},
     )
     for seed in range(arguments.seeds):
         for variant in VARIANTS:

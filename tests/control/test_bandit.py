@@ -38,8 +38,10 @@ def test_mean_and_variance_are_those_of_all_episodes(steps, returns, baseline):
         g = episode_gradients(Estimator(returns=returns, baseline=exact), theta, actions)
         mean = float(chances @ g)
         assert mean == pytest.approx(float(expected(theta, steps)), rel=1e-10, abs=1e-12)
-        wanted = float(variance(theta, steps, returns, baseline))
-        assert float(chances @ (g - mean).square()) == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+        expected_variance = float(variance(theta, steps, returns, baseline))
+        assert float(chances @ (g - mean).square()) == pytest.approx(
+            expected_variance, rel=1e-10, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -23,7 +23,7 @@ def check(tmp_path):
     return start
 
 
-def said(capsys) -> str:
+def output(capsys) -> str:
     return " ".join("".join(capsys.readouterr()).split())
 
 
@@ -31,29 +31,27 @@ def test_a_check_that_passes_shows_returns_and_time(check, tmp_path, capsys):
     result = check()
     assert (result.exit_code, result.exit_reason, result.flags, result.steps) == (0, "check", [], 0)
     assert result.eval_before["reward"] > 8
-    shown = said(capsys)
+    text = output(capsys)
     assert re.search(
-        r"Check passed.* returns \d+ to \d+ in 4 episodes observations [0-3]\.\d+ at most", shown
+        r"Check passed.* returns \d+ to \d+ in 4 episodes observations [0-3]\.\d+ at most", text
     )
-    assert re.search(
-        r"time \S+ s per update, about 0:\d\d for 10 updates and 11 evaluations", shown
-    )
+    assert re.search(r"time \S+ s per update, about 0:\d\d for 10 updates and 11 evaluations", text)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_timestep_mean", "reinforce_running_mean", "ppo"])
 def test_a_check_changes_nothing_of_the_agent(check, monkeypatch, estimator):
-    seen = []
+    agents = []
 
     def watched(run, *rest):
         before = copy.deepcopy(run.agent)
         result = check_agent(run, *rest)
-        seen.append((before, run.agent))
+        agents.append((before, run.agent))
         return result
 
     monkeypatch.setattr(training, "check_agent", watched)
     check(estimator=estimator, normalize_observations=True)
-    ((before, after),) = seen
+    ((before, after),) = agents
     for name, value in before.policy.state_dict().items():
         assert torch.equal(value, after.policy.state_dict()[name]), name
     one, other = before.state_dict(), after.state_dict()
@@ -80,7 +78,7 @@ def test_pieces_without_a_reward_are_a_remark_if_whole_episodes_differ(check, ca
     assert (result.exit_code, result.flags) == (0, ["no-signal"])
     assert (
         "In none of 8 steps, in which no episode ended, do the rewards differ; their mean is -0.01"
-        in said(capsys)
+        in output(capsys)
     )
 
 
@@ -88,7 +86,7 @@ def test_observations_far_from_1_are_a_remark_unless_they_are_normalised(check, 
     env = counting_env.register(lengths=(30, 20))
     result = check(env=env)  # its rewards do not depend on the actions
     assert (result.exit_code, result.flags) == (2, ["no-signal", "observations-far-from-1"])
-    assert "observations-far-from-1: The largest absolute value of an observation was 29" in said(
+    assert "observations-far-from-1: The largest absolute value of an observation was 29" in output(
         capsys
     )
     assert check(env=env, normalize_observations=True).flags == ["no-signal"]

@@ -72,6 +72,7 @@ def test_numpy_beside_dqn(printed):
     assert "DQN, 1 seeds: a mean of 475 in 0 of 1 seeds" in out
 
 
+@pytest.mark.slow
 def test_walk(printed, tmp_path):
     out = printed("4_walk", "--seeds 1 --episodes 8 --hidden 8")
     table = [line.split()[:4] for line in out.splitlines() if re.match(r" +\d ", line)]

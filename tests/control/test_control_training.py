@@ -57,7 +57,7 @@ def once(tmp_path_factory):
 
 def test_a_run_leaves_a_complete_directory(once):
     """CartPole pays one point a step, so the mean return times the episodes is the number of steps."""
-    result, said = once
+    result, output = once
     folder, lines = result.output_dir, rows(result)
     assert (result.exit_reason, result.exit_code, result.steps) == ("finished", 0, 2)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -75,7 +75,7 @@ def test_a_run_leaves_a_complete_directory(once):
     assert rates == pytest.approx([result.env_steps / result.train_seconds] * 2)
     config = json.loads((folder / "config.json").read_text())
     assert (config["env"], config["threads"]) == ("CartPole-v1", 1)
-    assert "threads 1 (fewer than 1 M parameters)" in said
+    assert "threads 1 (fewer than 1 M parameters)" in output
     assert "CartPole-v1" in (folder / "report.html").read_text()
     assert (folder / "learning_curve.png").stat().st_size > 1000
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -214,45 +214,45 @@ def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapse
     options = {"env": "bandit", "hidden": (), "num_envs": 32, "max_steps": 40, "learning_rate": 0.3}
     options |= {"eval_every": 3, "eval_episodes": 40}
     full = short(tmp_path, **options | {"quiet": False})
-    said = " ".join(capsys.readouterr().out.split())
-    assert full.steps == 40 and said.count("Solved at step") == 1
-    assert "Training goes on to step 40; with --stop-when-solved it ends here." in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert full.steps == 40 and output.count("Solved at step") == 1
+    assert "Training goes on to step 40; with --stop-when-solved it ends here." in output
     summary = json.loads((full.output_dir / "summary.json").read_text())
     assert full.flags == summary["flags"] == ["entropy-collapsed"]
     bonus = Estimator.preset("reinforce_timestep_mean", entropy_coef=0.01)
     assert short(tmp_path, "bonus", estimator=bonus, **options).flags == []
     stopped = short(tmp_path, "stopped", stop_when_solved=True, **options)
-    assert stopped.exit_reason == "solved" and f"Solved at step {stopped.steps}," in said
+    assert stopped.exit_reason == "solved" and f"Solved at step {stopped.steps}," in output
     threshold[0] = 0.1
     result = short(tmp_path, "at once", stop_when_solved=True, **options)
     assert (result.exit_reason, result.steps, result.solved) == ("solved", 0, True)
 
 
-@pytest.mark.parametrize("given", [None, "offscreen"])
+@pytest.mark.parametrize("driver", [None, "offscreen"])
 def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
-    tmp_path, monkeypatch, capsys, given
+    tmp_path, monkeypatch, capsys, driver
 ):
-    seen = []
+    drivers = []
 
     class Watched(CartPoleEnv):
         def render(self):
-            seen.append(os.environ.get("SDL_VIDEODRIVER"))
-            if given:
+            drivers.append(os.environ.get("SDL_VIDEODRIVER"))
+            if driver:
                 raise RuntimeError("no paint")
             return super().render()
 
     gymnasium.registry.pop("tokenrl-tests/Watched-v0", None)
     gymnasium.register("tokenrl-tests/Watched-v0", entry_point=Watched, max_episode_steps=9)
     monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
-    if given:
-        monkeypatch.setenv("SDL_VIDEODRIVER", given)
+    if driver:
+        monkeypatch.setenv("SDL_VIDEODRIVER", driver)
     options = {"num_envs": 2, "max_steps": 1, "eval_episodes": 2, "video": True, "quiet": False}
     run = short(tmp_path, env="tokenrl-tests/Watched-v0", **options)
-    assert set(seen) == {given or "dummy"} and os.environ.get("SDL_VIDEODRIVER") == given
+    assert set(drivers) == {driver or "dummy"} and os.environ.get("SDL_VIDEODRIVER") == driver
     assert run.exit_code == 0 and (run.output_dir / "model" / "policy.safetensors").is_file()
-    said = " ".join(capsys.readouterr().out.split())
-    if given:
-        assert "No video could be made" in said and "it raised RuntimeError: no paint" in said
+    output = " ".join(capsys.readouterr().out.split())
+    if driver:
+        assert "No video could be made" in output and "it raised RuntimeError: no paint" in output
     else:
         assert (run.output_dir / "videos" / "episode-episode-0.mp4").stat().st_size > 1000
 

@@ -128,8 +128,8 @@ def test_a_limit_that_is_no_number_of_steps(limit):
 def test_actions_without_bounds_and_numbers_that_do_not_start_at_zero(recwarn):
     low, high = np.array([-np.inf, 0, -2], np.float32), np.array([np.inf, np.inf, 4], np.float32)
     envs = Environments(register_odd(THREE, spaces.Box(low, high)), 1)
-    taken = envs.translate(np.array([[7.0, 2.0, 0.5], [-7.0, -2.0, -1.0]]))
-    assert taken.tolist() == [[7, 2, 2.5], [-7, 0, -2]]
+    actions = envs.translate(np.array([[7.0, 2.0, 0.5], [-7.0, -2.0, -1.0]]))
+    assert actions.tolist() == [[7, 2, 2.5], [-7, 0, -2]]
     envs = Environments(
         register_odd(spaces.Discrete(3, start=5), spaces.Discrete(2, start=-1), 6), 2
     )

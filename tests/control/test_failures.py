@@ -28,7 +28,7 @@ class Failing(gymnasium.Env):
     `after` counts the steps of all copies together, so that training can begin before something goes wrong.
     """
 
-    taken, closed = 0, False
+    steps_taken, closed = 0, False
     observation_space, action_space = spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2)
 
     def __init__(self, rewards=(), observations=(), after=0, raises="", error=None):
@@ -37,18 +37,20 @@ class Failing(gymnasium.Env):
         self.rewards, self.observations = dict(rewards), dict(observations)
         self._fail("__init__")
 
-    def _find(self, numbers, otherwise):
-        return numbers.get(self.steps, otherwise) if Failing.taken >= self.after else otherwise
+    def _answer(self, numbers, otherwise):
+        return (
+            numbers.get(self.steps, otherwise) if Failing.steps_taken >= self.after else otherwise
+        )
 
     def _fail(self, method):
-        if self.raises == method and Failing.taken >= self.after:
+        if self.raises == method and Failing.steps_taken >= self.after:
             raise self.error
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.steps = 0
         self._fail("reset")
-        return np.array([0, self._find(self.observations, 0)], np.float32), {}
+        return np.array([0, self._answer(self.observations, 0)], np.float32), {}
 
     def close(self):
         if (
@@ -59,17 +61,17 @@ class Failing(gymnasium.Env):
 
     def step(self, action):
         self.steps += 1
-        Failing.taken += 1
+        Failing.steps_taken += 1
         self._fail("step")
-        seen = np.array([0, self._find(self.observations, 0)], np.float32)
-        return seen, self._find(self.rewards, 1.0), self.steps >= self.length, False, {}
+        observation = np.array([0, self._answer(self.observations, 0)], np.float32)
+        return observation, self._answer(self.rewards, 1.0), self.steps >= self.length, False, {}
 
 
 def register(kind=Failing, **options):
-    how = {"max_episode_steps": 20, "kwargs": options, "disable_env_checker": True}
+    settings = {"max_episode_steps": 20, "kwargs": options, "disable_env_checker": True}
     gymnasium.registry.pop(ID, None)
-    gymnasium.register(ID, entry_point=kind, **how)
-    Failing.taken = 0
+    gymnasium.register(ID, entry_point=kind, **settings)
+    Failing.steps_taken = 0
     Failing.closed = False
     return ID
 
@@ -142,11 +144,11 @@ def test_whatever_is_raised_is_a_failure_of_the_environment(tmp_path, capsys, me
             after=0 if at_once else 100,
         )
     assert main([command, "--env", ID, *flags]) == (2 if at_once else 1)
-    said, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
+    output, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
     message = "gave the reward nan in step 3 of an episode" if method == "numbers" else message
-    assert message in said and ID in said and "Traceback" not in said
+    assert message in output and ID in output and "Traceback" not in output
     if not at_once:
-        assert "The last complete checkpoint is" in said
+        assert "The last complete checkpoint is" in output
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert summary["exit_reason"] == "failed" and message in summary["error"]
 

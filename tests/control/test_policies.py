@@ -67,11 +67,11 @@ def test_outputs_and_gradients_are_those_of_the_modules(activation, critic):
         policy.head(policy.body(x)),
         policy.critic(policy.body(x) if critic == "shared" else x)[:, 0],
     )
-    for found, wanted in zip((policy(x), policy.values(x)), outputs, strict=True):
-        assert torch.equal(found, wanted)
+    for output, expected in zip((policy(x), policy.values(x)), outputs, strict=True):
+        assert torch.equal(output, expected)
         slopes = (
             torch.autograd.grad(y.sum(), policy.parameters(), allow_unused=True)
-            for y in (found, wanted)
+            for y in (output, expected)
         )
         for one, two in zip(*slopes, strict=True):
             assert one is two is None or torch.equal(one, two)
@@ -79,13 +79,13 @@ def test_outputs_and_gradients_are_those_of_the_modules(activation, critic):
 
 
 def test_observation_scale_is_mean_and_std_of_all_that_was_seen():
-    scale, seen = ObservationScale(3), 3 + 5 * observations(40).float()
-    assert torch.equal(scale(seen), seen)  # before anything was seen
-    for part in seen.split([1, 17, 22]):
+    scale, inputs = ObservationScale(3), 3 + 5 * observations(40).float()
+    assert torch.equal(scale(inputs), inputs)  # before anything was seen
+    for part in inputs.split([1, 17, 22]):
         scale.update(part)
-    expected = (seen - seen.mean(0)) / seen.std(0, correction=0)
-    torch.testing.assert_close(scale(seen), expected, rtol=1e-4, atol=1e-5)
-    far = seen[:1] + 1e6
+    expected = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
+    torch.testing.assert_close(scale(inputs), expected, rtol=1e-4, atol=1e-5)
+    far = inputs[:1] + 1e6
     assert scale(far).max() == 10
 
 
