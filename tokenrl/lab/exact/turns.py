@@ -32,6 +32,11 @@ ENDS, CALLS, ANSWERS = ("0", "20", "22"), ("1", "21"), ("012", "210")
 WIDTH = 7
 """The most tokens of a row: two turns of two tokens, and an answer of three."""
 
+ENDS, CALLS, ANSWERS = ("0", "20", "22"), ("1", "21"), ("012", "210")
+"""The tokens of a turn that ends its row, of a turn that calls the tool, and of what the environment answers."""
+WIDTH = 7
+"""The most tokens of a row: two turns of two tokens, and an answer of three."""
+
 
 def turn_problem(seed: int) -> Problem:
     """Make a problem of at most two turns, with a random policy, random rewards and groups of three.
