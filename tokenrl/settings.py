@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import chain
 from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
@@ -51,21 +52,26 @@ class Bounds:
 
     def limits(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
         """Return (words, comparison, limit) for each bound; the comparison must hold."""
-        bounds = [("of at least", ge, self.at_least), ("above", gt, self.above)]
-        bounds += [("at most", le, self.at_most), ("below", lt, self.below)]
-        return [(words, compare, limit) for words, compare, limit in bounds if limit is not None]
+        limits: list[Any] = [
+            ("of at least", ge, self.at_least),
+            ("above", gt, self.above),
+            ("at most", le, self.at_most),
+            ("below", lt, self.below),
+        ]
+        return [limit for limit in limits if limit[2] is not None]
 
     def hold(self, value: float) -> bool:
         """Return whether a finite number lies within the bounds."""
         return all(compare(value, limit) for _, compare, limit in self.limits())
 
     def __str__(self) -> str:
-        return " and ".join(f"{words} {limit:,.12g}" for words, _, limit in self.limits())
+        texts = [f"{words} {limit:,.12g}" for words, _, limit in self.limits()]
+        return " and ".join(texts)
 
 
 LARGEST = 1e30
 """Largest absolute value of a setting: beyond it numbers of 32 bits overflow, as weights and rewards are."""
-MOST = 10**9
+MAX_COUNT = 10**9
 """Largest whole number of a setting that counts something."""
 LARGEST_REWARD = 1e12
 """Largest size of a reward. Advantages are float32 numbers, which end at 3.4e38, and some are divided by a
@@ -74,9 +80,9 @@ standard deviation: a return of 10^4 such rewards is 1e16, and the sum of 10^6 s
 Number = Annotated[float, Bounds(at_least=-LARGEST, at_most=LARGEST)]
 Positive = Annotated[float, Bounds(above=0, at_most=LARGEST)]
 NonNegative = Annotated[float, Bounds(at_least=0, at_most=LARGEST)]
-Count = Annotated[int, Bounds(at_least=1, at_most=MOST)]
-Several = Annotated[int, Bounds(at_least=2, at_most=MOST)]
-Natural = Annotated[int, Bounds(at_least=0, at_most=MOST)]
+Count = Annotated[int, Bounds(at_least=1, at_most=MAX_COUNT)]
+Several = Annotated[int, Bounds(at_least=2, at_most=MAX_COUNT)]
+Natural = Annotated[int, Bounds(at_least=0, at_most=MAX_COUNT)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 """A seed has 32 bits, as NumPy's: then a number of 64 bits can hold it beside the number of a step."""
 
@@ -103,13 +109,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that are not allowed; a text such as `module:function` becomes that function."""
-        for name in rules_of(type(self)):  # type: ignore[arg-type]
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        for name, value in vars(self).items():
-            is_named = type(value) is str and ":" in value
-            hint = field_types(type(self))[name] if is_named else None  # type: ignore[arg-type]
-            if OR_FUNCTION in getattr(hint, "__metadata__", ()):
-                object.__setattr__(self, name, NamedFunction(value))
+        kind: Any = type(self)
+        for name in rules_of(kind):
+            value = plain(getattr(self, name))
+            if type(value) is str and ":" in value:
+                hint = field_types(kind)[name]
+                if OR_FUNCTION in getattr(hint, "__metadata__", ()):
+                    value = NamedFunction(value)
+            object.__setattr__(self, name, value)
         check(self)
 
 
@@ -137,9 +144,9 @@ class Rule(NamedTuple):
     def check(self, name: str, value: object) -> None:
         """Refuse a value that is not allowed; say which name was probably meant, and what is allowed."""
         if not self.fits(value):
-            hint = nearest(str(value)[:99], self.names)
-            it = f".{hint} It" if hint else "; it"
-            raise Refused(f"{name} was given as {shown(value)}{it} must be {self.words}.")
+            suggestion = nearest(str(value)[:99], self.names)
+            start = f".{suggestion} It" if suggestion else "; it"
+            raise Refused(f"{name} was given as {shown(value)}{start} must be {self.words}.")
 
 
 def check(settings: Any, *, objects: bool = True) -> None:
@@ -158,37 +165,36 @@ def check(settings: Any, *, objects: bool = True) -> None:
         rule.check(name, getattr(settings, name))
 
 
-def shown(value: object, most: int = 200) -> str:
-    """Return a value as messages quote it: its repr in one line, cut after `most` characters."""
+def shown(value: object, length: int = 200) -> str:
+    """Return a value as messages quote it: its repr in one line, cut after `length` characters."""
     text = " ".join(map(str.strip, written(value).splitlines()))
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Refuse a name that is not among `allowed`.
+    """Refuse a name that is not allowed.
 
     Args:
         name: The name of the setting, as the user wrote it (a field, "preset").
-        value: The name that was given.
+        value: The user's value.
         allowed: The names that exist.
 
     Raises:
         Refused: The name does not exist; the message lists those that do and, for a misspelling, the nearest.
     """
-    _choice(tuple(allowed)).check(name, value)
+    _choice_rule(tuple(allowed)).check(name, value)
 
 
 def same_name(value: Any, names: Collection[Any]) -> Any:
-    """Return the name that a text is but for capitals, hyphens and underscores, else the value itself."""
-
-    def bare(name: str) -> str:
-        return re.sub("[-_]", "", name.lower())
-
+    """Return the name that equals a text but for capitals, hyphens and underscores, else the value itself."""
     if not isinstance(value, str) or value in names:
         return value
-    return next(
-        (name for name in names if isinstance(name, str) and bare(name) == bare(value)), value
-    )
+    by_letters = {_letters(name): name for name in names if isinstance(name, str)}
+    return by_letters.get(_letters(value), value)
+
+
+def _letters(name: str) -> str:
+    return re.sub("[-_]", "", name.lower())
 
 
 def check_number(name: str, value: object, kind: type[float] = float, **bounds: float) -> None:
@@ -197,7 +203,7 @@ def check_number(name: str, value: object, kind: type[float] = float, **bounds: 
     Raises:
         Refused: The value is no such number, or outside the bounds.
     """
-    _number(kind, Bounds(**bounds)).check(name, value)
+    _number_rule(kind, Bounds(**bounds)).check(name, value)
 
 
 def check_seed(seed: object) -> None:
@@ -209,14 +215,15 @@ def check_seed(seed: object) -> None:
 def field_types(kind: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with its metadata; it allows None if that is default."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {
-        f.name: hints[f.name] | None if f.default is OPEN else hints[f.name] for f in fields(kind)
+    types = {field.name: hints[field.name] for field in fields(kind)}
+    return types | {
+        field.name: types[field.name] | None for field in fields(kind) if field.default is OPEN
     }
 
 
 @cache
 def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
-    """Return the rule of each field that has one; cached, because estimators are made by the thousand."""
+    """Return the rules of the fields, where they have one; cached, because estimators are made by the thousand."""
     rules = {name: _rule(hint, objects) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
     return {name: rule for name, rule in rules.items() if rule is not None}
 
@@ -228,11 +235,12 @@ def _rule(hint: Any, objects: bool) -> Rule | None:
     if OR_OBJECT in metadata:  # an object without a name is null in a file
         return None if objects else _rule(hint | None, objects)
     if OR_FUNCTION in metadata:
-        named = _choice(parts)
+        named = _choice_rule(parts)
         words = f"{named.words}, or a function: module:function or path/to/file.py:function"
         return named._replace(fits=lambda value: callable(value) or named.fits(value), words=words)
     if hint in (int, float):
-        return _number(hint, next((m for m in metadata if isinstance(m, Bounds)), Bounds()))
+        bounds = [entry for entry in metadata if isinstance(entry, Bounds)]
+        return _number_rule(hint, *bounds)
     if hint is bool:
         return Rule(lambda value: isinstance(value, bool), "True or False")
     if hint is NoneType:
@@ -240,14 +248,15 @@ def _rule(hint: Any, objects: bool) -> Rule | None:
     if hint is str:
         return Rule(_is_text, "text in UTF-8")
     if isinstance(hint, type) and is_dataclass(hint):
-        names = "the name of a preset, or " if hasattr(hint, "preset") else ""
-        words = f"{names}a mapping of the fields of {hint.__name__}"
+        words = f"a mapping of the fields of {hint.__name__}"
+        if hasattr(hint, "preset"):
+            words = f"the name of a preset, or {words}"
         return Rule(lambda value: isinstance(value, hint), words)
     if origin is Literal:
-        return _choice(parts)
+        return _choice_rule(parts)
     if origin in (Union, UnionType):
-        return _either([_rule(part, objects) for part in parts])
-    return _several(parts, objects) if origin is tuple else None
+        return _union_rule([_rule(part, objects) for part in parts])
+    return _tuple_rule(parts, objects) if origin is tuple else None
 
 
 def _bare(hint: Any) -> Any:
@@ -260,18 +269,19 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike)) and not re.search(r"[\ud800-\udfff]", str(value))
 
 
-def _number(kind: type[Any], bounds: Bounds) -> Rule:
-    number = Integral if kind is int else Real
+def _number_rule(kind: type[Any], bounds: Bounds = Bounds()) -> Rule:
+    number, adjective = (Integral, "whole") if kind is int else (Real, "finite")
 
     def fits(value: Any) -> bool:
-        counts = isinstance(value, number) and not isinstance(value, bool)
-        return counts and abs(value) < inf and bounds.hold(value)  # isfinite cannot take 10**400
+        is_number = isinstance(value, number) and not isinstance(value, bool)
+        return is_number and abs(value) < inf and bounds.hold(value)  # isfinite cannot take 10**400
 
-    return Rule(fits, f"a {'whole' if kind is int else 'finite'} number {bounds}".strip())
+    return Rule(fits, f"a {adjective} number {bounds}".strip())
 
 
-def _choice(names: tuple[Any, ...]) -> Rule:
-    words, kinds = tuple(map(str, names)), tuple(map(type, names))
+def _choice_rule(names: tuple[Any, ...]) -> Rule:
+    words = tuple(map(str, names))
+    kinds = tuple(map(type, names))
 
     def fits(value: Any) -> bool:  # True is no 1, and an array equals nothing
         return isinstance(value, kinds) and not isinstance(value, bool) and value in names
@@ -279,28 +289,31 @@ def _choice(names: tuple[Any, ...]) -> Rule:
     return Rule(fits, f"one of {', '.join(words)}", words)
 
 
-def _either(rules: list[Rule | None]) -> Rule | None:
+def _union_rule(rules: list[Rule | None]) -> Rule | None:
     """Return the rule of a union of types: a value must fit one of several rules."""
     parts = [rule for rule in rules if rule is not None]
     if len(parts) < len(rules):
         return None
-    names = tuple(name for rule in parts for name in rule.names)
     return Rule(
-        lambda value: any(r.fits(value) for r in parts), ", or ".join(r.words for r in parts), names
+        lambda value: any(rule.fits(value) for rule in parts),
+        ", or ".join(rule.words for rule in parts),
+        sum((rule.names for rule in parts), ()),
     )
 
 
-def _several(parts: tuple[Any, ...], objects: bool) -> Rule | None:
+def _tuple_rule(parts: tuple[Any, ...], objects: bool) -> Rule | None:
     """Return the rule of a tuple: any number of values of one type, or exactly as many as the type lists."""
-    rule, length = _rule(parts[0], objects), None if parts[-1] is Ellipsis else len(parts)
+    rule = _rule(parts[0], objects)
+    length = None if parts[-1] is Ellipsis else len(parts)
     if rule is None:
         return None
 
     def fits(value: Any) -> bool:
-        whole = isinstance(value, (tuple, list)) and length in (None, len(value))
-        return whole and all(map(rule.fits, value))
+        is_tuple = isinstance(value, (tuple, list)) and length in (None, len(value))
+        return is_tuple and all(map(rule.fits, value))
 
-    return Rule(fits, f"{'values' if length is None else f'{length} values'}, each {rule.words}")
+    words = "values" if length is None else f"{length} values"
+    return Rule(fits, f"{words}, each {rule.words}")
 
 
 class Layered(NamedTuple):
@@ -349,39 +362,51 @@ def _converted(value: Any, hint: Any) -> Any:
     if OR_OBJECT not in getattr(hint, "__metadata__", ()):
         value = plain(value)
     hint = _bare(hint)
-    union = get_origin(hint) in (Union, UnionType)
-    parts = [_bare(part) for part in get_args(hint)] if union else [hint]
-    if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
-        if hasattr(hint, "preset") and "preset" in value:
-            changes = {str(name): change for name, change in value.items() if name != "preset"}
-            return hint.preset(value["preset"], **changes)
-        return arguments(hint, value)
-    if isinstance(value, str) and hasattr(hint, "preset"):
-        return hint.preset(value)
-    fits = (str in parts and isinstance(value, (str, os.PathLike))) or (
-        value is None and NoneType in parts
-    )
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _record(value, hint)
+    parts = [hint]
+    if get_origin(hint) in (Union, UnionType):
+        parts = [_bare(part) for part in get_args(hint)]
+    if str in parts and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None and NoneType in parts:
+        return None
+    names: list[Any] = []
     for part in parts:
-        if get_origin(part) is tuple and not fits:
+        if get_origin(part) is Literal:
+            names += get_args(part)
+        if get_origin(part) is tuple and not (str in parts and isinstance(value, str)):
             return _converted_tuple(value, get_args(part)[0])
-    names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
-    value = same_name(value, names)
-    return os.fspath(value) if str in parts and isinstance(value, os.PathLike) else value
+    return same_name(value, names)
+
+
+def _record(value: Any, kind: Any) -> Any:
+    """Make a dataclass of a mapping of its fields, or of the name of a preset; else return the value."""
+    if isinstance(value, str) and hasattr(kind, "preset"):
+        return kind.preset(value)
+    if not isinstance(value, Mapping):
+        return value
+    if hasattr(kind, "preset") and "preset" in value:
+        changes = {str(name): change for name, change in value.items() if name != "preset"}
+        return kind.preset(value["preset"], **changes)
+    return arguments(kind, value)
 
 
 def _converted_tuple(value: Any, item: Any) -> tuple[Any, ...]:
     """Make a tuple of a value or of several; where numbers are expected, text may hold some with commas."""
-    values = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if value is None:
+        return ()
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
     if {int, float} & {_bare(part) for part in (item, *get_args(item))}:
-        values = [number for entry in values for number in _numbers(entry)]
+        values = list(chain.from_iterable(map(_numbers_in, values)))
     return tuple(_converted(entry, item) for entry in values)
 
 
-def _numbers(entry: Any) -> list[Any]:
+def _numbers_in(entry: Any) -> list[Any]:
     """Return the numbers of a text such as "1,0.3"; anything else is returned alone, as it is."""
-    if isinstance(entry, str) and "," in entry:
-        with contextlib.suppress(ValueError):
-            return [
-                int(word) if word.strip().isdigit() else float(word) for word in entry.split(",")
-            ]
+    if not isinstance(entry, str) or "," not in entry:
+        return [entry]
+    words = entry.split(",")
+    with contextlib.suppress(ValueError):
+        return [int(word) if word.strip().isdigit() else float(word) for word in words]
     return [entry]
