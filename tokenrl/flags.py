@@ -10,7 +10,7 @@ import contextlib
 import io
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from itertools import pairwise
@@ -66,25 +66,29 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     Raises:
         Refused: A flag or a value is not allowed.
     """
-    kind, prog = command.arguments, f"tokenrl {name}"
-    words = list(_with_values(word for word in argv if word not in ("-h", "--help")))
-    if {"-h", "--help"} & {*argv}:
-        options = _read_options(command, words, prog)[0] if words else {}
-        start = _starting_settings(name, command, options)
-        about = cleandoc(kind.__doc__) + (
-            _about_presets() if "estimator" in field_types(kind) else ""
-        )
-        tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
-    options, unknown = _read_options(command, words, prog)
-    start = _starting_settings(name, command, options)
+    kind = command.arguments
+    prog = f"tokenrl {name}"
     hints = dict(field_types(kind))
+    words = [word for word in argv if word not in ("-h", "--help")]
+    is_help = len(words) < len(argv)
+    options, unknown = dict[str, Any](), list[str]()
+    if words or not is_help:
+        options, unknown = _read_options(command, _with_values(words), prog)
+    start = _starting_settings(name, command, options)
+    if is_help:
+        about = cleandoc(kind.__doc__)
+        if "estimator" in hints:
+            about += _about_presets()
+        tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
     if kind is CompareArguments:
         config = options.pop("config", None)
-        stored = {} if config is None else read_config(config)
-        if config is not None and directory_of(config, stored):
-            raise Refused(
-                f"{config} is the configuration of a run; compare takes a file of settings."
-            )
+        stored = {}
+        if config is not None:
+            stored = read_config(config)
+            if directory_of(config, stored):
+                raise Refused(
+                    f"{config} is the configuration of a run; compare takes a file of settings."
+                )
         runs = ControlArguments if "env" in stored | options else TrainArguments
         shared, unknown = _shared(runs, unknown, prog)
         start = with_shared(stored | shared)
@@ -93,10 +97,14 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     return arguments(kind, start | options)
 
 
-def _with_values(words: Iterable[str]) -> Iterator[str]:
-    """Yield the words of a command line; each flag of `ALONE` without a value is replaced."""
-    for word, after in pairwise([*words, "--"]):
-        yield ALONE.get(word.replace("_", "-"), word) if after[:2] == "--" else word
+def _with_values(words: list[str]) -> list[str]:
+    """Return the words of a command line; each flag of `ALONE` without a value is replaced."""
+    complete = []
+    for word, following in pairwise([*words, "--"]):
+        flag = word.replace("_", "-")
+        is_alone = following.startswith("--")
+        complete.append(ALONE.get(flag, word) if is_alone else word)
+    return complete
 
 
 def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -104,38 +112,45 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            kind = _flags(command)
             groups, rest = tyro.cli(
-                kind, args=argv, prog=prog, registry=READING, return_unknown_args=True
+                _flags(command), args=argv, prog=prog, registry=READING, return_unknown_args=True
             )
-    except (
-        SystemExit
-    ):  # tyro says in a box what is wrong, then how it tried, then where the help is
+    except SystemExit:  # tyro's box has the error, then its attempts, then where the help is
         text = FRAME.split(errors.getvalue())[1].partition("Got errors:")[0]
-        raise Refused(f"{' '.join(re.sub('[│|]', ' ', text).split())} See {prog} --help.") from None
-    axes = groups.pop("estimator", {})
-    options = {flag: value for group in groups.values() for flag, value in group.items()}
-    return options | ({"axes": axes} if axes else {}), rest
+        words = re.sub("[│|]", " ", text).split()
+        raise Refused(f"{' '.join(words)} See {prog} --help.") from None
+    options = {}
+    if axes := groups.pop("estimator", {}):
+        options["axes"] = axes
+    for group in groups.values():
+        options |= group
+    return options, rest
 
 
 @READING.primitive_rule
 def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Read a number, or one of several names; anything else stays text."""
-    names = {str(name): name for name in get_args(read.type)} if read.type_origin is Literal else {}
-    if not names and read.type not in (int, float):
+    """Return how tyro reads a number or one of several names; any other text stays text."""
+    names: dict[str, Any] = {}
+    kinds: tuple[Any, ...] = (read.type,)
+    if read.type_origin is Literal:  # a setting may take names or numbers
+        names = {str(name): name for name in get_args(read.type)}
+        kinds = (int, float)
+    elif read.type not in (int, float):
         return None
 
     def value(words: list[str]) -> Any:
-        if words[0] in names:
-            return names[words[0]]
-        for kind in (int, float) if names else (read.type,):  # a setting may take names or numbers
-            with contextlib.suppress(ValueError):
-                return kind(words[0])
-        return words[0]
+        (word,) = words
+        for kind in (names.__getitem__, *kinds):
+            with contextlib.suppress(KeyError, ValueError):
+                return kind(word)
+        return word
 
-    metavar = ",".join(names) or read.type.__name__
     return PrimitiveConstructorSpec(
-        1, metavar, value, lambda _: True, lambda default: [str(default)]
+        nargs=1,
+        metavar=",".join(names) or read.type.__name__,
+        instance_from_str=value,
+        is_instance=lambda _: True,
+        str_from_instance=lambda default: [str(default)],
     )
 
 
@@ -145,29 +160,29 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
     if not command.trains:
         return {}
     typed = options.keys() | {f"estimator.{axis}" for axis in options.get("axes", {})}
-    config, agent, preset, axes = (
-        options.pop(key, None) for key in ("config", "agent", "estimator", "axes")
-    )
+    config = options.pop("config", None)
+    agent = options.pop("agent", None)
+    preset = options.pop("estimator", None)
+    axes = options.pop("axes", {})
+    start: dict[str, Any] = {}
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
-    anew = not (options.get("resume") or options.get("overwrite"))
-    start = {} if config is None else vars(configured(kind, config, name, anew=anew))
     if config is not None:
-        check_code(
-            start, config, read_config(config), typed, trusted=options.get("trust_run", False)
-        )
+        anew = not (options.get("resume") or options.get("overwrite"))
+        start |= vars(configured(kind, config, name, anew=anew))
+        trusted = options.get("trust_run", False)
+        check_code(start, config, read_config(config), typed, trusted=trusted)
     if agent is not None:
-        start = agent_settings(agent, options.get("env", kind.env))
+        start |= agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:
         estimator = _estimator(kind, start) if preset is None else Estimator.preset(preset)
-        start = start | {"estimator": arguments(Estimator, vars(estimator) | (axes or {}))}
+        start["estimator"] = arguments(Estimator, vars(estimator) | axes)
     return start
 
 
 def _estimator(kind: Any, start: Mapping[str, Any]) -> Any:
     """Return the estimator of the settings that a command starts from, or else the command's own."""
-    (field,) = (field for field in fields(kind) if field.name == "estimator")
-    return start["estimator"] if "estimator" in start else field.default_factory()  # type: ignore[operator]
+    return start.get("estimator") or kind.__dataclass_fields__["estimator"].default_factory()
 
 
 def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -186,23 +201,23 @@ def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list
 
 def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
     """Make the type that tyro reads: a group of flags for each class that declares some, the axes last."""
-    kind, start = command.arguments, start or {}
-    groups: dict[str, dict[str, Any]] = {owner.group: {} for owner in _owners(kind)}
+    kind = command.arguments
+    start = start or {}
+    about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
+    groups: dict[str, dict[str, Any]] = {title: {} for title in about}
     for owner, name, flag in _each_flag(kind, start):
         groups[owner.group][name] = flag
     if command.trains or kind is CompareArguments:
         groups[""]["config"] = _flag(str | None, None, ABOUT_CONFIG, "FILE")
     if kind is ControlArguments:
         groups[""]["agent"] = _flag(Literal[AGENTS] | None, None, ABOUT_AGENT, "AGENT")
-    about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
     parts: dict[str, Any] = {}
     for number, (title, flags) in enumerate(groups.items()):
         heading = tyro.conf.arg(name=title, help=about[title])
         parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, heading]
     if "estimator" in groups[""]:
-        axes = {
-            name: flag for _, name, flag in _each_flag(Estimator, vars(_estimator(kind, start)))
-        }
+        estimator = vars(_estimator(kind, start))
+        axes = {name: flag for _, name, flag in _each_flag(Estimator, estimator)}
         parts["estimator"] = Annotated[_group(axes), tyro.conf.arg(help=Estimator.__doc__)]
     return _group(parts)
 
@@ -214,15 +229,16 @@ def _group(flags: dict[str, Any]) -> Any:
 
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    documented = [
-        entry for owner in reversed(_owners(kind)) for entry in parse_from_object(owner).params
-    ]
-    texts = {entry.arg_name: " ".join(str(entry.description).split()) for entry in documented}
+    owners, texts = dict[str, Any](), dict[str, str]()
+    for owner in reversed(_owners(kind)):
+        owners |= dict.fromkeys(get_annotations(owner), owner)
+        for entry in parse_from_object(owner).params:
+            texts[entry.arg_name] = " ".join(str(entry.description).split())
     for field in fields(kind):
         if not field.metadata.get("flag", True):
             continue
-        owner = next(owner for owner in _owners(kind) if field.name in get_annotations(owner))
-        hint, metavar = field_types(kind)[field.name], None
+        hint = field_types(kind)[field.name]
+        metavar = None
         value = start.get(field.name, field.default)
         if field.name == "estimator":
             hint, value, metavar = Literal[tuple(PRESETS)] | None, None, "PRESET"
@@ -232,19 +248,18 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
             hint = bool
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
             hint, metavar = Literal[True, False, "auto"], "[auto]"
-        yield owner, field.name, _flag(hint, value, texts[field.name], metavar)
+        yield owners[field.name], field.name, _flag(hint, value, texts[field.name], metavar)
 
 
 def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
     """Return the type of one flag, with its help text and its default."""
     values = default if isinstance(default, tuple) else [default]
     words = " ".join(shlex.quote(str(value)) for value in values)
-    default_text = (
-        "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"
-    )
-    flag = Annotated[
-        hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default_text)
-    ]
+    hint_of_default = f"(default: {words})"
+    if default is MISSING or words in ("''", "None", ""):
+        hint_of_default = ""
+    help = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint_of_default)
+    flag = Annotated[hint, help]
     return Required[flag] if default is MISSING else flag
 
 
@@ -254,9 +269,10 @@ def _owners(kind: type[Any]) -> list[type[Any]]:
 
 
 def _about_presets() -> str:
-    statuses = [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
-    about = (
-        "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis."
-    )
-    heading = "The presets, and the bias of the expected gradient with each:"
-    return "\n".join(["", about, heading, *statuses])
+    lines = [
+        "",
+        "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
+        "The presets, and the bias of the expected gradient with each:",
+    ]
+    lines += [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
+    return "\n".join(lines)
