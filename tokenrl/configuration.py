@@ -120,9 +120,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"The file {file!s:.300} cannot be read ({error!s:.300})"
         raise Refused(
-            f"{problem}. Mend or remove it, or give the settings in JSON or YAML."
+            f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
+            "settings in JSON or YAML."
         ) from error
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
@@ -140,26 +140,28 @@ def _from_yaml(text: str) -> Any:
         config = yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    return (
-        {str(name): value for name, value in config.items()} if isinstance(config, dict) else config
-    )
+    if isinstance(config, dict):
+        return {str(name): value for name, value in config.items()}
+    return config
 
 
 def signatures(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the signatures of the files that settings name, by the text that names each, for config.json."""
-    return {text: signature for text in _code_in(settings) if (signature := _signature(text))}
+    signed = {text: _signature(text) for text in _code_in(settings)}
+    return {text: signature for text, signature in signed.items() if signature is not None}
 
 
 def _code_in(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts in settings that name code, each with the name of its setting."""
-    axes = settings.get("estimator", {})
-    values = {f"estimator.{axis}": value for axis, value in getattr(axes, "__dict__", axes).items()}
+    estimator = settings.get("estimator", {})
+    axes = getattr(estimator, "__dict__", estimator)
+    values = {f"estimator.{axis}": value for axis, value in axes.items()}
     values |= {name: settings.get(name) for name in _CODE}
     named = dict[str, str]()
     for name, value in values.items():
+        no_code = re.compile(_NO_CODE.get(name, ""), re.DOTALL)
         for text in value if isinstance(value, list | tuple) else [value]:
-            no_code = _NO_CODE.get(name, "")
-            if isinstance(text, str) and ":" in text and not re.fullmatch(no_code, text, re.DOTALL):
+            if isinstance(text, str) and ":" in text and not no_code.fullmatch(text):
                 named[text] = name
     return named
 
@@ -167,9 +169,11 @@ def _code_in(settings: Mapping[str, Any]) -> dict[str, str]:
 def _signature(text: str) -> str | None:
     """Sign a name and the content of the file that importing it executes; None without a file or a key."""
     file = source_file(text.rpartition(":")[0])
+    if file is None:
+        return None
     with suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
-        if file is not None:
-            return hmac.new(_key(), text.encode() + b"\0" + file.read_bytes(), "sha256").hexdigest()
+        content = text.encode() + b"\0" + file.read_bytes()
+        return hmac.new(_key(), content, "sha256").hexdigest()
     return None
 
 
@@ -180,7 +184,7 @@ def _key() -> bytes:
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(
             dir=file.parent, delete=False
-        ) as partial:  # nobody else can read it
+        ) as partial:  # only this user reads it
             partial.write(token_bytes(32))
         os.replace(partial.name, file)
     return file.read_bytes()
@@ -209,9 +213,12 @@ def check_code(
     run = directory_of(path, stored)
     if trusted or run is None:
         return
-    recorded, faults = stored.get("code"), []
+    recorded = stored.get("code")
+    if not isinstance(recorded, dict):
+        recorded = {}
+    faults = []
     for text, name in _code_in(settings).items():
-        fault = _fault(text, run, recorded if isinstance(recorded, dict) else {})
+        fault = _fault(text, run, recorded)
         if fault and not {name, name.partition(".")[0]} & {*typed}:
             faults.append(f"{name} {text!r:.200} {fault}")
     if faults:
@@ -227,8 +234,10 @@ def _fault(text: str, run: Path, recorded: Mapping[str, Any]) -> str:
     file = source_file(source)
     if file is None:
         return f"was not found from {Path.cwd()}"
-    folders = [file.parent] if source.endswith(".py") else [file.parent, Path.cwd()]
-    if any(place.resolve().is_relative_to(run) for place in (file, *folders)):
+    paths = [file, file.parent]
+    if not source.endswith(".py"):
+        paths.append(Path.cwd())
+    if any(path.resolve().is_relative_to(run) for path in paths):
         return "is looked for in the directory of the run"
     signature = _signature(text)
     if signature is None or recorded.get(text) != signature:
