@@ -1,7 +1,7 @@
 """Defines the errors that a user can cause, and the hints and places in their messages. Imports no torch.
 
 `Refused` is raised before training has begun, `Stopped` during it, and `Interrupted` where a signal ends what
-comes before. The message of each is one paragraph: what was given, what is allowed, how to mend it. The
+comes before. The message of each is one paragraph: the user's value, what is allowed, and what to do. The
 command line prints only the message and exits with `exit_code`.
 """
 
@@ -25,7 +25,7 @@ code 0. KeyboardInterrupt is not: it is the user who presses Ctrl-C.
 
 
 class TokenrlError(Exception):
-    """An error that the user can mend; its message is written for the user."""
+    """An error that the user can correct; its message is written for the user."""
 
     exit_code = 1
 
@@ -100,11 +100,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     A name of the same meaning goes first, and of those that are written alike one of the same letters.
     """
     names = list(names)
-    meant: set[str] = next((words for words in ALIKE if name in words), set())
-    near = [other for other in names if other in meant]
-    near += sorted(
-        difflib.get_close_matches(name, names, n=9), key=lambda other: sorted(other) != sorted(name)
-    )
+    near = []
+    for synonyms in ALIKE:
+        if name in synonyms:
+            near += [candidate for candidate in names if candidate in synonyms]
+    similar = difflib.get_close_matches(name, names, n=9)
+    near += sorted(similar, key=lambda candidate: sorted(candidate) != sorted(name))
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
@@ -137,9 +138,13 @@ def describe(error: BaseException) -> str:
     while (cause := root.__cause__) is not None and id(cause) not in followed:
         root = cause
         followed.add(id(root))
-    ends = [(type(e).__name__, " ".join(written(e, str).split())[:400]) for e in (error, root)]
-    parts = [f"{name}: {text}".removesuffix(": ") for name, text in ends]
-    return " caused by ".join(dict.fromkeys(parts))
+    parts = dict.fromkeys(map(_line, (error, root)))
+    return " caused by ".join(parts)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(written(error, str).split())[:400]
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def raised(error: BaseException) -> str:
@@ -153,8 +158,10 @@ def raised(error: BaseException) -> str:
 
 def code_line(error: BaseException, frame: int = -1) -> str:
     """Return in which line a frame of the traceback is, as in ' (envs.py, line 7)'; by default the last."""
-    frames = traceback.extract_tb(error.__traceback__)[frame:][:1]
-    return "".join(f" ({Path(entry.filename).name}, line {entry.lineno})" for entry in frames)
+    frames = traceback.extract_tb(error.__traceback__)[frame:]
+    if not frames:
+        return ""
+    return f" ({Path(frames[0].filename).name}, line {frames[0].lineno})"
 
 
 def explain(error: BaseException) -> Stopped | None:
@@ -168,10 +175,9 @@ def explain(error: BaseException) -> Stopped | None:
             "--tokens-per-pass, --micro-batch-size, --sampling-batch-size or, in lab measure, "
             "--rows-at-once, which change no result, or shorter completions; of an agent fewer --num-envs."
         )
-    network = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "/gloo/" in str(
-        error
-    )
-    if network and isinstance(error, RuntimeError):
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    is_of_network = "DistError" in kinds or "/gloo/" in str(error)
+    if is_of_network and isinstance(error, RuntimeError):
         return Lost(
             "Another process of this run has ended or does not answer; what it printed says why. Start all "
             f"of them again to continue the run. PyTorch said: {describe(error)}"

@@ -21,29 +21,28 @@ def takes(kind: type[Any]) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
-        signature, plain = inspect.signature(function), typing.get_type_hints(kind)
-        *first, rest = signature.parameters.values()
+        hints = typing.get_type_hints(kind)
+        groups = dict[str, str]()
+        for owner in reversed(kind.__mro__):
+            groups |= dict.fromkeys(inspect.get_annotations(owner), getattr(owner, "group", ""))
         keywords = []
         for name, parameter in inspect.signature(kind).parameters.items():
-            hint = Any if OR_OBJECT in str(field_types(kind)[name]) else plain[name]  # type: ignore[arg-type]
-            hint = hint if parameter.default is not None else Optional[hint]  # noqa: UP045, Any is no class
+            hint = Any if OR_OBJECT in str(field_types(kind)[name]) else hints[name]  # type: ignore[arg-type]
+            if parameter.default is None:
+                hint = Optional[hint]  # noqa: UP045, Any is no class
             keywords.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
-        keywords.sort(key=lambda keyword: _group(kind, keyword.name))
+        keywords.sort(key=lambda keyword: groups[keyword.name])
+        signature = inspect.signature(function)
+        *first, rest = signature.parameters.values()
+        vars(function).update(__signature__=signature.replace(parameters=[*first, *keywords, rest]))
         about = inspect.cleandoc(function.__doc__ or "")
         listed = "\n".join(f"    {keyword}" for keyword in keywords)
-        vars(function).update(__signature__=signature.replace(parameters=[*first, *keywords, rest]))
         function.__doc__ = (
             f"{about}\n\nKeywords (the --help of the command explains each):\n{listed}"
         )
         return function
 
     return decorate
-
-
-def _group(kind: type[Any], name: str) -> str:
-    """Return the group of the class that declares a field."""
-    owners = (owner for owner in kind.__mro__ if name in inspect.get_annotations(owner))
-    return str(getattr(next(owners), "group", ""))
 
 
 def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T:
@@ -55,13 +54,13 @@ def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T
     if args is None:
         return arguments(kind, options)
     if not isinstance(args, kind):
-        message = f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}."
         raise Refused(
-            f"{message} Give settings as keywords, such as task='vowels', and leave args out."
+            f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}. Give settings as "
+            "keywords, such as task='vowels', and leave args out."
         )
     if options:
-        message = f"args holds all settings, so the keywords {', '.join(options)} would be lost."
         raise Refused(
-            f"{message} Give one of the two, or change args with dataclasses.replace(args, ...)."
+            f"args holds all settings, so the keywords {', '.join(options)} would be lost. Give one of the "
+            "two, or change args with dataclasses.replace(args, ...)."
         )
     return args
