@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -139,18 +138,16 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
             yield
     except Refused:
         raise
-    except UnpicklingError as error:  # torch's message says how to run the program
-        raise Refused(
-            f"No {kind} could be loaded from {source!r}: its weights are a pickle with more in it than "
-            "weights, which could run as a program. Give weights that save_pretrained wrote."
-        ) from error
     except Exception as error:  # files of a model have errors of all kinds
+        cause = describe(error)
+        if type(error).__name__ == "UnpicklingError":  # torch's message says how to run the program
+            cause = "its weights are a pickle with more in it than weights, which could run as a program"
         hint = (
             "" if trust_remote_code else " Code shipped with a model runs with trust_remote_code."
         )
         raise Refused(
-            f"No {kind} could be loaded from {source!r} ({describe(error)}). Give a local directory written "
-            f"by save_pretrained, or a hub name.{hint}"
+            f"No {kind} could be loaded from {source!r} ({cause}). Give a local directory written by "
+            f"save_pretrained, or a hub name.{hint}"
         ) from error
 
 
