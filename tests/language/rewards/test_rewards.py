@@ -334,7 +334,8 @@ def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, sa
 
     setattr(lies, name, promise)
     with pytest.raises(
-        Stopped, match=rf"lies is declared to {said} for the completion '' of the prompt 'p2': mend"
+        Stopped,
+        match=rf"lies is declared to {said} for the completion '' of the prompt 'p2': correct",
     ):
         call(lies)
     setattr(lies, name, None)

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import math
 import numbers
 import sys
 import threading
@@ -46,21 +45,10 @@ kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
 BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
+COLUMNS = "prompt completion reward advantage truncated ending messages failure"
 RESERVED = {
     "log_metric": (METRICS.split(), BEGINNINGS),
-    "log_extra": (
-        [
-            "prompt",
-            "completion",
-            "reward",
-            "advantage",
-            "truncated",
-            "ending",
-            "messages",
-            "failure",
-        ],
-        ("rewards/",),
-    ),
+    "log_extra": (COLUMNS.split(), ("rewards/",)),
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
 
@@ -135,24 +123,28 @@ def call_rewards(
     logged: dict[str, list[float]] = {}
 
     def log_extra(function: str, column: str, values: Iterable[Any]) -> None:
-        extra.setdefault(_free_name(function, "log_extra", column), []).extend(values)
+        _check_name(function, "log_extra", column)
+        extra.setdefault(column, []).extend(values)
 
     def log_metric(function: str, name: str, value: float) -> None:
-        logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
+        _check_name(function, "log_metric", name)
+        logged.setdefault(name, []).append(float(value))
 
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
-    arguments, attempts = {**rows, "trainer_state": SimpleNamespace(**state)}, {}
+    arguments = {**rows, "trainer_state": SimpleNamespace(**state)}
+    attempts: dict[str, Attempt] = {}
     pairs: dict[str, list[Any]] = {name: [] for name in named}
     with restored_settings():
         for name, function in named.items():
             announce(f"Reward function {name}")
-            logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
-            attempts[name] = _attempt(
-                function, name, arguments, {**logs, **(objects or {})}, pairs[name]
-            )
-        waiting = {
-            name: call.output for name, call in attempts.items() if inspect.isawaitable(call.output)
-        }
+            shared = {
+                "log_extra": partial(log_extra, name),
+                "log_metric": partial(log_metric, name),
+                **(objects or {}),
+            }
+            attempts[name] = _attempt(function, name, arguments, shared, pairs[name])
+        outputs = {name: attempt.output for name, attempt in attempts.items()}
+        waiting = {name: x for name, x in outputs.items() if inspect.isawaitable(x)}
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
@@ -161,16 +153,16 @@ def call_rewards(
                 raise error
             if error is not None:
                 raise _failure(name, error, described, pairs[name]) from error
-    values = {
-        name: checked_rewards(name, call.output, described) for name, call in attempts.items()
-    }
-    return CallResults(
-        values, extra, logged, {name: call.seconds for name, call in attempts.items()}
-    )
+    values = {}
+    seconds = {}
+    for name, attempt in attempts.items():
+        values[name] = checked_rewards(name, attempt.output, described)
+        seconds[name] = attempt.seconds
+    return CallResults(values, extra, logged, seconds)
 
 
-def _free_name(function: str, call: str, name: Any) -> str:
-    """Return the name under which a reward function logs something.
+def _check_name(function: str, call: str, name: Any) -> None:
+    """Check the name under which a reward function logs something.
 
     Raises:
         Stopped: it is no text of one line, or the run writes something itself under this name.
@@ -178,7 +170,7 @@ def _free_name(function: str, call: str, name: Any) -> str:
     names, beginnings = RESERVED[call]
     is_text = isinstance(name, str) and name != "" and name.isprintable()
     if is_text and name not in names and not name.startswith(beginnings):
-        return name
+        return
     raise Stopped(
         f"Reward function {function} gave {call} the name {shown(name)}: give a text of one line, such as "
         f"'my_score', that is none of the run's own names, which are {', '.join(names)}, and all that begin "
@@ -190,8 +182,8 @@ def row_in_words(
     prompts: Sequence[Any], completions: Sequence[Any], locations: Sequence[str], row: int
 ) -> str:
     """Return the words by which messages name a row of a call; `locations` is empty if unknown."""
-    where = f" ({locations[row]})" if locations else ""
-    return f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}{where}"
+    words = f"the completion {shown(completions[row])} of the prompt {shown(prompts[row])}"
+    return f"{words} ({locations[row]})" if locations else words
 
 
 def _failure(
@@ -204,26 +196,26 @@ def _failure(
     prompts, completions, _ = described.args
     line = code_line(error, 1)  # frame 0 is the call in this file
     problem = f"Reward function {name} raised {describe(error)}{line}."
-    if isinstance(error, AttributeError | TypeError) and not all(
-        isinstance(c, str) for c in completions
-    ):
+    is_chat = not all(isinstance(completion, str) for completion in completions)
+    if is_chat and isinstance(error, AttributeError | TypeError):
         problem += ' A completion of a chat is a list of one message; its text is completion[0]["content"].'
     # The function is not called again, as it may be paid for. The variables of its frames show its row.
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    values = {id(value) for frame in frames for value in frame.f_locals.values()}
-    held = {
-        row: (id(prompt) in values) + (id(text) in values)
-        for row, (prompt, text) in enumerate(pairs)
-    }
-    most = max(held.values(), default=0)
-    nearest = {described(row) for row, count in held.items() if count == most > 0}
-    if len(nearest) == 1:
-        return Stopped(f"{problem} It was working on {nearest.pop()}.")
+    variables = set[int]()
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        variables.update(map(id, frame.f_locals.values()))
+    nearest: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}  # by how much of a row they hold
+    for row, (prompt, text) in enumerate(pairs):
+        count = (id(prompt) in variables) + (id(text) in variables)
+        nearest[count].add(described(row))
+    rows = nearest[2] or nearest[1]
+    if len(rows) == 1:
+        return Stopped(f"{problem} It was working on {rows.pop()}.")
     distinct = list(dict.fromkeys(map(shown, prompts)))
-    further = f" and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
+    names = ", ".join(distinct[:3])
+    if len(distinct) > 3:
+        names += f" and {len(distinct) - 3:,} more"
     return Stopped(
-        f"{problem} It was called with {len(prompts)} completions of the prompts "
-        f"{', '.join(distinct[:3])}{further}."
+        f"{problem} It was called with {len(prompts)} completions of the prompts {names}."
     )
 
 
@@ -231,14 +223,13 @@ def _failure(
 def restored_settings() -> Iterator[None]:
     """Give settings of torch and numpy back as they were after code of a reward has run in the block."""
     torch = sys.modules.get("torch")
-    before = (
-        {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()} if torch else {}
-    )
-    gradients = (
-        torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
-    )
+    if torch is None:
+        with np.errstate():
+            yield
+        return
+    before = {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()}
     try:
-        with np.errstate(), gradients:
+        with np.errstate(), torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
         for name, value in before.items():
@@ -268,9 +259,10 @@ def _attempt(
     began = time.perf_counter()
     try:
         names = accepted_arguments(function, name, {**arguments, **objects})
-        own = {key: objects[key] if key in objects else copied(arguments[key]) for key in names}
-        columns = (own.get(key, arguments[key]) for key in ("prompts", "completions"))
-        pairs += zip(*columns, strict=True)
+        own = {name: copied(arguments[name]) for name in names if name in arguments}
+        prompts = own.get("prompts", arguments["prompts"])
+        pairs += zip(prompts, own.get("completions", arguments["completions"]), strict=True)
+        own |= {name: objects[name] for name in names if name in objects}
         with own_process():
             output = function(**own)
     except KeyboardInterrupt:  # the user's own
@@ -293,18 +285,16 @@ def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None
         try:
             with own_process():
                 output = await awaitable
-        except (
-            BaseException
-        ) as error:  # no Ctrl-C is among them: Python raises it in the main thread only
+        except BaseException as error:  # never of Ctrl-C, which Python raises in the main thread
             return Attempt(None, error, time.perf_counter() - began)
         return Attempt(output, None, time.perf_counter() - began)
 
-    tasks = [asyncio.run_coroutine_threadsafe(attempt(one), _event_loop()) for one in awaitables]
+    loop = _event_loop()
+    tasks = [asyncio.run_coroutine_threadsafe(attempt(x), loop) for x in awaitables]
     concurrent.futures.wait(tasks, timeout)
     overdue = Attempt(None, Overdue(timeout), 0.0)
-    return [
-        overdue if task.cancel() else task.result() for task in tasks
-    ]  # one that is done cannot be
+    # A task that is done cannot be cancelled.
+    return [overdue if task.cancel() else task.result() for task in tasks]
 
 
 @functools.cache
@@ -335,15 +325,18 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some builtins and extension types have no signature
         return list(available)
-    named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    for p in named.values():
-        if p.default is p.empty and (p.kind is p.POSITIONAL_ONLY or p.name not in available):
-            raise Refused(
-                f"Reward function {name} has a parameter '{p.name}' that is no column of the data, or that "
-                f"cannot be passed by keyword.{suggest(p.name, available)} Rename it, or give it a default."
-            )
-    whole = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return [key for key in available if whole or key in named]
+    names: list[str] = []
+    for p in parameters:
+        if p.kind is p.VAR_KEYWORD:
+            names += available
+        elif p.kind is not p.VAR_POSITIONAL:
+            names.append(p.name)
+            can_be_passed = p.name in available and p.kind is not p.POSITIONAL_ONLY
+            if p.default is p.empty and not can_be_passed:
+                problem = "that is no column of the data, or that cannot be passed by keyword"
+                hint = f"{suggest(p.name, available)} Rename it, or give it a default."
+                raise Refused(f"Reward function {name} has a parameter '{p.name}' {problem}.{hint}")
+    return [name for name in available if name in names]
 
 
 def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarray:
@@ -373,19 +366,18 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
         raise Stopped(
             f"Reward function {name} returned {description}; it must return one for each, or None."
         )
-    return np.array(
-        [_number(item, name, partial(described, i)) for i, item in enumerate(items)], np.float64
-    )
-
-
-def _number(item: Any, name: str, described: partial[str]) -> float:
-    with contextlib.suppress(
-        Exception
-    ):  # a meta tensor has no value, and methods of an object may fail
-        return math.nan if item is None else reward_number(item)
-    description = f"{written(item):.80} ({type(item).__name__}) for {described()}"
-    allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
-    raise Stopped(f"Reward function {name} returned {description}; a reward is {allowed}.")
+    rewards = np.full(count, np.nan)
+    for row, item in enumerate(items):
+        if item is None:
+            continue
+        try:
+            rewards[row] = reward_number(item)
+        except Exception as error:  # a meta tensor has no value, and methods of an object may fail
+            description = f"{written(item):.80} ({type(item).__name__}) for {described(row)}"
+            allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
+            problem = f"returned {description}; a reward is {allowed}"
+            raise Stopped(f"Reward function {name} {problem}.") from error
+    return rewards
 
 
 def reward_number(item: Any) -> float:

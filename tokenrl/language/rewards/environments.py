@@ -28,12 +28,12 @@ from tokenrl.errors import (
     with_places,
     written,
 )
-from tokenrl.language.rewards.calls import Attempt, Overdue, copied, reward_number
+from tokenrl.language.rewards.calls import Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import Streams, call_all
-from tokenrl.language.rewards.tools import Message, use
+from tokenrl.language.rewards.tools import Message, check_tool, encodable, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
-ENDINGS = (
+ENDINGS = [
     "completed",
     "max_turns",
     "max_tokens",
@@ -41,7 +41,7 @@ ENDINGS = (
     "parse_error",
     "error",
     "timeout",
-)
+]
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
@@ -92,20 +92,20 @@ class Episode:
     ending: str = ""
     failure: str = ""
 
+    def name_of(self, method: str) -> str:
+        """Return what messages call a method of the environment."""
+        return f"{type(self.environment).__name__}.{method}"
+
     def fail(self, call: str, problem: BaseException | str) -> Answer:
         """End the episode because a call raised something or returned something wrong; return that answer."""
-        late = isinstance(problem, Overdue)
-        self.ending, fault = "timeout" if late else "error", f"returned {problem}"
-        if isinstance(problem, BaseException):
-            frames = traceback.extract_tb(problem.__traceback__)
-            theirs = (
-                number for number, frame in enumerate(frames) if Path(frame.filename).parent != ROOM
-            )
-            line = code_line(problem, next(theirs, len(frames)))
-            overdue = (
-                f"did not return within {problem} s{line}: make it faster, or raise reward_timeout"
-            )
-            fault = overdue if late else f"raised {describe(problem)}{line}"
+        self.ending = "timeout" if isinstance(problem, Overdue) else "error"
+        if isinstance(problem, str):
+            fault = f"returned {problem}"
+        elif isinstance(problem, Overdue):
+            hint = "make it faster, or raise reward_timeout"
+            fault = f"did not return within {problem} s{_line(problem)}: {hint}"
+        else:
+            fault = f"raised {describe(problem)}{_line(problem)}"
         self.failure = encodable(f"{call} {fault}.")
         return Answer([], 0.0, self.ending, self.failure)
 
@@ -148,13 +148,16 @@ class Environments:
         self._factories: Mapping[str | None, Callable[[], Any]] = factories
         self._right = set[str]()  # the methods that have returned what they must
         self._free: dict[str | None, list[Any]] = {name: [] for name in factories}
-        self._first = {name: self._checked(Episode(None, "", name)) for name in factories}
-        instances = [episode.environment for episode in self._first.values()]
-        self.__name__ = "environment" if len(instances) != 1 else type(instances[0]).__name__
-        self.rewarded = any(
-            e.steps or hasattr(e.environment, "get_reward") for e in self._first.values()
-        )
-        self.has_tools = any(episode.tools for episode in self._first.values())
+        self._first: dict[str | None, Episode] = {}
+        self.rewarded = False
+        self.has_tools = False
+        self.__name__ = "environment"
+        for name in factories:
+            first = self._first[name] = self._checked(Episode(None, "", name))
+            self.rewarded |= first.steps or hasattr(first.environment, "get_reward")
+            self.has_tools |= bool(first.tools)
+            if len(factories) == 1:
+                self.__name__ = type(first.environment).__name__
 
     def __call__(self, environment_rewards: list[float | None], **_: Any) -> list[float | None]:
         """Return the rewards of N episodes, None for one that failed."""
@@ -169,18 +172,16 @@ class Environments:
         for location, row in with_places(rows):
             name = self._name(row)
             if name not in self._first:
-                problem = (
-                    f"The column environment of {location} is {name!r}, which names no environment"
-                )
-                raise Refused(f"{problem}.{suggest(str(name), map(str, self._first))}")
-            environment = self._first[name].environment
+                problem = f"{name!r}, which names no environment"
+                hint = suggest(str(name), map(str, self._first))
+                raise Refused(f"The column environment of {location} is {problem}.{hint}")
+            first = self._first[name]
             try:
-                inspect.signature(environment.reset).bind(**self._options(row, 0))
+                inspect.signature(first.environment.reset).bind(**self._options(row, 0))
             except TypeError as error:
-                problem = f"{type(environment).__name__}.reset cannot take the columns of {location}: {error}"
-                raise Refused(
-                    f"{problem}. Give it parameters for those it needs, and **kwargs."
-                ) from error
+                problem = f"{first.name_of('reset')} cannot take the columns of {location}: {error}"
+                hint = "Give it parameters for those it needs, and **kwargs."
+                raise Refused(f"{problem}. {hint}") from error
 
     def reset(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Begin an episode for each of N rows.
@@ -193,7 +194,8 @@ class Environments:
             Refused: as in `check_rows`.
         """
         self.check_rows(rows)
-        episodes, resets = [], {}
+        episodes = []
+        resets = {}
         for row, seed in zip(rows, seeds, strict=True):
             prompt = copied(row.get("prompt", ""))
             episode = self._make(Episode(None, prompt, self._name(row), Streams(seed)))
@@ -212,12 +214,14 @@ class Environments:
             messages: N messages of the assistant with `content`, and with `tool_calls` or `malformed`, the
                 reason why a call cannot be parsed.
         """
-        turns = dict(zip(episodes, messages, strict=True))
-        steps = {
-            e: partial(e.environment.step, turn["content"]) for e, turn in turns.items() if e.steps
-        }
-        answers = self._ask("step", steps, _stepped, STEP)
-        answers |= self._call_tools({e: turn for e, turn in turns.items() if not e.steps})
+        steps = {}
+        turns = {}
+        for episode, message in zip(episodes, messages, strict=True):
+            if episode.steps:
+                steps[episode] = partial(episode.environment.step, message["content"])
+            else:
+                turns[episode] = message
+        answers = self._ask("step", steps, _stepped, STEP) | self._call_tools(turns)
         return [answers[episode] for episode in episodes]
 
     def finish(self, episodes: Sequence[Episode]) -> list[Answer]:
@@ -225,14 +229,13 @@ class Environments:
 
         The reward is 0 with gymnasium's interface, and where there is no `get_reward`.
         """
-        live = [
-            e
-            for e in episodes
-            if not (e.failure or e.steps) and hasattr(e.environment, "get_reward")
-        ]
-        rewards = {episode: episode.environment.get_reward for episode in live}
+        rewards = {}
+        for episode in episodes:
+            environment = episode.environment
+            if not (episode.failure or episode.steps) and hasattr(environment, "get_reward"):
+                rewards[episode] = environment.get_reward
         answers = self._ask(
-            "get_reward", rewards, lambda _, x: Answer([], reward_number(x)), REWARD
+            "get_reward", rewards, lambda _, output: Answer([], reward_number(output)), REWARD
         )
         for episode in episodes:
             if not episode.failure:
@@ -251,32 +254,30 @@ class Environments:
 
     def _make(self, episode: Episode) -> Episode:
         """Give an episode a free instance of its environment, else a new one; return the episode."""
-        make, free = self._factories[episode.name], self._free[episode.name]
-        # Made in a random state of its own, as the episode must not depend on whether the instance is new.
-        attempt = (
-            Attempt(free.pop(), None, 0.0)
-            if free
-            else call_all([(Streams(0), make)], self.timeout)[0]
-        )
-        instance = episode.environment = attempt.output
-        fault: Any = attempt.error
+        make = self._factories[episode.name]
+        free = self._free[episode.name]
+        fault: Any = None
+        if free:
+            instance = free.pop()
+        else:
+            # In a random state of its own, as the episode must not depend on whether the instance is new.
+            instance, fault, _ = call_all([(Streams(0), make)], self.timeout)[0]
+        episode.environment = instance
         try:
             if fault is None and not callable(getattr(instance, "reset", None)):
                 fault = f"a {type(instance).__name__}, which has no method reset"
             if fault is None and hasattr(instance, "step"):
                 episode.steps = "seed" in inspect.signature(instance.reset).parameters
-                if episode.steps and not callable(instance.step):
-                    fault = f"a {type(instance).__name__}, whose step is no method"
         except USER_CODE_FAILED as error:  # attributes may be computed
             fault = error
         if fault is not None:
             episode.fail(getattr(make, "__name__", written(make)), fault)
             return episode
-        if (
-            not episode.steps
-        ):  # as TRL lists them: the class is read, as an instance may compute attributes
-            names = dict(inspect.getmembers(type(instance), inspect.isfunction)).keys() - NO_TOOLS
-            episode.tools = [getattr(instance, name) for name in sorted(names) if name[0] != "_"]
+        if not episode.steps:
+            # As TRL lists them: the class is read, since an instance may compute attributes.
+            methods = dict(inspect.getmembers(type(instance), inspect.isfunction))
+            names = sorted(methods.keys() - NO_TOOLS)
+            episode.tools = [getattr(instance, name) for name in names if name[0] != "_"]
         return episode
 
     def _checked(self, episode: Episode) -> Episode:
@@ -287,27 +288,13 @@ class Environments:
                 "has gymnasium's reset(seed=...) and step(text), or reset(**row) and methods that are tools."
             )
         if episode.steps:
-            name = f"{type(episode.environment).__name__}.step"
             try:
                 inspect.signature(episode.environment.step).bind("a text")
             except TypeError as error:
-                raise Refused(
-                    f"{name} cannot be called with a text alone: {error}. Return {STEP}."
-                ) from error
+                problem = f"{episode.name_of('step')} cannot be called with a text alone: {error}"
+                raise Refused(f"{problem}. Return {STEP}.") from error
         for tool in episode.tools:
-            from transformers.utils import get_json_schema
-
-            try:
-                get_json_schema(tool)
-            except Exception as error:
-                problem = f"{tool.__qualname__} cannot be a tool ({describe(error)})"
-                mend = (
-                    "give it type hints and a docstring with a line for each argument below `Args:`"
-                )
-                seed = ", or give reset a parameter seed, as gymnasium has it" * (
-                    tool.__name__ == "step"
-                )
-                raise Refused(f"{problem}: {mend}, or a name with _ in front{seed}.") from error
+            check_tool(tool)
         self._free[episode.name].append(episode.environment)
         return episode
 
@@ -322,24 +309,26 @@ class Environments:
         Raises:
             Stopped: a method has never returned what it must.
         """
-        answers, episodes = {}, list(calls)
-        for some in (episodes[:2], episodes[2:]):
-            attempts = call_all(
-                [(episode.streams, calls[episode]) for episode in some], self.timeout
-            )
+        answers = {}
+        episodes = list(calls)
+        for part in (episodes[:2], episodes[2:]):
+            attempts = call_all([(e.streams, calls[e]) for e in part], self.timeout)
             wrong = dict[str, str]()
-            for episode, (output, error, _) in zip(some, attempts, strict=True):
-                call = f"{type(episode.environment).__name__}.{method}"
+            for episode, (output, error, _) in zip(part, attempts, strict=True):
+                call = episode.name_of(method)
+                if error:
+                    answers[episode] = episode.fail(call, error)
+                    continue
                 try:
-                    answers[episode] = episode.fail(call, error) if error else read(episode, output)
-                    self._right |= set() if error else {call}
+                    answers[episode] = read(episode, output)
+                    self._right.add(call)
                 except Exception:
-                    answers[episode] = episode.fail(
-                        call, f"{shown(output)}; it must return {returns}"
-                    )
+                    problem = f"{shown(output)}; it must return {returns}"
+                    answers[episode] = episode.fail(call, problem)
                     wrong[call] = episode.failure
-            if never := wrong.keys() - self._right:
-                raise Stopped(wrong[min(never)])
+            for call, failure in sorted(wrong.items()):
+                if call not in self._right:
+                    raise Stopped(failure)
         return answers
 
     def _call_tools(self, turns: Mapping[Episode, Message]) -> dict[Episode, Answer]:
@@ -347,35 +336,35 @@ class Environments:
         answers = {}
         for episode, turn in turns.items():
             answers[episode] = Answer([], ending="" if turn.get("tool_calls") else "completed")
-            if reason := turn.get("malformed"):
-                observed = Answer([_reply("unknown", None, reason)])
-                answers[episode] = (
-                    Answer([], ending="parse_error") if self.malformed == "end" else observed
-                )
-        calls = [
-            [(e, call["function"]) for call in turn.get("tool_calls", ())]
-            for e, turn in turns.items()
-        ]
-        for column in itertools.zip_longest(*calls):
-            pending = [pair for pair in column if pair is not None and not pair[0].failure]
-            uses = [
-                (e.streams, partial(use, e.tools, f["name"], copied(f["arguments"])))
-                for e, f in pending
-            ]
-            attempts = call_all(uses, self.timeout)
-            for (episode, function), (output, error, _) in zip(pending, attempts, strict=True):
-                tool = f"{type(episode.environment).__name__}.{function['name']}"
+            reason = turn.get("malformed")
+            if reason and self.malformed == "end":
+                answers[episode] = Answer([], ending="parse_error")
+            elif reason:
+                answers[episode] = Answer([reply("unknown", None, reason)])
+        queues = {episode: list(turn.get("tool_calls", ())) for episode, turn in turns.items()}
+        while True:
+            active = [e for e, queue in queues.items() if queue and not e.failure]
+            if not active:
+                return answers
+            calls = []
+            for episode in active:
+                function = queues[episode][0]["function"]
+                tool = partial(use, episode.tools, function["name"], copied(function["arguments"]))
+                calls.append((episode.streams, tool))
+            attempts = call_all(calls, self.timeout)
+            for episode, (output, error, _) in zip(active, attempts, strict=True):
+                name = queues[episode].pop(0)["function"]["name"]
                 if isinstance(error, Overdue):
-                    answers[episode] = episode.fail(tool, error)
+                    answers[episode] = episode.fail(episode.name_of(name), error)
                 else:
-                    answers[episode].messages.append(_reply(function["name"], output, error))
-        return answers
+                    answers[episode].messages.append(reply(name, output, error))
 
 
-def _reply(name: str, output: Any, error: object = None) -> Message:
-    """Return the message of a tool, with what it returned or with the error."""
-    result = output if error is None else {"error": written(error, str)}
-    return {"role": "tool", "name": encodable(name), "content": encodable(written(result, str))}
+def _line(error: BaseException) -> str:
+    """Return the line at which the code of an environment raised an error, for a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = itertools.takewhile(lambda frame: Path(frame.filename).parent == ROOM, frames)
+    return code_line(error, len(list(ours)))
 
 
 def _opened(episode: Episode, output: Any) -> Answer:
@@ -384,14 +373,14 @@ def _opened(episode: Episode, output: Any) -> Answer:
         output = _observation(*output)
     if isinstance(output, list):
         output = "".join(block["text"] for block in output)
-    text, prompt = "" if output is None else encodable(output), episode.opening
-    if isinstance(prompt, str):
-        episode.opening = prompt + text
+    text = "" if output is None else encodable(output)
+    if isinstance(episode.opening, str):
+        episode.opening += text
     elif text:
-        users = [message for message in prompt if message["role"] == "user"]
+        users = [message for message in episode.opening if message["role"] == "user"]
         if not users:
             problem = "a text, but the prompt has no message of the user at the end of which it could stand"
-            return episode.fail(f"{type(episode.environment).__name__}.reset", problem)
+            return episode.fail(episode.name_of("reset"), problem)
         users[-1]["content"] += text
     return Answer([])
 
@@ -399,15 +388,12 @@ def _opened(episode: Episode, output: Any) -> Answer:
 def _stepped(episode: Episode, output: Any) -> Answer:
     observation, reward, terminated, truncated, info = output
     messages = [{"role": "user", "content": _observation(observation, info)}]
-    ending = "completed" if terminated else "max_turns" if truncated else ""
-    return Answer(messages, reward_number(reward), ending)
+    ending = "max_turns" if truncated else ""
+    return Answer(messages, reward_number(reward), "completed" if terminated else ending)
 
 
 def _observation(text: str, info: Mapping[str, Any]) -> str:
     """Return an observation between GEM's prefix and suffix; TypeError if one of them is no text."""
-    return encodable("".join([info.get("prefix") or "", text, info.get("suffix") or ""]))
-
-
-def encodable(text: str) -> str:
-    """Return a text with `?` for half a pair of surrogates, which tokenizers and files do not take."""
-    return text.encode(errors="replace").decode()
+    prefix = info.get("prefix") or ""
+    suffix = info.get("suffix") or ""
+    return encodable(prefix + text + suffix)

@@ -29,7 +29,9 @@ class Streams:
     """An episode's own state of the global streams of `random` and `numpy.random`; active in a `with`."""
 
     def __init__(self, seed: int) -> None:
-        self._states = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
+        python = random.Random(seed).getstate()
+        numpy = np.random.RandomState(seed).get_state()
+        self._states = python, numpy
 
     def _exchange(self, *_: object) -> None:
         before = random.getstate(), np.random.get_state()
@@ -61,10 +63,7 @@ def call_all(
             try:
                 with streams, own_process():
                     attempt = Attempt(within(timeout, call) if timeout else call(), None, 0.0)
-            except (
-                KeyboardInterrupt,
-                TokenrlError,
-            ):  # the user's own; a deadline that is impossible
+            except (KeyboardInterrupt, TokenrlError):  # also of a deadline that is impossible
                 raise
             except BaseException as error:
                 attempt = Attempt(None, error, 0.0)

@@ -92,12 +92,14 @@ class Length(Settings):
             raise ValueError(
                 "unit='tokens' needs completion_ids, which was not passed; use 'words'"
             )
-        texts = completion_texts(completions) if self.unit != "tokens" else completion_ids
-        sizes = [len(text.split() if self.unit == "words" else text) for text in texts]
+        texts: Any = completion_ids if self.unit == "tokens" else completion_texts(completions)
+        if self.unit == "words":
+            texts = [text.split() for text in texts]
+        sizes = [len(text) for text in texts]
         if self.target is not None:
             return [-abs(size - self.target) / self.target for size in sizes]
         limit = self.max or 1
-        return [-float(size > limit) * (size - limit) / limit for size in sizes]
+        return [-max(0, size - limit) / limit for size in sizes]
 
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
@@ -177,9 +179,12 @@ class ExactMatch(_Answer):
         return float(self._normal(text) in forms)
 
     def _normal(self, text: str) -> str:
-        text = text.casefold() if self.ignore_case else text
-        text = _PUNCTUATION.sub("", text) if self.ignore_punctuation else text
-        text = re.sub(r"\s+", " ", text) if self.collapse_spaces else text
+        if self.ignore_case:
+            text = text.casefold()
+        if self.ignore_punctuation:
+            text = _PUNCTUATION.sub("", text)
+        if self.collapse_spaces:
+            text = re.sub(r"\s+", " ", text)
         return text.strip() if self.strip else text
 
 
@@ -191,7 +196,8 @@ def final_number(text: str) -> float | None:
     `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}` or `$5`.
     """
     text = text.replace("\N{MINUS SIGN}", "-")
-    if (boxed := _last_boxed(text)) is not None:
+    boxed = _last_boxed(text)
+    if boxed is not None:
         plain = re.sub(r"\\(?:text|mathrm|textbf)\s*{[^{}]*}|\\[!,;: ]", "", boxed)
         return next(_numbers(plain.rpartition("=")[2]), None)
     if "####" in text:
@@ -247,9 +253,9 @@ class NumericAnswer(_Answer):
         right = final_number(str(answer))
         if right is None:
             return None
-        return float(
-            number is not None and abs(number - right) <= self.tolerance * max(1.0, abs(right))
-        )
+        if number is None:
+            return 0.0
+        return float(abs(number - right) <= self.tolerance * max(1.0, abs(right)))
 
 
 _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)

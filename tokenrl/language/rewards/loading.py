@@ -89,12 +89,12 @@ def parse_spec(text: str, kind: str, examples: str) -> tuple[str, dict[str, Any]
     """
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-        assert (
-            isinstance(call, ast.Call) and not call.args and all(word.arg for word in call.keywords)
-        )
-        return ast.unparse(call.func), {
-            str(word.arg): ast.literal_eval(word.value) for word in call.keywords
-        }
+        assert isinstance(call, ast.Call) and not call.args
+        options = {}
+        for option in call.keywords:
+            assert option.arg  # or it is **options
+            options[option.arg] = ast.literal_eval(option.value)
+        return ast.unparse(call.func), options
     except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         problem = f"{kind} '{text}' cannot be read"
         raise Refused(

@@ -88,10 +88,8 @@ class RewardModel:
         pads = (text_config.pad_token_id, self.tokenizer.pad_token_id)
         self.pad_token_id: int = next((pad for pad in pads if pad is not None and pad >= 0), NO_PAD)
         model.config.pad_token_id = text_config.pad_token_id = self.pad_token_id
-        limits = (
-            self.tokenizer.model_max_length,
-            getattr(text_config, "max_position_embeddings", None),
-        )
+        positions = getattr(text_config, "max_position_embeddings", None)
+        limits = [self.tokenizer.model_max_length, positions]
         self.max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
@@ -107,8 +105,7 @@ class RewardModel:
         Raises:
             Refused: the prompts are chat messages and the tokenizer has no chat template.
         """
-        pairs = zip(prompts, completions, strict=True)
-        return self.score([self.encode(prompt, completion) for prompt, completion in pairs])
+        return self.score([*map(self.encode, prompts, completions)])
 
     def ask(self, form: PromptArguments) -> None:
         """Put prompts in this form from now on.
@@ -137,14 +134,15 @@ class RewardModel:
         """
         import torch
 
-        width, pad, device = max(map(len, ids)), max(self.pad_token_id, 0), self.model.device
-        input_ids = torch.tensor(
-            [[*row, *[pad] * (width - len(row))] for row in ids], device=device
-        )
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device
-        )
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=mask).logits
+        shape = len(ids), max(map(len, ids))
+        input_ids = torch.full(shape, max(self.pad_token_id, 0))
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for i, row in enumerate(ids):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        device = self.model.device
+        out = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        logits: Tensor = out.logits
         return logits[:, 0]
 
     def encode(self, prompt: Any, completion: Any, *, truncate: bool = True) -> list[int]:
@@ -154,29 +152,26 @@ class RewardModel:
             Refused: the prompt is chat messages and the tokenizer has no chat template.
         """
         prompt = formed(prompt, self.form)
-        chat = not isinstance(prompt, str)
-        if chat and isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        text = [*prompt, *completion] if chat else prompt + completion
-        text = render(self.tokenizer, text, self.form, self.__name__) if chat else text
-        cut = (
-            {"truncation": True, "max_length": self.max_length}
-            if self.max_length and truncate
-            else {}
-        )
         # A chat template writes the special tokens itself; a second BOS is an input that the model never saw.
-        ids = self.tokenizer(text, add_special_tokens=not chat, **cut)["input_ids"]
+        options = {"add_special_tokens": isinstance(prompt, str)}
+        if isinstance(prompt, str):
+            text = prompt + completion
+        else:
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": completion}]
+            text = render(self.tokenizer, [*prompt, *completion], self.form, self.__name__)
+        if self.max_length and truncate:
+            options |= {"truncation": True, "max_length": self.max_length}
+        ids = self.tokenizer(text, **options)["input_ids"]
         start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
         return list(ids) or [next(token for token in start if token is not None)]
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Batches of row numbers, sorted by length to save padding; of equal length if there is no pad id."""
-        batches: list[list[int]] = [[]]
+        batches: list[list[int]] = []
         for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-            unequal = (
-                self.pad_token_id == NO_PAD and lengths[row] != lengths[(batches[-1] or [row])[0]]
-            )
-            if unequal or len(batches[-1]) == self.batch_size:
+            is_full = not batches or len(batches[-1]) == self.batch_size
+            if is_full or (self.pad_token_id == NO_PAD and lengths[row] != lengths[batches[-1][0]]):
                 batches.append([])
             batches[-1].append(row)
         return batches

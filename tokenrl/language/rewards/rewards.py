@@ -18,7 +18,6 @@ failure.
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -115,19 +114,16 @@ class Rewards:
         specs = list(functions) if several else [functions]
         self.environments = environments
         if environments is not None and environments.rewarded:
+            if weights is not None and len(weights) == len(specs):
+                weights = [*weights, 1.0]
             specs.append(environments)
-            weights = (
-                [*weights, 1.0]
-                if weights is not None and len(weights) == len(specs) - 1
-                else weights
-            )
         self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
         if not self.functions:
-            lack = (
-                "" if environments is None else f", and {environments.__name__} has no get_reward"
-            )
-            raise Refused(f"No reward function was given{lack}: give at least one.")
+            problem = "No reward function was given"
+            if environments is not None:
+                problem += f", and {environments.__name__} has no get_reward"
+            raise Refused(f"{problem}: give at least one.")
         weights = [1.0] * len(specs) if weights is None else list(weights)
         if len(weights) != len(specs) or not all(math.isfinite(weight) for weight in weights):
             names = ", ".join(self.names)
@@ -145,29 +141,26 @@ class Rewards:
         self._worker = None
         if timeout is not None:
             # The rewards of environments, which are the last, have no source and stay here.
-            origin = dict(zip(self.names, sources or specs, strict=False))
-            here = (RewardModel, Environments)
-            there = {n: origin[n] for n, f in self._here.items() if not isinstance(f, here)}
-            for name in there:
-                if (
-                    environments
-                    and "environments" in inspect.signature(self._here[name]).parameters
-                ):
+            moved = {}
+            for name, source in zip(self.names, sources or specs, strict=False):
+                function = self._here[name]
+                if isinstance(function, RewardModel | Environments):
+                    continue
+                if environments and "environments" in inspect.signature(function).parameters:
                     problem = f"Reward function {name} asks for the environments, which stay in this process"
                     raise Refused(
                         f"{problem}: leave reward_timeout out, which moves it to another."
                     )
-            self._worker = RewardWorker(there, timeout) if there else None
-            self._here = {
-                name: function for name, function in self._here.items() if name not in there
-            }
+                moved[name] = source
+                del self._here[name]
+            self._worker = RewardWorker(moved, timeout) if moved else None
 
     @property
     def range(self) -> Range | None:
         """The least and the largest total of rows in which no function abstains; None without all ranges."""
-        ranges = [declared for declared in self._ranges if declared is not None]
-        if len(ranges) < len(self._ranges):
+        if None in self._ranges:
             return None
+        ranges = np.array(self._ranges, dtype=np.float64)  # [F, 2]
         low, high = np.sort(self.weights[:, None] * ranges, axis=1).sum(axis=0)
         return float(low), float(high)
 
@@ -181,11 +174,11 @@ class Rewards:
             Refused: a function has a parameter without a default that is neither a column nor passed to every
                 reward.
         """
-        of_episodes = () if self.environments is None else ("environments", "environment_rewards")
-        columns = (column for column in columns if column not in WITHHELD)
-        available = dict.fromkeys((*GIVEN, *of_episodes, *columns))
+        available = [*GIVEN, *(column for column in columns if column not in WITHHELD)]
+        if self.environments is not None:
+            available += ["environments", "environment_rewards"]
         for name, function in zip(self.names, self.functions, strict=True):
-            accepted_arguments(function, name, available)
+            accepted_arguments(function, name, dict.fromkeys(available))
             if hasattr(function, "check_columns"):  # an option of the reward names a column
                 function.check_columns(available)
 
@@ -235,14 +228,16 @@ class Rewards:
             Refused: a function asks for a column that does not exist.
         """
         rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
-        rows["prompts"] = [p if isinstance(p, str) else [*map(dict, p)] for p in prompts]
         rows["completion_ids"] = list(completion_ids)
-        rows["completions"] = [
-            [{"role": "assistant", "content": c}]
-            if isinstance(c, str) and not isinstance(p, str)
-            else c
-            for p, c in zip(prompts, completions, strict=True)
-        ]
+        rows["prompts"] = []
+        rows["completions"] = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if not isinstance(prompt, str):
+                prompt = [*map(dict, prompt)]
+                if isinstance(completion, str):
+                    completion = [{"role": "assistant", "content": completion}]
+            rows["prompts"].append(prompt)
+            rows["completions"].append(completion)
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
         # Environments are no data: they are not copied, and stay in this process.
         objects: dict[str, Any] = {}
@@ -258,11 +253,10 @@ class Rewards:
         self._check_declared(values, described)
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
-            first = f", such as {described(0)}" if completions else ""
-            names = ", ".join(self.names)
-            raise Stopped(
-                f"Every reward function ({names}) abstained from each of {len(valid)} completions{first}."
-            )
+            problem = f"abstained from each of {len(valid)} completions"
+            if completions:
+                problem += f", such as {described(0)}"
+            raise Stopped(f"Every reward function ({', '.join(self.names)}) {problem}.")
         for column, logged in results.extra.items():
             if len(logged) != len(valid):
                 counts = f"{len(logged)} values for {len(valid)} completions"
@@ -282,11 +276,13 @@ class Rewards:
         large = ~(np.abs(total) <= LARGEST_REWARD)  # not `>`, which is False for nan
         if large.any():
             row = int(large.argmax())
-            each = zip(self.weights, self.names, values[row], strict=True)
-            parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
+            parts = []
+            for weight, name, value in zip(self.weights, self.names, values[row], strict=True):
+                parts.append(f"{weight:g} x {value:g} ({name})")
+            problem = f"{total[row]:g} = {' + '.join(parts)}, beyond {LARGEST_REWARD:g}"
             raise Stopped(
-                f"The weighted sum of the rewards of {described(row)} is "
-                f"{total[row]:g} = {parts}, beyond {LARGEST_REWARD:g}: give smaller reward_weights."
+                f"The weighted sum of the rewards of {described(row)} is {problem}: "
+                "give smaller reward_weights."
             )
         return total
 
@@ -296,16 +292,19 @@ class Rewards:
         for name, function, bounds, column in functions:
             if bounds is None:
                 continue
-            slack = ROUNDING * (bounds[1] - bounds[0])
-            wrong = (column < bounds[0] - slack) | (column > bounds[1] + slack)  # False for nan
-            promise = "lie in the range {:g} to {:g}".format(*bounds)
             if is_binary(function):
-                wrong, promise = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column)), "be binary"
+                promise = "be binary"
+                wrong = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column))
+            else:
+                low, high = bounds
+                promise = f"lie in the range {low:g} to {high:g}"
+                slack = ROUNDING * (high - low)
+                wrong = (column < low - slack) | (column > high + slack)  # False for nan
             if wrong.any():
                 row = int(wrong.argmax())
                 raise Stopped(
                     f"Reward function {name} is declared to {promise} and returned {column[row]:g} for "
-                    f"{described(row)}: mend it, or what it declares."
+                    f"{described(row)}: correct it, or what it declares."
                 )
 
 
@@ -313,10 +312,12 @@ def unique_names(functions: Sequence[Any]) -> list[str]:
     """Return a distinct printable name for each function, for metrics; a repeated name gets a number."""
     names: list[str] = []
     for function in map(original, functions):
-        name = str(getattr(function, "__name__", type(function).__name__)).replace(
-            "<lambda>", "reward"
-        )
-        name = "".join(letter if letter.isprintable() else "_" for letter in name)
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        names.append(next(new for new in itertools.chain([name], numbered) if new not in names))
+        whole = str(getattr(function, "__name__", type(function).__name__))
+        letters = [letter if letter.isprintable() else "_" for letter in whole]
+        name = unique = "".join(letters).replace("<lambda>", "reward")
+        number = 1
+        while unique in names:
+            number += 1
+            unique = f"{name}_{number}"
+        names.append(unique)
     return names

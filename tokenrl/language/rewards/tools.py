@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, describe, written
 
 Message = dict[str, Any]
 
@@ -54,15 +54,42 @@ def assistant_message(
             calls = [{"type": "function", "function": function} for function in functions]
         else:
             parsed = tokenizer.parse_response(list(ids), prefix=list(prefix_ids), tools=list(tools))
-            message["content"], calls = parsed.get("content") or "", parsed.get("tool_calls") or []
-        functions = [call["function"] for call in calls]
-        if not all(
-            isinstance(f["name"], str) and isinstance(f["arguments"], dict) for f in functions
-        ):
-            raise ValueError("a call needs a name, and arguments by name")
+            message["content"] = parsed.get("content") or ""
+            calls = parsed.get("tool_calls") or []
+        for call in calls:
+            name = call["function"]["name"]
+            arguments = call["function"]["arguments"]
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                raise ValueError("a call needs a name, and arguments by name")
     except Exception as error:
         return {"role": "assistant", "content": text, "malformed": describe(error)}
     return message | {"tool_calls": calls} if calls else message
+
+
+def check_tool(tool: Any) -> None:
+    """Refuse a method of an environment that no schema for the chat template can be made of."""
+    from transformers.utils import get_json_schema
+
+    try:
+        get_json_schema(tool)
+    except Exception as error:
+        problem = f"{tool.__qualname__} cannot be a tool ({describe(error)})"
+        hint = "give it type hints and a docstring with a line for each argument below `Args:`"
+        hint += ", or a name with _ in front"
+        if tool.__name__ == "step":
+            hint += ", or give reset a parameter seed, as gymnasium has it"
+        raise Refused(f"{problem}: {hint}.") from error
+
+
+def reply(name: str, output: Any, error: object = None) -> Message:
+    """Return the message of a tool, with what it returned or with the error."""
+    result = output if error is None else {"error": written(error, str)}
+    return {"role": "tool", "name": encodable(name), "content": encodable(written(result, str))}
+
+
+def encodable(text: str) -> str:
+    """Return a text with `?` for half a pair of surrogates, which tokenizers and files do not take."""
+    return text.encode(errors="replace").decode()
 
 
 def use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str, Any]) -> Any:
