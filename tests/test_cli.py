@@ -129,7 +129,6 @@ def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
         "best@3",
         "best@3_stderr",
         "rewards/reward/mean",
-        "distinct_2",
         "kl",
     } <= numbers.keys()
     assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])

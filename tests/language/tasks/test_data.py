@@ -234,7 +234,7 @@ def test_an_object_that_is_no_task_is_refused_with_what_it_lacks(tmp_path):
     (tmp_path / "half_task.py").write_text(
         "class half:\n    name = 'half'\n    train_prompts = ()\nnumber = 3"
     )
-    with pytest.raises(Refused, match="without eval_prompts, reward, max_completion_length"):
+    with pytest.raises(Refused, match="without eval_prompts, reward"):
         load_task("half_task:half")
     with pytest.raises(Refused, match="is a int without name"):
         load_task("half_task:number")

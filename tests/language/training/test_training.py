@@ -66,8 +66,6 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
             "completions/mean_length",
             "completions/clipped_ratio",
             "entropy",
-            "distinct_1",
-            "distinct_2",
         ),
         *("rewards/share_of_a/mean", "rewards/starts_right/mean"),
     }

@@ -1,6 +1,6 @@
 """Measures a policy by rewarded completions of held-out prompts.
 
-pass@k, best@k, groups of equal rewards, diversity and KL are estimated without bias for each prompt and
+pass@k, best@k, groups of equal rewards and KL are estimated without bias for each prompt and
 averaged over prompts, so their standard errors are over prompts; lengths, truncations, entropy and the
 rewards of single functions are averaged over completions or tokens.
 """
@@ -90,12 +90,12 @@ def evaluate_policy(
         scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
-        The metrics, with standard errors over prompts (`..._stderr`) but for the diversity: `reward_greedy`;
+        The metrics, with standard errors over prompts (`..._stderr`): `reward_greedy`;
         of the sampled completions, or of the greedy ones if none are sampled, `completions/mean_length` in
         tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy` in nats per token, and with
         environments `episodes/turns` and the share of each ending, `episodes/{ending}`; and of the sampled
         completions `reward`, `pass@k` if the rewards have a `pass_threshold`, `best@k` unless they are
-        binary, where it is the same, `distinct_1` and `distinct_2`, and with a reference `kl` and `kl_k3`.
+        binary, where it is the same, and with a reference `kl` and `kl_k3`.
 
     Raises:
         Refused: there are no prompts, a prompt is too long, a k is larger than the number of generations, or
@@ -182,8 +182,6 @@ def _by_prompt(
             each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
         if mark is not None:
             each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
-    for n in (1, 2):
-        each[f"distinct_{n}"] = [distinct([row["ids"] for row in group], n) for group in groups]
     for name in [name for name in ("kl", "kl_k3") if name in rows[0]]:
         each[name] = [fmean(row[name] for row in group) for group in groups]
     return each
@@ -200,7 +198,7 @@ def _metrics(
     metrics: dict[str, float] = {}
     for name, values in by_prompt.items():
         metrics[name], error = over_prompts(values)
-        metrics |= {} if name.startswith("distinct") else {name + "_stderr": error}
+        metrics[f"{name}_stderr"] = error
     if "reward" in by_prompt:
         metrics["reward"] = mean("reward")
     metrics["completions/mean_length"] = mean("length")
@@ -277,20 +275,6 @@ def all_equal(rewards: np.ndarray, k: int) -> float:
     return sum(math.comb(int(count), k) for count in counts) / math.comb(len(rewards), k)
 
 
-def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
-    """Share of distinct n-grams among those of a prompt's completions (Li et al. 2016, arXiv 1510.03055).
-
-    It is 1 if no n-gram occurs twice, about 1/G if G completions are the same, and nan if none has n tokens.
-    It falls with the number and length of the completions, so compare it only between equal evaluations.
-
-    Args:
-        completions: token ids of each completion, EOS included.
-        n: length of the n-grams in tokens.
-    """
-    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
 def sampled_rows(
     policy: Policy,
     prompts: Sequence[Row],
@@ -319,14 +303,12 @@ def sampled_rows(
     options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
     for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
-        pairs = zip(batch.completion_ids, batch.mask, strict=True)
         columns: dict[str, Any] = {
             "place": batch.prompt_index.tolist(),
             "prompt": prompts_of(policy, batch),
             "completion": texts_of(policy, batch),
             "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
             "rewards": batch.by_function.tolist(),
-            "ids": [ids[mask].tolist() for ids, mask in pairs],
             "entropy": batch.entropy.double().sum(dim=1).tolist(),
             "length": batch.mask.sum(dim=1).tolist(),
             "truncated": batch.truncated.tolist(),

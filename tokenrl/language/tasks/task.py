@@ -238,7 +238,10 @@ def _refusing(beginning: str) -> Iterator[None]:
 def _finished(task: Any, name: str, reward: Any) -> Task:
     """Check a task, whatever its origin, and replace its reward by the user's if one is given."""
     with _refusing(f"task '{name}' was read, and"):
-        missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
+        required = ["name", "train_prompts", "eval_prompts"]
+        if reward is None and getattr(task, "environment", None) is None:
+            required.append("reward")
+        missing = [attribute for attribute in required if not hasattr(task, attribute)]
         if missing:
             raise Refused(
                 f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
@@ -280,13 +283,14 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     if task is None:
         task = _loaded(source, args, reward, 0, bool(getattr(args, "chat", None)))
     else:
-        task = _finished(task, source.name, reward)
+        task = _finished(task, getattr(source, "name", type(source).__name__), reward)
     task = with_environment(task, source, args.environment)
     environments = None
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
-    if environments is None and task.reward in (None, [], ()):
+    functions = getattr(task, "reward", None) or []
+    if environments is None and not functions:
         raise Refused(
             f"The task {task.name!r} has no reward: name one with --reward module:function."
         )
@@ -296,7 +300,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     elif pass_threshold is None:
         pass_threshold = getattr(task, "pass_threshold", None)
     rewards = Rewards(
-        task.reward or [],
+        functions,
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
