@@ -22,17 +22,7 @@ from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from types import NoneType, SimpleNamespace, UnionType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
@@ -102,7 +92,7 @@ class Settings:
     declares. The fields of classes without a group are shown first, without a title.
     """
 
-    group: ClassVar[str] = ""
+    group: typing.ClassVar[str] = ""
 
     def __init_subclass__(cls, group: str = "") -> None:
         cls.group = group
@@ -150,9 +140,7 @@ class Rule(NamedTuple):
 
 
 def check(settings: Any, *, objects: bool = True) -> None:
-    """Refuse a dataclass in which the value of a field is not one that the field's type allows.
-
-    Numbers, booleans, text, choices (`Literal`), other dataclasses and tuples of these are checked.
+    """Refuse a dataclass in which a field has a value that its type does not allow.
 
     Args:
         settings: The dataclass.
@@ -216,14 +204,13 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with its metadata; it allows None if that is default."""
     hints = typing.get_type_hints(kind, include_extras=True)
     types = {field.name: hints[field.name] for field in fields(kind)}
-    return types | {
-        field.name: types[field.name] | None for field in fields(kind) if field.default is OPEN
-    }
+    left_open = [field.name for field in fields(kind) if field.default is OPEN]
+    return types | {name: types[name] | None for name in left_open}
 
 
 @cache
 def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
-    """Return the rules of the fields, where they have one; cached, because estimators are made by the thousand."""
+    """Return the rules of the fields that have one; cached, because estimators are made by the thousand."""
     rules = {name: _rule(hint, objects) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
     return {name: rule for name, rule in rules.items() if rule is not None}
 
