@@ -27,13 +27,12 @@ from tokenrl.lab.exact.problems import Completions, Problem, tabular_problem
 from tokenrl.lab.exact.verdict import worst
 from tokenrl.runs.output import rich_console, rich_table
 
-ENDS, CALLS, ANSWERS = ("0", "20", "22"), ("1", "21"), ("012", "210")
-"""The tokens of a turn that ends its row, of a turn that calls the tool, and of what the environment answers."""
-WIDTH = 7
-"""The most tokens of a row: two turns of two tokens, and an answer of three."""
-
-ENDS, CALLS, ANSWERS = ("0", "20", "22"), ("1", "21"), ("012", "210")
-"""The tokens of a turn that ends its row, of a turn that calls the tool, and of what the environment answers."""
+ENDS = ("0", "20", "22")
+"""Turns that end their row, as texts of tokens."""
+CALLS = ("1", "21")
+"""Turns that call the tool."""
+ANSWERS = ("012", "210")
+"""Answers of the environment."""
 WIDTH = 7
 """The most tokens of a row: two turns of two tokens, and an answer of three."""
 
