@@ -43,7 +43,13 @@ def preset(name: str, **changes: Any) -> Any:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "padded": {"task": PADDED, "max_completion_length": 24},
+    "padded": {
+        "task": PADDED,
+        "max_completion_length": 16,
+        "prompts_per_step": 3,
+        "eval_size": 2,
+        "eval_generations": 0,
+    },
     "ppo": {"estimator": "ppo", "num_minibatches": 2, "num_iterations": 2},
     "kl in the loss": {
         "estimator": preset("grpo", beta=0.1),

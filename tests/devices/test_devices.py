@@ -20,7 +20,6 @@ from on_device import COMMANDS, NAMES, RUNS
 
 PROGRAM = Path(__file__).with_name("on_device.py")
 QUICK = ["padded"]
-LENGTH = 24  # tokens of the completions of `padded`
 TOLERANCE = {"rel_tol": 2e-3, "abs_tol": 2e-4}
 
 

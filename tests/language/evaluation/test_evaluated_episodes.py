@@ -41,15 +41,6 @@ class Away(Talk):
         raise OSError("no connection")
 
 
-class Shaky(Talk):
-    """Its service is away for some turns."""
-
-    def step(self, text):
-        if text > "5":
-            raise OSError("no connection")
-        return super().step(text)
-
-
 def long(completions, **_):
     return [float(len(text)) for text in completions]
 '''
@@ -154,11 +145,6 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
     said = r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"
     assert re.search(said, capsys.readouterr().err)
-    main([*command, f"{run.parent}/talk.py:Shaky"])
-    error = capsys.readouterr().err
-    assert re.search(
-        r"environment-fails: \d+ of \d+ episodes failed. Shaky.step raised OSError: no", error
-    )
 
 
 def test_equal_prompts_are_no_fault_where_an_environment_begins_the_episodes(run, capsys):

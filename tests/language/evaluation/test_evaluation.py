@@ -338,13 +338,17 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     assert {len(texts) for texts in turns} >= {1, 2} and any(
         "ab" in row["completion"] for row in rows
     )
-    for row, texts in zip(rows, turns, strict=True):  # a character is a token, and a turn has an EOS
+    for row, texts in zip(
+        rows, turns, strict=True
+    ):  # a character is a token, and a turn has an EOS
         assert 0 < row["length"] <= len("".join(texts)) + len(texts)
     for row, each in zip(rows, turns, strict=True):  # a turn that was cut is not answered
         answered = each[:-1] if row["ending"] == "max_tokens" else each
         assert row["reward"] == "".join(answered).count("a")
     metrics = found.metrics
-    assert metrics["completions/mean_length"] == pytest.approx(np.mean([row["length"] for row in rows]))
+    assert metrics["completions/mean_length"] == pytest.approx(
+        np.mean([row["length"] for row in rows])
+    )
     assert metrics["episodes/turns"] == pytest.approx(np.mean(list(map(len, turns))))
     endings = [row["ending"] for row in rows]
     assert {"completed", "max_turns"} <= {*endings} <= {"completed", "max_turns", "max_tokens"}

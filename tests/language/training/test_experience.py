@@ -187,25 +187,6 @@ def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     assert greedy != greedy[::-1]
 
 
-def test_score_norms_and_hidden_states_are_those_of_the_forward_pass_before_each_action():
-    policy, shape = make_policy(), {"num_generations": 3, "max_completion_length": 5}
-    bare = completions(policy, [[3]], **shape)
-    assert bare.score_norms is None and bare.hidden is None
-    rollout = completions(
-        policy, [[3, 4, 5], [6]], keep_score_norms=True, keep_hidden=True, **shape
-    )
-    for row in range(6):
-        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
-        whole, keep = torch.cat([prompt, rollout.completion_ids[row]])[None], rollout.mask[row]
-        out = policy.model(whole, output_hidden_states=True)
-        states = out.hidden_states[-1][0, len(prompt) - 1 : -1]
-        assert torch.allclose(rollout.hidden[row][keep], states[keep], atol=1e-5)
-        p = out.logits[0, len(prompt) - 1 : -1].softmax(-1)
-        onehot = torch.nn.functional.one_hot(rollout.completion_ids[row], p.shape[-1])
-        norms = (onehot - p).square().sum(-1)
-        assert torch.allclose(rollout.score_norms[row][keep], norms[keep], atol=1e-5)
-
-
 def test_a_critic_learns_what_each_prompt_earns_and_leaves_the_policy_alone():
     policy = make_policy()
     before, sampling = weights(policy.model), Sampling(3, 4, keep_hidden=True)

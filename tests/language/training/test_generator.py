@@ -281,7 +281,7 @@ def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True}
     tokenrl.train(**options)
-    warning = "step 1: Log-probabilities of sampler and training differ by 0.3 nats per token"
+    warning = "step 1: Log-probabilities of sampling and training differ by 0.3 nats per token"
     assert " ".join(capsys.readouterr().out.split()).count(warning) == (kind is Gapped)
     # Two evaluations (greedy and sampled) of two prompts each, two steps.
     assert made[0].prompts == 2 * 2 * 2 + 2 * 2

@@ -132,11 +132,6 @@ def check(place: Path, names: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_differ_are_refused_at_once(place):
-    check(place, ["resume of the main", "lora_r of the other", "output directory", "rows"])
-
-
-@pytest.mark.slow
 def test_processes_that_differ_in_anything_are_refused_at_once(place):
     check(place, [*cases()])
 

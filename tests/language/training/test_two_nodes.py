@@ -11,71 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_processes import ENDS, assert_same_metrics, environment, whole_run
-from tiny_models import PROMPTS, apart, make_learner, make_policy, one_step, vowel_reward, weights
-
-from tokenrl.core.estimator import Estimator
-from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.rollout import cat
+from test_processes import assert_same_metrics, environment, whole_run
+from tiny_models import PROMPTS, vowel_reward
 
 THIS = str(Path(__file__).resolve())
 STEPS, MANY = 20, [f"{prompt} {number}" for prompt in PROMPTS for number in ("one", "two", "ten")]
-RUNS = {
-    "rloo": ("rloo", {}),
-    "grpo, two updates, KL": (Estimator.preset("grpo", beta=0.1), {"num_iterations": 2}),
-    "lora": ("rloo", {"lora_r": 4}),
-}
-
-
-@dataclass
-class Recorded:
-    """Samples completions and records them by step and prompt; repeats those that are recorded already."""
-
-    policy: Any
-    rows: dict[Any, Any]
-
-    def generate(self, prompt_ids, sampling, draws):
-        keys = [(sampling.step, *ids) for ids in prompt_ids]
-        if keys[0] not in self.rows:
-            rollout = TransformersGenerator(self.policy).generate(prompt_ids, sampling, draws)
-            scored = dict.fromkeys(("logprobs", "entropy", "score_norms", "hidden"))
-            for i, key in enumerate(keys):
-                self.rows[key] = replace(
-                    rollout.take((rollout.prompt_index == i).nonzero()[:, 0]), **scored
-                )
-        groups = [self.rows[key] for key in keys]
-        return cat(
-            [replace(g, prompt_index=torch.full((len(g),), i)) for i, g in enumerate(groups)]
-        )
-
-    def sync(self, policy):
-        pass
-
-
-def change(name: str, rows: dict[Any, Any]) -> torch.Tensor:
-    """How 20 steps of SGD on the recorded completions change the weights."""
-    from tokenrl.language.policy.model import add_lora
-
-    estimator, options = RUNS[name]
-    policy = make_policy("llama", vocabulary=90, initializer_range=0.1)
-    policy.eos_ids = ENDS
-    if "KL" in name:
-        policy.reference = make_policy("llama", vocabulary=90, seed=1).model.requires_grad_(False)
-    if "lora_r" in options:
-        add_lora(policy, r=options["lora_r"])
-    learner = make_learner(
-        policy, estimator, optimizer="sgd", learning_rate=0.05, max_steps=STEPS, **options
-    )
-    learner.generator, before = Recorded(policy, rows), weights(policy.model)
-    for step in range(1, STEPS + 1):
-        one_step(learner, step=step, prompts=MANY, places=[(4 * step + i) % 12 for i in range(4)])
-    return weights(policy.model) - before
 
 
 def ending_its_node(completion_ids, trainer_state, **_):
@@ -90,9 +34,6 @@ def main(directory: Path, program: str) -> None:
     """What the process of a node does."""
     torch.set_num_threads(1)
     if program == "whole":
-        records = torch.load(directory / "records.pt", weights_only=False)
-        changes = {name: change(name, rows) for name, rows in records.items()}
-        torch.save(changes, directory / f"rank{os.environ['RANK']}.pt")
         whole_run(directory / "run")
     else:
         whole_run(directory / "killed", ending_its_node, resume="auto")
@@ -132,32 +73,12 @@ def two_nodes(directory: Path, program: str) -> list[tuple[int, str]]:
     return [(node.returncode, output) for node, output in zip(nodes, outputs, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory):
-    """The directory of what two nodes saved, and how one process changed the weights."""
-    directory, records = tmp_path_factory.mktemp("nodes"), {name: {} for name in RUNS}
-    for name, rows in records.items():
-        change(name, rows)
-    torch.save(records, directory / "records.pt")
-    ended = two_nodes(directory, "whole")
+@pytest.mark.slow
+def test_a_run_of_two_nodes_writes_the_metrics_of_one_process(tmp_path):
+    ended = two_nodes(tmp_path / "nodes", "whole")
     assert [code for code, _ in ended] == [0, 0], ended
-    return directory, {name: change(name, rows) for name, rows in records.items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_two_nodes_change_the_weights_as_one_process_does(nodes, name):
-    directory, alone = nodes
-    first, second = (torch.load(directory / f"rank{rank}.pt")[name] for rank in range(2))
-    assert torch.equal(first, second)
-    print(f"{name}: {apart(first, alone[name]):.1e} of a change of {float(alone[name].norm()):.2g}")
-    assert apart(first, alone[name]) < 1e-4
-
-
-@pytest.mark.slow
-def test_a_run_of_two_nodes_writes_the_metrics_of_one_process(nodes, tmp_path):
     whole_run(tmp_path / "run")
-    assert_same_metrics(nodes[0] / "run", tmp_path / "run")
+    assert_same_metrics(tmp_path / "nodes" / "run", tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -131,26 +131,6 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
     assert record.metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
 
 
-def test_groups_that_are_dropped_stay_in_the_mean_of_the_step():
-    """They teach nothing and leave the divisor, but the others are compared with them too."""
-    policy = make_policy("gpt2", dtype="float64")
-    policy.eos_ids = ENDS
-    before, seen = copy.deepcopy(policy.model), []
-    learner = make_learner(policy, Estimator(baseline="batch_mean", zero_spread="drop"))
-    one_step(learner, reward=recorded(flat_second_prompt, seen))
-    rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.float64)
-    groups = rewards.view(-1, 3)
-    alive = (groups != groups[:, :1]).any(1).repeat_interleave(3)
-    rows = [
-        (policy.encode(prompt), ids, float(reward - rewards.mean()))
-        for (prompt, ids, _), reward, learnt in zip(seen, rewards, alive, strict=True)
-        if learnt
-    ]
-    assert 0 < len(rows) < len(seen)
-    expected, _ = textbook(before, rows)
-    assert apart(gradient(policy.model), expected) < 1e-10
-
-
 def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
     rows = scored_rows(monkeypatch)
     _, record, _ = stepped(ESTIMATORS["rloo"])
@@ -384,32 +364,3 @@ def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
     assert len(old) == 1  # once a step, before its updates
     mask = rows[0].mask
     torch.testing.assert_close(old[0][mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
-
-
-def test_a_second_iteration_uses_the_clipped_ratio():
-    """Against PPO's formula written out on the weights after the first update."""
-    policy = make_policy("gpt2", dtype="float64")
-    before, seen = copy.deepcopy(policy.model), []
-    learner = make_learner(policy, "dr_grpo", learning_rate=0.003)
-    one_step(learner, reward=recorded(vowel_reward, seen))
-    middle = copy.deepcopy(policy.model)
-    again = make_policy("gpt2", dtype="float64")
-    learner = make_learner(again, "dr_grpo", learning_rate=0.003, num_iterations=2)
-    one_step(learner)
-    middle.zero_grad()
-    loss, clipped = 0.0, 0
-    for start in range(0, 12, 3):
-        advantages = by_hand("dr_grpo", [r for *_, r in seen[start : start + 3]])
-        for (prompt, ids, _), a in zip(seen[start : start + 3], advantages, strict=True):
-            whole = torch.tensor([policy.encode(prompt) + ids])
-            at = slice(whole.shape[1] - len(ids) - 1, -1)
-            new, old = (
-                torch.log_softmax(m(whole).logits[0, at], -1).gather(1, whole[0, -len(ids) :, None])
-                for m in (middle, before)
-            )
-            rho = (new - old.detach()).exp()
-            loss = loss - torch.minimum(rho * a, rho.clamp(0.8, 1.2) * a).sum() / (12 * 6)
-            clipped += int(((rho > 1.2) | (rho < 0.8)).sum())
-    loss.backward()
-    assert clipped > 5
-    assert apart(gradient(again.model), gradient(middle)) < 1e-9

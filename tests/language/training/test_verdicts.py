@@ -61,7 +61,10 @@ def test_a_run_that_learns_has_no_flag(trained):
 
 @pytest.mark.parametrize(
     ("collect", "rewarding", "warnings"),
-    [(4.0, 0.0, 1), (4.0, 3.5, 0), pytest.param(2.0, 0.0, 0, marks=pytest.mark.slow)],
+    [
+        (4.0, 0.0, 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4.0, 3.5, 0), (2.0, 0.0, 0))),
+    ],
 )
 def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
     collect, rewarding, warnings, tmp_path, capsys, monkeypatch
