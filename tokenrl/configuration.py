@@ -26,6 +26,9 @@ from tokenrl.settings import Settings, arguments, check, field_types
 
 T = TypeVar("T")
 
+EARLIER_AXES = [("entropy_form", "per_step")]
+"""Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now."""
+
 RECORDED = (
     *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
     *("chat_prompts", "task_rows", "warm_started", "code"),
@@ -84,9 +87,11 @@ def configured(
             # settings of an earlier version
             earlier = stored.keys() - field_types(kind)  # type: ignore[arg-type]
             left_out |= {name for name in earlier if not stored[name]}
-        settings = arguments(
-            kind, {name: value for name, value in stored.items() if name not in left_out}
-        )
+        values = {name: value for name, value in stored.items() if name not in left_out}
+        axes = values.get("estimator")
+        if of_a_run and isinstance(axes, Mapping):
+            values["estimator"] = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
+        settings = arguments(kind, values)
         check(settings, objects=False)
         return settings
     except Refused as error:

@@ -159,20 +159,18 @@ class Estimator(Axes):
             ValueError: When rewards and mask do not fit together.
         """
         from tokenrl.core import advantages as formulas
-        from tokenrl.core.returns import Turns, token_rewards
-        from tokenrl.core.rows import Advantages, required, zero_outside
+        from tokenrl.core.returns import Turns
+        from tokenrl.core.rows import required
 
         if rewards.shape not in (mask.shape[:1], mask.shape):
-            raise ValueError(
-                f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}"
-            )
+            shapes = f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}"
+            raise ValueError(shapes)
         check_sizes(self, len(mask), group_size)
         mask = mask.bool()
         valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
         if self.separate_components:
-            columns = required("components", components, "'separate'").unbind(1)
-            streams = [(x.nan_to_num(), valid & ~x.isnan()) for x in columns]
-            streams = [(token_rewards(x, mask, present), present) for x, present in streams]
+            components = required("components", components, "'separate'")
+            streams = formulas.component_streams(components, mask, valid)
         else:
             complete = formulas.rewards_in_time(
                 self,
@@ -187,25 +185,11 @@ class Estimator(Axes):
             streams = [(complete, valid)]
         one_return = self.shares_return and self.gamma == 1 and not callable(self.baseline)
         clock = None if turns is None or one_return else Turns.read(turns, mask)
+        inputs = (group_size, values, score_norms, greedy_rewards, baseline_value)
         parts = []
         for in_time, present in streams:
-            step = formulas.Step(
-                in_time,
-                mask,
-                present,
-                group_size,
-                values,
-                score_norms,
-                greedy_rewards,
-                baseline_value,
-            )
-            if clock is None:
-                parts.append(formulas.advantages_of(self, step))
-                continue
-            policy, targets = formulas.advantages_of(self, step.in_turns(clock))
-            if policy.ndim == 2:
-                policy = zero_outside(clock.spread(policy), mask)
-            parts.append(Advantages(policy, clock.spread(targets)))
+            step = formulas.Step(in_time, mask, present, *inputs)
+            parts.append(formulas.advantages_by_clock(self, step, clock))
         if self.separate_components:
             return formulas.weighted_sum(parts, component_weights)
         return parts[0]

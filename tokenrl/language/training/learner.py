@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Learner:
     skipped: int = 0
     idle: int = 0
 
-    @property
+    @cached_property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
         return sampling_of(self.args)
