@@ -176,13 +176,13 @@ def _play(
     """
     act = policy.actor()
     history = []
-    noise: list[Tensor | None] = [None] * chunk
+    noise = None
     for t in range(steps):
         if generator is not None and t % chunk == 0:
             count = min(chunk, steps - t)
-            noise = list(policy.noise(count, envs.num_envs, generator=generator).unbind())
+            noise = policy.noise(count, envs.num_envs, generator=generator)
         before = torch.from_numpy(observation)
-        actions = act(before, noise[t % chunk])
+        actions = act(before, None if noise is None else noise[t % chunk])
         observation, reward, terminated, truncated = envs.step(actions.numpy())
         history.append((before, actions, reward, terminated, truncated, idle))
         ended = terminated | truncated
