@@ -13,7 +13,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES
 from tokenrl.core.losses import LEAST_BETA, PER_TOKEN, next_beta, token_entropy
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.statistics import mean_and_error
+from tokenrl.core.statistics import generator_of, mean_and_error
 from tokenrl.errors import Refused
 from tokenrl.lab import tabular_problem
 
@@ -175,6 +175,15 @@ def test_the_error_of_a_mean_is_that_of_independent_groups() -> None:
         [mean_and_error(x, 1)[1] ** 2 for x in rows]
     )  # rows of a group are not independent
     assert alone.mean() < 0.8 * squares.mean()
+
+
+def test_generators_differ_by_seed_purpose_and_number_and_repeat() -> None:
+    def draw(*key) -> int:
+        return int(torch.randint(2**62, (), generator=generator_of(*key)))
+
+    keys = list(itertools.product((0, 1, 2**31, 2**32 - 1), ("probe", "minibatches"), range(50)))
+    assert len({draw(*key) for key in keys}) == len(keys)
+    assert draw(3, "probe", 7) == draw(3, "probe", 7)
 
 
 ONE = torch.ones(1, 2, dtype=torch.double)
