@@ -144,17 +144,30 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
-        losses: dict[str, Any] = {
-            "loss_before": training.loss_before,
-            "loss_after": training.loss_after,
-        }
-        ended = SftResult(**session.outcome(), **losses, policy=policy)
-        facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
-        facts |= {"final loss": training.loss_after}
-        facts["weights"] = ended.weights
-        card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
-        session.finish(ended, lambda path: saved.hand_over(path, card))
-        return ended
+        return _finish(args, session, training, saved, title, facts)
+
+
+def _finish(
+    args: SftArguments,
+    session: Session,
+    training: SupervisedTraining,
+    saved: SavedModel,
+    title: str,
+    facts: dict[str, Any],
+) -> SftResult:
+    """Save the model with its card, write summary and report, and show how the run ended."""
+    ended = SftResult(
+        **session.outcome(),
+        loss_before=training.loss_before,
+        loss_after=training.loss_after,
+        policy=saved.policy,
+    )
+    facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
+    facts["final loss"] = training.loss_after
+    facts["weights"] = ended.weights
+    card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
+    session.finish(ended, lambda path: saved.hand_over(path, card))
+    return ended
 
 
 def _evaluation(

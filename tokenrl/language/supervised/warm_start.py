@@ -54,9 +54,7 @@ from tokenrl.runs.signals import SIGNALS
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
 
-MADE_BY = (
-    3  # raise it when the weights that a warm start gives change, or what its checkpoints hold
-)
+MADE_BY = 3  # to raise when the weights of a warm start change, or what its checkpoints hold
 BATCH, WARMUP, SAVED = 16, 10, 50
 """Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
 MOST_BYTES = 8 * 10**9
@@ -218,31 +216,21 @@ class WarmStart:
             )
         check_trainable(policy)
         policy.model.to(accelerator.device)
-        self.policy, self.rewards, self.args, self.console = policy, rewards, args, console
-        self._prompts, self._rows, self._accelerator = (
-            task.train_prompts,
-            demonstrations(task),
-            accelerator,
-        )
+        self.policy = policy
+        self.rewards = rewards
+        self.args = args
+        self.console = console
+        self._prompts = task.train_prompts
+        self._rows = demonstrations(task)
+        self._accelerator = accelerator
         self._rate = default_rate(parameter_count(policy), supervised=True)
-        model = [
-            fingerprint(policy.model),
-            tokenizer_fingerprint(policy.tokenizer),
-            vars(policy.form),
-        ]
+        tokenizer = tokenizer_fingerprint(policy.tokenizer)
+        model = [fingerprint(policy.model), tokenizer, vars(policy.form)]
         sampling = [args.max_completion_length, args.num_generations, distribution_of(args)]
         precision = choose_precision(args, policy, accelerator)[0]
         computing = [accelerator.device.type, precision, args.training_attention]
-        training = [
-            args.warm_start,
-            BATCH,
-            WARMUP,
-            PROMPTS,
-            ENOUGH,
-            self._rate,
-            args.seed,
-            *computing,
-        ]
+        constants = [BATCH, WARMUP, PROMPTS, ENOUGH]
+        training = [args.warm_start, *constants, self._rate, args.seed, *computing]
         # All that the weights depend on, besides the number of updates.
         self._ingredients = [model, self._rows, rewards.names, sampling, training]
 
@@ -279,13 +267,10 @@ class WarmStart:
         with suppress(OSError):  # of a cache that others own, write or empty at the same time
             os.utime(directory)  # the newest now, as it is used
             if not cached:
-                size, most, folder = (
-                    decimal(_remove_oldest()),
-                    decimal(MOST_BYTES),
-                    cache_directory(),
-                )
+                size = decimal(_remove_oldest())
                 self.console.note(
-                    f"the cache, {folder}, has {size} of at most {most}; delete it to empty it"
+                    f"the cache, {cache_directory()}, has {size} of at most {decimal(MOST_BYTES)}; delete it "
+                    "to empty it"
                 )
         return facts | {"kept_in": str(directory)}
 
@@ -312,9 +297,8 @@ class WarmStart:
         self.console.note(
             f"warm start: {stage}, learning rate {self._rate:g}; kept in {cache_directory()}"
         )
-        with FileLock(
-            f"{run}.lock"
-        ):  # waits for a stage of another length, where a session would refuse
+        # It waits for a stage of another length, where a session would refuse.
+        with FileLock(f"{run}.lock"):
             going_on = _can_continue(run, most)
             settings: dict[str, Any] = {"output_dir": str(run), "overwrite": not going_on}
             settings |= {name: getattr(args, name) for name in ("quiet", "save_minutes", "seed")}

@@ -11,24 +11,20 @@ import contextlib
 import copy
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean
 from typing import Any, TypeVar
-from unicodedata import normalize
 
 import torch
 from rich.filesize import decimal
 
-from tokenrl.errors import Refused, TokenrlError, with_places
+from tokenrl.errors import TokenrlError
 from tokenrl.language.evaluation.evaluation import over_prompts, transcript
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.rewarded import failures_of, prompt_text
 from tokenrl.language.rollout.sampling import encode
-from tokenrl.language.supervised.defaults import demonstrations
-from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.learner import Learner, make_optimizer
@@ -36,6 +32,7 @@ from tokenrl.language.training.rows import logprobs_under, sample
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
+from tokenrl.language.training.texts import check_characters, check_demonstrations, usable_rows
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
 from tokenrl.runs.console import conclude, duration, number
 from tokenrl.runs.findings import Finding, Weight, lower_rate, share_equal
@@ -57,10 +54,6 @@ LEAST, ENOUGH, MOST_STEPS = 32, 128, 8
 the other number and so many steps in a long one. Then it is said that there is nothing to learn."""
 LEAST_PROMPTS = 16
 """Fewest held-out prompts that are evaluated, if there are as many."""
-MANY = 512
-"""Most prompts and demonstrations whose texts are checked; more take longer and show the same."""
-MOST_UNKNOWN = 0.03
-"""Largest share of characters that a tokenizer may lose without a problem."""
 SHOWN, LONGEST_SHOWN = 4, 1000
 """Completions that are shown, and characters of the prompt."""
 
@@ -78,65 +71,34 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
-    findings, records, args = list[Finding](), list[Record](), run.args
-    train = _usable_rows(run, run.task.train_prompts, "training prompts", findings)
-    held_out = _usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
-    _check_demonstrations(run, findings)
-    lines = {"unknown": _check_characters(run, findings)}
-    least, most, held_out_size = _extent(run)
-    trial, gap = _trial_steps(run, train, (least, most), findings), dict[str, float]()
-    prompts = f"{held_out_size:,} of {len(run.task.eval_prompts):,} held-out prompts"
-    smaller = replace(run, task=smaller_evaluation(run.task, held_out_size), means=[])
-
-    def evaluated() -> Mapping[str, float]:
-        has_failed = any(finding.flag == "evaluation-failed" for finding in findings)
-        if has_failed or len(held_out) < len(run.task.eval_prompts):
-            return {}
-        return _attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {}
-
-    with _weights_restored(run.learner):
-        if train:
-            with session.console.status("making a first training step, which is taken back"):
-                records += islice(trial, 1)
-        if records:
-            collect, update = (records[0].timings[part] for part in ("collect", "update"))
-            evaluation = (
-                collect * held_out_size * (1 + args.eval_generations) / sizes_of_steps(args)[0]
-            )
-            rest = duration(max(1.0, (least - 1) * (collect + update) + 2 * evaluation))
-            further = f"making {least - 1} more and " * (least > 1)
-            activity = f"{further}evaluating {prompts}, with these steps and without"
-            with session.console.status(f"{activity}; that takes about {rest}"):
-                records += trial
-                if not run.warm_seconds:  # else the steps were made for their time alone
-                    evaluated()
-    if records or not train:
-        with session.console.status(f"evaluating {prompts}, as before the first step"):
-            session.evaluated(evaluated())
-            run.eval_seconds = smaller.eval_seconds * len(held_out) / held_out_size
-            run.failures = smaller.failures
+    findings: list[Finding] = []
+    gap: dict[str, float] = {}
+    train = usable_rows(run, run.task.train_prompts, "training prompts", findings)
+    held_out = usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
+    check_demonstrations(run, findings)
+    characters = check_characters(run, findings)
+    records, smaller = _try_out(run, session, evaluate, train, len(held_out), findings)
     if records:
         gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
-    if failed := failures_of(
-        [*run.failures, *(text for record in records for text in record.failures)]
-    ):
+    failures = [*run.failures, *(text for record in records for text in record.failures)]
+    if failed := failures_of(failures):
         findings.append(Finding("environment-fails", "void", failed))
     unread = [record.unread for record in records if record.unread and not run.warm_seconds]
     findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
     observed = _trial_facts(run, records, session.eval_before) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
-    open_settings = [("truncation", "max_completion_length")]
-    open_settings += [("sampling-differs", "mixed_precision")] * observed["is_half"]
-    unasked = {flag for flag, name in open_settings if getattr(session.choices, name) is None}
-    findings += [
-        each for each in judge(observed) if each.weight != "watch" or each.flag not in unasked
-    ]
-    lines = _lines(run, observed, records) | _judge_steps(smaller, observed, findings) | lines
+    settings = {"truncation": "max_completion_length"}
+    if observed["is_half"]:
+        settings["sampling-differs"] = "mixed_precision"
+    left_open = {flag for flag, name in settings.items() if getattr(session.choices, name) is None}
+    findings += [f for f in judge(observed) if f.weight != "watch" or f.flag not in left_open]
+    lines = _lines(run, observed, records) | _judge_steps(smaller, observed, findings)
+    lines["unknown"] = characters
     if records:
-        lines["checked"] = f"{len(records)} of {args.max_steps} steps, {prompts}"
-        lines["time"] = run.forecast_duration(
-            records[-1].timings["collect"] + records[-1].timings["update"]
-        )
+        held_out_prompts = _share_of_prompts(run, len(smaller.task.eval_prompts))
+        lines["checked"] = f"{len(records)} of {run.args.max_steps} steps, {held_out_prompts}"
+        timings = records[-1].timings
+        lines["time"] = run.forecast_duration(timings["collect"] + timings["update"])
         _show_completions(run, session, records[0])
     if run.rewards.environments is None:  # else the first episode shows it
         lines["prompt"] = _rendered(run, records, train)
@@ -145,6 +107,69 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     session.ended = "check"
     result = run.result(session)
     return replace(result, exit_code=result.exit_code or code)
+
+
+def _try_out(
+    run: TrainingRun,
+    session: Session,
+    evaluate: Evaluate,
+    train: Rows,
+    usable: int,
+    findings: list[Finding],
+) -> tuple[list[Record], TrainingRun]:
+    """Make trial steps, evaluate after them, take them back, and evaluate as before the first step.
+
+    Args:
+        run: the run.
+        session: the session, which records the evaluation without the steps.
+        evaluate: evaluates the policy of a run on its held-out prompts.
+        train: the training prompts that the policy can complete.
+        usable: the number of held-out prompts that it can complete.
+        findings: problems and remarks, to which failures are added.
+
+    Returns:
+        The records of the steps, and the run with fewer held-out prompts and its evaluations.
+    """
+    least, most, size = _extent(run)
+    prompts = _share_of_prompts(run, size)
+    smaller = replace(run, task=smaller_evaluation(run.task, size), means=[])
+    trial = _trial_steps(run, train, (least, most), findings)
+    records: list[Record] = []
+
+    def evaluated() -> Mapping[str, float]:
+        has_failed = any(finding.flag == "evaluation-failed" for finding in findings)
+        if has_failed or usable < len(run.task.eval_prompts):
+            return {}
+        return _attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {}
+
+    with _weights_restored(run.learner):
+        if train:
+            with session.console.status("making a first training step, which is taken back"):
+                records += islice(trial, 1)
+        if records:
+            collect = records[0].timings["collect"]
+            step = collect + records[0].timings["update"]
+            completions = size * (1 + run.args.eval_generations)
+            evaluation = collect * completions / sizes_of_steps(run.args)[0]
+            rest = duration(max(1.0, (least - 1) * step + 2 * evaluation))
+            activity = f"evaluating {prompts}, with these steps and without"
+            if least > 1:
+                activity = f"making {least - 1} more and {activity}"
+            with session.console.status(f"{activity}; that takes about {rest}"):
+                records += trial
+                if not run.warm_seconds:  # else the steps were made for their time alone
+                    evaluated()
+    if records or not train:
+        with session.console.status(f"evaluating {prompts}, as before the first step"):
+            session.evaluated(evaluated())
+        run.eval_seconds = smaller.eval_seconds * usable / size
+        run.failures = smaller.failures
+    return records, smaller
+
+
+def _share_of_prompts(run: TrainingRun, size: int) -> str:
+    """Return in words on how many of the held-out prompts a check evaluates."""
+    return f"{size:,} of {len(run.task.eval_prompts):,} held-out prompts"
 
 
 def _extent(run: TrainingRun) -> tuple[int, int, int]:
@@ -216,44 +241,6 @@ def _show_completions(run: TrainingRun, session: Session, record: Record) -> Non
             session.console.note(harmless(transcript(*parts)))
 
 
-def _check_characters(run: TrainingRun, findings: list[Finding]) -> str:
-    """Count the characters that the tokenizer loses; add a finding if there are some, and say how many."""
-    tokenizer, task = run.learner.policy.tokenizer, run.task
-    rows = [*islice(task.train_prompts, MANY), *islice(task.eval_prompts, MANY)]
-    texts = [text for row in rows for text in _texts(row["prompt"])]
-    with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
-        texts += [text for row in demonstrations(task)[:MANY] for text in _texts(row["completion"])]
-    fold = str.casefold if getattr(tokenizer, "do_lower_case", False) else str
-    every, lost = Counter[str](), Counter[str]()
-    for text in texts:
-        ids = [
-            i
-            for i in tokenizer(text, add_special_tokens=False).input_ids
-            if i != tokenizer.unk_token_id
-        ]
-        read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        # Tokenizers may also change spaces and forms of a character, which loses nothing.
-        before, after = (Counter("".join(normalize("NFKC", fold(t)).split())) for t in (text, read))
-        every += before
-        lost += before - after
-    share = lost.total() / max(1, every.total())
-    words = f"{lost.total():,} of {every.total():,} characters of prompts and demonstrations"
-    if lost:
-        words += (
-            f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
-        )
-        text = f"The tokenizer loses {words}. Take a model that can read and write them, or other spellings."
-        findings.append(
-            Finding("unknown-characters", "void" if share > MOST_UNKNOWN else "watch", text)
-        )
-    return f"to the tokenizer {words}"
-
-
-def _texts(prompt: Any) -> list[str]:
-    """Return the texts of a prompt or a completion, text or chat messages."""
-    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-
-
 def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | None:
     """Do some work and return what it returns; if it fails, add a finding and return None."""
     try:
@@ -261,42 +248,6 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
     except TokenrlError as error:
         findings.append(Finding(flag, "void", f"{error} Training would stop at the same error."))
         return None
-
-
-def _usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
-    """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
-    if run.rewards.environments is not None:  # what is asked is known once an episode has begun
-        return rows
-    usable, refused = list[Mapping[str, Any]](), list[str]()
-    for location, row in with_places(rows):
-        try:
-            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [location])
-            usable.append(row)
-        except Refused as error:
-            refused.append(f"The first is that of {location}. {error}")
-    if refused:
-        text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
-        findings.append(Finding("prompts-refused", "void", text))
-    return usable
-
-
-def _check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
-    """Add a finding about demonstrations that are longer than completions may be."""
-    policy, limit = run.learner.policy, run.args.max_completion_length
-    try:
-        pairs = encode_demonstrations(policy, demonstrations(run.task)[:MANY])
-    except Refused:  # there are none, or they are not used and do not fit
-        return
-    lengths = [len(completion) for _, completion in pairs]
-    long = sum(length > limit for length in lengths)
-    if long:
-        text = (
-            f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
-            f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
-        )
-        findings.append(
-            Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text)
-        )
 
 
 def _trial_steps(

@@ -1,0 +1,100 @@
+"""Checks the texts of a run before its first update: prompts and demonstrations that the model cannot use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+from unicodedata import normalize
+
+from tokenrl.errors import Refused, with_places
+from tokenrl.language.rollout.sampling import encode
+from tokenrl.language.supervised.defaults import demonstrations
+from tokenrl.language.supervised.fit import encode_demonstrations
+from tokenrl.language.training.run import TrainingRun
+from tokenrl.runs.findings import Finding
+
+Rows = Sequence[Mapping[str, Any]]
+
+MANY = 512
+"""Most prompts and demonstrations whose texts are checked; more take longer and show the same."""
+
+
+MOST_UNKNOWN = 0.03
+"""Largest share of characters that a tokenizer may lose without a problem."""
+
+
+def check_characters(run: TrainingRun, findings: list[Finding]) -> str:
+    """Count the characters that the tokenizer loses; add a finding if there are some, and say how many."""
+    tokenizer, task = run.learner.policy.tokenizer, run.task
+    rows = [*islice(task.train_prompts, MANY), *islice(task.eval_prompts, MANY)]
+    texts = [text for row in rows for text in _texts(row["prompt"])]
+    with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
+        texts += [text for row in demonstrations(task)[:MANY] for text in _texts(row["completion"])]
+    fold = str.casefold if getattr(tokenizer, "do_lower_case", False) else str
+    every, lost = Counter[str](), Counter[str]()
+    for text in texts:
+        ids = [
+            i
+            for i in tokenizer(text, add_special_tokens=False).input_ids
+            if i != tokenizer.unk_token_id
+        ]
+        read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        # Tokenizers may also change spaces and forms of a character, which loses nothing.
+        before, after = (Counter("".join(normalize("NFKC", fold(t)).split())) for t in (text, read))
+        every += before
+        lost += before - after
+    share = lost.total() / max(1, every.total())
+    words = f"{lost.total():,} of {every.total():,} characters of prompts and demonstrations"
+    if lost:
+        words += (
+            f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
+        )
+        text = f"The tokenizer loses {words}. Take a model that can read and write them, or other spellings."
+        findings.append(
+            Finding("unknown-characters", "void" if share > MOST_UNKNOWN else "watch", text)
+        )
+    return f"to the tokenizer {words}"
+
+
+def _texts(prompt: Any) -> list[str]:
+    """Return the texts of a prompt or a completion, text or chat messages."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
+def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
+    """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
+    if run.rewards.environments is not None:  # what is asked is known once an episode has begun
+        return rows
+    usable, refused = list[Mapping[str, Any]](), list[str]()
+    for location, row in with_places(rows):
+        try:
+            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [location])
+            usable.append(row)
+        except Refused as error:
+            refused.append(f"The first is that of {location}. {error}")
+    if refused:
+        text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
+        findings.append(Finding("prompts-refused", "void", text))
+    return usable
+
+
+def check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
+    """Add a finding about demonstrations that are longer than completions may be."""
+    policy, limit = run.learner.policy, run.args.max_completion_length
+    try:
+        pairs = encode_demonstrations(policy, demonstrations(run.task)[:MANY])
+    except Refused:  # there are none, or they are not used and do not fit
+        return
+    lengths = [len(completion) for _, completion in pairs]
+    long = sum(length > limit for length in lengths)
+    if long:
+        text = (
+            f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
+            f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
+        )
+        findings.append(
+            Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text)
+        )
