@@ -55,7 +55,8 @@ def write_report(args: ReportArguments) -> int:
 
     if not args.run_dir:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")
-    run, several = args.run_dir[0], len(args.run_dir) > 1
+    run = args.run_dir[0]
+    several = len(args.run_dir) > 1
     if args.output is not None and not several:
         raise Refused(
             "--output is for several runs: name them, or leave it out; one has its report.html."

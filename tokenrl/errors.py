@@ -134,7 +134,8 @@ def describe(error: BaseException) -> str:
 
     An error without a message is only its type. Causes that form a ring are followed once.
     """
-    root, followed = error, {id(error)}
+    root = error
+    followed = {id(error)}
     while (cause := root.__cause__) is not None and id(cause) not in followed:
         root = cause
         followed.add(id(root))

@@ -71,7 +71,8 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     hints = dict(field_types(kind))
     words = [word for word in argv if word not in ("-h", "--help")]
     is_help = len(words) < len(argv)
-    options, unknown = dict[str, Any](), list[str]()
+    options = dict[str, Any]()
+    unknown = list[str]()
     if words or not is_help:
         options, unknown = _read_options(command, _with_values(words), prog)
     start = _starting_settings(name, command, options)
@@ -229,7 +230,8 @@ def _group(flags: dict[str, Any]) -> Any:
 
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    owners, texts = dict[str, Any](), dict[str, str]()
+    owners = dict[str, Any]()
+    texts = dict[str, str]()
     for owner in reversed(_owners(kind)):
         owners |= dict.fromkeys(get_annotations(owner), owner)
         for entry in parse_from_object(owner).params:
@@ -241,13 +243,16 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
         metavar = None
         value = start.get(field.name, field.default)
         if field.name == "estimator":
-            hint, value, metavar = Literal[tuple(PRESETS)] | None, None, "PRESET"
+            hint = Literal[tuple(PRESETS)] | None
+            value = None
+            metavar = "PRESET"
         elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
             hint = hint | str  # the name of a function
         elif hint == bool | None:  # an open switch is --NAME or --no-NAME, or not given
             hint = bool
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
-            hint, metavar = Literal[True, False, "auto"], "[auto]"
+            hint = Literal[True, False, "auto"]
+            metavar = "[auto]"
         yield owners[field.name], field.name, _flag(hint, value, texts[field.name], metavar)
 
 

@@ -113,8 +113,10 @@ def meaning(
     Returns:
         A sentence, or an empty text: the name is our own, or not in the table, or the command has no use for it.
     """
-    settings, options = set(settings), options or {}
-    value, axis = options.get(name), f"estimator.{name}"
+    settings = set(settings)
+    options = options or {}
+    value = options.get(name)
+    axis = f"estimator.{name}"
     write = _flags if flags else partial(_keywords, opening=_opening(settings, options))
     if name in settings:
         return ""
@@ -144,7 +146,9 @@ def translated(
         settings: The settings that the command has, from `settings_of`.
         options: The options of the same call, their values by name.
     """
-    names, settings, ours = set(names), set(settings), dict[str, Any]()
+    names = set(names)
+    settings = set(settings)
+    ours = dict[str, Any]()
     for name in [name for name in options if name in names]:
         row = _row_for(name, settings, options[name])
         if f"estimator.{name}" in settings:
@@ -169,7 +173,8 @@ def _opening(settings: Iterable[str], options: Mapping[str, Any]) -> str:
 
 def _keywords(ours: Mapping[str, Any], opening: str) -> str:
     """Write settings as keywords of a call; `opening` begins the estimator that has the axes among them."""
-    axes, keywords = list[str](), dict[str, str]()
+    axes = list[str]()
+    keywords = dict[str, str]()
     for setting, value in ours.items():
         _, is_axis, axis = setting.partition("estimator.")
         name = axis if is_axis else setting
@@ -239,7 +244,8 @@ def check_flags(
     Raises:
         Refused: There is such a word; the message has for each the name of its flag here, or the nearest flag.
     """
-    values, flag = dict[str, str](), ""
+    values = dict[str, str]()
+    flag = ""
     for word in unknown:
         if word.startswith("--") or not values:
             flag, _, values[flag] = word.partition("=")
@@ -254,7 +260,8 @@ def check_flags(
     for flag, name in names.items():
         sentence = meaning(name, settings, options | ours, flags=True)
         sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
-    words, rest = [prog], list(unknown)
+    words = [prog]
+    rest = list(unknown)
     for word in typed:
         if rest[:1] == [word]:
             rest.pop(0)

@@ -55,8 +55,7 @@ class Bounds:
         return all(compare(value, limit) for _, compare, limit in self.limits())
 
     def __str__(self) -> str:
-        texts = [f"{words} {limit:,.12g}" for words, _, limit in self.limits()]
-        return " and ".join(texts)
+        return " and ".join(f"{words} {limit:,.12g}" for words, _, limit in self.limits())
 
 
 LARGEST = 1e30
@@ -217,8 +216,10 @@ def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
 
 def _rule(hint: Any, objects: bool) -> Rule | None:
     """Return the rule of a type, or None if every value is allowed."""
-    metadata, hint = getattr(hint, "__metadata__", ()), _bare(hint)
-    origin, parts = get_origin(hint), get_args(hint)
+    metadata = getattr(hint, "__metadata__", ())
+    hint = _bare(hint)
+    origin = get_origin(hint)
+    parts = get_args(hint)
     if OR_OBJECT in metadata:  # an object without a name is null in a file
         return None if objects else _rule(hint | None, objects)
     if OR_FUNCTION in metadata:
@@ -321,7 +322,8 @@ def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
     Args:
         *layers: each layer as a pair: where its values come from, in words, and the values by setting.
     """
-    values, origins = dict[str, Any](), dict[str, str]()
+    values = dict[str, Any]()
+    origins = dict[str, str]()
     for origin, layer in layers:
         chosen = {name: value for name, value in layer.items() if value is not None}
         values = dict.fromkeys(layer) | values | chosen
@@ -393,7 +395,6 @@ def _numbers_in(entry: Any) -> list[Any]:
     """Return the numbers of a text such as "1,0.3"; anything else is returned alone, as it is."""
     if not isinstance(entry, str) or "," not in entry:
         return [entry]
-    words = entry.split(",")
     with contextlib.suppress(ValueError):
-        return [int(word) if word.strip().isdigit() else float(word) for word in words]
+        return [int(word) if word.strip().isdigit() else float(word) for word in entry.split(",")]
     return [entry]

@@ -40,7 +40,9 @@ from torch import Tensor
 from tokenrl import Estimator
 from tokenrl.control import Bandit
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
+# Okabe and Ito
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
 CASES = ((-1.0, 1), (-1.0, 0), (0.0, 0))  # theta, and the action sampled there: 0 is action 1
 KINDS = tuple(product(("total", "reward_to_go"), ("none", "timestep_mean")))  # returns, baseline
 THETA = -1.0  # where the variance is measured over the horizon
@@ -127,13 +129,15 @@ def sampled_actions(theta: float, generator: torch.Generator, *shape: int) -> Te
 
 
 def single_updates(learning_rate: float) -> None:
-    environment, estimator = Bandit(), Estimator.preset("reinforce")
+    environment = Bandit()
+    estimator = Estimator.preset("reinforce")
     print(
         "  theta   P(a=1)  action  reward    score   g by hand  g by autograd  theta + lr g   P(a=1)"
     )
     for theta, action in CASES:
         environment.reset()
-        reward, x = environment.step(action)[1], float(score(theta, action))
+        reward = environment.step(action)[1]
+        x = float(score(theta, action))
         by_hand = 0.0 + reward * x
         by_autograd = float(episode_gradients(estimator, theta, torch.tensor([[action]])))
         after = theta + learning_rate * by_hand

@@ -56,7 +56,11 @@ from tokenrl.control import (
 )
 from tokenrl.runs import read_metrics
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
+# Okabe and Ito
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
 BEST = 0.94
 NEAR = 0.02  # two wasted steps
 EPISODES = 10  # per update
@@ -170,7 +174,9 @@ def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]
     env = GridWorld()
     j = exact_return(env, table.numpy(), horizon=GRIDWORLD_STEPS)
     v = torch.from_numpy(exact_values(env, table.numpy(), horizon=GRIDWORLD_STEPS))
-    cells, mask, rewards = rollout.observations.argmax(-1), rollout.mask, rollout.rewards.double()
+    cells = rollout.observations.argmax(-1)
+    mask = rollout.mask
+    rewards = rollout.rewards.double()
     scores = torch.eye(4)[rollout.actions] - table[cells]  # [N, T, 4], in the logits of the cell
     batch = torch.arange(len(cells)).div(EPISODES, rounding_mode="floor")[:, None].expand_as(cells)
     samples = {}
@@ -225,7 +231,8 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
     middle.set(yscale="log", ylim=(1e-4, 1), ylabel="sd of returns within an update")
     for name, colour, shift in (("J", BLUE, -0.06), ("V(s)", GREEN, 0.06)):
         y = np.array([measured[name] for _, measured in variances.values()]).T
-        x, bars = np.arange(len(variances)) + shift, [y[0] - y[1], y[2] - y[0]]
+        x = np.arange(len(variances)) + shift
+        bars = [y[0] - y[1], y[2] - y[0]]
         right.errorbar(x, y[0], bars, fmt="o-", color=colour, capsize=3, label=f"{name} subtracted")
     right.axhline(1, color=GREY, linestyle=":")
     labels = [f"{updates * EPISODES}\nJ = {j:.2f}" for updates, (j, _) in variances.items()]

@@ -53,7 +53,8 @@ from tokenrl import Estimator, train_agent
 from tokenrl.control import Walk
 from tokenrl.runs import read_metrics
 
-BLUE, ORANGE = "#0072B2", "#D55E00"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
 GAMMA = 0.99
 PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
 NORMALISED = replace(PLAIN, returns="episode_normalized", scale_eps=1e-8)
@@ -115,7 +116,9 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     body = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
     heads = [nn.Linear(128, 2), *([nn.Linear(128, 1)] if value_head else [])]
     parameters = [p for module in (body, *heads) for p in module.parameters()]
-    optimizer, env, found = torch.optim.Adam(parameters, lr=3e-4), Walk(), []
+    optimizer = torch.optim.Adam(parameters, lr=3e-4)
+    env = Walk()
+    found = []
     for _ in range(episodes):
         observations = [env.reset()[0]]
         logprobs = []
@@ -220,7 +223,8 @@ def draw(
         f"{args.env}: {best} ends highest, at {last[best].mean():.2f}", loc="left", fontsize=11
     )
     draw_seeds(middle, last)
-    low, high = last["normalised, V"].min(), last["normalised, V"].max()
+    low = last["normalised, V"].min()
+    high = last["normalised, V"].max()
     title = f"Normalised, V: one seed ends at {low:.2f}, another at {high:.2f}"
     middle.set_title(title, loc="left", fontsize=11)
     draw_table(right, *table)

@@ -95,7 +95,8 @@ class Run(NamedTuple):
     updates: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        after, steps = self.summary["eval_after"], self.summary["env_steps"]
+        after = self.summary["eval_after"]
+        steps = self.summary["env_steps"]
         reward = f"{after['reward']:.1f} ± {after['reward_stderr']:.1f}"
         best = f"with the best actions {after['reward_greedy']:.1f}"
         return f"{self.env}, {self.agent}, seed {self.seed}: {reward}, {best}; {steps:,} environment steps"

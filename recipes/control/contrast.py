@@ -45,7 +45,8 @@ from tokenrl.runs import read_metrics
 VARIANTS = {"with": Estimator.preset("rloo"), "without": Estimator.preset("reinforce")}
 COLOURS = {"with": "#0072B2", "without": "#D55E00"}  # Okabe and Ito
 LABELS = {"with": "with a baseline (rloo)", "without": "without (reinforce)"}
-TASK, GENERATIONS = "sort_digits", 8
+TASK = "sort_digits"
+GENERATIONS = 8
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-GREY, PALE = "#8A8A8A", "#EAEAEA"
+GREY = "#8A8A8A"
+PALE = "#EAEAEA"
 
 
 def resampled(rows: int, replicates: int = 2000) -> np.ndarray:

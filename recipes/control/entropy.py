@@ -116,7 +116,8 @@ def chances_of(grid: GridWorld, policy: np.ndarray) -> np.ndarray:
 
     The chance of an end is the expected return where this end alone pays, and pays 1.
     """
-    chances, alone = [], copy.copy(grid)
+    chances = []
+    alone = copy.copy(grid)
     alone.step_reward = 0.0
     for end in (grid.goal, grid.decoy):
         alone.ends = {cell: float(cell == end) for cell in grid.ends}
@@ -178,7 +179,8 @@ def paths(grid: GridWorld) -> dict[str, float]:
 
 def print_facts(env: str) -> None:
     """Print exact returns: of the shortest path to each end, of a uniform policy and of its first steps."""
-    grid, uniform = grid_of(env), np.full((grid_of(env).cells, 4), 0.25)
+    grid = grid_of(env)
+    uniform = np.full((grid_of(env).cells, 4), 0.25)
     best = ", ".join(f"{end} {value:.3f}" for end, value in paths(grid).items())
     ends = ", ".join(
         f"{end} {p:.1%}" for end, p in zip(ENDS, chances_of(grid, uniform), strict=True)
@@ -197,7 +199,8 @@ def print_facts(env: str) -> None:
 def print_table(s: Sweep) -> None:
     """Print a line per beta, and the sweet spot with the betas that are as good."""
     print(f"{'beta':>5}  {'final return':22}  {'behind the best':22}  entropy  flagged  ends at")
-    last, seeds = max(1, s.entropies.shape[2] // 10), s.returns.shape[1]
+    last = max(1, s.entropies.shape[2] // 10)
+    seeds = s.returns.shape[1]
     for i, beta in enumerate(s.betas):
         goal, decoy = (s.chances[i, :, :2] > 0.5).sum(0)
         returns = mean_with_interval(s.returns[i], "6.3f")
@@ -212,7 +215,8 @@ def print_table(s: Sweep) -> None:
 
 def verdict(s: Sweep) -> str:
     """Name the sweet spot: the beta with the highest mean return, and those not told apart from it."""
-    best, low = s.betas[s.best], s.behind()[1]
+    best = s.betas[s.best]
+    low = s.behind()[1]
     alike = [beta for beta, least in zip(s.betas, low, strict=True) if least <= 0 and beta != best]
     names = ", ".join(f"{beta:g}" for beta in alike)
     others = f"not told apart from it: {names}" if alike else "all others are worse"

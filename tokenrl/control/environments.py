@@ -30,7 +30,8 @@ from tokenrl.names import import_source
 from tokenrl.settings import LARGEST, check_number
 
 WORLDS = "tokenrl.control.worlds"
-GRID, WALK = f"{WORLDS}:GridWorld", f"{WORLDS}:Walk"
+GRID = f"{WORLDS}:GridWorld"
+WALK = f"{WORLDS}:Walk"
 TRAP = {"size": 6, "decoy": 1, "decoy_reward": 0.5}
 OWN: dict[str, tuple[str, str, int, float | None, dict[str, Any]]] = {
     # The threshold of the grid is the return of a path one step longer than the shortest.

@@ -23,7 +23,10 @@ MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 GRIDWORLD_STEPS = 50
 """Steps after which an episode of the default environment is truncated."""
 
-FLOOR, START, GOAL, AGENT = (240, 240, 240), (204, 222, 235), (0, 158, 115), (213, 94, 0)
+FLOOR = (240, 240, 240)
+START = (204, 222, 235)
+GOAL = (0, 158, 115)
+AGENT = (213, 94, 0)
 DECOY = (204, 121, 167)
 TILE = 32  # pixels
 
@@ -86,7 +89,9 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             raise Refused(
                 f"decoy was given as {decoy!r}; it must be a cell from 1 to {size * size - 2}."
             )
-        self.size, self.cells, self.goal = size, size * size, size * size - 1
+        self.size = size
+        self.cells = size * size
+        self.goal = size * size - 1
         self.ends = {self.goal: goal_reward}  # by cell
         if decoy is not None:
             self.ends[decoy] = decoy_reward
@@ -94,12 +99,16 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         self.starts = (
             [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
         )
-        self.slip, self.random_start, self.time_limit = slip, random_start, time_limit
-        self.step_reward, self.render_mode = step_reward, render_mode
+        self.slip = slip
+        self.random_start = random_start
+        self.time_limit = time_limit
+        self.step_reward = step_reward
+        self.render_mode = render_mode
         self.action_space = Discrete(len(MOVES))
         self.observation_space = Box(0.0, 1.0, (self.cells,), np.float32)
         self.next_cells = next_cells(size)
-        self.cell, self.steps = 0, 0
+        self.cell = 0
+        self.steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -144,18 +153,20 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         decoy = [] if self.decoy is None else [self.decoy]
         if self.render_mode == "ansi":
             marks = np.full(self.cells, ".")
-            marks[0], marks[decoy], marks[self.goal], marks[self.cell] = "S", "D", "G", "A"
+            marks[0] = "S"
+            marks[decoy] = "D"
+            marks[self.goal] = "G"
+            marks[self.cell] = "A"
             return "\n".join(" ".join(row) for row in marks.reshape(self.size, self.size)) + "\n"
         if self.render_mode == "rgb_array":
             colours = np.full((self.cells, 3), FLOOR, np.uint8)
-            colours[0], colours[decoy], colours[self.goal], colours[self.cell] = (
-                START,
-                DECOY,
-                GOAL,
-                AGENT,
-            )
+            colours[0] = START
+            colours[decoy] = DECOY
+            colours[self.goal] = GOAL
+            colours[self.cell] = AGENT
             picture = colours.reshape(self.size, self.size, 3).repeat(TILE, 0).repeat(TILE, 1)
-            picture[::TILE], picture[:, ::TILE] = 255, 255
+            picture[::TILE] = 255
+            picture[:, ::TILE] = 255
             return picture
         return None
 
@@ -210,7 +221,8 @@ def exact_values(
         )
     chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
-    ends, end_rewards = list(env.ends), list(env.ends.values())
+    ends = list(env.ends)
+    end_rewards = list(env.ends.values())
     alive = ~np.isin(np.arange(env.cells), ends)
     rewards = env.step_reward * alive + moves[:, ends] @ end_rewards
     if horizon is not None:
@@ -267,21 +279,23 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
             step_reward: Reward of each step that does not end the episode at either end.
             time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
         """
-        self.step_reward, self.time_limit, self.render_mode = step_reward, time_limit, None
+        self.step_reward = step_reward
+        self.time_limit = time_limit
+        self.render_mode = None
         self.action_space = gymnasium.spaces.Discrete(2)
         end = np.float32(LAST / 10)
         self.observation_space = gymnasium.spaces.Box(-end, end, (4,), np.float32)
-        self.place, self.steps = (
-            0,
-            0,
-        )  # in whole steps: tenths added up in floating point miss the limit
+        # in whole steps: tenths added up in floating point miss the limit
+        self.place = 0
+        self.steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Begin an episode at x = 0. Nothing here is random, and no options are known."""
         super().reset(seed=seed)
-        self.place, self.steps = 0, 0
+        self.place = 0
+        self.steps = 0
         return self.observe(), {}
 
     def step(
@@ -329,7 +343,8 @@ class Bandit(gymnasium.Env[NDArray[np.float32], np.int64]):
             raise Refused(
                 f"rewards were given as {rewards!r}; the bandit has two actions, so give two numbers."
             )
-        self.rewards, self.steps = (float(rewards[0]), float(rewards[1])), steps
+        self.rewards = (float(rewards[0]), float(rewards[1]))
+        self.steps = steps
         self.observation_space = Box(0.0, 1.0, (1,), np.float32)
         self.action_space = Discrete(2)
         self._left = steps  # actions until the end

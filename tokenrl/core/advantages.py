@@ -155,7 +155,8 @@ def credited(axes: Axes, step: Step) -> Float[Tensor, "N T"]:
     Raises:
         Refused: When values are needed and missing.
     """
-    rewards, gamma = step.rewards, axes.gamma
+    rewards = step.rewards
+    gamma = axes.gamma
     actions = step.mask & step.valid[:, None]
     match axes.returns:
         case "blame_window":
@@ -211,7 +212,9 @@ def baseline_of(
 
 def named_baseline(axes: Axes, sets: Rows) -> Float[Tensor, "S n *T"]:
     """Return the baseline of each row, or of each action, by the formula of its name."""
-    totals, valid, actions = sets.totals, sets.valid, sets.actions
+    totals = sets.totals
+    valid = sets.valid
+    actions = sets.actions
     one_out = axes.leave_one_out
     match axes.baseline:
         case "none":
@@ -253,8 +256,11 @@ def scaled_by(
     axes: Axes, sets: Rows, advantages: Float[Tensor, "S n #T"]
 ) -> tuple[Float[Tensor, "S n #T"], Bool[Tensor, "S n"]]:
     """Return the advantages divided by the scale, and the mask of the rows that have one."""
-    totals, valid, actions = sets.totals, sets.valid, sets.actions
-    ddof, eps = axes.scale_ddof, axes.scale_eps
+    totals = sets.totals
+    valid = sets.valid
+    actions = sets.actions
+    ddof = axes.scale_ddof
+    eps = axes.scale_eps
     usable = valid
     match axes.scale:
         case "none":
@@ -284,7 +290,8 @@ def from_function(function: Callable[..., Tensor], rows: Rows, step: Step) -> Fl
         Stopped: When it raises an error.
         Refused: When it returns anything but a tensor [N] or one of the shape of the mask.
     """
-    totals, mask = rows.totals, rows.actions
+    totals = rows.totals
+    mask = rows.actions
     name = getattr(function, "__name__", type(function).__name__)
     options = {"group_size": step.group_size, "mask": mask.clone(), "valid": rows.valid.clone()}
     with failures_of_baseline(name):

@@ -25,7 +25,8 @@ from tokenrl.core.choices import BIASED, EXACT, UNKNOWN, UP_TO_SCALE, Effect
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes
 
-EXACT_FOR_POLICY, EXACT_FOR_SAMPLER = "exact_for_policy", "exact_for_sampler"
+EXACT_FOR_POLICY = "exact_for_policy"
+EXACT_FOR_SAMPLER = "exact_for_sampler"
 
 CORRECTIONS = {
     "none": Effect(BIASED, "completions of the sampler count as if the policy had written them"),

@@ -193,7 +193,8 @@ def read_changes(text: str) -> tuple[str, dict[str, Any]]:
     if not re.fullmatch(rf"{part}(,{part})*", text):
         raise Refused("a bracket or a quote is not closed, or nothing stands beside a comma.")
     pieces = [piece.strip() for piece in re.findall(part, text)]
-    head, changes = "" if "=" in pieces[0] else pieces.pop(0), dict[str, Any]()
+    head = "" if "=" in pieces[0] else pieces.pop(0)
+    changes = dict[str, Any]()
     for piece in pieces:
         name, equals, value = map(str.strip, piece.partition("="))
         name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")

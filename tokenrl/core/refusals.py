@@ -98,7 +98,8 @@ def check_objective(axes: Axes) -> None:
     Raises:
         Refused: For a form or an order of another objective, and for axes that the objective replaces.
     """
-    name, order = axes.objective, axes.objective_order
+    name = axes.objective
+    order = axes.objective_order
     forms = [form for objective, form in OBJECTIVES if objective == name]
     if axes.objective_form not in (*forms, "default"):
         raise Refused(
@@ -169,7 +170,8 @@ def check_sizes(axes: Axes, rows: int, group_size: int | None) -> None:
         Refused: With the number of rows that is too small, and choices that need fewer.
     """
     for axis in ("baseline", "scale"):
-        choice, compares = getattr(axes, axis), axes.chosen(axis).compares
+        choice = getattr(axes, axis)
+        compares = axes.chosen(axis).compares
         if compares == "group":
             check_groups(choice, rows, group_size)
         if compares == "step" and rows < 2:

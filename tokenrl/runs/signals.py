@@ -58,7 +58,9 @@ class GracefulStop:
             patient: let no further signal raise KeyboardInterrupt.
         """
         self.requested: int | None = None
-        self._quiet, self._patient, self._owner = quiet, patient, os.getpid()
+        self._quiet = quiet
+        self._patient = patient
+        self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
 
     @property

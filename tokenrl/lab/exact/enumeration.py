@@ -186,10 +186,11 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
         Refused: When the estimator cannot be used with such groups.
     """
     counts = (problem.chances / problem.chances.min()).round().long()  # [P, M]
-    prompts, rows = [], []
+    prompts = []
+    rows = []
     for prompt, count in enumerate(counts):
         completions = torch.arange(len(count)).repeat_interleave(count)
-        groups = torch.cartesian_prod(*[completions] * problem.group_size)
+        groups = torch.cartesian_prod(*itertools.repeat(completions, problem.group_size))
         rows.append(groups.repeat(copies, 1).flatten())
         prompts.append(torch.full_like(rows[-1], prompt))
     chosen = torch.cat(rows)[None]  # [1, N]

@@ -36,7 +36,9 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
     else:
         estimator = Estimator.preset(name)
         preset = PRESETS.get(name) or PRESETS.get(estimator.preset_name, CUSTOM)
-        title, idle, beyond = preset.paper, [], [preset.beyond]
+        title = preset.paper
+        idle = []
+        beyond = [preset.beyond]
     causes = [
         f"{effect.reason} ({effect.status})"
         for effect in effects(estimator)

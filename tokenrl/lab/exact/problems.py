@@ -182,7 +182,9 @@ def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) ->
     for tokens in range(length):
         prefixes += itertools.product(continuing, repeat=tokens)
     rank = {prefix: number for number, prefix in enumerate(prefixes)}
-    ids, ranks, lengths = [], [], []
+    ids = []
+    ranks = []
+    lengths = []
     for prefix in prefixes:
         padding = [0] * (length - len(prefix) - 1)
         before = [rank[prefix[:t]] for t in range(len(prefix) + 1)]

@@ -48,7 +48,8 @@ def turn_problem(seed: int) -> Problem:
     position = torch.arange(WIDTH)
     length = torch.tensor([[len(row)] for row in rows])
     first = torch.tensor([[len(row) if row in ENDS else row.index("1") + 1] for row in rows])
-    is_first, is_second = position < first, (position >= first + 3) & (position < length)
+    is_first = position < first
+    is_second = (position >= first + 3) & (position < length)
     answered = length > first
     mask = is_first | is_second
     problem = tabular_problem(

@@ -174,7 +174,8 @@ def measure_bias(
     wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
     status = choices.EXACT
-    measured, measurements = list[Problem](), list[Moments]()
+    measured = list[Problem]()
+    measurements = list[Moments]()
     for number, problem in enumerate((*main, *wide)):
         if number >= len(main) and status == choices.BIASED:
             break

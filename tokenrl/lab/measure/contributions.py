@@ -54,7 +54,8 @@ def step_slopes(
     Raises:
         Refused: When the estimator needs an input that is missing, or cannot be used with such groups.
     """
-    logprobs, ref_logprobs = samples.logprobs[rows], samples.ref_logprobs[rows]
+    logprobs = samples.logprobs[rows]
+    ref_logprobs = samples.ref_logprobs[rows]
     terms = estimator.loss_terms(
         samples.rewards[rows],
         samples.mask[rows],

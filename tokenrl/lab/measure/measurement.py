@@ -194,7 +194,8 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
     """Check the numbers; return the arguments with the form of the prompts, which is announced."""
     from tokenrl.language.policy.prompts import fill_form, form_line, form_of
 
-    prompts, step = args.num_prompts, args.prompts_per_step
+    prompts = args.num_prompts
+    step = args.prompts_per_step
     if args.gradient_checkpointing:
         raise Refused("gradient_checkpointing has no forward-mode derivative. Measure without it.")
     if prompts < 4 * step or prompts % step:

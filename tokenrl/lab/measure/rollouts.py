@@ -84,7 +84,8 @@ def collect(
         stream="measurement",
         batch_size=max(1, rows_at_once // group_size),
     )
-    parts, columns = [], []
+    parts = []
+    columns = []
     for rollout, greedy in zip(sampled, greedily_sampled, strict=True):
         if not greedy.valid.all():
             raise Refused(

@@ -124,7 +124,8 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
     Raises:
         Refused: as `as_trained` says.
     """
-    from_runs, values = dict[str, Any](), vars(args)
+    from_runs = dict[str, Any]()
+    values = vars(args)
     runs = {model: read_config(run) for model in models if (run := run_of(model)) is not None}
     for model, config in runs.items():
         names = {*further, *_names_for(args, config)}
@@ -168,11 +169,9 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     Data from Python has no name, and counts as the run's if that was given data from Python too. Another task
     may bring a limit of its own for the length.
     """
-    task, recorded, names = (
-        args.task,
-        str(config.get("task")),
-        {"max_completion_length", "truncate_prompts"},
-    )
+    task = args.task
+    recorded = str(config.get("task"))
+    names = {"max_completion_length", "truncate_prompts"}
     name = (
         task
         if isinstance(task, str)
@@ -214,10 +213,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         if failed := failures_of(evaluation.failures):
             print(f"tokenrl: {visible(f'{model}: {failed}')}", file=sys.stderr)
         if args.best_of:
-            gold, pool = (
-                _own_rewards(args, rewards),
-                replace(sampling, num_generations=args.best_of),
-            )
+            gold = _own_rewards(args, rewards)
+            pool = replace(sampling, num_generations=args.best_of)
             best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
             evaluation = replace(evaluation, metrics=evaluation.metrics | best)
     limit = {"max_completion_length": sampling.max_completion_length}

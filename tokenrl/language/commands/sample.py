@@ -67,13 +67,15 @@ class Sampler:
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         if args.chat is False:  # a chat of the task is not what is asked then
             rows = [row for row in rows if isinstance(row["prompt"], str)]
-        self._args, self.rows = args, {prompt_text(row["prompt"]): row for row in rows}
+        self._args = args
+        self.rows = {prompt_text(row["prompt"]): row for row in rows}
         self._has_task = task is not None
         length = args.max_completion_length
         if task is None:  # that of the run cannot be used, but its length can
             length = length or config.get("max_completion_length")
         self._length = length or completion_limit(task, args.model, self.policy, otherwise=64)[0]
-        self._completed, self._said = 0, set[str]()
+        self._completed = 0
+        self._said = set[str]()
 
     def __call__(self, text: str) -> list[tuple[str, float | None]]:
         """Complete a prompt; each one gets random numbers of its own.
@@ -87,7 +89,9 @@ class Sampler:
             Refused: the prompt cannot be completed.
             Stopped: a reward function failed on a prompt of the task.
         """
-        args, policy, text = self._args, self.policy, self.asked(text)
+        args = self._args
+        policy = self.policy
+        text = self.asked(text)
         if fault := fault_of_prompt(text):
             raise Refused(f"It cannot be completed, since {fault}.")
         like = next((row["prompt"] for row in self.rows.values()), [] if policy.form.chat else "")
@@ -239,7 +243,8 @@ def _lines(example: str, empty: bool) -> Iterator[str]:
     """Yield the lines that are typed or come by a pipe, `empty` ones too, until there are no more."""
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"Each line is a prompt{example}{', or empty' * empty}. Ctrl-D ends.")
+        or_empty = ", or empty" if empty else ""
+        print(f"Each line is a prompt{example}{or_empty}. Ctrl-D ends.")
     try:
         while line := input("> ") + "\n" if terminal else sys.stdin.readline():
             if (line := line.rstrip("\r\n")) or empty:

@@ -127,7 +127,8 @@ def best_of_n_metrics(
             rows.rewards.numpy().reshape(rewarded.shape) for rows in (batch, measured)
         )
         pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, rewarded, strict=True)]
-    metrics, most = dict[str, float](), sampling.num_generations
+    metrics = dict[str, float]()
+    most = sampling.num_generations
     for n in sorted({*(2**k for k in range(most.bit_length())), most}):
         weighted = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
         for name, values in (

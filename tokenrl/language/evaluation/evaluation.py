@@ -102,7 +102,8 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    k, size = check_sizes(k, sampling.num_generations), sampling.num_generations
+    k = check_sizes(k, sampling.num_generations)
+    size = sampling.num_generations
     if not prompts:
         raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
     if reference is not None:
@@ -115,7 +116,8 @@ def evaluate_policy(
         "batch_size": batch_size,
     }
     options |= {"stream": "evaluation", "scoring": scoring}
-    passes, failures = [], list[str]()
+    passes = []
+    failures = list[str]()
     for count in dict.fromkeys((0, size)):  # the greedy completions, then those that are sampled
         draw = replace(sampling, num_generations=count)
         rows = sampled_rows(
@@ -124,7 +126,8 @@ def evaluate_policy(
         everywhere = rows if accelerator is None else gather_objects(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
         failures += [row["failure"] for row in passes[-1] if "failure" in row]
-    greedy, rows = passes[0], passes[-1]
+    greedy = passes[0]
+    rows = passes[-1]
     by_prompt = {"reward_greedy": [row["reward"] for row in greedy]}
     if size:
         by_prompt |= _by_prompt(rows, size, rewards, k)
@@ -174,7 +177,8 @@ def _by_prompt(
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    rewarded, mark = known_rewards(rows, size), rewards.pass_threshold
+    rewarded = known_rewards(rows, size)
+    mark = rewards.pass_threshold
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     each = {"reward": [float(total.mean()) if len(total) else math.nan for total in rewarded]}
     for subset in k:

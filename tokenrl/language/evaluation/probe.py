@@ -79,8 +79,10 @@ def probe_policy(
             f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more."
         )
     rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
-    totals, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
-    sizes, mark = [2**power for power in range(samples.bit_length())], rewards.pass_threshold
+    totals = known_rewards(rows, samples)
+    lengths = [row["length"] for row in rows]
+    sizes = [2**power for power in range(samples.bit_length())]
+    mark = rewards.pass_threshold
     best = {k: over_prompts([best_of(row, k) for row in totals]) for k in sizes}
     right = (
         {}

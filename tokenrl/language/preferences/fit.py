@@ -137,7 +137,8 @@ class PreferenceTraining:
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
-        chosen, rejected = chosen.detach(), rejected.detach()
+        chosen = chosen.detach()
+        rejected = rejected.detach()
         difference = chosen - rejected
         is_right = (difference > 0).float() + 0.5 * (difference == 0).float()
         metrics = self.descent.update(loss)
@@ -366,7 +367,8 @@ def _finish(
         facts[f"{name} on held-out pairs"] = value
     facts |= form_line(ended.reward_model.form)
     facts["weights"] = ended.weights
-    base, origin = session.args.model, session.origin.in_words()
+    base = session.args.model
+    origin = session.origin.in_words()
     card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
     session.finish(
         ended, lambda path: SavedModel(ended.reward_model, "reward model").hand_over(path, card)

@@ -145,7 +145,9 @@ def _pair(row: Row, source: str) -> Pair:
         )
     if prompt is None or is_repeated:
         cut = _common(chosen, rejected)
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        prompt = chosen[:cut]
+        chosen = chosen[cut:]
+        rejected = rejected[cut:]
     margin, chosen_gold, rejected_gold = (
         _number(row, name, source) for name in ("margin", "chosen_gold", "rejected_gold")
     )

@@ -270,7 +270,9 @@ class _Trial:
     ) -> _Trial:
         """Compute each row without padding, mask and cache."""
         width = rollout.mask.shape[1]
-        logprobs, states, spreads = [], [], []
+        logprobs = []
+        states = []
+        spreads = []
         with torch.set_grad_enabled(gradient):
             for i in range(len(rollout)):
                 row = rollout.take(torch.tensor([i]))

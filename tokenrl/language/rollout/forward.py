@@ -106,7 +106,8 @@ def choose_forward(
     except Refused:
         if args.training_attention:
             raise
-        attention, model = "as_loaded", policy.model
+        attention = "as_loaded"
+        model = policy.model
     if samples_alike := precision == "bf16" and accelerator.device.type == "cpu":
         # The fused kernels take eight times as long for a single token as the plain formula.
         policy = replace(policy, model=model)
@@ -119,7 +120,7 @@ def choose_forward(
     model = model if acting is policy else updated(acting.model)
     words = (
         f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({reason}), "
-        f"attention {attention.replace('_', ' ')}{' in sampling too' * samples_alike}, "
+        f"attention {attention.replace('_', ' ')}{' in sampling too' if samples_alike else ''}, "
         f"up to {tokens:,} tokens in a pass"
     )
     settings = {
@@ -162,7 +163,8 @@ def _attention(args: Any, policy: Policy, accelerator: Any) -> Literal["as_loade
 def _tokens(policy: Policy) -> int:
     """Return how many tokens have activations of about `ACTIVATIONS` bytes in all."""
     shape = shape_of(policy)
-    layers, hidden = getattr(shape, "num_hidden_layers", None), getattr(shape, "hidden_size", None)
+    layers = getattr(shape, "num_hidden_layers", None)
+    hidden = getattr(shape, "hidden_size", None)
     if not layers or not hidden:
         raise Refused(
             "The configuration names no num_hidden_layers and hidden_size: give tokens_per_pass."

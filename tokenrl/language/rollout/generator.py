@@ -161,13 +161,11 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     draws: Tensor | None,
-    first: int,
+    first: int,  # number of the first prompt
 ) -> Rollout:
-    """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones.
-
-    The prompts are numbered from `first` on.
-    """
-    device, length = policy.device, sampling.max_completion_length
+    """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
+    device = policy.device
+    length = sampling.max_completion_length
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
     state = _Decoder(policy, prompt_ids, prompt_mask, prompt_index, sampling)
@@ -225,7 +223,8 @@ class _Drawn:
     def __init__(
         self, shape: tuple[int, int], state: _Decoder, sampling: Sampling, pad_id: int
     ) -> None:
-        logits, hidden = state.logits, state.hidden
+        logits = state.logits
+        hidden = state.hidden
         self._pad_id = pad_id
         self.ids = torch.full(shape, pad_id, device=logits.device)
         self.mask = torch.zeros(shape, dtype=torch.bool, device=logits.device)

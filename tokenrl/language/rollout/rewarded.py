@@ -193,9 +193,11 @@ def sample_and_reward(
     Yields:
         The rewarded batches in the order of the prompts, which they number as the list does.
     """
-    rank, world = 0, 1
+    rank = 0
+    world = 1
     if accelerator is not None:
-        rank, world = accelerator.process_index, accelerator.num_processes
+        rank = accelerator.process_index
+        world = accelerator.num_processes
     generator = generator or TransformersGenerator(policy)
     # All of them on every process, so that every process refuses a prompt that is too long.
     ids = None if rewards.environments else encoded(policy, prompts, sampling)

@@ -177,7 +177,7 @@ class VllmGenerator:
             "detokenize": stops is not None,
         }
         if draws is None:
-            return [SamplingParams(temperature=0, **common)] * rows
+            return [SamplingParams(temperature=0, **common) for _ in range(rows)]
         # As many seeds as there are uniform numbers of 64 bits.
         seeds = (draws[:, 0].double() * 2**53).long().tolist()
         return [

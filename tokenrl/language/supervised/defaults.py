@@ -28,7 +28,8 @@ SFT_TOY = {"max_steps": 250, "batch_size": 16}
 RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
 """Parameters and learning rate: the toy tasks' tiny models; GPT-2 and its like (Ziegler et al. 2019 took
 1.4e-5 for 124 M); TRL's default, which is made for 1e9 and more (GRPO, DAPO and others take the same)."""
-LEAST_SUPERVISED, LARGEST_RATE = 2e-5, 1e-3
+LEAST_SUPERVISED = 2e-5
+LARGEST_RATE = 1e-3
 LARGEST_TRAINED = 1e-4
 """Largest rate for rewards, without an adapter, of weights that have learnt before: higher ones make a tiny
 model forget more than it learns (recipes/pages/one_learning_rate.md has the runs)."""
@@ -117,13 +118,15 @@ def completion_limit(
     toy = hasattr(task, "build") and policy is not None and not is_own(task, model, policy)
     if limit and not (toy and getattr(task, "demonstrations", None)):
         return limit, "the task's limit"
-    limit, origin = otherwise, "default"
+    limit = otherwise
+    origin = "default"
     if policy is None or task is None:
         return limit, origin
     with suppress(Refused):  # no demonstrations, or a column of that name that holds something else
         pairs = encode_demonstrations(policy, demonstrations(task))
         longest = max(len(completion) for _, completion in pairs)
-        limit, origin = room(pairs), f"the longest demonstration has {longest} with EOS"
+        limit = room(pairs)
+        origin = f"the longest demonstration has {longest} with EOS"
     lengths = [0]
     for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
         with suppress(Refused):  # a run names the row
@@ -158,7 +161,8 @@ def sft_defaults(
         task: the task; None for a data set.
         policy: the policy.
     """
-    warm, recommended = getattr(task, "warm_start", None), {}
+    warm = getattr(task, "warm_start", None)
+    recommended = {}
     if warm is not None:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate

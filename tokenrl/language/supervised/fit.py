@@ -68,8 +68,11 @@ class Descent:
                 stays, the weights after an update do not depend on how many follow.
             warmup_steps: number of updates over which the learning rate rises to its peak.
         """
-        self.parameters, self._of, self._max_grad_norm = list(parameters), of, max_grad_norm
-        self._batches, self._batch_size = RowOrder(rows, seed, batch_orders), batch_size
+        self.parameters = list(parameters)
+        self._of = of
+        self._max_grad_norm = max_grad_norm
+        self._batches = RowOrder(rows, seed, batch_orders)
+        self._batch_size = batch_size
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         options: dict[str, Any] = {
             "lr": learning_rate,
@@ -206,7 +209,8 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     prompts, completions = zip(*pairs, strict=True)
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     backwards, mask = pad_left([c[::-1] for c in completions], policy.pad_id)
-    ids, mask = backwards.flip(1), mask.flip(1)
+    ids = backwards.flip(1)
+    mask = mask.flip(1)
     zeros = torch.zeros(mask.shape)
     index = torch.arange(len(pairs))
     return Rollout(prompt_ids, prompt_mask, index, ids, mask, zeros, zeros[:, 0].bool())
@@ -246,7 +250,8 @@ class SupervisedTraining(Descent):
             raise Refused(
                 "There are no demonstrations to learn from. Give rows of prompt and completion."
             )
-        self._policy, self._forward = policy, forward or Forward(policy, policy.model, USUAL)
+        self._policy = policy
+        self._forward = forward or Forward(policy, policy.model, USUAL)
         self.pairs = encode_demonstrations(policy, demonstrations)
         options |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
         super().__init__(policy.trainable_parameters(), len(self.pairs), **options)

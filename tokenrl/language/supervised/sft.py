@@ -97,12 +97,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             scoring = check_scoring(policy)
             args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        args = replace(
-            args,
-            threads=threads,
-            output_dir=session.directory,
-            chat_time=policy.form.chat_time,
-        )
+        time = policy.form.chat_time
+        args = replace(args, threads=threads, output_dir=session.directory, chat_time=time)
         stack.enter_context(using_threads(threads))
         training = SupervisedTraining(
             policy,
@@ -191,7 +187,8 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
 
     A data set without a reward is used whole; with one, some of its rows are held out.
     """
-    named, column = isinstance(args.task, str), args.completion_column
+    named = isinstance(args.task, str)
+    column = args.completion_column
     is_task = hasattr(args.task, "train_prompts") or (
         named and (":" in args.task or is_toy_task(args.task))
     )

@@ -169,9 +169,11 @@ def warm_started_base(
     check_seed(seed)
 
     def make(folder: Path) -> None:
-        policy, warm = wrap(*task.build(seed), source=f"{task.name} base"), task.warm_start
+        policy = wrap(*task.build(seed), source=f"{task.name} base")
+        warm = task.warm_start
         if warm is not None:
-            rows, steps = task.demonstrations, f"{warm.steps} steps; cached for next time"
+            rows = task.demonstrations
+            steps = f"{warm.steps} steps; cached for next time"
             announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
             options = {
                 "batch_size": warm.batch_size,
@@ -263,7 +265,8 @@ class WarmStart:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
         facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
-        self.console.note(f"warm start{', from the cache' * cached}: {facts['in_words']}.")
+        stage = "warm start, from the cache" if cached else "warm start"
+        self.console.note(f"{stage}: {facts['in_words']}.")
         with suppress(OSError):  # of a cache that others own, write or empty at the same time
             os.utime(directory)  # the newest now, as it is used
             if not cached:
@@ -276,7 +279,8 @@ class WarmStart:
 
     def try_out(self) -> float:
         """Make three updates with a learning rate of 0; return the seconds of the third."""
-        training, times = self._training(0.0), list[float]()
+        training = self._training(0.0)
+        times = list[float]()
         for _ in range(3):
             times.append(time.perf_counter())
             training.learn()
@@ -291,7 +295,8 @@ class WarmStart:
 
     def _make(self, folder: Path) -> None:
         """Continue an earlier stage from its checkpoint or start a new one; write the model into a folder."""
-        args, most = self.args, self.args.warm_start_steps
+        args = self.args
+        most = self.args.warm_start_steps
         run = _cache_folder("warm-start-run", self._ingredients)
         stage = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
         self.console.note(
@@ -323,7 +328,9 @@ class WarmStart:
 
     def _learn(self, settings: SftArguments) -> tuple[dict[str, Any], int]:
         """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
-        training, most, args = self._training(self._rate), settings.max_steps, self.args
+        training = self._training(self._rate)
+        most = settings.max_steps
+        args = self.args
         with Session("sft", settings) as session:
             session.console.each = "warm start"
             provenance = Provenance({}, device=self.policy.device.type)
@@ -339,7 +346,8 @@ class WarmStart:
                     metrics = training.learn()
                 session.record(metrics)
             session.save()
-            code, after = session.stop.exit_code, before
+            code = session.stop.exit_code
+            after = before
             if training.step and not code:
                 after = self._probe()
         self.policy.model.zero_grad(

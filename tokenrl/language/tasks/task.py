@@ -12,6 +12,7 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -204,8 +205,9 @@ def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any
     if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
         return task
     row = {"prompt": [{"role": "user", "content": ""}] if chat else ""}
-    eval_rows = [row] * (eval_size or EVAL_EPISODES)
-    return PromptTask(name, [row] * TRAIN_EPISODES, eval_rows, [], environment=source)
+    train_prompts = list(repeat(row, TRAIN_EPISODES))
+    eval_prompts = list(repeat(row, eval_size or EVAL_EPISODES))
+    return PromptTask(name, train_prompts, eval_prompts, [], environment=source)
 
 
 def with_environment(task: Any, source: Any, environment: Any) -> Any:

@@ -174,7 +174,9 @@ def _share_of_prompts(run: TrainingRun, size: int) -> str:
 
 def _extent(run: TrainingRun) -> tuple[int, int, int]:
     """Return the least and the most trial steps and the held-out prompts: a twentieth of the run, or few."""
-    args, size, held_out = run.args, sizes_of_steps(run.args)[0], len(run.task.eval_prompts)
+    args = run.args
+    size = sizes_of_steps(run.args)[0]
+    held_out = len(run.task.eval_prompts)
     most = min(
         MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size))
     )
@@ -254,7 +256,9 @@ def _trial_steps(
     run: TrainingRun, rows: Rows, extent: tuple[int, int], findings: list[Finding]
 ) -> Iterator[Record]:
     """Make training steps at the full learning rate: the least, and more without a signal, up to the most."""
-    args, learner, records = run.args, run.learner, list[Record]()
+    args = run.args
+    learner = run.learner
+    records = list[Record]()
     # Before a warm start the steps are made for their time alone.
     rewards = (
         Rewards([_ranks], environments=run.rewards.environments)
@@ -308,20 +312,24 @@ def _trial_facts(
     run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
-    args, policy, usual = run.args, run.learner.policy, run.usual_rate
+    args = run.args
+    policy = run.learner.policy
+    usual = run.usual_rate
     numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
     numbers["is_half"] = args.mixed_precision == "bf16"
     if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing
         return run_facts(run, [], **numbers)
-    equal, size = _share_equal(run, records), args.num_generations
+    equal = _share_equal(run, records)
+    size = args.num_generations
     groups = len(records) * args.prompts_per_step
     if size == 1:
-        groups, size = len(records), args.prompts_per_step
+        groups = len(records)
+        size = args.prompts_per_step
     numbers |= {
         "step_equal": equal,
         "is_misasked": asks_in_text(run) or equal == 1,
         "steps_without_signal": len(records) if equal == 1 else 0,
-        "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
+        "groups": f"{_counted(groups, 'group')} of {_counted(size, 'completion')}",
         "who": "The greedy completions of held-out prompts",
         "before_greedy": before.get("reward_greedy") if equal < 1 else None,
     }
@@ -335,11 +343,16 @@ def _trial_facts(
     return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _lines(
     run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]
 ) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
-    args, lines = run.args, {}
+    args = run.args
+    lines = {}
     if records and not run.warm_seconds:
         share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
         lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"

@@ -200,7 +200,8 @@ def checked(
     """
     if not isinstance(answer, Rollout):
         raise WrongRollout(f"it is {shown(answer)}")
-    columns, shape = answer.on_host().columns(), policy.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    columns = answer.on_host().columns()
+    shape = policy.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if not set(list(COLUMNS)[:7]) <= columns.keys() <= COLUMNS.keys():
         raise WrongRollout(f"it has the columns {', '.join(columns)}")
     sizes = {
@@ -213,10 +214,8 @@ def checked(
     columns["completion_ids"] = columns["completion_ids"].masked_fill(
         ~columns["mask"], policy.pad_id
     )
-    table, index = (
-        Rollout(**columns),
-        torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size),
-    )
+    table = Rollout(**columns)
+    index = torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size)
     prompts, present = (x[index] for x in pad_left(prompt_ids, policy.pad_id))
     asked: dict[str, Any] = {"prompt_index": index, "prompt_ids": prompts, "prompt_mask": present}
     for words, wrong in _faults(table, asked, sampling, policy):
@@ -244,11 +243,14 @@ def _column(name: str, x: Any, sizes: dict[str, int]) -> Tensor:
         raise WrongRollout(f"{name} has the shape {list(x.shape)} instead of [{words}]")
     whole = not (x.is_floating_point() or x.is_complex())
     if kind == "True or False":
-        dtype, fits = torch.bool, bool(((x == 0) | (x == 1)).all())
+        dtype = torch.bool
+        fits = bool(((x == 0) | (x == 1)).all())
     elif kind == "whole numbers":
-        dtype, fits = torch.int64, whole and x.dtype != torch.bool
+        dtype = torch.int64
+        fits = whole and x.dtype != torch.bool
     else:
-        dtype, fits = torch.promote_types(x.dtype, torch.float32), x.is_floating_point()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        fits = x.is_floating_point()
     if not fits:
         raise WrongRollout(f"{name} has numbers of type {x.dtype}; they must be {kind}")
     return x.detach().to(dtype, copy=True)
@@ -261,8 +263,11 @@ def _faults(
 
     What comes later reads what was right before.
     """
-    mask, ids, present = table.mask, table.completion_ids, asked["prompt_mask"]
-    counts, limit = mask.sum(dim=1), sampling.max_completion_length
+    mask = table.mask
+    ids = table.completion_ids
+    present = asked["prompt_mask"]
+    counts = mask.sum(dim=1)
+    limit = sampling.max_completion_length
     yield (
         "prompt_index does not count the prompts in order",
         table.prompt_index != asked["prompt_index"],
@@ -289,7 +294,8 @@ def _faults(
     ended = torch.isin(
         ids.gather(1, counts[:, None] - 1)[:, 0], torch.tensor(policy.eos_ids).long()
     )
-    by_string, ends = policy.stops is not None, counts.clone()
+    by_string = policy.stops is not None
+    ends = counts.clone()
     if policy.stops is not None:
         policy.stops.end(ids, ends, ended)
     yield "a completion goes on behind a stop string", ends != counts

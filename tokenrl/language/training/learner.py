@@ -89,7 +89,8 @@ class Critic:
         Returns:
             The loss before the update, summed over all processes.
         """
-        old, losses = self.values(hidden).detach(), list[Tensor]()
+        old = self.values(hidden).detach()
+        losses = list[Tensor]()
         fixed = {"returns": returns.float(), "weights": weights.float()}
         fixed = {name: to_device(x, old.device) for name, x in fixed.items()} | {"old_values": old}
         for _ in range(self.iterations):
@@ -188,7 +189,8 @@ class Learner:
         if math.isfinite(norm):
             self.nonfinite = 0
             return True
-        self.skipped, self.nonfinite = self.skipped + 1, self.nonfinite + 1
+        self.skipped = self.skipped + 1
+        self.nonfinite = self.nonfinite + 1
         if self.nonfinite >= self.args.stop_after_nonfinite:
             raise Stopped(
                 f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped). Lower the "
@@ -205,7 +207,8 @@ class Learner:
         Returns:
             `kl_coef`, the weight that this step used; nothing without a KL.
         """
-        used, args = self.estimator.beta, self.args
+        used = self.estimator.beta
+        args = self.args
         if not self.estimator.needs_kl:
             return {}
         if args.target_kl is not None:
@@ -295,7 +298,8 @@ def make_learner(
         generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
     )
     if args.estimator.needs_values:
-        rate, iterations = args.value_learning_rate, args.value_iterations
+        rate = args.value_learning_rate
+        iterations = args.value_iterations
         hidden = shape_of(policy).hidden_size
         learner.critic = Critic(hidden, device, learning_rate=rate, iterations=iterations)
     return learner

@@ -141,7 +141,9 @@ def _prepare(
     choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session
 ) -> tuple[TrainingRun, Provenance]:
     """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
-    console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
+    console = session.console
+    warmed = dict[str, Any]()
+    warm_seconds = 0.0
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy = load_base(choices, task, console.note)
@@ -213,7 +215,8 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
 
 def _warnings(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
-    rows, episodic = run.task.train_prompts, run.rewards.environments is not None
+    rows = run.task.train_prompts
+    episodic = run.rewards.environments is not None
     special = special_texts(run.learner.policy.tokenizer, rows)
     few = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
     size = len(run.task.eval_prompts)
@@ -252,7 +255,8 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
 
 def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
-    learner, stream = run.learner, run.stream
+    learner = run.learner
+    stream = run.stream
     record = training_step(learner, run.rewards, run.memory, step, stream.draw_prompts)
     metrics = record.metrics
     plain, least = sizes_of_steps(run.args)
@@ -263,7 +267,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         "num_samples": least + run.args.num_generations * int(metrics.get("refilled", 0)),
     }
     run.totals.update(done)
-    length, spent = metrics["completions/mean_length"], record.timings
+    length = metrics["completions/mean_length"]
+    spent = record.timings
     seconds = spent["collect"] - sum(spent[name] for name in spent if name.startswith("rewards/"))
     run.sampled.append((length * done["num_samples"] / max(seconds, 1e-9), length))
     metrics |= {
@@ -284,7 +289,9 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
     """
-    count, learner, began = run.args.eval_generations, run.learner, time.perf_counter()
+    count = run.args.eval_generations
+    learner = run.learner
+    began = time.perf_counter()
     evaluation = evaluate_policy(
         learner.forward.policy,
         run.task.eval_prompts,
@@ -293,7 +300,7 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
         generator=learner.generator,
         accelerator=learner.accelerator,
         scoring=learner.forward.scoring,
-        k=(count,) * (count > 0),
+        k=(count,) if count else (),
     )
     run.eval_seconds = time.perf_counter() - began
     each = evaluation.by_prompt
@@ -317,7 +324,8 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
 
     The metrics come last of what is written: with them a step is complete.
     """
-    every, rows = run.args.log_completions, []
+    every = run.args.log_completions
+    rows = []
     if session.main and every and (session.step == 1 or session.due(every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
@@ -345,7 +353,8 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
         _evaluated(run, session)
-    findings, warmed = judge_end(run, session), run.warm_started
+    findings = judge_end(run, session)
+    warmed = run.warm_started
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenrl.language.rollout.rollout import Rollout
     from tokenrl.language.training.learner import Learner
 import math
+from itertools import repeat
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, flo
     values: dict[str, list[float]] = {}
     for means, count in gather_objects(list(logged)):
         for name, value in means.items():
-            values.setdefault(name, []).extend([value] * count)
+            values.setdefault(name, []).extend(repeat(value, count))
     return {name: mean(each) for name, each in values.items()}
 
 
@@ -63,8 +64,11 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         names: names of the F reward functions.
         group_size: completions per prompt.
     """
-    rewards, valid, mask = rows.rewards, rows.valid, rows.mask
-    counts, tokens = mask.sum(dim=1).double(), mask.sum().clamp(min=1)
+    rewards = rows.rewards
+    valid = rows.valid
+    mask = rows.mask
+    counts = mask.sum(dim=1).double()
+    tokens = mask.sum().clamp(min=1)
     # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
     size = group_size if group_size > 1 else len(rewards)
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))

@@ -70,9 +70,11 @@ def sample(
     learner: Learner, prompts: Prompts, sampling: Sampling, environments: Environments | None
 ) -> Rollout:
     """Sample completions with the run's generator, and compute the columns that the estimator needs."""
-    estimator, greedy = learner.estimator, not sampling.num_generations
+    estimator = learner.estimator
+    greedy = not sampling.num_generations
     if not greedy:
-        norms, hidden = estimator.needs_score_norms, estimator.needs_values
+        norms = estimator.needs_score_norms
+        hidden = estimator.needs_values
         sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
         sampling = replace(sampling, keep_distribution=estimator.needs_centres)
     rollout = sample_rows(
@@ -124,7 +126,9 @@ def refill(
         rows: this process's groups.
         draw_prompts: gives further prompts, the same on every process.
     """
-    accelerator, size, refilled = learner.accelerator, sampling.group_size, 0
+    accelerator = learner.accelerator
+    size = sampling.group_size
+    refilled = 0
     for _ in range(learner.args.max_refills):
         dead = zero_spread(rows.rewards, size, rows.valid)
         counts = gather_numbers(accelerator, dead.sum())
@@ -147,7 +151,8 @@ def with_estimates(
     learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout
 ) -> Rollout:
     """Return the rows with what the estimator needs: reference, critic's values, greedy rewards, keys."""
-    estimator, columns = learner.estimator, dict[str, Any]()
+    estimator = learner.estimator
+    columns = dict[str, Any]()
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
             columns["ref_logprobs"] = logprobs_under(
@@ -204,7 +209,8 @@ def logprobs_under(
 
 def rows_at_once(learner: Learner, rows: Rollout) -> int:
     """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
-    size, tokens = learner.sampling.group_size, learner.forward.tokens
+    size = learner.sampling.group_size
+    tokens = learner.forward.tokens
     width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
     groups = tokens // (width * size)
     most = groups * size if groups else max(1, tokens // width)
@@ -227,7 +233,8 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     Raises:
         Stopped: no row of the step has a reward.
     """
-    like, failed = rows.logprobs, failures_of(rows.failures or ())
+    like = rows.logprobs
+    failed = failures_of(rows.failures or ())
     names = ("rewards", "by_function", "turn_rewards")
     columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
     rows = replace(rows, **columns)
@@ -317,9 +324,11 @@ def _packed(
 
     A group that is too large for one pass is split, and its prompt is computed again.
     """
-    args, size = learner.args, learner.sampling.group_size
+    args = learner.args
+    size = learner.sampling.group_size
     shared = learner.forward.scoring.share_prompt
-    limit, most_rows = learner.forward.tokens, args.micro_batch_size or len(active)
+    limit = learner.forward.tokens
+    most_rows = args.micro_batch_size or len(active)
 
     def fits(part: Sequence[int]) -> bool:
         computed = len({i // size for i in part}) if shared else len(part)  # how many prompts

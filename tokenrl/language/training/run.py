@@ -106,7 +106,8 @@ class TrainingRun:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self.totals, self.means = Counter(state["totals"]), state["means"]
+        self.totals = Counter(state["totals"])
+        self.means = state["means"]
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
@@ -126,7 +127,8 @@ class TrainingRun:
 
     def forecast_duration(self, step_seconds: float) -> str:
         """Return in words how long the run takes if a step takes `step_seconds`."""
-        args, count = self.args, self.num_evaluations
+        args = self.args
+        count = self.num_evaluations
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
@@ -168,8 +170,13 @@ def first_facts(
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
-    auto = " unless the rule of auto skips it" * (args.warm_start == "auto")
-    stage = f"a warm start of {args.warm_start_steps} updates{auto}, " * bool(args.warm_start)
+    stage = ""
+    if args.warm_start:
+        stage = f"a warm start of {args.warm_start_steps} updates, "
+    if args.warm_start == "auto":
+        stage = (
+            f"a warm start of {args.warm_start_steps} updates unless the rule of auto skips it, "
+        )
     return {
         "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
         + ", as the data has no split to evaluate on (--eval-size)"

@@ -37,7 +37,8 @@ TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
 
 def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
-    prompts, generations = args.prompts_per_step, args.num_generations
+    prompts = args.prompts_per_step
+    generations = args.num_generations
     return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
 
 
@@ -117,7 +118,8 @@ def fill_defaults(
         )
     filled = training_defaults(choices, task, policy)
     args = TrainArguments(**vars(filled.values))
-    buffer, length = args.estimator.overlong_buffer, args.max_completion_length
+    buffer = args.estimator.overlong_buffer
+    length = args.max_completion_length
     if policy is not None and buffer >= length:  # else the length may be provisional
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
     check(args, episodic=getattr(task, "environment", None) is not None)
@@ -134,7 +136,8 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     Raises:
         Refused: two settings contradict each other, or the estimator refuses a step of this shape.
     """
-    estimator, updates = args.estimator, args.num_iterations * args.num_minibatches
+    estimator = args.estimator
+    updates = args.num_iterations * args.num_minibatches
     if args.target_kl is not None and not estimator.needs_kl:
         raise Refused("target_kl holds a KL, but the estimator has beta 0: give --estimator.beta.")
     within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
@@ -218,7 +221,8 @@ def check_shares(args: TrainArguments, world: int) -> None:
         problem = f"samples in a run of one process, and this run has {world}"
         raise Refused(f"{engine_name(args)} {problem}: take transformers.")
     if prompts % world:
-        down, up = prompts // world * world, (prompts // world + 1) * world
+        down = prompts // world * world
+        up = (prompts // world + 1) * world
         valid = f"{down} or {up}" if down else up
         problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
         raise Refused(f"{problem}. Give {valid}.")

@@ -137,8 +137,7 @@ def training_step(
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    metrics |= mismatch_metrics(scored)
-    metrics |= update_baselines(learner, memory, rows, whole, returns)
+    metrics |= mismatch_metrics(scored) | update_baselines(learner, memory, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
@@ -153,7 +152,8 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
     Yields:
         True for the rows that the update learns from [N], the same on every process.
     """
-    args, size = learner.args, learner.sampling.group_size
+    args = learner.args
+    size = learner.sampling.group_size
     order = torch.arange(rows // size)
     generator = generator_of(args.seed, "minibatches", step)
     for _ in range(args.num_iterations):
@@ -197,7 +197,8 @@ def update_baselines(
         metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.valid)
     if learner.critic is not None and rows.hidden is not None:
         states = (whole.mask & whole.valid[:, None]).to(returns.dtype)
-        weights, width = states / states.sum().clamp(min=1), rows.mask.shape[1]
+        weights = states / states.sum().clamp(min=1)
+        width = rows.mask.shape[1]
         targets, weights = (local(learner.accelerator, x)[:, :width] for x in (returns, weights))
         metrics["value_loss"] = learner.critic.update(
             learner.estimator, rows.hidden, targets, weights, learner.accelerator

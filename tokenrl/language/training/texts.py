@@ -28,13 +28,15 @@ MOST_UNKNOWN = 0.03
 
 def check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     """Count the characters that the tokenizer loses; add a finding if there are some, and say how many."""
-    tokenizer, task = run.learner.policy.tokenizer, run.task
+    tokenizer = run.learner.policy.tokenizer
+    task = run.task
     rows = [*islice(task.train_prompts, MANY), *islice(task.eval_prompts, MANY)]
     texts = [text for row in rows for text in _texts(row["prompt"])]
     with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
         texts += [text for row in demonstrations(task)[:MANY] for text in _texts(row["completion"])]
     fold = str.casefold if getattr(tokenizer, "do_lower_case", False) else str
-    every, lost = Counter[str](), Counter[str]()
+    every = Counter[str]()
+    lost = Counter[str]()
     for text in texts:
         ids = [
             i
@@ -68,7 +70,8 @@ def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding
     """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
     if run.rewards.environments is not None:  # what is asked is known once an episode has begun
         return rows
-    usable, refused = list[Mapping[str, Any]](), list[str]()
+    usable = list[Mapping[str, Any]]()
+    refused = list[str]()
     for location, row in with_places(rows):
         try:
             encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [location])
@@ -83,7 +86,8 @@ def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding
 
 def check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
     """Add a finding about demonstrations that are longer than completions may be."""
-    policy, limit = run.learner.policy, run.args.max_completion_length
+    policy = run.learner.policy
+    limit = run.args.max_completion_length
     try:
         pairs = encode_demonstrations(policy, demonstrations(run.task)[:MANY])
     except Refused:  # there are none, or they are not used and do not fit

@@ -35,12 +35,11 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
             before training.
     """
-    step, reward = session.step, session.rows[-1]["reward"]
+    step = session.step
+    reward = session.rows[-1]["reward"]
     observed = _step_facts(run, session)
-    idle, findings = (
-        observed["steps_without_signal"],
-        {f.flag: f for f in reversed(judge(observed))},
-    )
+    idle = observed["steps_without_signal"]
+    findings = {f.flag: f for f in reversed(judge(observed))}
     lost = [flag for flag in POLICY_LOST if flag in session.flags]
     if not lost and (new := [flag for flag in POLICY_LOST if flag in findings]):
         lost = new[:1]
@@ -67,8 +66,10 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
 
 def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
     """Return what the rules read after a step, with mean seconds of a step and of its slowest reward."""
-    rows, groups = session.rows[1:], run.args.estimator.needs_groups
-    idle, step = steps_without_signal(run, session), session.step
+    rows = session.rows[1:]
+    groups = run.args.estimator.needs_groups
+    idle = steps_without_signal(run, session)
+    step = session.step
     seconds = {name: total for name, total in run.totals.items() if name.startswith("rewards/")}
     slowest = max(seconds, key=seconds.__getitem__)
     return run_facts(
@@ -92,8 +93,10 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    rows, groups = session.rows[1:], run.args.estimator.needs_groups
-    numbers, solved = dict[str, Any](), getattr(run.task, "solved", None) or math.inf
+    rows = session.rows[1:]
+    groups = run.args.estimator.needs_groups
+    numbers = dict[str, Any]()
+    solved = getattr(run.task, "solved", None) or math.inf
     if session.evaluation and session.step:
         numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
         gains = [now - then for then, now in zip(*run.means, strict=True)]
@@ -129,7 +132,9 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
 
 def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
     """Return the facts of rows of metrics (see `facts`), with what is known of the task and the model."""
-    args, task, solved = run.args, run.task, getattr(run.task, "solved", None)
+    args = run.args
+    task = run.task
+    solved = getattr(run.task, "solved", None)
     uncut = (
         "raise --max-completion-length, name strings that end them (--stop), or take another model."
     )
@@ -173,7 +178,9 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     A destroyed policy is right once in a while by luck; such a step, whose reward is below the middle of
     what was lost, does not end the row.
     """
-    rows, middle, count = session.rows[1:], -math.inf, 0
+    rows = session.rows[1:]
+    middle = -math.inf
+    count = 0
     if "policy-destroyed" in session.flags:
         best = max(
             row["eval_reward"] for row in session.rows if finite(row.get("eval_reward")) is not None
@@ -189,7 +196,8 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
 
 def _end_of_learning(run: TrainingRun, session: Session, steps: int) -> str:
     """Print why a run ends whose rewards are all equal and higher than before; return the exit reason."""
-    solved, reward = getattr(run.task, "solved", None), session.rows[-1]["reward"]
+    solved = getattr(run.task, "solved", None)
+    reward = session.rows[-1]["reward"]
     text = f"In {steps} steps in a row no two rewards that are compared differed"
     if solved is None or reward >= solved:
         session.console.note(f"{text}: the task is learnt.")
