@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 DATA = {
     "tokenrl/py.typed",
-    "tokenrl/core/toolkits.txt",
+    "tokenrl/core/presets.txt",
     "tokenrl/lab/exact/trl_config.txt",
     "tokenrl/foreign.txt",
     "tokenrl/runs/metric_table.txt",
