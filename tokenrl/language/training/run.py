@@ -102,12 +102,14 @@ class TrainingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
-        return {"totals": dict(self.totals), "means": self.means}
+        totals = dict(self.totals)
+        return {"totals": totals, "means": self.means, "failures": list(self.failures)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.totals = Counter(state["totals"])
         self.means = state["means"]
+        self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
