@@ -47,18 +47,18 @@ def direction(arm, rewards, mask, size):
 
 
 @pytest.mark.parametrize("part", ["1_sort_digits", "1_reverse_text", "8_cartpole", "8_acrobot"])
-def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part):
+def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part, monkeypatch):
+    monkeypatch.syspath_prepend(STUDY)
     copies = runpy.run_path(str(STUDY / "questions.py"))["COPIES"][part]
-    dice, size = torch.Generator().manual_seed(0), 8 if part[0] == "1" else 64
-    rewards = torch.rand(64, generator=dice, dtype=torch.double)
-    lengths = (
-        torch.randint(3, 9, (64,), generator=dice)
-        if part != "1_sort_digits"
-        else torch.full((64,), 7)
-    )
-    rewards = (
-        rewards if size == 8 else lengths.double()
-    )  # an agent's return is the length of its episode
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(64, generator=generator, dtype=torch.double)
+    lengths = torch.randint(3, 9, (64,), generator=generator)
+    size = 8
+    if part == "1_sort_digits":
+        lengths = torch.full((64,), 7)
+    elif part[0] == "8":  # an agent's rollout is a group, and its return the length of its episode
+        size = 64
+        rewards = lengths.double()
     mask = torch.arange(8) < lengths[:, None]
     for arm in ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp"):
         mark, other = copies.get(arm, " rloo").split(" ")

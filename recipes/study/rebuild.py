@@ -47,22 +47,23 @@ SECTIONS = {
     "8_actions": ("8_cartpole", "8_acrobot"),
 }
 """The part of the study of each panel of a figure, which the function of its name draws and makes a table of;
-questions 2 and 5 have one panel for several parts, of which the one named here is run last."""
+questions 2 and 5 have one panel for several parts; here stands the part that is run last."""
 
 
 def run(part: str) -> None:
     """Make the runs of a comparison that are not there yet, and keep its raw tables."""
     if not (TABLES / "difficulty.csv").exists():
         measure_difficulty()
-    found: Any = tokenrl.compare(**yaml.safe_load((STUDY / f"{part}.yaml").read_text()))
-    folder, table = TABLES / part, found.table
+    plan = yaml.safe_load((STUDY / f"{part}.yaml").read_text())
+    comparison: Any = tokenrl.compare(**plan)
+    table = comparison.table
+    folder = TABLES / part
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = [
-        read_run(found.output_dir / path).summary.get("wall_seconds") for path in table.runs["path"]
-    ]
+    paths = [comparison.output_dir / path for path in table.runs["path"]]
+    seconds = [read_run(path).summary.get("wall_seconds") for path in paths]
     table.runs.assign(seconds=seconds).to_csv(folder / "runs.csv", index=False)
     table.curves[table.curves["role"] != "tuning"].to_csv(folder / "curves.csv", index=False)
-    shutil.copy(found.output_dir / "comparison.json", folder)
+    shutil.copy(comparison.output_dir / "comparison.json", folder)
     if part in SECTIONS["6_noise"]:
         measure_noise(part)
     if part in SECTIONS["4_signs"]:
@@ -73,57 +74,57 @@ def measure_difficulty() -> None:
     """Question 2: measure how often the base model is right on each training prompt of sort_digits."""
     task: Any = load_task("sort_digits")
     measured = replace(task, eval_prompts=task.train_prompts)
-    found = tokenrl.evaluate(
-        model=str(warm_started_base(task)), task=measured, num_generations=64
-    ).by_prompt
-    prompts = [row["prompt"] for row in task.train_prompts]
-    table = pd.DataFrame({"prompt": prompts, "right": found["reward"]})
+    base = str(warm_started_base(task))
+    rates = tokenrl.evaluate(model=base, task=measured, num_generations=64).by_prompt["reward"]
+    table = pd.DataFrame(task.train_prompts)[["prompt"]].assign(right=rates)
     table.to_csv(TABLES / "difficulty.csv", index=False, float_format="%g")
 
 
 def measure_pass_at_8(part: str) -> None:
     """Question 4: pass@8 of each run's last policy and, ten times, of the base; the bias of each baseline."""
-    runs, rows = read(part).runs, []
-    baseline = {arm: {} if arm == "rloo" else {"baseline": arm} for arm in runs["arm"].unique()}
-    bias = {arm: measure_bias(tokenrl.Estimator(**given)).found for arm, given in baseline.items()}
-    models = [(one.arm, one.seed, f"runs/study/{part}/{one.path}", 0) for one in runs.itertuples()]
-    models += [
-        ("base", draw, str(warm_started_base(load_task(part[2:]))), draw) for draw in range(10)
-    ]
+    runs = read(part).runs
+    task = part[2:]
+    bias = {
+        arm: measure_bias(tokenrl.Estimator(baseline=arm)).found for arm in runs["arm"].unique()
+    }
+    models = [(run.arm, run.seed, f"runs/study/{part}/{run.path}", 0) for run in runs.itertuples()]
+    base = str(warm_started_base(load_task(task)))
+    models += [("base", draw, base, draw) for draw in range(10)]
+    rows = []
     for arm, seed, model, draw in models:
-        how: dict[str, Any] = {"task": part[2:], "num_generations": 16, "k": (8,), "seed": draw}
-        found = tokenrl.evaluate(model=model, **how).metrics["pass@8"]
-        rows.append({"arm": arm, "seed": seed, "pass@8": found, "bias": bias.get(arm, "")})
+        measured = tokenrl.evaluate(model=model, task=task, num_generations=16, k=(8,), seed=draw)
+        pass_at_8 = measured.metrics["pass@8"]
+        rows.append({"arm": arm, "seed": seed, "pass@8": pass_at_8, "bias": bias.get(arm, "")})
     pd.DataFrame(rows).to_csv(TABLES / part / "pass8.csv", index=False)
 
 
 def measure_noise(part: str) -> None:
     """Question 6: measure the noise of every arm, at the start of a task and half way."""
-    task, runs, rows = part[2:], read(part).runs, []
-    half: dict[str, Any] = {
-        "learning_rate": float(runs[runs["arm"] == "rloo"]["learning_rate"].iloc[0])
-    }
-    half |= {"output_dir": f"runs/study/6_half_way/{task}", "overwrite": True, "quiet": True}
-    tokenrl.train(task=task, max_steps=50, eval_every=50, lr_scheduler_type="constant", **half)
-    how: dict[str, Any] = {"num_prompts": 512, "prompts_per_step": 16, "num_generations": 8}
-    measured = [(task, tuple(arm.arm for arm in judged(part).arms), "")]
-    constants = (
-        ("shifted", "lowered") if task == "sort_digits" else ()
-    )  # constant baselines of -1 and .5
-    measured += [(f"recipes/study/own.py:{name}", ("reinforce",), f" {name}") for name in constants]
-    for policy, model in (
-        ("start", warm_started_base(load_task(task))),
-        ("half way", half["output_dir"]),
-    ):
-        for of, arms, suffix in measured:
-            for one in measure_gradients(
-                task=of, model=str(model), estimators=arms, **how
-            ).estimators:
-                cells = {"policy": policy, "arm": one.estimator + suffix, "bias": one.declared}
-                rows.append(cells | asdict(one.noise) | {"cosine": one.cosine.value})
-    pd.DataFrame(rows).rename(columns={"value": "noise"}).to_csv(
-        TABLES / part / "noise.csv", index=False
-    )
+    task = part[2:]
+    runs = read(part).runs
+    half_way = f"runs/study/6_half_way/{task}"
+    tokenrl.train(
+        task=task, max_steps=50, eval_every=50, lr_scheduler_type="constant",
+        learning_rate=float(runs[runs["arm"] == "rloo"]["learning_rate"].iloc[0]),
+        output_dir=half_way, overwrite=True, quiet=True,
+    )  # fmt: skip
+    measured = [(task, tuple(scores.arm for scores in judged(part).arms), "")]
+    if task == "sort_digits":
+        for name in ("shifted", "lowered"):  # constant baselines of -1 and .5
+            measured.append((f"recipes/study/own.py:{name}", ("reinforce",), f" {name}"))
+    rows = []
+    models = {"start": str(warm_started_base(load_task(task))), "half way": half_way}
+    for policy, model in models.items():
+        for source, arms, suffix in measured:
+            gradients = measure_gradients(
+                task=source, model=model, estimators=arms,
+                num_prompts=512, prompts_per_step=16, num_generations=8,
+            )  # fmt: skip
+            for row in gradients.estimators:
+                cells = {"policy": policy, "arm": row.estimator + suffix, "bias": row.declared}
+                rows.append(cells | asdict(row.noise) | {"cosine": row.cosine.value})
+    noise = pd.DataFrame(rows).rename(columns={"value": "noise"})
+    noise.to_csv(TABLES / part / "noise.csv", index=False)
 
 
 def rebuild(page: Path, figures: Path) -> None:
@@ -131,12 +132,13 @@ def rebuild(page: Path, figures: Path) -> None:
     text = page.read_text()
     figures.mkdir(exist_ok=True)
     for name, parts in SECTIONS.items():
-        across, down = min(len(parts), 2), -(-len(parts) // 2)
+        across = min(len(parts), 2)
+        down = -(-len(parts) // 2)
         figure = Figure((6 * across + 1, 4.6 * down), layout="constrained")
-        for axes, part in zip(
-            figure.subplots(down, across, squeeze=False).flat, parts, strict=False
-        ):
-            mark, body = f"<!-- table {name} {part} -->\n", getattr(questions, name[2:])(axes, part)
+        panels = figure.subplots(down, across, squeeze=False).flat
+        for axes, part in zip(panels, parts, strict=False):
+            mark = f"<!-- table {name} {part} -->\n"
+            body = getattr(questions, name[2:])(axes, part)
             axes.spines[["top", "right"]].set_visible(False)
             assert mark in text, f"the page has no {mark}"
             before, _, after = text.partition(mark)
@@ -154,9 +156,8 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
     """
     if from_nothing:
         seconds = [pd.read_csv(path)["seconds"].sum() for path in TABLES.glob("*/runs.csv")]
-        print(
-            f"The runs took {sum(seconds) / 3600:.1f} hours of one processor where the tables were made."
-        )
+        hours = sum(seconds) / 3600
+        print(f"The runs took {hours:.1f} hours of one processor where the tables were made.")
         parts = tuple(sorted(path.stem for path in STUDY.glob("*.yaml")))
     for part in parts:
         run(part)

@@ -1,0 +1,111 @@
+"""What the questions of the study share: judged tables of scores, intervals, and how both are drawn and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations_with_replacement
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from scipy import stats
+
+from tokenrl.lab import judge_scores
+
+MARGIN = 0.02
+BLUE, ORANGE = "#0072b2", "#c24e00"
+COLOURS = {"better": "#007a58", "worse": ORANGE, "equivalent": BLUE, "undecided": "#77777f"}
+
+
+def judged_table(scores: Any, metric: str = "score", margin: float = MARGIN) -> Any:
+    """Judge a table of scores of one problem: one family of comparisons with the first arm."""
+    (family,) = judge_scores(scores, metric=metric, margin=margin).families
+    return family
+
+
+def judged_differences(differences: Mapping[str, pd.Series]) -> Any:
+    """Judge differences that have references of their own, by cell and seed, as one family."""
+    seeds = next(iter(differences.values())).index
+    rows = [("none", seed, 0.0) for seed in seeds]
+    for cell, by_seed in differences.items():
+        rows += [(cell, seed, value) for seed, value in by_seed.items()]
+    return judged_table(rows).against_reference
+
+
+def score_cells(family: Any, scores: Any, digits: int = 3) -> list[str]:
+    """Return three cells: the mean of an arm, its difference to the reference, and the verdict."""
+    return [f"{scores.mean:.{digits}f}", *verdict_cells(family.against_reference, scores.arm)]
+
+
+def verdict_cells(differences: Mapping[str, Any], label: str) -> list[str]:
+    """Return two cells: the difference of an arm or cell to the reference, and the verdict."""
+    if label not in differences:
+        return ["", "reference"]
+    return [differences[label].interval, differences[label].verdict]
+
+
+def forest(
+    axes: Axes,
+    differences: Mapping[str, Any],
+    margin: float = MARGIN,
+    up: float = 0,
+    hollow: bool = False,
+) -> None:
+    """Draw differences with their intervals, one below the other."""
+    axes.axvspan(-margin, margin, color="#dcdce0", lw=0)
+    axes.axvline(0, color="#5f5f66", lw=1)
+    for row, difference in enumerate(differences.values()):
+        colour = COLOURS[difference.verdict]
+        ends = difference.adjusted
+        axes.plot([ends.low, ends.high], [row - up] * 2, color=colour, lw=1 if hollow else 2)
+        fill = "white" if hollow else colour
+        axes.plot(difference.mean.value, row - up, "o", color=colour, mfc=fill, ms=7)
+    axes.set_yticks(range(len(differences)), [label.rpartition(":")[2] for label in differences])
+    axes.set_ylim(len(differences) - 0.5, -0.5)
+
+
+def describe(axes: Axes, title: str, x: str, y: str = "") -> None:
+    """Write a title and the names of the axes."""
+    axes.set_title(title, loc="left", size=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def resampling(values: np.ndarray) -> str:
+    """Write the first number, with the 95 % interval of the others."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return f"{values[0]:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def signed(interval: Iterable[float], digits: int = 3) -> str:
+    """Write a number that has a sign, and its interval."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*interval, d=digits)
+
+
+def rank_correlation(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
+    """Return Spearman's correlation with a 95 % interval from all resamplings of the arms."""
+    n = len(x)
+    samples = np.array(list(combinations_with_replacement(range(n), n)))
+    counts = (samples[:, :, None] == np.arange(n)).sum(1)
+    chances = stats.multinomial.pmf(counts, n, np.full(n, 1 / n))
+    a = stats.rankdata(x.to_numpy()[samples], axis=1) - (n + 1) / 2
+    b = stats.rankdata(y.to_numpy()[samples], axis=1) - (n + 1) / 2
+    spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    defined = spread > 0  # where a resampling has only equal arms, there is no correlation
+    values = (a * b).sum(1)[defined] / spread[defined]
+    order = values.argsort()
+    shares = chances[defined][order].cumsum() / chances[defined].sum()
+    low, high = values[order][np.searchsorted(shares, [0.025, 0.975])]
+    return stats.spearmanr(x, y)[0], low, high
+
+
+def interval(values: Sequence[float], alpha: float) -> tuple[float, float, float]:
+    """Return the mean of some runs with its Student-t interval."""
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(1 - alpha)
+    return np.mean(values), low, high
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
