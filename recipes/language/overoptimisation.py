@@ -37,9 +37,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 import toy_tasks
 from tokenrl import Estimator, RewardModel, load_policy, train
@@ -61,27 +63,13 @@ from tokenrl.runs import read_metrics, write_json
 from toy_tasks.sentiment import balance
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
-T = (
-    0,
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # Student's 97.5 % point, by n - 1
 Pool = list[np.ndarray]  # by prompt, [N]
 Key = tuple[str, str]  # width:pairs of the reward model, RL or best-of-n
-LENGTH, WIDTH, PER_BLOCK = (
-    16,
-    64,
-    5,
-)  # tokens of a review, width of the policy, RL steps averaged to a point
-FALL = 0.25  # a seed falls if it loses more gold than this after the turn; a point's error is below 0.08
-HOW = ("RL", "best-of-n")
+MAX_TOKENS = 16  # of a review
+POLICY_WIDTH = 64
+STEPS_PER_POINT = 5  # RL steps averaged to a point
+MIN_FALL = 0.25  # a seed falls if it loses more gold than this after the turn; a point's error is below 0.08
+METHODS = ("RL", "best-of-n")
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,8 @@ class Args:
 
 def gold(completions: Sequence[str], **_: Any) -> list[float]:
     """Favourable less unfavourable words up to 2; beyond that each costs 2; at least -4."""
-    return [float(max(-4, min(b, 6 - 2 * b))) for b in map(balance, completions)]
+    balances = [balance(text) for text in completions]
+    return [float(max(-4, min(b, 6 - 2 * b))) for b in balances]
 
 
 @dataclass
@@ -116,20 +105,21 @@ class Base:
     gold: Pool  # the gold rewards of the samples
 
 
-def columns(d: np.ndarray, how: str) -> np.ndarray:
+def columns(d: np.ndarray, method: str) -> np.ndarray:
     """What alpha and beta multiply in the gain at the distances d > 0 [n]: [n, 2]."""
-    return np.stack([d, -d * (d if how == "best-of-n" else np.log(d))], axis=1)
+    slope = d if method == "best-of-n" else np.log(d)
+    return np.stack([d, -d * slope], axis=1)
 
 
-def fit_gain(d: np.ndarray, gain: np.ndarray, how: str) -> np.ndarray:
+def fit_gain(d: np.ndarray, gain: np.ndarray, method: str) -> np.ndarray:
     """Fit alpha and beta [2] to gains in gold reward at square roots of the KL above 0, of any shape."""
-    return np.linalg.lstsq(columns(d.ravel(), how), gain.ravel(), rcond=None)[0]
+    return np.linalg.lstsq(columns(d.ravel(), method), gain.ravel(), rcond=None)[0]
 
 
-def standard(values: Any, each: Pool) -> np.ndarray:
-    """Standardise values by mean and standard deviation of the rewards `each` of the base's samples."""
-    every = np.concatenate(each)
-    return (np.asarray(values) - every.mean()) / max(float(every.std()), 1e-9)
+def standardise(values: Any, pool: Pool) -> np.ndarray:
+    """Standardise values by mean and standard deviation of the rewards of the base's samples."""
+    rewards = np.concatenate(pool)
+    return (np.asarray(values) - rewards.mean()) / max(rewards.std(), 1e-9)
 
 
 def narrow(hidden: int) -> toy_tasks.Task:
@@ -138,22 +128,27 @@ def narrow(hidden: int) -> toy_tasks.Task:
     return replace(task, build=replace(task.build, layers=1, hidden=hidden))
 
 
-def make_pairs(base: Base, most: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+def make_pairs(base: Base, max_pairs: int, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Make pairs of the base's reviews: for training, in random order, and about 700 held out."""
-    prompts, held_out, found = base.task.train_prompts, base.task.eval_prompts, []
-    each = math.ceil(1.1 * most / len(prompts))  # some pairs are of one text
-    for rows, count, stream in ((prompts, each, 2 * seed), (held_out, 5, 2 * seed + 1)):
-        sampling = Sampling(LENGTH, num_generations=2 * count, seed=stream)
-        made = make_preferences(load_policy(base.path), rows, gold, sampling, noise_temperature=0.5)
-        found.append(read_pairs(made, "the sampled pairs"))
-    order = np.random.default_rng(seed).permutation(len(found[0]))
-    return [found[0][i] for i in order], found[1]
+    policy = load_policy(base.path)
+
+    def sample_pairs(rows: Sequence[Any], per_prompt: int, seed: int) -> list[Pair]:
+        sampling = Sampling(MAX_TOKENS, num_generations=2 * per_prompt, seed=seed)
+        preferences = make_preferences(policy, rows, gold, sampling, noise_temperature=0.5)
+        return read_pairs(preferences, "the sampled pairs")
+
+    prompts = base.task.train_prompts
+    per_prompt = math.ceil(1.1 * max_pairs / len(prompts))  # some pairs are of one text
+    pairs = sample_pairs(prompts, per_prompt, 2 * seed)
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return [pairs[i] for i in order], sample_pairs(base.task.eval_prompts, 5, 2 * seed + 1)
 
 
 def train_judge(hidden: int, pairs: list[Pair], seed: int) -> RewardModel:
     """A reward model on a warm-started backbone: three passes over the pairs, at least 40 updates."""
     judge = reward_backbone(load_policy(str(warm_started_base(narrow(hidden)))), seed=seed)
-    judge.batch_size, steps = 256, max(40, 3 * len(pairs) // 32)
+    judge.batch_size = 256
+    steps = max(40, 3 * len(pairs) // 32)
     options = RewardModelArguments(
         max_steps=steps, batch_size=32, learning_rate=1e-3, eval_every=steps, seed=seed
     )
@@ -163,13 +158,15 @@ def train_judge(hidden: int, pairs: list[Pair], seed: int) -> RewardModel:
 
 def best_of(base: Base, proxies: Pool, args: Args) -> np.ndarray:
     """KL, proxy and gold of best-of-n for n = 1, 2, 4 ..., [points, 3]; means over prompts."""
-    rewards, rows = [[standard(x, xs) for x in xs] for xs in (proxies, base.gold)], []
-    for n in (2**k for k in range(int(math.log2(args.pool)))):
-        weights = [best_of_n.choice_weights(proxy, n) for proxy in proxies]
-        kl = np.mean([best_of_n.best_of_n_kl(proxy, n) for proxy in proxies])
-        each = (np.mean([w @ x for w, x in zip(weights, xs, strict=True)]) for xs in rewards)
-        rows.append((kl, *each))
-    return np.array(rows)
+    points = []
+    for k in range(int(math.log2(args.pool))):
+        rows = []  # of a prompt
+        for proxy, gold in zip(proxies, base.gold, strict=True):
+            weights = best_of_n.choice_weights(proxy, 2**k)
+            gains = standardise(proxy, proxies), standardise(gold, base.gold)
+            rows.append([best_of_n.best_of_n_kl(proxy, 2**k), *(weights @ gain for gain in gains)])
+        points.append(np.mean(rows, axis=0))
+    return np.array(points)
 
 
 def pursue(
@@ -178,7 +175,7 @@ def pursue(
     """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold has weight 0."""
 
     def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        return standard(judge(prompts, completions), proxies).tolist()
+        return standardise(judge(prompts, completions), proxies).tolist()
 
     result = train(
         task=base.task, model=base.path, reward=(proxy, gold), reward_weights=(1.0, 0.0),
@@ -189,19 +186,18 @@ def pursue(
     )  # fmt: skip
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
         raise SystemExit(result.exit_code)
-    metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]
-    found = np.array(
-        [[m[k] for k in ("kl", "rewards/proxy/mean", "rewards/gold/mean")] for m in metrics]
-    )
-    found[:, 2] = standard(found[:, 2], base.gold)
-    return found[: steps // PER_BLOCK * PER_BLOCK].reshape(-1, PER_BLOCK, 3).mean(axis=1)
+    metrics = pd.DataFrame(read_metrics(result.output_dir / "metrics.jsonl")[1:])
+    points = metrics[["kl", "rewards/proxy/mean", "rewards/gold/mean"]].to_numpy(copy=True)
+    points[:, 2] = standardise(points[:, 2], base.gold)
+    whole = steps // STEPS_PER_POINT * STEPS_PER_POINT
+    return points[:whole].reshape(-1, STEPS_PER_POINT, 3).mean(axis=1)
 
 
 @dataclass
 class Curve:
     """Square root of the KL and the gains of one reward model, by RL or best-of-n, [seeds, points]."""
 
-    how: str
+    method: str
     d: np.ndarray
     proxy: np.ndarray
     gold: np.ndarray
@@ -211,7 +207,7 @@ def mean_of(values: np.ndarray) -> tuple[float, float]:
     """Mean over seeds and half the width of its 95 % interval; nan where there are too few."""
     if len(values) < 2:
         return float(values.sum()) if len(values) else math.nan, math.nan
-    half = T[min(len(values), len(T)) - 1] * values.std(ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(values.mean()), float(half)
 
 
@@ -219,61 +215,61 @@ def findings(curve: Curve) -> dict[str, Any]:
     """The turn, where the mean of the other seeds is highest; what follows it; and the fit."""
     seeds = range(len(curve.gold))
     others = [[s for s in seeds if s != seed] or [seed] for seed in seeds]
-    turns = np.array([curve.gold[o].mean(axis=0).argmax() for o in others])[:, None]
-    best = curve.gold.argmax(axis=1)[:, None]
+    turns = np.array([curve.gold[rows].mean(axis=0).argmax() for rows in others])
+    best = curve.gold.argmax(axis=1)
 
-    def change(points: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return values[:, -1] - np.take_along_axis(values, points, axis=1)[:, 0]
+    def change(values: np.ndarray, points: np.ndarray) -> np.ndarray:
+        return values[:, -1] - values[seeds, points]
 
-    fell = (change(best, curve.gold) < -FALL) & (change(best, curve.proxy) > 0)
-    gold, proxy = (mean_of(change(turns, values)) for values in (curve.gold, curve.proxy))
+    fell = (change(curve.gold, best) < -MIN_FALL) & (change(curve.proxy, best) > 0)
+    gold = mean_of(change(curve.gold, turns))
+    proxy = mean_of(change(curve.proxy, turns))
     return {
-        "d": mean_of(np.take_along_axis(curve.d, best, axis=1)[fell, 0]), "gold": gold, "proxy": proxy,
-        "fit": fit_gain(curve.d, curve.gold, curve.how).tolist(),
+        "d": mean_of(curve.d[seeds, best][fell]), "gold": gold, "proxy": proxy,
+        "fit": fit_gain(curve.d, curve.gold, curve.method).tolist(),
         "fell": int(fell.sum()), "turned": sum(gold) < 0 < proxy[0] - proxy[1],
     }  # fmt: skip
 
 
-def draw(curves: dict[Key, Curve], found: dict[Key, dict[str, Any]]) -> Figure:
+def draw(curves: dict[Key, Curve], results: dict[Key, dict[str, Any]]) -> Figure:
     names = list(dict.fromkeys(name for name, _ in curves))
     figure = Figure(figsize=(3.1 * len(names) + 0.6, 6.6), dpi=100, layout="constrained")
     grid = figure.subplots(2, len(names), sharey="row", squeeze=False)
-    for (name, how), curve in curves.items():
-        axes = grid[HOW.index(how), names.index(name)]
-        panel(axes, curve, found[name, how])
-        title = "{}, width {}, {} pairs: {} of {} fall"
-        title = title.format(how, *name.split(":"), found[name, how]["fell"], len(curve.gold))
+    for (name, method), curve in curves.items():
+        width, pairs = name.split(":")
+        result = results[name, method]
+        fallen = f"{result['fell']} of {len(curve.gold)} fall"
+        axes = grid[METHODS.index(method), names.index(name)]
+        panel(axes, curve, result)
+        title = f"{method}, width {width}, {pairs} pairs: {fallen}"
         axes.set_title(title, fontsize=9.5, loc="left")
     for axes in grid[:, 0]:
         axes.set_ylabel("gain on the base (its s.d.)")
-    count = {h: sum(found[name, h]["fell"] for name in names) for h in HOW}
-    title = f"Gold falls while the proxy rises: under RL with {count['RL']} of "
-    title += (
-        f"{len(names) * len(curve.gold)} reward models, under best-of-n with {count['best-of-n']}"
-    )
+    fallen = {m: sum(results[name, m]["fell"] for name in names) for m in METHODS}
+    title = f"Gold falls while the proxy rises: under RL with {fallen['RL']} of "
+    title += f"{len(names) * len(curve.gold)} reward models, "
+    title += f"under best-of-n with {fallen['best-of-n']}"
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    handles = {
-        text: line
-        for axes in grid.flat
-        for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    handles = {}
+    for axes in grid.flat:
+        lines, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
+def panel(axes: Axes, curve: Curve, result: dict[str, Any]) -> None:
     d = curve.d
     for values, colour, name in ((curve.proxy, ORANGE, "proxy"), (curve.gold, BLUE, "gold")):
         axes.plot(d.T, values.T, color=colour, linewidth=0.6, alpha=0.35)
         mean = values.mean(axis=0)
         axes.plot(d.mean(axis=0), mean, color=colour, linewidth=2.2, label=f"{name} (thin: a seed)")
     line = np.linspace(0.05, float(d.max()), 100)
-    axes.plot(
-        line, columns(line, curve.how) @ found["fit"], "k--", linewidth=1.2, label="fit to gold"
-    )
-    if found["fell"]:
+    fit = columns(line, curve.method) @ result["fit"]
+    axes.plot(line, fit, "k--", linewidth=1.2, label="fit to gold")
+    if result["fell"]:
         label = "turn (mean of seeds that fall)"
-        axes.axvline(found["d"][0], color=GREY, linewidth=1, linestyle=":", label=label)
+        axes.axvline(result["d"][0], color=GREY, linewidth=1, linestyle=":", label=label)
     axes.axhline(0, color="#BBBBBB", linewidth=0.8)
     axes.set(xlabel="sqrt(KL to the base), sqrt(nats)", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
@@ -282,50 +278,51 @@ def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
 def measure(args: Args, base: Base) -> dict[Key, Curve]:
     """Train all reward models and maximise each by RL and by best-of-n."""
     rows: dict[Key, list[np.ndarray]] = {}
-    most = max(int(name.split(":")[1]) for name in args.configurations)
+    max_pairs = max(int(name.split(":")[1]) for name in args.configurations)
     for seed in range(args.seeds):
-        pairs, held = make_pairs(base, most, seed)
+        pairs, held_out = make_pairs(base, max_pairs, seed)
         for name in args.configurations:
             width, count = map(int, name.split(":"))
             judge = train_judge(width, pairs[:count], seed)
-            metrics = preference_metrics(score_pairs(judge, encode_pairs(judge, held)), held)
+            metrics = preference_metrics(
+                score_pairs(judge, encode_pairs(judge, held_out)), held_out
+            )
             proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
             run = args.output_dir / name.replace(":", "_") / f"seed_{seed}"
-            rows.setdefault((name, "RL"), []).append(
-                pursue(judge, base, proxies, args.max_steps, seed, run)
-            )
+            along_run = pursue(judge, base, proxies, args.max_steps, seed, run)
+            rows.setdefault((name, "RL"), []).append(along_run)
             rows.setdefault((name, "best-of-n"), []).append(best_of(base, proxies, args))
             accuracy = "accuracy {accuracy:.3f} of {noise_ceiling:.3f}".format(**metrics)
             print(f"seed {seed} {name:>8}: {accuracy}", flush=True)
-    curves = {key: np.moveaxis(np.stack(found), 2, 0) for key, found in rows.items()}
-    # An estimate of a KL near 0 can be negative.
-    return {
-        key: Curve(key[1], np.sqrt(np.maximum(kl, 1e-4)), *gains)
-        for key, (kl, *gains) in curves.items()
-    }
+    curves = {}
+    for key, points in rows.items():
+        kl, proxy, gold = np.moveaxis(points, 2, 0)
+        d = np.sqrt(np.maximum(kl, 1e-4))  # an estimate of a KL near 0 can be negative
+        curves[key] = Curve(key[1], d, proxy, gold)
+    return curves
 
 
 def main(args: Args) -> None:
     cells = args.seeds * len(args.configurations)
     guess = cells * (6 + 0.08 * args.max_steps) / 60
     print(f"{cells} reward models and RL runs: about {guess:.0f} min on one core")
-    task = narrow(WIDTH)
-    path, rows = str(warm_started_base(task)), task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
+    task = narrow(POLICY_WIDTH)
+    path = str(warm_started_base(task))
+    rows = task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
     prompts = [row["prompt"] for row in rows]
-    texts = best_of_n.sample_pool(
-        load_policy(path), prompts, Sampling(LENGTH, num_generations=args.pool)
-    )
+    sampling = Sampling(MAX_TOKENS, num_generations=args.pool)
+    texts = best_of_n.sample_pool(load_policy(path), prompts, sampling)
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
     curves = measure(args, base)
-    found = {key: findings(curve) for key, curve in curves.items()}
+    results = {key: findings(curve) for key, curve in curves.items()}
     print("\nwidth:pairs, by   d of turn      gold after    proxy after  fell  mean falls")
-    for (name, how), one in found.items():
-        numbers = " ".join("{:6.2f} ± {:.2f}".format(*one[key]) for key in ("d", "gold", "proxy"))
-        print(f"{name:>8} {how:>9} {numbers} {one['fell']:6}  {one['turned']}")
-    kept = {" ".join(key): {"curves": asdict(curve), **found[key]} for key, curve in curves.items()}
-    write_json(args.output_dir / "results.json", kept)
+    for (name, method), row in results.items():
+        numbers = " ".join("{:6.2f} ± {:.2f}".format(*row[key]) for key in ("d", "gold", "proxy"))
+        print(f"{name:>8} {method:>9} {numbers} {row['fell']:6}  {row['turned']}")
+    record = {" ".join(key): {"curves": asdict(c), **results[key]} for key, c in curves.items()}
+    write_json(args.output_dir / "results.json", record)
     figure = args.output_dir / "overoptimisation.png"
-    draw(curves, found).savefig(figure)
+    draw(curves, results).savefig(figure)
     print(f"figure: {figure}")
 
 

@@ -19,24 +19,17 @@ percent).
 
 import tempfile
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import Literal
 
+import pandas as pd
 import tyro
+from scipy import stats
 
 import tokenrl
 from toy_tasks.models import TinyModel
 
 ARMS = {"hidden": ("rloo", "max_at_k"), "difficulty": ("rloo", "maxrl")}
 STEPS = {"hidden": 150, "difficulty": 20}
-T_95 = {
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    7: 2.365,
-    9: 2.262,
-}  # Student's t, by degrees of freedom
 
 
 @dataclass
@@ -45,18 +38,16 @@ class Args:
 
     task: Literal["hidden", "difficulty"] = "hidden"
     """The task, and with it the two arms."""
-    seeds: Literal[3, 4, 5, 6, 8, 10] = 6
-    """Runs of each arm."""
+    seeds: int = 6
+    """Runs of each arm, at least two."""
     max_steps: int | None = None
     """Steps of a run; by default 150 for hidden and 20 for difficulty."""
 
 
 def right(completions: list[str], answers: list[str], **_) -> list[float]:
     """1 if the first character is one of the answers."""
-    return [
-        float(text[:1] in set(accepted))
-        for text, accepted in zip(completions, answers, strict=True)
-    ]
+    rows = zip(completions, answers, strict=True)
+    return [float(text[:1] in set(accepted)) for text, accepted in rows]
 
 
 right.binary = True
@@ -65,20 +56,19 @@ right.binary = True
 def task_of(name: str) -> tokenrl.PromptTask:
     """Make the task: rows with a prompt of one digit, and the digits that are right."""
     accepted = {"hidden": ("0", "0", "0", "1", "1"), "difficulty": ("012345", "67", "8")}[name]
-    rows = [
-        {"prompt": f"{i % 10}{i // 10}>", "answers": accepted[i % len(accepted)]} for i in range(60)
-    ]
+    prompts = [f"{i % 10}{i // 10}>" for i in range(60)]
     if name == "hidden":
-        rows = [{"prompt": f"{i}>", "answers": answers} for i in range(10) for answers in accepted]
+        prompts = [f"{i // 5}>" for i in range(50)]
+    rows = [{"prompt": p, "answers": accepted[i % len(accepted)]} for i, p in enumerate(prompts)]
     return tokenrl.PromptTask(name, rows, rows, right, max_completion_length=2)
 
 
 def numbers(args: Args, estimator: str, seed: int) -> dict[str, float]:
     """Train one run, and return what is reported of it."""
-    task, tokens = task_of(args.task), tuple("0123456789>")
+    task = task_of(args.task)
     with tempfile.TemporaryDirectory() as folder:
         run = tokenrl.train(
-            task=task, model=TinyModel(tokens=tokens)(seed), estimator=estimator, seed=seed,
+            task=task, model=TinyModel(tokens=tuple("0123456789>"))(seed), estimator=estimator, seed=seed,
             max_steps=args.max_steps or STEPS[args.task], prompts_per_step=16, num_generations=8,
             learning_rate=1e-3, eval_every=0, output_dir=folder, overwrite=True, quiet=True,
         )  # fmt: skip
@@ -87,25 +77,23 @@ def numbers(args: Args, estimator: str, seed: int) -> dict[str, float]:
         )
     if args.task == "hidden":
         return {f"pass@{k}": measured.metrics[f"pass@{k}"] for k in (1, 8)}
-    kinds = {"six digits are right": "012345", "two": "67", "one": "8"}
-    rates = list(zip(task.eval_prompts, measured.by_prompt["reward"], strict=True))
-    return {
-        name: fmean(x for row, x in rates if row["answers"] == kind) for name, kind in kinds.items()
-    }
+    rates = pd.DataFrame(task.eval_prompts).assign(rate=measured.by_prompt["reward"])
+    by_answers = rates.groupby("answers")["rate"].mean()
+    names = {"six digits are right": "012345", "two": "67", "one": "8"}
+    return {name: by_answers[answers] for name, answers in names.items()}
 
 
 def main(args: Args) -> None:
     """Train both arms on each seed and print the means and the paired differences."""
     first, second = ARMS[args.task]
-    pairs = [
-        (numbers(args, first, seed), numbers(args, second, seed)) for seed in range(args.seeds)
-    ]
+    a = pd.DataFrame([numbers(args, first, seed) for seed in range(args.seeds)])
+    b = pd.DataFrame([numbers(args, second, seed) for seed in range(args.seeds)])
+    gap = b - a
+    half = stats.t.ppf(0.975, args.seeds - 1) * gap.sem()
     print(f"{'':22}{first:>10}{second:>10}   difference")
-    for name in pairs[0][0]:
-        differences = [b[name] - a[name] for a, b in pairs]
-        half = T_95[args.seeds - 1] * stdev(differences) / args.seeds**0.5
-        means = (fmean(a[name] for a, _ in pairs), fmean(b[name] for _, b in pairs))
-        print(f"{name:22}{means[0]:10.3f}{means[1]:10.3f}   {fmean(differences):+.3f} ± {half:.3f}")
+    for name in gap:
+        means = f"{a[name].mean():10.3f}{b[name].mean():10.3f}"
+        print(f"{name:22}{means}   {gap[name].mean():+.3f} ± {half[name]:.3f}")
 
 
 if __name__ == "__main__":
