@@ -7,7 +7,6 @@ one by hand:
     python recipes/benchmarks/gpu_parts.py '{"part": "describe_device"}'
     python recipes/benchmarks/gpu_parts.py '{"part": "train_estimators", "steps": 6, "cpu": true}'
     python recipes/benchmarks/gpu_parts.py '{"part": "measure_gaps", "work": "gpu-135m"}'
-    python recipes/benchmarks/gpu_parts.py '{"part": "count_waits", "work": "fixed"}'
 
 Look for: on one device equal seeds give equal numbers, whatever else runs on it.
 """
@@ -22,27 +21,21 @@ Look for: on one device equal seeds give equal numbers, whatever else runs on it
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import statistics
 import tempfile
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from floor import device
-from one_trainer import GPU_WORK, WORK, Clock, Measured, Shape, make_model, train_tokenrl
+from one_trainer import GPU_WORK, WORK, Shape, make_model
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "rloo": {"estimator": "rloo"},
     "grpo, KL in the loss": {"estimator": "grpo,beta=0.1", "num_iterations": 2},
     "ppo, with a critic": {"estimator": "ppo"},
 }
-WAIT = "called a synchronizing"
-"""What torch's warning of a wait says."""
 
 
 def shape_of(asked: dict[str, Any]) -> Shape:
@@ -126,46 +119,6 @@ def measure_gaps(asked: dict[str, Any]) -> dict[str, Any]:
     return gaps | {"bfloat16": gap()}
 
 
-class Waits:
-    """The callback of a training that counts torch's warnings of waits, from the first step's end on."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.ends: list[int] = []  # of each step, the number of lines
-
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        if not self.ends:  # a quiet run hides warnings, until now
-            warnings.simplefilter("always")
-            warnings.showwarning = self.note
-        self.ends.append(len(self.lines))
-
-    def note(self, message: Any, category: Any, filename: str, line: int, *rest: Any) -> None:
-        if WAIT in str(message):
-            self.lines.append(f"{'/'.join(Path(filename).parts[-3:])}:{line}")
-
-    def result(self) -> dict[str, Any]:
-        """The median number of waits in a step, and the lines of code with most of those of the last."""
-        steps = [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
-        last = Counter(self.lines[self.ends[-2] : self.ends[-1]])
-        return {"waits": statistics.median(steps), "lines": last.most_common(5)}
-
-
-def count_waits(asked: dict[str, Any]) -> dict[str, Any]:
-    """Count the waits for the device in a step, where torch can."""
-    import tokenrl  # noqa: F401  # before torch, as the command does
-
-    if device_of(asked) != "cuda":
-        return {"waits": None}
-    import torch
-
-    waits, shape = Waits(), shape_of(asked)
-    clock = Clock(shape, 8, "cuda")
-    torch.cuda.set_sync_debug_mode("warn")
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Measured):
-        train_tokenrl(shape, {"options": {"callback": waits}}, clock, clock.steps, folder)
-    return waits.result()
-
-
 def describe_device(asked: dict[str, Any]) -> dict[str, Any]:
     """The device that is measured: its kind, name and memory, and whether it computes in bfloat16."""
     import torch
@@ -186,9 +139,7 @@ def describe_device(asked: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind, "name": name, "memory": memory, "bf16": False}
 
 
-PARTS = {
-    part.__name__: part for part in (train_estimators, measure_gaps, count_waits, describe_device)
-}
+PARTS = {part.__name__: part for part in (train_estimators, measure_gaps, describe_device)}
 
 
 if __name__ == "__main__":

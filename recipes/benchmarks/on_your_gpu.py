@@ -11,8 +11,7 @@ line says why and the rest goes on.
    follows, so metrics are compared for as long as the completions agree (if that is not long, `--seed 1`).
 2. Precision: how far log-probabilities of the same tokens in TF32 and bfloat16 are from those in float32.
    The logits of random weights are nearly equal, so they are scaled to a standard deviation of 3.
-3. Waits: how often the processor waits for the GPU in a step, as far as torch notices it (CUDA only).
-4. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
+3. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
    flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it.
    Tokens a second are those of completions.
 
@@ -50,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import ESTIMATORS
-from one_trainer import GPU_WORK, WORK, Shape
+from one_trainer import GPU_WORK, Shape
 from step_against_trl import steady
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
@@ -219,16 +218,6 @@ def gaps_table(gaps: dict[str, Any], heading: str) -> str:
     return table(heading, ["precision", "mean, nats", "largest, nats"], *rows)
 
 
-def waits_table(waits: dict[str, Any], heading: str) -> str:
-    if "error" in waits:
-        return table(heading, ["failed", waits["error"]])
-    counted = "not counted" if waits["waits"] is None else f"{waits['waits']:g}"
-    rows = [[str(number), line] for line, number in waits.get("lines", [])]
-    return table(
-        heading, ["in a step", "line of code, for those of one step"], [counted, "all"], *rows
-    )
-
-
 def speed_row(name: str, ours: dict[str, Any], theirs: dict[str, Any], steps: int) -> list[str]:
     """A line of the table of speed: seconds, those of sampling, tokens a second and memory; and of TRL."""
     row, seconds = [name], []
@@ -321,9 +310,6 @@ def main() -> int:
     gaps = budget.run("precision", common | {"part": "measure_gaps", "work": "gpu-135m"} | tiny)
     name = "tiny" if args.tiny else "gpu-135m"
     show(gaps_table(gaps, f"Gaps in log-probability to float32, {name}"))
-    waits = budget.run("waits", common | {"part": "count_waits", "work": "fixed"} | tiny)
-    work = words(TINY if args.tiny else WORK["fixed"])
-    show(waits_table(waits, f"Waits of the processor for {kind}, {work}"))
     show(speed_table(args, budget, about["bf16"]))
     return 0
 
