@@ -76,20 +76,20 @@ def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, 
     row = {"prompt": "abc>", "completion": "a", "chosen": "a", "rejected": "b"}
     (damaged / "rows.jsonl").write_text((json.dumps(row) + "\n") * 9)
     assert main(command) == 2
-    said = " ".join(capsys.readouterr().err.split())
+    output = " ".join(capsys.readouterr().err.split())
     weights = "policy" if command[0] == "control" else "model"
-    assert f"its file {weights}.safetensors is missing, altered, cut short" in said
-    assert "Traceback" not in said and not (damaged / "new" / "config.json").exists()
+    assert f"its file {weights}.safetensors is missing, altered, cut short" in output
+    assert "Traceback" not in output and not (damaged / "new" / "config.json").exists()
 
 
 def test_checkpoints_hold_no_code(place):
     """Loading a pickle runs what it says: the only archive is read without that (see `read_state`)."""
-    found = [
+    result = [
         path for run in ("train", "control") for path in (place / run / "checkpoints").rglob("*.*")
     ]
     files = {
         path.name
-        for path in found
+        for path in result
         if path.is_file() and path.suffix not in (".json", ".txt", ".jinja")
     }
     assert files == {"model.safetensors", "policy.safetensors", "trainer_state.pt"}

@@ -34,12 +34,12 @@ AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(
 
 def docstrings() -> list[str]:
     """English text that every Python brings: the docstrings of its standard library."""
-    found = []
+    result = []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found += [ast.get_docstring(node)] if ast.get_docstring(node) else []
-    return found
+                result += [ast.get_docstring(node)] if ast.get_docstring(node) else []
+    return result
 
 
 def pretrain(folder: Path, steps: int = 80) -> None:
@@ -90,9 +90,9 @@ def test_the_recipe_goes_from_the_model_as_it_is_over_the_warm_start_to_the_resu
     assert stages["trained"]["completions/clipped_ratio"] < 0.1
     config = json.loads((run / "config.json").read_text())
     assert config["warm_started"]["updates"] == 240 and config["lora_r"] == 8
-    said = capsys.readouterr().out
-    assert "M parameters, LoRA)" in said or "k parameters, LoRA)" in said
-    assert f"{rewards[2]:.3f} ±" in said.splitlines()[-2]  # the last row of the table
+    output = capsys.readouterr().out
+    assert "M parameters, LoRA)" in output or "k parameters, LoRA)" in output
+    assert f"{rewards[2]:.3f} ±" in output.splitlines()[-2]  # the last row of the table
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_demonstrations_of_games_are_legal_and_each_first_guess_occurs():
 
 def wins(middle):
     """Return how many of 63 numbers are guessed within six turns; a guess is middle(low, high)."""
-    found = {}
+    result = {}
     for seed in range(2000):
         game = guess_number.GuessNumber(turns=6)
         observation, _ = game.reset(seed=seed)
@@ -102,9 +102,9 @@ def wins(middle):
             low, high = map(int, observation.removesuffix(":").split("-"))
             observation, reward, over, truncated, _ = game.step(f"{middle(low, high):02d}")
             assert not truncated and reward in (0, 1)
-        found.setdefault(game._number, reward)
-    assert set(found) == set(range(1, 64))
-    return sum(found.values())
+        result.setdefault(game._number, reward)
+    assert set(result) == set(range(1, 64))
+    return sum(result.values())
 
 
 def test_halving_alone_finds_every_number():

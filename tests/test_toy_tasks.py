@@ -86,7 +86,7 @@ def test_held_out_prompts_are_disjoint_for_any_seed(seed, name):
 
 
 def test_canonical_forms_join_prompts_with_the_same_answer():
-    for name, one, other in (
+    for name, item, other in (
         ("sort_digits", "402715>", "512704>"),
         ("reverse_text", "abcd>", "dcba>"),
         ("addition", "07+45>", "45+07>"),
@@ -95,7 +95,7 @@ def test_canonical_forms_join_prompts_with_the_same_answer():
         ("sentiment", "overall, the plot was", "the plot was"),
         ("target_length", "ab6>", "ba6>"),
     ):
-        assert MODULES[name].canonical(one) == MODULES[name].canonical(other), name
+        assert MODULES[name].canonical(item) == MODULES[name].canonical(other), name
     assert MODULES["countdown"].canonical("3,8,5=10>") != MODULES["countdown"].canonical("3,8,5=0>")
 
 
@@ -209,5 +209,5 @@ def test_the_fingerprint_follows_what_the_warm_start_depends_on():
     ]
     assert len({task.fingerprint, *(other.fingerprint for other in changed)}) == 5
     assert dataclasses.replace(task, solved=0.5, train={}).fingerprint == task.fingerprint
-    for one in LOADED.values():
-        json.dumps([one.fingerprint, one.train])  # both are written to a run's configuration
+    for item in LOADED.values():
+        json.dumps([item.fingerprint, item.train])  # both are written to a run's configuration

@@ -130,8 +130,8 @@ def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
     ours = gradients(recipe, tmp_path, Estimator.preset(preset), steps, **fields)
     theirs = gradients(recipe, tmp_path, None, steps, **fields)
     assert len(ours) == len(theirs) == steps
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.norm() > 1e-3 and float((one - other).norm() / other.norm()) < precision
+    for item, other in zip(ours, theirs, strict=True):
+        assert other.norm() > 1e-3 and float((item - other).norm() / other.norm()) < precision
 
 
 @pytest.mark.slow
@@ -165,8 +165,8 @@ def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, 
     own = Estimator.preset("trl_grpo,ratio=none,beta=0.6")
     ours = gradients(recipe, tmp_path, own, 3, learning_rate=0.05)
     theirs = gradients(recipe, tmp_path, None, 3, loss_type="cispo", epsilon_high=0.5, beta=0.3)
-    for one, other in zip(ours, theirs, strict=True):
-        assert float((one / 2 - other).norm() / other.norm()) < 1e-5
+    for item, other in zip(ours, theirs, strict=True):
+        assert float((item / 2 - other).norm() / other.norm()) < 1e-5
 
 
 @pytest.mark.slow

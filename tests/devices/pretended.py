@@ -134,20 +134,20 @@ def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute an operation on the CPU, and put the result where a real device would have it."""
     leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     device = kwargs.get("device")
-    wanted = None if device is None else torch.device(device).type
+    expected = None if device is None else torch.device(device).type
     here = any(isinstance(x, Pretended) for x in leaves)
-    if not here and wanted != NAME:
+    if not here and expected != NAME:
         return operation(*args, **kwargs)
     name = operation._schema.name.removeprefix("aten::")
     if here and name not in UNMIXED:
         _check_devices(operation, name, args, leaves)
-    _count(operation, name, args, wanted, here)
+    _count(operation, name, args, expected, here)
     options = kwargs | ({} if device is None else {"device": torch.device("cpu")})
     inner_args, inner_kwargs = tree_map(_unwrapped, (args, options))
     result = operation(*inner_args, **inner_kwargs)
     if name == "copy_" and not isinstance(args[0], Pretended):
         return args[0]
-    if operation in READS or wanted == "cpu":
+    if operation in READS or expected == "cpu":
         return result
     wrapped = tree_map(lambda x: Pretended(x) if isinstance(x, torch.Tensor) else x, result)
     return return_and_correct_aliasing(operation, args, kwargs, wrapped)

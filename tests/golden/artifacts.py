@@ -24,13 +24,13 @@ def artifacts(folder: Path) -> dict[str, Content]:
     The folder name `model` is left out of the keys, so that weights count as the same file whether a command
     writes them to its output directory or to `model` in it. Checkpoints are left out.
     """
-    found: dict[str, Content] = {}
+    result: dict[str, Content] = {}
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         parts = [part for part in path.relative_to(folder).parts if part != "model"]
         content = None if "checkpoints" in parts else _content(path)
         if content is not None:
-            found["/".join(parts)] = content
-    return found
+            result["/".join(parts)] = content
+    return result
 
 
 def _content(path: Path) -> Content | None:

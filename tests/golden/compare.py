@@ -96,9 +96,9 @@ def verdict(name: str, before: Side, after: Side) -> str:
         second = artifacts(after.run(name))
     except Failed as error:
         return f"DIFFERENT: {error}"
-    found = difference(first, second)
-    if found:
-        return f"DIFFERENT: {found}"
+    result = difference(first, second)
+    if result:
+        return f"DIFFERENT: {result}"
     added = sorted(set(second) - set(first))
     note = f", and writes {', '.join(added)} too" if added else ""
     return f"same ({len(first)} files, {time.monotonic() - began:.0f} s{note})"

@@ -154,8 +154,8 @@ def execute(name: str, tree: Path, folder: Path, models: Path) -> None:
                 stderr=subprocess.STDOUT,
             )
             if done.returncode:
-                said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-                raise Failed(f"exit code {done.returncode} of tokenrl {command}\n{said[-3000:]}")
+                output = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+                raise Failed(f"exit code {done.returncode} of tokenrl {command}\n{output[-3000:]}")
 
 
 def environment(tree: Path, models: Path) -> dict[str, str]:

@@ -17,8 +17,8 @@ def foreign(tree: Path) -> list[str]:
 
 def refuse_foreign(tree: Path) -> None:
     """Stop the process if code came from elsewhere."""
-    if found := foreign(tree):
-        sys.exit(f"the golden run of {tree} imported {found[0]}")
+    if result := foreign(tree):
+        sys.exit(f"the golden run of {tree} imported {result[0]}")
 
 
 def main() -> int:

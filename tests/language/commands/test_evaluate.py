@@ -54,28 +54,28 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
     run = trained() + part
     asked = {"task": "words.jsonl", "reward": "rewards.py:vowels", "seed": 3} | OWN
     capsys.readouterr()
-    told = tokenrl.evaluate(model=run, **SAMPLED, **asked)
+    expected = tokenrl.evaluate(model=run, **SAMPLED, **asked)
     assert "as in the run" not in capsys.readouterr().err
-    assert tokenrl.evaluate(model=run) == told and len(told.rows) == 3
-    said = capsys.readouterr().err
+    assert tokenrl.evaluate(model=run) == expected and len(expected.rows) == 3
+    output = capsys.readouterr().err
     assert (
-        f"tokenrl: as in the run of {run}: " in said
-        and "task words.jsonl, reward rewards.py:vowels" in said
+        f"tokenrl: as in the run of {run}: " in output
+        and "task words.jsonl, reward rewards.py:vowels" in output
     )
     assert (
-        "eval_size 3, " in said
-        and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in said
+        "eval_size 3, " in output
+        and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in output
     )
     for name in SAMPLED:
         changed = tokenrl.evaluate(model=run, **{name: 1.0})
-        assert changed == tokenrl.evaluate(model=run, **SAMPLED | {name: 1.0}, **asked) != told
+        assert changed == tokenrl.evaluate(model=run, **SAMPLED | {name: 1.0}, **asked) != expected
     other = {"reward": "length(target=4)"}  # the run's weight is not that of this reward
     assert tokenrl.evaluate(model=run, **other) == tokenrl.evaluate(
         model=run, reward_weights=1.0, **other
     )
     main(["evaluate", "--model", run, "--json", "numbers.json"])
     assert "held-out prompts of words.jsonl" in " ".join(capsys.readouterr().out.split())
-    assert json.loads(Path("numbers.json").read_text()) == pytest.approx(told.metrics)
+    assert json.loads(Path("numbers.json").read_text()) == pytest.approx(expected.metrics)
 
 
 ROWS = [{"question": word} for word in WORDS]
@@ -212,39 +212,40 @@ def test_rows_and_functions_given_again_are_evaluated_as_in_the_run_and_the_resu
 
     data = {"task": ROWS, "reward": longer}
     trained(**data, truncate_prompts=True)
-    told = tokenrl.evaluate(model="run", **data)
+    expected = tokenrl.evaluate(model="run", **data)
     after = json.loads(Path("run/summary.json").read_text())["eval_after"]
-    assert told.metrics.items() >= after.items() and len(told.rows) == OWN["eval_size"]
+    assert expected.metrics.items() >= after.items() and len(expected.rows) == OWN["eval_size"]
     length = OWN["max_completion_length"]
-    assert told.metrics["max_completion_length"] == told.sampling.max_completion_length == length
-    lines = str(told).splitlines()
+    assert (
+        expected.metrics["max_completion_length"]
+        == expected.sampling.max_completion_length
+        == length
+    )
+    lines = str(expected).splitlines()
     assert (
         lines[0].split() == ["Evaluation", "value"]
         and len(lines) < 20
         and max(map(len, lines)) < 100
     )
     assert lines[-1] == "3 prompts, a greedy completion and 4 samples of each, of at most 5 tokens"
-    assert "<td>reward_greedy</td>" in told._repr_html_()
+    assert "<td>reward_greedy</td>" in expected._repr_html_()
     assert len(tokenrl.sample(model="run", prompt="cat")[0]) == 4
 
 
-def test_another_task_brings_its_own_reward_and_length(trained, short_warm_start, capsys):
-    run = trained(task="vowels", reward=(), reward_weights=(), model=None, prompt_column="prompt")
-    assert main(["evaluate", "--model", run]) == 0
-    said = capsys.readouterr()
-    assert "task vowels" in said.err and "held-out prompts of vowels" in " ".join(said.out.split())
+def test_another_task_brings_its_own_reward_and_length(trained):
+    run = trained()
     shutil.copytree(f"{run}/model", "bare")
-    other = {"task": "sort_digits", "num_generations": 1, "eval_size": 4}
-    told = tokenrl.evaluate(model="bare", **SAMPLED, seed=3, **other)
-    assert tokenrl.evaluate(model=run, **other) == told and len(told.rows) == 4
+    vowels = {"task": "vowels", "num_generations": 1, "eval_size": 4}
+    expected = tokenrl.evaluate(model="bare", **SAMPLED, seed=3, **vowels)
+    assert tokenrl.evaluate(model=run, **vowels) == expected and len(expected.rows) == 4
 
 
 def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
     trained, saved, capsys
 ):
     base, runs = str(saved(kind="chat")), [trained("a"), trained("b", seed=4)]
-    found = tokenrl.evaluate(model=[base, *runs])
-    assert found["b"].rows == tokenrl.evaluate(model="b", seed=3).rows
+    result = tokenrl.evaluate(model=[base, *runs])
+    assert result["b"].rows == tokenrl.evaluate(model="b", seed=3).rows
     assert "as in the run of a, b: " in capsys.readouterr().err
     hot = trained("hot", temperature=2.0)
     with pytest.raises(
@@ -268,12 +269,12 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys)
     run = trained(**changes)
     assert main(["evaluate", "--model", run]) == 2
     assert "say with --task what it was trained on, and with --reward" in capsys.readouterr().err
-    told = {
+    expected = {
         "task": changes.get("task", "words.jsonl"),
         "reward": vowel_reward,
         "max_completion_length": 5,
     }
-    assert tokenrl.evaluate(model=run, **told, prompt_column="question").rows
+    assert tokenrl.evaluate(model=run, **expected, prompt_column="question").rows
 
 
 def test_a_model_of_no_run_names_no_task(saved, capsys):
@@ -297,11 +298,11 @@ def test_a_model_trained_on_chats_is_sampled_in_chats(trained, saved, capsys):
         quiet=True,
     )
     for run in (trained(**data), "tuned"):
-        how = {"model": run, "prompt": "cat", "seed": 1}
+        settings = {"model": run, "prompt": "cat", "seed": 1}
         assert (
-            tokenrl.sample(**how)
-            == tokenrl.sample(chat=True, **how)
-            != tokenrl.sample(chat=False, **how)
+            tokenrl.sample(**settings)
+            == tokenrl.sample(chat=True, **settings)
+            != tokenrl.sample(chat=False, **settings)
         )
     capsys.readouterr()
     assert main(["sample", "--model", "tuned", "--prompt", "cat"]) == 0

@@ -25,15 +25,15 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     args = SampleArguments(model=model, task=name, num_generations=3)
     row = load(name).train_prompts[1]
     sampler = Sampler(args)
-    strange, known, other = (sampler(prompt) for prompt in ("1", row["prompt"], "2"))
+    strange, defaults, other = (sampler(prompt) for prompt in ("1", row["prompt"], "2"))
     assert [reward for _, reward in strange + other] == [None] * 6
     columns = {key: [value] * 3 for key, value in row.items() if key != "prompt"}
-    texts = [text for text, _ in known]
+    texts = [text for text, _ in defaults]
     expected = load(name).reward([row["prompt"]] * 3, texts, **columns)
-    assert [reward for _, reward in known] == pytest.approx(expected)
-    said = capsys.readouterr().err
+    assert [reward for _, reward in defaults] == pytest.approx(expected)
+    output = capsys.readouterr().err
     assert (
-        said.count("no reward") == 1 and "none of the task's" in said
+        output.count("no reward") == 1 and "none of the task's" in output
     )  # once, not for each prompt
     assert Sampler(args)("1") == strange
 

@@ -84,8 +84,10 @@ def test_no_code_of_a_stranger_is_executed(stranger, setting, name, capsys):
     value = [name] if setting == "reward" else name
     stranger(**{setting: value, "code": {name: "0" * 64}, "trust_run": True})
     assert main(["evaluate", "--model", "run"]) == 2
-    said = capsys.readouterr().err
-    assert f"{setting} '{name}' " in said and "--trust-run" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert (
+        f"{setting} '{name}' " in output and "--trust-run" in output and "Traceback" not in output
+    )
     assert not Path("executed").exists()
 
 
@@ -122,13 +124,13 @@ def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, 
     stranger(**COMMANDS[command])
     if command.startswith(("control", "compare", "sft --config")):  # which know fewer settings
         Path("run/config.json").write_text(json.dumps(COMMANDS[command]))
-    shown = command.startswith("sample")  # without rewards
-    assert main(command.split()) == (0 if shown else 2)
-    said = capsys.readouterr().err
+    printed = command.startswith("sample")  # without rewards
+    assert main(command.split()) == (0 if printed else 2)
+    output = capsys.readouterr().err
     reason = (
         "configuration of a run" if "compare" in command else "names code that is not executed: "
     )
-    assert reason in said and "Traceback" not in said
+    assert reason in output and "Traceback" not in output
     assert not Path("executed").exists() and not Path("runs").exists()
 
 

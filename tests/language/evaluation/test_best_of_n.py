@@ -90,8 +90,8 @@ def test_each_text_of_a_pool_is_scored_once_with_its_own_row():
         return [len(text) * t for text, t in zip(completions, target, strict=True)]
 
     rows = [{"prompt": "a", "target": 1}, {"prompt": "b", "target": -2}]
-    found = pool_rewards(reward, rows, [["xx", "x", "xx"], ["x", "xxx", "x"]])
-    assert [values.tolist() for values in found] == [[2, 1, 2], [-2, -6, -2]]
+    metrics = pool_rewards(reward, rows, [["xx", "x", "xx"], ["x", "xxx", "x"]])
+    assert [values.tolist() for values in metrics] == [[2, 1, 2], [-2, -6, -2]]
     assert asked == [("a", "xx", 1), ("a", "x", 1), ("b", "x", -2), ("b", "xxx", -2)]
 
 
@@ -111,28 +111,28 @@ def vowels(completions, **_):
 def test_the_metrics_are_those_of_the_pool_that_was_sampled():
     policy, rows = make_policy(initializer_range=0.5), [{"prompt": prompt} for prompt in PROMPTS]
     sampling = Sampling(5, num_generations=6, seed=3)
-    found = best_of_n_metrics(policy, rows, Rewards(length), Rewards(vowels), sampling)
+    metrics = best_of_n_metrics(policy, rows, Rewards(length), Rewards(vowels), sampling)
     pool = sample_pool(policy, PROMPTS, sampling)  # the same stream of random numbers
-    assert {name.partition("@")[2].partition("_")[0] for name in found} == {"1", "2", "4", "6"}
+    assert {name.partition("@")[2].partition("_")[0] for name in metrics} == {"1", "2", "4", "6"}
     for n in (1, 2, 4, 6):
         worth, proxy, kl = [], [], []
         for texts in pool:
-            kept = [text for text in texts if not text.startswith("q")]
-            if len(kept) < n:
+            remaining = [text for text in texts if not text.startswith("q")]
+            if len(remaining) < n:
                 continue
-            chooses, measures = np.array(length(kept)), np.array(vowels(kept))
+            chooses, measures = np.array(length(remaining)), np.array(vowels(remaining))
             weights = choice_weights(chooses, n)
             worth.append(weights @ measures)
             proxy.append(weights @ chooses)
             kl.append(best_of_n_kl(chooses, n))
-        assert found[f"best_of_n@{n}"] == pytest.approx(np.mean(worth))
-        assert found[f"best_of_n_proxy@{n}"] == pytest.approx(np.mean(proxy))
-        assert found[f"best_of_n_kl@{n}"] == pytest.approx(np.mean(kl))
-        assert found[f"best_of_n@{n}_stderr"] == pytest.approx(
+        assert metrics[f"best_of_n@{n}"] == pytest.approx(np.mean(worth))
+        assert metrics[f"best_of_n_proxy@{n}"] == pytest.approx(np.mean(proxy))
+        assert metrics[f"best_of_n_kl@{n}"] == pytest.approx(np.mean(kl))
+        assert metrics[f"best_of_n@{n}_stderr"] == pytest.approx(
             np.std(worth, ddof=1) / len(worth) ** 0.5
         )
-    assert abs(found["best_of_n_kl@1"]) < 1e-12 and found["best_of_n_kl@6"] > 0
-    assert found["best_of_n_proxy@1"] < found["best_of_n_proxy@6"]
+    assert abs(metrics["best_of_n_kl@1"]) < 1e-12 and metrics["best_of_n_kl@6"] > 0
+    assert metrics["best_of_n_proxy@1"] < metrics["best_of_n_proxy@6"]
 
 
 def test_best_of_n_at_the_command_line(tmp_path, capsys, monkeypatch):

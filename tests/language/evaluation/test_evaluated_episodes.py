@@ -106,10 +106,10 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch)
     assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
     assert abs(metrics["kl"]) < 1e-4
     assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
-    out, said = capsys.readouterr()
+    out, output = capsys.readouterr()
     assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
     assert (
-        said.count("Talk begins its episodes itself, so they are played without that prompt") == 1
+        output.count("Talk begins its episodes itself, so they are played without that prompt") == 1
     )
     assert out.count("\nuser       <b>") >= 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
@@ -125,9 +125,11 @@ def test_best_of_n_is_measured_by_what_the_environment_gave(run):
     choosing = Rewards(
         [lambda completions: list(map(len, completions))], environments=gold.environments
     )
-    found = best_of_n_metrics(policy, task.eval_prompts, choosing, gold, Sampling(24, 4))
+    metrics = best_of_n_metrics(policy, task.eval_prompts, choosing, gold, Sampling(24, 4))
     own = best_of_n_metrics(policy, task.eval_prompts, gold, gold, Sampling(24, 4))
-    assert found["best_of_n@1"] == pytest.approx(own["best_of_n@1"]) != found["best_of_n_proxy@1"]
+    assert (
+        metrics["best_of_n@1"] == pytest.approx(own["best_of_n@1"]) != metrics["best_of_n_proxy@1"]
+    )
     assert own["best_of_n@4"] == own["best_of_n_proxy@4"] > own["best_of_n@1"]
 
 
@@ -135,16 +137,16 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     command = ["train", "--check", *SMALL, "--output-dir", str(tmp_path / "new"), "--task"]
     main([*command, f"{run.parent}/talk.py:Talk"])
     out, error = capsys.readouterr()
-    shown = out[out.index("The first episode, of reward ") :]
-    assert "\nprompt     <" in shown and "\nassistant  " in shown and "\nending     " in shown
+    printed = out[out.index("The first episode, of reward ") :]
+    assert "\nprompt     <" in printed and "\nassistant  " in printed and "\nending     " in printed
     assert "few" not in error and "cannot be asked" not in error
     longer = ["--max-completion-length", "3", "--stop", *STOP[:4], "--max-turns", "1"]
     assert main([*command, f"{run.parent}/talk.py:Talk", *longer]) == 2
     cut = r"\d\d% of the completions are cut off at 3 tokens. Raise --max-completion-length"
     assert re.search(cut, " ".join(capsys.readouterr().err.split()))
     assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
-    said = r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"
-    assert re.search(said, capsys.readouterr().err)
+    output = r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"
+    assert re.search(output, capsys.readouterr().err)
 
 
 def test_equal_prompts_are_no_fault_where_an_environment_begins_the_episodes(run, capsys):

@@ -69,26 +69,28 @@ def right_reward(completions):
 
 def test_every_metric_is_that_of_the_completions():
     seen = Recorder()
-    found = evaluate(seen.right, k=(6, 1, 2, 2), batch_size=12)
+    metrics = evaluate(seen.right, k=(6, 1, 2, 2), batch_size=12)
     ids = seen.ids[len(ROWS) :]  # the greedy ones come first
     a = tiny().tokenizer.convert_tokens_to_ids("a")
     right = np.array([a in completion for completion in ids]).reshape(-1, 6)  # [B, G]
     assert 0.1 < right.mean() < 0.9
     for k in (1, 2, 6):
         each = [np.mean([any(subset) for subset in combinations(row, k)]) for row in right]
-        assert found[f"pass@{k}"] == pytest.approx(np.mean(each))
-        assert found[f"pass@{k}_stderr"] == pytest.approx(
+        assert metrics[f"pass@{k}"] == pytest.approx(np.mean(each))
+        assert metrics[f"pass@{k}_stderr"] == pytest.approx(
             np.std(each, ddof=1) / math.sqrt(len(ROWS))
         )
-    assert found["pass@1"] == pytest.approx(found["reward"]) and "best@1" not in found
+    assert metrics["pass@1"] == pytest.approx(metrics["reward"]) and "best@1" not in metrics
     greedy = [float(a in completion) for completion in seen.ids[: len(ROWS)]]
-    assert found["reward_greedy"] == pytest.approx(np.mean(greedy))
-    assert found["reward_greedy_stderr"] == pytest.approx(
+    assert metrics["reward_greedy"] == pytest.approx(np.mean(greedy))
+    assert metrics["reward_greedy_stderr"] == pytest.approx(
         np.std(greedy, ddof=1) / math.sqrt(len(ROWS))
     )
-    assert found["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
+    assert metrics["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
     cold = evaluate(seen.right, how={"temperature": 1e-3})
-    assert cold["entropy"] < 0.01 < found["entropy"]
+    assert (
+        cold["entropy"] < 0.01 < metrics["entropy"]
+    )
     alone = evaluate(Recorder().right, generations=0)  # of the greedy completions
     assert {
         "reward_greedy",
@@ -109,19 +111,19 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
     def graded(completions):
         return [0.25 * text.count("a") for text in completions]
 
-    found = evaluate([Recorder().right, consoled], k=(1, 6))
-    assert found["reward"] == found["best@6"] == 1.0 and found["rewards/right/mean"] < 0.9
+    metrics = evaluate([Recorder().right, consoled], k=(1, 6))
+    assert metrics["reward"] == metrics["best@6"] == 1.0 and metrics["rewards/right/mean"] < 0.9
     undeclared = evaluate([right_reward], k=(1, 6))
     assert (
-        not any(name.startswith("pass@") for name in (*found, *undeclared))
+        not any(name.startswith("pass@") for name in (*metrics, *undeclared))
         and "best@6" in undeclared
     )
-    found = evaluate([graded], mark=0.5, k=(1,))
+    metrics = evaluate([graded], mark=0.5, k=(1,))
     right = evaluate(
         [lambda completions: [float(text.count("a") >= 2) for text in completions]], k=(1,)
     )
-    assert 0 < found["pass@1"] == right["reward"] < found["best@1"] + found["pass@1"]
-    assert found["best@1"] == pytest.approx(found["reward"]) != found["pass@1"]
+    assert 0 < metrics["pass@1"] == right["reward"] < metrics["best@1"] + metrics["pass@1"]
+    assert metrics["best@1"] == pytest.approx(metrics["reward"]) != metrics["pass@1"]
     half, whole = (
         evaluate([Recorder().right], weights=[weight], k=(1, 6)) for weight in (0.5, 1.0)
     )
@@ -132,17 +134,17 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
 
 def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():
     seen = Recorder()
-    found = evaluate([seen.right, seen.graded], weights=[1.0, 2.0], k=(1, 6))
-    assert "best@6_stderr" in found and "pass@6" not in found
+    metrics = evaluate([seen.right, seen.graded], weights=[1.0, 2.0], k=(1, 6))
+    assert "best@6_stderr" in metrics and "pass@6" not in metrics
     texts = [
         tiny().tokenizer.decode(row, skip_special_tokens=True) for row in seen.ids[len(ROWS) :]
     ]
     graded = [len(text) / 2 for text in texts if "d" not in text]
     assert 0 < len(graded) < len(texts)
-    assert found["rewards/graded/mean"] == pytest.approx(np.mean(graded))
-    assert found["rewards/right/mean"] == pytest.approx(np.mean(right_reward(texts)))
+    assert metrics["rewards/graded/mean"] == pytest.approx(np.mean(graded))
+    assert metrics["rewards/right/mean"] == pytest.approx(np.mean(right_reward(texts)))
     total = np.array([("a" in t) + (0 if "d" in t else len(t)) for t in texts]).reshape(-1, 6)
-    assert found["best@6"] == pytest.approx(total.max(axis=1).mean())
+    assert metrics["best@6"] == pytest.approx(total.max(axis=1).mean())
 
 
 def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
@@ -167,10 +169,10 @@ def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
 
 
 def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
-    found = paired_differences(
+    metrics = paired_differences(
         {"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]}
     )
-    assert found == {"difference/a": 1.5, "difference/a_stderr": 0.5}
+    assert metrics == {"difference/a": 1.5, "difference/a_stderr": 0.5}
     assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}
 
 
@@ -184,7 +186,7 @@ def plain_logprobs(policy, prompt, ids, top_p):
 
 def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     policy, base, seen = tiny(0), tiny(1), Recorder()
-    found = evaluate(seen.right, policy, reference=base, how={"temperature": 0.7, "top_p": 0.8})
+    metrics = evaluate(seen.right, policy, reference=base, how={"temperature": 0.7, "top_p": 0.8})
     k1, k3, entropies = [], [], []
     for prompt, ids in zip(seen.prompts[len(ROWS) :], seen.ids[len(ROWS) :], strict=True):
         p, q = (
@@ -197,11 +199,11 @@ def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
         entropies += (-(p.exp() * p.clamp(min=-99)).sum(-1)).tolist()
     for name, values in (("kl", k1), ("kl_k3", k3)):
         means = np.array(values).reshape(-1, 6).mean(axis=1)
-        assert found[name] == pytest.approx(means.mean(), abs=1e-5)
-        assert found[name + "_stderr"] == pytest.approx(
+        assert metrics[name] == pytest.approx(means.mean(), abs=1e-5)
+        assert metrics[name + "_stderr"] == pytest.approx(
             means.std(ddof=1) / math.sqrt(len(means)), abs=1e-5
         )
-    assert found["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
     same = evaluate(seen.right, policy, reference=tiny(0))
     assert abs(same["kl"]) < 1e-5 and same["kl_stderr"] < 1e-5
 
@@ -235,10 +237,10 @@ def test_the_table_has_a_line_a_number_with_its_error_and_meaning(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     title, header, _, *lines = lines
     assert title.split()[0] == "tiny:" and header.split() == ["value"]
-    shown = {line.split()[0]: line for line in lines}
-    assert shown.keys() == {name for name in metrics if not name.endswith("_stderr")}
-    assert shown["pass@6"].split()[2] == "±" and "at least one" in shown["pass@6"]
-    assert "before its weight" in shown["rewards/right/mean"]
+    output = {line.split()[0]: line for line in lines}
+    assert output.keys() == {name for name in metrics if not name.endswith("_stderr")}
+    assert output["pass@6"].split()[2] == "±" and "at least one" in output["pass@6"]
+    assert "before its weight" in output["rewards/right/mean"]
     assert [line.split()[0] for line in lines][:2] == ["reward_greedy", "reward"]
 
 
@@ -268,8 +270,8 @@ def test_both_are_means_over_all_subsets(k):
 
 
 def test_the_standard_error_is_over_prompts():
-    found = over_prompts([1.0, 3.0, math.nan, 5.0])
-    assert found.value == 3.0 and found.stderr == pytest.approx(2 / math.sqrt(3))
+    metrics = over_prompts([1.0, 3.0, math.nan, 5.0])
+    assert metrics.value == 3.0 and metrics.stderr == pytest.approx(2 / math.sqrt(3))
     assert math.isnan(over_prompts([1.0]).stderr) and math.isnan(over_prompts([math.nan]).value)
 
 
@@ -278,31 +280,31 @@ def test_a_policy_is_probed():
 
     def reward(completions, completion_ids, **_):
         seen.extend(len(ids) for ids in completion_ids)
-        found = [
+        metrics = [
             None if text.startswith("d") else float(text.startswith("a")) for text in completions
         ]
-        paid.extend(found)
-        return found
+        paid.extend(metrics)
+        return metrics
 
     reward.binary = True
-    found = probe_policy(tiny, rows, Rewards(reward), Sampling(3, 8))
-    assert (found.prompts, found.samples, found.binary) == (16, 8, True)
+    metrics = probe_policy(tiny, rows, Rewards(reward), Sampling(3, 8))
+    assert (metrics.prompts, metrics.samples, metrics.binary) == (16, 8, True)
     assert (
         len(seen) == 128
-        and found.length == pytest.approx(np.mean(seen))
-        and found.longest == max(seen)
+        and metrics.length == pytest.approx(np.mean(seen))
+        and metrics.longest == max(seen)
     )
-    assert list(found.dead_groups) == [2, 4, 8] and list(found.best_of) == [1, 2, 4, 8]
+    assert list(metrics.dead_groups) == [2, 4, 8] and list(metrics.best_of) == [1, 2, 4, 8]
     means = np.nanmean(
         np.array(paid, dtype=float).reshape(16, 8), axis=1
     )  # abstentions are left out
-    assert found.reward == found.best_of[1] and None in paid
-    assert found.reward.value == pytest.approx(np.mean(means))
+    assert metrics.reward == metrics.best_of[1] and None in paid
+    assert metrics.reward.value == pytest.approx(np.mean(means))
     # An untrained policy is nearly uniform over 4 letters, ">" and the special tokens that it may draw.
-    assert 0.5 * math.log(5) < found.entropy < math.log(12)
-    assert 0.02 < found.reward.value < 0.6 and 0 < found.truncated.value <= 1
-    chances = [found.best_of[k].value for k in (1, 2, 4)]
-    deaths = [found.dead_groups[size].value for size in (2, 4)]
+    assert 0.5 * math.log(5) < metrics.entropy < math.log(12)
+    assert 0.02 < metrics.reward.value < 0.6 and 0 < metrics.truncated.value <= 1
+    chances = [metrics.best_of[k].value for k in (1, 2, 4)]
+    deaths = [metrics.dead_groups[size].value for size in (2, 4)]
     assert chances == sorted(chances) and deaths == sorted(deaths, reverse=True)
     with pytest.raises(Refused, match="samples of each: give two or more"):
         probe_policy(tiny, rows, Rewards(reward), Sampling(3, 1))
@@ -312,9 +314,9 @@ def test_what_another_engine_does_not_return_is_computed_some_rows_at_a_time():
     policy, sizes = tiny(), []
     expected, engine = evaluate(right_reward, policy, generations=8), Engine(policy)
     policy.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    found = evaluate(right_reward, policy, generations=8, generator=engine)
+    metrics = evaluate(right_reward, policy, generations=8, generator=engine)
     assert max(sizes) <= SCORED_AT_ONCE < 8 * len(ROWS)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 class Talk:
@@ -330,7 +332,7 @@ class Talk:
 def test_of_episodes_what_the_policy_chose_is_measured_alone():
     rewards = Rewards([], environments=Environments(Talk, max_turns=3))
     policy, sampling = tiny(context=64), Sampling(9, 4)
-    found = evaluate_policy(policy, ROWS, rewards, sampling)
+    result = evaluate_policy(policy, ROWS, rewards, sampling)
     rows = sampled_rows(policy, ROWS, rewards, sampling, stream="evaluation")
     turns = [
         [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows
@@ -345,10 +347,8 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     for row, each in zip(rows, turns, strict=True):  # a turn that was cut is not answered
         answered = each[:-1] if row["ending"] == "max_tokens" else each
         assert row["reward"] == "".join(answered).count("a")
-    metrics = found.metrics
-    assert metrics["completions/mean_length"] == pytest.approx(
-        np.mean([row["length"] for row in rows])
-    )
+    metrics = result.metrics
+    assert metrics["completions/mean_length"] == pytest.approx(np.mean(list(map(len, chosen))))
     assert metrics["episodes/turns"] == pytest.approx(np.mean(list(map(len, turns))))
     endings = [row["ending"] for row in rows]
     assert {"completed", "max_turns"} <= {*endings} <= {"completed", "max_turns", "max_tokens"}

@@ -106,14 +106,14 @@ def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
     ],
 )
 def test_bad_rows_are_refused_before_any_update(row, match):
-    policy, how = make_policy(), {"max_steps": 9, "batch_size": 1, "learning_rate": 0.1}
+    policy, settings = make_policy(), {"max_steps": 9, "batch_size": 1, "learning_rate": 0.1}
     with pytest.raises(Refused, match=match):
-        fit(policy, [*ROWS, row], **how)
+        fit(policy, [*ROWS, row], **settings)
     with pytest.raises(Refused, match="no demonstrations"):
-        fit(policy, [], **how)
+        fit(policy, [], **settings)
     policy.tokenizer.eos_token = None
     with pytest.raises(Refused, match="row 3"):  # an empty answer without an EOS
-        fit(policy, ROWS, **how)
+        fit(policy, ROWS, **settings)
     assert torch.equal(weights(policy.model), weights(make_model()))
 
 
@@ -143,12 +143,12 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     warm = SimpleNamespace(steps=4, batch_size=2, learning_rate=0.01)
-    known = {"name": "toy", "fingerprint": "one", "demonstrations": ROWS, "warm_start": warm}
-    task, said = ToyTask(built=[], **known), []
-    first = warm_started_base(task, seed=0, announce=said.append)
-    assert first.parent == tmp_path / "cache" and len(said) == 1
-    assert warm_started_base(task, seed=0, announce=said.append) == first
-    assert task.built == [0] and len(said) == 1
+    defaults = {"name": "toy", "fingerprint": "one", "demonstrations": ROWS, "warm_start": warm}
+    task, output = ToyTask(built=[], **defaults), []
+    first = warm_started_base(task, seed=0, announce=output.append)
+    assert first.parent == tmp_path / "cache" and len(output) == 1
+    assert warm_started_base(task, seed=0, announce=output.append) == first
+    assert task.built == [0] and len(output) == 1
     other = warm_started_base(task, seed=1)
     task.fingerprint = "two"
     changed = warm_started_base(task, seed=0)
@@ -173,8 +173,8 @@ def lines_of(file):
 def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     task = Task("toy", ROWS, ROWS, vowel_reward)
     task.demonstrations = ROWS
-    how = {"task": task, "output_dir": tmp_path / "run", "max_steps": 20, "batch_size": 2}
-    ended = sft(**how, model=make_policy(), learning_rate=0.01)
+    settings = {"task": task, "output_dir": tmp_path / "run", "max_steps": 20, "batch_size": 2}
+    ended = sft(**settings, model=make_policy(), learning_rate=0.01)
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 20)
     rows, timings = (
         lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "timings")
@@ -199,13 +199,18 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_after"] == ended.eval_after
-    said = capsys.readouterr().out
-    assert "step  2/20  loss" in said and "eval " in said and "reward_greedy" in said
-    assert "20 updates x 2 demonstrations (given)" in said
+    output = capsys.readouterr().out
+    assert "step  2/20  loss" in output and "eval " in output and "reward_greedy" in output
+    assert "20 updates x 2 demonstrations (given)" in output
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"| reward_greedy after | {ended.eval_after['reward_greedy']:.4g} |" in card
     again = sft(
-        **how, model=make_policy(), learning_rate=0.01, eval_every=0, overwrite=True, quiet=True
+        **settings,
+        model=make_policy(),
+        learning_rate=0.01,
+        eval_every=0,
+        overwrite=True,
+        quiet=True,
     )
     assert again.eval_after == ended.eval_after  # an evaluation changes nothing in the training
     assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
@@ -213,17 +218,17 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
 
 def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
     rows = [{"prompt": prompt, "answer": " sat"} for prompt in PROMPTS * 2]
-    given = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
-    given |= {
+    values = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
+    values |= {
         "batch_size": 2,
         "output_dir": str(tmp_path / "run"),
         "quiet": True,
         "overwrite": True,
     }
-    assert sft(**given).eval_after == {}
-    found = sft(**given, reward=(vowel_reward,), eval_size=2)
+    assert sft(**values).eval_after == {}
+    result = sft(**values, reward=(vowel_reward,), eval_size=2)
     assert {"reward", "reward_greedy"} <= set(
-        found.eval_before
-    ) and found.eval_before != found.eval_after
+        result.eval_before
+    ) and result.eval_before != result.eval_after
     with pytest.raises(Refused, match="no demonstrations"):
-        sft(**given | {"completion_column": "gold"}, reward=(vowel_reward,))
+        sft(**values | {"completion_column": "gold"}, reward=(vowel_reward,))

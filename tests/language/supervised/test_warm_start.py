@@ -45,7 +45,7 @@ def run(tmp_path):
     def run(reward=always_equal, rows=ROWS, **options):
         task = make_task(reward=reward)
         task.demonstrations = rows
-        given = {
+        values = {
             "model": make_policy(),
             "max_steps": 1,
             "prompts_per_step": 2,
@@ -59,7 +59,7 @@ def run(tmp_path):
             "output_dir": str(tmp_path / "run"),
         }
         warm = {"warm_start": True, "warm_start_steps": 4}
-        return train(task=task, **(given | more | warm | options))
+        return train(task=task, **(values | more | warm | options))
 
     return run
 
@@ -69,20 +69,20 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     assert result.warm_started["updates"] == 4 and result.warm_started["spread_after"] == 0
     with result.policy.reference_model() as reference:  # what the KL compares with
         frozen, by_hand = dict(reference.named_parameters()), make_policy()
-        how = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": stage.WARMUP}
-        fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, **how)
+        settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": stage.WARMUP}
+        fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, **settings)
         for name, value in by_hand.model.named_parameters():
-            found = [
+            values = [
                 p
                 for n, p in frozen.items()
                 if n.replace(".base_layer", "").endswith(f"model.{name}")
             ]
-            torch.testing.assert_close(found[0], value, atol=1e-6, rtol=0)
-            assert found[0].grad is None  # of the supervised stage, which would take memory
-    said = capsys.readouterr().out
-    assert "warm start: 4 updates of all weights on 16 of 2 demonstrations" in said
-    assert "after 4 updates only 0% of the groups have unequal rewards" in said
-    assert said.index("loading the model") < said.index("warm start 1/4")
+            torch.testing.assert_close(values[0], value, atol=1e-6, rtol=0)
+            assert values[0].grad is None  # of the supervised stage, which would take memory
+    output = capsys.readouterr().out
+    assert "warm start: 4 updates of all weights on 16 of 2 demonstrations" in output
+    assert "after 4 updates only 0% of the groups have unequal rewards" in output
+    assert output.index("loading the model") < output.index("warm start 1/4")
     for file in ("config.json", "summary.json"):
         assert (
             json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
@@ -100,9 +100,12 @@ def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_f
     policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
     skipped = run(lengths, model=policy, warm_start="auto").warm_started
     assert skipped["updates"] == 0 and skipped["loss_after"] is None
-    said = " ".join(capsys.readouterr().out.split())
-    assert "4 updates unless the rule of auto skips it" in said
-    assert "skipped by the rule of auto" in said and "--warm-start without auto always runs" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "4 updates unless the rule of auto skips it" in output
+    assert (
+        "skipped by the rule of auto" in output
+        and "--warm-start without auto always runs" in output
+    )
     policy = make_policy()
     policy.eos_ids = tuple(range(1, 90, 3))
     always = run(lengths, model=policy).warm_started  # not what the cache holds of auto
@@ -172,12 +175,12 @@ def flip_last_bit(file):
 def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused(
     cache, monkeypatch
 ):
-    task, said = toy_tasks.load("vowels"), []
+    task, output = toy_tasks.load("vowels"), []
     base = warm_started_base(task)
     whole = (base / "model.safetensors").read_bytes()
     flip_last_bit(base / "model.safetensors")
-    assert warm_started_base(task, announce=said.append) == base
-    assert "model.safetensors" in said[0] and (base / "model.safetensors").read_bytes() == whole
+    assert warm_started_base(task, announce=output.append) == base
+    assert "model.safetensors" in output[0] and (base / "model.safetensors").read_bytes() == whole
     monkeypatch.setenv("TOKENRL_CACHE", str(base / "model.safetensors"))
     with pytest.raises(Refused, match=r"kept in .* cannot be written .* TOKENRL_CACHE"):
         warm_started_base(task)
@@ -224,7 +227,7 @@ def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
 def kept(cache, updates):
     """The result of so many updates."""
     facts = {path.parent: json.loads(path.read_text()) for path in cache.glob("*/warm_start.json")}
-    (folder,) = (folder for folder, found in facts.items() if found["updates"] == updates)
+    (folder,) = (folder for folder, result in facts.items() if result["updates"] == updates)
     return folder
 
 
@@ -235,8 +238,8 @@ def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
     assert (
         result.exit_code == 0 and torch.equal(weights(policy.model), before) and not results(cache)
     )
-    said = " ".join(capsys.readouterr().out.split())
-    assert "a warm start of 4 updates of" in said and "in all" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "a warm start of 4 updates of" in output and "in all" in output
     run()
     assert run(**task).exit_code == 2  # now the model is warm, and its rewards are all equal
     assert "warm-start-steps" not in capsys.readouterr().out.split("Check")[-1]

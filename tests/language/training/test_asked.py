@@ -41,8 +41,10 @@ def looking(prompts, completions, completion_ids, **_):
 def run(saved, tmp_path_factory):
     """A fine-tuning of one step, asked in a form of its own."""
     directory = tmp_path_factory.mktemp("runs") / "sft"
-    how = {"prompt_column": "question", "max_steps": 1, "batch_size": 2, "quiet": True}
-    tokenrl.sft(model=str(saved(kind="chat")), task=ROWS, output_dir=str(directory), **how, **FORM)
+    settings = {"prompt_column": "question", "max_steps": 1, "batch_size": 2, "quiet": True}
+    tokenrl.sft(
+        model=str(saved(kind="chat")), task=ROWS, output_dir=str(directory), **settings, **FORM
+    )
     return directory
 
 
@@ -50,9 +52,9 @@ def prompts_read(policy, monkeypatch):
     """Every text that the policy's tokenizer makes of chat messages from now on."""
     read, render = [], type(policy.tokenizer).apply_chat_template
 
-    def spy(self, messages, **how):
+    def spy(self, messages, **settings):
         read.append(messages)
-        return render(self, messages, **how)
+        return render(self, messages, **settings)
 
     monkeypatch.setattr(type(policy.tokenizer), "apply_chat_template", spy)
     return read
@@ -65,10 +67,10 @@ def asked_of(word):
 def test_config_card_and_report_of_a_run_say_it(run):
     config = json.loads((run / "config.json").read_text())
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
-    said = (
+    output = (
         "each text as a message of the user; system prompt 'count'; completions end at ' t' or 'e'"
     )
-    assert f"| asked | {said} |" in (run / "model" / "README.md").read_text()
+    assert f"| asked | {output} |" in (run / "model" / "README.md").read_text()
     assert "&#34;system_prompt&#34;: &#34;count&#34;" in (run / "report.html").read_text()
 
 
@@ -111,9 +113,9 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
         "max_completion_length": 8,
     }
     SEEN.clear()
-    found = tokenrl.evaluate(model=str(run), **evaluation)
-    told = tokenrl.evaluate(model=str(run / "model"), **evaluation, **FORM)
-    assert found.rows == told.rows and SEEN[0][0][0]["role"] == "user"
+    result = tokenrl.evaluate(model=str(run), **evaluation)
+    expected = tokenrl.evaluate(model=str(run / "model"), **evaluation, **FORM)
+    assert result.rows == expected.rows and SEEN[0][0][0]["role"] == "user"
     line = "tokenrl: asked: each text as a message of the user; system prompt 'count'; completions end at"
     assert capsys.readouterr().err.count(line) == 2
     assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]) == 0
@@ -153,14 +155,14 @@ def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, m
         "max_completion_length": 4,
         "quiet": True,
     }
-    how = {
+    settings = {
         "model": str(saved(kind="chat")),
         "policy": str(run),
         "task": task,
         "noise_temperature": 1.0,
     }
     judge = tokenrl.train_reward_model(
-        **how, output_dir=str(tmp_path / "judge"), **sizes
+        **settings, output_dir=str(tmp_path / "judge"), **sizes
     ).reward_model
     again = RewardModel(tmp_path / "judge")
     whole = [*asked_of("cat"), {"role": "assistant", "content": "mat"}]
@@ -213,7 +215,7 @@ def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, d
     """It stands in config.json, so that a continuation and an evaluation on another day ask the same."""
     run = tmp_path / "run"
 
-    def trained(steps, **how):
+    def trained(steps, **settings):
         shape = {
             "model": dated,
             "output_dir": str(run),
@@ -226,22 +228,24 @@ def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, d
                 {"prompt": [{"role": "user", "content": w}], "chosen": w, "rejected": w[:1]}
                 for w in WORDS
             ]
-            return tokenrl.train_reward_model(data=pairs, eval_size=2, batch_size=2, **shape | how)
+            return tokenrl.train_reward_model(
+                data=pairs, eval_size=2, batch_size=2, **shape | settings
+            )
         if command == "sft":
             rows = {"task": ROWS, "prompt_column": "question", "chat": True, "batch_size": 2}
-            return tokenrl.sft(**rows, **shape | how)
+            return tokenrl.sft(**rows, **shape | settings)
         task = PromptTask(
             "words", [{"prompt": w} for w in WORDS[:6]], [{"prompt": w} for w in WORDS[6:]], looking
         )
-        return tokenrl.train(task=task, chat=True, **SMALL | shape | how)
+        return tokenrl.train(task=task, chat=True, **SMALL | shape | settings)
 
     trained(1)
     recorded = json.loads((run / "config.json").read_text())["chat_time"]
     assert re.fullmatch(r"2030-01-\d\dT07", recorded)
-    given = {"output_dir": str(tmp_path / "given"), "chat_time": recorded}
-    trained(1, **given)
+    values = {"output_dir": str(tmp_path / "given"), "chat_time": recorded}
+    trained(1, **values)
     trained(2, resume="auto")  # on another day
-    trained(2, resume="auto", **given)
+    trained(2, resume="auto", **values)
     assert json.loads((run / "config.json").read_text())["chat_time"] == recorded
     assert (tmp_path / "given" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     if command != "reward-model":

@@ -82,8 +82,8 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
     assert (result.exit_code, result.exit_reason, result.flags, result.steps) == (0, "check", (), 0)
     assert "reward_greedy" in result.eval_before
     captured = capsys.readouterr()
-    shown = " ".join(captured.out.split())
-    assert captured.err == "" and "Check passed: model, data" in shown
+    output = " ".join(captured.out.split())
+    assert captured.err == "" and "Check passed: model, data" in output
     for pattern in (
         r"reward 0\.\d+ on average; differs within \d+% of 16 groups of 8 completions",
         r"completions \d\.\d tokens on average; \d+% cut at 4",
@@ -92,8 +92,8 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
         r"memory [\d.]+ [MG]B of the computer so far",
         r"disk [\d.]+ [MGT]B are free",
     ):
-        assert re.search(pattern, shown), pattern
-    assert float(re.search(r"average, (\S+) at most", shown)[1]) < 1e-4
+        assert re.search(pattern, output), pattern
+    assert float(re.search(r"average, (\S+) at most", output)[1]) < 1e-4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,8 +119,8 @@ def test_a_check_says_whether_its_steps_lower_the_held_out_reward(check, options
     captured = capsys.readouterr()
     numbers = re.search(r"held out +reward (\S+), (\S+) after the trial steps", captured.out)
     assert (float(numbers[2]) < float(numbers[1]) - 0.1) == falls
-    said = " ".join((captured.out + captured.err).split())
-    assert ("try --learning-rate 0.0001, which is usual here" in said) == falls
+    output = " ".join((captured.out + captured.err).split())
+    assert ("try --learning-rate 0.0001, which is usual here" in output) == falls
 
 
 @pytest.mark.parametrize("estimator", ["ppo", "dapo", "reinforce_running_mean"])
@@ -158,21 +158,21 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
     prompts = [*LETTERS[:13], *(10 * letter for letter in "abc")]
     fields = {"demonstrations": [{"prompt": "ab>", "completion": "abcdabcdab"}]}
     fields["eval_prompts"] = [{"prompt": prompt} for prompt in prompts[:4]]
-    how = {"max_completion_length": 8, "learning_rate": 0.1}
-    result = check(nothing, prompts, fields=fields, **how)
+    settings = {"max_completion_length": 8, "learning_rate": 0.1}
+    result = check(nothing, prompts, fields=fields, **settings)
     assert (result.exit_code, result.exit_reason) == (2, "check")
-    found = problems(capsys)
-    assert [line.partition(":")[0] for line in found] == list(result.flags)
-    said = {
+    values = problems(capsys)
+    assert [line.partition(":")[0] for line in values] == list(result.flags)
+    output = {
         "prompts-refused": "3 of 16 training prompts cannot be asked. The first is that of row 13. The "
         "prompt of row 13 has 10 tokens, with its completion 18, more than the model's context of 16: give",
         "answers-too-long": "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
         "no-signal": "In none of 16 groups of 8 completions do the rewards differ; their mean is 0.",
         "unusual-rate": "The learning rate 0.1 is 1e+03 times the 0.0001 that is usual for this model.",
     }
-    assert result.flags == tuple(said)
-    assert all(words in line for line, words in zip(found, said.values(), strict=True))
-    assert "--learning-rate 0.0001" in found[3]
+    assert result.flags == tuple(output)
+    assert all(words in line for line, words in zip(values, output.values(), strict=True))
+    assert "--learning-rate 0.0001" in values[3]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,11 +220,11 @@ def test_a_check_does_a_twentieth_of_the_run_or_the_least_that_can_be_judged(
     options = {"max_steps": max_steps, "fields": fields, "eval_generations": 2, "eval_every": every}
     assert check(counted, quiet=False, **options).exit_code == 0
     assert calls == [128] * steps + 2 * [held_out, 2 * held_out]
-    shown = " ".join(capsys.readouterr().out.split())
-    assert f"making {steps - 1} more and evaluating" in shown or steps == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"making {steps - 1} more and evaluating" in output or steps == 1
     time = r"with these steps and without; that takes about 0:\d\d"
-    assert re.search(rf"evaluating {held_out} of 55 held-out prompts, {time}", shown)
-    assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in shown
+    assert re.search(rf"evaluating {held_out} of 55 held-out prompts, {time}", output)
+    assert f"checked {steps} of {max_steps} steps, {held_out} of 55 held-out prompts" in output
 
 
 def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_reward(
@@ -232,10 +232,10 @@ def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_rew
 ):
     task = make_task(reward=[starts_with_a, nothing])
     check_policy((make_model(), make_tokenizer("chat")), task, chat=True, quiet=False)
-    shown = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"prompt <bos> ?u [^|]+ a disk", shown), shown
+    output = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"prompt <bos> ?u [^|]+ a disk", output), output
     assert re.search(
-        r"completion starts_with_a nothing reward .*( ([01]) 0 \2 .*){4}Check passed", shown
+        r"completion starts_with_a nothing reward .*( ([01]) 0 \2 .*){4}Check passed", output
     )
 
 
@@ -346,9 +346,9 @@ def test_prompts_that_cannot_be_asked_are_counted_unless_they_may_be_cut(check, 
     assert check(prompts=[*LETTERS, [{"role": "user", "content": "a"}]]).flags == (
         "prompts-refused",
     )
-    found = problems(capsys)[0]
-    assert "1 of 17 training prompts cannot be asked. The first is that of row 16." in found
-    assert "has no chat template" in found
+    values = problems(capsys)[0]
+    assert "1 of 17 training prompts cannot be asked. The first is that of row 16." in values
+    assert "has no chat template" in values
 
 
 def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain_text(
@@ -361,8 +361,8 @@ def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain
         options = {"max_completion_length": 2, "max_steps": 2, "temperature": 0.2}
         result = check_policy((model, tokenizer), **options)
         assert (result.exit_code, result.flags) == (code, ("truncation",))
-        shown = capsys.readouterr().err
-        assert ("Every completion was cut at 2 tokens" in shown and "--chat" in shown) == (
+        output = capsys.readouterr().err
+        assert ("Every completion was cut at 2 tokens" in output and "--chat" in output) == (
             kind == "chat"
         )
 

@@ -39,8 +39,10 @@ def own(digits):
 
 
 def test_the_rate_falls_with_size_through_the_known_points():
-    known = ((50_000, 1e-3), (134_515_008, 1e-5), (10**9, 1e-6))
-    assert [default_rate(size, trained=False) for size, _ in known] == [rate for _, rate in known]
+    defaults = ((50_000, 1e-3), (134_515_008, 1e-5), (10**9, 1e-6))
+    assert [default_rate(size, trained=False) for size, _ in defaults] == [
+        rate for _, rate in defaults
+    ]
     assert (
         default_rate(100, trained=False) == 1e-3 and default_rate(7 * 10**9) == 1e-6
     )  # constant beyond them
@@ -64,21 +66,21 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
         (TrainArguments(), None),
         (TrainArguments(model="x"), own),
     ):
-        found = training_defaults(args, digits, policy)
-        assert vars(found.values).items() >= {**digits.train, "max_completion_length": 8}.items()
+        result = training_defaults(args, digits, policy)
+        assert vars(result.values).items() >= {**digits.train, "max_completion_length": 8}.items()
         assert (
-            found.origins["learning_rate"]
-            == found.origins["max_steps"]
+            result.origins["learning_rate"]
+            == result.origins["max_steps"]
             == "recommended by the task"
         )
-        assert found.origins["max_completion_length"] == "the task's limit"
+        assert result.origins["max_completion_length"] == "the task's limit"
     other = make_policy()
-    found = training_defaults(TrainArguments(model="x", lora_r=2), digits, other)
+    result = training_defaults(TrainArguments(model="x", lora_r=2), digits, other)
     expected = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8, "eval_every": 6}
-    assert vars(found.values).items() >= {**expected, "lr_scheduler_type": "linear"}.items()
-    assert found.values.learning_rate == default_rate(parameter_count(other), lora=True)
-    assert found.origins["learning_rate"] == "21.7 k parameters, LoRA"
-    assert found.origins["max_steps"] == OTHER
+    assert vars(result.values).items() >= {**expected, "lr_scheduler_type": "linear"}.items()
+    assert result.values.learning_rate == default_rate(parameter_count(other), lora=True)
+    assert result.origins["learning_rate"] == "21.7 k parameters, LoRA"
+    assert result.origins["max_steps"] == OTHER
     # 20/3 of the 80 completions of an evaluation, in steps of 64
     long = TrainArguments(model="x", eval_generations=9)
     assert training_defaults(long, digits, other).values.eval_every == 9
@@ -87,8 +89,8 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
 def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(digits):
     other = make_policy()
     longest = max(len(ids) for _, ids in encode_demonstrations(other, digits.demonstrations))
-    found = completion_limit(digits, "x", other)
-    assert longest == 7 and found == (11, "the longest demonstration has 7 with EOS")
+    result = completion_limit(digits, "x", other)
+    assert longest == 7 and result == (11, "the longest demonstration has 7 with EOS")
     assert room([([1], [5] * 40), ([1, 2, 3], [5])]) == 50
     vowels = toy_tasks.load("vowels")  # without demonstrations
     assert completion_limit(vowels, "x", other) == (12, "the task's limit")
@@ -134,17 +136,17 @@ def test_the_length_of_any_data_fits_the_context_of_the_model(row, truncate, lim
 def test_own_tasks_and_given_values_win():
     own = make_task()
     own.train = {"max_steps": 7, "learning_rate": 0.5}
-    found = training_defaults(TrainArguments(model="x", max_steps=3), own, make_policy())
-    assert (found.values.learning_rate, found.values.max_completion_length) == (0.5, 8)
-    assert found.origins["max_steps"] == "given" and found.values.eval_every == 1
+    result = training_defaults(TrainArguments(model="x", max_steps=3), own, make_policy())
+    assert (result.values.learning_rate, result.values.max_completion_length) == (0.5, 8)
+    assert result.origins["max_steps"] == "given" and result.values.eval_every == 1
     plain = training_defaults(TrainArguments(model="x"), make_task(), make_policy())
     assert (plain.values.max_steps, plain.values.prompts_per_step) == (200, 16)
 
 
 def test_the_supervised_run_has_defaults_of_its_own(digits, own):
-    found = sft_defaults(SftArguments(), digits, own)[0]
+    result = sft_defaults(SftArguments(), digits, own)[0]
     expected = {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
-    assert vars(found).items() >= expected.items()
+    assert vars(result).items() >= expected.items()
     other, origins = sft_defaults(SftArguments(model="x", max_steps=50), digits, make_policy())
     assert other.batch_size == 16 and other.eval_every == 5
     expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": "21.7 k parameters"}
@@ -158,13 +160,15 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     toy.train, toy.max_completion_length = {"learning_rate": 0.9}, 2
     toy.demonstrations = [{"prompt": "a", "completion": "the cat sat on the mat"}]
     toy.build = lambda seed: (make_model(), make_tokenizer())
-    given = {"max_steps": 1, "eval_every": 0, "cpu": True, "output_dir": str(tmp_path / "run")}
-    result = train(task=toy, model=str(saved()), **given)
-    said = capsys.readouterr().out
-    assert "1 steps (given) x 8 prompts x 8 completions (default for other models)" in said
-    assert "0.0001 (21.7 k parameters), linear (default)" in said
+    values = {"max_steps": 1, "eval_every": 0, "cpu": True, "output_dir": str(tmp_path / "run")}
+    result = train(task=toy, model=str(saved()), **values)
+    output = capsys.readouterr().out
+    assert "1 steps (given) x 8 prompts x 8 completions (default for other models)" in output
+    assert "0.0001 (21.7 k parameters), linear (default)" in output
     longest = len(make_tokenizer()("the cat sat on the mat").input_ids) + 1
-    assert f"up to {longest + 4} tokens (the longest demonstration has {longest} with EOS)" in said
+    assert (
+        f"up to {longest + 4} tokens (the longest demonstration has {longest} with EOS)" in output
+    )
     config = json.loads((result.output_dir / "config.json").read_text())
     assert (config["learning_rate"], config["max_completion_length"]) == (1e-4, longest + 4)
     again = configured(TrainArguments, result.output_dir, "train")
@@ -183,22 +187,22 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
-    how = {
+    settings = {
         "model": make_policy(),
         "task": make_task(),
         "learning_rate": 5.0,
         "check": True,
         "cpu": True,
     }
-    result = train(**how, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "5 (given), linear (default), sgd" in said and "unusual-rate" not in result.flags
+    result = train(**settings, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "5 (given), linear (default), sgd" in output and "unusual-rate" not in result.flags
 
 
 def test_the_header_says_that_prompts_were_held_out_of_those_to_train_on():
     task = load_task([{"prompt": str(number)} for number in range(20)], reward=len)
-    said = first_facts(TrainArguments(), "runs/a", task, Rewards(len))["task"]
+    output = first_facts(TrainArguments(), "runs/a", task, Rewards(len))["task"]
     assert (
-        said
+        output
         == "16 training prompts, 4 held out, as the data has no split to evaluate on (--eval-size)"
     )

@@ -106,8 +106,8 @@ def place(saved, tmp_path, monkeypatch):
 def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, capsys):
     monkeypatch.setenv("WHERE", where)
     assert main(place) == (2 if where == "factory" else 1)
-    said = capsys.readouterr().err
-    assert "Traceback" not in said and ("SystemExit: 0" in said or where == "words")
+    output = capsys.readouterr().err
+    assert "Traceback" not in output and ("SystemExit: 0" in output or where == "words")
     assert Path("run/summary.json").exists() == (where != "factory")
     if where != "factory":
         summary = json.loads(Path("run/summary.json").read_text())
@@ -181,13 +181,13 @@ def test_a_forked_helper_that_ends_changes_nothing(place):
     """The child comes out of the user's code in each place, and its parent trains on."""
     program = [sys.executable, "-c", PROGRAM, json.dumps(CASES), *place]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
-    how = {
+    settings = {
         "capture_output": True,
         "text": True,
         "timeout": 200,
         "env": os.environ | {"PYTHONPATH": paths},
     }
-    done = subprocess.run(program, **how)
+    done = subprocess.run(program, **settings)
     printed = [
         line for line in done.stdout.splitlines() if line.split()[-1:] in (["0"], ["1"], ["2"])
     ]

@@ -111,11 +111,11 @@ def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, o
     assert (~rows.mask & behind).sum() > 50 and int(rows.turns.max()) == 2
     assert rows.valid.all() == (factory is Guess)
     loss_by_hand(policy, reference, rows, estimator).backward()
-    wanted = gradient(policy.model)
+    expected = gradient(policy.model)
     policy.model.zero_grad()
     record = one_step(learner, reward=rewards)
     assert record.metrics["reward"] == pytest.approx(float(rows.rewards[rows.valid].mean()))
-    assert wanted.norm() > 1e-3 and apart(gradient(policy.model), wanted) < 1e-6
+    assert expected.norm() > 1e-3 and apart(gradient(policy.model), expected) < 1e-6
     entropies = rows.entropy[rows.mask]
     assert record.metrics["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-6)
     assert record.metrics["completions/mean_length"] == float(rows.mask.sum()) / len(rows)

@@ -178,12 +178,14 @@ def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options)
 def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     learner, rewards, prompts, sampling = start("remax", vowel_reward)
     policy, rows = learner.policy, experienced(learner, rewards, prompts, sampling)
-    found = with_estimates(learner, rewards, sampling, rows).greedy_rewards
+    result = with_estimates(learner, rewards, sampling, rows).greedy_rewards
     ids = policy.encode_all([row["prompt"] for _, row in prompts], max_completion_length=6)
     rollout = completions(policy, ids, num_generations=0, max_completion_length=6)
-    kept = [row[m].tolist() for row, m in zip(rollout.completion_ids, rollout.mask, strict=True)]
-    greedy = vowel_reward(None, kept)
-    assert found.tolist() == pytest.approx([reward for reward in greedy for _ in range(4)])
+    remaining = [
+        row[m].tolist() for row, m in zip(rollout.completion_ids, rollout.mask, strict=True)
+    ]
+    greedy = vowel_reward(None, remaining)
+    assert result.tolist() == pytest.approx([reward for reward in greedy for _ in range(4)])
     assert greedy != greedy[::-1]
 
 
@@ -231,14 +233,14 @@ def test_a_step_logs_means_over_completions_and_errors_over_prompts():
         }
         columns |= {"logprobs": own, "ref_logprobs": held[:count]}
         rows = Rollout(n, n, n[:, 0], n, mask[:count], own, ~n[:, 0], **columns)
-        found = step_metrics(rows, ["one"], size)
-        return {name: value for name, value in found.items() if name.startswith("kl")}
+        result = step_metrics(rows, ["one"], size)
+        return {name: value for name, value in result.items() if name.startswith("kl")}
 
-    found = kl_metrics(12, 3)
+    result = kl_metrics(12, 3)
     each = ((logprobs - ref) * mask).sum(1)
-    assert found["kl"] == pytest.approx(float(each.mean()))
-    assert found["kl_stderr"] == pytest.approx(float(each.view(4, 3).mean(1).std() / 2))
-    assert found.keys() == {"kl", "kl_stderr", "kl_k3", "kl_k3_stderr"}
+    assert result["kl"] == pytest.approx(float(each.mean()))
+    assert result["kl_stderr"] == pytest.approx(float(each.view(4, 3).mean(1).std() / 2))
+    assert result.keys() == {"kl", "kl_stderr", "kl_k3", "kl_k3_stderr"}
     assert kl_metrics(1, 1).keys() == {"kl", "kl_k3"}
 
 
@@ -258,13 +260,13 @@ def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():
     first, second = (
         make_learner(make_policy("gpt2", **settings), KL, target_kl=t) for t in (0.3, None)
     )
-    for one in (first, second):
-        one_step(one)
+    for item in (first, second):
+        one_step(item)
     second.estimator = replace(KL, beta=0.5 * (1 - 0.02))  # from a KL of 0, by the gain 0.1
     slopes = []
-    for one in (first, second):
-        one_step(one, step=2)
-        slopes.append(gradient(one.policy.model))
+    for item in (first, second):
+        one_step(item, step=2)
+        slopes.append(gradient(item.policy.model))
     assert apart(*slopes) < 1e-12
     assert first.estimator.beta == pytest.approx(second.estimator.beta, rel=0.03)
 

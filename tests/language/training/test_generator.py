@@ -37,15 +37,15 @@ FILLED = ("logprobs", "entropy", "score_norms", "hidden")
 def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at_once):
     policy = make_policy(architecture)
     policy.eos_ids, scoring = ENDS, Scoring(share)
-    how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7, "top_p": 0.9}
-    how |= {"keep_score_norms": True, "keep_hidden": True}
-    full = completions(policy, [policy.encode(p) for p in PROMPTS], **how)
+    settings = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7, "top_p": 0.9}
+    settings |= {"keep_score_norms": True, "keep_hidden": True}
+    full = completions(policy, [policy.encode(p) for p in PROMPTS], **settings)
     bare = dataclasses.replace(full, **dict.fromkeys(FILLED))
     distribution = Distribution(temperature=0.7, top_p=0.9)
     options = {"distribution": distribution, "rows_at_once": rows_at_once}
-    found = with_missing_fields(policy, bare, scoring, **options, **dict.fromkeys(FILLED, True))
+    result = with_missing_fields(policy, bare, scoring, **options, **dict.fromkeys(FILLED, True))
     for name in FILLED:
-        mine, sampled = getattr(found, name), getattr(full, name)
+        mine, sampled = getattr(result, name), getattr(full, name)
         assert mine.shape == sampled.shape and not mine[~full.mask].any()
         torch.testing.assert_close(mine, sampled, atol=2e-5, rtol=0)
         assert getattr(with_missing_fields(policy, bare, scoring, **options), name) is None
@@ -77,8 +77,8 @@ def test_every_preset_trains_with_an_engine_that_returns_ids_and_logprobs_only(
     if estimator.objective == "log_success":
         options["reward"] = lengthy
     slope, record, learner = stepped(estimator, **options)
-    found, other, engine = stepped(estimator, engine=Engine, **options)
-    assert slope.norm() > 0.01 and apart(found, slope) < tolerance
+    result, other, engine = stepped(estimator, engine=Engine, **options)
+    assert slope.norm() > 0.01 and apart(result, slope) < tolerance
     assert apart(weights(engine.policy.model), weights(learner.policy.model)) < tolerance
     if learner.critic is not None:
         assert apart(weights(engine.critic.head), weights(learner.critic.head)) < tolerance

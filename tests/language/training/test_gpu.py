@@ -24,8 +24,8 @@ def on(device: str):
 
 
 def sampled(policy):
-    how = {"num_generations": 3, "max_completion_length": 6, "seed": 1}
-    return completions(policy, [policy.encode(p) for p in PROMPTS], **how)
+    settings = {"num_generations": 3, "max_completion_length": 6, "seed": 1}
+    return completions(policy, [policy.encode(p) for p in PROMPTS], **settings)
 
 
 def test_sampling_draws_the_same_tokens():

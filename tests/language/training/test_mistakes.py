@@ -111,8 +111,8 @@ def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, promp
     rest = [row for row in [*task.train_prompts, *task.eval_prompts] if row is not bad]
     parts = [rest[:6], [*rest[6:], bad]]
     task.train_prompts, task.eval_prompts = parts if held_out else parts[::-1]
-    said = r"20 tokens" if len(prompt) > 3 else "raised AttributeError.*the prompt 'ab>'"
-    with pytest.raises((Refused, Stopped), match=f"{said}.*line 3|line 3.* {said}"):
+    output = r"20 tokens" if len(prompt) > 3 else "raised AttributeError.*the prompt 'ab>'"
+    with pytest.raises((Refused, Stopped), match=f"{output}.*line 3|line 3.* {output}"):
         letters_trained(tmp_path / "run", task, max_completion_length=4)
 
 

@@ -38,8 +38,8 @@ def train(saved, tmp_path, monkeypatch):
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
-    known = [*QUICK.split(), "--model", str(saved()), "--output-dir"]
-    return lambda folder, *flags: main([*known, folder, *flags])
+    defaults = [*QUICK.split(), "--model", str(saved()), "--output-dir"]
+    return lambda folder, *flags: main([*defaults, folder, *flags])
 
 
 def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, tmp_path):

@@ -37,17 +37,23 @@ def sampled(policy):
 
 
 def test_a_second_run_of_a_program_may_have_another_precision(tmp_path, recwarn):
-    how = {
+    settings = {
         "prompts_per_step": 2,
         "num_generations": 2,
         "max_completion_length": 6,
         "eval_generations": 0,
     }
-    how |= {"task": make_task(), "cpu": True, "quiet": True, "max_steps": 2, "learning_rate": 1e-3}
+    settings |= {
+        "task": make_task(),
+        "cpu": True,
+        "quiet": True,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+    }
     for place, precision in enumerate(("no", "bf16", "no")):
         model = str(tmp_path / str(place - 1)) if place else make_policy()
         result = train(
-            output_dir=tmp_path / str(place), model=model, mixed_precision=precision, **how
+            output_dir=tmp_path / str(place), model=model, mixed_precision=precision, **settings
         )
         assert (
             result.exit_code == 0 and next(result.policy.model.parameters()).dtype == torch.float32
@@ -55,7 +61,7 @@ def test_a_second_run_of_a_program_may_have_another_precision(tmp_path, recwarn)
         config = json.loads((tmp_path / str(place) / "config.json").read_text())
         decided = [config[name] for name in ("mixed_precision", "training_attention")]
         assert decided == [precision, "as_loaded"]  # by the rules, where nothing was asked for
-    assert not [one for one in recwarn if "accelerat" in str(one.message).lower()]
+    assert not [item for item in recwarn if "accelerat" in str(item.message).lower()]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -133,12 +139,12 @@ def test_eager_attention_has_the_same_weights_and_gradient(architecture):
     rollout = sampled(policy)
     twin = with_attention(policy.model, "eager")
     assert twin.config._attn_implementation == "eager" != policy.model.config._attn_implementation
-    found = []
+    result = []
     for model in (policy.model, twin):
         score(model, rollout).logprobs.sum().backward()
-        found.append(gradient(policy.model))
+        result.append(gradient(policy.model))
         policy.model.zero_grad()
-    assert apart(*found) < 1e-5
+    assert apart(*result) < 1e-5
 
 
 def machine(device="cuda", processes=1):
@@ -171,8 +177,8 @@ def test_how_a_run_computes_follows_from_rules(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    known = {"avx512_bf16": machine is MULTIPLIES, "amx_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    defaults = {"avx512_bf16": machine is MULTIPLIES, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: defaults, raising=False)
     monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
     left_open = {"training_attention": None, "mixed_precision": None}
     args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()
@@ -184,9 +190,9 @@ def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatc
     """On a model that is sure of its answers bfloat16 rounded a gradient until it had nothing of itself."""
     checked, real = [], forward.check_scoring
 
-    def noted(policy, model, **how):
+    def noted(policy, model, **settings):
         checked.extend(p.dtype for p in (*policy.model.parameters(), *model.parameters()))
-        return real(policy, model, **how)
+        return real(policy, model, **settings)
 
     monkeypatch.setattr(forward, "check_scoring", noted)
     learner = make_learner(make_policy(), mixed_precision="bf16", training_attention="eager")

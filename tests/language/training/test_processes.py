@@ -162,15 +162,15 @@ def whole_run(directory: Path, reward=vowel_reward, **options) -> None:
     policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
     policy.eos_ids = ENDS
     task = make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward)
-    how = {
+    settings = {
         "max_steps": 3,
         "prompts_per_step": 4,
         "num_generations": 2,
         "save_every": 2,
         "keep": "best",
     }
-    how |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
-    tokenrl.train(model=policy, task=task, output_dir=directory, **how, **options)
+    settings |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
+    tokenrl.train(model=policy, task=task, output_dir=directory, **settings, **options)
 
 
 def assert_same_metrics(run: Path, other: Path) -> None:
@@ -280,8 +280,8 @@ def environment(**variables: str) -> dict[str, str]:
 
 def launch(*program: str, **variables: str) -> subprocess.CompletedProcess:
     """Run Python on a program with this checkout's packages, and wait for it."""
-    how = {"capture_output": True, "text": True, "timeout": 240}
-    return subprocess.run([sys.executable, *program], env=environment(**variables), **how)
+    settings = {"capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run([sys.executable, *program], env=environment(**variables), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +360,8 @@ def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
     assert_same_metrics(two[0] / "run", tmp_path / "run")
     from safetensors.torch import load_file
 
-    both, one = (load_file(d / "run" / "model" / "model.safetensors") for d in (two[0], tmp_path))
-    for name, tensor in one.items():
+    both, item = (load_file(d / "run" / "model" / "model.safetensors") for d in (two[0], tmp_path))
+    for name, tensor in item.items():
         torch.testing.assert_close(both[name], tensor, atol=1e-9, rtol=0)
 
 

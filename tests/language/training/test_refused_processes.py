@@ -49,13 +49,13 @@ REFUSED = {
 
 def cases() -> dict[str, tuple[str, str, str]]:
     """All cases: the flag is that of the main process, or of the other one."""
-    one = {
+    item = {
         f"{name} of the main": (flag, "", NAMED.get(name, name)) for name, flag in DIFFER.items()
     }
     other = {
         f"{name} of the other": ("", flag, NAMED.get(name, name)) for name, flag in DIFFER.items()
     }
-    return one | other | REFUSED
+    return item | other | REFUSED
 
 
 def rank(number: int, port: int, words: list[str], log: Path, path: str) -> None:
@@ -118,8 +118,8 @@ def check(place: Path, names: list[str]) -> None:
     """Of each case both processes end with code 2, and the main one alone says why, in a paragraph."""
     words = [sys.executable, __file__, json.dumps(names)]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
-    how = {"capture_output": True, "text": True, "cwd": place, "timeout": 60 + 60 * len(names)}
-    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, **how)
+    settings = {"capture_output": True, "text": True, "cwd": place, "timeout": 60 + 60 * len(names)}
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, **settings)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [name for name, *_ in results] == names, done.stderr
     for name, codes, (main, other) in results:

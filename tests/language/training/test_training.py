@@ -52,9 +52,14 @@ def lines_of(file):
 def test_a_run_leaves_the_whole_directory(run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    how = {"save_every": 2, "log_completions": 1, "eval_every": 1, "reward_weights": [2.0, 0.5]}
-    how |= {"estimator": Estimator.preset("reinforce_running_mean", running_mean_decay=None)}
-    result = run(reward=[share_of_a, starts_right], **how)
+    settings = {
+        "save_every": 2,
+        "log_completions": 1,
+        "eval_every": 1,
+        "reward_weights": [2.0, 0.5],
+    }
+    settings |= {"estimator": Estimator.preset("reinforce_running_mean", running_mean_decay=None)}
+    result = run(reward=[share_of_a, starts_right], **settings)
     directory = tmp_path / "run"
     assert result.exit_reason == "finished" and result.exit_code == 0 and result.steps == 3
     start, *rows = lines_of(directory / "metrics.jsonl")
@@ -110,7 +115,12 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     assert all(torch.equal(value, trained[name]) for name, value in model.named_parameters())
     files = [(directory / "metrics.jsonl").read_text()]
     for seed in (0, 1):  # the same seed gives the same metrics, and another one others
-        run(reward=[share_of_a, starts_right], **how, seed=seed, output_dir=tmp_path / str(seed))
+        run(
+            reward=[share_of_a, starts_right],
+            **settings,
+            seed=seed,
+            output_dir=tmp_path / str(seed),
+        )
         files.append((tmp_path / str(seed) / "metrics.jsonl").read_text())
     assert files[0] == files[1] != files[2]
 
@@ -182,9 +192,11 @@ def test_failures_of_environments_are_named_by_a_warning_or_by_the_error_that_st
     for words in ("evaluation after step 0:", "environment-fails: in the last evaluation"):
         assert re.search(rf"warning: {words} \d+ of \d+ episodes failed. Away", output)
     assert "environment-fails" in result.flags
-    if told := re.search(r"held-out reward was (\S+) before training and (\S+) after it", output):
+    if expected := re.search(
+        r"held-out reward was (\S+) before training and (\S+) after it", output
+    ):
         both = (result.eval_before["reward"], result.eval_after["reward"])
-        assert [float(x) for x in told.groups()] == pytest.approx(both, rel=0.01)
+        assert [float(x) for x in expected.groups()] == pytest.approx(both, rel=0.01)
     for row in read_run(
         result.output_dir
     ).completions():  # a reward of 0 would be one that was given
@@ -252,12 +264,12 @@ def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp
         rows.append({"step": step, **metrics})
         return step == 2
 
-    how = {"save_every": 1, "eval_every": 1}
-    first = run(callback=callback, **how)
+    settings = {"save_every": 1, "eval_every": 1}
+    first = run(callback=callback, **settings)
     assert (first.exit_reason, first.exit_code, first.steps) == ("callback", 0, 2)
     assert rows == lines_of(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == 2
-    assert run(callback=callback, **how, resume="auto").exit_reason == "finished"
-    run(output_dir=tmp_path / "whole", **how)
+    assert run(callback=callback, **settings, resume="auto").exit_reason == "finished"
+    run(output_dir=tmp_path / "whole", **settings)
     lines = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
     assert lines[0] == lines[1] and rows == lines[0][1:]
     with pytest.raises(Refused, match="callback was given as 5; it must be a function"):

@@ -58,13 +58,13 @@ def two_nodes(directory: Path, program: str) -> list[tuple[int, str]]:
         ([f"--rdzv-conf=is_host={first}"] for first in (1, 0)),
         [THIS, str(directory), program],
     )
-    how = {
+    settings = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
         "text": True,
         "env": environment(),
     }
-    nodes = [subprocess.Popen([*words, *host, *what], **how) for host in where]
+    nodes = [subprocess.Popen([*words, *host, *what], **settings) for host in where]
     try:
         outputs = [node.communicate(timeout=240)[0] for node in nodes]
     finally:
@@ -85,9 +85,9 @@ def test_a_run_of_two_nodes_writes_the_metrics_of_one_process(tmp_path):
 def test_a_node_that_is_killed_ends_the_other_and_both_continue(tmp_path):
     ended = two_nodes(tmp_path, "killed")  # a timeout here is a node that waits for ever
     assert sorted(code for code, _ in ended) == [-signal.SIGKILL, 1]
-    told = " ".join("".join(output for _, output in ended).split())
+    expected = " ".join("".join(output for _, output in ended).split())
     assert re.search(
-        "At step [23]: Another process of this run has ended .*/step_000002; --resume", told
+        "At step [23]: Another process of this run has ended .*/step_000002; --resume", expected
     )
     assert [code for code, _ in two_nodes(tmp_path, "resumed")] == [0, 0]
     whole_run(tmp_path / "run", ending_its_node)

@@ -67,7 +67,9 @@ def only_first_prompt_varies(prompts, completion_ids, **_):
 def scored_rows(monkeypatch):
     """How many rows each forward pass of the update scores from now on."""
     sizes, real = [], module.score
-    counting = lambda model, part, **how: sizes.append(len(part.mask)) or real(model, part, **how)  # noqa: E731
+    counting = lambda model, part, **settings: (
+        sizes.append(len(part.mask)) or real(model, part, **settings)
+    )  # noqa: E731
     monkeypatch.setattr(module, "score", counting)
     return sizes
 
@@ -92,8 +94,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(
     # 12 rows: each alone; groups cut in two; and passes of whole groups by their tokens.
     for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 40}):
         sizes.clear()
-        found, other, _ = stepped(ESTIMATORS[name], **limit, **options)
-        assert apart(found, expected) < tolerance
+        result, other, _ = stepped(ESTIMATORS[name], **limit, **options)
+        assert apart(result, expected) < tolerance
         assert len(sizes) > 1 or "tokens_per_pass" in limit  # few groups learn from the best of two
         assert max(sizes) == limit.get("micro_batch_size", max(2, *sizes))
         for key, value in record.metrics.items():
@@ -102,7 +104,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(
 
 def advantages_of(name, rewards):
     """Advantages by hand of groups of three rewards each."""
-    return [one for start in range(0, 12, 3) for one in by_hand(name, rewards[start : start + 3])]
+    return [item for start in range(0, 12, 3) for item in by_hand(name, rewards[start : start + 3])]
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -123,9 +125,9 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
         share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
         rows.append((policy.encode(prompt), ids, advantage / share_of_token))
     expected, loss = textbook(before, rows, temperature=temperature)
-    found = gradient(policy.model)
+    result = gradient(policy.model)
     assert expected.norm() > 0.1
-    assert apart(found, expected) < 1e-10
+    assert apart(result, expected) < 1e-10
     if "ratio" not in PRESETS[name].fields:  # with a ratio the loss is that of rho, same gradient
         assert record.metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert record.metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
@@ -182,13 +184,13 @@ def test_the_norm_is_clipped_and_reported_as_it_was_beside_the_share_of_clipped_
     plain, record, _ = stepped(ESTIMATORS["rloo"])
     norm = record.metrics["grad_norm"]
     for limit, share in ((norm * 1.01, 0.0), (norm / 2, 1.0)):
-        found, other, _ = stepped(ESTIMATORS["rloo"], max_grad_norm=limit)
+        result, other, _ = stepped(ESTIMATORS["rloo"], max_grad_norm=limit)
         assert (
             other.metrics["grad_norm"] == pytest.approx(norm)
             and other.metrics["grad_clipped"] == share
         )
-        assert float(found.norm()) == pytest.approx(limit if share else norm, rel=1e-4)
-        assert apart(found / found.norm(), plain / plain.norm()) < 1e-6
+        assert float(result.norm()) == pytest.approx(limit if share else norm, rel=1e-4)
+        assert apart(result / result.norm(), plain / plain.norm()) < 1e-6
     several = make_learner(make_policy(), "grpo", num_minibatches=4, max_grad_norm=1e-9)
     metrics = one_step(several, reward=flat_second_prompt).metrics
     assert metrics["grad_clipped"] == 0.75 and several.idle == 1  # a prompt of equal rewards
@@ -203,8 +205,10 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     learner = make_learner(policy, Estimator(beta=0.3), **cut)
     record = one_step(learner, reward=recorded(vowel_reward, seen))
 
-    def logprob(model, prompt, ids, **how):
-        return -textbook(model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)], **how)[1]
+    def logprob(model, prompt, ids, **settings):
+        return -textbook(
+            model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)], **settings
+        )[1]
 
     log_ratio = [
         logprob(before, p, ids, **cut) - logprob(reference, p, ids, **whole) for p, ids, _ in seen
@@ -248,8 +252,8 @@ def test_a_row_that_abstains_is_not_in_the_running_mean():
     mean, seen = RunningMean(0.9, 0.2), []
     learner = make_learner(make_policy(), "reinforce_running_mean")
     one_step(learner, reward=recorded(abstaining, seen), running_mean=mean)
-    given = [reward for *_, reward in seen if reward is not None]
-    assert len(given) == 11 and mean.value == pytest.approx(0.9 * 0.2 + 0.1 * sum(given) / 11)
+    values = [reward for *_, reward in seen if reward is not None]
+    assert len(values) == 11 and mean.value == pytest.approx(0.9 * 0.2 + 0.1 * sum(values) / 11)
 
 
 @pytest.mark.parametrize("minibatches", [2, 3])
@@ -283,12 +287,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
-    how = {"max_grad_norm": 0.0, "weight_decay": decay}
+    settings = {"max_grad_norm": 0.0, "weight_decay": decay}
     policy, other = make_policy(dtype="float64"), make_policy(dtype="float64")
-    learner = make_learner(policy, "rloo", optimizer="sgd", learning_rate=0.3, **how)
+    learner = make_learner(policy, "rloo", optimizer="sgd", learning_rate=0.3, **settings)
     before = weights(policy.model)
     one_step(learner)
-    one_step(make_learner(other, "rloo", **how))  # AdamW's, whose gradient is the same
+    one_step(make_learner(other, "rloo", **settings))  # AdamW's, whose gradient is the same
     expected = before - 0.3 * (gradient(other.model) + decay * before)
     assert gradient(other.model).norm() > 0.1
     torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)
@@ -324,9 +328,9 @@ def test_minibatches_keep_groups_whole(minibatches):
 def test_minibatches_compute_and_weigh_their_own_rows(monkeypatch):
     """With the weights kept still, the minibatches' losses average to that of the step."""
     sizes = scored_rows(monkeypatch)
-    how = {"learning_rate": 1e-12, "reward": vowel_reward, "seed": 2**32 - 1}
-    _, whole, _ = stepped(Estimator(ratio="token"), **how)
-    _, parts, _ = stepped(Estimator(ratio="token"), **how, num_minibatches=2)
+    settings = {"learning_rate": 1e-12, "reward": vowel_reward, "seed": 2**32 - 1}
+    _, whole, _ = stepped(Estimator(ratio="token"), **settings)
+    _, parts, _ = stepped(Estimator(ratio="token"), **settings, num_minibatches=2)
     assert sizes == [12, 6, 6]
     assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-4)
 

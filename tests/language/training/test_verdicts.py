@@ -98,13 +98,15 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    shown, message = said(capsys), str(caught.value)
-    told = re.search(r"warning: step (\d+): The policy is destroyed.* to (\S+), and", shown)
-    step, after = map(float, told.groups())
+    output, message = said(capsys), str(caught.value)
+    expected = re.search(r"warning: step (\d+): The policy is destroyed.* to (\S+), and", output)
+    step, after = map(float, expected.groups())
     assert step <= 5 and after == pytest.approx(
         sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3
     )
-    assert shown.count("The policy is destroyed") == 1 and "more generations" not in shown + message
+    assert (
+        output.count("The policy is destroyed") == 1 and "more generations" not in output + message
+    )
     assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
     assert (
         "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001, which is usual"
@@ -122,9 +124,9 @@ def test_a_destroyed_policy_that_runs_to_the_end_has_the_flag(trained, tmp_path,
     model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
     result = train(tmp_path / "run", model=model, learning_rate=0.3)
     assert (result.exit_reason, result.flags[0]) == ("finished", "policy-destroyed")
-    shown = said(capsys)
-    assert "finished (policy-destroyed), 12 steps" in shown
-    assert "warning: policy-destroyed: the held-out reward was 0." in shown
+    output = said(capsys)
+    assert "finished (policy-destroyed), 12 steps" in output
+    assert "warning: policy-destroyed: the held-out reward was 0." in output
 
 
 class Falling:
@@ -167,33 +169,33 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None
     result = train(tmp_path / "run", nothing, model=(model, tokenizer), max_steps=6)
     assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt",))
-    shown = said(capsys)
-    assert shown.count("step 1: Every completion was cut at 3 tokens") == 1
+    output = said(capsys)
+    assert output.count("step 1: Every completion was cut at 3 tokens") == 1
     assert (
-        shown.count(
+        output.count(
             "warning: step 3: In 3 steps in a row no two rewards that are compared differed"
         )
         == 1
     )
-    assert "finished (nothing-learnt), 6 steps" in shown
+    assert "finished (nothing-learnt), 6 steps" in output
     assert (
         "held-out reward was 0 before training and 0 after it, a difference of 0 ± 0 over 16"
-        in shown
+        in output
     )
-    assert "In 100% of the steps no two rewards" in shown
+    assert "In 100% of the steps no two rewards" in output
     assert "finished (nothing-learnt), 6 steps" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     lost = r"nothing to learn from: the mean reward is 0, down from 0\.\d+ before training\. The learning rat"
-    how = {"prompts_per_step": 1, "stop_after_zero_spread": 5}
+    settings = {"prompts_per_step": 1, "stop_after_zero_spread": 5}
     with pytest.raises(Stopped, match=lost):
-        train(tmp_path / "run", Falling(5), **how)
+        train(tmp_path / "run", Falling(5), **settings)
     with pytest.raises(
         Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations.* of groups"
     ):
         train(
-            tmp_path / "held-out", Falling(2), max_completion_length=12, **how
+            tmp_path / "held-out", Falling(2), max_completion_length=12, **settings
         )  # whose rewards are better
 
 
@@ -207,14 +209,14 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
     ):
         result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
-        shown = said(capsys)
-        assert result.flags == ("no-signal",) and remedy in shown
+        output = said(capsys)
+        assert result.flags == ("no-signal",) and remedy in output
         # 128 completions, none of them another: 1 - .05^(1/128) = .023, and (1 - .023)^G of groups of G
         assert (
             "None of 128 completions differed, so at most 0.023 of all do (95 % confidence), and"
-            in shown
+            in output
         )
-        assert "at least 95%, 91%, 83%, 69% of groups of 2, 4, 8, 16 have equal rewards." in shown
+        assert "at least 95%, 91%, 83%, 69% of groups of 2, 4, 8, 16 have equal rewards." in output
 
 
 @pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
@@ -231,9 +233,9 @@ def test_who_already_solves_the_prompts_is_not_told_to_learn_them(
     fields = {"solved": solved, "demonstrations": DEMONSTRATIONS}
     flags = (*["entropy-collapsed"] * (solved is None), "nothing-learnt")
     assert train(tmp_path / "run", right, fields, max_steps=3).flags == flags
-    shown = said(capsys)
-    assert shown.count("The policy already solves these prompts") == 2  # third step, end
-    assert "--warm-start" not in shown
+    output = said(capsys)
+    assert output.count("The policy already solves these prompts") == 2  # third step, end
+    assert "--warm-start" not in output
 
 
 def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompts(tmp_path, capsys):
