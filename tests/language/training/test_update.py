@@ -66,10 +66,12 @@ def only_first_prompt_varies(prompts, completion_ids, **_):
 
 def scored_rows(monkeypatch):
     """How many rows each forward pass of the update scores from now on."""
-    sizes, real = [], module.score
-    counting = lambda model, part, **settings: (
-        sizes.append(len(part.mask)) or real(model, part, **settings)
-    )  # noqa: E731
+    sizes, score = [], module.score
+
+    def counting(model, part, **settings):
+        sizes.append(len(part.mask))
+        return score(model, part, **settings)
+
     monkeypatch.setattr(module, "score", counting)
     return sizes
 
