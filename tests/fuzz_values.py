@@ -139,6 +139,5 @@ def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
             rng.choice(["--", "-x", "extra", "--nonsense", ""]),
         )
         argv.insert(place, word)
-    return [
-        word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv
-    ]  # as a shell can give
+    # as a shell can give
+    return [word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv]

@@ -67,12 +67,10 @@ def test_the_operations_of_a_step_are_counted_by_hand(program):
     }
     names, small = program("floor.py"), small | {"prompts": 2, "group": 3, "prompt": 2}
     shape, adapter = (program("one_trainer.py")["Shape"](**small, lora_r=r) for r in (0, 2))
-    weights = (
-        2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 6
-    )  # queries and outputs, keys and values, feed-forward
-    attention = (
-        2 * 2 * 4
-    )  # with each token that is attended to: a score, and its share of the values
+    # queries and outputs, keys and values, feed-forward
+    weights = 2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 6
+    # with each token that is attended to: a score, and its share of the values
+    attention = 2 * 2 * 4
     read = 2 * (2 * 2 * weights + attention * (1 + 2) + 2 * 4 * 10)  # and one row of the head
     sampled = 6 * (2 * 2 * (weights + 4 * 10) + attention * (3 + 4))  # two of three tokens are read
     assert names["operations"](shape, 3) == (read, sampled)
@@ -159,9 +157,8 @@ def rows_of(*norms, length=4.0):
 def test_trainings_are_compared_for_as_long_as_their_completions_agree(gpu):
     verdict, cpu = gpu["verdict"], rows_of(2.0, 1.0, 1.0)
     assert verdict(cpu, cpu)[0] == "equal up to rounding"
-    words, largest = verdict(
-        cpu, rows_of(2.0, 1.002, 1.0)
-    )  # a thousandth of the largest, which is 2
+    # a thousandth of the largest, which is 2
+    words, largest = verdict(cpu, rows_of(2.0, 1.002, 1.0))
     assert words == "equal up to rounding"
     assert largest["grad_norm"] == (pytest.approx(0.002), pytest.approx(0.00201))
     assert verdict(cpu, rows_of(2.0, 1.0, 1.003))[0] == "not equal: grad_norm"

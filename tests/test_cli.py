@@ -145,9 +145,8 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
-    apart = math.hypot(
-        trained["reward_stderr"], base["reward_stderr"]
-    )  # if the prompts were others
+    # if the prompts were others
+    apart = math.hypot(trained["reward_stderr"], base["reward_stderr"])
     assert 0 < trained["difference/reward_stderr"] != pytest.approx(apart)
     assert "difference/reward" not in base
     alone = tokenrl.evaluate(model=tmp_path / "run", task="vowels", eval_size=16)
@@ -175,9 +174,8 @@ def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatc
     assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt     abc>"
     assert all(line.startswith("completion ") for line in [*out[1:5], *out[6:]])
     assert len(err) == 1 and "context" in err[0]
-    code, read_on, err = talk(
-        ["\udcff", "abc>"], "--model", model, **how
-    )  # a byte that is no UTF-8
+    # a byte that is no UTF-8
+    code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **how)
     assert code == 0 and read_on == out[:5] and len(err) == 1 and r"holds '\udcff'" in err[0]
     code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **how)
     assert (code, none) == (2, []) and r"abc\ud800" in err[0] and "UTF-8" in err[0]
@@ -310,10 +308,11 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     ):
         assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
     stored = {"output_dir": "old", "resume": "auto", "overwrite": True}
+    # what a flag says of an old run counts, and not what a file says
     for made_by in (
         {"versions": {}},
         {},
-    ):  # what a flag says of an old run counts, and not what a file says
+    ):
         (tmp_path / "config.json").write_text(json.dumps(stored | made_by))
         for words, resume, overwrite in (
             ("--overwrite", None, True),
@@ -396,9 +395,8 @@ def test_python_dash_m_is_the_command():
 
 
 def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monkeypatch):
-    (tmp_path / "tyro.py").write_text(
-        "raise KeyboardInterrupt"
-    )  # imported first, as Ctrl-C would hit it
+    # imported first, as Ctrl-C would hit it
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt")
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     )

@@ -34,9 +34,8 @@ def named(page):
     return re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
 
 
-PAPERS = [
-    name for name, preset in PRESETS.items() if not preset.beyond
-]  # the others are in defaults.md
+# the others are in defaults.md
+PAPERS = [name for name, preset in PRESETS.items() if not preset.beyond]
 
 
 def test_every_preset_has_its_row():

@@ -88,10 +88,11 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there(stu
     assert turning["d"][0] == pytest.approx(2, abs=0.25)
     assert turning["gold"][0] == pytest.approx(-2, abs=0.1)
     assert turning["proxy"][0] == pytest.approx(2, abs=0.3)
+    # gold does not fall; the proxy does
     for proxy, gold in (
         (d, d + noise),
         (noise - d, d * (2 - d / 2)),
-    ):  # gold does not fall; the proxy does
+    ):
         found = study["findings"](study["Curve"]("RL", d, proxy, gold))
         assert not found["turned"] and found["fell"] == 0
     gold = np.concatenate([d[:2], d[2:] * (2 - d[2:] / 2)])  # three of five fall

@@ -330,12 +330,13 @@ def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from
         {"steps": None, "rate": 0.0, "seed": None},
     )
     values, origins = lay(("default", usual), ("given", given))
+    # 0 is given, None is not
     assert vars(values) == {
         "steps": 5,
         "rate": 0.0,
         "every": None,
         "seed": None,
-    }  # 0 is given, None is not
+    }
     assert origins == {"steps": "default", "rate": "given"}
     values, origins = lay(("default", usual), ("given", given), ("budget", {"steps": 3}))
     assert (values.steps, origins) == (3, {"steps": "budget", "rate": "given"})

@@ -17,9 +17,8 @@ STUDY = Path(__file__).parents[1] / "recipes" / "study"
 
 @pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_plan_can_be_run(path, monkeypatch):
-    monkeypatch.setattr(
-        problems, "load_base", lambda *_: None
-    )  # the warm start of a task takes a while
+    # the warm start of a task takes a while
+    monkeypatch.setattr(problems, "load_base", lambda *_: None)
     args = parse("compare", COMMANDS["compare"], ["--config", str(path)])
     assert args.output_dir == f"runs/study/{path.stem}"
     assert [arm.label for arm in problems.make_plan(args, print).arms] == list(args.arms)

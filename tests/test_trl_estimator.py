@@ -124,9 +124,8 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
 )
 def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
     steps = 3 if "num_iterations" in fields or "beta" in fields else 1
-    precision = (
-        1e-5 if "beta" in fields else 1e-6
-    )  # TRL has logprobs in float32: exp(d) - d - 1 loses digits
+    # TRL has logprobs in float32: exp(d) - d - 1 loses digits
+    precision = 1e-5 if "beta" in fields else 1e-6
     ours = gradients(recipe, tmp_path, Estimator.preset(preset), steps, **fields)
     theirs = gradients(recipe, tmp_path, None, steps, **fields)
     assert len(ours) == len(theirs) == steps

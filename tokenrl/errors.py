@@ -150,9 +150,8 @@ def _line(error: BaseException) -> str:
 
 def raised(error: BaseException) -> str:
     """Say in words what a user's code raised and where: 'it raised ValueError: no map (envs.py, line 7)'."""
-    if isinstance(
-        error, ImportError
-    ):  # the line is one of Python's own, and the message names the module
+    # the line is one of Python's own, and the message names the module
+    if isinstance(error, ImportError):
         return f"it raised {describe(error)}"
     return f"it raised {describe(error)}{code_line(error)}"
 

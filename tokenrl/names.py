@@ -179,9 +179,8 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
             public = ", ".join(sorted(homes))
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {public}")
         home = importlib.import_module(homes[name])
-        if not hasattr(
-            home, name
-        ):  # a module inside a package, its attribute only once it is imported
+        # a module inside a package, its attribute only once it is imported
+        if not hasattr(home, name):
             return importlib.import_module(f"{homes[name]}.{name}")
         return getattr(home, name)
 

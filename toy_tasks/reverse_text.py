@@ -63,9 +63,8 @@ def make(
         )
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
-    for _ in range(
-        2 * (train_size + eval_size)
-    ):  # twice as many, as some repeat and some are held out
+    # twice as many, as some repeat and some are held out
+    for _ in range(2 * (train_size + eval_size)):
         text = "".join(rng.choices(LETTERS, k=rng.randint(shortest, longest)))
         if text != text[::-1]:  # a palindrome's copy is its reversal
             drawn[f"{text}>"] = None

@@ -53,9 +53,8 @@ def make(
         raise ValueError(f"digits={digits}; a prompt has from 4 to 16 digits.")
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
-    for _ in range(
-        2 * (train_size + eval_size)
-    ):  # twice as many, as some repeat and some are held out
+    # twice as many, as some repeat and some are held out
+    for _ in range(2 * (train_size + eval_size)):
         text = "".join(rng.choices("0123456789", k=digits))
         if len(set(text)) > 1:  # with equal digits both orders are the same
             drawn[f"{text}>"] = None

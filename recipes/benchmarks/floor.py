@@ -53,9 +53,8 @@ def operations(shape: Shape, length: float) -> tuple[float, float]:
     """
     body, head = matrices(shape)
     weights, head_weights = sum(i * o for i, o in body), head[0] * head[1]
-    pair = (
-        4 * shape.hidden * shape.layers
-    )  # of a token with one that it attends to, itself included
+    # of a token with one that it attends to, itself included
+    pair = 4 * shape.hidden * shape.layers
     p, tokens = shape.prompt, length - 1
     read = 2 * (p * weights + head_weights) + pair * p * (p + 1) / 2
     sampled = 2 * tokens * (weights + head_weights) + pair * tokens * (2 * p + tokens + 1) / 2

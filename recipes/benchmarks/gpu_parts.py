@@ -58,9 +58,8 @@ def train_estimators(asked: dict[str, Any]) -> dict[str, Any]:
         "cpu": device_of(asked) == "cpu",
     }
     settings |= {"mixed_precision": "no", "training_attention": "as_loaded", "quiet": True}
-    settings |= {
-        "learning_rate": 2e-4
-    }  # with the task's own, ratios at the clip's edge amplify rounding
+    # with the task's own, ratios at the clip's edge amplify rounding
+    settings |= {"learning_rate": 2e-4}
     settings |= {"eval_size": 8, "eval_every": 0, "eval_generations": 0, "log_completions": 0}
     settings |= {"prompts_per_step": 2, "num_generations": 4} if asked.get("tiny") else {}
     outcome: dict[str, Any] = {}

@@ -124,9 +124,8 @@ class Clock:
     def __call__(
         self, completions: list[Any], completion_ids: list[Any], **columns: Any
     ) -> list[float]:
-        if (
-            len(completions) == self.shape.prompts * self.shape.group
-        ):  # else tokenrl evaluates one prompt
+        # else tokenrl evaluates one prompt
+        if len(completions) == self.shape.prompts * self.shape.group:
             self.calls.append(time.perf_counter())
             self.tokens.append(sum(map(len, completion_ids)))
             self.peak = max(self.peak, peak_megabytes(self.kind))
@@ -247,9 +246,8 @@ def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, fold
     from peft import LoraConfig
 
     model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
-    if (
-        not shape.ends
-    ):  # an end that is beyond the model's vocabulary costs nothing and is never drawn
+    # an end that is beyond the model's vocabulary costs nothing and is never drawn
+    if not shape.ends:
         tokenizer.add_special_tokens({"eos_token": "<never>"})
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     r, wide = shape.lora_r, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -127,9 +127,8 @@ def compare(name: str, args: argparse.Namespace) -> Comparison:
         result = run(spec | {"who": "tokenrl", "options": args.tokenrl})
         comparison.tokenrl.append(seconds_and_peak(result, args.steps))
         tell(f"{name}, round {number + 1}: tokenrl", comparison.tokenrl[-1])
-        tokens = (
-            statistics.median(result["tokens"]) if result else 0
-        )  # 0: all completions at full length
+        # 0: all completions at full length
+        tokens = statistics.median(result["tokens"]) if result else 0
         length = tokens / (shape.prompts * shape.group)
         products = run({"who": "floor", "shape": spec["shape"], "length": length})
         comparison.floor += [products["floor"]] if products else []

@@ -64,9 +64,8 @@ KINDS = {
     "raw": PLAIN,
     "raw, V": replace(PLAIN, baseline="value"),
 }
-COLOURS = dict(
-    zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True)
-)  # Okabe and Ito
+# Okabe and Ito
+COLOURS = dict(zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))
 
 
 @dataclass(frozen=True)

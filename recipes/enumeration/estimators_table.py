@@ -20,9 +20,8 @@ from tokenrl import Estimator, measure_bias
 from tokenrl.core import PRESETS
 
 PAGE = Path(__file__).parents[1] / "pages" / "estimators.md"
-PAPERS = tuple(
-    name for name, preset in PRESETS.items() if not preset.beyond
-)  # defaults.py has the others
+# defaults.py has the others
+PAPERS = tuple(name for name, preset in PRESETS.items() if not preset.beyond)
 HEAD = "| preset | baseline | scale | aggregation | ratio | expected gradient | cosine | noise |"
 
 

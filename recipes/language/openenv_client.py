@@ -40,9 +40,8 @@ class Env:
         self.connection = opened.enter_context(
             connect(f"{url.rstrip('/')}/ws", max_size=None, close_timeout=1)
         )
-        self.close = weakref.finalize(
-            self, opened.close
-        )  # called when nothing refers to this any more
+        # called when nothing refers to this any more
+        self.close = weakref.finalize(self, opened.close)
 
     def reset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         return self.observed(self.answer("reset", {"seed": seed})["observation"]), {}

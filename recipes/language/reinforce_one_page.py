@@ -69,9 +69,8 @@ class Args:
 
 args = tyro.cli(Args)
 estimator = Estimator.preset(args.estimator)
-task = toy_tasks.load(
-    "sort_digits"
-)  # 402715> should become 012457; the reward is 1 for exactly that, else 0
+# 402715> should become 012457; the reward is 1 for exactly that, else 0
+task = toy_tasks.load("sort_digits")
 model, tokenizer = task.build(args.seed)  # a Llama of half a million parameters, random so far
 eos, length = tokenizer.eos_token_id, task.max_completion_length
 dice = torch.Generator().manual_seed(args.seed)
@@ -94,15 +93,13 @@ def sample(prompt_ids, dice=None):
     """One completion per row and its mask, [N, T]; without dice always the most likely token (greedy)."""
     ids, cache, tokens = prompt_ids, DynamicCache(), []
     for _ in range(length):
-        probs = (
-            model(ids, None, None, cache).logits[:, -1].softmax(-1)
-        )  # releases name the cache differently
+        # releases name the cache differently
+        probs = model(ids, None, None, cache).logits[:, -1].softmax(-1)
         ids = probs.multinomial(1, generator=dice) if dice else probs.argmax(-1, keepdim=True)
         tokens.append(ids)  # a row that has ended goes on, but its mask ends at the first eos
     ids = torch.cat(tokens, dim=1)
-    return ids, completion_mask(
-        ids, [eos]
-    )  # ending is an action like any other, so the eos is inside
+    # ending is an action like any other, so the eos is inside
+    return ids, completion_mask(ids, [eos])
 
 
 def rewards_of(prompts, ids, mask):
@@ -116,9 +113,9 @@ def rewards_of(prompts, ids, mask):
 def evaluate(when):
     """Print the mean reward on held-out prompts, whose digits never occur together in training."""
     prompts = [row["prompt"] for row in task.eval_prompts]
-    for how, generator in (("greedy", None), ("sampled", torch.Generator().manual_seed(1))):
+    for method, generator in (("greedy", None), ("sampled", torch.Generator().manual_seed(1))):
         reward = rewards_of(prompts, *sample(encode(prompts), generator)).mean()
-        print(f"{when}: {how} reward {reward:.3f}", flush=True)
+        print(f"{when}: {method} reward {reward:.3f}", flush=True)
 
 
 # 1. Warm start: imitate demonstrations. Seven in ten sort DOWN, so the model mostly does that; it sorts up
@@ -161,9 +158,8 @@ for step in range(1, args.steps + 1):
     loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=logprobs.detach())
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(
-        model.parameters(), 1.0
-    )  # one unlucky batch must not undo the rest
+    # one unlucky batch must not undo the rest
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     if step % 10 == 0 or step == args.steps:
         print(f"step {step:4d}  reward {rewards.mean():.3f}", flush=True)

@@ -248,9 +248,8 @@ def draw(results: dict[str, Any], metrics: list[dict[str, Any]], task: str) -> F
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot(np.sqrt(np.maximum(kl, 0)), gold, color=BLUE, alpha=0.5)
-    for row in (
-        row for row in results["rows"] if "kl" in row and row.get("n") != 1
-    ):  # best of 1 is the base
+    # best of 1 is the base
+    for row in (row for row in results["rows"] if "kl" in row and row.get("n") != 1):
         colour = GREEN if "n" in row else BLUE if row["name"].startswith("RL") else GREY
         at = np.sqrt(max(row["kl"][0], 0)), row["gold"][0]
         axes.errorbar(*at, yerr=2 * row["gold"][1], color=colour, marker="o", capsize=3)
@@ -282,9 +281,8 @@ def main(args: Args) -> None:
     folders: dict[str, Path] = {}
     inputs: dict[str, Any] = {}
     for name, (work, fields) in STAGES.items():
-        inputs |= {
-            field: getattr(args, field) for field in fields
-        }  # a stage depends on all before it
+        # a stage depends on all before it
+        inputs |= {field: getattr(args, field) for field in fields}
         folders[name] = stage(args, name, dict(inputs), partial(work, args, task, folders))
     results = json.loads((folders["evaluation"] / "results.json").read_text())
     print("\n" + table(results) + "\n" + verdict(results))

@@ -74,9 +74,8 @@ class Engine:
             self.copy.model.parameters(), policy.model.parameters(), strict=True
         ):
             copied.data.copy_(weight.data)  # which rounds to bfloat16
-            if (
-                self.kind == "bits" and self.value < 16 and weight.ndim == 2
-            ):  # each row to its own multiples
+            # each row to its own multiples
+            if self.kind == "bits" and self.value < 16 and weight.ndim == 2:
                 unit = weight.data.abs().amax(1, keepdim=True).clamp(min=1e-9) / (
                     2 ** (self.value - 1) - 1
                 )
@@ -155,9 +154,8 @@ def main(
                     output_dir=folder, overwrite=True, quiet=True,
                 )  # fmt: skip
             runs.append(read_run(folder))
-        curves = np.array(
-            [run.series("eval_reward_greedy") for run in runs]
-        )  # [seeds, 2, evaluations]
+        # [seeds, 2, evaluations]
+        curves = np.array([run.series("eval_reward_greedy") for run in runs])
         ends = curves[:, 1, -1]
         numbers = [curves[:, 1, 0].mean(), ends.mean(), ends.min(), ends.max()]
         nats, share = (

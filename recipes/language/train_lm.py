@@ -82,9 +82,8 @@ def zigzag() -> PromptTask:
 
 def main(args: Args) -> None:
     own = args.task == "zigzag"
-    tiny = TinyModel(
-        tokens=tuple("0123456789>")
-    )  # a recipe: called with a seed it gives (model, tokenizer)
+    # a recipe: called with a seed it gives (model, tokenizer)
+    tiny = TinyModel(tokens=tuple("0123456789>"))
     estimator = tokenrl.Estimator.preset(args.estimator, beta=args.beta)
     result = tokenrl.train(
         task=zigzag() if own else args.task,

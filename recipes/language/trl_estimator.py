@@ -59,13 +59,13 @@ class EstimatorTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """Sample, and put the advantages and the weights of tokens of the whole rollout beside the rows."""
         rollout: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        mask = rollout["completion_mask"] * rollout.get(
-            "tool_mask", 1
-        )  # 0 for what a tool has written
+        # 0 for what a tool has written
+        mask = rollout["completion_mask"] * rollout.get("tool_mask", 1)
+        # rows without any reward abstain
         step = {
             "mask": mask,
             "valid": ~self.rewards.isnan().all(1),
-        }  # rows without any reward abstain
+        }
         if "old_per_token_logps" not in rollout and self.estimator.needs_kl:
             with torch.no_grad():
                 rollout["old_per_token_logps"] = self._logprobs(self.model, rollout)[0]

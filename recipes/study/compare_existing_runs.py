@@ -35,9 +35,8 @@ def main(
     failure_below: float | None = None,
 ) -> None:
     runs = [read_run(path) for path in directories if (path / "metrics.jsonl").is_file()]
-    settings = pd.json_normalize([run.config for run in runs]).astype(
-        str
-    )  # one column per axis or setting
+    # one column per axis or setting
+    settings = pd.json_normalize([run.config for run in runs]).astype(str)
     names = [name for name in settings if settings[name].nunique() > 1]
     names = [name for name in names if name.partition(".")[0] not in NO_SETTINGS]
     rows = []

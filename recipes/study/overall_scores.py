@@ -41,9 +41,8 @@ def main(comparison: tyro.conf.Positional[Path], metric: str = "area") -> None:
             f"Each run needs the score {metric}, and each task a reward with a declared range."
         )
     table = runs.pivot(index=["arm", "seed"], columns="problem", values="score")
-    scores = {
-        arm: of_arm.to_numpy() for arm, of_arm in table.groupby("arm", sort=False)
-    }  # [runs, tasks]
+    # [runs, tasks]
+    scores = {arm: of_arm.to_numpy() for arm, of_arm in table.groupby("arm", sort=False)}
     np.random.seed(0)  # rliable draws from this generator
     means, ends = library.get_interval_estimates(
         scores, lambda x: np.array([metrics.aggregate_iqm(x)])

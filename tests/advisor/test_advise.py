@@ -73,9 +73,8 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
     assert returns["mean"] == pytest.approx(returns["length"]) and 14 < returns["mean"] < 32
     arguments = parsed("tokenrl control --config c.json")
     assert arguments.estimator.baseline == "timestep_mean"
-    assert arguments.estimator.entropy_coef == pytest.approx(
-        0.1, rel=0.2
-    )  # measured, and rounded to a digit
+    # measured, and rounded to a digit
+    assert arguments.estimator.entropy_coef == pytest.approx(0.1, rel=0.2)
     assert (arguments.head, arguments.num_envs, arguments.reward_scale) == ("softmax", 64, 1.0)
     assert (
         main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0

@@ -207,9 +207,8 @@ def test_running_mean_and_scale_of_observations_learn_after_their_use():
     scaled, plain = (
         agent_of(estimator, reward_scale=2.0, normalize_observations=on) for on in (True, False)
     )
-    torch.testing.assert_close(
-        moved(scaled, rollout_of()), moved(plain, rollout_of())
-    )  # none so far
+    # none so far
+    torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))
     assert scaled.policy.scale.count == LENGTHS.sum()
     expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout_of().rewards.sum(1).mean())
     assert scaled.memory.value == pytest.approx(expected)

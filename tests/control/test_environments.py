@@ -231,9 +231,8 @@ def test_a_run_in_an_environment_of_ones_own_can_be_repeated(write, capsys, sour
 def test_it_is_imported_once_and_without_warnings(write, recwarn):
     name = write("once")
     first, again, other = (find(f"{path}:{name}-v0") for path in ("once.py", "./once.py", "once"))
-    assert (
-        first.entry_point is again.entry_point is not other.entry_point
-    )  # the module registers anew
+    # the module registers anew
+    assert first.entry_point is again.entry_point is not other.entry_point
     assert [str(one.message) for one in recwarn] == []
     assert (describe("once:once-v0").horizon, describe("once.py:CartPole-v1").horizon) == (7, 500)
 

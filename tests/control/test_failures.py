@@ -53,9 +53,8 @@ class Failing(gymnasium.Env):
         return np.array([0, self._answer(self.observations, 0)], np.float32), {}
 
     def close(self):
-        if (
-            not Failing.closed
-        ):  # some releases of gymnasium close the other copies when they are collected
+        # some releases of gymnasium close the other copies when they are collected
+        if not Failing.closed:
             Failing.closed = True
             self._fail("close")
 

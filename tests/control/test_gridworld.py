@@ -48,11 +48,12 @@ def test_pictures():
     picture = env.render()
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     corners = [tuple(map(int, picture[y, x])) for y, x in ((16, 16), (48, 48), (16, 48))]
+    # the agent, the goal, the decoy
     assert corners == [
         (213, 94, 0),
         (0, 158, 115),
         (204, 121, 167),
-    ]  # the agent, the goal, the decoy
+    ]
     assert GridWorld().render() is None
 
 
@@ -120,10 +121,11 @@ def test_moves_walls_and_ends():
     assert [s[2:] for s in play(GridWorld(time_limit=3), [UP] * 5)] == [(False, False)] * 2 + [
         (False, True)
     ]
+    # the step into the goal is no truncation
     for limit, end in (
         (6, (True, False)),
         (5, (False, True)),
-    ):  # the step into the goal is no truncation
+    ):
         assert play(GridWorld(time_limit=limit), [RIGHT, DOWN] * 3)[-1][2:] == end
     for options, steps in (({}, 50), ({"time_limit": None}, 60)):
         assert len(play(GridWorld(**options), [UP] * 60)) == steps
@@ -148,9 +150,8 @@ def test_numbers_of_the_trap(capsys):
         *((TRAP, TO_THE_RIGHT, [0, 1, 0]), (TRAP, down, [0, 0, 1]), (TRAP, halves, [0.5, 0.5, 0])),
         (plain, halves[:16], [1, 0, 0]),
     ):
-        assert ENTROPY.chances_of(grid, policy) == pytest.approx(
-            chances, abs=1e-8
-        )  # walls hold some up
+        # walls hold some up
+        assert ENTROPY.chances_of(grid, policy) == pytest.approx(chances, abs=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,8 @@ def test_initial_weights():
             bound = layer.in_features**-0.5
             assert weight.abs().max() <= bound and weight.abs().max() > 0.3 * bound
     deviation = policy.head.weight.detach().std() * 64**0.5
-    assert float(deviation) == pytest.approx(
-        3**-0.5, rel=0.15
-    )  # of numbers uniform between -1 and 1
+    # of numbers uniform between -1 and 1
+    assert float(deviation) == pytest.approx(3**-0.5, rel=0.15)
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
 
 

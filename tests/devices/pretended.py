@@ -61,9 +61,8 @@ def begin(kind: str) -> torch.device:
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.autograd.set_multithreading_enabled(
-        False
-    )  # else a backward pass leaves the thread of the mode
+    # else a backward pass leaves the thread of the mode
+    torch.autograd.set_multithreading_enabled(False)
     os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
     if kind == "mps":
         without.add(torch.float64)
@@ -101,9 +100,8 @@ class Pretended(torch.Tensor):
         return self.cpu().tolist()
 
     def storage(self) -> Any:
-        return (
-            self.inner.storage()
-        )  # of which safetensors reads the address, to see which weights are tied
+        # of which safetensors reads the address, to see which weights are tied
+        return self.inner.storage()
 
     @property
     def data(self) -> Pretended:

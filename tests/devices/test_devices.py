@@ -92,9 +92,8 @@ def test_a_step_waits_at_most_ten_times_and_once_for_eight_tokens(results, kind,
     waits = results(kind, name)["device"]["waits"]
     sampling = {line: n for line, n in waits.items() if "rollout/generator.py" in line}
     rest = {line: n for line, n in waits.items() if line not in sampling}
-    calls = (
-        1 if RUNS[name].get("task") not in ("guess_number", "calculator") else 10
-    )  # turns of episodes
+    # turns of episodes
+    calls = 1 if RUNS[name].get("task") not in ("guess_number", "calculator") else 10
     calls = 3 if name in ("dapo", "remax") else calls
     length = RUNS[name].get("max_completion_length", 8)
     looks = 2 if name == "stop strings" else 1  # of each, one is for the texts

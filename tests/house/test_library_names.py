@@ -210,9 +210,8 @@ def test_every_private_name_of_a_library_is_in_the_table():
         for last in (row.split(".")[-1] for row in NAMES)
         if is_private(last) and ":" not in last
     }
-    assert private <= {
-        name for names in used.values() for name in names
-    }  # none is hidden by one of our own
+    # none is hidden by one of our own
+    assert private <= {name for names in used.values() for name in names}
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,8 @@ def test_projections_are_those_of_exact_scores(architecture: str, tolerance: flo
     z = directions(policy, 11, seed=5)
     for x, prompt in enumerate(PROMPTS):
         rollout = rollout_of_all(policy, prompt, vocabulary=4, length=2)
-        doubled = rollout.take(
-            torch.arange(len(rollout.mask)).repeat(2)
-        )  # equal rows are computed once
+        # equal rows are computed once
+        doubled = rollout.take(torch.arange(len(rollout.mask)).repeat(2))
         found = project(
             policy, doubled, chosen_parameters(policy), count=11, seed=5, width=3, entropy=True
         )
@@ -167,10 +166,11 @@ def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: S
     found = contributions(
         Estimator(baseline="running_mean"), samples, seen, prompts_per_step=8
     ).values
+    # of groups, of rows
     for step, others in (
         (slice(8), slice(32, None)),
         (slice(8, None), slice(32)),
-    ):  # of groups, of rows
+    ):
         mean = Estimator(
             baseline="constant", baseline_constant=float(samples.rewards[others].mean())
         )

@@ -211,9 +211,8 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
         assert main(["lab", "exact", "--trl-config", str(path)]) == 0
         out = words(capsys.readouterr().out)
         assert measured[-2] == Estimator.preset(name)
-        assert (
-            "changes nothing" not in out and "beyond" not in out
-        )  # no field differs from its default
+        # no field differs from its default
+        assert "changes nothing" not in out and "beyond" not in out
 
 
 def test_a_preset_is_explained_beside_rloo(capsys) -> None:

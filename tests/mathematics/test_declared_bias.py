@@ -381,9 +381,8 @@ def test_what_was_tried_is_said_and_goes_beyond_the_main_problems() -> None:
         f"{only_in_larger.baseline.__name__}: exact, cosine 1.000, noise "
     )
     assert measure_bias(only_in_larger, group_size=10).found == "biased"
-    assert (
-        "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried
-    )  # these problems and no others
+    # these problems and no others
+    assert "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried
 
 
 def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:

@@ -21,9 +21,8 @@ def test_presets(name) -> None:
     assert (
         len(PRESETS) >= 39 and e.preset_name == first and e.reference == PRESETS[first].paper != ""
     )
-    assert (PRESETS[name].beyond != "") == (
-        name in list(PRESETS)[-9:]
-    )  # those of toolkits stand last
+    # those of toolkits stand last
+    assert (PRESETS[name].beyond != "") == (name in list(PRESETS)[-9:])
     changed = Estimator.preset(name, epsilon=0.11)
     assert changed == dataclasses.replace(e, epsilon=0.11)
     assert (changed.reference, changed.preset_name) == ("", "custom estimator")

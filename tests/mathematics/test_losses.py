@@ -171,9 +171,8 @@ def test_the_error_of_a_mean_is_that_of_independent_groups() -> None:
     rows = torch.tensor([[a + b, a, c + d, c] for a, b, c, d in draws], dtype=torch.double)
     squares = torch.stack([mean_and_error(x, 2)[1] ** 2 for x in rows])
     assert float(squares.mean()) == pytest.approx(float(rows.mean(-1).var(correction=0)), rel=1e-12)
-    alone = torch.stack(
-        [mean_and_error(x, 1)[1] ** 2 for x in rows]
-    )  # rows of a group are not independent
+    # rows of a group are not independent
+    alone = torch.stack([mean_and_error(x, 1)[1] ** 2 for x in rows])
     assert alone.mean() < 0.8 * squares.mean()
 
 
@@ -297,9 +296,8 @@ def test_the_loss_of_a_critic() -> None:
     goal, old = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 2.9]])
     e = Estimator(value_clip=0.5)
     loss = e.critic_loss(values, goal, ONE, old_values=old)
-    assert loss.item() == pytest.approx(
-        (1.5**2 + 1.0**2) / 2
-    )  # the clipped 0.5 is further off than 1.0
+    # the clipped 0.5 is further off than 1.0
+    assert loss.item() == pytest.approx((1.5**2 + 1.0**2) / 2)
     assert torch.autograd.grad(loss, values)[0].tolist() == [[0.0, 1.0]]
     with pytest.raises(Refused, match="old_values"):
         e.critic_loss(values, goal, ONE)

@@ -28,9 +28,8 @@ def test_the_tracker_by_hand() -> None:
     again = Estimator(baseline="tracker", tracker_decay=0.5).memory()
     again.load_state_dict(tracker.state_dict())
     for one in (tracker, again):
-        update(
-            one, keys[:1], torch.tensor([[0.0, 1.0]])
-        )  # in control the rewards of an episode are summed
+        # in control the rewards of an episode are summed
+        update(one, keys[:1], torch.tensor([[0.0, 1.0]]))
     assert torch.equal(tracker.read(keys), again.read(keys))
     assert tracker.read(keys[:1]).tolist() == pytest.approx([1.8 / 2.25])
     for wrong in (1.5, -0.1):

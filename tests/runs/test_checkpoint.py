@@ -176,9 +176,8 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
     before = os.umask(mask)
     with atomic_directory(tmp_path / "model") as folder:
         write(folder)
-        save_file(
-            {"weight": torch.zeros(2)}, folder / "model.safetensors"
-        )  # makes files of mode 600
+        # makes files of mode 600
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     (tmp_path / "usual").touch()
     os.umask(before)
     modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}

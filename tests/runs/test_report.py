@@ -125,9 +125,8 @@ def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one(run)
 def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
     text = report_from_directory(run).read_text("utf-8")
     before, _, _ = text.partition("All 30 completions")
-    assert (
-        before.count("<article") == 3 == before.count('class="few"')
-    )  # each step has a single prompt
+    # each step has a single prompt
+    assert before.count("<article") == 3 == before.count('class="few"')
     page = Page(text)
     numbers = [json.loads(found["data-numbers"]) for found in page.all("article", "sample")]
     assert [n["step"] for n in numbers[:3]] == [1, 2, 10]
@@ -154,11 +153,12 @@ def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(ru
     steps = sorted({n["step"] for n in numbers})
     assert steps[0] == 1 and steps[-1] == 110 and len(steps) == 8
     assert [n["step"] for n in numbers[:7]] == [1, *[steps[4]] * 3, *[110] * 3]
+    # the first completion of each of three prompts
     assert [n["n"] for n in numbers[1:4]] == [
         0,
         8,
         16,
-    ]  # the first completion of each of three prompts
+    ]
     assert [n["n"] for n in numbers[-16:]] == list(range(0, 64, 4)) and numbers[-1][
         "characters"
     ] == 1

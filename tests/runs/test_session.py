@@ -309,9 +309,8 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
         file.write('{"step": 6, "rew')  # cut by a crash
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
     live(tmp_path / "run", seen.append, resume=str(checkpoint))
-    assert seen[0].rows == read_metrics(
-        tmp_path / "run" / "metrics.jsonl"
-    )  # those before it, and its own
+    # those before it, and its own
+    assert seen[0].rows == read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
     assert seen[0].training_seconds > seen[0].step_seconds > 0  # those of all five steps
     assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
@@ -393,9 +392,8 @@ def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_k
     live(tmp_path / "earlier", **options | {"max_steps": 4})
     assert left(tmp_path / "earlier")[1] == ["step_000002", "step_000003", "step_000004"]
     (tmp_path / "earlier" / "checkpoints" / "step_000004" / "weights.safetensors").write_bytes(b"")
-    live(
-        tmp_path / "earlier", **options, resume="auto"
-    )  # from step 3, whose best one is that of step 2
+    # from step 3, whose best one is that of step 2
+    live(tmp_path / "earlier", **options, resume="auto")
     live(tmp_path / "whole", **options)
     assert left(tmp_path / "earlier") == left(tmp_path / "whole")
 

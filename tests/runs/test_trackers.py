@@ -27,9 +27,8 @@ def logged(kind):
 
 def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
     def ended(session):
-        session.ended = (
-            "stuck" if session.step == 3 else None
-        )  # so that it is evaluated after its last row
+        # so that it is evaluated after its last row
+        session.ended = "stuck" if session.step == 3 else None
 
     live(tmp_path / "none", report_to=("none",))
     live(tmp_path / "mine", ended, report_to=("fake", "fake"))
@@ -48,9 +47,8 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
         and told[2][1]["seconds"] == 1
         and told[2][1]["step_seconds"] > 0
     )
-    assert (
-        told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]
-    )  # inf: not a number to plot
+    # inf: not a number to plot
+    assert told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]
     assert fake["fake"].return_value.finish.call_count == 1
     rows = [json.loads(line) for line in (tmp_path / "mine" / "timings.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["peak_memory_gib"] > 0.01

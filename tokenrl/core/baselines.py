@@ -40,9 +40,8 @@ def quantile(
     others = valid[:, None] & ~each_itself(totals.shape[1], totals)  # [S, n, n]
     ordered = totals[:, None].masked_fill(~others, torch.inf).sort(-1).values
     count = others.sum(-1, keepdim=True)
-    rank = (
-        (share * count - 1e-6).ceil().long()
-    )  # 1e-6: the product may be rounded up, as 0.07 * 100
+    # 1e-6: the product may be rounded up, as 0.07 * 100
+    rank = (share * count - 1e-6).ceil().long()
     chosen = ordered.gather(-1, rank.clamp(min=1) - 1)[..., 0]
     return torch.where(count[..., 0] > 0, chosen, totals)
 

@@ -181,12 +181,10 @@ class Saver:
         paths = checkpoints(self._folder)
         best = {self.best.until(step_of(path)) for path in paths[-count:]}
         for older in (path for path in paths[:-count] if step_of(path) not in best):
-            hidden = older.with_name(
-                f".{older.name}.old"
-            )  # a removal cut short must not leave half of it
-            with contextlib.suppress(
-                OSError
-            ):  # no reason to end a run whose newest checkpoint is complete
+            # a removal cut short must not leave half of it
+            hidden = older.with_name(f".{older.name}.old")
+            # no reason to end a run whose newest checkpoint is complete
+            with contextlib.suppress(OSError):
                 os.rename(older, hidden)
                 remove(hidden)
 

@@ -78,9 +78,8 @@ class RunDirectory:
                 f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             )
             raise Refused(message) from error
-        with contextlib.suppress(
-            OSError
-        ):  # what a crash left while something was replaced or removed
+        # what a crash left while something was replaced or removed
+        with contextlib.suppress(OSError):
             recover(run / "model")
             for name in _FOLDERS:
                 remove_debris(run / name)

@@ -282,9 +282,8 @@ def _seal(folder: Path) -> None:
     """Sync a folder with all that is in it to the disk, and write its manifest last."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if (
-            path.is_file()
-        ):  # readable for whoever may read the folder: safetensors makes files of mode 600
+        # readable for whoever may read the folder: safetensors makes files of mode 600
+        if path.is_file():
             path.chmod(folder.stat().st_mode & 0o666)
         sync(path)
         if path.is_file() and path.name != _CARD:

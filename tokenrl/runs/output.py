@@ -143,9 +143,8 @@ def rich_console(
     options: dict[str, Any] = {"file": file, "quiet": quiet}
     options |= {"markup": False, "emoji": False, "highlight": False}
     console = Plain(**options)
-    if (
-        console.is_jupyter
-    ):  # rich would make an output of every line, and ipykernel passes for a terminal
+    # rich would make an output of every line, and ipykernel passes for a terminal
+    if console.is_jupyter:
         console = Plain(**options, force_jupyter=False, force_terminal=False)
     if not console.is_terminal:
         console.width = width

@@ -42,9 +42,8 @@ def make_accelerator(cpu: bool | None) -> Any:
     from accelerate.state import AcceleratorState
 
     # accelerate remembers the device and the precision of the first run of a program; each run has its own.
-    alone = (
-        PartialState._shared_state.get("num_processes") == 1
-    )  # else processes must not be joined again
+    # else processes must not be joined again
+    alone = PartialState._shared_state.get("num_processes") == 1
     AcceleratorState._reset_state(reset_partial_state=alone)
     # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
     # Accelerate would take the device of this variable even if it is told to take the CPU.

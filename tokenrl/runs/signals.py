@@ -91,9 +91,8 @@ class GracefulStop:
             signal.raise_signal(self.requested)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if (
-            os.getpid() != self._owner
-        ):  # the step that is to be finished may need what it has forked
+        # the step that is to be finished may need what it has forked
+        if os.getpid() != self._owner:
             return
         if self.requested is None:
             self.requested = number

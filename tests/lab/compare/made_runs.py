@@ -78,9 +78,8 @@ def rising(end: float, size: float = 0.002, **options: Any) -> Runs:
     """Runs whose reward rises from 0 to an end that differs a little between seeds."""
 
     def of_seed(seed: int) -> dict[str, Any]:
-        last = end + noise(
-            seed, size * (1 + end)
-        )  # else the differences of two arms would all be equal
+        # else the differences of two arms would all be equal
+        last = end + noise(seed, size * (1 + end))
         return {"rewards": [0.0, last / 2, *[last] * 4], **options}
 
     return of_seed

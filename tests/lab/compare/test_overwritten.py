@@ -46,9 +46,8 @@ def here(tmp_path, monkeypatch):
     Path("report.html").touch()
     for name in MINE:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(
-            "years of work" * (name != ".lock")
-        )  # which some releases of filelock empty
+        # which some releases of filelock empty
+        Path(name).write_text("years of work" * (name != ".lock"))
     return tmp_path
 
 

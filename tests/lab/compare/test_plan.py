@@ -110,9 +110,8 @@ def test_several_values_make_a_problem_each():
         for rate in ("0.0001", "0.0002")
     ]
     assert {p.settings["learning_rate"] for p in planned.problems} == {1e-4, 2e-4}
-    assert (
-        toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1
-    )  # a whole number
+    # a whole number
+    assert toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1
 
 
 def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):

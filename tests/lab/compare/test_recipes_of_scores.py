@@ -38,10 +38,11 @@ def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(
     monkeypatch.setitem(sys.modules, "rliable", rliable)
     run("overall_scores", [tmp_path], monkeypatch)
     scores = library.get_interval_estimates.call_args.args[0]["a"]
+    # by problem in the order of their names, then by seed
     assert scores.T.tolist() == [
         [0, 1],
         [0.5, 1],
-    ]  # by problem in the order of their names, then by seed
+    ]
     assert "interquartile mean" in capsys.readouterr().out
 
 

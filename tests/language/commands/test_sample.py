@@ -32,9 +32,8 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     expected = load(name).reward([row["prompt"]] * 3, texts, **columns)
     assert [reward for _, reward in defaults] == pytest.approx(expected)
     output = capsys.readouterr().err
-    assert (
-        output.count("no reward") == 1 and "none of the task's" in output
-    )  # once, not for each prompt
+    # once, not for each prompt
+    assert output.count("no reward") == 1 and "none of the task's" in output
     assert Sampler(args)("1") == strange
 
 
@@ -52,7 +51,6 @@ def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path
     with pytest.raises(Stopped, match="broken raised ValueError"):
         sampler(load(name).train_prompts[0]["prompt"])
     needs = SampleArguments(model=model, reward=("exact_match",), num_generations=1)
-    with pytest.raises(
-        Refused, match="column 'answer'"
-    ):  # without a task no prompt could ever be rewarded
+    # without a task no prompt could ever be rewarded
+    with pytest.raises(Refused, match="column 'answer'"):
         Sampler(needs)("1")

@@ -32,9 +32,8 @@ DISTRIBUTIONS = [
 @pytest.fixture(scope="module")
 def engine():
     policy = wide_policy(max_position_embeddings=512)  # a block of the cache has 128 tokens
-    policy.stops = StopStrings(
-        make_tokenizer(), ["<pad>"]
-    )  # so that the engine knows the tokenizer
+    # so that the engine knows the tokenizer
+    policy.stops = StopStrings(make_tokenizer(), ["<pad>"])
     with started(policy) as engine:
         yield engine
 

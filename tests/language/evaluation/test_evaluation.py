@@ -88,9 +88,7 @@ def test_every_metric_is_that_of_the_completions():
     )
     assert metrics["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
     cold = evaluate(seen.right, how={"temperature": 1e-3})
-    assert (
-        cold["entropy"] < 0.01 < metrics["entropy"]
-    )
+    assert cold["entropy"] < 0.01 < metrics["entropy"]
     alone = evaluate(Recorder().right, generations=0)  # of the greedy completions
     assert {
         "reward_greedy",
@@ -295,9 +293,8 @@ def test_a_policy_is_probed():
         and metrics.longest == max(seen)
     )
     assert list(metrics.dead_groups) == [2, 4, 8] and list(metrics.best_of) == [1, 2, 4, 8]
-    means = np.nanmean(
-        np.array(paid, dtype=float).reshape(16, 8), axis=1
-    )  # abstentions are left out
+    # abstentions are left out
+    means = np.nanmean(np.array(paid, dtype=float).reshape(16, 8), axis=1)
     assert metrics.reward == metrics.best_of[1] and None in paid
     assert metrics.reward.value == pytest.approx(np.mean(means))
     # An untrained policy is nearly uniform over 4 letters, ">" and the special tokens that it may draw.
@@ -340,9 +337,8 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     assert {len(texts) for texts in turns} >= {1, 2} and any(
         "ab" in row["completion"] for row in rows
     )
-    for row, texts in zip(
-        rows, turns, strict=True
-    ):  # a character is a token, and a turn has an EOS
+    # a character is a token, and a turn has an EOS
+    for row, texts in zip(rows, turns, strict=True):
         assert 0 < row["length"] <= len("".join(texts)) + len(texts)
     for row, each in zip(rows, turns, strict=True):  # a turn that was cut is not answered
         answered = each[:-1] if row["ending"] == "max_tokens" else each

@@ -156,9 +156,8 @@ def test_answers_of_a_chat_read_as_the_template_writes_them(kind, template):
         [*messages, {"role": "assistant", "content": "yes"}], tokenize=False
     )
     written = read(policy, policy.tokenizer(whole, add_special_tokens=False).input_ids)
-    alone = (
-        template == "inst" and kind == "byte level bos"
-    )  # its text reads as given, without the space
+    # its text reads as given, without the space
+    alone = template == "inst" and kind == "byte level bos"
     expected = written[: written.rindex("yes") + 3]
     assert read(policy, before + ids[:-1]) == (
         expected.replace(" yes", "yes") if alone else expected
@@ -204,12 +203,13 @@ def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    # whole texts; several are written with spaces between
     words = {
         "<unk>": 0,
         "3+4=": 1,
         "7": 2,
         "3+4=7": 3,
-    }  # whole texts; several are written with spaces between
+    }
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     policy = wrap(
         make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

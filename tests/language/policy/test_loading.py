@@ -103,9 +103,8 @@ def test_a_name_of_nothing_is_refused_within_seconds(load, tmp_path, monkeypatch
         began = time.monotonic()
         with pytest.raises(Refused, match=f"There is no directory '{name}' in {tmp_path}"):
             load(name)
-        assert (
-            time.monotonic() - began < 15
-        )  # transformers asks the hub for 50 s where there is no network
+        # transformers asks the hub for 50 s where there is no network
+        assert time.monotonic() - began < 15
 
 
 def test_a_directory_of_something_else_says_what_it_is(sources, tmp_path, capsys):
@@ -178,9 +177,8 @@ def shipped(sources, tmp_path, monkeypatch):
     import transformers.dynamic_module_utils as dynamic
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(
-        "builtins.input", lambda *_: "y"
-    )  # a user who says yes to whatever a library asks
+    # a user who says yes to whatever a library asks
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     place = shutil.copytree(sources[load_policy], tmp_path / "model")
     classes = dict.fromkeys(
         ["AutoModelForCausalLM", "AutoModelForSequenceClassification"], "mine.Model"

@@ -69,9 +69,8 @@ def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merge
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(plain, "peft_config")
     torch.testing.assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
-    assert policy.has_adapter and torch.equal(
-        weights(policy.model), adapter
-    )  # saving merged a copy
+    # saving merged a copy
+    assert policy.has_adapter and torch.equal(weights(policy.model), adapter)
 
 
 @pytest.mark.parametrize("modules", [["query"], ["q_proj", "query"], ["mlp"], ["proj"]])

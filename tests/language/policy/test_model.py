@@ -85,9 +85,8 @@ def test_every_eos_of_config_generation_config_and_tokenizer_counts():
     assert wrap(model, tokenizer).pad_id == 0
     model.generation_config.eos_token_id = 10_000  # of another vocabulary: can never be drawn
     assert wrap(model, tokenizer).eos_ids == ()
-    assert (
-        wrap(make_model(vocabulary=128), make_tokenizer()).pad_id == 2
-    )  # a padded embedding is common
+    # a padded embedding is common
+    assert wrap(make_model(vocabulary=128), make_tokenizer()).pad_id == 2
 
 
 @pytest.mark.parametrize("kind", ["no_pad", "pad_is_eos", "pads_right"])
@@ -107,15 +106,17 @@ def test_chat_has_one_bos_and_a_generation_prompt(saved):
     for policy in (make_policy(kind="chat"), load_policy(saved("llama", "chat"))):
         assert policy.tokenizer.chat_template == TEMPLATE
         assert policy.encode(CHAT) == [0, *ids_of(policy, "u the cat a ")]
+        # plain text gets its one BOS too
         assert policy.encode("the cat") == [
             0,
             *ids_of(policy, "the cat"),
-        ]  # plain text gets its one BOS too
+        ]
         begun = [*CHAT, {"role": "assistant", "content": "the mat"}]
+        # to be continued
         assert policy.encode(begun) == [
             0,
             *ids_of(policy, "u the cat a the mat"),
-        ]  # to be continued
+        ]
 
 
 def test_an_empty_prompt_is_the_bos_or_refused():
@@ -241,9 +242,8 @@ def test_routers_add_no_noise_under_checkpointing_and_return_no_logits():
     first, second = (score(policy.model, rollout, scoring).logprobs for _ in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first.detach(), rollout.sampling_logprobs, atol=1e-4, rtol=0)
-    assert any(
-        m.training for m in policy.model.modules()
-    )  # activations are still recomputed after sampling
+    # activations are still recomputed after sampling
+    assert any(m.training for m in policy.model.modules())
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ messages[-1].content[:2] }}"])

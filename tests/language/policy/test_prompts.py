@@ -218,9 +218,8 @@ def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
     assert 'row 1 contains "<eos>"' in said
     right = ["the <eo s>", [{"role": "<eos>", "content": "cat"}]]
     assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in right])
-    assert (
-        tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1
-    )  # as the message says
+    # as the message says
+    assert tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1
     tokenizer.split_special_tokens = True
     assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
 

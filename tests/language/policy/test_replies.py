@@ -126,9 +126,8 @@ def test_calls_are_read_and_malformed_ones_are_named(template, monkeypatch):
     policy = policy_with(TURNS)
     tokenizer = policy.tokenizer
     monkeypatch.setattr(tokenizer, "response_template", template, raising=False)
-    monkeypatch.setattr(
-        tokenizer, "decode", lambda ids: "".join(map(chr, ids))
-    )  # the tiny one lacks braces
+    # the tiny one lacks braces
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "".join(map(chr, ids)))
 
     def read(text, tools=(count,)):
         return assistant_message(

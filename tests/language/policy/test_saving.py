@@ -287,9 +287,8 @@ def test_the_cards_of_a_model_and_of_its_adapter(tmp_path):
         assert (front["base_model"], front["library_name"]) == (str(base), library)
         assert "started from Python" in text and "More Information Needed" not in text
     assert "AutoPeftModelForCausalLM.from_pretrained" in text and "tokenrl train" not in text
-    assert not list(
-        (tmp_path / "run" / "checkpoints").rglob("README.md")
-    )  # peft's template is not kept
+    # peft's template is not kept
+    assert not list((tmp_path / "run" / "checkpoints").rglob("README.md"))
 
 
 @pytest.mark.parametrize("name", ['owner/name: "x" #1', "owner/näme", None])
@@ -314,9 +313,8 @@ def test_a_value_is_shown_as_it_is_by_markdown():
         (f"{strange} second", title[2:]),
         (f"{strange} second", rows[0][1].strip()),
     ):
-        assert (
-            re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text
-        )  # an escaped mark is shown as itself
+        # an escaped mark is shown as itself
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text
         assert not re.search(r"(?<!\\)[$&<*`~\[\]]", written) and "__" not in written
     assert "in_side" in title
 

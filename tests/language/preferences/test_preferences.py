@@ -208,9 +208,8 @@ def test_rows_that_are_no_preferences_are_refused(rows, words):
 def test_held_out_pairs_share_no_prompt_with_the_others():
     pairs = [Pair(f"p{i % 50}", f"a{i}", "b") for i in range(200)]
     train, held_out = hold_out(pairs, 30, seed=0)
-    assert (
-        len(held_out) == 32 and len(train) == 168
-    )  # four pairs a prompt: the eighth prompt fills it
+    # four pairs a prompt: the eighth prompt fills it
+    assert len(held_out) == 32 and len(train) == 168
     assert {pair.prompt for pair in train}.isdisjoint(pair.prompt for pair in held_out)
     assert hold_out(pairs, 30, seed=0) == (train, held_out) != hold_out(pairs, 30, seed=1)
     assert len(hold_out(pairs, 10_000, seed=0)[1]) == 40  # a fifth

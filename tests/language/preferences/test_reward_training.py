@@ -215,10 +215,11 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert lines[25]["eval_accuracy"] == result.eval_after["accuracy"]
     config = json.loads((run / "config.json").read_text())
     assert config["pairs"] == {"train": 128, "held_out": 32} and config["max_steps"] == 25
+    # no command can name rows in memory
     assert (config["kind"], config["command"]) == (
         "reward-model",
         "",
-    )  # no command can name rows in memory
+    )
     card = (run / "model" / "README.md").read_text()
     assert "started from Python" in card and f"base_model: {config['model']}" in card
     assert f"| accuracy on held-out pairs | {result.eval_after['accuracy']:.4g} |" in card

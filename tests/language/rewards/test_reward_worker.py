@@ -127,15 +127,15 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
 
 @pytest.mark.slow
 def test_a_pool_and_a_function_of_a_file_work_too():
+    # a pool ends its workers by SIGTERM
     assert call(["pooled"]).values[:, 0].tolist() == [
         3,
         5,
         0,
         4,
-    ]  # a pool ends its workers by SIGTERM
-    rewards = Rewards(
-        load_reward("worked.py:length"), timeout=60.0
-    )  # as the reward of a task in a file
+    ]
+    # as the reward of a task in a file
+    rewards = Rewards(load_reward("worked.py:length"), timeout=60.0)
     assert rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).total.tolist() == [3, 5, 0, 4]
 
 
@@ -143,9 +143,8 @@ def test_one_process_serves_every_call_and_keeps_its_own_state():
     points = Points(0)
     rewards = Rewards(["worked.py:judge", points], timeout=60.0)
     totals = [rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).values for _ in range(2)]
-    assert (
-        totals[0][0, 0] == totals[1][0, 0] != os.getpid()
-    )  # an object with a lock, made there by its name
+    # an object with a lock, made there by its name
+    assert totals[0][0, 0] == totals[1][0, 0] != os.getpid()
     assert [values[0, 1] for values in totals] == [1, 2] and points.value == 0
     process = rewards._worker._process
     del rewards
@@ -170,9 +169,8 @@ def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):
         assert len(left) == 2 and all(map(running, left))
         trainer.kill()
     try:
-        wait_for(
-            lambda: not running(left[1])
-        )  # its process; a program that it started ends by itself
+        # its process; a program that it started ends by itself
+        wait_for(lambda: not running(left[1]))
     finally:
         for pid in filter(running, left):
             os.kill(pid, signal.SIGKILL)

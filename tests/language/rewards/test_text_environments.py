@@ -35,9 +35,8 @@ class Draws:
         if text == "exit":
             raise SystemExit(0)
         if text == "hang":
-            with contextlib.suppress(
-                BaseException
-            ):  # the first signal is lost, the next one is not
+            # the first signal is lost, the next one is not
+            with contextlib.suppress(BaseException):
                 time.sleep(30)
             with contextlib.suppress(Exception):
                 time.sleep(30)
@@ -152,9 +151,8 @@ def test_a_failure_ends_its_episode_alone_and_its_instance_is_not_used_again(wor
     assert third.environment is second.environment
     assert fourth.environment not in (first.environment, second.environment)
     assert before == (signal.getsignal(signal.SIGALRM), np.geterr(), random.getstate())
-    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(
-        timer, abs=5
-    )  # also the tests have one
+    # also the tests have one
+    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(timer, abs=5)
 
 
 def test_an_instance_is_used_again_only_after_its_episode_was_finished():
@@ -207,9 +205,8 @@ def test_tools_are_called_in_order_and_their_faults_are_answers(shown, opening):
     assert [message["role"] for message in one.messages] == ["tool"] * 3
     assert [message["name"] for message in one.messages] == ["guess", "wait", "guess"]
     assert contents(one)[::2] == ["True", "{'error': 'below 0'}"]
-    assert (
-        contents(one)[1] == contents(two)[0]
-    )  # each has its own random state, though they wait together
+    # each has its own random state, though they wait together
+    assert contents(one)[1] == contents(two)[0]
     assert "no tool nope" in contents(two)[1]
     further = calling(("guess", {"number": 3}))  # what a policy writes besides is left out
     further["tool_calls"][0]["function"]["id"] = 7

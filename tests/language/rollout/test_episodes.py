@@ -126,10 +126,11 @@ def test_no_turn_follows_the_end_of_an_episode():
     assert [len(histories) for histories in generator.histories] == counts and counts[-1] < counts[
         0
     ]
+    # at the limit of turns terminated wins
     assert set(rollout.endings) == {
         "completed",
         "max_tokens",
-    }  # at the limit of turns terminated wins
+    }
     for i, messages in enumerate(rollout.messages):
         assert [m["role"] for m in messages[::2]] == ["assistant"] * (
             int(rollout.turns[i].max()) + 1
@@ -165,9 +166,8 @@ def test_the_limit_of_length_counts_what_the_policy_chose_in_all_turns(limit):
     assert int(chosen.max()) <= limit and used_up.any()
     assert (chosen[used_up] == limit).all() and rollout.truncated[used_up].all()
     assert rollout.mask.shape[1] > limit or limit == 1
-    whole = played(
-        guessing(), max_completion_length=14
-    )  # and a shorter limit cuts the same episodes
+    # and a shorter limit cuts the same episodes
+    whole = played(guessing(), max_completion_length=14)
     for i in range(12):
         mine = rollout.completion_ids[i][rollout.mask[i]].tolist()
         assert whole.completion_ids[i][whole.mask[i]].tolist()[: len(mine)] == mine
@@ -285,9 +285,8 @@ def test_a_result_that_does_not_fit_ends_the_episode_as_truncated():
     """TRL takes the result back but neither the call nor its reward, and counts the row as one that ended."""
     fits, _ = scripted(call(3) + "<eos>", "done<eos>", answer_length=20)
     size = len(fits.prompt_ids[0])
-    context = (
-        size + int(fits.mask[0].nonzero().max()) - 4
-    )  # one token less than the history of the second turn
+    # one token less than the history of the second turn
+    context = size + int(fits.mask[0].nonzero().max()) - 4
     for room, ending in (
         (1, "context_overflow"),
         (0, "context_overflow"),

@@ -68,9 +68,8 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     )
 
     rollout = sampled(policy, length)
-    assert (
-        length < 6 or len(set(rollout.mask.sum(1).tolist())) > 2
-    )  # rows leave the batch one by one
+    # rows leave the batch one by one
+    assert length < 6 or len(set(rollout.mask.sum(1).tolist())) > 2
     expected = alone(policy.model, rollout)
     torch.testing.assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)

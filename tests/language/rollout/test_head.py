@@ -151,9 +151,8 @@ def test_logits_of_all_tokens_never_exist(trained):
     policy = make_policy(vocabulary=20_000)
     rollout = rollout_of(policy)
     vocabulary, tokens = 20_000, int(rollout.mask.sum())
-    size = (
-        policy.model.get_input_embeddings().weight.numel()
-    )  # gradients of weights are as large as these
+    # gradients of weights are as large as these
+    size = policy.model.get_input_embeddings().weight.numel()
     at_once, how = 8, Scoring(tokens_at_once=8)
     assert tokens > 3 * at_once
     with _Largest() as seen:

@@ -73,9 +73,8 @@ def length_by_definition(tokenizer, ids, stops, eos=()):
 def test_the_end_is_the_first_token_whose_text_holds_a_stop_string(kind, stops):
     tokenizer = TOKENIZERS[kind]()
     draws = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        0, len(tokenizer), (200, 60), generator=draws
-    )  # special and partial tokens too
+    # special and partial tokens too
+    ids = torch.randint(0, len(tokenizer), (200, 60), generator=draws)
     for row in range(0, 200, 4):  # a long string hardly comes about by chance
         planted = torch.tensor(tokenizer(stops[0], add_special_tokens=False).input_ids)
         ids[row, 1 + row // 5 :][: len(planted)] = planted[: 59 - row // 5]

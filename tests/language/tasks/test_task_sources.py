@@ -98,9 +98,8 @@ def test_a_program_that_exits_on_import_is_refused(tmp_path):
 
 def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):
     (tmp_path / "own.py").write_text("def zero(completions, **_): return [0.0] * len(completions)")
-    task = toy_tasks.load(
-        "target_length"
-    )  # its rewards are negative, so any other reward is above the mark
+    # its rewards are negative, so any other reward is above the mark
+    task = toy_tasks.load("target_length")
     assert find_task(TaskArguments(task="target_length"))[0].solved == task.solved == -0.05
     for options in ({"reward": (f"{tmp_path}/own.py:zero",)}, {"reward_weights": (2.0,)}):
         found, _ = find_task(TaskArguments(task="target_length", **options))
@@ -169,9 +168,10 @@ def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file
     assert find_task(TaskArguments(task=mine))[0].environment is Echo
     other, _ = find_task(TaskArguments(task=mine, environment=make_echo))
     assert other.environment is make_echo and mine.environment is Echo
+    # which no row of an empty prompt names
     for environment in (
         {"a": Echo},
         f"{echo_file}:FACTORIES",
-    ):  # which no row of an empty prompt names
+    ):
         with pytest.raises(Refused):
             find_task(TaskArguments(environment=environment))

@@ -85,9 +85,8 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
     assert all(asked_of(row["question"]) in read for row in ROWS)
     prompts, completions = zip(*SEEN, strict=True)
-    assert all(
-        prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts
-    )  # messages
+    # messages
+    assert all(prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts)
     assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
     plain = {"system_prompt": "", "stop": (), "chat": False}
@@ -97,9 +96,8 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
         and other.policy.encode("cat") == policy.tokenizer("cat").input_ids
     )
     SEEN.clear()
-    rows = [
-        {"prompt": row["question"]} for row in ROWS
-    ]  # a task of texts keeps them for its rewards
+    # a task of texts keeps them for its rewards
+    rows = [{"prompt": row["question"]} for row in ROWS]
     task = PromptTask("words", rows, rows[:2], looking)
     tokenrl.train(model=str(run), task=task, max_steps=1, output_dir=str(tmp_path / "c"), **SMALL)
     assert all(isinstance(prompt, str) and isinstance(text, str) for prompt, text in SEEN)

@@ -108,10 +108,11 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
         }
         settings |= {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_every": 1}
         settings |= {"max_completion_length": 4, "learning_rate": 0.01, "threads": 1, "cpu": True}
+        # others fall to 0 at the last step
         settings |= {
             "lr_scheduler_type": "constant",
             "quiet": True,
-        }  # others fall to 0 at the last step
+        }
         return tokenrl.train(**settings | changes)
 
     first = train()

@@ -43,9 +43,8 @@ def test_the_rate_falls_with_size_through_the_known_points():
     assert [default_rate(size, trained=False) for size, _ in defaults] == [
         rate for _, rate in defaults
     ]
-    assert (
-        default_rate(100, trained=False) == 1e-3 and default_rate(7 * 10**9) == 1e-6
-    )  # constant beyond them
+    # constant beyond them
+    assert default_rate(100, trained=False) == 1e-3 and default_rate(7 * 10**9) == 1e-6
     assert [default_rate(10**power) for power in (3, 6, 7, 9)] == [1e-4, 1e-4, 5e-5, 1e-6]
     rates = [default_rate(10**power, trained=False) for power in range(4, 11)]
     assert rates == sorted(rates, reverse=True)
@@ -181,9 +180,8 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
         "tokens_per_pass",
         "log_completions",
     )
-    assert None not in [
-        config[name] for name in late
-    ]  # what is known only of the loaded model is there too
+    # what is known only of the loaded model is there too
+    assert None not in [config[name] for name in late]
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):

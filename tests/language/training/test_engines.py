@@ -240,9 +240,8 @@ def test_a_right_rollout_is_read_as_training_reads_it(spoil, kind):
     assert rollout.columns().keys() == expected.columns().keys()
     for name, x in rollout.columns().items():
         torch.testing.assert_close(x, getattr(expected, name), check_dtype=False, atol=1e-6, rtol=0)
-        assert (
-            not x.requires_grad and x.data_ptr() != getattr(returned, name).data_ptr()
-        )  # a buffer of its own
+        # a buffer of its own
+        assert not x.requires_grad and x.data_ptr() != getattr(returned, name).data_ptr()
 
 
 def test_greedy_completions_are_the_most_probable_and_of_one_row_each():

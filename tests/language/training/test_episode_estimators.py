@@ -105,6 +105,5 @@ def test_groups_of_equal_rewards_are_replaced_by_episodes_of_new_prompts():
     parts, metrics = trained(ESTIMATORS["dapo"], Flat)
     _, never = trained(ESTIMATORS["dapo"], Flat, max_refills=0)
     assert parts.isfinite().all() and metrics["refilled"] > 0 == never["refilled"]
-    assert (
-        metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]
-    )  # the test has few new prompts
+    # the test has few new prompts
+    assert metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]

@@ -253,9 +253,8 @@ def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():
         assert metrics["kl_coef"] == pytest.approx(beta)
         beta = next_beta(beta, metrics["kl"], target=0.3, gain=2.0)
         seen.append(metrics["kl_coef"])
-    assert (
-        seen[1] < 0.5 < max(seen[2:]) * 2 and len(set(seen)) == 4
-    )  # down from 0, up when beyond the target
+    # down from 0, up when beyond the target
+    assert seen[1] < 0.5 < max(seen[2:]) * 2 and len(set(seen)) == 4
     assert learner.args.estimator.beta == 0.5  # the run's settings keep the start
     first, second = (
         make_learner(make_policy("gpt2", **settings), KL, target_kl=t) for t in (0.3, None)

@@ -49,9 +49,8 @@ def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at
         assert mine.shape == sampled.shape and not mine[~full.mask].any()
         torch.testing.assert_close(mine, sampled, atol=2e-5, rtol=0)
         assert getattr(with_missing_fields(policy, bare, scoring, **options), name) is None
-    assert (
-        with_missing_fields(policy, full, scoring, **options, entropy=True) is full
-    )  # nothing is missing
+    # nothing is missing
+    assert with_missing_fields(policy, full, scoring, **options, entropy=True) is full
 
 
 DIFFERENT = ("reinforce", "rloo", "remax", "optimal", "a2c", "grpo", "dapo", "gspo", "ppo")

@@ -54,9 +54,8 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
         main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")])
         == 2
     )
-    assert (
-        "no effect" not in capsys.readouterr().err
-    )  # refused for its objects alone: its settings load
+    # refused for its objects alone: its settings load
+    assert "no effect" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

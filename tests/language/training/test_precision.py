@@ -119,9 +119,8 @@ def test_a_frozen_base_is_kept_once():
         assert own.dtype == torch.bfloat16
         assert (mine.data_ptr() == own.data_ptr()) == (not mine.requires_grad)
         assert mine.dtype == (torch.float32 if mine.requires_grad else torch.bfloat16)
-    assert (
-        policy.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
-    )  # what a run returns can be used
+    # what a run returns can be used
+    assert policy.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
 def test_weights_that_transformers_keeps_exact_stay_so():

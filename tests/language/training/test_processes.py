@@ -137,9 +137,8 @@ def outcome(name: str) -> dict:
         measured = Rewards(
             [measured], [0.5, 1.0], environments=Environments(environment, timeout=0.5)
         )
-    step = (
-        8 + list(SCENARIOS).index(name) % 2
-    )  # the longest completion is the first's, or the second's
+    # the longest completion is the first's, or the second's
+    step = 8 + list(SCENARIOS).index(name) % 2
     record = one_step(learner, step=step, reward=measured)
     return {
         "gradient": gradient(policy.model),
@@ -335,9 +334,8 @@ def test_two_processes_with_unequal_passes_make_the_update_of_one(two, seed):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_with_unequal_passes_make_the_update_of_one(world, tmp_path):
     """The same of more steps and of more processes."""
-    done = launch(
-        THIS, str(tmp_path), "random", str(world), ACCELERATE_USE_CPU="true"
-    )  # has a deadline
+    # has a deadline
+    done = launch(THIS, str(tmp_path), "random", str(world), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
     for seed in range(STEPS):
@@ -387,9 +385,8 @@ def test_torchrun_joins_its_processes_where_there_is_no_gpu_and_nothing_says_so(
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_the_run(tmp_path):
-    done = launch(
-        *TORCHRUN, THIS, str(tmp_path), "fail"
-    )  # a timeout here is a rank that waits for ever
+    # a timeout here is a rank that waits for ever
+    done = launch(*TORCHRUN, THIS, str(tmp_path), "fail")
     assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "model").exists()
 

@@ -79,9 +79,8 @@ def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     assert main(shlex.split(again)) == 0
     rewarded = kind != "demonstrations"
     assert main(["evaluate", "--model", "run"]) == (0 if rewarded else 2)
-    assert (
-        first.startswith("sample") or main(shlex.split(first)) == 0
-    )  # advise, of a run that learnt nothing
+    # advise, of a run that learnt nothing
+    assert first.startswith("sample") or main(shlex.split(first)) == 0
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1+1=\n2+x=\n"), "utf-8"))
     assert main(["sample", "--model", "run"]) == 0
@@ -132,11 +131,12 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     pairs = zip(whole.policy.model.parameters(), parts.policy.model.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) and ours.dtype == torch.float64 for ours, theirs in pairs)
     saved = load_policy("whole")
+    # 8 is in held-out rows only
     assert set(saved.tokenizer.get_vocab()) == {
         "<eos>",
         UNKNOWN,
         *"0123456789+=#",
-    }  # 8 is in held-out rows only
+    }
     assert saved.context == 1024 + len("9+1=10#")
     assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
 

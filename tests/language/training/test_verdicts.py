@@ -194,9 +194,8 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     with pytest.raises(
         Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations.* of groups"
     ):
-        train(
-            tmp_path / "held-out", Falling(2), max_completion_length=12, **settings
-        )  # whose rewards are better
+        # whose rewards are better
+        train(tmp_path / "held-out", Falling(2), max_completion_length=12, **settings)
 
 
 def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):

@@ -88,9 +88,8 @@ def probes(
     Probe k depends on the seed and k only, not on the chunk.
     """
     for start in range(0, count, chunk):
-        yield _drawn(
-            parameters, range(start, min(start + chunk, count)), seed
-        )  # not kept here: it is large
+        # not kept here: it is large
+        yield _drawn(parameters, range(start, min(start + chunk, count)), seed)
 
 
 def _drawn(parameters: Mapping[str, Tensor], numbers: range, seed: int) -> dict[str, Tensor]:

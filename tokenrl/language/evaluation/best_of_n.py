@@ -117,9 +117,8 @@ def best_of_n_metrics(
         tuple[np.ndarray, np.ndarray]
     ] = []  # for each prompt, both rewards of its completions
     for batch in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
-        own = batch.by_function[:, -1:].nan_to_num() * at_last_action(
-            batch.mask.cpu()
-        )  # an environment's
+        # an environment's
+        own = batch.by_function[:, -1:].nan_to_num() * at_last_action(batch.mask.cpu())
         played = batch if batch.messages is None else replace(batch, turn_rewards=own)
         measured = reward_rows(policy, gold, played, step=sampling.step)
         rewarded = (batch.valid & measured.valid).numpy().reshape(-1, sampling.num_generations)

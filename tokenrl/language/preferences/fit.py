@@ -356,9 +356,8 @@ def _finish(
     for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
         row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         rows.append(row | {"reward_chosen": chosen, "reward_rejected": rejected})
-    rows.sort(
-        key=lambda row: row["reward_chosen"] - row["reward_rejected"]
-    )  # the worst mistakes first
+    # the worst mistakes first
+    rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])
     for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)

@@ -133,9 +133,8 @@ def _pair(row: Row, source: str) -> Pair:
     is_text = isinstance(chosen, str)
     is_mixed = is_text != isinstance(rejected, str)
     is_repeated = False
-    if not is_text and isinstance(
-        prompt, str
-    ):  # some data sets repeat the first message as the prompt
+    # some data sets repeat the first message as the prompt
+    if not is_text and isinstance(prompt, str):
         is_repeated = not is_mixed and chosen[0]["content"] == rejected[0]["content"] == prompt
         is_mixed = not is_repeated
     if is_mixed:

@@ -26,9 +26,8 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.scoring import Scoring
 
-Copies = Sequence[
-    tuple[nn.Parameter, nn.Parameter]
-]  # weights of a policy, each with its bfloat16 copy
+# weights of a policy, each with its bfloat16 copy
+Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
 
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most

@@ -350,9 +350,8 @@ class WarmStart:
             after = before
             if training.step and not code:
                 after = self._probe()
-        self.policy.model.zero_grad(
-            set_to_none=True
-        )  # an adapter leaves these weights alone: free them
+        # an adapter leaves these weights alone: free them
+        self.policy.model.zero_grad(set_to_none=True)
         if training.step == most and not _has_signal(after):
             shares = f"{after['unequal']:.0%} of the groups have unequal rewards"
             cut = f"{after['truncated']:.0%} of the completions are cut"

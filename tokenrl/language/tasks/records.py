@@ -36,9 +36,8 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def _is_formless(value: Any) -> bool:
-    is_plain = isinstance(
-        value, str | int | float
-    )  # so that most data is not written a second time
+    # so that most data is not written a second time
+    is_plain = isinstance(value, str | int | float)
     return not is_plain and FORMLESS in canonical(value)
 
 

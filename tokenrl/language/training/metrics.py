@@ -111,9 +111,8 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
     rewarded = zip(rows.rewards.tolist(), rows.valid.tolist(), strict=True)
     data = dict.fromkeys(name for row in rows.data for name in row)
-    logs = dict.fromkeys(
-        name for row in rows.logs for name in row
-    )  # of some calls a function logs none
+    # of some calls a function logs none
+    logs = dict.fromkeys(name for row in rows.logs for name in row)
     columns: dict[str, Any] = {
         **{name: [row.get(name) for row in rows.data] for name in data},
         "prompt": prompts_of(policy, rows),

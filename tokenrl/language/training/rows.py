@@ -280,9 +280,8 @@ def advantage_inputs(
     value = None if rows.keys is None else read(memory, rows.keys)  # [N]
     computed = {"baseline_value": value, "components": rows.by_function}
     computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
-    computed["rewards"] = (
-        rows.rewards if rows.turn_rewards is None else rows.turn_rewards
-    )  # [N] or [N, T]
+    # [N] or [N, T]
+    computed["rewards"] = rows.rewards if rows.turn_rewards is None else rows.turn_rewards
     return sizes | {name: getattr(rows, name) for name in names} | computed
 
 

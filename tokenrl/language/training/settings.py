@@ -59,9 +59,8 @@ def training_defaults(choices: TrainArguments, task: Any, policy: Policy | None 
     layers.append(("given", vars(choices)))
     values = lay(*layers).values
     every = max(1, values.max_steps // 10)
-    if (
-        choices.model is not None
-    ):  # to evaluate a completion takes up to two thirds of learning from it
+    # to evaluate a completion takes up to two thirds of learning from it
+    if choices.model is not None:
         evaluated = len(task.eval_prompts) * (1 + choices.eval_generations)
         every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
     every = every if values.eval_every is None else values.eval_every

@@ -157,10 +157,11 @@ def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dic
 def _advice_on_positions(config: Any) -> str:
     """Return what a longrope model needs, whose positions change in long texts; empty for other models."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # one for each type of layer
     each = [
         ropes,
         *(rope for rope in ropes.values() if isinstance(rope, dict)),
-    ]  # one for each type of layer
+    ]
     limits = [
         rope["original_max_position_embeddings"]
         for rope in each
