@@ -21,29 +21,31 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_500,
-    "core": 20_300,
-    "runs": 31_300,
-    "control": 16_300,
-    "advisor": 6_500,
+    "top": 12_700,
+    "core": 19_800,
+    "runs": 30_600,
+    "control": 15_500,
+    "advisor": 6_000,
     "language": 100,
-    "language/policy": 11_300,
-    "language/rewards": 13_700,
-    "language/tasks": 8_700,
-    "language/rollout": 18_100,
-    "language/training": 35_500,
-    "language/preferences": 7_500,
-    "language/evaluation": 6_000,
+    "language/policy": 10_200,
+    "language/rewards": 13_800,
+    "language/tasks": 8_400,
+    "language/rollout": 20_400,
+    "language/training": 21_300,
+    "language/supervised": 7_800,
+    "language/commands": 4_600,
+    "language/preferences": 7_400,
+    "language/evaluation": 4_200,
     "lab": 100,
-    "lab/exact": 16_200,
-    "lab/measure": 7_000,
-    "lab/compare": 19_800,
+    "lab/exact": 15_800,
+    "lab/measure": 6_000,
+    "lab/compare": 18_900,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_800, 170, 93_400, 297_300, 59_400, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 40, 50_900, 45
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 222_500, 176, 79_600, 288_800, 57_700, 7_500
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 42, 58_000, 49
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -58,7 +58,7 @@ NAMES = {
     "transformers.utils:logging.is_progress_bar_enabled": "language/policy/loading.py",
     "transformers.utils:logging.disable_progress_bar": "language/policy/loading.py",
     "transformers.utils:logging.enable_progress_bar": "language/policy/loading.py",
-    "transformers.utils:get_json_schema": CHAT,
+    "transformers.utils:get_json_schema": "language/rewards/tools.py",
     "transformers:PreTrainedTokenizerFast.parse_response": "language/rewards/tools.py",
     "transformers:PreTrainedTokenizerFast.backend_tokenizer": SAVING,
     "transformers.core_model_loading:revert_weight_conversion": VLLM,

@@ -134,7 +134,8 @@ def test_what_is_not_told_apart_from_zero_is_not_told() -> None:
     assert math.isnan(interval(torch.tensor([1.0, 1.0, math.nan]).double()).low)
 
 
-@pytest.mark.parametrize("groups", [256, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [256, 512])
 def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -> None:
     """Groups of two of one prompt, exact scores in place of probes: noise and cosine within intervals.
 

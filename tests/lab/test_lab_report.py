@@ -81,6 +81,7 @@ def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatc
     assert "declared wrongly: importance token." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(once, tmp_path) -> None:
     again = written(tmp_path)
     assert again[:2] == once[:2]
@@ -124,6 +125,7 @@ def test_an_expected_gradient_of_zero_is_written_as_null() -> None:
     assert zero["noise"] is None and zero["problems"][0]["noise"] is None and zero["ok"] is True
 
 
+@pytest.mark.slow
 def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch) -> None:
     """Which of them are exact, and that the numbers which are printed are those that are written."""
     monkeypatch.setattr("tokenrl.lab.exact.turns.turn_problems", lambda: turn_problems()[:2])

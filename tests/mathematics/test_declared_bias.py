@@ -429,7 +429,7 @@ def undefined(totals, *, group_size, **_):
     [
         (branching, r"'branching' cannot .* without \.item\(\)"),
         (Average(), r"'Average' returned two different results .* has a memory"),
-        (undefined, r"returned nan or inf on the problem '1 prompts, .*'; mend"),
+        (undefined, r"returned nan or inf on the problem '1 prompts, .*': correct it"),
     ],
 )
 def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -> None:

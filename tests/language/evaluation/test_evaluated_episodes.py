@@ -149,6 +149,7 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     assert re.search(output, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_equal_prompts_are_no_fault_where_an_environment_begins_the_episodes(run, capsys):
     folder, rows = run.parent, [{"prompt": ""}] * 8
     (folder / "rows.jsonl").write_text(

@@ -344,7 +344,9 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
         answered = each[:-1] if row["ending"] == "max_tokens" else each
         assert row["reward"] == "".join(answered).count("a")
     metrics = result.metrics
-    assert metrics["completions/mean_length"] == pytest.approx(np.mean(list(map(len, chosen))))
+    assert metrics["completions/mean_length"] == pytest.approx(
+        np.mean([row["length"] for row in rows])
+    )
     assert metrics["episodes/turns"] == pytest.approx(np.mean(list(map(len, turns))))
     endings = [row["ending"] for row in rows]
     assert {"completed", "max_turns"} <= {*endings} <= {"completed", "max_turns", "max_tokens"}

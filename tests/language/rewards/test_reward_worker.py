@@ -196,6 +196,7 @@ def running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_async_functions_share_a_deadline_and_are_named():
     with pytest.raises(
         Stopped, match="Of the async reward functions awaits at least one did not return"
@@ -213,7 +214,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", quickly(FAULTS, {"exits", "infinite", "gone", "unsendable"}))
+@pytest.mark.parametrize(
+    "name", quickly(FAULTS, {"exits", "infinite", "gone", "unsendable", "leaves"})
+)
 def test_faults_come_back_with_function_row_and_cause(name):
     with pytest.raises(Stopped, match=FAULTS[name]) as caught:
         call([name])
@@ -253,6 +256,7 @@ class Here(RewardModel):
         return [float(os.getpid())] * len(completions)
 
 
+@pytest.mark.slow
 def test_a_reward_model_stays_in_this_process():
     rewards = Rewards([Here(), "worked.py:length"], [1.0, 0.5], timeout=60.0)
     result = rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
@@ -266,6 +270,7 @@ def test_a_reward_model_stays_in_this_process():
     assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}, step=0).valid.all()
 
 
+@pytest.mark.slow
 def test_a_run_whose_reward_hangs_stops_with_exit_code_1_and_names_its_checkpoint(tmp_path):
     rows = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"]
     task = PromptTask("letters", rows[:12], rows[12:], None, max_completion_length=4)
