@@ -11,7 +11,7 @@ from inspect import signature
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.core import baselines, scales
@@ -35,8 +35,8 @@ from tokenrl.names import NamedFunction
 class Step(NamedTuple):
     """The rows of a step. An instant is a token, or a turn; inputs that were not given are None."""
 
-    rewards: Float[Tensor, "N T"]
-    """The reward at each instant, with what is added to it."""
+    rewards: Float[Tensor, " N *T"]
+    """The reward at each instant; once it is complete, with what is added to it."""
     mask: Bool[Tensor, "N T"]
     valid: Bool[Tensor, " N"]
     group_size: int | None
@@ -89,16 +89,15 @@ class Rows(NamedTuple):
 
 def rewards_in_time(
     axes: Axes,
-    rewards: Float[Tensor, " N *T"],
-    mask: Bool[Tensor, "N T"],
-    valid: Bool[Tensor, " N"],
-    *,
+    step: Step,
     bootstrap: Float[Tensor, " N"] | None,
     max_length: int | None,
     logprobs: Float[Tensor, "N T"] | None,
     ref_logprobs: Float[Tensor, "N T"] | None,
 ) -> Float[Tensor, "N T"]:
     """Return the reward of each position, with the overlong penalty, the bootstrap value and the KL penalty."""
+    mask, valid = step.mask, step.valid
+    rewards = step.rewards.detach()
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     rewards = token_rewards(rewards, mask, valid)
     if axes.overlong_buffer:
@@ -121,8 +120,20 @@ def rewards_in_time(
     return rewards
 
 
-def advantages_of(axes: Axes, step: Step) -> Advantages:
-    """Return the advantages of a step from rewards that are complete."""
+def advantages_of(axes: Axes, step: Step, turns: Int[Tensor, "N T"] | None = None) -> Advantages:
+    """Return the advantages from rewards that are complete; with `turns` an instant is a turn."""
+    one_return = axes.shares_return and axes.gamma == 1 and not callable(axes.baseline)
+    if turns is None or one_return:
+        return advantages_by_time(axes, step)
+    clock = Turns.read(turns, step.mask)
+    policy, targets = advantages_by_time(axes, step.in_turns(clock))
+    if policy.ndim == 2:
+        policy = zero_outside(clock.spread(policy), step.mask)
+    return Advantages(policy, clock.spread(targets))
+
+
+def advantages_by_time(axes: Axes, step: Step) -> Advantages:
+    """Return the advantage of each row or instant: the return minus the baseline, divided by the scale."""
     actions = step.mask & step.valid[:, None]
     targets = credited(axes, step)  # [N, T]
     to_go = targets

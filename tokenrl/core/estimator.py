@@ -159,40 +159,31 @@ class Estimator(Axes):
             ValueError: When rewards and mask do not fit together.
         """
         from tokenrl.core import advantages as formulas
-        from tokenrl.core.returns import Turns
+        from tokenrl.core.returns import token_rewards
         from tokenrl.core.rows import required
 
         if rewards.shape not in (mask.shape[:1], mask.shape):
-            shapes = f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}"
-            raise ValueError(shapes)
+            raise ValueError(
+                f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}"
+            )
         check_sizes(self, len(mask), group_size)
         mask = mask.bool()
         valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
-        if self.separate_components:
-            components = required("components", components, "'separate'")
-            streams = formulas.component_streams(components, mask, valid)
-        else:
-            complete = formulas.rewards_in_time(
-                self,
-                rewards.detach(),
-                mask,
-                valid,
-                bootstrap=bootstrap,
-                max_length=max_length,
-                logprobs=logprobs,
-                ref_logprobs=ref_logprobs,
+        step = formulas.Step(
+            rewards, mask, valid, group_size, values, score_norms, greedy_rewards, baseline_value
+        )
+        if not self.separate_components:
+            in_time = formulas.rewards_in_time(
+                self, step, bootstrap, max_length, logprobs, ref_logprobs
             )
-            streams = [(complete, valid)]
-        one_return = self.shares_return and self.gamma == 1 and not callable(self.baseline)
-        clock = None if turns is None or one_return else Turns.read(turns, mask)
-        inputs = (group_size, values, score_norms, greedy_rewards, baseline_value)
+            return formulas.advantages_of(self, step._replace(rewards=in_time), turns)
         parts = []
-        for in_time, present in streams:
-            step = formulas.Step(in_time, mask, present, *inputs)
-            parts.append(formulas.advantages_by_clock(self, step, clock))
-        if self.separate_components:
-            return formulas.weighted_sum(parts, component_weights)
-        return parts[0]
+        for column in required("components", components, "'separate'").unbind(1):
+            present = valid & ~column.isnan()
+            in_time = token_rewards(column.nan_to_num(), mask, present)
+            of_column = step._replace(rewards=in_time, valid=present)
+            parts.append(formulas.advantages_of(self, of_column, turns))
+        return formulas.weighted_sum(parts, component_weights)
 
     def token_weights(
         self,
