@@ -167,6 +167,15 @@ def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
     assert (got[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("returns", ["blame_window", "gae"])
+def test_rows_are_compared_by_their_whole_returns(returns) -> None:
+    """With other credits too, and lam 0 or a window of 1 credit a reward to its own action."""
+    rewards = torch.tensor([[1.0, 2.0], [5.0, 3.0]])
+    fields = {"returns": returns, "window": 1, "lam": 0.0, "values": torch.zeros(2, 2)}
+    got = advantages(rewards, mask=torch.ones(2, 2), group_size=2, **fields)
+    assert got.tolist() == [[1.0 - 8, 2.0 - 8], [5.0 - 3, 3.0 - 3]]
+
+
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
 def test_a_row_left_alone_has_no_advantage(returns) -> None:
     rewards = torch.tensor([[7.0, 1, 2], [torch.nan] * 3, [1, 0, 0], [3, 0, 0]], dtype=torch.double)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import pytest
 import tyro
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES
+from tokenrl.core.choices import AXES, OBJECTIVES
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused
@@ -172,3 +173,10 @@ def test_without_a_baseline_500_steps_are_the_limit(fields, subtracts) -> None:
             continue
         with pytest.raises(Refused, match=f"{words}.*'running_mean'.*--allow-no-baseline"):
             check_horizon(e, horizon)
+
+
+def test_the_types_of_the_fields_name_the_choices_of_the_tables() -> None:
+    hints = typing.get_type_hints(Estimator)
+    objectives, forms = (tuple(dict.fromkeys(names)) for names in zip(*OBJECTIVES, strict=True))
+    tables = {**AXES, "objective": objectives, "objective_form": forms}
+    assert {axis: typing.get_args(hints[axis]) for axis in tables} == tables

@@ -292,15 +292,17 @@ def test_the_loss_of_a_critic() -> None:
     assert loss.item() == pytest.approx(0.5 * (0.5 * 4 + 0.25 * 4))
     loss.backward()
     assert values.grad.tolist() == [[-1.0, 0.5, 0.0]] and returns.grad is None
-    values = torch.tensor([[1.0, 3.0]], dtype=torch.double, requires_grad=True)
-    goal, old = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 2.9]])
+    # Of 1.0 and its clipped 0.5 the clipped is further off, of 1.0 and its clipped 2.5 the value itself.
+    values = torch.tensor([[1.0, 3.0, 1.0]], dtype=torch.double, requires_grad=True)
+    old = torch.tensor([[0.0, 2.9, 3.0]])
+    goal = torch.full((1, 3), 2.0)
+    ones = torch.ones(1, 3)
     e = Estimator(value_clip=0.5)
-    loss = e.critic_loss(values, goal, ONE, old_values=old)
-    # the clipped 0.5 is further off than 1.0
-    assert loss.item() == pytest.approx((1.5**2 + 1.0**2) / 2)
-    assert torch.autograd.grad(loss, values)[0].tolist() == [[0.0, 1.0]]
+    loss = e.critic_loss(values, goal, ones, old_values=old)
+    assert loss.item() == pytest.approx((1.5**2 + 1.0**2 + 1.0**2) / 2)
+    assert torch.autograd.grad(loss, values)[0].tolist() == [[0.0, 1.0, -1.0]]
     with pytest.raises(Refused, match="old_values"):
-        e.critic_loss(values, goal, ONE)
+        e.critic_loss(values, goal, ones)
 
 
 def test_estimates_of_the_kl() -> None:
