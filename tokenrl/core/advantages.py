@@ -323,33 +323,6 @@ def from_function(function: Callable[..., Tensor], rows: Rows, step: Step) -> Fl
     return baseline[:, None] if baseline.ndim == 1 else zero_outside(baseline, mask)
 
 
-def component_streams(
-    components: Tensor, mask: Tensor, valid: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Return of each reward function its rewards in time [N, T], and the rows that have one [N].
-
-    Args:
-        components: the reward of each of K functions, nan where it abstained [N, K].
-        mask: True on actions [N, T].
-        valid: False where a row abstains [N].
-    """
-    streams = []
-    for column in components.unbind(1):
-        present = valid & ~column.isnan()
-        streams.append((token_rewards(column.nan_to_num(), mask, present), present))
-    return streams
-
-
-def advantages_by_clock(axes: Axes, step: Step, clock: Turns | None) -> Advantages:
-    """Return the advantages of a step in which an instant is a turn, or without a clock a token."""
-    if clock is None:
-        return advantages_of(axes, step)
-    policy, targets = advantages_of(axes, step.in_turns(clock))
-    if policy.ndim == 2:
-        policy = zero_outside(clock.spread(policy), step.mask)
-    return Advantages(policy, clock.spread(targets))
-
-
 def weighted_sum(parts: Sequence[Advantages], weights: Float[Tensor, " K"] | None) -> Advantages:
     """Return the weighted sum of the advantages and of the targets of K reward functions.
 
