@@ -184,7 +184,7 @@ def _reasons(control: ControlArguments, returns: dict[str, float], baseline: str
         "learning_rate": "Adam; halve it if the return rises and then falls",
         "max_steps": "updates; --stop-when-solved may end sooner where there is a threshold",
     }
-    if estimator.scale == "none":
+    if not estimator.divides:
         reasons["estimator.scale"] = (
             "no division is exact; Adam's steps have one size, whatever the returns"
         )

@@ -132,7 +132,7 @@ class Problem:
 
     def _length_in_words(self, arm: Arm) -> str:
         length = f"{self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
-        if arm.estimator.zero_spread == "refill":
+        if arm.estimator.refills:
             length += f" and refills, read at {self.budget:,} {self.unit}"
         return length
 

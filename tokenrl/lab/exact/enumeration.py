@@ -145,7 +145,7 @@ def exact_moments(
     slopes = listed.flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
-    refill = estimator.zero_spread == "refill"
+    refill = estimator.refills
     every_prompt: list[tuple[int, ...]] = [tuple(range(prompts))]
     if refill:
         every_prompt = [*itertools.product(range(prompts), repeat=prompts)]

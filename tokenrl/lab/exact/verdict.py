@@ -229,7 +229,7 @@ def _on_binary(estimator: Estimator) -> Claim | None:
 def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | None:
     """Return the status for the gradient of E[R]; None if that is the objective."""
     status = estimator.reward_bias_status
-    if estimator.objective == "reward" or status == choices.ASYMPTOTIC:
+    if not estimator.other_objective or status == choices.ASYMPTOTIC:
         return None
     mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
     statuses = []
@@ -307,9 +307,9 @@ def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
     Where groups of equal rewards are left out, no reward follows a truncation, as `core.bias` assumes.
     """
     problems = default_problems()
-    if estimator.zero_spread != "keep":
+    if estimator.skips_equal_groups:
         problems = tuple(replace(p, after=None, bootstrap=None) for p in problems)
-    if estimator.objective == "reward":
+    if not estimator.other_objective:
         return problems
     larger = (
         tabular_problem(13, prompts=2, group_size=5, vocabulary=2, length=2),

@@ -140,7 +140,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     if args.target_kl is not None and not estimator.needs_kl:
         raise Refused("target_kl holds a KL, but the estimator has beta 0: give --estimator.beta.")
     within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
-    penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
+    penalty = estimator.kl_in_reward  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")
     if within and to_go and estimator.gamma == 1 and not (penalty or episodic):
         raise Refused(
@@ -167,7 +167,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             "dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32."
         )
-    if estimator.ratio == "none" and updates > 1:
+    if not estimator.needs_old_logprobs and updates > 1:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
             "right for the first only. Use --estimator.ratio token (as grpo, dr_grpo and ppo_clip do)."
@@ -201,7 +201,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         yield f"warmup_steps={args.warmup_steps} {less}."
     critic = args.estimator.needs_values, "the estimator has no critic"
     needs = {
-        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
+        "max_refills": (args.estimator.refills, "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),

@@ -96,7 +96,7 @@ def training_step(
 
     prompts = local(accelerator, draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)  # n rows, G for each prompt
-    if estimator.zero_spread == "refill":
+    if estimator.refills:
         rows = refill(learner, rewards, sampling, rows, draw_prompts)
     collected = time.perf_counter()
 
