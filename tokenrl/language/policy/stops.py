@@ -15,6 +15,9 @@ from tokenrl.errors import Refused
 DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 """Arguments of `batch_decode`: the text of a completion as the model wrote it, without special tokens."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+MARGIN = 8
+"""Characters that the decoded end of a text may lack at its own ends: a space that the tokenizer strips, and
+parts of a character whose bytes are several tokens."""
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -94,15 +97,24 @@ class StopStrings:
         largest = len(self._may_end) - 1  # a model may have more ids than its tokenizer
         ended = self._may_end[ids[rows, t].clamp(max=largest)]
         tokens = ids[rows[ended], : t + 1].tolist()
-        texts = decoded(self._tokenizer, tokens)
-        ended[ended.clone()] = torch.tensor(
-            [
-                row[-1] in self.ids or self.cut(text) != text
-                for row, text in zip(tokens, texts, strict=True)
-            ],
-            dtype=torch.bool,
-        )
+        completes = [self._completes(row) for row in tokens]
+        ended[ended.clone()] = torch.tensor(completes, dtype=torch.bool)
         return ended
+
+    def _completes(self, ids: Sequence[int]) -> bool:
+        """Return whether the last token completes a string, from as few tokens before it as show that."""
+        if ids[-1] in self.ids:
+            return True
+        width = max(map(len, self.strings), default=0) + MARGIN
+        if width < len(ids):
+            tail = ids[-width - 1 :]
+            before, text = decoded(self._tokenizer, [tail[:-1], tail])
+            # Part of a character may spoil bytes beside it, so those are decoded with all before them.
+            is_whole = len(before) >= width and "\ufffd" not in text[MARGIN:]
+            if is_whole and self.cut(text) == text:
+                return False
+        (text,) = decoded(self._tokenizer, [ids])
+        return self.cut(text) != text
 
     def end(self, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
         """End completions at their first stop string, which an engine may have noticed later.
