@@ -1,6 +1,7 @@
 """One thread for every test, since the models are tiny; signals as a terminal has them."""
 
 import gc
+import json
 import os
 import signal
 
@@ -76,3 +77,18 @@ def short_warm_start(tmp_path, monkeypatch):
     monkeypatch.setattr(
         warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10})
     )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A saved model and a data file that suits train, sft and reward-model, which `datasets` has not seen."""
+    from tokenrl.language.policy.model import wrap
+    from tokenrl.language.policy.saving import save_policy
+    from toy_tasks import load
+
+    folder = tmp_path_factory.mktemp("files")
+    save_policy(wrap(*load("sort_digits").build(0)), folder / "model")
+    row = {"answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
+    lines = [json.dumps({"prompt": f"{number}>"} | row) for number in range(30)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder

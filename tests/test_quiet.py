@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,21 +9,6 @@ import sys
 import pytest
 
 from tokenrl.cli import main
-from tokenrl.language.policy.model import wrap
-from tokenrl.language.policy.saving import save_policy
-from toy_tasks import load
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A saved model and a data file that suits train, sft and reward-model, which `datasets` has not seen."""
-    folder = tmp_path_factory.mktemp("quiet")
-    save_policy(wrap(*load("sort_digits").build(0)), folder / "model")
-    row = {"answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
-    rows = [json.dumps({"prompt": f"{i}>"} | row) for i in range(30)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    return folder
-
 
 STEP = "--prompts-per-step 2 --num-generations 2 --eval-generations 0 --max-steps 1 --max-completion-length 6"
 RUNS = {

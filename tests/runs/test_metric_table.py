@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,11 +9,8 @@ import pytest
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.language.policy.model import wrap
-from tokenrl.language.policy.saving import save_policy
 from tokenrl.runs import read_run
 from tokenrl.runs.metric_table import metric_of, metric_table
-from toy_tasks import load
 
 STEP = "--task rows.jsonl --reward exact_match --prompts-per-step 2 --num-generations 2 --max-completion-length 4"
 RUNS = {
@@ -25,17 +21,6 @@ RUNS = {
     "control": "control --env bandit --num-envs 4 --eval-episodes 4",
     "pieces": "control --env bandit --estimator ppo --num-envs 4 --num-steps 4 --eval-episodes 4",
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A saved model and a data file that suits train, sft and reward-model."""
-    folder = tmp_path_factory.mktemp("files")
-    save_policy(wrap(*load("sort_digits").build(0)), folder / "model")
-    row = {"answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
-    lines = [json.dumps({"prompt": f"{number}>"} | row) for number in range(30)]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.mark.parametrize("kind", RUNS)
