@@ -88,10 +88,10 @@ def number(rng: random.Random, kind: type, bounds: Bounds) -> Any:
 
 def estimator(rng: random.Random, odd: float = 0.1) -> dict[str, Any]:
     """Axes of a preset, some of them changed, as a mapping."""
-    found = dict(vars(Estimator.preset(rng.choice(list(PRESETS)))))
+    axes = dict(vars(Estimator.preset(rng.choice(list(PRESETS)))))
     for name, hint in rng.sample(list(field_types(Estimator).items()), rng.randrange(6)):
-        found[name] = spoilt(rng) if rng.random() < odd else allowed(rng, name, hint)
-    return found
+        axes[name] = spoilt(rng) if rng.random() < odd else allowed(rng, name, hint)
+    return axes
 
 
 def spoilt(rng: random.Random) -> Any:
@@ -104,19 +104,19 @@ def drawn(rng: random.Random, kind: type, fixed: dict[str, Any]) -> dict[str, An
     odd = rng.choice([0.0, 0.2])
     hints = {name: hint for name, hint in field_types(kind).items() if name not in fixed}
     chosen = rng.sample(list(hints), rng.randrange(1, min(len(hints), 14)))
-    found = {n: spoilt(rng) if rng.random() < odd else allowed(rng, n, hints[n]) for n in chosen}
+    settings = {n: spoilt(rng) if rng.random() < odd else allowed(rng, n, hints[n]) for n in chosen}
     if "estimator" in hints and rng.random() < 0.5:
-        found["estimator"] = estimator(rng, odd / 2)
-    return found | fixed
+        settings["estimator"] = estimator(rng, odd / 2)
+    return settings | fixed
 
 
 def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
     """Random flags of a command, which may replace those of `base`."""
-    given = drawn(rng, kind, {})
+    settings = drawn(rng, kind, {})
     for name in ("estimator", "run_dir"):  # no flags, or not of this form
-        given.pop(name, None)
+        settings.pop(name, None)
     words = {
-        f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in base
+        f"--{name.replace('_', '-')}": value for name, value in settings.items() if name not in base
     }
     argv = [
         word
@@ -132,12 +132,12 @@ def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             several = value if isinstance(value, (tuple, list)) else [value]
-            argv += [flag, *("1" + "0" * 400 if one == 10**400 else str(one) for one in several)]
+            argv += [flag, *("1" + "0" * 400 if item == 10**400 else str(item) for item in several)]
     if rng.random() < 0.05:
-        place, word = (
+        index, word = (
             rng.randrange(len(argv) + 1),
             rng.choice(["--", "-x", "extra", "--nonsense", ""]),
         )
-        argv.insert(place, word)
+        argv.insert(index, word)
     # as a shell can give
     return [word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 def commands(page: Path) -> list[list[str]]:
     """The words of the commands that a page shows, after `tokenrl`, without comments and torchrun."""
-    shown = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = [re.sub("^torchrun .* -m ", "", line) for block in shown for line in block.splitlines()]
+    code_blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [
+        re.sub("^torchrun .* -m ", "", line) for block in code_blocks for line in block.splitlines()
+    ]
     return [
         shlex.split(line, comments=True)[1:]
         for line in lines

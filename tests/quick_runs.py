@@ -20,7 +20,7 @@ import toy_tasks
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Change the modules that the tests have imported, until the patch is undone."""
     patch.setattr(os, "fsync", lambda handle: None)
-    patch.setattr(toy_tasks, "load", kept(toy_tasks.load))
+    patch.setattr(toy_tasks, "load", cached_tasks(toy_tasks.load))
     if "tokenrl.flags" in sys.modules:
         read_flags_once(patch, sys.modules["tokenrl.flags"])
     if "tokenrl.language.rollout.forward" in sys.modules:
@@ -28,12 +28,12 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(forward, "check_scoring", remembered(forward.check_scoring))
     if "tokenrl.language.policy.saved" in sys.modules:
         saved = sys.modules["tokenrl.language.policy.saved"]
-        patch.setattr(saved.SavedModel, "check", tried(saved.SavedModel.check))
+        patch.setattr(saved.SavedModel, "check", trial_once(saved.SavedModel.check))
 
 
 def read_flags_once(patch: pytest.MonkeyPatch, flags) -> None:
     """The texts of all flags, and the parser made of them, which takes longer than to read a command line."""
-    parsers, make, types, known = flags.tyro._parsers, flags._flags, {}, {}
+    parsers, make, types, parsers_of_types = flags.tyro._parsers, flags._flags, {}, {}
     make_parser = parsers.ParserSpecification.from_callable_or_type
 
     def of_command(command, start=None):
@@ -43,25 +43,25 @@ def read_flags_once(patch: pytest.MonkeyPatch, flags) -> None:
         types[key] = types.get(key) or make(command)
         return types[key]
 
-    def of_type(kind, *args, **how):
-        if not any(kind is one for one in types.values()):
-            return make_parser(kind, *args, **how)
-        key = id(kind), repr(args), repr(sorted(how.items()))
-        known[key] = known.get(key) or make_parser(kind, *args, **how)
-        return known[key]
+    def of_type(kind, *args, **options):
+        if not any(kind is kind for kind in types.values()):
+            return make_parser(kind, *args, **options)
+        key = id(kind), repr(args), repr(sorted(options.items()))
+        parsers_of_types[key] = parsers_of_types.get(key) or make_parser(kind, *args, **options)
+        return parsers_of_types[key]
 
     patch.setattr(flags, "parse_from_object", cache(flags.parse_from_object))
     patch.setattr(flags, "_flags", of_command)
     patch.setattr(parsers.ParserSpecification, "from_callable_or_type", staticmethod(of_type))
 
 
-def kept(load):
+def cached_tasks(load):
     """Toy tasks whose rows are made once, and copied for each test that may change them."""
-    made = cache(load)
+    load_once = cache(load)
 
     @wraps(load)
     def copied(name, **options):
-        task = copy.copy(made(name, **options))
+        task = copy.copy(load_once(name, **options))
         for field, value in vars(task).items():
             if isinstance(value, list | dict):
                 object.__setattr__(task, field, copy.copy(value))
@@ -77,27 +77,27 @@ def remembered(check_scoring):
 
     It takes longer than a step of a tiny model. Its own tests call it by its own name.
     """
-    known = {}
+    results = {}
 
     @wraps(check_scoring)
-    def check(policy, model=None, *, accelerator=None, **how):
+    def check(policy, model=None, *, accelerator=None, **options):
         together = accelerator is not None and accelerator.num_processes > 1
         if together or policy.device.type != "cpu":
-            return check_scoring(policy, model, accelerator=accelerator, **how)
+            return check_scoring(policy, model, accelerator=accelerator, **options)
         models = [policy.model, *([] if model in (None, policy.model) else [model])]
-        of = (*map(_state, models), *_code(), policy.context, *sorted(how.items()))
-        if of not in known:
-            known[of] = (
-                check_scoring(policy, model, accelerator=accelerator, **how),
+        of = (*map(_state, models), *_code(), policy.context, *sorted(options.items()))
+        if of not in results:
+            results[of] = (
+                check_scoring(policy, model, accelerator=accelerator, **options),
                 policy.plain_cache,
             )
-        scoring, policy.plain_cache = copy.deepcopy(known[of])
+        scoring, policy.plain_cache = copy.deepcopy(results[of])
         return scoring
 
     return check
 
 
-def tried(check):
+def trial_once(check):
     """The trial of saving, made once for the same bits of a model with an equal tokenizer."""
     passed = set()
 

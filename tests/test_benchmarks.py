@@ -82,29 +82,31 @@ def test_the_operations_of_a_step_are_counted_by_hand(program):
 
 
 def test_best_setting_is_found_in_the_first_round_alone(benchmark):
-    asked = []
+    calls = []
 
-    def run(what):
-        if what["who"] == "floor":
-            return {"floor": what["length"]}
-        asked.append((what["who"], what.get("bf16"), what.get("attention")))
-        if what["who"] == "trl" and not what["bf16"] and what["attention"] == "sdpa":
+    def run(settings):
+        if settings["who"] == "floor":
+            return {"floor": settings["length"]}
+        calls.append((settings["who"], settings.get("bf16"), settings.get("attention")))
+        if settings["who"] == "trl" and not settings["bf16"] and settings["attention"] == "sdpa":
             return None  # one setting fails
-        seconds = 3.0 if what.get("attention") == "eager" else 4.0
+        seconds = 3.0 if settings.get("attention") == "eager" else 4.0
         return {
-            "seconds": [seconds + what.get("bf16", 0)] * 4,
+            "seconds": [seconds + settings.get("bf16", 0)] * 4,
             "peak_mb": 10.0,
             "tokens": [64 * 30] * 4,
         }
 
     benchmark["compare"].__globals__["run"] = run
     args = argparse.Namespace(steps=4, rounds=3, estimator="rloo", tokenrl={})
-    found = benchmark["compare"]("fixed", args)
-    assert found.setting == (False, "eager")
-    assert (found.trl, found.tokenrl) == ([(3.0, 10.0)] * 3, [(4.0, 10.0)] * 3)
-    assert found.floor == [30] * 3  # it counts the tokens that a completion really had, in the mean
+    comparison = benchmark["compare"]("fixed", args)
+    assert comparison.setting == (False, "eager")
+    assert (comparison.trl, comparison.tokenrl) == ([(3.0, 10.0)] * 3, [(4.0, 10.0)] * 3)
+    assert (
+        comparison.floor == [30] * 3
+    )  # it counts the tokens that a completion really had, in the mean
     once = [("trl", False, "eager"), ("tokenrl", None, None)]
-    assert asked == [
+    assert calls == [
         *(("trl", *setting) for setting in benchmark["SETTINGS"]),
         once[1],
         *once,
@@ -215,8 +217,8 @@ def test_a_part_that_fails_is_a_line_and_the_others_are_there(gpu):
 def printed_by(program, *arguments, folder):
     """The JSON in the last line that a program prints."""
     command = [sys.executable, str(FOLDER / program), *arguments]
-    how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "timeout": 250}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, **how)
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "timeout": 250}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -230,8 +232,13 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, 
     task = load_task("sort_digits")
     task.build(0)[0].save_pretrained(tmp_path / "model")
     task.build(0)[1].save_pretrained(tmp_path / "model")
-    asked = {"who": who, "task": "sort_digits", "model": str(tmp_path / "model"), "target": target}
-    asked |= {
+    request = {
+        "who": who,
+        "task": "sort_digits",
+        "model": str(tmp_path / "model"),
+        "target": target,
+    }
+    request |= {
         "prompts": 4,
         "group": 4,
         "rate": 1e-4,
@@ -240,12 +247,12 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, 
         "held_out": 4,
         "seed": 1,
     }
-    asked |= {"bf16": False, "options": {}, "started": time.time()}
-    found = printed_by("time_to_reward.py", "--child", json.dumps(asked), folder=tmp_path)[
+    request |= {"bf16": False, "options": {}, "started": time.time()}
+    points = printed_by("time_to_reward.py", "--child", json.dumps(request), folder=tmp_path)[
         "history"
     ]
-    assert [step for step, _, _ in found] == list(range(last + 1))
-    assert all(0 < seconds < 120 and 0 <= reward <= 1 for _, seconds, reward in found)
+    assert [step for step, _, _ in points] == list(range(last + 1))
+    assert all(0 < seconds < 120 and 0 <= reward <= 1 for _, seconds, reward in points)
 
 
 @pytest.mark.slow
@@ -253,14 +260,14 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, 
 @pytest.mark.parametrize("changed", [{}, {"chat": True, "prompt": 20, "lora_r": 2}, {"ends": 6}])
 def test_a_measurement(who, changed, tmp_path):
     pytest.importorskip(who)
-    asked = {"who": who, "shape": TINY | changed, "steps": 3, "estimator": "rloo"}
-    found = printed_by("one_trainer.py", json.dumps(asked), folder=tmp_path)
-    assert len(found["seconds"]) == 3 and found["peak_mb"] > 50
-    assert all(math.isfinite(one) and one > 0 for one in found["seconds"])
-    assert "ends" in changed or found["tokens"] == [32] * 4
+    request = {"who": who, "shape": TINY | changed, "steps": 3, "estimator": "rloo"}
+    measurement = printed_by("one_trainer.py", json.dumps(request), folder=tmp_path)
+    assert len(measurement["seconds"]) == 3 and measurement["peak_mb"] > 50
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in measurement["seconds"])
+    assert "ends" in changed or measurement["tokens"] == [32] * 4
     if who == "tokenrl":
         # attention with half the keys and values; feed-forward; norms; embedding and head
-        assert found["parameters"] == 16 * 16 * 3 + 3 * 16 * 16 + 3 * 16 + 2 * 16 * 96
+        assert measurement["parameters"] == 16 * 16 * 3 + 3 * 16 * 16 + 3 * 16 + 2 * 16 * 96
 
 
 @pytest.mark.slow
@@ -331,12 +338,15 @@ def test_openmp_waits_in_each_trainer_as_it_does_for_its_users(tmp_path, monkeyp
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "trl.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    asked = json.dumps({"who": "trl", "shape": TINY, "steps": 2})
-    assert printed_by("one_trainer.py", asked, folder=tmp_path) == {"tokenrl": False, "spin": None}
+    request = json.dumps({"who": "trl", "shape": TINY, "steps": 2})
+    assert printed_by("one_trainer.py", request, folder=tmp_path) == {
+        "tokenrl": False,
+        "spin": None,
+    }
     parts = {"one_trainer.py": {"who": "tokenrl", "shape": TINY, "steps": 2}}
     parts["gpu_parts.py"] = {"part": "train_estimators", "steps": 1, "tiny": True, "cpu": True}
-    for name, asked in parts.items():
-        command = [sys.executable, "-X", "importtime", str(FOLDER / name), json.dumps(asked)]
+    for name, request in parts.items():
+        command = [sys.executable, "-X", "importtime", str(FOLDER / name), json.dumps(request)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=250)
         order = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
         assert order.index("tokenrl") < order.index("torch"), name

@@ -68,8 +68,8 @@ def assert_repeats(name: str, run: Path) -> None:
 
 
 def test_train_evaluate_sample_report(model, capsys, tmp_path):
-    more = "--estimator grpo --estimator.scale none --estimator.beta 0.1 --lora-r 2 --seed 3"
-    assert main([*TRAIN, "--model", model, *more.split()]) == 0
+    flags = "--estimator grpo --estimator.scale none --estimator.beta 0.1 --lora-r 2 --seed 3"
+    assert main([*TRAIN, "--model", model, *flags.split()]) == 0
     out = capsys.readouterr().out
     assert (
         "no measure of progress" in out
@@ -169,22 +169,22 @@ def talk(lines, *arguments, monkeypatch, capsys):
 
 
 def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatch, capsys):
-    how = {"monkeypatch": monkeypatch, "capsys": capsys}
-    code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **how)
+    fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
+    code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **fixtures)
     assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt     abc>"
     assert all(line.startswith("completion ") for line in [*out[1:5], *out[6:]])
     assert len(err) == 1 and "context" in err[0]
     # a byte that is no UTF-8
-    code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **how)
+    code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **fixtures)
     assert code == 0 and read_on == out[:5] and len(err) == 1 and r"holds '\udcff'" in err[0]
-    code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **how)
+    code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **fixtures)
     assert (code, none) == (2, []) and r"abc\ud800" in err[0] and "UTF-8" in err[0]
-    code, once, _ = talk([], "--model", model, "--prompt", "abc>", **how)
+    code, once, _ = talk([], "--model", model, "--prompt", "abc>", **fixtures)
     assert code == 0 and once == out[:5] != out[5:]  # the same prompt again: new draws
-    code, out, err = talk([], "--model", model, "--prompt", "a" * 200, **how)
+    code, out, err = talk([], "--model", model, "--prompt", "a" * 200, **fixtures)
     assert (code, out) == (2, []) and "context" in err[0]
-    assert talk([], "--model", model, **how) == (0, [], [])
-    assert talk(["abc>"], **how)[0] == 2  # no model
+    assert talk([], "--model", model, **fixtures) == (0, [], [])
+    assert talk(["abc>"], **fixtures)[0] == 2  # no model
 
 
 def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path):
@@ -192,8 +192,8 @@ def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path
         "def length(completions): return [None if 'a' in c else float(len(c)) for c in completions]\n"
         "def secret(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]\n"
     )
-    how = {"monkeypatch": monkeypatch, "capsys": capsys}
-    own = [
+    fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
+    words = [
         "--reward",
         "made_up_rewards:length",
         "--num-generations",
@@ -202,7 +202,7 @@ def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path
         "xyz>",
         "bcd>",
     ]
-    _, out, _ = talk([], "--model", model, *own, **how)
+    _, out, _ = talk([], "--model", model, *words, **fixtures)
     assert [line for line in out if line.startswith("prompt")] == [
         "prompt     xyz>",
         "prompt     bcd>",
@@ -213,7 +213,9 @@ def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path
         "none" if "a" in text else f"{len(text):.4f}" for _, text in parts
     ]
     assert {"none"} < {reward for reward, _ in parts}
-    code, out, err = talk(["xyz>"], "--model", model, "--reward", "made_up_rewards:secret", **how)
+    code, out, err = talk(
+        ["xyz>"], "--model", model, "--reward", "made_up_rewards:secret", **fixtures
+    )
     assert (code, out) == (0, []) and "'answer'" in err[0]
 
 
@@ -273,8 +275,8 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
 
 def test_an_agent_is_trained_and_its_configuration_repeats_it():
     world = "control --env gridworld --num-envs 4 --eval-episodes 4 --max-steps 3 --seed 3 --num-steps 8"
-    more = ["--estimator", "ppo", "--hidden", "8", "8", "--output-dir", "run", "--quiet"]
-    assert main([*world.split(), *more]) == 0
+    flags = ["--estimator", "ppo", "--hidden", "8", "8", "--output-dir", "run", "--quiet"]
+    assert main([*world.split(), *flags]) == 0
     assert_repeats("control", Path("run"))
 
 
@@ -303,10 +305,12 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
     (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
     (tmp_path / "own.json").write_text('{"output_dir": "named"}')
-    for words, found in (
+    for words, directory in (
         *(("config.json", None), ("config.json --resume auto", "old"), ("own.json", "named")),
     ):
-        assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
+        assert (
+            parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == directory
+        )
     stored = {"output_dir": "old", "resume": "auto", "overwrite": True}
     # what a flag says of an old run counts, and not what a file says
     for made_by in (
@@ -326,8 +330,8 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     assert args.learning_rate == (1e-3, "tuned") and args.shared == {"max_steps": 3}
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")
     assert main(["train", "--config", "wrong.yaml"]) == 2
-    assert "wrong.yaml cannot be used" in (said := capsys.readouterr().err)
-    assert "There is no setting 'learning_rates'. Did you mean 'learning_rate'?" in said
+    assert "wrong.yaml cannot be used" in (errors := capsys.readouterr().err)
+    assert "There is no setting 'learning_rates'. Did you mean 'learning_rate'?" in errors
 
 
 def flags_of(text):
@@ -360,23 +364,27 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     parts = re.split(
         r"^\W*((?:[A-Za-z]+ )*)options\W*$", capsys.readouterr().out, flags=re.MULTILINE
     )[1:]
-    shown = {title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)}
+    groups = {
+        title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)
+    }
     assert (
-        list(shown)[:4] == ["", "sampling", "optimiser", "KL control"]
-        and list(shown)[-1] == "estimator"
+        list(groups)[:4] == ["", "sampling", "optimiser", "KL control"]
+        and list(groups)[-1] == "estimator"
     )
-    first = flags_of(shown[""])
+    first = flags_of(groups[""])
     dozen = "task reward model estimator output-dir max-steps prompts-per-step num-generations "
     assert first[:11] == [*dozen.split(), "max-completion-length", "learning-rate", "seed"]
     assert "config" in first and len(first) < 20
-    flags = [flag for group in shown.values() for flag in flags_of(group)]
-    names = {one.name.replace("_", "-") for one in dataclasses.fields(TrainArguments)}
-    axes = {"estimator." + one.name.replace("_", "-") for one in dataclasses.fields(Estimator)}
+    flags = [flag for group in groups.values() for flag in flags_of(group)]
+    names = {field.name.replace("_", "-") for field in dataclasses.fields(TrainArguments)}
+    axes = {"estimator." + field.name.replace("_", "-") for field in dataclasses.fields(Estimator)}
     assert sorted(flags) == sorted({"config"} | names | axes)  # each once, none left out
-    assert "--temperature FLOAT" in shown["sampling"] and "(default: 0.0)" in shown["sampling"]
-    assert "--lora-r INT" in shown["LoRA"] and "--estimator.scale-ddof {0,1}" in shown["estimator"]
-    assert "Training steps; each samples one rollout. Default: 200." in shown[""]
-    assert "(default: None)" not in shown[""]
+    assert "--temperature FLOAT" in groups["sampling"] and "(default: 0.0)" in groups["sampling"]
+    assert (
+        "--lora-r INT" in groups["LoRA"] and "--estimator.scale-ddof {0,1}" in groups["estimator"]
+    )
+    assert "Training steps; each samples one rollout. Default: 200." in groups[""]
+    assert "(default: None)" not in groups[""]
 
 
 def test_every_command_has_a_help(capsys):
@@ -460,15 +468,15 @@ def test_paths_that_are_no_text_end_in_a_whole_model_or_before_the_first_step(
 def test_a_failure_during_the_run_is_exit_code_1(model, capsys):
     fails = ["--reward", "made_up_rewards:fails_later"]
     assert main([*TRAIN, "--model", model, "--quiet", *fails]) == 1
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert re.search(
-        r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", said
+        r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", errors
     )
     summary = json.loads(Path("run", "summary.json").read_text())
     assert (
         summary["exit_reason"] == "failed" and "fails_later raised SystemExit" in summary["error"]
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
 
 
 def test_no_baseline_for_long_completions_needs_a_flag(capsys):
@@ -479,9 +487,9 @@ def test_no_baseline_for_long_completions_needs_a_flag(capsys):
 
 
 def test_the_bare_command(capsys):
-    for argv, code, said in (([], 2, "train"), (["--help"], 0, "train"), (["--version"], 0, ".")):
+    for argv, code, words in (([], 2, "train"), (["--help"], 0, "train"), (["--version"], 0, ".")):
         assert main(argv) == code
-        assert said in capsys.readouterr().out
+        assert words in capsys.readouterr().out
 
 
 def test_the_path_of_a_page_cannot_change_the_terminal(tmp_path, capsys):

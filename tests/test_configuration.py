@@ -59,12 +59,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 def assert_refused(command: str, path, capsys) -> str:
     assert main([*command.split(), "--config", str(path)]) == 2
-    out, said = capsys.readouterr()
-    lines = max(1, said.count("There is no setting"))  # a hint for each name
+    out, errors = capsys.readouterr()
+    lines = max(1, errors.count("There is no setting"))  # a hint for each name
     assert (
-        said.startswith("tokenrl: ") and said.count("\n") == lines and len(said) < 1500 and not out
-    ), said
-    return said
+        errors.startswith("tokenrl: ")
+        and errors.count("\n") == lines
+        and len(errors) < 1500
+        and not out
+    ), errors
+    return errors
 
 
 @pytest.mark.parametrize("name", SPOILT)
@@ -72,8 +75,8 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
     path = tmp_path / name
     path.write_text(SPOILT[name], encoding="utf-8", errors="surrogateescape")
     for command in TRAINS:
-        said = assert_refused(command, path, capsys)
-        assert str(path) in said and WORDS.get(name, "") in said
+        errors = assert_refused(command, path, capsys)
+        assert str(path) in errors and WORDS.get(name, "") in errors
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
@@ -98,8 +101,8 @@ RESULTS = [
 
 @pytest.mark.parametrize("command", RESULTS)
 def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(command, capsys):
-    for place in ("", ".", "absent/file.json"):
-        assert main([*command.split(), "--json", place]) == 2
+    for path in ("", ".", "absent/file.json"):
+        assert main([*command.split(), "--json", path]) == 2
         assert "cannot be written" in capsys.readouterr().err
 
 

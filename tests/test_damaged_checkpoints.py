@@ -14,12 +14,12 @@ SMALL += ["--eval-every", "0", "--quiet"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with the runs `train` (with critic, 4 updates) and `control`, and the cache of base models."""
-    place = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setenv("TOKENRL_CACHE", str(place / "cache"))
+        patch.chdir(folder)
+        patch.setenv("TOKENRL_CACHE", str(folder / "cache"))
         train = [
             "train",
             "--task",
@@ -34,20 +34,20 @@ def place(tmp_path_factory):
         assert main([*train, *SMALL, "--output-dir", "train"]) == 0
         control = ["control", "--env", "bandit", "--max-steps", "2", "--save-every", "1", "--quiet"]
         assert main([*control, "--output-dir", "control"]) == 0
-    return place
+    return folder
 
 
 @pytest.fixture
-def damaged(place, tmp_path, monkeypatch):
+def damaged(folder, tmp_path, monkeypatch):
     """The working directory holds checkpoints as a run does, each with one bit of its weights flipped."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(place / "cache"))
+    monkeypatch.setenv("TOKENRL_CACHE", str(folder / "cache"))
     for run, step, weights in (
         ("train", 4, "model.safetensors"),
         ("control", 2, "policy.safetensors"),
     ):
         name = f"checkpoints/step_{step:06d}"
-        shutil.copytree(place / run / name, tmp_path / run / name)
+        shutil.copytree(folder / run / name, tmp_path / run / name)
         whole = (tmp_path / run / name / weights).read_bytes()
         (tmp_path / run / name / weights).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     return tmp_path
@@ -82,10 +82,10 @@ def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, 
     assert "Traceback" not in output and not (damaged / "new" / "config.json").exists()
 
 
-def test_checkpoints_hold_no_code(place):
+def test_checkpoints_hold_no_code(folder):
     """Loading a pickle runs what it says: the only archive is read without that (see `read_state`)."""
     result = [
-        path for run in ("train", "control") for path in (place / run / "checkpoints").rglob("*.*")
+        path for run in ("train", "control") for path in (folder / run / "checkpoints").rglob("*.*")
     ]
     files = {
         path.name

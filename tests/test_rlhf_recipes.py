@@ -31,8 +31,8 @@ def test_the_pipeline_skips_what_is_done_and_redoes_what_depends_on_a_change(
 ):
     def run(**changes):
         pipeline["main"](pipeline["Args"](output_dir=tmp_path / "run", **SHORT | changes))
-        said = capsys.readouterr().out
-        return [name for name in STAGES if f"{name}: skipped" in said], said
+        output = capsys.readouterr().out
+        return [name for name in STAGES if f"{name}: skipped" in output], output
 
     skipped, first = run()
     assert skipped == []
@@ -49,11 +49,11 @@ def test_the_pipeline_skips_what_is_done_and_redoes_what_depends_on_a_change(
     )
     assert (tmp_path / "run" / "rlhf_pipeline.png").stat().st_size > 20_000
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["rows"]
-    known = {row["name"]: row for row in rows}
-    policies = {f"{who}, {how}" for who in ("base", "RL") for how in ("sampled", "greedy")}
-    assert set(known) == policies | {"best of 1", "best of 4", "best of 16"}
-    assert known["base, sampled"]["kl"][0] == pytest.approx(0, abs=1e-5)
-    assert 0 < known["best of 4"]["kl"][0] <= known["best of 4"]["bound"]
+    by_name = {row["name"]: row for row in rows}
+    policies = {f"{who}, {mode}" for who in ("base", "RL") for mode in ("sampled", "greedy")}
+    assert set(by_name) == policies | {"best of 1", "best of 4", "best of 16"}
+    assert by_name["base, sampled"]["kl"][0] == pytest.approx(0, abs=1e-5)
+    assert 0 < by_name["best of 4"]["kl"][0] <= by_name["best of 4"]["bound"]
 
 
 def test_a_stage_that_was_stopped_is_done_again(pipeline, tmp_path):
@@ -93,11 +93,11 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there(stu
         (d, d + noise),
         (noise - d, d * (2 - d / 2)),
     ):
-        found = study["findings"](study["Curve"]("RL", d, proxy, gold))
-        assert not found["turned"] and found["fell"] == 0
+        findings = study["findings"](study["Curve"]("RL", d, proxy, gold))
+        assert not findings["turned"] and findings["fell"] == 0
     gold = np.concatenate([d[:2], d[2:] * (2 - d[2:] / 2)])  # three of five fall
-    found = study["findings"](study["Curve"]("RL", d, d, gold))
-    assert found["fell"] == 3 and not found["turned"]
+    findings = study["findings"](study["Curve"]("RL", d, d, gold))
+    assert findings["fell"] == 3 and not findings["turned"]
 
 
 @pytest.mark.slow
@@ -106,8 +106,8 @@ def test_the_study_runs_and_leaves_its_numbers_and_figure(
 ):
     small = {"configurations": ("16:20",), "seeds": 2, "max_steps": 5, "pool": 16}
     study["main"](study["Args"](output_dir=tmp_path / "runs", **small))
-    said = capsys.readouterr().out
-    assert "min on one core" in said.splitlines()[0] and "16:20 best-of-n" in said
+    output = capsys.readouterr().out
+    assert "min on one core" in output.splitlines()[0] and "16:20 best-of-n" in output
     results = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert set(results) == {"16:20 RL", "16:20 best-of-n"}
     best = results["16:20 best-of-n"]["curves"]
@@ -118,13 +118,14 @@ def test_the_study_runs_and_leaves_its_numbers_and_figure(
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [("RL", 2 * (1.5 - 0.8 * math.log(2))), ("best-of-n", 2 * (1.5 - 0.8 * 2))]
+    ("selection", "expected"),
+    [("RL", 2 * (1.5 - 0.8 * math.log(2))), ("best-of-n", 2 * (1.5 - 0.8 * 2))],
 )
-def test_a_fit_recovers_its_own_form(study, how, expected):
+def test_a_fit_recovers_its_own_form(study, selection, expected):
     d = np.linspace(0.1, 5, 4000)
-    assert study["columns"](np.array([2.0]), how)[0] @ [1.5, 0.8] == pytest.approx(
+    assert study["columns"](np.array([2.0]), selection)[0] @ [1.5, 0.8] == pytest.approx(
         expected, abs=1e-12
     )
-    gain = study["columns"](d, how) @ [1.5, 0.8]
-    found = study["fit_gain"](d.reshape(2, -1), gain.reshape(2, -1), how)
-    assert found == pytest.approx((1.5, 0.8), rel=1e-9)
+    gain = study["columns"](d, selection) @ [1.5, 0.8]
+    coefficients = study["fit_gain"](d.reshape(2, -1), gain.reshape(2, -1), selection)
+    assert coefficients == pytest.approx((1.5, 0.8), rel=1e-9)

@@ -45,7 +45,7 @@ def numbers(hint: Any, bounds: Bounds = Bounds()) -> list[tuple[type, Bounds]]: 
     if hint in (int, float):
         return [(hint, bounds)]
     wrapped = get_origin(hint) in (typing.Union, UnionType, tuple)
-    return [found for part in get_args(hint) if wrapped for found in numbers(part)]
+    return [kind for part in get_args(hint) if wrapped for kind in numbers(part)]
 
 
 def every_number(kind: type[Any]) -> list[tuple[str, Any, type, Bounds]]:
@@ -55,12 +55,12 @@ def every_number(kind: type[Any]) -> list[tuple[str, Any, type, Bounds]]:
 
 def just_outside(number: type, bounds: Bounds) -> list[tuple[float, str]]:
     """A value beyond each bound, as near as can be, and the words for the bound."""
-    found = []
+    cases = []
     for words, _, limit in bounds.limits():
         shift = -1 if words in ("of at least", "above") else 1
         value = limit + shift if number is int else math.nextafter(limit, shift * math.inf)
-        found.append((value, f"{words} {limit:,.12g}"))
-    return found
+        cases.append((value, f"{words} {limit:,.12g}"))
+    return cases
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -72,13 +72,15 @@ def test_every_number_of_all_settings_is_refused_outside_its_bounds(kind):
         whole = "a whole number" if number is int else "a finite number"
         wrong: list[Any] = [True, "3", math.nan, math.inf, 10**400, -(10**400), [], {}]
         wrong += [1.5] if number is int else []
-        for value, words in [*((one, whole) for one in wrong), *just_outside(number, bounds)]:
-            given = (value, value) if "tuple" in str(hint) else value
+        for value, words in [*((value, whole) for value in wrong), *just_outside(number, bounds)]:
+            values = (value, value) if "tuple" in str(hint) else value
             with pytest.raises(Refused) as error:
-                kind(**{name: given})
-            said = str(error.value)
-            assert said.startswith(f"{name} was given as {shown(given)}; it must be "), said
-            assert whole in said and words in said and "\n" not in said and len(said) < 400
+                kind(**{name: values})
+            message = str(error.value)
+            assert message.startswith(f"{name} was given as {shown(values)}; it must be "), message
+            assert (
+                whole in message and words in message and "\n" not in message and len(message) < 400
+            )
             assert error.value.exit_code == 2
 
 
@@ -112,24 +114,24 @@ def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, comman
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_what_is_no_text_is_refused_for_every_text_of_all_settings(kind):
-    others = {"run_dir": ()}  # without a default
-    needed = {other: value for other, value in others.items() if other in field_types(kind)}
+    required = {"run_dir": ()}  # without a default
+    needed = {field: value for field, value in required.items() if field in field_types(kind)}
     for name, hint in field_types(kind).items():
         if name != "estimator" and ("str" not in str(hint) or "or an object" in str(hint)):
             continue
-        for given in (5, {"a": 1}, [3], [["a"]], True, 1.5):
-            if name == "chat_template_kwargs" and given == {"a": 1}:  # from Python this is a dict
-                assert getattr(arguments(kind, needed | {name: given}), name) == '{"a": 1}'
+        for value in (5, {"a": 1}, [3], [["a"]], True, 1.5):
+            if name == "chat_template_kwargs" and value == {"a": 1}:  # from Python this is a dict
+                assert getattr(arguments(kind, needed | {name: value}), name) == '{"a": 1}'
                 continue
             with pytest.raises(Refused) as error:
-                arguments(kind, needed | {name: given})
+                arguments(kind, needed | {name: value})
             assert name in str(error.value) or name == "estimator", error.value
             assert "\n" not in str(error.value)
 
 
 def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
     bounds = "a whole number of at least 0 and at most 4,294,967,295"
-    for name in [name for name, one in COMMANDS.items() if hasattr(one.arguments, "seed")]:
+    for name in [name for name, command in COMMANDS.items() if hasattr(command.arguments, "seed")]:
         left_open = ", or None" * (COMMANDS[name].arguments.seed is None)
         assert main([*name.split(), "--seed", "-1"]) == 2
         assert (
@@ -143,7 +145,7 @@ def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (
             "--learning-rate 1e-5x",
@@ -176,10 +178,10 @@ def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
         ("extra", "There is no flag extra. See tokenrl train --help."),
     ],
 )
-def test_what_the_parser_refuses_is_said_in_one_paragraph_too(words, said, capsys):
+def test_what_the_parser_refuses_is_said_in_one_paragraph_too(words, sentence, capsys):
     assert main(["train", *words.split()]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("tokenrl: ") and said in error and error.count("\n") == 1
+    assert error.startswith("tokenrl: ") and sentence in error and error.count("\n") == 1
     assert "│" not in error and "Annotated" not in error
 
 
@@ -201,21 +203,21 @@ class Sample(Settings):
 
 WHOLE = "a whole number of at least 1 and at most 1,000,000,000"
 FORMS: list[tuple[str, Any, str]] = [
-    *(("count", given, WHOLE) for given in (0, 2.0, None)),
+    *(("count", value, WHOLE) for value in (0, 2.0, None)),
     ("rate", 0, "a finite number above 0 and at most 1e+30, or None"),
     ("share", 1, "a finite number of at least 0 and below 1"),
     ("shade", 5, "one of light, dark, none, or None"),
     ("on", "yes", "True or False"),
-    *(("sizes", given, f"values, each {WHOLE}") for given in ((1, 0), 3)),
+    *(("sizes", value, f"values, each {WHOLE}") for value in ((1, 0), 3)),
     ("span", (1.0,), "2 values, each a finite number, or None"),
 ]
 
 
 def test_one_form_of_sentence():
-    for name, given, words in FORMS:
+    for name, value, words in FORMS:
         with pytest.raises(Refused) as error:
-            Sample(**{name: given})
-        assert str(error.value) == f"{name} was given as {given!r}; it must be {words}."
+            Sample(**{name: value})
+        assert str(error.value) == f"{name} was given as {value!r}; it must be {words}."
     with pytest.raises(
         Refused, match=r"^shade was given as 'drak'. Did you mean 'dark'\? It must be one of l"
     ):
@@ -240,14 +242,14 @@ def test_what_is_allowed_passes():
 
 
 def test_arguments_are_made_of_keywords():
-    made = arguments(
+    sample = arguments(
         Sample, {"words": "one", "sizes": [2, 3], "place": Path("a") / "b", "estimator": "grpo"}
     )
-    grpo, place = Estimator.preset("grpo"), str(Path("a") / "b")
-    assert made == Sample(words=("one",), sizes=(2, 3), place=place, estimator=grpo)
+    grpo, path = Estimator.preset("grpo"), str(Path("a") / "b")
+    assert sample == Sample(words=("one",), sizes=(2, 3), place=path, estimator=grpo)
     assert arguments(Sample, {"words": None, "span": None}) == Sample()
     assert arguments(Sample, {"estimator": {"beta": 0.5}}).estimator == Estimator(beta=0.5)
-    for options, said in (
+    for options, sentence in (
         ({"cuont": 2}, r"There is no setting 'cuont'. Did you mean 'count'\? Available: count, "),
         ({"estimator": {"betta": 1}}, r"There is no setting 'betta'. Did you mean 'beta'\?"),
         (
@@ -255,7 +257,7 @@ def test_arguments_are_made_of_keywords():
             r"preset was given as 'grop'. Did you mean 'grpo'\? It must be one of r",
         ),
     ):
-        with pytest.raises(Refused, match=said):
+        with pytest.raises(Refused, match=sentence):
             arguments(Sample, options)
 
 
@@ -325,11 +327,11 @@ def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():
 
 
 def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from():
-    usual, given = (
+    usual, options = (
         {"steps": 5, "rate": 0.1, "every": None},
         {"steps": None, "rate": 0.0, "seed": None},
     )
-    values, origins = lay(("default", usual), ("given", given))
+    values, origins = lay(("default", usual), ("given", options))
     # 0 is given, None is not
     assert vars(values) == {
         "steps": 5,
@@ -338,5 +340,5 @@ def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from
         "seed": None,
     }
     assert origins == {"steps": "default", "rate": "given"}
-    values, origins = lay(("default", usual), ("given", given), ("budget", {"steps": 3}))
+    values, origins = lay(("default", usual), ("given", options), ("budget", {"steps": 3}))
     assert (values.steps, origins) == (3, {"steps": "budget", "rate": "given"})

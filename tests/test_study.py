@@ -26,15 +26,15 @@ def test_a_plan_can_be_run(path, monkeypatch):
 
 
 def test_positives_and_negatives_are_weighted():
-    own, ones = runpy.run_path(str(STUDY / "own.py")), torch.ones(4, dtype=torch.bool)
+    recipe, ones = runpy.run_path(str(STUDY / "own.py")), torch.ones(4, dtype=torch.bool)
     totals = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    left = {
-        name: (totals - own[name](totals, group_size=4, mask=ones[:, None], valid=ones)).tolist()
+    advantages = {
+        name: (totals - recipe[name](totals, group_size=4, mask=ones[:, None], valid=ones)).tolist()
         for name in ("positives_quarter", "negatives_none")
     }
     third = -1 / 3
-    assert left["positives_quarter"] == pytest.approx([0.25, third, third, third])
-    assert left["negatives_none"] == [1, 0, 0, 0]
+    assert advantages["positives_quarter"] == pytest.approx([0.25, third, third, third])
+    assert advantages["negatives_none"] == [1, 0, 0, 0]
 
 
 def direction(arm, rewards, mask, size):
@@ -60,19 +60,19 @@ def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part, monkeypat
         rewards = lengths.double()
     mask = torch.arange(8) < lengths[:, None]
     for arm in ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp"):
-        mark, other = copies.get(arm, " rloo").split(" ")
-        cosine = float(direction(arm, rewards, mask, size) @ direction(other, rewards, mask, size))
+        mark, twin = copies.get(arm, " rloo").split(" ")
+        cosine = float(direction(arm, rewards, mask, size) @ direction(twin, rewards, mask, size))
         least, most = {"=": (1 - 1e-9, 2), "≈": (0.999, 2), "": (-1, 0.998)}[mark]
-        assert least < cosine < most, (arm, other, cosine)
+        assert least < cosine < most, (arm, twin, cosine)
 
 
 def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declared():
-    own = runpy.run_path(str(STUDY / "own.py"))
+    recipe = runpy.run_path(str(STUDY / "own.py"))
     like, unlike = (
-        {row["prompt"] for row in own[name]().train_prompts} for name in ("like", "unlike")
+        {row["prompt"] for row in recipe[name]().train_prompts} for name in ("like", "unlike")
     )
     assert len(like) == len(unlike) == 1024 and not like & unlike
-    rewards = [own[name]().reward(["21>"] * 2, ["12", "21"]) for name in ("shifted", "lowered")]
+    rewards = [recipe[name]().reward(["21>"] * 2, ["12", "21"]) for name in ("shifted", "lowered")]
     assert rewards == [[2, 1], [0.5, -0.5]]
 
 

@@ -49,11 +49,11 @@ def test_half_a_million_parameters_that_depend_on_the_seed_alone(name, built):
     random.seed(5)
     before = torch.get_rng_state(), random.getstate()
     model, _ = TASKS[name].build(0)
-    other, _ = TASKS[name].build(1)
+    second, _ = TASKS[name].build(1)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
     first = built[name][0].state_dict()
     assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
-    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(second.lm_head.weight, model.lm_head.weight)
     assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 600_000
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

@@ -75,10 +75,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("place", CASES, ids=lambda place: f"{place[0].__name__} {place[1]}")
-def test_rewards_by_hand(place):
-    task, prompt = place
-    for expected, texts in CASES[place].items():
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} {case[1]}")
+def test_rewards_by_hand(case):
+    task, prompt = case
+    for expected, texts in CASES[case].items():
         assert task.reward([prompt] * len(texts), texts) == [expected] * len(texts)
 
 

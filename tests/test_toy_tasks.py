@@ -35,8 +35,8 @@ def score(name, pairs):
     rows = {row["prompt"]: row for row in task.train_prompts + task.eval_prompts}
     columns = {key: [rows[prompt][key] for prompt, _ in pairs] for key in task.train_prompts[0]}
     prompts = columns.pop("prompt")
-    more = {"completion_ids": [[3]] * len(pairs), "trainer_state": None}
-    return task.reward(prompts, [text for _, text in pairs], **columns, **more)
+    details = {"completion_ids": [[3]] * len(pairs), "trainer_state": None}
+    return task.reward(prompts, [text for _, text in pairs], **columns, **details)
 
 
 def right_answer(name, prompt):
@@ -51,7 +51,7 @@ def right_answer(name, prompt):
 
 
 @pytest.mark.parametrize(
-    ("name", "override", "said"),
+    ("name", "override", "message"),
     [
         ("sort_numbers", {}, r"sort_numbers.*sort_digits, reverse_text, .*target_length"),
         (
@@ -72,8 +72,8 @@ def right_answer(name, prompt):
         ("calculator", {"eval_size": 0}, "eval_size=0"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(name, override, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_loaded_is_named(name, override, message):
+    with pytest.raises(ValueError, match=message):
         toy_tasks.load(name, **override)
 
 
@@ -86,7 +86,7 @@ def test_held_out_prompts_are_disjoint_for_any_seed(seed, name):
 
 
 def test_canonical_forms_join_prompts_with_the_same_answer():
-    for name, item, other in (
+    for name, item, equal in (
         ("sort_digits", "402715>", "512704>"),
         ("reverse_text", "abcd>", "dcba>"),
         ("addition", "07+45>", "45+07>"),
@@ -95,7 +95,7 @@ def test_canonical_forms_join_prompts_with_the_same_answer():
         ("sentiment", "overall, the plot was", "the plot was"),
         ("target_length", "ab6>", "ba6>"),
     ):
-        assert MODULES[name].canonical(item) == MODULES[name].canonical(other), name
+        assert MODULES[name].canonical(item) == MODULES[name].canonical(equal), name
     assert MODULES["countdown"].canonical("3,8,5=10>") != MODULES["countdown"].canonical("3,8,5=0>")
 
 
@@ -109,9 +109,9 @@ def test_sizes_columns_and_what_other_arguments_change(name):
     assert len({tuple(row) for row in task.train_prompts + task.eval_prompts}) == 1
     held_out = {canonical(row["prompt"]) for row in task.eval_prompts}
     assert held_out.isdisjoint(canonical(row["prompt"]) for row in task.train_prompts)
-    other = toy_tasks.load(name, seed=1, eval_size=5)
-    assert 5 <= len(other.eval_prompts) <= 30
-    assert not {row["prompt"] for row in other.eval_prompts} <= {
+    second = toy_tasks.load(name, seed=1, eval_size=5)
+    assert 5 <= len(second.eval_prompts) <= 30
+    assert not {row["prompt"] for row in second.eval_prompts} <= {
         row["prompt"] for row in task.eval_prompts
     }
     assert (task.warm_start is None) == (not task.demonstrations) == (name == "vowels")
@@ -174,8 +174,8 @@ def test_any_text_earns_a_float_in_range_by_itself(text, name, index):
     prompt = TASKS[name].eval_prompts[index]["prompt"]
     [alone] = score(name, [(prompt, text)])
     assert type(alone) is float and math.isfinite(alone) and WORST[name] <= alone <= BEST[name]
-    others = [(prompt, ""), (prompt, text), (prompt, right_answer(name, prompt))]
-    assert score(name, others)[1] == alone
+    batch = [(prompt, ""), (prompt, text), (prompt, right_answer(name, prompt))]
+    assert score(name, batch)[1] == alone
 
 
 @every_taught_task
@@ -207,7 +207,7 @@ def test_the_fingerprint_follows_what_the_warm_start_depends_on():
         ),
         dataclasses.replace(task, warm_start=toy_tasks.WarmStart(steps=7)),
     ]
-    assert len({task.fingerprint, *(other.fingerprint for other in changed)}) == 5
+    assert len({task.fingerprint, *(variant.fingerprint for variant in changed)}) == 5
     assert dataclasses.replace(task, solved=0.5, train={}).fingerprint == task.fingerprint
     for item in LOADED.values():
         json.dumps([item.fingerprint, item.train])  # both are written to a run's configuration

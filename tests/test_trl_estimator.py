@@ -52,11 +52,13 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
     model, tokenizer = TinyModel(tokens=tuple("0123456789"), layers=1, hidden=16)(seed=0)
     model.save_pretrained(folder / "model")
     model.config._name_or_path = str(folder / "model")  # from where TRL loads the reference
-    seen = []
+    gradients_of_steps = []
 
     class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model, **more):
-            seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+        def on_pre_optimizer_step(self, args, state, control, model, **options):
+            gradients_of_steps.append(
+                torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+            )
 
     trainer_of_trl, rollout_func = fields.pop("trainer", "GRPO"), fields.pop("rollout_func", None)
     config = getattr(trl, f"{trainer_of_trl}Config")(
@@ -89,7 +91,7 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
     else:
         trainer = recipe["EstimatorTrainer"](estimator, config=config, **options)
     trainer.train()
-    return seen
+    return gradients_of_steps
 
 
 @pytest.mark.slow
@@ -129,8 +131,10 @@ def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
     ours = gradients(recipe, tmp_path, Estimator.preset(preset), steps, **fields)
     theirs = gradients(recipe, tmp_path, None, steps, **fields)
     assert len(ours) == len(theirs) == steps
-    for item, other in zip(ours, theirs, strict=True):
-        assert other.norm() > 1e-3 and float((item - other).norm() / other.norm()) < precision
+    for item, expected in zip(ours, theirs, strict=True):
+        assert (
+            expected.norm() > 1e-3 and float((item - expected).norm() / expected.norm()) < precision
+        )
 
 
 @pytest.mark.slow
@@ -161,18 +165,18 @@ def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, tmp_path) -> None:
     """So the estimator has beta divided by the bound, and steps that are longer in proportion."""
-    own = Estimator.preset("trl_grpo,ratio=none,beta=0.6")
-    ours = gradients(recipe, tmp_path, own, 3, learning_rate=0.05)
+    estimator = Estimator.preset("trl_grpo,ratio=none,beta=0.6")
+    ours = gradients(recipe, tmp_path, estimator, 3, learning_rate=0.05)
     theirs = gradients(recipe, tmp_path, None, 3, loss_type="cispo", epsilon_high=0.5, beta=0.3)
-    for item, other in zip(ours, theirs, strict=True):
-        assert float((item / 2 - other).norm() / other.norm()) < 1e-5
+    for item, expected in zip(ours, theirs, strict=True):
+        assert float((item / 2 - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.slow
 def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path) -> None:
-    own = Estimator.preset("rloo")
+    estimator = Estimator.preset("rloo")
     with_field, without = (
-        gradients(recipe, tmp_path, own, mask_truncated_completions=masks)[0]
+        gradients(recipe, tmp_path, estimator, mask_truncated_completions=masks)[0]
         for masks in (True, False)
     )
     assert torch.equal(with_field, without)
@@ -215,7 +219,9 @@ def test_what_is_said_to_change_nothing_does_so_in_trl(
     assert main(["lab", "exact", "--trl-config", str(path)]) == 0
     explanation = " ".join(capsys.readouterr().out.split()).partition("changes nothing")[2]
     assert [name for name in idle if name not in explanation] == []
-    (without,), (with_them,) = (gradients(recipe, tmp_path, **fields | more) for more in ({}, idle))
+    (without,), (with_them,) = (
+        gradients(recipe, tmp_path, **fields | changes) for changes in ({}, idle)
+    )
     assert float((without - with_them).norm() / without.norm()) < 1e-6
 
 
@@ -228,10 +234,12 @@ def best_of_others(totals, group_size, mask, valid):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce", "rloo,beta=0.1", best_of_others])
 def test_any_estimator_trains(estimator, recipe, tmp_path) -> None:
-    own = Estimator(baseline=estimator) if callable(estimator) else Estimator.preset(estimator)
-    seen = gradients(recipe, tmp_path, own, 3)
-    assert len(seen) == 3 and all(g.isfinite().all() and g.norm() > 0 for g in seen)
-    assert not torch.equal(seen[0], gradients(recipe, tmp_path, Estimator.preset("trl_grpo"), 1)[0])
+    chosen = Estimator(baseline=estimator) if callable(estimator) else Estimator.preset(estimator)
+    steps = gradients(recipe, tmp_path, chosen, 3)
+    assert len(steps) == 3 and all(g.isfinite().all() and g.norm() > 0 for g in steps)
+    assert not torch.equal(
+        steps[0], gradients(recipe, tmp_path, Estimator.preset("trl_grpo"), 1)[0]
+    )
 
 
 def test_what_trl_cannot_give_is_refused(recipe, tmp_path) -> None:

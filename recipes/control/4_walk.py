@@ -117,7 +117,7 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     parameters = [p for module in (body, *heads) for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=3e-4)
     env = Walk()
-    found = []
+    episode_returns = []
     for _ in range(episodes):
         observations = [env.reset()[0]]
         logprobs = []
@@ -145,8 +145,8 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
-        found.append(sum(rewards))
-    return float(np.mean(found[-100:]))
+        episode_returns.append(sum(rewards))
+    return float(np.mean(episode_returns[-100:]))
 
 
 def returns_of(args: Arguments, name: str) -> np.ndarray:

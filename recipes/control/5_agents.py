@@ -188,9 +188,9 @@ def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
     """Draw the mean learning curve, and the fresh episodes. A run that has ended keeps its last value."""
     curves = [curve(run, axis) for run in runs if played(run)]
     if curves:
-        places = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
+        points = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
         draw_band(
-            axes, places, np.array([np.interp(places, x, y) for x, y in curves]), COLOURS[agent]
+            axes, points, np.array([np.interp(points, x, y) for x, y in curves]), COLOURS[agent]
         )
     end = np.mean([played(run) if axis == "episodes" else run.summary["env_steps"] for run in runs])
     draw_mean(axes, end, ends(runs), COLOURS[agent])

@@ -219,12 +219,12 @@ def verdict(s: Sweep) -> str:
     low = s.behind()[1]
     alike = [beta for beta, least in zip(s.betas, low, strict=True) if least <= 0 and beta != best]
     names = ", ".join(f"{beta:g}" for beta in alike)
-    others = f"not told apart from it: {names}" if alike else "all others are worse"
+    remainder = f"not told apart from it: {names}" if alike else "all others are worse"
     if best == 0:
-        return f"sweet spot: none; no bonus is best ({others})"
+        return f"sweet spot: none; no bonus is best ({remainder})"
     if 0 in alike:
-        return f"sweet spot: none; beta {best:g} is highest, but no bonus is as good ({others})"
-    return f"sweet spot: beta {best:g} ({others})"
+        return f"sweet spot: none; beta {best:g} is highest, but no bonus is as good ({remainder})"
+    return f"sweet spot: beta {best:g} ({remainder})"
 
 
 def draw_curves(axes: Axes, s: Sweep, x: np.ndarray) -> None:

@@ -80,7 +80,7 @@ def main(
     """Write the page and the figure."""
     verdicts = {name: measure_bias(name) for name in estimators}
     table = "\n".join(
-        [HEAD, "|---|---|---|---|---|---|---|---|", *(row(*one) for one in verdicts.items())]
+        [HEAD, "|---|---|---|---|---|---|---|---|", *(row(*entry) for entry in verdicts.items())]
     )
     above, _, rest = (RECIPES / "pages" / "defaults.md").read_text(encoding="utf-8").partition(HEAD)
     below = rest.partition("\n\n")[2]

@@ -57,13 +57,13 @@ def main(args: Args) -> None:
     rates = tokenrl.evaluate(model=model, task=measured, num_generations=args.samples).by_prompt[
         "reward"
     ]
-    kept = [
+    chosen = [
         prompt for prompt, rate in zip(prompts, rates, strict=True) if args.low <= rate <= args.high
     ]
     print(
-        f"kept {len(kept)} of {len(rates)} prompts, with mean rewards from {args.low} to {args.high}"
+        f"kept {len(chosen)} of {len(rates)} prompts, with mean rewards from {args.low} to {args.high}"
     )
-    filtered = replace(task, train_prompts=kept)
+    filtered = replace(task, train_prompts=chosen)
     tokenrl.train(model=model, task=filtered, max_steps=args.max_steps, output_dir=args.output_dir)
 
 

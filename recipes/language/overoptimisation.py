@@ -214,8 +214,8 @@ def mean_of(values: np.ndarray) -> tuple[float, float]:
 def findings(curve: Curve) -> dict[str, Any]:
     """The turn, where the mean of the other seeds is highest; what follows it; and the fit."""
     seeds = range(len(curve.gold))
-    others = [[s for s in seeds if s != seed] or [seed] for seed in seeds]
-    turns = np.array([curve.gold[rows].mean(axis=0).argmax() for rows in others])
+    other_seeds = [[s for s in seeds if s != seed] or [seed] for seed in seeds]
+    turns = np.array([curve.gold[rows].mean(axis=0).argmax() for rows in other_seeds])
     best = curve.gold.argmax(axis=1)
 
     def change(values: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -94,8 +94,8 @@ def as_chat(row: dict) -> dict:
 def number_in(text: str) -> Decimal | None:
     """The number after the last ####, or else the last number at all; None if there is none."""
     _, mark, result = text.rpartition("####")
-    found = re.findall(NUMBER, result)
-    return Decimal(re.sub(r"[$,]", "", found[0 if mark else -1])) if found else None
+    numbers = re.findall(NUMBER, result)
+    return Decimal(re.sub(r"[$,]", "", numbers[0 if mark else -1])) if numbers else None
 
 
 def right(completions: list[list[dict]], answer: list[str], **_) -> list[float]:

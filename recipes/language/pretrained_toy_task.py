@@ -66,10 +66,10 @@ class Args:
 def table(stages: dict[str, dict[str, float]]) -> str:
     """The held-out reward of each stage: the greedy completion, and the mean of four samples."""
     lines = [f"{'':14}{'greedy':>16}{'sampled':>18}{'cut at the limit':>18}"]
-    for name, found in stages.items():
-        greedy, sampled = ("{:.3f} ± {:.3f}".format(found[key], found.get(f"{key}_stderr", 0))
+    for name, metrics in stages.items():
+        greedy, sampled = ("{:.3f} ± {:.3f}".format(metrics[key], metrics.get(f"{key}_stderr", 0))
                            for key in ("reward_greedy", "reward"))  # fmt: skip
-        cut = f"{found['completions/clipped_ratio']:.0%}"
+        cut = f"{metrics['completions/clipped_ratio']:.0%}"
         lines.append(f"{name:14}{greedy:>16}{sampled:>18}{cut:>18}")
     return "\n".join(lines)
 
@@ -94,8 +94,8 @@ def main(args: Args) -> None:
     )
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
         raise SystemExit(result.exit_code)
-    found = (baseline.metrics, result.eval_before, result.eval_after)
-    stages = dict(zip(STAGES, found, strict=True))
+    evaluations = (baseline.metrics, result.eval_before, result.eval_after)
+    stages = dict(zip(STAGES, evaluations, strict=True))
     run = result.output_dir
     (run / "stages.json").write_text(json.dumps(stages, indent=2) + "\n")
     print(f"\n{table(stages)}\nseconds and memory of each step: {run / 'timings.jsonl'}")

@@ -104,7 +104,7 @@ def sample(prompt_ids, dice=None):
 
 def rewards_of(prompts, ids, mask):
     """Reward of each completion, [N]."""
-    written = [row[kept] for row, kept in zip(ids, mask, strict=True)]
+    written = [row[is_action] for row, is_action in zip(ids, mask, strict=True)]
     return torch.tensor(
         task.reward(prompts, tokenizer.batch_decode(written, skip_special_tokens=True))
     )

@@ -123,8 +123,10 @@ def prefer(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: P
         each = -(-count // len(rows))
         sampling = Sampling(task.max_completion_length, num_generations=2 * each, seed=seed)
         chosen = rows[: -(-count // each)]
-        made = make_preferences(policy, chosen, task.reward, sampling, noise_temperature=args.noise)
-        write_preferences(folder / file, made)
+        pairs = make_preferences(
+            policy, chosen, task.reward, sampling, noise_temperature=args.noise
+        )
+        write_preferences(folder / file, pairs)
 
 
 def judge(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: Path) -> None:
@@ -163,19 +165,23 @@ def sampled(
     name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
 ) -> list[dict[str, Any]]:
     """Rows of the table for a policy: sampled, with its KL, and greedy."""
-    found = evaluate_policy(
+    metrics = evaluate_policy(
         load_policy(str(model)),
         task.eval_prompts,
         Rewards(task.reward),
         Sampling(task.max_completion_length, num_generations=8, seed=args.seed),
         reference=load_policy(str(base)),
     ).metrics
-    kl = [found["kl"], found["kl_stderr"]]
+    kl = [metrics["kl"], metrics["kl_stderr"]]
     return [
-        {"name": f"{name}, sampled", "gold": [found["reward"], found["reward_stderr"]], "kl": kl},
+        {
+            "name": f"{name}, sampled",
+            "gold": [metrics["reward"], metrics["reward_stderr"]],
+            "kl": kl,
+        },
         {
             "name": f"{name}, greedy",
-            "gold": [found["reward_greedy"], found["reward_greedy_stderr"]],
+            "gold": [metrics["reward_greedy"], metrics["reward_greedy_stderr"]],
         },
     ]
 
@@ -186,12 +192,12 @@ def selected(
     """Rows of the table for best-of-n: the reward model chooses, the gold reward measures the choice."""
     sampling = Sampling(task.max_completion_length, num_generations=args.pool, seed=args.seed)
     judges = Rewards(RewardModel(reward_model / "model", batch_size=256)), Rewards(task.reward)
-    found = best_of_n.best_of_n_metrics(
+    metrics = best_of_n.best_of_n_metrics(
         load_policy(str(base)), task.eval_prompts, *judges, sampling
     )
 
     def measured(name: str, n: int) -> list[float]:
-        return [found[f"{name}@{n}"], found[f"{name}@{n}_stderr"]]
+        return [metrics[f"{name}@{n}"], metrics[f"{name}@{n}_stderr"]]
 
     gold, kl = (partial(measured, name) for name in ("best_of_n", "best_of_n_kl"))
     return [

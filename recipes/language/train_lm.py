@@ -81,20 +81,20 @@ def zigzag() -> PromptTask:
 
 
 def main(args: Args) -> None:
-    own = args.task == "zigzag"
+    is_zigzag = args.task == "zigzag"
     # a recipe: called with a seed it gives (model, tokenizer)
     tiny = TinyModel(tokens=tuple("0123456789>"))
     estimator = tokenrl.Estimator.preset(args.estimator, beta=args.beta)
     result = tokenrl.train(
-        task=zigzag() if own else args.task,
+        task=zigzag() if is_zigzag else args.task,
         reward=args.reward,
-        model=tiny(args.seed) if own and args.model is None else args.model,
+        model=tiny(args.seed) if is_zigzag and args.model is None else args.model,
         estimator=estimator,
         lora_r=args.lora_r,
         max_steps=args.max_steps,
         prompts_per_step=args.prompts_per_step,
         num_generations=args.num_generations,
-        learning_rate=args.learning_rate or (5e-4 if own and args.model is None else None),
+        learning_rate=args.learning_rate or (5e-4 if is_zigzag and args.model is None else None),
         seed=args.seed,
         output_dir=args.output_dir,
         overwrite=args.overwrite,

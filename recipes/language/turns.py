@@ -65,11 +65,11 @@ def main(args: Arguments) -> None:
             print(line + (first_guess(run) if task == "guess_number" else ""), flush=True)
             rows = [row for row in read_metrics(run / "metrics.jsonl") if "reward" in row]
             curves.append([(row["reward"], row["episodes/turns"] - 1) for row in rows])
-        shown = {"reward": "#0072B2"} | (
+        colours = {"reward": "#0072B2"} | (
             {"calls per episode": "#D55E00"} if task == "calculator" else {}
         )
         for column, (label, colour) in zip(
-            np.moveaxis(np.array(curves), 2, 0), shown.items(), strict=False
+            np.moveaxis(np.array(curves), 2, 0), colours.items(), strict=False
         ):
             axes.plot(column.T, color=colour, alpha=0.2, linewidth=0.7)
             axes.plot(column.mean(axis=0), color=colour, label=label)
