@@ -15,8 +15,8 @@ from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.preferences.sampled import make_preferences
-from tokenrl.language.rewards.environments import ENDINGS
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.episodes import ENDINGS
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task

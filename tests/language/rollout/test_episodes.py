@@ -15,9 +15,9 @@ from tiny_models import ENDS, completions, letters, make_policy
 from tokenrl.core import Estimator
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import wrap
-from tokenrl.language.rewards.environments import ENDINGS, Environments
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.episodes import play
+from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling, uniforms

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import letters
 
 import tokenrl
-from tokenrl.language.rewards.environments import ENDINGS
+from tokenrl.language.rollout.episodes import ENDINGS
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "language" / "openenv_client.py"
 pytest.importorskip("websockets", reason="the extra openenv has websockets")

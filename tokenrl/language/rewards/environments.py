@@ -33,16 +33,6 @@ from tokenrl.language.rewards.isolation import Streams, call_all
 from tokenrl.language.rewards.tools import Message, check_tool, encodable, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
-ENDINGS = [
-    "completed",
-    "max_turns",
-    "max_tokens",
-    "context_overflow",
-    "parse_error",
-    "error",
-    "timeout",
-]
-"""Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
 RESET = "(text, info) in gymnasium's interface, and None or text in TRL's"
@@ -58,7 +48,7 @@ class Answer(NamedTuple):
         messages: what the policy reads next, each with a role ("user" or "tool") and content. Those of an
             episode that is over are shown to people, and no policy reads them.
         reward: the reward of the turn that was answered.
-        ending: empty if the episode goes on, else a name of `ENDINGS`.
+        ending: empty if the episode goes on, else a name of `ENDINGS` in rollout/episodes.py.
         failure: with the endings `error` and `timeout` one sentence that names class, method, problem, line.
     """
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenrl.language.rewards.environments import Answer, Environments, Episode
 from tokenrl.language.rewards.tools import assistant_message
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
@@ -26,7 +25,18 @@ from tokenrl.language.rollout.sampling import Sampling, key_of, uniforms
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rewards.environments import Answer, Environments, Episode
 
+ENDINGS = [
+    "completed",
+    "max_turns",
+    "max_tokens",
+    "context_overflow",
+    "parse_error",
+    "error",
+    "timeout",
+]
+"""Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 CUT = ("max_tokens", "context_overflow")
 """The endings of episodes that were cut off by length."""
 CHARACTERS = 32

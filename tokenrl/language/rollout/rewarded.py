@@ -16,14 +16,14 @@ from tokenrl.core.returns import at_last_action
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import locations_of
 from tokenrl.language.policy.stops import decoded, markers
-from tokenrl.language.rewards.environments import ENDINGS, Environments
-from tokenrl.language.rollout.episodes import play
+from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, lengths
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rewards.environments import Environments
     from tokenrl.language.rewards.rewards import Rewards
 
 Row = Mapping[str, Any]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.settings import Bounds, Count, Natural
 
