@@ -13,7 +13,6 @@ from typing import Any
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.rewards.calls import Reward, restored_settings
 from tokenrl.language.rewards.library import LIBRARY
-from tokenrl.language.rewards.model import RewardModel
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments
 
@@ -52,6 +51,9 @@ def load_reward(spec: Any) -> Reward:
             f"{problem}; give the function itself, reward=function without a call, or its name."
         )
     if os.path.isdir(spec):
+        # Its module imports torch, which the process of other rewards can do without.
+        from tokenrl.language.rewards.model import RewardModel
+
         return RewardModel(spec)
     text = str(spec)
     if _LIBRARY_SPEC.fullmatch(text):
