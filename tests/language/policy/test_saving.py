@@ -66,6 +66,8 @@ def mixed(model):
     "family", quickly(FAMILIES, set(FAMILIES) - {"llama", "gpt2", "mixtral", "gemma2"})
 )
 def test_all_weights_come_back(family, dtype, tmp_path):
+    if (family, dtype) == ("deepseek_v3", "float64"):
+        pytest.skip("transformers reads its routers in float32, whatever the rest is in")
     first, again = (family_policy(family, seed=seed) for seed in (0, 1))
     for policy in (first, again):
         policy.tokenizer = make_tokenizer()
@@ -331,8 +333,9 @@ def tied_by_hand(policy):
 
 
 def untied_by_hand(policy):
+    weight = policy.model.get_input_embeddings().weight
     policy.model.config.tie_word_embeddings = True
-    policy.model.lm_head.weight = torch.nn.Parameter(torch.zeros(96, 32))
+    policy.model.lm_head.weight = torch.nn.Parameter(weight.detach().clone())  # equal at first
 
 
 def with_a_bias(policy):
@@ -367,6 +370,7 @@ UNSAVABLE = [
         "cannot be saved and loaded .*num_return",
     ),
     (tied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
+    (untied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
     (with_a_bias, r"model .*differ: lm_head.bias"),
     (with_weights_that_no_file_takes, r"model.* of this run cannot .*up_proj"),
     (with_a_tokenizer_of_its_own, "tokenizer .*other tokens"),

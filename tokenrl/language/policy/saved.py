@@ -1,8 +1,8 @@
 """Holds a policy as checkpoints do, and tries before the first step whether it can be saved.
 
-A model of at most `LARGE` parameters is saved whole and loaded again, and its logits are compared; of a
-larger one all but the weights is saved, and the names and shapes of its weights are compared with those of
-the model that transformers makes of it. At the end of a run the same is compared with what has been saved.
+All but the weights is saved. The names and shapes of the weights are compared with those of the model that
+transformers makes of the saved configuration. A model of at most `LARGE` parameters is saved whole and loaded
+again, and its logits are compared too. At the end of a run the saved model is compared in the same way.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tokenrl.language.policy.saving import (
     merged,
     read_weights,
     save_policy,
+    weight_shapes,
     write_adapter,
     write_generation,
 )
@@ -39,8 +40,6 @@ MAX_ERROR = 0.01
 """The largest error of a logit, relative to the largest logit, in float32 or better."""
 MAX_COARSE_ERROR = 0.12
 """The same where some weights have less precision."""
-RELATIVE_MOVE = 0.1
-"""How far a trial moves the weights, relative to their size, so that an adapter and ties have an effect."""
 SAMPLE = f"{string.printable}naïve café, 漢字 😀"
 """A text that a tokenizer has to read as it did before it was saved."""
 
@@ -114,17 +113,15 @@ class SavedModel:
         Raises:
             Refused: something cannot be saved, or not so that transformers loads the same model.
         """
-        trial = copy.copy(self.policy)
         with _trying():
-            if _is_small(trial.model):
-                trial.model = _moved(trial.model)
-                save_policy(trial, folder)
+            if _is_small(self.policy.model):
+                save_policy(self.policy, folder)
             else:
-                trial.model = _hollow(trial.model)
-                trial.model.config.save_pretrained(folder)
-                trial.tokenizer.save_pretrained(folder)
-                write_generation(trial, trial.model, folder)
-        self._compare(trial, folder)
+                model = _hollow(self.policy.model)
+                model.config.save_pretrained(folder)
+                self.policy.tokenizer.save_pretrained(folder)
+                write_generation(self.policy, model, folder)
+        self._compare(folder)
 
     def hand_over(self, folder: Path, card: Card) -> None:
         """Save the model with its card at the end of a run, and compare it with what is loaded.
@@ -134,36 +131,35 @@ class SavedModel:
         """
         save_policy(self.policy, folder, card=card)
         try:
-            self._compare(self.policy, folder)
+            self._compare(folder)
         except Refused as error:
             raise Stopped(str(error)) from error
 
     @quietly()
-    def _compare(self, policy: Any, folder: Path) -> None:
-        """Load a saved model as plain transformers does, and compare it with the one that was saved.
+    def _compare(self, folder: Path) -> None:
+        """Load a saved model as plain transformers does, and compare it with the policy's.
 
         Raises:
             Refused: it cannot be loaded, or is another model.
         """
         import transformers
 
-        model = policy.model
+        model = self.policy.model
+        bare = model.get_base_model() if has_adapter(model) else model
         auto = getattr(transformers, AUTO_CLASSES[self.kind])
-        has_own_code = "transformers_modules" in str(type(_bare(model)))
+        has_own_code = "transformers_modules" in str(type(bare))
         options = {"trust_remote_code": has_own_code}
         with _trying():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            if _reading(tokenizer) != _reading(policy.tokenizer):
+            if _reading(tokenizer) != _reading(self.policy.tokenizer):
                 raise ValueError("loaded again, the tokenizer reads a text as other tokens")
-            if _is_small(model):
-                loaded = auto.from_pretrained(folder, dtype="auto", **options)
-                _compare_shapes(_hollow(model), loaded)
-                _compare_logits(model, loaded)
-            elif getattr(_bare(model), "hf_quantizer", None) is None:
+            if getattr(bare, "hf_quantizer", None) is None:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
                 with torch.device("meta"):
                     skeleton = auto.from_config(config, **options)
                 _compare_shapes(_hollow(model), skeleton)
+            if _is_small(model):
+                _compare_logits(model, auto.from_pretrained(folder, dtype="auto", **options))
 
 
 @contextmanager
@@ -191,13 +187,8 @@ def _trying() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _bare(model: Any) -> Any:
-    """Return the model itself, without the wrapper of an adapter."""
-    return model.get_base_model() if has_adapter(model) else model
-
-
 def _is_small(model: Any) -> bool:
-    return bool(_bare(model).num_parameters() <= LARGE)
+    return bool(model.num_parameters() <= LARGE)
 
 
 def _reading(tokenizer: Any) -> tuple[Any, ...]:
@@ -207,46 +198,30 @@ def _reading(tokenizer: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _moved(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose trained weights are others, as after some updates."""
-    moved = copy.deepcopy(model)
-    for weight in moved.parameters():
-        if weight.requires_grad:
-            size = float(weight.float().square().mean().sqrt()) or 1.0
-            ramp = torch.arange(weight.numel(), device=weight.device).cos()
-            weight.add_(ramp.view_as(weight), alpha=RELATIVE_MOVE * size)
-    return moved
-
-
-@torch.no_grad()
-def _compare_logits(model: nn.Module, loaded: Any) -> None:
+def _compare_logits(model: Any, loaded: Any) -> None:
     """Compare the logits of a text with tokens from all over the vocabulary."""
-    weights = list(model.parameters())
-    rows = len(loaded.get_input_embeddings().weight)
-    ids = torch.arange(1, 9, device=weights[0].device)[None] * rows // 9
-    before = copy.deepcopy(model).eval()(input_ids=ids).logits
-    after = loaded.to(ids.device).eval()(input_ids=ids).logits
-    size = max(float(before.abs().max()), 0.1)
-    error = float((before - after).abs().max()) / size
-    is_coarse = any(weight.dtype.itemsize < 4 for weight in weights)
-    limit = MAX_COARSE_ERROR if is_coarse else MAX_ERROR
-    if math.isfinite(size) and not error <= limit:
+    vocabulary = len(loaded.get_input_embeddings().weight)
+    ids = torch.arange(1, 9, device=model.device)[None] * vocabulary // 9
+    before = model(input_ids=ids).logits
+    after = loaded.to(model.device)(input_ids=ids).logits
+    largest = max(float(before.abs().max()), 0.1)
+    error = float((before - after).abs().max()) / largest
+    limit = MAX_COARSE_ERROR if model.dtype.itemsize < 4 else MAX_ERROR
+    if math.isfinite(largest) and not error <= limit:
         raise ValueError(f"loaded again, its logits are off by {error:.2g} of the largest")
 
 
 def _hollow(model: Any) -> Any:
     """Return a copy of a model whose weights have names and shapes alone, with its adapter merged."""
-    bare_weights = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    hollow = copy.deepcopy(model, bare_weights)
+    copies = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    hollow = copy.deepcopy(model, copies)
     return merged(hollow) if has_adapter(model) else hollow
 
 
 def _compare_shapes(model: nn.Module, skeleton: nn.Module) -> None:
-    """Compare names and shapes of weights, of which a shared one is saved once, with those to be loaded."""
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    loaded = {
-        name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)
-    }
-    names = {**shapes, **dict(skeleton.named_parameters())}
-    if wrong := [name for name in names if shapes.get(name) != loaded.get(name)]:
+    """Compare the names and shapes of two models' weights; a shared weight counts once."""
+    shapes = weight_shapes(model.named_parameters())
+    loaded = weight_shapes(skeleton.named_parameters())
+    wrong = [name for name in shapes | loaded if shapes.get(name) != loaded.get(name)]
+    if wrong:
         raise ValueError(f"loaded again, its weights differ: {', '.join(wrong)[:200]}")

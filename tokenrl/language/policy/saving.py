@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -53,8 +52,7 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
 def merged(model: Any) -> Any:
     """Merge an adapter into the weights of its model, in place.
 
-    A weight that an adapted layer shares with another layer, as a head does with the embedding, becomes two,
-    since the adapter changes only one of them.
+    Where the adapter changes the embedding or a head that shares its weights, the two weights become two.
 
     Args:
         model: a model wrapped by peft.
@@ -62,19 +60,17 @@ def merged(model: Any) -> Any:
     Returns:
         The model without the adapter.
     """
-    owners = defaultdict(list)
-    for path, module in model.named_modules():
-        for name, weight in module.named_parameters(recurse=False):
-            owners[weight].append((path, module, name))
-    is_untied = False
-    for weight, layers in owners.items():
-        is_adapted = any(re.search("base_layer|original_module", path) for path, *_ in layers)
-        if is_adapted and len(layers) > 1:
-            is_untied = True
-            for _, module, name in layers[1:]:
-                setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    base = model.get_base_model()
+    embedding = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    is_adapted = hasattr(embedding, "base_layer") or hasattr(head, "base_layer")
+    if is_adapted and head.weight is embedding.weight:
+        layer = getattr(head, "base_layer", head)
+        layer.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
     whole = model.merge_and_unload()
-    if is_untied:
+    head = whole.get_output_embeddings()
+    # Later releases of peft than 0.18 do this themselves.
+    if head is not None and head.weight is not whole.get_input_embeddings().weight:
         whole.config.tie_word_embeddings = False
         whole.config.get_text_config().tie_word_embeddings = False
     return whole
@@ -166,14 +162,15 @@ def _read_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(folder / "adapter_model.safetensors")
-    if _shapes(saved) != _shapes(adapter_weights(model)):
+    if weight_shapes(saved.items()) != weight_shapes(adapter_weights(model).items()):
         raise ValueError("the names or the shapes of its adapter's weights differ")
     check_base(model, folder)
     set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in weights.items()}
+def weight_shapes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
+    """Return the shapes of named weights."""
+    return {name: weight.shape for name, weight in weights}
 
 
 def check_base(model: Any, folder: Path) -> None:
