@@ -52,9 +52,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
-    """Only tests marked `drawn` draw learning curves of runs, which take longer than most of the runs."""
+    """Only tests marked `drawn` draw curves, which take longer than most of the runs."""
     if not request.node.get_closest_marker("drawn"):
-        monkeypatch.setattr("tokenrl.runs.report.picture", lambda path, *_, **__: path.touch())
         monkeypatch.setattr("tokenrl.runs.markup.svg", lambda *_: "<svg></svg>")
 
 

@@ -40,7 +40,7 @@ from tokenrl.settings import Settings
 
 @dataclass(frozen=True)
 class ReportArguments(Settings):
-    """Draw the learning curve of a run and write its report again; or compare several runs on one page."""
+    """Write the report of a run again, with its learning curve; or compare several runs on one page."""
 
     run_dir: tyro.conf.Positional[tuple[str, ...]]
     """Output directory of the run; of several runs to compare them."""

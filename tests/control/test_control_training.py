@@ -77,7 +77,6 @@ def test_a_run_leaves_a_complete_directory(once):
     assert (config["env"], config["threads"]) == ("CartPole-v1", 1)
     assert "threads 1 (fewer than 1 M parameters)" in output
     assert "CartPole-v1" in (folder / "report.html").read_text()
-    assert (folder / "learning_curve.png").stat().st_size > 1000
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step_000001", "step_000002"]
 

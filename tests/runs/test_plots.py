@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tokenrl.runs.plots import COLOURS, Bars, Chart, Curve, Forest, picture, smooth, svg
+from tokenrl.runs.plots import COLOURS, Bars, Chart, Curve, Forest, smooth, svg
 
 RANGES = {
     "one point": [3.0],
@@ -69,22 +69,6 @@ def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
     assert ">two</text>" in drawn and "nan" not in drawn and "inf" not in drawn
     assert drawn != svg(Forest("n", "u", rows), 400, 160)
     assert all(-1 <= x <= 401 and -1 <= y <= 161 for x, y in numbers(drawn))
-
-
-def test_the_same_numbers_give_the_same_bytes_and_others_do_not(tmp_path):
-    def drawn(name, value):
-        charts = [
-            Chart("$n$", "u", [Curve([0, 1], [0.0, value], "a")], large=True),
-            Chart("n", "u", []),
-        ]
-        return picture(
-            tmp_path / name, charts, title=r"costs $\frac$", subtitle="50 % $"
-        ).read_bytes()
-
-    first = drawn("a.png", 1.0)
-    assert first.startswith(b"\x89PNG") and first == drawn("b", 1.0) != drawn("c.png", 2.0)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "b", "c.png"]
-    assert picture(tmp_path / "empty.png", [], title="t").stat().st_size > 1000
 
 
 def test_matplotlib_is_loaded_when_something_is_drawn_and_pyplot_never():

@@ -4,7 +4,6 @@ from tokenrl.runs.plots import smooth as smooth
 from tokenrl.runs.reader import Outcome as Outcome, RecordedRun as RecordedRun, read_run as read_run
 from tokenrl.runs.report import (
     compare_runs as compare_runs,
-    learning_curve as learning_curve,
     report_from_directory as report_from_directory,
 )
 from tokenrl.runs.session import Session as Session

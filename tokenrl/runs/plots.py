@@ -1,26 +1,22 @@
-"""Draws curves and forest plots with matplotlib: as SVG, whose colours follow the page around it, or as PNG.
+"""Draws curves and forest plots with matplotlib as SVG, whose colours follow the page around it.
 
 matplotlib is imported when something is drawn, and never pyplot, which would change the state of the process.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import StringIO
-from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenrl.runs.console import measured, number
-from tokenrl.runs.files import replacing
 from tokenrl.runs.output import harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # The palette of Okabe and Ito, darkened so that it can be read as text; it differs for every colour vision.
 PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777f", "c1": "#0072b2",
@@ -75,8 +71,7 @@ class Curve(NamedTuple):
             window = 2 * (len(self.y) // 40) + 1  # odd, and about a twentieth of the run
             means = smooth(self.y, window)
             axes.plot(self.x, self.y, linewidth=1, alpha=0.35, **look)
-        label = _literal(f"{self.name} {self.last}")
-        (line,) = axes.plot(self.x, means, linewidth=2, label=label, **look)
+        (line,) = axes.plot(self.x, means, linewidth=2, **look)
         if self.dashed:
             line.set_linestyle((0, (4, 2)))
         if self.dots or len(self.y) == 1:  # a line through one point would not be seen
@@ -162,13 +157,11 @@ class Bars(NamedTuple):
         _write(axes, self.result, line, (0, -29), colour)
         look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}
         height = line + 0.72
-        if all(map(math.isfinite, self.outer)):
-            axes.plot(self.outer, [height] * 2, linewidth=2, **look)
-        if all(map(math.isfinite, self.inner)):
-            axes.plot(self.inner, [height] * 2, linewidth=6, alpha=0.55, **look)
-        axes.plot([self.value], [height], "o", markersize=9, **look)
-        heights = [line + 0.9] * len(self.points)
-        axes.plot(self.points, heights, "o", markersize=4, alpha=0.5, **look)
+        axes.plot(self.outer, [height, height], linewidth=2, **look)
+        axes.plot(self.inner, [height, height], linewidth=6, alpha=0.55, **look)
+        axes.plot(self.value, height, "o", markersize=9, **look)
+        for point in self.points:
+            axes.plot(point, line + 0.9, "o", markersize=4, alpha=0.5, **look)
 
 
 class Forest(NamedTuple):
@@ -208,10 +201,17 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
         width: its width in pixels; the element itself fits any width.
         height: its height in pixels.
     """
+    from matplotlib import rc_context, rc_params_from_file
+    from matplotlib.figure import Figure
+
     margin = 44 if isinstance(drawing, Chart) else 4  # at the left, in pixels
     box = (margin / width, 24 / height, 1 - (margin + 14) / width, 1 - 34 / height)
     file = StringIO()
-    with _figure((width / 72, height / 72), dpi=72) as figure:
+    look = rc_params_from_file(
+        Path(__file__).with_name("page.mplstyle"), use_default_template=False
+    )
+    with rc_context(look):
+        figure = Figure((width / 72, height / 72), dpi=72)
         drawing.draw(figure.add_axes(box))
         unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=unnamed)
@@ -222,60 +222,12 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
     return f'<svg viewBox="0 0 {width} {height}">{inside}'
 
 
-@contextmanager
-def _figure(size: tuple[float, float], dpi: int) -> Iterator[Figure]:
-    """Make an empty figure of this size in inches; the block draws in the look of the pages."""
-    from matplotlib import rc_context, rc_params_from_file
-    from matplotlib.figure import Figure
-
-    look = rc_params_from_file(
-        Path(__file__).with_name("page.mplstyle"), use_default_template=False
-    )
-    with rc_context(look):
-        yield Figure(size, dpi=dpi)
-
-
-def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = "") -> Path:
-    """Draw charts over steps side by side as one PNG of 1200 x 600 pixels.
-
-    Args:
-        path: the file to write.
-        charts: the charts; those without any point are left out.
-        title: heading of the figure.
-        subtitle: a line of small print below the title.
-
-    Raises:
-        Stopped: the file could not be written; an old one is untouched.
-    """
-    charts = [chart for chart in charts if chart.drawn]
-    with _figure((12, 6), dpi=100) as figure:
-        figure.set_facecolor("white")
-        look: dict[str, Any] = {"fontsize": 18, "fontweight": "bold", "color": PALETTE["ink"]}
-        figure.text(0.05, 0.92, _literal(title), **look)
-        figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=PALETTE["soft"])
-        grid = figure.add_gridspec(
-            1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07
-        )
-        for column, chart in enumerate(charts):
-            axes = figure.add_subplot(grid[column])
-            chart.draw(axes)
-            heading = _literal(f"{chart.name}, {chart.unit}, by step")
-            axes.set_title(heading, loc="left", pad=34, size=11)
-            if any(curve.name for curve in chart.drawn):
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-        with replacing(path) as partial:  # its maker's name differs between versions
-            figure.savefig(partial, format="png", metadata={"Software": None})
-    return path
-
-
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
-    sums = [0.0, *accumulate(values)]
+    half = window // 2
     means = []
     for index in range(len(values)):
-        start = max(0, index - window // 2)
-        end = min(index + window // 2 + 1, len(values))
-        means.append((sums[end] - sums[start]) / (end - start))
+        means.append(fmean(values[max(0, index - half) : index + half + 1]))
     return means
 
 

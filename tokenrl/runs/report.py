@@ -19,7 +19,7 @@ from tokenrl.runs.files import check_place, flat
 from tokenrl.runs.metric_table import metric_of, metric_table
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.output import visible
-from tokenrl.runs.plots import Chart, Curve, picture
+from tokenrl.runs.plots import Chart, Curve
 from tokenrl.runs.reader import RecordedRun, finite, read_run, series
 
 Rows = Sequence[Mapping[str, Any]]
@@ -54,7 +54,7 @@ _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
 def report_from_directory(run: str | Path) -> Path:
-    """Write the page of a run, finished or not, from its directory, and the PNG of its learning curve.
+    """Write the page of a run, finished or not, from its directory.
 
     Returns:
         The page. The page of a comparison of several arms is left as it is.
@@ -67,43 +67,12 @@ def report_from_directory(run: str | Path) -> Path:
         return page
     recorded = read_run(run)
     try:
-        learning_curve(
-            recorded.path / "learning_curve.png",
-            recorded.metrics,
-            title=recorded.title,
-            subtitle=ending(recorded.summary),
-            kind=recorded.kind,
-            mark=recorded.mark,
-        )
         return markup.write_page(page, recorded.title, list(_sections(recorded)))
     except Refused:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         fault = f"{recorded.path / 'summary.json'} holds what no run writes ({describe(error)})"
         raise Refused(f"{fault}. Correct or remove it, and the run can be shown.") from error
-
-
-def learning_curve(
-    path: Path,
-    metrics: Rows,
-    *,
-    title: str,
-    subtitle: str = "",
-    kind: str = "train",
-    mark: Mark = None,
-) -> Path:
-    """Draw the learning curve of a run as a PNG of 1200 x 600 pixels.
-
-    Args:
-        path: the file to write.
-        metrics: rows of metrics.jsonl; a missing key, null or NaN leaves a gap.
-        title: heading of the figure.
-        subtitle: a line of small print below the title.
-        kind: the command that made the run, which decides what is drawn.
-        mark: name and value of a line to reach.
-    """
-    charts = [chart for chart in _charts({"": metrics}, kind, mark) if chart.large]
-    return picture(path, charts, title=title, subtitle=subtitle)
 
 
 def _sections(run: RecordedRun) -> Iterator[markup.Section]:

@@ -169,7 +169,6 @@ def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.drawn
 def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     task = Task("toy", ROWS, ROWS, vowel_reward)
     task.demonstrations = ROWS
@@ -187,7 +186,6 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     assert timings[3]["step_seconds"] > 0 and timings[3]["tokens_per_second"] > 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 20, "toy")
-    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 1000
     assert (tmp_path / "run" / "report.html").exists()
     loaded = load_policy(tmp_path / "run")  # the run directory stands for the model in it
     assert torch.equal(weights(loaded.model), weights(ended.policy.model))

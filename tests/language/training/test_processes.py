@@ -243,11 +243,10 @@ def import_all() -> None:
 
 def fork_ranks(directory: Path, program: str, world: int) -> None:
     """Be a launcher: one process that imports, and forks the ranks."""
-    from tokenrl.runs import markup, report
+    from tokenrl.runs import markup
 
     import_all()
-    report.picture = lambda path, *_, **__: path.touch()  # as `undrawn` has it for the tests
-    markup.svg = lambda *_: "<svg></svg>"
+    markup.svg = lambda *_: "<svg></svg>"  # as `undrawn` has it for the tests
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -48,7 +48,6 @@ def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.drawn
 def test_a_run_leaves_the_whole_directory(run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,7 +101,6 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     assert table["target"].to_pylist() == [prompt[0] for prompt in table["prompt"].to_pylist()]
     spread = table["rewards/starts_right"].to_numpy().std(ddof=1)
     assert rows[-1]["rewards/starts_right/std"] == pytest.approx(spread)
-    assert (directory / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert (directory / "report.html").read_text().count("<script") == 1  # that of the page itself
     checkpoint = directory / "checkpoints" / "step_000002"
     verify(checkpoint)
