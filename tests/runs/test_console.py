@@ -1,6 +1,7 @@
 import io
 import math
 import re
+from types import SimpleNamespace
 
 from tokenrl.runs.console import Console, Progress, duration, ending, measured, number
 from tokenrl.runs.output import visible
@@ -61,21 +62,16 @@ def test_log_gets_plain_lines_each_k_steps():
     assert "ETA" not in lines[1] + lines[-1] and "\x1b" not in text and "\r" not in text
 
 
-def test_the_time_left_follows_the_steps_as_they_are_now_and_the_evaluations_to_come():
-    file, steps = io.StringIO(), [100.0, *[2.0] * 12, *[60.0] * 27]
-    with Progress(
-        Console(file=file), 40, seconds_left=lambda step, seconds: (40 - step) * seconds + 7
-    ) as progress:
-        for step, seconds in enumerate(steps, 1):
-            progress.update(step, {"reward": 1, "step_seconds": seconds})
-    shown = {int(line.split()[1].split("/")[0]): line for line in file.getvalue().splitlines()}
-    assert "ETA" not in shown[1] + shown[40]
-    assert [shown[step].split("ETA ")[1] for step in (2, 10, 20, 30)] == [
-        "1:23",
-        "1:07",
-        "0:47",
-        "10:07",
-    ]
+def test_the_time_left_follows_from_the_time_of_all_steps_but_the_first(monkeypatch):
+    file = io.StringIO()
+    now = [0.0]
+    monkeypatch.setattr("tokenrl.runs.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Progress(Console(file=file), 40, first=9) as progress:
+        for step, seconds in ((10, 100.0), (20, 20.0), (30, 60.0), (40, 1.0)):
+            now[0] += seconds
+            progress.update(step, {"reward": 1})
+    ends = [line.rpartition("  ")[2] for line in file.getvalue().splitlines()]
+    assert ends == ["reward 1", "ETA 0:40", "ETA 0:40", "reward 1"]
 
 
 def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side():

@@ -16,7 +16,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.core import Estimator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs import findings, rules
-from tokenrl.runs.findings import METRICS, Part, facts, slowing
+from tokenrl.runs.findings import METRICS, Part, facts
 from tokenrl.runs.rules import RULES, judge
 
 RATE = {"learning_rate": 0.1}
@@ -33,7 +33,6 @@ OFF = {"recent_logp_difference": 0.06, "recent_effective_samples": 0.9, "importa
 PASSES = {"recent_clip_ratio": 0.4, "num_iterations": 4, "learning_rate": 1e-3}
 NONE = {"has_baseline": False, "num_generations": 4, "horizon": 501}
 FLAT = {"gained": False, "fell": False, "is_early": False, "learning_rate": 1e-3}
-SLOW = {"rate_at_start": 900.0, "rate_now": 200.0, "length_ratio": 1.1, "threads": 1}
 TIMES = {"reward_seconds": 1.2, "step_seconds": 2.0, "timed_steps": 5, "slowest_reward": "f"}
 QUIET = {"steps_without_signal": 3, "step_reward": 0.5, "had_signal": True, **RATE}
 CASES = [  # flag, weight, facts, changes advised (None: any), and what of the facts makes the rule silent
@@ -105,8 +104,6 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
     ("no-baseline", "act", NONE, {"estimator.baseline": "rloo"}, {"has_baseline": True}),
     ("no-baseline", "watch", NONE | {"horizon": 500}, {"estimator.baseline": "rloo"}, {"horizon": 1}),
     ("slow-reward", "watch", TIMES, {}, {"timed_steps": 4}),
-    ("slow-machine", "watch", SLOW, {}, {"rate_now": 300.0}),
-    ("slow-machine", "watch", SLOW, {}, {"length_ratio": 0.4}),
 ]  # fmt: skip
 
 
@@ -163,19 +160,6 @@ def names_of_facts():
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names |= set(re.findall(r"(?<!{){([a-z_]+)(?::[^}]*)?}(?!})", node.value))
     return names - {"get", "keys", "items"}
-
-
-def test_a_machine_is_slow_by_the_medians_of_several_steps_and_threads_are_named_if_there_are_several():
-    fast, slow, stalled = (900.0, 7.0), (200.0, 8.0), (1.0, 7.0)
-    steps = [*[stalled] * 5, *[fast] * 5]
-    assert slowing([*steps, *[slow] * 8]) == {}
-    assert slowing([*steps, *[fast] * 5, *[stalled] * 4])["rate_now"] == 900
-    measured = slowing([*steps, *[fast] * 3, stalled, *[slow] * 5])
-    assert measured == {"rate_at_start": 900, "rate_now": 200, "length_ratio": 8 / 7}
-    for threads in (1, 2):
-        (finding,) = judge(measured | {"threads": threads}, "slow-machine")
-        assert "200 tokens per second, the first ones 900" in finding.text
-        assert ("--resume auto --threads 1" in finding.text) == (threads == 2)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median_low
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Refused
@@ -29,8 +28,6 @@ _LOSS_NOTE = (
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
 MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
-_TIMED_STEPS = 20  # whose median time is expected of the steps to come
-TimeLeft = Callable[[int, float], float]
 _MAX_DECIMALS = 6  # of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
@@ -180,17 +177,13 @@ class Console:
 class Progress:
     """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
 
-    def __init__(
-        self, console: Console, total: int, first: int = 0, seconds_left: TimeLeft | None = None
-    ) -> None:
+    def __init__(self, console: Console, total: int, first: int = 0) -> None:
         """Prepare the line for steps after `first`; it appears on entering the context.
 
         Args:
             console: where the line is shown.
             total: number of the last step.
             first: steps made before.
-            seconds_left: returns the seconds that are left after a step, from its number and the median
-                seconds of the latest steps; None for steps without evaluations.
         """
         from rich.progress import (
             BarColumn,
@@ -201,8 +194,9 @@ class Progress:
 
         self._console = console
         self._total = total
-        self._seconds_left = seconds_left or (lambda step, seconds: (total - step) * seconds)
-        self._seconds = list[float]()
+        self._timed_from: tuple[int, float] | None = (
+            None  # the first step, which is slower, and its end
+        )
         self._evaluation = ""
         self._printed_at = time.monotonic()
         columns = (
@@ -228,7 +222,7 @@ class Progress:
 
         Args:
             step: number of updates made so far.
-            metrics: of this step, with its `step_seconds`. Shown are `reward` (or else `loss`),
+            metrics: of this step. Shown are `reward` (or else `loss`),
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
@@ -240,20 +234,22 @@ class Progress:
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
         parts = [*parts[:1], self._evaluation, *_rates(metrics)]
-        if step:
-            self._seconds.append(metrics.get("step_seconds", 0.0))
-        if len(self._seconds) > 1 and step < self._total:  # the first step is slower
-            seconds = median_low(self._seconds[-_TIMED_STEPS:])
-            parts.append(f"ETA {duration(self._seconds_left(step, seconds))}")
+        now = time.monotonic()
+        if step and self._timed_from is None:
+            self._timed_from = step, now
+        elif self._timed_from is not None and step < self._total:
+            first, began = self._timed_from
+            step_seconds = (now - began) / (step - first)
+            parts.append(f"ETA {duration((self._total - step) * step_seconds)}")
         line = "  ".join(filter(None, parts))
         console.attempt(self._live.update, self._task, completed=step, line=line)
         if console.rich.is_terminal:
             return
         is_due = step % console.every == 0 or step in (1, 2, self._total) or evaluated is not None
-        if is_due or time.monotonic() > self._printed_at + MAX_SILENCE:
+        if is_due or now > self._printed_at + MAX_SILENCE:
             width = len(str(self._total))
             console.print(f"{console.each} {step:>{width}}/{self._total}  {line}", soft_wrap=True)
-            self._printed_at = time.monotonic()
+            self._printed_at = now
 
 
 def conclude(

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, Literal
 
 from tokenrl.runs.metric_table import metric_table
@@ -41,8 +41,6 @@ it, as a share of effective samples: importance weights then about double the va
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
-SPEED_STEPS = 9
-"""The steps by which the speed at the start, and now, is measured: half of them do not yet count."""
 METRICS = {metric.fact: metric.name for metric in metric_table() if metric.fact}
 """The metric behind each name after a prefix."""
 SOLVED_ADVICE = (
@@ -158,28 +156,6 @@ def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
     if number is None:
         return math.nan
     return number if needs_groups else float(number == 0)
-
-
-def slowing(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Return how fast the first and the latest steps of a process sampled, as facts; none of a few steps.
-
-    They are medians, so that one step that was held up does not count; the very first step is left out.
-
-    Args:
-        steps: tokens sampled per second, and the mean length of the completions, of each step in order.
-
-    Returns:
-        `rate_at_start` and `rate_now` in tokens per second, and `length_ratio`, of the latest to the first.
-    """
-    if len(steps) <= 2 * SPEED_STEPS:
-        return {}
-    rates, lengths = zip(*steps[1:], strict=True)
-    length_at_start = max(median(lengths[:SPEED_STEPS]), 1e-9)
-    return {
-        "rate_at_start": median(rates[:SPEED_STEPS]),
-        "rate_now": median(rates[-SPEED_STEPS:]),
-        "length_ratio": median(lengths[-SPEED_STEPS:]) / length_at_start,
-    }
 
 
 def _latest_facts(

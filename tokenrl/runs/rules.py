@@ -382,19 +382,3 @@ def slow_reward(facts: Facts) -> Judgement:
         return None
     text = "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step. "
     return "watch", f"{text}Score all completions together, or make it async."
-
-
-@rule("slow-machine")
-def slow_machine(facts: Facts) -> Judgement:
-    """Sampling is far slower than at the start, though completions are about as long: see `slowing`."""
-    if not (3 * facts.rate_now < facts.rate_at_start and 0.5 < facts.length_ratio < 2):
-        return None
-    text = (
-        "The last steps sampled {rate_now:,.0f} tokens per second, the first ones {rate_at_start:,.0f}, "
-        "at similar lengths. Other work on this machine is the likely cause: look at what else it runs."
-    )
-    if facts.threads > 1:
-        text += (
-            " On a CPU, {threads} threads then wait for each other: try --resume auto --threads 1."
-        )
-    return "watch", text

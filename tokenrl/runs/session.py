@@ -30,7 +30,7 @@ from typing import Any
 from tokenrl.configuration import signatures
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain, leave
 from tokenrl.runs.checkpoint import Model, Resumable, Saver
-from tokenrl.runs.console import Console, Progress, TimeLeft, next_commands
+from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
@@ -206,11 +206,11 @@ class Session:
             causes = "; ".join(provenance.inexact)
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
-    def steps(self, seconds_left: TimeLeft | None = None) -> Iterator[int]:
+    def steps(self) -> Iterator[int]:
         """Return the steps that are left; they end early after a signal, or once `ended` is set.
 
         Before the first of them config.json and the evaluation of step 0 are written. A run that the
-        directory held goes; of a continued run, what follows the checkpoint. `seconds_left`: see `Progress`.
+        directory held goes; of a continued run, what follows the checkpoint.
 
         Raises:
             Refused: what the directory holds cannot be removed.
@@ -219,7 +219,7 @@ class Session:
             self.console.warnings += self._warned.values()
             if self.main:
                 cut_back(self.output_dir, self.step)
-        self._progress = Progress(self.console, self.args.max_steps, self.step, seconds_left)
+        self._progress = Progress(self.console, self.args.max_steps, self.step)
         if self.main:
             self._begin()
         return self._steps(self._progress)

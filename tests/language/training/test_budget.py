@@ -9,9 +9,6 @@ from tiny_models import PROMPTS, make_policy, make_task
 
 import tokenrl
 from tokenrl.core import Estimator
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.run import TrainingRun
-from tokenrl.language.training.settings import train_settings
 
 SETTINGS = {
     "prompts_per_step": 4,
@@ -56,19 +53,3 @@ def test_every_completion_counts(tmp_path, estimator):
     refilled = sum(row.get("refilled", 0) for row in rows)
     assert (refilled > 0) == (estimator != "remax")
     assert rows[-1]["num_samples"] >= LEAST * 6 + 2 * refilled
-
-
-@pytest.mark.parametrize(
-    ("steps", "every", "step", "seconds"),
-    [
-        (30, 10, 2, 28 * 2 + 3 * 7),
-        (30, 10, 20, 10 * 2 + 7),
-        (35, 10, 20, 15 * 2 + 2 * 7),
-        (30, 0, 29, 2 + 7),  # the last step is evaluated anyhow
-    ],
-)
-def test_the_time_left_is_that_of_the_steps_and_evaluations_to_come(steps, every, step, seconds):
-    options = SETTINGS | {"eval_every": every, "max_steps": steps}
-    args = train_settings(TrainArguments(**options), make_task())
-    run = TrainingRun(args, *[None] * 5, "", None, {}, eval_seconds=7.0)
-    assert run.seconds_left(step, 2.0) == seconds

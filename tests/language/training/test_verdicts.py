@@ -10,8 +10,6 @@ import pytest
 from tiny_models import letter_task, letters, letters_trained
 
 from tokenrl.errors import Stopped
-from tokenrl.language.training import loop
-from tokenrl.language.training.step import training_step
 from tokenrl.runs import rules
 from tokenrl.runs.files import verify
 
@@ -57,34 +55,6 @@ def summary_of(folder):
 def test_a_run_that_learns_has_no_flag(trained):
     assert trained.eval_before["reward"] < 0.2 and trained.eval_after["reward"] > 0.4
     assert trained.flags == () and summary_of(trained.output_dir)["flags"] == []
-
-
-@pytest.mark.parametrize(
-    ("collect", "rewarding", "warnings"),
-    [
-        (4.0, 0.0, 1),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4.0, 3.5, 0), (2.0, 0.0, 0))),
-    ],
-)
-def test_a_machine_that_gets_slow_is_told_once_and_not_recorded(
-    collect, rewarding, warnings, tmp_path, capsys, monkeypatch
-):
-    def measured(*args):
-        record = training_step(*args)
-        slow = args[3] > 14  # the number of the step
-        record.timings["collect"] = collect if slow else 1.0
-        record.timings["rewards/first_letter/seconds"] = rewarding if slow else 0.25
-        return record
-
-    run = {"max_steps": 22, "learning_rate": 1e-9}
-    train(tmp_path / "plain", **run)
-    assert "likely cause" not in said(capsys)
-    monkeypatch.setattr(loop, "training_step", measured)
-    ended = train(tmp_path / "run", **run)
-    assert said(capsys).count("step 19: The last steps sampled") == warnings
-    assert "slow-machine" not in ended.flags
-    first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("plain", "run"))
-    assert first == second
 
 
 def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(

@@ -246,7 +246,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
         held_out = len(run.task.eval_prompts)
         with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
             _evaluated(run, session)
-    steps = session.steps(run.seconds_left)
+    steps = session.steps()
     if run.warm_started and session.main:
         rows = Path(run.warm_started["kept_in"], "metrics.jsonl")
         shutil.copy(rows, session.output_dir / "warm_start.jsonl")
@@ -267,10 +267,6 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         "num_samples": least + run.args.num_generations * int(metrics.get("refilled", 0)),
     }
     run.totals.update(done)
-    length = metrics["completions/mean_length"]
-    spent = record.timings
-    seconds = spent["collect"] - sum(spent[name] for name in spent if name.startswith("rewards/"))
-    run.sampled.append((length * done["num_samples"] / max(seconds, 1e-9), length))
     metrics |= {
         "epoch": stream.epoch,
         "learning_rate": learner.schedule.get_last_lr()[0],

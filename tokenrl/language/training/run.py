@@ -71,7 +71,6 @@ class TrainingRun:
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
-        sampled: tokens sampled per second and mean length of the completions, in each step of this process.
         totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
             replaced ones included.
@@ -90,7 +89,6 @@ class TrainingRun:
     warm_started: dict[str, Any]
     warm_seconds: float = 0.0
     eval_seconds: float = 0.0
-    sampled: list[tuple[float, float]] = field(default_factory=list)
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
     failures: Sequence[str] = ()
@@ -138,13 +136,6 @@ class TrainingRun:
             whole += args.warm_start_steps * self.warm_seconds
             words = f"a warm start of {args.warm_start_steps} updates of {self.warm_seconds:.2g} s, {words}"
         return f"{words}: about {duration(whole)} in all"
-
-    def seconds_left(self, step: int, step_seconds: float) -> float:
-        """Return how long the steps and evaluations after a step take if a step takes `step_seconds`."""
-        every = self.args.eval_every
-        evaluated = step // every if every else 0
-        evaluations = self.num_evaluations - 1 - evaluated
-        return (self.args.max_steps - step) * step_seconds + evaluations * self.eval_seconds
 
     def facts(self) -> dict[str, Any]:
         """Return the last lines of the header, which are printed when the model is ready."""

@@ -17,7 +17,7 @@ from tokenrl.language.evaluation.evaluation import over_prompts
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.runs.findings import Finding, Part, facts, share_equal, slowing
+from tokenrl.runs.findings import Finding, Part, facts, share_equal
 from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -45,7 +45,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         lost = new[:1]
         session.flags += lost
         session.warn_once(lost[0], f"step {step}: {findings[lost[0]].text}")
-    for flag in ("truncation", "slow-reward", "slow-machine"):
+    for flag in ("truncation", "slow-reward"):
         if flag in findings:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
     for finding in judge(run_facts(run, session.rows, "recent"), "sampling-differs"):
@@ -83,7 +83,6 @@ def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
         step_seconds=session.training_seconds / step,
         reward_seconds=seconds[slowest] / step,
         slowest_reward=slowest.removeprefix("rewards/").removesuffix("/seconds"),
-        **slowing(run.sampled),
     )
 
 
