@@ -162,15 +162,13 @@ class Saver:
             state = {name: part.state_dict() for name, part in self._parts.items()}
             try:
                 write_state(partial, {"step": step, **state})
-                _load(partial, mmap=True)  # what the tensors hold need not be read
+                _load(
+                    partial, mmap=True
+                )  # before older ones go; what the tensors hold need not be read
             except (OSError, RuntimeError):  # of the disk
                 raise
             except Exception as error:  # pickle raises errors of all kinds
                 raise Stopped(_not_plain("this run", error)) from error
-        try:
-            verify(path)  # before older ones go
-        except Refused as fault:
-            raise Stopped(str(fault)) from fault
         self._saved = step
         self._saved_at = time.monotonic()
         self._remove_older()
