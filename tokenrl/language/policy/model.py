@@ -206,9 +206,12 @@ class Policy:
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Texts of N completions `ids` [N, T] with their `mask` [N, T], cut before the stop string at their end."""
-        rows = zip(ids.cpu(), mask.bool().cpu(), strict=True)
-        texts = decoded(self.tokenizer, [row[is_token].tolist() for row, is_token in rows])
-        return texts if self.stops is None else list(map(self.stops.cut, texts))
+        ids = ids.cpu()
+        mask = mask.bool().cpu()
+        texts = decoded(self.tokenizer, [ids[i, mask[i]].tolist() for i in range(len(ids))])
+        if self.stops is None:
+            return texts
+        return [self.stops.cut(text) for text in texts]
 
     def add_reference(self) -> None:
         """Keep a frozen copy of the model as the reference of a KL term; an adapter makes it needless."""

@@ -109,9 +109,7 @@ def read_weights(model: Any, folder: Path) -> None:
         (_read_adapter if has_adapter(model) else _read_whole)(model, folder)
     except Refused:
         raise
-    except (
-        Exception
-    ) as error:  # files that are absent, damaged or something else raise many kinds of errors
+    except Exception as error:  # absent, damaged and unsuitable files raise errors of many kinds
         raise Refused(
             f"The weights in {folder} are not those of this run's model ({describe(error)}). Resume with the "
             "model and the settings that the run was started with, or start a new run from these weights."
@@ -233,10 +231,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
     content = {
-        "rules": {
-            name: rule for name, rule in rules.items() if name not in ("padding", "truncation")
-        },
+        "rules": rules,
         "vocabulary": tokenizer.get_vocab() if backend is None else None,
         "special tokens": tokenizer.special_tokens_map,
         "special ids": sorted(tokenizer.all_special_ids),
@@ -310,19 +308,20 @@ class Card:
         from huggingface_hub import ModelCardData
         from jinja2 import Template
 
+        auto = AUTO_CLASSES[self.kind]
         is_adapter = self.kind == "adapter"
-        is_judge = self.kind == "reward model"
         library = "peft" if is_adapter else "transformers"
+        tags = [*self.tags, "lora"] if is_adapter else self.tags
+        is_classifier = self.kind == "reward model"
         data = ModelCardData(
             library_name=library,
             base_model=os.fspath(self.base) if isinstance(self.base, str | os.PathLike) else None,
-            pipeline_tag="text-classification" if is_judge else "text-generation",
-            tags=[*self.tags, "lora", "tokenrl"] if is_adapter else [*self.tags, "tokenrl"],
+            pipeline_tag="text-classification" if is_classifier else "text-generation",
+            tags=[*tags, "tokenrl"],
         )
-        auto = AUTO_CLASSES[self.kind]
-        return Template(CARD, keep_trailing_newline=True).render(
-            card=self, front=data.to_yaml().strip(), library=library, auto=auto, plain=_plain
-        )
+        template = Template(CARD, keep_trailing_newline=True)
+        front = data.to_yaml().strip()
+        return template.render(card=self, front=front, library=library, auto=auto, plain=_plain)
 
 
 def _plain(value: Any) -> str:
