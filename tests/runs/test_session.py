@@ -650,7 +650,7 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
     assert live(None, quiet=False, resume="auto").output_dir == tmp_path / "runs/train-1"
     assert live(None, quiet=False).output_dir == tmp_path / "runs/train-2"
     assert json.loads(Path("runs/train-2/config.json").read_text())["output_dir"] == "runs/train-2"
-    commands = ["sample --model runs/train-2", "report runs/train-1 runs/train-2"]
+    commands = ["sample --model runs/train-2", "train --config runs/train-2 --seed 1"]
     assert capsys.readouterr().out.endswith("".join(f"next    tokenrl {one}\n" for one in commands))
     lonely = live(None, accelerator=other_process({2: [7, 0]}), max_steps=0)
     assert lonely.output_dir == tmp_path / "runs/train-7"  # the number that the main process took

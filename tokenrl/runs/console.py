@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Refused
@@ -366,10 +365,10 @@ def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: 
         command = f"tokenrl advise --run {run}"
     elif kind == "reward-model":
         command = f"tokenrl train --task TASK --reward {run}/model"
-    name, _, number = args.output_dir.rpartition("-")
-    if number.isdecimal() and Path(f"{name}-{int(number) - 1}", "config.json").exists():
-        return [command, f"tokenrl report {shlex.quote(f'{name}-{int(number) - 1}')} {run}"]
-    return [command, f"{repeat} --seed {args.seed + 1}"] if repeatable else [command]
+    commands = [command]
+    if repeatable:
+        commands.append(f"{repeat} --seed {args.seed + 1}")
+    return commands
 
 
 def _rates(metrics: Mapping[str, Any]) -> list[str]:

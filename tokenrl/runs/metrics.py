@@ -292,13 +292,9 @@ def _installed(names: tuple[str, ...]) -> list[str]:
         raise Refused(
             f"report_to was given as {' '.join(names)}; none stands alone, or is left out."
         )
-    from accelerate import utils
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    installed = []
-    for name in LOGGER_TYPE_TO_CLASS:
-        if getattr(utils, f"is_{name}_available", lambda: True)():
-            installed.append(name)
+    installed = list(map(str, get_available_trackers()))
     for name in names:
         check_choice("report_to", name, (*sorted(LOGGER_TYPE_TO_CLASS), "all", "none"))
         if name not in (*installed, "all"):

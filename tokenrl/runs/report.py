@@ -86,11 +86,8 @@ def _sections(run: RecordedRun) -> Iterator[markup.Section]:
             "Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)]
         )
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
-    repeat = f"tokenrl {run.kind} --config {run.path / 'config.json'}"
-    command = config.get("command", repeat) or _FROM_PYTHON
-    if isinstance(command, list):
-        command = " ".join(map(str, command))
-    yield markup.Section("To repeat", [markup.preformatted(str(command))])
+    command = str(config.get("command") or _FROM_PYTHON)
+    yield markup.Section("To repeat", [markup.preformatted(command)])
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
     yield markup.Section("Configuration", [markup.preformatted(settings)], closed=True)
     yield markup.Section("Versions", [markup.preformatted(config.get("versions", {}))], closed=True)
