@@ -301,32 +301,6 @@ def test_a_result_that_does_not_fit_ends_the_episode_as_truncated():
         assert float(rollout.turn_rewards.sum()) == 0.75 and rollout.environments[0].open
 
 
-@pytest.mark.parametrize("where", ["reset", "step"])
-def test_of_an_observation_far_beyond_the_context_only_the_beginning_is_tokenised(
-    where, monkeypatch
-):
-    policy = wrap(*letters(context=24))
-    sizes, tokenize = [], type(policy.tokenizer).__call__
-
-    def spy(self, text, *args, **options):
-        sizes.append(len(text))
-        return tokenize(self, text, *args, **options)
-
-    class Flood(Guess):
-        def reset(self, seed=None):
-            return "ab" * (3_000_000 if where == "reset" else 1), {}
-
-        def step(self, text):
-            return "ab" * 3_000_000, 1.0, False, False, {}
-
-    monkeypatch.setattr(type(policy.tokenizer), "__call__", spy)
-    rollout = played(policy, Environments(Flood), ["ab"], max_completion_length=4)
-    assert max(sizes) <= 32 * 24
-    assert set(rollout.endings) <= {"context_overflow", "max_tokens"}
-    if where == "reset":
-        assert "has 768 tokens or more, and the model's context 24" in rollout.failures[0]
-
-
 def test_no_row_outgrows_the_context():
     model, tokenizer = letters(context=24)
     policy = wrap(model, tokenizer)

@@ -8,9 +8,8 @@ chosen, so an episode depends neither on the other rows of its batch nor on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,16 +38,14 @@ ENDINGS = [
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 CUT = ("max_tokens", "context_overflow")
 """The endings of episodes that were cut off by length."""
-CHARACTERS = 32
-"""Characters that a token has at most, in text that a model can make sense of."""
-SAMPLED = (
+SAMPLED = {
     "sampling_logprobs",
     "logprobs",
     "entropy",
     "score_norms",
     "hidden",
     "sampling_distribution",
-)
+}
 """Columns of tokens that a generator may fill."""
 
 
@@ -85,7 +82,7 @@ def play(
         active = [i for i, row in enumerate(rows) if not row.ending]
         if not active:
             break
-        for index, length in _calls(policy, rows, active):
+        for length, index in _calls(policy, rows, active).items():
             of_turn = replace(one_each, max_completion_length=length)
             parts.append(_sampled(policy, generator, rows, index, draws, of_turn, turn))
         waiting = [rows[i] for i in active if not rows[i].ending]
@@ -139,12 +136,11 @@ class _Row:
         row = cls(episode, [policy.pad_id], chat, budget, episode.ending, episode.failure)
         if row.ending:
             return row
-        ids = _encoded(policy, partial(policy.encode, tools=episode.tools), episode.opening)
+        ids = policy.encode(episode.opening, tools=episode.tools)
         if policy.context is None or len(ids) < policy.context:
             row.prompt = ids
             return row
-        more = " or more" if len(ids) > 2 * policy.context else ""
-        size = f"{len(ids)} tokens{more}, and the model's context {policy.context}"
+        size = f"{len(ids)} tokens, and the model's context {policy.context}"
         row.ending = "context_overflow"
         row.failure = f"The prompt with its first observation has {size}."
         return row
@@ -172,72 +168,33 @@ class _Row:
         """Append the tokens of an answer, if the policy can write on after them; else return the ending."""
         if not self.budget:
             return "max_tokens"
-        encode = partial(
-            policy.reply_ids,
+        ids = policy.reply_ids(
+            answer.messages,
             ended=self.tokens[-1] in policy.eos_ids,
             chat=self.chat,
             tools=self.episode.tools,
             before=self.prompt + self.tokens,
         )
-        ids = _encoded(policy, encode, answer.messages)
         if self.room(policy, len(ids) + 1) <= len(ids):
             return "context_overflow"
         self.tokens += ids
         return ""
 
 
-def _encoded(policy: Policy, encode: Callable[[Any], list[int]], observation: Any) -> list[int]:
-    """Return the tokens of an observation, which is a text or messages.
-
-    An observation far longer than the context is cut, unless it has few tokens for its length.
-    """
-    if policy.context is not None:
-        start = _cut(observation, CHARACTERS * policy.context)
-        if start != observation:
-            ids = encode(start)
-            if len(ids) > 2 * policy.context:
-                return ids
-    return encode(observation)
-
-
-def _cut(observation: Any, size: int) -> Any:
-    """Return an observation whose texts have at most `size` characters."""
-    if isinstance(observation, str):
-        return observation[:size]
-    if isinstance(observation, list):
-        return [_cut(message, size) for message in observation]
-    if isinstance(observation, dict) and isinstance(observation.get("content"), str):
-        return observation | {"content": observation["content"][:size]}
-    return observation
-
-
 class _Part(NamedTuple):
-    """What one call of a generator sampled for n rows.
+    """The tokens that one call of a generator added to some rows.
 
     Attributes:
-        rollout: what the generator returned.
-        kept: True on the tokens that became part of the rows [n, t].
-        rows: number of each row [n].
-        starts: position of the first of these tokens in each row [n].
+        rollout: what the generator returned for n rows.
+        inside: row and position of each token in the table of this part.
+        cells: row and position of each token in the table of all rows.
         turn: number of the turn, from 0.
     """
 
     rollout: Rollout
-    kept: Tensor
-    rows: Tensor
-    starts: Tensor
+    inside: tuple[Tensor, Tensor]
+    cells: tuple[Tensor, Tensor]
     turn: int
-
-    @property
-    def inside(self) -> tuple[Tensor, ...]:
-        """Row and position of each token that was kept, in the table of this part."""
-        return self.kept.nonzero(as_tuple=True)
-
-    @property
-    def cells(self) -> tuple[Tensor, Tensor]:
-        """Row and position of each token that was kept, in the table of all rows."""
-        row, position = self.inside
-        return self.rows[row], self.starts[row] + position
 
 
 def _seeds(
@@ -254,10 +211,8 @@ def _seeds(
     return seeds
 
 
-def _calls(
-    policy: Policy, rows: Sequence[_Row], active: Sequence[int]
-) -> Iterator[tuple[list[int], int]]:
-    """Yield the rows that one call can sample, and its length.
+def _calls(policy: Policy, rows: Sequence[_Row], active: Sequence[int]) -> dict[int, list[int]]:
+    """Return the rows that a call samples, by the length of the call.
 
     A row that may choose fewer tokens is cut afterwards; but no row is sampled beyond the model's context.
     """
@@ -265,8 +220,7 @@ def _calls(
     calls: dict[int, list[int]] = {}
     for i in active:
         calls.setdefault(rows[i].room(policy, budget), []).append(i)
-    for length in sorted(calls):
-        yield calls[length], length
+    return calls
 
 
 def _sampled(
@@ -302,7 +256,9 @@ def _sampled(
         row.write(assistant_message(policy.tokenizer, ids, before, texts[j], tools), ids)
         if cut[j]:
             row.ending = "context_overflow" if row.budget else "max_tokens"
-    return _Part(rollout, kept, torch.tensor(index), starts, turn)
+    numbers, positions = kept.nonzero(as_tuple=True)
+    cells = torch.tensor(index)[numbers], starts[numbers] + positions
+    return _Part(rollout, (numbers, positions), cells, turn)
 
 
 def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size: int) -> Rollout:
@@ -321,15 +277,12 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
     for part in parts:
         mask[part.cells] = True
         turns[part.cells] = part.turn
-        for name in SAMPLED:
-            x = getattr(part.rollout, name)
-            if x is None:
-                continue
+        filled = part.rollout.columns()
+        for name in filled.keys() & SAMPLED:
+            tokens = filled[name][part.inside]
             if name not in columns:
-                columns[name] = x.new_zeros(*shape, *x.shape[2:])
-            target = tuple(index.to(x.device) for index in part.cells)
-            source = tuple(index.to(x.device) for index in part.inside)
-            columns[name][target] = x[source]
+                columns[name] = tokens.new_zeros(*shape, *tokens.shape[1:])
+            columns[name][part.cells] = tokens
     columns.setdefault("sampling_logprobs", torch.zeros(shape))
     return Rollout(
         prompt_ids=prompt_ids,

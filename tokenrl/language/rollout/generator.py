@@ -8,7 +8,7 @@ of processes, and two estimators can be compared on common random numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.drawing import draw, on_device
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host
+from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -142,12 +142,12 @@ class TransformersGenerator:
             self.policy.model.eval()
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
-                numbers = None if draws is None else draws[start * size : end * size]
-                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, start))
+                uniforms = None if draws is None else draws[start * size : end * size]
+                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, uniforms, start))
         finally:
             for module in training:
                 module.training = True
-        return parts[0] if len(parts) == 1 else cat(parts)
+        return cat(parts)
 
     def sync(self, policy: Policy) -> None:
         """Do nothing, because the policy's own weights are sampled from."""
@@ -169,7 +169,7 @@ def _decode(
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
     state = _Decoder(policy, prompt_ids, prompt_mask, prompt_index, sampling)
-    drawn = _Drawn((len(prompt_index), length), state, sampling, policy.pad_id)
+    tokens = _Tokens(len(prompt_index), length, policy)
     eos = torch.tensor(policy.eos_ids, device=device)
     rows = torch.arange(len(prompt_index), device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # True for those that are unfinished
@@ -177,19 +177,19 @@ def _decode(
     unread = 0  # position of the first token that was not read at a look
     for t in range(length):
         uniforms = None if draws is None else draws[rows, t]
-        token, numbers, logp = _next_token(state.logits, uniforms, sampling)
-        drawn.write(t, rows, alive, token, numbers, state.hidden, logp)
+        token, numbers = state.draw(uniforms)
+        tokens.write(t, rows, alive, token, numbers)
         alive = alive & ~torch.isin(token, eos)
         is_last = t + 1 == length
         is_look = is_last or (t + 1) % look_every == 0
         if is_look and policy.stops is not None:
-            ended = _end_at_stops(policy.stops, drawn.ids, drawn.mask, unread, t)
+            ended = _end_at_stops(policy.stops, tokens.ids, tokens.mask, unread, t)
             alive = alive & ~ended[rows]
             unread = t + 1
         if is_last:
             break
         if is_look:
-            unfinished = _unfinished(alive, numbers[1])
+            unfinished = _unfinished(alive, numbers["entropy"])
             if not len(unfinished):
                 break
             # Copying the cache costs as much as keeping a few finished rows.
@@ -200,78 +200,46 @@ def _decode(
                 token = token[index]
                 alive = alive[index]
         state.advance(token)
+    columns: dict[str, Any] = {name: zeroed(x, tokens.mask) for name, x in tokens.numbers.items()}
     rollout = Rollout(
         prompt_ids=prompt_ids[prompt_index],
         prompt_mask=prompt_mask[prompt_index],
         prompt_index=first + prompt_index,
-        truncated=torch.zeros_like(drawn.mask[:, 0]).index_put((rows,), alive),
-        **drawn.columns(),
+        completion_ids=tokens.ids.masked_fill(~tokens.mask, policy.pad_id),
+        mask=tokens.mask,
+        truncated=torch.zeros_like(tokens.mask[:, 0]).index_put((rows,), alive),
+        sampling_logprobs=columns["logprobs"],
+        **columns,
     ).on_host()
     if not rollout.entropy.isfinite().all():
         raise Stopped(NOT_FINITE)
     return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
 
 
-class _Drawn:
-    """The tokens of N completions that were drawn so far, and what is known of each.
+class _Tokens:
+    """The tokens of N completions that were drawn so far, with their numbers.
 
     Attributes:
         ids: the tokens [N, T].
         mask: True on the tokens up to the end of their completion, behind which rows may go on [N, T].
+        numbers: columns of a `Rollout` by name [N, T] or [N, T, ...].
     """
 
-    def __init__(
-        self, shape: tuple[int, int], state: _Decoder, sampling: Sampling, pad_id: int
-    ) -> None:
-        logits = state.logits
-        hidden = state.hidden
-        self._pad_id = pad_id
-        self.ids = torch.full(shape, pad_id, device=logits.device)
-        self.mask = torch.zeros(shape, dtype=torch.bool, device=logits.device)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
-        self._numbers = torch.zeros(count, *shape, device=logits.device, dtype=dtype)
-        self._hidden = hidden.new_zeros(*shape, hidden.shape[-1]) if sampling.keep_hidden else None
-        self._whole = None
-        if sampling.keep_distribution:
-            self._whole = self._numbers.new_zeros(*shape, logits.shape[-1])
+    def __init__(self, rows: int, length: int, policy: Policy) -> None:
+        self.ids = torch.full((rows, length), policy.pad_id, device=policy.device)
+        self.mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        self.numbers: dict[str, Tensor] = {}
 
     def write(
-        self,
-        t: int,
-        rows: Tensor,
-        alive: Tensor,
-        token: Tensor,
-        numbers: Tensor,
-        hidden: Tensor,
-        logp: Tensor,
+        self, t: int, rows: Tensor, alive: Tensor, token: Tensor, numbers: Mapping[str, Tensor]
     ) -> None:
         """Write what was drawn at position t for some rows, some of which are still `alive`."""
         self.mask[rows, t] = alive
         self.ids[rows, t] = token
-        self._numbers[:, rows, t] = numbers
-        if self._hidden is not None:
-            self._hidden[rows, t] = hidden
-        if self._whole is not None:
-            self._whole[rows, t] = logp.to(self._whole.dtype)
-
-    def columns(self) -> dict[str, Any]:
-        """Return the columns of a `Rollout`, which are 0 off the mask."""
-        off = ~self.mask
-        logprobs, entropy, *norms = self._numbers.masked_fill(off, 0)
-        for wide in (self._hidden, self._whole):
-            if wide is not None:
-                wide.masked_fill_(off[..., None], 0)
-        return {
-            "completion_ids": self.ids.masked_fill(off, self._pad_id),
-            "mask": self.mask,
-            "sampling_logprobs": logprobs,
-            "logprobs": logprobs,
-            "entropy": entropy,
-            "score_norms": norms[0] if norms else None,
-            "hidden": self._hidden,
-            "sampling_distribution": self._whole,
-        }
+        for name, x in numbers.items():
+            if t == 0:
+                self.numbers[name] = x.new_zeros(*self.ids.shape, *x.shape[1:])
+            self.numbers[name][rows, t] = x
 
 
 def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
@@ -314,7 +282,7 @@ class _Decoder:
     """The model, its cache, and the logits of the next token for each row of the batch."""
 
     logits: Tensor  # [n, V]
-    hidden: Tensor  # [n, H]; the logits stand in where hidden states are not wanted
+    hidden: Tensor  # [n, H], if `sampling` asks for it
 
     def __init__(
         self,
@@ -326,10 +294,12 @@ class _Decoder:
     ) -> None:
         """Read the prompts, and make each the rows of its group."""
         self.model = policy.model
+        self.sampling = sampling
         self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
         if policy.plain_cache:
             prompt_ids = prompt_ids[prompt_index]
             prompt_mask = prompt_mask[prompt_index]
+            prompt_index = torch.arange(len(prompt_index))
         width = prompt_ids.shape[1]
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if prompt_mask.all() else to_device(prompt_mask, policy.device)
@@ -337,9 +307,11 @@ class _Decoder:
         self.position = to_device(prompt_mask.sum(dim=1), policy.device)
         ids = to_device(prompt_ids, policy.device)
         options = self._positions(width) | self.options
-        self._store(self.model(ids, **options, logits_to_keep=last(1, policy.device)))
+        out = self.model(ids, **options, logits_to_keep=last(1, policy.device))
+        index = to_device(prompt_index, policy.device)
+        self._store(out, index)
         if not policy.plain_cache:
-            self.select(to_device(prompt_index, policy.device))
+            self.select(index)
             self.cache.make_room(sampling.max_completion_length)
 
     def _positions(self, width: int) -> dict[str, Any]:
@@ -352,11 +324,28 @@ class _Decoder:
             "position_ids": (self.position[:, None] + steps).clamp(min=0),
         }
 
+    def draw(self, uniforms: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw one token per row with uniforms [n], or greedily without them.
+
+        Returns:
+            The tokens [n], and their columns of a `Rollout`.
+        """
+        logp = self.sampling.log_probabilities(self.logits)
+        p = logp.exp()
+        token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
+        logprobs = logp.gather(1, token[:, None]).squeeze(1)
+        numbers = {"logprobs": logprobs, "entropy": entropy_of(logp, p)}
+        if self.sampling.keep_score_norms:
+            numbers["score_norms"] = score_norm_of(logprobs, p)
+        if self.sampling.keep_hidden:
+            numbers["hidden"] = self.hidden
+        if self.sampling.keep_distribution:
+            numbers["sampling_distribution"] = logp
+        return token, numbers
+
     def select(self, index: Tensor) -> None:
-        """Make the rows `index` of everything that is held the new batch."""
+        """Make the rows `index` of the tokens that were read the new batch."""
         self.cache.select(index)
-        self.logits = self.logits[index]
-        self.hidden = self.hidden[index]
         self.position = self.position[index]
         if self.mask is not None:
             self.mask = self.mask[index]
@@ -369,30 +358,9 @@ class _Decoder:
         arguments = self.cache.arguments(self._positions(1))
         self._store(self.model(token[:, None], **arguments, **self.options))
 
-    def _store(self, out: Any) -> None:
-        """Store the cache, the last logits and the last hidden states of a forward pass."""
+    def _store(self, out: Any, index: Tensor | slice = slice(None)) -> None:
+        """Store the cache, and of the rows `index` the last logits and hidden states, of a forward pass."""
         self.cache = Cache.of(out)
-        self.logits = out.logits[:, -1]
-        self.hidden = self.logits
-        if self.options["output_hidden_states"]:
-            self.hidden = out.hidden_states[-1][:, -1]
-
-
-def _next_token(
-    logits: Tensor, uniforms: Tensor | None, sampling: Sampling
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token per row from logits [n, V] with uniforms [n], or greedily without them.
-
-    Returns:
-        The tokens [n]; a tensor [2, n] or [3, n] of their log-probabilities, the entropies of the
-        distributions, and the squared norms of the scores if they are wanted; and the log-probabilities of
-        all tokens [n, V].
-    """
-    logp = sampling.log_probabilities(logits)
-    p = logp.exp()
-    token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
-    chosen = logp.gather(1, token[:, None]).squeeze(1)
-    numbers = [chosen, entropy_of(logp, p)]
-    if sampling.keep_score_norms:
-        numbers.append(score_norm_of(chosen, p))
-    return token, torch.stack(numbers), logp
+        self.logits = out.logits[index, -1]
+        if self.sampling.keep_hidden:
+            self.hidden = out.hidden_states[-1][index, -1]

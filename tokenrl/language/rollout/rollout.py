@@ -211,7 +211,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def zeroed(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the numbers of tokens [N, T] or [N, T, ...] with 0 off the mask [N, T] of the CPU."""
+    """Return the numbers of tokens [N, T] or [N, T, ...] with 0 off the mask [N, T]."""
     off = to_device(~mask, x.device)
     return x.masked_fill(off[..., None] if x.ndim > 2 else off, 0)
 
