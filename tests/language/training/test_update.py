@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,15 +110,19 @@ def advantages_of(name, rewards):
     return [item for start in range(0, 12, 3) for item in by_hand(name, rewards[start : start + 3])]
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("share", "temperature", "truncations"),
+    [(True, 0.7, "keep"), (False, 1.0, "keep"), (True, 1.0, "mask")],
+)
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_running_mean", "rloo", "dr_grpo", "grpo"])
-def test_the_gradient_is_the_textbook_sum(name, temperature, share):
+def test_the_gradient_is_the_textbook_sum(name, share, temperature, truncations):
+    """Truncated rows that are masked have no gradient, and count in the baseline and in the divisor."""
     policy = make_policy("gpt2", dtype="float64")
     policy.eos_ids = ENDS
     before = copy.deepcopy(policy.model)
     seen = []
-    learner = make_learner(policy, name, temperature=temperature, micro_batch_size=5)
+    estimator = Estimator.preset(name, truncations=truncations)
+    learner = make_learner(policy, estimator, temperature=temperature, micro_batch_size=5)
     scored(learner, share_prompt=share)
     record = one_step(learner, reward=recorded(flat_second_prompt, seen))
     rows = []
@@ -125,11 +130,14 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
         seen, advantages_of(name, [r for *_, r in seen]), strict=True
     ):
         share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
+        if truncations == "mask" and ids[-1] not in ENDS:
+            advantage = 0.0
         rows.append((policy.encode(prompt), ids, advantage / share_of_token))
     expected, loss = textbook(before, rows, temperature=temperature)
     result = gradient(policy.model)
     assert expected.norm() > 0.1
     assert apart(result, expected) < 1e-10
+    assert 0 < sum(ids[-1] in ENDS for _, ids, _ in seen) < 12
     if "ratio" not in PRESETS[name].fields:  # with a ratio the loss is that of rho, same gradient
         assert record.metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert record.metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
@@ -222,32 +230,29 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     ]
     assert apart(gradient(policy.model), textbook(before, rows, **cut)[0]) < 1e-10
     assert record.metrics["kl"] == pytest.approx(sum(log_ratio) / 12)
+    of_prompts = torch.tensor(log_ratio).view(4, 3).mean(dim=1)
+    assert record.metrics["kl_stderr"] == pytest.approx(float(of_prompts.std()) / 2, rel=1e-4)
+    assert 0 < record.metrics["kl_k3_stderr"] < record.metrics["kl_k3"]
     assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
 
 
 def test_reward_functions_apart_are_weighted_after_their_scale():
-    """With a scale only the weight of a function matters, not its size; without one, the sum is the same."""
-
-    def small(completion_ids, **_):
-        return [float(ids[0] % 5) for ids in completion_ids]
+    """With a scale only the weight of a function matters, not its size."""
 
     def large(completion_ids, **_):
         return [100.0 * (ids[0] % 5) for ids in completion_ids]
 
-    def advantages(second, weight, **fields):
-        learner = make_learner(make_policy(), Estimator(**fields))
-        record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
-        return pytest.approx([row["advantage"] for row in record.rows()], abs=1e-6)
+    def small(completion_ids, **_):
+        return [float(ids[0] % 5) for ids in completion_ids]
 
-    fields = {
-        "baseline": "group_mean",
-        "scale": "group_std",
-        "scale_eps": 0.0,
-        "components": "separate",
-    }
-    assert advantages(small, 0.5, **fields).expected == advantages(large, 0.5, **fields)
-    assert advantages(large, 0.25, **fields).expected != advantages(large, 0.5, **fields)
-    assert advantages(small, 0.5, components="separate").expected == advantages(small, 0.5)
+    def advantages(second, weight):
+        fields = {"baseline": "group_mean", "scale": "group_std", "scale_eps": 0.0}
+        learner = make_learner(make_policy(), Estimator(components="separate", **fields))
+        record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
+        return [row["advantage"] for row in record.rows()]
+
+    expected = pytest.approx(advantages(large, 0.5), abs=1e-6)
+    assert advantages(small, 0.5) == expected != advantages(large, 0.25)
 
 
 def test_a_row_that_abstains_is_not_in_the_running_mean():
@@ -256,17 +261,6 @@ def test_a_row_that_abstains_is_not_in_the_running_mean():
     one_step(learner, reward=recorded(abstaining, seen), running_mean=mean)
     values = [reward for *_, reward in seen if reward is not None]
     assert len(values) == 11 and mean.value == pytest.approx(0.9 * 0.2 + 0.1 * sum(values) / 11)
-
-
-@pytest.mark.parametrize("minibatches", [2, 3])
-def test_the_seed_decides_which_groups_are_in_a_minibatch(minibatches):
-    """They were the same for every seed, because torch ignores a seed's higher bits."""
-    partitions = set()
-    for seed in range(20):
-        learner = make_learner(make_policy(), "grpo", num_minibatches=minibatches, seed=seed)
-        first = next(module.minibatches(learner, 12, 1))
-        partitions.add(tuple(first.tolist()))
-    assert len(partitions) > 2
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
@@ -300,31 +294,17 @@ def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
     torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)
 
 
-def test_truncated_rows_have_no_gradient():
-    """Masked rows still count in the baseline and in the divisor."""
-    policy, seen = make_policy("gpt2", dtype="float64"), []
-    policy.eos_ids = ENDS
-    before = copy.deepcopy(policy.model)
-    learner = make_learner(policy, Estimator(truncations="mask"))
-    one_step(learner, reward=recorded(vowel_reward, seen))
-    is_cut = [len(ids) == 6 and ids[-1] not in ENDS for _, ids, _ in seen]
-    rows = []
-    for start in range(0, 12, 3):
-        group = range(start, start + 3)
-        advantages = by_hand("rloo", [seen[i][2] for i in group])
-        for i, advantage in zip(group, advantages, strict=True):
-            rows.append((policy.encode(seen[i][0]), seen[i][1], 0.0 if is_cut[i] else advantage))
-    assert 0 < sum(is_cut) < 12
-    assert apart(gradient(policy.model), textbook(before, rows)[0]) < 1e-10
-
-
-@pytest.mark.parametrize("minibatches", [3, 4])
-def test_minibatches_keep_groups_whole(minibatches):
-    learner = make_learner(make_policy(), "grpo", num_minibatches=minibatches, num_iterations=2)
-    chosen = torch.stack(list(module.minibatches(learner, 12, 1))).view(2, minibatches, 12)
-    assert (chosen.sum(dim=1) == 1).all()  # each row once an iteration
-    groups = chosen.view(2, minibatches, 4, 3)
-    assert (groups.all(dim=3) == groups.any(dim=3)).all()
+def test_minibatches_keep_groups_whole_and_the_seed_decides_which():
+    """They were the same for every seed, because torch ignores a seed's higher bits."""
+    partitions = set()
+    learner = make_learner(make_policy(), "grpo", num_minibatches=3, num_iterations=2)
+    for seed in range(9):
+        learner.args = replace(learner.args, seed=seed)
+        chosen = torch.stack(list(module.minibatches(learner, 12, 1))).view(2, 3, 4, 3)
+        assert (chosen.sum(dim=1) == 1).all()  # each row once an iteration
+        assert (chosen.all(dim=3) == chosen.any(dim=3)).all()
+        partitions.add(str(chosen[0]))
+    assert len(partitions) > 2
 
 
 def test_minibatches_compute_and_weigh_their_own_rows(monkeypatch):
