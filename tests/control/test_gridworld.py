@@ -11,7 +11,18 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from tokenrl.control.environments import describe
-from tokenrl.control.worlds import GridWorld, exact_return, exact_values, transitions
+from tokenrl.control.worlds import (
+    AGENT,
+    DECOY,
+    FLOOR,
+    GOAL,
+    Bandit,
+    GridWorld,
+    Walk,
+    exact_return,
+    exact_values,
+    transitions,
+)
 from tokenrl.errors import Refused
 
 UP, RIGHT, DOWN, LEFT = range(4)
@@ -21,14 +32,14 @@ UNIFORM = np.full((16, 4), 0.25)
 def play(env: GridWorld, actions: list[int], seed: int | None = None) -> list[tuple]:
     """(cell, reward, terminated, truncated) of each step until the episode ends."""
     env.reset(seed=seed)
-    seen = []
+    steps = []
     for action in actions:
         observation, reward, terminated, truncated, _ = env.step(action)
         assert observation.sum() == 1
-        seen.append((int(observation.argmax()), reward, terminated, truncated))
+        steps.append((int(observation.argmax()), reward, terminated, truncated))
         if terminated or truncated:
             break
-    return seen
+    return steps
 
 
 def test_only_the_seed_of_reset_decides():
@@ -41,34 +52,26 @@ def test_only_the_seed_of_reset_decides():
 
 def test_pictures():
     env = GridWorld(3, decoy=1, render_mode="ansi")
-    assert play(env, [DOWN])
+    play(env, [DOWN])
     assert env.render() == "S D .\nA . .\n. . G\n"
     env = GridWorld(size=2, decoy=1, render_mode="rgb_array")
     env.reset()
     picture = env.render()
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-    corners = [tuple(map(int, picture[y, x])) for y, x in ((16, 16), (48, 48), (16, 48))]
-    # the agent, the goal, the decoy
-    assert corners == [
-        (213, 94, 0),
-        (0, 158, 115),
-        (204, 121, 167),
-    ]
+    middles = picture[16::32, 16::32].reshape(4, 3).tolist()
+    assert middles == [[*colour] for colour in (AGENT, DECOY, FLOOR, GOAL)]
     assert GridWorld().render() is None
 
 
-def test_values_of_the_shortest_way_are_distances():
+def test_values_of_the_shortest_path_are_distances():
     down_then_right = np.zeros((16, 4))
     down_then_right[:12, DOWN] = down_then_right[12:, RIGHT] = 1
-    steps = np.array([6 - r - c for r in range(4) for c in range(4)])
-    wanted = np.where(steps > 0, 1 - 0.01 * steps, 0)
-    assert exact_values(GridWorld(), down_then_right) == pytest.approx(wanted)
-    assert exact_return(GridWorld(), down_then_right) == pytest.approx(0.94)
-    assert exact_return(GridWorld(random_start=True), down_then_right) == pytest.approx(
-        wanted[:15].mean()
-    )
-    assert exact_return(GridWorld(), down_then_right, horizon=6) == pytest.approx(0.94)
-    assert exact_return(GridWorld(), down_then_right, horizon=5) == pytest.approx(-0.05)
+    steps = np.array([6 - row - column for row in range(4) for column in range(4)])
+    values = np.where(steps > 0, 1 - 0.01 * steps, 0)
+    assert exact_values(GridWorld(), down_then_right) == pytest.approx(values)
+    for horizon, expected in ((6, 0.94), (5, -0.05)):
+        value = exact_return(GridWorld(), down_then_right, horizon=horizon)
+        assert value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("slip", [0.0, 0.3])
@@ -103,32 +106,43 @@ def test_exact_return_is_the_mean_of_episodes():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"slip": 0.3, "random_start": True, "render_mode": "rgb_array"}]
+    "env",
+    [
+        GridWorld(),
+        GridWorld(slip=0.3, random_start=True, render_mode="rgb_array"),
+        Walk(),
+        Bandit(),
+        Bandit(steps=5),
+    ],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*alternative render modes")
-def test_gymnasium_accepts_it(options):
-    assert check_env(GridWorld(**options)) is None  # it raises otherwise
+def test_gymnasium_accepts_each_world(env):
+    check_env(env, skip_render_check=env.render_mode is None)  # it raises otherwise
 
 
 def test_moves_walls_and_ends():
     cells = [cell for cell, *_ in play(GridWorld(), [UP, LEFT, RIGHT, DOWN, DOWN, UP, LEFT, LEFT])]
     assert cells == [0, 0, 1, 5, 9, 5, 4, 4]
-    way = [RIGHT, RIGHT, RIGHT, RIGHT, DOWN, DOWN, DOWN, UP]
-    seen = play(GridWorld(step_reward=-0.5, goal_reward=3), way)
-    assert [cell for cell, *_ in seen] == [1, 2, 3, 3, 7, 11, 15]
-    assert [reward for _, reward, *_ in seen] == [-0.5] * 6 + [2.5]
-    assert [(t, u) for *_, t, u in seen] == [(False, False)] * 6 + [(True, False)]
-    assert [s[2:] for s in play(GridWorld(time_limit=3), [UP] * 5)] == [(False, False)] * 2 + [
-        (False, True)
-    ]
-    # the step into the goal is no truncation
-    for limit, end in (
-        (6, (True, False)),
-        (5, (False, True)),
-    ):
-        assert play(GridWorld(time_limit=limit), [RIGHT, DOWN] * 3)[-1][2:] == end
-    for options, steps in (({}, 50), ({"time_limit": None}, 60)):
-        assert len(play(GridWorld(**options), [UP] * 60)) == steps
+    path = [RIGHT, RIGHT, RIGHT, RIGHT, DOWN, DOWN, DOWN, UP]
+    steps = play(GridWorld(step_reward=-0.5, goal_reward=3), path)
+    cells = [1, 2, 3, 3, 7, 11]
+    assert steps == [*((cell, -0.5, False, False) for cell in cells), (15, 2.5, True, False)]
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "action", "steps", "end"),
+    [
+        (6, None, 6, (True, False)),  # the step into the goal is no truncation
+        (5, None, 5, (False, True)),
+        (50, UP, 50, (False, True)),
+        (None, UP, 60, (False, False)),
+    ],
+)
+def test_time_limits(time_limit, action, steps, end):
+    actions = [RIGHT, DOWN] * 3 if action is None else [action] * 60
+    played = play(GridWorld(time_limit=time_limit), actions)
+    assert (len(played), played[-1][2:]) == (steps, end)
 
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "control"
@@ -139,19 +153,28 @@ TRAP, TO_THE_RIGHT = ENTROPY.grid_of("trap"), np.eye(4)[[RIGHT] * 36]
 def test_numbers_of_the_trap(capsys):
     """Those that the docstring of GridWorld states; only the goal reaches the threshold."""
     ENTROPY.print_facts("trap")
-    said = capsys.readouterr().out
-    assert (
-        "goal 0.900, decoy 0.490; of a uniform policy 0.340 (ends: goal 4.6%, decoy 83.9%" in said
-    )
-    assert "then uniform: 0.210" in said and 0.49 < describe("trap").solved < 0.9
-    plain, down = ENTROPY.grid_of("gridworld"), np.eye(4)[[DOWN] * 36]
-    halves = (TO_THE_RIGHT + down) / 2  # down first, and then no step leads up to the decoy
-    for grid, policy, chances in (
-        *((TRAP, TO_THE_RIGHT, [0, 1, 0]), (TRAP, down, [0, 0, 1]), (TRAP, halves, [0.5, 0.5, 0])),
-        (plain, halves[:16], [1, 0, 0]),
-    ):
-        # walls hold some up
-        assert ENTROPY.chances_of(grid, policy) == pytest.approx(chances, abs=1e-8)
+    output = capsys.readouterr().out
+    assert "goal 0.900, decoy 0.490; of a uniform policy 0.340" in output
+    assert "(ends: goal 4.6%, decoy 83.9%" in output and "then uniform: 0.210" in output
+    assert 0.49 < describe("trap").solved < 0.9
+
+
+DOWNWARDS = np.eye(4)[[DOWN] * 36]
+HALVES = (TO_THE_RIGHT + DOWNWARDS) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "chances"),
+    [
+        ("trap", TO_THE_RIGHT, [0, 1, 0]),
+        ("trap", DOWNWARDS, [0, 0, 1]),  # the lower wall holds it up
+        ("trap", HALVES, [0.5, 0.5, 0]),  # down first, and then no step leads up to the decoy
+        ("gridworld", HALVES[:16], [1, 0, 0]),
+    ],
+)
+def test_chances_of_goal_and_decoy(name, policy, chances):
+    grid = ENTROPY.grid_of(name)
+    assert ENTROPY.chances_of(grid, policy) == pytest.approx(chances, abs=1e-8)
 
 
 @pytest.mark.parametrize(

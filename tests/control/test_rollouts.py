@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from counting_env import register
+from counting_env import Counting, register
 from gymnasium import spaces
-from gymnasium.vector import VectorEnv
-from hypothesis import given, settings, strategies as st
+from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import TimeLimit
 
 from tokenrl.control.environments import Environments, describe
 from tokenrl.control.policies import Policy, Shape
-from tokenrl.control.rollouts import Pieces, Steps, collect_episodes, into_rows
+from tokenrl.control.rollouts import Pieces, collect_episodes
 
 
 def policy_of(size=2, actions=2):
@@ -39,19 +37,28 @@ def test_unequal_episodes_are_not_mixed_with_those_that_follow():
     assert beyond.all()  # the states in which poles fall, not the fresh ones after the reset
 
 
-def test_pieces_leave_the_dummy_step_out_and_go_on_where_they_were():
-    """Episodes of 3, 1, 4 steps, in pieces of 5 steps of which those after an end only reset."""
-    pieces = Pieces(Environments(register(), 1), 5, seed=0)
-    first = pieces.collect(policy_of(), draws())  # 3 steps, reset, 1 step
-    assert first.mask.tolist() == [[True, True, True], [True, False, False]]
-    assert first.rewards.tolist() == [[1, 2, 3], [11, 0, 0]]
-    assert first.terminated.tolist() == [True, True]
-    assert first.final_observations.tolist() == [[0, 3], [1, 1]]
-    assert (first.returns.tolist(), first.lengths.tolist()) == ([6, 11], [3, 1])
-    second = pieces.collect(policy_of(), draws())  # reset, 4 steps
-    assert second.rewards.tolist() == [[21, 22, 23, 24]]
-    assert second.returns.tolist() == [90]
-    assert (first.env_steps, second.env_steps) == (4, 4)
+def test_pieces_leave_idle_steps_out_and_go_on_where_they_were():
+    """Two environments in pieces of 5 steps; the step after an end only resets.
+
+    Episodes of the first have 3, 1 and 4 steps. A time limit of 2 steps cuts those of the second.
+    """
+    first, second = Counting((3, 1, 4)), TimeLimit(Counting((9,)), 2)
+    vector = SyncVectorEnv([lambda: first, lambda: second])
+    pieces = Pieces(Environments(register(), 2, vector=vector), 5, seed=0)
+    rollout = pieces.collect(policy_of(), draws())
+    assert rollout.mask.sum(1).tolist() == [3, 1, 2, 2]
+    assert rollout.rewards.tolist() == [[1, 2, 3], [11, 0, 0], [1, 2, 0], [11, 12, 0]]
+    steps = [[0, 1, 2], [0, 0, 0], [0, 1, 0], [0, 1, 0]]
+    assert rollout.observations[..., 1].tolist() == steps
+    assert rollout.final_observations.tolist() == [[0, 3], [1, 1], [0, 2], [1, 2]]
+    assert rollout.terminated.tolist() == [True, True, False, False]
+    assert rollout.truncated.tolist() == [False, False, True, True]
+    assert sorted(rollout.returns.tolist()) == [3, 6, 11, 23]
+    rest = pieces.collect(
+        policy_of(), draws()
+    )  # a reset, then 4 steps; a reset, 2 steps, and again
+    assert rest.rewards[0].tolist() == [21, 22, 23, 24] and rest.env_steps == 4 + 3
+    assert rest.returns.tolist() == [43, 90]
 
 
 def test_a_piece_that_is_cut_is_neither_terminated_nor_truncated():
@@ -114,12 +121,12 @@ class Rewriting(VectorEnv):
 
 
 def test_environments_may_write_into_the_same_memory_again():
-    envs = Environments("CartPole-v1", 1, vector=Rewriting())
-    start, actions = envs.reset(), np.ones(1, int)
-    first, second = envs.step(actions), envs.step(actions)
+    envs, actions = Environments("CartPole-v1", 1, vector=Rewriting()), np.ones(1, int)
+    start = envs.reset()
+    first = envs.step(actions)
+    envs.step(actions)
     assert start.tolist() == [[0, 0]] and actions.tolist() == [1]
     assert [part.tolist() for part in first] == [[[1, 1]], [1], [True], [True]]
-    assert [part.tolist() for part in second] == [[[0, 0]], [0], [False], [False]]
 
 
 def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
@@ -127,41 +134,3 @@ def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
     policy.head.weight.data.zero_()  # the same distribution in every state
     actions = collect_episodes(envs, policy, 200, draws(), seed=0).actions
     assert not torch.equal(actions[:, :64], actions[:, 64:128])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
-def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
-    draw = torch.Generator().manual_seed(seed)
-    over, kind = torch.rand(2, envs, n, generator=draw) < torch.tensor([0.3, 0.5])[:, None, None]
-    dummy = torch.zeros(envs, n, dtype=torch.bool)
-    dummy[:, 0] = torch.rand(envs, generator=draw) < 0.3
-    for t in range(n):
-        over[:, t] &= ~dummy[:, t]
-        if t + 1 < n:
-            dummy[:, t + 1] = over[:, t]
-    if dummy.all():
-        return
-    observations = torch.arange(envs * n * 2.0).reshape(envs, n, 2)
-    after = -torch.arange(envs * 2.0).reshape(envs, 2) - 1
-    actions, rewards = torch.arange(envs * n).reshape(envs, n), observations[..., 0] + 0.5
-    rollout = into_rows(
-        Steps(observations, actions, rewards, over & kind, over & ~kind, dummy), after
-    )
-    following = torch.cat([observations[:, 1:], after[:, None]], 1)
-    row, steps = 0, []
-    for e, t in itertools.product(range(envs), range(n)):
-        if not dummy[e, t]:
-            steps.append(t)
-        if not steps or not (over[e, t] or t + 1 == n):
-            continue
-        mask = torch.arange(rollout.mask.shape[1]) < len(steps)
-        assert torch.equal(rollout.mask[row], mask)
-        for column, source in zip(rollout[:3], (observations, actions, rewards), strict=True):
-            assert torch.equal(column[row, mask], source[e, steps])
-            assert not column[row, ~mask].any()
-        assert rollout.terminated[row] == (over & kind)[e, t]
-        assert rollout.truncated[row] == (over & ~kind)[e, t]
-        assert torch.equal(rollout.final_observations[row], following[e, t])
-        row, steps = row + 1, []
-    assert row == len(rollout.mask) and rollout.env_steps == int((~dummy).sum())

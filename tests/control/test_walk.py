@@ -1,10 +1,9 @@
-"""The walk on a line: where it ends, what it pays, and when it is cut."""
+"""The walk on a line: where it ends, its rewards, and when it is cut."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 from tokenrl.control.environments import Environments
 from tokenrl.control.worlds import Walk
@@ -15,31 +14,33 @@ def play(actions: list[int], **options) -> list[tuple]:
     env = Walk(**options)
     start, _ = env.reset(seed=0)
     assert start.tolist() == [0, 0, 0, 0]
-    seen = []
+    steps = []
     for action in actions:
-        observation, *rest, _ = env.step(action)
-        assert observation[1:].tolist() == [0, 0, 0]
-        seen.append((float(observation[0]), *rest))
+        (x, *zeros), *rest, _ = env.step(action)
+        assert zeros == [0, 0, 0]
+        steps.append((float(x), *rest))
         if rest[1] or rest[2]:
             break
-    return seen
+    return steps
 
 
-@pytest.mark.parametrize(
-    ("name", "step_reward", "best"), [("walk", 0.01, 1.1), ("costly_walk", -0.01, 0.9)]
-)
 @pytest.mark.parametrize(("action", "side"), [(1, 1), (0, -1)])
-@pytest.mark.filterwarnings("ignore:.*alternative render modes")
-def test_it_ends_beyond_1_and_pays_by_the_side(action, side, name, step_reward, best):
-    check_env(Walk(step_reward=step_reward))
-    seen = play([action] * 20, step_reward=step_reward)
-    assert [x for x, *_ in seen] == pytest.approx([side * 0.1 * k for k in range(1, 12)])
-    assert [reward for _, reward, *_ in seen] == pytest.approx([step_reward] * 10 + [side])
-    assert [(t, u) for *_, t, u in seen] == [(False, False)] * 10 + [(True, False)]
+def test_it_ends_beyond_1_and_its_reward_is_the_side(action, side):
+    x, rewards, terminated, truncated = zip(*play([action] * 20), strict=True)
+    assert x == pytest.approx([side * 0.1 * k for k in range(1, 12)])
+    assert rewards == pytest.approx([0.01] * 10 + [side])
+    assert terminated == (False,) * 10 + (True,) and not any(truncated)
+
+
+def test_to_and_fro_is_truncated():
+    _, rewards, terminated, truncated = zip(*play([0, 1] * 40, step_reward=-0.5), strict=True)
+    assert truncated == (False,) * 49 + (True,) and not any(terminated)
+    assert set(rewards) == {-0.5}
+
+
+@pytest.mark.parametrize(("name", "best"), [("walk", 1.1), ("costly_walk", 0.9)])
+def test_the_return_of_the_straight_path(name, best):
     envs = Environments(name, 1)
     envs.reset(0)
-    paid = sum(float(envs.step(np.full(1, action))[1][0]) for _ in range(11))
-    assert paid == pytest.approx(best if side == 1 else best - 2)
-    seen = play([0, 1] * 40, step_reward=step_reward)  # standing about
-    assert [(t, u) for *_, t, u in seen] == [(False, False)] * 49 + [(False, True)]
-    assert sum(reward for _, reward, *_ in seen) == pytest.approx(50 * step_reward)
+    rewards = [float(envs.step(np.ones(1))[1][0]) for _ in range(11)]
+    assert sum(rewards) == pytest.approx(best)
