@@ -61,6 +61,21 @@ def test_made_preferences_hold_the_gold_rewards_of_their_texts_and_flip_by_the_f
     assert len(rows) > 30 and all(row["chosen_gold"] > row["rejected_gold"] for row in rows)
 
 
+@pytest.mark.parametrize(("prompts", "generations"), [(20, 2), (1, 40)])
+def test_every_pair_has_a_random_number_of_its_own(prompts, generations):
+    def first_is_better(completions, **_):
+        return [1.0, 0.0] * (len(completions) // 2)
+
+    rows = make_preferences(
+        make_policy(),
+        rows_of(["the cat"] * prompts),
+        first_is_better,
+        Sampling(8, generations, seed=4),
+        noise_temperature=1e6,  # so that a coin decides
+    )
+    assert {row["chosen_gold"] for row in rows} == {0.0, 1.0}
+
+
 def test_the_seed_decides_and_the_batch_does_not_and_abstentions_are_left_out():
     prompts = rows_of(PROMPTS * 3)
     first, same, other = (

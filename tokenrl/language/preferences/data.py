@@ -21,6 +21,7 @@ from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.language.policy.arguments import ModelArguments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_of
+from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel, load_classifier
@@ -57,11 +58,11 @@ class RewardData:
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
+def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]) -> RewardData:
     """Read the pairs that the arguments name, or make them from the task.
 
     Args:
-        args: a `RewardModelArguments`.
+        args: the settings.
         announce: prints a line for people, before and after long work.
 
     Raises:
@@ -89,7 +90,9 @@ def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
     return _from_task(args, task, rewards, announce)
 
 
-def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], None]) -> RewardData:
+def _from_task(
+    args: RewardModelArguments, task: Any, rewards: Any, announce: Callable[[str], None]
+) -> RewardData:
     model = args.policy
     if model is None and getattr(task, "build", None) is None:
         model = args.model
@@ -100,10 +103,13 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
 
     def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:
         per_prompt = math.ceil(pairs / len(prompts))
-        sampling = Sampling(length, 2 * per_prompt, seed, temperature=args.temperature)
-        prompts = prompts[: math.ceil(pairs / per_prompt)]
-        noise = args.noise_temperature
-        return make_preferences(policy, prompts, rewards, sampling, noise_temperature=noise)
+        return make_preferences(
+            policy,
+            prompts[: math.ceil(pairs / per_prompt)],
+            rewards,
+            Sampling(length, 2 * per_prompt, seed, temperature=args.temperature),
+            noise_temperature=args.noise_temperature,
+        )
 
     try:
         with using_threads(choose_threads(policy.size, args.threads)[0]):
@@ -114,12 +120,18 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     announce(
         f"{len(train):,} preferences from {args.num_pairs:,} sampled pairs; the others are ties."
     )
-    rows = {"preferences.jsonl": train, "preferences_eval.jsonl": held_out}
-    train_pairs, held_out_pairs = (read_pairs(part, name) for name, part in rows.items())
-    return RewardData(task.name, train_pairs, held_out_pairs, task, rows)
+    return RewardData(
+        name=task.name,
+        train=read_pairs(train, "preferences.jsonl"),
+        held_out=read_pairs(held_out, "preferences_eval.jsonl"),
+        task=task,
+        rows={"preferences.jsonl": train, "preferences_eval.jsonl": held_out},
+    )
 
 
-def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> RewardModel:
+def make_backbone(
+    args: RewardModelArguments, task: Any, announce: Callable[[str], None]
+) -> RewardModel:
     """Make a reward model from the model that the arguments name, or else from the task's tiny model.
 
     Raises:
@@ -211,9 +223,10 @@ def _from_language_model(model: Any) -> tuple[Any, list[str]]:
 def _draw(model: nn.Module, names: Sequence[str], seed: int) -> None:
     """Draw the weights of a new head, and set its biases to 0."""
     generator = torch.Generator().manual_seed(seed)
-    for weight in [weight for name, weight in model.named_parameters() if name in names]:
+    for name, weight in model.named_parameters():
+        if name not in names:
+            continue
+        weight.zero_()
         if weight.ndim > 1:
             drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
-        else:
-            weight.zero_()

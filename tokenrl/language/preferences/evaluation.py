@@ -28,13 +28,10 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     Raises:
         Refused: a text is longer than the model's context, or messages have no chat template.
     """
-
     encoded = []
     for pair in pairs:
-        chosen, rejected = (
-            reward_model.encode(pair.prompt, completion, truncate=False)
-            for completion in (pair.chosen, pair.rejected)
-        )
+        chosen = reward_model.encode(pair.prompt, pair.chosen, truncate=False)
+        rejected = reward_model.encode(pair.prompt, pair.rejected, truncate=False)
         encoded.append((chosen, rejected))
     limit = reward_model.max_length
     lengths = [max(map(len, texts)) for texts in encoded]
@@ -95,7 +92,8 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     metrics["calibration_error"] = expected_calibration_error(difference)
     golds = [pair.gold for pair in pairs if pair.gold is not None]
     if len(golds) == len(pairs):
-        gold = -np.diff(golds)[:, 0]  # [N]
+        chosen_gold, rejected_gold = np.transpose(golds)  # [N]
+        gold = chosen_gold - rejected_gold
         metrics["noise_ceiling"] = float(_right(gold).mean())
         if gold.any():
             agreement = difference * np.sign(gold)
@@ -118,8 +116,10 @@ def clustered_stderr(values: np.ndarray, groups: Sequence[Any]) -> float | None:
     if count < 2:
         return None
     cluster = [numbers[group] for group in groups]  # [N]
-    sums = np.bincount(cluster, weights=values - values.mean())  # [K]
-    return math.sqrt(count / (count - 1) * (sums**2).sum()) / len(values)
+    deviations = values - values.mean()
+    sums = np.bincount(cluster, weights=deviations)  # [K]
+    variance = count / (count - 1) * (sums**2).sum()
+    return math.sqrt(variance) / len(values)
 
 
 def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
@@ -136,5 +136,6 @@ def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
     bin_of = ((predicted - 0.5) * 2 * bins).astype(int)
     bin_of = np.minimum(bin_of, bins - 1)
-    gaps = np.bincount(bin_of, weights=_right(difference) - predicted)  # per bin, times its pairs
+    observed = _right(difference)
+    gaps = np.bincount(bin_of, weights=observed - predicted)  # per bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

@@ -238,7 +238,7 @@ def train_reward_model(
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
         reward_model.ask(form_of(choices))
-        parameters = sum(p.numel() for p in reward_model.model.parameters())
+        parameters = reward_model.model.num_parameters()
         threads, reason = choose_threads(parameters, choices.threads)
         stack.enter_context(using_threads(threads))
         time = reward_model.form.chat_time
@@ -279,7 +279,9 @@ def train_reward_model(
         return ended
 
 
-def fill_defaults(choices: Any, data: RewardData, decided: dict[str, Any]) -> RewardModelArguments:
+def fill_defaults(
+    choices: RewardModelArguments, data: RewardData, decided: dict[str, Any]
+) -> RewardModelArguments:
     """Lay the settings of a call over the defaults that follow from the data.
 
     Args:
@@ -326,7 +328,7 @@ def _header(
 ) -> dict[str, Any]:
     """Return the lines of the header that is printed when the run starts."""
     model = reward_model.model
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = model.num_parameters(only_trainable=True)
     return {
         "model": f"{reward_model.__name__} ({size:,} trainable parameters, {model.device})",
         "data": f"{len(data.train):,} training pairs, {len(data.held_out):,} held out",
@@ -349,21 +351,26 @@ def _finish(
         rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
     """
     directory = session.output_dir
-    for name in ("preferences.jsonl", "preferences_eval.jsonl"):
-        if name in data.rows:
-            write_preferences(directory / name, data.rows[name])
+    for name, preferences in data.rows.items():
+        write_preferences(directory / name, preferences)
     rows: list[dict[str, Any]] = []
     for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
-        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        rows.append(row | {"reward_chosen": chosen, "reward_rejected": rejected})
+        row = {
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+        }
+        rows.append(row)
     # the worst mistakes first
     rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])
     for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
-    facts: dict[str, Any] = {}
-    for name, value in ended.eval_after.items():
-        facts[f"{name} on held-out pairs"] = value
+    facts: dict[str, Any] = {
+        f"{name} on held-out pairs": value for name, value in ended.eval_after.items()
+    }
     facts |= form_line(ended.reward_model.form)
     facts["weights"] = ended.weights
     base = session.args.model

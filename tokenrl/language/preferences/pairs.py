@@ -119,9 +119,9 @@ def read_pairs(rows: Sequence[Row], source: str) -> list[Pair]:
 
 
 def _pair(row: Row, source: str) -> Pair:
-    prompt, chosen, rejected = (
-        as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected")
-    )
+    prompt = as_prompt(row.get("prompt"))
+    chosen = as_prompt(row.get("chosen"))
+    rejected = as_prompt(row.get("rejected"))
     fault = fault_of_prompt(chosen, "chosen") or fault_of_prompt(rejected, "rejected")
     if prompt is not None:
         fault = fault or fault_of_prompt(prompt)
@@ -132,24 +132,23 @@ def _pair(row: Row, source: str) -> Pair:
         )
     is_text = isinstance(chosen, str)
     is_mixed = is_text != isinstance(rejected, str)
-    is_repeated = False
-    # some data sets repeat the first message as the prompt
-    if not is_text and isinstance(prompt, str):
-        is_repeated = not is_mixed and chosen[0]["content"] == rejected[0]["content"] == prompt
-        is_mixed = not is_repeated
+    if not is_text and not is_mixed and isinstance(prompt, str):
+        # Some data sets repeat the first message as the prompt.
+        is_mixed = not chosen[0]["content"] == rejected[0]["content"] == prompt
+        prompt = None
     if is_mixed:
         raise Refused(
             f"{source}: some of prompt, chosen and rejected are text and others are chat messages. Give them "
             "alike; only a prompt of messages may stand before text."
         )
-    if prompt is None or is_repeated:
+    if prompt is None:
         cut = _common(chosen, rejected)
         prompt = chosen[:cut]
         chosen = chosen[cut:]
         rejected = rejected[cut:]
-    margin, chosen_gold, rejected_gold = (
-        _number(row, name, source) for name in ("margin", "chosen_gold", "rejected_gold")
-    )
+    margin = _number(row, "margin", source)
+    chosen_gold = _number(row, "chosen_gold", source)
+    rejected_gold = _number(row, "rejected_gold", source)
     gold = None
     if chosen_gold is not None and rejected_gold is not None:
         gold = (chosen_gold, rejected_gold)
@@ -161,7 +160,9 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     cut = 0
     while cut < min(len(chosen), len(rejected)) and chosen[cut] == rejected[cut]:
         cut += 1
-    return max(0, chosen.rfind(" ", 0, cut)) if isinstance(chosen, str) else cut
+    if isinstance(chosen, str):
+        return max(0, chosen.rfind(" ", 0, cut))
+    return cut
 
 
 def _number(row: Row, name: str, source: str) -> float | None:
@@ -219,12 +220,13 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         held_out: the pairs to evaluate on.
     """
     trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
+    reversed_pairs = [repr((pair.prompt, pair.rejected, pair.chosen)) for pair in train]
     repeated = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out)
-    swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in trained for pair in train)
+    swapped = sum(pair in trained for pair in reversed_pairs)
     chosen = completion_texts([pair.chosen for pair in train])
     rejected = completion_texts([pair.rejected for pair in train])
-    gaps = np.array(list(map(len, chosen))) - np.array(list(map(len, rejected)))
-    shares = {"longer": float((gaps > 0).mean()), "shorter": float((gaps < 0).mean())}
+    gaps = np.subtract(list(map(len, chosen)), list(map(len, rejected)))
+    shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
     findings = []
     if repeated:
         weight: Weight = "void" if repeated >= MAX_REPEATED_SHARE * len(held_out) else "watch"
