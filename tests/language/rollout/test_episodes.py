@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,8 +12,6 @@ import torch
 from tiny_environments import Faulty, Guess, Recorded, Safe, call, chat_policy
 from tiny_models import ENDS, completions, letters, make_policy
 
-from tokenrl.core import Estimator
-from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -24,6 +22,7 @@ from tokenrl.language.rollout.sampling import Sampling, uniforms
 
 PROMPTS = ["the cat ", "a ", "count to ten ", "sat on "]
 SAMPLING = Sampling(max_completion_length=14, num_generations=3, step=1)
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "Open it."}]
 
 
 def guessing(**options):
@@ -42,49 +41,41 @@ def played(policy, environments=None, prompts=PROMPTS, numbers=None, generator=N
     return play(policy, generator, environments, rows, replace(SAMPLING, **sampling), "training")
 
 
-def scripted(*script, context=512, limit=400, malformed="end", **row):
+def scripted(*script, context=512, limit=400, malformed="end", prompt=ASKED, **row):
     """The rollout of a safe in which the policy writes a script, and the generator, which kept its inputs."""
     policy = chat_policy(context)
-    generator, rows = (
-        Recorded(policy, *([text] for text in script)),
-        [(0, {"prompt": ASKED, **row})],
-    )
+    generator = Recorded(policy, *([text] for text in script))
     sampling = Sampling(max_completion_length=limit, step=1)
     environments = Environments(Safe, malformed=malformed)
+    rows = [(0, {"prompt": prompt, **row})]
     return play(policy, generator, environments, rows, sampling, "training"), generator
 
 
-ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "Open it."}]
-
-
 def outcome(rollout, i):
-    """All that an episode is, without its padding."""
-    length = int(rollout.mask[i].nonzero().max()) + 1
-    row = [
-        getattr(rollout, name)[i][:length].tolist() for name in ("completion_ids", "mask", "turns")
-    ]
-    rewards = rollout.turn_rewards[i][rollout.turn_rewards[i] != 0].tolist()
-    prompt = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
-    return row, rewards, prompt, rollout.messages[i], rollout.endings[i], bool(rollout.truncated[i])
+    """All that an episode is, without its padding and its probabilities."""
+    row = rollout.take(torch.tensor([i]))
+    exact = ("prompt_ids", "completion_ids", "mask", "turns", "turn_rewards", "truncated")
+    columns = [getattr(row, name).tolist() for name in exact]
+    return columns, row.messages, row.endings
 
 
 def test_an_episode_depends_on_no_other_of_its_batch_and_on_no_draw_outside():
-    policy, whole = guessing(), played(guessing())
+    policy = guessing()
+    whole = played(policy)
     environments = Environments(Guess)  # whose instances are used again
-    assert len({str(outcome(whole, i)) for i in range(12)}) == 12 and set(
-        whole.turns.unique().tolist()
-    ) > {1}
-    for numbers in ([3, 1, 0, 2], [2], [1, 3]):
+    assert len({str(outcome(whole, i)) for i in range(12)}) == 12
+    assert whole.turns.max() > 1
+    for numbers in ([3, 1, 0, 2], [2]):
         random.seed(len(numbers))
         np.random.seed(len(numbers))
         generator = TransformersGenerator(policy, rows_at_once=numbers[0] or None)
         part = played(policy, environments, numbers=numbers, generator=generator)
         for i, row in enumerate(3 * n + g for n in numbers for g in range(3)):
             assert outcome(part, i) == outcome(whole, row)
-            mask = whole.mask[row]
             for name in ("logprobs", "entropy", "sampling_logprobs"):
-                mine, wanted = getattr(part, name)[i][part.mask[i]], getattr(whole, name)[row][mask]
-                torch.testing.assert_close(mine, wanted, rtol=0, atol=2e-5)
+                actual = getattr(part, name)[i][part.mask[i]]
+                expected = getattr(whole, name)[row][whole.mask[row]]
+                torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 def test_what_was_sampled_is_never_tokenised_again():
@@ -154,11 +145,9 @@ def test_an_episode_of_one_turn_is_a_completion_with_the_same_random_numbers():
     for name in ("completion_ids", "logprobs", "sampling_logprobs", "mask"):
         x = getattr(once, name)[:, :width]
         assert torch.equal(x[plain.mask], getattr(plain, name)[plain.mask]), name
-    greedy = played(policy, num_generations=0)
-    assert len(greedy) == 4 and greedy.turns.any()
 
 
-@pytest.mark.parametrize("limit", [1, 2, 5, 14])
+@pytest.mark.parametrize("limit", [1, 5])
 def test_the_limit_of_length_counts_what_the_policy_chose_in_all_turns(limit):
     rollout = played(guessing(), max_completion_length=limit)
     chosen = rollout.mask.sum(dim=1)
@@ -178,31 +167,21 @@ def test_the_episodes_of_a_group_begin_alike(share):
     """In OpenEnv's example of TRL the members of a group had different secrets."""
     policy, environments = guessing(), Environments(Guess, share_seed=share)
 
-    def openings(**how):
-        rollout = played(policy, environments, **how)
+    def openings(**settings):
+        rollout = played(policy, environments, max_completion_length=1, **settings)
         texts = policy.decode(rollout.prompt_ids, rollout.prompt_mask)
-        groups = [set(texts[i : i + 3]) for i in range(0, 12, 3)]
-        assert all(
-            text.startswith(prompt)
-            for prompt, group in zip(PROMPTS, groups, strict=True)
-            for text in group
-        )
-        return groups
+        prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+        observations = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            assert text.startswith(prompt)
+            observations.append(text.removeprefix(prompt))
+        return observations
 
     first = openings()
-    assert all(len(group) == 1 for group in first) == share
-    observed = {
-        text.removeprefix(prompt) for prompt, g in zip(PROMPTS, first, strict=True) for text in g
-    }
-    assert len(observed) > 1 and openings() == first != openings(step=2)
+    assert all(len(set(first[i : i + 3])) == 1 for i in range(0, 12, 3)) == share
+    assert len(set(first)) > 1
+    assert openings() == first != openings(step=2)
     assert openings(seed=1) != first
-
-
-def test_the_observation_of_reset_ends_the_last_message_of_the_user():
-    """TRL dropped it where a prompt did not end in that message."""
-    rollout, _ = scripted("no<eos>")
-    text = chat_policy().tokenizer.decode(rollout.prompt_ids[0])
-    assert text == "1 tool.system:s<eos>user:Open it. There is a safe.<eos>assistant:"
 
 
 def test_calls_of_tools_are_answered_until_a_turn_calls_none():
@@ -224,13 +203,13 @@ def test_calls_of_tools_are_answered_until_a_turn_calls_none():
 
 
 def test_a_turn_of_the_assistant_in_the_prompt_is_no_action():
-    """NeMo-RL trained on it."""
-    asked = [
-        ASKED[1],
+    """NeMo-RL trained on it. TRL dropped the observation of reset, which ends the last message of the user."""
+    prompt = [
+        *ASKED,
         {"role": "assistant", "content": "Why?"},
         {"role": "user", "content": "Please."},
     ]
-    rollout, _ = scripted(call(3) + "<eos>", "done<eos>", prompt=asked)
+    rollout, _ = scripted(call(3) + "<eos>", "done<eos>", prompt=prompt)
     decoded = chat_policy().tokenizer.decode
     assert "assistant:Why?<eos>user:Please. There is a safe." in decoded(rollout.prompt_ids[0])
     assert decoded(rollout.completion_ids[0][rollout.mask[0]]) == f"{call(3)}<eos>done<eos>"
@@ -287,15 +266,12 @@ def test_a_result_that_does_not_fit_ends_the_episode_as_truncated():
     size = len(fits.prompt_ids[0])
     # one token less than the history of the second turn
     context = size + int(fits.mask[0].nonzero().max()) - 4
-    for room, ending in (
-        (1, "context_overflow"),
-        (0, "context_overflow"),
-        (-1, "context_overflow"),
-    ):
+    for room in (1, 0):
         rollout, generator = scripted(
             call(3) + "<eos>", "done<eos>", answer_length=20, context=context + room
         )
-        assert len(generator.histories) == 1 + (room == 1) and rollout.endings == [ending]
+        assert len(generator.histories) == 1 + room
+        assert rollout.endings == ["context_overflow"]
         assert rollout.truncated.all() and rollout.failures == [""]
         assert [m["role"] for m in rollout.messages[0]][:2] == ["assistant", "tool"]
         assert float(rollout.turn_rewards.sum()) == 0.75 and rollout.environments[0].open
@@ -327,30 +303,6 @@ def test_no_row_outgrows_the_context():
     )
 
 
-def test_a_stop_string_is_looked_for_in_the_tokens_of_a_turn_alone():
-    model, tokenizer = letters(context=200)
-    policy = wrap(model, tokenizer)
-    policy.ask(PromptArguments(stop=("ab",)))
-
-    class Half(Guess):
-        def reset(self, seed=None):
-            return "a", {}
-
-        def step(self, text):
-            return "a", 1.0, False, False, {}
-
-    rollout = played(policy, Environments(Half), ["c>"] * 12, max_completion_length=60)
-    across, stop = 0, tokenizer("ab").input_ids
-    for ids, mask, turns in zip(rollout.completion_ids, rollout.mask, rollout.turns, strict=True):
-        for turn in range(int(turns.max())):  # the last one may be cut
-            written = ids[mask & (turns == turn)].tolist()
-            pairs = list(pairwise(written))
-            assert written[-1] in policy.eos_ids or written[-2:] == stop
-            assert tuple(stop) not in pairs[:-1]
-            across += turn > 0 and written[0] == stop[1] and len(written) > 2
-    assert across > 5  # "a" of the environment and "b" of the policy
-
-
 def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_functions_at_the_end():
     def length(completions, **_):
         return [100.0 * (i + 1) for i in range(len(completions))]
@@ -373,57 +325,33 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
         assert rollout.by_function[i].tolist() == [100.0 * (i + 1), pytest.approx(float(own.sum()))]
 
 
-def test_a_baseline_compares_rows_and_not_turns():
-    """verl 7244 subtracts from the reward of each turn the mean of that turn in the rows that reach it."""
-    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 0]]).bool()
-    turns, rewards = torch.tensor([[0, 0, 0, 1], [0] * 4, [0, 0, 1, 0]]), torch.zeros(3, 4).double()
-    rewards[0, 1], rewards[0, 3], rewards[1, 0], rewards[2, 2] = 0.3, 1.0, 0.5, -1.0
-    estimator = Estimator(baseline="rloo", returns="reward_to_go")
-    advantages = estimator.advantages(rewards, mask, group_size=3, turns=turns).policy
-    others = [(0.5 - 1.0) / 2, (1.3 - 1.0) / 2, (1.3 + 0.5) / 2]
-    wanted = torch.tensor([[1.3, 1.3, 0, 1.0], [0.5, 0, 0, 0], [-1.0, 0, -1.0, 0]]).double()
-    torch.testing.assert_close(advantages, (wanted - torch.tensor(others).double()[:, None]) * mask)
-
-
 def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_named():
     Faulty.faults.clear()
-    policy, environments = guessing(), Environments(Faulty, timeout=0.25)
-    rewards = Rewards([], environments=environments)
-    prompts = [PROMPTS[i % 4] for i in range(25)]
+    policy = guessing()
+    environments = Environments(Faulty, timeout=0.25)
     before = random.getstate()
-    rollout = reward_rows(
-        policy, rewards, played(policy, environments, prompts, num_generations=8), step=1
-    )
+    plain = played(policy, environments, [*PROMPTS] * 6 + PROMPTS[:1], num_generations=8)
+    rollout = reward_rows(policy, Rewards([], environments=environments), plain, step=1)
     assert len(rollout) == len(rollout.messages) == 200 and random.getstate() == before
-    faults, endings = Faulty.faults, rollout.endings
-    assert set(endings) <= set(ENDINGS) and min(faults.values()) > 0
-    assert endings.count("timeout") == faults["hang"]
-    assert endings.count("error") == faults["fail"] + faults["nan"] + faults["nothing"]
+    faults = Faulty.faults
+    assert min(faults.values()) > 0
+    assert rollout.endings.count("timeout") == faults["hang"]
+    assert rollout.endings.count("error") == faults["fail"] + faults["nan"] + faults["nothing"]
     logged = rollout.logged[0][0]
-    assert {name: logged[f"episodes/{name}"] * 200 for name in ENDINGS} == {
-        name: pytest.approx(endings.count(name)) for name in ENDINGS
-    }
-    words = {
-        "raised OSError: the disk is full (tiny_environments.py, line",
-        "nan",
-        "returned None",
-        "within 0.25 s",
-    }
-    for i, (ending, failure) in enumerate(zip(endings, rollout.failures, strict=True)):
-        failed = ending in ("error", "timeout")
-        assert (
-            failed
-            == bool(failure)
-            == (not rollout.valid[i])
-            == bool(rollout.by_function[i].isnan().all())
-        )
-        if failed:
-            assert not rollout.turn_rewards[i].any()
-            assert failure.startswith(("Faulty.step ", "Faulty.reset "))
-            assert sum(word in failure for word in words) >= 1, failure
-    reached = rollout.mask.any(dim=1)
+    for name in ENDINGS:
+        assert logged[f"episodes/{name}"] * 200 == pytest.approx(rollout.endings.count(name))
+    failed = torch.tensor([ending in ("error", "timeout") for ending in rollout.endings])
+    assert torch.equal(failed, ~rollout.valid)
+    assert torch.equal(failed, rollout.by_function.isnan().all(dim=1))
+    assert not rollout.turn_rewards[failed].any()
+    words = (
+        r"OSError: the disk is full \(tiny_environments.py, line|nan|returned None|within 0.25 s"
+    )
+    for failure, is_failed in zip(rollout.failures, failed, strict=True):
+        pattern = rf"Faulty\.(step|reset) .*({words})" if is_failed else "$"
+        assert re.match(pattern, failure), failure
     turns = sum(message["role"] == "assistant" for chat in rollout.messages for message in chat)
     assert logged["episodes/turns"] * 200 == pytest.approx(turns)
-    assert not reached.all() and all(
-        rollout.failures[i].startswith("Faulty.reset") for i in (~reached).nonzero()
-    )
+    unplayed = ~rollout.mask.any(dim=1)
+    assert unplayed.any()
+    assert all(rollout.failures[i].startswith("Faulty.reset") for i in unplayed.nonzero())
