@@ -91,41 +91,25 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
     plain = {"system_prompt": "", "stop": (), "chat": False}
     other = tokenrl.train(model=str(run), output_dir=str(tmp_path / "b"), **data, **plain)
-    assert (
-        other.policy.stops is None
-        and other.policy.encode("cat") == policy.tokenizer("cat").input_ids
-    )
-    SEEN.clear()
-    # a task of texts keeps them for its rewards
-    rows = [{"prompt": row["question"]} for row in ROWS]
-    task = PromptTask("words", rows, rows[:2], looking)
-    tokenrl.train(model=str(run), task=task, max_steps=1, output_dir=str(tmp_path / "c"), **SMALL)
-    assert all(isinstance(prompt, str) and isinstance(text, str) for prompt, text in SEEN)
+    assert other.policy.stops is None
+    assert other.policy.encode("cat") == policy.tokenizer("cat").input_ids
 
 
 def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
-    evaluation = {
-        "task": ROWS,
-        "prompt_column": "question",
-        "reward": looking,
-        "max_completion_length": 8,
-    }
-    SEEN.clear()
+    evaluation = {"task": ROWS, "prompt_column": "question", "reward": looking}
+    evaluation["max_completion_length"] = 8
     result = tokenrl.evaluate(model=str(run), **evaluation)
     expected = tokenrl.evaluate(model=str(run / "model"), **evaluation, **FORM)
-    assert result.rows == expected.rows and SEEN[0][0][0]["role"] == "user"
+    assert result.rows == expected.rows
     line = "tokenrl: asked: each text as a message of the user; system prompt 'count'; completions end at"
     assert capsys.readouterr().err.count(line) == 2
-    assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]) == 0
+    words = ["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]
+    assert main(words) == 0
     out = capsys.readouterr()
     assert line in out.err and "without rewards. The run of" in out.err
     (completion,) = re.findall(r"^prompt     cat\ncompletion (.*)$", out.out, re.MULTILINE)
     assert "e" not in completion and " t" not in completion
-    plain = ["--no-chat", "--system-prompt", "", "--stop"]
-    assert (
-        main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0", *plain])
-        == 0
-    )
+    assert main([*words, "--no-chat", "--system-prompt", "", "--stop"]) == 0
     out = capsys.readouterr()
     assert "asked" not in out.err and "\ncompletion " in out.out
     with pytest.raises(Refused, match="system_prompt is for chat messages"):
@@ -136,37 +120,17 @@ def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, m
     rows = [{"prompt": row["question"]} for row in ROWS]
     task = PromptTask("words", rows, rows[:2], vowel_reward)
     read = prompts_read(load_policy(run), monkeypatch)
-    sizes = {
-        "num_prompts": 4,
-        "prompts_per_step": 1,
-        "num_generations": 2,
-        "max_completion_length": 4,
-    }
-    measure_gradients(
-        model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes
-    )
+    shape = {"task": task, "max_completion_length": 4, "quiet": True}
+    sizes = {"num_prompts": 4, "prompts_per_step": 1, "num_generations": 2, "probes": 2}
+    measure_gradients(model=str(run), estimators=("rloo",), **shape, **sizes)
     assert asked_of("cat") in read
-    sizes = {
-        "num_pairs": 4,
-        "eval_size": 2,
-        "max_steps": 1,
-        "max_completion_length": 4,
-        "quiet": True,
-    }
-    settings = {
-        "model": str(saved(kind="chat")),
-        "policy": str(run),
-        "task": task,
-        "noise_temperature": 1.0,
-    }
-    judge = tokenrl.train_reward_model(
-        **settings, output_dir=str(tmp_path / "judge"), **sizes
-    ).reward_model
-    again = RewardModel(tmp_path / "judge")
+    sizes = {"num_pairs": 4, "eval_size": 2, "max_steps": 1, "noise_temperature": 1.0}
+    models = {"model": str(saved(kind="chat")), "policy": str(run), "output_dir": tmp_path}
+    judge = tokenrl.train_reward_model(**models, **shape, **sizes).reward_model
     whole = [*asked_of("cat"), {"role": "assistant", "content": "mat"}]
     text = judge.tokenizer.apply_chat_template(whole, tokenize=False)
     expected = judge.tokenizer(text, add_special_tokens=False).input_ids
-    assert judge.encode("cat", "mat") == again.encode("cat", "mat") == expected
+    assert judge.encode("cat", "mat") == RewardModel(tmp_path).encode("cat", "mat") == expected
 
 
 CLOCK = "\n{{ strftime_now('%d %b %Y, %-H') if strftime_now is defined }} "
@@ -212,30 +176,22 @@ def prompts_of(model, form):
 def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, days, tmp_path):
     """It stands in config.json, so that a continuation and an evaluation on another day ask the same."""
     run = tmp_path / "run"
+    rows = {"task": ROWS, "prompt_column": "question", "chat": True}
+    pairs = []
+    for word in WORDS:
+        prompt = [{"role": "user", "content": word}]
+        pairs.append({"prompt": prompt, "chosen": word, "rejected": word[:1]})
+    function, options = {
+        "reward-model": (tokenrl.train_reward_model, {"data": pairs, "eval_size": 2}),
+        "sft": (tokenrl.sft, rows),
+        "train": (tokenrl.train, {**rows, "reward": looking, **SMALL}),
+    }[command]
+    if command != "train":
+        options["batch_size"] = 2
 
     def trained(steps, **settings):
-        shape = {
-            "model": dated,
-            "output_dir": str(run),
-            "quiet": True,
-            "save_every": 1,
-            "max_steps": steps,
-        }
-        if command == "reward-model":
-            pairs = [
-                {"prompt": [{"role": "user", "content": w}], "chosen": w, "rejected": w[:1]}
-                for w in WORDS
-            ]
-            return tokenrl.train_reward_model(
-                data=pairs, eval_size=2, batch_size=2, **shape | settings
-            )
-        if command == "sft":
-            rows = {"task": ROWS, "prompt_column": "question", "chat": True, "batch_size": 2}
-            return tokenrl.sft(**rows, **shape | settings)
-        task = PromptTask(
-            "words", [{"prompt": w} for w in WORDS[:6]], [{"prompt": w} for w in WORDS[6:]], looking
-        )
-        return tokenrl.train(task=task, chat=True, **SMALL | shape | settings)
+        shape = {"model": dated, "output_dir": str(run), "quiet": True, "save_every": 1}
+        return function(**options | shape | {"max_steps": steps} | settings)
 
     trained(1)
     recorded = json.loads((run / "config.json").read_text())["chat_time"]

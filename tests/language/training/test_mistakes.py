@@ -12,7 +12,6 @@ from tiny_models import LETTERS, letters_trained, make_policy, make_task
 
 import tokenrl
 from tokenrl import train
-from tokenrl.cli import main
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.supervised.arguments import SftArguments
@@ -50,22 +49,11 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
     assert result.exit_code == 0 and out.count("has no effect") == len(idle)
     run(tmp_path / "run", estimator=Estimator(beta=0.1), target_kl=0.1, kl_gain=0.2, overwrite=True)
     assert "has no effect" not in capsys.readouterr().out
-    assert (
-        main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")])
-        == 2
-    )
-    # refused for its objects alone: its settings load
-    assert "no effect" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        (
-            {"GRADIENT_ACCUMULATION_STEPS": "8"},
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 has no effect: a run",
-        ),
-        ({"MIXED_PRECISION": "bf16"}, "ACCELERATE_MIXED_PRECISION=bf16 has no effect"),
         (
             {"DYNAMO_BACKEND": "inductor", "USE_FSDP": "true"},
             "=inductor, ACCELERATE_USE_FSDP=true have no effect",
@@ -97,18 +85,15 @@ def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, promp
     rows[1:1] = ["", json.dumps({"prompt": prompt, "answer": None})]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
 
-    def first_letter(prompts, completions, answer):
-        rewards = []
-        for prompt, text, letter in zip(prompts, completions, answer, strict=True):
-            rewards.append(float(prompt != "" and text[:1] == letter.lower()))
-        return rewards
+    def first_letter(completions, answer, **_):
+        return [float(text[:1] == x.lower()) for text, x in zip(completions, answer, strict=True)]
 
     task = tokenrl.language.load_task(
         str(tmp_path / "data.jsonl"), reward=first_letter, eval_size=8
     )
-    bad = next(row for row in [*task.train_prompts, *task.eval_prompts] if row["answer"] is None)
-    rest = [row for row in [*task.train_prompts, *task.eval_prompts] if row is not bad]
-    parts = [rest[:6], [*rest[6:], bad]]
+    everything = [*task.train_prompts, *task.eval_prompts]
+    everything.sort(key=lambda row: row["answer"] is None)  # the bad row last
+    parts = [everything[:6], everything[6:]]
     task.train_prompts, task.eval_prompts = parts if held_out else parts[::-1]
     output = r"20 tokens" if len(prompt) > 3 else "raised AttributeError.*the prompt 'ab>'"
     with pytest.raises((Refused, Stopped), match=f"{output}.*line 3|line 3.* {output}"):

@@ -51,20 +51,12 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     Path("own.py").write_text(PYTHON)
     plain = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(10)]
-    user, assistant = "user", "assistant"
-    forms = {
-        "plain": plain,
-        "columns": [{"question": row["prompt"][:-1], "answer": row["answer"]} for row in plain],
-        "chat": [
-            {
-                "messages": [
-                    {"role": user, "content": row["prompt"]},
-                    {"role": assistant, "content": row["answer"]},
-                ]
-            }
-            for row in plain
-        ],
-    }
+    forms = {"plain": plain, "columns": [], "chat": []}
+    for row in plain:
+        turns = [("user", row["prompt"]), ("assistant", row["answer"])]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        forms["chat"].append({"messages": messages})
+        forms["columns"].append({"question": row["prompt"][:-1], "answer": row["answer"]})
     for name, rows in forms.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -111,20 +103,9 @@ def test_a_tiny_model_knows_the_characters_of_all_rows_and_is_the_same_again():
 
 
 def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_same_bits(data):
-    settings = {
-        "task": "own.py:task",
-        "model": "tiny",
-        "stop": "#",
-        "dtype": "float64",
-        "base_seed": 1,
-    }
-    settings |= {
-        "prompts_per_step": 2,
-        "num_generations": 2,
-        "eval_every": 0,
-        "cpu": True,
-        "quiet": True,
-    }
+    settings = {"task": "own.py:task", "model": "tiny", "stop": "#", "dtype": "float64"}
+    settings |= {"prompts_per_step": 2, "num_generations": 2, "base_seed": 1}
+    settings |= {"eval_every": 0, "cpu": True, "quiet": True}
     whole = tokenrl.train(**settings, max_steps=2, output_dir="whole")
     tokenrl.train(**settings, max_steps=1, output_dir="parts")
     parts = tokenrl.train(**settings, max_steps=2, output_dir="parts", resume="auto")
@@ -132,11 +113,7 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     assert all(torch.equal(ours, theirs) and ours.dtype == torch.float64 for ours, theirs in pairs)
     saved = load_policy("whole")
     # 8 is in held-out rows only
-    assert set(saved.tokenizer.get_vocab()) == {
-        "<eos>",
-        UNKNOWN,
-        *"0123456789+=#",
-    }
+    assert set(saved.tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"0123456789+=#"}
     assert saved.context == 1024 + len("9+1=10#")
     assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
 
