@@ -38,9 +38,9 @@ def chat_policy(template=TEMPLATE, **form):
     [
         ("the cat", {}, "the cat"),
         ("the cat", {"chat": True}, "u the cat a "),
-        (USER, {"chat": True}, "u the cat a "),
         (USER, {"system_prompt": "count to ten"}, "s count to ten u the cat a "),
         ("the cat", {"chat": True, "system_prompt": "count to ten"}, "s count to ten u the cat a "),
+        (TALK, {}, "u the cat a sat on"),
         (TALK, {"system_prompt": "count to ten"}, "s count to ten u the cat a sat on"),
         (USER, {"chat_template_kwargs": {"quick": True}}, "u the cat a sat "),
         (USER, {"chat_template_kwargs": '{"quick": false}'}, "u the cat a "),
