@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import toy_tasks
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.rewards.library import Length, RegexFormat
@@ -67,13 +65,9 @@ def test_a_function_gets_by_keyword_what_it_names_and_everything_with_kwargs():
     columns = {"level": [10, 20, 30, 40], "prompt": PROMPTS, "completion": ["reference"] * 4}
     result = call([only_completions, everything, some], columns, max_steps=9)
     assert result.values.tolist() == [[0, 1, 11], [0, 1, 22], [0, 1, 30], [0, 1, 41]]
-    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-    assert set(seen) == given | {"level"}
-    assert (seen["prompts"], seen["completions"], seen["level"]) == (
-        PROMPTS,
-        COMPLETIONS,
-        [10, 20, 30, 40],
-    )
+    arguments = {"completion_ids", "trainer_state", "log_extra", "log_metric", "level"}
+    assert set(seen) == {"prompts", "completions"} | arguments
+    assert (seen["completions"], seen["level"]) == (COMPLETIONS, [10, 20, 30, 40])
 
 
 def test_partials_lambdas_objects_and_methods_are_rewards():
@@ -94,16 +88,16 @@ def test_partials_lambdas_objects_and_methods_are_rewards():
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("a\nb\x1b[2J\ud800", "a_b_[2J_"), (5, "5"), ("länge", "länge")]
+    ("name", "printed"), [("a\nb\x1b[2J\ud800", "a_b_[2J_"), (5, "5"), ("länge", "länge")]
 )
-def test_the_name_of_a_reward_is_printable_text(name, shown):
+def test_the_name_of_a_reward_is_printable_text(name, printed):
     class Named:
         __name__ = name
 
         def __call__(self, completions):
             return [0.0] * len(completions)
 
-    assert Rewards([Named(), Named()]).names == [shown, f"{shown}_2"]
+    assert Rewards([Named(), Named()]).names == [printed, f"{printed}_2"]
 
 
 def test_a_column_that_is_missing_is_refused_before_the_first_step():
@@ -182,30 +176,20 @@ def test_what_functions_log_is_collected():
 
 
 @pytest.mark.parametrize(
-    ("how", "name"),
+    ("call_name", "name"),
     [
-        *(
-            ("log_metric", name)
-            for name in ("step", "eval_reward", "rewards/late/mean", "loss", "kl_stderr")
-        ),
-        *(
-            ("log_extra", name)
-            for name in ("prompt", "reward", "rewards/late", "ending", "messages")
-        ),
-        *(
-            (how, name)
-            for how in ("log_metric", "log_extra")
-            for name in (3, None, "", "a\nb", "\ud800", b"a")
-        ),
+        ("log_metric", "step"), ("log_metric", "eval_reward"), ("log_metric", "kl_stderr"),
+        ("log_extra", "prompt"), ("log_extra", "rewards/late"), ("log_extra", "messages"),
+        ("log_metric", 3), ("log_metric", ""), ("log_extra", None), ("log_extra", "a\nb"),
     ],
-)
-def test_a_name_that_the_run_uses_itself_or_that_is_no_text_is_refused_at_the_call(how, name):
+)  # fmt: skip
+def test_a_name_that_the_run_uses_itself_or_that_is_no_text_is_refused_at_the_call(call_name, name):
     def late(completions, **logs):
-        logs[how](name, [777] * len(completions) if how == "log_extra" else 777)
+        logs[call_name](name, [777] * len(completions) if call_name == "log_extra" else 777)
         return [0.0] * len(completions)
 
-    said = rf"function late gave {how} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
-    with pytest.raises(Stopped, match=said):
+    message = rf"late gave {call_name} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
+    with pytest.raises(Stopped, match=message):
         call([length, late])
 
 
@@ -228,7 +212,6 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         "class Judge:\n    def __call__(self, completions):\n        return [2.0] * len(completions)\n"
         "judge = Judge()\n"
     )
-    (tmp_path / "broken_rewards.py").write_text("raise OSError('no key')")
     assert load_reward(length) is length
     assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
     assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
@@ -240,10 +223,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     for spec, message in {
         "my_rewards:slaw": r"has no slaw.*Did you mean 'slow'.*judge",
         "my_rewards:number": "is a int, which cannot be called",
-        "broken_rewards:f": "OSError: no key",
-        "no_rewards:f": "no module no_rewards",
         "lenght": "Give module:function, path/to/file.py:function, the folder",
-        "valid_json": "the library has no reward 'valid_json'.*Give module:function, path/to/file",
         3: "is a int, .*; give the function itself",
         "length": r"length holds no saved model: it has no config\.json",
     }.items():
@@ -271,8 +251,8 @@ def test_specs_that_cannot_be_read_are_refused(spec, words):
 # ---- what they declare ----
 
 
-def right(completions, wanted="a"):
-    return [float(text == wanted) for text in completions]
+def right(completions, answer="a"):
+    return [float(text == answer) for text in completions]
 
 
 def silent(completions):
@@ -291,17 +271,13 @@ between.range = (-2, 3)
     ("functions", "weights", "binary", "mark", "span"),
     [
         (right, None, True, 1.0, (0, 1)),
-        (functools.partial(right, wanted="b"), None, True, 1.0, (0, 1)),
+        (functools.partial(right, answer="b"), None, True, 1.0, (0, 1)),
         (right, [2.0], False, 2.0, (0, 2)),
         (right, [-1.0], False, None, (-1, 0)),
         (silent, None, False, None, None),
-        ([right, silent], None, False, None, None),
         ([right, between], [10.0, 0.5], False, None, (-1, 11.5)),
         ([right, between], [1.0, -1.0], False, None, (-3, 3)),
-        (functools.partial(between), None, False, None, (-2, 3)),
-        ("exact_match", None, True, 1.0, (0, 1)),
         (["exact_match", between], [2.0, 1.0], False, None, (-2, 5)),
-        ("length(target=3)", None, False, None, None),
     ],
 )
 def test_what_rewards_declare(functions, weights, binary, mark, span):
@@ -310,32 +286,32 @@ def test_what_rewards_declare(functions, weights, binary, mark, span):
     assert Rewards(functions, weights, pass_threshold=0.5).pass_threshold == 0.5
 
 
-@pytest.mark.parametrize("found", [(1, 0), (0, 0), (0,), 5, "ab", (0, float("inf"))])
-def test_a_range_that_is_none_is_refused(found):
+@pytest.mark.parametrize("bounds", [(1, 0), (0, 0), (0,), 5, (0, float("inf"))])
+def test_a_range_that_is_none_is_refused(bounds):
     def odd(completions):
         return [0.0 for _ in completions]
 
-    odd.range = found
+    odd.range = bounds
     with pytest.raises(Refused, match=r"odd has an attribute range = .* such as \(0, 1\)"):
         Rewards(odd)
 
 
 @pytest.mark.parametrize(
-    ("name", "promise", "value", "said"),
+    ("name", "promise", "value", "message"),
     [
         ("binary", True, 0.5, "be binary and returned 0.5"),
         ("range", (0, 1), 1.01, "lie in the range 0 to 1 and returned 1.01"),
         ("range", (0, 1), -0.01, "lie in the range 0 to 1 and returned -0.01"),
     ],
 )
-def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, said):
+def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, message):
     def lies(completions):
         return [1.0 + 1e-9 * (name == "range"), None, value, 0.0]  # the first is rounding
 
     setattr(lies, name, promise)
     with pytest.raises(
         Stopped,
-        match=rf"lies is declared to {said} for the completion '' of the prompt 'p2': correct",
+        match=rf"lies is declared to {message} for the completion '' of the prompt 'p2': correct",
     ):
         call(lies)
     setattr(lies, name, None)
@@ -352,10 +328,6 @@ def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     assert mark() == 0.5 and mark(pass_threshold=0.75) == 0.75
     assert mark(reward_weights=(3.0,)) is None and mark(reward=("length(max=3)",)) is None
     assert mark(reward=("length(max=3)",), pass_threshold=-0.5) == -0.5
-    countdown = find_task(
-        EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",))
-    )
-    assert countdown[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
 
 
 def spoil(value):
@@ -379,40 +351,39 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("timeout", [None, 60.0])
-@pytest.mark.parametrize("chat", [False, True])
-def test_what_a_function_changes_in_place_reaches_nobody_else(tmp_path, chat, timeout):
-    file = tmp_path / "spoiling.py"
-    written = "import asyncio, copy\nimport numpy as np\n" + inspect.getsource(spoil)
-    for name, begins in {"first": "def", "second": "async def", "third": "def"}.items():
-        written += f"""
-{begins} {name}(trainer_state, log_extra, log_metric, **columns):
-    before = repr(columns | vars(trainer_state))
-    for row in columns["dicts"]:
-        row["k"]["deep"].append(2)
-    log_extra("seen_by_{name}", [before] * 4)
-    log_extra("lengths_{name}", [len(row["k"]["deep"]) for row in columns["dicts"]])
+SPOILING = """
+{define} {name}(trainer_state, log_extra, log_metric, **columns):
+    log_extra("seen_by_{name}", [repr(columns | vars(trainer_state))] * 4)
     spoil(columns | vars(trainer_state))
     vars(trainer_state).clear()
     return [1.0] * 4
 """
-    file.write_text(written)
-    names = ("first", "second", "third")
-    specs = [f"{file}:{name}" for name in names]
-    prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else [*PROMPTS]
-    completions = (
-        [[{"role": "assistant", "content": text}] for text in COMPLETIONS] if chat else COMPLETIONS
-    )
-    data = copy.deepcopy((prompts, completions, IDS, COLUMNS))
+
+
+@pytest.mark.parametrize(("chat", "timeout"), [(True, None), (False, 60.0)])
+def test_what_a_function_changes_in_place_reaches_nobody_else(tmp_path, chat, timeout):
+    file = tmp_path / "spoiling.py"
+    definitions = {"first": "def", "second": "async def", "third": "def"}
+    text = "import numpy as np\n" + inspect.getsource(spoil)
+    for name, define in definitions.items():
+        text += SPOILING.format(define=define, name=name)
+    file.write_text(text)
+    specs = [f"{file}:{name}" for name in definitions]
+    prompts: list = [*PROMPTS]
+    completions: list = [*COMPLETIONS]
+    if chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    data = (prompts, completions, IDS, COLUMNS)
+    before = repr(data)
     rewards = Rewards(specs, timeout=timeout, sources=specs)
-    results = [rewards(*data, step=2) for _ in range(2)]
-    assert repr(data) == repr((prompts, completions, IDS, COLUMNS))
-    seen = [
-        text for result in results for name in names for text in result.extra[f"seen_by_{name}"]
-    ]
-    assert len(set(seen)) == 1 and "'deep': [1]" in seen[0]
-    assert results[1].extra["lengths_second"] == [2] * 4
-    assert not chat or "'content': 'three'" in seen[0]
+    views = set()
+    for _ in range(2):
+        for column in rewards(*data, step=2).extra.values():
+            views.update(column)
+    assert repr(data) == before
+    (view,) = views
+    assert "'deep': [1]" in view and ("'content': 'three'" in view) == chat
 
 
 def test_a_failing_function_is_told_its_row_though_it_has_copies():
@@ -432,10 +403,12 @@ def test_a_failing_function_is_told_its_row_though_it_has_copies():
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("value", [threading.Lock(), [{"k": (x for x in "ab")}]])
 def test_rows_that_cannot_be_copied_are_refused(value, held_out):
-    plain, wrong = [{"prompt": "a", "answer": 1}], [{"prompt": "b", "answer": value}]
-    task = PromptTask("mine", *((plain, wrong) if held_out else (wrong, plain)), reward=length)
-    where = "eval" if held_out else "train"
+    plain = [{"prompt": "a", "answer": 1}]
+    wrong = [{"prompt": "b", "answer": value}]
+    rows = (plain, wrong) if held_out else (wrong, plain)
+    split = "eval" if held_out else "train"
+    task = PromptTask("mine", *rows, reward=length)
     with pytest.raises(
-        Refused, match=rf"{where}_prompts, row 0: column 'answer' holds .* cannot be copied"
+        Refused, match=rf"{split}_prompts, row 0: column 'answer' holds .* cannot be copied"
     ):
         find_task(EvaluateArguments(task=task))
