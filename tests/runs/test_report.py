@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from base64 import b64encode
 from contextlib import closing
+from importlib.resources import files
 
 import pytest
 
@@ -72,125 +72,95 @@ def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
 
 
 @pytest.mark.drawn
-def test_all_text_is_escaped_and_nothing_is_asked_for_outside(run):
+def test_all_text_is_escaped_and_the_policy_lets_one_script_run_and_nothing_load(run):
     text = report_from_directory(run).read_text("utf-8")
     page = Page(text)
     assert text.count("<script") == 1 == text.count("</script") and "&lt;script&gt;" in text
-    shown = page.text.replace('\\"', '"').count(EVIL)
-    assert shown >= 2 + 1 + 1 + 10 + 30 + 1  # headings, card, texts, command
-    assert "alert" not in text[text.index("<script") : text.index("</script")]
-    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    count = page.text.replace('\\"', '"').count(EVIL)
+    assert count >= 2 + 1 + 1 + 10 + 30 + 1  # headings, card, texts, command
+    assert not [name for _, names in page.tags for name in names if name.startswith("on")]
     inside = re.sub(r'xlink:href="#', "", text.replace("</", ""))
     assert not re.search(r"""(src|href)=|@import|url\((?!#)|https?:|//[a-z]""", inside)
+    script = text[text.index("<script>") + 8 : text.index("</script>")]
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
+    assert "alert" not in script
 
 
 @pytest.mark.drawn
-def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one_script_run(
-    run, recwarn
-):
+def test_no_control_character_of_a_run_stands_in_its_page(run, recwarn):
     odd = "a\x00\x07\x1b[31m\x7f\x9b2J\u202e"
-    config, summary = (
-        json.loads((run / name).read_text()) for name in ("config.json", "summary.json")
-    )
+    config = json.loads((run / "config.json").read_text())
     write_json(run / "config.json", config | {"title": odd, "command": odd, "versions": {odd: odd}})
-    write_json(run / "summary.json", summary | {"verdict": odd, "eval_after": {odd: 1.0}})
+    write_json(run / "summary.json", {"verdict": odd, "eval_after": {odd: 1.0}})
     write_completions(run / "completions", 11, [{"prompt": odd, odd: step} for step in (1, 2)])
-    shutil.copytree(run, other := run.parent / "other")
-    page, several = report_from_directory(run), compare_runs([run, other], run.parent / "both.html")
-    for text in (page.read_text("utf-8"), several.read_text("utf-8")):
-        assert not CONTROL.search(text) and r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in text
-        policy = re.search(
-            r"default-src 'none'; style-src 'unsafe-inline'; script-src '([^']*)'", text
-        )[1]
-        script = text[text.index("<script>") + 8 : text.index("</script>")]
-        assert policy == "sha256-" + b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    numbers = [
-        json.loads(found["data-numbers"]) for found in Page(page.read_text("utf-8")).all("article")
-    ]
-    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in numbers[-1]  # by the name that the list shows
+    text = report_from_directory(run).read_text("utf-8")
+    assert not CONTROL.search(text) and r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in text
+    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in samples_of(text)[-1]  # as the list shows it
     assert not recwarn.list  # of glyphs
 
 
-def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one(run):
-    text = report_from_directory(run).read_text("utf-8")
-    light, dark = text.split("@media (prefers-color-scheme: dark)")
-    first, second = (
-        dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part)) for part in (light, dark)
+def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one():
+    text = files("tokenrl.runs").joinpath("page.css").read_text()
+    light, dark = (
+        dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part))
+        for part in text.split("@media (prefers-color-scheme: dark)")
     )
-    assert first.keys() == second.keys() == {"--page", "--card", *(f"--{name}" for name in PALETTE)}
-    assert {name: first[f"--{name}"] for name in PALETTE} == PALETTE
+    assert light.keys() == dark.keys() == {"--page", "--card", *(f"--{name}" for name in PALETTE)}
+    assert {name: light[f"--{name}"] for name in PALETTE} == PALETTE
+
+
+def samples_of(text):
+    """The numbers of the completions of a page: of those that stand open, then of all."""
+    return [json.loads(sample["data-numbers"]) for sample in Page(text).all("article", "sample")]
 
 
 def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
     text = report_from_directory(run).read_text("utf-8")
-    before, _, _ = text.partition("All 30 completions")
-    # each step has a single prompt
-    assert before.count("<article") == 3 == before.count('class="few"')
-    page = Page(text)
-    numbers = [json.loads(found["data-numbers"]) for found in page.all("article", "sample")]
-    assert [n["step"] for n in numbers[:3]] == [1, 2, 10]
-    numbers = numbers[3:]
-    assert [n["step"] for n in numbers] == [1] * 10 + [2] * 10 + [10] * 10
-    assert numbers[0] == {
-        "step": 1,
-        "reward": 0.125,
-        "rewards/a_b": None,
-        "cut": 1,
-        "characters": len(EVIL),
-    }
-    (form,) = page.all("form")
+    opened, _, _ = text.partition("All 30 completions")
+    assert opened.count("<article") == 3 == opened.count('class="few"')  # a prompt of each step
+    numbers = samples_of(text)
+    assert [n["step"] for n in numbers] == [1, 2, 10, *[1] * 10, *[2] * 10, *[10] * 10]
+    first = {"step": 1, "reward": 0.125, "rewards/a_b": None, "cut": 1, "characters": len(EVIL)}
+    assert numbers[0] == numbers[3] == first
+    (form,) = Page(text).all("form")
     assert "hidden" in form  # useless without the script, which shows it
-    named = {found["name"] for kind in ("select", "input") for found in page.all(kind)}
-    assert named == {"by", "order", "column", "search", "least", "most"}
+
+
+def test_a_page_has_completions_of_steps_and_prompts_that_are_evenly_spread(run):
+    rows = [{"prompt": f"p{n // 8}", "completion": "c", "answer": "ab", "n": n} for n in range(64)]
     for step in range(11, 111):
-        rows = [
-            {"prompt": f"p{n // 8}", "completion": "c", "answer": "ab", "n": n} for n in range(64)
-        ]
         write_completions(run / "completions", step, rows)
     (run / "completions" / "step_final.parquet").write_text("a file of somebody else")
-    numbers = [json.loads(found["data-numbers"]) for found in page_of(run).all("article")]
+    numbers = samples_of(report_from_directory(run).read_text("utf-8"))
     steps = sorted({n["step"] for n in numbers})
-    assert steps[0] == 1 and steps[-1] == 110 and len(steps) == 8
+    assert len(steps) == 8 and (steps[0], steps[-1]) == (1, 110)
     assert [n["step"] for n in numbers[:7]] == [1, *[steps[4]] * 3, *[110] * 3]
-    # the first completion of each of three prompts
-    assert [n["n"] for n in numbers[1:4]] == [
-        0,
-        8,
-        16,
-    ]
-    assert [n["n"] for n in numbers[-16:]] == list(range(0, 64, 4)) and numbers[-1][
-        "characters"
-    ] == 1
+    assert [n["n"] for n in numbers[1:4]] == [0, 8, 16]  # of each prompt the first completion
+    assert [n["n"] for n in numbers[-16:]] == list(range(0, 64, 4))
 
 
 def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_path):
-    rows = [{"prompt": json.dumps(CHAT), "completion": "a\x1b"}]
-    rows += [{"prompt": '[{"role": 1}]', "completion": "[{no"}]
     calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     turns = [
         {"role": "assistant", "content": "sum", "tool_calls": calls},
         {"role": "tool", "content": "<3>"},
     ]
-    rows += [{"prompt": "1", "completion": json.dumps(turns)}]
+    rows = [
+        {"prompt": json.dumps(CHAT), "completion": "a\x1b"},
+        {"prompt": '[{"role": 1}]', "completion": "[{no"},
+        {"prompt": "1", "completion": json.dumps(turns)},
+    ]
     page = page_with(tmp_path, completions(rows))
     assert len(page.all("div", "message")) == 2 * 4  # those that are open, and all
     assert len(page.all("div", "tool")) == 2
-    for text in (
-        "system",
-        "be_brief",
-        "a\\x1b",
-        '[{"role": 1}]',
-        "[{no",
-        "sum",
-        json.dumps(calls[0]),
-        "<3>",
-    ):
-        assert text in page.text
+    texts = ("system", "be_brief", "a\\x1b", '[{"role": 1}]', "[{no", json.dumps(calls[0]), "<3>")
+    assert all(text in page.text for text in texts)
 
 
-@pytest.mark.parametrize("names, shown", [(["one"], 0), (["one", "two"], 2)])
+@pytest.mark.parametrize(("names", "count"), [(["one"], 0), (["one", "two"], 2)])
 def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_told_twice(
-    tmp_path, names, shown
+    tmp_path, names, count
 ):
     after = {"reward": 0.5, **{f"rewards/{name}/mean": 0.5 for name in names}}
     held_out = {f"eval_{name}": 0.25 for name in after}
@@ -198,15 +168,10 @@ def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_t
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "summary.json").write_text(json.dumps({"eval_after": after, "steps": 1}))
     page = page_of(tmp_path)
-    assert page.text.count("/mean") == shown and len(page.all("div", "card")) == 1 + shown
-    words, caption = (
-        " ".join(page.text.split()),
-        "mean, before its weight training 0 held out",
-    )
-    assert words.count(f"{caption} 0.25") == shown and len(page.all("svg")) == 2 + shown
-    shutil.copytree(tmp_path, other := tmp_path / "other")
-    both = Page(compare_runs([tmp_path, other], tmp_path / "both.html").read_text("utf-8"))
-    assert len(both.all("svg")) == 2 * 3 + shown - 2  # nobody was evaluated greedily
+    assert page.text.count("/mean") == count and len(page.all("div", "card")) == 1 + count
+    caption = "mean, before its weight training 0 held out 0.25"
+    assert " ".join(page.text.split()).count(caption) == count
+    assert len(page.all("svg")) == 2 + count
 
 
 def test_each_cell_of_a_table_names_its_column_for_narrow_screens(tmp_path):
@@ -241,21 +206,21 @@ def test_a_damaged_table_of_completions_is_named_with_what_to_do(run):
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
-    """`made(name, kind=..., after=..., **settings)`: a run in the current directory."""
+def make_run(tmp_path, monkeypatch):
+    """`make_run(name, kind=..., after=..., **settings)`: a run in the current directory."""
     monkeypatch.chdir(tmp_path)
 
     def make(name, kind="train", after=None, **settings):
-        (tmp_path / name).mkdir()
+        run = tmp_path / name
+        run.mkdir()
         rows = [{"step": 1, "reward": 0.5, "loss": 2.0}, {"step": 1, "eval_reward": 0.5}]
-        config = {"kind": kind, "title": name, "command": name, "output_dir": name, **settings}
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_json(
+            run / "config.json", {"kind": kind, "title": name, "output_dir": name, **settings}
+        )
         summary = {"exit_reason": "finished", "eval_after": after, "loss_after": 2.0}
-        texts = {
-            "metrics.jsonl": "\n".join(map(json.dumps, rows)),
-            "config.json": json.dumps(config),
-        }
-        for file, text in {**texts, "summary.json": json.dumps(summary), "report.html": ""}.items():
-            (tmp_path / name / file).write_text(text)
+        write_json(run / "summary.json", summary)
+        (run / "report.html").touch()
         return name
 
     return make
@@ -268,37 +233,41 @@ def rows_of(page, heading):
     return [[Page(cell).text for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
 
 
-def test_numbers_stand_side_by_side_and_only_settings_that_differ_are_shown(made, tmp_path):
-    rloo, grpo = {"baseline": "rloo", "scale": "none"}, {"baseline": "rloo", "scale": "group_std"}
-    one = made(
-        "one run", after={"reward": 0.5, "reward_stderr": 0.01}, task="a", seed=0, estimator=rloo
-    )
-    two = made(
-        "two", after={"reward": 0.7, "pass@4": 1.0}, task="a", seed=1, lora_r=8, estimator=grpo
-    )
+def test_numbers_stand_side_by_side_and_only_settings_that_differ_are_shown(make_run, tmp_path):
+    rloo = {"baseline": "rloo", "scale": "none"}
+    after = {"reward": 0.5, "reward_stderr": 0.01}
+    first = make_run("first run", after=after, task="a", seed=0, estimator=rloo)
+    grpo = rloo | {"scale": "group_std"}
+    after = {"reward": 0.7, "pass@4": 1.0}
+    second = make_run("two", after=after, task="a", seed=1, lora_r=8, estimator=grpo)
     (tmp_path / "pages").mkdir()
     (tmp_path / "two" / "report.html").unlink()
-    page = compare_runs([one, two], "pages/p.html").read_text("utf-8")
-    header, loss = ["", "one run", "two"], ["loss of the last batch", "2", "2"]
-    numbers, settings = rows_of(page, "Final numbers"), rows_of(page, "Settings that differ")
-    assert numbers == [header, ["reward", "0.500 ± 0.010", "0.7"], loss, ["pass@4", "-", "1"]]
-    scale, seed = ["estimator.scale", "none", "group_std"], ["seed", "0", "1"]
-    assert settings == [header, scale, ["lora_r", "-", "8"], seed]
+    page = compare_runs([first, second], "pages/p.html").read_text("utf-8")
+    assert rows_of(page, "Final numbers") == [
+        ["", "first run", "two"],
+        ["reward", "0.500 ± 0.010", "0.7"],
+        ["loss of the last batch", "2", "2"],
+        ["pass@4", "-", "1"],
+    ]
+    assert rows_of(page, "Settings that differ")[1:] == [
+        ["estimator.scale", "none", "group_std"],
+        ["lora_r", "-", "8"],
+        ["seed", "0", "1"],
+    ]
     text = Page(page).text
     assert "says nothing yet about their settings" in text and "do not measure the same" not in text
     assert text.count("two 0.5") == 2  # in the legends of training and held-out rewards
-    assert [found["href"] for found in Page(page).all("a")] == ["../one%20run/report.html"]
+    assert [link["href"] for link in Page(page).all("a")] == ["../first%20run/report.html"]
 
 
-def test_other_tasks_are_named_as_such_and_texts_are_escaped(made):
-    page = compare_runs([made("one", task=EVIL), made("two", task="b", title=EVIL)]).read_text(
-        "utf-8"
-    )
+def test_other_tasks_are_named_as_such_and_texts_are_escaped(make_run):
+    runs = [make_run("one", task=EVIL), make_run("two", task="b", title=EVIL)]
+    page = compare_runs(runs).read_text("utf-8")
     assert "differ in task, so their numbers do not measure the same" in page
     assert page.count("<script") == 1 and EVIL in Page(page).text
-    page = Page(compare_runs([made("three", "sft"), made("four", "sft")]).read_text("utf-8"))
-    assert "loss: training" in page.text and "reward: held-out sampled" in page.text
-    assert "None: the runs have the same settings." in page.text
+    page = compare_runs([make_run("three", "sft"), make_run("four", "sft")]).read_text("utf-8")
+    assert "loss: training" in page and "reward: held-out sampled" in page
+    assert "None: the runs have the same settings." in page
 
 
 @pytest.mark.parametrize(
@@ -306,13 +275,13 @@ def test_other_tasks_are_named_as_such_and_texts_are_escaped(made):
     [
         (["one", "world"], "c.html", "one (tokenrl train) and world (tokenrl control)"),
         (["one", "one/"], "c.html", "given twice"),
-        (["one", "nothing"], "c.html", "nothing holds no metrics.jsonl"),
         (["one", "two"], "two", "it is a directory"),
         (["one", "two"], "no/such/c.html", "its directory does not exist"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(made, tmp_path, runs, output, words):
-    made("one"), made("two"), made("world", "control")
+def test_what_cannot_be_compared_is_refused(make_run, tmp_path, runs, output, words):
+    for name, kind in {"one": "train", "two": "train", "world": "control"}.items():
+        make_run(name, kind)
     with pytest.raises(Refused, match=re.escape(words)):
         compare_runs(runs, output)
     assert not (tmp_path / "c.html").exists()
