@@ -172,10 +172,7 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     assert config["command"] == f"tokenrl train --config {tmp_path / 'config.json'} --overwrite"
     assert (tmp_path / "model" / "weights.safetensors").exists()
     assert (tmp_path / "report.html").exists()
-    saved = checkpoints(tmp_path / "checkpoints")
-    assert [path.name for path in saved] == ["step_000004", "step_000005"]
-    verify(saved[0])
-    state = read_state(saved[0])
+    state = read_state(tmp_path / "checkpoints" / "step_000004")
     assert (state["step"], state["counter"]["number"]) == (4, 1 + 2 + 3 + 4)
 
 
@@ -240,25 +237,25 @@ def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tm
 
 def test_the_report_of_a_run_that_failed_has_the_warnings_of_the_screen(tmp_path):
     def warn(session):
-        session.warn_once("fell", f"step {session.step}: the policy fell; try a lower rate.")
+        session.warn_once("fell", f"step {session.step}: the policy fell.")
         at(5, Stopped("The reward has gone."))(session)
 
     with pytest.raises(Stopped):
         live(tmp_path, warn)
-    warning = "step 1: the policy fell; try a lower rate."
+    warning = "step 1: the policy fell."
     assert summary_of(tmp_path)["warnings"] == [warning]
-    words = " ".join(Page((tmp_path / "report.html").read_text("utf-8")).text.split())
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    words = " ".join(page.text.split())
     parts = ["The run failed", "The reward has gone.", "step_000004", warning, "failed, 4 steps"]
     assert [words.index(part) for part in parts] == sorted(words.index(part) for part in parts)
     assert "Held-out evaluation, before → after step 4" in words and "0 → 40" in words
-    # Continued, the earlier warnings stand there too.
     live(tmp_path, lambda session: session.console.warn("further"), resume="auto")
     assert summary_of(tmp_path)["warnings"] == [warning, "further"]
     assert "The run failed" not in (tmp_path / "report.html").read_text("utf-8")
 
 
-def other_process(numbers_by_call):
-    """The accelerator of a process beside the main one; the numbers of all processes, by the call's number."""
+def second_process(numbers_by_call):
+    """The accelerator of the second of two processes; what both together send, by the number of the call."""
     calls = []
 
     def gather(numbers):
@@ -269,8 +266,8 @@ def other_process(numbers_by_call):
 
 
 def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
-    other = other_process({6: [signal.SIGTERM, 0]})  # the main process got it in step 2
-    ended = live(tmp_path / "run", accelerator=other)
+    accelerator = second_process({6: [signal.SIGTERM, 0]})  # the main process got it in step 2
+    ended = live(tmp_path / "run", accelerator=accelerator)
     assert not (tmp_path / "run").exists()
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("SIGTERM", 143, 2)
 
@@ -281,10 +278,9 @@ def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes(monke
         "tokenrl.runs.resume.gather_objects", lambda own: texts.extend(own) or texts
     )
     processes = SimpleNamespace(is_main_process=True, num_processes=2)
-    shared = {"max_steps": 5, "output_dir": "a"}
-    check_processes(processes, {**shared, "seed": 1, "reward": (partial(sum, "ab"),)})
+    check_processes(processes, {"output_dir": "a", "seed": 1, "reward": (partial(sum, "ab"),)})
     with pytest.raises(Refused, match="processes of this run differ in seed"):
-        check_processes(processes, {**shared, "seed": 2, "reward": (partial(sum, "ba"),)})
+        check_processes(processes, {"output_dir": "b", "seed": 2, "reward": (partial(sum, "ba"),)})
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
@@ -302,18 +298,17 @@ def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path, step):
 
 
 def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
-    live(tmp_path / "whole")
-    seen = []
-    live(tmp_path / "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    live(whole)
+    live(run)
+    with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # cut by a crash
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
-    live(tmp_path / "run", seen.append, resume=str(checkpoint))
-    # those before it, and its own
-    assert seen[0].rows == read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
-    assert seen[0].training_seconds > seen[0].step_seconds > 0  # those of all five steps
-    assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
+    sessions = []
+    live(run, sessions.append, resume=str(run / "checkpoints" / "step_000004"))
+    assert len(sessions) == 1 and same(whole, run)
+    assert sessions[0].rows == read_metrics(run / "metrics.jsonl")
+    assert sessions[0].training_seconds > sessions[0].step_seconds > 0  # all five steps count
+    assert [row["step"] for row in lines(run, "timings.jsonl")] == [1, 2, 3, 4, 5]
 
 
 REWARDS = (1, None, 5, None, 9, None, 9, None, 3, None, math.nan, None, 7, None, 2)
@@ -324,78 +319,12 @@ def falling(step):
     return {"reward": REWARDS[step], "loss": -REWARDS[step]}
 
 
-TOLD = ("wall_seconds", "warnings")
-
-
-def left(run):
-    """What a run has left: weights of its model, checkpoints, and its summary but for time and warnings."""
+def results_of(run):
+    """Weights of a run's model, its checkpoints, and its summary but for time and warnings."""
     weights = load_file(run / "model" / "weights.safetensors")["weight"].tolist()
-    summary = {name: value for name, value in summary_of(run).items() if name not in TOLD}
+    summary = summary_of(run)
+    del summary["wall_seconds"], summary["warnings"]
     return weights, [path.name for path in checkpoints(run / "checkpoints")], str(summary)
-
-
-@pytest.mark.parametrize("metric", [None, "loss"])
-def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, metric, capsys):
-    """Of equal evaluations the first is the best, of losses the lowest, and NaN never."""
-    options = {
-        "max_steps": 14,
-        "score": falling,
-        "keep": "best",
-        "best_metric": metric,
-        "quiet": False,
-    }
-    ended = live(tmp_path / "run", **options)
-    assert "holds the weights of step 4" in " ".join(capsys.readouterr().out.split())
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "holds the weights of step 4" in page and "partly luck" in page
-    value = 9 if metric is None else -9
-    assert ended.best == {"step": 4, "metric": metric or "reward", "value": value, "evaluations": 8}
-    assert (ended.steps, ended.eval_after) == (14, falling(14))
-    live(tmp_path / "short", max_steps=4)
-    live(tmp_path / "last", max_steps=14, score=falling)
-    weights, names, _ = left(tmp_path / "run")
-    assert weights == left(tmp_path / "short")[0] != left(tmp_path / "last")[0]
-    assert names == ["step_000004", "step_000012", "step_000014"]
-
-
-@pytest.mark.parametrize("step", [1, 5, 9])
-def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step):
-    options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3}
-    options |= {"keep_checkpoints": 1, "save_every": 3}
-    ended = live(tmp_path / "whole", **options)
-    assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
-    with pytest.raises(Killed):
-        live(tmp_path / "run", at(step, Killed()), **options)
-    live(tmp_path / "run", **options, resume="auto")
-    assert left(tmp_path / "run") == left(tmp_path / "whole")
-    steps = []
-    again = live(tmp_path / "run", steps.append, **options, resume="auto")
-    assert (steps, again.exit_reason, left(tmp_path / "run")) == (
-        [],
-        "no-improvement",
-        left(tmp_path / "whole"),
-    )
-
-
-def test_the_weights_before_training_may_be_the_best_and_an_earlier_checkpoint_knows_its_own(
-    tmp_path,
-):
-    worse = {"score": lambda step: {"reward": -float(step)}, "keep": "best"}
-    assert live(tmp_path / "run", **worse).best["step"] == 0 and left(tmp_path / "run")[0] == [0, 0]
-    options = {
-        "max_steps": 6,
-        "score": falling,
-        "keep": "best",
-        "keep_checkpoints": 2,
-        "save_every": 1,
-    }
-    live(tmp_path / "earlier", **options | {"max_steps": 4})
-    assert left(tmp_path / "earlier")[1] == ["step_000002", "step_000003", "step_000004"]
-    (tmp_path / "earlier" / "checkpoints" / "step_000004" / "weights.safetensors").write_bytes(b"")
-    # from step 3, whose best one is that of step 2
-    live(tmp_path / "earlier", **options, resume="auto")
-    live(tmp_path / "whole", **options)
-    assert left(tmp_path / "earlier") == left(tmp_path / "whole")
 
 
 def damaged(run, step):
@@ -406,27 +335,74 @@ def lost(run, step):
     shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
 
 
-@pytest.mark.parametrize(("harm", "killed_at"), [(damaged, 8), (lost, None)])
+@pytest.mark.parametrize("metric", [None, "loss"])
+def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, metric, capsys):
+    """Of equal evaluations the first is the best, of losses the lowest, and NaN never."""
+    options = {"max_steps": 14, "score": falling, "keep": "best", "quiet": False}
+    ended = live(tmp_path / "run", best_metric=metric, **options)
+    words = "holds the weights of step 4"
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert words in (tmp_path / "run" / "report.html").read_text()
+    value = 9 if metric is None else -9
+    assert ended.best == {"step": 4, "metric": metric or "reward", "value": value, "evaluations": 8}
+    assert (ended.steps, ended.eval_after) == (14, falling(14))
+    live(tmp_path / "short", max_steps=4)
+    weights, names, _ = results_of(tmp_path / "run")
+    assert weights == results_of(tmp_path / "short")[0]
+    assert names == ["step_000004", "step_000012", "step_000014"]
+
+
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3}
+    options |= {"keep_checkpoints": 1, "save_every": 3}
+    ended = live(whole, **options)
+    assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
+    with pytest.raises(Killed):
+        live(run, at(step, Killed()), **options)
+    live(run, **options, resume="auto")
+    assert results_of(run) == results_of(whole)
+    again = live(run, at(11, Killed()), **options, resume="auto")  # nothing is left to do
+    assert again.exit_reason == "no-improvement" and results_of(run) == results_of(whole)
+
+
+def test_the_weights_before_training_may_be_the_best(tmp_path):
+    best = live(tmp_path, score=lambda step: {"reward": -float(step)}, keep="best").best
+    assert best["step"] == 0 and results_of(tmp_path)[0] == [0, 0]
+
+
+def test_an_earlier_checkpoint_knows_its_own_best(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = {"score": falling, "keep": "best", "keep_checkpoints": 2, "save_every": 1}
+    live(run, **options, max_steps=4)
+    assert results_of(run)[1] == ["step_000002", "step_000003", "step_000004"]
+    damaged(run, 4)  # the best of step 3 is step 2
+    for directory in (run, whole):
+        live(directory, **options, max_steps=6, resume="auto")
+    assert results_of(run) == results_of(whole)
+
+
+@pytest.mark.parametrize("harm", [damaged, lost])
 def test_a_run_whose_best_checkpoint_is_lost_says_so_and_ends_with_the_last_weights(
-    harm, killed_at, tmp_path, capsys
+    harm, tmp_path, capsys
 ):
-    """The steps are the same as without the loss, and the summary says which weights model/ holds."""
-    options = {"max_steps": 14, "score": falling, "keep": "best", "save_every": 1, "quiet": False}
-    live(tmp_path / "last", **options | {"keep": "last"})
+    options = {"max_steps": 14, "score": falling, "save_every": 5}
+    live(tmp_path / "last", **options)
     run = tmp_path / "run"
-    if killed_at is None:
-        ended = live(run, lambda session: session.step == 12 and harm(run, 4), **options)
-    else:
-        with pytest.raises(Killed):
-            live(run, at(killed_at, Killed()), **options)
-        harm(run, 4)
-        ended = live(run, **options, resume="auto")
+    ended = live(
+        run,
+        lambda session: session.step == 12 and harm(run, 4),
+        keep="best",
+        quiet=False,
+        **options,
+    )
     text = " ".join("".join(capsys.readouterr()).split())
     assert text.count("best weights, of step 4, are lost") == 1
     assert (ended.best, ended.exit_code) == ({}, 0) and same(run, tmp_path / "last")
 
 
-UNREAD = [
+UNREADABLE = [
     (deque, "it holds a collections.deque"),
     (lambda: lambda: 0, "PicklingError|AttributeError"),
     (lambda: np.array([object()]), "numpy.object_"),
@@ -434,28 +410,25 @@ UNREAD = [
 """What `torch.load` does not read with `weights_only`, and why."""
 
 
-@pytest.mark.parametrize(("made", "reason"), UNREAD)
+@pytest.mark.parametrize(("make", "reason"), UNREADABLE)
 def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_at_the_first_save(
-    made, reason, tmp_path
+    make, reason, tmp_path
 ):
     class Remembering(Counter):
-        memory = None
+        memory = make()
 
         def state_dict(self):
             return super().state_dict() | {"memory": self.memory}
 
-    counter = Remembering()
-    counter.memory = made()
-    with pytest.raises(
-        Refused, match=rf"The state of 'counter' cannot be .*({reason}).*in dicts and lists"
-    ):
-        live(tmp_path / "run", counter=counter)
+    words = rf"cannot be .*({reason}).*in dicts and lists"
+    with pytest.raises(Refused, match=f"The state of 'counter' {words}"):
+        live(tmp_path / "run", counter=Remembering())
     assert not (tmp_path / "run").exists()
+    counter = Remembering()
     counter.memory = []
-    with pytest.raises(Stopped, match=rf"At step 2: The state of this run cannot be .*({reason})"):
-        live(tmp_path / "run", lambda session: setattr(counter, "memory", made()), counter=counter)
+    with pytest.raises(Stopped, match=f"At step 2: The state of this run {words}"):
+        live(tmp_path / "run", lambda session: setattr(counter, "memory", make()), counter=counter)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-    assert len(lines(tmp_path / "run")) == 3
 
 
 def test_a_state_that_its_part_does_not_take_is_refused_before_the_first_step(tmp_path):
@@ -477,41 +450,33 @@ def test_a_run_that_failed_names_the_checkpoint_with_its_best_weights(tmp_path):
     assert (tmp_path / "checkpoints" / "step_000004" / "weights.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("score", "words"),
-    [
-        (falling, "no best 'accuracy': this run evaluates reward, loss"),
-        (lambda step: {}, "no best 'accuracy': this run evaluates nothing"),
-    ],
-)
-def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path, score, words):
-    with pytest.raises(Refused, match=words):
-        live(tmp_path, score=score, patience=2, best_metric="accuracy")
+def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(Refused, match="no best 'accuracy': this run evaluates reward, loss"):
+        live(tmp_path, score=falling, patience=2, best_metric="accuracy")
     assert not (tmp_path / "config.json").exists()
 
 
 def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_grow(tmp_path):
     first = live(tmp_path, max_steps=3)
-    seen = []
-    ended = live(tmp_path, seen.append, max_steps=3, resume="auto")
+    ended = live(tmp_path, at(4, Killed()), max_steps=3, resume="auto")
     assert ended.wall_seconds > first.wall_seconds
-    assert (seen, ended.exit_reason, ended.steps) == ([], "finished", 3)
-    live(tmp_path, lambda session: seen.append(session.step), resume="auto")
-    assert seen == [4, 5] and [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert (ended.exit_reason, ended.steps) == ("finished", 3)
+    live(tmp_path, resume="auto")
+    assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
     assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 5
 
 
-def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(tmp_path, capsys):
     live(tmp_path)
     newest = tmp_path / "checkpoints" / "step_000005"
-    (newest / "weights.safetensors").write_bytes(b"")
+    damaged(tmp_path, 5)
     with pytest.raises(Refused, match=r"weights\.safetensors"):
         live(tmp_path, resume=str(newest))
-    seen = []
-    live(tmp_path, lambda session: seen.append(session.step), resume="auto")
-    assert seen == [5] and verify(newest) is None
-    for checkpoint in (tmp_path / "checkpoints").iterdir():
-        (checkpoint / "weights.safetensors").write_bytes(b"")
+    live(tmp_path, resume="auto", quiet=False)
+    words = " ".join(capsys.readouterr().out.split())
+    assert "skipped" in words and "continues after step 4" in words and verify(newest) is None
+    for step in (4, 5):
+        damaged(tmp_path, step)
     with pytest.raises(Refused, match=r"cannot be continued.*step_000005.*--overwrite"):
         live(tmp_path, resume="auto")
     assert (tmp_path / "model").exists()
@@ -575,24 +540,21 @@ def test_a_run_whose_metrics_have_lost_rows_goes_back_to_the_checkpoint_that_the
     whole, run = tmp_path / "whole", tmp_path / "run"
     live(whole, max_steps=7)
     live(run)
-    kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
-    (run / "metrics.jsonl").write_text("".join(kept))
+    metrics = run / "metrics.jsonl"
+    rows = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(rows[:-1]))
+    newest = str(run / "checkpoints" / "step_000005")
     with pytest.raises(
         Refused, match=r"step_000005 cannot be continued: rows .* only the first 5 are"
     ):
-        live(run, resume=str(run / "checkpoints" / "step_000005"), max_steps=7)
+        live(run, resume=newest, max_steps=7)
     live(run, resume="auto", max_steps=7)
     assert same(whole, run) and len(lines(run, "timings.jsonl")) == 7
-    damaged = "step 0\n" + (run / "metrics.jsonl").read_text()
-    for text, words in (
-        (damaged, "Line 1 of .*metrics.jsonl is damaged"),
-        ("", "only the first 0 are"),
-    ):
-        (run / "metrics.jsonl").write_text(text)
-        before = bytes_of(run)
-        with pytest.raises(Refused, match=words):
-            live(run, resume="auto", max_steps=9)
-        assert bytes_of(run) == before
+    metrics.write_text("")
+    before = bytes_of(run)
+    with pytest.raises(Refused, match="only the first 0 are"):
+        live(run, resume="auto", max_steps=9)
+    assert bytes_of(run) == before
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -646,28 +608,27 @@ def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, er
 def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Killed):
-        live(None, at(3, Killed()), quiet=False)
-    assert live(None, quiet=False, resume="auto").output_dir == tmp_path / "runs/train-1"
+        live(None, at(3, Killed()))
+    assert live(None, resume="auto").output_dir == tmp_path / "runs/train-1"
     assert live(None, quiet=False).output_dir == tmp_path / "runs/train-2"
     assert json.loads(Path("runs/train-2/config.json").read_text())["output_dir"] == "runs/train-2"
-    commands = ["sample --model runs/train-2", "train --config runs/train-2 --seed 1"]
-    assert capsys.readouterr().out.endswith("".join(f"next    tokenrl {one}\n" for one in commands))
-    lonely = live(None, accelerator=other_process({2: [7, 0]}), max_steps=0)
-    assert lonely.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
+    assert capsys.readouterr().out.endswith(
+        "next    tokenrl sample --model runs/train-2\n"
+        "next    tokenrl train --config runs/train-2 --seed 1\n"
+    )
+    second = live(None, accelerator=second_process({2: [7, 0]}), max_steps=0)
+    assert second.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
 
 
 def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
     args = Settings(output_dir="runs/my run")
-    ends = {
-        "control": "advise --run",
-        "reward-model": "train --task TASK --reward",
-        "sft": "sample --model",
-    }
-    for kind, words in ends.items():
-        first, again = next_commands(kind, args, {"exit_reason": "finished"}, True)
+    finished = {"exit_reason": "finished"}
+    commands = {"control": "advise --run", "reward-model": "train --task TASK --reward"}
+    for kind, words in commands.items():
+        first, again = next_commands(kind, args, finished, True)
         assert first.startswith(f"tokenrl {words} 'runs/my run'")
         assert again == f"tokenrl {kind} --config 'runs/my run' --seed 1"
-    flags = {"exit_reason": "finished", "flags": ("nothing-learnt",)}
-    assert next_commands("train", args, flags, False) == ["tokenrl advise --run 'runs/my run'"]
+    flagged = finished | {"flags": ("nothing-learnt",)}
+    assert next_commands("train", args, flagged, False) == ["tokenrl advise --run 'runs/my run'"]
     stopped = next_commands("train", args, {"exit_reason": "SIGTERM"}, True)
     assert stopped == ["tokenrl train --config 'runs/my run' --resume auto"]
