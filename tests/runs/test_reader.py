@@ -27,26 +27,24 @@ def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def test_a_run_says_what_it_was_and_what_it_has_measured(finished):
-    found = read_run(finished)
-    assert (found.kind, found.title, found.path) == ("control", found.config["title"], finished)
-    assert found.mark is None and replace(found, config={"solved": 0.5}).mark == ("solved", 0.5)
-    assert [row["step"] for row in found.metrics] == [0, 1, 2, 3]
-    assert [row["step"] for row in found.timings] == [1, 2, 3]
-    assert [row["step"] for row in found.evaluations] == [0, 2, 3]
-    assert found.evaluations[-1]["reward"] == found.summary["eval_after"]["reward"]
-    assert found.series("eval_reward")[0] == [0, 2, 3] and found.completions() == []
+def test_a_run_tells_its_kind_and_what_it_has_measured(finished):
+    run = read_run(finished)
+    assert (run.kind, run.title, run.path) == ("control", run.config["title"], finished)
+    assert run.mark is None and replace(run, config={"solved": 0.5}).mark == ("solved", 0.5)
+    assert [row["step"] for row in run.metrics] == [0, 1, 2, 3]
+    assert [row["step"] for row in run.timings] == [1, 2, 3]
+    assert [row["step"] for row in run.evaluations] == [0, 2, 3]
+    assert run.evaluations[-1]["reward"] == run.summary["eval_after"]["reward"]
+    assert run.series("eval_reward")[0] == [0, 2, 3] and run.completions() == []
 
 
-def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
+def test_the_evaluation_after_an_early_end_stands_in_the_summary(run):
     rows = [{"step": 0, "eval_reward": 1.0}, {"step": 1, "reward": "Infinity", "kl": None}]
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "re'
-    )
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "re')
     (run / "summary.json").write_text(json.dumps({"steps": 1, "eval_after": {"reward": 2.0}}))
-    found = read_run(run)
-    assert found.evaluations == [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2.0}]
-    assert found.metrics[1]["reward"] == float("inf") and found.series("reward") == ([], [])
+    recorded = read_run(run)
+    assert recorded.evaluations == [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2.0}]
+    assert recorded.metrics[1]["reward"] == float("inf") and recorded.series("reward") == ([], [])
     (run / "summary.json").unlink()
     (run / "config.json").unlink()
     assert (read_run(run).summary, read_run(run).config, read_run(run).title) == ({}, {}, "run")
@@ -63,12 +61,9 @@ def test_completions_are_at_most_so_many_of_a_table_and_spread_over_it(run, most
 
 
 def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
-    before, after = (
-        {"reward": 0.25, "reward_stderr": 0.125},
-        {"reward": 1.0, "rewards/<a>/mean": 3.5},
-    )
+    before = {"reward": 0.25, "reward_stderr": 0.125}
+    after = {"reward": 1.0, "rewards/<a>/mean": 3.5}
     ended = Outcome(tmp_path, "finished", 0, 3, before, after, 61.2)
-    assert repr(ended) == str(ended)
     assert repr(ended).splitlines() == [
         "Outcome                before  after",
         "reward            0.25 ± 0.12      1",
@@ -79,40 +74,29 @@ def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
     page = ended._repr_html_()
     assert "<td>rewards/&lt;a&gt;/mean</td><td>-</td><td>3.5</td>" in page and str(tmp_path) in page
     assert ended.metrics == []
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 0, "eval_reward": 0.25}\n{"step": 1, "reward": 0.5}\n'
-    )
-    assert (
-        ended.metrics
-        == read_run(tmp_path).metrics
-        == [
-            {"step": 0, "eval_reward": 0.25},
-            {"step": 1, "reward": 0.5},
-        ]
-    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    assert ended.metrics == [{"step": 1, "reward": 0.5}]
 
 
-PLACES = [
-    *(
-        ("summary.json", name)
-        for name in ("exit_reason", "flags", "steps", "wall_seconds", "eval_after")
-    ),
-    *(("config.json", name) for name in ("title", "kind", "solved", "versions", "command")),
-    *(("metrics.jsonl", name) for name in ("step", "reward", "eval_reward_stderr", "new")),
-]
+ENTRIES = {
+    "summary.json": ("exit_reason", "flags", "steps", "wall_seconds", "eval_after"),
+    "config.json": ("title", "kind", "solved", "versions", "command"),
+    "metrics.jsonl": ("step", "reward", "eval_reward_stderr", "new"),
+}
 
 
 @pytest.mark.parametrize("odd", ["x", [1], {"a": [1]}, 10**400], ids=lambda odd: str(odd)[:12])
-def test_files_with_odd_entries_are_shown_or_refused_by_name(odd, run, capsys):
-    for name, entry in PLACES:
-        path, whole = run / name, (run / name).read_text()
-        lines = whole.splitlines() if name == "metrics.jsonl" else [whole]
-        lines[-1] = json.dumps(json.loads(lines[-1]) | {entry: odd})
-        path.write_text("\n".join(lines) + "\n")
+@pytest.mark.parametrize("name", ENTRIES)
+def test_files_with_odd_entries_are_shown_or_refused_by_name(name, odd, run, capsys):
+    path = run / name
+    lines = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
+    last = json.loads(lines.pop())
+    for entry in ENTRIES[name]:
+        path.write_text("\n".join([*lines, json.dumps(last | {entry: odd}), ""]))
         code, error = main(["report", str(run)]), capsys.readouterr().err
-        assert code in (0, 2) and error.count("\n") == (code == 2), (name, entry, code, error)
-        assert code == 0 or str(run / name) in error, error
-        path.write_text(whole)
+        assert (code, error) == (0, "") or (
+            code == 2 and error.count("\n") == 1 and str(path) in error
+        ), (entry, code, error)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])
