@@ -3,6 +3,8 @@ import math
 import re
 from types import SimpleNamespace
 
+import pytest
+
 from tokenrl.runs.console import Console, Progress, duration, ending, measured, number
 from tokenrl.runs.output import visible
 
@@ -25,18 +27,14 @@ def use_everything(console):
     console.finish(SUMMARY)
 
 
-def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools():
-    call = f"<tool_call>{{'name': 'add', 'arguments': {{'a': {'1' * 90}}}}}</tool_call>"
-    for calls in (1, 9):
-        row = {
-            "prompt": "1 + 1",
-            "completion": f"{call * calls}<42>the answer is 42",
-            "messages": [],
-        }
-        file = io.StringIO()
-        Console(file=file).completions_table([row])
-        text = re.sub(r"\s", "", file.getvalue())
-        assert call[:40].replace(" ", "") in text and "theansweris42" in text and len(text) < 700
+@pytest.mark.parametrize("calls", [1, 9])
+def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools(calls):
+    call = f"<tool_call>{'1' * 120}</tool_call>" * calls
+    file = io.StringIO()
+    row = {"prompt": "1 + 1", "completion": f"{call}<42>the answer is 42", "messages": []}
+    Console(file=file).completions_table([row])
+    text = re.sub(r"\s", "", file.getvalue())
+    assert call[:40] in text and "theansweris42" in text and len(text) < 700
 
 
 def printed(**options):
@@ -100,26 +98,36 @@ def test_terminal_gets_one_live_line(monkeypatch):
     assert "\x1b" in text and "40/40" in text and "step 10/40" not in text
 
 
-def test_small_formats():
-    assert [visible(text) for text in ("a\tb\r\n", "\u202eabc", "héé")] == [
-        r"a\tb\r\n",
-        r"\u202eabc",
-        "héé",
-    ]
-    assert [duration(seconds) for seconds in (0, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]
-    assert [number(value) for value in (None, 0.12345, 5, "Infinity", "a\nb", float("nan"))] == [
-        "-", "0.1235", "5", "inf", r"a\nb", "nan"]  # fmt: skip
-    for value, error, shown in (
+@pytest.mark.parametrize(
+    ("shape", "value", "text"),
+    [
+        *((visible, "a\tb\r\n", r"a\tb\r\n"), (visible, "\u202eabc", r"\u202eabc")),
+        *((duration, 0, "0:00"), (duration, 59.6, "1:00"), (duration, 3723, "1:02:03")),
+        *((number, None, "-"), (number, 0.12345, "0.1235"), (number, 5, "5")),
+        *((number, "Infinity", "inf"), (number, "a\nb", r"a\nb"), (number, math.nan, "nan")),
+        (ending, {}, "unfinished"),
+        (ending, {"exit_reason": "SIGTERM", "env_steps_per_second": 10}, "SIGTERM, 10 env steps/s"),
+        (
+            ending,  # the first of these flags may be what one wants
+            {
+                "exit_reason": "finished",
+                "flags": ["entropy-collapsed", "nothing-learnt"],
+                "steps": 6,
+            },
+            "finished (nothing-learnt), 6 steps",
+        ),
+    ],
+)
+def test_small_formats(shape, value, text):
+    assert shape(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
         *((0.91234, 0.0123, "0.912 ± 0.012"), (1234.5, 67.8, "1234 ± 68"), (0.94, 0.0, "0.94 ± 0")),
         *((0.5, None, "0.5"), (None, 0.1, "-"), (0.5, math.nan, "0.5"), (1, 3e-9, "1 ± 3e-09")),
-    ):
-        assert measured(value, error) == shown
-    assert ending({}) == "unfinished"
-    assert (
-        ending({"exit_reason": "SIGTERM", "env_steps_per_second": 10}) == "SIGTERM, 10 env steps/s"
-    )
-    flags = ["entropy-collapsed", "nothing-learnt"]  # the first may be what one wants
-    assert (
-        ending({"exit_reason": "finished", "flags": flags, "steps": 6})
-        == "finished (nothing-learnt), 6 steps"
-    )
+    ],
+)
+def test_numbers_have_the_figures_that_their_errors_leave(value, error, text):
+    assert measured(value, error) == text

@@ -7,41 +7,38 @@ from transformers import get_scheduler
 from tokenrl.runs.schedules import load_schedule, make_schedule
 
 
-def made(kind, length, warmup, make=make_schedule):
+def optimizer_with(make, kind, length, warmup):
+    """An optimiser of two groups of weights, and its schedule."""
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in (0.1, 0.05)]
     optimizer = torch.optim.AdamW(groups)
-    if make is get_scheduler:
-        kind = "constant_with_warmup" if kind == "constant" else kind
-        return optimizer, get_scheduler(kind, optimizer, warmup, length)
-    return optimizer, make_schedule(kind, optimizer, length, warmup)
+    return optimizer, make(kind, optimizer, length, warmup)
+
+
+def scheduler_of_transformers(kind, optimizer, length, warmup):
+    kind = "constant_with_warmup" if kind == "constant" else kind
+    return get_scheduler(kind, optimizer, warmup, length)
 
 
 def rates(optimizer, schedule, steps):
-    found = []
+    rows = []
     for _ in range(steps):
-        found.append([group["lr"] for group in optimizer.param_groups])
+        rows.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    return found
+    return rows
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup, length", [(0, 7), (3, 7), (9, 7), (0, 0)])
-def test_the_learning_rates_are_those_of_transformers_and_go_on_from_any_place(
+@pytest.mark.parametrize(("warmup", "length"), [(0, 7), (3, 7), (9, 7), (0, 0)])
+def test_the_learning_rates_are_those_of_transformers_and_go_on_from_any_step(
     kind, warmup, length, recwarn
 ):
-    whole = rates(*made(kind, length, warmup), 9)
-    assert whole == rates(*made(kind, length, warmup, get_scheduler), 9)
-    for at in (0, 2, 5):
-        optimizer, schedule = made(kind, length, warmup)
+    whole = rates(*optimizer_with(make_schedule, kind, length, warmup), 9)
+    theirs = optimizer_with(scheduler_of_transformers, kind, length, warmup)
+    assert whole == rates(*theirs, 9)
+    for step in (0, 2, 5):
+        optimizer, schedule = optimizer_with(make_schedule, kind, length, warmup)
         rates(optimizer, schedule, 3)  # wherever it was before
-        load_schedule(schedule, at)
-        assert rates(optimizer, schedule, 9 - at) == whole[at:]
-    (here, ours), (there, theirs) = (
-        made(kind, length, warmup),
-        made(kind, length, warmup, get_scheduler),
-    )
-    for schedule in (ours, theirs):
-        load_schedule(schedule, 2.5)  # as where the run is measured in samples
-    assert here.param_groups[1]["lr"] == there.param_groups[1]["lr"]
-    assert not [one for one in recwarn if "lr_scheduler" in str(one.message)]
+        load_schedule(schedule, step)
+        assert rates(optimizer, schedule, 9 - step) == whole[step:]
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]

@@ -1,4 +1,4 @@
-"""Makes the schedule of a learning rate, and puts it to any place."""
+"""Makes the schedule of a learning rate, and sets it to any step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_schedule(
     return LambdaLR(optimizer, partial(_share, kind=kind, last=max_steps, warmup=warmup_steps))
 
 
-def _share(done: float, *, kind: str, last: int, warmup: int) -> float:
+def _share(done: int, *, kind: str, last: int, warmup: int) -> float:
     """Return the share of the peak learning rate after a number of updates."""
     if done < warmup:
         return done / warmup
@@ -43,7 +43,7 @@ def _share(done: float, *, kind: str, last: int, warmup: int) -> float:
     return 1.0
 
 
-def load_schedule(schedule: LambdaLR, updates: float) -> None:
+def load_schedule(schedule: LambdaLR, updates: int) -> None:
     """Put a schedule to where it is after a number of updates, and set the rates that it gives there.
 
     The rates are computed anew, so they are those of this schedule even if the saved run had another length;
@@ -51,14 +51,13 @@ def load_schedule(schedule: LambdaLR, updates: float) -> None:
 
     Args:
         schedule: the schedule, which may be in any position.
-        updates: number of times that the schedule has been stepped; it may also be between two of them.
+        updates: number of times that the schedule has been stepped.
     """
-    position: Any = updates  # torch says int, and computes the rate of any number
-    schedule.last_epoch = position
-    rates = [
-        base * rate(position)
-        for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    schedule.last_epoch = updates
+    rates = []
+    for group, base, share in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * share(updates)
+        rates.append(group["lr"])
     schedule._last_lr = rates
