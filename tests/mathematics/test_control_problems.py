@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-from math import comb
 
 import pytest
 import torch
@@ -100,51 +99,6 @@ def test_whose_gradient_it_is(name: str, seed: int) -> None:
         assert match.cosine > 1 - 1e-12 and match.scale == pytest.approx(scale, rel=1e-10)
     if ascends == "J_gamma":
         assert found.undiscounted.status == "biased" and found.undiscounted.relative_bias > 0.01
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
-def test_gae_by_the_true_value_is_discounted_reward_to_go_in_the_mean(lam: float) -> None:
-    """So lam does not matter there, and the bias of leaving out gamma^t stays."""
-    gamma = 0.8
-    problem = problem_of_mdp(random_mdp(2), critic="true", gamma=gamma)
-    found = exact_moments(Estimator(baseline="value", returns="gae", lam=lam, gamma=gamma), problem)
-    plain = exact_moments(Estimator(baseline="none", gamma=gamma, **TO_GO), problem)
-    torch.testing.assert_close(found.mean, plain.mean, **CLOSE)
-    assert plain.relative_bias > 0.01
-
-
-@pytest.mark.parametrize(("all_of", "size"), [(False, 2), (False, 3), (True, 2), (True, 3)])
-def test_a_timestep_mean_of_the_others_is_exact_though_lengths_differ(
-    all_of: bool, size: int
-) -> None:
-    """With the row inside, step t counts E[1 - 1/n_t], n_t - 1 ~ Binomial(G - 1, P(alive at t))."""
-    problem = problem_of_mdp(random_mdp(5, one_start=True), steps=2 if size == 3 else 3)
-    estimator = Estimator(baseline="timestep_mean", leave_one_out=not all_of, **TO_GO)
-    found = exact_moments(estimator, problem, group_size=size)
-    to_go = problem.rewards.flip(-1).cumsum(-1).flip(-1)[0]
-    parts = torch.einsum("m,mt,mtd->td", problem.chances[0], to_go, problem.scores[0])
-    wanted = torch.zeros(4).double()
-    for t, part in enumerate(parts):
-        alive = float(problem.chances[0] @ problem.mask[:, t])
-        factor = sum(
-            comb(size - 1, k) * alive**k * (1 - alive) ** (size - 1 - k) * (1 - 1 / (k + 1))
-            for k in range(size)
-        )
-        wanted += (factor if all_of else 1.0) * part
-    torch.testing.assert_close(found.mean[0], wanted, **CLOSE)
-    assert (found.relative_bias < 1e-10) == (not all_of) and (found.cosine < 1 - 1e-7) == all_of
-
-
-@pytest.mark.parametrize("seed", [2, 5])
-def test_an_episode_mean_counts_early_rewards_and_not_the_last(seed: int) -> None:
-    """E[sum_t s_t (G_t - mean_u G_u)] = grad E[sum_u (1 - u/L) r_u], u = 1..L: one mean a row."""
-    problem = problem_of_mdp(random_mdp(seed, one_start=True))
-    found = exact_moments(Estimator(baseline="episode_mean", **TO_GO), problem)
-    share = 1 - torch.arange(1, 4) / problem.mask.sum(-1, keepdim=True)  # [M, T]
-    worth = (problem.rewards[0] * share * problem.mask).sum(-1)
-    wanted = torch.einsum("m,mtd->d", problem.chances[0] * worth, problem.scores[0])
-    torch.testing.assert_close(found.mean[0], wanted, **CLOSE)
-    assert found.cosine < 0.9999
 
 
 def asymmetry(fields: dict, seed: int) -> float:

@@ -48,121 +48,88 @@ def test_what_is_declared_is_what_is_found(name: str) -> None:
         assert verdict.cosine < 1 - 1e-5
 
 
+def mine(totals, **_):
+    return totals * 0
+
+
 LOSS_KL = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "full_path"}
 BEST_OF_2 = {"objective": "max_at_k", "objective_order": 2}
-PATHS = {**LOSS_KL, "ratio": "sequence_product"}
-TO_GO_KL = {"returns": "reward_to_go", "beta": 0.3, "ratio": "token"}
-MIXED: list[dict] = [
-    {"baseline": name, **TO_GO_KL, "aggregation": aggregation}
-    for name in AXES["baseline"]
-    for aggregation in ("sequence_sum", "fixed_length")
+LOO_SUCCESS = {"objective": "log_success", "objective_form": "leave_one_out"}
+EXACT = "no choice"
+OF_THEIR_OWN = "of their own"
+COMBINED = [
+    ({"baseline": mine}, "unknown", "of your own"),
+    ({"baseline": mine, "aggregation": "sequence_mean"}, "unknown", "1/length"),
+    ({"baseline": mine, "zero_spread": "drop"}, "unknown", "dropped group"),
+    ({}, "exact", EXACT),
+    ({"beta": 0.1}, "exact", EXACT),
+    ({"ratio": "token", "importance": "token", "importance_cap": 2.0}, "exact", EXACT),
+    ({"baseline": "opo", "ratio": "sequence_product", **LOSS_KL}, "exact", EXACT),
+    ({"baseline": "value", **LOSS_KL}, "exact", EXACT),
+    ({"baseline": "shrinkage", "shrinkage_weight": 0.0}, "exact", EXACT),
+    (
+        {"baseline": "optimal", "returns": "reward_to_go", "optimal_form": "cumulative"},
+        "exact",
+        EXACT,
+    ),
+    ({"returns": "gae", "lam": 1.0}, "exact", EXACT),
+    ({"returns": "gae"}, "biased", "lam < 1"),
+    ({"gamma": 0.7}, "biased", "the discounted return"),
+    ({"returns": "reward_to_go", "gamma": 0.7}, "biased", "the gradient of no objective"),
+    ({"returns": "blame_window", "window": 1}, "biased", "beyond the window"),
+    ({"scale": "group_std"}, "biased", "on rewards of 0 and 1 it is exact_per_prompt"),
+    ({"scale": "group_std"}, "biased", "with 'rloo' at G/(G-1) times that"),
+    ({"scale": "loo_std", "aggregation": "token_mean"}, "biased", "in the limit only"),
+    ({"scale": "loo_std", "entropy_coef": 0.4}, "biased", "coefficient"),
+    ({"scale": "batch_std", "scale_ddof": 0, "baseline": "group_mean"}, "asymptotic", "(G-1)/G"),
+    ({"baseline": "group_mean", "aggregation": "token_mean"}, "asymptotic", "(G-1)/G"),
+    ({"baseline": "opo", "leave_one_out": False}, "biased", "ascends E[R] - E[b]/G"),
+    ({"baseline": "none", "truncations": "mask"}, "biased", "ascends E[m (R - b)]"),
+    ({**LOSS_KL, "baseline": "group_mean"}, "biased", "changes its coefficient"),
+    ({**LOSS_KL, "baseline": "batch_mean"}, "asymptotic", "(N-1)/N as"),
+    ({"zero_spread": "drop"}, "exact_per_prompt", "which is 1 with one prompt"),
+    ({"zero_spread": "refill", "scale": "loo_std"}, "exact_per_prompt", "kept"),
+    ({"zero_spread": "drop", "returns": "reward_to_go"}, "unknown", "before the last action"),
+    ({"zero_spread": "drop", "baseline": "shrinkage"}, "biased", OF_THEIR_OWN),
+    ({"zero_spread": "drop", "baseline": "constant"}, "biased", OF_THEIR_OWN),
+    ({"zero_spread": "drop", "overlong_buffer": 3}, "biased", OF_THEIR_OWN),
+    ({"zero_spread": "drop", "scale": "token_whiten"}, "biased", OF_THEIR_OWN),
+    ({"zero_spread": "drop", "beta": 0.3}, "biased", OF_THEIR_OWN),
+    (
+        {"zero_spread": "drop", "components": "separate", "baseline": "opo"},
+        "exact_per_prompt",
+        "kept",
+    ),
+    (
+        {"zero_spread": "drop", "components": "separate", "baseline": "quantile"},
+        "biased",
+        OF_THEIR_OWN,
+    ),
+    ({**BEST_OF_2, **LOSS_KL}, "exact", EXACT),
+    ({**BEST_OF_2, "truncations": "mask"}, "biased", "ascends E[m"),
+    ({**BEST_OF_2, "zero_spread": "drop"}, "exact_per_prompt", "kept groups"),
+    ({**BEST_OF_2, "zero_spread": "refill"}, "exact_up_to_scale", "cancels"),
+    ({**BEST_OF_2, "objective_form": "sloo", "zero_spread": "drop"}, "biased", OF_THEIR_OWN),
+    (
+        {**BEST_OF_2, "objective_form": "sloo", "aggregation": "fixed_length"},
+        "exact_up_to_scale",
+        "1/max_length",
+    ),
+    ({"objective": "log_success"}, "biased", "on rewards of 0 and 1 it is exact"),
+    ({**LOO_SUCCESS, **LOSS_KL}, "biased", "coefficient"),
+    ({**LOO_SUCCESS, "zero_spread": "drop"}, "exact_per_prompt", "kept"),
+    ({**LOO_SUCCESS, "aggregation": "token_mean"}, "biased", "in the limit only"),
 ]
-MIXED += [
-    {"baseline": name, **more}
-    for name in ("none", "value", "opo", "group_mean", "batch_mean")
-    for more in (LOSS_KL, PATHS)
-]
-for form in AXES["optimal_form"]:
-    MIXED += [{"baseline": "optimal", "returns": "reward_to_go", "optimal_form": form}]
-    MIXED += [{"baseline": "optimal", "leave_one_out": False, "optimal_form": form}]
-for returns in ("total", "reward_to_go", "blame_window", "gae"):
-    MIXED += [{"returns": returns, "gamma": 0.7, "window": 1}]
-for ratio in AXES["ratio"]:
-    MIXED += [{"ratio": ratio, "dual_clip": 3.0, "importance": "token", "importance_cap": 2.0}]
-MIXED += [
-    {"scale": "loo_std", "entropy_coef": 0.4},
-    {"zero_spread": "drop", "baseline": "constant", "baseline_constant": 0.3},
-    {"zero_spread": "drop", "beta": 0.3},
-    {"zero_spread": "drop", "beta": 0.3, "kl_placement": "loss", "kl_estimator": "k2_sequence"},
-    {"baseline": "group_mean", "scale": "batch_std", "scale_ddof": 0},
-    {"baseline": "none", "aggregation": "token_mean", "returns": "reward_to_go"},
-    {"baseline": "shrinkage", "shrinkage_weight": 0.0},
-]
-MIXED += [
-    {"baseline": name, "components": "separate", "zero_spread": zero_spread}
-    for name in ("quantile", "opo")
-    for zero_spread in ("drop", "refill")
-]
-FORMS = [
-    BEST_OF_2 | {"objective_form": form} for form in ("leave_one_out", "sloo_minus_one", "sloo")
-]
-FORMS += [
-    {"objective": "log_success", "objective_form": form} for form in ("maxrl", "leave_one_out")
-]
-MIXED += [
-    form | more
-    for form in FORMS
-    for more in (
-        LOSS_KL,
-        {"aggregation": "fixed_length", "ratio": "token"},
-        {"aggregation": "token_mean"},
-        {"zero_spread": "drop"},
-        {"zero_spread": "refill"},
-        {"truncations": "mask"},
-    )
-]
+"""What depends on several fields: their status, and words of the reason."""
 
 
-SLOW = [
-    {"baseline": name, **TO_GO_KL, "aggregation": "fixed_length"} for name in AXES["baseline"][3:]
-]
-"""What changes a constant divisor only."""
-ALIKE = (
-    {"aggregation": "fixed_length", "ratio": "token"},
-    {"aggregation": "token_mean"},
-    {"truncations": "mask"},
-)
-SLOW += [form | more for form in FORMS[1:] for more in ALIKE]
-
-
-@pytest.mark.parametrize(
-    "fields", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MIXED], ids=str
-)
-def test_combinations_hold_what_they_declare(fields: dict) -> None:
-    verdict = measure_bias(Estimator(**fields), SMALL if "objective" not in fields else LEVELS)
-    off = verdict.declared == "biased" and verdict.cosine < 1 - 1e-5
-    assert verdict.ok or off, (verdict.declared, verdict.found, verdict.cosine)
-
-
-def test_reasons_of_what_depends_on_several_fields() -> None:
-    def mine(totals, **_):
-        return totals * 0
-
-    table = [
-        ({"baseline": mine}, "unknown", "of your own"),
-        ({"baseline": mine, "aggregation": "sequence_mean"}, "unknown", "1/length"),
-        ({"baseline": mine, "zero_spread": "drop"}, "unknown", "dropped group"),
-        ({}, "exact", "no choice"),
-        ({"beta": 0.1}, "exact", "no choice"),
-        ({"importance": "token", "importance_cap": 2.0}, "exact", "no choice"),
-        ({"scale": "group_std"}, "biased", "on rewards of 0 and 1 it is exact_per_prompt"),
-        ({"scale": "group_std"}, "biased", "with 'rloo' at G/(G-1) times that"),
-        ({"baseline": "none", "truncations": "mask"}, "biased", "ascends E[m (R - b)]"),
-        ({"zero_spread": "drop"}, "exact_per_prompt", "which is 1 with one prompt"),
-        ({"baseline": "opo", "leave_one_out": False}, "biased", "ascends E[R] - E[b]/G"),
-        ({"objective": "log_success"}, "biased", "on rewards of 0 and 1 it is exact"),
-        ({**BEST_OF_2, "zero_spread": "drop"}, "exact_per_prompt", "kept groups"),
-        ({**BEST_OF_2, "objective_form": "sloo", "zero_spread": "drop"}, "biased", "of their own"),
-        (
-            {**LOSS_KL, "objective": "log_success", "objective_form": "leave_one_out"},
-            "biased",
-            "coefficient",
-        ),
-        ({"returns": "gae", "lam": 1.0}, "exact", "no choice"),
-        ({"returns": "gae"}, "biased", "lam < 1"),
-        ({"baseline": "group_mean", "aggregation": "token_mean"}, "asymptotic", "(G-1)/G"),
-        ({"zero_spread": "refill", "scale": "loo_std"}, "exact_per_prompt", "kept"),
-        ({"zero_spread": "drop", "returns": "reward_to_go"}, "unknown", "before the last action"),
-        ({"zero_spread": "drop", "baseline": "shrinkage"}, "biased", "of their own"),
-        ({"zero_spread": "drop", "overlong_buffer": 3}, "biased", "of their own"),
-        ({"zero_spread": "drop", "scale": "token_whiten"}, "biased", "of their own"),
-        ({"scale": "loo_std", "aggregation": "token_mean"}, "biased", "in the limit only"),
-        ({**LOSS_KL, "baseline": "group_mean"}, "biased", "changes its coefficient"),
-        ({**LOSS_KL, "baseline": "batch_mean"}, "asymptotic", "(N-1)/N as"),
-    ]
-    for fields, status, words in table:
-        e = Estimator(**fields)
-        assert (e.bias_status, words in e.bias_reason) == (status, True), fields
+@pytest.mark.parametrize(("fields", "status", "words"), COMBINED, ids=str)
+def test_combinations_hold_what_they_declare(fields: dict, status: str, words: str) -> None:
+    estimator = Estimator(**fields)
+    assert (estimator.bias_status, words in estimator.bias_reason) == (status, True)
+    verdict = measure_bias(estimator, SMALL if "objective" not in fields else LEVELS)
+    off = status == "biased" and verdict.cosine < 1 - 1e-5
+    assert verdict.ok or off, (verdict.found, verdict.cosine)
 
 
 @pytest.mark.parametrize(
@@ -325,47 +292,48 @@ def in_float32(totals, *, group_size, **_):
 
 
 def test_a_baseline_in_float32_is_measured_with_its_rounding() -> None:
-    for aggregation, found in (("sequence_sum", "exact"), ("token_mean", "asymptotic")):
-        assert measure_bias(Estimator(baseline=in_float32, aggregation=aggregation)).found == found
+    for aggregation, status in (("sequence_sum", "exact"), ("token_mean", "asymptotic")):
+        estimator = Estimator(baseline=in_float32, aggregation=aggregation)
+        assert measure_bias(estimator, SMALL[1:2]).found == status
 
 
-def test_what_was_tried_is_said_and_goes_beyond_the_main_problems() -> None:
-    """Larger groups, more prompts, larger rewards and longer completions than the main problems have."""
+def of_many_prompts(totals, *, group_size, **_):
+    own = 0.1 * totals.square() * (len(totals) > 3 * group_size)
+    return of_others(totals, group_size) + own
 
-    def of_many_prompts(totals, *, group_size, **_):
-        own = 0.1 * totals.square() * (len(totals) > 3 * group_size)
-        return of_others(totals, group_size) + own
 
-    def of_large_rewards(totals, *, group_size, **_):
-        return of_others(totals, group_size) + 0.3 * totals.clamp(min=5)
+def of_large_rewards(totals, *, group_size, **_):
+    return of_others(totals, group_size) + 0.3 * totals.clamp(min=5)
 
-    for baseline in (median_from(5), longer(3), of_many_prompts, of_large_rewards):
-        verdict = measure_bias(Estimator(baseline=baseline))
-        assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
-    only_in_larger = Estimator(baseline=median_from(9))
-    verdict = measure_bias(only_in_larger)
-    assert (
-        verdict.found == "exact"
-        and "4 prompts, groups of 8, 6 tokens, rewards of 1" in verdict.tried
-    )
-    assert repr(verdict).startswith(
-        f"{only_in_larger.baseline.__name__}: exact, cosine 1.000, noise "
-    )
-    assert measure_bias(only_in_larger, group_size=10).found == "biased"
+
+BEYOND = (median_from(5), longer(3), of_many_prompts, of_large_rewards)
+
+
+@pytest.mark.parametrize(
+    "baseline", [BEYOND[0], *(pytest.param(x, marks=pytest.mark.slow) for x in BEYOND[1:])]
+)
+def test_measures_go_beyond_the_main_problems(baseline) -> None:
+    """Larger groups, longer completions, more prompts and larger rewards than the main problems have."""
+    verdict = measure_bias(Estimator(baseline=baseline))
+    assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
+
+
+def test_what_was_tried_is_said() -> None:
+    estimator = Estimator(baseline=median_from(9))
+    verdict = measure_bias(estimator)
+    tried = "4 prompts, groups of 8, 6 tokens, rewards of 1"
+    assert verdict.found == "exact" and tried in verdict.tried
+    assert repr(verdict).startswith(f"{estimator.baseline.__name__}: exact, cosine 1.000, noise ")
+    assert measure_bias(estimator, group_size=10).found == "biased"
     # these problems and no others
     assert "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried
 
 
 def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
-    shown = "rloo: exact, cosine 1.000, noise 0.91"
-    assert (repr(measure_bias("rloo")), measure_bias("rloo")._repr_html_()) == (
-        shown,
-        f"<code>{shown}</code>",
-    )
-    assert "exact (declared biased), cosine" in repr(
-        replace(measure_bias("rloo"), declared="biased")
-    )
-    assert measure_bias("dr_grpo", SMALL).found == "exact_up_to_scale"
+    verdict = measure_bias("rloo")
+    text = "rloo: exact, cosine 1.000, noise 0.91"
+    assert (repr(verdict), verdict._repr_html_()) == (text, f"<code>{text}</code>")
+    assert "exact (declared biased), cosine" in repr(replace(verdict, declared="biased"))
     for estimator, words in (
         ("rlo", "rloo"),
         (None, "instead of None"),

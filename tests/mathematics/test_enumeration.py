@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
-from math import comb
 
 import pytest
 import torch
@@ -17,40 +15,38 @@ torch.set_num_threads(1)
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
-    """The same sums with one backward pass per group through a linear model of the listed logprobs."""
+def by_hand(estimator: Estimator, problem: Problem, size: int) -> tuple[torch.Tensor, float]:
+    """E[g] and E|g|^2 with one backward pass per group through a linear model of the listed logprobs."""
     prompts, completions = problem.chances.shape
     theta = torch.zeros(problem.scores.shape[-1], dtype=torch.double, requires_grad=True)
     of_row = torch.arange(prompts).repeat_interleave(size)
-    mean, second = torch.zeros_like(theta).detach(), 0.0
+    greedy = problem.totals[of_row, problem.greedy[of_row]]
+    mean = torch.zeros_like(theta).detach()
+    second = 0.0
     for chosen in itertools.product(range(completions), repeat=len(of_row)):
-        y = torch.tensor(chosen)
-        mask, old, ref = (
-            problem.mask[y],
-            problem.logprobs[of_row, y],
-            problem.ref_logprobs[of_row, y],
-        )
-        logprobs = old + problem.scores[of_row, y] @ theta
-        entropy = problem.entropy[of_row, y] + problem.entropy_slopes[of_row, y] @ theta
-        advantages = estimator.advantages(
-            problem.rewards[of_row, y],
-            mask,
+        rows = of_row, torch.tensor(chosen)
+        old, ref = problem.logprobs[rows], problem.ref_logprobs[rows]
+        policy, weights, mask, _ = estimator.loss_terms(
+            problem.rewards[rows],
+            problem.mask[rows[1]],
             group_size=size,
+            max_length=problem.max_length,
             logprobs=old,
             ref_logprobs=ref,
             baseline_value=problem.baseline_value,
-            values=problem.values[of_row, y],
-            greedy_rewards=torch.stack([problem.totals[x, problem.greedy[x]] for x in of_row]),
-            score_norms=problem.scores[of_row, y].square().sum(-1),
-        ).policy
-        weights = estimator.token_weights(mask, max_length=problem.max_length)
-        loss = estimator.loss(
-            logprobs, advantages, weights, mask, old_logprobs=old, ref_logprobs=ref, entropy=entropy
+            values=problem.values[rows],
+            greedy_rewards=greedy,
+            score_norms=problem.scores[rows].square().sum(-1),
         )
+        logprobs = old + problem.scores[rows] @ theta
+        entropy = problem.entropy[rows] + problem.entropy_slopes[rows] @ theta
+        inputs = {"old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
+        loss = estimator.loss(logprobs, policy, weights, mask, **inputs)
         (slope,) = torch.autograd.grad(loss, theta)
-        chance = float(problem.chances[of_row, y].prod())
-        mean, second = mean - chance * slope, second + chance * float(slope.square().sum())
-    return Moments(mean[None], problem.gradient(), second)
+        chance = float(problem.chances[rows].prod())
+        mean = mean - chance * slope
+        second += chance * float(slope.square().sum())
+    return mean, second
 
 
 @pytest.mark.parametrize(
@@ -80,59 +76,25 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("prompts", "size", "kind"), [(1, 3, "dense"), (2, 2, "graded")])
-def test_one_group_at_a_time(fields: dict, prompts: int, size: int, kind: str) -> None:
-    problem = tabular_problem(3, prompts=prompts, vocabulary=2, rewards=kind)
+@pytest.mark.parametrize(("prompts", "length", "kind"), [(1, 3, "dense"), (2, 2, "graded")])
+def test_one_group_at_a_time(fields: dict, prompts: int, length: int, kind: str) -> None:
+    size = 4 - prompts
+    problem = tabular_problem(3, prompts=prompts, vocabulary=2, length=length, rewards=kind)
     assert (problem.greedy > 0).all()  # so that 'remax' uses more than the first completion
     estimator = Estimator(**fields)
-    fast, slow = (
-        exact_moments(estimator, problem, group_size=size),
-        by_hand(estimator, problem, size),
-    )
-    torch.testing.assert_close(fast.mean.sum(0), slow.mean.sum(0), **CLOSE)
-    assert fast.second == pytest.approx(slow.second, rel=1e-10)
+    fast = exact_moments(estimator, problem, group_size=size)
+    mean, second = by_hand(estimator, problem, size)
+    torch.testing.assert_close(fast.mean.sum(0), mean, **CLOSE)
+    assert fast.second == pytest.approx(second, rel=1e-10)
     pieces = exact_moments(estimator, problem, group_size=size, chunk=7)
     torch.testing.assert_close(pieces.mean, fast.mean, **CLOSE)
     assert pieces.second == pytest.approx(fast.second, rel=1e-12)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_rloo_is_exact_and_its_variance_that_of_a_u_statistic(size: int) -> None:
-    """Var = 2/(G(G-1)) [2(G-2) z1 + z2], z1 = Var((R-J)S)/4, z2 = Var((R1-R2)(S1-S2)/2)."""
-    problem = tabular_problem(2)
-    found = exact_moments(Estimator(), problem, group_size=size)
-    assert found.relative_bias < 1e-10 and found.cosine == pytest.approx(1, abs=1e-12)
-    assert found.scale == pytest.approx(1, rel=1e-10) and found.mse == pytest.approx(found.variance)
-    p, r, s = problem.chances[0], problem.totals[0], problem.scores[0].sum(1)  # [15], [15], [15, D]
-    gradient = problem.gradient()[0]
-
-    def variance(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return (weight * (x - gradient).square().sum(-1)).sum()
-
-    z1 = (p * (((r - p @ r)[:, None] * s) - gradient).square().sum(-1)).sum() / 4
-    pair = (r[:, None] - r)[:, :, None] * (s[:, None] - s) / 2
-    z2 = variance(p[:, None] * p, pair)
-    wanted = 2 / (size * (size - 1)) * (2 * (size - 2) * z1 + z2)
-    assert found.variance == pytest.approx(float(wanted), rel=1e-10)
-    assert found.noise == pytest.approx(found.variance / float(gradient.square().sum()), rel=1e-10)
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-def test_weight_of_difficulty_of_a_group_std(ddof: int) -> None:
-    """Binary rewards: E[g] = w_G(p) grad p, w = E[s_K^2/(std_K + eps)]/(p(1 - p)), K ~ Binomial(G, p).
-
-    With RLOO's mean of the others it is G/(G - 1) times that.
-    """
-    problem = tabular_problem(7, rewards="binary")
-    p = float((problem.chances * problem.totals).sum())
-    grpo = Estimator(baseline="group_mean", scale="group_std", scale_ddof=ddof, scale_eps=0.01)
-    for size in (2, 3, 4):
-        wanted = 0.0
-        for k in range(size + 1):
-            variance = k / size * (1 - k / size)
-            std = (variance * size / (size - ddof)) ** 0.5
-            wanted += comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + 0.01)
-        for baseline, factor in (("group_mean", 1.0), ("rloo", size / (size - 1))):
-            found = exact_moments(replace(grpo, baseline=baseline), problem, group_size=size)
-            weighted = factor * wanted / (p * (1 - p)) * problem.gradient()
-            torch.testing.assert_close(found.mean, weighted, **CLOSE)
+def test_the_numbers_of_moments_by_hand() -> None:
+    """E[g] = (3, 1) beside the gradient (2, 0), by prompt, and E|g|^2 = 14."""
+    moments = Moments(torch.tensor([[1.0, 1], [2, 0]]), torch.tensor([[1.0, 0], [1, 0]]), 14.0)
+    assert (moments.variance, moments.mse, moments.scale) == (4, 6, 1.5)
+    assert moments.noise == pytest.approx(0.4) and moments.bias.tolist() == [1, 1]
+    assert moments.relative_bias == pytest.approx(0.5**0.5)
+    assert moments.cosine == pytest.approx(3 / 10**0.5)

@@ -211,50 +211,48 @@ def test_clip_by_hand(advantage, high) -> None:
     assert value == pytest.approx(-sum(bounds) * advantage)
 
 
-def test_ratios_of_a_sequence_by_hand() -> None:
-    mean, product = (1.1 * 1.3) ** 0.5, 1.1 * 1.3
-    table = [
-        ("sequence_mean", 0.5, 2.0, -4 * mean, -2 * mean),
-        ("sequence_mean", 0.1, 2.0, -4 * 1.1, 0.0),
-        ("sequence_mean", 0.1, -2.0, 4 * mean, 2 * mean),
-        ("sequence_product", 0.1, 2.0, -4 * product, -2 * product),
-    ]
-    for ratio, epsilon, advantage, loss, slope in table:
-        found = run([1.1, 1.3], advantage, ratio=ratio, epsilon=epsilon)
-        assert found[0] == pytest.approx(loss) and found[1] == pytest.approx([slope] * 2)
-    half = torch.tensor([[1.0, 0.0]], dtype=torch.double)
-    _, slopes = run([1.1, torch.nan], 2.0, ratio="sequence_mean", epsilon=0.5, mask=half)
-    assert slopes == pytest.approx([-2.2, 0.0])
+def clipped_logs(logs, a):
+    return logs.clamp(max=math.log(1.3)) if a > 0 else logs.clamp(min=math.log(0.8))
 
 
-def test_what_cispo_and_the_dual_clip_leave_of_a_gradient() -> None:
-    _, slopes = run([0.5, 3.0], 2.0, ratio="cispo", epsilon=0.2, epsilon_high=0.5)
-    assert slopes == pytest.approx([-2 * 0.8, -2 * 1.5])
+def clipped_mean(logs, a):
+    """The weight of each of the tokens is 1 here, and 1/L with the aggregation 'sequence_mean'."""
+    ratio = logs.mean().exp()
+    return len(logs) * torch.minimum(ratio * a, ratio.clamp(0.8, 1.3) * a)
+
+
+GAINS = {
+    "none": lambda logs, a: a * logs.sum(),
+    "cispo": lambda logs, a: a * logs.detach().exp().clamp(0.8, 1.3) @ logs,
+    "sequence_mean": clipped_mean,
+    "sequence_product": lambda logs, a: a * logs.sum().exp(),
+    "geometric_clip": lambda logs, a: len(logs) * a * clipped_logs(logs, a).mean().exp(),
+}
+
+
+@pytest.mark.parametrize("advantage", [2.0, -3.0])
+@pytest.mark.parametrize("ratios", [[1.1, 1.3], [0.5, 0.79, 1.0, 1.19, 1.4, 3.0], [2.0, 3.0]])
+@pytest.mark.parametrize("ratio", GAINS)
+def test_the_gradient_of_a_ratio_is_that_of_its_formula(ratio, ratios, advantage) -> None:
+    """By automatic differentiation in the log-ratios; a position that is no action counts nowhere."""
+    logs = torch.tensor(ratios, dtype=torch.double).log().requires_grad_()
+    wanted = -torch.autograd.grad(GAINS[ratio](logs, advantage), logs)[0]
+    mask = torch.tensor([[1.0] * len(ratios) + [0.0]], dtype=torch.double)
+    axes = {"ratio": ratio, "epsilon": 0.2, "epsilon_high": 0.3}
+    _, slopes = run([*ratios, torch.nan], advantage, mask=mask, **axes)
+    assert slopes == pytest.approx([*wanted.tolist(), 0.0], abs=1e-12)
+
+
+def test_the_dual_clip_and_values_of_a_gain() -> None:
     value, slopes = run([2.0, 4.0], -1.0, ratio="token", dual_clip=3.0)
     assert value == pytest.approx(2 + 3) and slopes == pytest.approx([2.0, 0.0])
     assert run([2.0, 4.0], -1.0, ratio="token")[1] == pytest.approx([2.0, 4.0])
     assert run([2.0, 4.0], 1.0, ratio="token", dual_clip=3.0) == run([2.0, 4.0], 1.0, ratio="token")
-
-
-@pytest.mark.parametrize("advantage", [2.0, -3.0])
-def test_the_geometric_mean_of_clipped_ratios_by_hand(advantage) -> None:
-    """The gradient of A exp(mean of the clipped log ratios), by automatic differentiation of that formula."""
-    ratios = torch.tensor([0.5, 0.79, 1.0, 1.19, 1.4, 3.0], dtype=torch.double)
-    logs = ratios.log().requires_grad_()
-    clipped = logs.clamp(max=math.log(1.3)) if advantage > 0 else logs.clamp(min=math.log(0.8))
-    wanted = advantage * clipped.mean().exp()
-    # The weight of each token is 1 here, 1/L with the aggregation 'sequence_mean'.
-    slopes = [-len(ratios) * x for x in torch.autograd.grad(wanted, logs)[0].tolist()]
-    fields = {"ratio": "geometric_clip", "epsilon": 0.2, "epsilon_high": 0.3}
-    found = run(ratios.tolist(), advantage, **fields)
-    assert found[0] == pytest.approx(-len(ratios) * wanted.item()) and found[1] == pytest.approx(
-        slopes
-    )
-    half = torch.tensor([[1.0, 0.0]], dtype=torch.double)
-    assert run([1.1, torch.nan], 2.0, mask=half, **fields)[1] == pytest.approx([-2.2, 0.0])
-    assert run([1.1, 0.5], 2.0, **fields | {"epsilon": 1.0})[1] == pytest.approx(
-        [-2 * 0.55**0.5] * 2
-    )
+    values = {"sequence_mean": 2 * 1.43**0.5, "sequence_product": 2 * 1.43}
+    for ratio, gain in values.items():
+        assert run([1.1, 1.3], 2.0, ratio=ratio, epsilon=0.5)[0] == pytest.approx(-2 * gain)
+    fields = {"ratio": "geometric_clip", "epsilon": 1.0}  # a lower bound of 0 is none
+    assert run([1.1, 0.5], 2.0, **fields)[1] == pytest.approx([-2 * 0.55**0.5] * 2)
 
 
 @pytest.mark.parametrize("sides", [1, 2])
