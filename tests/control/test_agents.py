@@ -18,8 +18,6 @@ from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.settings import arguments
 
-SHORT = {"max_steps": 2, "eval_episodes": 5, "quiet": True}
-
 
 def parsed(*flags):
     return parse("control", COMMANDS["control"], list(flags))
@@ -57,21 +55,14 @@ def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
 
 def test_flags_override_the_agent_wherever_they_stand():
     classic = agent_settings("classic", "Acrobot-v1")
-    step = {"returns": "reward_to_go", "gamma": 0.99, "scale_eps": 1e-8}
-    own_steps = Estimator("episode_mean", scale="episode_std", **step)
-    assert classic["estimator"] == own_steps
-    assert parsed("--agent", "classic", "--env", "Acrobot-v1") == arguments(
-        ControlArguments, classic
-    )
     flags = ["--hidden", "32", "--env=Acrobot-v1", "--agent=classic", "--estimator.gamma", "0.9"]
     changed = classic | {"hidden": (32,), "estimator": replace(classic["estimator"], gamma=0.9)}
     assert parsed(*flags) == arguments(ControlArguments, changed)
-    other = parsed("--estimator", "rloo", "--num-envs", "8", "--agent", "classic")
-    assert (other.env, other.max_steps, other.hidden) == ("CartPole-v1", 400, (16,))
-    assert (other.estimator, other.num_envs) == (Estimator.preset("rloo"), 8)
+    mixed = parsed("--estimator", "rloo", "--num-envs", "8", "--agent", "classic")
+    assert (mixed.env, mixed.max_steps, mixed.hidden) == ("CartPole-v1", 400, (16,))
+    assert (mixed.estimator, mixed.num_envs) == (Estimator.preset("rloo"), 8)
     tuned = arguments(ControlArguments, agent_settings("tuned", "LunarLander-v3") | {"seed": 3})
     assert parsed("--agent", "tuned", "--env", "LunarLander-v3", "--seed", "3") == tuned
-    assert parsed("--env", "Acrobot-v1") == ControlArguments(env="Acrobot-v1")
 
 
 @pytest.mark.parametrize(
@@ -93,12 +84,12 @@ def test_the_verdict_in_words(env, mean, error, start, end):
 
 
 def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, capsys):
-    flags = ["--env", "CartPole-v1", "--max-steps", "1", "--num-envs", "4", "--eval-episodes", "4"]
+    flags = ["--max-steps", "1", "--num-envs", "4", "--eval-episodes", "4"]
     assert main(["control", *flags, "--output-dir", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["solved"], summary["threshold"]) == (False, 475)
-    assert summary["verdict"].startswith("not solved: mean return ")
-    assert f"{summary['eval_after']['reward']:.5g} ± " in summary["verdict"]
+    reward = f"{summary['eval_after']['reward']:.5g} ± "
+    assert summary["verdict"].startswith(f"not solved: mean return {reward}")
     assert capsys.readouterr().out.splitlines()[-1] == summary["verdict"]
     assert summary["verdict"] in (tmp_path / "report.html").read_text()
 
@@ -110,14 +101,11 @@ def test_the_classic_agent_learns_cartpole(tmp_path):
 
     So two of any three seeds are below 350 in 5 % of the cases, and all three below 450 in 2 %.
     """
-    results = [
-        train_agent(
-            agent="classic", seed=seed, output_dir=tmp_path / str(seed), eval_every=0, quiet=True
-        )
-        for seed in range(3)
-    ]
-    assert all(result.eval_before["reward"] < 40 for result in results)
-    _, middle, best = sorted(result.eval_after["reward"] for result in results)
-    assert middle > 350 and best > 450
-    assert all(result.eval_after["reward"] > 3 * result.eval_before["reward"] for result in results)
-    assert all(result.steps == 400 and result.env_steps < 400 * 500 for result in results)
+    rewards = []
+    for seed in range(3):
+        options = {"seed": seed, "output_dir": tmp_path / str(seed), "eval_every": 0}
+        result = train_agent(agent="classic", quiet=True, **options)
+        assert result.eval_before["reward"] < 40 and result.steps == 400
+        rewards.append(result.eval_after["reward"])
+    lowest, middle, best = sorted(rewards)
+    assert lowest > 120 and middle > 350 and best > 450

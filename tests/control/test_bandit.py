@@ -25,22 +25,22 @@ THETAS = (-2.3, -1.0, 0.0, 0.7)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_mean_and_variance_are_those_of_all_episodes(steps, returns, baseline):
     """Over all 2^T episodes, weighed by their chances, with the true mean for a baseline."""
+    actions = torch.tensor(list(product((0, 1), repeat=steps)))
+    rewards = torch.arange(steps, 0, -1).double()
+    if returns == "total":
+        rewards = torch.full_like(rewards, steps)
     for theta in THETAS:
         s = probability(theta)
-        actions = torch.tensor(list(product((0, 1), repeat=steps)))
         chances = torch.where(actions == 0, s, 1 - s).prod(-1)
-        to_go = torch.arange(steps, 0, -1).double()
-        means = s * (to_go if returns == "reward_to_go" else torch.full((steps,), steps))
-        exact = {"none": "none"}.get(
-            baseline, lambda totals, mask, b=means, **_: b.expand(mask.shape)
-        )
+        exact = "none"
+        if baseline != "none":
+            exact = lambda totals, mask, b=s * rewards, **_: b.expand(mask.shape)  # noqa: E731
         g = episode_gradients(Estimator(returns=returns, baseline=exact), theta, actions)
-        mean = float(chances @ g)
-        assert mean == pytest.approx(float(expected(theta, steps)), rel=1e-10, abs=1e-12)
-        expected_variance = float(variance(theta, steps, returns, baseline))
-        assert float(chances @ (g - mean).square()) == pytest.approx(
-            expected_variance, rel=1e-10, abs=1e-12
-        )
+        mean = chances @ g
+        mean_square = chances @ (g - mean).square()
+        assert float(mean) == pytest.approx(float(expected(theta, steps)), rel=1e-10, abs=1e-12)
+        formula = float(variance(theta, steps, returns, baseline))
+        assert float(mean_square) == pytest.approx(formula, rel=1e-10, abs=1e-12)
 
 
 def test_an_episode():

@@ -1,8 +1,9 @@
-"""`tokenrl control --check`: what it finds, told at once, without a change of the policy."""
+"""`tokenrl control --check`: all findings at once, without a change of the policy."""
 
 from __future__ import annotations
 
 import copy
+import operator
 import re
 
 import counting_env
@@ -39,28 +40,24 @@ def test_a_check_that_passes_shows_returns_and_time(check, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("estimator", ["reinforce_timestep_mean", "reinforce_running_mean", "ppo"])
+@pytest.mark.parametrize("estimator", ["reinforce_running_mean", "ppo"])
 def test_a_check_changes_nothing_of_the_agent(check, monkeypatch, estimator):
     agents = []
 
     def watched(run, *rest):
-        before = copy.deepcopy(run.agent)
-        result = check_agent(run, *rest)
-        agents.append((before, run.agent))
-        return result
+        agents.extend([copy.deepcopy(run.agent), run.agent])
+        return check_agent(run, *rest)
 
     monkeypatch.setattr(training, "check_agent", watched)
     check(estimator=estimator, normalize_observations=True)
-    ((before, after),) = agents
-    for name, value in before.policy.state_dict().items():
-        assert torch.equal(value, after.policy.state_dict()[name]), name
-    one, other = before.state_dict(), after.state_dict()
-    assert torch.equal(one.pop("generator"), other.pop("generator"))
-    assert one == other and not after.optimizer.state
-    assert all(p.grad is None for p in after.policy.parameters())
+    before, after = ({**agent.state_dict(), **agent.policy.state_dict()} for agent in agents)
+    for name, value in before.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+        assert same(value, after[name]), name
+    assert all(p.grad is None for p in agents[1].policy.parameters())
 
 
-def test_all_problems_are_told_at_once_and_quiet_ones_too(tmp_path, capsys):
+def test_all_problems_are_printed_at_once_also_when_quiet(tmp_path, capsys):
     words = ["--env", "MountainCar-v0", "--max-episode-steps", "10", "--learning-rate", "3"]
     words += ["--num-envs", "4", "--eval-episodes", "4", "--check", "--quiet"]
     assert main(["control", *words, "--output-dir", str(tmp_path / "run")]) == 2

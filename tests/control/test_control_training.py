@@ -21,7 +21,6 @@ from tokenrl.control import training
 from tokenrl.control.environments import describe
 from tokenrl.control.policies import read_policy
 from tokenrl.control.training import train_agent as train
-from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.threads import using_threads
 
@@ -41,12 +40,8 @@ def rows(result, name="metrics"):
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-    """One run with much of what there is, and what it printed."""
-    options = {
-        "save_every": 1,
-        "learning_rate_schedule": "linear",
-        "quiet": False,
-    }
+    """One run with many of the options, and its output."""
+    options = {"save_every": 1, "learning_rate_schedule": "linear", "quiet": False}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         with using_threads(2):
@@ -56,7 +51,7 @@ def once(tmp_path_factory):
 
 
 def test_a_run_leaves_a_complete_directory(once):
-    """CartPole pays one point a step, so the mean return times the episodes is the number of steps."""
+    """The reward of CartPole is 1 per step, so the mean return times the episodes is the number of steps."""
     result, output = once
     folder, lines = result.output_dir, rows(result)
     assert (result.exit_reason, result.exit_code, result.steps) == ("finished", 0, 2)
@@ -67,90 +62,64 @@ def test_a_run_leaves_a_complete_directory(once):
     assert all(line["reward"] == line["episode_length"] for line in lines[1:])
     assert [line["learning_rate"] for line in lines[1:]] == pytest.approx([0.4, 0.2])
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["eval_after"]["reward"] == pytest.approx(result.eval_after["reward"])
-    assert {"exit_reason", "wall_seconds", "flags", "solved"} <= set(summary)
     assert summary["env_steps"] == lines[-1]["num_env_steps"] == result.env_steps
     # by the clock, as in the progress, and not by the processor's time
     rates = summary["env_steps_per_second"], rows(result, "timings")[-1]["env_steps_per_second"]
     assert rates == pytest.approx([result.env_steps / result.train_seconds] * 2)
-    config = json.loads((folder / "config.json").read_text())
-    assert (config["env"], config["threads"]) == ("CartPole-v1", 1)
     assert "threads 1 (fewer than 1 M parameters)" in output
-    assert "CartPole-v1" in (folder / "report.html").read_text()
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step_000001", "step_000002"]
 
 
 def test_a_saved_policy_acts_as_it_did_and_a_second_run_needs_overwrite(once, tmp_path):
     result, _ = once
     options = {**OFTEN, "load": str(result.output_dir), "max_steps": 0}
-    for more in ({}, {"initial_weights": "uniform", "overwrite": True}):
-        again = short(tmp_path, **options, **more)
-        assert again.steps == 0 and again.eval_before == again.eval_after
-        assert again.eval_after["reward_greedy"] == result.eval_after["reward_greedy"]
-    loaded = read_policy(result.output_dir).state_dict()
-    assert all(
-        torch.equal(loaded[name], value) for name, value in result.policy.state_dict().items()
-    )
+    again = short(tmp_path, **options, initial_weights="uniform")
+    assert again.steps == 0 and again.eval_before == again.eval_after
+    assert again.eval_after["reward_greedy"] == result.eval_after["reward_greedy"]
     with pytest.raises(Refused, match="already holds a run"):
         short(tmp_path, **options)
+    assert short(tmp_path, **options, overwrite=True).eval_after == again.eval_after
     with pytest.raises(Refused, match="hidden"):
-        short(tmp_path, "other", **options, hidden=(8,))
+        short(tmp_path, "another", **options, hidden=(8,))
 
 
 @pytest.mark.parametrize("file", ["policy.safetensors", "policy.json"])
-def test_a_damaged_policy_is_refused(once, tmp_path, file):
-    model = tmp_path / "run" / "model"
-    shutil.copytree(once[0].output_dir, model.parent)
-    for damaged in (b"", b'{"shape": [1]}', None):
-        (model / file).unlink() if damaged is None else (model / file).write_bytes(damaged)
-        with pytest.raises(Refused, match=f"The folder {model} cannot be used: it.* {file}"):
-            read_policy(model.parent)
+@pytest.mark.parametrize("damage", [lambda p: p.write_text('{"shape": [1]}'), Path.unlink])
+def test_a_damaged_policy_is_refused(once, tmp_path, file, damage):
+    shutil.copytree(once[0].output_dir / "model", tmp_path / "model")
+    damage(tmp_path / "model" / file)
+    with pytest.raises(Refused, match=f"model cannot be used: it.* {file}"):
+        read_policy(tmp_path / "model")
 
 
 def test_a_run_depends_on_its_seed_and_not_on_evaluations_in_between(tmp_path):
-    options = {"estimator": "a2c", "max_steps": 2}
-    often = short(tmp_path, "often", eval_every=1, **options)
-    never = short(tmp_path, "never", eval_every=0, **options)
-    other = short(tmp_path, "other", eval_every=0, seed=1, **options)
-    lines = rows(often)
-    for line in lines:
-        for name in [name for name in line if "eval" in name]:
-            del line[name]
-    assert lines[1] == rows(never)[1] and never.eval_after == often.eval_after
-    assert lines[1]["entropy"] != rows(other)[1]["entropy"]
+    entropies = []
+    for options in ({"eval_every": 1}, {"eval_every": 0}, {"eval_every": 0, "seed": 1}):
+        result = short(tmp_path, str(options), estimator="a2c", **options)
+        entropies.append([line["entropy"] for line in rows(result)[1:]])
+    assert entropies[0] == entropies[1] and entropies[1][0] != entropies[2][0]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"estimator": "ppo", "num_steps": 32, "num_iterations": 2, "num_minibatches": 2},
-        {"estimator": "optimal_per_timestep", "env": "Acrobot-v1", "max_episode_steps": 20, "hidden": (16,),
-         "activation": "relu"},
-        {"estimator": "reinforce", "env": "Pendulum-v1", "max_episode_steps": 20, "reward_scale": 0.1,
-         "normalize_observations": True},
-        {"estimator": Estimator(baseline="rloo", entropy_coef=0.1), "env": "bandit", "hidden": ()},
+        {"estimator": "optimal_per_timestep", "env": "Acrobot-v1", "max_episode_steps": 20, "activation": "relu"},
+        {"estimator": "reinforce", "env": "Pendulum-v1", "max_episode_steps": 20, "reward_scale": 0.1},
     ],
-    ids=["ppo", "optimal", "continuous", "bandit"],
+    ids=["optimal", "continuous"],
 )  # fmt: skip
-def test_everything_runs_together(tmp_path, options):
-    lines = rows(short(tmp_path, **options))
-    assert all(
-        math.isfinite(lines[-1][key]) for key in ("reward", "entropy", "grad_norm", "eval_reward")
-    )
-    if "num_steps" in options:  # as many steps as asked for but the resets
-        assert 4 * 32 - lines[1]["episodes"] <= lines[1]["num_env_steps"] <= 4 * 32
+def test_other_environments_and_estimators(tmp_path, options):
+    last = rows(short(tmp_path, **options))[-1]
+    assert all(math.isfinite(last[key]) for key in ("reward", "entropy", "grad_norm"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "gaussian"}, "gaussian"),
-        ({"env": "Pendulum-v1", "head": "softmax"}, "softmax"),
         ({"estimator": "reinforce", "max_episode_steps": 501}, "500"),
         ({"estimator": "rloo", "num_envs": 1}, "compares the rows of a .*(num_envs|step has 1)"),
         ({"estimator": "rloo", "num_steps": 8}, "num_steps 8"),
         ({"load": "nowhere"}, "No policy could be read from nowhere"),
+        ({"head": "gaussian"}, "gaussian"),
         ({"env": "bandit", "video": True}, "cannot be filmed"),
     ],
     ids=lambda value: str(value)[:40],
@@ -205,26 +174,21 @@ def test_a_run_that_cannot_go_on_names_its_checkpoint(tmp_path, at_step):
 def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapses(
     tmp_path, monkeypatch, capsys
 ):
-    """Its rewards are 1 and 0; a mean of .8 is reached on the way, and said once."""
-    threshold = [0.8]
-    monkeypatch.setattr(
-        training, "describe", lambda env, _: replace(describe(env), solved=threshold[0])
-    )
+    """Its rewards are 1 and 0; a mean of .8 is reached on the way, and is reported once."""
+    spec = replace(describe("bandit"), solved=0.8)
+    monkeypatch.setattr(training, "describe", lambda env, _: spec)
     options = {"env": "bandit", "hidden": (), "num_envs": 32, "max_steps": 40, "learning_rate": 0.3}
     options |= {"eval_every": 3, "eval_episodes": 40}
     full = short(tmp_path, **options | {"quiet": False})
     output = " ".join(capsys.readouterr().out.split())
     assert full.steps == 40 and output.count("Solved at step") == 1
     assert "Training goes on to step 40; with --stop-when-solved it ends here." in output
-    summary = json.loads((full.output_dir / "summary.json").read_text())
-    assert full.flags == summary["flags"] == ["entropy-collapsed"]
-    bonus = Estimator.preset("reinforce_timestep_mean", entropy_coef=0.01)
-    assert short(tmp_path, "bonus", estimator=bonus, **options).flags == []
+    assert full.flags == ["entropy-collapsed"]
     stopped = short(tmp_path, "stopped", stop_when_solved=True, **options)
     assert stopped.exit_reason == "solved" and f"Solved at step {stopped.steps}," in output
-    threshold[0] = 0.1
-    result = short(tmp_path, "at once", stop_when_solved=True, **options)
-    assert (result.exit_reason, result.steps, result.solved) == ("solved", 0, True)
+    spec = replace(spec, solved=0.1)
+    at_once = short(tmp_path, "at once", stop_when_solved=True, **options)
+    assert (at_once.exit_reason, at_once.steps, at_once.solved) == ("solved", 0, True)
 
 
 @pytest.mark.parametrize("driver", [None, "offscreen"])
@@ -245,27 +209,17 @@ def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
     monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
     if driver:
         monkeypatch.setenv("SDL_VIDEODRIVER", driver)
-    options = {"num_envs": 2, "max_steps": 1, "eval_episodes": 2, "video": True, "quiet": False}
-    run = short(tmp_path, env="tokenrl-tests/Watched-v0", **options)
+    run = short(tmp_path, env="tokenrl-tests/Watched-v0", video=True, quiet=False)
     assert set(drivers) == {driver or "dummy"} and os.environ.get("SDL_VIDEODRIVER") == driver
-    assert run.exit_code == 0 and (run.output_dir / "model" / "policy.safetensors").is_file()
-    output = " ".join(capsys.readouterr().out.split())
-    if driver:
-        assert "No video could be made" in output and "it raised RuntimeError: no paint" in output
-    else:
-        assert (run.output_dir / "videos" / "episode-episode-0.mp4").stat().st_size > 1000
+    assert (run.output_dir / "model" / "policy.safetensors").is_file()
+    failed = "it raised RuntimeError: no paint" in " ".join(capsys.readouterr().out.split())
+    assert failed == (driver is not None)
+    assert (run.output_dir / "videos" / "episode-episode-0.mp4").is_file() != failed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_cartpole_is_solved_on_every_seed(tmp_path, seed):
-    result = train(
-        env="CartPole-v1",
-        seed=seed,
-        output_dir=str(tmp_path),
-        max_steps=60,
-        eval_every=0,
-        quiet=True,
-    )
-    assert result.eval_after["reward"] >= 475
-    assert result.eval_after["reward_greedy"] >= 475
+    settings = {"max_steps": 60, "eval_every": 0, "quiet": True}
+    result = train(seed=seed, output_dir=str(tmp_path), **settings)
+    assert min(result.eval_after["reward"], result.eval_after["reward_greedy"]) >= 475

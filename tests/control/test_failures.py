@@ -75,6 +75,19 @@ def register(kind=Failing, **options):
     return ID
 
 
+RUN = [
+    "--num-envs",
+    "2",
+    "--eval-episodes",
+    "2",
+    "--max-steps",
+    "30",
+    "--hidden",
+    "4",
+    "--save-every",
+    "1",
+    "--quiet",
+]
 POLICY = Policy(Shape(2, "softmax", 2, hidden=()), torch.Generator().manual_seed(0))
 
 
@@ -127,29 +140,29 @@ def test_numbers_after_the_end_of_an_episode_do_not_count():
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("own")], ids=repr)
-@pytest.mark.parametrize("method", ["__init__", "reset", "step", "numbers", "advise"])
-def test_whatever_is_raised_is_a_failure_of_the_environment(tmp_path, capsys, method, error):
+@pytest.mark.parametrize(
+    ("command", "method"), [("control", "__init__"), ("control", "reset"), ("advise", "step")]
+)
+def test_whatever_is_raised_at_once_is_refused(capsys, command, method, error):
+    register(raises=method, error=error)
+    flags = RUN if command == "control" else ["--episodes", "2"]
+    assert main([command, "--env", ID, *flags]) == 2
+    output = capsys.readouterr().err
+    assert f"it raised {type(error).__name__}: {error}" in output and ID in output
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("own")], ids=repr)
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_whatever_is_raised_in_training_ends_the_run(tmp_path, monkeypatch, capsys, method, error):
     """The evaluation before training takes at least 32 steps, and each update 16 more."""
-    where = ["--output-dir", str(tmp_path / "run"), "--quiet", "--hidden", "4", "--save-every", "1"]
-    flags = ["--num-envs", "2", "--eval-episodes", "2", "--max-steps", "30", *where]
-    command, flags = ("advise", ["--episodes", "2"]) if method == "advise" else ("control", flags)
-    at_once = method in ("__init__", "numbers", "advise")
-    if method == "numbers":
-        register(rewards={3: NAN})
-    else:
-        register(
-            raises=method if command == "control" else "step",
-            error=error,
-            after=0 if at_once else 100,
-        )
-    assert main([command, "--env", ID, *flags]) == (2 if at_once else 1)
+    monkeypatch.chdir(tmp_path)
+    register(raises=method, error=error, after=100)
+    assert main(["control", "--env", ID, *RUN, "--output-dir", "run"]) == 1
     output, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
-    message = "gave the reward nan in step 3 of an episode" if method == "numbers" else message
     assert message in output and ID in output and "Traceback" not in output
-    if not at_once:
-        assert "The last complete checkpoint is" in output
-        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-        assert summary["exit_reason"] == "failed" and message in summary["error"]
+    assert "The last complete checkpoint is" in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["exit_reason"] == "failed" and message in summary["error"]
 
 
 def test_an_interrupt_passes_and_an_environment_that_cannot_be_closed_loses_nothing(tmp_path):

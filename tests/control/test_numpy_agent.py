@@ -25,14 +25,9 @@ STANDARDISED = {
 }
 VARIATIONS = {
     "usual": ({}, {**STANDARDISED, "returns": "reward_to_go", "gamma": 0.99}),
-    "gamma": ({"gamma": 0.8}, {**STANDARDISED, "returns": "reward_to_go", "gamma": 0.8}),
     "window": (
         {"window": 3},
         {**STANDARDISED, "returns": "blame_window", "window": 3, "gamma": 0.99},
-    ),
-    "plain": (
-        {"standardise": False},
-        {"baseline": "none", "returns": "reward_to_go", "gamma": 0.99},
     ),
     "undiscounted": (
         {"standardise": False, "gamma": 1.0},
@@ -55,33 +50,27 @@ def padded(parts):
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_the_gradient_by_hand_is_autograds_of_the_estimator(name):
     """To 1e-10 in float64, over a step of five episodes of unequal length."""
-    changed, fields = VARIATIONS[name]
-    settings, weights, generator = (
-        replace(R.Settings(), **changed),
-        drawn_weights(),
-        np.random.default_rng(1),
-    )
+    changes, fields = VARIATIONS[name]
+    settings, weights = replace(R.Settings(), **changes), drawn_weights()
+    draw = np.random.default_rng(1)
     episodes = [
-        R.Episode(
-            generator.normal(size=(t, 4)), generator.integers(2, size=t), generator.normal(size=t)
-        )
+        R.Episode(draw.normal(size=(t, 4)), draw.integers(2, size=t), draw.normal(size=t))
         for t in (7, 1, 12, 4, 9)
     ]
     parts = [R.backward(weights, e, R.advantages_of(e.rewards, settings)) for e in episodes]
-    gradient = [np.mean(part, axis=0) for part in zip(*parts, strict=True)]
+    gradient = [torch.tensor(np.mean(part, axis=0)) for part in zip(*parts, strict=True)]
 
     w1, b1, w2, b2 = parameters = [torch.tensor(part, requires_grad=True) for part in weights]
-    observations, actions, rewards = (padded(list(part)) for part in zip(*episodes, strict=True))
+    observations, actions, rewards = map(padded, zip(*episodes, strict=True))
     mask, estimator = padded([np.ones(len(e.actions)) for e in episodes]), Estimator(**fields)
     logits = torch.relu(observations @ w1.T + b1) @ w2 + b2
     logprobs = torch.distributions.Bernoulli(logits=logits).log_prob(actions.double())
     advantages = estimator.advantages(rewards, mask, group_size=None).policy
-    loss = estimator.loss(
-        logprobs, advantages, estimator.token_weights(mask, max_length=None), mask
-    )
-    for mine, theirs in zip(gradient, torch.autograd.grad(-loss, parameters), strict=True):
-        assert float(theirs.abs().max()) > 1e-3
-        torch.testing.assert_close(torch.tensor(mine), theirs, **CLOSE)
+    token_weights = estimator.token_weights(mask, max_length=None)
+    loss = estimator.loss(logprobs, advantages, token_weights, mask)
+    for slope, expected in zip(gradient, torch.autograd.grad(-loss, parameters), strict=True):
+        assert float(expected.abs().max()) > 1e-3
+        torch.testing.assert_close(slope, expected, **CLOSE)
     assert estimator.bias_status == ("exact" if name == "undiscounted" else "biased")
 
 

@@ -40,66 +40,43 @@ def test_unequal_episodes_are_not_mixed_with_those_that_follow():
 def test_pieces_leave_idle_steps_out_and_go_on_where_they_were():
     """Two environments in pieces of 5 steps; the step after an end only resets.
 
-    Episodes of the first have 3, 1 and 4 steps. A time limit of 2 steps cuts those of the second.
+    Episodes of the first have 3, 1 and 4 steps. A time limit of 7 steps cuts those of the second.
     """
-    first, second = Counting((3, 1, 4)), TimeLimit(Counting((9,)), 2)
+    first, second = Counting((3, 1, 4)), TimeLimit(Counting((9,)), 7)
     vector = SyncVectorEnv([lambda: first, lambda: second])
     pieces = Pieces(Environments(register(), 2, vector=vector), 5, seed=0)
     rollout = pieces.collect(policy_of(), draws())
-    assert rollout.mask.sum(1).tolist() == [3, 1, 2, 2]
-    assert rollout.rewards.tolist() == [[1, 2, 3], [11, 0, 0], [1, 2, 0], [11, 12, 0]]
-    steps = [[0, 1, 2], [0, 0, 0], [0, 1, 0], [0, 1, 0]]
+    assert rollout.rewards.tolist() == [[1, 2, 3, 0, 0], [11, 0, 0, 0, 0], [1, 2, 3, 4, 5]]
+    assert rollout.mask.sum(1).tolist() == [3, 1, 5]
+    steps = [[0, 1, 2, 0, 0], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
     assert rollout.observations[..., 1].tolist() == steps
-    assert rollout.final_observations.tolist() == [[0, 3], [1, 1], [0, 2], [1, 2]]
-    assert rollout.terminated.tolist() == [True, True, False, False]
-    assert rollout.truncated.tolist() == [False, False, True, True]
-    assert sorted(rollout.returns.tolist()) == [3, 6, 11, 23]
-    rest = pieces.collect(
-        policy_of(), draws()
-    )  # a reset, then 4 steps; a reset, 2 steps, and again
-    assert rest.rewards[0].tolist() == [21, 22, 23, 24] and rest.env_steps == 4 + 3
-    assert rest.returns.tolist() == [43, 90]
-
-
-def test_a_piece_that_is_cut_is_neither_terminated_nor_truncated():
-    pieces = Pieces(Environments(register(lengths=(7,)), 2), 4, seed=0)
-    cut = pieces.collect(policy_of(), draws())
-    assert not cut.terminated.any() and not cut.truncated.any()
-    assert cut.final_observations.tolist() == [[0, 4], [0, 4]]
-    assert cut.returns.numel() == 0
-    rest = pieces.collect(policy_of(), draws())
-    assert rest.returns.tolist() == [28, 28]
-    assert rest.lengths.tolist() == [7, 7]
-    assert rest.observations[0, 0].tolist() == [0, 4]
+    assert rollout.final_observations.tolist() == [[0, 3], [1, 1], [0, 5]]
+    assert rollout.terminated.tolist() == [True, True, False] and not rollout.truncated.any()
+    assert (rollout.returns.tolist(), rollout.lengths.tolist()) == ([6, 11], [3, 1])
+    rest = pieces.collect(policy_of(), draws())  # a reset and 4 steps; 2 steps, a reset and 2 steps
+    assert rest.rewards.tolist() == [[21, 22, 23, 24], [6, 7, 0, 0], [11, 12, 0, 0]]
+    assert rest.env_steps == 8 and rest.observations[1, 0].tolist() == [0, 5]
+    assert rest.terminated.tolist() == [True, False, False]
+    assert rest.truncated.tolist() == [False, True, False]
+    assert sorted(rest.returns.tolist()) == [28, 90] and sorted(rest.lengths.tolist()) == [4, 7]
 
 
 @pytest.mark.parametrize("env", ["Acrobot-v1", "gridworld"])
 def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
     """The rewards of a rollout are those of `gymnasium.make` under the same actions from the same start."""
     spec = describe(env)
-    envs = Environments(env, 2)
-    rollout = collect_episodes(
-        envs, policy_of(spec.observation_size, spec.actions), spec.horizon, draws(), seed=11
-    )
+    policy = policy_of(spec.observation_size, spec.actions)
+    rollout = collect_episodes(Environments(env, 4), policy, spec.horizon, draws(), seed=11)
     single = gymnasium.make(spec.env)
-    for row in range(2):
+    for row, mask in enumerate(rollout.mask):
         single.reset(seed=11 + row)
-        actions = rollout.actions[row, rollout.mask[row]]
-        played = [single.step(int(action)) for action in actions]
-        assert [step[1] for step in played] == pytest.approx(
-            rollout.rewards[row, rollout.mask[row]].tolist()
-        )
-        assert played[-1][2] == bool(rollout.terminated[row])
+        played = [single.step(int(action)) for action in rollout.actions[row, mask]]
+        rewards = rollout.rewards[row, mask].tolist()
+        assert [step[1] for step in played] == pytest.approx(rewards)
         assert not any(step[2] or step[3] for step in played[:-1])
-
-
-def test_a_time_limit_truncates_whole_episodes_and_does_not_terminate_them():
-    envs = Environments(register(limit=2), 3)
-    rollout = collect_episodes(envs, policy_of(), 2, draws(), seed=0)
-    assert rollout.rewards.tolist() == [[1, 2]] * 3 and rollout.env_steps == 6
-    assert rollout.final_observations.tolist() == [[0, 2]] * 3
-    assert rollout.truncated.all() and not rollout.terminated.any()
-    assert rollout.returns.tolist() == [3] * 3
+        ends = rollout.terminated[row].item(), rollout.truncated[row].item()
+        assert ends == (played[-1][2], not played[-1][2])
+        assert np.allclose(rollout.final_observations[row], played[-1][0])
 
 
 class Rewriting(VectorEnv):
