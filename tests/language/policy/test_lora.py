@@ -45,51 +45,48 @@ def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merge
     from transformers import AutoModelForCausalLM
 
     policy = adapted(architecture)
-    base, names = make_model(architecture), trained_names(policy)
+    base = logits(make_model(architecture))
+    names = trained_names(policy)
     assert names and all("lora_" in name for name in names)
     assert not any("lm_head" in name or "embed_out" in name for name in names)
-    frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
-    assert torch.equal(logits(policy.model), logits(base))
+    assert torch.equal(logits(policy.model), base)
 
     learner = make_learner(policy, Estimator(beta=0.1))
     assert policy.reference is None  # no copy is kept
-    before = weights(policy.model)
-    first, second = one_step(learner), one_step(learner, step=2)
+    first = one_step(learner)
+    second = one_step(learner, step=2)
     assert first.metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert abs(second.metrics["kl"]) > 1e-3
-    assert not torch.equal(weights(policy.model), before)
-    after = dict(policy.model.named_parameters())
-    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    changed = logits(policy.model)
+    adapter = weights(policy.model)
+    assert not torch.allclose(changed, base, atol=1e-3)
     with policy.reference_model() as reference:
-        assert torch.equal(logits(reference), logits(base))
+        assert torch.equal(logits(reference), base)  # so no frozen weight has changed
 
-    changed, adapter = logits(policy.model), weights(policy.model)
-    assert not torch.allclose(changed, logits(base), atol=1e-3)
     save_policy(policy, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not hasattr(plain, "peft_config")
     torch.testing.assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
-    # saving merged a copy
+    # a copy was merged
     assert policy.has_adapter and torch.equal(weights(policy.model), adapter)
 
 
-@pytest.mark.parametrize("modules", [["query"], ["q_proj", "query"], ["mlp"], ["proj"]])
-def test_target_modules_that_fit_nothing_are_refused(modules):
+def test_target_modules_are_names_of_linear_layers():
     names = trained_names(adapted(modules=["q_proj", "v_proj"]))
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"}
     policy = make_policy()
-    with pytest.raises(Refused, match=f"{modules[-1]!r}.*linear layers are: .*q_proj"):
-        add_lora(policy, r=2, target_modules=modules)
+    for wrong in ("query", "mlp", "proj"):
+        with pytest.raises(Refused, match=f"{wrong!r}.*linear layers are: .*q_proj"):
+            add_lora(policy, r=2, target_modules=["q_proj", wrong])
     assert not policy.has_adapter  # untouched
 
 
 def test_the_seed_decides_the_adapter_and_nothing_else():
     state = torch.get_rng_state()
-    first, same, other = make_policy(), make_policy(), make_policy()
-    for policy, seed in ((first, 3), (same, 3), (other, 4)):
+    policies = [make_policy() for _ in range(3)]
+    for policy, seed in zip(policies, (3, 3, 4), strict=True):
         add_lora(policy, r=2, seed=seed)
-    assert torch.equal(weights(first.model), weights(same.model))
-    assert not torch.equal(weights(first.model), weights(other.model))
+    first, same, different = (weights(policy.model) for policy in policies)
+    assert torch.equal(first, same) and not torch.equal(first, different)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -101,10 +98,7 @@ def test_a_directory_with_an_adapter_loads_merged_or_apart_bit_for_bit(saved, tm
     apart = load_policy(tmp_path / "adapter", merge_adapter=False)
     assert torch.equal(weights(apart.model), weights(policy.model))
     again = load_policy(tmp_path / "adapter")
-    assert not again.has_adapter and len(again.trainable_parameters()) == len(
-        list(again.model.parameters())
-    )
-    torch.testing.assert_close(logits(again.model), logits(policy.model), atol=1e-5, rtol=1e-5)
+    assert not again.has_adapter and all(p.requires_grad for p in again.model.parameters())
     add_lora(again, r=2)  # a second adapter: its reference is the model after the first
     with again.reference_model() as reference:
         torch.testing.assert_close(logits(reference), logits(policy.model), atol=1e-5, rtol=1e-5)
