@@ -135,8 +135,10 @@ def test_every_command_that_asks_a_model_has_the_four_settings():
 
 
 def test_flags_say_yes_no_or_nothing(tmp_path):
-    command, kwargs = COMMANDS["sft"], '{"enable_thinking": false}'
-    given = [
+    kwargs = '{"enable_thinking": false}'
+    (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
+    config = ["--config", str(tmp_path / "c.json")]
+    texts = [
         "--system-prompt",
         "Be brief.",
         "--stop",
@@ -145,23 +147,15 @@ def test_flags_say_yes_no_or_nothing(tmp_path):
         "--chat-template-kwargs",
         kwargs,
     ]
-    args = parse("sft", command, [*given, "--chat"])
-    assert [getattr(args, field) for field in FORM] == [
-        "Be brief.",
-        True,
-        kwargs,
-        None,
-        ("Q:", "\n\n"),
-    ]
-    assert parse("sft", command, ["--no-chat", "--stop"]).chat is False
-    assert {getattr(parse("sft", command, []), field) for field in FORM} == {None}
-    (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
-    config = ["--config", str(tmp_path / "c.json")]
-    assert [parse("sft", command, config).chat, parse("sft", command, config).stop] == [
-        True,
-        ("Q:",),
-    ]
-    assert parse("sft", command, [*config, "--no-chat"]).chat is False
+    for words, expected in (
+        ([], [None] * 5),
+        ([*texts, "--chat"], ["Be brief.", True, kwargs, None, ("Q:", "\n\n")]),
+        (["--no-chat", "--stop"], [None, False, None, None, ()]),
+        (config, [None, True, None, None, ("Q:",)]),
+        ([*config, "--no-chat"], [None, False, None, None, ("Q:",)]),
+    ):
+        args = parse("sft", COMMANDS["sft"], words)
+        assert [getattr(args, field) for field in FORM] == expected
 
 
 @pytest.fixture
