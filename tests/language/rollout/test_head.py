@@ -1,7 +1,5 @@
 """Scoring some tokens at a time gives the values and gradients of all logits at once, which never exist."""
 
-import math
-
 import pytest
 import torch
 from tiny_models import (
@@ -17,13 +15,12 @@ from tiny_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
-from tokenrl.language.rollout.head import Chunks, head_of, score_tokens
-from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score, score_in_parts
+from tokenrl.language.rollout.head import head_of
+from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
@@ -79,29 +76,6 @@ def test_a_frozen_head_is_given_no_gaps_for_which_its_weights_would_be_copied(ar
         score(policy.model, rollout, Scoring(share))
     handle.remove()
     assert len(gaps) > 6 and not any(gaps)
-
-
-def test_impossible_tokens_have_neither_value_nor_gradient():
-    torch.manual_seed(0)
-    states = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
-    head = torch.nn.Linear(3, 6).double()
-    with torch.no_grad():
-        head.bias[2:4] = -math.inf
-    ids = torch.tensor([0, 1, 4, 5])
-    found = score_tokens(
-        states, head, ids, Chunks(at_once=3, distribution=UNCHANGED, entropy=True, norms=True)
-    )
-    logits = head(states)
-    logp = logits.log_softmax(-1)
-    chosen = logp.gather(1, ids[:, None])[:, 0]
-    expected = (chosen, token_entropy(logits), 1 - 2 * chosen.exp() + logp.exp().square().sum(-1))
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other)
-    inputs = (states, head.weight, head.bias)
-    mine = torch.autograd.grad((found[0] * 2 + found[1]).sum(), inputs)
-    other = torch.autograd.grad((chosen * 2 + token_entropy(logits)).sum(), inputs)
-    for a, b in zip(mine, other, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_a_frozen_head_gets_no_gradient():
@@ -166,44 +140,30 @@ def test_logits_of_all_tokens_never_exist(trained):
     assert seen.most >= tokens * vocabulary
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("vocabulary", [5, 200, 1000])
-def test_whole_numbers_draw_what_float64_draws(vocabulary):
-    """As on a device without float64; the CDF of whole numbers is that of any order of the sums."""
+def test_a_token_is_drawn_where_the_cdf_reaches_its_uniform(vocabulary, device):
+    """In one step or two, in float64 or, as on a device without it, in whole numbers."""
     torch.manual_seed(0)
     p = torch.softmax(4 * torch.randn(4000, vocabulary), dim=1)
     p[:, ::7] = 0
+    p[:, 512:768] = 0  # a block in which nothing is possible
     p[:, vocabulary // 2 :] *= 1e-9  # most of the weight lies in the first half
     p /= p.sum(dim=1, keepdim=True)
     uniforms = torch.rand(4000, dtype=torch.double)
-    uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
-    whole = on_device(
-        uniforms, torch.device("meta")
-    ).dtype  # the type of any device other than the CPU
-    numbers = (uniforms * 2**UNIFORM_BITS).long()
-    assert whole == numbers.dtype
-    tokens = draw(p, numbers)
-    assert (p.gather(1, tokens[:, None]) > 0).all()
-    cdf = p.double().cumsum(dim=1)
-    near = (cdf / cdf[:, -1:] - uniforms[:, None]).abs().amin(dim=1) < 1e-6
-    assert torch.equal(tokens[~near], draw(p, uniforms)[~near]) and near.sum() < 400
-
-
-def test_drawing_in_two_steps_is_drawing_in_one():
-    torch.manual_seed(0)
-    p = torch.softmax(4 * torch.randn(2000, 1000), dim=1)
-    p[:, ::7] = 0
-    p[:, 256:512] = 0  # a block in which nothing is possible
-    p /= p.sum(dim=1, keepdim=True)
-    uniforms = torch.rand(2000, dtype=torch.double)
     uniforms[:4] = torch.tensor([0.0, 1 - 2**-53, 0.5, 1e-300])
-    found = draw(p, uniforms)
+    numbers = uniforms
+    if device == "meta":  # as of any device other than the CPU
+        numbers = (uniforms * 2**UNIFORM_BITS).long()
+    assert on_device(uniforms, torch.device(device)).dtype == numbers.dtype
+    tokens = draw(p, numbers)[:, None]
+    assert (p.gather(1, tokens) > 0).all()
     cdf = p.double().cumsum(dim=1)
     cdf = cdf / cdf[:, -1:]
-    expected = torch.searchsorted(cdf, uniforms[:, None], right=True).squeeze(1)
+    expected = torch.searchsorted(cdf, uniforms[:, None], right=True)
     near = (cdf - uniforms[:, None]).abs().amin(dim=1) < 1e-5
-    assert torch.equal(found[~near], expected[~near]) and near.sum() < 400
-    assert (p.gather(1, found[:, None]) > 0).all()
+    assert torch.equal(tokens[~near], expected[~near]) and near.sum() < 400
     # Near a boundary rounding may choose the other side, which is as near.
-    end = cdf.gather(1, found[:, None]).squeeze(1)
-    start = end - p.gather(1, found[:, None]).squeeze(1)
+    end = cdf.gather(1, tokens).squeeze(1)
+    start = end - p.gather(1, tokens).squeeze(1)
     assert ((start - 1e-5 <= uniforms) & (uniforms <= end + 1e-5)).all()

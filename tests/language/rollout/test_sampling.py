@@ -2,10 +2,12 @@
 
 import copy
 import itertools
-import math
+from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from tiny_models import (
     ARCHITECTURES,
     ENDS,
@@ -45,15 +47,6 @@ def texts(rollout):
     return [tuple(ids[keep].tolist()) for ids, keep in pairs]
 
 
-@torch.no_grad()
-def exact_logprobs(model, prompt, sequence, distribution):
-    """Of each token of one sequence, by the model in float64, without cache or padding."""
-    logits = model(torch.tensor([[*prompt, *sequence]])).logits[0, len(prompt) - 1 : -1].double()
-    return textbook_logprobs(logits, **distribution)[
-        torch.arange(len(sequence)), torch.tensor(sequence)
-    ]
-
-
 def sequences(vocabulary, length, eos):
     """All completions of up to `length` tokens that end with their first EOS or at the length."""
     for n in range(1, length + 1):
@@ -61,40 +54,33 @@ def sequences(vocabulary, length, eos):
             yield from ((*head, last) for last in range(vocabulary) if n == length or last in eos)
 
 
-@pytest.mark.parametrize(
-    "distribution",
-    [pytest.param({}, marks=pytest.mark.slow), {"temperature": 0.7}, {"top_k": 3, "top_p": 0.9}],
-)
-@pytest.mark.parametrize("eos", [(0,), (0, 2), ()])
+@torch.no_grad()
+@pytest.mark.parametrize("distribution", [{"temperature": 0.7}, {"top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("eos", [(0, 2), ()])
 def test_frequencies_are_the_exact_probabilities(eos, distribution):
+    """A right sampler fails here with one seed of 1,000, and the seed is fixed."""
     policy = tiny(eos, initializer_range=0.15)
     exact = copy.deepcopy(policy.model).double()
-    prompts, n = [[1, 2, 3, 1, 2], [3]], 10_000
-    rollout = draw(policy, prompts, generations=n, length=3, seed=7, **distribution)
-    found = texts(rollout)
-    possible = list(sequences(4, 3, eos))
-    statistic, df = 0.0, 0
-    for prompt, rows in zip(prompts, (found[:n], found[n:]), strict=True):
-        counts = dict.fromkeys(possible, 0)
-        for row in rows:
-            counts[row] += (
-                1  # a KeyError is a completion that goes on after its end, or stops before it
-            )
-        p = {s: float(exact_logprobs(exact, prompt, s, distribution).sum().exp()) for s in possible}
-        assert sum(p.values()) == pytest.approx(1)
-        assert ("top_k" in distribution) == (0 in p.values())
-        assert not any(counts[s] for s in possible if p[s] == 0)
-        cells = [(counts[s], n * p[s]) for s in possible if p[s] > 0]
-        rare = [c for c in cells if c[1] < 5]  # one cell, for the chi-square approximation's sake
-        cells = [c for c in cells if c[1] >= 5] + (
-            [tuple(map(sum, zip(*rare, strict=True)))] if rare else []
-        )
-        assert len(cells) > 6
-        statistic += sum((count - expected) ** 2 / expected for count, expected in cells)
-        df += len(cells) - 1
-    # Upper tail of chi-square; a right sampler fails here once in 1,000 seeds, and the seed is fixed.
-    tail = float(torch.special.gammaincc(torch.tensor(df / 2.0), torch.tensor(statistic / 2)))
-    assert tail > 1e-3, (statistic, df)
+    prompts = [[1, 2, 3, 1, 2], [3]]
+    n = 5_000
+    sampled = texts(draw(policy, prompts, generations=n, length=3, seed=7, **distribution))
+    for prompt, rows in zip(prompts, (sampled[:n], sampled[n:]), strict=True):
+        probabilities = {}
+        for sequence in sequences(4, 3, eos):
+            logits = exact(torch.tensor([[*prompt, *sequence]])).logits[0, len(prompt) - 1 : -1]
+            logp = textbook_logprobs(logits, **distribution)
+            probabilities[sequence] = float(logp[range(len(sequence)), sequence].sum().exp())
+        assert sum(probabilities.values()) == pytest.approx(1)
+        assert ("top_k" in distribution) == (0 in probabilities.values())
+        counts = Counter(rows)
+        assert counts.keys() <= {sequence for sequence, p in probabilities.items() if p > 0}
+        frequent = [sequence for sequence, p in probabilities.items() if n * p >= 5]
+        assert len(frequent) > 6
+        observed = [counts[sequence] for sequence in frequent]
+        expected = [n * probabilities[sequence] for sequence in frequent]
+        observed.append(n - sum(observed) + 1e-9)  # all rare ones
+        expected.append(n - sum(expected) + 1e-9)
+        assert chisquare(observed, expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -119,34 +105,21 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(
             mine[rollout.mask], other.detach()[rollout.mask], atol=1e-5, rtol=0, check_dtype=False
         )
         assert not mine[~rollout.mask].any()
-    exact = copy.deepcopy(policy.model).double()
-    for row, tokens in enumerate(texts(rollout)):
-        expected = exact_logprobs(exact, prompts[row // 4], tokens, distribution)
-        torch.testing.assert_close(
-            rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0
-        )
 
 
 def test_masks_end_with_the_first_of_several_eos():
     policy = make_policy()
     policy.eos_ids = ENDS
     rollout = draw(policy, [policy.encode(p) for p in PROMPTS], generations=8)
-    for row, (ids, mask) in enumerate(
-        zip(rollout.completion_ids.tolist(), rollout.mask, strict=True)
-    ):
-        length = int(mask.sum())
-        assert mask.tolist() == [t < length for t in range(len(ids))]
-        ended = [i in ENDS for i in ids[:length]]
-        assert not any(ended[:-1])
-        assert ended[-1] or length == 6
-        assert bool(rollout.truncated[row]) == (not ended[-1])
-        assert set(ids[length:]) <= {policy.pad_id}
-    used = {
-        i
-        for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)
-        for i in ids[m].tolist()
-    }
-    assert len(used & set(ENDS)) > 2
+    is_end = torch.isin(rollout.completion_ids, torch.tensor(ENDS)) & rollout.mask
+    lengths = rollout.mask.sum(dim=1)
+    width = rollout.mask.shape[1]
+    assert torch.equal(rollout.mask, torch.arange(width) < lengths[:, None])
+    ended = is_end[range(len(lengths)), lengths - 1]
+    assert torch.equal(is_end.sum(dim=1), ended.long())
+    assert torch.equal(rollout.truncated, ~ended) and (ended | (lengths == 6)).all()
+    assert (rollout.completion_ids[~rollout.mask] == policy.pad_id).all()
+    assert len(rollout.completion_ids[is_end].unique()) > 2
 
 
 @pytest.mark.parametrize(("eos", "width"), [((), 5), ((0, 1, 2, 3), 1)])
@@ -173,15 +146,15 @@ def test_pad_that_is_the_eos_hides_no_action():
 def test_same_completions_whatever_else_is_in_the_batch(architecture):
     policy = make_policy(architecture)
     policy.eos_ids = ENDS
-    prompts = {place: policy.encode(p) for place, p in enumerate(PROMPTS)}
-    alone = {place: texts(draw(policy, [ids], places=[place])) for place, ids in prompts.items()}
-    assert len({c for rows in alone.values() for c in rows}) > 12
-    for order in ([0, 1, 2, 3], [3, 0, 2], [2, 3, 1, 0], [1, 2]):
+    prompts = [policy.encode(p) for p in PROMPTS]
+    alone = [texts(draw(policy, [ids], places=[i])) for i, ids in enumerate(prompts)]
+    assert len(set(chain(*alone))) > 12
+    for order in ([0, 1, 2, 3], [3, 0, 2]):
         together = texts(draw(policy, [prompts[i] for i in order], places=order))
-        assert together == [c for place in order for c in alone[place]]
+        assert together == [*chain(*(alone[i] for i in order))]
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4, 8, 100])
+@pytest.mark.parametrize("rows_at_once", [1, 8])
 @pytest.mark.parametrize("generations", [4, 0])
 def test_same_completions_however_many_are_sampled_at_once(rows_at_once, generations):
     policy = make_policy()
@@ -193,13 +166,11 @@ def test_same_completions_however_many_are_sampled_at_once(rows_at_once, generat
     parts = TransformersGenerator(policy, rows_at_once=rows_at_once).generate(
         prompts, sampling, draws
     )
-    assert texts(parts) == texts(whole) and torch.equal(parts.mask, whole.mask)
-    assert torch.equal(parts.prompt_index, whole.prompt_index)
-    assert torch.equal(parts.truncated, whole.truncated)
+    assert texts(parts) == texts(whole)
     assert torch.equal(parts.prompt_ids[parts.prompt_mask], whole.prompt_ids[whole.prompt_mask])
-    for name in ("logprobs", "entropy", "score_norms", "hidden"):
-        a, b = getattr(parts, name), getattr(whole, name)
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    for name, column in whole.columns().items():
+        if not name.endswith("_ids"):  # whose padding differs
+            torch.testing.assert_close(getattr(parts, name), column, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("several_eos", [False, True])
@@ -208,19 +179,17 @@ def test_greedy_is_that_of_transformers(architecture, several_eos):
     policy = make_policy(architecture)
     policy.eos_ids = ENDS if several_eos else (1,)
     prompts = [policy.encode(p) for p in PROMPTS]
-    found = greedy(policy, prompts, length=8)
+    rollout = greedy(policy, prompts, length=8)
     padded = policy.model.generate(
-        found.prompt_ids,
-        attention_mask=found.prompt_mask.long(),
+        rollout.prompt_ids,
+        attention_mask=rollout.prompt_mask.long(),
         do_sample=False,
         max_new_tokens=8,
         eos_token_id=list(policy.eos_ids),
         pad_token_id=policy.pad_id,
     )
-    width = found.completion_ids.shape[1]
-    assert padded[:, found.prompt_ids.shape[1] :].tolist() == found.completion_ids.tolist()
-    assert width == 8 or several_eos
-    assert len(set(texts(found))) == len(prompts)
+    assert torch.equal(padded[:, rollout.prompt_ids.shape[1] :], rollout.completion_ids)
+    assert not (several_eos and rollout.mask.all())
 
 
 def test_uniforms_depend_on_seed_step_prompt_generation_and_position_only():
@@ -249,37 +218,16 @@ def test_nan_logits_stop():
             generate()
 
 
-def test_a_token_of_probability_zero_is_never_drawn():
-    class Fixed(torch.nn.Module):
-        """Half on 1, half on 3, nothing on 0, 2 and 4."""
-
-        def forward(self, ids, **_):
-            from transformers import DynamicCache
-            from transformers.modeling_outputs import CausalLMOutputWithPast
-
-            logits = torch.full((*ids.shape, 5), -math.inf)
-            logits[..., [1, 3]] = 0.0
-            return CausalLMOutputWithPast(logits=logits, past_key_values=DynamicCache())
-
-    model = Fixed()
-    model.weight = torch.nn.Parameter(torch.zeros(1))
-    policy = Policy(model=model, tokenizer=None, eos_ids=(), pad_id=0, context=None)
-    draws = torch.tensor([[0.0], [0.5 - 1e-16], [0.5], [1 - 2**-53]], dtype=torch.float64)
-    rollout = TransformersGenerator(policy).generate([[1]], Sampling(1, 4), draws)
-    assert rollout.completion_ids[:, 0].tolist() == [1, 1, 3, 3]
-    assert rollout.entropy[:, 0].tolist() == pytest.approx([math.log(2)] * 4)
-
-
 def test_memory_is_set_aside_for_all_tokens_and_no_copy_is_made():
     policy = tiny()
     out = policy.model(torch.tensor([[1, 2], [3, 1]]), use_cache=True)
     cache = Cache.of(out)
     cache.make_room(3)
     layer = cache.held.layers[0]
-    place = layer.keys.data_ptr()
+    address = layer.keys.data_ptr()
     for length in (3, 4, 5):
         policy.model(torch.tensor([[1], [2]]), past_key_values=cache.held, use_cache=True)
-        assert cache.held.get_seq_length() == length and layer.keys.data_ptr() == place
+        assert cache.held.get_seq_length() == length and layer.keys.data_ptr() == address
     kept = layer.keys[1].clone()
     cache.select(torch.tensor([1]))
     assert torch.equal(cache.held.layers[0].keys[0], kept)
