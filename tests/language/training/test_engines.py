@@ -115,6 +115,7 @@ WRONG = {
     "truncated of tokens": (lambda r: dataclasses.replace(r, truncated=r.mask), "[N = 12]"),
     # kinds
     "real ids": (changed("completion_ids", torch.Tensor.float), "has numbers of type torch.float32"),
+    "whole log-probabilities": (changed("sampling_logprobs", torch.Tensor.long), "must be finite numbers"),
     "a mask of twos": (changed("mask", lambda x: x.long() * 2), "mask has numbers"),
     "on no device": (changed("completion_ids", lambda x: x.to("meta")), "NotImplementedError"),
     # prompts
@@ -132,8 +133,10 @@ WRONG = {
     "ids below 0": (set_at("completion_ids", -1), "other numbers than 0 to 95, first in row 4"),
     "without ends": (without_ends, "neither an end nor"),
     "nothing truncated": (changed("truncated", torch.zeros_like), "neither an end nor"),
+    "all truncated": (changed("truncated", torch.ones_like), "or both"),
     # numbers
     "nan": (set_at("sampling_logprobs", NAN), "must be finite numbers, at most 0, first in row 4"),
+    "positive": (changed("sampling_logprobs", torch.neg), "at most 0"),
     # other numbers than the policy's
     "zeros": (changed("sampling_logprobs", torch.zeros_like), "differ from the trainer's by"),
 }  # fmt: skip
