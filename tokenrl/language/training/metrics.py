@@ -7,37 +7,23 @@ a policy that is not quite the one that is trained, and so does one that leaves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenrl.language.rollout.rollout import to_host
-from tokenrl.runs.processes import all_reduce_sum
-
-if TYPE_CHECKING:
-    from tokenrl.language.rollout.rollout import Rollout
-    from tokenrl.language.training.learner import Learner
-import math
-from itertools import repeat
-from statistics import mean
-from typing import TYPE_CHECKING
-
 from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
-from tokenrl.language.rollout.rewarded import (
-    completion_kl,
-    prompts_of,
-    texts_of,
-)
-from tokenrl.language.rollout.rollout import Rollout, lengths
-from tokenrl.runs.processes import gather_objects
+from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, texts_of
+from tokenrl.language.rollout.rollout import Rollout, lengths, to_host
+from tokenrl.runs.processes import all_reduce_sum, gather_objects
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-
-"""Ratios with a bound for each token; for them the metric `clip_ratio` is reported."""
+    from tokenrl.language.training.learner import Learner
 
 
 def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
@@ -45,8 +31,8 @@ def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, flo
     values: dict[str, list[float]] = {}
     for means, count in gather_objects(list(logged)):
         for name, value in means.items():
-            values.setdefault(name, []).extend(repeat(value, count))
-    return {name: mean(each) for name, each in values.items()}
+            values[name] = values.get(name, []) + [value] * count
+    return {name: mean(rows) for name, rows in values.items()}
 
 
 def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
@@ -108,25 +94,32 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     itself. The reward is None where every function abstained, as from an episode that failed. Where each
     token has an advantage of its own, the row holds that of the first token.
     """
-    advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
-    rewarded = zip(rows.rewards.tolist(), rows.valid.tolist(), strict=True)
-    data = dict.fromkeys(name for row in rows.data for name in row)
-    # of some calls a function logs none
-    logs = dict.fromkeys(name for row in rows.logs for name in row)
+    advantages = rows.advantages
+    if advantages.ndim == 2:
+        advantages = advantages[:, 0]
+    rewards = rows.rewards.tolist()
     columns: dict[str, Any] = {
-        **{name: [row.get(name) for row in rows.data] for name in data},
+        **_columns(rows.data),
         "prompt": prompts_of(policy, rows),
         "completion": texts_of(policy, rows),
-        "reward": [x if valid else None for x, valid in rewarded],
-        **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
-        **{name: [row.get(name) for row in rows.logs] for name in logs},
-        "advantage": advantages.tolist(),
-        "truncated": rows.truncated.tolist(),
+        "reward": [
+            x if rewarded else None for x, rewarded in zip(rewards, rows.valid, strict=True)
+        ],
     }
+    for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
+        columns[f"rewards/{name}"] = values
+    columns |= _columns(rows.logs)
+    columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
     if rows.messages is not None:
         columns |= {"ending": rows.endings, "messages": rows.messages}
-        columns |= {"failure": [failure or None for failure in rows.failures]}
+        columns["failure"] = [failure or None for failure in rows.failures]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return a list for each name that a row has, with None for the rows that lack it."""
+    names = {name: None for row in rows for name in row}
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 class Scored(NamedTuple):
@@ -140,27 +133,11 @@ class Scored(NamedTuple):
     """Those of the policy that is trained, on its device."""
 
 
-def differences(mask: Tensor, sampling_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-    """Return of each row how far sampler and trainer are apart [n, 4].
-
-    Args:
-        mask: True on actions [n, T].
-        sampling_logprobs: log-probabilities of the sampler [n, T].
-        logprobs: log-probabilities under the policy that is trained [n, T].
-
-    Returns:
-        The sum over tokens of the log ratio `log pi - log mu`, in nats, with pi the trainer's probability and
-        mu the sampler's; the sum and the largest of its absolute values; and the number of tokens.
-    """
-    gaps = torch.where(mask, logprobs - sampling_logprobs, 0).double()
-    sizes = gaps.abs()
-    return torch.stack([gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1)], dim=1)
-
-
 def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
     """Return the metrics of the rows of all processes; every process has to call this.
 
-    A completion has the weight w, the exponential of the sum of its log ratios. With w the gradient would be
+    A completion has the weight w, the exponential of the sum over its tokens of `log pi - log mu`, where pi is
+    the trainer's probability and mu the sampler's. With w the gradient would be
     that of the policy on the sampler's rows. Its mean is 1 in expectation, if the sampler can draw whatever
     the policy can, and else the policy's probability of what the sampler keeps.
 
@@ -174,10 +151,13 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
         of the rows that the first update learns from; none if there are no such rows.
     """
     host = to_host(part.logprobs for part in parts)
-    apart = []
+    own: list[list[float]] = []
     for part, logprobs in zip(parts, host, strict=True):
-        apart.append(differences(part.mask, part.sampling_logprobs, logprobs))
-    rows = gather_objects(torch.cat(apart).tolist() if apart else [])
+        gaps = torch.where(part.mask, logprobs - part.sampling_logprobs, 0).double()  # log pi / mu
+        sizes = gaps.abs()
+        numbers = (gaps.sum(1), sizes.sum(1), sizes.amax(1), part.mask.sum(1))
+        own += torch.stack(numbers, dim=1).tolist()
+    rows = gather_objects(own)
     if not rows:
         return {}
     ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T

@@ -9,57 +9,39 @@ after the last pass of an update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.rows import Kept, keep
-from tokenrl.errors import Stopped
-from tokenrl.language.rollout.rewarded import failures_of
+from tokenrl.core.rows import Kept, keep, zero_spread
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rollout.rewarded import failures_of, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import (
     NOT_YET,
     OF_PROMPTS,
     Rollout,
+    cat,
     lengths,
     to_device,
     to_host,
 )
-from tokenrl.language.rollout.scoring import Scores
-from tokenrl.runs.processes import gather_rows
+from tokenrl.language.rollout.scoring import Scores, score_in_parts, with_missing_fields
+from tokenrl.runs.files import canonical
+from tokenrl.runs.processes import gather_numbers, gather_rows
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
-    from tokenrl.language.rewards.rewards import Rewards
-    from tokenrl.language.rollout.sampling import Sampling
-    from tokenrl.language.training.learner import Learner
-
-import hashlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
-
-from torch import nn
-
-from tokenrl.core.rows import zero_spread
-from tokenrl.errors import Refused
-from tokenrl.language.rollout.rewarded import (
-    reward_rows,
-    sample_rows,
-)
-from tokenrl.language.rollout.rollout import cat
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.runs.files import canonical
-from tokenrl.runs.processes import gather_numbers
-
-if TYPE_CHECKING:
     from tokenrl.language.rewards.environments import Environments
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.distribution import Distribution
+    from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
 
 Prompts = list[tuple[int, Mapping[str, Any]]]  # (number in the stream of prompts, row of the task)
@@ -73,10 +55,12 @@ def sample(
     estimator = learner.estimator
     greedy = not sampling.num_generations
     if not greedy:
-        norms = estimator.needs_score_norms
-        hidden = estimator.needs_values
-        sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
-        sampling = replace(sampling, keep_distribution=estimator.needs_centres)
+        sampling = replace(
+            sampling,
+            keep_score_norms=estimator.needs_score_norms,
+            keep_hidden=estimator.needs_values,
+            keep_distribution=estimator.needs_centres,
+        )
     rollout = sample_rows(
         learner.policy, learner.generator, prompts, sampling, "training", environments
     )
@@ -162,7 +146,7 @@ def with_estimates(
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
         columns["greedy_rewards"] = greedy_rewards(learner, rewards, sampling, rows)
-    columns = {name: x.to(rows.logprobs) for name, x in columns.items()}
+    columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
     if estimator.needs_memory:
         columns["keys"] = data_keys(rows.data)
     return replace(rows, **columns)
@@ -170,9 +154,11 @@ def with_estimates(
 
 def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
-    texts = (canonical(row) for row in data)
-    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
-    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
+    keys = []
+    for row in data:
+        digest = hashlib.sha256(canonical(row).encode()).digest()
+        keys.append(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.tensor(keys)
 
 
 def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
@@ -199,21 +185,19 @@ def logprobs_under(
         rows: this process's rows.
         distribution: the distribution of tokens; None for that of sampling.
     """
-    options = (
-        learner.scoring
-        if distribution is None
-        else learner.scoring | {"distribution": distribution}
-    )
+    options = learner.scoring
+    if distribution is not None:
+        options["distribution"] = distribution
     return score_in_parts(model, rows, rows_at_once=rows_at_once(learner, rows), **options).logprobs
 
 
 def rows_at_once(learner: Learner, rows: Rollout) -> int:
     """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
     size = learner.sampling.group_size
-    tokens = learner.forward.tokens
     width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
-    groups = tokens // (width * size)
-    most = groups * size if groups else max(1, tokens // width)
+    most = max(1, learner.forward.tokens // width)
+    if most >= size:
+        most -= most % size  # whole groups
     return min(most, learner.args.micro_batch_size or most)
 
 
@@ -233,19 +217,22 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     Raises:
         Stopped: no row of the step has a reward.
     """
-    like = rows.logprobs
     failed = failures_of(rows.failures or ())
-    names = ("rewards", "by_function", "turn_rewards")
-    columns = {name: x.to(like) for name in names if (x := getattr(rows, name)) is not None}
-    rows = replace(rows, **columns)
+    rewards: dict[str, Any] = {}
+    for name in ("rewards", "by_function", "turn_rewards"):
+        column = getattr(rows, name)
+        rewards[name] = None if column is None else column.to(rows.logprobs)
+    rows = replace(rows, **rewards)
     if accelerator.num_processes > 1:
-        columns = {
-            name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3
-        }
+        columns = {}
+        for name, column in rows.columns().items():
+            if isinstance(column, Tensor) and column.ndim < 3:
+                columns[name] = column
         gathered = gather_rows(accelerator, columns, OF_PROMPTS)
         host = dict(zip(gathered, to_host(gathered.values()), strict=True))
-        whole = {name: x.to(columns[name].dtype) for name, x in host.items()}
-        rows = replace(rows, **dict.fromkeys(rows.columns(), NOT_YET) | whole)
+        whole = {name: column.to(columns[name].dtype) for name, column in host.items()}
+        missing = dict.fromkeys(rows.columns(), NOT_YET)
+        rows = replace(rows, **missing | whole)
     if not rows.valid.any():
         raise Stopped(
             f"Every reward function abstained from every completion of this step. {failed}".strip()
@@ -301,7 +288,9 @@ def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: 
 
 
 def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Tensor]:
-    """Divide the rows that this process learns from into micro-batches.
+    """Divide the rows that this process learns from into micro-batches, those of the longest completions first.
+
+    A group whose rows are too many for one pass is split, and its prompt is computed again.
 
     Args:
         learner: the settings.
@@ -311,41 +300,35 @@ def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Ten
     Returns:
         For each micro-batch the numbers of its rows; nothing if there are none.
     """
-    columns = (learning, lengths(rows.mask), rows.prompt_mask.sum(dim=1))
-    packed = _packed(learner, *(x.tolist() for x in columns))
-    return [torch.tensor(sorted(part)) for part in packed]
-
-
-def _packed(
-    learner: Learner, active: Sequence[bool], lengths: Sequence[int], prompts: Sequence[int]
-) -> list[list[int]]:
-    """Fill passes with the active rows of a process, in whole groups, those of the longest completions first.
-
-    A group that is too large for one pass is split, and its prompt is computed again.
-    """
     args = learner.args
     size = learner.sampling.group_size
-    shared = learner.forward.scoring.share_prompt
-    limit = learner.forward.tokens
-    most_rows = args.micro_batch_size or len(active)
+    active = learning.nonzero().flatten().tolist()
+    completions = lengths(rows.mask).tolist()
+    prompts = rows.prompt_mask.sum(dim=1).tolist()
+    limit = args.micro_batch_size or len(rows)
 
     def fits(part: Sequence[int]) -> bool:
-        computed = len({i // size for i in part}) if shared else len(part)  # how many prompts
-        tokens = len(part) * max(lengths[i] for i in part) + computed * max(
-            prompts[i] for i in part
-        )
-        return tokens <= limit and len(part) <= most_rows
+        computed = len(part)  # prompts
+        if learner.forward.scoring.share_prompt:
+            computed = len({i // size for i in part})
+        tokens = len(part) * max(completions[i] for i in part)
+        tokens += computed * max(prompts[i] for i in part)
+        return tokens <= learner.forward.tokens and len(part) <= limit
 
-    groups = [[i for i in range(k, k + size) if active[i]] for k in range(0, len(active), size)]
+    groups = [list(group) for _, group in groupby(active, lambda i: i // size)]
+    groups.sort(key=lambda group: -max(completions[i] for i in group))
     plan: list[list[int]] = []
-    for group in sorted(filter(None, groups), key=lambda part: -max(lengths[i] for i in part)):
-        most = max(n for n in range(1, len(group) + 1) if n == 1 or fits(group[:n]))
-        for part in (group[k : k + most] for k in range(0, len(group), most)):
+    for group in groups:
+        most = len(group)
+        while most > 1 and not fits(group[:most]):
+            most -= 1
+        for start in range(0, len(group), most):
+            part = group[start : start + most]
             if plan and fits(plan[-1] + part):
                 plan[-1] += part
             else:
                 plan.append(part)
-    return plan
+    return [torch.tensor(sorted(part)) for part in plan]
 
 
 def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
