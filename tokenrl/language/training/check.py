@@ -13,7 +13,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -34,7 +33,7 @@ from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.texts import check_characters, check_demonstrations, usable_rows
 from tokenrl.language.training.verdicts import asks_in_text, run_facts
-from tokenrl.runs.console import conclude, duration, number
+from tokenrl.runs.console import conclude, number
 from tokenrl.runs.findings import Finding, Weight, lower_rate, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.output import harmless, visible
@@ -131,34 +130,23 @@ def _try_out(
         The records of the steps, and the run with fewer held-out prompts and its evaluations.
     """
     least, most, size = _extent(run)
-    prompts = _share_of_prompts(run, size)
     smaller = replace(run, task=smaller_evaluation(run.task, size), means=[])
-    trial = _trial_steps(run, train, (least, most), findings)
+    can_evaluate = usable == len(run.task.eval_prompts)
     records: list[Record] = []
 
     def evaluated() -> Mapping[str, float]:
-        has_failed = any(finding.flag == "evaluation-failed" for finding in findings)
-        if has_failed or usable < len(run.task.eval_prompts):
+        if not can_evaluate or any(finding.flag == "evaluation-failed" for finding in findings):
             return {}
         return _attempt(findings, "evaluation-failed", lambda: evaluate(smaller)) or {}
 
+    prompts = _share_of_prompts(run, size)
     with _weights_restored(run.learner):
         if train:
-            with session.console.status("making a first training step, which is taken back"):
-                records += islice(trial, 1)
-        if records:
-            collect = records[0].timings["collect"]
-            step = collect + records[0].timings["update"]
-            completions = size * (1 + run.args.eval_generations)
-            evaluation = collect * completions / sizes_of_steps(run.args)[0]
-            rest = duration(max(1.0, (least - 1) * step + 2 * evaluation))
-            activity = f"evaluating {prompts}, with these steps and without"
-            if least > 1:
-                activity = f"making {least - 1} more and {activity}"
-            with session.console.status(f"{activity}; that takes about {rest}"):
-                records += trial
-                if not run.warm_seconds:  # else the steps were made for their time alone
-                    evaluated()
+            with session.console.status("making training steps, which are taken back"):
+                records = _trial_steps(run, train, (least, most), findings)
+        if records and not run.warm_seconds:  # else the steps were made for their time alone
+            with session.console.status(f"evaluating {prompts}, with these steps"):
+                evaluated()
     if records or not train:
         with session.console.status(f"evaluating {prompts}, as before the first step"):
             session.evaluated(evaluated())
@@ -174,15 +162,14 @@ def _share_of_prompts(run: TrainingRun, size: int) -> str:
 
 def _extent(run: TrainingRun) -> tuple[int, int, int]:
     """Return the least and the most trial steps and the held-out prompts: a twentieth of the run, or few."""
-    args = run.args
     size = sizes_of_steps(run.args)[0]
+    share = run.args.max_steps // SHARE
+    least = min(3, max(share, 1))  # the first two steps are slower than later ones
+    most = max(share, math.ceil(LEAST / size))
+    most = min(most, MOST_STEPS, math.ceil(ENOUGH / size))
     held_out = len(run.task.eval_prompts)
-    most = min(
-        MOST_STEPS, math.ceil(ENOUGH / size), max(args.max_steps // SHARE, math.ceil(LEAST / size))
-    )
-    prompts = min(held_out, max(run.num_evaluations * held_out // SHARE, LEAST_PROMPTS))
-    # The first two steps are slower than later ones.
-    return min(3, max(args.max_steps // SHARE, 1)), most, max(1, prompts)
+    prompts = max(run.num_evaluations * held_out // SHARE, LEAST_PROMPTS)
+    return least, most, min(held_out, prompts)
 
 
 @contextlib.contextmanager
@@ -223,24 +210,28 @@ def _judge_steps(
 def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
     """Return a prompt as the model reads it, special tokens included; empty if there is none."""
     policy = run.learner.policy
-    for row in records[0].rows() if records else rows:
-        ids = encode(policy, [row["prompt"]], run.learner.sampling)[0]
-        return visible(
-            policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False), LONGEST_SHOWN
-        )
-    return ""
+    shown = records[0].rows() if records else rows
+    if not shown:
+        return ""
+    (ids,) = encode(policy, [shown[0]["prompt"]], run.learner.sampling)
+    text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return visible(text, LONGEST_SHOWN)
 
 
 def _show_completions(run: TrainingRun, session: Session, record: Record) -> None:
     """Print the first completions of a trial step with each reward, unless a warm start comes before."""
-    if not run.warm_seconds:
-        rows = [row | {"prompt": prompt_text(row["prompt"])} for row in record.rows()[:SHOWN]]
-        names = run.rewards.names if len(run.rewards.names) > 1 else []
-        session.console.completions_table(rows, [*(f"rewards/{name}" for name in names), "reward"])
-        if run.rewards.environments is not None:
-            session.console.note(f"The first episode, of reward {number(rows[0]['reward'])}:")
-            parts = (rows[0][name] for name in ("prompt", "messages", "ending", "failure"))
-            session.console.note(harmless(transcript(*parts)))
+    if run.warm_seconds:
+        return
+    rows = [row | {"prompt": prompt_text(row["prompt"])} for row in record.rows()[:SHOWN]]
+    names = ["reward"]
+    if len(run.rewards.names) > 1:
+        names = [*(f"rewards/{name}" for name in run.rewards.names), "reward"]
+    session.console.completions_table(rows, names)
+    if run.rewards.environments is not None:
+        first = rows[0]
+        parts = transcript(first["prompt"], first["messages"], first["ending"], first["failure"])
+        session.console.note(f"The first episode, of reward {number(first['reward'])}:")
+        session.console.note(harmless(parts))
 
 
 def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | None:
@@ -254,19 +245,15 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
 
 def _trial_steps(
     run: TrainingRun, rows: Rows, extent: tuple[int, int], findings: list[Finding]
-) -> Iterator[Record]:
+) -> list[Record]:
     """Make training steps at the full learning rate: the least, and more without a signal, up to the most."""
-    args = run.args
     learner = run.learner
     records = list[Record]()
-    # Before a warm start the steps are made for their time alone.
-    rewards = (
-        Rewards([_ranks], environments=run.rewards.environments)
-        if run.warm_seconds
-        else run.rewards
-    )
-    stream = PromptStream(rows, args.seed)
-    optimizer = make_optimizer(args, learner.policy)
+    rewards = run.rewards
+    if run.warm_seconds:  # before a warm start the steps are made for their time alone
+        rewards = Rewards([_ranks], environments=rewards.environments)
+    stream = PromptStream(rows, run.args.seed)
+    optimizer = make_optimizer(run.args, learner.policy)
 
     def step() -> Record:
         critic, memory = copy.deepcopy((learner.critic, run.memory))
@@ -278,14 +265,14 @@ def _trial_steps(
         record = _attempt(findings, "step-failed", step)
         learner.optimizer.zero_grad()
         if record is None:
-            return
+            break
         records.append(record)
-        yield record
+    return records
 
 
-def _ranks(completions: Sequence[str], **_: Any) -> list[float]:
+def _ranks(completions: Sequence[str], **_: Any) -> Sequence[float]:
     """A reward that differs within every group."""
-    return [float(index) for index in range(len(completions))]
+    return range(len(completions))
 
 
 def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
@@ -363,8 +350,9 @@ def _lines(
     if "gap" in observed:
         apart = f"{observed['gap']:.1g} nats per token on average, {observed['largest_gap']:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"
-    lines["memory"] = ", ".join(
-        f"{decimal(int(size * 1024**3))} of the {'GPU' if 'cuda' in name else 'computer'} so far"
-        for name, size in peak_memory().items()
-    )
+    memory = []
+    for name, size in peak_memory().items():
+        machine = "GPU" if "cuda" in name else "computer"
+        memory.append(f"{decimal(int(size * 1024**3))} of the {machine} so far")
+    lines["memory"] = ", ".join(memory)
     return lines
