@@ -14,7 +14,7 @@ from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.findings import Finding, Weight
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -34,31 +34,30 @@ def check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     texts = [text for row in rows for text in _texts(row["prompt"])]
     with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
         texts += [text for row in demonstrations(task)[:MANY] for text in _texts(row["completion"])]
-    fold = str.casefold if getattr(tokenizer, "do_lower_case", False) else str
-    every = Counter[str]()
-    lost = Counter[str]()
+    before = Counter[str]()
+    after = Counter[str]()
     for text in texts:
-        ids = [
-            i
-            for i in tokenizer(text, add_special_tokens=False).input_ids
-            if i != tokenizer.unk_token_id
-        ]
-        read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        # Tokenizers may also change spaces and forms of a character, which loses nothing.
-        before, after = (Counter("".join(normalize("NFKC", fold(t)).split())) for t in (text, read))
-        every += before
-        lost += before - after
-    share = lost.total() / max(1, every.total())
-    words = f"{lost.total():,} of {every.total():,} characters of prompts and demonstrations"
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = [i for i in ids if i != tokenizer.unk_token_id]
+        before += _characters(text, tokenizer)
+        after += _characters(tokenizer.decode(ids, clean_up_tokenization_spaces=False), tokenizer)
+    lost = before - after
+    share = lost.total() / max(1, before.total())
+    words = f"{lost.total():,} of {before.total():,} characters of prompts and demonstrations"
     if lost:
-        words += (
-            f" ({share:.1%}): {' '.join(repr(character) for character, _ in lost.most_common(5))}"
-        )
+        examples = " ".join(repr(character) for character, _ in lost.most_common(5))
+        words += f" ({share:.1%}): {examples}"
         text = f"The tokenizer loses {words}. Take a model that can read and write them, or other spellings."
-        findings.append(
-            Finding("unknown-characters", "void" if share > MOST_UNKNOWN else "watch", text)
-        )
+        weight: Weight = "void" if share > MOST_UNKNOWN else "watch"
+        findings.append(Finding("unknown-characters", weight, text))
     return f"to the tokenizer {words}"
+
+
+def _characters(text: str, tokenizer: Any) -> Counter[str]:
+    """Count the characters of a text; tokenizers may change spaces, forms and cases without a loss."""
+    if getattr(tokenizer, "do_lower_case", False):
+        text = text.casefold()
+    return Counter("".join(normalize("NFKC", text).split()))
 
 
 def _texts(prompt: Any) -> list[str]:
@@ -99,6 +98,5 @@ def check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
             f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
             f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
         )
-        findings.append(
-            Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text)
-        )
+        weight: Weight = "void" if 2 * long > len(lengths) else "watch"
+        findings.append(Finding("answers-too-long", weight, text))

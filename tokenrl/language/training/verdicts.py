@@ -41,10 +41,11 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     idle = observed["steps_without_signal"]
     findings = {f.flag: f for f in reversed(judge(observed))}
     lost = [flag for flag in POLICY_LOST if flag in session.flags]
-    if not lost and (new := [flag for flag in POLICY_LOST if flag in findings]):
-        lost = new[:1]
+    if not lost:
+        lost = [flag for flag in POLICY_LOST if flag in findings][:1]
         session.flags += lost
-        session.warn_once(lost[0], f"step {step}: {findings[lost[0]].text}")
+        for flag in lost:
+            session.warn_once(flag, f"step {step}: {findings[flag].text}")
     for flag in ("truncation", "slow-reward"):
         if flag in findings:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
@@ -70,8 +71,8 @@ def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
     groups = run.args.estimator.needs_groups
     idle = steps_without_signal(run, session)
     step = session.step
-    seconds = {name: total for name, total in run.totals.items() if name.startswith("rewards/")}
-    slowest = max(seconds, key=seconds.__getitem__)
+    rewards = [name for name in run.totals if name.startswith("rewards/")]
+    slowest = max(rewards, key=run.totals.__getitem__)
     return run_facts(
         run,
         session.rows,
@@ -81,7 +82,7 @@ def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
         had_signal=any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
         timed_steps=step,
         step_seconds=session.training_seconds / step,
-        reward_seconds=seconds[slowest] / step,
+        reward_seconds=run.totals[slowest] / step,
         slowest_reward=slowest.removeprefix("rewards/").removesuffix("/seconds"),
     )
 
@@ -100,76 +101,73 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
         gains = [now - then for then, now in zip(*run.means, strict=True)]
         gain, error = over_prompts(gains)
-        error = 0.0 if math.isnan(error) else error
+        if math.isnan(error):
+            error = 0.0
         if session.ended == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         else:
-            both = session.eval_before, session.evaluation  # the numbers that people see
-            before, after = (metrics.get("reward", metrics["reward_greedy"]) for metrics in both)
+            after = _shown_reward(session.evaluation)
             numbers |= {
-                **{
-                    "gain": gain,
-                    "gain_stderr": error,
-                    "held_out": sum(not math.isnan(x) for x in gains),
-                },
-                **{"before_reward": before, "after_reward": after, "step_reward": after},
+                "gain": gain,
+                "gain_stderr": error,
+                "held_out": sum(not math.isnan(x) for x in gains),
+                "before_reward": _shown_reward(session.eval_before),
+                "after_reward": after,
+                "step_reward": after,
                 "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
             }
     observed = run_facts(run, session.rows, "step", "recent", **numbers)
-    findings = judge(observed, "nothing-learnt", "entropy-collapsed")
-    findings = [finding for finding in findings if finding.weight != "watch"]
+    findings = []
+    for finding in judge(observed, "nothing-learnt", "entropy-collapsed"):
+        if finding.weight == "watch":
+            continue
+        if finding.flag == "nothing-learnt" and "policy-destroyed" in session.flags:
+            finding = replace(finding, flag="policy-destroyed")
+        findings.append(finding)
     if session.evaluation and (failed := failures_of(run.failures)):
         findings.append(Finding("environment-fails", "act", f"in the last evaluation {failed}"))
-    if "policy-destroyed" in session.flags:
-        names = {"nothing-learnt": "policy-destroyed"}
-        findings = [
-            replace(finding, flag=names.get(finding.flag, finding.flag)) for finding in findings
-        ]
     session.flags = list(dict.fromkeys([*session.flags, *(finding.flag for finding in findings)]))
     return findings
+
+
+def _shown_reward(evaluation: Mapping[str, float]) -> float:
+    """Return the reward of an evaluation that people see: of sampled completions, or else of greedy ones."""
+    return evaluation.get("reward", evaluation["reward_greedy"])
 
 
 def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
     """Return the facts of rows of metrics (see `facts`), with what is known of the task and the model."""
     args = run.args
     task = run.task
-    solved = getattr(run.task, "solved", None)
+    solved = getattr(task, "solved", None)
     uncut = (
         "raise --max-completion-length, name strings that end them (--stop), or take another model."
     )
     if asks_in_text(run):
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
-    ours = is_own(task, args.model, run.learner.policy)
-    numbers = {
+    is_ready = args.warm_start or is_own(task, args.model, run.learner.policy)
+    of_run = {
         "usual_rate": run.usual_rate,
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
-        "can_warm_start": bool(getattr(task, "demonstrations", None))
-        and not (args.warm_start or ours),
+        "can_warm_start": bool(getattr(task, "demonstrations", None)) and not is_ready,
         "uncut": uncut,
         "short_texts": _advice_on_positions(run.learner.policy.model.config),
-        **numbers,
     }
-    return facts(rows, args, *parts, **numbers)
+    return facts(rows, args, *parts, **of_run | numbers)
 
 
 def _advice_on_positions(config: Any) -> str:
     """Return what a longrope model needs, whose positions change in long texts; empty for other models."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # one for each type of layer
-    each = [
-        ropes,
-        *(rope for rope in ropes.values() if isinstance(rope, dict)),
-    ]
-    limits = [
-        rope["original_max_position_embeddings"]
-        for rope in each
-        if rope.get("rope_type") == "longrope"
-    ]
-    if not limits:
-        return ""
-    text = f"In a text of more than {min(limits):,} tokens this model changes the positions of all (longrope)"
-    return f"{text}, also of those sampled before: keep the prompt with --max-completion-length below that"
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limit = rope["original_max_position_embeddings"]
+            return (
+                f"In a text of more than {limit:,} tokens this model changes the positions of all (longrope), "
+                "also of those sampled before: keep the prompt with --max-completion-length below that"
+            )
+    return ""
 
 
 def steps_without_signal(run: TrainingRun, session: Session) -> int:
@@ -180,12 +178,11 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     """
     rows = session.rows[1:]
     middle = -math.inf
-    count = 0
     if "policy-destroyed" in session.flags:
-        best = max(
-            row["eval_reward"] for row in session.rows if finite(row.get("eval_reward")) is not None
-        )
+        evaluated = [finite(row.get("eval_reward")) for row in session.rows]
+        best = max(reward for reward in evaluated if reward is not None)
         middle = (best + min(row["reward"] for row in rows)) / 2
+    count = 0
     for row in reversed(rows):
         if share_equal(row, run.args.estimator.needs_groups) == 1:
             count += 1
