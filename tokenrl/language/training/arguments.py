@@ -110,9 +110,8 @@ class EvaluationArguments(Settings, group="evaluation"):
     """What is measured during training."""
 
     eval_every: Natural = OPEN
-    """Steps between evaluations on held-out prompts (with max_samples, that many steps' worth of samples); 0:
-    only before and after training. Default: a tenth of the run; with a model of your own so many that
-    evaluations take at most a tenth of the time, or so."""
+    """Steps between evaluations on held-out prompts; 0: only before and after training. Default: a tenth of
+    the run; with a model of your own so many that evaluations take at most a tenth of the time, or so."""
     eval_generations: Natural = 4
     """Sampled completions per held-out prompt, besides the greedy one."""
 

@@ -66,13 +66,21 @@ others."""
 
 def named_engine(args: TrainArguments) -> Any:
     """Return the class of the engine that the arguments name, or the user's function that makes one."""
-    named = args.generator
-    return ENGINES.get(named, named) if isinstance(named, str) else named
+    engine = args.generator
+    return ENGINES.get(engine, engine) if isinstance(engine, str) else engine
 
 
 def engine_name(args: TrainArguments) -> str:
     """Return the name of the engine that samples, or of the user's function that makes it."""
     return str(getattr(args.generator, "__name__", args.generator))
+
+
+def engine_of(args: TrainArguments) -> Callable[[Policy, int | None], Generator]:
+    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
+    engine = named_engine(args)
+    if engine is VllmGenerator:
+        return partial(engine.start, cache=args.generator_cache)
+    return engine
 
 
 def start_engine(
@@ -276,8 +284,8 @@ def _faults(
     same = (prompts.prompt_mask == present) & (
         (prompts.prompt_ids == asked["prompt_ids"]) | ~present
     )
-    more = table.prompt_mask.sum(dim=1) != present.sum(dim=1)
-    yield "the prompt is not the one that was given, padded on the left", more | ~same.all(dim=1)
+    longer = table.prompt_mask.sum(dim=1) != present.sum(dim=1)
+    yield "the prompt is not the one that was given, padded on the left", longer | ~same.all(dim=1)
     yield "a completion has no token", counts == 0
     yield f"a completion has more than {limit} tokens", counts > limit
     vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -294,17 +302,14 @@ def _faults(
     ended = torch.isin(
         ids.gather(1, counts[:, None] - 1)[:, 0], torch.tensor(policy.eos_ids).long()
     )
-    by_string = policy.stops is not None
-    ends = counts.clone()
-    if policy.stops is not None:
+    if policy.stops is None:
+        wrong = ended == table.truncated
+    else:  # an engine may read the text of a stop string in another way
+        ends = counts.clone()
         policy.stops.end(ids, ends, ended)
-    yield "a completion goes on behind a stop string", ends != counts
-    # An engine may read the text of a stop string in another way.
-    open_end = ~ended & ~table.truncated & (not by_string)
-    yield (
-        "a completion has neither an end nor truncated = True, or both",
-        open_end | (ended & table.truncated),
-    )
+        yield "a completion goes on behind a stop string", ends != counts
+        wrong = ended & table.truncated
+    yield "a completion has neither an end nor truncated = True, or both", wrong
     for name, x in table.columns().items():
         kind = COLUMNS[name][1]
         if kind.startswith(("finite", "log")):
@@ -317,13 +322,11 @@ def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
         chosen = x.gather(2, to_device(table.completion_ids[..., None], x.device)).squeeze(2)
         apart = (chosen - to_device(table.sampling_logprobs, x.device)).abs()
         return (x.logsumexp(dim=2).abs() <= ROUNDING) & (apart <= ROUNDING)
-    finite = x.isfinite() if x.ndim == 2 else x.isfinite().all(dim=2)
+    fits = x.isfinite()
+    if x.ndim == 3:
+        return fits.all(dim=2)
     if kind.endswith("at most 0"):
-        return finite & (x <= ROUNDING)
-    return finite & (x >= -ROUNDING) if kind.endswith("at least 0") else finite
-
-
-def engine_of(args: TrainArguments) -> Callable[[Policy, int | None], Generator]:
-    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
-    engine = named_engine(args)
-    return partial(engine.start, cache=args.generator_cache) if engine is VllmGenerator else engine
+        fits &= x <= ROUNDING
+    if kind.endswith("at least 0"):
+        fits &= x >= -ROUNDING
+    return fits

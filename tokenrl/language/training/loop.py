@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -218,14 +218,18 @@ def _warnings(run: TrainingRun) -> list[str]:
     rows = run.task.train_prompts
     episodic = run.rewards.environments is not None
     special = special_texts(run.learner.policy.tokenizer, rows)
-    few = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
+    warnings = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
+    warnings += [*special, *remarks(rows)]
     size = len(run.task.eval_prompts)
     most = run.args.eval_size or 0
-    some = "half of the prompts" if getattr(run.task, "divided", False) else "all that there are"
-    fewer = f"eval_size was given as {most:,}, but {size:,} prompts are held out, at most {some}."
-    warnings = [*few, *special, *remarks(rows)]
     if size < most:
-        warnings.append(fewer)
+        some = (
+            "half of the prompts" if getattr(run.task, "divided", False) else "all that there are"
+        )
+        text = (
+            f"eval_size was given as {most:,}, but {size:,} prompts are held out, at most {some}."
+        )
+        warnings.append(text)
     return [*warnings, *without_effect(run.args)]
 
 
@@ -275,7 +279,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
     load_schedule(learner.schedule, step)
-    run.totals.update({name: spent for name, spent in record.timings.items() if "seconds" in name})
+    spent = record.timings
+    run.totals.update({name: spent[name] for name in spent if "seconds" in name})
     return record
 
 
@@ -335,14 +340,17 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
         session.console.completions_table(_few(rows, run.args.num_generations))
 
 
-def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
+def _few(rows: list[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     """Choose the best and the worst completion of each of the first two groups, as an example for people."""
-    out = []
-    for start in range(0, min(len(rows), 2 * group), group):
-        rewarded = [row for row in rows[start : start + group] if row["reward"] is not None]
-        ranked = sorted(rewarded or rows[start : start + 1], key=lambda row: row["reward"])
-        out += [ranked[-1], ranked[0]] if len(ranked) > 1 else ranked
-    return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
+    examples = []
+    for start in (0, group):
+        members = rows[start : start + group]
+        ranked = [row for row in members if row["reward"] is not None] or members[:1]
+        ranked.sort(key=lambda row: row["reward"])
+        examples += ranked[-1:]
+        if len(ranked) > 1:
+            examples.append(ranked[0])
+    return [row | {"prompt": prompt_text(row["prompt"])} for row in examples]
 
 
 def _finish(run: TrainingRun, session: Session) -> RunResult:
@@ -355,10 +363,9 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
     facts |= form_line(ended.policy.form)
-    for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
-        facts |= {
-            f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")
-        }
+    for moment, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
+        rewards = [name for name in numbers if name.startswith("reward")]
+        facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
     session.finish(

@@ -163,17 +163,15 @@ def first_facts(
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
+    prompts = f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
+    if getattr(task, "divided", False):
+        prompts += ", as the data has no split to evaluate on (--eval-size)"
     stage = ""
     if args.warm_start:
-        stage = f"a warm start of {args.warm_start_steps} updates, "
-    if args.warm_start == "auto":
-        stage = (
-            f"a warm start of {args.warm_start_steps} updates unless the rule of auto skips it, "
-        )
+        skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""
+        stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
-        "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
-        + ", as the data has no split to evaluate on (--eval-size)"
-        * getattr(task, "divided", False),
+        "task": prompts,
         "reward": ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
