@@ -81,8 +81,10 @@ class Best:
 
     def until(self, step: int | None) -> int | None:
         """Return the best step up to a step, if its weights are kept; None if they are not."""
+        if self._args.keep != "best":
+            return None
         steps = [best for best in self.steps if step is None or best <= step]
-        return steps[-1] if steps and self._args.keep == "best" else None
+        return max(steps, default=None)
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""

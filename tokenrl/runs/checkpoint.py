@@ -137,11 +137,13 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
-        every = self._args.save_every
+        if not self._active or step <= self._saved:
+            return False
+        args = self._args
         minutes = (time.monotonic() - self._saved_at) / 60
-        is_time = (every > 0 and step % every == 0) or 0 < self._args.save_minutes <= minutes
-        is_best = self.best.until(None) == step
-        return self._active and step > self._saved and (is_time or is_best)
+        is_step = args.save_every > 0 and step % args.save_every == 0
+        is_time = 0 < args.save_minutes <= minutes
+        return is_step or is_time or self.best.until(None) == step
 
     def save(self, step: int) -> None:
         """Save the state after a step, unless it is saved already or this process does not save.

@@ -269,8 +269,11 @@ def conclude(
 
 def message_text(message: Mapping[str, Any]) -> str:
     """Return the text of a chat message, and the calls of tools in it as JSON."""
-    parts = [message["content"], *(message.get("tool_calls") or ())]
-    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts if part)
+    texts = []
+    for part in (message["content"], *(message.get("tool_calls") or ())):
+        if part:
+            texts.append(part if isinstance(part, str) else json.dumps(part))
+    return "\n".join(texts)
 
 
 def number(value: Any) -> str:
@@ -301,9 +304,10 @@ def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
 
     The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first.
     """
+    errors = {f"{name}_stderr" for name in metrics}
     texts = {}
     for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward"):
-        if name.removesuffix("_stderr") == name or name.removesuffix("_stderr") not in metrics:
+        if name not in errors:
             texts[name] = measured(metrics[name], metrics.get(f"{name}_stderr"))
     return texts
 
@@ -323,14 +327,19 @@ def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
     before = with_errors(distinct(summary.get("eval_before")))
     after = with_errors(distinct(summary.get("eval_after")))
-    return [(visible(name), before.get(name, "-"), after.get(name, "-")) for name in before | after]
+    rows = []
+    for name in before | after:
+        rows.append((visible(name), before.get(name, "-"), after.get(name, "-")))
+    return rows
 
 
 def duration(seconds: float) -> str:
     """Return seconds as text, such as 0:42 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
 
 
 def ending(summary: Mapping[str, Any]) -> str:

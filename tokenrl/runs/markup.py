@@ -77,10 +77,12 @@ def verdict(headline: str, sentences: Sequence[str], caveats: Sequence[str]) -> 
     return {"kind": "verdict", "headline": headline, "sentences": sentences, "caveats": caveats}
 
 
-def run_list(names: Mapping[str, str], links: Mapping[str, str]) -> Block:
-    """List names in the colours of their curves, with words on each, and links for those that have one."""
-    curves = [Curve((), (), name, colour) for colour, name in enumerate(names, start=1)]
-    return {"kind": "runs", "curves": curves, "words": names, "links": links}
+def run_list(words: Mapping[str, str], links: Mapping[str, str]) -> Block:
+    """List runs in the colours of their curves, with words on each, and links to pages of some of them."""
+    curves = []
+    for colour, name in enumerate(words, start=1):
+        curves.append(Curve((), (), name, colour))
+    return {"kind": "runs", "curves": curves, "words": words, "links": links}
 
 
 def cards(items: Mapping[str, tuple[str, str]]) -> Block:

@@ -132,7 +132,8 @@ def untested_versions() -> dict[str, str]:
     """
     newer = []
     for package, tested in TESTED.items():
-        version = versions().get(package) if _BROUGHT.get(package, package) in sys.modules else None
-        if version is not None and Version(version).release[:2] > Version(tested).release:
+        is_used = _BROUGHT.get(package, package) in sys.modules
+        version = versions().get(package, tested)
+        if is_used and Version(version).release[:2] > Version(tested).release:
             newer.append(f"{package} {version} is newer than {tested}, the newest that was tested")
     return {"versions": "; ".join(newer)} if newer else {}

@@ -79,8 +79,11 @@ class Outcome(Tabled):
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
-        names = {part.name for part in fields(self) if part.repr} - {"output_dir", "exit_code"}
-        return {name: getattr(self, name) for name in names}
+        content = {}
+        for part in fields(self):
+            if part.repr and part.name not in ("output_dir", "exit_code"):
+                content[part.name] = getattr(self, part.name)
+        return content
 
     @property
     def weights(self) -> str:
@@ -189,10 +192,12 @@ class RecordedRun:
 
 def _spread(files: Sequence[Path], count: int) -> list[Path]:
     """Return at most `count` files in their order, evenly spread, the last one and then the first included."""
+    if not files:
+        return []
     last = len(files) - 1
-    interval = max(1.0, last / max(1, count - 1))
-    numbers = [last - round(i * interval) for i in range(min(count, len(files)))]
-    return [files[number] for number in reversed(numbers)]
+    gaps = max(1, count - 1)
+    numbers = {last - round(i * last / gaps) for i in range(count)}
+    return [files[number] for number in sorted(numbers)]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:

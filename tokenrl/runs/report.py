@@ -14,7 +14,7 @@ import tokenrl.runs.markup as markup
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.console import distinct, ending, number, with_errors
+from tokenrl.runs.console import distinct, ending, evaluations, number, with_errors
 from tokenrl.runs.files import check_place, flat
 from tokenrl.runs.metric_table import metric_of, metric_table
 from tokenrl.runs.metrics import read_metrics
@@ -156,15 +156,16 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
 
 def _evaluations(run: RecordedRun) -> markup.Section:
     """Show the numbers of the evaluation before training and of the last one."""
-    texts = {0: dict[str, str]()}
+    metrics = {0: dict[str, float | None]()}
     for row in run.evaluations:
-        numbers = {name: finite(value) for name, value in row.items() if name != "step"}
-        texts[row["step"]] = with_errors(distinct(numbers))
-    last = max(texts)
-    after = texts[last] if last else {}
-    both = {name: (texts[0].get(name, "-"), after.get(name, "-")) for name in texts[0] | after}
+        metrics[row["step"]] = {name: finite(row[name]) for name in row if name != "step"}
+    last = max(metrics)
+    both = {"eval_before": metrics[0]}
+    if last:
+        both["eval_after"] = metrics[last]
+    texts = {name: (before, after) for name, before, after in evaluations(both)}
     heading = f"Held-out evaluation, before → after step {last} (± standard error)"
-    return markup.Section(heading, [markup.cards(both)])
+    return markup.Section(heading, [markup.cards(texts)])
 
 
 def _learning(heading: str, charts: Sequence[Chart]) -> markup.Section:
@@ -296,5 +297,6 @@ def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> markup.Block:
     """Make a table with a column per run; what a run lacks is a dash."""
     rows = []
     for name in dict.fromkeys(chain.from_iterable(columns.values())):
-        rows.append([name, *(column.get(name, "-") for column in columns.values())])
+        cells = [column.get(name, "-") for column in columns.values()]
+        rows.append([name, *cells])
     return markup.table(["", *columns], rows, "wide")

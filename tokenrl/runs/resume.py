@@ -72,8 +72,12 @@ def how_to_continue(run: Path) -> str:
 
 def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseException]) -> str:
     """Write summary.json and the report of a run that failed; return what failed and what helps, in words."""
-    texts = [str(e) if isinstance(e, Stopped) else describe(e) for e in errors]
-    summary["error"] = " ".join(dict.fromkeys(texts))
+    texts = []
+    for error in errors:
+        text = str(error) if isinstance(error, Stopped) else describe(error)
+        if text not in texts:
+            texts.append(text)
+    summary["error"] = " ".join(texts)
     summary["remedy"] = how_to_continue(run)
     with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
         write_json(run / "summary.json", summary)

@@ -37,20 +37,27 @@ completions of 100 tokens spread by a factor of 1.9 around 1."""
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 
 
+Judge = Callable[[Facts], Judgement]
+
+
 class Rule(NamedTuple):
     """A subject with the function that judges it, and the precedence of its findings (see `Finding`)."""
 
     flag: str
-    judge: Callable[[Facts], Judgement]
+    judge: Judge
     precedence: int
 
 
 RULES: list[Rule] = []  # in the order of the findings
 
 
-def rule(flag: str, precedence: int = 1) -> Callable[[Callable[[Facts], Judgement]], None]:
+def rule(flag: str, precedence: int = 1) -> Callable[[Judge], None]:
     """Enter a function into the table as the rule about a subject."""
-    return lambda function: RULES.append(Rule(flag, function, precedence))
+
+    def enter(function: Judge) -> None:
+        RULES.append(Rule(flag, function, precedence))
+
+    return enter
 
 
 def judge(facts: Mapping[str, Any], *flags: str) -> list[Finding]:

@@ -314,10 +314,10 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation must know."""
-        state = {name: getattr(self, name) for name in _STATE}
-        may_go_on = self.step >= self.args.max_steps or self.ended == "callback"
-        state["ended"] = None if may_go_on else self.ended
-        return {**state, "wall_seconds": self.wall_seconds}
+        state = {name: getattr(self, name) for name in (*_STATE, "ended", "wall_seconds")}
+        if self.step >= self.args.max_steps or self.ended == "callback":
+            state["ended"] = None  # it may go on
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
