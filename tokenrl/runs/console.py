@@ -226,13 +226,16 @@ class Progress:
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
         console = self._console
-        parts = [
-            f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics
-        ]
+        parts = []
+        name = "reward" if "reward" in metrics else "loss"
+        if name in metrics:
+            parts.append(f"{name} {number(metrics[name])}")
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
-        parts = [*parts[:1], self._evaluation, *_rates(metrics)]
+        if self._evaluation:
+            parts.append(self._evaluation)
+        parts += _rates(metrics)
         now = time.monotonic()
         if step and self._timed_from is None:
             self._timed_from = step, now
@@ -240,7 +243,7 @@ class Progress:
             first, began = self._timed_from
             step_seconds = (now - began) / (step - first)
             parts.append(f"ETA {duration((self._total - step) * step_seconds)}")
-        line = "  ".join(filter(None, parts))
+        line = "  ".join(parts)
         console.attempt(self._live.update, self._task, completed=step, line=line)
         if console.rich.is_terminal:
             return

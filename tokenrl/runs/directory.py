@@ -151,7 +151,7 @@ def _refuse_foreign(run: Path) -> None:
             or "tokenrl" in read_config(run).get("versions", ())
         ):
             return
-    listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    listing = ", ".join(names[:5])
     raise Refused(
         f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
     )

@@ -204,29 +204,19 @@ def remedy(facts: Facts) -> str:
     """Say what helps most where rewards do not differ.
 
     `pass_mark` is the reward that counts as solved; `can_warm_start` says that there are demonstrations that
-    have not been used; `uncut` is advice on how to let completions end before the limit. Where completions
-    were compared in groups and none differed, a bound on groups of other sizes follows.
+    have not been used; `uncut` is advice on how to let completions end before the limit.
     """
     if "num_envs" in facts:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
     if facts.step_reward >= facts.pass_mark:
         return SOLVED_ADVICE
-    text = (
+    if facts.can_warm_start:
+        return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
+    if facts.step_cut >= LOST_SHARE:
+        return "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
+    return (
         "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
         "or more generations per prompt."
-    )
-    if facts.can_warm_start:
-        text = "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
-    elif facts.step_cut >= LOST_SHARE:
-        text = "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
-    if not (facts.steps_without_signal and facts.needs_groups):
-        return text
-    samples = facts.steps_without_signal * facts.prompts_per_step * facts.num_generations
-    rate = min(0.5, 1 - 0.05 ** (1 / samples))  # if more differed, 95 % of samples would show one
-    shares = ", ".join(f"{rate**size + (1 - rate) ** size:.0%}" for size in (2, 4, 8, 16))
-    return (
-        f"{text} None of {samples:,} completions differed, so at most {rate:.2g} of all do (95 % confidence), "
-        f"and at least {shares} of groups of 2, 4, 8, 16 have equal rewards."
     )
 
 

@@ -115,17 +115,15 @@ class Chart(NamedTuple):
             axes.set_xticks(list(self.ticks), list(self.ticks.values()))
         for curve in self.drawn:
             curve.draw(axes)
-        lowest = [min(curve.y) for curve in self.drawn]
         if self.mark is not None:
             name, mark = self.mark
-            lowest.append(mark)
             axes.axhline(
                 mark, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False
             )
             _write(axes, f"{name}: {number(mark)}", mark, (4, 4), "c3")
         if self.whole:
             axes.set_xlim(left=0)
-        if min(lowest) >= 0:
+        if axes.dataLim.y0 >= 0:
             axes.set_ylim(bottom=0)
 
 

@@ -145,9 +145,7 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     settings = {"prompts_per_step": 1, "stop_after_zero_spread": 5}
     with pytest.raises(Stopped, match=lost):
         train(tmp_path / "run", Falling(5), **settings)
-    with pytest.raises(
-        Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations.* of groups"
-    ):
+    with pytest.raises(Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations"):
         # whose rewards are better
         train(tmp_path / "held-out", Falling(2), max_completion_length=12, **settings)
 
@@ -164,7 +162,6 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
         output = said(capsys)
         assert result.flags == ("no-signal",) and remedy in output
-        assert "None of 128 completions differed, so at most 0.023 of all do" in output
 
 
 @pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
