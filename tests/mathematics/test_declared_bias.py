@@ -256,18 +256,11 @@ def median_from(size):
     return median
 
 
-def trimmed(totals, *, group_size, **_):
-    groups = of_groups(totals, group_size)
-    inner = (groups.sum(1) - groups.amax(1) - groups.amin(1)) / max(1, group_size - 2)
-    inner = inner.repeat_interleave(group_size)
-    return inner if group_size >= 4 else of_others(totals, group_size)
-
-
 def own_if_long(totals, *, group_size, mask, **_):
     return torch.where(mask.sum(-1) >= 3, 0.5 * totals, of_others(totals, group_size))
 
 
-PERMANENT = {"longer": longer(2), "median": median_from(4), "trimmed": trimmed, "own": own_if_long}
+PERMANENT = {"longer": longer(2), "median": median_from(4), "own": own_if_long}
 
 
 @pytest.mark.parametrize(

@@ -306,17 +306,20 @@ BY_HAND = [
 ]
 
 
+@pytest.mark.parametrize("ratio", ["none", "token"])
 @pytest.mark.parametrize(("fields", "weights"), BY_HAND, ids=str)
-def test_weights_by_hand(fields: dict, weights: list[float]) -> None:
+def test_weights_by_hand(fields: dict, weights: list[float], ratio: str) -> None:
     """A row of two actions with ratios 2 and 1/4, and a position that is no action and holds anything."""
     logprobs = torch.full((1, 3), -1.0, dtype=torch.double).requires_grad_()
     gap = torch.tensor([[math.log(2), math.log(0.25), math.nan]], dtype=torch.double)
     mask = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.double)
-    loss = Estimator(baseline="none", **fields).loss(
-        logprobs, torch.tensor([3.0]), mask, mask, sampling_logprobs=logprobs.detach() - gap
-    )
+    old = logprobs.detach()
+    inputs = {"old_logprobs": old, "sampling_logprobs": old - gap, "ref_logprobs": old}
+    e = Estimator(baseline="none", ratio=ratio, beta=0.1, kl_placement="loss", **fields)
+    loss = e.loss(logprobs, torch.tensor([3.0]), mask, mask, **inputs)
     slope = torch.autograd.grad(loss, logprobs)[0][0].tolist()
-    assert slope == pytest.approx([-3 * weights[0], -3 * weights[1], 0.0])
+    # the KL is not weighed
+    assert slope == pytest.approx([0.1 - 3 * weights[0], 0.1 - 3 * weights[1], 0.0])
 
 
 def test_centres_of_tokens_that_are_never_sampled_are_finite() -> None:
