@@ -1,4 +1,4 @@
-"""What judge_scores finds in any table, and the sentences that say it."""
+"""Verdicts of judge_scores on any table, and their sentences."""
 
 import math
 
@@ -65,19 +65,6 @@ def test_what_a_seed_adds_to_all_arms_cancels(table, margin, added):
 
 
 @few
-@given(tables(arms=(2,)), margins)
-def test_two_arms_give_the_opposite_when_the_other_one_is_the_reference(table, margin):
-    (forward,) = family(table, reference="arm0", margin=margin).differences
-    (backward,) = family(table, reference="arm1", margin=margin).differences
-    assert backward.verdict == MIRRORED.get(forward.verdict, forward.verdict)
-    for name in ("mean", "adjusted"):
-        estimate = getattr(forward, name)
-        mirrored = (-estimate.value, -estimate.high, -estimate.low)
-        assert tuple(getattr(backward, name)) == pytest.approx(mirrored)
-    assert (backward.p_failures, backward.level) == (forward.p_failures, forward.level)
-
-
-@few
 @given(tables(), margins)
 def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, margin):
     result = family(table, margin=margin)
@@ -122,7 +109,6 @@ def check_words(text: str, verdict: str) -> None:
 @pytest.mark.parametrize(
     ("verdict", "differences", "options"),
     [
-        ("better", [1 + x for x in ZIGZAG], {}),
         ("worse", [x - 1 for x in ZIGZAG], {}),
         ("better", [1 + x for x in ZIGZAG], {"margin": 0.5}),
         ("equivalent", [x / 10 for x in ZIGZAG], {"margin": 0.5}),
@@ -134,7 +120,6 @@ def check_words(text: str, verdict: str) -> None:
         ("undecided", ZIGZAG, {}),
         ("undecided", ZIGZAG, {"margin": 0.01}),
         ("descriptive", [1.0] * 5, {"margin": 0.5}),
-        ("descriptive", [1.0], {}),
         ("void", [1 + x for x in ZIGZAG], {"void": {("", "arm"): "its entropy collapsed"}}),
         ("void", [1 + x for x in ZIGZAG], {"void": {("", "ref"): "half of its answers were cut"}}),
     ],
@@ -187,9 +172,11 @@ def test_an_arm_that_fails_more_often_is_not_better(failures, shift, verdict, wo
     arm = [0.0] * failures + [1 + shift + x / 10 for x in (ZIGZAG * 3)[: 14 - failures]]
     result, text = judge_two(reference, arm, failure_below=0.2)
     assert result.verdict == verdict and words in text
-    assert result.p_failures == pytest.approx(
-        stats.fisher_exact([[failures, 14 - failures], [0, 14]]).pvalue
-    )
+    table = [[failures, 14 - failures], [0, 14]]
+    assert result.p_failures == pytest.approx(stats.fisher_exact(table).pvalue)
+    mirrored, text = judge_two(arm, reference, failure_below=0.2)
+    assert mirrored.verdict == MIRRORED.get(verdict, verdict)
+    assert ("because it fails less often" in text) == ("because" in words)
 
 
 def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
@@ -201,18 +188,12 @@ def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
-    table = {
-        "ref": dict.fromkeys(range(8), 0.0),
-        "arm": {s: 1 + s / 64 for s in range(8)},
-        "other": {},
-    }
-    table["other"] = dict(table["arm"])
+    table = {name: {s: x + s / 64 for s in range(8)} for name, x in (("ref", 0), ("arm", 1))}
     del table["arm"][3], table["ref"][5]
     result = family(table)
-    arm = result.differences[0]
+    (arm,) = result.differences
     assert list(arm.differences) == [0, 1, 2, 4, 6, 7] and arm.unpaired == (3, 5)
     assert result.sentences()[0].endswith("only one of the two has them: seeds 3 and 5.")
-    assert result.sentences()[1].endswith("only one of the two has them: seeds 5.")
 
 
 def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_others():
@@ -249,15 +230,14 @@ def test_every_problem_is_a_family_with_a_margin_of_its_own():
 def test_a_table_may_be_a_csv_file_a_frame_mappings_or_tuples(tmp_path):
     import pandas as pd
 
-    named = [{"arm": "None", "seed": s, "accuracy": s / 8} for s in range(6)]
-    named += [{"arm": "b", "seed": s, "accuracy": s / 8 + s} for s in range(6)]
-    frame = pd.DataFrame(named)
+    runs = [("None", s, s / 8) for s in range(6)] + [("b", s, s / 8 + s) for s in range(6)]
+    frame = pd.DataFrame(runs, columns=["arm", "seed", "accuracy"])
     frame.to_csv(tmp_path / "scores.csv", index=False)
     frame.to_csv(tmp_path / "sheet.csv", index=False, encoding="utf-8-sig")  # as spreadsheets write
-    for table in (tmp_path / "scores.csv", tmp_path / "sheet.csv", frame, named):
-        read = judge_scores(table, metric="accuracy")
-        assert read == judge_scores(named, metric="accuracy") and read.metric == "accuracy"
-    assert read.families == judge_scores([tuple(row.values()) for row in named]).families
+    judged = judge_scores(frame, metric="accuracy")
+    assert judged.families == judge_scores(runs).families and judged.metric == "accuracy"
+    for table in (tmp_path / "scores.csv", tmp_path / "sheet.csv", frame.to_dict("records")):
+        assert judge_scores(table, metric="accuracy") == judged
 
 
 GOOD = [("ppo", seed, 0.5) for seed in range(6)] + [("rloo", seed, 0.5) for seed in range(6)]
@@ -270,7 +250,6 @@ GOOD = [("ppo", seed, 0.5) for seed in range(6)] + [("rloo", seed, 0.5) for seed
         ([*GOOD, ("ppo", 3, 0.1)], {}, "Row 12, arm 'ppo', seed 3, is there a second time"),
         ([("ppo", s, 0.5) for s in range(6)], {}, "only the arm 'ppo'; give two arms or more"),
         (GOOD, {"reference": "rlo"}, "'rlo'. Did you mean 'rloo'"),
-        (GOOD, {"margin": 0}, "margin"),
         (GOOD, {"margin": {"sort": 0.1}}, "the problem in margin was given as 'sort'"),
         (GOOD, {"failed": [("ppo", 9)]}, "failed names the run ('ppo', 9)"),
         ([("ppo", 0, 0.5), ("rloo", 1, 0.5)], {}, "no seed in common"),

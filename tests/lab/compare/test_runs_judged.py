@@ -13,8 +13,9 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.intervals import seeds_to_decide
-from tokenrl.lab.compare.loop import judge_directory
+from tokenrl.lab.compare.loop import judge_directory, missing
 from tokenrl.lab.compare.plan import read_plan
+from tokenrl.lab.compare.table import read_runs
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
@@ -67,40 +68,49 @@ def test_an_arm_with_more_samples_per_step_is_read_at_the_budget(tmp_path):
     assert run["entropy"] == pytest.approx((3 * 0.4 + 40) / 4), "the mean of steps 37 to 40"
 
 
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """A comparison in which all runs of an arm end early."""
+    folder = tmp_path_factory.mktemp("early")
+    compared(folder, {"reinforce": rewards(*REWARDS), "a2c": rewards(0.1, 0.2, 0.3)}, seeds=2)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("summary", "state", "reason"),
     [
         ({"exit_reason": "failed", "error": "The loss is nan."}, "failed", "The loss is nan."),
         ({"exit_reason": "check"}, "failed", "It ended as check."),
-        (None, "failed", "It was ended from outside, as for want of memory."),
+        ({}, "failed", "It was ended from outside, as for want of memory."),
         (
             {"exit_reason": "SIGTERM"},
             "missing",
             "It was stopped by SIGTERM; the same command continues it.",
         ),
         ({"exit_reason": "stuck"}, "finished", ""),
-        ({"exit_reason": "solved", "steps": 25, "eval_after": {"reward": 0.4}}, "finished", ""),
     ],
 )
-def test_a_run_that_ends_early_keeps_its_last_evaluation(tmp_path, summary, state, reason):
-    compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": rewards(0.1, 0.2, 0.3)}, seeds=2)
-    path = tmp_path / "runs/walk/a2c/seed_0/summary.json"
-    path.unlink() if summary is None else path.write_text(json.dumps(summary))
-    run = row(judge_directory(tmp_path), "a2c")
+def test_a_run_that_ends_early_keeps_its_last_evaluation(early, summary, state, reason):
+    file = early / "runs/walk/a2c/seed_0/summary.json"
+    file.unlink(missing_ok=True)
+    if summary:
+        file.write_text(json.dumps(summary))
+    run = row(judge_directory(early), "a2c")
     assert (run["state"], run["reason"]) == (state, reason)
     assert run["failed"] == (state == "failed")
-    last = 0.4 if "eval_after" in (summary or {}) else 0.3
-    assert run["reward"] == last
-    if last == 0.3:
-        assert run["area"] == pytest.approx((0.2 + 4 * 0.3) / 5)
+    assert run["reward"] == 0.3 and run["area"] == pytest.approx((0.2 + 4 * 0.3) / 5)
+
+
+def test_the_evaluation_at_an_early_end_may_stand_in_the_summary_only(early):
+    summary = {"exit_reason": "solved", "steps": 25, "eval_after": {"reward": 0.4}}
+    (early / "runs/walk/a2c/seed_0/summary.json").write_text(json.dumps(summary))
+    assert row(judge_directory(early), "a2c")["reward"] == 0.4
 
 
 def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
     def breaks(seed):
-        broken = (
-            {"summary": {"exit_reason": "failed", "error": "The loss is nan."}} if seed == 2 else {}
-        )
-        return {**rising(0.9)(seed), **broken}
+        ended = {"exit_reason": "failed" if seed == 2 else "finished", "error": "The loss is nan."}
+        return {**rising(0.9)(seed), "summary": ended}
 
     comparison = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
     (difference,) = comparison.judgement.families[0].differences
@@ -207,24 +217,23 @@ def test_nothing_is_proposed_where_all_is_decided_or_seeds_would_say_the_same(tm
     assert compared(tmp_path / "decided", arms).proposal is None
     same = {"reinforce": rewards(*REWARDS), "a2c": rewards(*REWARDS)}
     assert compared(tmp_path / "equal", same).proposal is None
-    text, call = compared(
-        tmp_path / "few", {"reinforce": rising(0.5), "a2c": rising(0.7)}, seeds=3
-    ).proposal
+
+
+def test_what_has_too_few_seeds_or_is_exploratory_is_repeated(tmp_path):
+    arms = {"reinforce": rising(0.5), "a2c": rising(0.9)}
+    text, call = compared(tmp_path, arms, seeds=3).proposal
     assert text.startswith("About 6 new seeds") and "seeds=6, first_seed=3, output_dir=" in call
-    compared(tmp_path / "more", arms, seeds=6)
-    text, call = compared(tmp_path / "more", arms, seeds=8).proposal
-    assert "seeds=8, first_seed=8" in call, "what is exploratory is repeated"
+    _, call = compared(tmp_path, arms, seeds=8).proposal
+    assert "seeds=8, first_seed=8" in call
 
 
-def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
+def test_runs_that_never_reach_a_threshold_are_counted(tmp_path):
     def some(seed):
         return {"rewards": [0.0, 0.5, *[0.9 if seed < 4 else 0.5] * 4]}
 
-    comparison = compared(
-        tmp_path, {"reinforce": rewards(0.0, *[0.8] * 5), "a2c": some}, env="CartPole-v1", seeds=6
-    )
-    assert (comparison.thresholds["reached"] == 0).all(), "CartPole counts as solved at 475"
     arms = {"reinforce": rewards(0.0, *[1.2] * 5), "a2c": some}
+    comparison = compared(tmp_path / "cartpole", arms, env="CartPole-v1", seeds=6)
+    assert (comparison.thresholds["reached"] == 0).all(), "CartPole counts as solved at 475"
     comparison = compared(tmp_path / "bandit", arms, env="bandit", seeds=6)
     first, second = comparison.thresholds.to_dict("records")
     assert first["threshold"] == pytest.approx(0.6) and first["chosen"].startswith("half")
@@ -233,25 +242,19 @@ def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
     assert second["median_samples"] == 160, "the first evaluation that reaches it"
 
 
-def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
+def test_tuned_rates_are_chosen_and_an_edge_is_reported(tmp_path):
     """The better the larger the rate, up to the end of the grid."""
     options = {"learning_rate": "tuned", "seeds": 2, "arms": ("reinforce", "a2c")}
-    comparison = None
-    while not hasattr(comparison, "judgement"):
-        comparison = tokenrl.compare(
-            **WALK, **options, output_dir=str(tmp_path), print_commands=True
-        )
-        for line in capsys.readouterr().out.splitlines():
-            words = line.split()
-            settings = json.loads(
-                (tmp_path.parent / words[words.index("--config") + 1]).read_text()
-            )
-            folder = tmp_path.parent / words[words.index("--output-dir") + 1]
-            write_run(folder, **rising(settings["learning_rate"])(settings["seed"]))
-    usual = comparison.plan.problems[0].settings["learning_rate"]
-    for result in (comparison, judge_directory(tmp_path)):
-        assert set(row(result, "a2c")[["learning_rate"]]) == {16 * usual}
-        assert "is the greatest that was tried" in caveats_of(result, "Learning rate")[0]
+    plan = tokenrl.compare(**WALK, **options, output_dir=str(tmp_path), print_commands=True)
+    rows = []
+    while runs := missing(plan, rows):
+        for run in runs:
+            write_run(tmp_path / run.path, **rising(run.learning_rate)(run.seed))
+        rows += read_runs(plan, runs, tmp_path)
+    comparison = judge_directory(tmp_path)
+    usual = plan.problems[0].settings["learning_rate"]
+    assert row(comparison, "a2c")["learning_rate"] == 16 * usual
+    assert "is the greatest that was tried" in caveats_of(comparison, "Learning rate")[0]
 
 
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
