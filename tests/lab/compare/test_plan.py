@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,18 +53,6 @@ def test_an_arm_is_its_preset_with_its_own_axes_and_settings(text, shared, prese
     arm = read_arm(text, shared, TrainArguments)
     assert arm.estimator == Estimator.preset(preset, **axes)
     assert {name: value for name, value in arm.settings.items() if name != "estimator"} == changes
-
-
-def test_every_arm_has_the_same_seeds():
-    planned = plan()
-    runs = planned.runs()
-    seeds = {
-        arm: [r.seed for r in runs if r.arm == arm and r.role == "comparison"]
-        for arm in WALK["arms"]
-    }
-    assert seeds == {arm: [0, 1, 2] for arm in WALK["arms"]}
-    assert len({r.path for r in runs}) == len(runs)
-    assert all({"max_steps": 4, "num_envs": 8}.items() <= r.settings.items() for r in runs)
 
 
 def test_all_arms_have_the_budget_of_the_task_in_samples():
@@ -137,21 +126,15 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
     ("options", "words"),
     [
         ({"arms": ["rloo"]}, "two or more"),
-        ({"arms": ["rloo", "rloo"]}, "the same settings"),
         ({"arms": ["rloo", "baseline=rloo"]}, "the same settings"),
         ({"arms": ["rlo", "grpo"]}, "Did you mean 'rloo'"),
-        ({"arms": ["rloo,scal=none", "grpo"]}, "Did you mean 'scale'"),
-        ({"arms": ["rloo,scale=non", "grpo"]}, "Did you mean 'none'"),
         ({"arms": ["rloo,max_stepz=3", "grpo"]}, "there is no setting 'max_stepz'"),
         ({"arms": ["rloo,grpo", "dapo"]}, "write 'grpo' as NAME=VALUE, .*; spaces separate names"),
         ({"arms": ["", "grpo"]}, "is empty"),
-        ({"arms": ["rloo,seed=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,gamma=2", "grpo"]}, "at most 1"),
-        ({"arms": ["rloo,learning_rate=0", "grpo"]}, "learning_rate was given as"),
         ({"arms": ["rloo,learning_rate=None", "grpo"]}, "learning_rate was given as None"),
         *(({"arms": [x, "grpo"]}, "write '=.*' as NAME=VALUE") for x in ("rloo,=", "={}")),
-        ({"arms": ["rloo,gamma=1,gamma=1", "grpo"]}, "gamma is given twice"),
         ({"arms": ["baseline=rloo,--estimator.baseline=none", "grpo"]}, "baseline is given twice"),
         *(
             ({"arms": [f"rloo,{x}", "grpo"]}, "is not closed, or nothing")
@@ -162,7 +145,6 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ({"learning_rate": ("tuned", 1e-3)}, "tuned alone"),
         ({"learning_rate": ("fast",)}, "or one of fixed, tuned"),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
-        ({"shared": {"max_stepz": 3}}, "There is no setting 'max_stepz'. Did you mean"),
         ({"shared": {"runs": "a"}}, "judged from Python, by tokenrl.lab.judge_scores"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
         ({"task": ("sort_digits",)}, "without these"),
@@ -283,14 +265,11 @@ def test_the_best_rate_of_each_arm_wins_and_fewer_rates_go_on():
     best = dict(zip(TUNED["arms"], (0.05, 0.2), strict=True))
     rows, rates = tuned(peak(best))
     assert rates == best
-    seeds = plan(**TUNED).tuning_seeds
-    assert len({row["path"] for row in rows}) == len(rows) and not set(seeds) & set(
-        plan(**TUNED).seeds
-    )
-    for arm in TUNED["arms"]:
-        assert [
-            sum(row["seed"] == seed for row in rows if row["arm"] == arm) for seed in seeds
-        ] == [5, 3, 2]
+    assert len({row["path"] for row in rows}) == len(rows)
+    planned = plan(**TUNED)
+    assert not set(planned.tuning_seeds) & set(planned.seeds)
+    runs = Counter((row["arm"], row["seed"]) for row in rows)
+    assert [runs[arm, seed] for arm in best for seed in planned.tuning_seeds] == [5, 3, 2] * 2
 
 
 def test_the_runs_of_each_problem_choose_its_rates():
@@ -333,52 +312,51 @@ def parsed(text):
     return parse("compare", COMMANDS["compare"], text.split())
 
 
-def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
+def test_flags_of_the_runs_are_shared_and_the_others_are_its_own():
     args = parsed(
         "--task sort_digits reverse_text --arms rloo grpo,scale=none --seeds 8 --max-steps 50 --lora-r 4 "
         "--estimator.aggregation sequence_mean --no-chat --learning-rate 1e-4 2e-4 --optimizer=sgd"
     )
-    assert args.task == ("sort_digits", "reverse_text") and args.arms == (
-        "rloo",
-        "grpo,scale=none",
-    )
+    assert args.task == ("sort_digits", "reverse_text")
+    assert args.arms == ("rloo", "grpo,scale=none")
     assert args.seeds == 8 and args.learning_rate == (1e-4, 2e-4)
     shared = {"max_steps": 50, "lora_r": 4, "chat": False, "optimizer": "sgd"}
     assert args.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
     control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")
-    assert control.env == ("walk", "CartPole-v1") and control.shared == {
-        "num_envs": 8,
-        "hidden": [16, 16],
-    }
-    (tmp_path / "mine.yaml").write_text(
-        "max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]"
-    )
-    args = parsed(f"--config {tmp_path}/mine.yaml --seeds 9 --max-steps 20")
+    assert control.env == ("walk", "CartPole-v1")
+    assert control.shared == {"num_envs": 8, "hidden": [16, 16]}
+    rewards = ["mine.py:right", "mine.py:short"]
+    assert parsed(f"--reward {' '.join(rewards)}").shared["reward"] == rewards
+
+
+def test_a_file_of_flags_has_shared_settings_too(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]")
+    args = parsed(f"--config {file} --seeds 9 --max-steps 20")
     assert (args.env, args.seeds, args.arms) == (("walk",), 9, ("a2c", "rloo"))
     assert args.shared == {"max_steps": 20, "lr": 0.9}
     with pytest.raises(Refused, match="There is no setting 'lr'"):
         make_plan(args, print)
-    (tmp_path / "mine.yaml").write_text("shared: 3")
+    file.write_text("shared: 3")
     with pytest.raises(Refused, match="shared was given as 3"):
-        parsed(f"--config {tmp_path}/mine.yaml --max-steps 20")
+        parsed(f"--config {file} --max-steps 20")
 
 
-def test_rows_functions_and_objects_are_refused_with_the_names_that_other_processes_need():
-    for name, value in {
-        "task": [{"prompt": "1", "answer": "1"}],
-        "reward": lambda **_: [0.0],
-        "model": (object(), object()),
-        "arms": ("rloo", Estimator()),
-    }.items():
-        with pytest.raises(
-            Refused, match=rf"^{name} was given as .*need names: .* {name}="
-        ) as caught:
-            tokenrl.compare(**{name: value})
-        assert "\n" not in str(caught.value)
-    assert parsed("--reward mine.py:right mine.py:short").shared["reward"] == [
-        "mine.py:right",
-        "mine.py:short",
-    ]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("task", [{"prompt": "1", "answer": "1"}]),
+        ("reward", lambda **_: [0.0]),
+        ("model", (object(), object())),
+        ("arms", ("rloo", Estimator())),
+    ],
+)
+def test_rows_functions_and_objects_are_refused_with_the_names_that_other_processes_need(
+    name, value
+):
+    message = rf"^{name} was given as [^\n]*need names: [^\n]* {name}=[^\n]*$"
+    with pytest.raises(Refused, match=message):
+        tokenrl.compare(**{name: value})
 
 
 def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
@@ -397,12 +375,10 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
     [
         ("--estimator grpo", "as --arms"),
         ("--env walk --agent classic", "as --arms"),
-        ("--max-steps -3", "max_steps was given as -3"),
         ("--check-reference", "An arm is not compared with itself"),
         ("--runs a b", "Runs that exist are judged from Python, by tokenrl.lab.judge_scores"),
     ],
 )
 def test_flags_that_cannot_be_compared_are_refused_with_exit_code_2(text, words, capsys):
     assert main(["compare", *text.split()]) == 2
-    errors = capsys.readouterr().err
-    assert words in errors and "Traceback" not in errors
+    assert words in capsys.readouterr().err

@@ -18,31 +18,33 @@ def run(name, words, monkeypatch):
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
 
 
+RUNS = """problem,arm,seed,role,area
+sort,a,0,comparison,.5
+sort,a,1,comparison,1
+sort,a,1,tuning,9
+length,a,0,comparison,-1
+length,a,1,comparison,0"""
+RANGES = {"sort": [0, 1], "length": [-1, 0]}
+
+
 def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(
     tmp_path, monkeypatch, capsys
 ):
-    rows = ["sort,a,0,comparison,.5", "sort,a,1,comparison,1", "sort,a,1,tuning,9"]
-    rows += ["length,a,0,comparison,-1", "length,a,1,comparison,0"]
-    (tmp_path / "runs.csv").write_text("\n".join(["problem,arm,seed,role,area", *rows]))
-    problems = [
-        {"label": "sort", "reward_range": [0, 1]},
-        {"label": "length", "reward_range": [-1, 0]},
-    ]
+    (tmp_path / "runs.csv").write_text(RUNS)
+    problems = [{"label": name, "reward_range": ends} for name, ends in RANGES.items()]
     (tmp_path / "plan.json").write_text(json.dumps({"plan": {"problems": problems}}))
     monkeypatch.setitem(sys.modules, "rliable", None)
     with pytest.raises(SystemExit, match="pip install rliable"):
         run("overall_scores", [tmp_path], monkeypatch)
-    library = (rliable := MagicMock()).library
+    rliable = MagicMock()
+    library = rliable.library
     library.get_interval_estimates.return_value = {"a": np.zeros(1)}, {"a": np.zeros((2, 1))}
     library.create_performance_profile.return_value = {"a": np.zeros(6)}, None
     monkeypatch.setitem(sys.modules, "rliable", rliable)
     run("overall_scores", [tmp_path], monkeypatch)
     scores = library.get_interval_estimates.call_args.args[0]["a"]
     # by problem in the order of their names, then by seed
-    assert scores.T.tolist() == [
-        [0, 1],
-        [0.5, 1],
-    ]
+    assert scores.T.tolist() == [[0, 1], [0.5, 1]]
     assert "interquartile mean" in capsys.readouterr().out
 
 
