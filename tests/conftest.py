@@ -69,12 +69,12 @@ def handlers():
 @pytest.fixture
 def short_warm_start(tmp_path, monkeypatch):
     """Warm starts of ten steps, in a cache of the test's own."""
-    from tokenrl.language.supervised import warm_start
+    from tokenrl.language.supervised import base
 
-    fit = warm_start.fit
+    fit = base.fit
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10})
+        base, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10})
     )
 
 

@@ -105,19 +105,19 @@ def make_chat_model_and_data(folder: Path) -> None:
 def base(tmp_path_factory):
     """Makes the base that the rungs share, after a tenth of its warm start, and returns its cache."""
     import toy_tasks
-    from tokenrl.language.supervised import warm_start
+    from tokenrl.language.supervised import base
 
     @cache
     def base_cache() -> Path:
-        folder, fit = tmp_path_factory.mktemp("cache"), warm_start.fit
+        folder, fit = tmp_path_factory.mktemp("cache"), base.fit
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TOKENRL_CACHE", str(folder))
             patch.setattr(
-                warm_start,
+                base,
                 "fit",
                 lambda *args, **options: fit(*args, **(options | {"max_steps": 20})),
             )
-            warm_start.warm_started_base(toy_tasks.load("sort_digits"))
+            base.warm_started_base(toy_tasks.load("sort_digits"))
         return folder
 
     return base_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -153,7 +154,9 @@ def left(run: Path) -> dict[str, object]:
     """What a run has left: all that it has computed, without the time that it took."""
     newest = max((run / "checkpoints").iterdir())
     summary = json.loads((run / "summary.json").read_text())
+    warm = run / "warm_start" / "metrics.jsonl"
     return {
+        "warm start": warm.read_bytes() if warm.exists() else b"",
         "metrics": (run / "metrics.jsonl").read_bytes(),
         "weights": {
             path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")
@@ -201,6 +204,8 @@ def check_killed_runs_end_equal(
             file = chance.choice(files)
             moments = [Moment(file, chance.randint(1, calls[file]), rank=rank)]
         again = [*argv, "--output-dir", str(run), "--resume", "auto"]
+        for copy in (nursery.folder / "cache").glob("warm-start-*-*"):
+            shutil.rmtree(copy)  # each run makes its own
         codes = [each["code"] for each in nursery.run_all(again, *moments, processes=processes)]
         killed += -9 in codes
         assert -9 in codes or not any(codes), nursery.said

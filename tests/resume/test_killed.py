@@ -54,6 +54,9 @@ KINDS = {
     ),
     "minibatches": Kind(f"{CONTROL} --env Acrobot-v1 --estimator ppo --max-episode-steps 50", 3),
     "reward model": Kind(f"{JUDGE} --eval-every 5 --save-every 3 --keep best --quiet", 10),
+    "warm start": Kind(
+        f"{TRAIN} --model tiny --warm-start --warm-start-steps 20 --estimator rloo", 4
+    ),
     "demonstrations": Kind(f"{SFT} --quiet"),
     "two processes": Kind(f"{TRAIN} --estimator rloo --micro-batch-size 3 --cpu", processes=2),
     "two processes, ppo": Kind(f"{TRAIN} --estimator ppo --num-iterations 2 --cpu", processes=2),

@@ -45,8 +45,8 @@ from tokenrl.language.rollout.rollout import Rollout as Rollout
 from tokenrl.language.rollout.sampling import Sampling as Sampling
 from tokenrl.language.rollout.vllm import VllmGenerator as VllmGenerator
 from tokenrl.language.supervised.arguments import SftArguments as SftArguments
+from tokenrl.language.supervised.base import warm_started_base as warm_started_base
 from tokenrl.language.supervised.fit import fit as fit
-from tokenrl.language.supervised.warm_start import warm_started_base as warm_started_base
 from tokenrl.language.tasks.sources import read_splits as read_splits
 from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task
 from tokenrl.language.training.arguments import TrainArguments as TrainArguments

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Refused
@@ -47,7 +48,6 @@ class Console:
                 five seconds have passed without any.
         """
         self.every = every
-        self.each = "step"
         self.rich = rich_console(quiet=quiet, file=file)
         self.warnings = list[str]()  # so far, printed or not
 
@@ -199,7 +199,7 @@ class Progress:
         self._evaluation = ""
         self._printed_at = time.monotonic()
         columns = (
-            TextColumn(console.each),
+            TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(20),
             TextColumn("{task.fields[line]}"),
@@ -250,7 +250,7 @@ class Progress:
         is_due = step % console.every == 0 or step in (1, 2, self._total) or evaluated is not None
         if is_due or now > self._printed_at + MAX_SILENCE:
             width = len(str(self._total))
-            console.print(f"{console.each} {step:>{width}}/{self._total}  {line}", soft_wrap=True)
+            console.print(f"step {step:>{width}}/{self._total}  {line}", soft_wrap=True)
             self._printed_at = now
 
 
@@ -368,6 +368,8 @@ def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: 
         summary: how it ended, as in summary.json.
         repeatable: whether a command line can repeat the run; it cannot give objects of a Python program.
     """
+    if Path(args.output_dir).name == "warm_start":  # the training follows
+        return []
     run = shlex.quote(args.output_dir)
     repeat = f"tokenrl {kind} --config {run}"
     if summary["exit_reason"].startswith("SIG"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenrl.runs.files import recover, remove
 
 _FILES = (
     *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl"),
-    *("warm_start.jsonl", "model", "tensorboard", "config.json"),
+    *("warm_start", "model", "tensorboard", "config.json"),
 )
 """What a run writes into its folder; config.json is the last, so that a removal cut short can be repeated."""
 _PARTIAL = tuple(f".{name}.partial" for name in _FILES)
@@ -143,7 +144,7 @@ def _refuse_foreign(run: Path) -> None:
         )
         raise Refused(f"{reason}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
-    names = [name for name in names if name not in (".lock", *_PARTIAL)]
+    names = [name for name in names if name not in (".lock", "warm_start", *_PARTIAL)]
     with contextlib.suppress(Refused):
         if (
             not names
@@ -198,8 +199,8 @@ def in_use(run: Path) -> bool:
     return False
 
 
-def remove_run_files(run: Path) -> None:
-    """Remove what a run has written, and nothing else; a link is removed, never followed.
+def remove_run_files(run: Path, keep: Collection[str] = ()) -> None:
+    """Remove what a run has written but for what `keep` names; a link is removed, never followed.
 
     Raises:
         Refused: a file cannot be removed.
@@ -212,7 +213,8 @@ def remove_run_files(run: Path) -> None:
             with contextlib.suppress(OSError):  # it is not there, or holds files of others
                 (run / name).rmdir()
         for name in (*_PARTIAL, *_FILES):
-            remove(run / name)
+            if name not in keep:
+                remove(run / name)
     except OSError as error:
         raise Refused(
             f"The run in {run} cannot be replaced ({error}); give another directory."

@@ -79,8 +79,8 @@ def _sections(run: RecordedRun) -> Iterator[markup.Section]:
     config = run.config
     yield markup.Section("", list(_outcome(run)))
     yield _evaluations(run)
-    stage = run.path / "warm_start.jsonl"
-    if stage.is_file():
+    stage = run.path / "warm_start" / "metrics.jsonl"
+    if config.get("warm_started") and stage.is_file():
         curve = _curve(read_metrics(stage), "loss", "loss of demonstrations", 2)
         yield _learning(
             "Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)]

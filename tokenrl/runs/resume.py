@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Refused, Silent, Stopped, TokenrlError, describe
+from tokenrl.errors import Lost, Refused, Silent, Stopped, TokenrlError, describe, explain
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, step_of, tables
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
@@ -134,7 +134,47 @@ def _check_checkpoint(path: Path, last_step: int) -> None:
         raise Refused(f"The checkpoint {path} cannot be continued: {rows}.")
 
 
-def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
+@dataclass
+class Claim:
+    """The locked directory of a run, and the checkpoint from which the run continues.
+
+    Attributes:
+        directory: the run directory as it was named or numbered.
+        step: the step of the checkpoint; 0 where there is none.
+        faults: what is wrong with newer checkpoints.
+        lock: the lock of the directory; None in all but the main process, and after `close`.
+    """
+
+    directory: str
+    step: int
+    faults: list[str]
+    lock: RunDirectory | None
+
+    def close(self) -> None:
+        """Release the lock; a second call does nothing."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
+
+def claim(kind: str, args: Any, accelerator: Any = None) -> Claim:
+    """Lock the directory of a run, and find the checkpoint to continue from; all processes call this.
+
+    Args:
+        kind: the command that runs.
+        args: its settings; None as `output_dir` takes the next of the numbered directories.
+        accelerator: accelerate's handle of the processes; None in a run of a single process.
+
+    Raises:
+        Refused: the directory or the checkpoint cannot be used.
+    """
+    claimed = together(accelerator, lambda: _claim(kind, args, main=is_main(accelerator)))
+    lock, faults, *numbers = claimed
+    number, step = all_reduce_max(accelerator, numbers)
+    return Claim(str(args.output_dir or numbered(kind, number)), step, faults, lock)
+
+
+def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
     """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
 
     Returns:
@@ -315,6 +355,20 @@ def together(accelerator: Any, prepare: Callable[[], T]) -> T:
     if by_any:
         raise (Refused if main else Silent)("Another process of this run refuses it, and says why.")
     return result
+
+
+def refuse_before_steps(error: BaseException, accelerator: Any) -> None:
+    """Handle an error that ends a run before its first step.
+
+    Raises:
+        Refused: the error is `Stopped`, or plain words explain it; of a process that is lost only the main
+            one speaks.
+    """
+    stopped = error if isinstance(error, Stopped) else explain(error)
+    if stopped is not None:
+        is_silent = isinstance(stopped, Lost) and not is_main(accelerator)
+        kind = Silent if is_silent else Refused
+        raise kind(f"Before the first step: {stopped}") from error
 
 
 def is_main(accelerator: Any) -> bool:

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain, leave
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, explain, leave
 from tokenrl.runs.checkpoint import Model, Resumable, Saver
 from tokenrl.runs.console import Console, Progress, next_commands
-from tokenrl.runs.directory import numbered, remove_run_files
+from tokenrl.runs.directory import remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, typed_command, versions
@@ -40,11 +40,13 @@ from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import (
+    Claim,
     Provenance,
     check_processes,
     claim,
     cut_back,
     is_main,
+    refuse_before_steps,
     together,
     write_failure,
 )
@@ -77,7 +79,13 @@ class Session:
     origin: Origin
 
     def __init__(
-        self, kind: str, choices: Any, *, every: int = 10, accelerator: Any = None
+        self,
+        kind: str,
+        choices: Any,
+        *,
+        every: int = 10,
+        accelerator: Any = None,
+        claimed: Claim | None = None,
     ) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
@@ -86,6 +94,7 @@ class Session:
             choices: its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines where the output is no terminal.
             accelerator: accelerate's handle of the processes; None in a run of a single process.
+            claimed: the directory, if it has been locked already.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
@@ -99,15 +108,11 @@ class Session:
         self.console = Console(quiet=self._quiet, every=every)
         self.stop = GracefulStop(quiet=self._quiet)
         self._trackers = Trackers(choices, self.console.warn)
-        claimed = together(accelerator, lambda: claim(kind, choices, main=self.main))
-        self._lock, self._skipped, *numbers = (
-            claimed  # skipped: what is wrong with newer checkpoints
-        )
-        number, step = all_reduce_max(accelerator, numbers)
-        self.directory = str(choices.output_dir or numbered(kind, number))
+        self._claim = claimed or claim(kind, choices, accelerator)
+        self.directory = self._claim.directory
         self.output_dir = Path(self.directory).absolute()
-        self.continues = step > 0
-        self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}"
+        self.continues = self._claim.step > 0
+        self._checkpoint = self.output_dir / "checkpoints" / f"step_{self._claim.step:06d}"
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
@@ -124,8 +129,7 @@ class Session:
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
-        if self._lock is not None:
-            self._atexit.callback(self._lock.release)
+        self._atexit.callback(self._claim.close)
         self._atexit.enter_context(without_warnings(self._quiet))
         return self
 
@@ -135,15 +139,12 @@ class Session:
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
-            stopped = error if isinstance(error, Stopped) else None
-            if error is not None and stopped is None:
-                stopped = explain(error)
-            if stopped is not None and self._progress is None:
-                kind = Silent if isinstance(stopped, Lost) and not self.main else Refused
-                raise kind(f"Before the first step: {stopped}") from error
-            if isinstance(error, Refused):
-                stopped = Stopped(str(error))
-            if isinstance(error, USER_CODE_FAILED) and self._progress is not None:
+            if error is not None and self._progress is None:
+                refuse_before_steps(error, self.accelerator)
+            elif isinstance(error, USER_CODE_FAILED):
+                stopped = error if isinstance(error, Stopped) else explain(error)
+                if isinstance(error, Refused):
+                    stopped = Stopped(str(error))
                 failed = self._failed(stopped or error)
                 if stopped is not None:
                     raise failed from error
@@ -199,7 +200,7 @@ class Session:
         self.step = self._recorded = self.saver.restore(self._checkpoint)
         rows = read_metrics(self.output_dir / "metrics.jsonl")
         self.rows = [row for row in rows if row["step"] <= self.step]
-        for fault in self._skipped:
+        for fault in self._claim.faults:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
         if provenance.inexact:
@@ -227,7 +228,8 @@ class Session:
     def _begin(self) -> None:
         """Write config.json and step 0, and open the log and the trackers."""
         if not self.continues:
-            remove_run_files(self.output_dir)
+            stages = ("warm_start",) if "warm_started" in self._config else ()
+            remove_run_files(self.output_dir, keep=stages)
         write_json(self.output_dir / "config.json", self._config)
         if self.continues and (self.ended or self.step >= self.args.max_steps):
             self.console.note("Nothing is left to do: the run had ended.")

@@ -22,9 +22,9 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import Forward
+from tokenrl.language.supervised.base import warm_started_base
 from tokenrl.language.supervised.fit import SupervisedTraining, encode_demonstrations, fit
 from tokenrl.language.supervised.sft import sft
-from tokenrl.language.supervised.warm_start import warm_started_base
 
 ROWS = [
     {"prompt": "the cat", "completion": " sat on the mat"},

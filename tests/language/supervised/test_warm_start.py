@@ -16,8 +16,9 @@ from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rollout import forward
 from tokenrl.language.supervised import warm_start as stage
+from tokenrl.language.supervised.base import warm_started_base
 from tokenrl.language.supervised.fit import SupervisedTraining, fit
-from tokenrl.language.supervised.warm_start import warm_started_base
+from tokenrl.language.training import loop
 from tokenrl.language.training.loop import train
 
 ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
@@ -80,9 +81,9 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
             torch.testing.assert_close(values[0], value, atol=1e-6, rtol=0)
             assert values[0].grad is None  # of the supervised stage, which would take memory
     output = capsys.readouterr().out
-    assert "warm start: 4 updates of all weights on 16 of 2 demonstrations" in output
+    assert "4 updates of all weights x 16 demonstrations" in output
     assert "after 4 updates only 0% of the groups have unequal rewards" in output
-    assert output.index("loading the model") < output.index("warm start 1/4")
+    assert output.index("loading the model") < output.index("step 1/4") < output.index("step 1/1")
     for file in ("config.json", "summary.json"):
         assert (
             json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
@@ -117,53 +118,48 @@ def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_f
     assert run(warm_start=False).warm_started == {}
 
 
-def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
-    def entries():
-        return results(cache)
+def test_the_cache_holds_each_warm_start_once(run, cache, tmp_path, capsys):
+    def entries(**options):
+        runs.append(run(output_dir=str(tmp_path / f"{len(runs)}"), **options))
+        return len(copies(cache))
 
-    first = run(learning_rate=1e-9)
-    assert len(entries()) == 1
+    runs = []
+    assert entries(learning_rate=1e-9) == 1
     capsys.readouterr()
-    second = run(learning_rate=1e-9)
-    assert "warm start, from the cache: 4 updates" in capsys.readouterr().out
-    assert second.warm_started == first.warm_started and len(entries()) == 1
+    assert entries(learning_rate=1e-9) == 1
+    assert "The warm start of 4 updates comes from the cache" in capsys.readouterr().out
+    first, second = runs
+    assert second.warm_started == first.warm_started
     assert torch.equal(weights(second.policy.model), weights(first.policy.model))
-    run(learning_rate=1e-5, prompts_per_step=4)  # the stage does not depend on these
-    assert len(entries()) == 1
-    for number, change in enumerate(({"model": make_policy(seed=1)}, {"rows": ROWS[:1]})):
-        run(**change)
-        assert len(entries()) == number + 2
+    assert entries(learning_rate=1e-5, prompts_per_step=4) == 1  # it does not depend on these
+    assert entries(model=make_policy(seed=1)) == 2
+    assert entries(rows=ROWS[:1]) == 3
 
 
-def results(cache, runs=False):
-    folders = (path.name for path in cache.glob("warm-start-*") if path.is_dir())
-    return {name for name in folders if ("-run-" in name) == runs}
+def copies(cache):
+    return {path.name for path in cache.glob("warm-start-*") if path.is_dir()}
 
 
 def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(
-    run, cache, capsys, monkeypatch
+    run, cache, tmp_path, capsys, monkeypatch
 ):
-    def stages(*seeds):
-        for seed in seeds:
-            run(model=make_policy(seed=seed))
-        return results(cache), results(cache, runs=True)
+    def cached(seed, folder="run"):
+        run(model=make_policy(seed=seed), output_dir=str(tmp_path / folder))
+        return copies(cache)
 
-    (first, _), (two, two_runs) = stages(0), stages(1)
-    assert len(two) == len(two_runs) == 2  # nothing is removed while there is room
+    (used,) = cached(0)
+    (other,) = cached(1) - {used}  # nothing is removed while there is room
     size = sum(file.stat().st_size for file in cache.rglob("warm-start-*/**/*") if file.is_file())
     words = f"the cache, {cache}, has {decimal(size)} of at most 8.0 GB; delete it to empty it"
     assert words in capsys.readouterr().out
-    (used,), (other,) = first, two - first
-    run(model=make_policy())  # from now on it is the newer one
-    weight = sum(file.stat().st_size for file in (cache / used).iterdir())
-    monkeypatch.setattr(stage, "MOST_BYTES", 2.5 * weight)
-    three, three_runs = stages(2)
-    assert used in three and other not in three and len(three) == 2
-    assert len(three_runs) == 1 and not three_runs & two_runs  # the results stay longer
+    assert cached(0, "new") == {used, other}  # from now on the first is the newer one
+    monkeypatch.setattr(stage, "MOST_BYTES", 1.2 * size)
+    three = cached(2)
+    assert used in three and other not in three and len(three) == 1 + 1
     monkeypatch.setattr(stage, "MOST_BYTES", 0)
-    with FileLock(cache / f"{used}.lock"):  # as a run at work holds it
-        four, _ = stages(3)
-    assert used in four and len(four) == 2 and len(stages(4)[0]) == 1
+    with FileLock(cache / f"{used.rpartition('-')[0]}.lock"):  # as a run at work holds it
+        assert used in cached(3)
+    assert len(cached(4)) == 1
 
 
 def flip_last_bit(file):
@@ -187,48 +183,62 @@ def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused
 
 
 @pytest.mark.parametrize("half", quickly([False, True], {False}), ids=["float32", "bfloat16"])
-def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
+def test_a_warm_start_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
     half, run, cache, tmp_path, monkeypatch
 ):
-    """One that was ended, and a longer one after a shorter one; a shorter one starts anew."""
+    """The same command continues one that was ended; a longer one continues a shorter one of the cache."""
     monkeypatch.setattr(forward, "LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half}, raising=False)
-    whole, update, made = run(warm_start_steps=6), SupervisedTraining.learn, []
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "other"))
+    whole = run(warm_start_steps=6, output_dir=str(tmp_path / "whole"))
+    update, steps = SupervisedTraining.learn, []
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "another"))
     dtype = torch.bfloat16 if half else torch.float32
     assert whole.warm_started["loss_after"] < whole.warm_started["loss_before"]
 
     def counted(training):
-        made.append(training.step)
+        steps.append(training.step)
         assert {p.dtype for p in training._forward.model.parameters()} == {dtype}
         assert {p.dtype for p in training.parameters} == {torch.float32}
-        if len(made) == 4:
+        if len(steps) == 4:
             signal.raise_signal(signal.SIGTERM)
         return update(training)
 
     monkeypatch.setattr(SupervisedTraining, "learn", counted)
-    with pytest.raises(
-        Interrupted, match="SIGTERM in the warm start, of which 4 updates are saved"
-    ) as raised:
+    match = "SIGTERM in the warm start, of which 4 updates are saved.*--output-dir .*run continues"
+    with pytest.raises(Interrupted, match=match) as raised:
         run(warm_start_steps=6)
-    assert raised.value.exit_code == 143 and not results(tmp_path / "other")
-    assert run(warm_start_steps=6).warm_started["loss_after"] == whole.warm_started["loss_after"]
-    assert run(warm_start_steps=8).warm_started["updates"] == 8
-    assert made == list(range(8))
+    assert raised.value.exit_code == 143 and not copies(tmp_path / "another")
+    ended = run(warm_start_steps=6, overwrite=False)
+    assert steps == list(range(6)) and ended.warm_started == whole.warm_started
+    for name in ("warm_start/metrics.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert torch.equal(weights(ended.policy.model), weights(whole.policy.model))
+    longer = run(warm_start_steps=8, output_dir=str(tmp_path / "longer"))
+    assert steps == list(range(8)) and longer.warm_started["updates"] == 8
     shorter = run(warm_start_steps=4).warm_started
-    assert (
-        made == [*range(8), *range(4)]
-        and shorter["loss_before"] == whole.warm_started["loss_before"]
-    )
-    ended, other = (load_policy(kept(folder, 6)).model for folder in (cache, tmp_path / "other"))
-    assert torch.equal(weights(ended), weights(other))
+    assert steps == [*range(8), *range(4)]
+    assert shorter["loss_before"] == whole.warm_started["loss_before"]
 
 
-def kept(cache, updates):
-    """The result of so many updates."""
-    facts = {path.parent: json.loads(path.read_text()) for path in cache.glob("*/warm_start.json")}
-    (folder,) = (folder for folder, result in facts.items() if result["updates"] == updates)
-    return folder
+def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_next(
+    run, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run" / "warm_start"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "adapt", lambda *_: signal.raise_signal(signal.SIGINT))
+        run(overwrite=False)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "warm_start"]
+    monkeypatch.setattr(SupervisedTraining, "learn", lambda training: 1 / 0)
+    assert run(overwrite=False).steps == 1
+    (folder / "model" / "model.safetensors").unlink()  # as after a crash: from the last checkpoint
+    assert run().warm_started["updates"] == 4
+    assert run(max_steps=2, resume="auto", overwrite=False, warm_start_steps=4).steps == 2
+    run(warm_start=False)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    with pytest.raises(Refused, match=r"holds no run, but thesis\.tex"):
+        run()
 
 
 def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
@@ -236,7 +246,7 @@ def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
     before, task = weights(policy.model).clone(), {"check": True, "prompts_per_step": 2}
     result = run(model=policy, **task)
     assert (
-        result.exit_code == 0 and torch.equal(weights(policy.model), before) and not results(cache)
+        result.exit_code == 0 and torch.equal(weights(policy.model), before) and not copies(cache)
     )
     output = " ".join(capsys.readouterr().out.split())
     assert "a warm start of 4 updates of" in output and "in all" in output
@@ -254,13 +264,12 @@ def test_what_cannot_be_warm_started_is_refused(run):
         run(model=adapted)
 
 
-def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, cache, tmp_path):
+def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, tmp_path):
     save_policy(make_policy(), tmp_path / "base")
     trained = run(model=str(tmp_path / "base"), lora_r=2).policy
-    (entry,) = (cache / name for name in results(cache))
     folder = tmp_path / "run" / "model" / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(entry.resolve())
+    assert config["base_model_name_or_path"] == str(tmp_path / "run" / "warm_start" / "model")
     merged = weights(load_policy(folder).model)
     assert torch.equal(merged, weights(load_policy(tmp_path / "run").model))
     assert len(trained.trainable_parameters()) > 3

@@ -27,9 +27,8 @@ from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.supervised.base import make_policy
+from tokenrl.language.supervised.base import make_policy, warm_started_base
 from tokenrl.language.supervised.defaults import completion_limit
-from tokenrl.language.supervised.warm_start import warm_started_base
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import check_single_turn, find_task
 from tokenrl.runs.threads import choose_threads, using_threads

@@ -1,18 +1,27 @@
-"""Makes the policy that a training starts from: loaded, tiny, or the base model of a toy task."""
+"""Makes the policy that a training starts from: loaded, tiny, or the base model of a toy task.
+
+The base model of a toy task is a tiny model that has learnt from demonstrations; it is kept in a cache.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
+from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import TINY, LoraArguments, ModelArguments
-from tokenrl.language.policy.loading import device_for
+from tokenrl.language.policy.loading import device_for, find_model
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -21,13 +30,18 @@ from tokenrl.language.policy.model import (
     wrap,
 )
 from tokenrl.language.policy.prompts import fill_form, form_of
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.supervised.fit import check_trainable
-from tokenrl.language.supervised.warm_start import warm_started_base
+from tokenrl.language.supervised.fit import check_trainable, fit
+from tokenrl.runs.files import atomic_directory
+from tokenrl.runs.threads import using_threads
+from tokenrl.settings import check_seed
 
 WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
+
+MADE_BY = 3  # to raise when the weights of a warm start change, or what its checkpoints hold
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
@@ -114,3 +128,96 @@ def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
     policy.model.to(device_for(policy.size))
     check_scoring(policy, gradient=False)
     return policy
+
+
+def warm_started_base(
+    task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Make the tiny model of a toy task, warm-started on its demonstrations, or take it from the cache.
+
+    Args:
+        task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
+        seed: seed of the initial weights and of the order of demonstrations.
+        announce: prints a line for people, since making the model takes some seconds.
+
+    Returns:
+        The directory of model and tokenizer.
+
+    Raises:
+        Refused: the task has no model of its own, the seed has more than 32 bits, or the cache cannot be
+            written.
+    """
+    if getattr(task, "build", None) is None:
+        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or --model tiny for a new one"
+        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
+    check_seed(seed)
+    folder = cache_directory() / f"{task.name}-{cache_key([task.fingerprint, seed])}"
+    with locked_in_cache(folder.name, announce):
+        try:
+            if folder.exists():
+                find_model(folder)
+                return folder
+        except Refused as error:
+            announce(f"the cached model {folder} is damaged, and is made again. {error}")
+        # one thread, for the same weights on every machine
+        with using_threads(1), atomic_directory(folder) as new:
+            policy = wrap(*task.build(seed), source=f"{task.name} base")
+            _learn_demonstrations(policy, task, seed, announce)
+            save_policy(policy, new)
+    return folder
+
+
+def _learn_demonstrations(
+    policy: Policy, task: Any, seed: int, announce: Callable[[str], None]
+) -> None:
+    warm = task.warm_start
+    if warm is None:
+        return
+    rows = task.demonstrations
+    steps = f"{warm.steps} steps; cached for next time"
+    announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
+    fit(
+        policy,
+        rows,
+        max_steps=warm.steps,
+        batch_size=warm.batch_size,
+        learning_rate=warm.learning_rate,
+        seed=seed,
+    )
+
+
+def cache_directory() -> Path:
+    """Return the directory of warm-started models: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
+
+
+def cache_key(ingredients: Any) -> str:
+    """Return 16 hexadecimal digits that stand for all that the weights of a cached model depend on."""
+    text = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def locked_in_cache(name: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a name in the cache during the block; wait where another run holds it.
+
+    Raises:
+        Refused: the cache cannot be written.
+    """
+    folder = cache_directory()
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            warn(f"waiting for another run, which is making {folder / name}")
+            held = lock.acquire()
+    except OSError as error:
+        fault = f"Warm-started models are kept in {folder}, which cannot be written"
+        raise Refused(
+            f"{fault} ({describe(error)}). Set TOKENRL_CACHE to another directory."
+        ) from error
+    with held:
+        yield

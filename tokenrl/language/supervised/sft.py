@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -132,36 +132,49 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             title=title,
             **recorded(task),
         )
-        if not session.continues:
-            session.evaluated(evaluate())
-        for _ in session.steps():
-            with session.update():
-                metrics = training.learn()
-            if session.due(args.eval_every):
-                metrics |= session.evaluated(evaluate())
-            session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
-        return _finish(args, session, training, saved, title, facts)
+        return train_supervised(session, training, saved, evaluate, title, facts)
 
 
-def _finish(
-    args: SftArguments,
+def train_supervised(
     session: Session,
     training: SupervisedTraining,
     saved: SavedModel,
+    evaluate: Callable[[], dict[str, float]],
     title: str,
-    facts: dict[str, Any],
+    facts: Mapping[str, Any],
 ) -> SftResult:
-    """Save the model with its card, write summary and report, and show how the run ended."""
+    """Make the updates that are left, with evaluations; save the model, summary and report.
+
+    Args:
+        session: the run, after `open`.
+        training: makes the updates.
+        saved: the policy that is trained.
+        evaluate: returns the metrics of the policy as it is now.
+        title: title of the model's card.
+        facts: further lines of the card, by name.
+
+    Raises:
+        Stopped: the loss or its gradient became NaN or infinite, or the model could not be written.
+    """
+    args = session.args
+    if not session.continues:
+        session.evaluated(evaluate())
+    for _ in session.steps():
+        with session.update():
+            metrics = training.learn()
+        if session.due(args.eval_every):
+            metrics |= session.evaluated(evaluate())
+        session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
     ended = SftResult(
         **session.outcome(),
         loss_before=training.loss_before,
         loss_after=training.loss_after,
         policy=saved.policy,
     )
-    facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
-    facts["final loss"] = training.loss_after
-    facts["weights"] = ended.weights
-    card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
+    rewards = {k: v for k, v in ended.eval_after.items() if k.startswith("reward")}
+    results: dict[str, Any] = {f"{name} after": value for name, value in rewards.items()}
+    results |= {"final loss": training.loss_after, "weights": ended.weights}
+    card = Card(title, {**facts, **results}, session.origin.in_words(), args.model, ["sft"])
     session.finish(ended, lambda path: saved.hand_over(path, card))
     return ended
 

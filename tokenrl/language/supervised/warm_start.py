@@ -1,66 +1,60 @@
-"""Teaches a model the form of a task's answers before it is rewarded, and keeps the result in a cache.
+"""Teaches a model the form of a task's answers before it is rewarded (`tokenrl train --warm-start`).
 
-A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. The
-tiny models of toy tasks are made by a fixed number of updates on demonstrations. `tokenrl train --warm-start`
-trains all weights of any model, before an adapter is added. That stage has a run directory of its own in the
-cache, with checkpoints: a stage that was interrupted continues, and a longer stage continues a shorter one.
-Its learning rate is constant after the warm-up, so the weights after an update do not depend on its length.
+A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. A warm
+start is a supervised run of all weights, before an adapter is added, in the folder warm_start of the
+training's directory; the training begins with its model. A cache keeps copies of complete warm starts, each
+with the last checkpoint, so a longer warm start continues a shorter one. Its learning rate is constant after
+the warm-up, so the weights after an update do not depend on the number of updates.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
-from tokenrl.errors import Interrupted, Refused, describe
+from tokenrl.configuration import read_config
+from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.evaluation.probe import probe_policy
 from tokenrl.language.policy.loading import find_model
-from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import (
-    fingerprint,
-    read_weights,
-    save_policy,
-    tokenizer_fingerprint,
-)
+from tokenrl.language.policy.saving import fingerprint, read_weights, tokenizer_fingerprint
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.forward import Forward, choose_forward, choose_precision
 from tokenrl.language.rollout.sampling import sampling_of
 from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.base import cache_directory, cache_key, locked_in_cache
 from tokenrl.language.supervised.defaults import default_rate, demonstrations, parameter_count
-from tokenrl.language.supervised.fit import SupervisedTraining, check_trainable, fit
+from tokenrl.language.supervised.fit import SupervisedTraining, check_trainable
+from tokenrl.language.supervised.sft import train_supervised
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import atomic_directory, write_json
+from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.files import MANIFEST, atomic_directory, remove, trial_directory, verify
 from tokenrl.runs.resume import Provenance, find_checkpoint
 from tokenrl.runs.session import Session
 from tokenrl.runs.signals import SIGNALS
-from tokenrl.runs.threads import using_threads
-from tokenrl.settings import check_seed
 
-MADE_BY = 3  # to raise when the weights of a warm start change, or what its checkpoints hold
 BATCH, WARMUP, SAVED = 16, 10, 50
 """Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
 MOST_BYTES = 8 * 10**9
-"""Bytes of the cache that warm starts may fill, but for those of the stage that has just ended."""
+"""Bytes of the cache that warm starts may fill, but for the newest."""
 PROMPTS = 32
-"""Training prompts on which the sampled reward is measured, before the stage and after it."""
+"""Training prompts on which the sampled reward is measured, before the warm start and after it."""
 ENOUGH = 0.5
 """The share of groups with unequal rewards, and of completions with an end, with which auto skips it."""
 
@@ -75,120 +69,12 @@ LEARNT = (
 )
 
 
-def cache_directory() -> Path:
-    """Return the directory of warm-started models: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
-
-
-def _cache_folder(kind: str, ingredients: Any) -> Path:
-    """Return the folder in the cache for what is made from these ingredients; it need not exist yet."""
-    key = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
-    return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-
-def _remove_oldest() -> int:
-    """Remove old warm starts until they fill at most `MOST_BYTES`; return how many bytes they fill then.
-
-    Results come before the runs that made them, which hold the optimiser too and only serve to go on from.
-    The newest of both stays, and so do those of other runs at work, which hold their locks.
-    """
-    total = 0
-    for kind in ("warm-start-", "warm-start-run-"):
-        folders = cache_directory().glob(kind + 16 * "[0-9a-f]")
-        for number, folder in enumerate(sorted(folders, key=os.path.getmtime, reverse=True)):
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            if number and total + size > MOST_BYTES:
-                with suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):
-                    shutil.rmtree(folder)
-                    continue
-            total += size
-    return total
-
-
-def _make_once(
-    directory: Path, make: Callable[[Path], None], warn: Callable[[str], None]
-) -> tuple[Path, bool]:
-    """Return the folder of a model in the cache, made by whoever needs it first.
-
-    Args:
-        directory: the folder.
-        make: fills the empty folder that it is given, if there is none yet or it is damaged.
-        warn: prints a warning.
-
-    Returns:
-        The folder, and whether it was there before.
-
-    Raises:
-        Refused: the cache cannot be written.
-    """
-    lock = FileLock(f"{directory}.lock")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held = lock.acquire(blocking=False)
-        except Timeout:
-            warn(f"waiting for another run, which is making {directory}")
-            held = lock.acquire()
-    except OSError as error:
-        where = f"Warm-started models are kept in {directory.parent}, which cannot be written"
-        raise Refused(
-            f"{where} ({describe(error)}). Set TOKENRL_CACHE to another directory."
-        ) from error
-    with held:
-        if directory.exists():
-            try:
-                find_model(directory)
-                return directory, True
-            except Refused as error:
-                warn(f"the cached model {directory} is damaged, and is made again. {error}")
-        with atomic_directory(directory) as folder:
-            make(folder)
-    return directory, False
-
-
-def warm_started_base(
-    task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
-) -> Path:
-    """Make the tiny model of a toy task, warm-started on its demonstrations, or take it from the cache.
-
-    Args:
-        task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
-        seed: seed of the initial weights and of the order of demonstrations.
-        announce: prints a line for people, since making the model takes some seconds.
-
-    Returns:
-        The directory of model and tokenizer.
-
-    Raises:
-        Refused: the task has no model of its own, or the seed has more than 32 bits.
-    """
-    if getattr(task, "build", None) is None:
-        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or --model tiny for a new one"
-        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
-    check_seed(seed)
-
-    def make(folder: Path) -> None:
-        policy = wrap(*task.build(seed), source=f"{task.name} base")
-        warm = task.warm_start
-        if warm is not None:
-            rows = task.demonstrations
-            steps = f"{warm.steps} steps; cached for next time"
-            announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
-            options = {
-                "batch_size": warm.batch_size,
-                "learning_rate": warm.learning_rate,
-                "seed": seed,
-            }
-            fit(policy, rows, max_steps=warm.steps, **options)
-        save_policy(policy, folder)
-
-    with using_threads(1):  # the same weights for everyone
-        return _make_once(_cache_folder(task.name, [task.fingerprint, seed]), make, announce)[0]
-
-
 class WarmStart:
-    """The supervised stage of a run."""
+    """The warm start of a training.
+
+    Attributes:
+        folder: its run directory.
+    """
 
     def __init__(
         self,
@@ -198,16 +84,18 @@ class WarmStart:
         args: Any,
         console: Console,
         accelerator: Any,
+        folder: Path,
     ) -> None:
         """Prepare; nothing is trained yet.
 
         Args:
             policy: the policy, without an adapter; it is moved to the device and trained in place.
             task: the task, with demonstrations.
-            rewards: the reward functions, by which the stage is judged.
-            args: the settings of the run: how completions are sampled, the seed, the number of updates.
-            console: shows the progress.
+            rewards: the reward functions, by which the warm start is judged.
+            args: the settings of the training, such as how completions are sampled, and the number of updates.
+            console: prints remarks.
             accelerator: accelerate's handle of the device to train on.
+            folder: the run directory.
 
         Raises:
             Refused: there are no demonstrations, or the model cannot be used.
@@ -222,7 +110,8 @@ class WarmStart:
         self.rewards = rewards
         self.args = args
         self.console = console
-        self._prompts = task.train_prompts
+        self.folder = folder
+        self._task = task
         self._rows = demonstrations(task)
         self._accelerator = accelerator
         self._rate = default_rate(parameter_count(policy), supervised=True)
@@ -234,7 +123,7 @@ class WarmStart:
         constants = [BATCH, WARMUP, PROMPTS, ENOUGH]
         training = [args.warm_start, *constants, self._rate, args.seed, *computing]
         # All that the weights depend on, besides the number of updates.
-        self._ingredients = [model, self._rows, rewards.names, sampling, training]
+        self._key = cache_key([model, self._rows, rewards.names, sampling, training])
 
     @cached_property
     def _forward(self) -> Forward:
@@ -243,39 +132,36 @@ class WarmStart:
         return replace(forward, scoring=replace(forward.scoring, share_prompt=False))
 
     @property
-    def folder(self) -> Path:
-        """The folder in the cache that holds the result, as soon as it has been made."""
-        return _cache_folder("warm-start", [self._ingredients, self.args.warm_start_steps])
+    def result(self) -> Path | None:
+        """The folder that holds the complete warm start, in the training's directory or in the cache."""
+        return next(filter(self._is_complete, (self.folder, self._copy)), None)
 
-    def run(self) -> dict[str, Any]:
-        """Train all weights on the demonstrations, or take them from the cache.
+    @property
+    def _copy(self) -> Path:
+        """The folder in the cache that holds a copy of the complete warm start."""
+        return cache_directory() / f"warm-start-{self._key}-{self.args.warm_start_steps}"
 
-        Returns:
-            The facts for config.json and summary.json: `updates`, the loss before and after in nats per
-            token, the mean sampled reward on training prompts and the share of groups with unequal rewards
-            before and after; `in_words`, a sentence; and `kept_in`, the folder in the cache.
+    def run(self) -> None:
+        """Make the warm start in its run directory: all of it, the rest of it, or a copy from the cache.
 
         Raises:
-            Refused: a demonstration cannot be used.
+            Refused: a demonstration cannot be used, or the directory holds something else.
             Stopped: the loss became NaN or infinite, or a reward function failed.
-            Interrupted: a signal ended the stage, after it had been saved.
+            Interrupted: a signal ended the warm start, after it had been saved.
         """
-        directory, cached = _make_once(self.folder, self._make, self.console.warn)
-        if cached:
-            read_weights(self.policy.model, directory)
-        setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
-        facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
-        stage = "warm start, from the cache" if cached else "warm start"
-        self.console.note(f"{stage}: {facts['in_words']}.")
-        with suppress(OSError):  # of a cache that others own, write or empty at the same time
-            os.utime(directory)  # the newest now, as it is used
-            if not cached:
-                size = decimal(_remove_oldest())
+        if self._is_complete(self.folder):
+            return
+        with locked_in_cache(f"warm-start-{self._key}", self.console.warn):
+            if not self._can_continue():
+                self._replace_by_cached()
+            if not self._is_complete(self.folder):
+                self._train()
+                with atomic_directory(self._copy) as copy:
+                    _copy_run(self.folder, copy)
                 self.console.note(
-                    f"the cache, {cache_directory()}, has {size} of at most {decimal(MOST_BYTES)}; delete it "
-                    "to empty it"
+                    f"the cache, {cache_directory()}, has {decimal(_remove_oldest())} of at most "
+                    f"{decimal(MOST_BYTES)}; delete it to empty it"
                 )
-        return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
         """Make three updates with a learning rate of 0; return the seconds of the third."""
@@ -287,112 +173,202 @@ class WarmStart:
         self.policy.model.zero_grad(set_to_none=True)
         return time.perf_counter() - times[2]
 
-    def _training(self, rate: float) -> SupervisedTraining:
-        options: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
-        options |= {"learning_rate": rate, "schedule": "constant", "warmup_steps": WARMUP}
-        options |= {"seed": self.args.seed, "forward": self._forward}
-        return SupervisedTraining(self.policy, self._rows, **options)
+    def _is_complete(self, folder: Path) -> bool:
+        """Return whether a run directory holds this warm start and its undamaged model."""
+        with suppress(Refused, OSError, ValueError):
+            summary = json.loads((folder / "summary.json").read_bytes())
+            steps = summary["steps"] if summary["exit_reason"] == "finished" else None
+            is_whole = summary["exit_reason"] == "skipped" or steps == self.args.warm_start_steps
+            find_model(folder / "model")
+            return is_whole and read_config(folder).get("ingredients") == self._key
+        return False
 
-    def _make(self, folder: Path) -> None:
-        """Continue an earlier stage from its checkpoint or start a new one; write the model into a folder."""
-        args = self.args
-        most = self.args.warm_start_steps
-        run = _cache_folder("warm-start-run", self._ingredients)
-        stage = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
+    def _can_continue(self) -> bool:
+        """Return whether the run directory holds a checkpoint of this warm start or of a shorter one."""
+        with suppress(Refused):  # there is none, or it is damaged
+            path, _ = find_checkpoint(self.folder)
+            is_short = path is not None and step_of(path) <= self.args.warm_start_steps
+            return is_short and read_config(self.folder).get("ingredients") == self._key
+        return False
+
+    def _replace_by_cached(self) -> None:
+        """Put the longest copy in the cache that is short enough in place of what the run directory holds."""
+        RunDirectory(self.folder, overwrite=True).release()  # refuses what no run wrote
+        remove(self.folder)
+        copies = cache_directory().glob(f"warm-start-{self._key}-*")
+        short = [copy for copy in copies if _updates(copy) <= self.args.warm_start_steps]
+        if not short:
+            return
+        copy = max(short, key=_updates)
+        try:
+            verify(copy)
+        except Refused as error:
+            self.console.warn(f"the warm start in the cache is damaged. {error}")
+            return
+        with trial_directory(self.folder) as partial:
+            _copy_run(copy, partial)
+            os.rename(partial, self.folder)
+        os.utime(copy)  # the newest now, as it is used
         self.console.note(
-            f"warm start: {stage}, learning rate {self._rate:g}; kept in {cache_directory()}"
+            f"The warm start of {_updates(copy)} updates comes from the cache, {copy}."
         )
-        # It waits for a stage of another length, where a session would refuse.
-        with FileLock(f"{run}.lock"):
-            going_on = _can_continue(run, most)
-            settings: dict[str, Any] = {"output_dir": str(run), "overwrite": not going_on}
-            settings |= {name: getattr(args, name) for name in ("quiet", "save_minutes", "seed")}
-            settings |= {
-                "resume": "auto" if going_on else None,
-                "save_every": SAVED,
-                "keep_checkpoints": 1,
-            }
-            settings |= {
-                "max_steps": most,
-                "batch_size": BATCH,
-                "learning_rate": self._rate,
-                "eval_every": 0,
-            }
-            facts, code = self._learn(SftArguments(task="demonstrations", **settings))
-            if code:
-                message = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
-                raise Interrupted(f"{message}: the same command goes on from there.", code)
-            save_policy(self.policy, folder)
-            write_json(folder / "warm_start.json", facts)
-            shutil.copy(run / "metrics.jsonl", folder)
 
-    def _learn(self, settings: SftArguments) -> tuple[dict[str, Any], int]:
-        """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
-        training = self._training(self._rate)
-        most = settings.max_steps
+    def _training(self, rate: float) -> SupervisedTraining:
+        return SupervisedTraining(
+            self.policy,
+            self._rows,
+            max_steps=self.args.warm_start_steps,
+            batch_size=BATCH,
+            learning_rate=rate,
+            schedule="constant",
+            warmup_steps=WARMUP,
+            seed=self.args.seed,
+            forward=self._forward,
+        )
+
+    def _train(self) -> None:
+        """Make the updates that are left, as a supervised run, and judge the result."""
         args = self.args
+        settings = SftArguments(
+            task="demonstrations",
+            output_dir=str(self.folder),
+            resume="auto",
+            max_steps=args.warm_start_steps,
+            batch_size=BATCH,
+            learning_rate=self._rate,
+            eval_every=0,
+            seed=args.seed,
+            save_minutes=args.save_minutes,
+            save_every=SAVED,
+            keep_checkpoints=1,
+            quiet=args.quiet,
+        )
+        title = f"{self._task.name}, warm start, seed {args.seed}"
         with Session("sft", settings) as session:
-            session.console.each = "warm start"
-            provenance = Provenance({}, device=self.policy.device.type)
+            header = {
+                "demonstrations": f"{len(self._rows):,}",
+                "training": f"{args.warm_start_steps} updates of all weights x {BATCH} demonstrations",
+                "learning rate": f"{self._rate:g}, constant after {WARMUP} updates",
+                "run": session.directory,
+            }
+            training = self._training(self._rate)
             saved = SavedModel(self.policy)
-            session.open(settings, saved, provenance, {"training": training}, {})
-            if not session.continues:
-                session.evaluated(self._probe())
-            before = session.eval_before
-            if args.warm_start == "auto" and _has_signal(before):
-                session.ended = "skipped"
-            for _ in session.steps():
-                with session.update():
-                    metrics = training.learn()
-                session.record(metrics)
-            session.save()
-            code = session.stop.exit_code
-            after = before
-            if training.step and not code:
-                after = self._probe()
-        # an adapter leaves these weights alone: free them
-        self.policy.model.zero_grad(set_to_none=True)
-        if training.step == most and not _has_signal(after):
-            shares = f"{after['unequal']:.0%} of the groups have unequal rewards"
-            cut = f"{after['truncated']:.0%} of the completions are cut"
-            mend = f"raise warm_start_steps: it goes on from these {most}"
-            self.console.warn(f"after {most} updates only {shares}, and {cut}; {mend}.")
-        facts: dict[str, Any] = {"updates": training.step}
-        for when, probe in (("before", before), ("after", after)):
-            facts |= {f"reward_{when}": probe["reward"], f"spread_{when}": probe["unequal"]}
-            facts[f"loss_{when}"] = getattr(training, f"loss_{when}")
-        sentence = LEARNT if training.step else SKIPPED
-        return facts | {"in_words": sentence.format_map(facts)}, code
+            provenance = Provenance({}, device=self.policy.device.type)
+            session.console.facts(f"warm start: {self._task.name}", header)
+            session.open(
+                settings,
+                saved,
+                provenance,
+                {"training": training},
+                {},
+                title=title,
+                ingredients=self._key,
+            )
+            ended = train_supervised(
+                session, training, saved, lambda: self._evaluate(session), title, {}
+            )
+        self.policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone
+        if ended.exit_code:
+            raise Interrupted(
+                f"{SIGNALS[ended.exit_code]} in the warm start, of which {ended.steps} updates are saved: "
+                f"the same command with --output-dir {self.folder.parent} continues it.",
+                ended.exit_code,
+            )
 
-    def _probe(self) -> dict[str, float]:
-        """Measure the sampled reward, the share of unequal groups and that of completions that are cut."""
-        count = min(PROMPTS, len(self._prompts))
+    def _evaluate(self, session: Session) -> dict[str, float]:
+        """Sample completions of some training prompts; end the run by the rule of auto before its first step.
+
+        Returns:
+            The mean reward, and the shares of groups with equal rewards and of completions that are cut.
+        """
+        prompts = self._task.train_prompts
+        count = min(PROMPTS, len(prompts))
         sampling = sampling_of(self.args)
         sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
-        prompts = [
-            row for _, row in PromptStream(self._prompts, self.args.seed).draw_prompts(count)
-        ]
-        with self.console.status(
-            f"sampling {len(prompts)} x {sampling.num_generations} completions"
-        ):
+        rows = [row for _, row in PromptStream(prompts, self.args.seed).draw_prompts(count)]
+        with session.console.status(f"sampling {count} x {sampling.num_generations} completions"):
             self._forward.copy_weights()
-            probe = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
-        return {
+            probe = probe_policy(self._forward.policy, rows, self.rewards, sampling)
+        metrics = {
             "reward": probe.reward.value,
-            "unequal": probe.unequal,
-            "truncated": probe.truncated.value,
+            "frac_reward_zero_std": 1 - probe.unequal,
+            "completions/clipped_ratio": probe.truncated.value,
         }
+        largest = 1 - ENOUGH
+        equal = metrics["frac_reward_zero_std"]
+        cut = metrics["completions/clipped_ratio"]
+        has_signal = equal <= largest and cut <= largest
+        if session.step and not has_signal:
+            session.console.warn(
+                f"after {session.step} updates only {1 - equal:.0%} of the groups have unequal rewards, and "
+                f"{cut:.0%} of the completions are cut; raise warm_start_steps: it goes on from these updates."
+            )
+        if has_signal and not session.step and self.args.warm_start == "auto":
+            session.ended = "skipped"
+        return metrics
 
 
-def _can_continue(directory: Path, most: int) -> bool:
-    """Return whether a stage of `most` updates can continue from the checkpoint of an earlier stage."""
+def start_from(policy: Policy, folder: Path) -> dict[str, Any]:
+    """Give a policy the weights of a complete warm start.
+
+    Args:
+        policy: the policy from which the warm start began.
+        folder: the run directory of the warm start.
+
+    Returns:
+        The facts for config.json and summary.json: `updates`, the loss before and after in nats per token,
+        the mean sampled reward on training prompts and the share of groups with unequal rewards before and
+        after, and a sentence, `in_words`.
+
+    Raises:
+        Refused: the weights cannot be read.
+    """
+    read_weights(policy.model, folder / "model")
+    setattr(policy.model, "name_or_path", str(folder / "model"))  # noqa: B010  # an adapter names its base
+    summary = json.loads((folder / "summary.json").read_bytes())
+    facts: dict[str, Any] = {"updates": summary["steps"]}
+    for moment in ("before", "after"):
+        metrics = summary[f"eval_{moment}"]
+        facts[f"reward_{moment}"] = metrics["reward"]
+        facts[f"spread_{moment}"] = 1 - metrics["frac_reward_zero_std"]
+        facts[f"loss_{moment}"] = summary[f"loss_{moment}"]
+    sentence = LEARNT if summary["steps"] else SKIPPED
+    numbers = {name: math.nan if value is None else value for name, value in facts.items()}
+    return facts | {"in_words": sentence.format_map(numbers)}
+
+
+def _updates(folder: Path) -> int:
+    """Return the number of updates at the end of the name of a folder in the cache."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def _copy_run(source: Path, target: Path) -> None:
+    """Copy a run directory into an empty folder; files are linked where the disk allows it."""
+    ignored = shutil.ignore_patterns(".lock")
+    shutil.copytree(source, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+    (target / MANIFEST).unlink(missing_ok=True)  # a continuation changes the files
+
+
+def _link(source: str, target: str) -> None:
     try:
-        path, _ = find_checkpoint(directory, "auto")
-    except Refused:  # it is damaged
-        return False
-    return path is None or step_of(path) <= most
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def _has_signal(probe: dict[str, float]) -> bool:
-    """Return whether enough groups have unequal rewards and enough completions end by themselves."""
-    return probe["unequal"] >= ENOUGH and probe["truncated"] <= 1 - ENOUGH
+def _remove_oldest() -> int:
+    """Remove the oldest copies from the cache until they fill at most `MOST_BYTES`; return what they fill then.
+
+    The newest stays, and so does a warm start at which a run is at work.
+    """
+    total = 0
+    folders = [folder for folder in cache_directory().glob("warm-start-*") if folder.is_dir()]
+    for number, folder in enumerate(sorted(folders, key=os.path.getmtime, reverse=True)):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if number and total + size > MOST_BYTES:
+            lock = folder.with_name(f"{folder.name.rpartition('-')[0]}.lock")
+            with suppress(Timeout), FileLock(lock, timeout=0):
+                shutil.rmtree(folder)
+                continue
+        total += size
+    return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, own_process, with_places
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, own_process, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
@@ -23,7 +22,7 @@ from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of, prompt_text
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.base import adapt, load_base
-from tokenrl.language.supervised.warm_start import WarmStart
+from tokenrl.language.supervised.warm_start import WarmStart, start_from
 from tokenrl.language.tasks.records import provenance_of, recorded, remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
@@ -42,9 +41,19 @@ from tokenrl.language.training.settings import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
+from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.processes import all_reduce_max, make_accelerator
-from tokenrl.runs.resume import Provenance, check_processes, resume_settings, together
+from tokenrl.runs.resume import (
+    Claim,
+    Provenance,
+    check_processes,
+    claim,
+    is_main,
+    refuse_before_steps,
+    resume_settings,
+    together,
+)
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -95,8 +104,25 @@ def train(
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
     task, rewards = together(accelerator, partial(_task_of, choices, accelerator))
+    claimed = claim("train", choices, accelerator)
+    with closing(claimed):
+        if choices.warm_start and not (choices.check or claimed.step):
+            _make_warm_start(choices, task, rewards, accelerator, claimed)
+        return _train(choices, task, rewards, accelerator, claimed, callback)
+
+
+def _train(
+    choices: TrainArguments,
+    task: Task,
+    rewards: Rewards,
+    accelerator: Any,
+    claimed: Claim,
+    callback: Callback | None,
+) -> RunResult:
     every = choices.logging_steps if choices.logging_steps > 1 else 10
-    with Session("train", choices, every=every, accelerator=accelerator) as session:
+    with Session(
+        "train", choices, every=every, accelerator=accelerator, claimed=claimed
+    ) as session:
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
@@ -137,6 +163,33 @@ def _task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
     return task, rewards
 
 
+def _make_warm_start(
+    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
+) -> None:
+    """Make the warm start in the main process, as a supervised run in a folder of the run directory."""
+
+    def make() -> None:
+        if not is_main(accelerator):
+            return
+        console = Console(quiet=choices.quiet)
+        with console.status("loading the model"):
+            policy = load_base(choices, task, console.note)
+        args, _ = fill_defaults(choices, task, policy)
+        with using_threads(choose_threads(policy.size, args.threads)[0]):
+            folder = _warm_start_folder(claimed.directory)
+            WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
+
+    try:
+        together(accelerator, make)
+    except USER_CODE_FAILED as error:
+        refuse_before_steps(error, accelerator)
+        raise
+
+
+def _warm_start_folder(directory: str | Path) -> Path:
+    return Path(directory).absolute() / "warm_start"
+
+
 def _prepare(
     choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session
 ) -> tuple[TrainingRun, Provenance]:
@@ -151,14 +204,18 @@ def _prepare(
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy))
-        if args.warm_start:
-            stage = WarmStart(policy, task, rewards, args, console, accelerator)
+        folder = _warm_start_folder(session.directory)
+        if args.warm_start and args.check:
             with using_threads(choose_threads(policy.size, args.threads)[0]):
-                if args.check and not stage.folder.exists():
-                    warm_seconds = stage.try_out()
-                else:
-                    warmed = stage.run()
+                stage = WarmStart(policy, task, rewards, args, console, accelerator, folder)
+                folder = stage.result or folder
+                warm_seconds = 0.0 if stage.result else stage.try_out()
             del stage  # and its copy of the weights
+        if (
+            args.warm_start and folder.exists()
+        ):  # on another machine the main process sends its weights
+            warmed = start_from(policy, folder)
+            console.note(f"warm start: {warmed['in_words']}.")
         adapt(args, policy)
     provenance = provenance_of(
         policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
@@ -250,11 +307,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
         held_out = len(run.task.eval_prompts)
         with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
             _evaluated(run, session)
-    steps = session.steps()
-    if run.warm_started and session.main:
-        rows = Path(run.warm_started["kept_in"], "metrics.jsonl")
-        shutil.copy(rows, session.output_dir / "warm_start.jsonl")
-    return steps
+    return session.steps()
 
 
 def _one_step(run: TrainingRun, step: int) -> Record:
