@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -81,13 +82,16 @@ def evaluate(
     results: dict[str, Evaluation] = {}
     for name in names:
         result = _evaluated(args, name)
-        compared = (
-            paired_differences(results[names[0]].by_prompt, result.by_prompt) if results else {}
-        )
-        results[name] = replace(result, metrics=result.metrics | compared)
+        if results:
+            first = results[names[0]]
+            differences = paired_differences(first.by_prompt, result.by_prompt)
+            result = replace(result, metrics=result.metrics | differences)
+        results[name] = result
     if args.json is not None:
-        numbers: dict[str, Any] = {name: evaluation.metrics for name, evaluation in results.items()}
-        write_json(Path(args.json), numbers if len(names) > 1 else numbers[names[0]])
+        numbers: dict[str, Any] = {name: result.metrics for name, result in results.items()}
+        if len(names) == 1:
+            numbers = numbers[names[0]]
+        write_json(Path(args.json), numbers)
     return results[args.model] if isinstance(args.model, str) else results
 
 
@@ -125,42 +129,52 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
         Refused: as `as_trained` says.
     """
     from_runs = dict[str, Any]()
-    values = vars(args)
-    runs = {model: read_config(run) for model in models if (run := run_of(model)) is not None}
-    for model, config in runs.items():
-        names = {*further, *_names_for(args, config)}
-        settings = {name: config[name] for name in values if name in names & config.keys()}
-        settings = {name: value for name, value in settings.items() if values[name] is None}
-        objects = [settings.get(name) for name in ("reward", "environment")]
-        if config.get("command") == "" and (
-            args.task is None or re.search("<|__main__:", str(objects))
-        ):
-            unnamed = (
-                f"The run of {model} was given objects of a Python program, which have no name here"
-            )
-            words = "say with --task what it was trained on, and with --reward by what"
-            raise Refused(f"{unnamed}: {words}; an environment is --environment.")
-        check_code(settings, str(run_of(model)), config, trusted=args.trust_run)
-        for name in [
-            n for n in settings if n != "seed" and from_runs.get(n, settings[n]) != settings[n]
-        ]:
-            differ = f"differ in {name}, {from_runs[name]} and {settings[name]}"
-            raise Refused(
-                f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}."
-            )
-        from_runs = settings | from_runs
+    runs = list[str]()
+    open_names = [name for name, value in vars(args).items() if value is None]
+    for model in models:
+        run = run_of(model)
+        if run is None:
+            continue
+        runs.append(model)
+        config = read_config(run)
+        names = {*further, *_names_for(args, config)} & config.keys()
+        settings = {name: config[name] for name in open_names if name in names}
+        _check_named(args, model, settings, config)
+        check_code(settings, str(run), config, trusted=args.trust_run)
+        for name, value in settings.items():
+            earlier = from_runs.setdefault(name, value)
+            if earlier != value and name != "seed":
+                flag = name.replace("_", "-")
+                raise Refused(
+                    f"The runs of {', '.join(runs)} differ in {name}, {earlier} and {value}: give --{flag}."
+                )
     usual = vars(TaskArguments()) | {"task": args.environment}
-    filled = arguments(
-        type(args), vars(lay(("default", usual), ("run", from_runs), ("given", values)).values)
-    )
+    layers = ("default", usual), ("run", from_runs), ("given", vars(args))
+    filled = arguments(type(args), vars(lay(*layers).values))
     usual = usual | vars(Distribution()) | {"seed": 0, "truncate_prompts": False}
-    taken = {name: getattr(filled, name) for name in from_runs}
-    taken = {name: value for name, value in taken.items() if value != usual.get(name)}
-    if taken:
-        texts = {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in taken.items()}
-        words = ", ".join(f"{name} {text}" for name, text in texts.items())
-        print(visible(f"tokenrl: as in the run of {', '.join(runs)}: {words}"), file=sys.stderr)
+    texts = []
+    for name in from_runs:
+        value = getattr(filled, name)
+        if value != usual.get(name):
+            words = map(str, value) if isinstance(value, tuple) else [str(value)]
+            texts.append(" ".join([name, *words]))
+    if texts:
+        remark = f"tokenrl: as in the run of {', '.join(runs)}: {', '.join(texts)}"
+        print(visible(remark), file=sys.stderr)
     return filled
+
+
+def _check_named(
+    args: Any, model: str, settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Refuse to take from a run objects of a Python program, which have no name elsewhere."""
+    objects = str([settings.get(name) for name in ("reward", "environment")])
+    has_objects = args.task is None or re.search("<|__main__:", objects)
+    if config.get("command") == "" and has_objects:
+        raise Refused(
+            f"The run of {model} was given objects of a Python program, which have no name here: say with "
+            "--task what it was trained on, and with --reward by what; an environment is --environment."
+        )
 
 
 def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
@@ -172,17 +186,16 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     task = args.task
     recorded = str(config.get("task"))
     names = {"max_completion_length", "truncate_prompts"}
-    name = (
-        task
-        if isinstance(task, str)
-        else getattr(task, "name", getattr(task, "__name__", IN_MEMORY))
-    )
+    name = task
+    if not isinstance(task, str):
+        name = getattr(task, "name", getattr(task, "__name__", IN_MEMORY))
     in_memory = name is IN_MEMORY and recorded.startswith(IN_MEMORY)
     if not (task is None or in_memory or str(name) == recorded):
         return names - {"max_completion_length"} if limit_of(task) else names
     names |= {*field_types(TaskArguments)}
-    weighed = args.reward is None or plain(args.reward) == config.get("reward")
-    return names if weighed else names - {"reward_weights"}
+    if args.reward is not None and plain(args.reward) != config.get("reward"):
+        names.remove("reward_weights")
+    return names
 
 
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
@@ -206,7 +219,9 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     for warning in special_texts(policy.tokenizer, task.eval_prompts):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
-        k = args.k or ((1, generations) if generations else ())
+        k = args.k
+        if generations and not k:
+            k = (1, generations)
         evaluation = evaluate_policy(
             policy, task.eval_prompts, rewards, sampling, k=k, reference=reference
         )
@@ -232,35 +247,37 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
 
 
 def paired_differences(
-    first: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
     """Compare two policies that were evaluated on the same prompts, prompt by prompt.
 
-    The standard error is that of the mean of the prompts' differences. It is smaller than that of two
-    separate evaluations, because what makes a prompt hard is the same for both (Miller 2024, arXiv
-    2411.00640). It is about these two sets of weights, and not about trainings with other seeds.
+    The standard error belongs to the mean of the prompts' differences. It is smaller than the error of two
+    separate evaluations, because a prompt is about as hard for both (Miller 2024, arXiv 2411.00640). It
+    describes these two sets of weights; trainings with other seeds differ more.
 
     Args:
-        first: `Evaluation.by_prompt` of one policy.
-        other: that of the other.
+        first: `Evaluation.by_prompt` of the first policy.
+        second: `Evaluation.by_prompt` of the second policy.
 
     Returns:
-        For each name that both have, `difference/NAME`, other minus first, and `difference/NAME_stderr`.
+        For each name that both have, `difference/NAME`, second minus first, and `difference/NAME_stderr`.
         Prompts at which either has no value are left out.
     """
-    differences: dict[str, float] = {}
-    for name in [name for name in other if name in first]:
-        mean, error = over_prompts([b - a for a, b in zip(first[name], other[name], strict=True)])
-        differences |= {f"{DIFFERENCE}{name}": mean, f"{DIFFERENCE}{name}_stderr": error}
-    return {name: value for name, value in differences.items() if not math.isnan(value)}
+    metrics: dict[str, float] = {}
+    for name in [name for name in second if name in first]:
+        pairs = zip(first[name], second[name], strict=True)
+        mean, error = over_prompts([b - a for a, b in pairs])
+        metrics[f"{DIFFERENCE}{name}"] = mean
+        metrics[f"{DIFFERENCE}{name}_stderr"] = error
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def print_evaluation(args: EvaluateArguments) -> int:
     """Evaluate one or several models and print the table."""
     args = as_trained(args)
-    evaluations = evaluate(args)
-    several = evaluations if isinstance(evaluations, dict) else {str(args.model): evaluations}
-    models = {name: evaluation.metrics for name, evaluation in several.items()}
+    result = evaluate(args)
+    evaluations = result if isinstance(result, dict) else {str(args.model): result}
+    models = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     rich_console().print(evaluation_table(models, f"held-out prompts of {args.task}"))
     return 0
 
@@ -274,18 +291,18 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
     """
     first, *compared = models
     title = f"{prompts} (± standard error)"
-    title = f"{title}; difference/ is minus {first}, by prompt" if compared else f"{first}: {title}"
-    table = rich_table(title, ("",), [*models] if compared else ["value"], overflow="fold")
-    if not compared:
+    if compared:
+        title = f"{title}; difference/ is minus {first}, by prompt"
+        table = rich_table(title, ("",), [*models], overflow="fold")
+    else:
+        table = rich_table(f"{first}: {title}", ("",), ["value"], overflow="fold")
         table.add_column("")
-    names = dict.fromkeys(name for metrics in models.values() for name in metrics)
-    for name in sorted(names, key=lambda name: metric_of(name).row):
+    names = {*chain.from_iterable(models.values())}
+    for name in sorted(names, key=lambda name: (metric_of(name).row, name)):
         if name.endswith("_stderr"):
             continue
-        cells = [
-            measured(metrics.get(name), metrics.get(name + "_stderr"))
-            for metrics in models.values()
-        ]
+        error = f"{name}_stderr"
+        cells = [measured(metrics.get(name), metrics.get(error)) for metrics in models.values()]
         if not compared:
             cells.append(metric_of(name).caption)
         table.add_row(name, *cells)

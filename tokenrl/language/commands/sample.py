@@ -94,9 +94,12 @@ class Sampler:
         text = self.asked(text)
         if fault := fault_of_prompt(text):
             raise Refused(f"It cannot be completed, since {fault}.")
-        like = next((row["prompt"] for row in self.rows.values()), [] if policy.form.chat else "")
-        alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
-        row = self.rows.get(text, {"prompt": alone})
+        is_chat = policy.form.chat
+        for row in self.rows.values():
+            is_chat = not isinstance(row["prompt"], str)
+            break
+        prompt = [{"role": "user", "content": text}] if is_chat else text
+        row = self.rows.get(text, {"prompt": prompt})
         for warning in special_texts(policy.tokenizer, [row]):
             self._say("special", visible(warning))
         room = self._length
@@ -130,13 +133,12 @@ class Sampler:
 
     def target(self, text: str) -> str:
         """Return what the row of a prompt of the task holds beside it, such as the answer."""
-        columns = {str(value): name for name, value in reversed(self.rows.get(text, {}).items())}
-        beside = [
-            (name, value) for value, name in columns.items() if name not in ("prompt", "messages")
-        ]
-        return ", ".join(
-            f"{name} {value}" for name, value in reversed(beside) if value not in (text, "None")
-        )
+        texts: dict[str, str] = {}  # the first column of each text
+        for name, value in self.rows.get(text, {}).items():
+            if name not in ("prompt", "messages") and value is not None:
+                texts.setdefault(str(value), name)
+        texts.pop(text, None)
+        return ", ".join(f"{name} {value}" for value, name in texts.items())
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""

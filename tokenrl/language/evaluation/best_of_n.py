@@ -75,11 +75,13 @@ def pool_rewards(
     rewards = []
     for row, texts in zip(rows, pool, strict=True):
         distinct = list(dict.fromkeys(texts))
-        columns = {name: [value] * len(distinct) for name, value in row.items() if name != "prompt"}
-        columns |= {"prompts": [row["prompt"]] * len(distinct), "completions": distinct}
+        columns = {name: [value] * len(distinct) for name, value in row.items()}
+        columns["prompts"] = columns.pop("prompt")
+        columns["completions"] = distinct
         values = reward(**copied(columns))
         value_of = dict(zip(distinct, values, strict=True))
-        rewards.append(np.array([value_of[text] for text in texts], dtype=np.float64))
+        values_of_texts = [value_of[text] for text in texts]
+        rewards.append(np.array(values_of_texts, dtype=np.float64))
     return rewards
 
 
@@ -113,30 +115,38 @@ def best_of_n_metrics(
         Stopped: a reward function failed.
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
-    pools: list[
-        tuple[np.ndarray, np.ndarray]
-    ] = []  # for each prompt, both rewards of its completions
+    size = sampling.num_generations
+    chosen_by = list[
+        np.ndarray
+    ]()  # the rewards of each prompt's completions that decide the choice
+    measured_by = list[np.ndarray]()
     for batch in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
-        # an environment's
-        own = batch.by_function[:, -1:].nan_to_num() * at_last_action(batch.mask.cpu())
-        played = batch if batch.messages is None else replace(batch, turn_rewards=own)
-        measured = reward_rows(policy, gold, played, step=sampling.step)
-        rewarded = (batch.valid & measured.valid).numpy().reshape(-1, sampling.num_generations)
-        proxies, golds = (
-            rows.rewards.numpy().reshape(rewarded.shape) for rows in (batch, measured)
-        )
-        pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, rewarded, strict=True)]
+        played = batch
+        if batch.messages is not None:  # the rewards of the environment count for both
+            last = at_last_action(batch.mask.cpu())
+            of_environment = batch.by_function[:, -1:].nan_to_num()
+            played = replace(batch, turn_rewards=of_environment * last)
+        gold_batch = reward_rows(policy, gold, played, step=sampling.step)
+        is_rewarded = (batch.valid & gold_batch.valid).view(-1, size)
+        proxies = batch.rewards.view(-1, size)
+        golds = gold_batch.rewards.view(-1, size)
+        for i, columns in enumerate(is_rewarded):
+            chosen_by.append(proxies[i, columns].numpy())
+            measured_by.append(golds[i, columns].numpy())
     metrics = dict[str, float]()
-    most = sampling.num_generations
-    for n in sorted({*(2**k for k in range(most.bit_length())), most}):
-        weighted = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
-        for name, values in (
-            ("best_of_n", [float(w @ g) for w, _, g in weighted]),
-            ("best_of_n_proxy", [float(w @ p) for w, p, _ in weighted]),
-            ("best_of_n_kl", [best_of_n_kl(p, n) for _, p, _ in weighted]),
-        ):
-            estimate = over_prompts(values)
-            metrics |= {f"{name}@{n}": estimate.value, f"{name}@{n}_stderr": estimate.stderr}
+    powers = [2**k for k in range(size.bit_length())]
+    for n in sorted({*powers, size}):
+        pools = [pool for pool in zip(chosen_by, measured_by, strict=True) if len(pool[0]) >= n]
+        weights = [choice_weights(proxy, n) for proxy, _ in pools]
+        values = {
+            "best_of_n": [float(w @ pool[1]) for w, pool in zip(weights, pools, strict=True)],
+            "best_of_n_proxy": [float(w @ pool[0]) for w, pool in zip(weights, pools, strict=True)],
+            "best_of_n_kl": [best_of_n_kl(proxy, n) for proxy, _ in pools],
+        }
+        for name, numbers in values.items():
+            estimate = over_prompts(numbers)
+            metrics[f"{name}@{n}"] = estimate.value
+            metrics[f"{name}@{n}_stderr"] = estimate.stderr
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
@@ -165,7 +175,8 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
         )
     _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     below = np.cumsum(counts)  # number of samples with this reward or a lower one
-    all_below = [math.comb(int(m), n) / math.comb(size, n) for m in below]
+    subsets = math.comb(size, n)
+    all_below = [math.comb(m, n) / subsets for m in below.tolist()]
     chance = np.diff(all_below, prepend=0.0)  # probability that this reward is the highest of n
     return np.asarray((chance / counts)[level.reshape(-1)])
 
@@ -187,8 +198,9 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
     share = counts / counts.sum()
     below = np.minimum(np.cumsum(share), 1.0)
     chosen = np.diff(below**n, prepend=0.0)
-    some = chosen > 0
-    return float((chosen[some] * np.log(chosen[some] / share[some])).sum())
+    positive = chosen > 0
+    chosen = chosen[positive]
+    return float((chosen * np.log(chosen / share[positive])).sum())
 
 
 def kl_bound(n: int) -> float:

@@ -142,9 +142,10 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
     """
     sizes = tuple(sorted(set(k)))
     if sizes and not (sizes[0] >= 1 and sizes[-1] <= num_generations):
-        pair = f"k={' '.join(map(str, sizes))} with num_generations={num_generations}"
+        listed = " ".join(map(str, sizes))
         raise Refused(
-            f"{pair}: the best of k needs k samples. Give k from 1 to {num_generations}, or more."
+            f"k={listed} with num_generations={num_generations}: the best of k needs k samples. Give k from 1 "
+            f"to {num_generations}, or more samples."
         )
     return sizes
 
@@ -180,14 +181,16 @@ def _by_prompt(
     rewarded = known_rewards(rows, size)
     mark = rewards.pass_threshold
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    each = {"reward": [float(total.mean()) if len(total) else math.nan for total in rewarded]}
+    each = {"reward": [over_prompts(total).value for total in rewarded]}
     for subset in k:
         if not rewards.binary:
             each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
         if mark is not None:
-            each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
-    for name in [name for name in ("kl", "kl_k3") if name in rows[0]]:
-        each[name] = [fmean(row[name] for row in group) for group in groups]
+            passed = [total >= mark for total in rewarded]
+            each[f"pass@{subset}"] = [best_of(total, subset) for total in passed]
+    for name in ("kl", "kl_k3"):
+        if name in rows[0]:
+            each[name] = [fmean(row[name] for row in group) for group in groups]
     return each
 
 
@@ -209,17 +212,18 @@ def _metrics(
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
         metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
-    metrics["entropy"] = sum(row["entropy"] for row in rows) / max(
-        1, sum(row["length"] for row in rows)
-    )
+    tokens = sum(row["length"] for row in rows)
+    entropy = sum(row["entropy"] for row in rows)
+    metrics["entropy"] = entropy / max(1, tokens)
     if "ending" in rows[0]:
         metrics["episodes/turns"] = mean("turns")
-    for ending in dict.fromkeys(row["ending"] for row in rows if "ending" in row):
-        metrics[f"episodes/{ending}"] = fmean(row["ending"] == ending for row in rows)
-    rewarded = ("reward", "reward_greedy")
-    return {
-        name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)
-    }
+        endings = [row["ending"] for row in rows]
+        for ending in dict.fromkeys(endings):
+            metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
+    for name in [name for name, value in metrics.items() if math.isnan(value)]:
+        if name not in ("reward", "reward_greedy"):
+            del metrics[name]
+    return metrics
 
 
 class Estimate(NamedTuple):
@@ -229,7 +233,7 @@ class Estimate(NamedTuple):
     stderr: float
 
 
-def over_prompts(values: Sequence[float]) -> Estimate:
+def over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
     """Return the mean over prompts of one value per prompt, and its standard error `sd / sqrt(B)`.
 
     Both are nan without a value, and the error also with a single one.
@@ -237,11 +241,16 @@ def over_prompts(values: Sequence[float]) -> Estimate:
     Args:
         values: one number for each of B prompts; nan values are left out.
     """
-    numbers = np.array([value for value in values if not math.isnan(value)])
-    if not len(numbers):
-        return Estimate(math.nan, math.nan)
-    error = numbers.std(ddof=1) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
-    return Estimate(float(numbers.mean()), float(error))
+    numbers = np.array(values, dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    size = len(numbers)
+    mean = math.nan
+    error = math.nan
+    if size:
+        mean = float(numbers.mean())
+    if size > 1:
+        error = float(numbers.std(ddof=1)) / math.sqrt(size)
+    return Estimate(mean, error)
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
@@ -259,7 +268,8 @@ def best_of(rewards: np.ndarray, k: int) -> float:
     n = len(rewards)
     if n < k:
         return math.nan
-    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
+    subsets = math.comb(n, k)
+    shares = [math.comb(i, k - 1) / subsets for i in range(n)]
     return float(np.sort(rewards) @ np.array(shares))
 
 
@@ -273,10 +283,12 @@ def all_equal(rewards: np.ndarray, k: int) -> float:
         rewards: rewards of the samples [n].
         k: size of the subsets.
     """
-    if len(rewards) < k:
+    n = len(rewards)
+    if n < k:
         return math.nan
     _, counts = np.unique(rewards, return_counts=True)
-    return sum(math.comb(int(count), k) for count in counts) / math.comb(len(rewards), k)
+    equal = sum(math.comb(count, k) for count in counts.tolist())
+    return equal / math.comb(n, k)
 
 
 def sampled_rows(
@@ -326,9 +338,8 @@ def sampled_rows(
             scores = score_in_parts(reference.model, batch, reference_scoring, **whole)
             kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
-        rows += [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
+        for row in zip(*columns.values(), strict=True):
+            rows.append(dict(zip(columns, row, strict=True)))
     return rows
 
 
@@ -336,12 +347,21 @@ def transcript(
     prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None
 ) -> str:
     """Return an episode as text for people: what each role wrote, and how it ended."""
-    turns = [("prompt", prompt), *((turn["role"], message_text(turn)) for turn in messages)]
-    turns.append(("ending", f"{ending}. {failure}" if failure else ending))
-    return "\n".join(f"{role:<11}{text}".replace("\n", "\n" + " " * 11) for role, text in turns)
+    turns = [("prompt", prompt)]
+    for message in messages:
+        turns.append((message["role"], message_text(message)))
+    if failure:
+        ending = f"{ending}. {failure}"
+    turns.append(("ending", ending))
+    indent = 11 * " "
+    blocks = []
+    for role, text in turns:
+        blocks.append(f"{role:<11}{text}".replace("\n", f"\n{indent}"))
+    return "\n".join(blocks)
 
 
 def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:
     """Return the rewards of each prompt's `size` completions, without those that are NaN."""
-    totals = np.array([row["reward"] for row in rows], dtype=np.float64).reshape(-1, size)
-    return [row[~np.isnan(row)] for row in totals]
+    totals = np.array([row["reward"] for row in rows], dtype=np.float64)
+    groups = totals.reshape(-1, size)
+    return [group[~np.isnan(group)] for group in groups]
