@@ -112,18 +112,18 @@ def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, pr
         chat_policy(template, **form).encode(prompt)
 
 
-@pytest.mark.parametrize("given", ["{quick: 1}", "[1]", "3", {"quick": {1}}, 5, ""])
-def test_template_variables_are_a_json_object(given):
+@pytest.mark.parametrize("value", ["{quick: 1}", "[1]", "3", {"quick": {1}}, 5, ""])
+def test_template_variables_are_a_json_object(value):
     with pytest.raises(
         Refused, match=r"chat_template_kwargs was given as .*must be an object in JSON"
     ):
-        PromptArguments(chat_template_kwargs=given)
+        PromptArguments(chat_template_kwargs=value)
 
 
-@pytest.mark.parametrize("given", ["", "a\\n", r"\n\nQ:", r"\t"])
-def test_a_stop_string_that_would_never_be_met_is_refused(given):
+@pytest.mark.parametrize("text", ["", "a\\n", r"\n\nQ:", r"\t"])
+def test_a_stop_string_that_would_never_be_met_is_refused(text):
     with pytest.raises(Refused, match=r"stop holds .* a shell makes a line break of \$'"):
-        PromptArguments(stop=("Q:", given))
+        PromptArguments(stop=("Q:", text))
     assert PromptArguments(stop=r"\neq").stop == (r"\neq",)  # a command of LaTeX
 
 

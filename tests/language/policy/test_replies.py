@@ -44,18 +44,17 @@ def policy_with(template):
     [
         (USER, (), " u the cat<eos> a "),
         (RESULT, [count], " u ten<eos> a "),
-        (RESULT * 2, [count], None),
+        (RESULT * 2, [count], " u ten<eos> u ten<eos> a "),
     ],
 )
 def test_a_reply_is_what_the_template_writes_between_two_turns(messages, tools, text, ended, end):
     policy = policy_with(TURNS)
-    text = text or " u ten<eos> u ten<eos> a "
-    ids = policy.reply_ids(messages, ended=ended, chat=True, tools=tools)
-    assert policy.tokenizer.decode(ids) == end + text
-    turn = policy.tokenizer("sat" + "<eos>" * ended, add_special_tokens=False).input_ids
-    talk = [*USER, {"role": "assistant", "content": "sat"}, *messages]
     decode = policy.tokenizer.decode
-    assert decode(policy.encode(talk, tools)) == decode(policy.encode(USER, tools) + turn + ids)
+    ids = policy.reply_ids(messages, ended=ended, chat=True, tools=tools)
+    assert decode(ids) == end + text
+    talk = [*USER, {"role": "assistant", "content": "sat"}, *messages]
+    turns = f"{decode(policy.encode(USER, tools))}sat<eos>{text}"
+    assert decode(policy.encode(talk, tools)) == turns
 
 
 def test_a_reply_to_a_policy_of_text_is_the_text_alone():
@@ -101,54 +100,49 @@ def test_tools_are_shown_by_the_template_or_refused():
         policy_with(TEMPLATE).encode(USER, [count])
 
 
-@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
-def test_of_named_templates_the_one_for_tools_shows_tools(names):
-    policy = policy_with(dict(zip(names, (TEMPLATE, TURNS), strict=True)))
-    assert (
-        policy.tokenizer.decode(policy.encode(USER, [count]))
-        == "tools count<eos> u the cat<eos> a "
-    )
-    if "default" in names:
-        assert policy.encode(USER) == policy_with(TEMPLATE).encode(USER)
-        assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
-        return
-    with pytest.raises(
-        Refused, match=r"multiple chat templates.*\['rag', 'tool_use'\].*set tokenizer"
-    ):
-        policy.encode(USER)
+def test_of_named_templates_the_one_for_tools_shows_tools():
+    policy = policy_with({"default": TEMPLATE, "tool_use": TURNS})
+    written = policy.tokenizer.decode(policy.encode(USER, [count]))
+    assert written == "tools count<eos> u the cat<eos> a "
+    assert policy.encode(USER) == policy_with(TEMPLATE).encode(USER)
+    assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
+    words = r"multiple chat templates.*\['rag', 'tool_use'\].*set tokenizer"
+    with pytest.raises(Refused, match=words):
+        policy_with({"rag": TEMPLATE, "tool_use": TURNS}).encode(USER)
 
 
 QWEN = CALLS | {"start_anchor": "a "}
 
 
+CALL = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
+MALFORMED = [
+    CALL.replace("}}", "}"),
+    CALL.replace('{"number": 3}', "[]"),
+    CALL.replace('"count"', "3"),
+]
+
+
 @pytest.mark.parametrize("template", [None, QWEN])
 def test_calls_are_read_and_malformed_ones_are_named(template, monkeypatch):
-    policy = policy_with(TURNS)
-    tokenizer = policy.tokenizer
+    tokenizer = policy_with(TURNS).tokenizer
     monkeypatch.setattr(tokenizer, "response_template", template, raising=False)
     # the tiny one lacks braces
     monkeypatch.setattr(tokenizer, "decode", lambda ids: "".join(map(chr, ids)))
 
     def read(text, tools=(count,)):
-        return assistant_message(
-            tokenizer, list(map(ord, text)), list(map(ord, "u cat a ")), text, tools
-        )
+        ids = [ord(character) for character in text]
+        return assistant_message(tokenizer, ids, list(map(ord, "u cat a ")), text, tools)
 
-    call = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
-    message = read("sat" + call + call)
+    message = read("sat" + CALL + CALL)
     assert (message["role"], message["content"]) == ("assistant", "sat")
-    functions = [one["function"] for one in message["tool_calls"]]
+    functions = [call["function"] for call in message["tool_calls"]]
     assert functions == [{"name": "count", "arguments": {"number": 3}}] * 2
     assert read("sat") == {"role": "assistant", "content": "sat"}
-    assert read(call, ()) == {"role": "assistant", "content": call}
-    for wrong in (
-        call.replace("}}", "}"),
-        call.replace('"number": 3', ""),
-        call.replace('"count"', "3"),
-    ):
-        malformed = wrong.replace("{}", "[]")
-        assert read(malformed)["malformed"] and read(malformed)["content"] == malformed
-        assert "tool_calls" not in read(malformed)
+    assert read(CALL, ()) == {"role": "assistant", "content": CALL}
+    for text in MALFORMED:
+        message = read(text)
+        assert message["malformed"] and message["content"] == text
+        assert "tool_calls" not in message
 
 
 def test_a_model_of_which_nothing_says_how_it_calls_tools_is_refused():

@@ -188,32 +188,32 @@ def _written(policy, folder):
 
 @pytest.mark.parametrize("case", ["changed", "merged", "memory"])
 def test_an_adapter_is_never_put_on_another_base_than_its_own(base, case, tmp_path):
-    where, policy = base
+    folder, policy = base
+    words = "their weights differ"
     if case == "merged":
         policy = adapted(load_policy(_written(policy, tmp_path / "first")))
     elif case == "memory":
         policy = adapted(make_policy())
-    folder = _written(policy, tmp_path / "checkpoint")
+        words = "does not name the base"
+    adapter = _written(policy, tmp_path / "checkpoint")
     if case == "changed":
-        save_policy(make_policy(seed=1), where)
-    words = "does not name the base" if case == "memory" else "their weights differ"
-    with pytest.raises(Refused, match=words):
-        load_policy(folder)
-    with pytest.raises(Refused, match=words):
-        load_policy(folder, merge_adapter=False)
+        save_policy(make_policy(seed=1), folder)
+    for merge in (True, False):
+        with pytest.raises(Refused, match=words):
+            load_policy(adapter, merge_adapter=merge)
     if case == "changed":  # in another precision the bytes differ anyway
-        assert load_policy(folder, dtype="bfloat16").trainable_parameters()
+        assert load_policy(adapter, dtype="bfloat16").trainable_parameters()
 
 
 def test_saving_an_adapter_never_asks_the_hub(base, tmp_path, monkeypatch):
     import peft.utils.save_and_load as of_peft
 
-    asked = []
-    monkeypatch.setattr(of_peft, "check_file_exists_on_hf_hub", lambda *found: asked.append(found))
-    where, policy = base
-    shutil.rmtree(where)
-    folder = _written(policy, tmp_path / "checkpoint")
-    assert not asked and (folder / "adapter_model.safetensors").is_file()
+    requests = []
+    monkeypatch.setattr(of_peft, "check_file_exists_on_hf_hub", lambda *name: requests.append(name))
+    folder, policy = base
+    shutil.rmtree(folder)
+    adapter = _written(policy, tmp_path / "checkpoint")
+    assert not requests and (adapter / "adapter_model.safetensors").is_file()
 
 
 # ---- fingerprints ----
