@@ -8,8 +8,6 @@ runs, the waits of one step by their lines, and the error of a run that failed, 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 import traceback
@@ -22,7 +20,6 @@ import pretended
 import torch
 
 import tokenrl
-from tokenrl.lab import measure_gradients
 from tokenrl.language.policy import loading
 
 PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
@@ -45,7 +42,7 @@ def preset(name: str, **changes: Any) -> Any:
 RUNS: dict[str, dict[str, Any]] = {
     "padded": {
         "task": PADDED,
-        "max_completion_length": 16,
+        "max_completion_length": 9,
         "prompts_per_step": 3,
         "eval_size": 2,
         "eval_generations": 0,
@@ -95,6 +92,11 @@ COMMON = {
 }
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     """Train; return the rows of metrics and the waits of the last step but one."""
     marks: list[dict[str, int]] = []
@@ -105,33 +107,34 @@ def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     rows = []
     waits: dict[str, int] = {}
     if not options.get("check"):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = rows_of(folder)
     if len(marks) >= 3:
         waits = {line: n - marks[-3].get(line, 0) for line, n in marks[-2].items()}
     return {"rows": rows, "waits": {line: n for line, n in waits.items() if n}}
 
 
-def continued(folder: Path, cpu: bool, *, begins_on_cpu: bool) -> dict[str, Any]:
-    """Train two steps, on the CPU or where `cpu` says, and continue where `cpu` says."""
+def continued(
+    folder: Path, cpu: bool, *, begins_on_cpu: bool = False, ends_on_cpu: bool = False
+) -> dict[str, Any]:
+    """Train two steps and continue, each on the CPU or where `cpu` says."""
     trained(folder, cpu or begins_on_cpu, max_steps=2, save_every=1, estimator="ppo")
-    return trained(folder, cpu, max_steps=4, resume="auto", estimator="ppo")
+    return trained(folder, cpu or ends_on_cpu, max_steps=4, resume="auto", estimator="ppo")
 
 
-def left_for_the_cpu(folder: Path, cpu: bool) -> dict[str, Any]:
-    """Train two steps where `cpu` says, and continue on the CPU."""
-    trained(folder, cpu, max_steps=2, save_every=1, estimator="ppo")
-    return trained(folder, True, max_steps=4, resume="auto", estimator="ppo")
+def model_beside(folder: Path) -> str:
+    """The model that `main` has trained before."""
+    return str(folder.parent / "made on the CPU" / "model")
 
 
 def evaluated(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
-    model = str(folder.parent / "made on the CPU" / "model")
+    model = model_beside(folder)
     shared = {"model": model, "task": "sort_digits", "reward": odd, "eval_size": 4, "seed": 0}
     evaluation = tokenrl.evaluate(**shared, max_completion_length=8, **options)
     return {"rows": [dict(evaluation.metrics)]}
 
 
 def sampled(folder: Path, cpu: bool) -> dict[str, Any]:
-    model = str(folder.parent / "made on the CPU" / "model")
+    model = model_beside(folder)
     texts = tokenrl.sample(
         model=model, prompt="385927>", num_generations=3, seed=0, max_completion_length=24
     )
@@ -140,9 +143,11 @@ def sampled(folder: Path, cpu: bool) -> dict[str, Any]:
 
 def measured(folder: Path, cpu: bool) -> dict[str, Any]:
     """Measure gradients; two backward passes stand for the derivatives that wrapped tensors do not have."""
+    from tokenrl.lab import measure_gradients
+
     torch.func.jvp = _by_two_backward_passes
     torch.vmap = _one_by_one
-    model = str(folder.parent / "made on the CPU" / "model")
+    model = model_beside(folder)
     sizes = {"num_prompts": 16, "prompts_per_step": 4, "num_generations": 4, "probes": 8}
     options = {"task": "sort_digits", "reward": odd, "estimators": ("rloo", "grpo"), "cpu": cpu}
     result = measure_gradients(model=model, **options, **sizes)
@@ -170,50 +175,39 @@ def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_a_mac(folder: Path, cpu: bool) -> dict[str, Any]:
     """Train a small model where the device is no faster with it; the result is that of the CPU."""
-    header = io.StringIO()
     devices = loading.SLOW_WITH_SMALL
     loading.SLOW_WITH_SMALL = (pretended.NAME,)
-    try:
-        with contextlib.redirect_stdout(header):
-            result = tokenrl.train(**COMMON | {"quiet": False}, output_dir=folder, cpu=cpu or None)
-    finally:
-        loading.SLOW_WITH_SMALL = devices
+    result = tokenrl.train(**COMMON, output_dir=folder, cpu=cpu or None)
+    loading.SLOW_WITH_SMALL = devices
     assert result.policy.device.type == "cpu"
-    assert ("a Mac's GPU is no faster" in " ".join(header.getvalue().split())) != cpu
-    return {
-        "rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    }
+    return {"rows": rows_of(folder)}
 
 
 def fine_tuned(folder: Path, cpu: bool) -> dict[str, Any]:
     tokenrl.sft(
         task="sort_digits", model="tiny", max_steps=3, output_dir=folder, quiet=True, eval_size=4
     )
-    return {
-        "rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    }
+    return {"rows": rows_of(folder)}
 
 
 def preferred(folder: Path, cpu: bool) -> dict[str, Any]:
     sizes = {"max_steps": 3, "num_pairs": 32}
     tokenrl.train_reward_model(task="sort_digits", output_dir=folder, quiet=True, **sizes)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"rows": rows + trained(folder / "policy", cpu, reward=str(folder / "model"))["rows"]}
+    training = trained(folder / "policy", cpu, reward=str(folder / "model"))
+    return {"rows": rows_of(folder) + training["rows"]}
 
 
 def agent(folder: Path, cpu: bool) -> dict[str, Any]:
     tokenrl.train_agent(
         env="CartPole-v1", estimator="ppo", output_dir=folder, max_steps=2, quiet=True
     )
-    return {
-        "rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    }
+    return {"rows": rows_of(folder)}
 
 
 COMMANDS: Mapping[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "continue": partial(continued, begins_on_cpu=False),
+    "continue": continued,
     "continue from the CPU": partial(continued, begins_on_cpu=True),
-    "continue on the CPU": left_for_the_cpu,
+    "continue on the CPU": partial(continued, ends_on_cpu=True),
     "evaluate": partial(evaluated, num_generations=2),
     "evaluate with a reference": partial(evaluated, num_generations=2, reference="REFERENCE"),
     "best of n": partial(evaluated, best_of=4),
@@ -232,7 +226,7 @@ def attempted(name: str, folder: Path, cpu: bool) -> dict[str, Any]:
     pretended.waits.clear()
     command = COMMANDS.get(name) or partial(trained, **RUNS.get(name, {}))
     if name == "evaluate with a reference":
-        command = partial(command, reference=str(folder.parent / "made on the CPU" / "model"))
+        command = partial(command, reference=model_beside(folder))
     try:
         return command(folder, cpu)
     except Exception:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +21,46 @@ from on_device import COMMANDS, NAMES, RUNS
 
 PROGRAM = Path(__file__).with_name("on_device.py")
 QUICK = ["padded"]
-TOLERANCE = {"rel_tol": 2e-3, "abs_tol": 2e-4}
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """A function that returns what the program gave for a name on a kind of device; each group runs once."""
-    done: dict[tuple[str, str], dict[str, Any]] = {}
-    errors: dict[tuple[str, str], str] = {}
+
+    @cache
+    def group(kind: str, is_quick: bool) -> tuple[dict[str, Any], str]:
+        names = QUICK if is_quick else [name for name in NAMES if name not in QUICK]
+        command = [sys.executable, str(PROGRAM), kind, str(tmp_path_factory.mktemp(kind)), *names]
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 1500}
+        process = subprocess.run(command, capture_output=True, text=True, **options)
+        lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+        return {row["name"]: row for row in map(json.loads, lines)}, process.stderr[-3000:]
 
     def of(kind: str, name: str) -> dict[str, Any]:
-        if (kind, name) not in done | errors:
-            group = QUICK if name in QUICK else [other for other in NAMES if other not in QUICK]
-            folder = str(tmp_path_factory.mktemp(kind))
-            variables = os.environ | {"OMP_NUM_THREADS": "1"}
-            command = [sys.executable, str(PROGRAM), kind, folder, *group]
-            process = subprocess.run(
-                command, capture_output=True, text=True, env=variables, timeout=1500
-            )
-            for line in process.stdout.splitlines():
-                if line.startswith("{"):
-                    result = json.loads(line)
-                    done[kind, result["name"]] = result
-            errors.update({(kind, other): process.stderr[-3000:] for other in group})
-        assert (kind, name) in done, errors[kind, name]
-        return done[kind, name]
+        rows, errors = group(kind, name in QUICK)
+        assert name in rows, errors
+        return rows[name]
 
     return of
 
 
 def cases(names: list[str]) -> list[Any]:
     """Pairs of a kind and a name; all but the quick ones on a Mac are slow."""
+    quick = [("mps", name) for name in QUICK]
     pairs = [(kind, name) for name in names for kind in ("mps", "cuda")]
-    return [
-        pytest.param(*pair, marks=() if pair[0] == "mps" and pair[1] in QUICK else pytest.mark.slow)
-        for pair in pairs
-    ]
+    slow = [pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs if pair not in quick]
+    return quick + slow
 
 
-def assert_close(expected: Any, actual: Any, where: str) -> None:
-    if isinstance(expected, dict):
-        assert expected.keys() == actual.keys(), where
-        for name in expected:
-            assert_close(expected[name], actual[name], f"{where} {name}")
-    elif isinstance(expected, float) and not math.isnan(expected):
-        tolerance = TOLERANCE
-        if "logp_difference" in where:  # it is rounding and nothing else
-            tolerance = {"rel_tol": 0, "abs_tol": 5e-3 if where.startswith("bfloat16") else 1e-4}
-        assert math.isclose(expected, actual, **tolerance), (
-            f"{where}: {expected} on the CPU, {actual}"
-        )
-    elif not isinstance(expected, float):
-        assert expected == actual, where
+def assert_close(expected: dict[str, Any], actual: dict[str, Any], where: str) -> None:
+    assert expected.keys() == actual.keys(), where
+    for name, value in expected.items():
+        if isinstance(value, float):
+            tolerance = {"rel": 2e-3, "abs": 2e-4}
+            if "logp_difference" in name:  # it is rounding and nothing else
+                tolerance = {"rel": 0, "abs": 5e-3 if where.startswith("bfloat16") else 1e-4}
+            value = pytest.approx(value, nan_ok=True, **tolerance)
+        assert actual[name] == value, f"{where} {name}"
 
 
 @pytest.mark.parametrize(("kind", "name"), cases(NAMES))

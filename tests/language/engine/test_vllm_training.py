@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
 
 import pytest
-import torch
-from engines import started, trained, uneven, wide_policy
+from engines import trained, uneven, wide_policy
 from tiny_environments import Guess
-from tiny_models import ENDS, PROMPTS, apart, gradient, make_learner, one_step, weights
+from tiny_models import ENDS, PROMPTS, apart, weights
 
 from tokenrl.cli import main
 from tokenrl.core import Estimator
-from tokenrl.language.rollout.scoring import score
 
 pytestmark = pytest.mark.vllm
 LORA = {"lora_r": 2}  # on all linear layers
@@ -65,45 +62,10 @@ CENTRED = Estimator.preset("grpo", importance_centre=True)
 def test_what_the_engine_does_not_return_is_computed(tmp_path, estimator):
     """Greedy completions, hidden states, score norms, entropies and whole distributions."""
     options = {"num_iterations": 2} if estimator == "ppo" else {}
-    run = trained(
-        tmp_path / "run", policy := wide_policy(kind="chat"), estimator=estimator, **options
-    )
+    policy = wide_policy(kind="chat")
+    run = trained(tmp_path / "run", policy, estimator=estimator, **options)
     assert run.exit_reason == "finished" and weights(policy.model).isfinite().all()
     assert all(row["grad_norm"] > 0 and row["entropy"] > 0 for row in rows_of(run))
-
-
-def test_the_centred_gradient_is_that_of_the_trainers_own_distribution():
-    class Own:
-        """An engine's rows, with the numbers of the trainer in place of its own."""
-
-        def __init__(self, engine):
-            self.engine = engine
-
-        def generate(self, *given):
-            rows = self.engine.generate(*given)
-            seen, width = torch.cat([rows.prompt_ids, rows.completion_ids], 1), rows.mask.shape[1]
-            mask = torch.cat([rows.prompt_mask, rows.mask], 1)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            with torch.no_grad():
-                logits = model(seen, attention_mask=mask, position_ids=positions).logits[
-                    :, -width - 1 : -1
-                ]
-                logprobs = score(model, rows).logprobs.masked_fill(~rows.mask, 0)
-            whole = logits.log_softmax(-1).masked_fill(~rows.mask[..., None], 0)
-            return replace(rows, sampling_logprobs=logprobs, sampling_distribution=whole)
-
-        def sync(self, policy):
-            """Sample from the old weights."""
-
-    gradients, policy = [], wide_policy()
-    model = policy.model
-    with started(policy) as engine:
-        for generator in (engine, Own(engine)):
-            learner = make_learner(policy, CENTRED, learning_rate=1e-12)
-            learner.generator = generator
-            one_step(learner)
-            gradients.append(gradient(model))
-    assert gradients[1].norm() > 1e-3 and apart(*gradients) < 1e-3
 
 
 def test_episodes_of_several_turns_run_unchanged(tmp_path):
@@ -117,7 +79,9 @@ def test_episodes_of_several_turns_run_unchanged(tmp_path):
     assert max(row["episodes/turns"] for row in rows) > 1
 
 
-def test_a_run_is_checked_and_continued_also_by_the_other_generator(tmp_path, capsys, handlers):
+def test_a_run_is_checked_and_continued_also_by_the_other_generator(
+    tmp_path, monkeypatch, capsys, handlers
+):
     (tmp_path / "base").mkdir()
     policy = wide_policy()
     policy.model.save_pretrained(tmp_path / "base")
@@ -128,32 +92,18 @@ def test_a_run_is_checked_and_continued_also_by_the_other_generator(tmp_path, ca
     (tmp_path / "r.py").write_text(
         "def f(completions, **_):\n    return [len(c) % 5 / 5 for c in completions]\n"
     )
-    command = [
-        "train",
-        "--model",
-        str(tmp_path / "base"),
-        "--task",
-        str(tmp_path / "data.jsonl"),
-        "--cpu",
-    ]
-    command += [
-        "--reward",
-        f"{tmp_path}/r.py:f",
-        "--prompts-per-step",
-        "4",
-        "--num-generations",
-        "4",
-    ]
-    command += ["--max-completion-length", "8", "--generator-cache", "0.05", "--eval-size", "2"]
-    command += ["--output-dir", str(tmp_path / "run")]
+    sizes = "--prompts-per-step 4 --num-generations 4 --max-completion-length 8 --eval-size 2"
+    command = f"train --model base --task data.jsonl --cpu --reward r.py:f {sizes} --output-dir run"
+    command = [*command.split(), "--generator-cache", "0.05"]
+    monkeypatch.chdir(tmp_path)
     assert main([*command, "--generator", "vllm", "--max-steps", "4", "--check"]) == 0
     assert "vllm" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    for steps, generator in ((3, "vllm"), (5, "vllm"), (7, "transformers"), (9, "vllm")):
-        resume = ["--resume", "auto"] * (steps > 3)
+    for steps, generator in ((3, "vllm"), (5, "transformers"), (7, "vllm")):
+        resume = ["--resume", "auto"] if steps > 3 else []
         assert main([*command, "--generator", generator, "--max-steps", str(steps), *resume]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert ("the run is not bit-exact" in out) == (generator == "vllm")
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 9
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 7
     assert main(["evaluate", "--model", str(tmp_path / "run")]) == 0
 
 
