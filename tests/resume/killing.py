@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +69,17 @@ class Nursery:
         """Run a command line in one process; return its exit code, or minus the signal that killed it."""
         return self.run_all(argv, *moments)[0]["code"]
 
-    def run_all(self, argv: list[str], *moments: Moment, processes: int = 1) -> list[dict]:
-        """Run a command line; return of each process its exit `code`, and its `calls` by place."""
+    def run_all(
+        self,
+        argv: list[str],
+        *moments: Moment,
+        processes: int = 1,
+        of_rank: Sequence[list[str]] = (),
+    ) -> list[dict]:
+        """Run a command line; return of each process its exit `code`, and its `calls` by place.
+
+        `of_rank` are further words for each process.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -83,7 +93,8 @@ class Nursery:
             signals = {
                 (each.place, each.number): each.signal for each in moments if each.rank == rank
             }
-            arguments = self.folder, argv, signals, own, file
+            words = [*argv, *of_rank[rank]] if of_rank else argv
+            arguments = self.folder, words, signals, own, file
             children.append(FORK.Process(target=live, args=arguments))
             children[-1].start()
         wait_for(children)
