@@ -148,7 +148,7 @@ def test_a_forked_process_never_comes_out_of_a_block_of_its_owner(tmp_path, end,
 
 @pytest.mark.parametrize(
     ("where", "child"),
-    quickly([("reward", "exit"), ("generate", "error")], {("generate", "error")}),
+    [("reward", "exit"), pytest.param("generate", "error", marks=pytest.mark.slow)],
 )
 def test_a_forked_helper_that_ends_changes_nothing(place, where, child, monkeypatch):
     """The child comes out of the user's code, and its parent trains on."""
