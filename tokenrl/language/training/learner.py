@@ -71,7 +71,7 @@ class Critic:
     def update(
         self,
         estimator: Estimator,
-        hidden: Tensor,
+        hidden: Tensor | None,
         returns: Tensor,
         weights: Tensor,
         accelerator: Any,
@@ -90,17 +90,22 @@ class Critic:
             The loss before the update, summed over all processes.
         """
         old = self.values(hidden).detach()
+        targets = {
+            "returns": to_device(returns.float(), old.device),
+            "weights": to_device(weights.float(), old.device),
+            "old_values": old,
+        }
         losses = list[Tensor]()
-        fixed = {"returns": returns.float(), "weights": weights.float()}
-        fixed = {name: to_device(x, old.device) for name, x in fixed.items()} | {"old_values": old}
         for _ in range(self.iterations):
             self.optimizer.zero_grad()
-            loss = estimator.critic_loss(self.values(hidden), **fixed)
+            loss = estimator.critic_loss(self.values(hidden), **targets)
             loss.backward()
             sum_gradients(accelerator, self.head.parameters())
             losses.append(loss.detach())
             self.optimizer.step()
-        return float(all_reduce_sum(accelerator, losses[0])) if losses else 0.0
+        if not losses:
+            return 0.0
+        return float(all_reduce_sum(accelerator, losses[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of the head and the state of its optimiser."""
@@ -189,8 +194,8 @@ class Learner:
         if math.isfinite(norm):
             self.nonfinite = 0
             return True
-        self.skipped = self.skipped + 1
-        self.nonfinite = self.nonfinite + 1
+        self.skipped += 1
+        self.nonfinite += 1
         if self.nonfinite >= self.args.stop_after_nonfinite:
             raise Stopped(
                 f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped). Lower the "
@@ -220,7 +225,7 @@ class Learner:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
         counts = {name: getattr(self, name) for name in COUNTS}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {"kl_coef": self.estimator.beta, **counts, **parts}
+        return {"kl_coef": self.estimator.beta} | counts | parts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this."""
@@ -250,11 +255,12 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
 
 def make_optimizer(args: TrainArguments, policy: Policy) -> torch.optim.Optimizer:
     """Make the optimiser of a run, at its full learning rate, for the policy's trainable parameters."""
-    make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
-    fused = (args.optimizer == "adamw" and policy.device.type in ("cpu", "cuda")) or None
-    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
-    optimizer: torch.optim.Optimizer = make(policy.trainable_parameters(), **options)
-    return optimizer
+    parameters = policy.trainable_parameters()
+    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **options)
+    fused = policy.device.type in ("cpu", "cuda") or None
+    return torch.optim.AdamW(parameters, fused=fused, **options)
 
 
 def make_learner(

@@ -195,12 +195,14 @@ def update_baselines(
     metrics = {}
     if learner.estimator.needs_memory:
         metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.valid)
-    if learner.critic is not None and rows.hidden is not None:
+    if learner.critic is not None:
+        accelerator = learner.accelerator
         states = (whole.mask & whole.valid[:, None]).to(returns.dtype)
         weights = states / states.sum().clamp(min=1)
         width = rows.mask.shape[1]
-        targets, weights = (local(learner.accelerator, x)[:, :width] for x in (returns, weights))
+        targets = local(accelerator, returns)[:, :width]
+        weights = local(accelerator, weights)[:, :width]
         metrics["value_loss"] = learner.critic.update(
-            learner.estimator, rows.hidden, targets, weights, learner.accelerator
+            learner.estimator, rows.hidden, targets, weights, accelerator
         )
     return metrics
