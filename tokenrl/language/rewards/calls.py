@@ -133,7 +133,7 @@ def call_rewards(
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
     arguments = {**rows, "trainer_state": SimpleNamespace(**state)}
     attempts: dict[str, Attempt] = {}
-    pairs: dict[str, list[Any]] = {name: [] for name in named}
+    copies: dict[str, list[Any]] = {name: [] for name in named}
     with restored_settings():
         for name, function in named.items():
             announce(f"Reward function {name}")
@@ -142,7 +142,7 @@ def call_rewards(
                 "log_metric": partial(log_metric, name),
                 **(objects or {}),
             }
-            attempts[name] = _attempt(function, name, arguments, shared, pairs[name])
+            attempts[name] = _attempt(function, name, arguments, shared, copies[name])
         outputs = {name: attempt.output for name, attempt in attempts.items()}
         waiting = {name: x for name, x in outputs.items() if inspect.isawaitable(x)}
         if waiting:
@@ -152,7 +152,7 @@ def call_rewards(
             if isinstance(error, TokenrlError):
                 raise error
             if error is not None:
-                raise _failure(name, error, described, pairs[name]) from error
+                raise _failure(name, error, described, copies[name]) from error
     values = {}
     seconds = {}
     for name, attempt in attempts.items():
@@ -187,11 +187,11 @@ def row_in_words(
 
 
 def _failure(
-    name: str, error: BaseException, described: partial[str], pairs: Sequence[tuple[Any, Any]]
+    name: str, error: BaseException, described: partial[str], copies: Sequence[Any]
 ) -> Stopped:
     """Say what a reward function raised, at which of its lines, and for which completion or prompts.
 
-    `pairs` are the prompts and completions that it was called with.
+    `copies` are the completions that it was called with, to be found in the variables of its frames.
     """
     prompts, completions, _ = described.args
     line = code_line(error, 1)  # frame 0 is the call in this file
@@ -203,11 +203,7 @@ def _failure(
     variables = set[int]()
     for frame, _ in traceback.walk_tb(error.__traceback__):
         variables.update(map(id, frame.f_locals.values()))
-    nearest: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}  # by how much of a row they hold
-    for row, (prompt, text) in enumerate(pairs):
-        count = (id(prompt) in variables) + (id(text) in variables)
-        nearest[count].add(described(row))
-    rows = nearest[2] or nearest[1]
+    rows = {described(row) for row, text in enumerate(copies) if id(text) in variables}
     if len(rows) == 1:
         return Stopped(f"{problem} It was working on {rows.pop()}.")
     distinct = list(dict.fromkeys(map(shown, prompts)))
@@ -253,15 +249,14 @@ def _attempt(
     name: str,
     arguments: Mapping[str, Any],
     objects: Mapping[str, Any],
-    pairs: list[tuple[Any, Any]],
+    copies: list[Any],
 ) -> Attempt:
-    """Call a function with copies of the arguments it takes; add its prompts and completions to `pairs`."""
+    """Call a function with copies of the arguments it takes; add its completions to `copies`."""
     began = time.perf_counter()
     try:
         names = accepted_arguments(function, name, {**arguments, **objects})
         own = {name: copied(arguments[name]) for name in names if name in arguments}
-        prompts = own.get("prompts", arguments["prompts"])
-        pairs += zip(prompts, own.get("completions", arguments["completions"]), strict=True)
+        copies += own.get("completions", ())
         own |= {name: objects[name] for name in names if name in objects}
         with own_process():
             output = function(**own)

@@ -107,8 +107,8 @@ class Rewards:
                 one, of weight 1 unless the weights have a number for it.
 
         Raises:
-            Refused: there is no function, the weights are not finite or not one per function, the timeout is
-                not above 0, a function declares a range that is none, or cannot be sent to another process.
+            Refused: there is no function, the weights are not finite or not one per function, a function
+                declares a range that is none, or cannot be sent to another process.
         """
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         specs = list(functions) if several else [functions]

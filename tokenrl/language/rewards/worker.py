@@ -29,7 +29,6 @@ from tokenrl.language.rewards.calls import CallResults, call_rewards, restored_s
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
 from tokenrl.runs.signals import GracefulStop
-from tokenrl.settings import check_number
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
@@ -51,9 +50,8 @@ class RewardWorker:
                 all of them.
 
         Raises:
-            Refused: the timeout is not above 0, a function cannot be pickled, or the system is Windows.
+            Refused: a function cannot be pickled, or the system is Windows.
         """
-        check_number("reward_timeout", timeout, above=0)
         if not all(hasattr(os, name) for name in NEEDED):
             raise Refused(
                 f"This system ({sys.platform}) cannot end a reward function with all that it has started, as "
