@@ -134,12 +134,10 @@ class RewardModel:
         """
         import torch
 
-        shape = len(ids), max(map(len, ids))
-        input_ids = torch.full(shape, max(self.pad_token_id, 0))
-        mask = torch.zeros(shape, dtype=torch.int64)
-        for i, row in enumerate(ids):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
+        rows = [torch.tensor(row) for row in ids]
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad(rows, batch_first=True, padding_value=max(self.pad_token_id, 0))
+        mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
         device = self.model.device
         out = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
         logits: Tensor = out.logits
