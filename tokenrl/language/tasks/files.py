@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -47,14 +47,23 @@ def read_rows(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
     for file in files:
         for location, row in read(_text(file), file):
             rows.append(Placed(row, location if len(files) == 1 else f"{location} of {file.name}"))
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    empty: dict[str, None] = {}
+    for row in rows:
+        empty |= dict.fromkeys(row)
+    complete = [Placed(empty | row, row.location) for row in rows]
     if kind == "csv":
-        columns = {name: _column(cells) for name, cells in columns.items()}
-    return [
-        Placed({name: values[number] for name, values in columns.items()}, row.location)
-        for number, row in enumerate(rows)
-    ]
+        change_columns(complete, lambda _, cells: _column(cells))
+    return list(complete)
+
+
+def change_columns(
+    rows: Sequence[dict[str, Any]], change: Callable[[str, list[Any]], list[Any]]
+) -> None:
+    """Replace the values of each column, in place, by what a function of its name and values returns."""
+    for name in rows[0] if rows else ():
+        column = change(name, [row[name] for row in rows])
+        for row, value in zip(rows, column, strict=True):
+            row[name] = value
 
 
 def _text(file: Path) -> str:

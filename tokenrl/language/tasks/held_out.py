@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.tasks.sources import DataArguments, Row, with_prompts
 from tokenrl.runs.files import canonical
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
@@ -36,36 +35,6 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     chosen = sorted(order[:eval_size])
     return changed(task, eval_prompts=[rows[i] for i in chosen])
-
-
-def dataset_rows(
-    splits: Mapping[str, Sequence[Row]],
-    source: str,
-    data: DataArguments,
-    *,
-    seed: int = 0,
-    chat: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return rows to train and to evaluate on, which share no prompt.
-
-    Args:
-        splits: the rows of each split.
-        source: what error messages call the data.
-        data: the splits to read, how many rows are held out, and how prompts are made.
-        seed: chooses the rows that are held out.
-        chat: make each prompt that is text a message of the user.
-
-    Raises:
-        Refused: there is no such split, too few prompts, or a prompt cannot be made.
-    """
-    evaluation = eval_split(splits, source, data.split, data.eval_split)
-    train = with_prompts(splits[data.split], f"{source}, split '{data.split}'", data, chat=chat)
-    held_out = None
-    if evaluation is not None:
-        held_out = with_prompts(
-            splits[evaluation], f"{source}, split '{evaluation}'", data, chat=chat
-        )
-    return separate(train, held_out, data.eval_size, seed, source)
 
 
 def eval_split(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
-from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
+from tokenrl.language.tasks.files import HALF_OF_PAIR, change_columns, read_rows
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
@@ -348,7 +348,9 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
             raise Refused(f"{source} is {description}; it must be {FORMS}.")
         # A function that with_transform applies to rows is applied where they are read one by one.
         is_custom = data.format["type"] == "custom"
-        return _before_arrow(list(map(dict, data)) if is_custom else data.to_list())
+        rows = list(map(dict, data)) if is_custom else data.to_list()
+        change_columns(rows, _before_arrow)
+        return rows
     for number, row in enumerate(data):
         if not isinstance(row, Mapping):
             raise Refused(
@@ -363,23 +365,19 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
     return list(map(dict, data))
 
 
-def _before_arrow(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a table of Arrow with the values that they had before they came into it.
+def _before_arrow(name: str, column: list[Any]) -> list[Any]:
+    """Return the values of a column of Arrow as they were before they came into its table.
 
     Arrow gives every mapping of a column the keys of all of them, with None where it had none, and a chat
     template would write these keys; so they leave messages and tools. pandas turns whole numbers with missing
     values among them into fractions; a column of fractions that are all whole, with a missing value, is
     therefore one of whole numbers.
     """
-    for name in rows[0] if rows else ():
-        column = [row[name] for row in rows]
-        if None in column and all(value is None or _is_whole(value) for value in column):
-            column = [None if value is None else int(value) for value in column]
-        elif name == "tools" or any(map(_is_chat, column)):
-            column = list(map(_without_padding, column))
-        for row, value in zip(rows, column, strict=True):
-            row[name] = value
-    return rows
+    if None in column and all(value is None or _is_whole(value) for value in column):
+        return [None if value is None else int(value) for value in column]
+    if name == "tools" or any(map(_is_chat, column)):
+        return [_without_padding(value) for value in column]
+    return column
 
 
 def _is_whole(value: Any) -> bool:

@@ -31,9 +31,9 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
-from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, smaller_evaluation
+from tokenrl.language.tasks.held_out import changed, eval_split, separate, smaller_evaluation
 from tokenrl.language.tasks.reasoning import puzzles
-from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments
+from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, check_seed, shown
 
@@ -153,9 +153,14 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
     title = "task" if splits else f"task '{name}'"
     if splits is None:
         splits = sources.read_splits(name)
-    train_rows, eval_rows = dataset_rows(splits, title, data, seed=seed, chat=chat)
-    divided = eval_split(splits, title, data.split, data.eval_split) is None
-    task = PromptTask(name, train_rows, eval_rows, reward, origin=origin, divided=divided)
+    evaluation = eval_split(splits, title, data.split, data.eval_split)
+    train_rows = with_prompts(splits[data.split], f"{title}, split '{data.split}'", data, chat=chat)
+    held_out = None
+    if evaluation is not None:
+        subject = f"{title}, split '{evaluation}'"
+        held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
+    rows = separate(train_rows, held_out, data.eval_size, seed, title)
+    task = PromptTask(name, *rows, reward, origin=origin, divided=evaluation is None)
     return _finished(task, name, reward)
 
 
