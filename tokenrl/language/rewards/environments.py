@@ -293,32 +293,30 @@ class Environments:
     ) -> dict[Episode, Answer]:
         """Call a method of N environments, and make answers of what they return; `returns` describes it.
 
-        Two are called before the others. What is wrong in both, and was never right, is no failure of an
-        episode but a mistake in the code.
+        A method whose results are all wrong, and were never right, has a mistake in its code, which is no
+        failure of an episode.
 
         Raises:
             Stopped: a method has never returned what it must.
         """
         answers = {}
-        episodes = list(calls)
-        for part in (episodes[:2], episodes[2:]):
-            attempts = call_all([(e.streams, calls[e]) for e in part], self.timeout)
-            wrong = dict[str, str]()
-            for episode, (output, error, _) in zip(part, attempts, strict=True):
-                call = episode.name_of(method)
-                if error:
-                    answers[episode] = episode.fail(call, error)
-                    continue
-                try:
-                    answers[episode] = read(episode, output)
-                    self._right.add(call)
-                except Exception:
-                    problem = f"{shown(output)}; it must return {returns}"
-                    answers[episode] = episode.fail(call, problem)
-                    wrong[call] = episode.failure
-            for call, failure in sorted(wrong.items()):
-                if call not in self._right:
-                    raise Stopped(failure)
+        wrong = dict[str, str]()
+        attempts = call_all([(e.streams, call) for e, call in calls.items()], self.timeout)
+        for episode, (output, error, _) in zip(calls, attempts, strict=True):
+            name = episode.name_of(method)
+            if error:
+                answers[episode] = episode.fail(name, error)
+                continue
+            try:
+                answers[episode] = read(episode, output)
+                self._right.add(name)
+            except Exception:
+                problem = f"{shown(output)}; it must return {returns}"
+                answers[episode] = episode.fail(name, problem)
+                wrong[name] = episode.failure
+        for name, failure in sorted(wrong.items()):
+            if name not in self._right:
+                raise Stopped(failure)
         return answers
 
     def _call_tools(self, turns: Mapping[Episode, Message]) -> dict[Episode, Answer]:
