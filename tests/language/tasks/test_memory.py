@@ -9,7 +9,6 @@ from collections import UserDict
 import datasets
 import pandas
 import pytest
-from tiny_models import make_policy
 
 import tokenrl
 from tokenrl.cli import main
@@ -75,8 +74,8 @@ def config_of(tmp_path):
 def test_every_form_gives_the_same_disjoint_prompts(make):
     task = load_task(make(ROWS), reward=exact, eval_size=5)
     assert (len(task.train_prompts), len(task.eval_prompts)) == (11, 5)
-    found = {row["prompt"]: row for row in [*task.train_prompts, *task.eval_prompts]}
-    assert found == {row["prompt"]: row for row in ROWS}
+    rows = [*task.train_prompts, *task.eval_prompts]
+    assert sorted(rows, key=lambda row: row["prompt"]) == ROWS
     assert task.name == "in-memory:" + fingerprint({"train": ROWS})
 
 
@@ -85,21 +84,18 @@ def _restored(batch):
     return batch | {"prompt": ["".join(m["deep"]) + ">" for m in batch["marks"]]}
 
 
-@pytest.mark.parametrize("name", ["validation", "test"])
-def test_the_splits_of_a_dict_become_training_and_held_out_prompts(name):
-    splits = datasets.DatasetDict(
-        train=dataset(), **{name: dataset(ROWS[:3]), "other": dataset(ROWS[:1])}
-    )
-    task = load_task(splits, reward=exact)
+def test_the_splits_of_a_dict_become_training_and_held_out_prompts():
+    splits = {"train": dataset(), "validation": dataset(ROWS[:3]), "test": dataset(ROWS[:1])}
+    task = load_task(datasets.DatasetDict(splits), reward=exact)
     assert [row["prompt"] for row in task.eval_prompts] == ["aa>", "ab>", "ac>"]
     assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS[3:]]
-    assert task.origin["rows"] == {"train": 16, name: 3, "other": 1}
+    assert task.origin["rows"] == {"train": 16, "validation": 3, "test": 1}
 
 
 def test_the_users_rows_are_copied_not_changed():
     rows = [dict(row) for row in ROWS]
-    for made in load_task(rows, reward=exact).train_prompts:
-        made["prompt"] = "spoilt"
+    for row in load_task(rows, reward=exact).train_prompts:
+        row["prompt"] = "spoilt"
     assert rows == ROWS
 
 
@@ -125,8 +121,8 @@ def test_an_own_answer_is_kept_and_a_question_alone_is_the_whole_prompt():
         {"messages": chat(("user", f"u{i}"), ("assistant", "long")), "answer": str(i)}
         for i in range(4)
     ]
-    found = load_task(rows, reward=exact).eval_prompts
-    assert all(row["answer"] == row["prompt"][0]["content"][1] for row in found)
+    for row in load_task(rows, reward=exact).eval_prompts:
+        assert row["answer"] == row["prompt"][0]["content"][1]
     rows = [{"messages": chat(("user", f"u{i}"))} for i in range(4)]
     for row in load_task(rows, reward=exact).train_prompts:
         assert row["prompt"] == row["messages"] and "answer" not in row
@@ -218,30 +214,14 @@ def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_p
 # ---- fingerprints ----
 
 
-def test_columns_of_dicts_with_keys_of_several_kinds_train_and_have_a_fingerprint(tmp_path):
+def test_columns_of_dicts_with_keys_of_several_kinds_have_a_fingerprint():
     values = [{1: "x", "b": 2}, {None: 1, True: 2}, {(1, 2): 3, "a": 1}, [{"a": {1: 2, "b": 3}}]]
-    words = ["the cat", "a dog", "the mat", "on"]
-    rows = [{"prompt": w, "meta": value} for w, value in zip(words, values, strict=True)]
-
-    def digits(rows):
-        return fingerprint({"train": rows})
-
-    assert (
-        digits(rows)
-        == digits(copy.deepcopy(rows))
-        != digits([rows[0] | {"meta": {1: "x", "b": 3}}])
-    )
-    assert digits([{"meta": {1: 2}}]) == digits([{"meta": {"1": 2}}])  # as JSON has it
-    received = []
-
-    def reward(completions, meta, **_):
-        received.extend(meta)
-        return [float(len(text)) for text in completions]
-
-    sizes = {"prompts_per_step": 3, "num_generations": 2, "max_steps": 1, "eval_size": 1}
-    quiet = {"output_dir": tmp_path / "run", "quiet": True, "cpu": True, "max_completion_length": 4}
-    tokenrl.train(model=make_policy(), task=rows, reward=reward, **sizes, **quiet)
-    assert all(value in received for value in values)
+    rows = [{"prompt": "on", "meta": value} for value in values]
+    changed = [rows[0] | {"meta": {1: "x", "b": 3}}, *rows[1:]]
+    digits = fingerprint({"train": rows})
+    assert digits == fingerprint({"train": copy.deepcopy(rows)}) != fingerprint({"train": changed})
+    integers = fingerprint({"train": [{"meta": {1: 2}}]})
+    assert integers == fingerprint({"train": [{"meta": {"1": 2}}]})  # as JSON has it
 
 
 def test_the_fingerprint_is_that_of_the_rows_not_of_the_object_that_holds_them():
@@ -261,55 +241,54 @@ def test_the_fingerprint_is_that_of_the_rows_not_of_the_object_that_holds_them()
 
 
 def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp_path, capsys):
-    seen = []
+    triples = []
 
     def reward(prompts, completions, answer, marks, **columns):
-        seen.extend(zip(prompts, answer, marks, strict=True))
+        triples.extend(zip(prompts, answer, marks, strict=True))
         return exact(prompts, completions, answer)
 
     result = start(
         tmp_path, task=datasets.DatasetDict(train=dataset(), test=dataset(ROWS[:4])), reward=reward
     )
     assert result.steps == 2 and 0 <= result.eval_after["reward_greedy"] <= 1
-    assert len(seen) > 32 and all(
-        {"prompt": p, "answer": a, "marks": m} in ROWS for p, a, m in seen
-    )
-    config, digits = config_of(tmp_path), fingerprint({"train": ROWS, "test": ROWS[:4]})
+    assert len(triples) > 32
+    for prompt, answer, marks in triples:
+        assert {"prompt": prompt, "answer": answer, "marks": marks} in ROWS
+    config = config_of(tmp_path)
+    digits = fingerprint({"train": ROWS, "test": ROWS[:4]})
     assert config["task_rows"]["rows"] == {"train": 16, "test": 4}
     assert config["task_rows"]["columns"] == ["prompt", "answer", "marks"]
     assert config["task"] == "in-memory:" + digits and digits in config["title"]
     assert config["command"] == ""  # no command can name the rows and the model
     assert main(["train", "--config", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert (
-        f"in-memory:{digits}' was data given from Python" in said
-        and "to_json('data.jsonl')" in said
-    )
+    message = capsys.readouterr().err
+    assert f"in-memory:{digits}' was data given from Python" in message
+    assert "to_json('data.jsonl')" in message
 
 
 def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
     after = start(tmp_path, task=dataset()).eval_after
     model = str(tmp_path / "run" / "model")
-    found = tokenrl.evaluate(model=model, task=ROWS, reward=exact, max_completion_length=3)
-    assert found.metrics["reward_greedy"] == pytest.approx(after["reward_greedy"])
+    result = tokenrl.evaluate(model=model, task=ROWS, reward=exact, max_completion_length=3)
+    assert result.metrics["reward_greedy"] == pytest.approx(after["reward_greedy"])
 
 
 def test_sft_learns_from_columns_and_from_conversations(tmp_path):
     model, tokenizer = tiny()
     tokenizer.chat_template = TEMPLATE
-    how = {"model": (model, tokenizer), "max_steps": 2, "batch_size": 4, "quiet": True}
+    options = {"model": (model, tokenizer), "max_steps": 2, "batch_size": 4, "quiet": True}
     result = tokenrl.sft(
-        task=dataset(), completion_column="answer", output_dir=tmp_path / "run", **how
+        task=dataset(), completion_column="answer", output_dir=tmp_path / "run", **options
     )
     assert result.steps == 2 and config_of(tmp_path)["task_rows"]["rows"] == {"train": 16}
     talks = [
         {"messages": chat(("user", row["prompt"]), ("assistant", row["answer"]))} for row in ROWS
     ]
-    assert tokenrl.sft(task=talks, output_dir=tmp_path / "talks", **how).steps == 2
+    assert tokenrl.sft(task=talks, output_dir=tmp_path / "talks", **options).steps == 2
     with pytest.raises(
         Refused, match=r"The data has no column 'completion'; .*prompt, answer, marks"
     ):
-        tokenrl.sft(task=ROWS, output_dir=tmp_path / "none", **how)
+        tokenrl.sft(task=ROWS, output_dir=tmp_path / "none", **options)
     with pytest.raises(Refused, match="no model of its own: name one"):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")
     assert main(["sft", "--config", str(tmp_path / "run")]) == 2

@@ -40,7 +40,7 @@ def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"),
+    ("prompt", "fault"),
     [
         (float("nan"), r"nan \(float\)"),
         (3, r"3 \(int\)"),
@@ -56,14 +56,14 @@ def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
         ([{"role": "user", "content": "\udcff"}], r"message 0 of the prompt has content '\\udcff'"),
     ],
 )
-def test_bad_prompts_are_refused_with_their_row(prompt, found):
+def test_bad_prompts_are_refused_with_their_row(prompt, fault):
     good = [{"prompt": "\U0001f600"}, {"prompt": [{"role": "user", "content": ""}]}]
     check_prompts(good, "here")
     bad = [*good, {"prompt": prompt}]
-    with pytest.raises(Refused, match=f"here, row 2: .*{found}"):
+    with pytest.raises(Refused, match=f"here, row 2: .*{fault}"):
         check_prompts(bad, "here")
     for rows in ((bad, good), (good, bad)):
-        with pytest.raises(Refused, match=f"task 'mine', .*_prompts, row 2: .*{found}"):
+        with pytest.raises(Refused, match=f"task 'mine', .*_prompts, row 2: .*{fault}"):
             find_task(TaskArguments(task=PromptTask("mine", *rows, lambda completions: [0.0])))
 
 
@@ -102,9 +102,9 @@ def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):
     task = toy_tasks.load("target_length")
     assert find_task(TaskArguments(task="target_length"))[0].solved == task.solved == -0.05
     for options in ({"reward": (f"{tmp_path}/own.py:zero",)}, {"reward_weights": (2.0,)}):
-        found, _ = find_task(TaskArguments(task="target_length", **options))
-        assert found.solved is None and found.train_prompts == task.train_prompts
-        assert found.fingerprint == task.fingerprint  # the base model is still the same
+        other, _ = find_task(TaskArguments(task="target_length", **options))
+        assert other.solved is None and other.train_prompts == task.train_prompts
+        assert other.fingerprint == task.fingerprint  # the base model is still the same
 
 
 class Echo:
