@@ -96,7 +96,9 @@ class Best:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation must know."""
-        return {name: value for name, value in vars(self).items() if name != "_args"}
+        state = dict(vars(self))
+        del state["_args"]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""

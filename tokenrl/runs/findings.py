@@ -143,7 +143,11 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
 
 def _mean(values: Iterable[Any]) -> float:
     """Return the mean of the values that are finite numbers; nan if none is."""
-    numbers = [number for number in map(finite, values) if number is not None]
+    numbers = []
+    for value in values:
+        number = finite(value)
+        if number is not None:
+            numbers.append(number)
     return fmean(numbers) if numbers else math.nan
 
 

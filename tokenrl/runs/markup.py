@@ -13,7 +13,6 @@ import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,18 +137,22 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     """
     if not rows:
         return {}
-    named = [{harmless(name): value for name, value in row.items()} for row in rows]
-    numeric = []
-    for name in dict.fromkeys(chain.from_iterable(named)):
-        if all(isinstance(row.get(name), int | float | None) for row in named):
-            numeric.append(name)
+    texts = set()
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(row)
+        texts |= {name for name, value in row.items() if not isinstance(value, int | float | None)}
+    numeric = [name for name in names if name not in texts]
     samples = []
     first: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
-    for row in named:
-        samples.append(_sample(row, numeric))
-        first.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), samples[-1])
-    steps = [list(samples_of_step.values())[:_OPEN] for samples_of_step in first.values()]
-    some = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})]
+    for row in rows:
+        sample = _sample(row, numeric)
+        samples.append(sample)
+        first.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), sample)
+    steps = list(first.values())
+    some = []
+    for index in sorted({0, len(steps) // 2, len(steps) - 1}):
+        some.append(list(steps[index].values())[:_OPEN])
     return {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
 
 
@@ -161,7 +164,7 @@ def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
         if value is None:
             continue
         if name in numeric:
-            numbers[name] = plain(float(value))
+            numbers[harmless(name)] = plain(float(value))  # in an attribute, as JSON
         else:
             texts[name] = _messages(str(value))
     return {"texts": texts, "numbers": numbers}

@@ -306,4 +306,4 @@ def _installed(names: tuple[str, ...]) -> list[str]:
 
 def of_evaluation(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics of an evaluation by their names in metrics.jsonl."""
-    return {"eval_" + name: value for name, value in metrics.items()}
+    return {f"eval_{name}": value for name, value in metrics.items()}

@@ -97,14 +97,16 @@ def _sections(run: RecordedRun) -> Iterator[markup.Section]:
 def _outcome(run: RecordedRun) -> Iterator[markup.Block]:
     """Yield what went wrong, how the run ended, its verdict, and remarks."""
     summary = run.summary
-    warnings = [*filter(None, map(summary.get, ("error", "remedy"))), *summary.get("warnings", ())]
+    failure = [summary[name] for name in ("error", "remedy") if summary.get(name)]
+    warnings = [*failure, *summary.get("warnings", ())]
     if warnings:
-        heading = "The run failed" if "error" in summary else "Warnings"
+        heading = "The run failed" if failure else "Warnings"
         yield markup.verdict(heading, warnings, ())
     yield markup.paragraph(ending(summary), "soft")
     yield markup.paragraph(str(summary.get("verdict", "")), "strong")
-    if warm := (summary.get("warm_started") or {}).get("in_words"):
-        yield markup.paragraph(f"Warm start on demonstrations: {warm}.")
+    warm = summary.get("warm_started")
+    if warm:
+        yield markup.paragraph(f"Warm start on demonstrations: {warm['in_words']}.")
     yield markup.paragraph(kept_weights(summary))
 
 
@@ -170,88 +172,96 @@ def _evaluations(run: RecordedRun) -> markup.Section:
 
 def _learning(heading: str, charts: Sequence[Chart]) -> markup.Section:
     drawn = markup.drawings(charts)
-    return markup.Section(heading, [markup.paragraph(_CURVES, "soft"), drawn] if drawn else [])
+    if not drawn:
+        return markup.Section(heading, [])
+    return markup.Section(heading, [markup.paragraph(_CURVES, "soft"), drawn])
 
 
 def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
-    """Return the large charts of a kind of run, and small ones of its health.
+    """Return the large charts of a kind of run, and small ones of its rewards and of its health.
 
     Args:
-        runs: rows of metrics.jsonl by the name of the run. Several runs have a large chart for each metric,
-            a single one has its metrics of one unit together.
+        runs: rows of metrics.jsonl by the name of the run.
         kind: the command that made the runs.
-        mark: name and value of a line to reach.
+        mark: name and value of a horizontal line.
     """
-    is_single = len(runs) == 1
-    charts = []
+    return [*_large_charts(runs, kind, mark), *_reward_charts(runs), *_health_charts(runs)]
+
+
+def _large_charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> Iterator[Chart]:
+    """Yield a chart of each unit with all metrics of a single run, or of each metric with all runs."""
     for labels in _LARGE.get(kind, (_REWARD,)):
         name = next(iter(labels))
         unit = metric_of(name).unit or "mean"
         line = None if name == "loss" else mark
-        if is_single:
-            (rows,) = runs.values()
-            curves = [_curve(rows, *label, colour) for colour, label in enumerate(labels.items())]
-            charts.append(Chart(name, unit, curves, large=True, mark=line))
-        else:
+        if len(runs) > 1:
             for key, label in labels.items():
                 curves = _curves(runs, key)
-                charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
-    for name in _rewards(runs):
-        curves = _curves(runs, name, "")
-        if is_single:  # in the colours of the reward above
-            (rows,) = runs.values()
-            curves = [
-                _curve(rows, name, "training", 0),
-                _curve(rows, f"eval_{name}", "held out", 1),
-            ]
-        charts.append(Chart(name.removesuffix("/mean"), "mean, before its weight", curves))
-    for metric in metric_table():
-        curves = _curves(runs, metric.name, "last" if is_single else "")
-        values = chain.from_iterable(curve.y for curve in curves)
-        best = 1.0 if metric.better == "more" else 0.0
-        is_usual = all(abs(value - best) <= _ROUNDING for value in values)
-        if metric.panel == "health" and not is_usual:
-            charts.append(Chart(metric.name, metric.caption, curves))
-    return charts
+                yield Chart(f"{name}: {label}", unit, curves, large=True, mark=line)
+            continue
+        curves = []
+        for rows in runs.values():
+            for colour, (key, label) in enumerate(labels.items()):
+                curves.append(_curve(rows, key, label, colour))
+        yield Chart(name, unit, curves, large=True, mark=line)
 
 
-def _rewards(runs: Mapping[str, Rows]) -> list[str]:
-    """Return the metric of each reward function, if there are several.
+def _reward_charts(runs: Mapping[str, Rows]) -> Iterator[Chart]:
+    """Yield a chart of each reward function, if there are several.
 
     Where the mean of one rises while another falls, the policy trades the one for the other.
     """
-    keys = dict.fromkeys(chain.from_iterable(chain.from_iterable(runs.values())))
-    means = [key for key in keys if re.fullmatch("rewards/.+/mean", key)]
-    return means if len(means) > 1 else []
+    rows_of_runs = list(chain.from_iterable(runs.values()))
+    names = dict.fromkeys(chain.from_iterable(rows_of_runs))
+    means = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
+    if len(means) < 2:
+        return
+    for name in means:
+        curves = _curves(runs, name, "")
+        if len(runs) == 1:  # in the colours of the large chart
+            training = _curve(rows_of_runs, name, "training", 0)
+            held_out = _curve(rows_of_runs, f"eval_{name}", "held out", 1)
+            curves = [training, held_out]
+        yield Chart(name.removesuffix("/mean"), "mean, before its weight", curves)
+
+
+def _health_charts(runs: Mapping[str, Rows]) -> Iterator[Chart]:
+    """Yield a chart of each diagnostic that is not at its best value all the time."""
+    for metric in metric_table():
+        if metric.panel != "health":
+            continue
+        curves = _curves(runs, metric.name, "last" if len(runs) == 1 else "")
+        best = 1.0 if metric.better == "more" else 0.0
+        values = chain.from_iterable(curve.y for curve in curves)
+        if any(abs(value - best) > _ROUNDING for value in values):
+            yield Chart(metric.name, metric.caption, curves)
 
 
 def _curves(runs: Mapping[str, Rows], key: str, name: str | None = None) -> list[Curve]:
     """Return the curve of a metric for each run, with the name of the run unless another is given."""
     curves = []
     for colour, (run, rows) in enumerate(runs.items(), start=1):
-        curves.append(_curve(rows, key, run if name is None else name, colour))
+        label = run if name is None else name
+        curves.append(_curve(rows, key, label, colour))
     return curves
 
 
 def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
     """Return the curve of a metric; an evaluation has dots, and a band of its standard errors."""
-    x, y = series(metrics, key)
-    y = [min(max(value, -_MAX_NUMBER), _MAX_NUMBER) for value in y]
+    import numpy as np
+
+    steps, values = series(metrics, key)
+    y = np.clip(values, -_MAX_NUMBER, _MAX_NUMBER)
+    curve = Curve(steps, y.tolist(), name, colour)
     if not key.startswith("eval_"):  # the band of a single step would hide the running mean
-        return Curve(x, y, name, colour)
+        return curve
+    curve = curve._replace(dots=True)
     error_at = dict(zip(*series(metrics, f"{key}_stderr"), strict=True))
-    errors = [min(error_at.get(step, 0.0), _MAX_NUMBER) for step in x]
-    low = [value - error for value, error in zip(y, errors, strict=True)]
-    high = [value + error for value, error in zip(y, errors, strict=True)]
-    return Curve(
-        x,
-        y,
-        name,
-        colour,
-        dots=True,
-        band=(low, high) if error_at else None,
-        error=error_at.get(x[-1]) if x else None,
-    )
+    if not error_at or not steps:
+        return curve
+    errors = np.clip([error_at.get(step, 0.0) for step in steps], 0.0, _MAX_NUMBER)
+    band = ((y - errors).tolist(), (y + errors).tolist())
+    return curve._replace(band=band, error=error_at.get(steps[-1]))
 
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:
@@ -260,43 +270,44 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     for row in run.completions(_MAX_STEPS, _MAX_ROWS):
         if row.get("ending") and "messages" in row:  # an episode is shown as a chat
             row["completion"] = row.pop("messages")
-        texts = [str(row[name]) for name in ("completion", "chosen", "rejected") if name in row]
-        rows.append({**distinct(row), "characters": sum(map(len, texts))})
+        row["characters"] = 0
+        for name in ("completion", "chosen", "rejected"):
+            if name in row:
+                row["characters"] += len(str(row[name]))
+        rows.append(distinct(row))
     return rows
 
 
 def _final_numbers(runs: Mapping[str, RecordedRun]) -> markup.Block:
     columns = {}
     for name, run in runs.items():
-        columns[name] = with_errors(distinct(run.summary.get("eval_after")))
+        column = with_errors(distinct(run.summary.get("eval_after")))
         if run.summary.get("loss_after") is not None:
-            columns[name]["loss of the last batch"] = number(run.summary["loss_after"])
-    return _side_by_side(columns)
-
-
-def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
-    """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
-    settings = {}
-    for name, run in runs.items():
-        compared = {key: value for key, value in run.config.items() if key not in _NOT_COMPARED}
-        settings[name] = {key: visible(str(value)) for key, value in flat(compared).items()}
-    names = sorted(set(chain.from_iterable(settings.values())))
-    differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
-    if not differ:
-        return [markup.paragraph("None: the runs have the same settings.")]
-    warning = ""
-    if subjects := [key for key in ("task", "reward", "env", "data") if key in differ]:
-        warning = f"The runs differ in {' and '.join(subjects)}, so their numbers do not measure the same."
-    columns = {}
-    for name, column in settings.items():
-        columns[name] = {key: column.get(key, "-") for key in differ}
-    return [markup.paragraph(warning, "strong"), _side_by_side(columns)]
-
-
-def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> markup.Block:
-    """Make a table with a column per run; what a run lacks is a dash."""
+            column["loss of the last batch"] = number(run.summary["loss_after"])
+        columns[name] = column
     rows = []
     for name in dict.fromkeys(chain.from_iterable(columns.values())):
         cells = [column.get(name, "-") for column in columns.values()]
         rows.append([name, *cells])
     return markup.table(["", *columns], rows, "wide")
+
+
+def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
+    """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
+    columns = {}
+    for name, run in runs.items():
+        compared = {key: value for key, value in run.config.items() if key not in _NOT_COMPARED}
+        columns[name] = {key: visible(str(value)) for key, value in flat(compared).items()}
+    rows = []
+    for key in sorted(set(chain.from_iterable(columns.values()))):
+        cells = [column.get(key, "-") for column in columns.values()]
+        if len(set(cells)) > 1:
+            rows.append([key, *cells])
+    if not rows:
+        return [markup.paragraph("None: the runs have the same settings.")]
+    subjects = [key for key, *_ in rows if key in ("task", "reward", "env", "data")]
+    warning = ""
+    if subjects:
+        warning = f"The runs differ in {' and '.join(subjects)}, so their numbers do not measure the same."
+    table = markup.table(["", *columns], rows, "wide")
+    return [markup.paragraph(warning, "strong"), table]

@@ -56,8 +56,10 @@ def resume_settings(args: T, kind: str) -> T:
     if options.resume is None or not Path(run, "config.json").is_file():
         return args
     stored = read_config(run) | {"output_dir": run}
-    open_names = [name for name, value in vars(args).items() if value is None]
-    chosen = {name: stored[name] for name in open_names if name in stored}
+    chosen = {}
+    for name, value in vars(args).items():
+        if value is None and name in stored:
+            chosen[name] = stored[name]
     check_code(chosen, run, stored, trusted=options.trust_run)
     return arguments(type(args), vars(args) | chosen)
 
@@ -224,13 +226,14 @@ def cut_back(run: Path, step: int) -> None:
         Refused: timings.jsonl is damaged; nothing has been removed.
         Stopped: a file cannot be written or removed.
     """
-    paths = [run / "metrics.jsonl", run / "timings.jsonl"]
-    logs = {path: read_metrics(path) for path in paths if path.exists()}
+    lines = {}
+    for path in (run / "metrics.jsonl", run / "timings.jsonl"):
+        rows = read_metrics(path) if path.exists() else []
+        lines[path] = [line_of(row) for row in rows if row["step"] <= step]
     with writing(run / "summary.json"):  # which may be a directory
         (run / "summary.json").unlink(missing_ok=True)
-    for path, rows in logs.items():
-        lines = [line_of(row) for row in rows if row["step"] <= step]
-        write_text(path, "".join(lines))
+    for path, texts in lines.items():
+        write_text(path, "".join(texts))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)
@@ -273,17 +276,17 @@ class Provenance:
             Refused: a setting that decides what the run learns, the data, the tokenizer, the base model or
                 the number of processes is another.
         """
-        differences = {
-            part: _differences(state[part], ours) for part, ours in self.state_dict().items()
-        }
-        for part, mend in _MENDS.items():
-            fixed = differences[part].keys() - FREE - ROUNDING
-            texts = [differences[part][name] for name in sorted(fixed)]
-            if texts:
-                raise Refused(f"The run was started with other {part}: {'; '.join(texts)}. {mend}")
-        settings = differences["settings"]
-        self.inexact = [text for name, text in settings.items() if name in ROUNDING]
-        self.inexact += differences["versions"].values()
+        self.inexact = []
+        for part, ours in self.state_dict().items():
+            refused = []
+            for name, text in _differences(state[part], ours).items():
+                if part == "versions" or name in ROUNDING:
+                    self.inexact.append(text)
+                elif name not in FREE:
+                    refused.append(text)
+            if refused:
+                texts = "; ".join(refused)
+                raise Refused(f"The run was started with other {part}: {texts}. {_MENDS[part]}")
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")

@@ -299,14 +299,15 @@ class Session:
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
-        timings = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
+        times = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
+        both = {**metrics, **times}
         if self._log is not None:
-            self._log.write(self.step, metrics, timings)
-            self._trackers.write(self.step, {**metrics, **timings})
+            self._log.write(self.step, metrics, times)
+            self._trackers.write(self.step, both)
         self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
         if self._progress is not None:
-            self._progress.update(self.step, {**metrics, **timings})
+            self._progress.update(self.step, both)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
