@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
-from tokenrl.core.rows import from_first, zero_outside
+from tokenrl.core.rows import from_first, sums_from, zero_outside
 
 
 def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
@@ -24,8 +25,9 @@ def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tens
     mean; it gets the first total, and `Estimator.advantages` sets its advantage to 0.
     """
     differences, first = from_first(totals, valid)
+    sum_of_rest = differences.sum(-1, keepdim=True) - differences
     count = valid.sum(-1, keepdim=True) - valid.long()
-    return first + (differences.sum(-1, keepdim=True) - differences) / count.clamp(min=1)
+    return first + sum_of_rest / count.clamp(min=1)
 
 
 def quantile(
@@ -38,12 +40,14 @@ def quantile(
     return.
     """
     others = valid[:, None] & ~each_itself(totals.shape[1], totals)  # [S, n, n]
-    ordered = totals[:, None].masked_fill(~others, torch.inf).sort(-1).values
+    candidates = totals[:, None].masked_fill(~others, torch.inf)
+    ordered = candidates.sort(-1).values
     count = others.sum(-1, keepdim=True)
     # 1e-6: the product may be rounded up, as 0.07 * 100
     rank = (share * count - 1e-6).ceil().long()
-    chosen = ordered.gather(-1, rank.clamp(min=1) - 1)[..., 0]
-    return torch.where(count[..., 0] > 0, chosen, totals)
+    index = rank.clamp(min=1) - 1
+    least = ordered.gather(-1, index)[..., 0]
+    return torch.where(others.any(-1), least, totals)
 
 
 def each_itself(n: int, like: Tensor) -> Bool[Tensor, "n n"]:
@@ -58,7 +62,8 @@ def mean(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]) -> Float[Te
     """
     differences, first = from_first(totals, valid)
     count = valid.sum(-1, keepdim=True).clamp(min=1)  # the mean of no valid rows is not used
-    return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
+    centre = first + differences.sum(-1, keepdim=True) / count
+    return centre.expand_as(totals)
 
 
 def std(
@@ -111,9 +116,9 @@ def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
 
     It is summed from both sides: sum - x_i would lose the digits of the other x_j where x_i is much larger.
     """
-    before = torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
-    after = torch.nn.functional.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
-    return before + after
+    from_below = x[..., :-1].cumsum(-1)
+    from_above = sums_from(x[..., 1:])
+    return pad(from_below, (1, 0)) + pad(from_above, (0, 1))
 
 
 def weighted_by_row(
@@ -178,13 +183,17 @@ def shrinkage(
     different = present & ~each_itself(len(means), means)  # [S, S]
     count = different.sum(-1)
     # Average differences from one of the means, so that the mean of equal means is exactly that number.
-    first = means.gather(-1, present.long().argmax(-1, keepdim=True))
-    elsewhere = first + (different * (means - first)).sum(-1) / count.clamp(min=1)  # [S]
-    variances = std(totals, valid, ddof=1)[..., 0].square()
-    estimate = estimated_weight(means, variances, valid.sum(-1), elsewhere, different)
-    lam = torch.where(count > 0, estimate if weight is None else weight, 1.0).to(totals.dtype)
+    index = present.long().argmax(-1, keepdim=True)
+    first = means.gather(-1, index)
+    from_one = (different * (means - first)).sum(-1)
+    elsewhere = first + from_one / count.clamp(min=1)  # [S]
+    lam = weight
+    if lam is None:
+        variances = std(totals, valid, ddof=1)[..., 0].square()
+        lam = estimated_weight(means, variances, valid.sum(-1), elsewhere, different)
+    lam = torch.where(count > 0, lam, 1.0).to(totals.dtype)[:, None]
     # lam own + (1 - lam) elsewhere, written as a difference so that it is exact where both are equal
-    return prompt_mean + (1 - lam[:, None]) * (elsewhere[:, None] - prompt_mean)
+    return prompt_mean + (1 - lam) * (elsewhere[:, None] - prompt_mean)
 
 
 def estimated_weight(
@@ -210,10 +219,13 @@ def estimated_weight(
     several = different & (count >= 2)
     within = (several * variances).sum(-1) / several.sum(-1).clamp(min=1)
     number = different.sum(-1)
-    spread = (different * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
-    shares = (different / count.clamp(min=1).to(means.dtype)).sum(-1) / number.clamp(min=1)
+    squares = (means - elsewhere[:, None]).square()
+    spread = (different * squares).sum(-1) / (number - 1).clamp(min=1)
+    reciprocals = different / count.clamp(min=1).to(means.dtype)
+    shares = reciprocals.sum(-1) / number.clamp(min=1)
     # The variance of the means is tau^2 plus the sampling noise sigma^2/n; a negative difference is set to 0.
     between = (spread - within * shares).clamp(min=0.0)
     noise = within / (count - 1).clamp(min=1)
-    defined = (number >= 2) & (between + noise > 0)
-    return torch.where(defined, between / torch.where(defined, between + noise, 1.0), 1.0)
+    whole = between + noise
+    defined = (number >= 2) & (whole > 0)
+    return torch.where(defined, between / torch.where(defined, whole, 1.0), 1.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenrl.core.baselines import mean, rloo, sum_of_others
-from tokenrl.core.rows import from_first, zero_outside
+from tokenrl.core.rows import from_first, sums_from, zero_outside
 from tokenrl.errors import Refused
 
 
@@ -42,8 +42,9 @@ def log_success(
         divisor = rewards.mean(-1, keepdim=True).expand_as(totals)
         divisor = divisor * (rewards.shape[-1] / rows.clamp(min=1))
     defined = divisor > 0
+    relative = (totals - centre) / torch.where(defined, divisor, 1.0)
     without = -1.0 if form == "keep_failures" else 0.0
-    return torch.where(defined, (totals - centre) / torch.where(defined, divisor, 1.0), without)
+    return torch.where(defined, relative, without)
 
 
 def max_at_k(
@@ -64,17 +65,23 @@ def max_at_k(
     differences, first = from_first(totals, valid)
     ranked, indices = torch.where(valid, differences, torch.inf).sort(-1)
     rows = valid.sum(-1, keepdim=True).to(totals.dtype)
-    ranked = zero_outside(ranked, torch.arange(ranked.shape[-1], device=ranked.device) < rows)
+    ranks = torch.arange(ranked.shape[-1], device=ranked.device)
+    ranked = zero_outside(ranked, ranks < rows)
     # Each other row, by its rank among the others: those above a row, and those below it.
     larger = ranked[..., 1:]
     smaller = ranked[..., :-1]
-    chance = largest_of_drawn(order - 1, rows - 1, larger.shape[-1])
+    width = larger.shape[-1]
+    chance = largest_of_drawn(order - 1, rows - 1, width)
     best = ranked + sum_above(chance * larger) - ranked * sum_above(chance)
     drawn = order - 1 if form == "sloo_minus_one" else order
-    chance = largest_of_drawn(drawn, rows - 1, larger.shape[-1])
-    best_of_others = pad((chance * smaller).cumsum(-1), (1, 0)) + sum_above(chance * larger)
-    weights = {"no_baseline": torch.zeros_like(rows), "sloo": rows / (rows - 1).clamp(min=1)}
-    weight = weights.get(form, torch.ones_like(rows))
+    chance = largest_of_drawn(drawn, rows - 1, width)
+    from_below = (chance * smaller).cumsum(-1)
+    best_of_others = pad(from_below, (1, 0)) + sum_above(chance * larger)
+    weight: Tensor | float = 1.0
+    if form == "no_baseline":
+        weight = 0.0
+    elif form == "sloo":
+        weight = rows / (rows - 1).clamp(min=1)
     advantages = order * (best - weight * best_of_others + (1 - weight) * first)
     return torch.zeros_like(totals).scatter(-1, indices, advantages)
 
@@ -88,14 +95,16 @@ def largest_of_drawn(
     binomial overflows; 0 beyond the last row, and 0 everywhere if none is drawn.
     """
     rank = torch.arange(width, dtype=rows.dtype, device=rows.device)
-    ratios = torch.where(rank < rows - 1, ((rank - drawn + 2) / (rank + 1)).clamp(min=0), 1.0)
+    ratios = ((rank - drawn + 2) / (rank + 1)).clamp(min=0)
+    ratios = torch.where(rank < rows - 1, ratios, 1.0)
     product = ratios.flip(-1).cumprod(-1).flip(-1)
-    return torch.where(rank < rows, drawn / rows.clamp(min=1) * product, 0.0)
+    chance = drawn / rows.clamp(min=1) * product
+    return torch.where(rank < rows, chance, 0.0)
 
 
 def sum_above(x: Float[Tensor, "S m"]) -> Float[Tensor, "S n"]:
     """Return for each row the sum over the other rows above it; x has one place less than there are rows."""
-    return pad(x.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    return pad(sums_from(x), (0, 1))
 
 
 def check_rewards(objective: str, rewards: Tensor, valid: Bool[Tensor, " N"]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenrl.core.baselines import mean, std
-from tokenrl.core.rows import zero_outside
+from tokenrl.core.rows import sums_from, zero_outside
 from tokenrl.core.scales import divide
 
 
@@ -26,14 +26,16 @@ def token_rewards(
     """
     if rewards.ndim == 2:
         return zero_outside(rewards, valid[:, None].expand_as(rewards))
-    return zero_outside(rewards[:, None].expand(mask.shape), at_last_action(mask) & valid[:, None])
+    in_time = rewards[:, None].expand(mask.shape)
+    return zero_outside(in_time, at_last_action(mask) & valid[:, None])
 
 
 def at_last_action(mask: Bool[Tensor, "N T"]) -> Bool[Tensor, "N T"]:
     """Mark the last action of each row, or the first position of a row without any."""
     positions = torch.arange(mask.shape[-1], device=mask.device)
     # The largest position that is an action; without any action all entries are 0, hence position 0.
-    return positions == torch.where(mask, positions, 0).amax(-1, keepdim=True)
+    last = torch.where(mask, positions, 0).amax(-1, keepdim=True)
+    return positions == last
 
 
 class Turns(NamedTuple):
@@ -51,7 +53,8 @@ class Turns(NamedTuple):
     def read(cls, turns: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Turns:
         """Read the number of the turn of each action; off the mask `turns` may hold anything."""
         latest = torch.where(mask, turns.long(), -1).cummax(-1).values
-        begins = latest > pad(latest[:, :-1], (1, 0), value=-1)
+        before = pad(latest[:, :-1], (1, 0), value=-1)
+        begins = latest > before
         return cls(latest.clamp(min=0), begins)
 
     def sums(self, x: Float[Tensor, "N T"]) -> Float[Tensor, "N K"]:
@@ -71,7 +74,7 @@ def reward_to_go(rewards: Float[Tensor, "N T"], gamma: float = 1.0) -> Float[Ten
     1906.07073).
     """
     if gamma == 1.0:
-        return rewards.flip(-1).cumsum(-1).flip(-1)
+        return sums_from(rewards)
     backwards = [rewards[:, -1]]
     # A recursion: in a cumulative sum the powers of 1/gamma would overflow on long rows.
     for t in range(rewards.shape[-1] - 2, -1, -1):

@@ -90,6 +90,11 @@ def from_first(
     return zero_outside(totals - first, valid), first
 
 
+def sums_from(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
+    """Return `sum_{u >= t} x_u` for each t."""
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
 def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """Place the numbers of M actions in rows of zeros, where the mask is True."""
     if mask.all():

@@ -33,7 +33,8 @@ def std_of_others(
         The deviation, exactly 0 for equal others, and the mask of the rows with two or more others.
     """
     others = valid[:, None] & ~each_itself(valid.shape[1], valid)  # [S, n, n]
-    deviation = std(totals[:, None].expand_as(others), others, ddof)[..., 0]
+    compared = totals[:, None].expand_as(others)
+    deviation = std(compared, others, ddof)[..., 0]
     return deviation, others.sum(-1) > 1
 
 
@@ -48,7 +49,8 @@ def std_of_other_sets(
     sets, n = valid.shape
     own_set = each_itself(sets, valid).repeat_interleave(n, 1)  # [S, S n]
     others = valid.reshape(1, -1) & ~own_set
-    deviation = std(totals.reshape(1, -1).expand_as(others), others, ddof)[:, :1]
+    compared = totals.reshape(1, -1).expand_as(others)
+    deviation = std(compared, others, ddof)[:, :1]
     return deviation, others.sum(-1, keepdim=True) > 1
 
 

@@ -155,8 +155,11 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
 
 def _attributes(numbers: object, names: Sequence[str]) -> dict[str, Any]:
     """Return attributes by name, with None for an infinite number."""
-    values = {name: getattr(numbers, name) for name in names}
-    return {name: None if value == math.inf else value for name, value in values.items()}
+    values = {}
+    for name in names:
+        value = getattr(numbers, name)
+        values[name] = None if value == math.inf else value
+    return values
 
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:

@@ -42,8 +42,9 @@ Reading = tuple[str, Estimator, list[str], list[str]]
 @cache
 def table() -> list[list[str]]:
     """Return the rows of trl_config.txt: the kind of each, and its columns."""
-    lines = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    return [re.split(r" +[|] ", line) for line in lines if re.match(r"[a-z]+ +[|] ", line)]
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    lines = re.findall(r"^[a-z]+ +[|] .*", text, re.MULTILINE)
+    return [re.split(r" +[|] ", line) for line in lines]
 
 
 def rows(kind: str, values: Mapping[str, str]) -> Iterator[list[str]]:

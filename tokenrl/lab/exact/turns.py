@@ -67,11 +67,14 @@ def turn_problem(seed: int) -> Problem:
 
 def _listed(rows: list[str], mask: Tensor) -> Completions:
     """Return rows, each a text of digits, with the index of the text before each action."""
-    ids = torch.tensor([[int(token) for token in row.ljust(WIDTH, "0")] for row in rows])
-    before = [row[:t] if mask[m, t] else "" for m, row in enumerate(rows) for t in range(WIDTH)]
+    ids = []
+    before = []
+    for row, actions in zip(rows, mask.tolist(), strict=True):
+        ids.append([int(token) for token in row.ljust(WIDTH, "0")])
+        before += [row[:t] if actions[t] else "" for t in range(WIDTH)]
     prefixes = sorted(set(before))
-    prefix = torch.tensor([prefixes.index(text) for text in before]).reshape(mask.shape)
-    return Completions(ids, mask.double(), prefix, prefixes)
+    ranks = torch.tensor([prefixes.index(text) for text in before])
+    return Completions(torch.tensor(ids), mask.double(), ranks.reshape(mask.shape), prefixes)
 
 
 @cache
