@@ -181,12 +181,15 @@ def evaluations(run: RecordedRun) -> list[Mean]:
 
 def quarters(run: RecordedRun) -> list[Mean]:
     """Return the mean training reward of each quarter of the steps; of fewer parts if there are few steps."""
-    steps, rewards = map(np.array, run.series("reward"))
+    steps, rewards = run.series("reward")
     count = max(1, min(4, len(rewards) // MIN_STEPS))
     means = []
-    for part in np.array_split(np.arange(len(rewards)), count):
-        error = rewards[part].std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else math.nan
-        means.append(Mean(float(rewards[part].mean()), float(error), int(steps[part[-1]])))
+    parts = zip(np.array_split(steps, count), np.array_split(rewards, count), strict=True)
+    for numbers, values in parts:
+        error = math.nan
+        if len(values) > 1:
+            error = float(values.std(ddof=1)) / math.sqrt(len(values))
+        means.append(Mean(float(values.mean()), error, int(numbers[-1])))
     return means
 
 

@@ -96,11 +96,10 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         if decoy is not None:
             self.ends[decoy] = decoy_reward
         self.decoy = decoy
-        self.starts = (
-            [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
-        )
+        self.starts = [0]
+        if random_start:
+            self.starts = [cell for cell in range(self.cells) if cell not in self.ends]
         self.slip = slip
-        self.random_start = random_start
         self.time_limit = time_limit
         self.step_reward = step_reward
         self.render_mode = render_mode
@@ -119,9 +118,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             The observation, and {"cell": its number}.
         """
         super().reset(seed=seed)
-        self.cell = (
-            self.starts[int(self.np_random.integers(len(self.starts)))] if self.random_start else 0
-        )
+        self.cell = self.starts[int(self.np_random.integers(len(self.starts)))]
         self.steps = 0
         return self.observe(), {"cell": self.cell}
 
@@ -173,11 +170,9 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
 
 def next_cells(size: int) -> NDArray[np.int64]:
     """Return the cell to which each action leads from each cell without slips, [size^2, 4]."""
-    rows, columns = np.divmod(np.arange(size * size), size)
-    moves = np.array(MOVES)
-    rows = (rows[:, None] + moves[:, 0]).clip(0, size - 1)
-    columns = (columns[:, None] + moves[:, 1]).clip(0, size - 1)
-    return rows * size + columns
+    positions = np.stack(np.divmod(np.arange(size * size), size), axis=-1)  # row and column
+    neighbours = positions[:, None] + np.array(MOVES)
+    return neighbours.clip(0, size - 1) @ [size, 1]
 
 
 def transitions(env: GridWorld) -> NDArray[np.float64]:

@@ -144,10 +144,10 @@ def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[
     quantile = stats.chi2.ppf(1 - POWER, free)
     sd = values.std(ddof=1) * math.sqrt(free / quantile)
     effect = abs(values.mean()) / sd
+    short = margin or 0.0
     for pairs in range(LEAST_PAIRS, MOST_SEEDS + 1):
         critical = stats.t.ppf((1 + level) / 2, pairs - 1)
         length = 2 * sd * critical / math.sqrt(pairs)
-        is_short = margin is not None and length <= margin
-        if is_short or power(pairs, effect, level) >= POWER:
+        if length <= short or power(pairs, effect, level) >= POWER:
             return pairs, None
     return MOST_SEEDS, float(f"{1.05 * length:.2g}")  # rounded up

@@ -52,10 +52,9 @@ class Resampling:
 def _counts(n: int, replicates: int, generator: torch.Generator) -> Tensor:
     """Return how often each of n is drawn in n draws with replacement [1 + replicates, n]; once in row 0."""
     drawn = torch.randint(0, n, (replicates, n), generator=generator)
-    counts = torch.zeros(replicates, n, dtype=torch.double).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=torch.double)
-    )
-    return torch.cat([torch.ones(1, n, dtype=torch.double), counts])
+    counts = torch.zeros(replicates, n, dtype=torch.double)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    return torch.cat([torch.ones_like(counts[:1]), counts])
 
 
 def interval(replicates: Tensor, *, resolved: bool = True) -> Interval:
@@ -76,11 +75,14 @@ def interval(replicates: Tensor, *, resolved: bool = True) -> Interval:
         estimate = math.nan
     if not (resolved and replicates.isfinite().all()):
         return Interval(estimate, math.nan, math.nan)
-    below = (rest < estimate).double() + 0.5 * (rest == estimate)
-    z0 = torch.special.ndtri(below.mean().clamp(1 / len(rest), 1 - 1 / len(rest)))
+    ties = 0.5 * (rest == estimate)
+    share_below = ((rest < estimate).double() + ties).mean()
+    smallest = 1 / len(rest)
+    z0 = torch.special.ndtri(share_below.clamp(smallest, 1 - smallest))
     ends = torch.tensor([0.5 - LEVEL / 2, 0.5 + LEVEL / 2], dtype=torch.double)
     z = torch.special.ndtri(ends)
-    low, high = torch.quantile(rest, torch.special.ndtr(2 * z0 + z)).tolist()
+    quantiles = torch.special.ndtr(2 * z0 + z)
+    low, high = torch.quantile(rest, quantiles).tolist()
     return Interval(estimate, low, high)
 
 
