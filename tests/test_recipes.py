@@ -48,9 +48,7 @@ SHORT = {  # flags by recipe, and by its first argument where it has several
 ONE_PAGE = "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo"
 FIGURES = {
     "figures grpo-difficulty": "",
-    "figures length-bias": "--sizes 2 4",
     "figures kl": "",
-    "figures variance": "--group-sizes 2 3",
     "figures objectives": "",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
     "samplers": "--noises 0 0.5 --problems 5",
@@ -332,17 +330,6 @@ def test_figure_of_samplers_that_differ(tmp_path, monkeypatch, capsys):
     assert biases["no correction", "0.5"] > biases["token", "0.5"] > biases["sequence", "0.5"] == 0
 
 
-@pytest.mark.slow
-def test_figure_of_length_bias(tmp_path, monkeypatch, capsys):
-    out = drawn("figures length-bias", tmp_path, monkeypatch, capsys)
-    rows = {
-        (r[0], int(r[1])): [float(x) for x in r[2:]] for r in map(str.split, out.splitlines()[1:7])
-    }
-    assert all(rows["sequence_sum", n][:2] == [1, 0] for n in (2, 4))
-    assert rows["token_mean", 4][2] < 0.7 * rows["token_mean", 2][2]
-    assert rows["sequence_mean", 4][2] == rows["sequence_mean", 2][2] > 0.1
-
-
 def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     import torch
 
@@ -368,13 +355,6 @@ def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
             exact_moments(estimator, problem, group_size=1).relative_bias, abs=1e-12
         )
         assert (error < 1e-12) == (KL_EFFECTS[placement, name].status == EXACT)
-
-
-def test_figure_of_variance(tmp_path, monkeypatch, capsys):
-    out = drawn("figures variance", tmp_path, monkeypatch, capsys)
-    zero, mean, best, first, second, third = numbers("variance", out)
-    assert best < mean < min(zero, first)
-    assert mean < third < second
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map   (or kl, variance, objectives, grpo-difficulty, length-bias)
+    python recipes/enumeration/figures.py map   (or kl, objectives, grpo-difficulty)
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -29,7 +29,6 @@ from tokenrl import Estimator
 from tokenrl.core import PER_TOKEN, PRESETS
 from tokenrl.lab import (
     Moments,
-    Problem,
     all_completions,
     exact_moments,
     prompt_weight,
@@ -42,7 +41,6 @@ SKY, GREY = "#56B4E9", "#555555"
 GRPO = Estimator.preset("grpo")
 PAPERS = tuple(n for n, p in PRESETS.items() if not p.beyond and "objective" not in p.fields)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
-LENGTHS = {"sequence_sum": GREEN, "token_mean": BLUE, "sequence_mean": RED}
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
 ESTIMATES = {"k1": BLUE, "k2": YELLOW, "k3": RED, "full_path": PINK, "k2_sequence": GREEN}
 STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
@@ -57,16 +55,16 @@ STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarati
 def write(
     axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float] = (0, 0), **look: Any
 ) -> None:
-    """Write a text at a place, shifted by points."""
+    """Write a text at a position, shifted by points."""
     look = {"va": "center", "annotation_clip": False, "textcoords": "offset points"} | look
     axes.annotate(text, at, shift, **look)
 
 
 def label_ticks(axes: Axes, x: Sequence[float] = (), y: Sequence[float] = ()) -> None:
-    """Label these places alone, as plain numbers."""
-    for places, axis in ((x, axes.xaxis), (y, axes.yaxis)):
-        if places:
-            axis.set_ticks(places, [f"{place:g}" for place in places])
+    """Label these positions alone, as plain numbers."""
+    for positions, axis in ((x, axes.xaxis), (y, axes.yaxis)):
+        if positions:
+            axis.set_ticks(positions, [f"{position:g}" for position in positions])
             axis.set_ticks([], minor=True)
 
 
@@ -81,14 +79,14 @@ def save(figure: Figure, output: Path) -> None:
 def measure_kl(
     logits: Tensor, reference: Tensor
 ) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
-    """Return the KL, and by (estimate, place) the expected value and the relative error of the gradient."""
+    """Return the KL, and by (estimate, placement) the expected value and the relative error of the gradient."""
     logits = logits.clone().requires_grad_()
     tables = torch.stack([logits, reference]).log_softmax(-1)
     logprobs, ref = tables[:, EVERY.prefix, EVERY.ids] * EVERY.mask
     chances = logprobs.sum(-1).exp()
     kl = (chances * (logprobs - ref).sum(-1)).sum()
     (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
-    found = {}
+    measured = {}
     for name, estimate in PER_TOKEN.items():
         values = estimate(logprobs, ref).sum(-1)  # [M]
         value = float((chances * values).sum().detach())
@@ -96,10 +94,10 @@ def measure_kl(
         objectives = {"loss": chances.detach() * values, "reward": chances * values.detach()}
         if name in ("k2_sequence", "full_path"):  # these two are meant for the loss only
             del objectives["reward"]
-        for place, objective in objectives.items():
+        for placement, objective in objectives.items():
             (slope,) = torch.autograd.grad(objective.sum(), logits, retain_graph=True)
-            found[name, place] = value, float((slope - truth).norm() / truth.norm())
-    return float(kl.detach()), found
+            measured[name, placement] = value, float((slope - truth).norm() / truth.norm())
+    return float(kl.detach()), measured
 
 
 def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
@@ -121,18 +119,16 @@ def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
     kls, points = zip(
         *(measure_kl(reference + step * line, reference) for step in steps), strict=True
     )
-    print(
-        "relative error of the gradient:\n    KL "
-        + " ".join(f"{n + ' ' + p:>18}" for n, p in points[0])
-    )
-    for place in range(4, len(kls), 11):
-        print(
-            f"{kls[place]:6.3f} "
-            + " ".join(f"{error:18.2e}" for _, error in points[place].values())
-        )
+    headings = " ".join(f"{name + ' ' + placement:>18}" for name, placement in points[0])
+    print(f"relative error of the gradient:\n    KL {headings}")
+    for step in range(4, len(kls), 11):
+        errors = " ".join(f"{error:18.2e}" for _, error in points[step].values())
+        print(f"{kls[step]:6.3f} {errors}")
     figure = Figure(figsize=(13, 4.4), dpi=100, layout="constrained")
-    shown = "k2", "k2_sequence", "k1"
-    ratios = {n: [p[n, "loss"][0] / k for p, k in zip(points, kls, strict=True)] for n in shown}
+    ratios = {}
+    for name in ("k2", "k2_sequence", "k1"):
+        pairs = zip(points, kls, strict=True)
+        ratios[name] = [point[name, "loss"][0] / true_kl for point, true_kl in pairs]
     errors = {n: [p[n, "loss"][1] for p in points] for n in ESTIMATES}
     rewarded = {n: [p[n, "reward"][1] for p in points] for n in ("k2", "k3", "k1")}
     exact = {"k1": "k1: no pull", "full_path": "", "k2_sequence": "k2_sequence,\nfull_path"}
@@ -153,60 +149,6 @@ def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
     save(figure, output)
 
 
-def constant_variances(problem: Problem, constants: list[float]) -> list[float]:
-    """Return the variance (trace) of `(R - b) S` with one completion per prompt, for each constant b."""
-    estimators = [Estimator(baseline="constant", baseline_constant=b) for b in constants]
-    return [exact_moments(estimator, problem, group_size=1).variance for estimator in estimators]
-
-
-def variance(
-    output: Path = Path("variance.png"), seed: int = 0, group_sizes: tuple[int, ...] = (2, 3, 4)
-) -> None:
-    """What a constant baseline does: the variance of `(R - b) S` against b, a parabola.
-
-    The expected gradient is the same for every b, for E[S] = 0. The variance is `Var(b*) + (b - b*)^2
-    E|S|^2`, least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), not at the expected reward J.
-
-    Look for: b = 0 (nothing subtracted) has a large variance; J has a smaller one, but not the least.
-    RLOO's baseline, the mean of the other G - 1 rewards, has the mean J, but it is estimated. So its
-    variance (per completion: G times that of the step) lies above the curve, and approaches it as G grows.
-    With G = 2 it can be worse than no baseline, as here. How far J is from b* depends on the problem (try
-    other values of --seed): here one prompt with 15 completions, right or wrong; all groups are enumerated.
-    """
-    problem = tabular_problem(seed, rewards="binary")
-    norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
-    best = float((norms * problem.totals).sum() / norms.sum())
-    mean = float((problem.chances * problem.totals).sum())
-    rloo = {n: n * exact_moments(Estimator(), problem, group_size=n).variance for n in group_sizes}
-    points = {"b = 0": 0.0, "b = J": mean, "b = b*": best, "b = 1": 1.0}
-    variances = at_zero, at_mean, at_best, _ = constant_variances(problem, list(points.values()))
-    for (name, b), height in zip(points.items(), variances, strict=True):
-        print(f"{name:12} baseline {b:.4f}   variance {height:.4f}")
-    for size, height in rloo.items():
-        print(f"RLOO, G = {size:<2} baseline {mean:.4f}   variance {height:.4f}")
-    constants = [-0.6 + 0.025 * i for i in range(77)]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(constants, constant_variances(problem, constants), color=BLUE, linewidth=2.2)
-    above = f"b = J = {mean:.3f}: {at_mean / at_best - 1:.0%} above the least"
-    for b, height, text, shift, side in (
-        (0.0, at_zero, "b = 0: nothing is subtracted", (-10, 0), "right"),
-        (best, at_best, f"b* = {best:.3f}: the least variance", (0, -16), "center"),
-        (mean, at_mean, above, (-12, -3), "right"),
-    ):
-        axes.scatter([b], [height], color=BLUE, edgecolors="white", s=70, zorder=3)
-        write(axes, text, (b, height), shift, color=BLUE, ha=side)
-    for size, height in rloo.items():
-        axes.scatter([mean], [height], color=RED, marker="D", edgecolors="white", s=60, zorder=3)
-        write(axes, f"RLOO, G = {size}", (mean, height), (10, 0), color=RED)
-    axes.set(ylim=(0, 1.12 * max(*rloo.values(), at_zero)), xlim=(constants[0], constants[-1]))
-    axes.set(xlabel="baseline b; of RLOO its mean", ylabel="variance of one completion's gradient")
-    axes.set_title(
-        "The expected reward is a good baseline, not the best; estimating it costs", loc="left"
-    )
-    save(figure, output)
-
-
 def angle(moments: Moments) -> float:
     """Degrees between E[g] and grad J."""
     return math.degrees(math.acos(max(-1.0, min(1.0, moments.cosine))))
@@ -214,7 +156,7 @@ def angle(moments: Moments) -> float:
 
 def spread(heights: list[float], gap: float) -> list[float]:
     """Push sorted heights apart until neighbours are `gap` from each other, and keep their mean."""
-    groups: list[list[float]] = []  # runs of labels that touch: their wanted centres, one a label
+    groups: list[list[float]] = []  # runs of labels that touch: the heights of their labels
     for height in heights:
         group = [height]
         while groups and fmean(group) - fmean(groups[-1]) < gap * len(groups[-1] + group) / 2:
@@ -235,23 +177,23 @@ def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] =
     """
     problem = tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous")
     measured = {name: exact_moments(Estimator.preset(name), problem) for name in estimators}
-    places: dict[tuple[float, float, str], list[str]] = {}  # names at one place share it
+    labels: dict[tuple[float, float, str], list[str]] = {}  # presets whose points coincide
     for name, moments in sorted(measured.items(), key=lambda item: angle(item[1])):
         status = Estimator.preset(name).bias_status
         print(f"{name:24} angle {angle(moments):6.2f}   noise {moments.noise:6.3f}   {status}")
-        place = (float(f"{moments.noise:.3g}"), round(angle(moments), 2), status)
-        places.setdefault(place, []).append(name)
+        point = (float(f"{moments.noise:.3g}"), round(angle(moments), 2), status)
+        labels.setdefault(point, []).append(name)
     figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.6), sharey=True)
     sides = (left, 0.25, 0.036, "The right direction"), (right, 0.55, 0.03, "Another direction")
     for axes, aside, gap, title in sides:
-        chosen = sorted(place for place in places if (place[1] < 0.01) == (axes is left))
-        heights = spread([math.log10(noise) for noise, _, _ in chosen], gap)
-        for (noise, degrees, status), height in zip(chosen, heights, strict=True):
+        points = sorted(point for point in labels if (point[1] < 0.01) == (axes is left))
+        heights = spread([math.log10(noise) for noise, _, _ in points], gap)
+        for (noise, degrees, status), height in zip(points, heights, strict=True):
             colour, x = STATUSES[status][0], 0.0 if axes is left else degrees
             axes.scatter([x], [noise], color=colour, s=55, zorder=3, edgecolors="white")
             axes.plot([x, x + aside], [noise, 10**height], color=colour, linewidth=0.7, zorder=2)
-            names = ", ".join(places[noise, degrees, status])
+            names = ", ".join(labels[noise, degrees, status])
             write(axes, names, (x + aside, 10**height), (2, 0), fontsize=9, color=colour)
         axes.set_title(title, loc="left")
     left.set(yscale="log", xlim=(-0.2, 3), ylabel="noise: tr Var g / |E g|²")
@@ -353,14 +295,12 @@ def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> No
     p = torch.linspace(0.005, 0.995, 199, dtype=torch.double)
     figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    shown = (0.02, 0.1, 0.3, 0.6, 0.9)
-    print(f"{'w(p), G = ' + str(group_size):28}" + "".join(f"p = {x:<8g}" for x in shown))
+    rates = (0.02, 0.1, 0.3, 0.6, 0.9)
+    print(f"{'w(p), G = ' + str(group_size):28}" + "".join(f"p = {x:<8g}" for x in rates))
     for name, (preset, colour) in WEIGHED.items():
         axes.plot(p, prompt_weight(preset, p, group_size), color=colour, linewidth=2.2, label=name)
-        print(
-            f"{name:28}"
-            + "".join(f"{float(prompt_weight(preset, x, group_size)):<12.3f}" for x in shown)
-        )
+        weights = [float(prompt_weight(preset, x, group_size)) for x in rates]
+        print(f"{name:28}" + "".join(f"{weight:<12.3f}" for weight in weights))
     axes.set(xlim=(0, 1), yscale="log", ylim=(0.02, 10), ylabel="weight w of the prompt's grad p",
              xlabel="p, the success rate of the prompt")  # fmt: skip
     label_ticks(axes, (0, 0.25, 0.5, 0.75, 1), (0.02, 0.1, 0.5, 1, 2, 4, 8))
@@ -369,104 +309,6 @@ def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> No
     save(figure, output)
 
 
-def pull(estimator: Estimator, problem: Problem, length: int, reward: float, rows: int) -> float:
-    """Give the expected coefficient of the score of a completion in a step of `rows`, times `rows`."""
-    chances, width = problem.chances[0], problem.mask.shape[1]
-    others = torch.cartesian_prod(*[torch.arange(len(chances))] * (rows - 1))  # [X, N - 1]
-    one = (torch.arange(width) < length).double().expand(len(others), 1, width)
-    masks = torch.cat([one, problem.mask[others]], dim=1)  # [X, N, T], the completion first
-    rewards = torch.cat(
-        [torch.full((len(others), 1), reward), problem.rewards[0, others]], dim=1
-    ).double()
-
-    def coefficient(rewards: Tensor, mask: Tensor) -> Tensor:
-        advantages = estimator.advantages(rewards, mask, group_size=rows).policy
-        return (advantages.reshape(rows, -1) * estimator.token_weights(mask, max_length=None))[0, 0]
-
-    return float(rows * chances[others].prod(-1) @ torch.vmap(coefficient)(rewards, masks))
-
-
-def length_bias(
-    output: Path = Path("length_bias.png"), sizes: tuple[int, ...] = (2, 3, 4, 6, 8)
-) -> None:
-    """The bias of `sequence_mean` and `token_mean`, which divide by length, and what it favours.
-
-    RLOO's advantages are exact if the tokens of a completion are summed (`sequence_sum`). `sequence_mean`
-    (GRPO) divides a completion by its own length, `token_mean` (DAPO) divides the step by the number of its
-    tokens; with both, a completion influences its own weight.
-
-    Look for, on the left: the direction of token_mean is wrong by about 1/N, for each of N rows has a share
-    of 1/N in the divisor; that of sequence_mean is equally wrong for any N. On the right: the mean factor
-    of each token's score, for a right and a wrong completion of each length (token_mean: times the mean
-    length). Under sequence_mean a long wrong answer is hardly pushed down, and a short right one is pushed
-    up far more than a long right one, as Liu et al. 2025 (arXiv 2503.20783) say.
-
-    Completions have 1 to 4 tokens, each of which continues with probability 1/2. All steps are enumerated.
-    """
-    problem = tabular_problem(0, vocabulary=2, length=4, logits=torch.zeros(4, 2))
-    problem = replace(problem, rewards=torch.tensor([[0.0, 1, 0, 1, 0]]).double())
-    figure = Figure(figsize=(12, 4.6), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    print("aggregation       N   cosine   relative bias   tangent")
-    for name, colour in LENGTHS.items():
-        estimator, errors = Estimator(aggregation=name), []
-        for rows in sizes:
-            moments = exact_moments(estimator, problem, group_size=rows)
-            errors.append(math.tan(math.radians(angle(moments))))
-            print(
-                f"{name:15} {rows:3} {moments.cosine:8.5f} {moments.relative_bias:15.5f} {errors[-1]:9.2e}"
-            )
-        if name == "sequence_sum":
-            continue
-        left.plot(sizes, errors, "o-", color=colour, linewidth=2.2, markeredgecolor="white")
-        write(left, name, (sizes[-1], errors[-1]), (8, 0), color=colour, fontweight="bold")
-        if name == "token_mean":
-            left.plot(
-                sizes, [0.7 * errors[-1] * sizes[-1] / n for n in sizes], ":", color="#777777"
-            )
-            write(
-                left,
-                "1/N",
-                (sizes[1], 0.7 * errors[-1] * sizes[-1] / sizes[1]),
-                (-22, -8),
-                color=GREY,
-            )
-    left.set_xscale("log", base=2)
-    left.set(
-        yscale="log", xlabel="N, rows a step", ylabel="tangent of the angle from grad J to E[g]"
-    )
-    label_ticks(left, sizes, (0.03, 0.05, 0.1, 0.2))
-    left.set_title("Error of the direction (sequence_sum: 0)", loc="left")
-    lengths, mean_length = range(1, 5), float(problem.chances[0] @ problem.mask.sum(-1))
-    for name, colour in LENGTHS.items():
-        unit = mean_length if name == "token_mean" else 1.0
-        for reward in (0.0, 1.0):
-            pulls = [
-                unit * pull(Estimator(aggregation=name), problem, n, reward, 8) for n in lengths
-            ]
-            print(
-                f"{name:15} reward {reward:.0f}, lengths 1 to 4: "
-                + " ".join(f"{x:7.3f}" for x in pulls)
-            )
-            look = {
-                "linewidth": 2.2,
-                "markersize": 8,
-                "markerfacecolor": colour if reward else "white",
-            }
-            right.plot(lengths, pulls, "o-", color=colour, **look)
-        write(right, name, (4, pulls[-1]), (12, 0), color=colour, fontweight="bold")
-    right.axhline(0, color="#777777", linewidth=1)
-    right.set(xticks=lengths, xlabel="length of the completion, tokens")
-    right.set_title("Push on each token, N = 8: ● right, ○ wrong", loc="left")
-    save(figure, output)
-
-
 if __name__ == "__main__":
-    others = {
-        "grpo-difficulty": grpo_difficulty,
-        "length-bias": length_bias,
-        "objectives": objectives,
-    }
-    tyro.extras.subcommand_cli_from_dict(
-        {"map": map_of_presets, "variance": variance, "kl": kl, **others}
-    )
+    figures = {"kl": kl, "map": map_of_presets, "objectives": objectives}
+    tyro.extras.subcommand_cli_from_dict({**figures, "grpo-difficulty": grpo_difficulty})
