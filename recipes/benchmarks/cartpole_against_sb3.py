@@ -61,8 +61,8 @@ ZOO = {
     "gae_lambda": 0.8,
     "gamma": 0.98,
     "n_epochs": 20,
-    "learning_rate": lambda left: 1e-3 * left,
-    "clip_range": lambda left: 0.2 * left,
+    "learning_rate": lambda remaining: 1e-3 * remaining,
+    "clip_range": lambda remaining: 0.2 * remaining,
 }
 PPO_ENVS, PPO_STEPS = 8, 100_000  # environments, and steps after which PPO gives up
 

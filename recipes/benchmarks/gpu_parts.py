@@ -38,30 +38,30 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 
 
-def shape_of(asked: dict[str, Any]) -> Shape:
-    return Shape(**asked["shape"]) if "shape" in asked else (WORK | GPU_WORK)[asked["work"]]
+def shape_of(job: dict[str, Any]) -> Shape:
+    return Shape(**job["shape"]) if "shape" in job else (WORK | GPU_WORK)[job["work"]]
 
 
-def device_of(asked: dict[str, Any]) -> str:
-    return "cpu" if asked.get("cpu") else device()
+def device_of(job: dict[str, Any]) -> str:
+    return "cpu" if job.get("cpu") else device()
 
 
-def train_estimators(asked: dict[str, Any]) -> dict[str, Any]:
+def train_estimators(job: dict[str, Any]) -> dict[str, Any]:
     """Train with each estimator; returns by name the rows of its metrics, or the error that ended it."""
     import tokenrl  # before torch, as the command does
     from tokenrl.runs import read_metrics
 
     full_precision()
     settings = {
-        "max_steps": asked["steps"],
-        "seed": asked.get("seed", 0),
-        "cpu": device_of(asked) == "cpu",
+        "max_steps": job["steps"],
+        "seed": job.get("seed", 0),
+        "cpu": device_of(job) == "cpu",
     }
     settings |= {"mixed_precision": "no", "training_attention": "as_loaded", "quiet": True}
     # with the task's own, ratios at the clip's edge amplify rounding
     settings |= {"learning_rate": 2e-4}
     settings |= {"eval_size": 8, "eval_every": 0, "eval_generations": 0, "log_completions": 0}
-    settings |= {"prompts_per_step": 2, "num_generations": 4} if asked.get("tiny") else {}
+    settings |= {"prompts_per_step": 2, "num_generations": 4} if job.get("tiny") else {}
     outcome: dict[str, Any] = {}
     for name, options in ESTIMATORS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -81,14 +81,14 @@ def full_precision(tf32: bool = False) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
-def measure_gaps(asked: dict[str, Any]) -> dict[str, Any]:
+def measure_gaps(job: dict[str, Any]) -> dict[str, Any]:
     """Mean and largest difference from float32 of log-probabilities of the same tokens, by precision."""
     import torch
 
-    shape, kind = shape_of(asked), device_of(asked)
+    shape, kind = shape_of(job), device_of(job)
     full_precision()
     model = make_model(shape, kind=kind)[0].eval()
-    random = torch.Generator().manual_seed(asked.get("seed", 0))
+    random = torch.Generator().manual_seed(job.get("seed", 0))
     size = (shape.group, shape.prompt + shape.length)
     ids = torch.randint(2, shape.vocabulary, size, generator=random).to(kind)
 
@@ -118,11 +118,11 @@ def measure_gaps(asked: dict[str, Any]) -> dict[str, Any]:
     return gaps | {"bfloat16": gap()}
 
 
-def describe_device(asked: dict[str, Any]) -> dict[str, Any]:
+def describe_device(job: dict[str, Any]) -> dict[str, Any]:
     """The device that is measured: its kind, name and memory, and whether it computes in bfloat16."""
     import torch
 
-    kind = device_of(asked)
+    kind = device_of(job)
     if kind == "cuda":
         about = torch.cuda.get_device_properties(0)
         name = f"{about.name}, the first of {torch.cuda.device_count()}"
@@ -147,6 +147,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("asked", type=json.loads, help="what to measure, as an object in JSON")
-    asked = parser.parse_args().asked
-    print(json.dumps(PARTS[asked["part"]](asked)))
+    parser.add_argument("job", type=json.loads, help="what to measure, as an object in JSON")
+    job = parser.parse_args().job
+    print(json.dumps(PARTS[job["part"]](job)))

@@ -74,21 +74,19 @@ class Budget:
 
     ends: float
 
-    def run(
-        self, label: str, asked: dict[str, Any], program: str = "gpu_parts.py"
-    ) -> dict[str, Any]:
+    def run(self, label: str, job: dict[str, Any], program: str = "gpu_parts.py") -> dict[str, Any]:
         """The result of a program's process, or its `error` in a line."""
-        left, began = self.ends - time.monotonic(), time.monotonic()
-        if left < LEAST_SECONDS:
+        remaining, began = self.ends - time.monotonic(), time.monotonic()
+        if remaining < LEAST_SECONDS:
             return {"error": "left out, since the time was used up"}
-        command = [sys.executable, str(FOLDER / program), json.dumps(asked)]
+        command = [sys.executable, str(FOLDER / program), json.dumps(job)]
         settings = os.environ | {"HF_HUB_OFFLINE": "1"}
         try:
             process = subprocess.run(
-                command, capture_output=True, text=True, timeout=left, env=settings
+                command, capture_output=True, text=True, timeout=remaining, env=settings
             )
         except subprocess.TimeoutExpired:
-            return {"error": f"not done in the {left:.0f} s that were left"}
+            return {"error": f"not done in the {remaining:.0f} s that were left"}
         finally:
             print(f"  {label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if process.returncode == 0 and process.stdout.strip():
@@ -157,7 +155,7 @@ def differences(here: Rows, there: Rows) -> dict[str, tuple[float, float]]:
     """By metric the largest difference between rows, and the most that rounding explains."""
     largest: dict[str, tuple[float, float]] = {}
     for name in sorted({*here[-1], *there[-1]}):
-        pairs = [(row.get(name), other.get(name)) for row, other in zip(here, there, strict=True)]
+        pairs = [(a.get(name), b.get(name)) for a, b in zip(here, there, strict=True)]
         unequal = [abs(a - b) if None not in (a, b) else math.inf for a, b in pairs if a != b]
         sizes = [abs(a) for a, _ in pairs if a is not None]
         largest[name] = max(unequal, default=0.0), RELATIVE * max(sizes, default=0.0) + ABSOLUTE
@@ -237,12 +235,12 @@ def speed_table(args: argparse.Namespace, budget: Budget, bf16: bool) -> str:
     steps, rows = steps_of(args), list[list[str]]()
     installed = importlib.util.find_spec("trl") is not None
     for name, shape in shapes.items():
-        asked = {"shape": asdict(shape), "steps": steps, "cpu": args.cpu}
-        ours = budget.run(f"speed, {name}, tokenrl", asked | {"who": "tokenrl"}, "one_trainer.py")
+        job = {"shape": asdict(shape), "steps": steps, "cpu": args.cpu}
+        ours = budget.run(f"speed, {name}, tokenrl", job | {"who": "tokenrl"}, "one_trainer.py")
         theirs = {"error": "not installed"}
         if installed:
-            asked |= {"who": "trl", "bf16": bf16}
-            theirs = budget.run(f"speed, {name}, TRL", asked, "one_trainer.py")
+            job |= {"who": "trl", "bf16": bf16}
+            theirs = budget.run(f"speed, {name}, TRL", job, "one_trainer.py")
         rows.append(speed_row(name, ours, theirs, steps))
     columns = ["shape", "tokenrl: s a step", "sampling s", "tokens/s", "peak MB"]
     columns += [
@@ -302,9 +300,9 @@ def main() -> int:
             args.output.write_text("\n".join(sections))
 
     show(machine_table(about, args))
-    kind, asked = about["kind"], common | {"part": "train_estimators"}
-    here = budget.run("numbers, cpu", asked | {"cpu": True})
-    there = budget.run(f"numbers, {kind}", asked)
+    kind, job = about["kind"], common | {"part": "train_estimators"}
+    here = budget.run("numbers, cpu", job | {"cpu": True})
+    there = budget.run(f"numbers, {kind}", job)
     show(numbers_tables(here, there, f"Numbers of {kind} beside the CPU's, task vowels, float32"))
     tiny = {"shape": asdict(TINY)} if args.tiny else {}
     gaps = budget.run("precision", common | {"part": "measure_gaps", "work": "gpu-135m"} | tiny)

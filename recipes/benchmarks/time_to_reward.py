@@ -58,8 +58,8 @@ class Watch:
     `history` has the step, the seconds and the held-out reward of each evaluation.
     """
 
-    def __init__(self, asked: dict[str, Any]) -> None:
-        if asked["who"] == "tokenrl":
+    def __init__(self, job: dict[str, Any]) -> None:
+        if job["who"] == "tokenrl":
             import tokenrl  # noqa: F401  # before torch, as the command does: it sets a variable of OpenMP
         from transformers import AutoModelForCausalLM  # noqa: F401  # both need it: its import counts
 
@@ -67,8 +67,8 @@ class Watch:
         import tokenrl.language as language  # torch is there already: for TRL no variable is set
 
         self.__name__ = "reward"
-        self.asked, self.language = asked, language
-        self.task = language.load_task(asked["task"])
+        self.job, self.language = job, language
+        self.task = language.load_task(job["task"])
         self.rewards = language.Rewards(self.task.reward)
         self.policy: Any = None
         self.steps, self.apart = 0, time.time() - began
@@ -77,23 +77,23 @@ class Watch:
     @property
     def seconds(self) -> float:
         """Seconds since the process was started, without those of evaluations and of this class."""
-        return time.time() - self.asked["started"] - self.apart
+        return time.time() - self.job["started"] - self.apart
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        if len(prompts) == self.asked["prompts"] * self.asked["group"]:
-            if self.steps % self.asked["every"] == 0:
+        if len(prompts) == self.job["prompts"] * self.job["group"]:
+            if self.steps % self.job["every"] == 0:
                 self.evaluate()
             self.steps += 1
-        found: list[float] = self.task.reward(prompts=prompts, completions=completions, **columns)
-        return found
+        rewards: list[float] = self.task.reward(prompts=prompts, completions=completions, **columns)
+        return rewards
 
     def evaluate(self) -> None:
         seconds, began = self.seconds, time.time()
         sampling = self.language.Sampling(self.task.max_completion_length, 0)
-        rows = self.task.eval_prompts[: self.asked["held_out"]]
-        found = self.language.evaluate_policy(self.policy, rows, self.rewards, sampling).metrics
-        self.history.append((self.steps, seconds, found["reward_greedy"]))
-        if level(self.history) >= self.asked["target"]:
+        rows = self.task.eval_prompts[: self.job["held_out"]]
+        metrics = self.language.evaluate_policy(self.policy, rows, self.rewards, sampling).metrics
+        self.history.append((self.steps, seconds, metrics["reward_greedy"]))
+        if level(self.history) >= self.job["target"]:
             self.end()
         self.apart += time.time() - began
 
@@ -112,20 +112,20 @@ def level(history: list[tuple[int, float, float]]) -> float:
 def train_tokenrl(watch: Watch, folder: str) -> None:
     import tokenrl
 
-    asked = watch.asked
-    watch.policy = tokenrl.load_policy(asked["model"])
+    job = watch.job
+    watch.policy = tokenrl.load_policy(job["model"])
     tokenrl.train(
         model=watch.policy,
-        task=asked["task"],
+        task=job["task"],
         reward=watch,
         estimator="grpo",
-        max_steps=asked["steps"],
-        prompts_per_step=asked["prompts"],
-        num_generations=asked["group"],
+        max_steps=job["steps"],
+        prompts_per_step=job["prompts"],
+        num_generations=job["group"],
         max_completion_length=watch.task.max_completion_length,
-        learning_rate=asked["rate"],
+        learning_rate=job["rate"],
         lr_scheduler_type="linear",
-        seed=asked["seed"],
+        seed=job["seed"],
         output_dir=f"{folder}/run",
         **{
             "eval_every": 0,
@@ -134,16 +134,16 @@ def train_tokenrl(watch: Watch, folder: str) -> None:
             "log_completions": 0,
             "quiet": True,
         }
-        | asked["options"],
+        | job["options"],
     )
 
 
 def train_trl(watch: Watch, folder: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    asked = watch.asked
-    model = AutoModelForCausalLM.from_pretrained(asked["model"])
-    tokenizer = AutoTokenizer.from_pretrained(asked["model"])
+    job = watch.job
+    model = AutoModelForCausalLM.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
     began = time.time()
     watch.policy = watch.language.wrap(model, tokenizer)  # for the evaluations
     watch.apart += time.time() - began
@@ -153,25 +153,25 @@ def train_trl(watch: Watch, folder: str) -> None:
         list(watch.task.train_prompts),
         watch,
         output_dir=folder,
-        max_steps=asked["steps"],
-        per_device_train_batch_size=asked["prompts"] * asked["group"],
-        num_generations=asked["group"],
+        max_steps=job["steps"],
+        per_device_train_batch_size=job["prompts"] * job["group"],
+        num_generations=job["group"],
         max_completion_length=watch.task.max_completion_length,
-        learning_rate=asked["rate"],
+        learning_rate=job["rate"],
         lr_scheduler_type="linear",
-        seed=asked["seed"],
-        bf16=asked["bf16"],
+        seed=job["seed"],
+        bf16=job["bf16"],
     )
 
 
-def race(asked: dict[str, Any]) -> list[tuple[int, float, float]] | None:
-    """Train in a new process, and return its history; None if it failed, which is told on stderr."""
-    found = run(asked | {"started": time.time()}, __file__, "--child")
-    if found is None:
+def race(job: dict[str, Any]) -> list[tuple[int, float, float]] | None:
+    """Train in a new process, and return its history; None if it failed, which is printed on stderr."""
+    result = run(job | {"started": time.time()}, __file__, "--child")
+    if result is None:
         return None
-    history: list[tuple[int, float, float]] = found["history"]
+    history: list[tuple[int, float, float]] = result["history"]
     step, seconds, _ = history[-1]
-    words = f"{asked['who']}, {asked['task']}, seed {asked['seed']}: {history[0][2]:.3f} at first, "
+    words = f"{job['who']}, {job['task']}, seed {job['seed']}: {history[0][2]:.3f} at first, "
     print(
         f"  {words}{level(history):.3f} after {step} steps, {seconds:.1f} s",
         file=sys.stderr,
@@ -188,41 +188,39 @@ def compare(name: str, args: argparse.Namespace) -> str:
 
     task = language.load_task(name)
     target = TASKS[name] if args.target is None else args.target
-    asked = vars(args) | {
+    job = vars(args) | {
         "task": name,
         "model": str(language.warm_started_base(task)),
         "target": target,
     }
-    asked |= {"prompts": 16, "group": 8, "rate": args.learning_rate, "options": dict(args.tokenrl)}
-    found = [
-        {who: race(asked | {"who": who, "seed": seed}) for who in ("trl", "tokenrl")}
+    job |= {"prompts": 16, "group": 8, "rate": args.learning_rate, "options": dict(args.tokenrl)}
+    races = [
+        {who: race(job | {"who": who, "seed": seed}) for who in ("trl", "tokenrl")}
         for seed in range(args.seeds)
     ]
-    return table_row(name, target, found)
+    return table_row(name, target, races)
 
 
-def table_row(name: str, target: float, found: list[dict[str, Any]]) -> str:
+def table_row(name: str, target: float, races: list[dict[str, Any]]) -> str:
     """A line of the table; only of seeds with which both reached the target."""
     done = [
-        one
-        for one in found
-        if all(history and level(history) >= target for history in one.values())
+        histories
+        for histories in races
+        if all(history and level(history) >= target for history in histories.values())
     ]
     if not done:
         return f"{name:13} {target:>17.2f}  reached by both with no seed"
-    last = {who: [one[who][-1] for one in done] for who in ("trl", "tokenrl")}
-    ratios = [one["trl"][-1][1] / one["tokenrl"][-1][1] for one in done]
+    last = {who: [histories[who][-1] for histories in done] for who in ("trl", "tokenrl")}
+    ratios = [histories["trl"][-1][1] / histories["tokenrl"][-1][1] for histories in done]
     steps, seconds = (
         {who: statistics.median(x[k] for x in last[who]) for who in last} for k in (0, 1)
     )
-    start = statistics.median(one["tokenrl"][0][2] for one in done)
+    start = statistics.median(histories["tokenrl"][0][2] for histories in done)
     rewards = f"{start:.3f} to {target:.2f}"
     ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    missed = (
-        f"  reached by both with {len(done)} of {len(found)} seeds"
-        if len(done) < len(found)
-        else ""
-    )
+    missed = ""
+    if len(done) < len(races):
+        missed = f"  reached by both with {len(done)} of {len(races)} seeds"
     return (
         f"{name:13} {rewards:>17} {seconds['trl']:7.1f} {steps['trl']:6.0f} {seconds['tokenrl']:10.1f} "
         f"{steps['tokenrl']:6.0f} {ratio:>21}{missed}"

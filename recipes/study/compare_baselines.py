@@ -30,17 +30,15 @@ def main(
     max_steps: int | None = None,
     output_dir: str = "runs/compare_baselines",
 ) -> None:
-    found = tokenrl.compare(
-        task=tasks,
-        arms=arms,
-        seeds=seeds,
-        output_dir=output_dir,
-        **({"max_steps": max_steps} if max_steps else {}),
+    settings = {} if max_steps is None else {"max_steps": max_steps}
+    comparison = tokenrl.compare(
+        task=tasks, arms=arms, seeds=seeds, output_dir=output_dir, **settings
     )
-    for family in found.judgement.families:
+    for family in comparison.judgement.families:
         for difference in family.differences:
-            by, adjusted = difference.mean.value, difference.adjusted
-            words = f"{by:+.4f} [{adjusted.low:+.4f}, {adjusted.high:+.4f}] {difference.verdict}"
+            low, high = difference.adjusted[1:]
+            interval = f"{difference.mean.value:+.4f} [{low:+.4f}, {high:+.4f}]"
+            words = f"{interval} {difference.verdict}"
             print(f"{family.problem}: {difference.arm} against {family.reference}: {words}")
 
 

@@ -66,8 +66,8 @@ def _weighted(positive: float, negative: float) -> Baseline:
 
     def baseline(totals: Tensor, group_size: int, mask: Tensor, valid: Tensor) -> Tensor:
         groups = totals.view(-1, group_size)
-        others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-        advantages = (groups - others).flatten()
+        baselines = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+        advantages = (groups - baselines).flatten()
         return totals - positive * advantages.clamp(min=0) - negative * advantages.clamp(max=0)
 
     return baseline

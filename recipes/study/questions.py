@@ -150,9 +150,9 @@ def entropy(axes: Axes, part: str) -> str:
     residuals = {}
     for score in ("reward_greedy", "reward"):
         a, b = fit_curve(curves, score)
-        left = curves[score] - b + a * np.exp(curves["entropy"])
-        residuals[score] = left.groupby([curves["arm"], curves["path"]]).mean()
-    error = np.sqrt((left**2).mean())
+        deviations = curves[score] - b + a * np.exp(curves["entropy"])
+        residuals[score] = deviations.groupby([curves["arm"], curves["path"]]).mean()
+    error = np.sqrt((deviations**2).mean())
     slopes = {}
     for arm, of_arm in curves.groupby("arm"):
         slopes[arm] = np.array([fit_curve(run)[0] for _, run in of_arm.groupby("path")])
@@ -343,8 +343,8 @@ def peak(rates: Sequence[float], areas: np.ndarray) -> float:
     top = int(np.argmax(areas))
     if top in (0, len(areas) - 1):
         return rates[top]
-    left, middle, right = areas[top - 1 : top + 2]
-    return rates[top] * 2 ** (0.5 * (left - right) / (left - 2 * middle + right))
+    before, highest, after = areas[top - 1 : top + 2]
+    return rates[top] * 2 ** (0.5 * (before - after) / (before - 2 * highest + after))
 
 
 def at_the_end(curves: pd.DataFrame) -> pd.DataFrame:
