@@ -211,9 +211,8 @@ def _prepare(
                 folder = stage.result or folder
                 warm_seconds = 0.0 if stage.result else stage.try_out()
             del stage  # and its copy of the weights
-        if (
-            args.warm_start and folder.exists()
-        ):  # on another machine the main process sends its weights
+        # Where the folder is on another machine, the main process sends its weights.
+        if args.warm_start and folder.exists():
             warmed = start_from(policy, folder)
             console.note(f"warm start: {warmed['in_words']}.")
         adapt(args, policy)
