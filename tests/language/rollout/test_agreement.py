@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import family_policy
-from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer, quickly
+from tiny_models import (
+    ARCHITECTURES,
+    apart,
+    make_policy,
+    make_task,
+    make_tokenizer,
+    quickly,
+    weights,
+)
 from transformers.cache_utils import DynamicLayer
 
 import tokenrl
@@ -27,9 +35,9 @@ def changed(policy, change):
     """Pass the keywords of each forward pass through `change`, and its output through what that returns."""
     original = policy.model.forward
 
-    def forward(*given, **options):
+    def forward(*arguments, **options):
         after = change(options) or (lambda out: out)
-        return after(original(*given, **options))
+        return after(original(*arguments, **options))
 
     policy.model.forward = forward
     return policy
@@ -89,7 +97,7 @@ def hidden_of_the_first_layer(options):
     return swap
 
 
-@pytest.mark.parametrize("dtype", quickly(["float64", "float32", "bfloat16"], {"float64"}))
+@pytest.mark.parametrize("dtype", quickly(["float32", "bfloat16"], {"float32"}))
 @pytest.mark.parametrize("spread", quickly([0.25, 0.02], {0.02}))
 @pytest.mark.parametrize("architecture", quickly(ARCHITECTURES, {"qwen2", "gpt_neox"}))
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
@@ -148,7 +156,7 @@ def test_the_probe_fits_into_any_context(context):
     assert usual(check_scoring(policy))
 
 
-@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
 def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
@@ -227,58 +235,43 @@ def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeyp
     assert "as the model keeps it" in header and "no such attribute in this release" in header
 
 
-@pytest.mark.parametrize("worst", [0, 1, 2, 3])
+@pytest.mark.parametrize("worst", ["nothing", "refused", "prompts", "cache"])
 def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
-    seen = []
+    sent = []
 
-    def gather(failed):
-        seen.append([*map(bool, failed[0])])
-        return torch.tensor([failed[0].tolist(), [worst == 2, worst == 1, False, worst == 3]]).int()
+    def gather(faults):
+        sent.append(faults[0].tolist())
+        other = [int(worst == name) for name in ("refused", "prompts", "logits", "cache")]
+        return torch.tensor([faults[0].tolist(), other]).int()
 
-    other = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
+    processes = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
     policy = make_policy()
-    if worst == 2:
+    if worst == "refused":
         with pytest.raises(Refused, match="another process"):
-            check_scoring(policy, accelerator=other)
+            check_scoring(policy, accelerator=processes)
     else:
-        scoring = check_scoring(policy, accelerator=other)
-        assert scoring.share_prompt == (worst != 1) and set(scoring.remarks) == {
-            1: {"prompts"},
-            3: {"cache"},
-        }.get(worst, set())
-        assert policy.plain_cache == (worst == 3)
-    assert seen == [[False, False, False, False]]
+        scoring = check_scoring(policy, accelerator=processes)
+        assert scoring.share_prompt == (worst != "prompts")
+        assert policy.plain_cache == (worst == "cache")
+        assert {*scoring.remarks} == {worst} - {"nothing"}
+    assert sent == [[0, 0, 0, 0]]
     with pytest.raises(Refused, match="off by"):  # a process that refuses tells the others first
-        check_scoring(changed(make_policy(), without("attention_mask")), accelerator=other)
-    assert seen[1:] == [[True, False, False, False]]
+        check_scoring(changed(make_policy(), without("attention_mask")), accelerator=processes)
+    assert sent[1:] == [[1, 0, 0, 0]]
 
 
-TRAINED = ["lfm2", "granite_hybrid", "falcon_h1", "mamba", "qwen3_5"]
-
-
-@pytest.mark.parametrize("family", quickly(TRAINED, {"granite_hybrid", "falcon_h1", "qwen3_5"}))
+@pytest.mark.parametrize("family", quickly(["falcon_h1", "mamba"], {"falcon_h1"}))
 def test_two_updates(family, tmp_path, capsys):
     policy = family_policy(family, vocabulary=96)
-    before = [p.detach().clone() for p in policy.trainable_parameters()]
-    how = {
-        "max_steps": 2,
-        "prompts_per_step": 3,
-        "num_generations": 3,
-        "max_completion_length": 4,
-        "cpu": True,
-    }
-    how |= {
-        "estimator": "ppo" if family == "lfm2" else "rloo",
-        "eval_generations": 1,
-        "learning_rate": 0.01,
-    }
+    before = weights(policy.model)
+    sizes = {"prompts_per_step": 3, "num_generations": 3, "max_completion_length": 4}
+    options = {"max_steps": 2, "eval_generations": 1, "learning_rate": 0.01, "cpu": True} | sizes
     model = (policy.model, make_tokenizer())
-    result = tokenrl.train(model=model, task=make_task(), output_dir=tmp_path / "run", **how)
+    result = tokenrl.train(model=model, task=make_task(), output_dir=tmp_path / "run", **options)
     assert result.exit_code == 0 and result.steps == 2
-    after = result.policy.trainable_parameters()
-    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    said = "computed anew for each completion" in " ".join(capsys.readouterr().out.split())
-    assert said == (family == "mamba")
+    assert apart(weights(result.policy.model), before) > 0
+    header = " ".join(capsys.readouterr().out.split())
+    assert ("computed anew for each completion" in header) == (family == "mamba")
 
 
 def test_a_run_refuses_a_wrong_model(tmp_path):

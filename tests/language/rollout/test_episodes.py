@@ -308,21 +308,20 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
         return [100.0 * (i + 1) for i in range(len(completions))]
 
     policy, environments = guessing(), Environments(Guess)
-    rewards = Rewards([length], [2.0, 0.5], environments=environments)
     plain = played(policy, environments)
+    rewards = Rewards([length], [2.0, 0.5], environments=environments)
     rollout = reward_rows(policy, rewards, plain, step=1)
-    for i in range(12):
-        last = [
-            int((plain.mask[i] & (plain.turns[i] == k)).nonzero().max())
-            for k in range(plain.turns[i].max() + 1)
-        ]
-        own = plain.turn_rewards[i]
-        assert set(own.nonzero().flatten().tolist()) <= set(last)
-        wanted = 0.5 * own
-        wanted[last[-1]] += 200.0 * (i + 1)
-        torch.testing.assert_close(rollout.turn_rewards[i], wanted)
-        assert float(rollout.rewards[i]) == pytest.approx(float(wanted.sum()))
-        assert rollout.by_function[i].tolist() == [100.0 * (i + 1), pytest.approx(float(own.sum()))]
+    expected = 0.5 * plain.turn_rewards
+    ends = torch.zeros_like(plain.mask)
+    for i, turns in enumerate(plain.turns):
+        actions = [(plain.mask[i] & (turns == turn)).nonzero() for turn in range(turns.max() + 1)]
+        ends[i, [int(positions.max()) for positions in actions]] = True
+        expected[i, int(actions[-1].max())] += 200.0 * (i + 1)
+    assert not plain.turn_rewards[~ends].any()
+    torch.testing.assert_close(rollout.turn_rewards, expected)
+    torch.testing.assert_close(rollout.rewards, expected.sum(dim=1))
+    totals = [length(range(12)), plain.turn_rewards.sum(dim=1).tolist()]
+    torch.testing.assert_close(rollout.by_function, torch.tensor(totals).double().T)
 
 
 def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_named():

@@ -74,20 +74,21 @@ def test_the_end_is_the_first_token_whose_text_holds_a_stop_string(kind, stops):
     tokenizer = TOKENIZERS[kind]()
     draws = torch.Generator().manual_seed(0)
     # special and partial tokens too
-    ids = torch.randint(0, len(tokenizer), (200, 60), generator=draws)
-    for row in range(0, 200, 4):  # a long string hardly comes about by chance
-        planted = torch.tensor(tokenizer(stops[0], add_special_tokens=False).input_ids)
-        ids[row, 1 + row // 5 :][: len(planted)] = planted[: 59 - row // 5]
-    found, alive = StopStrings(tokenizer, stops), torch.arange(200)
-    lengths = torch.full((200,), 60)
-    for t in range(60):
-        ended = found.ended(ids, alive, t)
+    ids = torch.randint(0, len(tokenizer), (100, 40), generator=draws)
+    planted = torch.tensor(tokenizer(stops[0], add_special_tokens=False).input_ids)
+    for row in range(0, 100, 4):  # a long string hardly comes about by chance
+        ids[row, 1 + row // 4 :][: len(planted)] = planted[: 39 - row // 4]
+    strings = StopStrings(tokenizer, stops)
+    alive = torch.arange(100)
+    lengths = torch.full((100,), 40)
+    for t in range(40):
+        ended = strings.ended(ids, alive, t)
         lengths[alive[ended]] = t + 1
         alive = alive[~ended]
     expected = [length_by_definition(tokenizer, row, stops)[0] for row in ids.tolist()]
     assert lengths.tolist() == expected
     alphabet = set(text_of(tokenizer, list(range(len(tokenizer)))))
-    assert min(expected) < 60 or not any(set(stop) <= alphabet for stop in stops)
+    assert min(expected) < 40 or not any(set(stop) <= alphabet for stop in stops)
 
 
 def test_what_came_long_before_still_counts():
@@ -113,31 +114,28 @@ def test_what_came_long_before_still_counts():
 
 
 @pytest.mark.parametrize("generations", [0, 6])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_rows_are_those_without_stop_strings_up_to_their_ends(architecture, generations):
-    policy, stops = make_policy(architecture), (" t", "og", "12", "a")
-    how = {"num_generations": generations, "max_completion_length": 12}
+def test_rows_are_those_without_stop_strings_up_to_their_ends(generations):
+    policy = make_policy()
+    stops = (" t", "og", "12", "a")
+    options = {"num_generations": generations, "max_completion_length": 12}
     prompts = [policy.encode(prompt) for prompt in PROMPTS]
-    endless = completions(policy, prompts, **how)
+    endless = completions(policy, prompts, **options)
     policy.ask(PromptArguments(stop=stops))
-    rollout = completions(policy, prompts, **how)
+    rollout = completions(policy, prompts, **options)
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     inside = 0
-    for row in range(len(rollout.mask)):
-        whole = endless.completion_ids[row][endless.mask[row]].tolist()
+    for row, ids in enumerate(endless.completion_ids.tolist()):
+        whole = ids[: int(endless.mask[row].sum())]
         n, ended = length_by_definition(policy.tokenizer, whole, stops, policy.eos_ids)
         assert rollout.mask[row].tolist() == [t < n for t in range(rollout.mask.shape[1])]
         assert rollout.completion_ids[row, :n].tolist() == whole[:n]
         assert bool(rollout.truncated[row]) == (not ended)
-        torch.testing.assert_close(
-            rollout.logprobs[row, :n], endless.logprobs[row, :n], atol=1e-5, rtol=0
-        )
         text = text_of(policy.tokenizer, whole[:n])
-        places = [text.find(stop) for stop in stops if stop in text]
-        assert texts[row] == text[: min(places, default=None)]
-        inside += any(stop in text and not text.endswith(stop) for stop in stops)
+        cuts = [text.find(stop) for stop in stops if stop in text]
+        assert texts[row] == text[: min(cuts, default=None)]
+        inside += bool(cuts) and not text.endswith(stops)
     assert inside or not generations  # some are completed in the middle of a token
-    assert 0 < rollout.truncated.sum() < len(rollout.mask) or not generations
+    assert 0 < rollout.truncated.sum() < len(rollout) or not generations
 
 
 def test_rows_that_have_ended_are_not_sampled_on():

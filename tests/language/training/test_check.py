@@ -261,7 +261,7 @@ def test_special_tokens_that_no_reward_sees_are_said_by_the_check_and_once_in_a_
     small = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 8, "cpu": True}
     result = check_policy(policy, task, stop=stop, quiet=False)
     assert ("unread-tokens" in result.flags, result.exit_code) == (stop is None, 0)
-    words = r"completions hold special tokens \(<think>\), which the text of a completion leaves out: rewards"
+    words = r"Completions hold special tokens \(<think>\), which the text of a completion leaves out: rewards"
     assert bool(re.search(words, " ".join(capsys.readouterr().out.split()))) == (stop is None)
     options = {"stop": stop, "max_steps": 3, "output_dir": tmp_path / "run", **small}
     tokenrl.train(model=policy, task=task, **options)

@@ -97,37 +97,40 @@ def choose_forward(
     tokens = args.tokens_per_pass or _tokens(policy)
     policy = with_unread_masks(policy, accelerator.device)
 
-    def updated(model: nn.Module) -> nn.Module:
-        return with_attention(model, "eager") if attention == "eager" else model
-
-    try:
-        model = updated(policy.model)
-    except Refused:
-        if args.training_attention:
-            raise
-        attention = "as_loaded"
-        model = policy.model
-    if samples_alike := precision == "bf16" and accelerator.device.type == "cpu":
+    model = policy.model
+    if attention == "eager":
+        try:
+            model = with_attention(model, "eager")
+        except Refused:
+            if args.training_attention:
+                raise
+            attention = "as_loaded"
+    suffix = ""
+    if precision == "bf16" and accelerator.device.type == "cpu":
         # The fused kernels take eight times as long for a single token as the plain formula.
         policy = replace(policy, model=model)
+        suffix = " in sampling too"
     processes = None if alone else accelerator
     # Before any rounding, because bfloat16 can leave little of a gradient.
     scoring = check_scoring(
         policy, model, hidden=args.estimator.needs_values, accelerator=processes
     )
-    acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
-    model = model if acting is policy else updated(acting.model)
-    words = (
-        f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({reason}), "
-        f"attention {attention.replace('_', ' ')}{' in sampling too' if samples_alike else ''}, "
-        f"up to {tokens:,} tokens in a pass"
-    )
+    copies: Copies = ()
+    numbers = "precision of the weights"
+    if precision == "bf16":
+        numbers = "bfloat16 (weights float32)"
+        policy, copies = half_copy(policy)
+        model = policy.model
+        if attention == "eager":
+            model = with_attention(model, "eager")
+    kind = attention.replace("_", " ")
+    words = f"{numbers} ({reason}), attention {kind}{suffix}, up to {tokens:,} tokens in a pass"
     settings = {
         "mixed_precision": precision,
         "training_attention": attention,
         "tokens_per_pass": tokens,
     }
-    return Forward(acting, model, scoring, copies, words, tokens), settings
+    return Forward(policy, model, scoring, copies, words, tokens), settings
 
 
 def choose_precision(args: Any, policy: Policy, accelerator: Any) -> tuple[str, str]:
@@ -137,18 +140,16 @@ def choose_precision(args: Any, policy: Policy, accelerator: Any) -> tuple[str, 
     if args.mixed_precision is not None:
         return args.mixed_precision, "as set"
     if accelerator.device.type != "cpu":
-        has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return ("bf16", "a GPU with bfloat16") if has_it else ("no", "a GPU without bfloat16")
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+            return "bf16", "a GPU with bfloat16"
+        return "no", "a GPU without bfloat16"
     if policy.size < LARGE:
         return "no", f"on a CPU, fewer than {LARGE // 10**6} M parameters"
     # Older releases of torch than 2.10 do not name them.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_it = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return (
-        ("bf16", "a CPU that multiplies in bfloat16")
-        if has_it
-        else ("no", "a CPU without bfloat16")
-    )
+    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        return "bf16", "a CPU that multiplies in bfloat16"
+    return "no", "a CPU without bfloat16"
 
 
 def _attention(args: Any, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
@@ -193,8 +194,9 @@ def half_copy(policy: Policy) -> tuple[Policy, Copies]:
     for original, half in pairs:
         if not half.requires_grad:
             original.data = half.data
-    for p in [] if policy.reference is None else _halved(policy.reference):
-        p.data = p.data.to(torch.bfloat16)
+    if policy.reference is not None:
+        for p in _halved(policy.reference):
+            p.data = p.data.to(torch.bfloat16)
     return replace(policy, model=model), [pair for pair in pairs if pair[0].requires_grad]
 
 
@@ -261,10 +263,11 @@ def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:
 
 def _halved(model: nn.Module) -> list[nn.Parameter]:
     """Return the float32 weights, but for those that transformers keeps in float32 in any precision."""
-    exact = {
-        name
-        for m in model.modules()
-        for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()
-    }
-    named = model.named_parameters()
-    return [p for name, p in named if p.dtype == torch.float32 and not exact & set(name.split("."))]
+    exact: set[str] = set()
+    for module in model.modules():
+        exact.update(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    weights = []
+    for name, weight in model.named_parameters():
+        if weight.dtype == torch.float32 and exact.isdisjoint(name.split(".")):
+            weights.append(weight)
+    return weights

@@ -77,15 +77,13 @@ def unread_tokens(policy: Policy, rollout: Rollout) -> str:
     ends = [*policy.eos_ids]
     if policy.stops is not None:
         ends += policy.stops.ids
-    ids = torch.tensor([i for i in names if i not in ends], dtype=torch.long)
-    inside = torch.isin(rollout.completion_ids, ids) & rollout.mask
-    if not inside.any():
+    ids = set(rollout.completion_ids[rollout.mask].tolist())
+    tokens = sorted(names[i] for i in names.keys() & ids - set(ends))
+    if not tokens:
         return ""
-    tokens = sorted({names[i] for i in rollout.completion_ids[inside].tolist()})
-    count = f"{int(inside.any(dim=1).sum()):,} of {len(rollout):,} completions"
     return (
-        f"{count} hold special tokens ({', '.join(tokens[:5])}), which the text of a completion leaves out: "
-        "rewards and environments do not see them. Read them in completion_ids, or register them in the "
+        f"Completions hold special tokens ({', '.join(tokens[:5])}), which the text of a completion leaves "
+        "out: rewards and environments do not see them. Read them in completion_ids, or register them in the "
         "tokenizer as tokens that are not special."
     )
 

@@ -164,9 +164,8 @@ class Rollout:
 
     def distinct_prompts(self) -> tuple[Tensor, Tensor]:
         """Return the first row of each of B prompts [B], and which of these prompts each row has [N]."""
-        prompts = self.prompt_index[:, None]
-        if self.turns is not None:  # environments may begin the rows of a prompt in several ways
-            prompts = torch.cat([prompts, self.prompt_ids], dim=1)
+        # Environments may begin the rows of a prompt in several ways.
+        prompts = torch.cat([self.prompt_index[:, None], self.prompt_ids], dim=1)
         _, prompt, counts = torch.unique_consecutive(
             prompts, return_inverse=True, return_counts=True, dim=0
         )
