@@ -103,9 +103,8 @@ def test_the_random_numbers_of_a_row_are_counted_in_the_tokens_that_it_chose():
         active = (rollout.turns.amax(dim=1) >= turn).nonzero().flatten().tolist()
         for row, own in zip(active, draws, strict=True):
             chosen = int((rollout.mask[row] & (rollout.turns[row] < turn)).sum())
-            assert torch.equal(own[: 14 - chosen], numbers[row, chosen:]) and (chosen > 0) == (
-                turn > 0
-            )
+            assert torch.equal(own[: 14 - chosen], numbers[row, chosen:])
+            assert (chosen > 0) == (turn > 0)
 
 
 def test_no_turn_follows_the_end_of_an_episode():
@@ -114,9 +113,8 @@ def test_no_turn_follows_the_end_of_an_episode():
     generator = Recorded(policy)
     rollout = played(policy, generator=generator)
     counts = [int((rollout.turns.amax(dim=1) >= turn).sum()) for turn in range(Guess.limit)]
-    assert [len(histories) for histories in generator.histories] == counts and counts[-1] < counts[
-        0
-    ]
+    assert [len(histories) for histories in generator.histories] == counts
+    assert counts[-1] < counts[0]
     # at the limit of turns terminated wins
     assert set(rollout.endings) == {
         "completed",
@@ -136,10 +134,8 @@ def test_no_turn_follows_the_end_of_an_episode():
 def test_an_episode_of_one_turn_is_a_completion_with_the_same_random_numbers():
     policy = guessing()
     once = played(policy, Environments(Guess, max_turns=1))
-    prompts = [
-        row[mask].tolist()
-        for row, mask in zip(once.prompt_ids[::3], once.prompt_mask[::3], strict=True)
-    ]
+    rows = zip(once.prompt_ids[::3], once.prompt_mask[::3], strict=True)
+    prompts = [ids[mask].tolist() for ids, mask in rows]
     plain = completions(policy, prompts, max_completion_length=14, num_generations=3)
     width = plain.mask.shape[1]
     for name in ("completion_ids", "logprobs", "sampling_logprobs", "mask"):
@@ -239,14 +235,14 @@ def test_a_call_that_cannot_be_parsed_ends_the_episode_or_is_answered(malformed)
 def test_a_greedy_episode_begins_as_its_group_and_takes_the_likeliest_tokens():
     """ReMax compares a row with it, so both must be episodes of the same seed."""
     policy = guessing()
-    greedy, sampled = played(policy, num_generations=0), played(policy)
+    greedy = played(policy, num_generations=0)
+    assert torch.equal(greedy.prompt_ids, played(policy).prompt_ids[::3])
+    assert len(greedy) == 4 and greedy.turns.any()
     for i in range(4):
-        prompt, other = greedy.prompt_ids[i][greedy.prompt_mask[i]], sampled.prompt_ids[3 * i]
-        assert torch.equal(prompt, other[sampled.prompt_mask[3 * i]])
-        actions = greedy.mask[i].nonzero().flatten()
-        ids = torch.cat([prompt, greedy.completion_ids[i][: actions[-1] + 1]])
-        likeliest = policy.model(ids[None]).logits[0].argmax(-1)
-        assert torch.equal(likeliest[len(prompt) - 1 + actions], greedy.completion_ids[i][actions])
+        row = greedy.take(torch.tensor([i]))
+        ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1)
+        likeliest = policy.model(ids).logits.argmax(-1)[:, row.prompt_ids.shape[1] - 1 : -1]
+        assert torch.equal(likeliest[row.mask], row.completion_ids[row.mask])
 
 
 @pytest.mark.parametrize("limit", [len(call(3)), len(call(3)) - 1, 3])

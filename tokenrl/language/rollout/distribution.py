@@ -88,5 +88,5 @@ class Distribution(Settings, group="sampling"):
 
 def distribution_of(arguments: Any) -> dict[str, Any]:
     """Return the fields of a `Distribution` that arguments hold, by name, without those that are None."""
-    names = [field.name for field in fields(Distribution)]
-    return {name: vars(arguments)[name] for name in names if vars(arguments)[name] is not None}
+    values = {field.name: getattr(arguments, field.name) for field in fields(Distribution)}
+    return {name: value for name, value in values.items() if value is not None}

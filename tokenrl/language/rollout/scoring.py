@@ -97,19 +97,18 @@ def score(
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
     logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
-    scores = Scores(logprobs, hidden=states)
+    columns = {"logprobs": logprobs}
     if entropy or score_norms:
         p = logp.exp()
         if entropy:
-            scores = scores._replace(entropy=entropy_of(logp, p))
+            columns["entropy"] = entropy_of(logp, p)
         if score_norms:
-            scores = scores._replace(score_norms=score_norm_of(logprobs, p))
+            columns["score_norms"] = score_norm_of(logprobs, p)
     if centres is not None:
         # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
         finite = logp.masked_fill(logp == -torch.inf, 0)
-        sampler = rollout.sampling_distribution.to(logp.device)
-        scores = scores._replace(centres=centres(finite, sampler))
-    return scores
+        columns["centres"] = centres(finite, rollout.sampling_distribution.to(logp.device))
+    return Scores(hidden=states, **columns)
 
 
 def _score_in_chunks(
