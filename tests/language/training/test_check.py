@@ -227,9 +227,10 @@ def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_rew
 
 
 @pytest.mark.parametrize(
-    ("prompts", "demonstration", "flags", "said"),
+    ("prompts", "demonstration", "flags", "words"),
     [
         (LETTERS, "abcd", (), "unknown to the tokenizer 0 of 58 characters"),
+        (LETTERS, "ab\u00e9d" + 13 * "abcd", (), "The tokenizer loses 1 of 110 characters"),
         (
             [f"Z{x}" for x in LETTERS],
             "ab",
@@ -239,14 +240,14 @@ def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_rew
     ],
 )
 def test_characters_that_the_tokenizer_loses_are_counted(
-    check, prompts, demonstration, flags, said, capsys
+    check, prompts, demonstration, flags, words, capsys
 ):
     rows = [{"prompt": "ab>", "completion": demonstration}]
     result = check(
         prompts=prompts, fields={"demonstrations": rows}, max_completion_length=8, quiet=False
     )
     captured = capsys.readouterr()
-    assert said in " ".join((captured.out + captured.err).split())
+    assert words in " ".join((captured.out + captured.err).split())
     assert all(flag in captured.err for flag in flags) and (result.exit_code == 0 or flags)
 
 

@@ -93,7 +93,7 @@ WHERE = ("reward", "async", "factory", "generate", "sync", "memory", "state")
 
 
 @pytest.fixture
-def place(saved, tmp_path, monkeypatch):
+def argv(saved, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(FILE)
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -103,9 +103,9 @@ def place(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", quickly([*WHERE, "words"], {"async", "memory", "sync"}))
-def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, capsys):
+def test_sys_exit_in_code_of_the_user_is_a_failure(argv, where, monkeypatch, capsys):
     monkeypatch.setenv("WHERE", where)
-    assert main(place) == (2 if where == "factory" else 1)
+    assert main(argv) == (2 if where == "factory" else 1)
     output = capsys.readouterr().err
     assert "Traceback" not in output and ("SystemExit: 0" in output or where == "words")
     assert Path("run/summary.json").exists() == (where != "factory")
@@ -115,12 +115,12 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(place, where, monkeypatch, ca
             "SystemExit" in summary["error"] or where == "words"
         )
         monkeypatch.setenv("WHERE", "")
-        assert main([*place, "--resume", "auto"]) == 0
+        assert main([*argv, "--resume", "auto"]) == 0
 
 
-def test_sys_exit_in_a_callback_is_a_failure_also_from_python(place, monkeypatch):
+def test_sys_exit_in_a_callback_is_a_failure_also_from_python(argv, monkeypatch):
     monkeypatch.setenv("WHERE", "")
-    options = {"task": "rows.jsonl", "reward": "mine.py:share", "model": place[-1]}
+    options = {"task": "rows.jsonl", "reward": "mine.py:share", "model": argv[-1]}
     small = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
     small |= {"max_steps": 2, "quiet": True, "cpu": True}
     with pytest.raises(Stopped, match=r"At step 1: .*SystemExit: 0 \(test_endings.py, line \d+\)"):
@@ -150,13 +150,13 @@ def test_a_forked_process_never_comes_out_of_a_block_of_its_owner(tmp_path, end,
     ("where", "child"),
     [("reward", "exit"), pytest.param("generate", "error", marks=pytest.mark.slow)],
 )
-def test_a_forked_helper_that_ends_changes_nothing(place, where, child, monkeypatch):
+def test_a_forked_helper_that_ends_changes_nothing(argv, where, child, monkeypatch):
     """The child comes out of the user's code, and its parent trains on."""
     weights = []
     for of_run, folder in (("", "plain"), (where, "forked")):
         for name, value in {"WHERE": of_run, "HOW": "fork", "CHILD": child}.items():
             monkeypatch.setenv(name, value)
-        assert main([*place, "--output-dir", folder, "--quiet"]) == 0
+        assert main([*argv, "--output-dir", folder, "--quiet"]) == 0
         weights.append(Path(folder, "model/model.safetensors").read_bytes())
         assert len(list(Path(folder, "checkpoints").iterdir())) == 2
     assert weights[0] == weights[1]

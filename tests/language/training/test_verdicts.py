@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("base") / "run", max_steps=30, quiet=True)
 
 
-def said(capsys) -> str:
+def printed(capsys) -> str:
     """What was printed, problems of a check after the rest."""
     return " ".join("".join(capsys.readouterr()).split())
 
@@ -68,7 +68,7 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    output, message = said(capsys), str(caught.value)
+    output, message = printed(capsys), str(caught.value)
     expected = re.search(r"warning: step (\d+): The policy is destroyed.* to (\S+), and", output)
     step, after = map(float, expected.groups())
     assert step <= 5 and after == pytest.approx(
@@ -89,7 +89,7 @@ def test_a_destroyed_policy_that_runs_to_the_end_has_the_flag(trained, tmp_path,
     model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
     result = train(tmp_path / "run", model=model, learning_rate=0.3)
     assert (result.exit_reason, result.flags[0]) == ("finished", "policy-destroyed")
-    assert "warning: policy-destroyed: the held-out reward was 0." in said(capsys)
+    assert "warning: policy-destroyed: the held-out reward was 0." in printed(capsys)
 
 
 class Falling:
@@ -132,7 +132,7 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None
     result = train(tmp_path / "run", nothing, model=(model, tokenizer), max_steps=6)
     assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt",))
-    output = said(capsys)
+    output = printed(capsys)
     assert output.count("step 1: Every completion was cut at 3 tokens") == 1
     assert output.count("warning: step 3: In 3 steps in a row no two rewards that are") == 1
     assert "finished (nothing-learnt), 6 steps" in output
@@ -160,7 +160,7 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
     ):
         result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
-        output = said(capsys)
+        output = printed(capsys)
         assert result.flags == ("no-signal",) and remedy in output
 
 
@@ -178,7 +178,7 @@ def test_who_already_solves_the_prompts_is_not_told_to_learn_them(
     fields = {"solved": solved, "demonstrations": DEMONSTRATIONS}
     flags = (*["entropy-collapsed"] * (solved is None), "nothing-learnt")
     assert train(tmp_path / "run", right, fields, max_steps=3).flags == flags
-    output = said(capsys)
+    output = printed(capsys)
     assert output.count("The policy already solves these prompts") == 2  # third step, end
     assert "--warm-start" not in output
 
@@ -187,7 +187,7 @@ def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompt
     few_steps = train(tmp_path / "run", max_steps=5)
     assert few_steps.flags == ("nothing-learnt",)
     assert few_steps.eval_before["reward"] < few_steps.eval_after["reward"]
-    assert "It is no gain beyond noise. More steps" in said(capsys)
+    assert "It is no gain beyond noise. More steps" in printed(capsys)
 
 
 def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, capsys):
@@ -202,5 +202,5 @@ def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, caps
         result = train(tmp_path / name, better, {"solved": solved}, stop_after_zero_spread=3)
         assert (result.exit_reason, result.exit_code, result.steps) == (reason, 0, 3)
         assert (tmp_path / name / "model" / "model.safetensors").exists()
-        is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in said(capsys)
+        is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in printed(capsys)
         assert is_told == (name == "low")
