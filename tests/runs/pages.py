@@ -30,5 +30,5 @@ class Page(HTMLParser):
 
     def all(self, tag, kind=None):
         """The attributes of every element with this tag and, if it is named, of this class."""
-        found = [attributes for name, attributes in self.tags if name == tag]
-        return [a for a in found if kind is None or kind in (a.get("class") or "").split()]
+        matching = [attributes for name, attributes in self.tags if name == tag]
+        return [a for a in matching if kind is None or kind in (a.get("class") or "").split()]

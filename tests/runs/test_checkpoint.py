@@ -136,23 +136,23 @@ def test_any_changed_byte_of_a_checkpoint_is_detected_and_named(tmp_path, file):
 
 def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
     """So is the model of a run, but for its card, which people edit."""
-    place = tmp_path / "run" / "model"
-    place.parent.mkdir()
-    with atomic_directory(place) as folder:
+    model = tmp_path / "run" / "model"
+    model.parent.mkdir()
+    with atomic_directory(model) as folder:
         write(folder)
-    (place.parent / "metrics.jsonl").touch()
-    (place / "README.md").write_text("mine")
-    assert model_directory(place.parent) == place and model_directory("owner/name") == "owner/name"
-    (place / "weights.bin").write_bytes(b"x")
-    for inside in (place.parent, place, place / "sub"):
+    (model.parent / "metrics.jsonl").touch()
+    (model / "README.md").write_text("mine")
+    assert model_directory(model.parent) == model and model_directory("owner/name") == "owner/name"
+    (model / "weights.bin").write_bytes(b"x")
+    for inside in (model.parent, model, model / "sub"):
         with pytest.raises(
             Refused, match=r"weights.bin is missing, altered.*a copy without manifest"
         ):
             model_directory(inside)
-    (place / "manifest.json").unlink()  # what the message advises
-    assert model_directory(place) == place
-    (place / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
-    assert model_directory(place) == place
+    (model / "manifest.json").unlink()  # what the message advises
+    assert model_directory(model) == model
+    (model / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
+    assert model_directory(model) == model
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

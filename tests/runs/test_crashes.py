@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="what crashes is
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
 
-def keep_states(place, states, action):
-    """Run `action` in a child that copies `place` before every system call: so would a crash leave it.
+def keep_states(folder, states, action):
+    """Run `action` in a child that copies `folder` before every system call: so would a crash leave it.
 
     What the process has not yet given to the system is not copied, as a crash would lose it.
     """
@@ -31,7 +31,7 @@ def keep_states(place, states, action):
             nonlocal number, copying
             if event in CALLS and not copying:
                 number, copying = number + 1, True
-                shutil.copytree(place, states / str(number))
+                shutil.copytree(folder, states / str(number))
                 copying = False
 
         def copied(handle):
@@ -48,20 +48,20 @@ def keep_states(place, states, action):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def crashes(start, place, action):
-    """Yield after each crash of `action` at `place`, which is a copy of `start` at first; it ends whole."""
-    states = place.with_name("states")
+def crashes(start, folder, action):
+    """Yield after each crash of `action` at `folder`, which is a copy of `start` at first; it ends whole."""
+    states = folder.with_name("states")
     states.mkdir()
-    shutil.copytree(start, place)
-    keep_states(place, states, action)
-    finished = place.rename(place.with_name("finished"))
+    shutil.copytree(start, folder)
+    keep_states(folder, states, action)
+    finished = folder.rename(folder.with_name("finished"))
     count = len(names(states))
     assert count > 5
     for number in range(1, count + 1):
-        (states / str(number)).rename(place)
+        (states / str(number)).rename(folder)
         yield number
-        shutil.rmtree(place)
-    finished.rename(place)
+        shutil.rmtree(folder)
+    finished.rename(folder)
 
 
 def in_two_halves(path, text):
@@ -81,9 +81,9 @@ def writing(text):
     return write
 
 
-def content(place):
+def content(folder):
     """The texts of a file, or of all files in a folder, without its manifest."""
-    files = [place / "a", place / "sub" / "b"] if place.is_dir() else [place]
+    files = [folder / "a", folder / "sub" / "b"] if folder.is_dir() else [folder]
     return {file.read_text() for file in files}
 
 
@@ -106,42 +106,42 @@ def no_wait(monkeypatch):
 
 
 def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, no_wait):
-    start, place = tmp_path / "start", tmp_path / "place"
+    start, folder = tmp_path / "start", tmp_path / "folder"
     for step in (1, 2):
         save(start, step, writing(f"step {step}"), keep=9)
     newest = set()
-    for number in crashes(start, place, lambda: save(place, 3, writing("step 3"), keep=2)):
-        path = whole(place)
+    for number in crashes(start, folder, lambda: save(folder, 3, writing("step 3"), keep=2)):
+        path = whole(folder)
         assert content(path) == {f"step {int(path.name[-6:])}"}, number
         newest.add(path.name)
-        save(place, 4, writing("step 4"), keep=2)
-        assert content(whole(place)) == {"step 4"}
-        assert not [name for name in names(place) if name.startswith(".")], number
+        save(folder, 4, writing("step 4"), keep=2)
+        assert content(whole(folder)) == {"step 4"}
+        assert not [name for name in names(folder) if name.startswith(".")], number
     assert newest == {"step_000002", "step_000003"}
-    assert names(place) == ["step_000002", "step_000003"]  # the last time nothing crashed
+    assert names(folder) == ["step_000002", "step_000003"]  # the last time nothing crashed
 
 
-def replace_file(place, text):
-    with replacing(place / "x") as partial:
+def replace_file(folder, text):
+    with replacing(folder / "x") as partial:
         in_two_halves(partial, text)
 
 
-def replace_folder(place, text):
-    with atomic_directory(place / "x") as partial:
+def replace_folder(folder, text):
+    with atomic_directory(folder / "x") as partial:
         writing(text)(partial)
 
 
 @pytest.mark.parametrize("replace", [replace_file, replace_folder])
 def test_what_is_replaced_when_a_crash_comes_is_the_old_or_the_new(tmp_path, replace, no_wait):
-    start, place, copy = (tmp_path / name for name in ("start", "place", "copy"))
+    start, folder, copy = (tmp_path / name for name in ("start", "folder", "copy"))
     start.mkdir()
     replace(start, "old one")
     texts = set()
-    for number in crashes(start, place, lambda: replace(place, "new one")):
-        shutil.copytree(place, copy)
+    for number in crashes(start, folder, lambda: replace(folder, "new one")):
+        shutil.copytree(folder, copy)
         if replace is replace_folder:
-            recover(place / "x")
-        texts |= content(place / "x")
+            recover(folder / "x")
+        texts |= content(folder / "x")
         replace(copy, "newest")  # also without recovering first
         assert names(copy) == ["x"] and content(copy / "x") == {"newest"}, number
         shutil.rmtree(copy)

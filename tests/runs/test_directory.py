@@ -99,8 +99,8 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
     with locked(run, overwrite=True):
         assert tree(run) == before  # who is refused before it begins has lost nothing
         remove_run_files(run)
-        left = set(tree(run))
-    assert left == {".lock", "checkpoints", "completions", "completions/weights.bin", *MINE}
+        names = set(tree(run))
+    assert names == {".lock", "checkpoints", "completions", "completions/weights.bin", *MINE}
     assert (outside / "kept").read_text() == "kept"
 
 

@@ -20,20 +20,22 @@ def disk(tmp_path):
     """A disk of 8 MB, in memory."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True
     )
-    if made.returncode:
+    if mounted.returncode:
         pytest.skip("only a system that mounts has a small disk")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def fill(disk, left):
+def fill(disk, kibibytes):
     """Leave so many kibibytes free."""
     (disk / "filler").unlink(missing_ok=True)
     with suppress(OSError):  # a run that writes meanwhile may have filled it already
-        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 1024 * left)))
+        (disk / "filler").write_bytes(
+            bytes(max(0, shutil.disk_usage(disk).free - 1024 * kibibytes))
+        )
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_a_disk_that_fills_up_leaves_a_checkpoint_from_which_the_run_continues(
         Stopped, match=r"At step 4: .*step_000004 could not be .*No space left"
     ) as caught:
         live(disk / "run", at_step)
-    said = str(caught.value)
-    assert "step_000002; --resume auto continues from it" in said and "\n" not in said
+    text = str(caught.value)
+    assert "step_000002; --resume auto continues from it" in text and "\n" not in text
     assert json.loads((disk / "run" / "summary.json").read_text())["exit_reason"] == "failed"
     assert not [name for name in names(disk) if ".partial" in name]
     verify(disk / "run" / "checkpoints" / "step_000002")
@@ -84,8 +86,8 @@ def test_a_report_that_cannot_be_drawn_costs_nothing_else(tmp_path, capsys, monk
     ended = live(tmp_path, quiet=False)
     assert ended.exit_code == 0 and (tmp_path / "model").is_dir()
     assert json.loads((tmp_path / "summary.json").read_text())["exit_reason"] == "finished"
-    said = "".join(capsys.readouterr().out.split())
-    assert "warning:Noreportcouldbemade" in said and f"tokenrlreport{tmp_path}" in said
+    text = "".join(capsys.readouterr().out.split())
+    assert "warning:Noreportcouldbemade" in text and f"tokenrlreport{tmp_path}" in text
 
 
 @pytest.mark.parametrize(

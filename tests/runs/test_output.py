@@ -67,11 +67,11 @@ def test_a_working_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path / "x")
     (tmp_path / "x").rmdir()
     assert main(["lab", "exact"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "The current working directory cannot be used" in said
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "The current working directory cannot be used" in text
     assert main(["--version"]) == 0
 
 
 def test_what_an_error_says_cannot_change_the_terminal(tmp_path, capsys):
     assert main(["report", str(tmp_path / "\x1b[31m")]) == 2
-    assert r"\x1b[31m" in (said := capsys.readouterr().err) and "\x1b" not in said
+    assert r"\x1b[31m" in (text := capsys.readouterr().err) and "\x1b" not in text

@@ -46,8 +46,10 @@ def test_colours_are_variables_of_the_page_and_repeat_with_dashes():
         svg(Chart("n", "u", [Curve([0, 1], [0, 1], colour=c)]), 400, 200)
         for c in range(COLOURS + 2)
     ]
-    assert len(set(drawn)) == len(drawn) and all("var(--c" in one for one in drawn)
-    assert not [one for one in drawn if re.search(r"#[0-9a-f]{6}|rgb\(|black|white", one)]
+    assert len(set(drawn)) == len(drawn) and all("var(--c" in picture for picture in drawn)
+    assert not [
+        picture for picture in drawn if re.search(r"#[0-9a-f]{6}|rgb\(|black|white", picture)
+    ]
     assert "stroke-dasharray" in drawn[-1] and "stroke-dasharray" not in drawn[1]
 
 

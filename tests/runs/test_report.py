@@ -165,7 +165,7 @@ def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_t
 def test_each_cell_of_a_table_names_its_column_for_narrow_screens(tmp_path):
     rows = [["entropy", '"> <b>', EVIL]]
     page = page_with(tmp_path, table(("name", "first", "last"), rows), table(("", "first"), []))
-    labels = [found.get("data-label") for name, found in page.tags if name in ("th", "td")]
+    labels = [cell.get("data-label") for name, cell in page.tags if name in ("th", "td")]
     assert labels == [None, None, None, "name", "first", "last"] and len(page.all("table")) == 1
     assert "none" not in page.text and '"> <b>' + "\n" not in page.text and not page.all("b")
     assert len(page.all("script")) == 1

@@ -151,10 +151,12 @@ def bytes_of(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def same(one, other):
+def same(first, second):
     """Whether two runs have left the same lines, and the same weights."""
-    weights = [load_file(run / "model" / "weights.safetensors")["weight"] for run in (one, other)]
-    return lines(one) == lines(other) and torch.equal(*weights)
+    weights = [
+        load_file(run / "model" / "weights.safetensors")["weight"] for run in (first, second)
+    ]
+    return lines(first) == lines(second) and torch.equal(*weights)
 
 
 def test_a_run_from_its_directory_to_its_end(tmp_path):
@@ -269,7 +271,7 @@ def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
 def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes(monkeypatch):
     texts = []
     monkeypatch.setattr(
-        "tokenrl.runs.resume.gather_objects", lambda own: texts.extend(own) or texts
+        "tokenrl.runs.resume.gather_objects", lambda objects: texts.extend(objects) or texts
     )
     processes = SimpleNamespace(is_main_process=True, num_processes=2)
     check_processes(processes, {"output_dir": "a", "seed": 1, "reward": (partial(sum, "ab"),)})

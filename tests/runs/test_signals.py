@@ -45,13 +45,13 @@ def test_a_process_that_is_forked_inside_ends_by_the_signal_as_the_workers_of_a_
 
 
 def test_other_threads_leave_the_handlers_alone():
-    before, seen = signal.getsignal(signal.SIGTERM), []
+    before, handlers = signal.getsignal(signal.SIGTERM), []
 
     def work():
         with GracefulStop() as stop:
-            seen.append((signal.getsignal(signal.SIGTERM), stop.exit_code))
+            handlers.append((signal.getsignal(signal.SIGTERM), stop.exit_code))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(before, 0)]
+    assert handlers == [(before, 0)]

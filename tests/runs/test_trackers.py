@@ -13,8 +13,8 @@ from tokenrl.errors import Refused, Stopped
 @pytest.fixture
 def trackers(monkeypatch):
     """Classes of trackers by the names `fake` and `other`, and under a few names of real ones."""
-    fake, other = (MagicMock(requires_logging_directory=False) for _ in range(2))
-    classes = {"fake": fake, "other": other, "wandb": fake, "mlflow": fake}
+    fake, second = (MagicMock(requires_logging_directory=False) for _ in range(2))
+    classes = {"fake": fake, "other": second, "wandb": fake, "mlflow": fake}
     monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", tracking.LOGGER_TYPE_TO_CLASS | classes)
     monkeypatch.setattr(tracking, "_available_trackers", list(classes))
     return classes
@@ -67,7 +67,7 @@ def test_it_gets_every_so_many_steps_and_each_evaluation_and_ends_with_a_run_tha
 def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     trackers, tmp_path, capsys, when, kind
 ):
-    fake, other = trackers["fake"], trackers["other"].return_value
+    fake, second = trackers["fake"], trackers["other"].return_value
     tracker = fake.return_value
     call = {"at its start": fake, "at step 0": tracker.log, "at its end": tracker.finish}[when]
     call.side_effect = kind("no network")
@@ -77,7 +77,7 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     assert f"The tracker fake failed {when} ({kind.__name__}: no network)" in text
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
     assert call.call_count in (1, 2)  # a run that did not end is asked to end once more
-    assert other.log.call_count == 6 and other.finish.call_count == 1
+    assert second.log.call_count == 6 and second.finish.call_count == 1
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,11 @@ class Metric(NamedTuple):
 def metric_table() -> tuple[Metric, ...]:
     """Read the table."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    rows = re.findall(r"^[a-z].* \| .*$", text.replace("| - ", "|  "), flags=re.MULTILINE)
-    return tuple(Metric(*map(str.strip, row.split("|"))) for row in rows)
+    rows = []
+    for line in re.findall(r"^[a-z].* \| .*$", text, flags=re.MULTILINE):
+        cells = line.replace("| - ", "|  ").split("|")
+        rows.append(Metric(*map(str.strip, cells)))
+    return tuple(rows)
 
 
 def metric_of(name: str) -> Metric:

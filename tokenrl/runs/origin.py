@@ -89,8 +89,10 @@ class Origin:
 def typed_command() -> str:
     """Return the command that was typed; empty in a Python program."""
     program = Path(sys.argv[0])
-    as_module = program.parts[-2:] == ("tokenrl", "__main__.py")  # python -m tokenrl
-    return shlex.join(["tokenrl", *sys.argv[1:]]) if as_module or program.stem == "tokenrl" else ""
+    is_module = program.parts[-2:] == ("tokenrl", "__main__.py")  # python -m tokenrl
+    if is_module or program.stem == "tokenrl":
+        return shlex.join(["tokenrl", *sys.argv[1:]])
+    return ""
 
 
 def _has_names(value: Any) -> bool:

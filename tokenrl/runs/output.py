@@ -115,7 +115,8 @@ def harmless(text: str) -> str:
 def visible(text: str, limit: int | None = None, end: int = 0) -> str:
     r"""Return a harmless text on one line, at most `limit` characters, `end` of its end, newlines as \n."""
     if limit is not None and len(text) > limit:
-        text = f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
+        start = text[: limit - 1 - end]
+        text = f"{start}…{text[len(text) - end :]}"
     return harmless(text).replace("\n", r"\n").replace("\t", r"\t")
 
 

@@ -25,6 +25,13 @@ PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777
 COLOURS = 6
 
 
+def _variable(colour: int) -> str:
+    """Return the name of a colour in the palette; 0 is grey."""
+    if colour == 0:
+        return "c0"
+    return f"c{(colour - 1) % COLOURS + 1}"
+
+
 class Curve(NamedTuple):
     """One curve of a chart.
 
@@ -54,7 +61,7 @@ class Curve(NamedTuple):
     @property
     def variable(self) -> str:
         """The name of the curve's colour in the palette."""
-        return f"c{(self.colour - 1) % COLOURS + 1}" if self.colour else "c0"
+        return _variable(self.colour)
 
     @property
     def last(self) -> str:
@@ -150,7 +157,7 @@ class Bars(NamedTuple):
 
     def draw(self, axes: Axes, line: float) -> None:
         """Draw name and result above the bars, in the line of a forest plot that begins at a height."""
-        colour = Curve((), (), colour=self.colour).variable
+        colour = _variable(self.colour)
         _write(axes, self.name, line, (0, -14), "ink", weight="bold")
         _write(axes, self.result, line, (0, -29), colour)
         look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}

@@ -185,8 +185,10 @@ class RecordedRun:
         rows = []
         for file in _spread(tables(self.path / "completions"), steps):
             table = read_completions(file)
-            stride = 1 if most is None else max(1, math.ceil(len(table) / most))
-            rows += [{"step": step_of(file), **row} for row in table[::stride]]
+            if most is not None:
+                table = table[:: max(1, math.ceil(len(table) / most))]
+            for row in table:
+                rows.append({"step": step_of(file), **row})
         return rows
 
 

@@ -185,7 +185,10 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         kind: the command that made the runs.
         mark: name and value of a horizontal line.
     """
-    return [*_large_charts(runs, kind, mark), *_reward_charts(runs), *_health_charts(runs)]
+    charts = list(_large_charts(runs, kind, mark))
+    charts += _reward_charts(runs)
+    charts += _health_charts(runs)
+    return charts
 
 
 def _large_charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> Iterator[Chart]:

@@ -259,7 +259,9 @@ class Session:
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        return self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
+        if self.step == self.args.max_steps:
+            return True
+        return every > 0 and self.step % every == 0
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
