@@ -64,6 +64,8 @@ def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
     )
     assert ">two</text>" in drawn and "nan" not in drawn and "inf" not in drawn
     assert drawn != svg(Forest("n", "u", rows), 400, 160)
+    rows[0] = rows[0]._replace(inner=(0.45, 0.55))
+    assert drawn != svg(Forest("n", "u", rows, margin=0.1), 400, 160)
     assert all(-1 <= x <= 401 and -1 <= y <= 161 for x, y in numbers(drawn))
 
 
@@ -81,3 +83,8 @@ def test_smoothing_is_centred_and_shrinks_at_the_ends():
     assert smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
     assert smooth([1, 2], 1) == [1, 2]
     assert smooth([], 3) == []
+
+
+def test_a_scale_of_values_that_are_never_negative_starts_at_0():
+    chart = Chart("n", "u", [Curve([3, 4], [5.0, 6.0])], whole=False)
+    assert ">0</text>" in svg(chart, 400, 200)

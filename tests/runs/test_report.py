@@ -273,3 +273,16 @@ def test_what_cannot_be_compared_is_refused(make_run, tmp_path, runs, output, wo
     with pytest.raises(Refused, match=re.escape(words)):
         compare_runs(runs, output)
     assert not (tmp_path / "c.html").exists()
+
+
+def test_three_prompts_of_a_step_stand_open(tmp_path):
+    rows = [{"prompt": str(number), "completion": "c"} for number in range(8)]
+    assert len(page_with(tmp_path, completions(rows)).all("article")) == 3 + 8
+
+
+def test_an_evaluation_has_a_band_of_one_standard_error(run, monkeypatch):
+    charts = []
+    monkeypatch.setattr("tokenrl.runs.markup.svg", lambda chart, *_: charts.append(chart))
+    report_from_directory(run)
+    ((low, high),) = [curve.band for curve in charts[0].curves if curve.band]
+    assert [*low, *high] == pytest.approx([0.115, 0.135])
