@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from listed_policy import problem_of_policy, rollout_of_all
+from listed_policy import problem_of_policy
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.core import Estimator
@@ -12,7 +12,6 @@ from tokenrl.core.memories import RunningMean
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.settings import train_settings
@@ -78,35 +77,6 @@ def test_the_list_is_complete_and_its_gradient_that_of_j(policy: Policy, problem
     torch.testing.assert_close(problem.gradient(), parts[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
         problem.gradient(beta=0.3), parts[0] - 0.3 * parts[1], rtol=1e-9, atol=1e-12
-    )
-
-
-@pytest.mark.parametrize("fields", [{}, GRPO, {"beta": 0.3, "entropy_coef": 0.2}], ids=str)
-def test_the_loss_of_all_groups_through_the_scoring_code(
-    policy: Policy, problem, fields: dict
-) -> None:
-    """Sum over all 1600 groups of chance times loss, one backward pass through `score`."""
-    estimator = Estimator(**fields)
-    pairs = torch.cartesian_prod(torch.arange(40), torch.arange(40))  # [1600, 2]
-    rollout = rollout_of_all(policy, PROMPTS[0], vocabulary=4, length=3)
-    scores = score(policy.model, rollout, entropy=True)
-
-    def loss_of(pair: torch.Tensor) -> torch.Tensor:
-        mask, old, ref = (
-            problem.mask[pair],
-            problem.logprobs[0, pair],
-            problem.ref_logprobs[0, pair],
-        )
-        given = {"group_size": 2, "logprobs": old, "ref_logprobs": ref}
-        advantages = estimator.advantages(problem.rewards[0, pair], mask, **given).policy
-        weights = estimator.token_weights(mask, max_length=3)
-        new = {"old_logprobs": old, "ref_logprobs": ref, "entropy": scores.entropy[pair]}
-        return estimator.loss(scores.logprobs[pair], advantages, weights, mask, **new)
-
-    loss = problem.chances[0, pairs].prod(-1) @ torch.vmap(loss_of)(pairs)
-    wanted = -flat_gradient(loss, policy.model)[None]
-    torch.testing.assert_close(
-        exact_moments(estimator, problem).mean, wanted, rtol=1e-9, atol=1e-12
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tokenrl.cli import main
 from tokenrl.core import off_policy
-from tokenrl.core.choices import CHOICES, FROM_BEST_TO_WORST
+from tokenrl.core.choices import CHOICES
 from tokenrl.lab import measure_bias, named_estimators, turn_problems
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.report import records
@@ -44,28 +44,12 @@ def test_a_table_records_and_progress(once) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["lab.json"]
     found = json.loads(path.read_text())
     assert [r["estimator"] for r in found] == SOME[1:]
+    columns = [*("estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise")]
+    columns += [*("ok", "on_binary", "of_reward", "off_policy", "problems")]
     for record in found:
-        assert list(record)[:8] == [
-            *(
-                "estimator",
-                "declared",
-                "found",
-                "cosine",
-                "relative_bias",
-                "variance",
-                "noise",
-                "ok",
-            )
-        ]
-        assert {record["declared"], record["found"]} <= set(FROM_BEST_TO_WORST)
-        assert (
-            list(record)[8:] == ["on_binary", "of_reward", "off_policy", "problems"]
-            and record["of_reward"] is None
-        )
-        assert record["ok"] is True and -1 <= record["cosine"] <= 1 + 1e-12
-        assert record["variance"] > 0 and record["noise"] > 0 and record["relative_bias"] >= 0
+        assert list(record) == columns and record["ok"] is True
         assert record["cosine"] == min(p["cosine"] for p in record["problems"])
-        assert record["noise"] == record["problems"][0]["noise"]
+        assert record["noise"] == record["problems"][0]["noise"] > 0
     by_name = {r["estimator"]: r for r in found}
     assert by_name["rloo"]["relative_bias"] < 1e-10 < by_name["grpo"]["relative_bias"]
     assert by_name["scale batch_std"]["found"] == "asymptotic"
