@@ -187,11 +187,10 @@ def shrinkage(
     first = means.gather(-1, index)
     from_one = (different * (means - first)).sum(-1)
     elsewhere = first + from_one / count.clamp(min=1)  # [S]
-    lam = weight
-    if lam is None:
-        variances = std(totals, valid, ddof=1)[..., 0].square()
-        lam = estimated_weight(means, variances, valid.sum(-1), elsewhere, different)
-    lam = torch.where(count > 0, lam, 1.0).to(totals.dtype)[:, None]
+    variances = std(totals, valid, ddof=1)[..., 0].square()
+    estimate = estimated_weight(means, variances, valid.sum(-1), elsewhere, different)
+    lam = torch.where(count > 0, estimate if weight is None else weight, 1.0)
+    lam = lam.to(totals.dtype)[:, None]
     # lam own + (1 - lam) elsewhere, written as a difference so that it is exact where both are equal
     return prompt_mean + (1 - lam) * (elsewhere[:, None] - prompt_mean)
 
