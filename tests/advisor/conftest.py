@@ -52,8 +52,8 @@ def made_up(tmp_path):
         if kind == "train":
             arguments = train_settings(TrainArguments(**TRAIN | dict(settings)), task=None)
         else:
-            found = {"eval_every": 4, "value_learning_rate": 0.02}
-            arguments = ControlArguments(**found | CONTROL | dict(settings))
+            settings = {"eval_every": 4, "value_learning_rate": 0.02} | CONTROL | dict(settings)
+            arguments = ControlArguments(**settings)
         values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
         path = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         path.mkdir()

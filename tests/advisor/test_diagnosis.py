@@ -1,8 +1,9 @@
-"""`tokenrl advise --run`: what it finds in runs, what is refused, and the command that follows."""
+"""`tokenrl advise --run`: findings in runs, refusals, and the command that follows."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -11,6 +12,7 @@ from tokenrl.advisor.advice import merge
 from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
+from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.runs.findings import Finding
 
@@ -27,7 +29,7 @@ def entropy_of(value):
     return lambda step: value if step > 36 else 1.0
 
 
-CASES = [  # the run, what is found in it: flag, weight, changes
+CASES = [  # the kind of run and its metrics; flag, weight and changes of the finding
     ("train", FLAT, "reward-flat", "act", {"learning_rate": 2e-3}),
     ("train", FLAT | {"running": True, "steps": 12, "evaluated": {0: 0.5, 12: 0.5}},
      "reward-flat", "watch", {}),
@@ -59,20 +61,19 @@ def findings_of(path):
     return {finding.flag: finding for finding in advise_run(str(path)).findings}
 
 
-@pytest.mark.parametrize(("kind", "what", "flag", "weight", "changes"), CASES)
-def test_what_is_found_in_a_run(made_up, kind, what, flag, weight, changes):
-    advice = advise_run(str(made_up(kind, **what)))
-    found = {finding.flag: finding for finding in advice.findings}[flag]
-    assert (found.weight, dict(found.changes)) == (weight, changes), found.text
-    for name, value in found.changes.items():  # the arguments advised hold the change
-        axis = name.removeprefix("estimator.")
-        assert (
-            getattr(advice.arguments if axis == name else advice.arguments.estimator, axis) == value
-        )
+@pytest.mark.parametrize(("kind", "run", "flag", "weight", "changes"), CASES)
+def test_findings_in_a_run(made_up, kind, run, flag, weight, changes):
+    advice = advise_run(str(made_up(kind, **run)))
+    finding = {finding.flag: finding for finding in advice.findings}[flag]
+    assert (finding.weight, dict(finding.changes)) == (weight, changes), finding.text
+    for name, value in finding.changes.items():  # the arguments advised hold the change
+        *estimator, axis = name.split(".")
+        holder = advice.arguments.estimator if estimator else advice.arguments
+        assert getattr(holder, axis) == value
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"),
+    ("kind", "run"),
     [
         ("train", {}),
         ("control", {}),
@@ -83,17 +84,15 @@ def test_what_is_found_in_a_run(made_up, kind, what, flag, weight, changes):
             "control",
             {"reward_std": 0.0, "settings": {"num_envs": 1}},
         ),  # episodes that are not compared
-        ("control", {"settings": {"env": "bandit", "estimator": PLAIN}}),
         (
             "control",
             {"settings": {"estimator": Estimator(baseline="none", returns="episode_normalized")}},
         ),
-        ("train", {"clip_ratio": 0.1, "kl": 3.0, "settings": {"estimator": KL}}),
         ("control", {"explained_variance": 0.5, "settings": PIECES}),
     ],
 )
-def test_nothing_is_found_in_a_run_in_which_nothing_is_wrong(made_up, kind, what):
-    assert findings_of(made_up(kind, **what)) == {}
+def test_a_healthy_run_has_no_findings(made_up, kind, run):
+    assert findings_of(made_up(kind, **run)) == {}
 
 
 LOST = {
@@ -129,8 +128,8 @@ def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up)
     ],
 )
 def test_rewards_differ_if_chance_would_not_explain_it(made_up, evaluated, flag):
-    found = findings_of(made_up("train", **FLAT | {"evaluated": evaluated}))
-    assert [name for name in found if name.startswith("reward-")] == [flag] * bool(flag)
+    findings = findings_of(made_up("train", **FLAT | {"evaluated": evaluated}))
+    assert [name for name in findings if name.startswith("reward-")] == [flag] * bool(flag)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +164,8 @@ def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_
     assert advice.line == "" and not any(finding.changes for finding in advice.findings)
     assert "reward-flat" not in findings_of(path)
     assert main(["advise", "--run", str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert "solves its task" in shown and "tokenrl train" not in shown
+    output = capsys.readouterr().out
+    assert "solves its task" in output and "tokenrl train" not in output
 
 
 def test_the_command_makes_the_changes_that_the_table_shows_and_no_others(made_up):
@@ -184,29 +183,30 @@ def test_the_command_makes_the_changes_that_the_table_shows_and_no_others(made_u
     )
 
 
-def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
-    status = "40 of 40 steps (100%); finished, 40 steps"
-    assert advise_run(str(made_up("train"))).measured["status"] == status
+def status_of(path):
+    return advise_run(str(path)).measured["status"]
+
+
+def test_a_finished_a_running_and_a_killed_run_have_their_status(made_up):
+    assert status_of(made_up("train")) == "40 of 40 steps (100%); finished, 40 steps"
     path = made_up("train", running=True, steps=10)
     before = {entry.name: entry.read_bytes() for entry in path.iterdir()}
-    assert "10 of 40 steps (25%); still running" in advise_run(str(path)).measured["status"]
+    assert "10 of 40 steps (25%); still running" in status_of(path)
     assert {entry.name: entry.read_bytes() for entry in path.iterdir()} == before
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "rew')  # the line that is being written
-    assert "10 of 40" in advise_run(str(path)).measured["status"]
+    assert "10 of 40" in status_of(path)
     killed = made_up("control", steps=10)
     (killed / "summary.json").unlink()
-    assert advise_run(str(killed)).measured["status"].endswith("; unfinished")
-    failed = made_up("train", steps=5)
-    (failed / "summary.json").write_text(
-        json.dumps({"exit_reason": "failed", "error": "the disk is full"})
-    )
-    assert "; failed; the disk is full" in advise_run(str(failed)).measured["status"]
+    assert status_of(killed).endswith("; unfinished")
+    failure = {"exit_reason": "failed", "error": "the disk is full"}
+    (killed / "summary.json").write_text(json.dumps(failure))
+    assert "; failed; the disk is full" in status_of(killed)
 
 
 def test_the_command_repeats_the_run_with_the_changes(made_up):
-    how = {"settings": {"resume": "auto"}}  # of the run that is diagnosed
-    path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3, **how)
+    settings = {"resume": "auto"}  # of the run that is diagnosed
+    path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3, settings=settings)
     advice = advise_run(str(path))
     assert advice.line == (
         f"tokenrl train --config {path}/config.json --max-completion-length 32 --estimator.entropy-coef 0.01"
@@ -222,76 +222,69 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
 
 
 def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
-    found = [
+    findings = [
         Finding("x", "watch", "", {"a": 1, "b": 1}),
         Finding("x", "act", "", {"a": 2}),
         Finding("x", "act", "", {"a": 3, "c": 3}),
         Finding("reward-flat", "act", "", {"d": 1}, precedence=0),
     ]
-    assert merge(found) == {"a": 2, "b": 1, "c": 3}
-    assert merge(found[-1:]) == {"d": 1}
+    assert merge(findings) == {"a": 2, "b": 1, "c": 3}
+    assert merge(findings[-1:]) == {"d": 1}
 
 
 def test_the_files_hold_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = made_up("control", entropy=0.01, reward_std=12.0, solved=float("inf"))
     assert main(["advise", "--run", str(path), "--json", "a.json", "--config", "c.json"]) == 0
-    shown = capsys.readouterr().out
-    assert "Run it: tokenrl control --config c.json" in shown and "entropy-collapsed" in shown
+    output = capsys.readouterr().out
+    assert "Run it: tokenrl control --config c.json" in output and "entropy-collapsed" in output
     record = json.loads((tmp_path / "a.json").read_text())
-    (found,) = [finding for finding in record["findings"] if finding["flag"] == "entropy-collapsed"]
-    assert (found["weight"], found["changes"]) == ("act", {"estimator.entropy_coef": 0.1})
+    changes = {finding["flag"]: finding["changes"] for finding in record["findings"]}
+    assert changes["entropy-collapsed"] == {"estimator.entropy_coef": 0.1}
     assert record["measured"]["recent_entropy"] == 0.01
     arguments = parse("control", COMMANDS["control"], ["--config", "c.json"])
     assert arguments.estimator.entropy_coef == 0.1
 
 
-CHANGED = [  # what a hand has put into config.json, and what is said
-    ({"max_steps": "many"}, "max_steps was given as 'many'"),
-    ({"estimator": {"baseline": "rlo"}}, "Did you mean 'rloo'"),
-    ({"solved": "soon"}, "a file of it is damaged or was changed"),
-    (
-        {"prompts_per_step": None, "max_steps": None},
-        "a file of it is damaged or was changed",
-    ),
-    ({"kind": ["train"]}, "is a run of `tokenrl ['train']`"),
-    (None, "config.json cannot be read"),
-]
-
-
-def changed_run(made_up, number, values):
-    path = made_up("train") / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text("{" if values is None else json.dumps(config | values))
-    return path.parent
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_steps": "many"}, "max_steps was given as 'many'"),
+        ({"estimator": {"baseline": "rlo"}}, "Did you mean 'rloo'"),
+        ({"solved": "soon"}, "a file of it is damaged or was changed"),
+        ({"max_steps": None}, "a file of it is damaged or was changed"),
+        ({"kind": "sft"}, "is a run of `tokenrl sft`"),
+        (None, "config.json cannot be read"),
+    ],
+)
+def test_a_run_whose_configuration_was_changed_is_refused(made_up, changes, words):
+    path = made_up("train")
+    config = json.loads((path / "config.json").read_text())
+    text = "{" if changes is None else json.dumps(config | changes)
+    (path / "config.json").write_text(text)
+    with pytest.raises(Refused, match=re.escape(words)):
+        advise_run(str(path))
 
 
 def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
-    empty, foreign = tmp_path / "empty", tmp_path / "sft"
-    empty.mkdir()
-    foreign.mkdir()
-    (foreign / "config.json").write_text('{"kind": "sft"}')
-    (foreign / "metrics.jsonl").touch()
-    broken, without = made_up("train"), made_up("train")
+    broken = made_up("train")
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
-    (without / "metrics.jsonl").unlink()
-    cases = {changed_run(made_up, n, value): words for n, (value, words) in enumerate(CHANGED)}
-    cases |= {
+    for path, words in {
         tmp_path / "nowhere": "holds no metrics.jsonl",
-        empty: "holds no metrics.jsonl",
-        foreign: "is a run of `tokenrl sft`",
         made_up("train", steps=0): "has not made a step yet",
-        made_up(
-            "control", reward=float("nan")
-        ): "in which an episode ended",  # pieces of long episodes
+        made_up("control", reward=float("nan")): "in which an episode ended",  # pieces of long ones
         broken: "Line 4 of",
-        without: "metrics.jsonl",
-    }
-    for path, words in cases.items():
+    }.items():
         assert main(["advise", "--run", str(path)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, path
+
+
+REAL = {
+    "control": "--env gridworld --num-envs 8 --eval-episodes 10",
+    "train": "--task vowels --prompts-per-step 4 --num-generations 2 --eval-every 0 --eval-generations 2",
+}
 
 
 @pytest.mark.parametrize("kind", ["control", pytest.param("train", marks=pytest.mark.slow)])
@@ -299,20 +292,15 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     """Two tiny runs: the diagnosis reads what they wrote, and its command runs."""
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    options = {
-        "control": "--env gridworld --num-envs 8 --eval-episodes 10",
-        "train": "--task vowels --prompts-per-step 4 --num-generations 2 --eval-every 0 --eval-generations 2",
-    }[kind]
-    assert (
-        main([kind, *options.split(), *["--max-steps", "4", "--output-dir", "run", "--quiet"]]) == 0
-    )
-    assert main(["advise", "--run", "run", "--json", "a.json"]) == 0
-    shown = capsys.readouterr().out
-    assert "4 of 4 steps (100%)" in shown and "finished" in shown
-    line = shown.partition("Run it: ")[2].partition("\n")[0]
-    unchanged = "No setting needs a change" in shown
+    flags = [*REAL[kind].split(), "--max-steps", "4", "--output-dir", "run", "--quiet"]
+    assert main([kind, *flags]) == 0
+    assert main(["advise", "--run", "run"]) == 0
+    output = capsys.readouterr().out
+    assert "4 of 4 steps (100%)" in output and "finished" in output
+    line = output.partition("Run it: ")[2].partition("\n")[0]
+    unchanged = "No setting needs a change" in output
     assert unchanged or main([*shlex.split(line)[1:], "--check"]) in (0, 2)
-    assert not (tmp_path / "runs").exists() and (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 NAMED = {
