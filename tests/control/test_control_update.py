@@ -131,11 +131,11 @@ EVERY = [
 def test_neither_padding_nor_layout_changes_an_update(estimator, critic, monkeypatch):
     from tokenrl.control import update
 
-    one = moved(agent_of(estimator, critic=critic), rollout_of())
-    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of(width=7)), one)
-    assert one.abs().sum() > 1e-4
+    move = moved(agent_of(estimator, critic=critic), rollout_of())
+    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of(width=7)), move)
+    assert move.abs().sum() > 1e-4
     monkeypatch.setattr(update, "one_by_one", lambda rows: rows)
-    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of()), one)
+    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of()), move)
 
 
 @pytest.mark.parametrize("estimator", [EVERY[1], EVERY[5]], ids=["whole", "ppo"])

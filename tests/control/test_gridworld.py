@@ -44,8 +44,8 @@ def play(env: GridWorld, actions: list[int], seed: int | None = None) -> list[tu
 
 def test_only_the_seed_of_reset_decides():
     env = GridWorld(slip=0.5, random_start=True)
-    first, again, other = (play(env, [RIGHT, DOWN] * 25, seed) for seed in (3, 3, 4))
-    assert first == again != other
+    first, again, different = (play(env, [RIGHT, DOWN] * 25, seed) for seed in (3, 3, 4))
+    assert first == again != different
     starts = {env.reset()[1]["cell"] for _ in range(300)}
     assert starts == set(range(15))  # the goal is no start
 

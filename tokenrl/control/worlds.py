@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 from tokenrl.errors import Refused
 from tokenrl.settings import check_number
 
+Observation = NDArray[np.float32]
+World = gymnasium.Env[Observation, np.int64]
+ResetResult = tuple[Observation, dict[str, Any]]
+"""The first observation of an episode, and facts about it."""
+StepResult = tuple[Observation, float, bool, bool, dict[str, Any]]
+"""The next observation, the reward, terminated, truncated, and facts about the step."""
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 """Row and column of a step up, right, down, left: the actions 0 to 3."""
 
@@ -31,7 +37,7 @@ DECOY = (204, 121, 167)
 TILE = 32  # pixels
 
 
-class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
+class GridWorld(World):
     """Walk from the upper left corner of a grid to the lower right one.
 
     The cells are numbered row by row; cell 0 is the start and the last cell is the goal. A move into a wall
@@ -111,7 +117,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> ResetResult:
         """Begin an episode; a seed fixes the starting cells and the slips from here on. No options are known.
 
         Returns:
@@ -122,9 +128,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         self.steps = 0
         return self.observe(), {"cell": self.cell}
 
-    def step(
-        self, action: np.int64 | int
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> StepResult:
         """Take one step.
 
         Returns:
@@ -139,7 +143,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         reward = self.step_reward + self.ends.get(self.cell, 0.0)
         return self.observe(), reward, terminated, truncated, {"cell": self.cell}
 
-    def observe(self) -> NDArray[np.float32]:
+    def observe(self) -> Observation:
         """Return the cell as a one-hot vector."""
         observation = np.zeros(self.cells, np.float32)
         observation[self.cell] = 1.0
@@ -250,7 +254,7 @@ LAST = 11
 """Steps of 0.1 from the middle of the walk to the first place beyond 1."""
 
 
-class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
+class Walk(World):
     """Start at x = 0 and step by 0.1 to the left or to the right, until x is beyond 1 or -1.
 
     The step to x = 1.1 has a reward of 1, the step to x = -1.1 a reward of -1, and both end the episode
@@ -277,43 +281,41 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
         self.step_reward = step_reward
         self.time_limit = time_limit
         self.render_mode = None
-        self.action_space = gymnasium.spaces.Discrete(2)
+        self.action_space = Discrete(2)
         end = np.float32(LAST / 10)
-        self.observation_space = gymnasium.spaces.Box(-end, end, (4,), np.float32)
+        self.observation_space = Box(-end, end, (4,), np.float32)
         # in whole steps: tenths added up in floating point miss the limit
-        self.place = 0
+        self.position = 0
         self.steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> ResetResult:
         """Begin an episode at x = 0. Nothing here is random, and no options are known."""
         super().reset(seed=seed)
-        self.place = 0
+        self.position = 0
         self.steps = 0
         return self.observe(), {}
 
-    def step(
-        self, action: np.int64 | int
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> StepResult:
         """Take one step, 0 to the left or 1 to the right.
 
         Returns:
             The observation, the reward, terminated, truncated, and an empty dict.
         """
-        self.place += 2 * int(action) - 1
+        self.position += 2 * int(action) - 1
         self.steps += 1
-        terminated = abs(self.place) >= LAST
+        terminated = abs(self.position) >= LAST
         truncated = not terminated and self.time_limit is not None and self.steps >= self.time_limit
-        reward = float(np.sign(self.place)) if terminated else self.step_reward
+        reward = float(np.sign(self.position)) if terminated else self.step_reward
         return self.observe(), reward, terminated, truncated, {}
 
-    def observe(self) -> NDArray[np.float32]:
+    def observe(self) -> Observation:
         """Return (x, 0, 0, 0)."""
-        return np.array([self.place / 10, 0, 0, 0], np.float32)
+        return np.array([self.position / 10, 0, 0, 0], np.float32)
 
 
-class Bandit(gymnasium.Env[NDArray[np.float32], np.int64]):
+class Bandit(World):
     """Two actions with fixed rewards and nothing to observe: the sigmoid bandit.
 
     A policy with one parameter theta takes the first action with probability sigmoid(theta). An episode is
@@ -346,15 +348,13 @@ class Bandit(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> ResetResult:
         """Begin an episode; the seed changes nothing, since nothing here is random."""
         super().reset(seed=seed)
         self._left = self.steps
         return np.ones(1, np.float32), {}
 
-    def step(
-        self, action: np.int64 | int
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> StepResult:
         """Take an action; return observation, reward, terminated, truncated and an empty info."""
         self._left -= 1
         return np.ones(1, np.float32), self.rewards[action], self._left == 0, False, {}

@@ -227,12 +227,12 @@ def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
 
 
 def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    (other / "thesis.tex").write_text("years of work")
-    for refuses in (lambda: continue_plan(plan(), other), lambda: remove_comparison(other)):
+    foreign = tmp_path_factory.mktemp("other")
+    (foreign / "thesis.tex").write_text("years of work")
+    for refuses in (lambda: continue_plan(plan(), foreign), lambda: remove_comparison(foreign)):
         with pytest.raises(Refused, match="holds files"):
             refuses()
-    assert (other / "thesis.tex").is_file()
+    assert (foreign / "thesis.tex").is_file()
     for text in (json.dumps({"plan": None})[:-3], "{}", '{"plan": {}}'):
         (begun / "plan.json").write_text(text)
         with pytest.raises(Refused, match="cannot be read"):

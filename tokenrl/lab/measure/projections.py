@@ -182,7 +182,6 @@ def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:
     table = torch.cat([rollout.prompt_index[:, None], ids], dim=1)
     unique, row_of = torch.unique(table, dim=0, return_inverse=True)
     rows = torch.arange(len(row_of), device=row_of.device)
-    first = torch.full((len(unique),), len(row_of), device=row_of.device).scatter_reduce(
-        0, row_of, rows, reduce="amin"
-    )
+    first = rows.new_full((len(unique),), len(rows))
+    first.scatter_reduce_(0, row_of, rows, reduce="amin")
     return first, row_of
