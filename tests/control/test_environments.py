@@ -157,7 +157,9 @@ def test_actions_between_bounds_and_without_bounds(low, high, dtype, action, exp
     assert envs.translate(np.array([[action]], np.float32)).tolist() == [[expected]]
 
 
-@pytest.mark.parametrize(("env", "back_and_forth"), [("gridworld", (1, 3)), ("walk", (0, 1))])
+@pytest.mark.parametrize(
+    ("env", "back_and_forth"), [("gridworld", (1, 3)), ("trap", (2, 0)), ("walk", (0, 1))]
+)
 def test_a_longer_limit_is_not_cut_by_the_environment_itself(env, back_and_forth):
     """Neither the goal nor an end is ever reached."""
     envs = Environments(env, 1, 70)

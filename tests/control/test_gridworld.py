@@ -118,7 +118,7 @@ def test_exact_return_is_the_mean_of_episodes():
 )
 @pytest.mark.filterwarnings("ignore:.*alternative render modes")
 def test_gymnasium_accepts_each_world(env):
-    check_env(env, skip_render_check=env.render_mode is None)  # it raises otherwise
+    assert check_env(env, skip_render_check=env.render_mode is None) is None  # it raises otherwise
 
 
 def test_moves_walls_and_ends():
