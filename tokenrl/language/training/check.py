@@ -272,7 +272,7 @@ def _trial_steps(
 
 def _ranks(completions: Sequence[str], **_: Any) -> Sequence[float]:
     """A reward that differs within every group."""
-    return range(len(completions))
+    return [*range(len(completions))]
 
 
 def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
