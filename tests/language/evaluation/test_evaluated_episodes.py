@@ -105,6 +105,8 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch)
     turns = of_episodes.pop("episodes/turns")
     assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
     assert abs(metrics["kl"]) < 1e-4
+    # the task's own reward measures what the other one chose
+    assert metrics["best_of_n_proxy@2"] >= metrics["best_of_n_proxy@1"] != metrics["best_of_n@1"]
     assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
     out, output = capsys.readouterr()
     assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
