@@ -209,9 +209,7 @@ class Policy:
         ids = ids.cpu()
         mask = mask.bool().cpu()
         texts = decoded(self.tokenizer, [ids[i, mask[i]].tolist() for i in range(len(ids))])
-        if self.stops is None:
-            return texts
-        return [self.stops.cut(text) for text in texts]
+        return texts if self.stops is None else [self.stops.cut(text) for text in texts]
 
     def add_reference(self) -> None:
         """Keep a frozen copy of the model as the reference of a KL term; an adapter makes it needless."""
