@@ -283,6 +283,7 @@ class _Decoder:
 
     logits: Tensor  # [n, V]
     hidden: Tensor  # [n, H], if `sampling` asks for it
+    logp: Tensor  # [n, V], of the last token
 
     def __init__(
         self,
@@ -331,6 +332,7 @@ class _Decoder:
             The tokens [n], and their columns of a `Rollout`.
         """
         logp = self.sampling.log_probabilities(self.logits)
+        self.logp = logp  # kept until the next token: freed memory takes time to get again
         p = logp.exp()
         token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
         logprobs = logp.gather(1, token[:, None]).squeeze(1)
