@@ -67,12 +67,10 @@ class Session:
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; set by `open`.
-        step: number of the current step, from 1; 0 before the first.
-        rows: the rows of metrics.jsonl up to the current step.
+        step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
-        flags: warnings about the outcome.
-        ended: why the run ends before its last step, as in summary.json; a loop sets it to end the run.
+        flags, ended: warnings about the outcome; why the run ends before its last step: a loop sets it.
     """
 
     saver: Saver
@@ -259,9 +257,7 @@ class Session:
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        if self.step == self.args.max_steps:
-            return True
-        return every > 0 and self.step % every == 0
+        return self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
@@ -302,14 +298,13 @@ class Session:
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         times = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
-        both = {**metrics, **times}
         if self._log is not None:
             self._log.write(self.step, metrics, times)
-            self._trackers.write(self.step, both)
+            self._trackers.write(self.step, {**metrics, **times})
         self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
         if self._progress is not None:
-            self._progress.update(self.step, both)
+            self._progress.update(self.step, {**metrics, **times})
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
