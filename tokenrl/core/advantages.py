@@ -84,10 +84,7 @@ class Rows(NamedTuple):
         rows = len(self.totals)
         sizes = {"step": rows, "group": group_size or rows}
         size = sizes.get(axes.chosen(axis).compares or "", 1)
-        columns = []
-        for x in self:
-            columns.append(x.reshape(-1, size, *x.shape[1:]) if x.ndim else x)
-        return Rows(*columns)
+        return Rows(*(x.reshape(-1, size, *x.shape[1:]) if x.ndim else x for x in self))
 
 
 def rewards_in_time(
@@ -331,9 +328,6 @@ def weighted_sum(parts: Sequence[Advantages], weights: Float[Tensor, " K"] | Non
 
     A weight on the rewards would be divided away again by the scale, so it is on the advantages.
     """
-    if weights is None:
-        weights = torch.ones(len(parts))
-    policies, returns = zip(*parts, strict=True)
-    policy = torch.stack(policies, -1)
-    targets = torch.stack(returns, -1)
-    return Advantages(policy @ weights.to(policy), targets @ weights.to(targets))
+    weights = torch.ones(len(parts)) if weights is None else weights
+    columns = (torch.stack(x, -1) for x in zip(*parts, strict=True))
+    return Advantages(*(x @ weights.to(x) for x in columns))

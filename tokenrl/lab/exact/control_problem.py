@@ -194,7 +194,6 @@ def problem_of_mdp(
 
 def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Tensor:
     """Return the most probable of the trajectories in which every action is the most probable one [1]."""
-    best = mdp.logits.argmax(-1)
-    is_best = best[paths.states] == paths.actions
+    is_best = mdp.logits.argmax(-1)[paths.states] == paths.actions
     all_best = (is_best | (paths.mask == 0)).all(-1)
     return torch.where(all_best, chances, 0.0).argmax()[None]

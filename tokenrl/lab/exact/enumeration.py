@@ -231,8 +231,7 @@ def _by_prompt(slopes: Tensor, shares: Tensor) -> Tensor:
 def _steps(completions: int, rows: int, chunk: int) -> Iterator[Tensor]:
     """Yield all ordered choices of one completion per row, in chunks [C, N]: the digits of numbers in base M."""
     powers = completions ** torch.arange(rows - 1, -1, -1)
-    steps = torch.arange(completions**rows)
-    for numbers in steps.split(chunk):  # type: ignore[no-untyped-call]
+    for numbers in torch.arange(completions**rows).split(chunk):  # type: ignore[no-untyped-call]
         yield numbers[:, None] // powers % completions
 
 

@@ -157,8 +157,7 @@ class Problem:
 
 def _discounted(rewards: Tensor, gamma: float) -> Tensor:
     """Return the sum of rewards [P, M, T], discounted from the first of them [P, M]."""
-    steps = torch.arange(rewards.shape[2], dtype=torch.double)
-    return rewards @ gamma**steps
+    return rewards @ gamma ** torch.arange(rewards.shape[2], dtype=torch.double)
 
 
 class Completions(NamedTuple):
@@ -273,8 +272,7 @@ def _sampler(sampling: Tensor, logits: Tensor, rows: Completions, shared: bool) 
 
 def _vocabulary(logits: Tensor, rows: Completions) -> Tensor:
     """Return the logprob of every token of the vocabulary at each prefix [..., M, T, V]."""
-    logprobs = logits.log_softmax(-1)
-    return logprobs[..., rows.prefix, :] * rows.mask[..., None]
+    return logits.log_softmax(-1)[..., rows.prefix, :] * rows.mask[..., None]
 
 
 def token_logprobs(logits: Tensor, rows: Completions) -> Tensor:
@@ -333,7 +331,6 @@ def _true_values(logprobs: Tensor, rewards: Tensor, rows: Completions) -> Tensor
 
 def _greedy(logits: Tensor, rows: Completions) -> Tensor:
     """Index of the completion whose every token is the most probable one, by prompt."""
-    best = logits.argmax(-1)  # [P, S]
-    is_best = best[:, rows.prefix] == rows.ids  # [P, M, T]
+    is_best = logits.argmax(-1)[:, rows.prefix] == rows.ids  # [P, M, T]
     all_best = (is_best | (rows.mask == 0)).all(-1)
     return all_best.int().argmax(-1)
