@@ -184,6 +184,7 @@ def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapse
     assert full.steps == 40 and output.count("Solved at step") == 1
     assert "Training goes on to step 40; with --stop-when-solved it ends here." in output
     assert full.flags == ["entropy-collapsed"]
+    assert full.eval_before["reward_greedy_stderr"] == 0 < full.eval_before["reward_stderr"]
     stopped = short(tmp_path, "stopped", stop_when_solved=True, **options)
     assert stopped.exit_reason == "solved" and f"Solved at step {stopped.steps}," in output
     spec = replace(spec, solved=0.1)
