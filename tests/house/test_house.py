@@ -23,19 +23,19 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_700,
     "core": 19_800,
-    "runs": 30_600,
-    "control": 15_500,
+    "runs": 29_700,
+    "control": 15_300,
     "advisor": 6_000,
     "language": 100,
-    "language/policy": 10_200,
-    "language/rewards": 13_800,
-    "language/tasks": 8_400,
-    "language/rollout": 20_400,
-    "language/training": 21_300,
-    "language/supervised": 7_800,
-    "language/commands": 4_600,
-    "language/preferences": 7_400,
-    "language/evaluation": 4_200,
+    "language/policy": 10_100,
+    "language/rewards": 13_600,
+    "language/tasks": 8_300,
+    "language/rollout": 19_900,
+    "language/training": 21_100,
+    "language/supervised": 8_100,
+    "language/commands": 4_700,
+    "language/preferences": 7_300,
+    "language/evaluation": 4_300,
     "lab": 100,
     "lab/exact": 15_800,
     "lab/measure": 6_000,
@@ -44,8 +44,8 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 222_500, 176, 79_600, 288_800, 57_700, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 42, 58_000, 49
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 220_700, 176, 78_600, 262_600, 56_100, 7_500
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 33, 42_500, 40
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

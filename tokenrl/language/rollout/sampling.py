@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.settings import Bounds, Count, Natural
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
 
 STREAMS = {
     "training": 0,

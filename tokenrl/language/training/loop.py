@@ -14,30 +14,35 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, own_process, with
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
-from tokenrl.language.policy.prompts import fill_form, form_line, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
-from tokenrl.language.rollout.rewarded import failures_of, prompt_text
+from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.base import adapt, load_base
 from tokenrl.language.supervised.warm_start import WarmStart, start_from
-from tokenrl.language.tasks.records import provenance_of, recorded, remarks
-from tokenrl.language.tasks.stream import PromptStream, few_prompts
-from tokenrl.language.tasks.task import Task, find_task
+from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.engines import engine_name, engine_of
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.run import RunResult, TrainingRun, first_facts, model_facts
+from tokenrl.language.training.metrics import examples
+from tokenrl.language.training.run import (
+    RunResult,
+    TrainingRun,
+    first_facts,
+    model_facts,
+    task_of,
+    warnings_of,
+)
 from tokenrl.language.training.settings import (
-    check_shares,
     fill_defaults,
     sizes_of_steps,
-    train_settings,
     usual_rate,
-    without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
@@ -103,7 +108,7 @@ def train(
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
-    task, rewards = together(accelerator, partial(_task_of, choices, accelerator))
+    task, rewards = together(accelerator, partial(task_of, choices, accelerator))
     claimed = claim("train", choices, accelerator)
     with closing(claimed):
         if choices.warm_start and not (choices.check or claimed.step):
@@ -129,7 +134,7 @@ def _train(
         run, provenance = _prepare(choices, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads), own_process():
             _open(run, session, provenance)
-            for warning in _warnings(run):
+            for warning in warnings_of(run):
                 session.console.warn(warning)
             if run.args.check:
                 return check_run(run, session, partial(_evaluate, step=0))
@@ -149,18 +154,6 @@ def _train(
                     if any(all_reduce_max(accelerator, [int(is_last)])):
                         session.ended = "callback"
             return _finish(run, session)
-
-
-def _task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
-    """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
-
-    Raises:
-        Refused: the processes were started in different ways, or the task or a setting cannot be used.
-    """
-    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
-    task, rewards = find_task(choices)
-    check_shares(train_settings(choices, task), accelerator.num_processes)
-    return task, rewards
 
 
 def _make_warm_start(
@@ -269,26 +262,6 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     )
 
 
-def _warnings(run: TrainingRun) -> list[str]:
-    """Return warnings about prompts and settings that are probably mistakes."""
-    rows = run.task.train_prompts
-    episodic = run.rewards.environments is not None
-    special = special_texts(run.learner.policy.tokenizer, rows)
-    warnings = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
-    warnings += [*special, *remarks(rows)]
-    size = len(run.task.eval_prompts)
-    most = run.args.eval_size or 0
-    if size < most:
-        some = (
-            "half of the prompts" if getattr(run.task, "divided", False) else "all that there are"
-        )
-        text = (
-            f"eval_size was given as {most:,}, but {size:,} prompts are held out, at most {some}."
-        )
-        warnings.append(text)
-    return [*warnings, *without_effect(run.args)]
-
-
 def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     """Evaluate the policy before training, unless the run continues; return the steps that are left.
 
@@ -389,20 +362,7 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
     session.record(metrics, record.timings | rate)
     if rows:
-        session.console.completions_table(_few(rows, run.args.num_generations))
-
-
-def _few(rows: list[dict[str, Any]], group: int) -> list[dict[str, Any]]:
-    """Choose the best and the worst completion of each of the first two groups, as an example for people."""
-    examples = []
-    for start in (0, group):
-        members = rows[start : start + group]
-        ranked = [row for row in members if row["reward"] is not None] or members[:1]
-        ranked.sort(key=lambda row: row["reward"])
-        examples += ranked[-1:]
-        if len(ranked) > 1:
-            examples.append(ranked[0])
-    return [row | {"prompt": prompt_text(row["prompt"])} for row in examples]
+        session.console.completions_table(examples(rows, run.args.num_generations))
 
 
 def _finish(run: TrainingRun, session: Session) -> RunResult:

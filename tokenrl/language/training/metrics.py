@@ -17,7 +17,12 @@ from torch import Tensor
 
 from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
-from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, texts_of
+from tokenrl.language.rollout.rewarded import (
+    completion_kl,
+    prompt_text,
+    prompts_of,
+    texts_of,
+)
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_host
 from tokenrl.runs.processes import all_reduce_sum, gather_objects
 
@@ -204,3 +209,16 @@ def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> di
     if learner.estimator.chosen("ratio").token_bounds:
         metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
     return metrics
+
+
+def examples(rows: list[dict[str, Any]], group: int) -> list[dict[str, Any]]:
+    """Choose the best and the worst completion of each of the first two groups, as an example for people."""
+    chosen = []
+    for start in (0, group):
+        members = rows[start : start + group]
+        ranked = [row for row in members if row["reward"] is not None] or members[:1]
+        ranked.sort(key=lambda row: row["reward"])
+        chosen += ranked[-1:]
+        if len(ranked) > 1:
+            chosen.append(ranked[0])
+    return [row | {"prompt": prompt_text(row["prompt"])} for row in chosen]

@@ -14,17 +14,26 @@ import torch
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import form_line
+from tokenrl.language.policy.prompts import form_line, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import with_origins
-from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.tasks.task import Task
+from tokenrl.language.tasks.records import remarks
+from tokenrl.language.tasks.stream import PromptStream, few_prompts
+from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_name
 from tokenrl.language.training.learner import Learner
+from tokenrl.language.training.settings import (
+    check_shares,
+    train_settings,
+    without_effect,
+)
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
+from tokenrl.runs.resume import (
+    check_processes,
+)
 from tokenrl.runs.session import Session
 
 
@@ -194,3 +203,35 @@ def model_facts(args: TrainArguments, origins: Mapping[str, str], policy: Policy
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
         **form_line(policy.form, args.model),
     }
+
+
+def task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
+    """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
+
+    Raises:
+        Refused: the processes were started in different ways, or the task or a setting cannot be used.
+    """
+    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
+    task, rewards = find_task(choices)
+    check_shares(train_settings(choices, task), accelerator.num_processes)
+    return task, rewards
+
+
+def warnings_of(run: TrainingRun) -> list[str]:
+    """Return warnings about prompts and settings that are probably mistakes."""
+    rows = run.task.train_prompts
+    episodic = run.rewards.environments is not None
+    special = special_texts(run.learner.policy.tokenizer, rows)
+    warnings = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
+    warnings += [*special, *remarks(rows)]
+    size = len(run.task.eval_prompts)
+    most = run.args.eval_size or 0
+    if size < most:
+        some = (
+            "half of the prompts" if getattr(run.task, "divided", False) else "all that there are"
+        )
+        text = (
+            f"eval_size was given as {most:,}, but {size:,} prompts are held out, at most {some}."
+        )
+        warnings.append(text)
+    return [*warnings, *without_effect(run.args)]
