@@ -123,7 +123,7 @@ COMBINED = [
 """What depends on several fields: their status, and words of the reason."""
 
 
-@pytest.mark.parametrize(("fields", "status", "words"), COMBINED, ids=str)
+@pytest.mark.parametrize(("fields", "status", "words"), COMBINED)
 def test_combinations_hold_what_they_declare(fields: dict, status: str, words: str) -> None:
     estimator = Estimator(**fields)
     assert (estimator.bias_status, words in estimator.bias_reason) == (status, True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import family_policy
 from saved_states import equal
-from tiny_models import make_model, make_policy, make_task, make_tokenizer
+from tiny_models import completions, make_model, make_policy, make_task, make_tokenizer
 from transformers import PythonBackend
 
 import tokenrl
@@ -67,6 +67,19 @@ def test_every_eos_of_config_generation_config_and_tokenizer_counts():
     assert (policy.eos_ids, policy.pad_id) == ((), 2)
     tokenizer.pad_token = None
     assert wrap(model, tokenizer).pad_id == 0
+
+
+@pytest.mark.parametrize("kind", ["no_pad", "pad_is_eos", "pads_right"])
+def test_padding_of_the_tokenizer_changes_no_completion(kind):
+    def complete(policy):
+        prompts = [policy.encode(p) for p in ("the cat", "a", "count to ten")]
+        rollout = completions(policy, prompts, num_generations=2, max_completion_length=5)
+        return policy.decode(rollout.completion_ids, rollout.mask), rollout.logprobs
+
+    texts, logprobs = complete(make_policy(kind="pad"))
+    same, close = complete(make_policy(kind=kind))
+    assert same == texts
+    torch.testing.assert_close(close, logprobs)
 
 
 def test_an_empty_prompt_is_the_bos_or_refused():
