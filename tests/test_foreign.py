@@ -25,7 +25,7 @@ KNOWN = {
     name: set(settings_of(field_types(command.arguments))) for name, command in COMMANDS.items()
 }
 KNOWN["estimator"] = set(field_types(Estimator))  # a recorded one is read by itself
-PAGE = Path(__file__).parents[1] / "recipes" / "pages" / "coming_from_trl.md"
+PAGE = Path(__file__).parents[1] / "recipes" / "pages" / "guides" / "from_trl.md"
 
 # All of GRPOConfig, RLOOConfig and the trainers of TRL 1.16 that has another name here or none, and the
 # fields of transformers' TrainingArguments that people set.

@@ -1,6 +1,6 @@
 """Writes the table of what the defaults of other toolkits compute, and draws it.
 
-It makes `recipes/pages/defaults.md`, of which only the table is replaced, and `recipes/figures/defaults.png`.
+It makes `recipes/pages/explain/defaults.md`, of which only the table is replaced, and `recipes/figures/defaults.png`.
 """
 
 # /// script
@@ -73,7 +73,7 @@ def draw(verdicts: dict[str, Verdict], output: Path) -> None:
 
 
 def main(
-    output: Path = RECIPES / "pages" / "defaults.md",
+    output: Path = RECIPES / "pages" / "explain" / "defaults.md",
     figure: Path = RECIPES / "figures" / "defaults.png",
     estimators: tuple[str, ...] = (*TOOLKITS, "dr_grpo", "rloo"),
 ) -> None:
@@ -82,7 +82,9 @@ def main(
     table = "\n".join(
         [HEAD, "|---|---|---|---|---|---|---|---|", *(row(*entry) for entry in verdicts.items())]
     )
-    above, _, rest = (RECIPES / "pages" / "defaults.md").read_text(encoding="utf-8").partition(HEAD)
+    above, _, rest = (
+        (RECIPES / "pages" / "explain" / "defaults.md").read_text(encoding="utf-8").partition(HEAD)
+    )
     below = rest.partition("\n\n")[2]
     output.write_text(f"{above}{table}\n\n{below}", encoding="utf-8")
     draw(verdicts, figure)

@@ -1,6 +1,6 @@
 """Writes the table of presets of papers: what each declares of its gradient, and what enumeration finds.
 
-`recipes/pages/estimators.md` is its output. Only the table is replaced; the text above and below it stays.
+`recipes/pages/explain/estimators.md` is its output. Only the table is replaced; the text above and below it stays.
 With `--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
@@ -19,7 +19,7 @@ import tyro
 from tokenrl import Estimator, measure_bias
 from tokenrl.core import PRESETS
 
-PAGE = Path(__file__).parents[1] / "pages" / "estimators.md"
+PAGE = Path(__file__).parents[1] / "pages" / "explain" / "estimators.md"
 # defaults.py has the others
 PAPERS = tuple(name for name, preset in PRESETS.items() if not preset.beyond)
 HEAD = "| preset | baseline | scale | aggregation | ratio | expected gradient | cosine | noise |"

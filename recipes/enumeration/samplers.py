@@ -4,7 +4,7 @@
 
 Left is the bias beside the gradient of the policy's expected reward, right the noise: medians over 20
 random problems, computed by enumeration. Look for the price of exactness: weights of whole sequences have no
-bias and the most noise. `recipes/pages/off_policy.md` has the text.
+bias and the most noise. `recipes/pages/explain/off_policy.md` has the text.
 """
 
 # /// script

@@ -8,7 +8,7 @@ A mismatch is `old=8` (the sampler gets new weights at every eighth step), `bits
 to so many bits; 16: bfloat16), or a `temperature`, `top_p` or `min_p` of which the trainer knows nothing.
 Evaluations are greedy, by the weights of the trainer. Look for the arm whose curves fall while it trains, and
 for what weights of whole sequences make of it. `--lengths` trains nothing and measures the mismatch instead.
-Runs that are in the folder already are read, not trained again. `recipes/pages/off_policy.md` has the text.
+Runs that are in the folder already are read, not trained again. `recipes/pages/explain/off_policy.md` has the text.
 """
 
 # /// script

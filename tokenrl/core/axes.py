@@ -62,7 +62,7 @@ class Axes(Settings):
     Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
     module:function or path/to/file.py:function; from Python the function itself too. If it takes an argument
     `rewards`, it gets these [N, T] too. A class with the methods `read` and `update` is a baseline with a
-    memory, see `recipes/pages/estimators.md`."""
+    memory, see `recipes/pages/explain/estimators.md`."""
     baseline_constant: Number = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9

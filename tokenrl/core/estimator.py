@@ -36,7 +36,7 @@ class Estimator(Axes):
     def preset(cls, name: str, **overrides: object) -> Estimator:
         """Return the estimator of a named preset, with some fields changed.
 
-        `recipes/pages/estimators.md` has the formula of each, and how other toolkits differ.
+        `recipes/pages/explain/estimators.md` has the formula of each, and how other toolkits differ.
 
         Args:
             name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on; capitals, hyphens and underscores do

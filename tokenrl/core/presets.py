@@ -1,7 +1,7 @@
 """Reads the presets: named points of the space of estimators, with the fields that each sets and its paper.
 
 They are the rows of presets.txt. What each preset computes, and how other toolkits differ from it, is in
-`recipes/pages/estimators.md`. This module imports no torch.
+`recipes/pages/explain/estimators.md`. This module imports no torch.
 """
 
 from __future__ import annotations
