@@ -14,12 +14,13 @@ VLLM      := .venv-vllm
 NEWEST_TORCH ?= torch==2.13.0
 QUICK     := -m "not slow and not gpu and not vllm" -n $(WORKERS) --dist loadfile
 
-.PHONY: install train test test-newest test-lowest test-slow test-gpu test-vllm lint type format check clean
+.PHONY: install train docs test test-newest test-lowest test-slow test-gpu test-vllm lint type format check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      install the package, train the default task ($(TASK), $(ESTIMATOR)) into $(RUN)"
 	@echo "make install    install the package with all that the tests and the tools below need"
+	@echo "make docs       build the site of the documentation into build/site"
 	@echo "make test       quick tests            make test-slow   the slow ones"
 	@echo "make test-gpu   those that need a GPU (skipped without one)"
 	@echo "make test-vllm  those of sampling with vLLM, on the CPU, in the environment $(VLLM)"
@@ -42,6 +43,9 @@ $(PACKAGE) $(STAMP): pyproject.toml constraints.txt
 
 train: $(PACKAGE)
 	$(BIN)/tokenrl train --task $(TASK) --estimator $(ESTIMATOR) --seed $(SEED) --output-dir $(RUN) --overwrite
+
+docs: $(STAMP)
+	$(BIN)/python recipes/site/build.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(QUICK)

@@ -29,7 +29,7 @@ PROGRAMS = {
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/lab/compare/
 # tests/language/rollout/test_openenv_client.py and tests/test_toy_environments.py
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
-ELSEWHERE |= {"pass_at_k", "openenv_client", "turns"}
+ELSEWHERE |= {"pass_at_k", "openenv_client", "turns", "build", "reference"}
 ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {
@@ -54,17 +54,11 @@ FIGURES = {
     "samplers": "--noises 0 0.5 --problems 5",
 }
 PAGES = [
-    RECIPES / "pages" / f"{name}.md"
-    for name in (
-        "loss_is_zero",
-        "one_learning_rate",
-        "coming_from_trl",
-        "defaults",
-        "pretrained",
-        "objectives",
-        "turns",
-        "scaling",
-    )
+    path
+    for folder in ("tutorials", "guides", "explain")
+    for path in sorted((RECIPES / "pages" / folder).glob("*.md"))
+    if path.stem
+    not in ("resume", "estimators", "verdicts", "off_policy", "classic_systems", "speed")
 ]
 # what shortens a command of a page
 BRIEF = {
@@ -411,7 +405,7 @@ def test_map_of_presets(tmp_path, monkeypatch, capsys):
 def test_the_page_of_defaults_says_what_the_code_does(tmp_path, monkeypatch, capsys):
     from tokenrl.core import PRESETS
 
-    page, path = RECIPES / "pages" / "defaults.md", tmp_path / "defaults.md"
+    page, path = RECIPES / "pages" / "explain" / "defaults.md", tmp_path / "defaults.md"
     flags = f"--output {path} --figure {tmp_path / 'defaults.png'} --estimators nanochat trl_rloo"
     run("defaults", flags, tmp_path, monkeypatch, capsys)
     lines = page.read_text().splitlines()
@@ -434,7 +428,7 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
 
     path = tmp_path / "table.md"
     run(TABLE, f"--output {path} --estimators rloo grpo", tmp_path, monkeypatch, capsys)
-    page = (RECIPES / "pages" / "estimators.md").read_text().splitlines()
+    page = (RECIPES / "pages" / "explain" / "estimators.md").read_text().splitlines()
     other_rows = [
         line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)
     ]

@@ -10,7 +10,7 @@ import pytest
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.runs import read_run
-from tokenrl.runs.metric_table import metric_of, metric_table
+from tokenrl.runs.metric_table import all_metrics, metric_of
 
 STEP = "--task rows.jsonl --reward exact_match --prompts-per-step 2 --num-generations 2 --max-completion-length 4"
 RUNS = {
@@ -47,11 +47,11 @@ def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, mo
 def test_each_row_is_recorded_by_something_and_no_name_has_two():
     texts = [path.read_text() for path in Path(tokenrl.__file__).parent.rglob("*.py")]
     code = "\n".join(texts)
-    for metric in metric_table():
+    for metric in all_metrics():
         parts = re.split(r"{\w+}", metric.name)
         assert all(part in code for part in parts), metric.name
         assert metric.better in ("", "more", "less") and metric.meaning
-    names = [metric.name for metric in metric_table()]
-    facts = [metric.fact for metric in metric_table() if metric.fact]
+    names = [metric.name for metric in all_metrics()]
+    facts = [metric.fact for metric in all_metrics() if metric.fact]
     assert len(set(names)) == len(names) and len(set(facts)) == len(facts)
-    assert metric_of("no such metric") not in metric_table()
+    assert metric_of("no such metric") not in all_metrics()

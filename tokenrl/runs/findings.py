@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from tokenrl.runs.metric_table import metric_table
+from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.reader import finite
 
 Rows = Sequence[Mapping[str, Any]]
@@ -41,7 +41,7 @@ it, as a share of effective samples: importance weights then about double the va
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
-METRICS = {metric.fact: metric.name for metric in metric_table() if metric.fact}
+METRICS = {metric.fact: metric.name for metric in all_metrics() if metric.fact}
 """The metric behind each name after a prefix."""
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."

@@ -38,13 +38,13 @@ class Metric(NamedTuple):
     @property
     def row(self) -> int:
         """The place of the row in the table; those that are not in it come last."""
-        rows = metric_table()
+        rows = all_metrics()
         return rows.index(self) if self in rows else len(rows)
 
 
 @cache
-def metric_table() -> tuple[Metric, ...]:
-    """Read the table."""
+def all_metrics() -> tuple[Metric, ...]:
+    """Return the rows of the table, in its order."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     rows = []
     for line in re.findall(r"^[a-z].* \| .*$", text, flags=re.MULTILINE):
@@ -56,7 +56,7 @@ def metric_table() -> tuple[Metric, ...]:
 def metric_of(name: str) -> Metric:
     """Return the row of a recorded number, such as `eval_pass@4_stderr`; an unknown number has a name alone."""
     name = re.sub("^eval_|_stderr$", "", name)
-    for metric in metric_table():
+    for metric in all_metrics():
         pattern = re.sub(r"\\{\w+\\}", ".+", re.escape(metric.name))
         if re.fullmatch(pattern, name):
             return metric

@@ -16,7 +16,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations, number, with_errors
 from tokenrl.runs.files import check_place, flat
-from tokenrl.runs.metric_table import metric_of, metric_table
+from tokenrl.runs.metric_table import all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.output import visible
 from tokenrl.runs.plots import Chart, Curve
@@ -230,7 +230,7 @@ def _reward_charts(runs: Mapping[str, Rows]) -> Iterator[Chart]:
 
 def _health_charts(runs: Mapping[str, Rows]) -> Iterator[Chart]:
     """Yield a chart of each diagnostic that is not at its best value all the time."""
-    for metric in metric_table():
+    for metric in all_metrics():
         if metric.panel != "health":
             continue
         curves = _curves(runs, metric.name, "last" if len(runs) == 1 else "")

@@ -14,7 +14,7 @@ from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.files import write_json, write_text
-from tokenrl.runs.metric_table import metric_table
+from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Bars, Chart, Curve, Forest
 from tokenrl.runs.reader import read_run
@@ -133,7 +133,7 @@ def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section
     unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
     mark = None if problem.solved is None else ("solved", problem.solved)
     charts = [Chart("reward", unit, _curves(comparison, curves, "reward"), large=True, mark=mark)]
-    for metric in metric_table():
+    for metric in all_metrics():
         is_shown = metric.name == "reward_greedy" or metric.panel == "health"
         if is_shown and metric.name in curves and curves[metric.name].nunique() > 1:
             drawn = _curves(comparison, curves, metric.name)

@@ -1,0 +1,154 @@
+"""Builds the site of the documentation: all pages, the notebook, and each program that a page links to.
+
+`make docs` runs it and leaves the site in `build/site`, with every page as HTML and as Markdown, and `llms.txt`,
+the list of all pages. The pages stand in `build/docs` as in the repository, so that their links stay the same.
+The menu of the site is `zensical.toml` beside this program. `tests/test_site.py` opens the result.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[docs]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64decode
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = Path(__file__).with_name("zensical.toml")
+LINK = re.compile(r"(?<!`)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+"""A link of Markdown to a file: its path and its anchor."""
+PICTURES = (".png", ".svg")
+LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yaml": "yaml", ".txt": "text"}
+
+
+class Site:
+    """The tree of pages that the site is made of.
+
+    Attributes:
+        docs: folder of the pages; a page has the path there that its file has in the repository.
+        sources: files that pages link to and that are shown as pages of code.
+    """
+
+    def __init__(self, docs: Path) -> None:
+        self.docs = docs
+        self.sources: set[Path] = set()
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a page, `path` being its path in the repository."""
+        file = self.docs / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+    def add_page(self, path: Path, text: str) -> None:
+        """Add a page of the repository; its links are those of the site then."""
+
+        def rewritten(link: re.Match[str]) -> str:
+            target = (ROOT / path.parent / link[1]).resolve().relative_to(ROOT)
+            if (ROOT / target).is_dir():
+                return "]"
+            return f"]({self.link(link[1], target)}{link[2] or ''})"
+
+        self.write(path, LINK.sub(rewritten, text))
+
+    def link(self, text: str, target: Path) -> str:
+        """Return the link of a page to a file of the repository, which the site gets where it needs it."""
+        if not (ROOT / target).exists():  # a picture of a notebook; else the build names it
+            return text
+        if target.suffix in PICTURES:
+            (self.docs / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / target, self.docs / target)
+        elif target.suffix == ".ipynb":
+            return text.removesuffix(".ipynb") + ".md"
+        elif target.suffix in LANGUAGES:
+            self.sources.add(target)
+            return f"{text}.md"
+        return text
+
+    def add_sources(self) -> None:
+        """Add a page for each file of code that pages link to; search leaves these out."""
+        for path in sorted(self.sources):
+            code = (ROOT / path).read_text(encoding="utf-8")
+            language = LANGUAGES[path.suffix]
+            front = "---\nsearch:\n  exclude: true\n---\n"
+            self.write(
+                path.with_name(path.name + ".md"),
+                f"{front}# {path.name}\n\n`{path}`\n\n````{language}\n{code}````\n",
+            )
+
+
+def from_notebook(path: Path, docs: Path) -> str:
+    """Return a notebook as Markdown, with the output that is stored in it; its pictures are written beside."""
+    parts = []
+    cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = path.with_name(f"{path.stem}_{number}.png")
+                file = docs / picture
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b64decode(data["image/png"]))
+                parts.append(f"![output of the cell above]({picture.name})")
+                continue
+            text = "".join(output.get("text") or data.get("text/plain", []))
+            if text.strip():
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def titles(pages: list[Path], docs: Path) -> list[str]:
+    """Return a line of llms.txt for each page: its title as a link, and its first sentence."""
+    lines = []
+    for path in pages:
+        text = (docs / path).read_text(encoding="utf-8")
+        title = re.search(r"^# (.+)$", text, re.MULTILINE)
+        sentence = re.search(r"^[A-Z][^\n#|]+?\.(?= |$)", text.partition("\n\n")[2], re.MULTILINE)
+        about = f": {sentence[0]}" if sentence else ""
+        lines.append(f"- [{title[1] if title else path.stem}]({path}){about}")
+    return lines
+
+
+def main(output: Path = ROOT / "build") -> None:
+    """Build the site into the folder `site` of the output."""
+    docs = output / "docs"
+    shutil.rmtree(docs, ignore_errors=True)
+    site = Site(docs)
+    patterns = ["README.md", "CHANGELOG.md", "recipes/**.md", "recipes/*.ipynb"]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pages = sorted(map(Path, listed.split()))
+    for path in pages:
+        is_notebook = path.suffix == ".ipynb"
+        text = (
+            from_notebook(path, docs) if is_notebook else (ROOT / path).read_text(encoding="utf-8")
+        )
+        site.add_page(path.with_suffix(".md"), text)
+    site.add_sources()
+    shutil.copy(SETTINGS, output / "zensical.toml")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file"]
+    subprocess.run([*command, str(output / "zensical.toml")], check=True)
+    markdown = sorted(path.relative_to(docs) for path in docs.rglob("*.md"))
+    for path in markdown:
+        shutil.copy(docs / path, output / "site" / path)
+    about = "# tokenrl\n\n> Policy gradients on small language models, with declared and proven bias.\n\n"
+    listing = titles([path.with_suffix(".md") for path in pages], docs)
+    (output / "site" / "llms.txt").write_text(about + "\n".join(listing) + "\n", encoding="utf-8")
+    print(f"{output / 'site' / 'index.html'}: {len(markdown)} pages")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

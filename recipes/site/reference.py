@@ -1,0 +1,256 @@
+"""Writes the reference: commands and their flags, axes and presets, metrics, Python's public names.
+
+`recipes/pages/reference/` is its output, made of the code itself; a test compares the two. Pages of the reference
+that are written by hand (`run_directory.md`, `glossary.md`) lie beside these.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import cleandoc, get_annotations
+from pathlib import Path
+from typing import Any
+
+import tyro
+from docstring_parser import parse, parse_from_object
+
+from tokenrl import Estimator
+from tokenrl.cli import COMMANDS
+from tokenrl.core import CHOICES, PRESETS
+from tokenrl.runs import all_metrics
+from tokenrl.settings import field_types, rules_of
+
+PAGES = Path(__file__).parents[1] / "pages" / "reference"
+ROOMS = (
+    "tokenrl",
+    "tokenrl.core",
+    "tokenrl.language",
+    "tokenrl.control",
+    "tokenrl.lab",
+    "tokenrl.runs",
+)
+SETTINGS = {field for command in COMMANDS.values() for field in field_types(command.arguments)}
+MAX_KEYWORDS = 8
+"""A function with more settings of a command among its keywords is shown without them."""
+LINE_LENGTH = 88
+GENERATED = "<!-- Made by recipes/site/reference.py of the code; change it there. -->"
+
+
+def cell(text: object) -> str:
+    """Return a text that fits into a cell of a table."""
+    return re.sub(r"\s+", " ", str(text)).replace("|", r"\|").strip()
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def page(title: str, *parts: str) -> str:
+    """Return a page of its title and its parts."""
+    return "\n\n".join([f"# {title}", GENERATED, *parts]) + "\n"
+
+
+def default_of(field: Any) -> str:
+    """Return the default of a setting as users write it; `-` where it is left open."""
+    if field.default is MISSING:
+        return "required" if field.default_factory is MISSING else "-"
+    if field.default in (None, (), ""):
+        return "-"
+    return f"`{field.default}`"
+
+
+def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
+    """Yield a heading and a table for each group of the settings of a command."""
+    texts: dict[str, str] = {}
+    owners: dict[str, Any] = {}
+    classes = [owner for owner in kind.__mro__ if is_dataclass(owner)]
+    for owner in reversed(classes):
+        owners |= dict.fromkeys(get_annotations(owner), owner)
+        texts |= {
+            entry.arg_name: str(entry.description) for entry in parse_from_object(owner).params
+        }
+    rules = rules_of(kind, False)
+    groups: dict[str, list[tuple[object, ...]]] = {
+        getattr(owner, "group", ""): [] for owner in classes
+    }
+    for field in fields(kind):
+        flag = f"`{prefix}{field.name.replace('_', '-')}`"
+        values = rules[field.name].words if field.name in rules else "any"
+        groups[getattr(owners[field.name], "group", "")].append(
+            (flag, default_of(field), values, texts[field.name])
+        )
+    for title, rows in groups.items():
+        if rows:
+            heading = f"{title[0].upper()}{title[1:]}" if title else "Main settings"
+            yield f"## {heading}\n\n" + table(("flag", "default", "allowed", "meaning"), rows)
+
+
+def command_page(name: str) -> str:
+    """Return the page of a command: what it does, and each flag with its default and bounds."""
+    command = COMMANDS[name]
+    parts = [cleandoc(command.arguments.__doc__)]
+    if "estimator" in field_types(command.arguments):
+        parts.append(
+            "`--estimator.AXIS` changes one axis of the estimator: see [the axes](axes.md)."
+        )
+    return page(f"tokenrl {name}", *parts, *settings_tables(command.arguments))
+
+
+def axes_page() -> str:
+    """Return the page of the axes of the estimator: settings, and what each choice does to the gradient."""
+    parts = [cleandoc(str(Estimator.__doc__)), *settings_tables(Estimator, "--estimator.")]
+    for axis, choices in CHOICES.items():
+        rows = [
+            (f"`{name}`", choice.status, choice.reason, choice.needs)
+            for name, choice in choices.items()
+        ]
+        parts.append(
+            f"## Choices of {axis}\n\n"
+            + table(("choice", "expected gradient", "why", "needs"), rows)
+        )
+    return page("The axes of the estimator", *parts)
+
+
+def presets_page() -> str:
+    """Return the page of all presets with their fields, paper and declared bias."""
+    rows = []
+    for name, preset in PRESETS.items():
+        changes = ", ".join(f"{axis}={value}" for axis, value in preset.fields.items())
+        rows.append((f"`{name}`", preset.paper, changes, Estimator.preset(name).bias_status))
+    head = ("preset", "paper or toolkit", "fields that differ from rloo", "expected gradient")
+    return page("The presets", table(head, rows))
+
+
+def papers_page() -> str:
+    """Return the index by paper: claim, command, difference, declared bias and measured noise of each preset."""
+    text = Path(__file__).with_name("papers.txt").read_text(encoding="utf-8")
+    estimators = (PAGES.parent / "explain" / "estimators.md").read_text(encoding="utf-8")
+    measured = dict(
+        re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [\d.]+) \|$", estimators, re.MULTILINE)
+    )
+    rows = []
+    for line in re.findall(r"^\w+ \|.*$", text, re.MULTILINE):
+        name, claim, difference = map(str.strip, line.split("|"))
+        cosine, noise = measured[name].split(" | ")
+        bias = Estimator.preset(name).bias_status
+        rows.append(
+            (PRESETS[name].paper, f"`--estimator {name}`", claim, difference, bias, cosine, noise)
+        )
+    head = (
+        "paper",
+        "command",
+        "claim",
+        "what differs here",
+        "expected gradient",
+        "cosine",
+        "noise",
+    )
+    about = (
+        "The presets by paper. `expected gradient`, `cosine` and `noise` are this project's own, by enumeration of "
+        "tiny problems: see [estimators](../explain/estimators.md). Defaults of toolkits are on "
+        "[a page of their own](../explain/defaults.md), and [the study](../../study/README.md) trains with eight."
+    )
+    return page("Index by paper", about, table(head, rows))
+
+
+def metrics_page() -> str:
+    """Return the page of all metrics."""
+    rows = [
+        (f"`{metric.name}`", metric.unit or "-", metric.better or "-", metric.meaning)
+        for metric in all_metrics()
+    ]
+    about = (
+        "What `metrics.jsonl`, `timings.jsonl`, `summary.json` and `tokenrl evaluate` hold. Metrics of held-out "
+        "prompts begin with `eval_`, and `NAME_stderr` is the standard error of `NAME`."
+    )
+    return page("Metrics", about, table(("name", "unit", "better", "meaning"), rows))
+
+
+def documented(thing: Any) -> str:
+    """Return the docstring of a public function or class as Markdown, with lists of arguments and errors."""
+    docstring = parse(inspect.getdoc(thing) or "")
+    parts = [docstring.short_description or "", docstring.long_description or ""]
+    attributes = [entry for entry in docstring.params if entry.args[0] == "attribute"]
+    arguments = [entry for entry in docstring.params if entry.args[0] != "attribute"]
+    for title, entries in (("Arguments", arguments), ("Attributes", attributes)):
+        if entries:
+            lines = [f"* `{entry.arg_name}`: {cell(entry.description)}" for entry in entries]
+            parts.append("\n".join([f"{title}:", "", *lines]))
+    if docstring.returns:
+        parts.append(f"Returns: {cell(docstring.returns.description)}")
+    parts += [
+        f"Raises `{error.type_name}`: {cell(error.description)}" for error in docstring.raises
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def signature_of(name: str, thing: Any) -> str:
+    """Return the signature of a function; the settings of a command are on the page of that command."""
+    signature = inspect.signature(thing)
+    entries = list(signature.parameters.values())
+    with_settings = sum(entry.name in SETTINGS for entry in entries) > MAX_KEYWORDS
+    parameters = []
+    for entry in entries:
+        is_first = "*" not in " ".join(parameters)
+        if entry.kind is entry.KEYWORD_ONLY and is_first:
+            parameters.append("*")
+        if not with_settings or entry.name not in SETTINGS:
+            parameters.append(str(entry))
+    returned = signature.return_annotation
+    end = "" if returned is signature.empty else f" -> {returned}"
+    line = f"{name}({', '.join(parameters)}){end}"
+    if len(line) > LINE_LENGTH:
+        line = "\n    ".join([f"{name}(", *(f"{text}," for text in parameters)]) + f"\n){end}"
+    return re.sub(r"<function (<?\w+>?) at 0x\w+>", r"\1", line.replace("'", ""))
+
+
+def python_page(room: str) -> str:
+    """Return the page of the public names of a package, with signatures and docstrings."""
+    package = importlib.import_module(room)
+    parts = [cleandoc(package.__doc__ or "")]
+    for name in dir(package):
+        thing = getattr(package, name)
+        if name.startswith("_") or not callable(thing):
+            continue
+        is_class = inspect.isclass(thing)
+        code = f"class {name}" if is_class else signature_of(name, thing)
+        parts.append(f"## {name}\n\n```py\n{code}\n```\n\n{documented(thing)}")
+        methods = inspect.getmembers(thing, inspect.isfunction) if is_class else []
+        for method, function in methods:
+            if method.startswith("_") or not function.__module__.startswith("tokenrl"):
+                continue
+            code = signature_of(method, function)
+            parts.append(f"### {name}.{method}\n\n```py\n{code}\n```\n\n{documented(function)}")
+    return page(room, *parts)
+
+
+def pages() -> dict[str, str]:
+    """Return all pages by the name of their files."""
+    named = {f"{name.replace(' ', '_')}.md": command_page(name) for name in COMMANDS}
+    named |= {"axes.md": axes_page(), "presets.md": presets_page(), "metrics.md": metrics_page()}
+    named["papers.md"] = papers_page()
+    return named | {f"{room.replace('.', '_')}.md": python_page(room) for room in ROOMS}
+
+
+def main(output: Path = PAGES) -> None:
+    """Write the pages."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (output / name).write_text(text, encoding="utf-8")
+        print(output / name)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,131 @@
+"""The documentation: the reference is what the code says, the menu has every page, the site works in a browser."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from shutil import which
+from threading import Thread
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+import tokenrl
+
+ROOT = Path(__file__).parents[1]
+SITE, PAGES = ROOT / "recipes" / "site", ROOT / "recipes" / "pages"
+FILES = sorted(path.relative_to(ROOT) for path in PAGES.rglob("*.md"))
+SIZES = [(1280, 900), (390, 800)]
+
+
+def test_the_reference_is_what_the_code_says():
+    pages = runpy.run_path(str(SITE / "reference.py"))["pages"]()
+    for name, text in pages.items():
+        assert (PAGES / "reference" / name).read_text(encoding="utf-8") == text, (
+            f"run python recipes/site/reference.py; {name} is not what it makes"
+        )
+
+
+def test_every_page_is_in_the_menu_and_in_the_list_of_pages():
+    menu = re.findall(r'= "([\w/.-]+\.md)"', (SITE / "zensical.toml").read_text())
+    assert {str(path) for path in FILES} <= {*menu}
+    links = re.findall(r"\]\(([\w/.-]+\.md)\)", (PAGES / "README.md").read_text())
+    listed = {(PAGES / link).resolve().relative_to(ROOT) for link in links}
+    assert {*FILES} - {Path("recipes/pages/README.md")} <= listed
+
+
+def test_every_file_and_column_of_a_run_is_on_its_page(tmp_path):
+    run = tokenrl.train(task="vowels", max_steps=1, output_dir=tmp_path / "run", quiet=True)
+    page = (PAGES / "reference" / "run_directory.md").read_text()
+    for path in run.output_dir.iterdir():
+        assert f"`{path.name}" in page, path.name
+    (completions,) = (run.output_dir / "completions").iterdir()
+    import pandas
+
+    for column in pandas.read_parquet(completions):
+        assert f"`{re.sub('/.*', '/NAME', column)}`" in page, column
+
+
+class Links(HTMLParser):
+    """What a page links to and embeds, and the anchors that it has."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.links += [values[key] for key in ("href", "src") if values.get(key)]
+        self.anchors |= {values[key] for key in ("id", "name") if values.get(key)}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built in a folder of its own."""
+    pytest.importorskip("zensical")
+    output = tmp_path_factory.mktemp("build")
+    command = [sys.executable, str(SITE / "build.py"), "--output", str(output)]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return output / "site"
+
+
+@pytest.mark.slow
+def test_every_link_anchor_and_picture_exists(site):
+    pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            address, anchor = urldefrag(unquote(link))
+            if re.match(r"\w+:|//", address) or path.name == "404.html":
+                continue
+            target = (path.parent / address).resolve() if address else path
+            if not target.is_file() or (
+                anchor and target in pages and anchor not in pages[target].anchors
+            ):
+                broken.append(f"{path.relative_to(site)}: {link}")
+    assert broken == []
+    listed = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
+    assert len(listed) > 40 and all((site / path).is_file() for path in listed)
+
+
+@pytest.mark.slow
+def test_the_site_works_in_a_browser_and_asks_no_other_machine(site):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = which("chromium") or which("chromium-browser") or which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    handler.log_message = lambda *args: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_port}/"
+    requests, messages = [], []
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, height in SIZES:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.on("request", lambda request: requests.append(request.url))
+            page.on("console", lambda message: messages.append((message.type, message.text)))
+            page.on("pageerror", lambda error: messages.append(("error", str(error))))
+            for path in sorted(site.rglob("*.html")):
+                page.goto(home + str(path.relative_to(site)))
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width + 1, f"{path.name} is {wide} pixels wide on {width}"
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(home)
+        page.keyboard.press("Control+k")
+        page.keyboard.type("group_std")
+        page.get_by_text("Choices of scale").first.wait_for(timeout=10_000)
+        browser.close()
+    server.shutdown()
+    assert [url for url in requests if not url.startswith((home, "data:", "blob:"))] == []
+    assert [text for kind, text in messages if kind == "error"] == []
