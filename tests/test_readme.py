@@ -63,7 +63,7 @@ def test_the_commands_of_a_page_exist(page):
     for name, *words in commands(page):
         if name == "lab":
             name, *words = f"lab {words[0]}", *words[1:]
-        parse(name, COMMANDS[name], words)
+        assert parse(name, COMMANDS[name], words)
 
 
 def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, capsys):
