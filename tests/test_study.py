@@ -1,5 +1,6 @@
-"""The study: its plans are plans, and its page says what its raw tables say."""
+"""The study: its plans are plans, and its pages say what its raw tables say."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -77,15 +78,16 @@ def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declare
 
 
 @pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_page_is_what_the_raw_tables_say(drawn, tmp_path, monkeypatch):
+def test_the_pages_are_what_the_raw_tables_say(drawn, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(STUDY)
     if not drawn:
         monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
     recipe = runpy.run_path(str(STUDY / "rebuild.py"))
-    page = tmp_path / "README.md"
-    lines = (STUDY / "README.md").read_text().splitlines(keepends=True)
-    page.write_text("".join(line for line in lines if not line.startswith("| `")))
-    recipe["rebuild"](page, tmp_path / "figures")
-    assert page.read_text() == (STUDY / "README.md").read_text()
+    pages = {path.name: path.read_text() for path in (STUDY / "questions").iterdir()}
+    for name, text in pages.items():
+        assert "<!-- table" in text
+        (tmp_path / name).write_text(re.sub(r"(?m)(?<=-->\n)(\|.*\n)+", "", text))
+    recipe["rebuild"](tmp_path, tmp_path / "figures")
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.md")} == pages
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {path.name for path in (STUDY / "figures").iterdir()}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 from tokenrl.lab import judge_scores
 
 MARGIN = 0.02
 BLUE, ORANGE = "#0072b2", "#c24e00"
-COLOURS = {"better": "#007a58", "worse": ORANGE, "equivalent": BLUE, "undecided": "#77777f"}
+COLOURS = {"better": "#007a58", "worse": ORANGE, "equivalent": BLUE, "undecided": "#26262b"}
+COPY = "copy of another arm"
+COLOURS[COPY] = "#8e8e97"
 
 
 def judged_table(scores: Any, metric: str = "score", margin: float = MARGIN) -> Any:
@@ -51,18 +55,36 @@ def forest(
     margin: float = MARGIN,
     up: float = 0,
     hollow: bool = False,
+    copies: Container[str] = (),
 ) -> None:
-    """Draw differences with their intervals, one below the other."""
-    axes.axvspan(-margin, margin, color="#dcdce0", lw=0)
-    axes.axvline(0, color="#5f5f66", lw=1)
-    for row, difference in enumerate(differences.values()):
-        colour = COLOURS[difference.verdict]
+    """Draw differences with their intervals, one below the other, in the colours of their verdicts."""
+    axes.axvspan(-margin, margin, color="#e9e9ee", lw=0)
+    axes.axvline(0, color="#b9b9c2", lw=1)
+    for row, (label, difference) in enumerate(differences.items()):
+        kind = COPY if label in copies else difference.verdict
+        colour = COLOURS[kind]
         ends = difference.adjusted
         axes.plot([ends.low, ends.high], [row - up] * 2, color=colour, lw=1 if hollow else 2)
         fill = "white" if hollow else colour
-        axes.plot(difference.mean.value, row - up, "o", color=colour, mfc=fill, ms=7)
+        value = difference.mean.value
+        axes.plot(value, row - up, "o", color=colour, mfc=fill, ms=7, label=kind)
+        if not hollow:
+            number = f"{value:+.3f}" if margin < 1 else f"{value:+.0f}"
+            axes.annotate(
+                number, (value, row - up), (0, 6),
+                textcoords="offset points", ha="center", size=8, color=colour,
+            )  # fmt: skip
     axes.set_yticks(range(len(differences)), [label.rpartition(":")[2] for label in differences])
-    axes.set_ylim(len(differences) - 0.5, -0.5)
+    axes.set_ylim(len(differences) - 0.5, -0.6)
+
+
+def explain_colours(figure: Figure) -> None:
+    """Explain below a figure the colours of all verdicts that its panels show."""
+    shown = {line.get_label() for axes in figure.axes for line in axes.lines}
+    names = [name for name in COLOURS if name in shown]
+    if names:
+        dots = [Line2D([], [], marker="o", ls="", color=COLOURS[name]) for name in names]
+        figure.legend(dots, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 def describe(axes: Axes, title: str, x: str, y: str = "") -> None:

@@ -16,6 +16,8 @@ import pandas as pd
 import yaml
 from judging import (
     BLUE,
+    COLOURS,
+    COPY,
     MARGIN,
     ORANGE,
     describe,
@@ -94,18 +96,19 @@ def rates(axes: Axes, part: str) -> str:
         rows.append(cells)
     heads = ["arm", "declared bias", "own rate", "clipped updates", *AREA_HEADS]
     title = f"{part[2:].replace('shifted', 'sort_digits with rewards + 1')}: each arm at its own best rate"
-    forest(axes, family.against_reference, margin, 0.14)
+    copies = COPIES.get(part, {})
+    forest(axes, family.against_reference, margin, 0.14, copies=copies)
     if (TABLES / f"{part}_fixed").exists():
         fixed = judged(f"{part}_fixed")
         for cells, scores in zip(rows, fixed.arms, strict=True):
             cells += score_cells(fixed, scores, digits)
         heads += ["area at 2e-4", "against rloo", "verdict"]
         title += " (hollow: all at 2e-4)"
-        forest(axes, fixed.against_reference, margin, -0.14, hollow=True)
+        forest(axes, fixed.against_reference, margin, -0.14, hollow=True, copies=copies)
     for cells, scores in zip(rows, family.arms, strict=True):
         cells.append(greedy[scores.arm].interval if scores.arm in greedy else "")
     axes.set_yticklabels([marked(part, arm, TICK_NAME) for arm in greedy])
-    describe(axes, title, "area minus that of rloo (grey: within the margin)")
+    describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
     return table([*heads, "greedy area against rloo, own rate (exploratory)"], rows)
@@ -137,7 +140,7 @@ def division(axes: Axes, part: str) -> str:
         cells[4:4] = verdict_cells(differences, cell)
     forest(axes, differences)
     title = "grpo minus grpo_no_std, each at its own rate"
-    describe(axes, title, "difference in area (grey: within the margin)")
+    describe(axes, title, "difference in area (grey band: within the margin)")
     heads = ["cell", "rate without", "rate with", "area without", "with minus without", "verdict"]
     heads += ["reward at the first evaluation (exploratory)", "at the last (exploratory)"]
     return table(heads, rows.values())
@@ -170,7 +173,8 @@ def entropy(axes: Axes, part: str) -> str:
         rows.append([*cells, f"{slopes[arm].mean():.2f}", against])
         means = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
         name = marked(part, arm, LEGEND_NAME)
-        axes.plot(means["entropy"], means["reward"], "o-", ms=3, lw=1, label=name)
+        colour = COLOURS[COPY] if arm in COPIES[part] else None
+        axes.plot(means["entropy"], means["reward"], "o-", ms=3, lw=1, label=name, color=colour)
     title = f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}"
     describe(axes, title, "entropy H of a token, nats", "held-out sampled reward R")
     axes.legend(fontsize=8, frameon=False)
@@ -213,7 +217,7 @@ def signs(axes: Axes, part: str) -> str:
     forest(axes, family.against_reference, up=0.14)
     forest(axes, pass_at_8.against_reference, up=-0.14, hollow=True)
     title = f"{part[2:]}: area (filled) and pass@8 at the end (hollow)"
-    describe(axes, title, "minus that of rloo (grey: within the margin)")
+    describe(axes, title, "difference to rloo (grey band: within the margin)")
     heads = ["arm", "measured bias", "own rate", *AREA_HEADS]
     return table([*heads, "pass@8", "against rloo", "verdict", "entropy at the end"], rows)
 
@@ -254,9 +258,18 @@ def clipping(axes: Axes, part: str) -> str:
         cells[3:3] = verdict_cells(differences, cell)
     forest(axes, differences)
     title = "area minus that without a ratio, each at its own rate"
-    describe(axes, title, "difference in area (grey: within the margin)")
+    describe(axes, title, "difference in area (grey band: within the margin)")
     heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
     return table([*heads, "that minus that of .2 (exploratory, 95 %)"], rows.values())
+
+
+LABELS = {
+    "grpo": (-6, 3, "right"),
+    "dr_grpo": (6, -12, "left"),
+    "reinforce_pp": (-2, 9, "left"),
+    "reinforce_running_mean": (-6, -12, "right"),
+}
+"""The offset of a name from its point, so that names do not overlap; other names stand to the right."""
 
 
 def noise(axes: Axes, part: str) -> str:
@@ -271,19 +284,19 @@ def noise(axes: Axes, part: str) -> str:
         cells.append("{noise:.3g} [{low:.3g}, {high:.3g}]".format(**at_half))
         rows.append([*cells, f"{area:.3f}"])
         colour = BLUE if at_half["bias"] == "exact" else ORANGE
-        below = 4
         axes.plot(x, area, "o", color=colour)
         if arm in COPIES[part]:
-            below = -10
-            axes.lines[-1].set(mfc="none", ms=9)
-        axes.annotate(arm, (x, area), (5, below), textcoords="offset points", fontsize=8)
+            axes.lines[-1].set(mfc="none", ms=9, color=COLOURS[COPY])
+        *offset, side = LABELS.get(arm, (6, 3, "left"))
+        if arm == "opo" and arm in COPIES[part]:
+            offset, side = [-6, -12], "right"
+        axes.annotate(arm, (x, area), offset, textcoords="offset points", fontsize=8, ha=side)
     correlation = correlations(half_way["noise"].round(9), areas(part), part)
-    x_name = (
-        "noise of a step's gradient after 50 steps (blue: unbiased; ring: a copy of another arm)"
-    )
+    x_name = "noise after 50 steps (blue: unbiased, orange: biased, ring: a copy of another arm)"
     title = f"{part[2:]}: rank correlation {correlation}"
     describe(axes, title, x_name, "area at its own rate")
     axes.set_xscale("log")
+    axes.margins(x=0.15)
     heads = ["arm", "declared bias", "noise at the start", "noise after 50 steps", "area"]
     return table(heads, rows)
 

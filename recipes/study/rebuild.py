@@ -1,6 +1,6 @@
 """Makes the tables and figures of the study again from the raw tables; or everything, from nothing.
 
-    python recipes/study/rebuild.py                   tables of README.md and figures, in seconds
+    python recipes/study/rebuild.py                   tables of the pages and figures, in seconds
     python recipes/study/rebuild.py --from-nothing    says how long the runs take, makes them, then the same
     python recipes/study/rebuild.py --parts 1_sort_digits    the runs of one part, then the same
 
@@ -24,10 +24,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import answer
 import pandas as pd
 import questions
 import tyro
 import yaml
+from judging import explain_colours
 from matplotlib.figure import Figure
 from questions import STUDY, TABLES, judged, read
 
@@ -46,8 +48,9 @@ SECTIONS = {
     "7_lora": ("7_lora", "7_lora_factor"),
     "8_actions": ("8_cartpole", "8_acrobot"),
 }
-"""The part of the study of each panel of a figure, which the function of its name draws and makes a table of;
-questions 2 and 5 have one panel for several parts; here stands the part that is run last."""
+"""The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
+and makes a table for each part. Questions 2 and 5 have one panel for several parts, and are named by the part that
+is run last."""
 
 
 def run(part: str) -> None:
@@ -127,24 +130,35 @@ def measure_noise(part: str) -> None:
     noise.to_csv(TABLES / part / "noise.csv", index=False)
 
 
-def rebuild(page: Path, figures: Path) -> None:
-    """Write the tables of the page between its marks, and the figures."""
-    text = page.read_text()
+def rebuild(pages: Path, figures: Path) -> None:
+    """Write the tables of each page below their marks, and the figures."""
     figures.mkdir(exist_ok=True)
+    first = Figure((8, 5.4), layout="constrained")
+    answer.draw(first.subplots())
+    save(first, figures / "answer.png")
     for name, parts in SECTIONS.items():
+        page = pages / f"{name}.md"
+        text = page.read_text()
         across = min(len(parts), 2)
         down = -(-len(parts) // 2)
-        figure = Figure((6 * across + 1, 4.6 * down), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False).flat
+        heights = (4.6, 2.4)[:down]  # inches; the second row has fewer arms
+        figure = Figure((6 * across + 1, sum(heights) + 0.3), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).flat
         for axes, part in zip(panels, parts, strict=False):
             mark = f"<!-- table {name} {part} -->\n"
             body = getattr(questions, name[2:])(axes, part)
             axes.spines[["top", "right"]].set_visible(False)
-            assert mark in text, f"the page has no {mark}"
+            assert mark in text, f"{page.name} has no {mark}"
             before, _, after = text.partition(mark)
             text = f"{before}{mark}{body}\n" + re.sub(r"\A(\|.*\n)*", "", after)
-        figure.savefig(figures / f"{name}.png", dpi=110, metadata={"Software": None})
-    page.write_text(text)
+        page.write_text(text)
+        save(figure, figures / f"{name}.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure with its colours explained, the same bytes each time."""
+    explain_colours(figure)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
@@ -161,7 +175,7 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
         parts = tuple(sorted(path.stem for path in STUDY.glob("*.yaml")))
     for part in parts:
         run(part)
-    rebuild(STUDY / "README.md", STUDY / "figures")
+    rebuild(STUDY / "questions", STUDY / "figures")
 
 
 if __name__ == "__main__":
