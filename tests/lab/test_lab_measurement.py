@@ -51,7 +51,7 @@ def directions(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def projected_samples(policy: Policy, samples: Samples, count: int) -> Projections:
-    options = {"count": count, "seed": 0, "width": 2, "entropy": True}
+    options = {"count": count, "seed": 0, "max_length": 2, "entropy": True}
     parts = [project(policy, p, chosen_parameters(policy), **options) for p in samples.parts]
     return Projections(
         torch.cat([p.logprobs for p in parts]), torch.cat([p.entropy for p in parts])
@@ -78,7 +78,7 @@ def test_projections_are_those_of_exact_scores(architecture: str, tolerance: flo
         # equal rows are computed once
         doubled = rollout.take(torch.arange(len(rollout.mask)).repeat(2))
         found = project(
-            policy, doubled, chosen_parameters(policy), count=11, seed=5, width=3, entropy=True
+            policy, doubled, chosen_parameters(policy), count=11, seed=5, max_length=3, entropy=True
         )
         assert found.entropy is not None
         for got, exact in (

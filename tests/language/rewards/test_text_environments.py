@@ -17,7 +17,7 @@ import pytest
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import Overdue
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.isolation import Streams, call_all
+from tokenrl.language.rewards.isolation import RandomStreams, call_all
 from tokenrl.language.rewards.rewards import Rewards
 
 
@@ -379,7 +379,7 @@ def test_a_deadline_that_comes_as_the_call_returns_leaves_no_alarm():
     try:
         for number in range(1000):
             end = began() + 4e-4 + (number % 40 - 20) * 1e-6
-            (attempt,) = call_all([(Streams(0), partial(call, end))], 4e-4)
+            (attempt,) = call_all([(RandomStreams(0), partial(call, end))], 4e-4)
             assert attempt.output == "done" or isinstance(attempt.error, Overdue)
             assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), number
             assert signal.getsignal(signal.SIGALRM) is handler, number

@@ -174,7 +174,7 @@ def _projections(
                 parameters,
                 count=args.probes,
                 seed=args.seed,
-                width=samples.mask.shape[1],
+                max_length=samples.mask.shape[1],
                 distribution=args,
                 entropy=entropy,
                 scoring=samples.scoring,

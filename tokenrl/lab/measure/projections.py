@@ -109,7 +109,7 @@ def project(
     *,
     count: int,
     seed: int,
-    width: int,
+    max_length: int,
     distribution: Distribution = UNCHANGED,
     entropy: bool = False,
     scoring: Scoring = USUAL,
@@ -126,7 +126,7 @@ def project(
         parameters: The parameters from `chosen_parameters`; all others are held fixed.
         count: Number of probes, K.
         seed: Seed of the probes.
-        width: T of the result, at least that of the rollout.
+        max_length: T of the result, at least that of the rollout.
         distribution: Distribution of tokens that was sampled from.
         entropy: Whether to project the derivatives of the entropies too.
         scoring: How the policy is scored; its logits are never computed in chunks here.
@@ -160,7 +160,7 @@ def project(
         (derivatives,) = to_host([torch.cat(column)])
         inside = torch.where(distinct.mask, derivatives, 0)
         whole = inside.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
-        out.append(torch.nn.functional.pad(whole, (0, 0, 0, width - whole.shape[1])))
+        out.append(torch.nn.functional.pad(whole, (0, 0, 0, max_length - whole.shape[1])))
     return Projections(out[0], out[1] if entropy else None)
 
 

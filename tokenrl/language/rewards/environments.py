@@ -29,7 +29,7 @@ from tokenrl.errors import (
     written,
 )
 from tokenrl.language.rewards.calls import Overdue, copied, reward_number
-from tokenrl.language.rewards.isolation import Streams, call_all
+from tokenrl.language.rewards.isolation import RandomStreams, call_all
 from tokenrl.language.rewards.tools import Message, check_tool, encodable, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
@@ -76,7 +76,7 @@ class Episode:
     environment: Any
     opening: str | list[Message]
     name: str | None = None
-    streams: Streams = field(default_factory=lambda: Streams(0), repr=False)
+    streams: RandomStreams = field(default_factory=lambda: RandomStreams(0), repr=False)
     steps: bool = False
     tools: Sequence[Callable[..., Any]] = ()
     ending: str = ""
@@ -188,7 +188,7 @@ class Environments:
         resets = {}
         for row, seed in zip(rows, seeds, strict=True):
             prompt = copied(row.get("prompt", ""))
-            episode = self._make(Episode(None, prompt, self._name(row), Streams(seed)))
+            episode = self._make(Episode(None, prompt, self._name(row), RandomStreams(seed)))
             episodes.append(episode)
             if not episode.failure:
                 options = copied(self._options(row, seed))  # an environment may change them
@@ -251,7 +251,7 @@ class Environments:
             instance = free.pop()
         else:
             # In a random state of its own, as the episode must not depend on whether the instance is new.
-            instance, fault, _ = call_all([(Streams(0), make)], self.timeout)[0]
+            instance, fault, _ = call_all([(RandomStreams(0), make)], self.timeout)[0]
         episode.environment = instance
         try:
             if fault is None and not callable(getattr(instance, "reset", None)):

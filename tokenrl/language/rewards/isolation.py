@@ -25,7 +25,7 @@ from tokenrl.errors import Refused, TokenrlError, describe, own_process
 from tokenrl.language.rewards.calls import Attempt, Overdue, await_all, restored_settings
 
 
-class Streams:
+class RandomStreams:
     """An episode's own state of the global streams of `random` and `numpy.random`; active in a `with`."""
 
     def __init__(self, seed: int) -> None:
@@ -33,17 +33,17 @@ class Streams:
         numpy = np.random.RandomState(seed).get_state()
         self._states = python, numpy
 
-    def _exchange(self, *_: object) -> None:
+    def _swap_states(self, *_: object) -> None:
         before = random.getstate(), np.random.get_state()
         random.setstate(self._states[0])
         np.random.set_state(self._states[1])
         self._states = before
 
-    __enter__ = __exit__ = _exchange
+    __enter__ = __exit__ = _swap_states
 
 
 def call_all(
-    calls: Sequence[tuple[Streams, Callable[[], Any]]], timeout: float | None = None
+    calls: Sequence[tuple[RandomStreams, Callable[[], Any]]], timeout: float | None = None
 ) -> list[Attempt]:
     """Make N calls in order, each in its random state; await together what the async ones return.
 
@@ -119,7 +119,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 @types.coroutine
-def _driven(awaitable: Awaitable[Any], streams: Streams) -> Generator[Any, Any, Any]:
+def _driven(awaitable: Awaitable[Any], streams: RandomStreams) -> Generator[Any, Any, Any]:
     """Await something with the streams swapped in while its code runs, but not while it waits."""
     steps: Any = awaitable.__await__()
     resume = partial(next, steps)

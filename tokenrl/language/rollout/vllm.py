@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.isolation import Streams
+from tokenrl.language.rewards.isolation import RandomStreams
 from tokenrl.language.rollout.generator import NOT_FINITE, Abilities
 from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
@@ -280,7 +280,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     on_cpu = device.type == "cpu"
     stance = torch.compiler.set_stance("force_eager" if on_cpu else "default")
     try:
-        with Streams(0), torch.random.fork_rng(devices=[] if on_cpu else None), stance:
+        with RandomStreams(0), torch.random.fork_rng(devices=[] if on_cpu else None), stance:
             yield
     finally:
         torch.set_num_threads = set_num_threads

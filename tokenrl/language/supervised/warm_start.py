@@ -196,10 +196,10 @@ class WarmStart:
         RunDirectory(self.folder, overwrite=True).release()  # refuses what no run wrote
         remove(self.folder)
         copies = cache_directory().glob(f"warm-start-{self._key}-*")
-        short = [copy for copy in copies if _updates(copy) <= self.args.warm_start_steps]
+        short = [copy for copy in copies if _updates_in_name(copy) <= self.args.warm_start_steps]
         if not short:
             return
-        copy = max(short, key=_updates)
+        copy = max(short, key=_updates_in_name)
         try:
             verify(copy)
         except Refused as error:
@@ -210,7 +210,7 @@ class WarmStart:
             os.rename(partial, self.folder)
         os.utime(copy)  # the newest now, as it is used
         self.console.note(
-            f"The warm start of {_updates(copy)} updates comes from the cache, {copy}."
+            f"The warm start of {_updates_in_name(copy)} updates comes from the cache, {copy}."
         )
 
     def _training(self, rate: float) -> SupervisedTraining:
@@ -337,7 +337,7 @@ def start_from(policy: Policy, folder: Path) -> dict[str, Any]:
     return facts | {"in_words": sentence.format_map(numbers)}
 
 
-def _updates(folder: Path) -> int:
+def _updates_in_name(folder: Path) -> int:
     """Return the number of updates at the end of the name of a folder in the cache."""
     return int(folder.name.rpartition("-")[2])
 
