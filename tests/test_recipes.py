@@ -20,7 +20,7 @@ import tokenrl
 from tokenrl.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PARTS = {"own", "judging", "questions", "answer", "curves"}  # modules that programs of a folder share
+PARTS = {"own", "judging", "questions", "answer", "curves"}  # shared by programs of a folder
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))
