@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +37,7 @@ def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, flo
     values: dict[str, list[float]] = {}
     for means, count in gather_objects(list(logged)):
         for name, value in means.items():
-            values[name] = values.get(name, []) + [value] * count
+            values.setdefault(name, []).extend(repeat(value, count))
     return {name: mean(rows) for name, rows in values.items()}
 
 
