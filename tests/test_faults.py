@@ -20,3 +20,11 @@ def test_the_tests_of_a_fault_exist(number, tests):
     for name in tests.split():
         file, _, test = name.strip("`").partition("::")
         assert f"def {test}(" in (HERE.parent / file).read_text(encoding="utf-8"), name
+
+
+def test_the_functions_at_which_runs_are_signalled_exist():
+    places = (ROOT / "tests" / "resume" / "test_signalled.py").read_text(encoding="utf-8")
+    functions = re.findall(r'\("([\w/]+\.py):(\w+)", \d+\)', places)
+    assert len(functions) > 10
+    for file, name in functions:
+        assert f"def {name}(" in (ROOT / "tokenrl" / file).read_text(encoding="utf-8"), (file, name)

@@ -166,6 +166,8 @@ def code_line(error: BaseException, frame: int = -1) -> str:
 
 def explain(error: BaseException) -> Stopped | None:
     """Return an error in plain words for `sys.exit`, used up memory, or a lost process; else None."""
+    if isinstance(error, TokenrlError):  # it is in plain words already
+        return None
     if isinstance(error, SystemExit):
         return Stopped(f"Code that was called would have ended this program: {raised(error)}.")
     used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
