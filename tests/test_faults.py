@@ -23,8 +23,11 @@ def test_the_tests_of_a_fault_exist(number, tests):
 
 
 def test_the_functions_at_which_runs_are_signalled_exist():
-    places = (ROOT / "tests" / "resume" / "test_signalled.py").read_text(encoding="utf-8")
+    places = (HERE / "resume" / "test_signalled.py").read_text(encoding="utf-8")
     functions = re.findall(r'\("([\w/]+\.py):(\w+)", \d+\)', places)
     assert len(functions) > 10
     for file, name in functions:
-        assert f"def {name}(" in (ROOT / "tokenrl" / file).read_text(encoding="utf-8"), (file, name)
+        assert f"def {name}(" in (HERE.parent / "tokenrl" / file).read_text(encoding="utf-8"), (
+            file,
+            name,
+        )

@@ -160,7 +160,7 @@ def papers_page() -> str:
     about = (
         "The presets by paper. `expected gradient`, `cosine` and `noise` are this project's own, by enumeration of "
         "tiny problems: see [estimators](../explain/estimators.md). Defaults of toolkits are on "
-        "[a page of their own](../explain/defaults.md), and [the study](../../study/README.md) trains with eight."
+        "[a page of their own](../explain/defaults.md), and [the study](../../study/README.md) trains with nine."
     )
     return page("Index by paper", about, table(head, rows))
 
