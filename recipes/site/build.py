@@ -144,7 +144,7 @@ def main(output: Path = ROOT / "build") -> None:
     markdown = sorted(path.relative_to(docs) for path in docs.rglob("*.md"))
     for path in markdown:
         shutil.copy(docs / path, output / "site" / path)
-    about = "# tokenrl\n\n> Policy gradients on small language models, with declared and proven bias.\n\n"
+    about = "# tokenrl\n\n> Policy gradients on small language models, with the bias of every estimator declared and checked.\n\n"
     listing = titles([path.with_suffix(".md") for path in pages], docs)
     (output / "site" / "llms.txt").write_text(about + "\n".join(listing) + "\n", encoding="utf-8")
     print(f"{output / 'site' / 'index.html'}: {len(markdown)} pages")
