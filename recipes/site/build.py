@@ -139,12 +139,14 @@ def main(output: Path = ROOT / "build") -> None:
         site.add_page(path.with_suffix(".md"), text)
     site.add_sources()
     shutil.copy(SETTINGS, output / "zensical.toml")
+    shutil.copy(SETTINGS.with_name("tables.css"), docs / "tables.css")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file"]
     subprocess.run([*command, str(output / "zensical.toml")], check=True)
     markdown = sorted(path.relative_to(docs) for path in docs.rglob("*.md"))
     for path in markdown:
         shutil.copy(docs / path, output / "site" / path)
-    about = "# tokenrl\n\n> Policy gradients on small language models, with the bias of every estimator declared and checked.\n\n"
+    sentence = "Policy gradients on small language models, with the bias of each estimator checked."
+    about = f"# tokenrl\n\n> {sentence}\n\n"
     listing = titles([path.with_suffix(".md") for path in pages], docs)
     (output / "site" / "llms.txt").write_text(about + "\n".join(listing) + "\n", encoding="utf-8")
     print(f"{output / 'site' / 'index.html'}: {len(markdown)} pages")
