@@ -11,7 +11,7 @@ import io
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -204,7 +204,7 @@ def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
     """Make the type that tyro reads: a group of flags for each class that declares some, the axes last."""
     kind = command.arguments
     start = start or {}
-    about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
+    about = {owner.group: owner.__doc__ for owner in dataclasses_of(kind)} | {"": ""}
     groups: dict[str, dict[str, Any]] = {title: {} for title in about}
     for owner, name, flag in _each_flag(kind, start):
         groups[owner.group][name] = flag
@@ -230,13 +230,7 @@ def _group(flags: dict[str, Any]) -> Any:
 
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    owners = dict[str, Any]()
-    texts = dict[str, str]()
-    for owner in reversed(_owners(kind)):
-        owners |= dict.fromkeys(get_annotations(owner), owner)
-        for entry in parse_from_object(owner).params:
-            texts[entry.arg_name] = " ".join(str(entry.description).split())
-    for field in fields(kind):
+    for owner, field, text in described_fields(kind):
         if not field.metadata.get("flag", True):
             continue
         hint = field_types(kind)[field.name]
@@ -253,7 +247,19 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
             hint = Literal[True, False, "auto"]
             metavar = "[auto]"
-        yield owners[field.name], field.name, _flag(hint, value, texts[field.name], metavar)
+        yield owner, field.name, _flag(hint, value, text, metavar)
+
+
+def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
+    """Yield each field of a dataclass of settings, with the class that declares it and what it means."""
+    owners = dict[str, Any]()
+    texts = dict[str, str]()
+    for owner in reversed(dataclasses_of(kind)):
+        owners |= dict.fromkeys(get_annotations(owner), owner)
+        for entry in parse_from_object(owner).params:
+            texts[entry.arg_name] = " ".join(str(entry.description).split())
+    for field in fields(kind):
+        yield owners[field.name], field, texts[field.name]
 
 
 def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
@@ -268,7 +274,7 @@ def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any
     return Required[flag] if default is MISSING else flag
 
 
-def _owners(kind: type[Any]) -> list[type[Any]]:
+def dataclasses_of(kind: type[Any]) -> list[type[Any]]:
     """Return the dataclass and its base dataclasses, which together declare its fields."""
     return [owner for owner in kind.__mro__ if is_dataclass(owner)]
 

@@ -15,17 +15,18 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
-from inspect import cleandoc, get_annotations
+from dataclasses import MISSING
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 import tyro
-from docstring_parser import parse, parse_from_object
+from docstring_parser import parse
 
 from tokenrl import Estimator
 from tokenrl.cli import COMMANDS
 from tokenrl.core import CHOICES, PRESETS
+from tokenrl.flags import dataclasses_of, described_fields
 from tokenrl.runs import all_metrics
 from tokenrl.settings import field_types, rules_of
 
@@ -73,24 +74,14 @@ def default_of(field: Any) -> str:
 
 def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
     """Yield a heading and a table for each group of the settings of a command."""
-    texts: dict[str, str] = {}
-    owners: dict[str, Any] = {}
-    classes = [owner for owner in kind.__mro__ if is_dataclass(owner)]
-    for owner in reversed(classes):
-        owners |= dict.fromkeys(get_annotations(owner), owner)
-        texts |= {
-            entry.arg_name: str(entry.description) for entry in parse_from_object(owner).params
-        }
     rules = rules_of(kind, False)
     groups: dict[str, list[tuple[object, ...]]] = {
-        getattr(owner, "group", ""): [] for owner in classes
+        owner.group: [] for owner in dataclasses_of(kind)
     }
-    for field in fields(kind):
+    for owner, field, text in described_fields(kind):
         flag = f"`{prefix}{field.name.replace('_', '-')}`"
         values = rules[field.name].words if field.name in rules else "any"
-        groups[getattr(owners[field.name], "group", "")].append(
-            (flag, default_of(field), values, texts[field.name])
-        )
+        groups[owner.group].append((flag, default_of(field), values, text))
     for title, rows in groups.items():
         if rows:
             heading = f"{title[0].upper()}{title[1:]}" if title else "Main settings"

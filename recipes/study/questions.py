@@ -135,15 +135,21 @@ def division(axes: Axes, part: str) -> str:
             chosen = [f"{arm['learning_rate'].iloc[0]:g}" for arm in (without, divided)]
             ends = [signed(interval(gaps[:, column], 0.05 / 8)) for column in (0, -1)]
             rows[cell] = [cell, *chosen, f"{without['area'].mean():.3f}", *ends]
-    differences = judged_differences(areas)
-    for cell, cells in rows.items():
-        cells[4:4] = verdict_cells(differences, cell)
-    forest(axes, differences)
-    title = "grpo minus grpo_no_std, each at its own rate"
-    describe(axes, title, "difference in area (grey band: within the margin)")
+    judge_cells(axes, areas, rows, 4, "grpo minus grpo_no_std, each at its own rate")
     heads = ["cell", "rate without", "rate with", "area without", "with minus without", "verdict"]
     heads += ["reward at the first evaluation (exploratory)", "at the last (exploratory)"]
     return table(heads, rows.values())
+
+
+def judge_cells(
+    axes: Axes, areas: dict[str, pd.Series], rows: dict[str, list[str]], column: int, title: str
+) -> None:
+    """Draw the differences in area of all cells, and put the verdict of each into its row from a column on."""
+    differences = judged_differences(areas)
+    for cell, cells in rows.items():
+        cells[column:column] = verdict_cells(differences, cell)
+    forest(axes, differences)
+    describe(axes, title, "difference in area (grey band: within the margin)")
 
 
 def entropy(axes: Axes, part: str) -> str:
@@ -253,12 +259,7 @@ def clipping(axes: Axes, part: str) -> str:
             area, entropy = clip[["area", "entropy"]].mean()
             rate = clip["learning_rate"].iloc[0]
             rows[cell] = [cell, f"{rate:g}", f"{area:.3f}", f"{entropy:.3f}", against]
-    differences = judged_differences(areas)
-    for cell, cells in rows.items():
-        cells[3:3] = verdict_cells(differences, cell)
-    forest(axes, differences)
-    title = "area minus that without a ratio, each at its own rate"
-    describe(axes, title, "difference in area (grey band: within the margin)")
+    judge_cells(axes, areas, rows, 3, "area minus that without a ratio, each at its own rate")
     heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
     return table([*heads, "that minus that of .2 (exploratory, 95 %)"], rows.values())
 
