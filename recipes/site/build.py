@@ -19,6 +19,7 @@ import subprocess
 import sys
 from base64 import b64decode
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -42,11 +43,11 @@ class Site:
         self.docs = docs
         self.sources: set[Path] = set()
 
-    def write(self, path: Path, text: str) -> None:
-        """Write a page, `path` being its path in the repository."""
+    def file(self, path: Path) -> Path:
+        """Return the file of the tree for a path in the repository; its folder is made."""
         file = self.docs / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        return file
 
     def add_page(self, path: Path, text: str) -> None:
         """Add a page of the repository; its links are those of the site then."""
@@ -57,15 +58,14 @@ class Site:
                 return "]"
             return f"]({self.link(link[1], target)}{link[2] or ''})"
 
-        self.write(path, LINK.sub(rewritten, text))
+        self.file(path).write_text(LINK.sub(rewritten, text), encoding="utf-8")
 
     def link(self, text: str, target: Path) -> str:
         """Return the link of a page to a file of the repository, which the site gets where it needs it."""
         if not (ROOT / target).exists():  # a picture of a notebook; else the build names it
             return text
         if target.suffix in PICTURES:
-            (self.docs / target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / target, self.docs / target)
+            shutil.copy(ROOT / target, self.file(target))
         elif target.suffix == ".ipynb":
             return text.removesuffix(".ipynb") + ".md"
         elif target.suffix in LANGUAGES:
@@ -79,16 +79,14 @@ class Site:
             code = (ROOT / path).read_text(encoding="utf-8")
             language = LANGUAGES[path.suffix]
             front = "---\nsearch:\n  exclude: true\n---\n"
-            self.write(
-                path.with_name(path.name + ".md"),
-                f"{front}# {path.name}\n\n`{path}`\n\n````{language}\n{code}````\n",
-            )
+            text = f"{front}# {path.name}\n\n`{path}`\n\n````{language}\n{code}````\n"
+            page = self.file(path.with_name(path.name + ".md"))
+            page.write_text(text, encoding="utf-8")
 
 
-def from_notebook(path: Path, docs: Path) -> str:
+def from_notebook(path: Path, cells: list[dict[str, Any]], site: Site) -> str:
     """Return a notebook as Markdown, with the output that is stored in it; its pictures are written beside."""
     parts = []
-    cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
     for number, cell in enumerate(cells):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -99,9 +97,7 @@ def from_notebook(path: Path, docs: Path) -> str:
             data = output.get("data", {})
             if "image/png" in data:
                 picture = path.with_name(f"{path.stem}_{number}.png")
-                file = docs / picture
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(b64decode(data["image/png"]))
+                site.file(picture).write_bytes(b64decode(data["image/png"]))
                 parts.append(f"![output of the cell above]({picture.name})")
                 continue
             text = "".join(output.get("text") or data.get("text/plain", []))
@@ -132,10 +128,9 @@ def main(output: Path = ROOT / "build") -> None:
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     pages = sorted(map(Path, listed.split()))
     for path in pages:
-        is_notebook = path.suffix == ".ipynb"
-        text = (
-            from_notebook(path, docs) if is_notebook else (ROOT / path).read_text(encoding="utf-8")
-        )
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            text = from_notebook(path, json.loads(text)["cells"], site)
         site.add_page(path.with_suffix(".md"), text)
     site.add_sources()
     shutil.copy(SETTINGS, output / "zensical.toml")
