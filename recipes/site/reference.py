@@ -14,6 +14,7 @@ that are written by hand (`run_directory.md`, `glossary.md`) lie beside these.
 import importlib
 import inspect
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from inspect import cleandoc
@@ -31,6 +32,10 @@ from tokenrl.runs import all_metrics
 from tokenrl.settings import field_types, rules_of
 
 PAGES = Path(__file__).parents[1] / "pages" / "reference"
+STUDY = Path(__file__).parents[1] / "study"
+QUESTIONS = {"1_rates": "language", "8_actions": "agents"}
+"""The pages of the study with a verdict on each arm against RLOO, and what the arms learn there."""
+VERDICTS = ("equivalent", "better", "worse", "undecided")
 ROOMS = (
     "tokenrl",
     "tokenrl.core",
@@ -43,6 +48,7 @@ SETTINGS = {field for command in COMMANDS.values() for field in field_types(comm
 MAX_KEYWORDS = 8
 """A function with more settings of a command among its keywords is shown without them."""
 LINE_LENGTH = 88
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 GENERATED = "<!-- Made by recipes/site/reference.py of the code; change it there. -->"
 
 
@@ -119,41 +125,74 @@ def presets_page() -> str:
     rows = []
     for name, preset in PRESETS.items():
         changes = ", ".join(f"{axis}={value}" for axis, value in preset.fields.items())
-        rows.append((f"`{name}`", preset.paper, changes, Estimator.preset(name).bias_status))
+        paper = re.sub(r"(?<=\w)/(?=\w)", "/<wbr>", preset.paper)  # paths may break between lines
+        rows.append((f"`{name}`", paper, changes, Estimator.preset(name).bias_status))
     head = ("preset", "paper or toolkit", "fields that differ from rloo", "expected gradient")
     return page("The presets", table(head, rows))
 
 
+def verdicts(question: str) -> dict[str, str]:
+    """Return the verdicts of a page of the study on each arm, over its tables: `3 equivalent, 1 worse`.
+
+    The first verdict of a row counts: the arm against RLOO in area, each at its own learning rate.
+    """
+    text = (STUDY / "questions" / f"{question}.md").read_text(encoding="utf-8")
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    row = rf"^\| `(\w+)`([^|]*)\|.*?\| ({'|'.join(VERDICTS)}) \|"
+    for name, mark, verdict in re.findall(row, text, re.MULTILINE):
+        found[name][f"{verdict} (copy)" if mark.strip() else verdict] += 1
+    return {
+        name: ", ".join(f"{number} {verdict}" for verdict, number in sorted(counter.items()))
+        for name, counter in found.items()
+    }
+
+
 def papers_page() -> str:
-    """Return the index by paper: claim, command, difference, declared bias and measured noise of each preset."""
+    """Return the index by paper: claim, difference, declared bias, measured noise and verdicts of each preset."""
     text = Path(__file__).with_name("papers.txt").read_text(encoding="utf-8")
     estimators = (PAGES.parent / "explain" / "estimators.md").read_text(encoding="utf-8")
     measured = dict(
         re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [\d.]+) \|$", estimators, re.MULTILINE)
     )
+    judged = {question: verdicts(question) for question in QUESTIONS}
     rows = []
     for line in re.findall(r"^\w+ \|.*$", text, re.MULTILINE):
-        name, claim, difference = map(str.strip, line.split("|"))
-        cosine, noise = measured[name].split(" | ")
+        name, claim, difference, *notes = map(str.strip, line.split("|"))
+        said = [
+            f"[{kind}](../../study/questions/{question}.md): {judged[question][name]}"
+            for question, kind in QUESTIONS.items()
+            if name in judged[question]
+        ]
         bias = Estimator.preset(name).bias_status
+        numbers = measured[name].replace(" | ", ", ")
+        cells = (PRESETS[name].paper, claim, difference, bias, numbers, "; ".join(said + notes))
         rows.append(
-            (PRESETS[name].paper, f"`--estimator {name}`", claim, difference, bias, cosine, noise)
+            (
+                f"`{name}`",
+                *(ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", text) or "-" for text in cells),
+            )
         )
     head = (
+        "preset",
         "paper",
-        "command",
         "claim",
         "what differs here",
         "expected gradient",
-        "cosine",
-        "noise",
+        "cosine, noise",
+        "what this project's tables say",
     )
     about = (
-        "The presets by paper. `expected gradient`, `cosine` and `noise` are this project's own, by enumeration of "
-        "tiny problems: see [estimators](../explain/estimators.md). Defaults of toolkits are on "
-        "[a page of their own](../explain/defaults.md), and [the study](../../study/README.md) trains with nine."
+        "The presets by paper; the command is `tokenrl train --estimator PRESET`. `expected gradient`, `cosine` and "
+        "`noise` are this project's own, by enumeration of tiny problems: see [estimators](../explain/estimators.md). "
+        "Defaults of toolkits are on [a page of their own](../explain/defaults.md)."
     )
-    return page("Index by paper", about, table(head, rows))
+    tables = (
+        "The last column counts verdicts of [the study](../../study/README.md) on tiny models and toy tasks: the area "
+        "against RLOO, each arm at its own learning rate. *Equivalent* is within .02, or 25 for agents, and a *copy* "
+        "is another arm up to a factor: see [words](../../study/method.md#words). Links lead to the tables and their "
+        "limits."
+    )
+    return page("Index by paper", about, tables, table(head, rows))
 
 
 def metrics_page() -> str:

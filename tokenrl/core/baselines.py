@@ -135,9 +135,8 @@ def weighted_by_row(
     proportional to the length of the row.
 
     With the sums of the squared norms of the tokens' scores it estimates `E[|S|^2 R]/E[|S|^2]`, the constant
-    baseline of least variance (Greensmith et al. 2004; Weaver and Tao 2001). S is the sum of the scores of a
-    row's tokens; that sum of squares equals |S|^2 in expectation, and in every row when tokens share no
-    parameters.
+    baseline of least variance (Greensmith et al. 2004). S is the sum of the scores of a row's tokens; that sum
+    of squares equals |S|^2 in expectation, and in every row when tokens share no parameters.
     """
     weighted, defined = weighted_mean(totals, valid, weights, leave_one_out=leave_one_out)
     plain = rloo if leave_one_out else mean
