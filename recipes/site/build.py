@@ -121,7 +121,8 @@ def titles(pages: list[Path], docs: Path) -> list[str]:
 def main(output: Path = ROOT / "build") -> None:
     """Build the site into the folder `site` of the output."""
     docs = output / "docs"
-    shutil.rmtree(docs, ignore_errors=True)
+    for folder in (docs, output / "site"):  # so that a page that goes does not stay
+        shutil.rmtree(folder, ignore_errors=True)
     site = Site(docs)
     patterns = ["README.md", "CHANGELOG.md", "recipes/**.md", "recipes/*.ipynb"]
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
