@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,16 +46,16 @@ def problem_of_policy(
     rollouts = [
         rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts
     ]
-    logprobs, entropy, slopes = [], [], []
+    reference = policy.model if policy.reference is None else policy.reference
+    columns: list[list[Tensor]] = []
+    slopes: list[list[Tensor]] = []
     for rollout in rollouts:
-        scores = score(policy.model, rollout, scoring, entropy=True)
-        assert scores.entropy is not None
-        logprobs.append(scores.logprobs * every.mask)
-        entropy.append(scores.entropy * every.mask)
-        slopes.append([_slopes(q, parameters) for q in (logprobs[-1], entropy[-1])])
+        options = {"entropy": True, "reference": lambda: contextlib.nullcontext(reference)}
+        scores = score(policy.model, rollout, scoring, **options)
+        columns.append([x * every.mask for x in (scores.logprobs, scores.entropy, scores.token_kl)])
+        slopes.append([_slopes(x, parameters) for x in columns[-1]])
     with torch.no_grad():
-        chosen = torch.stack(logprobs).detach()
-        reference = policy.model if policy.reference is None else policy.reference
+        chosen, entropy, token_kl = (torch.stack(x).detach() for x in zip(*columns, strict=True))
         ref = [score(reference, r, scoring).logprobs * every.mask for r in rollouts]
     keep = every.mask.bool()
     lists = [ids[m].tolist() for ids, m in zip(every.ids, keep, strict=True)]
@@ -65,12 +66,14 @@ def problem_of_policy(
         truncated=rollouts[0].truncated,
         logprobs=chosen,
         ref_logprobs=torch.stack(ref),
-        entropy=torch.stack(entropy).detach(),
+        entropy=entropy,
+        token_kl=token_kl,
         rewards=torch.tensor(
             [[reward(x, y) for y in lists] for x in range(len(prompts))], dtype=torch.double
         ),
         scores=torch.stack([s[0] for s in slopes]),
         entropy_slopes=torch.stack([s[1] for s in slopes]),
+        kl_slopes=torch.stack([s[2] for s in slopes]),
         values=torch.zeros_like(chosen),
         greedy=torch.stack([_greedy(x, every) for x in chosen]),
         max_length=length,

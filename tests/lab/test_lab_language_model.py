@@ -25,6 +25,7 @@ GRPO = {
     "aggregation": "sequence_mean",
     "ratio": "token",
 }
+PATH = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "closed_form_path"}
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,10 @@ def test_the_list_is_complete_and_its_gradient_that_of_j(policy: Policy, problem
 @pytest.mark.parametrize(
     ("fields", "groups"),
     [
-        *(({}, 64), (GRPO, 64), ({"beta": 0.3}, 64)),
+        *(({}, 64), (GRPO, 64), ({"beta": 0.3}, 64), (PATH, 64)),
         pytest.param({"aggregation": "token_mean"}, 1, marks=pytest.mark.slow),
     ],
-    ids=["rloo", "grpo", "kl", "token_mean"],
+    ids=["rloo", "grpo", "kl", "closed-form-path", "token_mean"],
 )
 def test_training_has_the_exact_mean_and_variance(
     policy: Policy, problem, fields: dict, groups: int

@@ -40,7 +40,13 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> tuple[torch.Te
         )
         logprobs = old + problem.scores[rows] @ theta
         entropy = problem.entropy[rows] + problem.entropy_slopes[rows] @ theta
-        inputs = {"old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
+        token_kl = problem.token_kl[rows] + problem.kl_slopes[rows] @ theta
+        inputs = {
+            "old_logprobs": old,
+            "ref_logprobs": ref,
+            "entropy": entropy,
+            "token_kl": token_kl,
+        }
         loss = estimator.loss(logprobs, policy, weights, mask, **inputs)
         (slope,) = torch.autograd.grad(loss, theta)
         chance = float(problem.chances[rows].prod())
@@ -72,6 +78,7 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> tuple[torch.Te
             "aggregation": "token_mean",
         },
         {"entropy_coef": 0.4, "ratio": "sequence_product"},
+        {"beta": 0.3, "kl_estimator": "closed_form_path", "kl_placement": "loss"},
         {"beta": 0.3, "returns": "reward_to_go", "baseline": "running_mean", "gamma": 0.8},
     ],
     ids=str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,12 +85,45 @@ def test_the_gradient_of_a_kl_in_the_loss(beta: float) -> None:
         "k3": plain - beta * ascent_by_token(problem, 1 - (-ratio).exp()),
         "full_path": problem.gradient(beta=beta),
         "k2_sequence": problem.gradient(beta=beta),
+        # the KL of each step in closed form has the mean of k2
+        "closed_form": plain - beta * ascent_by_token(problem, ratio),
+        "closed_form_path": problem.gradient(beta=beta),
     }
     for name, gradient in wanted.items():
         fields = {"beta": beta, "kl_estimator": name, "kl_placement": "loss"}
         torch.testing.assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
-        exact = name in ("full_path", "k2_sequence")
+        exact = name in ("full_path", "k2_sequence", "closed_form_path")
         assert ((gradient - problem.gradient(beta=beta)).norm() < 1e-12) == exact
+        if name in ("k2", "full_path"):  # the KL of a step as the baseline changes no mean
+            fields["kl_baseline"] = "closed_form"
+            torch.testing.assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
+
+
+def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand() -> None:
+    """The direction of a row, listed with every completion: its mean square gives E|g|^2."""
+    problem = tabular_problem(14)
+    problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
+    divergence, log_ratio = problem.token_kl[..., None], step_kl(problem)[..., None]
+    to_later = to_go(problem.token_kl)[..., None] - divergence
+    following = to_go(step_kl(problem))[..., None]
+    directions = {
+        ("closed_form", "none"): problem.kl_slopes,
+        ("closed_form_path", "none"): problem.kl_slopes + to_later * problem.scores,
+        ("k2", "none"): log_ratio * problem.scores,
+        ("k2", "closed_form"): (log_ratio - divergence) * problem.scores,
+        ("full_path", "closed_form"): (following - divergence) * problem.scores,
+    }
+    for (name, baseline), slopes in directions.items():
+        estimator = Estimator(
+            baseline="none",
+            beta=1.0,
+            kl_placement="loss",
+            kl_estimator=name,
+            kl_baseline=baseline,
+        )
+        moments = exact_moments(estimator, problem, group_size=1)
+        lengths = slopes.sum(-2).square().sum(-1)  # [P, M]
+        assert moments.second == pytest.approx(float((problem.chances * lengths).sum()))
 
 
 def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own() -> None:

@@ -127,8 +127,16 @@ class Axes(Settings):
     the gradient is then that of the sampler's own expected reward, up to a factor."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
-    kl_estimator: Literal["k1", "k2", "k3", "k2_sequence", "full_path"] = "k1"
-    """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss."""
+    kl_estimator: Literal[
+        "k1", "k2", "k3", "k2_sequence", "full_path", "closed_form", "closed_form_path"
+    ] = "k1"
+    """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss.
+
+    The closed forms sum over the vocabulary, so they have less noise: closed_form takes each token's prefix as
+    fixed, closed_form_path is exact."""
+    kl_baseline: Literal["none", "closed_form"] = "none"
+    """Subtract the closed form of a token's KL from its log ratio, for k2 and full_path in the loss (vOPD): the
+    gradient is the same on average."""
     kl_placement: Literal["reward", "loss"] = "reward"
     """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
     entropy_coef: NonNegative = 0.0
@@ -275,6 +283,12 @@ class Axes(Settings):
     def kl_in_loss(self) -> bool:
         """Whether a KL is a term of the loss."""
         return self.needs_kl and self.kl_placement == "loss"
+
+    @property
+    def needs_token_kl(self) -> bool:
+        """Whether the loss needs the KL of each token's distribution, summed over the vocabulary."""
+        closed = self.kl_estimator in ("closed_form", "closed_form_path")
+        return self.kl_in_loss and (closed or self.kl_baseline != "none")
 
     @property
     def needs_entropy(self) -> bool:

@@ -246,6 +246,10 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "sequence": Choice(EXACT, ON_POLICY, whole_row=True),
         "geometric": Choice(EXACT, ON_POLICY, whole_row=True),
     },
+    "kl_baseline": {
+        "none": Choice(EXACT, "nothing is subtracted from the log ratio"),
+        "closed_form": Choice(EXACT, "the KL of a step does not depend on the action there"),
+    },
     "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
         "sequence": Choice(
@@ -347,6 +351,13 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
     ("loss", "k2_sequence"): Effect(EXACT, "k2 of the whole sequence has the gradient of the KL"),
     ("loss", "full_path"): Effect(
         EXACT, "each action is credited with its own and later log ratios"
+    ),
+    ("loss", "closed_form"): Effect(
+        BIASED, f"the gradient of each step's KL {HELD}; {LATER.format('KL')}"
+    ),
+    ("loss", "closed_form_path"): Effect(
+        EXACT,
+        "the gradient of each step's KL, and each action is credited with the KL of later steps",
     ),
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""

@@ -220,13 +220,14 @@ class Estimator(Axes):
         ref_logprobs: Float[Tensor, "N T"] | None = None,
         entropy: Float[Tensor, "N T"] | None = None,
         centres: Float[Tensor, "N T"] | None = None,
+        token_kl: Float[Tensor, "N T"] | None = None,
     ) -> Float[Tensor, ""]:
         """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
 
         The weights already divide by the whole step, so the losses of slices add up to that of the step. A
         row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
         inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
-        `logprobs`, `entropy` and `centres` carry a gradient.
+        `logprobs`, `entropy`, `centres` and `token_kl` carry a gradient.
 
         Args:
             logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
@@ -239,12 +240,14 @@ class Estimator(Axes):
             ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
             entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
             centres: `Estimator.score_centres` at the prefix of each token [N, T]; for importance_centre.
+            token_kl: KL(pi || ref) of the distributions at the prefix of each token, in nats [N, T]; for the
+                closed forms of kl_estimator and kl_baseline.
 
         Raises:
             ValueError: When the shapes of logprobs, weights and mask differ.
             Refused: When the estimator needs an input that is missing.
         """
-        from tokenrl.core.losses import PER_TOKEN, bounded, importance_weights, policy_gain
+        from tokenrl.core.losses import bounded, importance_weights, kl_in_loss, policy_gain
         from tokenrl.core.rows import required, zero_outside
 
         if not logprobs.shape == weights.shape == mask.shape:
@@ -284,7 +287,11 @@ class Estimator(Axes):
         if self.kl_in_loss:
             reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
             # After the importance weight, which corrects the policy's gain and does not apply to the KL.
-            gain = gain - self.beta * PER_TOKEN[self.kl_estimator](logprobs, reference)
+            closed = None
+            if self.needs_token_kl:
+                closed = inside("token_kl", token_kl, "a KL in closed form")
+            term = kl_in_loss(logprobs, reference, closed, estimate=self.kl_estimator)
+            gain = gain - self.beta * term
         if self.needs_entropy:
             gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
         return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend

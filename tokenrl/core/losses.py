@@ -273,6 +273,49 @@ def full_path(
     return log_ratio + reward_to_go(log_ratio) * (logprobs - logprobs.detach())
 
 
+def closed_form_path(
+    logprobs: Float[Tensor, "N T"], token_kl: Float[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
+    """Return `KL_t` in value, with the gradient `grad KL_t + (sum_{u > t} KL_u) grad log pi_t`.
+
+    The mean of this gradient is the gradient of the KL of the whole sequence. `full_path` has sampled log ratios
+    where this has their means at each prefix, which have less noise. MiniLLM (Gu et al. 2024, arXiv 2306.08543)
+    takes such a mean for the token itself and sampled log ratios for later tokens.
+
+    Args:
+        logprobs: log pi of the sampled tokens.
+        token_kl: `kl_of` at the prefix of each token, with a gradient.
+    """
+    values = token_kl.detach()
+    later = reward_to_go(values) - values
+    return token_kl + later * (logprobs - logprobs.detach())
+
+
+def kl_in_loss(
+    logprobs: Float[Tensor, "N T"],
+    ref_logprobs: Float[Tensor, "N T"],
+    token_kl: Float[Tensor, "N T"] | None,
+    *,
+    estimate: str,
+) -> Float[Tensor, "N T"]:
+    """Return the KL term of each token by the name of its estimate.
+
+    Args:
+        logprobs: log pi of the sampled tokens, with a gradient.
+        ref_logprobs: log ref of the sampled tokens.
+        token_kl: `kl_of` at the prefix of each token, with a gradient. The closed forms need it; the sampled
+            estimates subtract it from the log ratio, as a baseline (vOPD, arXiv 2605.07865), if it is not None.
+        estimate: One of kl_estimator.
+    """
+    if estimate in PER_TOKEN:
+        term = PER_TOKEN[estimate](logprobs, ref_logprobs)
+        if token_kl is None:
+            return term
+        return term - token_kl.detach() * (logprobs - logprobs.detach())
+    token_kl = required("token_kl", token_kl, f"kl_estimator {estimate!r}")
+    return token_kl if estimate == "closed_form" else closed_form_path(logprobs, token_kl)
+
+
 PER_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     formula.__name__: formula for formula in (k1, k2, k3, k2_sequence, full_path)
 }
@@ -294,6 +337,21 @@ def entropy_of(
     """
     # 0 log 0 is 0 in the entropy; without the bound, whose exponential is 0, it would be 0 * -inf = nan.
     return -(probabilities * logprobs.clamp(min=-1e4)).sum(-1)
+
+
+def kl_of(
+    logprobs: Float[Tensor, "*N V"],
+    probabilities: Float[Tensor, "*N V"],
+    ref_logprobs: Float[Tensor, "*N V"],
+) -> Float[Tensor, " *N"]:
+    """Return `KL(pi || ref) = sum_v p_v (log p_v - log ref_v)` in nats; a token of probability 0 adds 0.
+
+    Args:
+        logprobs: log p of all tokens; it may be -inf.
+        probabilities: p, the exponential of the first.
+        ref_logprobs: log ref of all tokens; it must be finite where p is above 0.
+    """
+    return (probabilities * (logprobs.clamp(min=-1e4) - ref_logprobs.clamp(min=-1e4))).sum(-1)
 
 
 def score_norm_of(

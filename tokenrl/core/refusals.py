@@ -30,6 +30,14 @@ def check_axes(axes: Axes) -> None:
             f"kl_estimator {axes.kl_estimator!r} is exact in the loss, but kl_placement is {axes.kl_placement!r}. "
             "Set kl_placement 'loss', or take kl_estimator 'k1', which is exact in the reward."
         )
+    if axes.kl_baseline != "none" and (
+        not axes.kl_in_loss or axes.kl_estimator not in ("k2", "full_path")
+    ):
+        raise Refused(
+            f"kl_baseline {axes.kl_baseline!r} is subtracted from the log ratio of each token, which is the credit "
+            "of the token with kl_estimator 'k2' or 'full_path' in the loss only. Set beta above 0, kl_placement "
+            "'loss' and one of these two, or kl_baseline 'none'."
+        )
     for axis in axes.within_rows:
         if axes.separate_components or (axis != "returns" and axes.shares_return):
             raise Refused(

@@ -32,13 +32,20 @@ def rollout_of(policy, length=6):
 
 
 def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
-    """The gradient of a weighted sum of log-probabilities and entropies, and all scores of the actions."""
+    """The gradient of a weighted sum of log-probabilities, entropies and KLs, and all scores of the actions."""
     policy.model.zero_grad()
     options = {"distribution": distribution, "entropy": True, "score_norms": True}
+    if policy.reference is not None:
+        options["reference"] = policy.reference_model
     scores = score(policy.model, rollout, Scoring(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
-    torch.where(rollout.mask, scores.logprobs * weights + 0.1 * scores.entropy, 0).sum().backward()
-    values = torch.stack([x.detach()[rollout.mask] for x in scores[:3]])
+    total = scores.logprobs * weights + 0.1 * scores.entropy
+    columns = [scores.logprobs, scores.entropy, scores.score_norms]
+    if scores.token_kl is not None:
+        total = total + weights * scores.token_kl
+        columns.append(scores.token_kl)
+    torch.where(rollout.mask, total, 0).sum().backward()
+    values = torch.stack([x.detach()[rollout.mask] for x in columns])
     return gradient(policy.model), values
 
 
@@ -52,6 +59,7 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
 def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share, length):
     policy = make_policy(architecture, dtype=dtype)
     rollout = rollout_of(policy, length)
+    policy.reference = make_policy(architecture, dtype=dtype, seed=1).model
     # bfloat16 rounds other logits below the bound in either way of computing them
     how = {
         "share_prompt": share,

@@ -24,6 +24,8 @@ ESTIMATORS = {
     "token mean": Estimator(aggregation="token_mean", ratio="token", returns="reward_to_go"),
     "fixed length": Estimator(aggregation="fixed_length"),
     "kl": Estimator(beta=0.3, kl_estimator="k2", kl_placement="loss"),
+    "closed form": Estimator(beta=0.3, kl_estimator="closed_form", kl_placement="loss"),
+    "closed form path": Estimator(beta=0.3, kl_estimator="closed_form_path", kl_placement="loss"),
     "kl in the reward": Estimator(beta=0.3),
     "entropy": Estimator(entropy_coef=0.2, aggregation="token_mean"),
 }
@@ -42,7 +44,7 @@ def policy_of(family, seed=0):
 
 def loss_by_hand(policy, reference, rows, e):
     """The loss of a step: each row is scored by itself, as a whole and without padding."""
-    logprobs, kl, entropy, returns = {}, {}, {}, {}
+    logprobs, kl, entropy, returns, term = {}, {}, {}, {}, {}
     for i in rows.valid.nonzero().flatten().tolist():
         actions = rows.mask[i].nonzero().flatten().tolist()
         prompt = rows.prompt_ids[i][rows.prompt_mask[i]].tolist()
@@ -55,6 +57,12 @@ def loss_by_hand(policy, reference, rows, e):
         logprobs[i] = logp.gather(1, chosen).squeeze(1)
         kl[i] = logprobs[i] - ref.gather(1, chosen).squeeze(1)
         entropy[i] = -(logp.exp() * logp).sum(-1)
+        term[i] = kl[i] ** 2 / 2
+        if e.kl_estimator.startswith("closed_form"):
+            term[i] = (logp.exp() * (logp - ref)).sum(-1)
+        if e.kl_estimator == "closed_form_path":
+            later = [term[i][t + 1 :].sum().detach() for t in range(len(actions))]
+            term[i] = term[i] + torch.stack(later) * logprobs[i]
         turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
         assert not rewards[~rows.mask[i]].any()
         rewards = rewards[actions] - (e.beta * kl[i].detach() if e.kl_placement == "reward" else 0)
@@ -71,7 +79,7 @@ def loss_by_hand(policy, reference, rows, e):
         }
         others = [returns[j][0] for j in returns if j // SIZE == i // SIZE and j != i]
         gain = (returns[i] - sum(others) / len(others)) * logp + e.entropy_coef * entropy[i]
-        gain = gain - (e.beta * kl[i] ** 2 / 2 if e.kl_placement == "loss" else 0)
+        gain = gain - (e.beta * term[i] if e.kl_placement == "loss" else 0)
         loss = loss - gain.sum() / divisors.get(e.aggregation, count)
     return loss
 

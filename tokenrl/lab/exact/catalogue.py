@@ -45,6 +45,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "episode_mean": TO_GO,
     "episode_std": TO_GO,
     "blame_window": {"window": 1},
+    "closed_form": {"beta": 0.2, "kl_placement": "loss", "kl_estimator": "k2"},
     "gae": {"baseline": "value"},
     "episode_normalized": {"baseline": "none"},
 }
@@ -73,6 +74,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
+    "full path KL, closed form subtracted": {**FULL_PATH, "kl_baseline": "closed_form"},
     "entropy bonus": {"entropy_coef": 0.3},
     "max_at_2, full path KL": {**FULL_PATH, "objective": "max_at_k", "objective_order": 2},
     "log_success, token_mean": {"objective": "log_success", "aggregation": "token_mean"},

@@ -19,6 +19,7 @@ from tokenrl.lab.exact.problems import (
     Problem,
     slopes_of,
     token_entropies,
+    token_kls,
     token_logprobs,
 )
 from tokenrl.settings import check_seed
@@ -180,9 +181,11 @@ def problem_of_mdp(
         logprobs=logprobs,
         ref_logprobs=token_logprobs(mdp.reference[None], rows),
         entropy=token_entropies(logits, rows),
+        token_kl=token_kls(logits, rows, mdp.reference[None]),
         rewards=(mdp.rewards[moves] * paths.mask)[None],
         scores=slopes_of(token_logprobs, logits, rows, shared=True),
         entropy_slopes=slopes_of(token_entropies, logits, rows, shared=True),
+        kl_slopes=slopes_of(token_kls, logits, rows, True, mdp.reference[None]),
         values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
         greedy=_greedy(mdp, paths, environment * logprobs[0].sum(-1).exp()),
         max_length=steps + 2,

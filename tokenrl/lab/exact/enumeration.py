@@ -212,8 +212,10 @@ def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Ten
 
 
 def _listed_slopes(estimator: Estimator, problem: Problem) -> Tensor:
-    """Return the gradients [K, P, M, T, D] of logprobs, entropies and, with a sampler, centres."""
+    """Return the gradients [K, P, M, T, D] of logprobs, entropies and, where the loss has them, KLs and centres."""
     slopes = [problem.scores, problem.entropy_slopes]
+    if estimator.needs_token_kl:
+        slopes.append(problem.kl_slopes)
     if problem.sampler is not None:
         leaf = problem.sampler.policy.clone().requires_grad_()
         centres = estimator.score_centres(leaf, problem.sampler.vocabulary).sum()
@@ -236,9 +238,10 @@ def _steps(completions: int, rows: int, chunk: int) -> Iterator[Tensor]:
 
 
 def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor) -> Tensor:
-    """Return minus the derivative of each step's loss in every logprob, entropy and centre [C, K P M T]."""
+    """Return minus the derivative of each step's loss in what `_listed_slopes` lists [C, K P M T]."""
     columns = {name: x[of_row, chosen] for name, x in _columns(problem).items()}  # [C, N, ...]
     entropy = columns.pop("entropy")
+    token_kl = columns.pop("token_kl")
     sampling_logprobs = columns.pop("sampling_logprobs")
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
     shift = 0.0 if estimator.baseline == "running_mean" else 0.5
@@ -260,9 +263,13 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
         ) from error
     # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
     rows = LossTerms(*(x.flatten(0, 1) for x in terms))
-    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampling_logprobs)
+    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, token_kl, sampling_logprobs)
     slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
-    listed = tuple(slopes) if problem.sampler else slopes[:2]
+    listed = [slopes.logprobs, slopes.entropy]
+    if estimator.needs_token_kl:
+        listed.append(slopes.token_kl)
+    if problem.sampler is not None:
+        listed.append(slopes.centres)
     completion = of_row * problem.mask.shape[0] + chosen  # [C, N]
     index = completion[:, :, None].expand(terms.mask.shape)  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
@@ -271,10 +278,11 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
 
 
 class Slopes(NamedTuple):
-    """Derivatives of the ascent objective (minus the loss) in each logprob, entropy and centre [N, T]."""
+    """Derivatives of the ascent objective (minus the loss) in what has a gradient, for each token [N, T]."""
 
     logprobs: Tensor  # [N, T]
     entropy: Tensor  # [N, T]
+    token_kl: Tensor  # [N, T]
     centres: Tensor  # [N, T]
 
 
@@ -284,13 +292,14 @@ def ascent_slopes(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     entropy: Tensor,
+    token_kl: Tensor,
     sampling_logprobs: Tensor | None = None,
 ) -> Slopes:
     """Return the derivatives of the loss of a first update, in which the policy is also the old one.
 
     Without `sampling_logprobs` it is also the one that sampled, and the centres have no gradient.
     """
-    leaves = Slopes(logprobs, entropy, torch.zeros_like(logprobs))
+    leaves = Slopes(logprobs, entropy, token_kl, torch.zeros_like(logprobs))
     leaves = Slopes(*(x.detach().requires_grad_() for x in leaves))
     loss = estimator.loss(
         leaves.logprobs,
@@ -300,6 +309,7 @@ def ascent_slopes(
         ref_logprobs=ref_logprobs,
         entropy=leaves.entropy,
         centres=leaves.centres,
+        token_kl=leaves.token_kl,
     )
     gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
     return Slopes(*(-gradient for gradient in gradients))
@@ -319,6 +329,7 @@ def _columns(problem: Problem) -> dict[str, Tensor]:
         "logprobs": problem.logprobs,
         "ref_logprobs": problem.ref_logprobs,
         "entropy": problem.entropy,
+        "token_kl": problem.token_kl,
         "values": problem.values,
         "score_norms": problem.scores.square().sum(-1),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.losses import token_entropy
+from tokenrl.core.losses import kl_of, token_entropy
 from tokenrl.core.returns import at_last_action, reward_to_go
 from tokenrl.core.rows import overlong_penalty
 from tokenrl.lab.exact.objectives import slopes_in_probability
@@ -53,9 +53,11 @@ class Problem:
         logprobs: Log-probability of each token under the policy [P, M, T].
         ref_logprobs: Log-probability of each token under the reference [P, M, T].
         entropy: Entropy of the policy at each token, in nats [P, M, T].
+        token_kl: KL of the policy to the reference at the prefix of each token, in nats [P, M, T].
         rewards: One reward per completion [P, M], or one per token [P, M, T].
         scores: Gradient of `logprobs` [P, M, T, D].
         entropy_slopes: Gradient of `entropy` [P, M, T, D].
+        kl_slopes: Gradient of `token_kl` [P, M, T, D].
         values: A critic's value of the prefix of each token [P, M, T].
         greedy: Index of the completion made of the most probable tokens [P].
         max_length: Divisor of the aggregation 'fixed_length'. It differs from T, so that a divisor that is
@@ -77,9 +79,11 @@ class Problem:
     logprobs: Tensor  # [P, M, T]
     ref_logprobs: Tensor  # [P, M, T]
     entropy: Tensor  # [P, M, T]
+    token_kl: Tensor  # [P, M, T]
     rewards: Tensor  # [P, M] or [P, M, T]
     scores: Tensor  # [P, M, T, D]
     entropy_slopes: Tensor  # [P, M, T, D]
+    kl_slopes: Tensor  # [P, M, T, D]
     values: Tensor  # [P, M, T]
     greedy: Tensor  # [P]
     max_length: int
@@ -249,9 +253,11 @@ def tabular_problem(
         logprobs=logprobs,
         ref_logprobs=token_logprobs(reference, rows),
         entropy=token_entropies(logits, rows),
+        token_kl=token_kls(logits, rows, reference),
         rewards=drawn,
         scores=slopes_of(token_logprobs, logits, rows, shared),
         entropy_slopes=slopes_of(token_entropies, logits, rows, shared),
+        kl_slopes=slopes_of(token_kls, logits, rows, shared, reference),
         values=values,
         greedy=_greedy(logits, rows),
         max_length=length + 2,
@@ -285,15 +291,35 @@ def token_entropies(logits: Tensor, rows: Completions) -> Tensor:
     return token_entropy(logits)[..., rows.prefix] * rows.mask
 
 
+def token_kls(logits: Tensor, rows: Completions, reference: Tensor) -> Tensor:
+    """Return the KL at each token [..., M, T], from logits [..., S, V] of the policy and of the reference."""
+    logprobs = logits.log_softmax(-1)
+    divergence = kl_of(logprobs, logprobs.exp(), reference.log_softmax(-1))
+    return divergence[..., rows.prefix] * rows.mask
+
+
 def slopes_of(
-    quantity: Callable[[Tensor, Completions], Tensor],
+    quantity: Callable[..., Tensor],
     logits: Tensor,
     rows: Completions,
     shared: bool,
+    *constants: Tensor,
 ) -> Tensor:
-    """Return the gradient of a quantity [M, T, ...] in the logits, which prompts may share [P, M, T, ..., D]."""
+    """Return the gradient of a quantity in the logits, which prompts may share.
+
+    Args:
+        quantity: a function of logits [S, V], completions and constants, which returns [M, T, ...].
+        logits: logits of each prompt [P, S, V].
+        rows: the completions.
+        shared: whether prompts share the parameters.
+        *constants: further arguments of the quantity, for each prompt [P, ...].
+
+    Returns:
+        The gradient [P, M, T, ..., D].
+    """
     slope = torch.func.jacrev(quantity)
-    own = torch.stack([slope(x, rows).flatten(-2) for x in logits])  # [P, M, T, ..., S V]
+    prompts = zip(logits, *constants, strict=True)
+    own = torch.stack([slope(x, rows, *y).flatten(-2) for x, *y in prompts])  # [P, M, T, ..., S V]
     if shared:
         return own
     # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.

@@ -69,7 +69,9 @@ def step_slopes(
         score_norms=None if score_norms is None else score_norms[rows],
         baseline_value=baseline_value,
     )
-    return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
+    entropy = samples.entropy[rows]
+    nothing = torch.zeros_like(entropy)  # no estimator with a KL in closed form comes here
+    return ascent_slopes(estimator, terms, logprobs, ref_logprobs, entropy, nothing)
 
 
 def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Tensor:
@@ -101,6 +103,11 @@ def contributions(
     """
     if estimator.needs_values:
         raise Refused("A measurement has no critic: no baseline 'value' and no returns 'gae'.")
+    if estimator.needs_token_kl:
+        raise Refused(
+            "A measurement has no KL in closed form. Take kl_estimator 'full_path' with kl_baseline 'none', or "
+            "`tokenrl lab exact`, which enumerates the closed forms on small problems."
+        )
     row_numbers = torch.arange(len(samples.rewards))
     groups = row_numbers.reshape(-1, samples.group_size)  # [B, G]
     step_of = row_numbers // (samples.group_size * prompts_per_step)

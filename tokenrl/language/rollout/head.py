@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenrl.core.losses import entropy_of, score_norm_of
+from tokenrl.core.losses import entropy_of, kl_of, score_norm_of
 from tokenrl.language.rollout.distribution import Distribution
 
 LOGITS = 2**22
@@ -68,7 +68,7 @@ def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
 
 def score_tokens(
     states: Tensor, head: nn.Linear, ids: Tensor, chunks: Chunks
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score M tokens from the hidden states before them.
 
     The product with the head has the precision of its weights; all else is computed in float32 or better.
@@ -80,11 +80,11 @@ def score_tokens(
         chunks: how many logits are computed at once, and which scores are needed.
 
     Returns:
-        The log-probabilities, the entropies in nats, and the squared norms of the scores in logit space,
-        without a gradient; each [M], and 0 where it is not needed.
+        The log-probabilities, the entropies in nats, the squared norms of the scores in logit space, without a
+        gradient, and the KL to the reference in nats; each [M], and 0 where it is not needed.
     """
     states = states.to(head.weight.dtype)
-    scores: tuple[Tensor, Tensor, Tensor] = _Scores.apply(
+    scores: tuple[Tensor, Tensor, Tensor, Tensor] = _Scores.apply(
         states, head.weight, head.bias, ids, chunks
     )
     return scores
@@ -98,12 +98,23 @@ class Chunks(NamedTuple):
         distribution: how probabilities follow from the logits.
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
+        reference: what the head of the reference is given for each token [M, H], and that head, for the KL;
+            None if no KL is needed.
     """
 
     at_once: int
     distribution: Distribution
     entropy: bool
     norms: bool
+    reference: tuple[Tensor, nn.Linear] | None = None
+
+    @torch.no_grad()
+    def ref_logprobs(self, tokens: slice) -> Tensor:
+        """Return the log-probabilities [m, V] under the reference, at the same temperature over all tokens."""
+        assert self.reference is not None
+        states, head = self.reference
+        logits = head(states[tokens].to(head.weight.dtype))
+        return self.distribution.whole.log_probabilities(logits)
 
     def of(
         self, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
@@ -135,26 +146,29 @@ class Chunks(NamedTuple):
 class _Scores(torch.autograd.Function):
     """Scores of tokens, with a backward pass that computes the logits again.
 
-    The gradient in the logits of log p(a) is `onehot(a) - p`, that of the entropy H is `-p (log p + H)`.
+    The gradient in the logits of log p(a) is `onehot(a) - p`, that of the entropy H is `-p (log p + H)`, and
+    that of the KL to a reference q is `p (log p - log q - KL)`.
     """
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: Chunks
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        columns = torch.zeros(4, len(ids), dtype=_wide(weight), device=ids.device)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        columns = torch.zeros(5, len(ids), dtype=_wide(weight), device=ids.device)
         for tokens, logits, _ in chunks.of(states, weight, bias, ids):
-            columns[:, tokens] = _scores(logits, ids[tokens], chunks)
-        logprobs, entropy, norms, total = columns
-        ctx.save_for_backward(states, weight, bias, ids, total, entropy)
+            columns[:, tokens] = _scores(logits, ids, tokens, chunks)
+        logprobs, entropy, norms, total, divergence = columns
+        ctx.save_for_backward(states, weight, bias, ids, total, entropy, divergence)
         ctx.chunks = chunks
         ctx.mark_non_differentiable(norms)
-        return logprobs, entropy, norms
+        return logprobs, entropy, norms, divergence
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any) -> tuple[Any, ...]:
-        *inputs, ids, total, entropy = ctx.saved_tensors
+    def backward(
+        ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any, by_kl: Tensor
+    ) -> tuple[Any, ...]:
+        *inputs, ids, total, entropy, divergence = ctx.saved_tensors
         states, weight, bias = inputs
         chunks: Chunks = ctx.chunks
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
@@ -163,10 +177,18 @@ class _Scores(torch.autograd.Function):
             back.append(torch.zeros_like(x, dtype=total.dtype) if is_needed else None)
         for tokens, logits, narrow in chunks.of(states, weight, bias, ids):
             slope = logits.sub_(total[tokens, None])
-            if chunks.entropy:
+            if chunks.entropy or chunks.reference is not None:
                 p = slope.exp()
-                slope.clamp_(min=-1e4).add_(entropy[tokens, None]).mul_(-by_entropy[tokens, None])
-                slope.sub_(by_logprob[tokens, None]).mul_(p)
+                slope.clamp_(min=-1e4)
+                of_kl = None
+                if chunks.reference is not None:
+                    log_ratio = slope - chunks.ref_logprobs(tokens)
+                    of_kl = (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
+                slope.add_(entropy[tokens, None]).mul_(-by_entropy[tokens, None])
+                slope.sub_(by_logprob[tokens, None])
+                if of_kl is not None:
+                    slope.add_(of_kl)
+                slope.mul_(p)
             else:
                 slope.exp_().mul_(-by_logprob[tokens, None])
             slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])
@@ -186,19 +208,21 @@ class _Scores(torch.autograd.Function):
         return (*slopes, None, None)
 
 
-def _scores(logits: Tensor, ids: Tensor, chunks: Chunks) -> Tensor:
-    """Return log-probability, entropy, squared norm of the score and logsumexp [4, m]."""
+def _scores(logits: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> Tensor:
+    """Return log-probability, entropy, squared norm of the score, logsumexp and KL of some tokens [5, m]."""
     logp = logits.log_softmax(-1)
-    logit = logits.gather(1, ids[:, None]).squeeze(1)
-    chosen = logp.gather(1, ids[:, None]).squeeze(1)
-    entropy = norms = torch.zeros_like(chosen)
-    if chunks.entropy or chunks.norms:
+    logit = logits.gather(1, ids[tokens, None]).squeeze(1)
+    chosen = logp.gather(1, ids[tokens, None]).squeeze(1)
+    entropy = norms = divergence = torch.zeros_like(chosen)
+    if chunks.entropy or chunks.norms or chunks.reference is not None:
         p = logp.exp()
+        if chunks.reference is not None:
+            divergence = kl_of(logp, p, chunks.ref_logprobs(tokens))
         if chunks.entropy:
             entropy = entropy_of(logp, p)
         if chunks.norms:
             norms = score_norm_of(chosen, p)
-    return torch.stack([chosen, entropy, norms, logit - chosen])
+    return torch.stack([chosen, entropy, norms, logit - chosen, divergence])
 
 
 def _wide(x: Tensor) -> torch.dtype:

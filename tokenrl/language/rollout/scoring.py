@@ -9,13 +9,14 @@ only, and not all at once where they are many (see `head`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.losses import entropy_of, score_norm_of
+from tokenrl.core.losses import entropy_of, kl_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
@@ -41,6 +42,9 @@ class Scoring:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
+ReferenceModel = Callable[[], AbstractContextManager[nn.Module]]
+"""Makes a context in which the reference model computes, such as `Policy.reference_model`."""
+
 USUAL = Scoring()
 UNCHANGED = Distribution()
 """The distribution that the logits themselves are of."""
@@ -63,6 +67,8 @@ class Scores(NamedTuple):
     """[N, T, H]"""
     centres: Tensor | None = None
     """[N, T], `Estimator.score_centres`, with a gradient"""
+    token_kl: Tensor | None = None
+    """[N, T], nats, KL of the distribution of each token to that of the reference, with a gradient"""
 
 
 def score(
@@ -75,6 +81,7 @@ def score(
     score_norms: bool = False,
     hidden: bool = False,
     centres: Callable[[Tensor, Tensor], Tensor] | None = None,
+    reference: ReferenceModel | None = None,
 ) -> Scores:
     """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
@@ -88,18 +95,28 @@ def score(
         hidden: also return the last hidden state before each token.
         centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], whose result
             is returned too; all logits exist at once then.
+        reference: makes a context with the reference model, to which the KL is returned too. It is computed at
+            the same temperature over all tokens, whatever `distribution` keeps.
     """
     at_once = scoring.tokens_at_once
     if centres is None and at_once is not None and int(rollout.mask.sum()) > at_once:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        return _score_in_chunks(model, rollout, scoring, chunks, hidden)
+        return _score_in_chunks(model, rollout, scoring, chunks, hidden, reference)
+    log_q = None
+    if reference is not None:
+        with torch.no_grad(), reference() as frozen:
+            log_q = distribution.whole.log_probabilities(
+                _forward(frozen, rollout, scoring, False)[0]
+            )
     logits, states = _forward(model, rollout, scoring, hidden)
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
     logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
     columns = {"logprobs": logprobs}
-    if entropy or score_norms:
+    if entropy or score_norms or log_q is not None:
         p = logp.exp()
+        if log_q is not None:
+            columns["token_kl"] = kl_of(logp, p, log_q)
         if entropy:
             columns["entropy"] = entropy_of(logp, p)
         if score_norms:
@@ -112,17 +129,28 @@ def score(
 
 
 def _score_in_chunks(
-    model: nn.Module, rollout: Rollout, scoring: Scoring, chunks: Chunks, hidden: bool
+    model: nn.Module,
+    rollout: Rollout,
+    scoring: Scoring,
+    chunks: Chunks,
+    hidden: bool,
+    reference: ReferenceModel | None,
 ) -> Scores:
     """Score the completions without having the logits of all tokens at once."""
-    head = head_of(model)
-    assert head is not None  # or `check_scoring` returns no number of tokens at once
+    device = next(model.parameters()).device
+    actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
+    if reference is not None:
+        with torch.no_grad(), reference() as frozen:
+            ref_head = _linear_head(frozen)
+            with without_head(ref_head) as inputs:
+                ref_before, _ = _forward(frozen, rollout, scoring, False, inputs)
+        chunks = chunks._replace(reference=(ref_before[actions], ref_head))
+    head = _linear_head(model)
     with without_head(head) as inputs:
         before, states = _forward(model, rollout, scoring, hidden, inputs)
-    ids = to_device(rollout.completion_ids, before.device)
-    actions = tuple(to_device(x, before.device) for x in rollout.mask.nonzero(as_tuple=True))
+    ids = to_device(rollout.completion_ids, device)
     numbers = score_tokens(before[actions], head, ids[actions], chunks)
-    logprobs, entropy, norms = (
+    logprobs, entropy, norms, divergence = (
         x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
     )
     return Scores(
@@ -130,7 +158,15 @@ def _score_in_chunks(
         entropy=entropy if chunks.entropy else None,
         score_norms=norms if chunks.norms else None,
         hidden=states,
+        token_kl=None if reference is None else divergence,
     )
+
+
+def _linear_head(model: nn.Module) -> nn.Linear:
+    """Return the head of a model for which `check_scoring` returned a number of tokens at once."""
+    head = head_of(model)
+    assert head is not None
+    return head
 
 
 @torch.no_grad()

@@ -162,8 +162,13 @@ class Learner:
     @property
     def needs(self) -> dict[str, Any]:
         """Keyword arguments of `score`: what the loss needs besides log-probabilities."""
-        centres = self.estimator.score_centres if self.estimator.needs_centres else None
-        return {"entropy": self.estimator.needs_entropy, "centres": centres}
+        estimator = self.estimator
+        needs: dict[str, Any] = {"entropy": estimator.needs_entropy}
+        if estimator.needs_centres:
+            needs["centres"] = estimator.score_centres
+        if estimator.needs_token_kl:
+            needs["reference"] = self.forward.policy.reference_model
+        return needs
 
     @property
     def largest_norm(self) -> float:

@@ -349,4 +349,5 @@ def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
         "logprobs": scores.logprobs,
         "entropy": scores.entropy,
         "centres": scores.centres,
+        "token_kl": scores.token_kl,
     }
