@@ -164,7 +164,10 @@ def papers_page() -> str:
             if name in judged[question]
         ]
         bias = Estimator.preset(name).bias_status
-        numbers = measured[name].replace(" | ", ", ")
+        # The presets of distillation are compared on problems without a reward.
+        numbers = measured.get(name, "[of its own](../explain/distillation.md)").replace(
+            " | ", ", "
+        )
         cells = (PRESETS[name].paper, claim, difference, bias, numbers, "; ".join(said + notes))
         rows.append(
             (

@@ -30,9 +30,13 @@ def test_presets(name) -> None:
 
 
 def test_choices_that_exclude_each_other_are_refused() -> None:
-    for kind in ("full_path", "k2_sequence"):
+    for kind in ("full_path", "k2_sequence", "closed_form", "closed_form_path"):
         with pytest.raises(Refused, match="Set kl_placement 'loss'"):
             Estimator(beta=0.1, kl_estimator=kind)
+    in_loss = {"beta": 0.1, "kl_placement": "loss"}
+    for fields in ({"beta": 0.1}, in_loss, in_loss | {"kl_estimator": "closed_form"}):
+        with pytest.raises(Refused, match="kl_baseline 'none'"):
+            Estimator(kl_baseline="closed_form", **fields)
     to_go, separate = {"returns": "reward_to_go"}, {"components": "separate"}
     for fields in (
         {"baseline": "episode_mean"},

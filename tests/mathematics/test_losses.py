@@ -18,10 +18,11 @@ from tokenrl.errors import Refused
 from tokenrl.lab import tabular_problem
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).double()
-FULL = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}
+KL = {"beta": 0.3, "kl_placement": "loss", "kl_baseline": "none"}
+FULL = {**KL, "kl_estimator": "k3", "entropy_coef": 0.1}
+CLOSED = {**KL, "kl_estimator": "closed_form_path"}
 PATHS = {
-    "beta": 0.3,
-    "kl_placement": "loss",
+    **KL,
     "kl_estimator": "full_path",
     "entropy_coef": 0.1,
     "importance": "token",
@@ -32,7 +33,7 @@ PATHS = {
 def inputs(seed=0, n=4, t=4, dtype=torch.double):
     """Every tensor that a loss may need."""
     draw = torch.Generator().manual_seed(seed)
-    names = ("logprobs", "old_logprobs", "ref_logprobs", "entropy")
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "token_kl")
     return {name: torch.randn(n, t, generator=draw, dtype=dtype) / 3 for name in names}
 
 
@@ -99,7 +100,7 @@ def gradient(e, tensors, advantages, weights, mask, rows):
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(sorted(PRESETS)),
-    st.sampled_from([{}, FULL, PATHS, {"returns": "reward_to_go", "beta": 0.2}]),
+    st.sampled_from([{}, FULL, PATHS, CLOSED, {"returns": "reward_to_go", "beta": 0.2}]),
     st.lists(st.integers(0, 3), min_size=8, max_size=8),
 )
 def test_slices_of_a_step_add_up_to_it(name, overrides, part_of_row) -> None:
@@ -116,7 +117,7 @@ def test_slices_of_a_step_add_up_to_it(name, overrides, part_of_row) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("terms", [FULL, PATHS, PATHS | {"kl_estimator": "k2_sequence"}])
+@pytest.mark.parametrize("terms", [FULL, CLOSED, PATHS | {"kl_estimator": "k2_sequence"}])
 def test_nothing_leaks_from_masked_positions(name, spoil, terms) -> None:
     e = Estimator.preset(name, **terms)
     tensors, advantages, weights, mask = step_of(e)
@@ -157,6 +158,8 @@ def test_missing_inputs_are_refused() -> None:
     ):
         with pytest.raises(Refused, match=words):
             Estimator(**fields).loss(x, one[:, 0], one, one)
+    with pytest.raises(Refused, match="token_kl"):
+        Estimator(**CLOSED).loss(x, one[:, 0], one, one, ref_logprobs=x)
     for length in (None, 0):
         with pytest.raises(Refused, match="max_length"):
             Estimator(aggregation="fixed_length").token_weights(one, max_length=length)
