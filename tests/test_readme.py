@@ -25,11 +25,9 @@ PAGES += [FOLDER / "guides" / f"{name}.md" for name in ("resume", "speed")]
 WITH_COMMANDS = [path for path in sorted(FOLDER.rglob("*.md")) if commands(path)]
 
 
-def row(name):
+def axes(name):
     e = Estimator.preset(name)
-    return (
-        f"| `{name}` | {e.baseline} | {e.scale} | {e.aggregation} | {e.ratio} | {e.bias_status} |"
-    )
+    return f"| `{name}` | {e.baseline} | {e.scale} | {e.aggregation} | {e.ratio} |"
 
 
 def named(page):
@@ -40,18 +38,22 @@ def named(page):
 PAPERS = [name for name, preset in PRESETS.items() if not preset.beyond]
 
 
+def measured(name):
+    """The declared bias, the cosine and the noise of a preset, as the page has them."""
+    (row,) = re.findall(rf"^\| `{name}` \| .* \| (\w+ \| [\d.]+ \| [\d.]+ \|)$", ALL, re.MULTILINE)
+    return row
+
+
 def test_every_preset_has_its_row():
     assert named(ALL) == PAPERS
     for name in PAPERS:
-        assert row(name) in ALL, row(name)
+        assert measured(name).startswith(f"{Estimator.preset(name).bias_status} |"), name
 
 
-def test_the_readme_keeps_six_rows_of_the_table():
+def test_the_readme_keeps_six_rows_with_the_numbers_of_the_page():
     assert len(named(README)) == 6
-    lines = ALL.splitlines()
-    for line in README.splitlines():
-        if line.startswith("| `"):
-            assert line in lines
+    for name in named(README):
+        assert f"{axes(name)} {measured(name)}" in README.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -113,4 +115,4 @@ def test_the_numbers_are_those_of_the_lab():
 
     for name in PAPERS:
         verdict = measure_bias(Estimator.preset(name))
-        assert f"{row(name)} {verdict.cosine:.3f} | {verdict.noise:.2f} |" in ALL, name
+        assert measured(name).endswith(f"| {verdict.cosine:.3f} | {verdict.noise:.2f} |"), name

@@ -1,6 +1,6 @@
-"""Writes the table of presets of papers: what each declares of its gradient, and what enumeration finds.
+"""Writes the numbers of the table of presets: what each declares of its gradient, and what enumeration finds.
 
-`recipes/pages/explain/estimators.md` is its output. Only the table is replaced; the text above and below it stays.
+`recipes/pages/explain/estimators.md` is its output. Only the last three cells of each preset's row are replaced.
 With `--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
@@ -11,7 +11,7 @@ With `--output` another file is written, and with `--estimators` the table has t
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import tyro
@@ -22,28 +22,26 @@ from tokenrl.core import PRESETS
 PAGE = Path(__file__).parents[1] / "pages" / "explain" / "estimators.md"
 # defaults.py has the others
 PAPERS = tuple(name for name, preset in PRESETS.items() if not preset.beyond)
-HEAD = "| preset | baseline | scale | aggregation | ratio | expected gradient | cosine | noise |"
+ROW = re.compile(r"(\| `(\w+)` \| .*? \|)(?: [^|]* \|){3}")
 
 
-def rows(estimators: tuple[str, ...]) -> Iterator[str]:
-    """Yield the lines of the table: the head, and one line for each preset."""
-    yield HEAD
-    yield "|---|---|---|---|---|---|---|---|"
-    for name in estimators:
-        e = Estimator.preset(name)
-        verdict = measure_bias(e)
-        yield (
-            f"| `{name}` | {e.baseline} | {e.scale} | {e.aggregation} | {e.ratio} | {e.bias_status} "
-            f"| {verdict.cosine:.3f} | {verdict.noise:.2f} |"
-        )
+def with_numbers(row: str, name: str) -> str:
+    """Return the row of a preset, with its declared bias, cosine and noise added."""
+    estimator = Estimator.preset(name)
+    verdict = measure_bias(estimator)
+    return f"{row} {estimator.bias_status} | {verdict.cosine:.3f} | {verdict.noise:.2f} |"
 
 
 def main(output: Path = PAGE, estimators: tuple[str, ...] = PAPERS) -> None:
-    """Write the page."""
-    above, _, rest = PAGE.read_text(encoding="utf-8").partition(HEAD)
-    below = rest.partition("\n\n")[2]
-    table = "\n".join(rows(estimators))
-    output.write_text(f"{above}{table}\n\n{below}", encoding="utf-8")
+    """Write the page. The name and the formula of each preset are in the page already."""
+    lines = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        found = ROW.fullmatch(line)
+        if found is None:
+            lines.append(line)
+        elif found[2] in estimators:
+            lines.append(with_numbers(*found.groups()))
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{output}: {len(estimators)} presets")
 
 
