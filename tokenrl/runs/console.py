@@ -221,13 +221,13 @@ class Progress:
 
         Args:
             step: number of updates made so far.
-            metrics: of this step. Shown are `reward` (or else `loss`),
+            metrics: of this step. Shown are `reward` (or else `kl`, or else `loss`),
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
         console = self._console
         parts = []
-        name = "reward" if "reward" in metrics else "loss"
+        name = next((name for name in ("reward", "kl") if name in metrics), "loss")
         if name in metrics:
             parts.append(f"{name} {number(metrics[name])}")
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))

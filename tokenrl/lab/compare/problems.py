@@ -133,7 +133,7 @@ def _check_settings(run: PlannedRun) -> None:
         control_settings(agent, describe(agent.env, agent.max_episode_steps))
     else:
         args = arguments(TrainArguments, run.settings)
-        train_settings(args, find_task(args)[0])
+        train_settings(args, find_task(args, may_lack_rewards=True)[0])
 
 
 def _problems_and_arms(
@@ -202,9 +202,10 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         unit = "environment steps" if args.num_steps else "episodes"
         per_step = args.num_envs * (args.num_steps or 1)
     else:
-        fits_every_shape = {"baseline": "running_mean", "ratio": "token"}  # as an arm's may not
+        # as an arm's may not
+        fits_every_shape = {"baseline": "running_mean", "ratio": "token", "beta": 1.0}
         args = arguments(TrainArguments, {**user_settings, "estimator": fits_every_shape})
-        task, reward = find_task(args)
+        task, reward = find_task(args, may_lack_rewards=True)
         resolved = train_settings(args, task, load_base(args, task, announce))
         reward_range = getattr(reward, "range", None)
         unit = "completions"

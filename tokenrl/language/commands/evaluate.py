@@ -203,7 +203,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     args = arguments(EvaluateArguments, vars(fill_form(args, model)))
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
-    task, rewards = find_task(args)
+    task, rewards = find_task(args, may_lack_rewards=True)
     length = args.max_completion_length
     # Made first: numbers out of range are refused before the model is loaded.
     sampling = Sampling(length or 256, generations, args.seed or 0, **distribution_of(args))

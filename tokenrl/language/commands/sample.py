@@ -173,7 +173,8 @@ def _task_of(args: SampleArguments) -> tuple[Any, Any, Rewards | None]:
     try:
         filled = fill_form(as_in_runs(args, [args.model]))
         if filled.task is not None:
-            return filled, *find_task(filled)
+            task, rewards = find_task(filled, may_lack_rewards=True)
+            return filled, task, rewards if rewards.functions else None
     except Refused as error:
         if args.task is not None or args.reward:
             raise

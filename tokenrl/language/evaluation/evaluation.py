@@ -90,7 +90,8 @@ def evaluate_policy(
         scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
-        The metrics, with standard errors over prompts (`..._stderr`): `reward_greedy`;
+        The metrics, with standard errors over prompts (`..._stderr`), those of rewards only if there are
+        reward functions: `reward_greedy`;
         of the sampled completions, or of the greedy ones if none are sampled, `completions/mean_length` in
         tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy` in nats per token, and with
         environments `episodes/turns` and the share of each ending, `episodes/{ending}`; and of the sampled
@@ -128,7 +129,9 @@ def evaluate_policy(
         failures += [row["failure"] for row in passes[-1] if "failure" in row]
     greedy = passes[0]
     rows = passes[-1]
-    by_prompt = {"reward_greedy": [row["reward"] for row in greedy]}
+    by_prompt: dict[str, list[float]] = {}
+    if rewards.functions:
+        by_prompt["reward_greedy"] = [row["reward"] for row in greedy]
     if size:
         by_prompt |= _by_prompt(rows, size, rewards, k)
     return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling, failures)
@@ -164,7 +167,9 @@ def _check_reference(
         raise Refused(
             "num_generations=0 samples none, but the KL to a reference is estimated from samples."
         )
-    encode(reference, [row["prompt"] for row in prompts], replace(sampling, truncate_prompts=False))
+    if reference.context != policy.context:
+        whole = replace(sampling, truncate_prompts=False)
+        encode(reference, [row["prompt"] for row in prompts], whole)
 
 
 def _by_prompt(
@@ -181,8 +186,10 @@ def _by_prompt(
     rewarded = known_rewards(rows, size)
     mark = rewards.pass_threshold
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    each = {"reward": [over_prompts(total).value for total in rewarded]}
-    for subset in k:
+    each = {}
+    if rewards.functions:
+        each["reward"] = [over_prompts(total).value for total in rewarded]
+    for subset in k if rewards.functions else ():
         if not rewards.binary:
             each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
         if mark is not None:

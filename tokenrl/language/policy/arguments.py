@@ -100,18 +100,22 @@ class ModelArguments(HoldingArguments, PromptArguments):
     def __post_init__(self) -> None:
         """Check the values, and refuse objects that are no model with its tokenizer."""
         super().__post_init__()
-        model: Any = self.model
-        is_policy = hasattr(model, "encode_all")
-        if isinstance(model, str | None) or is_policy:
+        check_model("model", self.model)
+
+
+def check_model(name: str, model: Any) -> None:
+    """Refuse a value of the setting `name` that is neither a name nor a model with its tokenizer."""
+    is_policy = hasattr(model, "encode_all")
+    if isinstance(model, str | None) or is_policy:
+        return
+    if isinstance(model, tuple | list) and len(model) == 2:
+        causal, tokenizer = model
+        if hasattr(causal, "get_input_embeddings") and hasattr(tokenizer, "get_vocab"):
             return
-        if isinstance(model, tuple | list) and len(model) == 2:
-            causal, tokenizer = model
-            if hasattr(causal, "get_input_embeddings") and hasattr(tokenizer, "get_vocab"):
-                return
-        raise Refused(
-            f"model was given as a {type(model).__name__}; it must be a directory or hub name, or a model "
-            "with its tokenizer: model=(model, tokenizer)."
-        )
+    raise Refused(
+        f"{name} was given as a {type(model).__name__}; it must be a directory or hub name, or a model "
+        f"with its tokenizer: {name}=(model, tokenizer)."
+    )
 
 
 @dataclass(frozen=True)

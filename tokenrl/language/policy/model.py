@@ -44,7 +44,7 @@ class Policy:
         pad_id: the id that fills unused positions. A mask always hides it, so it may be any id.
         context: the most tokens of a sequence that the model can take; None if there is no limit.
         source: where the model came from, for messages and records.
-        reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
+        reference: frozen model of a KL term, a copy or a teacher; None if none is needed or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
         plain_cache: whether sampling may do no more with the model's cache than hand it back to the model.
@@ -218,7 +218,7 @@ class Policy:
 
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
-        """Give the reference model: the frozen copy, or this model with its adapter switched off."""
+        """Give the reference model: the frozen one, or else this model with its adapter switched off."""
         if self.reference is not None:
             yield self.reference
         else:
@@ -262,9 +262,14 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         tokenizer=tokenizer,
         eos_ids=tuple(eos_ids),
         pad_id=pad_id,
-        context=getattr(text_config, "max_position_embeddings", None),
+        context=context_of(model),
         source=source,
     )
+
+
+def context_of(model: Any) -> int | None:
+    """Return the most tokens of a sequence that a model can take, by its configuration; None for no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_policy(

@@ -89,6 +89,8 @@ class Rewards:
         sources: Sequence[Any] | None = None,
         pass_threshold: float | None = None,
         environments: Environments | None = None,
+        optional: bool = False,
+        unrewarded: bool = False,
     ) -> None:
         """Take the functions; nothing is called yet.
 
@@ -105,6 +107,8 @@ class Rewards:
                 sum of several rewards does not say when an answer is right.
             environments: what the policy plays episodes in. Their own rewards are one more function, the last
                 one, of weight 1 unless the weights have a number for it.
+            optional: whether there may be no function, so that all rewards are 0.
+            unrewarded: whether the environments' own rewards do not count either.
 
         Raises:
             Refused: there is no function, the weights are not finite or not one per function, a function
@@ -113,13 +117,13 @@ class Rewards:
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         specs = list(functions) if several else [functions]
         self.environments = environments
-        if environments is not None and environments.rewarded:
+        if environments is not None and environments.rewarded and not unrewarded:
             if weights is not None and len(weights) == len(specs):
                 weights = [*weights, 1.0]
             specs.append(environments)
         self.functions = [load_reward(function) for function in specs]
         self.names = unique_names(self.functions)
-        if not self.functions:
+        if not (self.functions or optional or unrewarded):
             problem = "No reward function was given"
             if environments is not None:
                 problem += f", and {environments.__name__} has no get_reward"
@@ -131,7 +135,8 @@ class Rewards:
                 f"reward_weights {weights} for {names}: give {len(specs)} finite number(s)."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
-        self.environment_weight = weights[-1] if specs[-1] is environments else 0.0
+        is_last = bool(specs) and specs[-1] is environments
+        self.environment_weight = weights[-1] if is_last else 0.0
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
@@ -158,7 +163,7 @@ class Rewards:
     @property
     def range(self) -> Range | None:
         """The least and the largest total of rows in which no function abstains; None without all ranges."""
-        if None in self._ranges:
+        if None in self._ranges or not self._ranges:
             return None
         ranges = np.array(self._ranges, dtype=np.float64)  # [F, 2]
         low, high = np.sort(self.weights[:, None] * ranges, axis=1).sum(axis=0)
@@ -227,6 +232,10 @@ class Rewards:
                 rows. The message names the function, the completion and its prompt.
             Refused: a function asks for a column that does not exist.
         """
+        if not self.functions:
+            count = len(completions)
+            nothing = np.zeros((count, 0))
+            return RewardResult(nothing, np.zeros(count), np.ones(count, dtype=bool), {}, {})
         rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
         rows["completion_ids"] = list(completion_ids)
         rows["prompts"] = []

@@ -51,6 +51,8 @@ class Forward:
         copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
         words: the choices and their reasons in a line, for the run's header.
         tokens: the most tokens of a pass, which has at least one row.
+        reference_scoring: how completions are scored under a teacher; None for a reference of the same kind
+            as the policy, which is scored alike.
     """
 
     policy: Policy
@@ -59,6 +61,7 @@ class Forward:
     copies: Copies = ()
     words: str = ""
     tokens: int = 1
+    reference_scoring: Scoring | None = None
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -232,11 +235,13 @@ def with_unread_masks(policy: Policy, device: torch.device) -> Policy:
         return policy
     try:
         _register_unread_masks()
-        reference = policy.reference and with_attention(policy.reference, UNREAD)
-        changed = replace(policy, model=with_attention(policy.model, UNREAD), reference=reference)
+        changed = replace(policy, model=with_attention(policy.model, UNREAD))
         check_scoring(changed, gradient=False)
     except (Refused, ImportError):  # another release of transformers may have no such names
         return policy
+    if policy.reference is not None:  # a teacher may be of another kind than the policy
+        alone = replace(policy, model=policy.reference, reference=None)
+        changed.reference = with_unread_masks(alone, device).model
     return changed
 
 

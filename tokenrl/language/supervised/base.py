@@ -20,7 +20,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import TINY, LoraArguments, ModelArguments
+from tokenrl.language.policy.arguments import (
+    TINY,
+    LoadingArguments,
+    LoraArguments,
+    ModelArguments,
+)
 from tokenrl.language.policy.loading import device_for, find_model
 from tokenrl.language.policy.model import (
     Policy,
@@ -64,18 +69,25 @@ def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) 
     source: Any = args.model
     if source is None:
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
-    if source == TINY and not os.path.isdir(TINY):
-        policy = make_tiny(args, task)
-    elif isinstance(source, Policy):
-        policy = source
-    elif isinstance(source, tuple | list):
-        policy = wrap(*source, source=type(source[0]).__name__)
-    else:
-        policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    is_new = source == TINY and not os.path.isdir(TINY)
+    policy = make_tiny(args, task) if is_new else policy_of(source, args)
     policy.ask(form_of(fill_form(args)))
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy
+
+
+def policy_of(source: Any, args: LoadingArguments) -> Policy:
+    """Return a policy as it is, make one of a pair (model, tokenizer), or load it by its name.
+
+    Raises:
+        Refused: the model cannot be loaded.
+    """
+    if isinstance(source, Policy):
+        return source
+    if isinstance(source, tuple | list):
+        return wrap(*source, source=type(source[0]).__name__)
+    return load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
 
 
 def make_tiny(args: ModelArguments, task: Any) -> Policy:

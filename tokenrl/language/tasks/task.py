@@ -145,7 +145,8 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
     else:
         splits = sources.memory_splits(source)
         name, origin = records.described(splits)
-    if reward is None and data.environment is None:
+    needs_reward = data.environment is None and not getattr(data, "unrewarded", False)
+    if reward is None and needs_reward:
         raise Refused(
             f"task '{name}' is data, which has prompts but no reward: give one with --reward module:function "
             "(or a file.py, or the folder of a reward model), from Python reward=function."
@@ -266,23 +267,34 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     return changed(task, reward=load_reward(reward), pass_threshold=None)
 
 
-def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
+def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[Task, Rewards]:
     """The task of the arguments and its rewards.
 
     `args.task` is a name, data as `load_task` takes it, or the task itself; the rewards are those of
     `args.reward`, else the task's own. What counts as solved or right holds for those alone, unweighted: with
     others the task has no such marks.
 
+    Args:
+        args: the arguments.
+        may_lack_rewards: whether reward may be `none`. The rewards are then the task's own, for evaluations,
+            or have no functions if it has none.
+
     Raises:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
+    if args.unrewarded and not may_lack_rewards:
+        raise Refused(
+            "reward none is for tokenrl train with a teacher; this command needs rewards. Name one, or leave "
+            "reward out for the task's own."
+        )
+    named = () if args.unrewarded else args.reward or ()
     source: Any = args.task
     if isinstance(source, str) and source.startswith(records.IN_MEMORY):
         raise Refused(
             f"task '{source}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and give --task data.jsonl."
         )
-    reward = list(map(load_reward, args.reward or ())) or None
+    reward = list(map(load_reward, named)) or None
     task: Any = None
     with _refusing("The task was read, and"):
         if hasattr(source, "train_prompts"):
@@ -297,7 +309,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions = getattr(task, "reward", None) or []
-    if environments is None and not functions:
+    if environments is None and not (functions or args.unrewarded):
         raise Refused(
             f"The task {task.name!r} has no reward: name one with --reward module:function."
         )
@@ -311,8 +323,9 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
-        sources=args.reward or None,
+        sources=named or None,
         pass_threshold=pass_threshold,
+        optional=args.unrewarded,
     )
     rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
     for attribute in ("train_prompts", "eval_prompts"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
+from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
@@ -20,6 +20,7 @@ from tokenrl.runs.threads import ThreadArguments
 from tokenrl.settings import (
     OPEN,
     OR_FUNCTION,
+    OR_OBJECT,
     Bounds,
     Count,
     Natural,
@@ -96,13 +97,23 @@ class OptimiserArguments(Settings, group="optimiser"):
 
 @dataclass(frozen=True)
 class KlArguments(Settings, group="KL control"):
-    """How the KL to the reference policy is held near a target."""
+    """Which model is the reference of the KL, and how the KL is held near a target."""
 
+    teacher: Annotated[str, OR_OBJECT] | None = None
+    """A frozen model whose log-probabilities stand in the KL in place of those of the policy before training
+    (distillation on samples of the student): a directory, a hub name, or the directory of a run; from Python
+    also a pair (model, tokenizer), which is copied. It must have the policy's vocabulary, and is loaded with
+    dtype. It needs an --estimator.beta above 0. With --reward none it is all that there is to learn from."""
     target_kl: Positive | None = None
     """Target of the KL to the reference, in nats per completion. The weight starts at --estimator.beta and is
     then adapted to reach the target (Ziegler et al. 2019). Default: the weight stays constant."""
     kl_gain: Annotated[float, Bounds(above=0, below=5)] = 0.1
     """How fast that weight adapts: one step changes it by at most the fraction kl_gain / 5."""
+
+    def __post_init__(self) -> None:
+        """Check the values, and refuse objects that are no model with its tokenizer."""
+        super().__post_init__()
+        check_model("teacher", self.teacher)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _judge_steps(
     Returns:
         A line of the table, if both were evaluated.
     """
-    if len(run.means) < 2:
+    if len(run.means) < 2 or run.args.unrewarded:
         return {}
     after, before = map(fmean, run.means)
     gains = [now - then for now, then in zip(*run.means, strict=True)]
@@ -249,7 +249,7 @@ def _trial_steps(
     """Make training steps at the full learning rate: the least, and more without a signal, up to the most."""
     learner = run.learner
     records = list[Record]()
-    rewards = run.rewards
+    rewards = run.training_rewards
     if run.warm_seconds:  # before a warm start the steps are made for their time alone
         rewards = Rewards([_ranks], environments=rewards.environments)
     stream = PromptStream(rows, run.args.seed)
@@ -278,7 +278,7 @@ def _ranks(completions: Sequence[str], **_: Any) -> Sequence[float]:
 def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
     """Return the share of groups with equal rewards; without groups 1 if all steps have one reward."""
     groups = run.args.estimator.needs_groups
-    if not groups and len({record.metrics["reward"] for record in records}) > 1:
+    if not groups and len({record.metrics.get("reward") for record in records}) > 1:
         return 0.0
     return fmean([share_equal(record.metrics, groups) for record in records])
 
@@ -316,6 +316,7 @@ def _trial_facts(
         "step_equal": equal,
         "is_misasked": asks_in_text(run) or equal == 1,
         "steps_without_signal": len(records) if equal == 1 else 0,
+        "others_differ": args.teacher is not None,
         "groups": f"{_counted(groups, 'group')} of {_counted(size, 'completion')}",
         "who": "The greedy completions of held-out prompts",
         "before_greedy": before.get("reward_greedy") if equal < 1 else None,
@@ -341,8 +342,9 @@ def _lines(
     args = run.args
     lines = {}
     if records and not run.warm_seconds:
-        share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
-        lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
+        if not args.unrewarded:
+            share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
+            lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
         length = fmean(record.metrics["completions/mean_length"] for record in records)
         cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"

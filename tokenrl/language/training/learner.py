@@ -21,6 +21,7 @@ from tokenrl.language.rollout.rollout import to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
+from tokenrl.language.training.teacher import teacher_scoring
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 from tokenrl.runs.schedules import make_schedule
 
@@ -273,6 +274,7 @@ def make_learner(
     policy: Policy,
     accelerator: Any,
     engine: Callable[[Policy, int | None], Generator] = TransformersGenerator,
+    teacher: Policy | None = None,
 ) -> Learner:
     """Make the learner, with optimiser and schedule, reference, generator and critic.
 
@@ -281,9 +283,10 @@ def make_learner(
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
         engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
+        teacher: the teacher, whose model is the policy's reference; None without one.
 
     Raises:
-        Refused: the model cannot be sampled and scored, or not in the way that the settings ask for.
+        Refused: a model cannot be sampled and scored, or not in the way that the settings ask for.
     """
     device = accelerator.device
     check_vocabulary(args.estimator, policy)
@@ -294,6 +297,9 @@ def make_learner(
         if policy.reference is not None:
             policy.reference.to(device)
     forward, computing = choose_forward(args, policy, accelerator)
+    if teacher is not None:
+        scoring = teacher_scoring(teacher, forward.policy.reference, accelerator)
+        forward = replace(forward, reference_scoring=scoring)
     args = replace(args, **computing)
     optimizer = make_optimizer(args, policy)
     learner = Learner(

@@ -45,6 +45,7 @@ from tokenrl.language.training.settings import (
     usual_rate,
 )
 from tokenrl.language.training.step import Record, training_step
+from tokenrl.language.training.teacher import load_teacher, with_teacher
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
@@ -72,9 +73,9 @@ def train(
 ) -> RunResult:
     """Train a language model by policy gradients; the keywords are the fields of `TrainArguments`.
 
-    Where the command line takes names, the keywords also take objects: `model` a directory, a hub name, a
-    `(model, tokenizer)` pair or a `Policy`; `task` a name, a task object, or data; `reward` one function or
-    several; `estimator` a preset's name or an `Estimator`.
+    Where the command line takes names, the keywords also take objects: `model` and `teacher` a directory, a
+    hub name, a `(model, tokenizer)` pair or a `Policy`; `task` a name, a task object, or data; `reward` one
+    function or several; `estimator` a preset's name or an `Estimator`.
 
     Data is a `datasets.Dataset`, a list of rows (dicts), or a dict of splits such as a `DatasetDict`. A row
     has a `prompt`, text or chat messages, and its other columns reach the reward as lists. If it has a whole
@@ -167,6 +168,8 @@ def _make_warm_start(
         console = Console(quiet=choices.quiet)
         with console.status("loading the model"):
             policy = load_base(choices, task, console.note)
+            if choices.teacher is not None:  # refused before the warm start
+                load_teacher(choices, policy)
         args, _ = fill_defaults(choices, task, policy)
         with using_threads(choose_threads(policy.size, args.threads)[0]):
             folder = _warm_start_folder(claimed.directory)
@@ -193,10 +196,12 @@ def _prepare(
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy = load_base(choices, task, console.note)
+            teacher = None if choices.teacher is None else load_teacher(choices, policy)
+        policy = policy if teacher is None else with_teacher(policy, teacher)
         args, origins = fill_defaults(choices, task, policy)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-        console.facts("", model_facts(args, origins, policy))
+        console.facts("", model_facts(args, origins, policy, teacher))
         folder = _warm_start_folder(session.directory)
         if args.warm_start and args.check:
             with using_threads(choose_threads(policy.size, args.threads)[0]):
@@ -212,6 +217,8 @@ def _prepare(
     provenance = provenance_of(
         policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
     )
+    if teacher is not None:
+        provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
@@ -225,7 +232,9 @@ def _prepare(
             output_dir=session.directory,
             chat_time=policy.form.chat_time,
         )
-        learner = make_learner(args, policy, accelerator, engine_of(args))
+        learner = make_learner(
+            args, policy, accelerator, engine_of(args), None if teacher is None else teacher.policy
+        )
     if not abilities_of(learner.generator).exact:
         provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
     run = TrainingRun(
@@ -237,6 +246,7 @@ def _prepare(
         memory=args.estimator.memory(),
         threads=f"{threads} ({reason})",
         usual_rate=usual_rate(choices, task, policy),
+        teacher=None if teacher is None else teacher.policy.source,
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
@@ -256,7 +266,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         provenance,
         parts | {"run": run},
         run.facts(),
-        names={"task": run.task.name, "model": policy.source},
+        names={"task": run.task.name, "model": policy.source, "teacher": run.teacher},
         title=run.title,
         **facts,
     )
@@ -286,7 +296,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner = run.learner
     stream = run.stream
-    record = training_step(learner, run.rewards, run.memory, step, stream.draw_prompts)
+    record = training_step(learner, run.training_rewards, run.memory, step, stream.draw_prompts)
     metrics = record.metrics
     plain, least = sizes_of_steps(run.args)
     done: dict[str, float] = {
@@ -327,10 +337,12 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
         accelerator=learner.accelerator,
         scoring=learner.forward.scoring,
         k=(count,) if count else (),
+        reference=run.objective_reference,
     )
     run.eval_seconds = time.perf_counter() - began
     each = evaluation.by_prompt
-    run.means = [*run.means[:1], each.get("reward", each["reward_greedy"])]
+    if rewarded := each.get("reward", each.get("reward_greedy")):
+        run.means = [*run.means[:1], rewarded]
     run.failures = evaluation.failures
     if run.failures and all(run.failures) and not step:
         raise Stopped(f"There is nothing to learn from: {failures_of(run.failures)}")
@@ -374,6 +386,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
+    facts |= {"teacher": run.teacher} if run.teacher else {}
     facts |= form_line(ended.policy.form)
     for moment, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         rewards = [name for name in numbers if name.startswith("reward")]

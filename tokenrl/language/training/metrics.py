@@ -53,7 +53,7 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
 
     Args:
         rows: all N rows of the step.
-        names: names of the F reward functions.
+        names: names of the F reward functions; without any, the metrics of rewards are left out.
         group_size: completions per prompt.
     """
     rewards = rows.rewards
@@ -82,6 +82,10 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
             metrics[name], errors[name] = mean_and_error(values, group_size)
     metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
+    if not names:
+        unrewarded = [name for name in metrics if "reward" in name]
+        for name in unrewarded:
+            del metrics[name]
     if len(rewarded) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):

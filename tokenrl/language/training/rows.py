@@ -32,7 +32,12 @@ from tokenrl.language.rollout.rollout import (
     to_device,
     to_host,
 )
-from tokenrl.language.rollout.scoring import Scores, score_in_parts, with_missing_fields
+from tokenrl.language.rollout.scoring import (
+    Scores,
+    Scoring,
+    score_in_parts,
+    with_missing_fields,
+)
 from tokenrl.runs.files import canonical
 from tokenrl.runs.processes import gather_numbers, gather_rows
 
@@ -140,7 +145,11 @@ def with_estimates(
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
             columns["ref_logprobs"] = logprobs_under(
-                learner, reference, rows, learner.sampling.whole
+                learner,
+                reference,
+                rows,
+                learner.sampling.whole,
+                learner.forward.reference_scoring,
             )
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
@@ -175,7 +184,11 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
 
 
 def logprobs_under(
-    learner: Learner, model: nn.Module, rows: Rollout, distribution: Distribution | None = None
+    learner: Learner,
+    model: nn.Module,
+    rows: Rollout,
+    distribution: Distribution | None = None,
+    scoring: Scoring | None = None,
 ) -> Tensor:
     """Return the log-probabilities [n, T] of this process's rows under a model, without a graph.
 
@@ -184,10 +197,13 @@ def logprobs_under(
         model: the model.
         rows: this process's rows.
         distribution: the distribution of tokens; None for that of sampling.
+        scoring: how the model is scored; None for the way of the policy.
     """
     options = learner.scoring
     if distribution is not None:
         options["distribution"] = distribution
+    if scoring is not None:
+        options["scoring"] = scoring
     return score_in_parts(model, rows, rows_at_once=rows_at_once(learner, rows), **options).logprobs
 
 

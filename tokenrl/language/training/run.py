@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from tokenrl.language.training.settings import (
     train_settings,
     without_effect,
 )
+from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import (
@@ -77,6 +78,7 @@ class TrainingRun:
         memory: what the baseline remembers of earlier steps.
         threads: the number of threads of torch, and in words where it comes from.
         usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
+        teacher: the name of the teacher; None without one.
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
@@ -95,6 +97,7 @@ class TrainingRun:
     memory: Memory
     threads: str
     usual_rate: float | None
+    teacher: str | None
     warm_started: dict[str, Any]
     warm_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -106,6 +109,21 @@ class TrainingRun:
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
+
+    @cached_property
+    def training_rewards(self) -> Rewards:
+        """The rewards of training steps; without any, of the same environments, of which all rewards are 0."""
+        if self.args.unrewarded:
+            return Rewards([], environments=self.rewards.environments, unrewarded=True)
+        return self.rewards
+
+    @property
+    def objective_reference(self) -> Policy | None:
+        """The teacher, if the KL to it is all that is ascended, so that evaluations estimate it too."""
+        policy = self.learner.forward.policy
+        if policy.reference is None or not (self.args.unrewarded and self.args.eval_generations):
+            return None
+        return replace(policy, model=policy.reference, reference=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
@@ -120,12 +138,13 @@ class TrainingRun:
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
+        policy = self.learner.policy
         return RunResult(
             **session.outcome(),
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
-            policy=self.learner.policy,
+            policy=policy if self.teacher is None else without_teacher(policy),
         )
 
     @property
@@ -181,7 +200,7 @@ def first_facts(
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
         "task": prompts,
-        "reward": ", ".join(rewards.names),
+        "reward": ", ".join(rewards.names) if not args.unrewarded else _ascended(args, rewards),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
         **objective_line(estimator),
@@ -191,13 +210,26 @@ def first_facts(
     }
 
 
-def model_facts(args: TrainArguments, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
+def _ascended(args: TrainArguments, rewards: Rewards) -> str:
+    """Return in words what a run without rewards ascends, and what its evaluations measure."""
+    estimator = args.estimator
+    objective = f"-{estimator.beta:g} KL(pi || teacher)"
+    if estimator.needs_entropy:
+        objective += f" + {estimator.entropy_coef:g} H(pi)"
+    measured = ", ".join([*rewards.names, "the KL"])
+    return f"none; what is ascended is {objective}, and evaluations measure {measured}"
+
+
+def model_facts(
+    args: TrainArguments, origins: Mapping[str, str], policy: Policy, teacher: Teacher | None
+) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
     sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
     line = partial(with_origins, args, origins)
     rate = line(learning_rate="{:g}", lr_scheduler_type="{}")
     return {
         "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
+        **({} if teacher is None else {"teacher": teacher.line}),
         "training": line(" x ", max_steps="{} steps", **sizes),
         "completions": line(max_completion_length="up to {} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
@@ -212,7 +244,7 @@ def task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
         Refused: the processes were started in different ways, or the task or a setting cannot be used.
     """
     check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
-    task, rewards = find_task(choices)
+    task, rewards = find_task(choices, may_lack_rewards=True)
     check_shares(train_settings(choices, task), accelerator.num_processes)
     return task, rewards
 

@@ -137,6 +137,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     """
     estimator = args.estimator
     updates = args.num_iterations * args.num_minibatches
+    _check_teacher(args)
     if args.target_kl is not None and not estimator.needs_kl:
         raise Refused("target_kl holds a KL, but the estimator has beta 0: give --estimator.beta.")
     within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
@@ -171,6 +172,29 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
             "right for the first only. Use --estimator.ratio token (as grpo, dr_grpo and ppo_clip do)."
+        )
+
+
+def _check_teacher(args: TrainArguments) -> None:
+    """Refuse a teacher that nothing is learnt from, and rewards of none without a teacher to learn from."""
+    estimator = args.estimator
+    if args.teacher is not None and not estimator.needs_kl:
+        raise Refused(
+            "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
+            "--estimator.beta, such as 1, or a preset of distillation, such as opd."
+        )
+    if not args.unrewarded:
+        return
+    if args.teacher is None or not estimator.needs_kl:
+        raise Refused(
+            "With --reward none all that there is to learn from is the KL to a teacher: name one with --teacher, "
+            "and give --estimator.beta, such as 1, or a preset of distillation, such as opd."
+        )
+    if estimator.skips_equal_groups or estimator.other_objective:
+        axis = "objective" if estimator.other_objective else "zero_spread"
+        raise Refused(
+            f"With --reward none all rewards are 0, and {axis} {getattr(estimator, axis)!r} needs rewards: take "
+            "zero_spread 'keep' and objective 'reward'."
         )
 
 

@@ -36,7 +36,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
             before training.
     """
     step = session.step
-    reward = session.rows[-1]["reward"]
+    reward = session.rows[-1].get("reward", math.nan)
     observed = _step_facts(run, session)
     idle = observed["steps_without_signal"]
     findings = {f.flag: f for f in reversed(judge(observed))}
@@ -72,7 +72,7 @@ def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
     idle = steps_without_signal(run, session)
     step = session.step
     rewards = [name for name in run.totals if name.startswith("rewards/")]
-    slowest = max(rewards, key=run.totals.__getitem__)
+    slowest = max(rewards, key=run.totals.__getitem__, default="")
     return run_facts(
         run,
         session.rows,
@@ -105,7 +105,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
             error = 0.0
         if session.ended == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
-        else:
+        elif not run.args.unrewarded:
             after = _shown_reward(session.evaluation)
             numbers |= {
                 "gain": gain,
@@ -171,11 +171,13 @@ def _advice_on_positions(config: Any) -> str:
 
 
 def steps_without_signal(run: TrainingRun, session: Session) -> int:
-    """Return how many steps in a row, up to now, had no rewards that differ.
+    """Return how many steps in a row, up to now, had no rewards that differ; 0 if a teacher teaches.
 
     A destroyed policy is right once in a while by luck; such a step, whose reward is below the middle of
     what was lost, does not end the row.
     """
+    if run.args.teacher is not None:
+        return 0
     rows = session.rows[1:]
     middle = -math.inf
     if "policy-destroyed" in session.flags:

@@ -1,0 +1,175 @@
+"""Loads the teacher of a run, a frozen model that is the reference of the KL in place of the policy's start.
+
+Teacher and policy must have the same tokens under the same ids. Their embeddings and heads may still have
+different numbers of rows, because these are padded to sizes that are fast. The teacher then gets as many rows
+as the policy has (see `fit_rows`), so that both distributions are over the same ids, and each sums to 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy, context_of
+from tokenrl.language.policy.saving import fingerprint
+from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.head import head_of
+from tokenrl.language.rollout.scoring import Scoring
+from tokenrl.language.supervised.base import policy_of
+from tokenrl.language.training.arguments import TrainArguments
+
+
+class Teacher(NamedTuple):
+    """The teacher of a run.
+
+    Attributes:
+        policy: its frozen model, with as many rows as the policy's, and its tokenizer.
+        line: its name and size in words, for the header.
+        fingerprint: a hash of its weights as they were loaded.
+    """
+
+    policy: Policy
+    line: str
+    fingerprint: str
+
+
+def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
+    """Load the teacher that the arguments name, and compare it with the policy.
+
+    A model from Python is copied, because the run moves and rounds the teacher's weights.
+
+    Args:
+        args: the arguments of the run, which name a teacher.
+        policy: the policy, before it has an adapter.
+
+    Raises:
+        Refused: the teacher cannot be loaded, is the model that is trained, or has another vocabulary.
+    """
+    teacher = policy_of(args.teacher, args)
+    name = teacher.source
+    if teacher.model is policy.model:
+        raise Refused(
+            "The teacher is the very model that is trained. Leave teacher out for a KL to the policy before "
+            "training, or give a copy of the model (copy.deepcopy)."
+        )
+    check_tokens(policy, teacher)
+    model = teacher.model
+    if not isinstance(args.teacher, str):
+        model = copy.deepcopy(model)
+    model = model.requires_grad_(False).eval()
+    digest = fingerprint(model)
+    line = f"{name} ({teacher.size:,} parameters)"
+    rows = rows_of(policy.model)
+    if (size := rows_of(model)) != rows:
+        fit_rows(model, rows, name)
+        line += f"; its head has {size:,} rows"
+        if size > rows:
+            line += f", of which the policy's {rows:,} are compared"
+        else:
+            line += f" and the policy's {rows:,}: padding rows beyond them get its mean logit"
+    return Teacher(replace(teacher, model=model), line, digest)
+
+
+def with_teacher(policy: Policy, teacher: Teacher) -> Policy:
+    """Return the policy with the teacher as its reference, and room for texts that both models can take."""
+    contexts = [policy.context, teacher.policy.context]
+    least = min((context for context in contexts if context is not None), default=None)
+    return replace(policy, reference=teacher.policy.model, context=least)
+
+
+def without_teacher(policy: Policy) -> Policy:
+    """Return the policy of a run, after it, as one that no teacher is the reference of."""
+    return replace(policy, reference=None, context=context_of(policy.model))
+
+
+def check_tokens(policy: Policy, teacher: Policy) -> None:
+    """Refuse a teacher whose tokenizer has another token under any id, or other ids."""
+    ours = policy.tokenizer.get_vocab()
+    theirs = teacher.tokenizer.get_vocab()
+    differing = {number for _, number in ours.items() ^ theirs.items()}
+    if not differing:
+        return
+    first = min(differing)
+    tokens = []
+    for vocabulary in (theirs, ours):
+        names = [token for token, number in vocabulary.items() if number == first]
+        tokens.append(repr(names[0]) if names else "no token")
+    raise Refused(
+        f"The teacher {teacher.source!r} has another vocabulary than the policy {policy.source!r}: "
+        f"{len(differing):,} ids differ, first {first}, which is {tokens[0]} there and {tokens[1]} here. A KL "
+        "compares the same tokens: give a teacher with the policy's tokenizer. If the ids do mean the same, "
+        "give from Python teacher=(model, tokenizer) with the tokenizer of the policy."
+    )
+
+
+def rows_of(model: Any) -> int:
+    """Return the number of ids to which a model gives a logit."""
+    head = model.get_output_embeddings()
+    return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
+
+
+@torch.no_grad()
+def fit_rows(model: Any, rows: int, name: str) -> None:
+    """Give the embedding and the head of a frozen model another number of rows, in place.
+
+    Ids beyond the tokenizer's are padding, and no text has them. Of a larger head the first rows are kept,
+    and the model's distribution is renormalised over them. Of a smaller one the rows that it lacks are the
+    mean of its rows: their logit is the mean of all logits, so each of them has at most the probability of a
+    token on average, and the log-probability of a padding id that the policy samples is finite.
+
+    Args:
+        model: the model; its weights are replaced, not changed.
+        rows: the number of rows afterwards.
+        name: what the message calls the model.
+
+    Raises:
+        Refused: the embedding or the head is of a kind that has no such rows.
+    """
+    embedding = model.get_input_embeddings()
+    head = head_of(model)
+    if head is None or type(embedding) is not nn.Embedding:
+        raise Refused(
+            f"The head of the teacher {name!r} has {rows_of(model):,} rows and that of the policy {rows:,}, and "
+            f"its layers are of another kind than nn.Embedding and nn.Linear: give a teacher of {rows:,} rows."
+        )
+    fitted: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in (embedding, head):
+        for part, old in list(layer.named_parameters()):
+            if old not in fitted:  # a head may share the weights of the embedding
+                wide = torch.promote_types(old.dtype, torch.float32)
+                mean = old.mean(dim=0, keepdim=True, dtype=wide).to(old.dtype)
+                missing = mean.expand(max(0, rows - len(old)), *old.shape[1:])
+                fitted[old] = nn.Parameter(torch.cat([old[:rows], missing]), requires_grad=False)
+            setattr(layer, part, fitted[old])
+    embedding.num_embeddings = rows
+    head.out_features = rows
+    model.config.get_text_config().vocab_size = rows
+
+
+def teacher_scoring(teacher: Policy, model: Any, accelerator: Any) -> Scoring:
+    """Return how completions are scored under a teacher, which may be of another architecture than the policy.
+
+    Args:
+        teacher: the teacher.
+        model: its model as the run computes it, on its device and in its precision.
+        accelerator: accelerate's handle of the processes.
+
+    Raises:
+        Refused: a weight or a log-probability of the teacher is not finite, or it cannot be scored in batches.
+    """
+    ids = torch.arange(1, 9, device=accelerator.device)[None] * rows_of(model) // 9
+    with torch.no_grad():
+        logp = model(ids, use_cache=False).logits.float().log_softmax(-1)
+        tensors = [*model.parameters(), logp]
+        is_finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    if not is_finite:
+        raise Refused(
+            f"The teacher {teacher.source!r} has weights or log-probabilities that are not finite, so no KL to it "
+            "exists: give another teacher, or one that is held in another dtype."
+        )
+    return check_scoring(replace(teacher, model=model), gradient=False, accelerator=accelerator)
