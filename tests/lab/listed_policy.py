@@ -12,7 +12,7 @@ from tokenrl.lab.exact.problems import Completions, Problem, all_completions
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.rollout import Rollout, pad_left
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import Reference, score
 
 
 def problem_of_policy(
@@ -50,8 +50,8 @@ def problem_of_policy(
     columns: list[list[Tensor]] = []
     slopes: list[list[Tensor]] = []
     for rollout in rollouts:
-        options = {"entropy": True, "reference": lambda: contextlib.nullcontext(reference)}
-        scores = score(policy.model, rollout, scoring, **options)
+        frozen = Reference(lambda: contextlib.nullcontext(reference), scoring)
+        scores = score(policy.model, rollout, scoring, entropy=True, reference=frozen)
         columns.append([x * every.mask for x in (scores.logprobs, scores.entropy, scores.token_kl)])
         slopes.append([_slopes(x, parameters) for x in columns[-1]])
     with torch.no_grad():

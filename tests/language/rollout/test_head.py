@@ -20,7 +20,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
-from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
+from tokenrl.language.rollout.scoring import Reference, Scoring, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
@@ -36,7 +36,7 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     policy.model.zero_grad()
     options = {"distribution": distribution, "entropy": True, "score_norms": True}
     if policy.reference is not None:
-        options["reference"] = policy.reference_model
+        options["reference"] = Reference(policy.reference_model, Scoring(**how))
     scores = score(policy.model, rollout, Scoring(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy

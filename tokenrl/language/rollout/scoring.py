@@ -42,8 +42,17 @@ class Scoring:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-ReferenceModel = Callable[[], AbstractContextManager[nn.Module]]
-"""Makes a context in which the reference model computes, such as `Policy.reference_model`."""
+class Reference(NamedTuple):
+    """The model to which a KL is computed in closed form.
+
+    Attributes:
+        model: makes a context with the model, such as `Policy.reference_model`.
+        scoring: how it is scored.
+    """
+
+    model: Callable[[], AbstractContextManager[nn.Module]]
+    scoring: Scoring
+
 
 USUAL = Scoring()
 UNCHANGED = Distribution()
@@ -81,7 +90,7 @@ def score(
     score_norms: bool = False,
     hidden: bool = False,
     centres: Callable[[Tensor, Tensor], Tensor] | None = None,
-    reference: ReferenceModel | None = None,
+    reference: Reference | None = None,
 ) -> Scores:
     """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
@@ -95,19 +104,20 @@ def score(
         hidden: also return the last hidden state before each token.
         centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], whose result
             is returned too; all logits exist at once then.
-        reference: makes a context with the reference model, to which the KL is returned too. It is computed at
-            the same temperature over all tokens, whatever `distribution` keeps.
+        reference: the model to which the KL is returned too, at the same temperature over all tokens, whatever
+            `distribution` keeps.
     """
     at_once = scoring.tokens_at_once
+    if reference is not None and reference.scoring.tokens_at_once is None:
+        at_once = None
     if centres is None and at_once is not None and int(rollout.mask.sum()) > at_once:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
         return _score_in_chunks(model, rollout, scoring, chunks, hidden, reference)
     log_q = None
     if reference is not None:
-        with torch.no_grad(), reference() as frozen:
-            log_q = distribution.whole.log_probabilities(
-                _forward(frozen, rollout, scoring, False)[0]
-            )
+        with torch.no_grad(), reference.model() as frozen:
+            ref_logits, _ = _forward(frozen, rollout, reference.scoring, False)
+        log_q = distribution.whole.log_probabilities(ref_logits)
     logits, states = _forward(model, rollout, scoring, hidden)
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
@@ -134,16 +144,16 @@ def _score_in_chunks(
     scoring: Scoring,
     chunks: Chunks,
     hidden: bool,
-    reference: ReferenceModel | None,
+    reference: Reference | None,
 ) -> Scores:
     """Score the completions without having the logits of all tokens at once."""
     device = next(model.parameters()).device
     actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
     if reference is not None:
-        with torch.no_grad(), reference() as frozen:
+        with torch.no_grad(), reference.model() as frozen:
             ref_head = _linear_head(frozen)
             with without_head(ref_head) as inputs:
-                ref_before, _ = _forward(frozen, rollout, scoring, False, inputs)
+                ref_before, _ = _forward(frozen, rollout, reference.scoring, False, inputs)
         chunks = chunks._replace(reference=(ref_before[actions], ref_head))
     head = _linear_head(model)
     with without_head(head) as inputs:

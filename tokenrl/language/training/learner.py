@@ -19,6 +19,7 @@ from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
+from tokenrl.language.rollout.scoring import Reference
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.teacher import teacher_scoring
@@ -168,7 +169,10 @@ class Learner:
         if estimator.needs_centres:
             needs["centres"] = estimator.score_centres
         if estimator.needs_token_kl:
-            needs["reference"] = self.forward.policy.reference_model
+            forward = self.forward
+            needs["reference"] = Reference(
+                forward.policy.reference_model, forward.reference_scoring or forward.scoring
+            )
         return needs
 
     @property

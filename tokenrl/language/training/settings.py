@@ -149,7 +149,10 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             "comes at the end. Take baseline 'rloo', returns 'total' and scale 'none'."
         )
     _try_out(args)
-    check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
+    if (
+        not args.unrewarded
+    ):  # without rewards there is no return from which a baseline could be subtracted
+        check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
