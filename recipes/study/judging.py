@@ -37,16 +37,17 @@ def judged_differences(differences: Mapping[str, pd.Series]) -> Any:
     return judged_table(rows).against_reference
 
 
-def score_cells(family: Any, scores: Any, digits: int = 3) -> list[str]:
-    """Return three cells: the mean of an arm, its difference to the reference, and the verdict."""
-    return [f"{scores.mean:.{digits}f}", *verdict_cells(family.against_reference, scores.arm)]
+def score_cell(family: Any, scores: Any, digits: int = 3) -> str:
+    """Return the difference of an arm to the reference and the verdict, or the mean of the reference."""
+    reference = f"reference, {scores.mean:.{digits}f}"
+    return verdict_cell(family.against_reference, scores.arm, reference)
 
 
-def verdict_cells(differences: Mapping[str, Any], label: str) -> list[str]:
-    """Return two cells: the difference of an arm or cell to the reference, and the verdict."""
+def verdict_cell(differences: Mapping[str, Any], label: str, reference: str = "reference") -> str:
+    """Return the difference of an arm or cell to the reference and the verdict."""
     if label not in differences:
-        return ["", "reference"]
-    return [differences[label].interval, differences[label].verdict]
+        return reference
+    return f"{differences[label].interval} {differences[label].verdict}"
 
 
 def forest(
@@ -128,6 +129,8 @@ def interval(values: Sequence[float], alpha: float) -> tuple[float, float, float
     return np.mean(values), low, high
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+def table(cells: pd.DataFrame) -> str:
+    """Write cells in Markdown, with the labels of the rows in the first column."""
+    heads = [str(cells.index.name), *cells.columns]
+    rows = [heads, ["---"] * len(heads), *([label, *row] for label, *row in cells.itertuples())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,7 +1,7 @@
 """The tables and figures of the study, one function for each question, from the raw tables.
 
-Each takes the axes to draw on and the part of the study, and returns a table in Markdown. Differences are
-judged by the code of `tokenrl compare`, as one family of comparisons for each table.
+Each takes the axes to draw on and the part of the study, and returns the cells of a table. Differences are
+judged by the code of `tokenrl compare`, as one family of comparisons for each part.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ from judging import (
     judged_table,
     rank_correlation,
     resampling,
-    score_cells,
+    score_cell,
     signed,
-    table,
-    verdict_cells,
+    verdict_cell,
 )
 from matplotlib.axes import Axes
-
-import tokenrl
 
 STUDY = Path(__file__).parent
 TABLES = STUDY / "tables"
@@ -47,7 +44,6 @@ COPIES = {
 """For each part the arms whose gradient is the gradient of another arm, times a constant (=) or times a number
 for each step (≈). On sort_digits opo is a copy up to a few completions of another length. On reverse_text
 reinforce_pp weights completions by their lengths in its mean."""
-TABLE_NAME = "`{}` {}"  # of an arm and the mark of a copy
 LEGEND_NAME = "{} {}"
 TICK_NAME = "{}\n{}"
 
@@ -75,49 +71,42 @@ def judged(part: str, metric: str = "area") -> Any:
     return judged_table(read(part).runs, metric, read(part).margin)
 
 
-def marked(part: str, arm: str, form: str = TABLE_NAME) -> str:
+def marked(part: str, arm: str, form: str) -> str:
     """Return the name of an arm with the mark of a copy."""
     return form.format(arm, COPIES.get(part, {}).get(arm, "")).rstrip()
 
 
-def rates(axes: Axes, part: str) -> str:
+def by_arm(rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
+    """Return the cells of a table that has a row for each arm."""
+    cells = pd.DataFrame.from_dict(rows, orient="index", columns=list(heads))
+    return cells.rename(index="`{}`".format).rename_axis("arm")
+
+
+def rates(axes: Axes, part: str) -> pd.DataFrame:
     """Questions 1 and 8: differences to rloo, filled at each arm's own rate, hollow at one rate for all."""
     runs, _, margin = read(part)
     family = judged(part)
-    greedy = judged(part, "area_greedy").against_reference
-    means = runs.groupby("arm")[["learning_rate", "grad_clipped"]].mean()
+    own = runs.groupby("arm")["learning_rate"].mean()
     digits = 3 if margin < 1 else 1
-    rows = []
+    rows = {}
     for scores in family.arms:
-        arm = scores.arm
-        rate, clipped = means.loc[arm]
-        cells = [marked(part, arm), tokenrl.Estimator.preset(arm).bias_status]
-        cells += [f"{rate:g}", f"{clipped:.0%}", *score_cells(family, scores, digits)]
-        rows.append(cells)
-    heads = ["arm", "declared bias", "own rate", "clipped updates", *AREA_HEADS]
+        verdict = marked(part, scores.arm, score_cell(family, scores, digits) + " {1}")
+        rows[scores.arm] = [f"{verdict}, at {own[scores.arm]:g}"]
     title = f"{part[2:].replace('shifted', 'sort_digits with rewards + 1')}: each arm at its own best rate"
     copies = COPIES.get(part, {})
     forest(axes, family.against_reference, margin, 0.14, copies=copies)
     if (TABLES / f"{part}_fixed").exists():
-        fixed = judged(f"{part}_fixed")
-        for cells, scores in zip(rows, fixed.arms, strict=True):
-            cells += score_cells(fixed, scores, digits)
-        heads += ["area at 2e-4", "against rloo", "verdict"]
+        fixed = judged(f"{part}_fixed").against_reference
         title += " (hollow: all at 2e-4)"
-        forest(axes, fixed.against_reference, margin, -0.14, hollow=True, copies=copies)
-    for cells, scores in zip(rows, family.arms, strict=True):
-        cells.append(greedy[scores.arm].interval if scores.arm in greedy else "")
-    axes.set_yticklabels([marked(part, arm, TICK_NAME) for arm in greedy])
+        forest(axes, fixed, margin, -0.14, hollow=True, copies=copies)
+    axes.set_yticklabels([marked(part, arm, TICK_NAME) for arm in family.against_reference])
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
-    return table([*heads, "greedy area against rloo, own rate (exploratory)"], rows)
+    return by_arm(rows, "area against rloo, own rate")
 
 
-AREA_HEADS = ["area", "against rloo", "verdict"]
-
-
-def division(axes: Axes, part: str) -> str:
+def division(axes: Axes, part: str) -> pd.DataFrame:
     """Question 2: the area with the division by the standard deviation minus that without, in every cell."""
     areas: dict[str, pd.Series] = {}
     rows: dict[str, list[str]] = {}
@@ -133,50 +122,44 @@ def division(axes: Axes, part: str) -> str:
             areas[cell] = divided["area"] - without["area"]
             gaps = rewards.loc[divided["path"]].to_numpy() - rewards.loc[without["path"]].to_numpy()
             chosen = [f"{arm['learning_rate'].iloc[0]:g}" for arm in (without, divided)]
-            ends = [signed(interval(gaps[:, column], 0.05 / 8)) for column in (0, -1)]
-            rows[cell] = [cell, *chosen, f"{without['area'].mean():.3f}", *ends]
-    judge_cells(axes, areas, rows, 4, "grpo minus grpo_no_std, each at its own rate")
-    heads = ["cell", "rate without", "rate with", "area without", "with minus without", "verdict"]
-    heads += ["reward at the first evaluation (exploratory)", "at the last (exploratory)"]
-    return table(heads, rows.values())
+            rows[cell] = [*chosen, signed(interval(gaps[:, -1], 0.05 / 8))]
+    judge_cells(axes, areas, rows, 2, "grpo minus grpo_no_std, each at its own rate")
+    heads = ["rate without", "rate with", "area, with minus without"]
+    heads.append("reward at the last evaluation, with minus without (exploratory)")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("cell")
 
 
 def judge_cells(
     axes: Axes, areas: dict[str, pd.Series], rows: dict[str, list[str]], column: int, title: str
 ) -> None:
-    """Draw the differences in area of all cells, and put the verdict of each into its row from a column on."""
+    """Draw the differences in area of all cells, and put the verdict of each into a column of its row."""
     differences = judged_differences(areas)
     for cell, cells in rows.items():
-        cells[column:column] = verdict_cells(differences, cell)
+        cells.insert(column, verdict_cell(differences, cell))
     forest(axes, differences)
     describe(axes, title, "difference in area (grey band: within the margin)")
 
 
-def entropy(axes: Axes, part: str) -> str:
+def entropy(axes: Axes, part: str) -> pd.DataFrame:
     """Question 3: one curve R = -a exp(H) + b for all arms, and what each arm leaves over."""
     curves = read(part).curves.dropna(subset="entropy")
     arms = [scores.arm for scores in judged(part).arms]
-    residuals = {}
-    for score in ("reward_greedy", "reward"):
-        a, b = fit_curve(curves, score)
-        deviations = curves[score] - b + a * np.exp(curves["entropy"])
-        residuals[score] = deviations.groupby([curves["arm"], curves["path"]]).mean()
+    a, b = fit_curve(curves)
+    deviations = curves["reward"] - b + a * np.exp(curves["entropy"])
+    residuals = deviations.groupby([curves["arm"], curves["path"]]).mean()
     error = np.sqrt((deviations**2).mean())
     slopes = {}
     for arm, of_arm in curves.groupby("arm"):
         slopes[arm] = np.array([fit_curve(run)[0] for _, run in of_arm.groupby("path")])
     grid = np.linspace(curves["entropy"].min(), curves["entropy"].max(), 100)
     axes.plot(grid, b - a * np.exp(grid), color="black", lw=1)
-    last = at_the_end(curves).groupby("arm")["entropy"].mean()
-    rows = []
+    rows = {}
     for arm in arms:
-        ends = {s: interval(of[arm], 0.05 / len(arms)) for s, of in residuals.items()}
-        against = ""
+        left = interval(residuals[arm], 0.05 / len(arms))
+        against = f"rloo has {slopes['rloo'].mean():.2f}"
         if arm != "rloo":
             against = signed(interval(slopes[arm] - slopes["rloo"], 0.05 / 8))
-        cells = [marked(part, arm), f"{last[arm]:.3f}", signed(ends["reward"])]
-        cells += [curve_verdict(*ends["reward"]), signed(ends["reward_greedy"])]
-        rows.append([*cells, f"{slopes[arm].mean():.2f}", against])
+        rows[arm] = [f"{signed(left)} {curve_verdict(*left)}", against]
         means = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
         name = marked(part, arm, LEGEND_NAME)
         colour = COLOURS[COPY] if arm in COPIES[part] else None
@@ -184,8 +167,7 @@ def entropy(axes: Axes, part: str) -> str:
     title = f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}"
     describe(axes, title, "entropy H of a token, nats", "held-out sampled reward R")
     axes.legend(fontsize=8, frameon=False)
-    heads = ["arm", "entropy at the end", "reward left over", "verdict", "greedy reward left over"]
-    return table([*heads, "a of each run, mean (exploratory)", "that minus that of rloo"], rows)
+    return by_arm(rows, "reward left over", "a minus rloo's (exploratory)")
 
 
 def curve_verdict(_: float, low: float, high: float) -> str:
@@ -195,37 +177,28 @@ def curve_verdict(_: float, low: float, high: float) -> str:
     return "off the curve" if low > MARGIN or high < -MARGIN else "undecided"
 
 
-def fit_curve(curves: pd.DataFrame, score: str = "reward") -> tuple[float, float]:
+def fit_curve(curves: pd.DataFrame) -> tuple[float, float]:
     """Return a and b of the curve R = -a exp(H) + b through evaluations, by least squares."""
-    slope, b = np.polyfit(np.exp(curves["entropy"]), curves[score], 1)
+    slope, b = np.polyfit(np.exp(curves["entropy"]), curves["reward"], 1)
     return -slope, b
 
 
-def signs(axes: Axes, part: str) -> str:
+def signs(axes: Axes, part: str) -> pd.DataFrame:
     """Question 4: area and pass@8 with positive and negative advantages weighted."""
     measured = pd.read_csv(TABLES / part / "pass8.csv")
     sampled = measured[measured["arm"] != "base"]
     pass_at_8 = judged_table(sampled, "pass@8")
     family = judged(part)
-    bias = sampled.groupby("arm")["bias"].first()
-    runs, curves, _ = read(part)
-    chosen = runs.groupby("arm")["learning_rate"].first()
-    last = at_the_end(curves).groupby("arm")["entropy"].mean()
-    rows = []
+    last = at_the_end(read(part).curves).groupby("arm")["entropy"].mean()
+    rows = {}
     for scores, passed in zip(family.arms, pass_at_8.arms, strict=True):
-        arm = scores.arm
-        cells = [f"`{arm.rpartition(':')[2]}`", bias[arm], f"{chosen[arm]:g}"]
-        cells += score_cells(family, scores) + score_cells(pass_at_8, passed)
-        rows.append([*cells, f"{last[arm]:.3f}"])
-    base = measured["pass@8"][measured["arm"] == "base"]
-    draws = f"{len(base)} draws: {base.min():.3f} to {base.max():.3f}"
-    rows.append(["the base model", *[""] * 5, f"{base.mean():.3f}", draws, "", ""])
+        cells = [score_cell(family, scores), score_cell(pass_at_8, passed)]
+        rows[scores.arm.rpartition(":")[2]] = [*cells, f"{last[scores.arm]:.3f}"]
     forest(axes, family.against_reference, up=0.14)
     forest(axes, pass_at_8.against_reference, up=-0.14, hollow=True)
     title = f"{part[2:]}: area (filled) and pass@8 at the end (hollow)"
     describe(axes, title, "difference to rloo (grey band: within the margin)")
-    heads = ["arm", "measured bias", "own rate", *AREA_HEADS]
-    return table([*heads, "pass@8", "against rloo", "verdict", "entropy at the end"], rows)
+    return by_arm(rows, "area against rloo", "pass@8 against rloo", "entropy at the end")
 
 
 CLIPS = {
@@ -238,7 +211,7 @@ CLIPS = {
 """Ways to clip, each with a setting that is part of its arm's name. The arms of the plans have this order."""
 
 
-def clipping(axes: Axes, part: str) -> str:
+def clipping(axes: Axes, part: str) -> pd.DataFrame:
     """Question 5: the area of each way to clip, minus that without a ratio."""
     areas: dict[str, pd.Series] = {}
     rows: dict[str, list[str]] = {}
@@ -256,12 +229,10 @@ def clipping(axes: Axes, part: str) -> str:
                 against = signed(interval(clip["entropy"] - clips[".2"]["entropy"], 0.05))
             if name != "none":
                 areas[cell] = clip["area"] - clips["none"]["area"]
-            area, entropy = clip[["area", "entropy"]].mean()
-            rate = clip["learning_rate"].iloc[0]
-            rows[cell] = [cell, f"{rate:g}", f"{area:.3f}", f"{entropy:.3f}", against]
-    judge_cells(axes, areas, rows, 3, "area minus that without a ratio, each at its own rate")
-    heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
-    return table([*heads, "that minus that of .2 (exploratory, 95 %)"], rows.values())
+            rows[cell] = [f"{clip['learning_rate'].iloc[0]:g}", against]
+    judge_cells(axes, areas, rows, 1, "area minus that without a ratio, each at its own rate")
+    heads = ["own rate", "area against none", "entropy against .2 (exploratory, 95 %)"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("cell")
 
 
 LABELS = {
@@ -273,17 +244,16 @@ LABELS = {
 """The offset of a name from its point, so that names do not overlap; other names stand to the right."""
 
 
-def noise(axes: Axes, part: str) -> str:
+def noise(axes: Axes, part: str) -> pd.DataFrame:
     """Question 6: the noise of each arm beside its area, with the rank correlation over arms."""
     measured = pd.read_csv(TABLES / part / "noise.csv").set_index(["policy", "arm"])
     half_way = measured.loc["half way"]
-    rows = []
+    rows = {}
     for arm, area in areas(part).items():
         at_half = half_way.loc[arm]
         x = at_half["noise"]
-        cells = [marked(part, arm), at_half["bias"], f"{measured['noise']['start', arm]:.3g}"]
-        cells.append("{noise:.3g} [{low:.3g}, {high:.3g}]".format(**at_half))
-        rows.append([*cells, f"{area:.3f}"])
+        middle = "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**at_half)
+        rows[arm] = [f"{measured['noise']['start', arm]:.3g}", middle]
         colour = BLUE if at_half["bias"] == "exact" else ORANGE
         axes.plot(x, area, "o", color=colour)
         if arm in COPIES[part]:
@@ -298,11 +268,10 @@ def noise(axes: Axes, part: str) -> str:
     describe(axes, title, x_name, "area at its own rate")
     axes.set_xscale("log")
     axes.margins(x=0.15)
-    heads = ["arm", "declared bias", "noise at the start", "noise after 50 steps", "area"]
-    return table(heads, rows)
+    return by_arm(rows, "noise at the start", "noise after 50 steps")
 
 
-def lora(axes: Axes, part: str) -> str:
+def lora(axes: Axes, part: str) -> pd.DataFrame:
     """Question 7: the area over the rate for each rank, its peak, and the ends at the best rates."""
     full = read("7_lora").runs.query("not arm.str.contains('lora_r')")
     runs = pd.concat([full, read(part).runs]).drop_duplicates("path")
@@ -323,28 +292,28 @@ def lora(axes: Axes, part: str) -> str:
     scores = pd.concat(at_best)
     family = judged_table(scores, "area")
     last = judged_table(scores, "reward")
-    rows = []
+    alpha = "alpha = 32" if part == "7_lora_factor" else "alpha = 2 rank"
+    rows = {}
     for area, reward in zip(family.arms, last.arms, strict=True):
         best = peaks[area.arm]
-        cells = [area.arm, resampling(best), resampling(best / peaks["all weights"])]
-        rows.append([*cells, *score_cells(family, area), *score_cells(last, reward)])
-    alpha = "alpha = 32" if part == "7_lora_factor" else "alpha = 2 rank"
+        label = area.arm if area.arm == "all weights" else f"{area.arm}, {alpha}"
+        cells = [resampling(best), resampling(best / peaks["all weights"])]
+        rows[label] = [*cells, score_cell(family, area), score_cell(last, reward)]
     describe(axes, f"mean area at each rate, {alpha}", "learning rate", "area")
     axes.set_xscale("log")
     axes.legend(fontsize=8, frameon=False)
-    heads = ["arm", "best rate (95 %)", "divided by that of all weights"]
-    for score in ("area at its own rate", "reward at the end"):
-        heads += [score, "against all weights", "verdict"]
-    return table(heads, rows)
+    heads = ["best rate (95 %)", "ratio to all weights", "area against all weights"]
+    heads.append("reward at the end against all weights")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("arm")
 
 
-def actions(axes: Axes, part: str) -> str:
+def actions(axes: Axes, part: str) -> pd.DataFrame:
     """Question 8: the differences to rloo of an agent, and the rank correlation with sort_digits."""
-    text = rates(axes, part)
+    cells = rates(axes, part)
     correlation = correlations(areas("1_sort_digits"), areas(part), "1_sort_digits", part)
     title = f"{part[2:]}: rank correlation with sort_digits {correlation}"
     axes.set_title(title, loc="left", size=10)
-    return text
+    return cells
 
 
 def areas(part: str) -> pd.Series:

@@ -29,7 +29,7 @@ import pandas as pd
 import questions
 import tyro
 import yaml
-from judging import explain_colours
+from judging import explain_colours, table
 from matplotlib.figure import Figure
 from questions import STUDY, TABLES, judged, read
 
@@ -49,8 +49,8 @@ SECTIONS = {
     "8_actions": ("8_cartpole", "8_acrobot"),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
-and makes a table for each part. Questions 2 and 5 have one panel for several parts, and are named by the part that
-is run last."""
+and makes the cells of the table for each part. Questions 2 and 5 have one panel for several parts, and are named
+by the part that is run last."""
 
 
 def run(part: str) -> None:
@@ -131,7 +131,7 @@ def measure_noise(part: str) -> None:
 
 
 def rebuild(pages: Path, figures: Path) -> None:
-    """Write the tables of each page below their marks, and the figures."""
+    """Write the table of each page below its mark, and the figures."""
     figures.mkdir(exist_ok=True)
     first = Figure((8, 5.4), layout="constrained")
     answer.draw(first.subplots())
@@ -144,15 +144,28 @@ def rebuild(pages: Path, figures: Path) -> None:
         heights = (4.6, 2.4)[:down]  # inches; the second row has fewer arms
         figure = Figure((6 * across + 1, sum(heights) + 0.3), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).flat
+        cells = {}
         for axes, part in zip(panels, parts, strict=False):
-            mark = f"<!-- table {name} {part} -->\n"
-            body = getattr(questions, name[2:])(axes, part)
+            cells[part] = getattr(questions, name[2:])(axes, part)
             axes.spines[["top", "right"]].set_visible(False)
-            assert mark in text, f"{page.name} has no {mark}"
-            before, _, after = text.partition(mark)
-            text = f"{before}{mark}{body}\n" + re.sub(r"\A(\|.*\n)*", "", after)
-        page.write_text(text)
+        mark = f"<!-- table {name} -->\n"
+        assert mark in text, f"{page.name} has no {mark}"
+        before, _, after = text.partition(mark)
+        body = table(one_table(cells, below=name == "7_lora"))
+        page.write_text(f"{before}{mark}{body}\n" + re.sub(r"\A(\|.*\n)*", "", after))
         save(figure, figures / f"{name}.png")
+
+
+def one_table(cells: dict[str, pd.DataFrame], below: bool) -> pd.DataFrame:
+    """Join the cells of a page's parts: below each other, or beside each other with the name of each part."""
+    if below:
+        rows = pd.concat(cells.values())
+        return rows[~rows.index.duplicated()]
+    if len(cells) == 1:
+        return next(iter(cells.values()))
+    beside = pd.concat(cells.values(), axis="columns", keys=[part[2:] for part in cells])
+    beside.columns = [": ".join(names) for names in beside.columns]
+    return beside.fillna("")
 
 
 def save(figure: Figure, path: Path) -> None:
