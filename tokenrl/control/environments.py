@@ -253,7 +253,7 @@ def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Spa
 
 
 class Environments:
-    """Copies of one environment: observations are flat float32 vectors, actions are those of a policy.
+    """Copies of one environment: observations are flat float32 vectors, actions come from a policy.
 
     gymnasium's own wrappers for vectors go over the copies one by one, or need bounds on both sides.
     """

@@ -27,7 +27,7 @@ MOST_COPIES = 10**6
 
 
 def seed_of(seed: int, purpose: int, rollout: int = 0, *, evaluation: bool = False) -> int:
-    """Return the seed of one purpose in a run, which differs from those of other runs and purposes.
+    """Return the seed of one purpose in a run; other runs and purposes have other seeds.
 
     Args:
         seed: seed of the run.

@@ -218,7 +218,7 @@ class Policy(nn.Module):
         return Scored(logprobs, entropy, slopes.sum(-1).detach())
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Return all parameters but those of a separate critic."""
+        """Return all parameters except a separate critic's."""
         critic = set(self.value_parameters())
         return [parameter for parameter in self.parameters() if parameter not in critic]
 

@@ -48,8 +48,8 @@ def train_agent(
     Args:
         args: all settings as one object.
         agent: `classic` or `tuned`: start from this agent's settings (see `agent_settings`).
-        **options: the settings that differ from those of the agent, or without an agent from the defaults;
-            `estimator` may be the name of a preset.
+        **options: the settings that differ from the agent, or without an agent from the defaults; `estimator`
+            may be the name of a preset.
 
     Returns:
         The result of the run, with the trained policy and its evaluations.

@@ -41,18 +41,18 @@ class GridWorld(World):
     """Walk from the upper left corner of a grid to the lower right one.
 
     The cells are numbered row by row; cell 0 is the start and the last cell is the goal. A move into a wall
-    stays in its cell. The reward of a step is `step_reward`; that of the step into the goal is larger by
-    `goal_reward`, and this step ends the episode (terminated). After `time_limit` steps an episode is
+    stays in its cell. The reward of a step is `step_reward`; the reward of the step into the goal is larger
+    by `goal_reward`, and this step ends the episode (terminated). After `time_limit` steps an episode is
     truncated, unless that step reaches the goal.
 
     The observation is the cell as a one-hot vector, so that a linear softmax policy has one weight per
-    cell and action. By default the shortest path takes 6 steps and its return is 0.94; a uniform policy
-    reaches the goal in 56 % of episodes and its mean return is 0.187. Returns of paths that reach the goal
+    cell and action. By default the shortest path takes 6 steps and its return is 0.94. A uniform policy
+    reaches the goal in 56 % of episodes and has a mean return of 0.187. Returns of paths that reach the goal
     differ little, such as 0.94 and 0.90, compared with their size; that is why a baseline helps.
 
-    A decoy is one more cell that ends the episode, with a reward of its own. The environment `trap` is a grid
-    of 6 x 6 cells with a decoy of 0.5 in cell 1, one step to the right of the start. The return of this step
-    is 0.49, that of the shortest path to the goal, 10 steps, 0.90. A uniform policy ends in the decoy in
+    A decoy is one more cell that ends the episode, with another reward. The environment `trap` is a grid of 6
+    x 6 cells with a decoy of 0.5 in cell 1, one step to the right of the start. The return of this step is
+    0.49. The shortest path to the goal, 10 steps, has a return of 0.90. A uniform policy ends in the decoy in
     83.9 % of episodes and at the goal in 4.6 %, and its mean return is 0.340. Stepping down first, away from
     the decoy, and acting uniformly from there has a mean return of 0.210: the gradient points to the decoy.
 
@@ -261,10 +261,11 @@ class Walk(World):
     (terminated). Every other step has the reward `step_reward`. After `time_limit` steps the episode is
     truncated, unless that step terminates it.
 
-    By default the reward of a step is 0.01. Stepping to and fro for the whole episode has the return 0.5; the
-    straight path of eleven steps to the right has 1.1, and slower paths to the right up to 1.48. The mean
-    return of a uniform policy is 0.459, and 76 % of its episodes are truncated. With a step reward of -0.01,
-    which is the environment `costly_walk`, the straight path is the best, with a return of 0.9.
+    By default the reward of a step is 0.01. Stepping to and fro for the whole episode has the return 0.5. The
+    straight path of eleven steps to the right has the return 1.1, and slower paths to the right have up to
+    1.48. The mean return of a uniform policy is 0.459, and 76 % of its episodes are truncated. With a step
+    reward of -0.01, which is the environment `costly_walk`, the straight path is the best, with a return of
+    0.9.
 
     Actions: `Discrete(2)`, left, right. Observations: `Box(-1.1, 1.1, [4], float32)`, which are (x, 0, 0, 0).
     """

@@ -146,12 +146,12 @@ class Estimator(Axes):
             baseline_value: What the baseline's memory holds before this step, for 'running_mean', 'tracker' and
                 a memory of your own: one number, or one for each row [N].
             components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
-                components 'separate' each column has a baseline and a scale of its own, and `rewards` is ignored.
+                components 'separate' each column has its own baseline and scale, and `rewards` is ignored.
             component_weights: Weights by which the advantages of the functions are added [K]; None for 1. GDPO
                 (arXiv 2601.05242) whitens the sum over the step as well, which is a second scale.
             turns: Number of the turn of each action, from 0 and in order [N, T]; off the mask it may hold
                 anything. A reward off the mask belongs to the last turn that began before it, and to the first
-                turn if none did. The value of a turn is that of its first token.
+                turn if none did. The value of a turn is the value at its first token.
             max_length: The largest number of actions that a row may have, for overlong_buffer.
 
         Raises:
@@ -194,7 +194,7 @@ class Estimator(Axes):
     ) -> Float[Tensor, "N T"]:
         """Return the weight of every token of the whole step, by the aggregation.
 
-        The losses of slices add up to that of the step; `rows.token_weights` has the formulas.
+        The losses of slices add up to the loss of the step; `rows.token_weights` has the formulas.
 
         Args:
             mask: 1 where the token is an action of the policy [N, T].
@@ -224,8 +224,8 @@ class Estimator(Axes):
     ) -> Float[Tensor, ""]:
         """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
 
-        The weights already divide by the whole step, so the losses of slices add up to that of the step. A
-        row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
+        The weights already divide by the whole step, so the losses of slices add up to the loss of the step.
+        A row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
         inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
         `logprobs`, `entropy`, `centres` and `token_kl` carry a gradient.
 

@@ -20,7 +20,7 @@ TO_GO: Fields = {"returns": "reward_to_go"}
 
 
 class Preset(NamedTuple):
-    """The fields that a preset sets, all others being those of RLOO, and what it follows.
+    """The fields in which a preset differs from RLOO, and what it follows.
 
     Attributes:
         fields: the fields with their values.

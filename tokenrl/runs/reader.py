@@ -54,7 +54,7 @@ class Tabled:
 
 @dataclass(frozen=True, repr=False)
 class Outcome(Tabled):
-    """The result of a run; each training adds fields of its own. It is shown as a small table.
+    """The result of a run; each kind of training adds its fields. It is shown as a small table.
 
     Attributes:
         output_dir: the run directory.

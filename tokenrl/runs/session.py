@@ -168,10 +168,10 @@ class Session:
         Args:
             args: the complete settings, a dataclass, with the directory in `output_dir`.
             model: what is trained.
-            provenance: what the run is made from, which is compared with that of the checkpoint.
+            provenance: what the run is made from, which is compared with the checkpoint's.
             parts: whatever else has a state that a checkpoint must hold, by name.
             header: the rest of the header, by name.
-            names: by field, the text that stands in config.json for an object given from Python.
+            names: by field, the text in config.json for an object given from Python.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
@@ -282,7 +282,7 @@ class Session:
         self.training_seconds += self.step_seconds
 
     def rate(self, count: float) -> float:
-        """Return the number per second of things of which all updates so far have processed `count`."""
+        """Return the rate per second of things; all updates so far have processed `count` of them."""
         return count / max(self.training_seconds, 1e-9)
 
     @property

@@ -54,9 +54,9 @@ def judge_scores(
     with long tails, and rare failures that are not declared: recipes/pages/explain/verdicts.md has the rates.
 
     Args:
-        table: rows with the columns `arm`, `seed` and `score`, if there are several `problem` (or `task`),
-            and if you like `failed`: mappings, tuples (arm, seed, score) or (arm, seed, score, problem), a
-            data frame, or the path of a CSV file.
+        table: rows with the columns `arm`, `seed` and `score`; `problem` (or `task`) if there are several,
+            and `failed` if you like. They are mappings, tuples (arm, seed, score) or (arm, seed, score,
+            problem), a data frame, or the path of a CSV file.
         metric: name of the score. It is also the name of its column if there is no column `score`.
         reference: the arm that the others are compared with; None for the first.
         margin: smaller differences count as none. A number, or numbers by problem; None for no equivalence.
@@ -70,8 +70,8 @@ def judge_scores(
         Families of comparisons, one per problem.
 
     Raises:
-        Refused: a row cannot be read, a score is not finite or given twice, there is one arm only, the
-            reference or a problem of `margin` does not exist, or two arms have no seed in common.
+        Refused: a row cannot be read, or a score is not finite or given twice. Also if there is one arm only,
+            two arms have no seed in common, or the reference or a problem of `margin` does not exist.
 
     Example:
         >>> from tokenrl.lab import judge_scores

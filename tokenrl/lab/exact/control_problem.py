@@ -68,8 +68,8 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
     Args:
         seed: Seed of everything that is drawn.
         one_start: Always start in state 0, which halves the number of trajectories.
-        even: Whether all probabilities, also those of actions, are 1/2, so that one step can hold every
-            trajectory in exact proportion.
+        even: Whether all probabilities are 1/2, also of actions, so that one step can hold every trajectory
+            in exact proportion.
 
     Raises:
         Refused: The seed has more than 32 bits.

@@ -18,11 +18,12 @@ from tokenrl.lab.exact.problems import Problem
 
 
 class WhichObjective(NamedTuple):
-    """How an expected gradient compares with those of two objectives.
+    """How an expected gradient compares with the gradients of two objectives.
 
     Attributes:
         undiscounted: Comparison with the gradient of `J_1 = E[sum_t r_t]`.
-        discounted: Comparison with that of `J_gamma = E[sum_t gamma^t r_t]`, with the estimator's gamma.
+        discounted: Comparison with the gradient of `J_gamma = E[sum_t gamma^t r_t]`, with the estimator's
+            gamma.
     """
 
     undiscounted: Moments
@@ -41,12 +42,12 @@ class WhichObjective(NamedTuple):
 
 
 def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
-    """Compare an estimator's expected gradient with those of the return and of the discounted return.
+    """Compare an estimator's expected gradient with the gradients of the return and of the discounted return.
 
     Discounting rewards from the first step on (`total`) gives the gradient of `J_gamma`. Discounting them
     from each action on (`reward_to_go`, `gae`) gives `E[sum_t s_t G_t]`, with s_t the score of an action and
-    G_t the discounted return from it, where `J_gamma` has `E[sum_t gamma^t s_t G_t]`: in general this is the
-    gradient of no objective (Nota and Thomas 2020, arXiv 1906.07073).
+    G_t the discounted return from it. The gradient of `J_gamma` is `E[sum_t gamma^t s_t G_t]`. Without the
+    factor this is in general the gradient of no objective (Nota and Thomas 2020, arXiv 1906.07073).
 
     Args:
         estimator: Any estimator.

@@ -37,7 +37,7 @@ FLOAT32_TOLERANCE = 1e-5
 class Moments:
     """First and second moments of the ascent gradient g of one step, and the gradient of the objective J.
 
-    P is the number of prompts and D that of parameters; both gradients are sums over prompts.
+    P is the number of prompts and D the number of parameters; both gradients are sums over prompts.
 
     Attributes:
         mean: E[g], the contribution of each prompt's rows [P, D].
@@ -129,8 +129,8 @@ def exact_moments(
     Args:
         estimator: Its `advantages`, `token_weights` and `loss` are called as in the first update of training.
         problem: All completions, their probabilities and their scores. If it has a sampler, this draws the
-            completions, and the gradient of J is still that of the policy.
-        group_size: G, if not that of the problem.
+            completions, and the gradient of J is still the policy's.
+        group_size: G; by default the problem's.
         chunk: Number of steps computed at once; changes memory only.
 
     Raises:

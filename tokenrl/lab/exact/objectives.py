@@ -51,10 +51,10 @@ def prompt_weight(
 ) -> Float[Tensor, ...]:
     """Return the weight w of a prompt's gradient by its success rate p, on rewards of 0 and 1: `w(p) grad p`.
 
-    An advantage made of the rewards of the group is f(r, K), with K successes among the G - 1 other rows, and
-    the expected gradient is w(p) grad p with `w(p) = E[f(1, K) - f(0, K)]`, K ~ Binomial(G - 1, p). The
-    objective is the integral of w. The advantages are those of `Estimator.advantages`, for a step of this
-    group alone, with one token per row.
+    An advantage made of the rewards of the group is f(r, K), with K successes among the G - 1 other rows. The
+    expected gradient is w(p) grad p with `w(p) = E[f(1, K) - f(0, K)]`, K ~ Binomial(G - 1, p). The objective
+    is the integral of w. `Estimator.advantages` gives the advantages, for a step of this group alone, with
+    one token per row.
 
     Args:
         estimator: The estimator, or the name of a preset.
@@ -62,7 +62,7 @@ def prompt_weight(
         group_size: G, completions per prompt, from 2 to 1024.
 
     Returns:
-        The weight for each success rate, float64: 1 everywhere if the gradient is that of E[R].
+        The weight for each success rate, float64: 1 everywhere if the gradient is the gradient of E[R].
 
     Raises:
         Refused: When the estimator needs more than rewards, or larger groups.

@@ -137,15 +137,15 @@ class Problem:
     ) -> Tensor:
         """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt [P, D].
 
-        R includes the penalty on long completions, if there is one, and the mean reward that would follow a
-        truncation: then the gradient is that through the steps before it, with the policy held fixed after
-        it. With gamma < 1 the rewards are discounted from the first step; the other terms are not.
+        R includes the penalty on long completions, if there is any, and the mean reward that would follow a
+        truncation. The policy after a truncation is held fixed, so the gradient passes through the steps
+        before it only. With gamma < 1 the rewards are discounted from the first step; the other terms are
+        not.
 
-        J is the mean over prompts, and KL and H are those of whole completions. By the log-derivative trick
-        the gradient is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of the
-        scores; the derivatives of l and of log pi themselves have mean zero. If an estimator is passed, its
-        objective stands in place of E[R], and the derivative of the objective in the probability of the
-        completion in place of R.
+        J is the mean over prompts; KL and H belong to whole completions. By the log-derivative trick the
+        gradient is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of the
+        scores. The derivatives of l and of log pi themselves have mean zero. The objective of an estimator
+        that is passed replaces E[R], and its derivative in the probability of the completion replaces R.
         """
         log_pi = self.logprobs.sum(-1)
         log_ref = self.ref_logprobs.sum(-1)
@@ -222,7 +222,7 @@ def tabular_problem(
         name: Name of the problem; made from the other arguments if empty.
         prompts: Number of prompts.
         group_size: Completions per prompt in one step.
-        vocabulary: Number of tokens, of which token 0 ends a completion.
+        vocabulary: Number of tokens; token 0 ends a completion.
         length: Largest number of tokens of a completion.
         rewards: 'binary' (0 or 1), 'graded' (three levels), 'continuous', or 'dense' (one per token).
         shared: Whether prompts share parameters, added to logits of their own; otherwise each prompt has its
@@ -230,7 +230,7 @@ def tabular_problem(
         true_values: Whether the critic is V^pi, the expected reward to go, instead of a random function of
             the prefix.
         logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
-        sampler: Makes the logits of the sampler [P, S, V] from those of the policy; None for the policy.
+        sampler: Makes the sampler's logits [P, S, V] from the policy's; None for the policy.
         rows: The completions, if they are not all that `vocabulary` and `length` allow.
     """
     rows = all_completions(vocabulary, length) if rows is None else rows

@@ -31,7 +31,7 @@ NEVER = -1e4
 
 @dataclass(frozen=True)
 class Perturbation(Distribution):
-    """How the sampler's logits differ from those of the policy: noise first, then a `Distribution`."""
+    """How the sampler's logits differ from the policy's: noise first, then a `Distribution`."""
 
     noise: NonNegative = 0.0
     """Standard deviation of the normal noise on each logit, drawn once and then fixed."""
@@ -56,7 +56,7 @@ class Perturbation(Distribution):
             ) from error
 
     def logits(self, logits: Tensor, seed: int) -> Tensor:
-        """Return the sampler's logits [..., V], from those of the policy and the seed of the noise."""
+        """Return the sampler's logits [..., V], from the policy's logits and the seed of the noise."""
         draw = torch.Generator().manual_seed(seed)
         noise = torch.randn(logits.shape, generator=draw, dtype=torch.double)
         logits = self.truncated((logits + self.noise * noise) / self.temperature)
@@ -92,7 +92,7 @@ def measure_off_policy(
     """Find out along which gradient an estimator is on average, if the sampler differs from the policy.
 
     Args:
-        estimator: Any estimator, without a memory of its own.
+        estimator: Any estimator without a memory.
         problems: Problems with a sampler; by default five, with noise, a temperature, or both.
 
     Raises:

@@ -37,7 +37,7 @@ GRADED = (choices.EXACT, choices.UP_TO_SCALE, choices.PER_PROMPT, choices.ASYMPT
 
 @dataclass(frozen=True)
 class Claim:
-    """A status that is declared, and the one that enumeration finds."""
+    """A status that is declared, and the status that enumeration finds."""
 
     declared: str
     found: str
@@ -55,7 +55,7 @@ class Claim:
 
 @dataclass(frozen=True, repr=False)
 class Verdict(Claim):
-    """The bias status that an estimator declares, and the one that enumeration finds; shown in one line.
+    """The bias status that an estimator declares, and the status that enumeration finds; shown in one line.
 
     Attributes:
         declared: The estimator's `bias_status`.
@@ -121,21 +121,21 @@ def measure_bias(
     The status is `exact`, `exact_up_to_scale` or `exact_per_prompt` if that holds on every problem, to a
     relative 1e-9 (1e-5 with a baseline of your own, which may compute in float32). Otherwise limit problems
     decide. Their probabilities have a common denominator, so a finite step contains each group as often as it
-    is drawn. The status is `asymptotic` if each of them shows the bias in a step of one group per prompt, and
-    the direction of the gradient approaches that of J as 1/N in two larger steps. Else it is `biased`: a bias
-    that the limit problems do not show may stay.
+    is drawn. The status is `asymptotic` on two conditions. Each problem shows the bias in a step of one group
+    per prompt, and in two larger steps the gradient approaches the direction of J's gradient as 1/N. Else it
+    is `biased`: a bias that the limit problems do not show may stay.
 
     A better status that is declared for rewards of 0 and 1 is measured on problems with such rewards. With
-    another objective than the mean reward the gradient is also compared with that of E[R].
+    another objective than the mean reward the gradient is also compared with the gradient of E[R].
 
     This is no proof: a bias that no problem shows stays hidden. `Verdict.tried` says how large the problems
     were.
 
     Args:
-        estimator: Any estimator, also one whose bias is unknown, or the name of a preset. A baseline of your
-            own must work under `torch.vmap` (no `.item()`, no branch on a value) and have no memory of
-            earlier calls: given the past, a memory that is updated after use is a constant, so measure it
-            with its memory held fixed.
+        estimator: Any estimator, also one whose bias is unknown, or the name of a preset. Your own baseline
+            must work under `torch.vmap` (no `.item()`, no branch on a value) and have no memory of earlier
+            calls. Given the past, a memory that is updated after use is a constant: measure the baseline with
+            its memory held fixed.
         problems: Problems to use instead of `default_problems()` and `wide_problems()`; the first is the main
             one.
         group_size: Completions per prompt in your training, 2 to 15; one of the wide problems has groups of

@@ -45,11 +45,11 @@ class SampleArguments(
 ):
     """Complete the prompts given, or prompts read line by line, and print them with their rewards.
 
-    For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
-    task with its data, its reward and the length of completions. With --task for another task only the
-    length is the run's, unless the task has a limit of its own. If the run's task or reward cannot be used,
-    completions have no rewards. Code that the run names is executed only if you trained the run with it
-    yourself, or with --trust-run.
+    With the directory of a run, its `model/` or a checkpoint, the task with its data, its reward and the
+    length of completions are the run's unless you give them. With --task for another task only the length is
+    the run's, unless that task has a limit. If the run's task or reward cannot be used, completions have no
+    rewards. Code that the run names is executed only if you trained the run with it yourself, or with
+    --trust-run.
     """
 
     model: str = ""
@@ -73,12 +73,12 @@ class SampleArguments(
 class EvaluateArguments(OpenTaskArguments, PromptArguments, LoadingArguments, TrustArguments):
     """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions.
 
-    For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
-    task with its data, its reward and the length of completions, the distribution of tokens (temperature,
-    top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the seed and the
-    length are the run's, and of these not the length if the task has a limit of its own. Several runs must
-    agree, but for their seeds, of which the first counts. Code that a run names is executed only if you
-    trained the run with it yourself, or with --trust-run.
+    With the directory of a run, its `model/` or a checkpoint, the settings of that run hold unless you give
+    others. They are the task with its data, its reward, the length of completions, the distribution of tokens
+    (temperature, top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the
+    seed and the length are the run's; a limit of that task replaces the length. Several runs must agree,
+    except in their seeds: the first seed counts. Code that a run names is executed only if you trained the
+    run with it yourself, or with --trust-run.
     """
 
     model: str | tuple[str, ...] = ""

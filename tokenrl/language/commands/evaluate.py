@@ -69,9 +69,9 @@ def evaluate(
         **options: the fields of `EvaluateArguments`.
 
     Returns:
-        For one model its metrics and greedy completions. The metrics are those of `evaluate_policy`, and with
-        `best_of` those of `best_of_n_metrics`. For a list or tuple of models a dict of these by model, in its
-        order; the metrics of every model but the first also have those of `paired_differences` to the first.
+        For one model its metrics and greedy completions. `evaluate_policy` lists the metrics; `best_of` adds
+        `best_of_n_metrics`. For a list or tuple of models a dict of these by model, in its order. The metrics
+        of every model but the first also have its `paired_differences` to the first.
 
     Raises:
         Refused: a model, the reference, the task or a reward cannot be used, or a number is out of range.

@@ -154,7 +154,7 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     """Probability that best-of-n chooses each sample, if its n samples are drawn from the pool.
 
     They are drawn without replacement. The i-th smallest reward (counted from 1) is the highest of n in
-    `C(i-1, n-1)` of the `C(N, n)` subsets; samples with equal proxy rewards, such as copies of one text, are
+    `C(i-1, n-1)` of the `C(N, n)` subsets. Samples with equal proxy rewards, such as copies of one text, are
     chosen with equal probability. Therefore `weights @ gold` is an unbiased estimate of the expected gold
     reward of best-of-n; for n = 1 it is the mean.
 

@@ -90,13 +90,12 @@ def evaluate_policy(
         scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
-        The metrics, with standard errors over prompts (`..._stderr`), those of rewards only if there are
-        reward functions: `reward_greedy`;
-        of the sampled completions, or of the greedy ones if none are sampled, `completions/mean_length` in
-        tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy` in nats per token, and with
-        environments `episodes/turns` and the share of each ending, `episodes/{ending}`; and of the sampled
-        completions `reward`, `pass@k` if the rewards have a `pass_threshold`, `best@k` unless they are
-        binary, where it is the same, and with a reference `kl` and `kl_k3`.
+        The metrics, with standard errors over prompts (`..._stderr`): `reward_greedy`;
+        `completions/mean_length` in tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy`
+        in nats per token. With environments also `episodes/turns` and the share of each ending,
+        `episodes/{ending}`. If nothing is sampled, these describe the greedy completions. Of sampled
+        completions also `reward`, `pass@k` if the rewards have a `pass_threshold`, and `best@k` unless they
+        are binary. With a reference also `kl` and `kl_k3`. Without reward functions those of rewards are left out.
 
     Raises:
         Refused: there are no prompts, a prompt is too long, a k is larger than the number of generations, or

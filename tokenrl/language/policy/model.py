@@ -92,8 +92,8 @@ class Policy:
             tools: functions with type hints and docstrings, which the chat template describes to the model.
 
         Raises:
-            Refused: the chat template or the form does not fit the prompt, the prompt is text and there are
-                tools, or it is empty and the tokenizer has no BOS.
+            Refused: the chat template or the form does not fit the prompt. Also if the prompt is text and
+                there are tools, or is empty and the tokenizer has no BOS.
         """
         tokenizer = self.tokenizer
         prompt = formed(prompt, self.form)
@@ -133,7 +133,7 @@ class Policy:
         """Token ids to append to a sampled turn, so that the policy reads an answer to it and writes on.
 
         Args:
-            messages: those of the answer, of the user or of tools.
+            messages: messages of the answer, of the user or of tools.
             ended: whether the sampled turn ended with an EOS.
             chat: whether the prompt is chat messages. Text is appended as it stands.
             tools: the tools of the environment.
@@ -168,14 +168,14 @@ class Policy:
         truncate: bool | None = False,
         locations: Sequence[str] = (),
     ) -> list[list[int]]:
-        """Token ids of many prompts, each of which leaves room for a completion in the model's context.
+        """Token ids of many prompts; each leaves room for a completion in the model's context.
 
         Args:
             prompts: B prompts, strings or lists of chat messages.
             max_completion_length: the most tokens that a completion may have.
             truncate: drop tokens from the left of a prompt that is too long, instead of refusing it. None:
                 neither the prompt nor its completion can be changed, as in a demonstration.
-            locations: where each prompt stands in the data, for the message of a refusal.
+            locations: the place of each prompt in the data, for the message of a refusal.
 
         Raises:
             Refused: a prompt and its completion could exceed the context, or `encode` refuses a prompt.
@@ -285,13 +285,13 @@ def load_policy(
 
     Args:
         name_or_path: local directory or hub name. The directory of a run means its saved model, asked as there.
-        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the one the checkpoint was saved in.
+        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the checkpoint's dtype.
         trust_remote_code: run Python code that is shipped with the model.
         merge_adapter: False leaves an adapter apart from its base, so that it alone can be trained on.
 
     Raises:
-        Refused: the model or its tokenizer cannot be loaded, they do not fit each other, weights are missing,
-            a file is damaged, an adapter was trained on another base, or `dtype` is unknown.
+        Refused: the model or its tokenizer cannot be loaded, or they do not fit each other. Also if weights
+            are missing, a file is damaged, an adapter was trained on another base, or `dtype` is unknown.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file

@@ -161,18 +161,18 @@ def make_backbone(
 def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     """Make a trainable reward model.
 
-    If the source has no head, a new one is drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020, arXiv
-    2009.01325), so that rewards start near 0 and the predicted probabilities near 1/2.
+    If the source has no head, a new head is drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020, arXiv
+    2009.01325). Rewards then start near 0 and the predicted probabilities near 1/2.
 
     Args:
-        source: a directory (that of a run means the model that it saved) or hub name of a causal language
-            model or of a classifier with one label; a `Policy`; or a pair of such a model and its tokenizer.
-            A causal language model in memory is copied; a classifier in memory is used itself.
+        source: a directory or hub name of a causal language model or of a classifier with one label; a
+            `Policy`; or a pair of such a model and its tokenizer. The directory of a run means the model that
+            it saved. A causal language model in memory is copied; a classifier in memory is used itself.
         seed: seed of a new head.
 
     Raises:
-        Refused: the source cannot be loaded, has another number of labels or an adapter, lacks weights of
-            the backbone, or its tokenizer has neither a pad nor an EOS token.
+        Refused: the source cannot be loaded, has another number of labels or an adapter, or lacks weights of
+            the backbone. Also if its tokenizer has neither a pad nor an EOS token.
     """
     check_seed(seed)
     if isinstance(source, Policy):

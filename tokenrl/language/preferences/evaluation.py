@@ -72,14 +72,13 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
 
     Returns:
         `accuracy`: share of pairs in which the chosen completion has the higher reward. `accuracy_stderr`:
-        its standard error, clustered by prompt, because pairs of one prompt may be alike (absent with a
-        single prompt).
+        its standard error, clustered by prompt (absent with a single prompt).
         `loss`: mean of -log sigmoid(r_chosen - r_rejected), without margin, centring or smoothing; it is
         log 2 for a model that knows nothing. `margin`: mean difference of the rewards. `calibration_error`:
         see `expected_calibration_error`.
         If all pairs have gold rewards: `gold_agreement`, the accuracy against the order of the gold rewards,
-        over the pairs in which they differ; and `noise_ceiling`, the accuracy of the gold rewards themselves
-        on these labels, which a reward model exceeds only by chance.
+        where they differ. `noise_ceiling`, the accuracy of the gold rewards on these labels, which a reward
+        model exceeds only by chance.
     """
     difference = rewards[:, 0] - rewards[:, 1]  # [N]
     right = _right(difference)

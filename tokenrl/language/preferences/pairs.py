@@ -34,7 +34,8 @@ class Pair:
         prompt: text, or a list of chat messages.
         chosen: the better completion, text or chat messages like the prompt.
         rejected: the other completion.
-        margin: by how much the reward of `chosen` should exceed that of `rejected`; None without that column.
+        margin: by how much the reward of `chosen` should exceed the reward of `rejected`; None without that
+            column.
         gold: gold rewards of `chosen` and `rejected`; None without those columns.
     """
 

@@ -39,16 +39,16 @@ def make_preferences(
 
         P(first chosen) = sigmoid((g_1 - g_2) / noise_temperature)
 
-    At temperature 0 the better completion is always chosen, and pairs with equal gold rewards are left out;
-    above 0 such a pair is decided by a fair coin, as the formula says. Pairs of identical text, and pairs
-    with a completion for which the gold reward abstained, are always left out.
+    At temperature 0 the better completion is always chosen, and pairs with equal gold rewards are left out.
+    Above 0 a fair coin decides such a pair, as the formula says. Pairs of identical text, and pairs with a
+    completion for which the gold reward abstained, are always left out.
 
     Args:
         policy: samples the completions.
         prompts: rows with a `prompt`; other columns reach the gold reward.
         gold_rewards: a `Rewards`, or one reward function or several.
         sampling: how completions are sampled. Two completions of a prompt make a pair, so `num_generations`
-            must be even. Its seed is also that of the noise.
+            must be even. Its seed is also the seed of the noise.
         noise_temperature: noise of the choice, in units of the gold reward.
         batch_size: completions sampled at a time; changes memory only.
 

@@ -78,8 +78,8 @@ class Generator(Protocol):
         Args:
             prompt_ids: ids of B prompts, of any lengths.
             sampling: length limit, distribution of tokens, and number of completions per prompt.
-            draws: uniforms [B * G, T] to draw the tokens with, or None for greedy completions. An engine with
-                random numbers of its own ignores their values, and only checks whether `draws` is None.
+            draws: uniforms [B * G, T] to draw the tokens with, or None for greedy completions. An engine that
+                draws its own random numbers ignores their values, and only checks whether `draws` is None.
 
         Returns:
             A `Rollout` of N = B * G rows, which end at an EOS of the policy or where one of its stop strings
@@ -153,7 +153,7 @@ class TransformersGenerator:
         """Do nothing, because the policy's own weights are sampled from."""
 
     def close(self) -> None:
-        """Do nothing, because the generator holds nothing of its own."""
+        """Do nothing, because the generator has nothing to release."""
 
 
 def _decode(

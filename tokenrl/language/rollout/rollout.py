@@ -38,13 +38,13 @@ class Rollout:
         prompt_index: number of each row's prompt in the data, or in the list given to the generator [N].
         completion_ids: sampled ids, padded on the right [N, T].
         mask: True on actions, which are the tokens up to and including the first EOS, or the
-            first that completes a stop string [N, T]. Of several turns, those of every turn; the tokens of
-            the environment between them are no actions.
+            first that completes a stop string [N, T]. Of several turns, the tokens of every turn; the tokens
+            of the environment between them are no actions.
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
-            An engine with kernels or weights of its own reports others, and a KL is the policy's.
+            An engine with other kernels or weights reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
         score_norms: squared norm of the score of each action in logit space, `1 - 2 p(a) + sum_v p(v)^2`
             [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the norm in the
@@ -54,8 +54,8 @@ class Rollout:
             was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
         turns: number of the turn of each action, from 0 [N, T]; this column and the next five are None
             without an environment.
-        turn_rewards: rewards in time [N, T]: those of the environment at the last action of their turn, those
-            of functions at the last action of the row.
+        turn_rewards: rewards in time [N, T]: rewards of the environment at the last action of their turn,
+            rewards of functions at the last action of the row.
         messages: what the policy and the environment wrote, N lists of chat messages.
         endings: how each episode ended, N names of `ENDINGS`.
         failures: what failed in each episode, N texts, empty without a failure.
@@ -65,8 +65,8 @@ class Rollout:
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
         valid: False where every function abstained [N].
         logs: what reward functions gave to `log_extra` for each row, N mappings.
-        logged: not a column: for each call of the reward functions the means of what they gave to
-            `log_metric`, and the number of rows; rows that were replaced since count too.
+        logged: not a column: for each call of the reward functions the means of their values for
+            `log_metric`, and the number of rows. Rows that were replaced since count too.
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
         values: the critic's value of the state before each action [N, T]; None without a critic.
         greedy_rewards: reward of the greedy completion of each row's prompt [N].

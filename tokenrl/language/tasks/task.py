@@ -41,8 +41,8 @@ from tokenrl.settings import arguments, check_seed, shown
 class Task(Protocol):
     """The attributes that training needs of a task.
 
-    Further attributes are optional: demonstrations, recommended settings, `pass_threshold`, the least
-    reward of a right completion, and `environment`, which makes an episode of several turns of each row; then
+    Further attributes are optional: demonstrations, recommended settings, `pass_threshold` (the least reward
+    of a right completion), and `environment`. The last makes an episode of several turns of each row; then
     the reward may be an empty list.
 
     Attributes:
@@ -117,9 +117,9 @@ def load_task(
         seed: seed of the choice of evaluation rows.
         chat: make prompts of a dataset that are text messages of the user.
         options: fields of `DataArguments`: `prompt_column`, `prompt_template`, `split`, `eval_split`,
-            `eval_size` and `environment`. Rows of a dataset that are evaluated on have distinct prompts;
-            those held out of the training split are at most a fifth of its prompts (with `eval_size` half of
-            them), and rows with one of these prompts leave the training set.
+            `eval_size` and `environment`. Held-out rows of a dataset have distinct prompts. If they come from
+            the training split, they are at most a fifth of its prompts (with `eval_size` half of them). Rows
+            with one of these prompts leave the training set.
 
     Raises:
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text

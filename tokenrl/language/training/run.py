@@ -52,9 +52,9 @@ class RunResult(Outcome):
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`,
-            `environment-fails` (episodes of the last evaluation failed). Of a check, a
-            short name for each problem and then for each remark, such as `no-signal` (all rewards are
-            equal); the exit code is 2 if there was a problem.
+            `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
+            problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
+            if there was a problem.
         warm_started: what `warm_start` found; empty without such a stage.
         policy: the trained policy, with the weights that are in model/.
     """
