@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import which
 from threading import Thread
-from urllib.parse import unquote, urldefrag
+from urllib.parse import quote_plus, unquote, urldefrag
 
 import pytest
 
@@ -22,6 +22,15 @@ ROOT = Path(__file__).parents[1]
 SITE, PAGES = ROOT / "recipes" / "site", ROOT / "recipes" / "pages"
 FILES = sorted(path.relative_to(ROOT) for path in PAGES.rglob("*.md"))
 SIZES = [(1280, 900), (390, 800)]
+ERRANDS = {
+    "flag that bounds completions": "reference/train.html",
+    "how many seeds": "guides/compare.html",
+    "resume": "guides/resume.html",
+    "what does a run leave": "reference/run_directory.html",
+    "use a GPU": "guides/gpu.html",
+    "units of metrics": "reference/metrics.html",
+}
+"""What a new user types into the search, and the page that answers it."""
 
 
 @pytest.mark.skipif(
@@ -29,6 +38,7 @@ SIZES = [(1280, 900), (390, 800)]
 )
 def test_the_reference_is_what_the_code_says():
     pages = runpy.run_path(str(SITE / "reference.py"))["pages"]()
+    assert "4 equivalent" in pages["papers.md"], "the index by paper has no verdicts of the study"
     for name, text in pages.items():
         assert (PAGES / "reference" / name).read_text(encoding="utf-8") == text, (
             f"run python recipes/site/reference.py; {name} is not what it makes"
@@ -123,12 +133,19 @@ def test_the_site_works_in_a_browser_and_asks_no_other_machine(site):
                 wide = page.evaluate("document.documentElement.scrollWidth")
                 assert wide <= width + 1, f"{path.name} is {wide} pixels wide on {width}"
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto(home)
+        page.goto(home, wait_until="networkidle")
         page.keyboard.press("Control+k")
-        page.keyboard.type("group_std")
+        box = page.get_by_role("combobox", name="Search")
+        box.fill("group_std", timeout=10_000)
         count = page.get_by_text(re.compile(r"^\d+ results$"))
         count.wait_for(timeout=10_000)
         assert int(count.inner_text().split()[0]) > 5
+        for words, right in ERRANDS.items():
+            box.fill(words)
+            found = page.locator(f"a[href*='h={quote_plus(words)}']")
+            found.first.wait_for(timeout=10_000)
+            first = [link.get_attribute("href") for link in found.all()[:3]]
+            assert any(right in link for link in first), f"{words}: {first}"
         browser.close()
     server.shutdown()
     assert [url for url in requests if not url.startswith((home, "data:", "blob:"))] == []

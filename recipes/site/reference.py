@@ -132,15 +132,16 @@ def presets_page() -> str:
 
 
 def verdicts(question: str) -> dict[str, str]:
-    """Return the verdicts of a page of the study on each arm, over its tables: `3 equivalent, 1 worse`.
+    """Return the verdicts of a page of the study on each arm, over its tasks: `3 equivalent, 1 worse`.
 
-    The first verdict of a row counts: the arm against RLOO in area, each at its own learning rate.
+    A cell ends with the verdict on the area against RLOO, the arm of which it is a copy, and the learning rate.
     """
     text = (STUDY / "questions" / f"{question}.md").read_text(encoding="utf-8")
     found: dict[str, Counter[str]] = defaultdict(Counter)
-    row = rf"^\| `(\w+)`([^|]*)\|.*?\| ({'|'.join(VERDICTS)}) \|"
-    for name, mark, verdict in re.findall(row, text, re.MULTILINE):
-        found[name][f"{verdict} (copy)" if mark.strip() else verdict] += 1
+    cell_end = re.compile(rf"\] ({'|'.join(VERDICTS)})( [=≈] \w+)?, at ")
+    for name, cells in re.findall(r"^\| `(\w+)` \|(.*)$", text, re.MULTILINE):
+        for verdict, copy in cell_end.findall(cells):
+            found[name][f"{verdict} (copy)" if copy else verdict] += 1
     return {
         name: ", ".join(f"{number} {verdict}" for verdict, number in sorted(counter.items()))
         for name, counter in found.items()
@@ -190,10 +191,10 @@ def papers_page() -> str:
         "Defaults of toolkits are on [a page of their own](../explain/defaults.md)."
     )
     tables = (
-        "The last column counts verdicts of [the study](../../study/README.md) on tiny models and toy tasks: the area "
-        "against RLOO, each arm at its own learning rate. *Equivalent* is within .02, or 25 for agents, and a *copy* "
-        "is another arm up to a factor: see [words](../../study/method.md#words). Links lead to the tables and their "
-        "limits."
+        "The last column counts verdicts of [the study](../../study/README.md), on tiny models and toy tasks. They "
+        "judge the area against RLOO's, each arm at its own learning rate. *Equivalent* is within .02, or 25 for "
+        "agents. A *copy* is another arm up to a factor ([words](../../study/method.md#words)). Links lead to the "
+        "tables and their limits."
     )
     return page("Index by paper", about, tables, table(head, rows))
 
@@ -208,7 +209,9 @@ def metrics_page() -> str:
         "What `metrics.jsonl`, `timings.jsonl`, `summary.json` and `tokenrl evaluate` hold. Metrics of held-out "
         "prompts begin with `eval_`, and `NAME_stderr` is the standard error of `NAME`."
     )
-    return page("Metrics", about, table(("name", "unit", "better", "meaning"), rows))
+    return page(
+        "Metrics and their units", about, table(("name", "unit", "better", "meaning"), rows)
+    )
 
 
 def documented(thing: Any) -> str:
