@@ -413,9 +413,7 @@ def test_the_page_of_defaults_says_what_the_code_does(tmp_path, monkeypatch, cap
     toolkits = {name: preset for name, preset in PRESETS.items() if preset.beyond}
     assert presets == [*toolkits, "dr_grpo", "rloo"]
     written = [line for line in path.read_text().splitlines() if line.startswith("| `")]
-    assert len(written) == 2 + len(toolkits) and set(written) < set(lines)
-    for name, preset in toolkits.items():
-        assert f"| `{name}` | {preset.beyond} |" in lines
+    assert len(written) == 2 and set(written) < set(lines)
     ((_, settings, _),) = [block for block in blocks(page) if block[0] == "yaml"]
     Path("grpo.yaml").write_text(settings)
     assert main(["lab", "exact", "--trl-config", "grpo.yaml"]) == 0

@@ -121,14 +121,17 @@ def axes_page() -> str:
 
 
 def presets_page() -> str:
-    """Return the page of all presets with their fields, paper and declared bias."""
+    """Return the page of all presets: fields, paper, declared bias, and what no axis expresses."""
     rows = []
     for name, preset in PRESETS.items():
         changes = ", ".join(f"{axis}={value}" for axis, value in preset.fields.items())
         paper = re.sub(r"(?<=\w)/(?=\w)", "/<wbr>", preset.paper)  # paths may break between lines
         rows.append((f"`{name}`", paper, changes, Estimator.preset(name).bias_status))
     head = ("preset", "paper or toolkit", "fields that differ from rloo", "expected gradient")
-    return page("The presets", table(head, rows))
+    beyond = [(f"`{name}`", preset.beyond) for name, preset in PRESETS.items() if preset.beyond]
+    about = "## What no axis expresses\n\nWhat the toolkits do beside these fields, and what it changes."
+    words = ("preset", "what no axis expresses, and what it changes")
+    return page("The presets", table(head, rows), about, table(words, beyond))
 
 
 def verdicts(question: str) -> dict[str, str]:
