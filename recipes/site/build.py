@@ -25,7 +25,7 @@ import tyro
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Path(__file__).with_name("zensical.toml")
-LINK = re.compile(r"(?<!`)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 """A link of Markdown to a file: its path and its anchor."""
 PICTURES = (".png", ".svg")
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yaml": "yaml", ".txt": "text"}
