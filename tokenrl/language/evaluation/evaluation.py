@@ -90,12 +90,12 @@ def evaluate_policy(
         scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
-        The metrics, with standard errors over prompts (`..._stderr`): `reward_greedy`;
-        `completions/mean_length` in tokens, `completions/clipped_ratio`, `rewards/{name}/mean` and `entropy`
-        in nats per token. With environments also `episodes/turns` and the share of each ending,
-        `episodes/{ending}`. If nothing is sampled, these describe the greedy completions. Of sampled
-        completions also `reward`, `pass@k` if the rewards have a `pass_threshold`, and `best@k` unless they
-        are binary. With a reference also `kl` and `kl_k3`. Without reward functions those of rewards are left out.
+        The metrics, with standard errors over prompts (`..._stderr`). `completions/mean_length` in tokens,
+        `completions/clipped_ratio` and `entropy` in nats per token; with environments also `episodes/turns`
+        and the share of each ending, `episodes/{ending}`. If nothing is sampled, these describe the greedy
+        completions. With reward functions `reward_greedy` and `rewards/{name}/mean`, and of sampled
+        completions `reward`, `pass@k` if the rewards have a `pass_threshold`, and `best@k` unless they are
+        binary. With a reference `kl` and `kl_k3`.
 
     Raises:
         Refused: there are no prompts, a prompt is too long, a k is larger than the number of generations, or
