@@ -6,6 +6,7 @@ import doctest
 import json
 import math
 import random
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -81,6 +82,9 @@ CORRECTIONS = {
     "masked": {"importance": "sequence", "importance_cap": 1.2, "importance_bound": "mask"},
     "centred": {"importance_centre": True},
     "token, centred": {"importance": "token", "importance_cap": 1.2, "importance_centre": True},
+    "centred, top 1": {"importance_centre": True, "importance_centre_top": 1},
+    "prefix": {"importance": "prefix"},
+    "clipped": {"importance": "prefix", "importance_clip": 0.2},
 }
 KL = {"beta": 0.3}
 ESTIMATORS = [
@@ -170,7 +174,7 @@ def test_the_example_in_the_docstring() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(4, 24), *(pytest.param(*p, marks=pytest.mark.slow) for p in LONG)]
+    ("seed", "count"), [(6, 24), *(pytest.param(*p, marks=pytest.mark.slow) for p in LONG)]
 )
 def test_a_random_walk_through_the_axes_finds_no_wrong_declaration(seed: int, count: int) -> None:
     rng, statuses, objectives = random.Random(seed), [], []
@@ -297,6 +301,10 @@ BY_HAND = [
     ({"importance": "token"}, [2.0, 0.25]),
     ({"importance": "sequence"}, [0.5, 0.5]),
     ({"importance": "geometric"}, [0.5**0.5] * 2),
+    ({"importance": "prefix"}, [2.0, 0.5]),
+    ({"importance": "prefix", "importance_clip": 0.5}, [math.exp(0.5), 0.5]),
+    ({"importance": "prefix", "importance_clip": 0.4}, [math.exp(0.4), math.exp(-0.4 * 2**0.5)]),
+    ({"importance": "prefix", "importance_cap": 1.5}, [1.5, 0.5]),
     ({"importance": "token", "importance_cap": 1.5}, [1.5, 0.25]),
     ({"importance": "token", "importance_cap": 1.5, "importance_floor": 0.5}, [1.5, 0.5]),
     ({"importance": "token", "importance_cap": 1.5, "importance_bound": "mask"}, [0.0, 0.25]),
@@ -322,6 +330,34 @@ def test_weights_by_hand(fields: dict, weights: list[float], ratio: str) -> None
     assert slope == pytest.approx([0.1 - 3 * weights[0], 0.1 - 3 * weights[1], 0.0])
 
 
+def weighted(problem, credit):
+    """E_mu[sum_t credit_t s_t], of credits [P, M, T]."""
+    chances = problem.of_sampler.chances[..., None]
+    return torch.einsum("pmt,pmtd->pd", chances * credit, problem.scores) / len(chances)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "dense"])
+def test_a_prefix_weight_corrects_what_comes_before_and_not_what_follows(kind: str) -> None:
+    """Rewards that follow are the sampler's; where each has the weight of its own prefix, it is exact."""
+    for seed in range(3):
+        problem = perturbed_problem(seed, Perturbation(noise=0.3), prompts=2, rewards=kind)
+        log_pi, log_mu = problem.logprobs, problem.sampler.logprobs
+        until = (log_pi.cumsum(-1) + log_mu.sum(-1, keepdim=True) - log_mu.cumsum(-1)).exp()
+        mean = torch.einsum("pmt,pm,pmtd->pd", until * problem.mask, problem.totals, problem.scores)
+        prefix = Estimator(importance="prefix", baseline="none")
+        single = replace(problem, group_size=1)
+        torch.testing.assert_close(off_policy_moments(prefix, single)[0].mean, mean / 2)
+        rewards = problem.rewards
+        if kind == "continuous":
+            last = problem.mask * (problem.mask.sum(-1, keepdim=True) == problem.mask.cumsum(-1))
+            rewards = rewards[..., None] * last
+        weights = (log_pi - log_mu).cumsum(-1).exp()
+        of_each = (weights * rewards).flip(-1).cumsum(-1).flip(-1)
+        baseline = 0.7 * weights
+        exact = weighted(problem, (of_each - baseline) * problem.mask)
+        torch.testing.assert_close(exact, problem.gradient(), rtol=1e-10, atol=1e-12)
+
+
 def test_centres_of_tokens_that_are_never_sampled_are_finite() -> None:
     """Of the weighted mean score, and of its gradient; a token that neither can draw changes nothing."""
     logits = torch.tensor([0.3, -0.2, -torch.inf], dtype=torch.double).requires_grad_()
@@ -343,10 +379,79 @@ def test_centres_of_tokens_that_are_never_sampled_are_finite() -> None:
         torch.testing.assert_close(slopes[0].nan_to_num()[:2], slopes[1][:2])
 
 
+WEIGHTS = [
+    {},
+    {"importance": "token"},
+    {"importance": "token", "importance_cap": 1.2, "importance_floor": 0.8},
+    {"importance": "token", "importance_cap": 1.2, "importance_bound": "mask"},
+]
+
+
+def slope_of_centre(fields: dict, z: torch.Tensor, log_mu: torch.Tensor) -> torch.Tensor:
+    """The gradient of the centres in the logits of the policy."""
+    leaf = z.clone().requires_grad_()
+    centres = Estimator(importance_centre=True, **fields).score_centres(
+        leaf.log_softmax(-1), log_mu
+    )
+    return torch.autograd.grad(centres.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict) -> None:
+    """And those of all tokens if these are the top, or if all others have one ratio to the policy."""
+    draw = torch.Generator().manual_seed(3)
+    z, noise = torch.randn(2, 50, 9, generator=draw, dtype=torch.double)
+    other = (2 * z + noise).log_softmax(-1)
+    whole = slope_of_centre(weights, z, other)
+    for top in (9, 12):
+        listed = slope_of_centre(weights | {"importance_centre_top": top}, z, other)
+        torch.testing.assert_close(listed, whole, rtol=1e-12, atol=1e-14)
+    bounds = Estimator(**weights).importance_range
+    masks = weights.get("importance_bound") == "mask"
+    for top in (1, 3, 8):
+        fields = weights | {"importance_centre_top": top}
+        leaf = z.clone().requires_grad_()
+        ids = other.argsort(-1, descending=True)[:, :top]
+        log_p = leaf.log_softmax(-1).gather(1, ids)
+        p, q = log_p.detach().exp(), other.exp().gather(1, ids)
+        alpha = (1 - q.sum(1)) / (1 - p.sum(1))
+
+        def f(ratio: torch.Tensor) -> torch.Tensor:
+            return bounded(ratio, bounds, masks=masks) if weights else torch.ones_like(ratio)
+
+        centre = (q * f(p / q) - (alpha * f(1 / alpha))[:, None] * p) * log_p
+        wanted = torch.autograd.grad(centre.sum(), leaf)[0]
+        torch.testing.assert_close(slope_of_centre(fields, z, other), wanted)
+        apart = (slope_of_centre(fields, z, other) - whole).norm() / whole.norm()
+        if weights != {"importance": "token"}:  # of which the centre is 0
+            assert apart > 1e-3 if top < 8 else apart < 1e-12  # a single other token loses nothing
+        raised = (torch.arange(9) < top) * (4 + noise.sort(-1, descending=True).values)
+        near = (z.sort(-1, descending=True).values + raised).log_softmax(-1)
+        ordered = z.sort(-1, descending=True).values
+        torch.testing.assert_close(
+            slope_of_centre(fields, ordered, near), slope_of_centre(weights, ordered, near)
+        )
+
+
+def test_top_tokens_beyond_which_nothing_is_drawn_are_all() -> None:
+    """In float32 too, where their probabilities add up to 1 but for rounding; also if pi can draw others."""
+    z = torch.randn(400, 30, generator=torch.Generator().manual_seed(1))
+    cut = z.masked_fill(z < z.topk(6).values[:, -1:], -torch.inf).log_softmax(-1)
+    for weights in WEIGHTS:
+        fields = weights | {"importance_centre_top": 6}
+        listed, whole = slope_of_centre(fields, z, cut), slope_of_centre(weights, z, cut)
+        torch.testing.assert_close(listed, whole, rtol=1e-4, atol=1e-6)
+    listed = slope_of_centre(fields, cut, z.log_softmax(-1))  # others that only the sampler draws
+    assert listed.isfinite().all()
+
+
 REFUSED = [
     ({"importance_cap": 2.0}, "importance_cap is set.*Set importance=token"),
     ({"importance_floor": 0.5}, "importance_floor is set.*Set importance=token"),
     ({"importance_bound": "mask"}, "importance_bound is set.*Set importance=token"),
+    ({"importance": "token", "importance_clip": 0.5}, "importance_clip.*is 'token'.*'prefix'"),
+    ({"importance_centre_top": 8}, "importance_centre_top.*importance_centre is False"),
+    ({"importance": "prefix", "importance_centre": True}, "importance 'prefix' weights whole"),
     ({"importance": "token", "importance_bound": "mask"}, "neither is set. Set importance_cap"),
     ({"importance": "token", "importance_cap": 1.0, "importance_floor": 1.0}, "must be below"),
     *(
@@ -390,6 +495,6 @@ def test_the_status_of_a_baseline_of_ones_own_is_unknown_where_it_decides() -> N
         return totals * 0
 
     statuses = [Estimator(baseline=mine, **x).off_policy_status for x in CORRECTIONS.values()]
-    assert statuses == ["biased"] * 3 + ["unknown"] + ["biased"] * 3 + ["unknown", "biased"]
+    assert statuses == ["biased"] * 3 + ["unknown"] + ["biased"] * 3 + ["unknown"] + ["biased"] * 4
     e = Estimator(baseline="group_mean", importance="sequence")
     assert "cannot produce" in e.off_policy_reason and "(G-1)/G" in e.off_policy_reason

@@ -113,9 +113,11 @@ class Axes(Settings):
     """1 drops a token only if it moved in the direction of its advantage (DPPO), 2 drops it either way."""
     trust_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] = 20.0
     """Bound of the ratio by which 'trust' weights the tokens that it keeps."""
-    importance: Literal["none", "token", "sequence", "geometric"] = "none"
-    """Weight completions by the policy's probability over the sampler's: of each token, of the whole sequence
-    (exact without bounds, and noisy), or its geometric mean; none assumes that the two are equal."""
+    importance: Literal["none", "token", "prefix", "sequence", "geometric"] = "none"
+    """Weight completions by the policy's probability over the sampler's: of each token, of all tokens up to it,
+    of the whole sequence (exact without bounds, and noisy), or its geometric mean; none assumes equality."""
+    importance_clip: Positive | None = None
+    """Clip the log weight of a prefix of t tokens at plus and minus this times sqrt(t); None for no clip."""
     importance_bound: Literal["truncate", "mask"] = "truncate"
     """Move weights beyond importance_cap and importance_floor to that bound, or mask them: set them to 0."""
     importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
@@ -125,6 +127,9 @@ class Axes(Settings):
     importance_centre: bool = False
     """Subtract from each token's score its mean over the sampler's vocabulary at that prefix. Without weights
     the gradient is then that of the sampler's own expected reward, up to a factor."""
+    importance_centre_top: Count | None = None
+    """Know the sampler's probabilities of so many most probable tokens only, and take those of all others as
+    proportional to the policy's (a bias, see `tokenrl lab exact`); None for all tokens."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: Literal[

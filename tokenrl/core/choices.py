@@ -239,10 +239,10 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "cispo": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
         "trust": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
     },
-    # Where the sampler differs, `off_policy` says what these do.
-    "importance": {
+    "importance": {  # where the sampler differs, `off_policy` says what these do
         "none": Choice(EXACT, "completions are not weighted"),
         "token": Choice(EXACT, ON_POLICY),
+        "prefix": Choice(EXACT, ON_POLICY, whole_row=True),
         "sequence": Choice(EXACT, ON_POLICY, whole_row=True),
         "geometric": Choice(EXACT, ON_POLICY, whole_row=True),
     },

@@ -280,7 +280,9 @@ class Estimator(Axes):
         if self.needs_sampling_logprobs:
             purpose = f"importance {self.importance!r}"
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
-            of_sampler = importance_weights(log_weights, live, self.importance)
+            of_sampler = importance_weights(
+                log_weights, live, self.importance, self.importance_clip
+            )
             gain = gain * bounded(of_sampler, self.importance_range, masks=self.masks_weights)
         if self.needs_centres:
             gain = gain - advantages * inside("centres", centres, "importance_centre")
@@ -317,9 +319,18 @@ class Estimator(Axes):
     def score_centres(
         self, logprobs: Float[Tensor, "*N V"], sampling_logprobs: Float[Tensor, "*N V"]
     ) -> Float[Tensor, " *N"]:
-        """Return the weighted mean score of a token under the sampler; see `losses.score_centres`."""
-        from tokenrl.core.losses import score_centres
+        """Return the weighted mean score of a token under the sampler; see `losses.score_centres`.
 
+        With importance_centre_top both may be those of so many tokens only, the sampler's most probable ones;
+        of a larger vocabulary these are taken.
+        """
+        from tokenrl.core.losses import score_centres, with_others
+
+        top = self.importance_centre_top
+        if top is not None and top <= logprobs.shape[-1]:
+            ids = sampling_logprobs.topk(top).indices
+            logprobs = with_others(logprobs.gather(-1, ids))
+            sampling_logprobs = with_others(sampling_logprobs.gather(-1, ids))
         bounds = self.importance_range if self.needs_sampling_logprobs else None
         return score_centres(logprobs, sampling_logprobs, bounds, masks=self.masks_weights)
 

@@ -169,7 +169,10 @@ def bounded(
 
 
 def importance_weights(
-    log_weights: Float[Tensor, "N T"], live: Bool[Tensor, "N T"], importance: str
+    log_weights: Float[Tensor, "N T"],
+    live: Bool[Tensor, "N T"],
+    importance: str,
+    clip: float | None = None,
 ) -> Float[Tensor, "N _"]:
     """Return the weight of each token, or one for each row [N, 1], without a gradient and without bounds.
 
@@ -178,17 +181,25 @@ def importance_weights(
     that under the sampler::
 
         token      exp(l_t)
+        prefix     exp(sum_(s<=t) l_s), the sum clipped at +-c sqrt(t) (CTPO, Zhang et al. 2026, arXiv 2605.07331)
         sequence   exp(sum_t l_t), the ratio of the two probabilities of the completion
         geometric  exp(mean_t l_t)
 
     Args:
         log_weights: l, 0 outside `live`.
         live: True where the token is an action and its weight in the loss is not 0.
-        importance: One of the three.
+        importance: One of the four.
+        clip: c, for 'prefix'; t counts the actions of the row. None for no clip.
     """
     log_weights = log_weights.detach()
     if importance == "token":
         return log_weights.exp()
+    if importance == "prefix":
+        of_prefix = log_weights.cumsum(-1)
+        if clip is not None:
+            width = clip * live.cumsum(-1).to(of_prefix.dtype).sqrt()
+            of_prefix = of_prefix.clamp(-width, width)
+        return of_prefix.exp()
     total = log_weights.sum(-1, keepdim=True)
     if importance == "geometric":
         total = total / live.sum(-1, keepdim=True).clamp(min=1)
@@ -208,19 +219,34 @@ def score_centres(
     a gradient. `Estimator.loss` subtracts the advantage times this number (`importance_centre`).
 
     Args:
-        logprobs: log pi of every token of the vocabulary, under the policy being trained.
+        logprobs: log pi of every token of the vocabulary, under the policy being trained; a token of -inf adds
+            nothing.
         sampling_logprobs: log mu of the same tokens; -inf, or any very low number, for those never sampled.
         bounds: The smallest and the largest importance weight; None for weights of 1.
         masks: Whether weights beyond these bounds are set to 0.
     """
     chances = sampling_logprobs.detach().exp()
-    possible = chances > 0  # others are left out before any product, which would be 0 * inf = nan
+    # Others are left out before any product, which would be 0 * inf = nan.
+    possible = (chances > 0) & (logprobs > -torch.inf)
     logprobs = zero_outside(logprobs, possible)
     if bounds is not None:
         log_mu = zero_outside(sampling_logprobs.detach(), possible)
         weights = (logprobs.detach() - log_mu).exp()
         chances = chances * bounded(weights, bounds, masks=masks)
     return (chances * logprobs).sum(-1)
+
+
+def with_others(logprobs: Float[Tensor, "*N k"]) -> Float[Tensor, "*N k+1"]:
+    """Append the log-probability of all other tokens together to those of k tokens; -inf if there is none.
+
+    If the others have probabilities under mu that are proportional to those under pi, all their ratios are
+    that of the sums, and `score_centres` of these k + 1 has the gradient of that of the whole vocabulary: a
+    sum of `pi grad log pi` over the others is the gradient of their sum.
+    """
+    rounding = 16 * torch.finfo(logprobs.dtype).eps
+    others = 1 - logprobs.exp().sum(-1, keepdim=True)
+    log_others = others.clamp(min=rounding).log().masked_fill(others <= rounding, -torch.inf)
+    return torch.cat([logprobs, log_others], dim=-1)
 
 
 def k1(

@@ -75,6 +75,11 @@ def check_importance(axes: Axes) -> None:
             "bound. Set importance=token, which is what importance_cap alone meant in earlier versions, or "
             "'sequence' or 'geometric'."
         )
+    if axes.importance_clip is not None and axes.importance != "prefix":
+        raise Refused(
+            f"importance_clip bounds the weights of prefixes, and importance is {axes.importance!r}. Set "
+            "importance 'prefix', or bound other weights by importance_cap and importance_floor."
+        )
     if axes.masks_weights and not names:
         raise Refused(
             "importance_bound 'mask' sets weights beyond importance_cap and importance_floor to 0, but "
@@ -91,6 +96,11 @@ def check_importance(axes: Axes) -> None:
     if len(names) == 2 and axes.importance_floor == axes.importance_cap:
         raise Refused(
             "importance_floor must be below importance_cap, but both are 1. Move one of them."
+        )
+    if axes.importance_centre_top is not None and not axes.importance_centre:
+        raise Refused(
+            "importance_centre_top says how many tokens importance_centre is computed from, and "
+            "importance_centre is False. Set it to True, or leave importance_centre_top out."
         )
     for axis in ("importance", "ratio"):
         if axes.importance_centre and axes.chosen(axis).whole_row:

@@ -66,7 +66,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "constant, sequence_mean": {**CONSTANT, "aggregation": "sequence_mean"},
     "dual clip": {"ratio": "token", "dual_clip": 3.0},
     "importance token, cap 2": {"importance": "token", "importance_cap": 2.0},
+    "importance prefix, clip 0.2": {"importance": "prefix", "importance_clip": 0.2},
     "importance none, centred": {"importance_centre": True},
+    "importance none, centred by the top 1": {
+        "importance_centre": True,
+        "importance_centre_top": 1,
+    },
     "batch_mean, full path KL": {**FULL_PATH, "baseline": "batch_mean"},
     "discounted": {"gamma": 0.7},
     "discounted, to go": {**TO_GO, "gamma": 0.7},

@@ -50,9 +50,12 @@ PROBLEMS = 20
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "none, centred": {"importance_centre": True},
+    "none, centred, top 1": {"importance_centre": True, "importance_centre_top": 1},
     "token": {"importance": "token"},
     "token, truncate 2": {"importance": "token", "importance_cap": 2.0},
     "token, mask 2": {"importance": "token", "importance_cap": 2.0, "importance_bound": "mask"},
+    "prefix": {"importance": "prefix"},
+    "prefix, clip 0.2": {"importance": "prefix", "importance_clip": 0.2},
     "geometric": {"importance": "geometric"},
     "sequence, truncate 2": {"importance": "sequence", "importance_cap": 2.0},
     "sequence, mask 3": {

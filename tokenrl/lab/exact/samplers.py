@@ -93,7 +93,7 @@ def measure_off_policy(
 
     Args:
         estimator: Any estimator without a memory.
-        problems: Problems with a sampler; by default five, with noise, a temperature, or both.
+        problems: Problems with a sampler; by default six, with noise, a temperature, or both.
 
     Raises:
         Refused: When the estimator can be used on none of the problems.
@@ -144,4 +144,7 @@ def default_sampled_problems() -> tuple[Problem, ...]:
             43, Perturbation(noise=0.6), prompts=2, vocabulary=2, length=1, group_size=5
         ),
         perturbed_problem(46, Perturbation(noise=0.6), prompts=3, rewards="graded", **pairs),
+        perturbed_problem(
+            47, Perturbation(noise=0.6), rewards="graded", vocabulary=3, length=2, group_size=3
+        ),
     )
