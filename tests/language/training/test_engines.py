@@ -206,6 +206,37 @@ def test_a_right_rollout_is_read_as_training_reads_it(spoil, kind):
         assert not x.requires_grad and x.data_ptr() != getattr(returned, name).data_ptr()
 
 
+class Listed(Spoilt):
+    """Returns the distribution of the tokens that it is asked for."""
+
+    def generate(self, prompt_ids, sampling, draws):
+        return self.spoil(TransformersGenerator(self.policy).generate(prompt_ids, sampling, draws))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda r: r, ""),
+        (lambda r: r.cut(r.prompt_ids.shape[1], LENGTH + 2), ""),
+        (changed("top_ids", lambda x: x[..., :-1]), "top_ids has the shape [12, 6, 4] instead"),
+        (changed("top_ids", lambda x: x + 96), "top_ids holds a number twice, or others than 0 to"),
+        (changed("top_ids", lambda x: x[..., :1].expand(x.shape)), "top_ids holds a number twice"),
+        (changed("top_ids", torch.Tensor.float), "must be whole numbers"),
+        (changed("top_ids", lambda x: x.roll(1, 2)), "agree with sampling_logprobs"),
+        (changed("sampling_distribution", lambda x: x + 3), "add up to 1"),
+    ],
+)
+def test_the_most_probable_tokens_that_an_engine_returns_are_checked(spoil, words):
+    options = {"keep_distribution": True, "keep_top": 5}
+    if not words:
+        rollout = sampled(spoil, Listed, **options)[0]
+        assert rollout.top_ids.shape == rollout.sampling_distribution.shape == (12, LENGTH, 5)
+        return
+    with pytest.raises(Stopped) as caught:
+        sampled(spoil, Listed, **options)
+    assert words in str(caught.value)
+
+
 def test_greedy_completions_are_the_most_probable_and_of_one_row_each():
     assert len(sampled(lambda r: r, generations=0)[0]) == 4
 

@@ -26,6 +26,7 @@ ESTIMATORS = {
     **{name: Estimator.preset(name) for name in ("openrlhf_default", "trl_rloo")},
     "timestep mean": Estimator.preset("reinforce_timestep_mean", beta=0.1),
     "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
+    "centred, top 3": Estimator(importance_centre=True, importance_centre_top=3),
     "truncated": Estimator(truncations="mask", aggregation="token_mean", returns="reward_to_go"),
 }
 ALIKE = {"otb", "gmpo", "prime_rl", "gdpo", "unsloth", "openrlhf_default", "trl_rloo"}

@@ -151,6 +151,44 @@ def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_form
     assert apart(slope, gradient(policy.model)) < 1e-9
 
 
+@pytest.mark.parametrize("top", [1, 3, 4, 5, 200])
+@pytest.mark.parametrize("importance", [{}, {"importance": "token", "importance_cap": 1.5}])
+def test_the_centres_of_the_samplers_top_tokens_are_those_of_the_formula(importance, top):
+    """Of five tokens that are drawn; with five or more kept, the gradient is that of all tokens."""
+    options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": 4, "architecture": "gpt2"}
+    estimator = Estimator(importance_centre=True, importance_centre_top=top, **importance)
+    slope, _, learner = stepped(estimator, engine=Different, **options)
+    policy, rows = by_hand(learner)
+    rollout = learner.generator.rollout
+    assert rollout.sampling_distribution.shape[2] == rollout.top_ids.shape[2] == min(top, 96)
+    rewards = lengthy([chosen.tolist() for chosen, _ in rows])
+    gains = []
+    for row, (chosen, logp) in enumerate(rows):
+        others = [rewards[i] for i in range(row // 3 * 3, row // 3 * 3 + 3) if i != row]
+        q = rollout.sampling_distribution[row][: len(chosen)].exp()
+        log_p = logp.gather(1, rollout.top_ids[row][: len(chosen)])
+        p = log_p.detach().exp()
+        rest = 1 - q.sum(1, keepdim=True)
+        rest = rest.where(rest > 1e-12, 0)
+        w_q, w_rest = q, rest
+        w = torch.ones_like(chosen)
+        if importance:
+            w_q = p.minimum(1.5 * q)
+            w_rest = (1 - p.sum(1, keepdim=True)).minimum(1.5 * rest)
+            sampled = rollout.sampling_logprobs[row][: len(chosen)]
+            w = (logp.gather(1, chosen[:, None])[:, 0].detach() - sampled).exp().clamp(max=1.5)
+        tail = (w_rest / (1 - p.sum(1, keepdim=True)).clamp(min=1e-15)).where(rest > 0, 0)
+        centre = ((w_q - tail * p) * log_p).sum(1)
+        score = w * logp.gather(1, chosen[:, None])[:, 0] - centre
+        gains.append((rewards[row] - sum(others) / 2) * score.sum())
+    (-sum(gains) / len(gains)).backward()
+    assert apart(slope, gradient(policy.model)) < 1e-9
+    whole, _, _ = stepped(
+        Estimator(importance_centre=True, **importance), engine=Different, **options
+    )
+    assert (apart(slope, whole) < 1e-9) == (top >= 5)
+
+
 def test_a_token_that_is_not_kept_any_more_leaves_the_loss_small():
     moving = {"top_k": 3, "num_iterations": 3, "learning_rate": 0.05, "max_grad_norm": 0.0}
     _, record, _ = stepped(Estimator(importance_centre=True, ratio="token"), **moving)
@@ -165,8 +203,13 @@ def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch
     with pytest.raises(Refused, match="every token, and this generator returns none"):
         stepped(Estimator(importance_centre=True), engine=Silent)
     monkeypatch.setattr("tokenrl.language.training.learner.MOST_TOKENS", 10)
-    with pytest.raises(Refused, match="possible up to 10 tokens"):
-        stepped(Estimator(importance_centre=True))
+    for top in (None, 11):
+        estimator = Estimator(importance_centre=True, importance_centre_top=top)
+        kept = top or 96
+        words = f"of {kept} tokens at each position.*up to 10 tokens. Set importance_centre_top"
+        with pytest.raises(Refused, match=words):
+            stepped(estimator)
+    stepped(Estimator(importance_centre=True, importance_centre_top=10))
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])

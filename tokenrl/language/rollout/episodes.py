@@ -45,6 +45,7 @@ SAMPLED = {
     "score_norms",
     "hidden",
     "sampling_distribution",
+    "top_ids",
 }
 """Columns of tokens that a generator may fill."""
 

@@ -124,7 +124,8 @@ class TransformersGenerator:
     ) -> Rollout:
         """Sample completions as `Generator.generate` says; every field of the `Rollout` is filled.
 
-        Only `score_norms`, `hidden` and `sampling_distribution` are None unless `sampling` asks for them.
+        Only `score_norms`, `hidden`, `sampling_distribution` and `top_ids` are None unless `sampling` asks for
+        them.
 
         Raises:
             Stopped: the model's logits are not finite.
@@ -343,6 +344,9 @@ class _Decoder:
             numbers["hidden"] = self.hidden
         if self.sampling.keep_distribution:
             numbers["sampling_distribution"] = logp
+        if self.sampling.keep_top is not None:
+            top = logp.topk(min(self.sampling.keep_top, logp.shape[1]))
+            numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
         return token, numbers
 
     def select(self, index: Tensor) -> None:

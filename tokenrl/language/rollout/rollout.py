@@ -28,7 +28,7 @@ NOT_YET: Any = None
 class Rollout:
     """A table of N completions. The G rows of a prompt are consecutive.
 
-    A generator fills the columns down to `truncated`, and may fill the next five. The others are None until
+    A generator fills the columns down to `truncated`, and may fill the next six. The others are None until
     they are computed, and stay None where nothing needs them. T is the longest completion, P the longest
     prompt. Off the mask the columns of tokens are 0.
 
@@ -52,6 +52,8 @@ class Rollout:
         hidden: the last hidden state before each action [N, T, H]. A critic reads it.
         sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
             was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
+        top_ids: ids of the most probable tokens of that distribution [N, T, K], if `sampling_distribution` is
+            that of these only [N, T, K]; None if it is of the whole vocabulary.
         turns: number of the turn of each action, from 0 [N, T]; this column and the next five are None
             without an environment.
         turn_rewards: rewards in time [N, T]: rewards of the environment at the last action of their turn,
@@ -90,6 +92,7 @@ class Rollout:
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
     sampling_distribution: Tensor = NOT_YET
+    top_ids: Tensor | None = None
     turns: Tensor = NOT_YET
     turn_rewards: Tensor = NOT_YET
     messages: Sequence[Sequence[Mapping[str, Any]]] = NOT_YET

@@ -56,6 +56,7 @@ class Sampling(Distribution):
             a generator cannot return is left to a scoring pass.
         keep_hidden: also return the last hidden states, which a critic reads.
         keep_distribution: also return the log-probabilities of the whole vocabulary, for centred scores.
+        keep_top: return those of so many most probable tokens instead, with their ids; None for all.
 
     Raises:
         Refused: a number is out of range.
@@ -69,6 +70,7 @@ class Sampling(Distribution):
     keep_score_norms: bool = False
     keep_hidden: bool = False
     keep_distribution: bool = False
+    keep_top: Count | None = None
 
     @property
     def group_size(self) -> int:

@@ -102,8 +102,8 @@ def score(
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
-        centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], whose result
-            is returned too; all logits exist at once then.
+        centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], or of the tokens
+            in `top_ids` [N, T, K], whose result is returned too; all logits exist at once then.
         reference: the model to which the KL is returned too, at the same temperature over all tokens, whatever
             `distribution` keeps.
     """
@@ -132,9 +132,10 @@ def score(
         if score_norms:
             columns["score_norms"] = score_norm_of(logprobs, p)
     if centres is not None:
-        # A token that is left out now, and was not when the sampler drew, has no gradient: 0 * -inf is nan.
-        finite = logp.masked_fill(logp == -torch.inf, 0)
-        columns["centres"] = centres(finite, rollout.sampling_distribution.to(logp.device))
+        listed = (
+            logp if rollout.top_ids is None else logp.gather(2, rollout.top_ids.to(logp.device))
+        )
+        columns["centres"] = centres(listed, rollout.sampling_distribution.to(logp.device))
     return Scores(hidden=states, **columns)
 
 

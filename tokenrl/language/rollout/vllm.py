@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.isolation import RandomStreams
+from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import NOT_FINITE, Abilities
 from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
@@ -139,13 +140,17 @@ class VllmGenerator:
             self.policy.stops.end(ids, lengths, finished)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         flat = [completion.logprobs for completion in completions]
-        # At each position the sampled token comes first, and then all tokens if they are wanted.
+        # At each position the sampled token comes first, and then the most probable or all, if they are wanted.
         logprobs = _padded([torch.tensor(row.logprobs)[row.start_indices] for row in flat], mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
-        distribution: Any = None
-        if sampling.keep_distribution:
-            distribution = _padded([_distribution(row) for row in flat], mask)
+        kept: dict[str, Any] = {}
+        if sampling.keep_top is not None:
+            kept["top_ids"] = _padded([_listed(row.token_ids, row) for row in flat], mask)
+            top = [_listed(row.logprobs, row) for row in flat]
+            kept["sampling_distribution"] = _padded(top, mask)
+        elif sampling.keep_distribution:
+            kept["sampling_distribution"] = _padded([_distribution(row) for row in flat], mask)
         prompts, prompt_mask = pad_left(prompt_ids, self.policy.pad_id)
         return Rollout(
             prompt_ids=prompts[index],
@@ -155,7 +160,7 @@ class VllmGenerator:
             mask=mask,
             sampling_logprobs=logprobs,
             truncated=~finished,
-            sampling_distribution=distribution,
+            **kept,
         )
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:
@@ -163,12 +168,15 @@ class VllmGenerator:
         from vllm import SamplingParams
 
         stops = self.policy.stops
+        listed = -1 if sampling.keep_distribution else 0
+        if sampling.keep_top is not None:
+            listed = min(sampling.keep_top, shape_of(self.policy).vocab_size)
         common: dict[str, Any] = {
             "max_tokens": sampling.max_completion_length,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
-            "logprobs": -1 if sampling.keep_distribution else 0,
+            "logprobs": listed,
             "flat_logprobs": True,
             "ignore_eos": True,  # all of the policy's are in the next list
             "stop_token_ids": [*self.policy.eos_ids, *(stops.ids if stops else ())],
@@ -254,9 +262,13 @@ def _padded(rows: list[Tensor], mask: Tensor) -> Tensor:
 
 def _distribution(flat: Any) -> Tensor:
     """Return the log-probabilities of all V tokens at each position of a completion [T, V]."""
-    ids = torch.tensor(flat.token_ids).view(len(flat), -1)[:, 1:]
-    logprobs = torch.tensor(flat.logprobs).view(len(flat), -1)[:, 1:]
-    return torch.empty_like(logprobs).scatter_(1, ids, logprobs)
+    logprobs = _listed(flat.logprobs, flat)
+    return torch.empty_like(logprobs).scatter_(1, _listed(flat.token_ids, flat), logprobs)
+
+
+def _listed(numbers: list[Any], flat: Any) -> Tensor:
+    """Return what is listed at each position of a completion [T, K], without the sampled token in front."""
+    return torch.tensor(numbers).view(len(flat), -1)[:, 1:]
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ COLUMNS = {
         "NTV",
         "log-probabilities that add up to 1 and agree with sampling_logprobs",
     ),
+    "top_ids": ("NTV", "whole numbers"),
 }
 """The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps
 others."""
@@ -217,6 +218,8 @@ def checked(
         "H": shape.hidden_size,
         "V": shape.vocab_size,
     }
+    if "top_ids" in columns and sampling.keep_top is not None:
+        sizes["V"] = min(sampling.keep_top, shape.vocab_size)
     for name, x in columns.items():
         columns[name] = _column(name, x, sizes)
     columns["completion_ids"] = columns["completion_ids"].masked_fill(
@@ -294,6 +297,14 @@ def _faults(
         f"completion_ids holds other numbers than 0 to {vocabulary - 1}",
         (outside & mask).any(dim=1),
     )
+    if table.top_ids is not None:
+        ordered = table.top_ids.sort(dim=2).values.cpu()
+        wrong = (ordered.diff(dim=2) == 0).any(dim=2) | (ordered[..., 0] < 0)
+        wrong |= ordered[..., -1] >= vocabulary
+        yield (
+            f"top_ids holds a number twice, or others than 0 to {vocabulary - 1}",
+            (wrong & mask).any(dim=1),
+        )
     actions = completion_mask(ids, policy.eos_ids, counts)
     yield (
         "mask is not True up to the first end, and False from there on",
@@ -319,9 +330,14 @@ def _faults(
 def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
     """Return of which tokens the numbers are of a kind, but for rounding [N, T]."""
     if kind.startswith("log"):
-        chosen = x.gather(2, to_device(table.completion_ids[..., None], x.device)).squeeze(2)
-        apart = (chosen - to_device(table.sampling_logprobs, x.device)).abs()
-        return (x.logsumexp(dim=2).abs() <= ROUNDING) & (apart <= ROUNDING)
+        ids = to_device(table.completion_ids[..., None], x.device)
+        sampled = to_device(table.sampling_logprobs[..., None], x.device)
+        total = x.logsumexp(dim=2)
+        if table.top_ids is not None:  # the sampled token may be another
+            apart = (x - sampled).masked_fill(table.top_ids != ids, 0).abs().amax(dim=2)
+            return (total <= ROUNDING) & (apart <= ROUNDING)
+        apart = (x.gather(2, ids) - sampled).squeeze(2).abs()
+        return (total.abs() <= ROUNDING) & (apart <= ROUNDING)
     fits = x.isfinite()
     if x.ndim == 3:
         return fits.all(dim=2)

@@ -27,7 +27,7 @@ from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradie
 from tokenrl.runs.schedules import make_schedule
 
 MOST_TOKENS = 4096
-"""The largest vocabulary whose distribution is kept at each position: 1 MiB for a completion of 64 tokens."""
+"""The most tokens whose probabilities are kept at each position: 1 MiB for a completion of 64 tokens."""
 COUNTS = ("nonfinite", "skipped", "idle")
 """The counts of a `Learner` that a continuation goes on from."""
 
@@ -252,14 +252,16 @@ class Learner:
 
 
 def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
-    """Refuse to centre scores over a vocabulary that is too large to keep its distribution at each token."""
+    """Refuse to centre scores over more tokens than can be kept with their probabilities at each position."""
     if estimator.needs_centres:
-        size: int = policy.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        if size > MOST_TOKENS:
+        size: int = shape_of(policy).vocab_size
+        kept = min(size, estimator.importance_centre_top or size)
+        if kept > MOST_TOKENS:
             raise Refused(
-                f"importance_centre keeps the sampler's probabilities of all {size:,} tokens at each "
-                f"position, which is possible up to {MOST_TOKENS:,} tokens. Set importance_centre to False; "
-                "importance 'token' or 'sequence' needs the probabilities of the sampled tokens only."
+                f"importance_centre keeps the sampler's probabilities of {kept:,} tokens at each position, which "
+                f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
+                "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
+                "or 'sequence' needs the probabilities of the sampled tokens only."
             )
 
 

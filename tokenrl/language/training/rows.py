@@ -65,6 +65,7 @@ def sample(
             keep_score_norms=estimator.needs_score_norms,
             keep_hidden=estimator.needs_values,
             keep_distribution=estimator.needs_centres,
+            keep_top=estimator.importance_centre_top,
         )
     rollout = sample_rows(
         learner.policy, learner.generator, prompts, sampling, "training", environments
@@ -74,7 +75,8 @@ def sample(
     if estimator.needs_centres and rollout.sampling_distribution is None:
         raise Refused(
             "importance_centre needs the sampler's probability of every token, and this generator returns "
-            "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it."
+            "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, with "
+            "top_ids if it is that of the most probable tokens only."
         )
     return with_missing_fields(
         learner.forward.policy,
