@@ -59,6 +59,11 @@ def test_tokens_are_drawn_from_the_distribution_of_the_policy(vocabulary):
                 theirs = whole.sampling_distribution[row, : len(ours)]
                 assert theirs.shape == ours.shape and torch.equal(theirs.isinf(), ours.isinf())
                 assert torch.allclose(theirs, ours, atol=1e-4)
+            top = sampled(engine, [[3, 7, 4]], keep_distribution=True, keep_top=4, **settings)
+            first = top.sampling_distribution[:, 0]
+            assert torch.allclose(
+                first, alone(engine, top, 0, distribution)[0].topk(4).values, atol=1e-4
+            )
             many = sampled(
                 engine, [[3, 7, 4]], num_generations=3000, max_completion_length=1, **settings
             )

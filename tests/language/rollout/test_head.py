@@ -15,6 +15,7 @@ from tiny_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tokenrl.core import Estimator
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution
@@ -25,16 +26,23 @@ from tokenrl.language.rollout.scoring import Reference, Scoring, score, score_in
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
 
-def rollout_of(policy, length=6):
+CENTRED = Estimator(
+    importance="token", importance_cap=1.02, importance_centre=True, importance_centre_top=4
+)
+
+
+def rollout_of(policy, length=6, **how):
     policy.eos_ids = ENDS
-    how = {"num_generations": 3, "max_completion_length": length, "temperature": 0.7, "seed": 1}
+    how |= {"num_generations": 3, "max_completion_length": length, "temperature": 0.7, "seed": 1}
     return completions(policy, [policy.encode(p) for p in PROMPTS], **how)
 
 
 def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
-    """The gradient of a weighted sum of log-probabilities, entropies and KLs, and all scores of the actions."""
+    """The gradient of a weighted sum of all scores that have one, and all scores of the actions."""
     policy.model.zero_grad()
     options = {"distribution": distribution, "entropy": True, "score_norms": True}
+    if rollout.top_ids is not None:
+        options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
         options["reference"] = Reference(policy.reference_model, Scoring(**how))
     scores = score(policy.model, rollout, Scoring(**how), **options)
@@ -44,6 +52,9 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     if scores.token_kl is not None:
         total = total + weights * scores.token_kl
         columns.append(scores.token_kl)
+    if scores.centres is not None:
+        total = total + weights.square() * scores.centres
+        columns.append(scores.centres)
     torch.where(rollout.mask, total, 0).sum().backward()
     values = torch.stack([x.detach()[rollout.mask] for x in columns])
     return gradient(policy.model), values
@@ -58,7 +69,8 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
 )
 def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share, length):
     policy = make_policy(architecture, dtype=dtype)
-    rollout = rollout_of(policy, length)
+    rollout = rollout_of(policy, length, keep_distribution=True, keep_top=4)
+    assert rollout.top_ids.shape == (*rollout.mask.shape, 4)
     policy.reference = make_policy(architecture, dtype=dtype, seed=1).model
     # bfloat16 rounds other logits below the bound in either way of computing them
     how = {

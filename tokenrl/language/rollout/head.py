@@ -68,7 +68,7 @@ def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
 
 def score_tokens(
     states: Tensor, head: nn.Linear, ids: Tensor, chunks: Chunks
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score M tokens from the hidden states before them.
 
     The product with the head has the precision of its weights; all else is computed in float32 or better.
@@ -81,10 +81,11 @@ def score_tokens(
 
     Returns:
         The log-probabilities, the entropies in nats, the squared norms of the scores in logit space, without a
-        gradient, and the KL to the reference in nats; each [M], and 0 where it is not needed.
+        gradient, and the KL to the reference in nats; each [M], and 0 where it is not needed. Then the
+        log-probabilities of the listed tokens [M, K], with a gradient; K is 0 if none are needed.
     """
     states = states.to(head.weight.dtype)
-    scores: tuple[Tensor, Tensor, Tensor, Tensor] = _Scores.apply(
+    scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Scores.apply(
         states, head.weight, head.bias, ids, chunks
     )
     return scores
@@ -100,6 +101,8 @@ class Chunks(NamedTuple):
         norms: whether the squared norms of the scores are needed.
         reference: what the head of the reference is given for each token [M, H], and that head, for the KL;
             None if no KL is needed.
+        listed: ids of further tokens whose log-probabilities are needed, at the place of each token [M, K];
+            None if none are.
     """
 
     at_once: int
@@ -107,6 +110,7 @@ class Chunks(NamedTuple):
     entropy: bool
     norms: bool
     reference: tuple[Tensor, nn.Linear] | None = None
+    listed: Tensor | None = None
 
     @torch.no_grad()
     def ref_logprobs(self, tokens: slice) -> Tensor:
@@ -153,24 +157,31 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: Chunks
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         columns = torch.zeros(5, len(ids), dtype=_wide(weight), device=ids.device)
+        further = ids[:, None][:, :0] if chunks.listed is None else chunks.listed  # [M, K]
+        listed = columns.new_zeros(further.shape)
         for tokens, logits, _ in chunks.of(states, weight, bias, ids):
-            columns[:, tokens] = _scores(logits, ids, tokens, chunks)
+            logp = logits.log_softmax(-1)
+            columns[:, tokens] = _scores(logits, logp, ids, tokens, chunks)
+            listed[tokens] = logp.gather(1, further[tokens])
         logprobs, entropy, norms, total, divergence = columns
-        ctx.save_for_backward(states, weight, bias, ids, total, entropy, divergence)
+        ctx.save_for_backward(states, weight, bias, ids, further, total, entropy, divergence)
         ctx.chunks = chunks
         ctx.mark_non_differentiable(norms)
-        return logprobs, entropy, norms, divergence
+        return logprobs, entropy, norms, divergence, listed
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any, by_kl: Tensor
+        ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any, by_kl: Tensor, by_listed: Tensor
     ) -> tuple[Any, ...]:
-        *inputs, ids, total, entropy, divergence = ctx.saved_tensors
+        *inputs, ids, further, total, entropy, divergence = ctx.saved_tensors
         states, weight, bias = inputs
         chunks: Chunks = ctx.chunks
+        by_any = by_logprob + by_listed.sum(
+            dim=1
+        )  # log-probability of a token, by which p is multiplied
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
         back: list[Tensor | None] = []
         for x, is_needed in zip(inputs, ctx.needs_input_grad, strict=False):
@@ -185,13 +196,14 @@ class _Scores(torch.autograd.Function):
                     log_ratio = slope - chunks.ref_logprobs(tokens)
                     of_kl = (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
                 slope.add_(entropy[tokens, None]).mul_(-by_entropy[tokens, None])
-                slope.sub_(by_logprob[tokens, None])
+                slope.sub_(by_any[tokens, None])
                 if of_kl is not None:
                     slope.add_(of_kl)
                 slope.mul_(p)
             else:
-                slope.exp_().mul_(-by_logprob[tokens, None])
+                slope.exp_().mul_(-by_any[tokens, None])
             slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])
+            slope.scatter_add_(1, further[tokens], by_listed[tokens])
             slope.div_(chunks.distribution.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
@@ -208,9 +220,8 @@ class _Scores(torch.autograd.Function):
         return (*slopes, None, None)
 
 
-def _scores(logits: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> Tensor:
+def _scores(logits: Tensor, logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> Tensor:
     """Return log-probability, entropy, squared norm of the score, logsumexp and KL of some tokens [5, m]."""
-    logp = logits.log_softmax(-1)
     logit = logits.gather(1, ids[tokens, None]).squeeze(1)
     chosen = logp.gather(1, ids[tokens, None]).squeeze(1)
     entropy = norms = divergence = torch.zeros_like(chosen)

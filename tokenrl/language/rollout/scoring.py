@@ -103,16 +103,17 @@ def score(
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
         centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], or of the tokens
-            in `top_ids` [N, T, K], whose result is returned too; all logits exist at once then.
+            in `top_ids` [N, T, K], whose result is returned too. Without `top_ids` all logits exist at once.
         reference: the model to which the KL is returned too, at the same temperature over all tokens, whatever
             `distribution` keeps.
     """
     at_once = scoring.tokens_at_once
     if reference is not None and reference.scoring.tokens_at_once is None:
         at_once = None
-    if centres is None and at_once is not None and int(rollout.mask.sum()) > at_once:
+    needs_all = centres is not None and rollout.top_ids is None
+    if not needs_all and at_once is not None and int(rollout.mask.sum()) > at_once:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        return _score_in_chunks(model, rollout, scoring, chunks, hidden, reference)
+        return _score_in_chunks(model, rollout, scoring, chunks, hidden, reference, centres)
     log_q = None
     if reference is not None:
         with torch.no_grad(), reference.model() as frozen:
@@ -146,6 +147,7 @@ def _score_in_chunks(
     chunks: Chunks,
     hidden: bool,
     reference: Reference | None,
+    centres: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Scores:
     """Score the completions without having the logits of all tokens at once."""
     device = next(model.parameters()).device
@@ -160,8 +162,14 @@ def _score_in_chunks(
     with without_head(head) as inputs:
         before, states = _forward(model, rollout, scoring, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)
-    numbers = score_tokens(before[actions], head, ids[actions], chunks)
-    logprobs, entropy, norms, divergence = (
+    if centres is not None:
+        assert rollout.top_ids is not None
+        chunks = chunks._replace(listed=rollout.top_ids.to(device)[actions])
+    *numbers, listed = score_tokens(before[actions], head, ids[actions], chunks)
+    if centres is not None:
+        of_sampler = rollout.sampling_distribution.to(device)[actions]
+        numbers.append(centres(listed, of_sampler))
+    logprobs, entropy, norms, divergence, *of_centres = (
         x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
     )
     return Scores(
@@ -169,6 +177,7 @@ def _score_in_chunks(
         entropy=entropy if chunks.entropy else None,
         score_norms=norms if chunks.norms else None,
         hidden=states,
+        centres=of_centres[0] if of_centres else None,
         token_kl=None if reference is None else divergence,
     )
 
