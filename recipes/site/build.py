@@ -113,7 +113,8 @@ def titles(pages: list[Path], docs: Path) -> list[str]:
         text = (docs / path).read_text(encoding="utf-8")
         title = re.search(r"^# (.+)$", text, re.MULTILINE)
         sentence = re.search(r"^[A-Z][^\n#|]+?\.(?= |$)", text.partition("\n\n")[2], re.MULTILINE)
-        about = f": {sentence[0]}" if sentence else ""
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", sentence[0]) if sentence else ""
+        about = f": {plain}" if plain else ""
         lines.append(f"- [{title[1] if title else path.stem}]({path}){about}")
     return lines
 
