@@ -174,6 +174,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
     from tokenrl.language.training.arguments import TrainArguments
     from tokenrl.language.training.learner import make_learner
     from tokenrl.language.training.settings import train_settings
+    from tokenrl.language.training.teacher import load_teacher, with_teacher
     from tokenrl.runs.processes import make_accelerator
     from tokenrl.settings import arguments
 
@@ -189,7 +190,11 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
     }
     args = arguments(TrainArguments, values | options | {"estimator": estimator})
     args = train_settings(args, make_task())
-    return make_learner(args, policy, make_accelerator(args.cpu))
+    teacher = None
+    if args.teacher is not None:
+        teacher = load_teacher(args, policy)
+        policy = with_teacher(policy, teacher)
+    return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)
 
 
 def scored(learner, **how):

@@ -36,6 +36,7 @@ KINDS = {
     "kl": Kind(f"{TRAIN} --estimator grpo --estimator.beta 0.05 --target-kl 0.5 --keep best"),
     "running mean": Kind(f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3"),
     "adapter": Kind(f"{TRAIN} --estimator remax --lora-r 4 --keep best"),
+    "teacher": Kind(f"{TRAIN} --estimator rloo --estimator.beta 0.5 --teacher warm --keep best"),
     "bfloat16": Kind(f"{TRAIN} --estimator gspo --mixed-precision bf16"),
     "epochs": Kind(f"{TRAIN} --estimator opo {DIGITS} --max-completion-length 8"),
     "worker": Kind(f"{TRAIN} --estimator rloo --reward-timeout 30"),

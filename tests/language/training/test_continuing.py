@@ -39,6 +39,12 @@ KINDS = {
         "mixed_precision": "bf16",
         "keep": "best",
     },
+    "teacher, no reward, adapter": {
+        "estimator": Estimator(beta=0.5),
+        "teacher": (make_policy(seed=1, num_hidden_layers=1).model, make_tokenizer()),
+        "reward": "none",
+        "lora_r": 2,
+    },
 }
 """A kind for each part of a language model's training that has a state of its own."""
 

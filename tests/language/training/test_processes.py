@@ -89,6 +89,11 @@ SCENARIOS = {
     "nothing to learn": ("rloo", {}, flat),
     "bfloat16": ("rloo", {"mixed_precision": "bf16", "micro_batch_size": 2}, vowel_reward),
     "lora": ("rloo", {"lora_r": 2}, vowel_reward),
+    "teacher and lora": (
+        Estimator.preset("grpo", beta=0.3),
+        {"lora_r": 2, "teacher": True, "micro_batch_size": 2},
+        vowel_reward,
+    ),
     "greedy": ("remax", {}, vowel_reward),
     "memory": ("reinforce_running_mean", {}, vowel_reward),
     "critic": ("a2c", {}, vowel_reward),
@@ -100,6 +105,7 @@ SCENARIOS = {
 }
 
 QUICK = ("rloo", "batch", "kl", "minibatches", "idle rank", "silent rank", "lora", "greedy")
+QUICK += ("teacher and lora",)
 QUICK += ("memory", "critic", "refilled", "logged", "failing episodes")
 """Those whose processes exchange something that no other scenario sees."""
 
@@ -116,6 +122,8 @@ def outcome(name: str) -> dict:
         policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(
             False
         )
+    if options.get("teacher"):
+        options = options | {"teacher": make_policy(architecture, dtype=dtype, n_layer=1, seed=1)}
     if options.get("lora_r"):
         add_lora(policy, r=2)
     learner = make_learner(policy, estimator, learning_rate=1e-3, **options)

@@ -262,14 +262,9 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         tokenizer=tokenizer,
         eos_ids=tuple(eos_ids),
         pad_id=pad_id,
-        context=context_of(model),
+        context=getattr(text_config, "max_position_embeddings", None),
         source=source,
     )
-
-
-def context_of(model: Any) -> int | None:
-    """Return the most tokens of a sequence that a model can take, by its configuration; None for no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_policy(

@@ -86,22 +86,9 @@ class TaskArguments(DataArguments):
     environment, and learns from a teacher alone; the task's own reward is evaluated all the same, if there is
     one. Default: the task's own reward."""
 
-    @property
-    def unrewarded(self) -> bool:
-        """Whether training gets no reward."""
-        return "none" in (self.reward or ())
-
     def __post_init__(self) -> None:
-        """Check the values; an environment that is named without a task is the task.
-
-        Raises:
-            Refused: `none` stands beside other rewards or weights of rewards.
-        """
+        """Check the values; an environment that is named without a task is the task."""
         super().__post_init__()
-        if self.unrewarded and (len(self.reward) > 1 or self.reward_weights):
-            raise Refused(
-                "reward none means no reward at all: leave out the rewards beside it, and reward_weights."
-            )
         if self.environment is not None and (self.task is None or isinstance(self.task, LeftOut)):
             object.__setattr__(self, "task", self.environment)
 

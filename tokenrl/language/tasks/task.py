@@ -145,7 +145,7 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
     else:
         splits = sources.memory_splits(source)
         name, origin = records.described(splits)
-    needs_reward = data.environment is None and not getattr(data, "unrewarded", False)
+    needs_reward = data.environment is None and not is_unrewarded(data)
     if reward is None and needs_reward:
         raise Refused(
             f"task '{name}' is data, which has prompts but no reward: give one with --reward module:function "
@@ -267,6 +267,11 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     return changed(task, reward=load_reward(reward), pass_threshold=None)
 
 
+def is_unrewarded(args: DataArguments) -> bool:
+    """Return whether arguments name `none` as the reward, so that training gets no reward."""
+    return "none" in (getattr(args, "reward", None) or ())
+
+
 def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[Task, Rewards]:
     """The task of the arguments and its rewards.
 
@@ -280,14 +285,20 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
             or have no functions if it has none.
 
     Raises:
-        Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
+        Refused: there is no such task or no reward, `none` stands beside other rewards or their weights, or a
+            reward asks for a column that the task lacks.
     """
-    if args.unrewarded and not may_lack_rewards:
+    unrewarded = is_unrewarded(args)
+    if unrewarded and not may_lack_rewards:
         raise Refused(
             "reward none is for tokenrl train with a teacher; this command needs rewards. Name one, or leave "
             "reward out for the task's own."
         )
-    named = () if args.unrewarded else args.reward or ()
+    if unrewarded and (len(args.reward) > 1 or args.reward_weights):
+        raise Refused(
+            "reward none means no reward at all: leave out the rewards beside it, and reward_weights."
+        )
+    named = () if unrewarded else args.reward or ()
     source: Any = args.task
     if isinstance(source, str) and source.startswith(records.IN_MEMORY):
         raise Refused(
@@ -309,7 +320,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions = getattr(task, "reward", None) or []
-    if environments is None and not (functions or args.unrewarded):
+    if environments is None and not (functions or unrewarded):
         raise Refused(
             f"The task {task.name!r} has no reward: name one with --reward module:function."
         )
@@ -325,7 +336,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         timeout=args.reward_timeout,
         sources=named or None,
         pass_threshold=pass_threshold,
-        optional=args.unrewarded,
+        optional=unrewarded,
     )
     rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
     for attribute in ("train_prompts", "eval_prompts"):

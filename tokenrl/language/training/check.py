@@ -194,7 +194,7 @@ def _judge_steps(
     Returns:
         A line of the table, if both were evaluated.
     """
-    if len(run.means) < 2 or run.args.unrewarded:
+    if len(run.means) < 2 or run.unrewarded:
         return {}
     after, before = map(fmean, run.means)
     gains = [now - then for now, then in zip(*run.means, strict=True)]
@@ -342,7 +342,7 @@ def _lines(
     args = run.args
     lines = {}
     if records and not run.warm_seconds:
-        if not args.unrewarded:
+        if not run.unrewarded:
             share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
             lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
         length = fmean(record.metrics["completions/mean_length"] for record in records)

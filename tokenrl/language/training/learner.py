@@ -22,7 +22,7 @@ from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import Reference
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
-from tokenrl.language.training.teacher import teacher_scoring
+from tokenrl.language.training.teacher import Teacher, teacher_scoring
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 from tokenrl.runs.schedules import make_schedule
 
@@ -280,7 +280,7 @@ def make_learner(
     policy: Policy,
     accelerator: Any,
     engine: Callable[[Policy, int | None], Generator] = TransformersGenerator,
-    teacher: Policy | None = None,
+    teacher: Teacher | None = None,
 ) -> Learner:
     """Make the learner, with optimiser and schedule, reference, generator and critic.
 
@@ -289,7 +289,7 @@ def make_learner(
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
         engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
-        teacher: the teacher, whose model is the policy's reference; None without one.
+        teacher: the teacher, whose model is the policy's reference (`with_teacher`); None without one.
 
     Raises:
         Refused: a model cannot be sampled and scored, or not in the way that the settings ask for.
@@ -304,7 +304,7 @@ def make_learner(
             policy.reference.to(device)
     forward, computing = choose_forward(args, policy, accelerator)
     if teacher is not None:
-        scoring = teacher_scoring(teacher, forward.policy.reference, accelerator)
+        scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)
     args = replace(args, **computing)
     optimizer = make_optimizer(args, policy)

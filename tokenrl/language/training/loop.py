@@ -21,7 +21,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
-from tokenrl.language.supervised.base import adapt, load_base
+from tokenrl.language.supervised.base import adapt
 from tokenrl.language.supervised.warm_start import WarmStart, start_from
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
@@ -45,7 +45,7 @@ from tokenrl.language.training.settings import (
     usual_rate,
 )
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.teacher import load_teacher, with_teacher
+from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
@@ -167,9 +167,8 @@ def _make_warm_start(
             return
         console = Console(quiet=choices.quiet)
         with console.status("loading the model"):
-            policy = load_base(choices, task, console.note)
-            if choices.teacher is not None:  # refused before the warm start
-                load_teacher(choices, policy)
+            policy, _ = load_models(choices, task, console.note)
+            policy = replace(policy, reference=None)
         args, _ = fill_defaults(choices, task, policy)
         with using_threads(choose_threads(policy.size, args.threads)[0]):
             folder = _warm_start_folder(claimed.directory)
@@ -195,9 +194,7 @@ def _prepare(
     warm_seconds = 0.0
     with accelerator.main_process_first():
         with console.status("loading the model"):
-            policy = load_base(choices, task, console.note)
-            teacher = None if choices.teacher is None else load_teacher(choices, policy)
-        policy = policy if teacher is None else with_teacher(policy, teacher)
+            policy, teacher = load_models(choices, task, console.note)
         args, origins = fill_defaults(choices, task, policy)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
@@ -232,9 +229,7 @@ def _prepare(
             output_dir=session.directory,
             chat_time=policy.form.chat_time,
         )
-        learner = make_learner(
-            args, policy, accelerator, engine_of(args), None if teacher is None else teacher.policy
-        )
+        learner = make_learner(args, policy, accelerator, engine_of(args), teacher)
     if not abilities_of(learner.generator).exact:
         provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
     run = TrainingRun(
@@ -246,7 +241,7 @@ def _prepare(
         memory=args.estimator.memory(),
         threads=f"{threads} ({reason})",
         usual_rate=usual_rate(choices, task, policy),
-        teacher=None if teacher is None else teacher.policy.source,
+        teacher=teacher,
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
@@ -260,13 +255,14 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     if run.warm_started:
         facts["warm_started"] = run.warm_started
     policy = run.learner.policy
+    teacher = None if run.teacher is None else run.teacher.policy.source
     session.open(
         run.args,
         SavedModel(policy),
         provenance,
         parts | {"run": run},
         run.facts(),
-        names={"task": run.task.name, "model": policy.source, "teacher": run.teacher},
+        names={"task": run.task.name, "model": policy.source, "teacher": teacher},
         title=run.title,
         **facts,
     )
@@ -386,7 +382,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
-    facts |= {"teacher": run.teacher} if run.teacher else {}
+    facts |= {} if run.teacher is None else {"teacher": run.teacher.policy.source}
     facts |= form_line(ended.policy.form)
     for moment, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         rewards = [name for name in numbers if name.startswith("reward")]

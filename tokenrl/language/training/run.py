@@ -20,7 +20,7 @@ from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import with_origins
 from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
-from tokenrl.language.tasks.task import Task, find_task
+from tokenrl.language.tasks.task import Task, find_task, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_name
 from tokenrl.language.training.learner import Learner
@@ -78,7 +78,7 @@ class TrainingRun:
         memory: what the baseline remembers of earlier steps.
         threads: the number of threads of torch, and in words where it comes from.
         usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
-        teacher: the name of the teacher; None without one.
+        teacher: the teacher; None without one.
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
@@ -97,7 +97,7 @@ class TrainingRun:
     memory: Memory
     threads: str
     usual_rate: float | None
-    teacher: str | None
+    teacher: Teacher | None
     warm_started: dict[str, Any]
     warm_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -110,10 +110,15 @@ class TrainingRun:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
 
+    @property
+    def unrewarded(self) -> bool:
+        """Whether training steps have no rewards, so that the KL to the teacher is all."""
+        return is_unrewarded(self.args)
+
     @cached_property
     def training_rewards(self) -> Rewards:
         """The rewards of training steps; without any, of the same environments, of which all rewards are 0."""
-        if self.args.unrewarded:
+        if self.unrewarded:
             return Rewards([], environments=self.rewards.environments, unrewarded=True)
         return self.rewards
 
@@ -121,7 +126,7 @@ class TrainingRun:
     def objective_reference(self) -> Policy | None:
         """The teacher, if the KL to it is all that is ascended, so that evaluations estimate it too."""
         policy = self.learner.forward.policy
-        if policy.reference is None or not (self.args.unrewarded and self.args.eval_generations):
+        if policy.reference is None or not (self.unrewarded and self.args.eval_generations):
             return None
         return replace(policy, model=policy.reference, reference=None)
 
@@ -200,7 +205,7 @@ def first_facts(
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
         "task": prompts,
-        "reward": ", ".join(rewards.names) if not args.unrewarded else _ascended(args, rewards),
+        "reward": _ascended(args, rewards) if is_unrewarded(args) else ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
         **objective_line(estimator),
@@ -216,8 +221,9 @@ def _ascended(args: TrainArguments, rewards: Rewards) -> str:
     objective = f"-{estimator.beta:g} KL(pi || teacher)"
     if estimator.needs_entropy:
         objective += f" + {estimator.entropy_coef:g} H(pi)"
-    measured = ", ".join([*rewards.names, "the KL"])
-    return f"none; what is ascended is {objective}, and evaluations measure {measured}"
+    measured = [*rewards.names, *(["the KL"] if args.eval_generations else [])]
+    evaluated = ", ".join(measured) or "no reward"
+    return f"none; what is ascended is {objective}, and evaluations measure {evaluated}"
 
 
 def model_facts(

@@ -17,7 +17,7 @@ from tokenrl.language.policy.model import (
 )
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
-from tokenrl.language.tasks.task import Task
+from tokenrl.language.tasks.task import Task, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_name, named_engine
 from tokenrl.runs.processes import overruled
@@ -149,9 +149,8 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             "comes at the end. Take baseline 'rloo', returns 'total' and scale 'none'."
         )
     _try_out(args)
-    if (
-        not args.unrewarded
-    ):  # without rewards there is no return from which a baseline could be subtracted
+    # Without rewards there is no return from which a baseline could be subtracted.
+    if not is_unrewarded(args):
         check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
@@ -186,7 +185,7 @@ def _check_teacher(args: TrainArguments) -> None:
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
             "--estimator.beta, such as 1, or a preset of distillation, such as opd."
         )
-    if not args.unrewarded:
+    if not is_unrewarded(args):
         return
     if args.teacher is None or not estimator.needs_kl:
         raise Refused(

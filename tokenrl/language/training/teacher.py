@@ -8,6 +8,7 @@ as the policy has (see `fit_rows`), so that both distributions are over the same
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy, context_of
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.supervised.base import policy_of
+from tokenrl.language.supervised.base import load_base, policy_of
 from tokenrl.language.training.arguments import TrainArguments
 
 
@@ -38,6 +40,17 @@ class Teacher(NamedTuple):
     fingerprint: str
 
 
+def load_models(
+    args: TrainArguments, task: Any, announce: Callable[[str], None]
+) -> tuple[Policy, Teacher | None]:
+    """Load the policy of a run, and the teacher if there is one, which is then the policy's reference."""
+    policy = load_base(args, task, announce)
+    if args.teacher is None:
+        return policy, None
+    teacher = load_teacher(args, policy)
+    return with_teacher(policy, teacher), teacher
+
+
 def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     """Load the teacher that the arguments name, and compare it with the policy.
 
@@ -50,7 +63,10 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     Raises:
         Refused: the teacher cannot be loaded, is the model that is trained, or has another vocabulary.
     """
-    teacher = policy_of(args.teacher, args)
+    try:
+        teacher = policy_of(args.teacher, args)
+    except Refused as error:
+        raise Refused(f"The teacher cannot be used. {error}") from error
     name = teacher.source
     if teacher.model is policy.model:
         raise Refused(
@@ -72,6 +88,9 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
             line += f", of which the policy's {rows:,} are compared"
         else:
             line += f" and the policy's {rows:,}: padding rows beyond them get its mean logit"
+    context = teacher.context
+    if context is not None and policy.context is not None and context < policy.context:
+        line += f"; its context of {context:,} tokens bounds prompts with their completions"
     return Teacher(replace(teacher, model=model), line, digest)
 
 
@@ -83,8 +102,9 @@ def with_teacher(policy: Policy, teacher: Teacher) -> Policy:
 
 
 def without_teacher(policy: Policy) -> Policy:
-    """Return the policy of a run, after it, as one that no teacher is the reference of."""
-    return replace(policy, reference=None, context=context_of(policy.model))
+    """Return the policy of a run, after it, without the reference and the bound that `with_teacher` gave it."""
+    context = getattr(shape_of(policy), "max_position_embeddings", None)
+    return replace(policy, reference=None, context=context)
 
 
 def check_tokens(policy: Policy, teacher: Policy) -> None:

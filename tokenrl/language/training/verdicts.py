@@ -105,7 +105,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
             error = 0.0
         if session.ended == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
-        elif not run.args.unrewarded:
+        elif not run.unrewarded:
             after = _shown_reward(session.evaluation)
             numbers |= {
                 "gain": gain,

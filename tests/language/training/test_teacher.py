@@ -1,0 +1,273 @@
+"""A teacher in place of the start model: whole steps against autograd, rows of heads, refusals, runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_environments import Guess
+from tiny_models import (
+    ENDS,
+    PROMPTS,
+    apart,
+    gradient,
+    make_learner,
+    make_policy,
+    make_task,
+    one_step,
+    recorded,
+    scored,
+    vowel_reward,
+    weights,
+)
+
+import tokenrl
+from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import add_lora
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.rows import collect_rows, with_estimates
+from tokenrl.language.training.teacher import load_teacher
+
+PENALTY = Estimator(beta=0.3)
+IN_THE_LOSS = Estimator(baseline="group_mean", beta=0.3, kl_placement="loss", kl_estimator="k3")
+QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "threads": 1}
+QUICK |= {"max_completion_length": 6, "learning_rate": 0.01, "cpu": True}
+
+
+def other_model(rows=96, **options):
+    """A teacher with fewer layers, of another width than the policies here."""
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+    return make_policy("gpt2", vocabulary=rows, seed=3, **shape | options)
+
+
+def student_of(lora=0):
+    """A policy in float64, perhaps with an adapter that changes something."""
+    policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
+    policy.eos_ids = ENDS
+    if lora:
+        add_lora(policy, r=lora)
+        with torch.no_grad():
+            for p in policy.trainable_parameters():
+                p.copy_(torch.sin(torch.arange(p.numel()).view_as(p)) / 3)
+    return policy
+
+
+def logprob(model, policy, prompt, ids):
+    """Log-probabilities [T] of a completion, of the row alone."""
+    whole = torch.tensor([[*policy.encode(prompt), *ids]])
+    logp = model(whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+    return logp.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("estimator", [PENALTY, IN_THE_LOSS], ids=["reward", "loss"])
+def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lora, chunked):
+    teacher = other_model(dtype="float64")
+    before = weights(teacher.model)
+    seen: list = []
+    learner = make_learner(student_of(lora), estimator, teacher=teacher)
+    policy = learner.policy
+    assert learner.forward.reference_scoring.tokens_at_once  # a head of its own
+    if chunked:
+        scored(learner, tokens_at_once=5)
+    alone = copy.deepcopy(policy.model)
+    record = one_step(learner, reward=recorded(vowel_reward, seen))
+
+    own = [logprob(alone, policy, prompt, ids) for prompt, ids, _ in seen]
+    theirs = [logprob(teacher.model, policy, prompt, ids).detach() for prompt, ids, _ in seen]
+    ratios = [(a - b).detach().sum() for a, b in zip(own, theirs, strict=True)]
+    rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.float64)
+    if estimator is PENALTY:
+        rewards = rewards - 0.3 * torch.stack(ratios)
+    groups = rewards.view(4, 3)
+    others = (groups.sum(1, keepdim=True) - groups) / 2 if estimator is PENALTY else None
+    baseline = groups.mean(1, keepdim=True) if others is None else others
+    loss = 0.0
+    for logp, ref, advantage in zip(own, theirs, (groups - baseline).flatten(), strict=True):
+        loss = loss - advantage * logp.sum() / 12
+        if estimator is IN_THE_LOSS:
+            loss = loss + 0.3 * ((ref - logp).exp() - 1 - (ref - logp)).sum() / 12
+    loss.backward()
+    assert apart(gradient(policy.model), gradient(alone)) < 1e-10
+    assert record.metrics["kl"] == pytest.approx(float(sum(ratios)) / 12)
+    with policy.reference_model() as reference:
+        assert torch.equal(weights(reference.requires_grad_(True)), before)  # never trained
+    assert torch.equal(weights(teacher.model), before)
+
+
+@pytest.mark.parametrize("rows", [90, 96, 120])
+def test_a_head_with_other_padding_rows_is_compared_over_the_rows_of_the_policy(rows):
+    """Of a larger head the first rows count; those that a smaller one lacks have its mean logit."""
+    teacher = other_model(rows, dtype="float64")
+    loaded = load_teacher(TrainArguments(teacher=teacher), make_policy())
+    ids = torch.tensor([[5, 17, 60]])
+    with torch.no_grad():
+        logits = teacher.model(ids).logits
+        missing = logits.mean(2, keepdim=True).expand(-1, -1, max(0, 96 - rows))
+        expected = torch.cat([logits[:, :, :96], missing], dim=2).log_softmax(2)
+        result = loaded.policy.model(ids).logits.log_softmax(2)
+        assert torch.isfinite(loaded.policy.model(torch.tensor([[95, 1]])).logits).all()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    assert result.exp().sum(2) == pytest.approx(1)
+    assert (rows == 96) == ("rows" not in loaded.line)
+    assert teacher.model.lm_head.out_features == rows  # the user's own model stays as it is
+    learner = make_learner(make_policy(), PENALTY, teacher=teacher)
+    learner.policy.eos_ids = ENDS
+    assert torch.isfinite(torch.tensor(one_step(learner).metrics["kl"]))
+
+
+def test_a_teacher_is_moved_and_rounded_with_the_policy_and_the_users_model_is_not():
+    teacher = other_model()
+    before = copy.deepcopy(teacher.model.state_dict())
+    learner = make_learner(make_policy(), PENALTY, teacher=teacher, mixed_precision="bf16")
+    kinds = {p.dtype for p in learner.forward.policy.reference.parameters()}
+    assert kinds == {torch.bfloat16}
+    assert abs(one_step(learner).metrics["kl"]) > 0.1
+    after = teacher.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_teacher_scores_the_chosen_tokens_of_episodes_alone():
+    """What the environment writes has no log ratio; without rewards those of the environment count nowhere."""
+    policy = make_policy("gpt2", dtype="float64", n_positions=128)
+    policy.eos_ids = ENDS
+    teacher = other_model(dtype="float64", n_positions=128)
+    options = {"teacher": teacher, "max_completion_length": 40}
+    learner = make_learner(policy, PENALTY, **options)
+    environments = Environments(Guess, timeout=0.3)
+    counted = Rewards([], environments=environments)
+    silent = Rewards([], environments=environments, unrewarded=True)
+    prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
+    sampling = replace(learner.sampling, step=1)
+    rows = collect_rows(learner, silent, prompts, sampling)
+    assert not rows.rewards.any() and not rows.turn_rewards.any() and rows.valid.all()
+    assert collect_rows(learner, counted, prompts, sampling).rewards.any()
+    rows = with_estimates(learner, silent, sampling, rows)
+    behind = rows.mask.flip(1).cumsum(1).flip(1) > 0
+    assert (~rows.mask & behind).any()
+    for i in range(len(rows)):
+        prompt = rows.prompt_ids[i][rows.prompt_mask[i]]
+        ids = torch.cat([prompt, rows.completion_ids[i]])
+        with torch.no_grad():
+            logp = teacher.model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+        chosen = logp.gather(1, rows.completion_ids[i, :, None]).squeeze(1)
+        mask = rows.mask[i]
+        torch.testing.assert_close(rows.ref_logprobs[i][mask], chosen[mask], rtol=0, atol=1e-9)
+    metrics = one_step(learner, reward=silent).metrics
+    log_ratios = (rows.logprobs - rows.ref_logprobs)[rows.mask]
+    assert metrics["kl"] == pytest.approx(float(log_ratios.sum()) / len(rows))
+    assert not [name for name in metrics if "reward" in name] and metrics["grad_norm"] > 0
+
+
+def distilled(folder, **options):
+    """A short run with a teacher and no reward."""
+    policy = make_policy("gpt2")
+    policy.eos_ids = ENDS
+    teacher = other_model()
+    settings = {"model": policy, "teacher": (teacher.model, teacher.tokenizer), "reward": "none"}
+    settings |= {"task": make_task(), "output_dir": folder, "estimator": PENALTY}
+    return tokenrl.train(**settings | QUICK | options)
+
+
+def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_the_task(
+    tmp_path, capsys
+):
+    result = distilled(tmp_path / "run", task=make_task(reward=fails_in_training))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "none; what is ascended is -0.3 KL(pi || teacher), and evaluations measure" in out
+    assert re.search(r"teacher GPT2LMHeadModel \([\d,]+ parameters\)", out)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["teacher"] == "GPT2LMHeadModel" and config["reward"] == ["none"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert "reward" not in rows[1] and rows[1]["kl"] > 0
+    assert {"reward", "reward_greedy", "kl"} < result.eval_after.keys()
+    assert result.policy.reference is None and not result.flags
+    evaluated = tokenrl.evaluate(model=str(tmp_path / "run"), task=make_task(), reward=None)
+    assert "reward_greedy" in evaluated.metrics
+    data = distilled(tmp_path / "data", task=[{"prompt": prompt} for prompt in PROMPTS * 3])
+    assert "kl" in data.eval_after and "reward_greedy" not in data.eval_after
+
+
+def fails_in_training(completion_ids, trainer_state, **_):
+    """A reward that only evaluations before or after all steps may call."""
+    assert trainer_state.max_steps == 0
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def broken(value):
+    """A teacher with one weight of this value."""
+    teacher = other_model()
+    with torch.no_grad():
+        teacher.model.transformer.h[0].ln_1.bias[0] = value
+    return teacher
+
+
+def with_other_token():
+    """A teacher whose tokenizer writes its last id in another way."""
+    teacher = other_model()
+    tokenizer = copy.deepcopy(teacher.tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    return teacher.model, tokenizer
+
+
+def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_path):
+    same = make_policy("gpt2")
+    task = make_task()
+    task.demonstrations = [{"prompt": prompt, "completion": " dog"} for prompt in PROMPTS]
+    cases = [
+        (
+            {"teacher": with_other_token()},
+            r"another vocabulary.* 1 ids differ, first 90, .*'<new>'",
+        ),
+        ({"teacher": str(tmp_path / "nowhere")}, "no such model was found|There is no directory"),
+        ({"teacher": broken(float("nan"))}, "not finite"),
+        ({"teacher": broken(float("inf"))}, "not finite"),
+        ({"teacher": 3}, r"teacher was given as a int.*teacher=\(model, tokenizer\)"),
+        ({"teacher": same, "model": same}, "very model that is trained"),
+        ({"estimator": Estimator(), "reward": vowel_reward}, "beta is 0: give --estimator.beta"),
+        ({"estimator": Estimator()}, "beta is 0"),
+        ({"teacher": None}, "name one with --teacher"),
+        ({"reward": ["none", vowel_reward]}, "no reward at all: leave out the rewards beside it"),
+        ({"reward_weights": 0.5}, "leave out the rewards beside it, and reward_weights"),
+        (
+            {"estimator": Estimator(beta=0.1, zero_spread="drop")},
+            "zero_spread 'drop' needs rewards",
+        ),
+        ({"teacher": with_other_token(), "task": task, "warm_start": True}, "another vocabulary"),
+    ]
+    for changes, words in cases:
+        with pytest.raises(Refused, match=words):
+            distilled(tmp_path / "run", quiet=True, **changes)
+        assert not (tmp_path / "run" / "config.json").exists()
+        assert not (tmp_path / "run" / "warm_start" / "config.json").exists()
+    with pytest.raises(Refused, match="this command needs rewards"):
+        tokenrl.sft(task="sort_digits", reward="none", output_dir=tmp_path / "run")
+
+
+def test_a_run_continues_with_its_own_teacher_only(tmp_path):
+    distilled(tmp_path / "run", quiet=True, max_steps=1)
+    other = other_model(initializer_range=0.4)
+    pair = other.model, other.tokenizer
+    cases = (pair, "other data or models: teacher"), (other, "other settings: teacher")
+    for teacher, words in (*cases, (None, "The teacher cannot be used")):
+        with pytest.raises(Refused, match=words):
+            distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2, teacher=teacher)
+    assert distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2).steps == 2
+
+
+def test_a_teacher_with_less_context_bounds_the_prompts(tmp_path, capsys):
+    short = other_model(n_positions=12)
+    with pytest.raises(Refused, match="context of 12"):
+        distilled(tmp_path / "run", quiet=True, teacher=short)
+    result = distilled(tmp_path / "run", teacher=short, max_completion_length=2)
+    assert "its context of 12 tokens bounds" in " ".join(capsys.readouterr().out.split())
+    assert result.policy.context == 64
