@@ -31,6 +31,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training import rows
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows, with_estimates
 from tokenrl.language.training.teacher import load_teacher
@@ -103,22 +104,40 @@ def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lor
     assert torch.equal(weights(teacher.model), before)
 
 
-@pytest.mark.parametrize("rows", [90, 96, 120])
-def test_a_head_with_other_padding_rows_is_compared_over_the_rows_of_the_policy(rows):
+def test_a_teacher_is_scored_in_its_own_way(monkeypatch):
+    """One whose prompts must not be shared is computed anew for each row, though the policy shares them."""
+    seen = []
+
+    def noted(model, rollout, scoring, **options):
+        seen.append((model, scoring))
+        return score_in_parts(model, rollout, scoring, **options)
+
+    score_in_parts = rows.score_in_parts
+    monkeypatch.setattr(rows, "score_in_parts", noted)
+    learner = make_learner(student_of(), PENALTY, teacher=other_model(dtype="float64"))
+    alone = replace(learner.forward.reference_scoring, share_prompt=False)
+    learner.forward = replace(learner.forward, reference_scoring=alone)
+    one_step(learner)
+    assert learner.forward.scoring.share_prompt
+    assert seen == [(learner.policy.reference, alone)]
+
+
+@pytest.mark.parametrize("size", [90, 96, 120])
+def test_a_head_with_other_padding_rows_is_compared_over_the_rows_of_the_policy(size):
     """Of a larger head the first rows count; those that a smaller one lacks have its mean logit."""
-    teacher = other_model(rows, dtype="float64")
+    teacher = other_model(size, dtype="float64")
     loaded = load_teacher(TrainArguments(teacher=teacher), make_policy())
     ids = torch.tensor([[5, 17, 60]])
     with torch.no_grad():
         logits = teacher.model(ids).logits
-        missing = logits.mean(2, keepdim=True).expand(-1, -1, max(0, 96 - rows))
+        missing = logits.mean(2, keepdim=True).expand(-1, -1, max(0, 96 - size))
         expected = torch.cat([logits[:, :, :96], missing], dim=2).log_softmax(2)
         result = loaded.policy.model(ids).logits.log_softmax(2)
         assert torch.isfinite(loaded.policy.model(torch.tensor([[95, 1]])).logits).all()
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
     assert result.exp().sum(2) == pytest.approx(1)
-    assert (rows == 96) == ("rows" not in loaded.line)
-    assert teacher.model.lm_head.out_features == rows  # the user's own model stays as it is
+    assert (size == 96) == ("rows" not in loaded.line)
+    assert teacher.model.lm_head.out_features == size  # the user's own model stays as it is
     learner = make_learner(make_policy(), PENALTY, teacher=teacher)
     learner.policy.eos_ids = ENDS
     assert torch.isfinite(torch.tensor(one_step(learner).metrics["kl"]))
@@ -148,23 +167,23 @@ def test_a_teacher_scores_the_chosen_tokens_of_episodes_alone():
     silent = Rewards([], environments=environments, unrewarded=True)
     prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
     sampling = replace(learner.sampling, step=1)
-    rows = collect_rows(learner, silent, prompts, sampling)
-    assert not rows.rewards.any() and not rows.turn_rewards.any() and rows.valid.all()
+    batch = collect_rows(learner, silent, prompts, sampling)
+    assert not batch.rewards.any() and not batch.turn_rewards.any() and batch.valid.all()
     assert collect_rows(learner, counted, prompts, sampling).rewards.any()
-    rows = with_estimates(learner, silent, sampling, rows)
-    behind = rows.mask.flip(1).cumsum(1).flip(1) > 0
-    assert (~rows.mask & behind).any()
-    for i in range(len(rows)):
-        prompt = rows.prompt_ids[i][rows.prompt_mask[i]]
-        ids = torch.cat([prompt, rows.completion_ids[i]])
+    batch = with_estimates(learner, silent, sampling, batch)
+    behind = batch.mask.flip(1).cumsum(1).flip(1) > 0
+    assert (~batch.mask & behind).any()
+    for i in range(len(batch)):
+        prompt = batch.prompt_ids[i][batch.prompt_mask[i]]
+        ids = torch.cat([prompt, batch.completion_ids[i]])
         with torch.no_grad():
             logp = teacher.model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(1)
-        chosen = logp.gather(1, rows.completion_ids[i, :, None]).squeeze(1)
-        mask = rows.mask[i]
-        torch.testing.assert_close(rows.ref_logprobs[i][mask], chosen[mask], rtol=0, atol=1e-9)
+        chosen = logp.gather(1, batch.completion_ids[i, :, None]).squeeze(1)
+        mask = batch.mask[i]
+        torch.testing.assert_close(batch.ref_logprobs[i][mask], chosen[mask], rtol=0, atol=1e-9)
     metrics = one_step(learner, reward=silent).metrics
-    log_ratios = (rows.logprobs - rows.ref_logprobs)[rows.mask]
-    assert metrics["kl"] == pytest.approx(float(log_ratios.sum()) / len(rows))
+    log_ratios = (batch.logprobs - batch.ref_logprobs)[batch.mask]
+    assert metrics["kl"] == pytest.approx(float(log_ratios.sum()) / len(batch))
     assert not [name for name in metrics if "reward" in name] and metrics["grad_norm"] > 0
 
 
@@ -219,6 +238,16 @@ def with_other_token():
     return teacher.model, tokenizer
 
 
+def with_two_tokens_exchanged():
+    """A teacher with as many tokens, of which two have each other's ids."""
+    teacher = other_model()
+    vocabulary = teacher.tokenizer.get_vocab()
+    first, second, *_ = sorted(vocabulary, key=vocabulary.__getitem__)[40:]
+    exchanged = vocabulary | {first: vocabulary[second], second: vocabulary[first]}
+    teacher.tokenizer.get_vocab = lambda: exchanged
+    return teacher
+
+
 def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_path):
     same = make_policy("gpt2")
     task = make_task()
@@ -228,6 +257,7 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
             {"teacher": with_other_token()},
             r"another vocabulary.* 1 ids differ, first 90, .*'<new>'",
         ),
+        ({"teacher": with_two_tokens_exchanged()}, "another vocabulary.* 2 ids differ, first 40"),
         ({"teacher": str(tmp_path / "nowhere")}, "no such model was found|There is no directory"),
         ({"teacher": broken(float("nan"))}, "not finite"),
         ({"teacher": broken(float("inf"))}, "not finite"),
