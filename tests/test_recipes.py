@@ -324,6 +324,13 @@ def test_figure_of_samplers_that_differ(tmp_path, monkeypatch, capsys):
     assert biases["no correction", "0.5"] > biases["token", "0.5"] > biases["sequence", "0.5"] == 0
 
 
+def test_top_tokens_that_centre_scores(tmp_path, monkeypatch, capsys):
+    short = "--samplers noise=0.3 --tops 1 2 3 --vocabulary 4 --problems 2"
+    out = run("top_tokens", short, tmp_path, monkeypatch, capsys)
+    off = [float(line.split()[2]) for line in out.splitlines()[1:]]
+    assert off == sorted(off, reverse=True) and off[0] > 5 * off[2] and off[3] == 0
+
+
 def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     import torch
 
