@@ -335,7 +335,8 @@ def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     import torch
 
     from tokenrl import Estimator
-    from tokenrl.core.choices import EXACT, KL_EFFECTS
+    from tokenrl.core.choices import KL_EFFECTS
+    from tokenrl.core.effects import EXACT
     from tokenrl.lab import exact_moments, tabular_problem
 
     drawn("figures kl", tmp_path, monkeypatch, capsys)

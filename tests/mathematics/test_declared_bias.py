@@ -10,7 +10,8 @@ import torch
 
 import tokenrl.lab.exact.verdict as verdict_module
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES, CHOICES, FROM_BEST_TO_WORST
+from tokenrl.core.choices import AXES, CHOICES
+from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, named_estimators, problem_of_mdp, random_mdp

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings, strategies as st
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES
-from tokenrl.core.losses import LEAST_BETA, PER_TOKEN, next_beta, token_entropy
+from tokenrl.core.divergences import LEAST_BETA, PER_TOKEN, next_beta
+from tokenrl.core.losses import token_entropy
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.statistics import generator_of, mean_and_error
 from tokenrl.errors import Refused

@@ -12,7 +12,8 @@ import torch
 
 from tokenrl.core import Estimator
 from tokenrl.core.bias import objective_line
-from tokenrl.core.choices import OBJECTIVES, Effect
+from tokenrl.core.choices import OBJECTIVES
+from tokenrl.core.effects import Effect
 from tokenrl.core.objectives import check_rewards
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenrl.core import baselines, scales
 from tokenrl.core.axes import Axes
-from tokenrl.core.losses import PER_TOKEN
+from tokenrl.core.divergences import PER_TOKEN
 from tokenrl.core.memories import failures_of_baseline
 from tokenrl.core.objectives import log_success, max_at_k
 from tokenrl.core.returns import (

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tokenrl import settings
-from tokenrl.core.choices import OBJECTIVES, Choice, choice_of
+from tokenrl.core.choices import OBJECTIVES, choice_of
+from tokenrl.core.effects import Choice
 from tokenrl.names import NamedFunction
 from tokenrl.settings import (
     OR_FUNCTION,

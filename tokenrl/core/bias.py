@@ -23,15 +23,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenrl.core import choices
-from tokenrl.core.choices import (
+from tokenrl.core.choices import OBJECTIVES, choice_of
+from tokenrl.core.effects import (
     ASYMPTOTIC,
     BIASED,
-    OBJECTIVES,
+    EXACT,
+    FROM_BEST_TO_WORST,
     PER_PROMPT,
     UNKNOWN,
     UP_TO_SCALE,
     Effect,
-    choice_of,
 )
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ def declared(axes: Axes, *, binary: bool = False, of_reward: bool = False) -> Ef
         of_reward: Compare with the gradient of the mean reward, if the objective is another one.
     """
     listed = effects(axes, binary, of_reward)
-    status = max((effect.status for effect in listed), key=choices.FROM_BEST_TO_WORST.index)
-    reasons = [effect.reason for effect in listed if effect.status != choices.EXACT]
+    status = max((effect.status for effect in listed), key=FROM_BEST_TO_WORST.index)
+    reasons = [effect.reason for effect in listed if effect.status != EXACT]
     if not binary:
         special = declared(axes, binary=True, of_reward=of_reward).status
         if special != status:

@@ -9,75 +9,18 @@ row, b the baseline, L the length of a row and p the probability of a correct co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-EXACT = "exact"
-UP_TO_SCALE = "exact_up_to_scale"
-PER_PROMPT = "exact_per_prompt"
-ASYMPTOTIC = "asymptotic"
-BIASED = "biased"
-UNKNOWN = "unknown"
-FROM_BEST_TO_WORST = (EXACT, UP_TO_SCALE, PER_PROMPT, ASYMPTOTIC, BIASED, UNKNOWN)
-"""What the expected gradient is, compared with the gradient of the objective:
-
-- `exact`: that gradient itself.
-- `exact_up_to_scale`: that gradient times one positive number, the same for all prompts.
-- `exact_per_prompt`: each prompt's gradient times a positive number of its own.
-- `asymptotic`: right in direction in the limit of many rows per step.
-- `biased`: wrong in direction; the reason names the objective that is ascended instead, if there is one.
-- `unknown`: not decided by the settings."""
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What a choice does to the expected gradient: a status of `FROM_BEST_TO_WORST`, and the reason."""
-
-    status: str
-    reason: str
-    binary: str = ""
-    """A better status that holds if every return is 0 or 1 and rows are compared in their groups only."""
-
-
-@dataclass(frozen=True)
-class Choice(Effect):
-    """One name on one axis: its effect, and every other fact about it that the code uses.
-
-    Attributes:
-        compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
-            steps of one row. None if it compares nothing.
-        needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
-        centred: Whether the baseline equals the return in every group of equal returns.
-        additive: Whether the baselines of several reward functions add up to that of their sum.
-        whole_row: Whether a ratio or a weight sums over the row, which must then not be split.
-        row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
-        discounted: The effect with gamma below 1.
-        of_reward: What the gradient of an objective is for the mean reward, if that is something else.
-        any_units: Whether a baseline is in the units of the returns of actions, or made of no return.
-        in_group: Whether a baseline is known to depend on the rewards of the row's group only.
-        of_others: Whether a divisor is made of other rows only, or an objective needs one row more than k.
-        of_prompt: Whether a divisor is made of rows of the row's own prompt.
-        subtracts_mean: Whether a scale or a return subtracts a mean too.
-        to_go: Whether the credit of the first action is the return of the whole row.
-        token_bounds: Whether a ratio has a bound for each token.
-    """
-
-    compares: Literal["group", "step", "row"] | None = None
-    needs: str = ""
-    centred: bool = False
-    additive: bool = True
-    whole_row: bool = False
-    row_inside: Effect | None = None
-    discounted: Effect | None = None
-    of_reward: Effect | None = None
-    any_units: bool = False
-    in_group: bool = False
-    of_others: bool = False
-    of_prompt: bool = False
-    subtracts_mean: bool = False
-    to_go: bool = False
-    token_bounds: bool = False
-
+from tokenrl.core.effects import (
+    ASYMPTOTIC,
+    BIASED,
+    EXACT,
+    PER_PROMPT,
+    UNKNOWN,
+    UP_TO_SCALE,
+    Choice,
+    Effect,
+)
 
 ON_POLICY = "on-policy every importance weight is 1"
 FIRST_UPDATE = (

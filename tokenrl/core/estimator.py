@@ -247,7 +247,8 @@ class Estimator(Axes):
             ValueError: When the shapes of logprobs, weights and mask differ.
             Refused: When the estimator needs an input that is missing.
         """
-        from tokenrl.core.losses import bounded, importance_weights, kl_in_loss, policy_gain
+        from tokenrl.core.divergences import kl_in_loss
+        from tokenrl.core.losses import bounded, importance_weights, policy_gain
         from tokenrl.core.rows import required, zero_outside
 
         if not logprobs.shape == weights.shape == mask.shape:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenrl.core.bias import declared
-from tokenrl.core.choices import BIASED, EXACT, UNKNOWN, UP_TO_SCALE, Effect
+from tokenrl.core.effects import BIASED, EXACT, UNKNOWN, UP_TO_SCALE, Effect
 
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes

@@ -21,7 +21,7 @@ from tiny_models import (
 )
 
 from tokenrl.core import Estimator
-from tokenrl.core.losses import next_beta
+from tokenrl.core.divergences import next_beta
 from tokenrl.core.memories import RunningMean
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import add_lora

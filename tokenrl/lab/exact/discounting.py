@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenrl.core.choices import EXACT, UP_TO_SCALE
+from tokenrl.core.effects import EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import TO_GO
 from tokenrl.lab.exact.catalogue import EPISODE, STANDARD

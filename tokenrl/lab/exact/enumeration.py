@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
+from tokenrl.core.effects import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, zero_spread

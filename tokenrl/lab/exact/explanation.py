@@ -6,7 +6,7 @@ It may be a preset with changes, or a configuration of TRL.
 from __future__ import annotations
 
 from tokenrl.core.bias import effects, objective_line
-from tokenrl.core.choices import EXACT
+from tokenrl.core.effects import EXACT
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS, Preset
 from tokenrl.lab.exact.catalogue import LabArguments

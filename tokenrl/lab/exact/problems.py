@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenrl.core.divergences import kl_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.losses import kl_of, token_entropy
+from tokenrl.core.losses import token_entropy
 from tokenrl.core.returns import at_last_action, reward_to_go
 from tokenrl.core.rows import overlong_penalty
 from tokenrl.lab.exact.objectives import slopes_in_probability

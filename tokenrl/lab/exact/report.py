@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tokenrl.core.choices import EXACT, UP_TO_SCALE
+from tokenrl.core.effects import EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
 from tokenrl.lab.exact.catalogue import LabArguments, named_estimators

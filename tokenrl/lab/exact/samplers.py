@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenrl.core.choices import BIASED, EXACT, UP_TO_SCALE
+from tokenrl.core.effects import BIASED, EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.off_policy import EXACT_FOR_POLICY, EXACT_FOR_SAMPLER
 from tokenrl.core.presets import read_changes

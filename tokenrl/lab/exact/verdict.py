@@ -9,7 +9,7 @@ from html import escape
 
 import torch
 
-from tokenrl.core import choices
+from tokenrl.core import effects
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
@@ -31,7 +31,7 @@ EVEN = torch.tensor([[1, 3], [1, 2], [1, 1]]).double().log()
 """Logits of two tokens, one of which is the end, under which all four completions are equally probable."""
 
 
-GRADED = (choices.EXACT, choices.UP_TO_SCALE, choices.PER_PROMPT, choices.ASYMPTOTIC)
+GRADED = (effects.EXACT, effects.UP_TO_SCALE, effects.PER_PROMPT, effects.ASYMPTOTIC)
 """Statuses for which a better one passes too."""
 
 
@@ -50,7 +50,7 @@ class Claim:
         """
         if self.declared in GRADED:
             return worst(self.declared, self.found) == self.declared
-        return self.declared in (choices.UNKNOWN, self.found)
+        return self.declared in (effects.UNKNOWN, self.found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,11 +173,11 @@ def measure_bias(
     main = problems_of(estimator) if problems is None else problems
     wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
-    status = choices.EXACT
+    status = effects.EXACT
     measured = list[Problem]()
     measurements = list[Moments]()
     for number, problem in enumerate((*main, *wide)):
-        if number >= len(main) and status == choices.BIASED:
+        if number >= len(main) and status == effects.BIASED:
             break
         try:
             moments = exact_moments(estimator, problem)
@@ -195,8 +195,8 @@ def measure_bias(
         status = worse
     if not measurements:
         raise refusal
-    if status == choices.BIASED and tends_to_the_gradient(estimator):
-        status = choices.ASYMPTOTIC
+    if status == effects.BIASED and tends_to_the_gradient(estimator):
+        status = effects.ASYMPTOTIC
     tried = extent(measured)
     if estimator.needs_memory:
         tried += ", the memory held fixed"
@@ -213,13 +213,13 @@ def measure_bias(
 
 def worst(*statuses: str) -> str:
     """Return the worst of some statuses."""
-    return max(statuses, key=choices.FROM_BEST_TO_WORST.index)
+    return max(statuses, key=effects.FROM_BEST_TO_WORST.index)
 
 
 def _on_binary(estimator: Estimator) -> Claim | None:
     """Return the status on rewards of 0 and 1; None if no better one is declared, or only in the limit."""
     status = estimator.binary_bias_status
-    if status in (estimator.bias_status, choices.ASYMPTOTIC):
+    if status in (estimator.bias_status, effects.ASYMPTOTIC):
         return None
     usable = [p for p in binary_problems() if p.group_size >= estimator.fewest_rows]
     statuses = [exact_moments(estimator, problem).status for problem in usable]
@@ -229,7 +229,7 @@ def _on_binary(estimator: Estimator) -> Claim | None:
 def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | None:
     """Return the status for the gradient of E[R]; None if that is the objective."""
     status = estimator.reward_bias_status
-    if not estimator.other_objective or status == choices.ASYMPTOTIC:
+    if not estimator.other_objective or status == effects.ASYMPTOTIC:
         return None
     mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
     statuses = []
@@ -280,7 +280,7 @@ def tends_to_the_gradient(estimator: Estimator) -> bool:
         small, large = (sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps)
         # An error of order 1/N is a quarter as large in a step four times as large; one that does not vanish
         # keeps its size.
-        if single.status != choices.BIASED or large >= max(single.tolerance, 0.3 * small):
+        if single.status != effects.BIASED or large >= max(single.tolerance, 0.3 * small):
             return False
         measured += 1
     return measured > 0

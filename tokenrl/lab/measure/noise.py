@@ -8,7 +8,7 @@ from functools import cache, partial
 
 from torch import Tensor
 
-from tokenrl.core.choices import EXACT
+from tokenrl.core.effects import EXACT
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import Interval

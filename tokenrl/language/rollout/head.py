@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenrl.core.losses import entropy_of, kl_of, score_norm_of
+from tokenrl.core.divergences import kl_of
+from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.distribution import Distribution
 
 LOGITS = 2**22

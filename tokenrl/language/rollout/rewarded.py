@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenrl.core.losses import k1, k3
+from tokenrl.core.divergences import k1, k3
 from tokenrl.core.returns import at_last_action
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import locations_of

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.losses import entropy_of, kl_of, score_norm_of
+from tokenrl.core.divergences import kl_of
+from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head

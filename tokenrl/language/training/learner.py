@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenrl.core.divergences import next_beta
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.losses import next_beta
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
