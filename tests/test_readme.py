@@ -34,8 +34,9 @@ def named(page):
     return re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
 
 
-# the others are in defaults.md
-PAPERS = [name for name, preset in PRESETS.items() if not preset.beyond]
+# the others are in defaults.md and, without a reward, in distillation.md
+PAPERS = [name for name, p in PRESETS.items() if not p.beyond and not name.endswith("opd")]
+PAPERS = [name for name in PAPERS if not name.startswith("opd")]
 
 
 def measured(name):
