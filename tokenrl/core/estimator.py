@@ -281,10 +281,8 @@ class Estimator(Axes):
         if self.needs_sampling_logprobs:
             purpose = f"importance {self.importance!r}"
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
-            of_sampler = importance_weights(
-                log_weights, live, self.importance, self.importance_clip
-            )
-            gain = gain * bounded(of_sampler, self.importance_range, masks=self.masks_weights)
+            weight = importance_weights(log_weights, live, self.importance, self.importance_clip)
+            gain = gain * bounded(weight, self.importance_range, masks=self.masks_weights)
         if self.needs_centres:
             gain = gain - advantages * inside("centres", centres, "importance_centre")
         if self.kl_in_loss:

@@ -180,9 +180,8 @@ class _Scores(torch.autograd.Function):
         *inputs, ids, further, total, entropy, divergence = ctx.saved_tensors
         states, weight, bias = inputs
         chunks: Chunks = ctx.chunks
-        by_any = by_logprob + by_listed.sum(
-            dim=1
-        )  # log-probability of a token, by which p is multiplied
+        # What p is multiplied by: the gradient of any log-probability lowers all logits.
+        by_any = by_logprob + by_listed.sum(dim=1)
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
         back: list[Tensor | None] = []
         for x, is_needed in zip(inputs, ctx.needs_input_grad, strict=False):

@@ -144,13 +144,13 @@ class VllmGenerator:
         logprobs = _padded([torch.tensor(row.logprobs)[row.start_indices] for row in flat], mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
-        kept: dict[str, Any] = {}
+        columns: dict[str, Any] = {}
         if sampling.keep_top is not None:
-            kept["top_ids"] = _padded([_listed(row.token_ids, row) for row in flat], mask)
+            columns["top_ids"] = _padded([_listed(row.token_ids, row) for row in flat], mask)
             top = [_listed(row.logprobs, row) for row in flat]
-            kept["sampling_distribution"] = _padded(top, mask)
+            columns["sampling_distribution"] = _padded(top, mask)
         elif sampling.keep_distribution:
-            kept["sampling_distribution"] = _padded([_distribution(row) for row in flat], mask)
+            columns["sampling_distribution"] = _padded([_distribution(row) for row in flat], mask)
         prompts, prompt_mask = pad_left(prompt_ids, self.policy.pad_id)
         return Rollout(
             prompt_ids=prompts[index],
@@ -160,7 +160,7 @@ class VllmGenerator:
             mask=mask,
             sampling_logprobs=logprobs,
             truncated=~finished,
-            **kept,
+            **columns,
         )
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:

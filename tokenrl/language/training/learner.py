@@ -255,10 +255,10 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
     """Refuse to centre scores over more tokens than can be kept with their probabilities at each position."""
     if estimator.needs_centres:
         size: int = shape_of(policy).vocab_size
-        kept = min(size, estimator.importance_centre_top or size)
-        if kept > MOST_TOKENS:
+        count = min(size, estimator.importance_centre_top or size)
+        if count > MOST_TOKENS:
             raise Refused(
-                f"importance_centre keeps the sampler's probabilities of {kept:,} tokens at each position, which "
+                f"importance_centre keeps the sampler's probabilities of {count:,} tokens at each position, which "
                 f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
                 "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
                 "or 'sequence' needs the probabilities of the sampled tokens only."
