@@ -213,6 +213,7 @@ def tabular_problem(
     shared: bool = False,
     true_values: bool = False,
     logits: Tensor | None = None,  # [S, V]
+    reference: Tensor | None = None,  # [S, V]
     sampler: Callable[[Tensor], Tensor] | None = None,
     rows: Completions | None = None,
 ) -> Problem:
@@ -231,14 +232,16 @@ def tabular_problem(
         true_values: Whether the critic is V^pi, the expected reward to go, instead of a random function of
             the prefix.
         logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
+        reference: Logits of every prompt's reference, for example of a teacher, instead of random ones.
         sampler: Makes the sampler's logits [P, S, V] from the policy's; None for the policy.
         rows: The completions, if they are not all that `vocabulary` and `length` allow.
     """
     rows = all_completions(vocabulary, length) if rows is None else rows
     shape = (prompts, len(rows.prefixes), vocabulary)
     draw = torch.Generator().manual_seed(seed)
-    random, reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)
+    random, random_reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)
     logits = random if logits is None else logits.double().expand(shape)
+    ref_logits = random_reference if reference is None else reference.double().expand(shape)
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
     drawn = _rewards(rewards, table, rows, draw)
     logprobs = token_logprobs(logits, rows)
@@ -252,13 +255,13 @@ def tabular_problem(
         mask=rows.mask,
         truncated=ends != 0,
         logprobs=logprobs,
-        ref_logprobs=token_logprobs(reference, rows),
+        ref_logprobs=token_logprobs(ref_logits, rows),
         entropy=token_entropies(logits, rows),
-        token_kl=token_kls(logits, rows, reference),
+        token_kl=token_kls(logits, rows, ref_logits),
         rewards=drawn,
         scores=slopes_of(token_logprobs, logits, rows, shared),
         entropy_slopes=slopes_of(token_entropies, logits, rows, shared),
-        kl_slopes=slopes_of(token_kls, logits, rows, shared, reference),
+        kl_slopes=slopes_of(token_kls, logits, rows, shared, ref_logits),
         values=values,
         greedy=_greedy(logits, rows),
         max_length=length + 2,

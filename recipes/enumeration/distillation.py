@@ -1,0 +1,247 @@
+"""Enumerates what the forms of distillation on the student's own samples compute, and what their noise costs.
+
+    python recipes/enumeration/distillation.py
+
+Each form estimates the gradient of -KL(student || teacher) of whole completions. Only the tables of
+`recipes/pages/explain/distillation.md` are replaced; `recipes/figures/distillation.png` is the figure. Look for:
+where prefixes are held fixed, more completions do not lower the error below the bias.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from tokenrl import Estimator
+from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabular_problem
+
+RECIPES = Path(__file__).parents[1]
+PAGE = RECIPES / "pages" / "explain" / "distillation.md"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+PRESETS = (
+    "opd",
+    "vopd",
+    "opd_full",
+    "opd_to_go",
+    "opd_to_go,kl_baseline=closed_form",
+    "opd_full_path",
+)
+PAIRS = (("opd_to_go", "opd"), ("opd_full_path", "opd_full"), ("opd_full_path", "opd"))
+LOOKS = {  # of lines in the figure, in colours of Okabe and Ito
+    "opd": ("#D55E00", "--", "prefix fixed"),
+    "opd_full": ("#E69F00", "--", "prefix fixed"),
+    "opd_to_go": ("#0072B2", "-", "exact"),
+    "opd_full_path": ("#009E73", "-", "exact"),
+}
+DISTANCES = (0.3, 1.0, 3.0)
+GROUP = 4
+
+Case = tuple[float, int]  # a distance of the teacher, and a length of the completions
+Results = dict[Case, dict[str, list[Moments]]]  # by form, one for each problem
+
+
+def distillation_problem(seed: int, distance: float, length: int, vocabulary: int = 3) -> Problem:
+    """List all completions of a length. The teacher's logits are the student's plus `distance` times noise."""
+    rows = all_completions(vocabulary, length, ends=())
+    draw = torch.Generator().manual_seed(seed)
+    shape = (len(rows.prefixes), vocabulary)
+    student, noise = torch.randn(2, *shape, generator=draw, dtype=torch.double)
+    problem = tabular_problem(
+        seed,
+        vocabulary=vocabulary,
+        length=length,
+        rows=rows,
+        logits=student,
+        reference=student + distance * noise,
+    )
+    return replace(problem, rewards=torch.zeros_like(problem.rewards))
+
+
+def iw_opd(problem: Problem, gamma: float = 0.5) -> Moments:
+    """Return the moments of TRL's importance-weighted form: `l_t (1 + gamma (1 - sum_{s<t} |l_s| / sum_s |l_s|))`.
+
+    The source is arXiv 2606.22600, and `trl/experimental/iw_opd/iw_opd_trainer.py` of TRL 1.16.
+    """
+    ratios = (problem.ref_logprobs - problem.logprobs)[0]  # [M, T]
+    sizes = ratios.abs()
+    before = sizes.cumsum(-1) - sizes
+    credit = ratios * (1 + gamma * (1 - before / sizes.sum(-1, keepdim=True)))
+    directions = torch.einsum("mt,mtd->md", credit, problem.scores[0])
+    chances = problem.chances[0]
+    second = chances @ directions.square().sum(-1)
+    return Moments((chances @ directions)[None], problem.gradient(beta=1.0), float(second))
+
+
+def rloo_of_log_ratio(problem: Problem) -> Moments:
+    """Return the moments of RLOO whose reward is the log ratio of the whole completion.
+
+    A step is the mean of `(R_i - R_j) (S_i - S_j) / 2` over the pairs of its group, with R the reward and S the
+    score of a completion. Its variance follows from that of a completion and of a pair (Hoeffding 1948). It is
+    multiplied by the size of the group: like the other forms it is the variance by completion.
+    """
+    chances = problem.chances[0]
+    rewards = (problem.ref_logprobs - problem.logprobs).sum(-1)[0]  # [M]
+    scores = problem.scores.sum(-2)[0]  # [M, D]
+    centred = (rewards - chances @ rewards)[:, None] * scores
+    mean = chances @ centred
+    signal = mean.square().sum()
+    of_row = chances @ centred.square().sum(-1) - signal
+    norms = scores.square().sum(-1)
+    gaps = norms[:, None] + norms - 2 * scores @ scores.T
+    of_pair = chances @ ((rewards[:, None] - rewards).square() * gaps / 4) @ chances - signal
+    variance = ((GROUP - 2) * of_row + 2 * of_pair) / (GROUP - 1)
+    return Moments(mean[None], problem.gradient(beta=1.0), float(variance + signal))
+
+
+OTHERS: dict[str, Callable[[Problem], Moments]] = {
+    f"RLOO of {GROUP}, KL in the reward": rloo_of_log_ratio,
+    "iw_opd of TRL": iw_opd,
+}
+
+
+def measure(problem: Problem, presets: tuple[str, ...] = PRESETS) -> dict[str, Moments]:
+    """Return the moments of presets for a step of one completion."""
+    return {name: exact_moments(Estimator.preset(name), problem, group_size=1) for name in presets}
+
+
+def relative_error(moments: Moments, completions: float) -> float:
+    """Return E|g - grad|^2 / |grad|^2 of a step: squared bias + variance / completions."""
+    error = float(moments.bias.square().sum()) + moments.variance / completions
+    return error / float(moments.target.square().sum())
+
+
+def crossing(exact: Moments, biased: Moments) -> float:
+    """Return how many completions give both forms the same error; the exact form is better with more."""
+    excess = exact.variance - biased.variance
+    return max(1.0, excess / float(biased.bias.square().sum()))
+
+
+def short(number: float) -> str:
+    """Write a number with two significant digits."""
+    return "0" if abs(number) < 1e-9 else f"{float(f'{number:.2g}'):g}"
+
+
+def bias_of(moments: list[Moments]) -> str:
+    """Write the median bias, the largest, and the least cosine."""
+    biases = [m.relative_bias for m in moments]
+    return f"{short(median(biases))} ({short(max(biases))}), {min(m.cosine for m in moments):.2f}"
+
+
+def crossings(exact: list[Moments], biased: list[Moments]) -> str:
+    """Write the median number of completions of a crossing."""
+    pairs = zip(exact, biased, strict=True)
+    return f"{math.ceil(median(crossing(*pair) for pair in pairs))}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def label(case: Case) -> str:
+    """Return the heading of a case in the tables."""
+    distance, length = case
+    return f"T = {length}" if distance == 1 else f"T = {length}, distance {distance:g}"
+
+
+def tables(results: Results) -> Iterator[str]:
+    """Yield the tables of bias, of noise and of crossings; each column is a case."""
+    cases = [label(case) for case in results]
+    rows = []
+    for heading, name in (("opd, vopd, opd_full", "opd"), ("iw_opd of TRL", "iw_opd of TRL")):
+        rows.append([heading, *(bias_of(forms[name]) for forms in results.values())])
+    yield table(["bias: median (worst), least cosine", *cases], rows)
+    rows = []
+    for name in (*PRESETS, *OTHERS):
+        noises = [median(m.noise for m in forms[name]) for forms in results.values()]
+        rows.append([name, *map(short, noises)])
+    yield table(["noise: median", *cases], rows)
+    longer = [case for case in results if case[1] > 1]
+    rows = []
+    for exact, biased in PAIRS:
+        numbers = [crossings(results[case][exact], results[case][biased]) for case in longer]
+        rows.append([f"{exact}, {biased}", *numbers])
+    yield table(["same error: exact form, biased form", *map(label, longer)], rows)
+
+
+def baseline_table(problems: int, sizes: tuple[int, ...]) -> str:
+    """Return how vopd changes the variance of opd at one position, by vocabulary and distance."""
+    rows = []
+    for vocabulary in sizes:
+        row = [f"vocabulary of {vocabulary}"]
+        for distance in DISTANCES:
+            ratios = []
+            for seed in range(problems):
+                problem = distillation_problem(seed, distance, 1, vocabulary)
+                moments = measure(problem, ("opd", "vopd"))
+                ratios.append(moments["vopd"].variance / moments["opd"].variance)
+            row.append(f"{median(ratios):.2f} ({max(ratios):.2f})")
+        rows.append(row)
+    headings = [f"distance {distance:g}" for distance in DISTANCES]
+    return table(["vopd / opd: median (worst)", *headings], rows)
+
+
+def draw(results: Results, output: Path) -> None:
+    """Draw the error against the number of completions, for the second and the longest length."""
+    steps = torch.logspace(0, 4, 60).tolist()
+    lengths = [case[1] for case in results if case[0] == 1]
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, length in zip(panels, (lengths[1], lengths[-1]), strict=True):
+        for name, (colour, line, kind) in LOOKS.items():
+            moments = results[1.0, length][name]
+            heights = [median(relative_error(m, n) for m in moments) for n in steps]
+            axes.plot(steps, heights, line, color=colour, label=f"{name}, {kind}", linewidth=2.2)
+        axes.set(xscale="log", yscale="log", xlabel="completions in a step")
+        axes.set_title(f"completions of {length} tokens", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EAEAEA", linewidth=0.8)
+    panels[0].set_ylabel("squared error of a step: E|g - grad|² / |grad|²")
+    panels[0].legend(frameon=False)
+    figure.savefig(output)
+
+
+def main(
+    output: Path = PAGE,
+    figure: Path = RECIPES / "figures" / "distillation.png",
+    lengths: tuple[int, ...] = (1, 2, 3, 4, 5),
+    vocabularies: tuple[int, ...] = (3, 30, 1000),
+    problems: int = 24,
+) -> None:
+    """Write the tables and the figure. Print the errors of steps of 1 to 512 completions, and vopd's variance."""
+    cases = [(1.0, length) for length in lengths]
+    cases += [(distance, lengths[-1]) for distance in DISTANCES if distance != 1]
+    results: Results = {}
+    for distance, length in cases:
+        listed = [distillation_problem(seed, distance, length) for seed in range(problems)]
+        measured = [measure(problem) for problem in listed]
+        forms = {name: [moments[name] for moments in measured] for name in PRESETS}
+        others = {name: [form(problem) for problem in listed] for name, form in OTHERS.items()}
+        results[distance, length] = forms | others
+        for name, moments in results[distance, length].items():
+            errors = [median(relative_error(m, n) for m in moments) for n in (1, 8, 64, 512)]
+            numbers = " ".join(f"{error:9.4f}" for error in errors)
+            print(f"{distance:3g} T = {length} {name:34} {numbers}")
+    above, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    parts = [BEGIN, *tables(results), END]
+    output.write_text(above + "\n\n".join(parts) + rest.partition(END)[2], encoding="utf-8")
+    draw(results, figure)
+    print(baseline_table(problems, vocabularies))
+    print(f"{output}, {figure}: {problems} problems")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

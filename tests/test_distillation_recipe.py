@@ -1,0 +1,172 @@
+"""The numbers of the page on distillation, computed a second time: from logits, by lists and loops over all groups."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import runpy
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "enumeration" / "distillation.py"
+LENGTH = 2
+GROUP = 4
+
+
+def completions(student, teacher):
+    """Chance, log ratios, scores, KLs and gradients of the KLs of each completion, all of them lists by position."""
+    prefixes = [*itertools.chain(*(itertools.product(range(3), repeat=t) for t in range(LENGTH)))]
+    row = {prefix: number for number, prefix in enumerate(prefixes)}
+    for tokens in itertools.product(range(3), repeat=LENGTH):
+        chance = 1.0
+        ratios, scores, kls, slopes = [], [], [], []
+        for t, token in enumerate(tokens):
+            place = row[tokens[:t]]
+            own = [math.exp(x) for x in student[place]]
+            other = [math.exp(x) for x in teacher[place]]
+            p = [x / sum(own) for x in own]
+            q = [x / sum(other) for x in other]
+            kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            score, slope = torch.zeros(2, len(prefixes), 3, dtype=torch.double)
+            for v in range(3):
+                score[place, v] = (v == token) - p[v]
+                slope[place, v] = p[v] * (math.log(p[v] / q[v]) - kl)  # in the logit of v
+            chance *= p[token]
+            ratios.append(math.log(q[token] / p[token]))
+            scores.append(score.flatten())
+            kls.append(kl)
+            slopes.append(slope.flatten())
+        yield chance, ratios, scores, kls, slopes
+
+
+def iw_weight(ratios, t):
+    sizes = [abs(x) for x in ratios]
+    return 1 + 0.5 * (1 - sum(sizes[:t]) / sum(sizes))
+
+
+DIRECTIONS = {  # of token t: from log ratios, its score, the KLs and the gradient of its KL
+    "opd": lambda ls, s, kls, g, t: ls[t] * s,
+    "vopd": lambda ls, s, kls, g, t: (ls[t] + kls[t]) * s,
+    "opd_full": lambda ls, s, kls, g, t: -g,
+    "opd_to_go": lambda ls, s, kls, g, t: sum(ls[t:]) * s,
+    "opd_to_go,kl_baseline=closed_form": lambda ls, s, kls, g, t: (sum(ls[t:]) + kls[t]) * s,
+    "opd_full_path": lambda ls, s, kls, g, t: -g - sum(kls[t + 1 :]) * s,
+    "iw_opd of TRL": lambda ls, s, kls, g, t: ls[t] * iw_weight(ls, t) * s,
+}
+
+
+def logits(seed, distance):
+    draw = torch.Generator().manual_seed(seed)
+    student, noise = torch.randn(2, 1 + 3, 3, generator=draw, dtype=torch.double)
+    return student, student + distance * noise
+
+
+def by_hand(seed, distance):
+    """E[g], E|g|^2 and grad(-KL) of each form; the last by differentiating the sum over completions."""
+    student, teacher = logits(seed, distance)
+    leaf = student.clone().requires_grad_()
+    first, second = (x.log_softmax(-1) for x in (leaf, teacher))
+    pi, q = ((x[0][:, None] + x[1:]).flatten() for x in (first, second))
+    (gradient,) = torch.autograd.grad(-(pi.exp() * (pi - q)).sum(), leaf)
+    listed = [*completions(student.tolist(), teacher.tolist())]
+    chances = torch.tensor([chance for chance, *_ in listed], dtype=torch.double)
+    assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
+    moments = {}
+    for name, direction in DIRECTIONS.items():
+        rows = torch.stack(
+            [
+                sum(direction(ls, scores[t], kls, g[t], t) for t in range(LENGTH))
+                for _, ls, scores, kls, g in listed
+            ]
+        )
+        moments[name] = chances @ rows, float(chances @ rows.square().sum(-1))
+    moments["RLOO of 4, KL in the reward"] = rloo(listed)
+    return moments, gradient.flatten()
+
+
+def rloo(listed):
+    """The first moments of RLOO by all groups, each completion in the place of each of its rows."""
+    chances = torch.tensor([chance for chance, *_ in listed], dtype=torch.double)
+    rewards = torch.tensor([sum(ls) for _, ls, *_ in listed], dtype=torch.double)
+    scores = torch.stack([sum(row) for _, _, row, *_ in listed])
+    groups = torch.cartesian_prod(*[torch.arange(len(listed))] * GROUP)
+    chance = chances[groups].prod(-1)
+    drawn = rewards[groups]
+    others = (drawn.sum(-1, keepdim=True) - drawn) / (GROUP - 1)
+    steps = ((drawn - others)[..., None] * scores[groups]).mean(1)
+    mean = chance @ steps
+    signal = float(mean.square().sum())
+    variance = float(chance @ steps.square().sum(-1)) - signal
+    return mean, signal + GROUP * variance
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return runpy.run_path(str(RECIPE), run_name="recipe")
+
+
+@pytest.mark.parametrize(("seed", "distance"), [(0, 0.3), (1, 1.0), (2, 3.0)])
+def test_the_forms_are_those_of_the_formulas(recipe, seed, distance):
+    problem = recipe["distillation_problem"](seed, distance, LENGTH)
+    forms = recipe["measure"](problem)
+    forms |= {name: form(problem) for name, form in recipe["OTHERS"].items()}
+    moments, gradient = by_hand(seed, distance)
+    assert forms.keys() == moments.keys()
+    for name, (mean, second) in moments.items():
+        assert torch.allclose(forms[name].mean[0], mean, rtol=0, atol=1e-12), name
+        assert torch.allclose(forms[name].target[0], gradient, rtol=0, atol=1e-12), name
+        assert forms[name].second == pytest.approx(second, rel=1e-10), name
+        is_exact = torch.allclose(mean, gradient, rtol=0, atol=1e-10)
+        assert is_exact == ("to_go" in name or "path" in name or "RLOO" in name), name
+
+
+def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    flags = f"--output {page} --figure {tmp_path / 'figure.png'} --lengths 1 2 --problems 3"
+    monkeypatch.setattr(sys, "argv", ["distillation.py", *flags.split(), "--vocabularies", "3"])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    rows = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| "):
+            name, *cells = line.strip("| ").split(" | ")
+            rows.setdefault(name, []).append(cells)
+    computed = [by_hand(seed, 1.0) for seed in range(3)]
+    target = [gradient.square().sum() for _, gradient in computed]
+    short = recipe["short"]
+    for name in DIRECTIONS:
+        signals = [moments[name][0].square().sum() for moments, _ in computed]
+        seconds = [moments[name][1] for moments, _ in computed]
+        noises = [float(s / m) - 1 for s, m in zip(seconds, signals, strict=True)]
+        assert rows[name][-1][1] == short(median(noises))
+    differences = [moments["opd"][0] - gradient for moments, gradient in computed]
+    squares = [x.square().sum() for x in differences]
+    biases = [float((x / y).sqrt()) for x, y in zip(squares, target, strict=True)]
+    worst = f"{short(median(biases))} ({short(max(biases))})"
+    assert rows["opd, vopd, opd_full"][0][1].startswith(worst)
+    crossings = []
+    for (moments, _), square in zip(computed, squares, strict=True):
+        full, path = (
+            moments[name][1] - float(moments[name][0].square().sum())
+            for name in ("opd_full", "opd_full_path")
+        )
+        crossings.append(max(1.0, (path - full) / float(square)))
+    assert rows["opd_full_path, opd_full"][0][0] == f"{math.ceil(median(crossings))}"
+    out = capsys.readouterr().out
+    errors = []
+    for (moments, _), square, size in zip(computed, squares, target, strict=True):
+        mean, second = moments["opd"]
+        errors.append(float((square + (second - mean.square().sum()) / 8) / size))
+    (line,) = [line for line in out.splitlines() if line.startswith("  1 T = 2 opd ")]
+    assert float(line.split()[-3]) == pytest.approx(median(errors), abs=1e-4)
+
+
+def test_the_page_has_the_tables_of_the_recipe(recipe):
+    page = recipe["PAGE"].read_text(encoding="utf-8")
+    between = page.partition(recipe["BEGIN"])[2].partition(recipe["END"])[0]
+    names = [line.split(" | ")[0].strip("| ") for line in between.splitlines() if line[:2] == "| "]
+    assert {*recipe["PRESETS"], *recipe["OTHERS"]} <= {*names}
