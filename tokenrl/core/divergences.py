@@ -90,20 +90,19 @@ def closed_form_path(
 
 
 def kl_in_loss(
+    estimate: str,
     logprobs: Float[Tensor, "N T"],
     ref_logprobs: Float[Tensor, "N T"],
     token_kl: Float[Tensor, "N T"] | None,
-    *,
-    estimate: str,
 ) -> Float[Tensor, "N T"]:
     """Return the KL term of each token by the name of its estimate.
 
     Args:
+        estimate: One of kl_estimator.
         logprobs: log pi of the sampled tokens, with a gradient.
         ref_logprobs: log ref of the sampled tokens.
         token_kl: `kl_of` at the prefix of each token, with a gradient. The closed forms need it; the sampled
             estimates subtract it from the log ratio, as a baseline (vOPD, arXiv 2605.07865), if it is not None.
-        estimate: One of kl_estimator.
     """
     if estimate in PER_TOKEN:
         term = PER_TOKEN[estimate](logprobs, ref_logprobs)

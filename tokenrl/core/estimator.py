@@ -288,11 +288,8 @@ class Estimator(Axes):
         if self.kl_in_loss:
             reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
             # After the importance weight, which corrects the policy's gain and does not apply to the KL.
-            closed = None
-            if self.needs_token_kl:
-                closed = inside("token_kl", token_kl, "a KL in closed form")
-            term = kl_in_loss(logprobs, reference, closed, estimate=self.kl_estimator)
-            gain = gain - self.beta * term
+            closed = inside("token_kl", token_kl, "a closed form") if self.needs_token_kl else None
+            gain = gain - self.beta * kl_in_loss(self.kl_estimator, logprobs, reference, closed)
         if self.needs_entropy:
             gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
         return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
