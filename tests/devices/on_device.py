@@ -62,6 +62,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
     "importance": {"estimator": preset("rloo", importance="sequence", importance_cap=2.0)},
     "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
+    "centred by the top": {
+        "estimator": preset("rloo", importance_centre=True, importance_centre_top=5)
+    },
     "optimal": {"estimator": preset("rloo", baseline="optimal")},
     "entropy": {"estimator": preset("rloo", entropy_coef=0.01)},
     "top_k and top_p": {"top_k": 5, "top_p": 0.9},
