@@ -138,6 +138,40 @@ CASES = [
         "trl_grpo,components=separate",
         ["GDPO", "scale_rewards: with normalize_then_sum"],
     ),
+    (
+        {"teacher_model_name_or_path": "big", "vllm_mode": "server"},
+        "opd_full,aggregation=token_mean",
+        ["prefix is held fixed", "has no reward", "vllm_mode: use_vllm is off"],
+    ),
+    (
+        {"trainer": "distillation", "beta": 0, "temperature": 0.7},
+        "opd_full,aggregation=token_mean",
+        ["beta 0 is the forward KL", "between the two at that temperature"],
+    ),
+    (
+        {"trainer": "gkd", "seq_kd": True},
+        "opd_full,aggregation=token_mean",
+        ["generalised Jensen-Shannon", "that the teacher samples", "at temperature 1", "dataset's"],
+    ),
+    (
+        {"lmbda": 1.0, "seq_kd": True, "beta": 1.0, "max_new_tokens": 64, "loss_type": "dft"},
+        "opd_full,aggregation=token_mean",
+        ["seq_kd: with lmbda 1", "loss_type: GKDTrainer has a loss of its own"],
+    ),
+    (
+        {"iw_opd_gamma": 0.3, "loss_top_k": 0},
+        "opd,aggregation=token_mean",
+        [
+            "multiplied by 1 + iw_opd_gamma",
+            "loss_top_k: distillation_objective is",
+            "Tokens outside",
+        ],
+    ),
+    (
+        {"distillation_objective": "jsd", "iw_opd_gamma": 0, "lmbda": 0.5, "top_p": 1},
+        "opd_full,aggregation=token_mean",
+        ["is that of loss_top_k tokens", "iw_opd_gamma: distillation_objective is not", "lmbda 1"],
+    ),
 ]
 
 
@@ -180,13 +214,21 @@ def test_a_configuration_of_trl_is_an_estimator(
         ("training_args.bin", "", "is a pickle"),
         ("a.yaml", "loss_type: grp", "Did you mean 'grpo'"),
         ("a.yaml", "losstype: grpo", "Did you mean 'loss_type'"),
-        ("a.yaml", "learning_rate: 1", "has no field of GRPOConfig or RLOOConfig"),
+        (
+            "a.yaml",
+            "learning_rate: 1",
+            "has no field of these: GRPOConfig of TRL 1.16.0, RLOOConfig",
+        ),
         (
             "a.yaml",
             "reward_clip_range: [0, 1]\nloss_type: grpo",
             "a RLOOConfig of TRL 1.16.0 has no field loss_type",
         ),
         ("a.yaml", "num_generations: many", "num_generations"),
+        ("a.yaml", "trainer: gkd\nlmbda: 1.5", "lmbda"),
+        ("a.yaml", "trainer: distillation\nbeta: 2", "beta"),
+        ("a.yaml", "trainer: distillation\nlmbda: 1", "has no field lmbda"),
+        ("a.yaml", "trainer: iw_opd\ndistillation_objective: kl", "distillation_objective"),
         ("a.yaml", "epsilon: -1", "epsilon"),
         ("a.yaml", "loss_type: cispo\nepsilon_high: 0", "epsilon_high"),
         ("a.yaml", "epsilon: 0.2.8", "epsilon was given as '0.2.8'"),
@@ -213,6 +255,26 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
         assert measured[-2] == Estimator.preset(name)
         # no field differs from its default
         assert "changes nothing" not in out and "beyond" not in out
+
+
+def test_the_table_has_the_defaults_of_trl_for_distillation(measured, capsys, tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    from trl.experimental.gkd import GKDConfig
+    from trl.experimental.iw_opd import IWOPDConfig
+
+    kinds = {
+        trl.DistillationConfig: "opd_full",
+        GKDConfig: "opd_full",
+        IWOPDConfig: "opd",
+    }
+    for kind, name in kinds.items():
+        path = tmp_path / "exported.json"
+        path.write_text(kind(output_dir=str(tmp_path), bf16=False, use_cpu=True).to_json_string())
+        assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+        out = words(capsys.readouterr().out)
+        assert measured[-2] == Estimator.preset(f"{name},aggregation=token_mean")
+        assert f"source {kind.__name__} of TRL" in out
+        assert "changes nothing" not in out
 
 
 def test_a_preset_is_explained_beside_rloo(capsys) -> None:

@@ -7,7 +7,7 @@ conditions it has no effect. TRL itself is not needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -21,7 +21,13 @@ from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
 from tokenrl.settings import arguments, check_choice, check_number
 
-CLASSES = {"grpo": "GRPOConfig of TRL 1.16.0", "rloo": "RLOOConfig of TRL 1.16.0"}
+CLASSES = {
+    "grpo": "GRPOConfig of TRL 1.16.0",
+    "rloo": "RLOOConfig of TRL 1.16.0",
+    "distillation": "DistillationConfig of TRL 1.16.0",
+    "gkd": "GKDConfig of TRL 1.16.0",
+    "iw_opd": "IWOPDConfig of TRL 1.16.0",
+}
 EXPORT = 60
 """A file of more fields was written by a program; only those that differ from TRL's defaults are listed."""
 COUNTS = (
@@ -63,9 +69,10 @@ def _holds(condition: str, values: Mapping[str, str]) -> bool:
 
 
 def read_trl_config(path: str) -> Reading:
-    """Read the fields of a GRPOConfig or an RLOOConfig from JSON or YAML; TRL's defaults hold for the others.
+    """Read the fields of a configuration of TRL from JSON or YAML; TRL's defaults hold for the others.
 
-    A field `trainer`, grpo or rloo, says which class it is if no other field does; without one it is GRPO.
+    A field `trainer`, a name of `CLASSES`, says which class it is; without one it is the first class that has
+    all fields of the file.
 
     Returns:
         The class of TRL and its version; the estimator that the configuration is; fields of the file that
@@ -82,16 +89,16 @@ def read_trl_config(path: str) -> Reading:
         )
     fields = {name: _plain(value) for name, value in read_config(path).items()}
     usual = {trainer: _defaults(trainer) for trainer in CLASSES}
-    names = {"trainer", *usual["grpo"], *usual["rloo"]}
+    names = {"trainer"}.union(*usual.values())
     for name in fields.keys() - names:
         for close in get_close_matches(name, names, n=1, cutoff=0.9):
             raise Refused(f"{path}: {name!r} is no field of TRL. Did you mean {close!r}?")
     if not fields.keys() & names:
+        kinds = ", ".join(CLASSES.values())
         raise Refused(
-            f"{path} has no field of GRPOConfig or RLOOConfig, such as loss_type, beta or epsilon."
+            f"{path} has no field of these: {kinds}. Give loss_type or beta, for example."
         )
-    of_rloo = fields.keys() & usual["rloo"].keys() - usual["grpo"].keys()
-    trainer = fields.pop("trainer", "rloo" if of_rloo else "grpo")
+    trainer = fields.pop("trainer", _trainer_of(fields.keys() & names, usual))
     check_choice("trainer", trainer, CLASSES)
     foreign = fields.keys() & names - usual[trainer].keys()
     if foreign:
@@ -101,6 +108,15 @@ def read_trl_config(path: str) -> Reading:
         return _reading(trainer, usual[trainer], fields)
     except Refused as error:
         raise Refused(f"{path} cannot be read as a {CLASSES[trainer]}: {error}") from error
+
+
+def _trainer_of(names: Set[str], usual: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the first trainer that has all fields, or else the first with a field that GRPO has not."""
+    names = names - {"trainer"}
+    whole = [trainer for trainer in CLASSES if names <= usual[trainer].keys()]
+    rest = names - usual["grpo"].keys()
+    some = [trainer for trainer in CLASSES if rest & usual[trainer].keys()]
+    return [*whole, *some, "grpo"][0]
 
 
 def _defaults(trainer: str) -> dict[str, str]:
@@ -121,7 +137,7 @@ def _reading(trainer: str, usual: Mapping[str, str], fields: Mapping[str, str]) 
     for (text,) in rows("set", values):
         filled = re.sub(r"[$](\w+)", lambda match: values[match[1]], text)
         _, axes = read_changes(filled.replace(" ", ","))
-        changes |= {axis: value for axis, value in axes.items() if value != "none"}
+        changes |= {k: value for k, value in axes.items() if k == "baseline" or value != "none"}
     remarks = [remark for (remark,) in rows("remark", values)]
     idle = _idle(fields, usual, values)
     return CLASSES[trainer], arguments(Estimator, changes), idle, remarks
@@ -144,7 +160,14 @@ def _idle(
 
 
 def _derived(values: Mapping[str, str]) -> dict[str, str]:
-    """Return the updates from one rollout, CISPO's bound and the weights of KL and entropy relative to it."""
+    """Return the updates from one rollout, CISPO's bound and the weights of KL and entropy relative to it.
+
+    A trainer of distillation has one update and no bound, and its beta and lmbda are shares.
+    """
+    if "epsilon" not in values:
+        for share in {"beta", "lmbda"} & values.keys():
+            _number(share, values[share], float, at_least=0, at_most=1)
+        return {"updates": "1"}
     counts = {}
     for name in COUNTS:
         if values[name] != "none":
