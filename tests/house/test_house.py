@@ -22,30 +22,30 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     "top": 12_700,
-    "core": 19_800,
-    "runs": 29_700,
+    "core": 20_700,
+    "runs": 29_800,
     "control": 15_300,
     "advisor": 6_000,
     "language": 100,
     "language/policy": 10_100,
-    "language/rewards": 13_600,
-    "language/tasks": 8_300,
-    "language/rollout": 19_900,
-    "language/training": 21_100,
-    "language/supervised": 8_100,
+    "language/rewards": 13_700,
+    "language/tasks": 8_400,
+    "language/rollout": 20_900,
+    "language/training": 23_300,
+    "language/supervised": 8_200,
     "language/commands": 4_700,
     "language/preferences": 7_300,
     "language/evaluation": 4_300,
     "lab": 100,
-    "lab/exact": 15_800,
+    "lab/exact": 16_300,
     "lab/measure": 6_000,
     "lab/compare": 18_900,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 220_700, 176, 78_600, 264_000, 59_400, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 33, 42_500, 40
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 225_700, 179, 82_700, 274_700, 64_300, 7_500
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 33, 43_000, 40
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
