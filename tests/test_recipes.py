@@ -26,11 +26,11 @@ PROGRAMS = {
     for path in sorted(RECIPES.glob("*/*.py"))
     if path.parent.name != "benchmarks" and path.stem not in PARTS
 }
-# tests/test_distillation_recipe.py, tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py,
+# tests/test_distillation_forms.py, tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py,
 # tests/test_trl_estimator.py, tests/lab/compare/
 # tests/language/rollout/test_openenv_client.py and tests/test_toy_environments.py
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
-ELSEWHERE |= {"distillation", "pass_at_k", "openenv_client", "turns", "build", "reference"}
+ELSEWHERE |= {"distillation_forms", "pass_at_k", "openenv_client", "turns", "build", "reference"}
 ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {

@@ -1,9 +1,9 @@
 """Enumerates what the forms of distillation on the student's own samples compute, and what their noise costs.
 
-    python recipes/enumeration/distillation.py
+    python recipes/enumeration/distillation_forms.py
 
 Each form estimates the gradient of -KL(student || teacher) of whole completions. Only the tables of
-`recipes/pages/explain/distillation.md` are replaced; `recipes/figures/distillation.png` is the figure. Look for:
+`recipes/pages/explain/distillation.md` are replaced; `recipes/figures/distillation_forms.png` is the figure. Look for:
 where prefixes are held fixed, more completions do not lower the error below the bias.
 """
 
@@ -216,7 +216,7 @@ def draw(results: Results, output: Path) -> None:
 
 def main(
     output: Path = PAGE,
-    figure: Path = RECIPES / "figures" / "distillation.png",
+    figure: Path = RECIPES / "figures" / "distillation_forms.png",
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5),
     vocabularies: tuple[int, ...] = (3, 30, 1000),
     problems: int = 24,

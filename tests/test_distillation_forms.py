@@ -12,7 +12,7 @@ from statistics import median
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "enumeration" / "distillation.py"
+RECIPE = Path(__file__).parents[1] / "recipes" / "enumeration" / "distillation_forms.py"
 LENGTH = 2
 GROUP = 4
 
@@ -127,7 +127,9 @@ def test_the_forms_are_those_of_the_formulas(recipe, seed, distance):
 def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     flags = f"--output {page} --figure {tmp_path / 'figure.png'} --lengths 1 2 --problems 3"
-    monkeypatch.setattr(sys, "argv", ["distillation.py", *flags.split(), "--vocabularies", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["distillation_forms.py", *flags.split(), "--vocabularies", "3"]
+    )
     runpy.run_path(str(RECIPE), run_name="__main__")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows = {}
