@@ -35,8 +35,7 @@ def named(page):
 
 
 # the others are in defaults.md and, without a reward, in distillation.md
-PAPERS = [name for name, p in PRESETS.items() if not p.beyond and not name.endswith("opd")]
-PAPERS = [name for name in PAPERS if not name.startswith("opd")]
+PAPERS = [name for name, p in PRESETS.items() if not (p.beyond or "beta" in p.fields)]
 
 
 def measured(name):

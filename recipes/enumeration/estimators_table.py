@@ -20,8 +20,8 @@ from tokenrl import Estimator, measure_bias
 from tokenrl.core import PRESETS
 
 PAGE = Path(__file__).parents[1] / "pages" / "explain" / "estimators.md"
-# defaults.py has the others
-PAPERS = tuple(name for name, preset in PRESETS.items() if not preset.beyond)
+# The presets of toolkits are in defaults.md, those with a KL to a teacher in distillation.md.
+PAPERS = tuple(name for name, p in PRESETS.items() if not (p.beyond or "beta" in p.fields))
 ROW = re.compile(r"(\| `(\w+)` \| .*? \|)(?: [^|]* \|){3}")
 
 
