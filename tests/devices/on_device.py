@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "task": PADDED,
         "max_completion_length": 16,
     },
+    "kl in closed form": {"estimator": "rloo_opd"},
     "kl in the reward": {"estimator": preset("rloo", beta=0.1, kl_placement="reward")},
     "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2},
     "remax": {"estimator": "remax"},

@@ -38,6 +38,7 @@ from tokenrl.language.training.teacher import load_teacher
 
 PENALTY = Estimator(beta=0.3)
 IN_THE_LOSS = Estimator(baseline="group_mean", beta=0.3, kl_placement="loss", kl_estimator="k3")
+CLOSED = Estimator(beta=0.3, kl_placement="loss", kl_estimator="closed_form_path")
 QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "threads": 1}
 QUICK |= {"max_completion_length": 6, "learning_rate": 0.01, "cpu": True}
 
@@ -61,15 +62,24 @@ def student_of(lora=0):
 
 
 def logprob(model, policy, prompt, ids):
-    """Log-probabilities [T] of a completion, of the row alone."""
+    """Log-probabilities [T] of a completion, of the row alone, and those of all tokens [T, V]."""
     whole = torch.tensor([[*policy.encode(prompt), *ids]])
     logp = model(whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
-    return logp.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+    return logp.gather(1, torch.tensor(ids)[:, None]).squeeze(1), logp
+
+
+def closed_form(of_policy, of_teacher, logp):
+    """The sum of the KL of each token, and of its later ones times its score."""
+    divergence = (of_policy.exp() * (of_policy - of_teacher)).sum(-1)
+    later = divergence.sum() - divergence.cumsum(0)
+    return (divergence + later.detach() * logp).sum()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize("estimator", [PENALTY, IN_THE_LOSS], ids=["reward", "loss"])
+@pytest.mark.parametrize(
+    "estimator", [PENALTY, IN_THE_LOSS, CLOSED], ids=["reward", "loss", "closed"]
+)
 def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lora, chunked):
     teacher = other_model(dtype="float64")
     before = weights(teacher.model)
@@ -82,20 +92,26 @@ def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lor
     alone = copy.deepcopy(policy.model)
     record = one_step(learner, reward=recorded(vowel_reward, seen))
 
-    own = [logprob(alone, policy, prompt, ids) for prompt, ids, _ in seen]
-    theirs = [logprob(teacher.model, policy, prompt, ids).detach() for prompt, ids, _ in seen]
+    own, whole = zip(*(logprob(alone, policy, x, ids) for x, ids, _ in seen), strict=True)
+    with torch.no_grad():
+        scores = [logprob(teacher.model, policy, x, ids) for x, ids, _ in seen]
+    theirs, whole_theirs = zip(*scores, strict=True)
     ratios = [(a - b).detach().sum() for a, b in zip(own, theirs, strict=True)]
     rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.float64)
     if estimator is PENALTY:
         rewards = rewards - 0.3 * torch.stack(ratios)
     groups = rewards.view(4, 3)
-    others = (groups.sum(1, keepdim=True) - groups) / 2 if estimator is PENALTY else None
-    baseline = groups.mean(1, keepdim=True) if others is None else others
+    baseline = (groups.sum(1, keepdim=True) - groups) / 2
+    if estimator is IN_THE_LOSS:
+        baseline = groups.mean(1, keepdim=True)
     loss = 0.0
     for logp, ref, advantage in zip(own, theirs, (groups - baseline).flatten(), strict=True):
         loss = loss - advantage * logp.sum() / 12
         if estimator is IN_THE_LOSS:
             loss = loss + 0.3 * ((ref - logp).exp() - 1 - (ref - logp)).sum() / 12
+    if estimator is CLOSED:
+        rows_of_all = zip(whole, whole_theirs, own, strict=True)
+        loss = loss + 0.3 * sum(closed_form(*row) for row in rows_of_all) / 12
     loss.backward()
     assert apart(gradient(policy.model), gradient(alone)) < 1e-10
     assert record.metrics["kl"] == pytest.approx(float(sum(ratios)) / 12)
