@@ -130,6 +130,12 @@ def model_beside(folder: Path) -> str:
     return str(folder.parent / "made on the CPU" / "model")
 
 
+def taught(folder: Path, cpu: bool) -> dict[str, Any]:
+    """Train from a teacher alone, with its KL in closed form."""
+    teacher = model_beside(folder)
+    return trained(folder, cpu, teacher=teacher, reward="none", estimator="opd_full_path")
+
+
 def evaluated(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     model = model_beside(folder)
     shared = {"model": model, "task": "sort_digits", "reward": odd, "eval_size": 4, "seed": 0}
@@ -209,6 +215,7 @@ def agent(folder: Path, cpu: bool) -> dict[str, Any]:
 
 
 COMMANDS: Mapping[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "teacher": taught,
     "continue": continued,
     "continue from the CPU": partial(continued, begins_on_cpu=True),
     "continue on the CPU": partial(continued, ends_on_cpu=True),

@@ -218,7 +218,8 @@ def first_facts(
 def _ascended(args: TrainArguments, rewards: Rewards) -> str:
     """Return in words what a run without rewards ascends, and what its evaluations measure."""
     estimator = args.estimator
-    objective = f"-{estimator.beta:g} KL(pi || teacher)"
+    weight = "" if estimator.beta == 1 else f"{estimator.beta:g} "
+    objective = f"-{weight}KL(pi || teacher)"
     if estimator.needs_entropy:
         objective += f" + {estimator.entropy_coef:g} H(pi)"
     measured = [*rewards.names, *(["the KL"] if args.eval_generations else [])]
