@@ -174,7 +174,7 @@ def test_the_example_in_the_docstring() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(6, 24), *(pytest.param(*p, marks=pytest.mark.slow) for p in LONG)]
+    ("seed", "count"), [(1, 24), *(pytest.param(*p, marks=pytest.mark.slow) for p in LONG)]
 )
 def test_a_random_walk_through_the_axes_finds_no_wrong_declaration(seed: int, count: int) -> None:
     rng, statuses, objectives = random.Random(seed), [], []
