@@ -121,7 +121,7 @@ def main(args: Arguments) -> None:
         steps = [row["step"] for row in run.evaluations]
         axes.plot(steps, np.transpose(curves), color=ARMS[arm], alpha=0.2, linewidth=1)
         axes.plot(steps, mean, color=ARMS[arm], label=arm)
-        print(f"{arm:14} reward at the end {mean[-1]:.3f}, {run.summary['wall_seconds']:.0f} s")
+        print(f"{arm:14} reward at the end {mean[-1]:.3f}")
     axes.set(xlabel="updates", ylabel="reward on held-out prompts", title=name)
     axes.legend(frameon=False)
     figure.savefig(args.output_dir / f"{name}.png", dpi=150)
