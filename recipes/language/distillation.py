@@ -48,8 +48,9 @@ class Arguments:
 
     task: Literal["sort_digits", "calculator"] = "sort_digits"
     """The task of the teacher and of the students."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """The presets; those without opd in their name have no teacher."""
+    arms: tuple[str, ...] = ()
+    """The presets; those without opd in their name have no teacher. Default: all, and with --cold those that need
+    no reward, which a student with random weights never gets."""
     seeds: int = 6
     """Students of each arm."""
     max_steps: int = 100
@@ -88,13 +89,14 @@ def make_teacher(args: Arguments) -> Path:
 def main(args: Arguments) -> None:
     """Make the runs, print mean scores with verdicts against the first arm, and draw the curves."""
     teacher = make_teacher(args)
+    arms = args.arms or [arm for arm in ARMS if arm.startswith("opd") or not args.cold]
     name = f"{args.task}_cold" if args.cold else args.task
     shared = ["--task", args.task, "--max-steps", str(args.max_steps)]
     shared += ["--eval-every", str(args.max_steps // 10)]
     if args.cold:
         shared += ["--model", "tiny"]
     flags = {}
-    for arm in args.arms:
+    for arm in arms:
         for seed in range(args.seeds):
             flags[arm, seed] = [*shared, "--estimator", arm, "--seed", str(seed)]
             if "opd" in arm:
@@ -111,7 +113,7 @@ def main(args: Arguments) -> None:
 
     rows = []
     axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
-    for arm in args.arms:
+    for arm in arms:
         curves = []
         for seed in range(args.seeds):
             run = read_run(args.output_dir / f"{name}_{arm}_{seed}")
