@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenrl.core.returns import reward_to_go
-from tokenrl.core.rows import required
 
 
 def k1(
@@ -104,13 +103,14 @@ def kl_in_loss(
         token_kl: `kl_of` at the prefix of each token, with a gradient. The closed forms need it; the sampled
             estimates subtract it from the log ratio, as a baseline (vOPD, arXiv 2605.07865), if it is not None.
     """
-    if estimate in PER_TOKEN:
-        term = PER_TOKEN[estimate](logprobs, ref_logprobs)
-        if token_kl is None:
-            return term
-        return term - token_kl.detach() * (logprobs - logprobs.detach())
-    token_kl = required("token_kl", token_kl, f"kl_estimator {estimate!r}")
-    return token_kl if estimate == "closed_form" else closed_form_path(logprobs, token_kl)
+    if token_kl is None:
+        return PER_TOKEN[estimate](logprobs, ref_logprobs)
+    if estimate == "closed_form":
+        return token_kl
+    if estimate == "closed_form_path":
+        return closed_form_path(logprobs, token_kl)
+    baseline = token_kl.detach() * (logprobs - logprobs.detach())
+    return PER_TOKEN[estimate](logprobs, ref_logprobs) - baseline
 
 
 PER_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

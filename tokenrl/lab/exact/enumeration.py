@@ -212,16 +212,28 @@ def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Ten
 
 
 def _listed_slopes(estimator: Estimator, problem: Problem) -> Tensor:
-    """Return the gradients [K, P, M, T, D] of logprobs, entropies and, where the loss has them, KLs and centres."""
-    slopes = [problem.scores, problem.entropy_slopes]
-    if estimator.needs_token_kl:
-        slopes.append(problem.kl_slopes)
+    """Return the gradients [K, P, M, T, D] of what `_differentiated` names."""
+    slopes = {
+        "logprobs": problem.scores,
+        "entropy": problem.entropy_slopes,
+        "token_kl": problem.kl_slopes,
+    }
     if problem.sampler is not None:
         leaf = problem.sampler.policy.clone().requires_grad_()
         centres = estimator.score_centres(leaf, problem.sampler.vocabulary).sum()
         (of_token,) = torch.autograd.grad(centres, leaf)
-        slopes.append(torch.einsum("pmtv,pmtvd->pmtd", of_token, problem.sampler.slopes))
-    return torch.stack(slopes)
+        slopes["centres"] = torch.einsum("pmtv,pmtvd->pmtd", of_token, problem.sampler.slopes)
+    return torch.stack([slopes[name] for name in _differentiated(estimator, problem)])
+
+
+def _differentiated(estimator: Estimator, problem: Problem) -> list[str]:
+    """Return the names of those fields of `Slopes` through which the loss depends on the parameters."""
+    names = ["logprobs", "entropy"]
+    if estimator.needs_token_kl:
+        names.append("token_kl")
+    if problem.sampler is not None:
+        names.append("centres")
+    return names
 
 
 def _by_prompt(slopes: Tensor, shares: Tensor) -> Tensor:
@@ -238,7 +250,7 @@ def _steps(completions: int, rows: int, chunk: int) -> Iterator[Tensor]:
 
 
 def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor) -> Tensor:
-    """Return minus the derivative of each step's loss in what `_listed_slopes` lists [C, K P M T]."""
+    """Return minus the derivative of each step's loss in what `_differentiated` names [C, K P M T]."""
     columns = {name: x[of_row, chosen] for name, x in _columns(problem).items()}  # [C, N, ...]
     entropy = columns.pop("entropy")
     token_kl = columns.pop("token_kl")
@@ -263,13 +275,9 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
         ) from error
     # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
     rows = LossTerms(*(x.flatten(0, 1) for x in terms))
-    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, token_kl, sampling_logprobs)
+    inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampling_logprobs, token_kl)
     slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
-    listed = [slopes.logprobs, slopes.entropy]
-    if estimator.needs_token_kl:
-        listed.append(slopes.token_kl)
-    if problem.sampler is not None:
-        listed.append(slopes.centres)
+    listed = [getattr(slopes, name) for name in _differentiated(estimator, problem)]
     completion = of_row * problem.mask.shape[0] + chosen  # [C, N]
     index = completion[:, :, None].expand(terms.mask.shape)  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
@@ -292,14 +300,16 @@ def ascent_slopes(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     entropy: Tensor,
-    token_kl: Tensor,
     sampling_logprobs: Tensor | None = None,
+    token_kl: Tensor | None = None,
 ) -> Slopes:
     """Return the derivatives of the loss of a first update, in which the policy is also the old one.
 
-    Without `sampling_logprobs` it is also the one that sampled, and the centres have no gradient.
+    Without `sampling_logprobs` it is also the one that sampled, and the centres have no gradient. Without
+    `token_kl` the estimator has no KL in closed form.
     """
-    leaves = Slopes(logprobs, entropy, token_kl, torch.zeros_like(logprobs))
+    nothing = torch.zeros_like(logprobs)
+    leaves = Slopes(logprobs, entropy, nothing if token_kl is None else token_kl, nothing)
     leaves = Slopes(*(x.detach().requires_grad_() for x in leaves))
     loss = estimator.loss(
         leaves.logprobs,

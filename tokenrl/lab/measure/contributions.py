@@ -69,9 +69,7 @@ def step_slopes(
         score_norms=None if score_norms is None else score_norms[rows],
         baseline_value=baseline_value,
     )
-    entropy = samples.entropy[rows]
-    nothing = torch.zeros_like(entropy)  # no estimator with a KL in closed form comes here
-    return ascent_slopes(estimator, terms, logprobs, ref_logprobs, entropy, nothing)
+    return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
 
 
 def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Tensor:

@@ -182,21 +182,27 @@ def _by_prompt(
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    each = _rewards_by_prompt(rows, size, rewards, k) if rewards.functions else {}
+    for name in ("kl", "kl_k3"):
+        if name in rows[0]:
+            each[name] = [fmean(row[name] for row in group) for group in groups]
+    return each
+
+
+def _rewards_by_prompt(
+    rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]
+) -> dict[str, list[float]]:
+    """Compute those of `_by_prompt` that are made of rewards."""
     rewarded = known_rewards(rows, size)
     mark = rewards.pass_threshold
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    each = {}
-    if rewards.functions:
-        each["reward"] = [over_prompts(total).value for total in rewarded]
-    for subset in k if rewards.functions else ():
+    each = {"reward": [over_prompts(total).value for total in rewarded]}
+    for subset in k:
         if not rewards.binary:
             each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
         if mark is not None:
             passed = [total >= mark for total in rewarded]
             each[f"pass@{subset}"] = [best_of(total, subset) for total in passed]
-    for name in ("kl", "kl_k3"):
-        if name in rows[0]:
-            each[name] = [fmean(row[name] for row in group) for group in groups]
     return each
 
 

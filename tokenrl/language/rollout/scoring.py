@@ -134,9 +134,9 @@ def score(
         if score_norms:
             columns["score_norms"] = score_norm_of(logprobs, p)
     if centres is not None:
-        listed = (
-            logp if rollout.top_ids is None else logp.gather(2, rollout.top_ids.to(logp.device))
-        )
+        listed = logp
+        if rollout.top_ids is not None:
+            listed = logp.gather(2, rollout.top_ids.to(logp.device))
         columns["centres"] = centres(listed, rollout.sampling_distribution.to(logp.device))
     return Scores(hidden=states, **columns)
 

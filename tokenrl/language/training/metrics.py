@@ -66,11 +66,14 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
     rewarded = rewards[valid].double()
     means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
-    errors = {"reward": mean_and_error(means[~means.isnan()])[1]}
-    metrics = {
-        "reward": rewarded.mean(),
-        "reward_std": rewarded.std(correction=min(1, len(rewarded) - 1)),
-        "frac_reward_zero_std": (differences == 0).all(dim=1).double().mean(),
+    metrics = dict[str, Tensor]()
+    errors = dict[str, Tensor]()
+    if names:
+        errors["reward"] = mean_and_error(means[~means.isnan()])[1]
+        metrics["reward"] = rewarded.mean()
+        metrics["reward_std"] = rewarded.std(correction=min(1, len(rewarded) - 1))
+        metrics["frac_reward_zero_std"] = (differences == 0).all(dim=1).double().mean()
+    metrics |= {
         "entropy": (rows.entropy * mask).double().sum() / tokens,
         "completions/mean_length": counts.mean(),
         "completions/min_length": counts.min(),
@@ -82,10 +85,6 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
             metrics[name], errors[name] = mean_and_error(values, group_size)
     metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
-    if not names:
-        unrewarded = [name for name in metrics if "reward" in name]
-        for name in unrewarded:
-            del metrics[name]
     if len(rewarded) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):
