@@ -38,6 +38,8 @@ NAMES = {
     "transformers.cache_utils:DynamicLayer.get_seq_length": CACHE,
     "transformers.cache_utils:DynamicLayer.get_mask_sizes": CACHE,
     "transformers.cache_utils:DynamicLayer.reorder_cache": CACHE,
+    "transformers.cache_utils:DynamicSlidingWindowLayer.sliding_window": CACHE,
+    "transformers.cache_utils:DynamicSlidingWindowLayer.cumulative_length": CACHE,
     "transformers:DynamicCache.layers": CACHE,
     "transformers:DynamicCache.reorder_cache": CACHE,
     "transformers.cache_utils:LinearAttentionLayer.update_recurrent_state": CACHE,

@@ -16,6 +16,7 @@ from tokenrl.language.commands.evaluate import as_in_runs
 from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import check_turns
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import (
@@ -62,6 +63,8 @@ class Sampler:
         self.policy = load_placed(
             args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
         )
+        if self.environments is not None:
+            check_turns(self.policy)
         self.policy.ask(form_of(args))
         print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]

@@ -18,7 +18,7 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_scoring, check_turns
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
@@ -110,6 +110,8 @@ def evaluate_policy(
         _check_reference(
             policy, reference, prompts if rewards.environments is None else (), sampling
         )
+    if rewards.environments is not None:
+        check_turns(policy)
     options: dict[str, Any] = {
         "generator": generator,
         "accelerator": accelerator,

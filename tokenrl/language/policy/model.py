@@ -39,7 +39,7 @@ class Policy:
 
     Attributes:
         model: any `AutoModelForCausalLM`, bare or wrapped by peft, with dropout switched off.
-        tokenizer: the model's tokenizer. Its padding side and pad token are never relied upon.
+        tokenizer: the model's tokenizer, whose padding side and pad token are not relied upon.
         eos_ids: every id that ends a completion; empty if the model has none.
         pad_id: the id that fills unused positions. A mask always hides it, so it may be any id.
         context: the most tokens of a sequence that the model can take; None if there is no limit.
@@ -47,8 +47,8 @@ class Policy:
         reference: frozen model of a KL term, a copy or a teacher; None if none is needed or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
-        plain_cache: whether sampling may do no more with the model's cache than hand it back to the model.
-            `check_scoring` sets this where the faster way is wrong or fails with the installed transformers.
+        plain_cache: whether the model's cache may only be handed back to it, as `check_scoring` decides.
+        keeps_turns: whether episodes may keep caches over turns; None until `check_turns` has tried it.
     """
 
     model: nn.Module
@@ -61,6 +61,7 @@ class Policy:
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
     plain_cache: bool = field(default=False, repr=False)
+    keeps_turns: bool | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -395,6 +396,7 @@ def add_lora(
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
     base = Path(config.base_model_name_or_path or "")
-    if config.base_model_name_or_path and base.is_dir():
-        # The adapter then finds its base from wherever it is loaded.
+    if (
+        config.base_model_name_or_path and base.is_dir()
+    ):  # so that the adapter finds it from anywhere
         config.base_model_name_or_path = str(base.resolve())

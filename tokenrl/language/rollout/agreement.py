@@ -98,6 +98,21 @@ def check_scoring(
     )
 
 
+def check_turns(policy: Policy) -> str:
+    """Try whether episodes may keep the cache of a row from turn to turn, once for a policy.
+
+    Returns:
+        Why each turn has to read its whole history again, in words; empty if it need not.
+    """
+    fault = ""
+    if policy.keeps_turns is None:
+        fault = "its cache is only handed back to it"
+        if not policy.plain_cache:
+            fault = _failure(_continue_rows, policy)
+        policy.keeps_turns = not fault
+    return fault
+
+
 def check_generator(
     rows: Rollout, sampling: Sampling, policy: Policy, scoring: Scoring, *, agrees: bool
 ) -> None:
@@ -201,6 +216,33 @@ def _sampled(policy: Policy, hidden: bool) -> Rollout:
     draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
     endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None))
     return endless.generate(prompts, Sampling(length, 2, keep_hidden=hidden), draws)
+
+
+@torch.no_grad()
+def _continue_rows(policy: Policy) -> None:
+    """Sample two turns, of which the second continues the cache of the first, and compare them with each row.
+
+    The first turn ends at several lengths, and before the second one row reads more tokens than another.
+    """
+    prompts, length = _prompts(policy)
+    endless = replace(policy, eos_ids=(), stops=None, keeps_turns=True)
+    draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
+    turns = TransformersGenerator(endless).over_turns()
+    ids = turns.generate(prompts, Sampling(length, 2), draws).completion_ids
+    ends = ids[:, length // 2].tolist()
+    ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)))
+    first = ending.generate(prompts, Sampling(length, 2), draws)
+    if not turns.prefixes:
+        raise WrongRollout("its cache drops tokens, as with a sliding window")
+    histories = []
+    for i, prompt in enumerate(first.prompt_index.tolist()):
+        answer = prompts[0][: 1 + i % 2]
+        histories.append(
+            [*prompts[prompt], *first.completion_ids[i][first.mask[i]].tolist(), *answer]
+        )
+    second = turns.generate(histories, Sampling(2), draws)
+    trial = _Trial.of(policy, second)
+    trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
 
 
 def _prompts(policy: Policy) -> tuple[list[list[int]], int]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenrl.errors import Refused
 
 try:
-    from transformers.cache_utils import DynamicLayer
-except ImportError:  # a release without it: no layer is replaced
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+except ImportError:  # a release without them: no layer is replaced
     DynamicLayer = object  # type: ignore[assignment, misc]
+    DynamicSlidingWindowLayer = object  # type: ignore[assignment, misc]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,70 @@ class Cache:
         layers: Any = getattr(self.held, "layers", [])
         for number, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.keys is not None:
-                layers[number] = GrowingLayer(layer, tokens)
+                layers[number] = GrowingLayer(*_tokens(layer), room=tokens)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows can be taken out of it, and put together again: not once a window has dropped tokens."""
+        layers: Any = getattr(self.held, "layers", [])
+        return bool(layers) and all(map(_has_rows, layers))
+
+    @property
+    def window(self) -> float:
+        """The fewest tokens after which a layer drops some; infinity if none does."""
+        windows = [getattr(layer, "sliding_window", math.inf) for layer in self.held.layers]
+        return min(windows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        size = 0
+        for layer in self.held.layers:
+            size += sum(x.nbytes for x in [*_tokens(layer), *_states(layer).values()])
+        return size
+
+    def row(self, index: int, start: int, end: int) -> Cache:
+        """Return a copy of one row: keys and values of the columns from `start` to `end`, and its states.
+
+        Args:
+            index: number of the row.
+            start: column of its first token, behind the padding.
+            end: column behind its last token.
+        """
+        layers = []
+        for layer in self.held.layers:
+            tokens = [x[index : index + 1, :, start:end].clone() for x in _tokens(layer)]
+            states = {}
+            for name, x in _states(layer).items():
+                states[name] = x[index : index + 1].clone()
+            layers.append(_with(layer, tokens, states))
+        return self._of_layers(layers)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Cache], lengths: Sequence[int], room: int) -> Cache:
+        """Put the rows of caches one below the other, aligned on the right.
+
+        Args:
+            parts: caches of the same model, each of one row or several.
+            lengths: how many tokens are taken of each part, its first ones.
+            room: tokens for which memory is set aside.
+        """
+        layers = []
+        for of_parts in zip(*(part.held.layers for part in parts), strict=True):
+            tokens = []
+            for column in zip(*map(_tokens, of_parts), strict=True):
+                tokens.append(_aligned(column, lengths, room))
+            states = {}
+            for name in _states(of_parts[0]):
+                states[name] = torch.cat([_states(layer)[name] for layer in of_parts])
+            layers.append(_with(of_parts[0], tokens, states, max(lengths)))
+        return parts[0]._of_layers(layers)
+
+    def _of_layers(self, layers: list[Any]) -> Cache:
+        """Return the same kind of cache with other layers."""
+        held = copy.copy(self.held)
+        held.layers = layers
+        return Cache(self.name, held)
 
     @property
     def recurrent(self) -> bool:
@@ -86,8 +154,8 @@ class Cache:
 class GrowingLayer(DynamicLayer):
     """Keys and values of t tokens, in memory that has room for more; without autograd.
 
-    Of the layer whose place it takes it reads the keys and the values only, and it overrides all methods that
-    a forward pass calls, so that it does not rely on attributes that a release may rename.
+    It overrides all methods that a forward pass calls, so that it does not rely on attributes that a release
+    may rename.
 
     Attributes:
         whole: the memory of keys and of values, each [n, heads, room, d].
@@ -97,13 +165,26 @@ class GrowingLayer(DynamicLayer):
     whole: list[Tensor]
     length: int
 
-    def __init__(self, layer: DynamicLayer, tokens: int) -> None:
-        """Take over what a layer holds, and set aside memory for `tokens` more."""
-        assert layer.keys is not None and layer.values is not None
+    def __init__(
+        self, keys: Tensor, values: Tensor, *, room: int = 0, length: int | None = None
+    ) -> None:
+        """Hold keys and values [n, heads, t, d].
+
+        Args:
+            keys: the keys.
+            values: the values.
+            room: tokens for which more memory is set aside.
+            length: how many tokens are there already, of which the tensors are the whole memory; None to copy
+                them into memory with room for more.
+        """
         self.is_initialized = True
-        self.dtype = layer.keys.dtype
-        self.device = layer.keys.device
-        self._hold(layer.keys, layer.values, layer.keys.shape[2] + tokens)
+        self.dtype = keys.dtype
+        self.device = keys.device
+        if length is None:
+            self._hold(keys, values, keys.shape[2] + room)
+        else:
+            self.whole = [keys, values]
+            self.length = length
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -145,6 +226,65 @@ class GrowingLayer(DynamicLayer):
             self.whole.append(x.new_empty(n, heads, room, size))
         self.length = 0
         self.update(keys, values)
+
+
+def _has_rows(layer: Any) -> bool:
+    """Whether a layer has dropped no token."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.cumulative_length < layer.sliding_window)
+    if _is_recurrent(layer):
+        return not getattr(layer, "is_sliding", False)
+    return type(layer) in (DynamicLayer, GrowingLayer)
+
+
+def _tokens(layer: Any) -> list[Tensor]:
+    """Return keys and values of a layer [n, heads, t, d]; nothing if it has states only."""
+    keys = getattr(layer, "keys", None)
+    return [] if keys is None else [keys, layer.values]
+
+
+def _states(layer: Any) -> dict[tuple[str, Any], Tensor]:
+    """Return the states of a layer [n, ...], each by its attribute and, in a dictionary, its key."""
+    states = {}
+    for name, value in vars(layer).items():
+        entries = value if isinstance(value, dict) else {None: value}
+        for key, x in entries.items():
+            if isinstance(x, Tensor) and x.ndim > 1 and name not in ("keys", "values"):
+                states[name, key] = x
+    return states
+
+
+def _with(
+    layer: Any,
+    tokens: list[Tensor],
+    states: dict[tuple[str, Any], Tensor],
+    length: int | None = None,
+) -> Any:
+    """Return a layer of the same kind that holds other tensors, the first `length` tokens of memory."""
+    if tokens and type(layer) in (DynamicLayer, GrowingLayer):
+        return GrowingLayer(*tokens, length=tokens[0].shape[2] if length is None else length)
+    changed = copy.copy(layer)
+    if tokens:
+        changed.keys, changed.values = (x[:, :, :length] for x in tokens)
+        if type(layer) is DynamicSlidingWindowLayer:
+            changed.cumulative_length = changed.keys.shape[2]
+    for (name, key), x in states.items():
+        setattr(changed, name, x if key is None else {**getattr(changed, name), key: x})
+    return changed
+
+
+def _aligned(parts: Sequence[Tensor], lengths: Sequence[int], room: int) -> Tensor:
+    """Return the first tokens of keys or of values, with zeros on the left and room on the right."""
+    rows = sum(len(x) for x in parts)
+    width = max(lengths)
+    heads, _, size = parts[0].shape[1:]
+    whole = parts[0].new_zeros(rows, heads, width + room, size)
+    start = 0
+    for x, length in zip(parts, lengths, strict=True):
+        end = start + len(x)
+        whole[start:end, :, width - length : width] = x[:, :, :length]
+        start = end
+    return whole
 
 
 def _is_recurrent(layer: Any) -> bool:

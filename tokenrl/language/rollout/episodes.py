@@ -1,9 +1,10 @@
 """Plays episodes of several turns: the policy writes, an environment answers, and the policy writes on.
 
-A turn is one call of a generator, whose prompts are the tokens that the rows have so far. What was sampled is
-never tokenised again: the tokens of an answer are appended to those of the row. Rows whose episode is over
-drop out. The random numbers of a row are those of its completion, counted in the tokens that the policy has
-chosen, so an episode depends neither on the other rows of its batch nor on the number of processes.
+A turn is one call of a generator, whose prompts are the tokens that the rows have so far; the default generator
+does not read them again. What was sampled is never tokenised again: the tokens of an answer are appended to
+those of the row. Rows whose episode is over drop out. The random numbers of a row are those of its completion,
+counted in the tokens that the policy has chosen, so an episode depends neither on the other rows of its batch
+nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenrl.language.rewards.tools import assistant_message
-from tokenrl.language.rollout.generator import Generator
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling, key_of, uniforms
 
@@ -73,6 +74,8 @@ def play(
         A `Rollout` of N = B * G rows with the columns of turns. The mask has gaps where the environment
         wrote. `turn_rewards` are the environment's own.
     """
+    if isinstance(generator, TransformersGenerator):
+        generator = generator.over_turns()
     draws = uniforms(stream, sampling, [number for number, _ in prompts])
     data = [row for _, row in prompts for _ in range(sampling.group_size)]
     episodes = environments.reset(data, _seeds(environments, prompts, sampling, stream))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_scoring, check_turns
 from tokenrl.language.rollout.scoring import Scoring
 
 # weights of a policy, each with its bfloat16 copy
@@ -79,7 +79,7 @@ class Forward:
 
 
 def choose_forward(
-    args: Any, policy: Policy, accelerator: Any, *, alone: bool = False
+    args: Any, policy: Policy, accelerator: Any, *, alone: bool = False, turns: bool = False
 ) -> tuple[Forward, dict[str, Any]]:
     """Choose how a run computes, and check that it samples and scores this model rightly.
 
@@ -88,6 +88,7 @@ def choose_forward(
         policy: the policy, on the device where it will run.
         accelerator: accelerate's handle of device and processes.
         alone: whether one process chooses for itself, while others may wait for it.
+        turns: whether episodes of several turns are sampled.
 
     Returns:
         What computes, and the settings about computing by name.
@@ -118,6 +119,9 @@ def choose_forward(
     scoring = check_scoring(
         policy, model, hidden=args.estimator.needs_values, accelerator=processes
     )
+    if turns and (fault := check_turns(policy)):
+        remarks = {**scoring.remarks, "turns": f"each reads its whole history again ({fault})"}
+        scoring = replace(scoring, remarks=remarks)
     copies: Copies = ()
     numbers = "precision of the weights"
     if precision == "bf16":

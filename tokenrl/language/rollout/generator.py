@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.drawing import draw, on_device
-from tokenrl.language.rollout.head import last
+from tokenrl.language.rollout.decoder import Decoder
+from tokenrl.language.rollout.drawing import on_device
+from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
 from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.policy.stops import StopStrings
 
-LOOK_EVERY = 8
-"""Tokens of a completion that a device samples between two looks at which rows are left. A look waits until
-the device has computed all that it was given; rows that end before it are sampled on, and cut."""
+LOOK_EVERY = {"cpu": 1}
+"""Tokens of a completion that a device samples between two looks at which rows are left; 8 by default. A look
+waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
 
 NOT_FINITE = (
     "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
@@ -113,10 +112,20 @@ class TransformersGenerator:
         policy: the policy whose model is sampled from.
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
+        cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
+        prefixes: what it keeps of the rows that it samples, and need not read again; None to keep nothing.
     """
 
     policy: Policy
     rows_at_once: int | None = None
+    cache: float = 2.0
+    prefixes: PrefixCache | None = None
+
+    def over_turns(self) -> TransformersGenerator:
+        """Return the generator of one batch of episodes, which reads no history twice if `check_turns` allows it."""
+        if not self.policy.keeps_turns:
+            return self
+        return replace(self, prefixes=PrefixCache(self.cache * GIB))
 
     @torch.no_grad()
     def generate(
@@ -144,7 +153,10 @@ class TransformersGenerator:
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, uniforms, start))
+                part = _decode(
+                    self.policy, prompt_ids[start:end], sampling, uniforms, self.prefixes
+                )
+                parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:
                 module.training = True
@@ -162,19 +174,23 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     draws: Tensor | None,
-    first: int,  # number of the first prompt
+    prefixes: PrefixCache | None,
 ) -> Rollout:
     """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
     device = policy.device
     length = sampling.max_completion_length
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-    state = _Decoder(policy, prompt_ids, prompt_mask, prompt_index, sampling)
+    state = Decoder(policy, prompts, prompt_index, sampling, prefixes)
+    ended = None
+    if prefixes is not None:
+        ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
     tokens = _Tokens(len(prompt_index), length, policy)
     eos = torch.tensor(policy.eos_ids, device=device)
-    rows = torch.arange(len(prompt_index), device=device)  # rows that are still in the batch
+    batch = torch.arange(len(prompt_index))  # rows that are still in the batch
+    rows = to_device(batch, device)
     alive = torch.ones_like(rows, dtype=torch.bool)  # True for those that are unfinished
-    look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    look_every = LOOK_EVERY.get(device.type, 8)
     unread = 0  # position of the first token that was not read at a look
     for t in range(length):
         uniforms = None if draws is None else draws[rows, t]
@@ -184,20 +200,23 @@ def _decode(
         is_last = t + 1 == length
         is_look = is_last or (t + 1) % look_every == 0
         if is_look and policy.stops is not None:
-            ended = _end_at_stops(policy.stops, tokens.ids, tokens.mask, unread, t)
-            alive = alive & ~ended[rows]
+            at_stops = _end_at_stops(policy.stops, tokens.ids, tokens.mask, unread, t)
+            alive = alive & ~at_stops[rows]
             unread = t + 1
-        if is_last:
+        if is_last and ended is None:
             break
         if is_look:
             unfinished = _unfinished(alive, numbers["entropy"])
-            if not len(unfinished):
+            if ended is not None:
+                ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + t, t)
+            if is_last or not len(unfinished):
                 break
             # Copying the cache costs as much as keeping a few finished rows.
             if len(unfinished) <= 0.75 * len(rows) and not policy.plain_cache:
                 index = to_device(unfinished, device)
                 state.select(index)
                 rows = rows[index]
+                batch = batch[unfinished]
                 token = token[index]
                 alive = alive[index]
         state.advance(token)
@@ -205,7 +224,7 @@ def _decode(
     rollout = Rollout(
         prompt_ids=prompt_ids[prompt_index],
         prompt_mask=prompt_mask[prompt_index],
-        prompt_index=first + prompt_index,
+        prompt_index=prompt_index,
         completion_ids=tokens.ids.masked_fill(~tokens.mask, policy.pad_id),
         mask=tokens.mask,
         truncated=torch.zeros_like(tokens.mask[:, 0]).index_put((rows,), alive),
@@ -214,6 +233,8 @@ def _decode(
     ).on_host()
     if not rollout.entropy.isfinite().all():
         raise Stopped(NOT_FINITE)
+    if ended is not None:
+        ended.keep(rollout)
     return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
 
 
@@ -277,96 +298,3 @@ def _unfinished(alive: Tensor, entropy: Tensor) -> Tensor:
     if not finite.all():
         raise Stopped(NOT_FINITE)
     return unfinished.nonzero().squeeze(1)
-
-
-class _Decoder:
-    """The model, its cache, and the logits of the next token for each row of the batch."""
-
-    logits: Tensor  # [n, V]
-    hidden: Tensor  # [n, H], if `sampling` asks for it
-    logp: Tensor  # [n, V], of the last token
-
-    def __init__(
-        self,
-        policy: Policy,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        prompt_index: Tensor,
-        sampling: Sampling,
-    ) -> None:
-        """Read the prompts, and make each the rows of its group."""
-        self.model = policy.model
-        self.sampling = sampling
-        self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
-        if policy.plain_cache:
-            prompt_ids = prompt_ids[prompt_index]
-            prompt_mask = prompt_mask[prompt_index]
-            prompt_index = torch.arange(len(prompt_index))
-        width = prompt_ids.shape[1]
-        # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
-        self.mask = None if prompt_mask.all() else to_device(prompt_mask, policy.device)
-        # The position of the next token [B].
-        self.position = to_device(prompt_mask.sum(dim=1), policy.device)
-        ids = to_device(prompt_ids, policy.device)
-        options = self._positions(width) | self.options
-        out = self.model(ids, **options, logits_to_keep=last(1, policy.device))
-        index = to_device(prompt_index, policy.device)
-        self._store(out, index)
-        if not policy.plain_cache:
-            self.select(index)
-            self.cache.make_room(sampling.max_completion_length)
-
-    def _positions(self, width: int) -> dict[str, Any]:
-        """Return attention mask and positions of the `width` next tokens; nothing if no prompt is padded."""
-        if self.mask is None:
-            return {}
-        steps = torch.arange(width, device=self.position.device) - width  # [-width .. -1]
-        return {
-            "attention_mask": self.mask,
-            "position_ids": (self.position[:, None] + steps).clamp(min=0),
-        }
-
-    def draw(self, uniforms: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw one token per row with uniforms [n], or greedily without them.
-
-        Returns:
-            The tokens [n], and their columns of a `Rollout`.
-        """
-        logp = self.sampling.log_probabilities(self.logits)
-        self.logp = logp  # kept until the next token: freed memory takes time to get again
-        p = logp.exp()
-        token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
-        logprobs = logp.gather(1, token[:, None]).squeeze(1)
-        numbers = {"logprobs": logprobs, "entropy": entropy_of(logp, p)}
-        if self.sampling.keep_score_norms:
-            numbers["score_norms"] = score_norm_of(logprobs, p)
-        if self.sampling.keep_hidden:
-            numbers["hidden"] = self.hidden
-        if self.sampling.keep_distribution:
-            numbers["sampling_distribution"] = logp
-        if self.sampling.keep_top is not None:
-            top = logp.topk(min(self.sampling.keep_top, logp.shape[1]))
-            numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
-        return token, numbers
-
-    def select(self, index: Tensor) -> None:
-        """Make the rows `index` of the tokens that were read the new batch."""
-        self.cache.select(index)
-        self.position = self.position[index]
-        if self.mask is not None:
-            self.mask = self.mask[index]
-
-    def advance(self, token: Tensor) -> None:
-        """Feed each row its token, `token` [n], to get the logits of the next one."""
-        self.position = self.position + 1
-        if self.mask is not None:
-            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-        arguments = self.cache.arguments(self._positions(1))
-        self._store(self.model(token[:, None], **arguments, **self.options))
-
-    def _store(self, out: Any, index: Tensor | slice = slice(None)) -> None:
-        """Store the cache, and of the rows `index` the last logits and hidden states, of a forward pass."""
-        self.cache = Cache.of(out)
-        self.logits = out.logits[index, -1]
-        if self.sampling.keep_hidden:
-            self.hidden = out.hidden_states[-1][index, -1]

@@ -42,8 +42,9 @@ class SamplingArguments(Distribution, group="sampling"):
     and of sampling_batch_size makes an engine of your own (Generator of tokenrl.language), whose rollouts are
     checked."""
     generator_cache: Positive = 2.0
-    """GiB that vllm takes for keys and values; rows that do not fit wait. It bounds the length of prompt and
-    completion together."""
+    """GiB for keys and values. With transformers: what rows of episodes keep of earlier turns; what does not
+    fit is read again in each turn. With vllm: all; rows that do not fit wait, and it bounds the length of
+    prompt and completion together."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     truncate_prompts: bool = False

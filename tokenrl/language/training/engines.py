@@ -81,6 +81,8 @@ def engine_of(args: TrainArguments) -> Callable[[Policy, int | None], Generator]
     engine = named_engine(args)
     if engine is VllmGenerator:
         return partial(engine.start, cache=args.generator_cache)
+    if engine is TransformersGenerator:
+        return partial(engine, cache=args.generator_cache)
     return engine
 
 

@@ -281,6 +281,8 @@ def make_learner(
     accelerator: Any,
     engine: Callable[[Policy, int | None], Generator] = TransformersGenerator,
     teacher: Teacher | None = None,
+    *,
+    turns: bool = False,
 ) -> Learner:
     """Make the learner, with optimiser and schedule, reference, generator and critic.
 
@@ -290,6 +292,7 @@ def make_learner(
         accelerator: accelerate's handle of device, precision and processes.
         engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
         teacher: the teacher, whose model is the policy's reference (`with_teacher`); None without one.
+        turns: whether episodes of several turns are sampled.
 
     Raises:
         Refused: a model cannot be sampled and scored, or not in the way that the settings ask for.
@@ -302,7 +305,7 @@ def make_learner(
         policy.add_reference()
         if policy.reference is not None:
             policy.reference.to(device)
-    forward, computing = choose_forward(args, policy, accelerator)
+    forward, computing = choose_forward(args, policy, accelerator, turns=turns)
     if teacher is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)

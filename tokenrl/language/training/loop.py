@@ -229,7 +229,8 @@ def _prepare(
             output_dir=session.directory,
             chat_time=policy.form.chat_time,
         )
-        learner = make_learner(args, policy, accelerator, engine_of(args), teacher)
+        turns = rewards.environments is not None
+        learner = make_learner(args, policy, accelerator, engine_of(args), teacher, turns=turns)
     if not abilities_of(learner.generator).exact:
         provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
     run = TrainingRun(
