@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,61 @@ def test_best_setting_is_found_in_the_first_round_alone(benchmark):
         *once,
         *once,
     ]
+
+
+@pytest.fixture
+def episodes(program):
+    """The names of the program that measures episodes of several turns."""
+    return program("turns_against_trl.py")
+
+
+SMALL = TINY | {"prompts": 1, "group": 2, "length": 30, "hidden": 64, "architecture": "qwen3"}
+
+
+@pytest.mark.parametrize(("turns", "wait"), [(1, 0), (4, 0.01), (12, 0)])
+def test_the_policy_writes_as_many_turns_as_the_environment_asks_for(episodes, turns, wait):
+    spec = {"who": "tokenrl", "steps": 1, "options": {}, "turns": turns, "wait": wait}
+    measured = episodes["measure"](spec | {"shape": SMALL | {"context": 1024}})
+    written = 30 * (2 * turns - 1)  # the policy's turns and the answers between them
+    # each row is read but for its last token; in the update the rows share their prompt of 10 tokens
+    assert measured["read"][1] == 10 + 2 * (written - 1)
+    assert measured["read"][0] >= 2 * (10 + written - 1) - 10
+    assert len(measured["seconds"]) == 1 and measured["seconds"][0] > wait * (turns - 1)
+
+
+def test_an_episode_of_other_turns_is_no_measurement(episodes, monkeypatch):
+    spec = {"who": "tokenrl", "steps": 1, "options": {}, "turns": 2, "wait": 0}
+    spec["shape"] = SMALL | {"context": 1024}
+    monkeypatch.setitem(episodes["chained_model"].__globals__, "CERTAIN", 0.0)
+    with pytest.raises(SystemExit, match="numbers of tokens"):
+        episodes["measure"](spec)
+
+
+def test_a_row_of_turns_has_ratios_of_rounds_or_says_that_trl_is_missing(episodes):
+    rounds, cells = episodes["Rounds"], episodes["cells"]
+    ours = rounds([(2.0, 500.0), (1.0, 400.0), None], [3000, 20])
+    theirs = rounds([(4.0, 900.0), (3.0, 1000.0), (9.0, 100.0)], [4000, 30])
+    first = ["4", "50", "4.00", "1.50", "2.50 (2.00 to 3.00)", "7,680"]
+    last = ["4,000", "3,000", "30", "20", "1,000", "500"]
+    both = {"trl": theirs, "tokenrl": ours}
+    assert cells(4, 0.05, 7680, both) == [*first, *last]
+    alone = cells(1, 0, 30, {"trl": rounds(), "tokenrl": rounds([None])})
+    assert alone == ["1", "0", "not installed", "failed", "", "30", "", "", "", "", "", ""]
+
+
+@pytest.mark.slow
+def test_turns_are_measured_beside_trl_or_without_it(tmp_path):
+    command = [sys.executable, str(FOLDER / "turns_against_trl.py"), "--turns", "1", "2"]
+    command += ["--wait", "0.001", "--rounds", "1", "--steps", "2"]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=settings, cwd=tmp_path, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, cells = (line.strip("| ").split(" | ") for line in done.stdout.splitlines())
+    turns, wait, theirs, ours = cells[:4]
+    assert (turns, wait) == ("2", "1") and float(ours) > 0 and "3,840" in cells
+    assert float(theirs) > 0 if find_spec("trl") else theirs == "not installed"
 
 
 @pytest.fixture

@@ -69,6 +69,8 @@ class Shape:
     heads: int = 4
     kv_heads: int = 4
     tied: bool = False  # whether head and embedding are the same weights
+    architecture: str = "llama"
+    context: int = 512  # tokens
 
 
 M135: dict[str, Any] = {
@@ -148,26 +150,30 @@ def peak_megabytes(kind: str) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def make_model(shape: Shape, attention: str | None = None, kind: str = "cpu") -> tuple[Any, Any]:
-    """A model with random weights, equal for equal arguments, and a tokenizer of single characters."""
+def make_model(
+    shape: Shape, attention: str | None = None, kind: str = "cpu", tokenizer: Any = None
+) -> tuple[Any, Any]:
+    """A model with random weights, equal for equal arguments, and its tokenizer: of single characters, if none."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from toy_tasks.models import character_tokenizer
 
-    characters = (chr(c) for c in range(33, sys.maxunicode) if not 0xD800 <= c < 0xE000)
-    tokenizer = character_tokenizer(next(characters) for _ in range(shape.vocabulary - 2))
-    tokenizer.chat_template = CHAT if shape.chat else None
+    if tokenizer is None:
+        characters = (chr(c) for c in range(33, sys.maxunicode) if not 0xD800 <= c < 0xE000)
+        tokenizer = character_tokenizer(next(characters) for _ in range(shape.vocabulary - 2))
+        tokenizer.chat_template = CHAT if shape.chat else None
     eos = [tokenizer.eos_token_id, *range(2, shape.ends + 1)]
     config = AutoConfig.for_model(
-        "llama",
+        shape.architecture,
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=512,
+        head_dim=shape.hidden // shape.heads,
+        max_position_embeddings=shape.context,
         tie_word_embeddings=shape.tied,
         bos_token_id=None,
         eos_token_id=eos,
@@ -199,6 +205,7 @@ def train_with_trl(
     reward: Any,
     estimator: str = "grpo",
     peft_config: Any = None,
+    environment: Any = None,
     **settings: Any,
 ) -> None:
     """Train with TRL's trainer of an estimator, without a KL, records or checkpoints.
@@ -210,6 +217,7 @@ def train_with_trl(
         reward: the reward function.
         estimator: grpo or rloo.
         peft_config: the adapter to train, if not all weights.
+        environment: the class of the environment, if there is one; with grpo only.
         **settings: further options of TRL's configuration.
     """
     import trl
@@ -230,6 +238,7 @@ def train_with_trl(
         kind, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
     else:
         kind, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
+    answering = {} if environment is None else {"environment_factory": environment}
     trainer = kind(
         model=model,
         reward_funcs=reward,
@@ -237,6 +246,7 @@ def train_with_trl(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft_config,
+        **answering,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -273,7 +283,6 @@ def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, fold
 def train_tokenrl(
     shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str
 ) -> None:
-    import tokenrl
     from tokenrl.language import wrap
 
     model, tokenizer = make_model(shape, kind=clock.kind)
@@ -281,30 +290,49 @@ def train_tokenrl(
     policy = wrap(model, tokenizer)
     if not shape.ends:
         policy.eos_ids = ()
-    prompts = make_prompts(shape, steps)
-    task = SimpleNamespace(
-        name="benchmark",
-        train_prompts=prompts,
-        eval_prompts=prompts[:1],
-        reward=clock,
-        max_completion_length=shape.length,
-    )
-    options: dict[str, Any] = {
+    options = {
         "estimator": spec.get("estimator", "grpo"),
-        "max_steps": steps,
-        "prompts_per_step": shape.prompts,
-        "num_generations": shape.group,
         "learning_rate": 1e-4,
         "lora_r": shape.lora_r,
+        "output_dir": f"{folder}/run",
+    }
+    rows = make_prompts(shape, steps)
+    train_with_tokenrl(policy, rows, clock, **options | spec.get("options", {}))
+
+
+def train_with_tokenrl(
+    policy: Any, rows: list[dict[str, Any]], clock: Clock, environment: Any = None, **options: Any
+) -> None:
+    """Train with tokenrl, without evaluations or records.
+
+    Args:
+        policy: the model with its tokenizer.
+        rows: the prompts.
+        clock: the reward function; it has the shape, the number of steps and the kind of device.
+        environment: the class of the environment, if there is one.
+        **options: further options of a training.
+    """
+    import tokenrl
+
+    task = SimpleNamespace(
+        name="benchmark",
+        train_prompts=rows,
+        eval_prompts=rows[:1],
+        reward=clock,
+        environment=environment,
+        max_completion_length=clock.shape.length,
+    )
+    defaults: dict[str, Any] = {
+        "max_steps": clock.steps,
+        "prompts_per_step": clock.shape.prompts,
+        "num_generations": clock.shape.group,
         "eval_every": 0,
         "eval_generations": 0,
         "log_completions": 0,
         "quiet": True,
         "cpu": clock.kind == "cpu",
     }
-    tokenrl.train(
-        model=policy, task=task, output_dir=f"{folder}/run", **options | spec.get("options", {})
-    )
+    tokenrl.train(model=policy, task=task, **defaults | options)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,10 @@ def heading(args: argparse.Namespace) -> str:
     """The machine, the versions and the settings."""
     machine = run({"who": "machine"}) or {"threads": "?", "gpu": None}
     names = "torch", "transformers", "trl"
+    versions = [f"{name} {version(name)}" for name in names if find_spec(name)]
     return (
         f"{machine['gpu'] or platform.machine()}, {os.cpu_count()} cores, "
-        f"{machine['threads']} threads; {', '.join(f'{name} {version(name)}' for name in names)}; "
+        f"{machine['threads']} threads; {', '.join(versions)}; "
         f"{args.estimator}, rounds {args.rounds}, steps {args.steps}"
         + (f"; tokenrl with {json.dumps(args.tokenrl)}" if args.tokenrl else "")
     )

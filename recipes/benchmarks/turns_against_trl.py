@@ -1,0 +1,295 @@
+"""Measures seconds, tokens read and memory of a step of episodes against TRL, by the number of turns.
+
+Both train with GRPO, without a KL, in the same environment: a class with TRL's interface, whose tool answers
+each text with a text. Each turn of the policy and each answer has 30 tokens. A step has 8 x 8 episodes in
+float32 and one update. TRL is asked for no more tokens than the episodes have, and has the attention
+`sdpa`, or `--attention eager`.
+
+The model has the shape of Qwen3 and random weights, which write calls as Qwen does all the same: the
+vocabulary is a chain of groups of tokens, and the token that was read decides which group is next. One
+coordinate of its embedding marks its group, and the head's weights of that coordinate are large for the
+tokens of the next group. Within a group the random weights choose. So `?` is followed by a call of exactly
+30 tokens with its end, and `!` by 30 tokens without a call. The environment ends its answers with `?`, or
+with `!` before the last turn, and decides how many turns there are. Neither trainer is patched; each episode
+is checked.
+
+Tokens read are the positions that the embedding looks up, padding included: without a gradient they count
+as sampling, with one as the update. With `--wait 0.05` the tool is async, and answers after 50 ms.
+
+    pip install -c constraints.txt -e '.[benchmarks]'
+    python recipes/benchmarks/turns_against_trl.py
+    python recipes/benchmarks/turns_against_trl.py --turns 4 --wait 0 --model 135m --rounds 1
+
+Rounds alternate, each measurement is a process of its own, and the medians leave out the first steps, as in
+`step_against_trl.py`. Without TRL, only tokenrl is measured. Measured with TRL 1.16.0 and transformers
+5.24.0, the newest releases, which work together.
+
+Look for: tokens that are read in sampling. A trainer that keeps keys and values from turn to turn reads each
+token once; TRL reads the whole history in each turn. Answers that take long are awaited one by one in TRL,
+async or not, and together in tokenrl.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[benchmarks]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import statistics
+import string
+import tempfile
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+from floor import device
+from one_trainer import M135, Clock, Measured, Shape, make_model, train_with_tokenrl, train_with_trl
+from step_against_trl import heading, option, run, seconds_and_peak, tell
+
+ASK, TELL = "?", "!"
+CALL = '<tool_call>{"name": "ask", "arguments": {"text": "', '"}}</tool_call>'
+ALTERNATIVES = 8  # tokens of a group among which the policy chooses
+MARK, CERTAIN = 10.0, 20.0  # weights of embedding and head beside which the random ones are small
+QWEN: dict[str, Any] = {"architecture": "qwen3", "context": 4096, "length": 30, "tied": False}
+MODELS = {"1m": Shape(**QWEN | {"kv_heads": 2}), "135m": Shape(**M135 | QWEN)}
+COLUMNS = (
+    *("turns", "answers in, ms", "TRL, s", "tokenrl, s", "ratio (range)", "tokens sampled"),
+    *("read in sampling: TRL", "tokenrl", "in the update: TRL", "tokenrl", "MB: TRL", "tokenrl"),
+)
+
+
+class Oracle:
+    """The environment: its tool answers a text with a text, until the last turn."""
+
+    def reset(self, turns: int, wait: float, **row: Any) -> str:
+        """Begin an episode; the text ends the prompt."""
+        self._left, self._wait, self._asked = turns - 1, wait, ""
+        return self._mark()
+
+    def ask(self, text: str) -> str:
+        """Return an answer of as many tokens as the turn that asks.
+
+        Args:
+            text: The question.
+        """
+        self._asked += text
+        self._left -= 1
+        return (text + text)[: len(text) + 2] + self._mark()
+
+    def get_reward(self) -> float:
+        return sum(map(ord, self._asked)) % 5 / 5
+
+    def _mark(self) -> str:
+        return ASK if self._left else TELL
+
+
+class SlowOracle(Oracle):
+    """The environment whose tool takes its time."""
+
+    async def ask(self, text: str) -> str:
+        """Return an answer, later.
+
+        Args:
+            text: The question.
+        """
+        await asyncio.sleep(self._wait)
+        return super().ask(text)
+
+
+class Counter(Clock):
+    """The clock that is the reward function; it also counts the tokens that the model reads.
+
+    `read` has the tokens read so far, without and with a gradient, at each of its calls. `episodes` has the
+    lengths of the turns of all episodes.
+    """
+
+    def __init__(self, shape: Shape, steps: int, kind: str) -> None:
+        super().__init__(shape, steps, kind)
+        self.positions = [0, 0]
+        self.read: list[list[int]] = []
+        self.episodes = set[tuple[int, ...]]()
+
+    def count(self, embedding: Any, inputs: tuple[Any, ...]) -> None:
+        """Count what is looked up; a hook."""
+        import torch
+
+        self.positions[torch.is_grad_enabled()] += inputs[0].numel()
+
+    def __call__(
+        self, completions: list[Any], completion_ids: list[Any], **columns: Any
+    ) -> list[float]:
+        self.episodes |= {
+            tuple(turn_length(message) for message in episode if message["role"] == "assistant")
+            for episode in completions
+        }
+        self.read.append([*self.positions])
+        rewards = super().__call__([episode[-1:] for episode in completions], completion_ids)
+        # Hardly one is the mean of its group: tokenrl leaves rows without an advantage out of the update.
+        return [math.sin(reward) for reward in rewards]
+
+
+def turn_length(message: dict[str, Any]) -> int:
+    """The tokens of a turn of the policy, with its end."""
+    calls = message.get("tool_calls")
+    if calls:
+        return len(calls[0]["function"]["arguments"]["text"]) + len(CALL) + 1
+    return len(message["content"]) + 1
+
+
+def chained_model(shape: Shape, attention: str | None, kind: str) -> tuple[Any, Any]:
+    """A model that writes calls of `shape.length` tokens after `ASK`, and other turns after `TELL`."""
+    import torch
+
+    from toy_tasks.models import CALLS, EOS, READS_CALLS, literal_tokenizer
+
+    letters = map(chr, range(0x4E00, 0xA000))
+
+    def free(count: int) -> list[list[str]]:
+        return [[next(letters) for _ in range(ALTERNATIVES)] for _ in range(count)]
+
+    asking = [[ASK], [CALL[0]], *free(shape.length - 3), [CALL[1]], [EOS]]
+    chain = [*asking, [TELL], *free(shape.length - 1), [EOS]]
+    tokens = dict.fromkeys(token for group in chain for token in group if token != EOS)
+    tokenizer = literal_tokenizer([*tokens, *string.digits])
+    tokenizer.chat_template = CALLS.replace("}}> ", "}}")  # ASK and TELL take the place of `>`
+    anchor = {"start_anchor_pattern": f"[{ASK}{TELL}]"}
+    fields = {key: READS_CALLS[key] for key in ("defaults", "fields")}
+    tokenizer.response_template = anchor | fields
+    shape = replace(shape, vocabulary=max(shape.vocabulary, len(tokenizer)))
+    model, _ = make_model(shape, attention, kind, tokenizer)
+    ids = [tokenizer.convert_tokens_to_ids(group) for group in chain]
+    with torch.no_grad():
+        for number, (group, following) in enumerate(pairwise(ids)):
+            model.get_input_embeddings().weight[group, number] = MARK
+            model.get_output_embeddings().weight[following, number] = CERTAIN
+    return model, tokenizer
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls."""
+    if spec["who"] == "tokenrl":
+        import tokenrl  # noqa: F401  # before torch
+    turns, wait, shape = spec["turns"], spec["wait"], Shape(**spec["shape"])
+    clock = Counter(shape, spec["steps"] + 1, device())
+    environment = SlowOracle if wait else Oracle
+    model, tokenizer = chained_model(shape, spec.get("attention"), clock.kind)
+    model.get_input_embeddings().register_forward_pre_hook(clock.count)
+    columns = {"turns": turns, "wait": wait}
+    texts = [f"{i:0{shape.prompt - 1}}" for i in range(shape.prompts * (clock.steps + 1))]
+    rows = [{"prompt": [{"role": "user", "content": text}], **columns} for text in texts]
+    chosen, answered = turns * shape.length, (turns - 1) * shape.length
+    options: dict[str, Any] = {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Measured):
+        options["output_dir"] = f"{folder}/run"
+        if spec["who"] == "tokenrl":
+            from tokenrl.language import wrap
+
+            options |= {"estimator": "grpo", "max_turns": turns, "max_completion_length": chosen}
+            options |= spec["options"]
+            train_with_tokenrl(wrap(model, tokenizer), rows, clock, environment, **options)
+        else:
+            options |= {"max_steps": clock.steps, "num_generations": shape.group, "bf16": False}
+            options["per_device_train_batch_size"] = shape.prompts * shape.group
+            options["max_completion_length"] = chosen + answered
+            train_with_trl(model, tokenizer, rows, clock, environment=environment, **options)
+    if clock.episodes != {(shape.length,) * turns}:
+        raise SystemExit(f"The turns of episodes had these numbers of tokens: {clock.episodes}.")
+    before, after = clock.read[-2:]
+    return {
+        "seconds": [after - before for before, after in pairwise(clock.calls)],
+        "peak_mb": clock.peak,
+        "read": [last - first for first, last in zip(before, after, strict=True)],
+    }
+
+
+@dataclass
+class Rounds:
+    """The measurements of one trainer.
+
+    `done` has (seconds a step, peak in MB) by round, None where one failed; `read` the tokens of a step.
+    """
+
+    done: list[tuple[float, float] | None] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+
+    def add(self, result: dict[str, Any] | None, steps: int, label: str) -> None:
+        self.done.append(seconds_and_peak(result, steps))
+        self.read = result["read"] if result else self.read
+        tell(label, self.done[-1])
+
+
+def compare(turns: int, wait: float, args: argparse.Namespace) -> list[str]:
+    """Measure both in turn, and return the cells of a row."""
+    shape = MODELS[args.model]
+    spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": vars(shape)}
+    chosen = {"trl": {"attention": args.attention}, "tokenrl": {"options": args.tokenrl}}
+    both = {who: Rounds() for who in chosen}
+    for number in range(args.rounds):
+        for who, rounds in both.items():
+            if find_spec(who):
+                result = run(spec | chosen[who] | {"who": who}, __file__, "--child")
+                label = f"{turns} turns, {wait} s, round {number + 1}: {who}"
+                rounds.add(result, args.steps, label)
+    return cells(turns, wait, turns * shape.length * shape.prompts * shape.group, both)
+
+
+def cells(turns: int, wait: float, sampled: int, both: dict[str, Rounds]) -> list[str]:
+    """A row of the table; the ratio is of rounds in which neither failed."""
+    seconds, memory = {}, {}
+    for who, rounds in both.items():
+        done = [measured for measured in rounds.done if measured]
+        missing = "failed" if rounds.done else "not installed"
+        seconds[who] = f"{statistics.median(s for s, _ in done):.2f}" if done else missing
+        memory[who] = f"{max(peak for _, peak in done):,.0f}" if done else ""
+    pairs = zip(both["trl"].done, both["tokenrl"].done, strict=False)
+    ratios = [a[0] / b[0] for a, b in pairs if a and b]
+    ratio = ""
+    if ratios:
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    reads = [f"{r.read[k]:,}" if r.read else "" for k in (0, 1) for r in both.values()]
+    first = [str(turns), f"{1000 * wait:.0f}", *seconds.values(), ratio, f"{sampled:,}"]
+    return [*first, *reads, *memory.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", nargs="+", type=int, default=[1, 4, 12])
+    waits = "seconds until the tool answers; 0: a tool that is not async"
+    parser.add_argument("--wait", nargs="+", type=float, default=[0, 0.05], help=waits)
+    parser.add_argument("--model", choices=MODELS, default="1m", help="parameters")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each measurement, 2 or more")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of TRL")
+    parser.add_argument("--tokenrl", nargs="+", type=option, default=[], metavar="KEY=VALUE")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args.child)))
+        return
+    if args.rounds < 1 or args.steps < 2 or min(args.turns) < 1:
+        parser.error("--rounds and --turns must be 1 or more, and --steps 2 or more.")
+    args.tokenrl, args.estimator = dict(args.tokenrl), "grpo"
+    print(f"{heading(args)}, {args.model} parameters\n", flush=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for wait in args.wait:
+        for turns in args.turns:
+            if turns > 1 or not wait:  # an episode of one turn has no answers
+                print(f"| {' | '.join(compare(turns, wait, args))} |", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main()
