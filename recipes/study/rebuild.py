@@ -185,7 +185,7 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
         seconds = [pd.read_csv(path)["seconds"].sum() for path in TABLES.glob("*/runs.csv")]
         hours = sum(seconds) / 3600
         print(f"The runs took {hours:.1f} hours of one processor where the tables were made.")
-        parts = tuple(sorted(path.stem for path in STUDY.glob("*.yaml")))
+        parts = tuple(sorted(path.stem for path in STUDY.glob("[0-9]*.yaml")))
     for part in parts:
         run(part)
     rebuild(STUDY / "questions", STUDY / "figures")
