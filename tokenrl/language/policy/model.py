@@ -396,7 +396,5 @@ def add_lora(
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
     base = Path(config.base_model_name_or_path or "")
-    if (
-        config.base_model_name_or_path and base.is_dir()
-    ):  # so that the adapter finds it from anywhere
-        config.base_model_name_or_path = str(base.resolve())
+    if config.base_model_name_or_path and base.is_dir():
+        config.base_model_name_or_path = str(base.resolve())  # so the adapter finds it anywhere
