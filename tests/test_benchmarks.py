@@ -148,11 +148,11 @@ def test_a_row_of_turns_has_ratios_of_rounds_or_says_that_trl_is_missing(episode
     ours = rounds([(2.0, 500.0), (1.0, 400.0), None], [3000, 20])
     theirs = rounds([(4.0, 900.0), (3.0, 1000.0), (9.0, 100.0)], [4000, 30])
     first = ["4", "50", "4.00", "1.50", "2.50 (2.00 to 3.00)", "7,680"]
-    last = ["4,000", "3,000", "30", "20", "1,000", "500"]
+    last = ["4,000 / 3,000", "30 / 20", "1,000 / 500"]
     both = {"trl": theirs, "tokenrl": ours}
     assert cells(4, 0.05, 7680, both) == [*first, *last]
     alone = cells(1, 0, 30, {"trl": rounds(), "tokenrl": rounds([None])})
-    assert alone == ["1", "0", "not installed", "failed", "", "30", "", "", "", "", "", ""]
+    assert alone == ["1", "0", "not installed", "failed", "", "30", "- / -", "- / -", "- / -"]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ QWEN: dict[str, Any] = {"architecture": "qwen3", "context": 4096, "length": 30, 
 MODELS = {"1m": Shape(**QWEN | {"kv_heads": 2}), "135m": Shape(**M135 | QWEN)}
 COLUMNS = (
     *("turns", "answers in, ms", "TRL, s", "tokenrl, s", "ratio (range)", "tokens sampled"),
-    *("read in sampling: TRL", "tokenrl", "in the update: TRL", "tokenrl", "MB: TRL", "tokenrl"),
+    *("read in sampling: TRL / tokenrl", "in the update", "peak MB"),
 )
 
 
@@ -220,7 +220,7 @@ class Rounds:
     """
 
     done: list[tuple[float, float] | None] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, result: dict[str, Any] | None, steps: int, label: str) -> None:
         self.done.append(seconds_and_peak(result, steps))
@@ -245,20 +245,23 @@ def compare(turns: int, wait: float, args: argparse.Namespace) -> list[str]:
 
 def cells(turns: int, wait: float, sampled: int, both: dict[str, Rounds]) -> list[str]:
     """A row of the table; the ratio is of rounds in which neither failed."""
-    seconds, memory = {}, {}
-    for who, rounds in both.items():
+    seconds = []
+    memory = []
+    for rounds in both.values():
         done = [measured for measured in rounds.done if measured]
         missing = "failed" if rounds.done else "not installed"
-        seconds[who] = f"{statistics.median(s for s, _ in done):.2f}" if done else missing
-        memory[who] = f"{max(peak for _, peak in done):,.0f}" if done else ""
+        seconds.append(f"{statistics.median(s for s, _ in done):.2f}" if done else missing)
+        memory.append(max([peak for _, peak in done], default=0))
     pairs = zip(both["trl"].done, both["tokenrl"].done, strict=False)
-    ratios = [a[0] / b[0] for a, b in pairs if a and b]
+    ratios = [theirs[0] / ours[0] for theirs, ours in pairs if theirs and ours]
     ratio = ""
     if ratios:
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    reads = [f"{r.read[k]:,}" if r.read else "" for k in (0, 1) for r in both.values()]
-    first = [str(turns), f"{1000 * wait:.0f}", *seconds.values(), ratio, f"{sampled:,}"]
-    return [*first, *reads, *memory.values()]
+    numbers = [*zip(*(rounds.read for rounds in both.values()), strict=True), memory]
+    beside = [
+        " / ".join(f"{number:,.0f}" if number else "-" for number in pair) for pair in numbers
+    ]
+    return [str(turns), f"{1000 * wait:.0f}", *seconds, ratio, f"{sampled:,}", *beside]
 
 
 def main() -> None:
