@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretended"
@@ -130,7 +130,7 @@ class _Operations(TorchDispatchMode):
 
 def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute an operation on the CPU, and put the result where a real device would have it."""
-    leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    leaves = [*_tensors(args), *_tensors(kwargs.values())]
     device = kwargs.get("device")
     expected = None if device is None else torch.device(device).type
     here = any(isinstance(x, Pretended) for x in leaves)
@@ -141,14 +141,32 @@ def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_devices(operation, name, args, leaves)
     _count(operation, name, args, expected, here)
     options = kwargs | ({} if device is None else {"device": torch.device("cpu")})
-    inner_args, inner_kwargs = tree_map(_unwrapped, (args, options))
+    inner_args, inner_kwargs = _each(_unwrapped, (args, options))
     result = operation(*inner_args, **inner_kwargs)
     if name == "copy_" and not isinstance(args[0], Pretended):
         return args[0]
     if operation in READS or expected == "cpu":
         return result
-    wrapped = tree_map(lambda x: Pretended(x) if isinstance(x, torch.Tensor) else x, result)
+    wrapped = _each(lambda x: Pretended(x) if isinstance(x, torch.Tensor) else x, result)
     return return_and_correct_aliasing(operation, args, kwargs, wrapped)
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors among arguments and in lists of them."""
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
+
+
+def _each(function: Callable[[Any], Any], x: Any) -> Any:
+    """Call a function on all that lists and dictionaries hold; torch's own takes as long as the operation."""
+    if isinstance(x, list | tuple):
+        return type(x)([_each(function, item) for item in x])
+    if isinstance(x, dict):
+        return {name: _each(function, item) for name, item in x.items()}
+    return function(x)
 
 
 def _unwrapped(x: Any) -> Any:
