@@ -6,6 +6,7 @@ Its methods compute with tensors and import torch when they are called, so that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tokenrl import settings
@@ -62,7 +63,8 @@ class Estimator(Axes):
     @property
     def preset_name(self) -> str:
         """The name of the first preset with exactly these fields, or 'custom estimator'."""
-        names = (name for name in PRESETS if type(self).preset(name) == self)
+        presets = _presets(type(self))
+        names = (name for name, preset in presets.items() if preset == self)
         return next(names, "custom estimator")
 
     @property
@@ -382,3 +384,9 @@ class Estimator(Axes):
         policy, returns = self.advantages(rewards, mask, valid=valid, **sizes, **inputs)
         weights = self.token_weights(learnt.to(policy.dtype), max_length=max_length, valid=counted)
         return LossTerms(policy, weights, learnt, returns)
+
+
+@cache
+def _presets(kind: type[Estimator]) -> dict[str, Estimator]:
+    """Return all presets by name."""
+    return {name: kind.preset(name) for name in PRESETS}

@@ -251,7 +251,8 @@ def _steps(completions: int, rows: int, chunk: int) -> Iterator[Tensor]:
 
 def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor) -> Tensor:
     """Return minus the derivative of each step's loss in what `_differentiated` names [C, K P M T]."""
-    columns = {name: x[of_row, chosen] for name, x in _columns(problem).items()}  # [C, N, ...]
+    completion = of_row * problem.mask.shape[0] + chosen  # [C, N]
+    columns = {name: _taken(x, completion) for name, x in _columns(problem).items()}
     entropy = columns.pop("entropy")
     token_kl = columns.pop("token_kl")
     sampling_logprobs = columns.pop("sampling_logprobs")
@@ -278,11 +279,15 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
     inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampling_logprobs, token_kl)
     slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
     listed = [getattr(slopes, name) for name in _differentiated(estimator, problem)]
-    completion = of_row * problem.mask.shape[0] + chosen  # [C, N]
     index = completion[:, :, None].expand(terms.mask.shape)  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
     sums = [zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed]
     return torch.cat(sums, dim=1)
+
+
+def _taken(x: Tensor, completion: Tensor) -> Tensor:
+    """Return the rows [C, N, ...] of x [P, M, ...] by their numbers [C, N] in P times M."""
+    return x.flatten(0, 1).index_select(0, completion.flatten()).unflatten(0, completion.shape)
 
 
 class Slopes(NamedTuple):
