@@ -12,7 +12,10 @@ STAMP     := $(VENV)/.installed
 VLLM      := .venv-vllm
 # The newest torch that test-newest takes. Plain torch is the newest of all, and on Linux a build for GPUs of several GB.
 NEWEST_TORCH ?= torch==2.13.0
-QUICK     := -m "not slow and not gpu and not vllm" -n $(WORKERS) --dist loadfile
+QUICK     := -m "not slow and not gpu and not vllm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Tests are compiled once, also where containers forbid byte code: else each worker takes 6 s for that in every run.
+test test-newest test-lowest test-slow test-gpu test-vllm: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install train docs test test-newest test-lowest test-slow test-gpu test-vllm lint type format check clean
 .DEFAULT_GOAL := help

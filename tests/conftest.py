@@ -45,7 +45,6 @@ def _shortened(request, tmp_path_factory):
 
 def pytest_collection_finish() -> None:
     """Leave what is there by now out of later collections."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 
