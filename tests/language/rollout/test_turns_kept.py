@@ -98,12 +98,13 @@ def test_episodes_under_an_adapter_and_looks_that_come_late_are_the_same(monkeyp
                 parameter.normal_(std=0.3)
         expected[family] = policy, played(plainly(policy))
     monkeypatch.setitem(module.LOOK_EVERY, "cpu", 3)
-    for policy, episodes in expected.values():
+    for family, (policy, episodes) in expected.items():
         with Reads(policy) as reads:
             assert_same(played(policy), episodes)
         with Reads(policy) as plain:
             assert_same(played(plainly(policy)), episodes)
-        assert reads.count < plain.count
+        if family == "llama":  # states have gone beyond the end
+            assert reads.count < 0.85 * plain.count
 
 
 def test_with_little_memory_the_episodes_are_the_same_and_more_is_read():
@@ -230,3 +231,6 @@ def test_rows_with_the_same_history_are_read_once_and_end_alike():
     plain = TransformersGenerator(policy).generate(histories, Sampling(1), draws)
     torch.testing.assert_close(second.logprobs, plain.logprobs, rtol=0, atol=3e-5)
     assert torch.equal(second.completion_ids, plain.completion_ids)
+    # What was continued is dropped, and only what has an end is kept.
+    rows = zip(histories, second.truncated.tolist(), strict=True)
+    assert len(turns.prefixes) == len({str(history) for history, cut in rows if not cut}) < 3
