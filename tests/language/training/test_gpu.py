@@ -40,10 +40,15 @@ def test_sampling_draws_the_same_tokens():
     torch.testing.assert_close(here.logprobs, there.logprobs.cpu(), atol=1e-4, rtol=0)
 
 
+def total(scores, rollout):
+    """The sum of the log-probabilities of actions; what stands at padding has no meaning."""
+    return scores.logprobs[rollout.mask.to(scores.logprobs.device)].sum()
+
+
 @pytest.mark.parametrize("way", ["plain", "chunks", "eager", "half"])
 def test_the_gradient_is_that_of_a_processor(way):
     here, there = on("cpu"), on("cuda")
-    score(here.model, sampled(here)).logprobs.sum().backward()
+    total(score(here.model, sampled(here)), sampled(here)).backward()
     model, scoring = there.model, Scoring()
     if way == "chunks":
         scoring = Scoring(tokens_at_once=5)
@@ -52,7 +57,7 @@ def test_the_gradient_is_that_of_a_processor(way):
     if way == "half":
         copied, copies = half_copy(there)
         model, half = copied.model, Forward(copied, copied.model, scoring, copies)
-    score(model, sampled(there), scoring).logprobs.sum().backward()
+    total(score(model, sampled(there), scoring), sampled(there)).backward()
     if way == "half":
         half.accumulate_gradients()
     assert apart(gradient(there.model).cpu(), gradient(here.model)) < (
