@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import os
@@ -124,15 +125,25 @@ def episodes(program):
 SMALL = TINY | {"prompts": 1, "group": 2, "length": 30, "hidden": 64, "architecture": "qwen3"}
 
 
-@pytest.mark.parametrize(("turns", "wait"), [(1, 0), (4, 0.01), (12, 0)])
-def test_the_policy_writes_as_many_turns_as_the_environment_asks_for(episodes, turns, wait):
-    spec = {"who": "tokenrl", "steps": 1, "options": {}, "turns": turns, "wait": wait}
-    measured = episodes["measure"](spec | {"shape": SMALL | {"context": 1024}})
+@pytest.mark.parametrize(("turns", "wait", "cache"), [(1, 0, 1), (4, 0.001, 1e-9), (12, 0, 1)])
+def test_the_policy_writes_as_many_turns_as_the_environment_asks_for(episodes, turns, wait, cache):
+    spec = {"who": "tokenrl", "steps": 1, "options": {"generator_cache": cache}}
+    spec |= {"turns": turns, "wait": wait, "shape": SMALL | {"context": 1024}}
+    measured = episodes["measure"](spec)
     written = 30 * (2 * turns - 1)  # the policy's turns and the answers between them
-    # each row is read but for its last token; in the update the rows share their prompt of 10 tokens
-    assert measured["read"][1] == 10 + 2 * (written - 1)
-    assert measured["read"][0] >= 2 * (10 + written - 1) - 10
-    assert len(measured["seconds"]) == 1 and measured["seconds"][0] > wait * (turns - 1)
+    # the prompt that the rows share, and each row but for its last token
+    once = 10 + 2 * (written - 1)
+    # without room for what was read: 39 tokens of each row are read again in the second turn, 99 and 159 later
+    again = 0 if cache == 1 else 2 * (39 + 99 + 159)
+    assert measured["read"] == [once + again, once]
+    assert len(measured["seconds"]) == 1
+
+
+def test_an_answer_takes_its_time_and_the_last_asks_for_no_call(episodes):
+    environment, started = episodes["SlowOracle"](), time.monotonic()
+    assert environment.reset(turns=3, wait=0.03) == "?"
+    answers = [asyncio.run(environment.ask("abc")) for _ in range(2)]
+    assert answers == ["abcab?", "abcab!"] and time.monotonic() - started > 0.06
 
 
 def test_an_episode_of_other_turns_is_no_measurement(episodes, monkeypatch):

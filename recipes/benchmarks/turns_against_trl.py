@@ -18,15 +18,16 @@ as sampling, with one as the update. With `--wait 0.05` the tool is async, and a
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python recipes/benchmarks/turns_against_trl.py
+    python recipes/benchmarks/turns_against_trl.py --tokenrl generator_cache=1e-9
     python recipes/benchmarks/turns_against_trl.py --turns 4 --wait 0 --model 135m --rounds 1
 
 Rounds alternate, each measurement is a process of its own, and the medians leave out the first steps, as in
 `step_against_trl.py`. Without TRL, only tokenrl is measured. Measured with TRL 1.16.0 and transformers
 5.24.0, the newest releases, which work together.
 
-Look for: tokens that are read in sampling. A trainer that keeps keys and values from turn to turn reads each
-token once; TRL reads the whole history in each turn. Answers that take long are awaited one by one in TRL,
-async or not, and together in tokenrl.
+Look for: tokens that are read in sampling. tokenrl keeps keys and values from turn to turn, and reads each
+token once, unless `generator_cache` has no room for them. TRL reads the whole history in each turn. Answers
+that take long are awaited one by one in TRL, async or not, and together in tokenrl.
 """
 
 # /// script
@@ -194,7 +195,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         if spec["who"] == "tokenrl":
             from tokenrl.language import wrap
 
-            options |= {"estimator": "grpo", "max_turns": turns, "max_completion_length": chosen}
+            options |= {"estimator": "grpo", "max_completion_length": chosen}
+            options["max_turns"] = turns + 1  # the environment decides, not this limit
             options |= spec["options"]
             train_with_tokenrl(wrap(model, tokenizer), rows, clock, environment, **options)
         else:
