@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_environments import Guess, Safe, chat_policy
 from tiny_models import (
     ARCHITECTURES,
     PROMPTS,
@@ -20,11 +21,13 @@ from tiny_models import (
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.supervised.base import warm_started_base
 from tokenrl.language.supervised.fit import SupervisedTraining, encode_demonstrations, fit
 from tokenrl.language.supervised.sft import sft
+from tokenrl.language.tasks.task import PromptTask
 
 ROWS = [
     {"prompt": "the cat", "completion": " sat on the mat"},
@@ -93,6 +96,75 @@ def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
         policy, [{"prompt": messages, "completion": "sat"}]
     )
     assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
+
+
+def opened(row):
+    """The chat of a row as `Safe.reset` opens it, whose text is appended to the message of the user."""
+    return [{"role": "user", "content": f"{row['prompt'][0]['content']} There is a safe."}]
+
+
+def turning(digit):
+    function = {"name": "turn", "arguments": {"digit": digit}}
+    calls = [{"type": "function", "function": function}]
+    return {"role": "assistant", "content": "so ", "tool_calls": calls}
+
+
+def test_a_demonstration_of_an_environment_begins_with_the_tokens_of_an_episode():
+    policy, environments = chat_policy(), Environments({"safe": Safe, "game": Guess})
+    row = {"prompt": [{"role": "user", "content": "the cat"}], "environment": "safe"}
+    (episode,) = environments.reset([row], [0])
+    begun = policy.encode(episode.opening, tools=episode.tools)
+    demonstration = {**row, "prompt": opened(row), "completion": "sat"}
+    ((prompt, completion),) = encode_demonstrations(policy, [demonstration], environments)
+    assert prompt == begun and policy.tokenizer.decode(prompt).startswith("1 tool.")
+    assert policy.tokenizer.decode(completion) == "sat<eos>"
+    for name in (
+        "game",
+        "another",
+        None,
+    ):  # without tools, without an environment, or without a name
+        other = demonstration | {"environment": name}
+        ((prompt, _),) = encode_demonstrations(policy, [other], environments)
+        assert prompt == policy.encode(opened(row)) != begun
+
+
+def test_a_call_in_a_completion_is_written_by_the_chat_template():
+    policy, environments = chat_policy(), Environments(Safe)
+    row = {"prompt": [{"role": "user", "content": "the cat"}], "completion": [turning(3)]}
+    ((prompt, completion),) = encode_demonstrations(policy, [row], environments)
+    assert policy.tokenizer.decode(completion) == "so <tool_call>turn</tool_call><eos>"
+    assert completion.count(policy.tokenizer.eos_token_id) == 1
+    written = {"prompt": row["prompt"], "completion": "so <tool_call>turn</tool_call>"}
+    assert encode_demonstrations(policy, [written], environments) == [(prompt, completion)]
+    with pytest.raises(Refused, match="cannot write it after the prompt 'the cat': give chat"):
+        encode_demonstrations(policy, [row | {"prompt": "the cat"}])
+    # as ChatML, which writes a line break behind the EOS
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("<eos>", "<eos>\\n")
+    assert encode_demonstrations(policy, [row], environments) == [(prompt, completion)]
+    changing = "{{ messages | length }}" + policy.tokenizer.chat_template
+    policy.tokenizer.chat_template = changing
+    with pytest.raises(Refused, match=r"cannot write it after the prompt .*'the cat'"):
+        encode_demonstrations(policy, [row], environments)
+
+
+@pytest.mark.parametrize("reward", [None, [vowel_reward]])
+def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "completion": [turning(3)]}
+        for text in "abcdef"
+    ]
+    options = {"max_steps": 1, "batch_size": 6, "learning_rate": 1e-3}
+    run = sft(
+        task=PromptTask("safe", rows, rows[:1], reward, demonstrations=rows) if reward else rows,
+        environment=Safe,
+        model=chat_policy(),
+        output_dir=str(tmp_path),
+        eval_every=0,
+        quiet=True,
+        **options,
+    )
+    losses = fit(chat_policy(), rows, environments=Environments(Safe), **options)
+    assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), rows, **options)[0]
 
 
 @pytest.mark.parametrize(

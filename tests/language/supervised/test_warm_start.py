@@ -7,13 +7,15 @@ import pytest
 import torch
 from filelock import FileLock
 from rich.filesize import decimal
-from tiny_models import make_policy, make_task, quickly, weights
+from tiny_environments import Safe, chat_policy
+from tiny_models import PROMPTS, make_policy, make_task, quickly, weights
 
 import toy_tasks
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout import forward
 from tokenrl.language.supervised import warm_start as stage
 from tokenrl.language.supervised.base import warm_started_base
@@ -43,8 +45,8 @@ def cache(tmp_path, monkeypatch):
 def run(tmp_path):
     """`run(reward, **options)`: a training of one step after a warm start of four updates."""
 
-    def run(reward=always_equal, rows=ROWS, **options):
-        task = make_task(reward=reward)
+    def run(reward=always_equal, rows=ROWS, prompts=PROMPTS, **options):
+        task = make_task(prompts, reward)
         task.demonstrations = rows
         values = {
             "model": make_policy(),
@@ -273,3 +275,25 @@ def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, tmp_path):
     merged = weights(load_policy(folder).model)
     assert torch.equal(merged, weights(load_policy(tmp_path / "run").model))
     assert len(trained.trainable_parameters()) > 3
+
+
+def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, cache):
+    rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
+    environments = Environments(Safe)
+    losses = fit(
+        chat_policy(), rows, environments=environments, max_steps=1, batch_size=16, learning_rate=0
+    )
+    options = {"rows": rows, "prompts": [rows[0]["prompt"]], "max_completion_length": 4}
+    result = run(model=chat_policy(), environment=Safe, **options)
+    assert result.warm_started["loss_before"] == pytest.approx(losses[0])
+
+    class Other(Safe):
+        """With a further tool."""
+
+        def wait(self) -> str:
+            """Wait a little."""
+            return "done"
+
+    Other.__name__ = Safe.__name__
+    run(model=chat_policy(), environment=Other, **options)
+    assert len([path for path in cache.glob("warm-start-*") if path.is_dir()]) == 2

@@ -238,6 +238,29 @@ def render(
         ) from error
 
 
+def written_turn(
+    policy: Any, prompt: Prompt, message: Mapping[str, Any], tools: Sequence[Any] = ()
+) -> str:
+    """Return a turn of the assistant as the template writes it after a prompt, without its EOS, or refuse it."""
+    prompt = formed(prompt, policy.form)
+    write: Any = partial(render, policy.tokenizer, form=policy.form, name=policy.source)
+    opening = whole = ""
+    if not isinstance(prompt, str):
+        opening = write(prompt, tools=tools, add_generation_prompt=True)
+        whole = write([*prompt, message], tools=tools)
+    if not (opening and whole.startswith(opening)):
+        raise Refused(
+            f"A completion calls tools, and the chat template of {policy.source!r} cannot write it after the "
+            f"prompt {prompt!r:.60}: give chat messages, or the completion as text that the model is to write."
+        )
+    return _ends(policy).split(whole[len(opening) :])[0]
+
+
+def _ends(policy: Any) -> re.Pattern[str]:
+    names = policy.tokenizer.convert_ids_to_tokens(policy.eos_ids)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
 def reply_ids(
     policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
 ) -> list[int]:
@@ -260,8 +283,7 @@ def reply_ids(
     opening = write(dummy[:1])
     before = write(dummy)
     whole = write([*dummy, *messages], add_generation_prompt=True)
-    names = policy.tokenizer.convert_ids_to_tokens(policy.eos_ids)
-    end = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    end = _ends(policy)
     start = len(before)
     is_kept = whole.startswith(before)
     if ends := end.findall(before):

@@ -173,6 +173,18 @@ class Environments:
                 hint = "Give it parameters for those it needs, and **kwargs."
                 raise Refused(f"{problem}. {hint}") from error
 
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Callable[..., Any]]:
+        """Return the tools of a row's environment; none of a row that names no environment."""
+        first = self._first.get(self._name(row))
+        return () if first is None else first.tools
+
+    def schemas(self) -> list[Any]:
+        """Return all tools as chat templates get them: name, description and arguments of each."""
+        from transformers.utils import get_json_schema
+
+        tools = itertools.chain.from_iterable(first.tools for first in self._first.values())
+        return [get_json_schema(tool) for tool in tools]
+
     def reset(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Begin an episode for each of N rows.
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import following_ids
+from tokenrl.language.policy.prompts import following_ids, written_turn
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
@@ -163,8 +164,16 @@ def check_trainable(policy: Policy) -> None:
         )
 
 
-def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+def encode_demonstrations(
+    policy: Policy, rows: Sequence[dict[str, Any]], environments: Environments | None = None
+) -> list[Pair]:
     """Tokenise demonstrations; each completion ends with the tokenizer's EOS, if it has one.
+
+    Args:
+        policy: the policy.
+        rows: rows of `prompt` and `completion`. A completion of messages is the last of them, with its calls
+            of tools as the chat template writes them.
+        environments: where the rows come from; prompts describe their tools, as those of episodes do.
 
     Raises:
         Refused: a demonstration is longer than the context, or has no completion.
@@ -173,8 +182,12 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
     eos = policy.tokenizer.eos_token_id
     for location, row in with_places(rows):
         text = row.get("completion")
+        tools = environments.tools(row) if environments else ()
         if isinstance(text, list) and text and isinstance(text[-1], dict):
-            text = text[-1].get("content")
+            message = text[-1]
+            text = message.get("content")
+            if message.get("tool_calls") and "prompt" in row:
+                text = written_turn(policy, row["prompt"], message, tools)
         if not isinstance(text, str) or "prompt" not in row:
             needed = (
                 "prompt and completion (text, or a list that ends with the assistant's message)"
@@ -184,7 +197,7 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
             )
         if fault := fault_of_prompt(text, "completion"):
             raise Refused(f"The demonstration of {location}: {fault}.")
-        before = policy.encode(row["prompt"])
+        before = policy.encode(row["prompt"], tools=tools)
         ids = following_ids(policy, before, text, row["prompt"])
         if ids is None:
             problem = f"The demonstration of {location}: behind its prompt the tokenizer cannot write {text!r:.60}"
@@ -232,6 +245,7 @@ class SupervisedTraining(Descent):
         *,
         max_grad_norm: float = 1.0,
         forward: Forward | None = None,
+        environments: Environments | None = None,
         **options: Any,
     ) -> None:
         """Tokenise all rows, so that an unusable one is refused before the first update.
@@ -241,6 +255,7 @@ class SupervisedTraining(Descent):
             demonstrations: rows of `prompt` and `completion`.
             max_grad_norm: gradients are clipped to this norm.
             forward: how the policy is computed; None for its own model in the precision of its weights.
+            environments: where the demonstrations come from, as in `encode_demonstrations`.
             **options: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
 
         Raises:
@@ -252,7 +267,7 @@ class SupervisedTraining(Descent):
             )
         self._policy = policy
         self._forward = forward or Forward(policy, policy.model, USUAL)
-        self.pairs = encode_demonstrations(policy, demonstrations)
+        self.pairs = encode_demonstrations(policy, demonstrations, environments)
         options |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
         super().__init__(policy.trainable_parameters(), len(self.pairs), **options)
 

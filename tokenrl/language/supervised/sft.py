@@ -16,6 +16,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
+from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import Forward
@@ -100,10 +101,14 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         time = policy.form.chat_time
         args = replace(args, threads=threads, output_dir=session.directory, chat_time=time)
         stack.enter_context(using_threads(threads))
+        environments = None if rewards is None else rewards.environments
+        if rewards is None and task.environment is not None:
+            environments = Environments(task.environment)
         training = SupervisedTraining(
             policy,
             rows,
             forward=Forward(policy, policy.model, scoring),
+            environments=environments,
             max_steps=args.max_steps,
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,

@@ -122,8 +122,10 @@ class WarmStart:
         computing = [accelerator.device.type, precision, args.training_attention]
         constants = [BATCH, WARMUP, PROMPTS, ENOUGH]
         training = [args.warm_start, *constants, self._rate, args.seed, *computing]
+        shown = rewards.environments.schemas() if rewards.environments else []
         # All that the weights depend on, besides the number of updates.
-        self._key = cache_key([model, self._rows, rewards.names, sampling, training])
+        ingredients = [model, self._rows, rewards.names, sampling, training]
+        self._key = cache_key([*ingredients, shown] if shown else ingredients)
 
     @cached_property
     def _forward(self) -> Forward:
@@ -224,6 +226,7 @@ class WarmStart:
             warmup_steps=WARMUP,
             seed=self.args.seed,
             forward=self._forward,
+            environments=self.rewards.environments,
         )
 
     def _train(self) -> None:

@@ -88,7 +88,8 @@ def check_demonstrations(run: TrainingRun, findings: list[Finding]) -> None:
     policy = run.learner.policy
     limit = run.args.max_completion_length
     try:
-        pairs = encode_demonstrations(policy, demonstrations(run.task)[:MANY])
+        rows = demonstrations(run.task)[:MANY]
+        pairs = encode_demonstrations(policy, rows, run.rewards.environments)
     except Refused:  # there are none, or they are not used and do not fit
         return
     lengths = [len(completion) for _, completion in pairs]
