@@ -118,11 +118,8 @@ def test_a_demonstration_of_an_environment_begins_with_the_tokens_of_an_episode(
     ((prompt, completion),) = encode_demonstrations(policy, [demonstration], environments)
     assert prompt == begun and policy.tokenizer.decode(prompt).startswith("1 tool.")
     assert policy.tokenizer.decode(completion) == "sat<eos>"
-    for name in (
-        "game",
-        "another",
-        None,
-    ):  # without tools, without an environment, or without a name
+    # without tools, without an environment of that name, and without a name
+    for name in ("game", "another", None):
         other = demonstration | {"environment": name}
         ((prompt, _),) = encode_demonstrations(policy, [other], environments)
         assert prompt == policy.encode(opened(row)) != begun
@@ -140,9 +137,8 @@ def test_a_call_in_a_completion_is_written_by_the_chat_template():
         encode_demonstrations(policy, [row | {"prompt": "the cat"}])
     # as ChatML, which writes a line break behind the EOS
     policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("<eos>", "<eos>\\n")
-    assert encode_demonstrations(policy, [row], environments) == [(prompt, completion)]
-    changing = "{{ messages | length }}" + policy.tokenizer.chat_template
-    policy.tokenizer.chat_template = changing
+    assert encode_demonstrations(policy, [row], environments)[0][1] == completion
+    policy.tokenizer.chat_template = "{{ messages | length }}" + policy.tokenizer.chat_template
     with pytest.raises(Refused, match=r"cannot write it after the prompt .*'the cat'"):
         encode_demonstrations(policy, [row], environments)
 

@@ -278,7 +278,9 @@ def _aligned(parts: Sequence[Tensor], lengths: Sequence[int], room: int) -> Tens
     rows = sum(len(x) for x in parts)
     width = max(lengths)
     heads, _, size = parts[0].shape[1:]
-    whole = parts[0].new_empty(rows, heads, width + room, size)  # room takes no memory before it is used
+    whole = parts[0].new_empty(
+        rows, heads, width + room, size
+    )  # room takes no memory before it is used
     start = 0
     for x, length in zip(parts, lengths, strict=True):
         end = start + len(x)
