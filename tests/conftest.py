@@ -44,8 +44,9 @@ def _shortened(request, tmp_path_factory):
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there by now out of later collections."""
+    """Leave what is there by now out of later collections, and make these seldom: they took a tenth of the time."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

@@ -9,6 +9,7 @@ import re
 import runpy
 import string
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,7 @@ PAGES = [
     if path.stem
     not in ("resume", "estimators", "verdicts", "off_policy", "classic_systems", "speed")
 ]
+LEARNING = RECIPES / "pages" / "tutorials" / "own_task.md"  # trains for a hundred steps
 # what shortens a command of a page
 BRIEF = {
     "train": "--max-steps 1 --eval-generations 0",
@@ -232,16 +234,35 @@ def test_one_page_learns(tmp_path, monkeypatch, capsys):
     assert sampled_after > sampled_before + 0.3
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def printed_by_blocks(page: Path, capsys) -> Iterator[tuple[str, str]]:
+    """What each block of Python prints, and what the page says that it prints."""
+    write_files(page)
+    for kind, text, output in blocks(page):
+        if kind == "python" and not text.startswith("# "):  # a file, which a command names
+            Path("block.py").write_text(text)
+            runpy.run_path("block.py")
+            yield capsys.readouterr().out, output
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page == LEARNING else page for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_the_python_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_files(page)
-    for kind, text, printed in blocks(page):
-        if kind != "python" or text.startswith("# "):  # a file, which a command names
-            continue
-        Path("block.py").write_text(text)
-        runpy.run_path("block.py")
-        assert capsys.readouterr().out == printed
+    for out, output in printed_by_blocks(page, capsys):
+        assert out == output
+
+
+def test_the_python_of_a_page_that_learns_runs_and_begins_as_the_page_says(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    train = tokenrl.train
+    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
+    ((out, output),) = printed_by_blocks(LEARNING, capsys)
+    assert re.sub("-> .*", "", out) == re.sub("-> .*", "", output)
 
 
 @pytest.mark.slow
