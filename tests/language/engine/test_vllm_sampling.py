@@ -47,6 +47,29 @@ def alone(engine, rollout, row, distribution):
     return distribution.log_probabilities(logits)[0]
 
 
+def test_a_turn_reads_what_is_new_alone_until_the_weights_change(engine, monkeypatch):
+    """Whole blocks of its cache are reused, and none of other weights."""
+    generate = engine.engine.generate
+    reused = []
+
+    def counted(*arguments, **options):
+        answers = generate(*arguments, **options)
+        reused.extend(answer.num_cached_tokens for answer in answers)
+        return answers
+
+    monkeypatch.setattr(engine.engine, "generate", counted)
+    sampling = Sampling(20)
+    draws = torch.full((1, 20), 0.5)
+    engine.sync(engine.policy)
+    history = [3 + number % 80 for number in range(300)]
+    turn = engine.generate([history], sampling, draws)
+    history += [*turn.completion_ids[0][turn.mask[0]].tolist(), 5, 6]
+    engine.generate([history], sampling, draws)
+    engine.sync(engine.policy)
+    engine.generate([history], sampling, draws)
+    assert reused == [0, 256, 0]
+
+
 @pytest.mark.parametrize("vocabulary", [13, 90, 96])
 def test_tokens_are_drawn_from_the_distribution_of_the_policy(vocabulary):
     """The engine pads the vocabulary to 64s; a row beyond it would soon be drawn at a high temperature."""
