@@ -3,7 +3,7 @@
 Both train with GRPO, without a KL, in the same environment: a class with TRL's interface, whose tool answers
 each text with a text. Each turn of the policy and each answer has 30 tokens. A step has 8 x 8 episodes in
 float32 and one update. TRL is asked for no more tokens than the episodes have, and has the attention
-`sdpa`, or `--attention eager`.
+`sdpa`, the faster here, or `--attention eager`.
 
 The model has the shape of Qwen3 and random weights, which write calls as Qwen does all the same: the
 vocabulary is a chain of groups of tokens, and the token that was read decides which group is next. One
