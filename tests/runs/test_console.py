@@ -37,6 +37,14 @@ def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools(calls):
     assert call[:40] in text and "theansweris42" in text and len(text) < 700
 
 
+def test_of_what_an_episode_begins_with_the_question_is_shown_after_the_tools():
+    prompt = f"system {'tools ' * 60}user How many coins has Ada? assistant "
+    table = io.StringIO()
+    Console(file=table).completions_table([{"prompt": prompt, "completion": "7", "messages": []}])
+    text = re.sub(r"\s", "", table.getvalue())
+    assert "systemtools" in text and "HowmanycoinshasAda?" in text and len(text) < 300
+
+
 def printed(**options):
     file = io.StringIO()
     use_everything(Console(file=file, **options))

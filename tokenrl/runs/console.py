@@ -32,7 +32,10 @@ _MAX_DECIMALS = 6  # of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
 _CELL = 60  # characters of a prompt or completion shown in a table
-_EPISODE = 300  # the same of an episode
+_EPISODE = 300  # the same of an episode, of which half are of its end
+_OPENING = (
+    150  # the same of what an episode begins with: tools, then the question, of which two thirds
+)
 
 
 class Console:
@@ -93,11 +96,13 @@ class Console:
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
-            prompt = visible(str(row.get("prompt", "")), _CELL)
+            prompt = str(row.get("prompt", ""))
             completion = str(row.get("completion", ""))
             if "messages" in row:  # the answer of an episode comes after the calls of tools
+                prompt = visible(prompt, _OPENING, end=_OPENING * 2 // 3)
                 completion = visible(completion, _EPISODE, end=_EPISODE // 2)
             else:
+                prompt = visible(prompt, _CELL)
                 completion = visible(completion, _CELL)
             table.add_row(prompt, completion, *(number(row.get(key)) for key in numbers))
         self.print(table)
