@@ -63,8 +63,7 @@ class Estimator(Axes):
     @property
     def preset_name(self) -> str:
         """The name of the first preset with exactly these fields, or 'custom estimator'."""
-        presets = _presets(type(self))
-        names = (name for name, preset in presets.items() if preset == self)
+        names = (name for name, preset in _presets().items() if preset == self)
         return next(names, "custom estimator")
 
     @property
@@ -387,6 +386,6 @@ class Estimator(Axes):
 
 
 @cache
-def _presets(kind: type[Estimator]) -> dict[str, Estimator]:
+def _presets() -> dict[str, Estimator]:
     """Return all presets by name."""
-    return {name: kind.preset(name) for name in PRESETS}
+    return {name: Estimator.preset(name) for name in PRESETS}

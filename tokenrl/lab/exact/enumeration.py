@@ -287,7 +287,8 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
 
 def _taken(x: Tensor, completion: Tensor) -> Tensor:
     """Return the rows [C, N, ...] of x [P, M, ...] by their numbers [C, N] in P times M."""
-    return x.flatten(0, 1).index_select(0, completion.flatten()).unflatten(0, completion.shape)
+    rows = x.flatten(0, 1).index_select(0, completion.flatten())
+    return rows.reshape(*completion.shape, *x.shape[2:])
 
 
 class Slopes(NamedTuple):
