@@ -1,9 +1,10 @@
-"""Question 9: the base models of the plans `zero_*.yaml`, and the noise of both arms at each of them.
+"""Question 9: base models of the plans `zero_*.yaml`, the noise of both arms at each of them, and the answers.
 
-    python recipes/study/zero.py
+    python recipes/study/zero.py             before the runs: bases, in `runs/study/zero_bases`, and their noise
+    python recipes/study/zero.py --answer    after them: tables/zero/runs.csv, and from it the other tables
 
-Makes in `runs/study/zero_bases` what is not there yet, and writes `tables/zero/noise.csv`. The variance of a
-constant baseline is a parabola in the constant; three measured points say where its least lies.
+The variance of a constant baseline is a parabola in the constant; three measured points say where its least lies.
+Of the runs of both tasks on the twelve bases those seeds count that are complete everywhere.
 """
 
 # /// script
@@ -15,14 +16,20 @@ constant baseline is a parabola in the constant; three measured points say where
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from judging import MARGIN, interval, signed
+from scipy import stats
 
 import tokenrl
 from tokenrl.lab import measure_gradients
+from tokenrl.runs import read_run
 
-TABLE = Path(__file__).parent / "tables" / "zero" / "noise.csv"
+TABLES = Path(__file__).parent / "tables" / "zero"
 BASES = Path("runs/study/zero_bases")
 UPDATES = {
     "sort_digits": (100, 150, 200, 300, 450, 700),
@@ -61,6 +68,87 @@ def noise(task: str, model: str, **settings: object) -> dict[str, object]:
     return {"reward": measured.settings["reward"], **cells}
 
 
+def collect() -> pd.DataFrame:
+    """Return a row for each run that has finished."""
+    rows = []
+    for path in sorted(Path("runs/study").glob("zero_*/runs/*/*/seed_*/summary.json")):
+        run = read_run(path.parent)
+        if run.summary["exit_reason"] != "finished":
+            continue
+        cells = {name: run.config[name] for name in ("model", "seed", "learning_rate")}
+        estimator = run.config["estimator"]
+        arm = {"none": "0", "constant": f"{estimator['baseline_constant']:g}"}
+        steps = pd.DataFrame(run.metrics).set_index("step")[1:]
+        cells |= {"plan": path.parts[2], "arm": arm.get(estimator["baseline"], "rloo")}
+        cells |= {"area": steps["eval_reward"].mean(), "reward": run.evaluations[-1]["reward"]}
+        cells |= {"clipped": steps["grad_clipped"].mean(), "seconds": run.summary["wall_seconds"]}
+        rows.append(cells | {"equal": steps["frac_reward_zero_std"].mean()})
+    return pd.DataFrame(rows)
+
+
+def differences(runs: pd.DataFrame, constant: str = "0") -> pd.DataFrame:
+    """Return rloo minus a constant baseline by base and seed, each at the rate best on the other seeds."""
+    areas = runs.pivot_table("area", ["model", "arm", "learning_rate"], "seed").dropna(axis=1)
+    others = -areas.sub(areas.sum(axis=1), axis=0)
+    best = others.groupby(["model", "arm"]).rank(ascending=False, method="first") == 1
+    scores = areas.where(best).groupby(["model", "arm"]).sum()
+    return scores.xs("rloo", level="arm") - scores.xs(constant, level="arm")
+
+
+def side(low: Any, high: Any) -> Any:
+    """Return on which side of 0 an interval lies: 1, -1, or 0 if it contains 0."""
+    return (low > 0) * 1 - (high < 0) * 1
+
+
+def analyse(table: np.ndarray) -> pd.Series:
+    """Split differences by base and seed, [bases, seeds], as zero_sort_digits.yaml says, and judge their mean."""
+    bases, seeds = table.shape
+    mean, of_base, of_seed = table.mean(), table.mean(1), table.mean(0)
+    rest = table - of_base[:, None] - of_seed + mean
+    freedom = np.array([bases - 1, seeds - 1, (bases - 1) * (seeds - 1)])
+    sums = [seeds * (of_base - mean) ** 2, bases * (of_seed - mean) ** 2, rest**2]
+    squares = np.array([part.sum() for part in sums]) / freedom
+    total = squares[0] + squares[1] - squares[2]
+    degrees = total**2 / (squares**2 / freedom).sum()
+    if total < squares[0]:
+        total, degrees = squares[0], freedom[0]
+    half = stats.t.ppf(1 - 0.05 / 4, degrees) * np.sqrt(total / table.size)
+    verdict = ["undecided", "better", "worse"][side(mean - half, mean + half)]
+    if abs(mean) + half <= MARGIN:
+        verdict = "equivalent"
+    cells = {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
+    more = np.maximum(squares[:2] - squares[2], 0) / (seeds, bases)
+    cells |= {"var_base": more[0], "var_seed": more[1], "var_rest": squares[2]}
+    quantiles = stats.f.ppf([0.975, 0.025], freedom[0], freedom[2])
+    ends = (squares[0] / squares[2] / quantiles - 1) / seeds
+    return pd.Series(cells | {"ratio_low": ends[0], "ratio_high": ends[1]})
+
+
+def answer() -> None:
+    """Write the runs, and for each base the difference beside its prediction; print the answers."""
+    runs = collect().sort_values(["model", "arm", "learning_rate", "seed"])
+    runs.to_csv(TABLES / "runs.csv", index=False, float_format="%.6g")
+    noise = pd.read_csv(TABLES / "noise.csv")
+    pretrained = runs["plan"] == "zero_pretrained"
+    tables = differences(runs[~pretrained])
+    means = []
+    for task in UPDATES:
+        table = tables.filter(like=task, axis=0).to_numpy()
+        print(task, table.shape, analyse(table).to_string(), sep="\n")
+        means += [interval(row, 0.05) for row in table]
+    bases = noise.join(pd.DataFrame(means, columns=["mean", "mean_low", "mean_high"]))
+    bases["predicted"] = side(1 - bases["high"], 1 - bases["low"])
+    bases["observed"] = side(bases["mean_low"], bases["mean_high"])
+    bases.to_csv(TABLES / "bases.csv", index=False, float_format="%.4g")
+    both = bases[(bases["predicted"] != 0) & (bases["observed"] != 0)]
+    first = np.sign(bases.groupby("task")["mean"].transform("first"))[both.index]
+    print("bases", len(both), "errors of less noise", (both["predicted"] != both["observed"]).sum())
+    print("errors of the sign of the task's first base", (first != both["observed"]).sum())
+    for constant in ("0", "-1") if pretrained.any() else ():
+        (row,) = differences(runs[pretrained], constant).to_numpy()
+        print("pretrained, rloo minus the constant", constant, signed(interval(row, 0.05 / 2)))
+
+
 def main() -> None:
     """Make the bases and measure them."""
     rows = []
@@ -69,9 +157,9 @@ def main() -> None:
             base = make_base(task, seed, updates)
             cells = noise(task, str(base), num_prompts=256, prompts_per_step=16, probes=64)
             rows.append({"task": task, "base": seed, "updates": updates, **cells})
-    TABLE.parent.mkdir(exist_ok=True)
-    pd.DataFrame(rows).to_csv(TABLE, index=False, float_format="%.4g")
+    TABLES.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(TABLES / "noise.csv", index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":
-    main()
+    answer() if sys.argv[1:] == ["--answer"] else main()
