@@ -1,6 +1,6 @@
 """Checks and measures tokenrl on your GPU (CUDA, or Apple's MPS), and prints tables in Markdown.
 
-All numbers on our pages come from CPUs, so the first tables from a GPU are welcome: send what this program
+Nearly all numbers on our pages come from CPUs, so tables from a GPU are welcome: send what this program
 prints as an issue. It downloads nothing: the models have random weights and are made here. It takes ten
 minutes at most (`--minutes`); what does not fit into them is left out and named. Each measurement is a
 process of its own, of this program's second file `gpu_parts.py` or of `one_trainer.py`; if it fails, its
