@@ -12,6 +12,7 @@ import torch
 from tiny_environments import Faulty, Guess, Recorded, Safe, call, chat_policy
 from tiny_models import ENDS, completions, letters, make_policy
 
+from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -196,6 +197,17 @@ def test_calls_of_tools_are_answered_until_a_turn_calls_none():
     assert decoded(rollout.completion_ids[0][rollout.mask[0]]) == (
         f"{call(2)}<eos>hm {call(3)}{call(4)}<eos>done<eos>"
     )
+
+
+def test_a_model_that_cannot_call_is_refused_before_a_turn_even_where_every_turn_is_cut():
+    policy = chat_policy()
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("tool_call>", "call>")
+    policy.tokenizer.response_template = None
+    generator = Recorded(policy, ["sat"])
+    sampling = Sampling(max_completion_length=3, step=1)
+    with pytest.raises(Refused, match=r"tokenizer.response_template and save it"):
+        play(policy, generator, Environments(Safe), [(0, {"prompt": ASKED})], sampling, "training")
+    assert generator.histories == []
 
 
 def test_a_turn_of_the_assistant_in_the_prompt_is_no_action():

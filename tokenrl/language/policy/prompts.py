@@ -212,8 +212,8 @@ def render(
     _check_template(tokenizer, name)
     if tools and not re.search(r"\btools\b", str(tokenizer.chat_template)):
         raise Refused(
-            f"The chat template of {name!r} never reads tools, so the policy would not see them: take a "
-            "model whose template does, or an environment without tools."
+            f"The chat template of {name!r} never reads tools, so the policy would not see them: save a "
+            "tokenizer.chat_template that does with it, or take another model or an environment without tools."
         )
     variables: dict[str, Any] = {
         "tokenize": False,

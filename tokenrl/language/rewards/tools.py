@@ -20,9 +20,6 @@ def assistant_message(
 ) -> Message:
     """Return the message of a sampled turn, with `tool_calls` if there are tools and it calls some.
 
-    A tokenizer without a response template is read as Qwen writes calls, JSON in `<tool_call>`, if its chat
-    template does so.
-
     Args:
         tokenizer: the tokenizer of the policy.
         ids: the ids of the turn.
@@ -39,14 +36,7 @@ def assistant_message(
     message: Message = {"role": "assistant", "content": text}
     if not tools:
         return message
-    template = getattr(tokenizer, "response_template", None)
-    if template is None and "<tool_call>" not in str(
-        tokenizer.get_chat_template(tools=list(tools))
-    ):
-        problem = (
-            "The tokenizer has no response_template, which says how the model writes tool calls"
-        )
-        raise Refused(f"{problem}: set it, or take a model that has one.")
+    template = response_template(tokenizer, tools)
     try:
         if template is None:
             message["content"], *bodies = text.split("<tool_call>")
@@ -64,6 +54,24 @@ def assistant_message(
     except Exception as error:
         return {"role": "assistant", "content": text, "malformed": describe(error)}
     return message | {"tool_calls": calls} if calls else message
+
+
+def response_template(tokenizer: Any, tools: Sequence[Any]) -> Any:
+    """Return the template by which calls are read; None for calls as Qwen writes them, JSON in `<tool_call>`.
+
+    The latter are read so if the tokenizer has no response template, and its chat template writes them.
+
+    Raises:
+        Refused: nothing says how the model writes calls.
+    """
+    template = getattr(tokenizer, "response_template", None)
+    chat_template = str(tokenizer.get_chat_template(tools=list(tools)))
+    if template is None and "<tool_call>" not in chat_template:
+        raise Refused(
+            "The tokenizer has no response_template, which says how the model writes tool calls: set "
+            "tokenizer.response_template and save it with the model, or take a model that has one."
+        )
+    return template
 
 
 def check_tool(tool: Any) -> None:

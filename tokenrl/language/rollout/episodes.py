@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenrl.language.rewards.tools import assistant_message
+from tokenrl.language.rewards.tools import assistant_message, response_template
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling, key_of, uniforms
@@ -141,6 +141,8 @@ class _Row:
         if row.ending:
             return row
         ids = policy.encode(episode.opening, tools=episode.tools)
+        if episode.tools:
+            response_template(policy.tokenizer, episode.tools)  # refused before a turn is sampled
         if policy.context is None or len(ids) < policy.context:
             row.prompt = ids
             return row
