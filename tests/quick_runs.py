@@ -105,7 +105,8 @@ def trial_once(check):
     def once(self, folder):
         policy, model = self.policy, self.policy.model
         tokenizer, settings = policy.tokenizer, getattr(model, "generation_config", None)
-        ends = getattr(policy, "eos_ids", ()), tokenizer.get_vocab(), tokenizer.chat_template
+        vocabulary = sorted(tokenizer.get_vocab().items())  # else its order is another each time
+        ends = getattr(policy, "eos_ids", ()), vocabulary, tokenizer.chat_template
         key = (
             self.kind,
             _state(model),

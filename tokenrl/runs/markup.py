@@ -12,14 +12,18 @@ import hashlib
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenrl.runs.console import message_text, number
 from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.output import harmless
 from tokenrl.runs.plots import Chart, Curve, Forest, svg
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 Block = dict[str, Any]
 """A part of a section: what the template needs to show it, and its `kind`."""
@@ -51,11 +55,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     Raises:
         Stopped: the file could not be written.
     """
-    from jinja2 import Environment, FileSystemLoader
-
-    loader = FileSystemLoader(str(files(__package__)))
-    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": number, "svg": lambda chart, size: svg(chart, *size)}
+    page = _templates()
     filled = [section for section in sections if any(section.blocks)]
     script = page.get_template("page.js").render()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -64,6 +64,17 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     )
     write_text(path, harmless(text) + "\n")
     return path
+
+
+@cache
+def _templates() -> Environment:
+    """Return the templates of a page, which take longer to compile than to fill."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(str(files(__package__)))
+    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"number": number, "svg": lambda chart, size: svg(chart, *size)}
+    return page
 
 
 def paragraph(words: str, style: str = "") -> Block:
