@@ -112,17 +112,19 @@ class Decoder:
 
         All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
         """
-        ids, _ = pad_left([prompt.ids for prompt in group], self.pad_id)
-        self._place([prompt.ids for prompt in group])
+        rows = [prompt.ids for prompt in group]
+        ids, _ = pad_left(rows, self.pad_id)
+        self._place(rows)
         new = max(len(prompt.ids) - prompt.read for prompt in group)
-        read = ids.shape[1] - new
+        width = ids.shape[1]
         arguments = self._positions(new)
-        if read:
-            lengths = [max(0, len(prompt.ids) - new) for prompt in group]
+        if new < width:
+            lengths = [max(0, len(row) - new) for row in rows]
             caches = [prompt.cache for prompt in group if prompt.cache is not None]
-            cache = Cache.joined(caches, lengths, new + self.sampling.max_completion_length)
+            room = new + self.sampling.max_completion_length
+            cache = Cache.joined(caches, lengths, room)
             arguments = cache.arguments(arguments)
-        unread = to_device(ids[:, read:], self.device)
+        unread = to_device(ids[:, width - new :], self.device)
         return self._forward(unread, **arguments, logits_to_keep=last(1, self.device))
 
     def _forward(self, ids: Tensor, **arguments: Any) -> tuple[Cache, _Last]:

@@ -220,19 +220,8 @@ def _decode(
                 token = token[index]
                 alive = alive[index]
         state.advance(token)
-    columns: dict[str, Any] = {name: zeroed(x, tokens.mask) for name, x in tokens.numbers.items()}
-    rollout = Rollout(
-        prompt_ids=prompt_ids[prompt_index],
-        prompt_mask=prompt_mask[prompt_index],
-        prompt_index=prompt_index,
-        completion_ids=tokens.ids.masked_fill(~tokens.mask, policy.pad_id),
-        mask=tokens.mask,
-        truncated=torch.zeros_like(tokens.mask[:, 0]).index_put((rows,), alive),
-        sampling_logprobs=columns["logprobs"],
-        **columns,
-    ).on_host()
-    if not rollout.entropy.isfinite().all():
-        raise Stopped(NOT_FINITE)
+    unfinished_rows = torch.zeros_like(tokens.mask[:, 0]).index_put((rows,), alive)
+    rollout = tokens.rollout(policy.pad_id, prompt_ids, prompt_mask, prompt_index, unfinished_rows)
     if ended is not None:
         ended.keep(rollout)
     return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
@@ -262,6 +251,43 @@ class _Tokens:
             if t == 0:
                 self.numbers[name] = x.new_zeros(*self.ids.shape, *x.shape[1:])
             self.numbers[name][rows, t] = x
+
+    def rollout(
+        self,
+        pad_id: int,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        prompt_index: Tensor,
+        truncated: Tensor,
+    ) -> Rollout:
+        """Return the rollout of the completions, on the host.
+
+        Args:
+            pad_id: the id behind the end of a completion.
+            prompt_ids: ids of B prompts, padded on the left [B, P].
+            prompt_mask: True on the ids [B, P].
+            prompt_index: the prompt of each completion [N].
+            truncated: True for completions without an end [N].
+
+        Raises:
+            Stopped: an entropy is not finite.
+        """
+        columns: dict[str, Any] = {}
+        for name, x in self.numbers.items():
+            columns[name] = zeroed(x, self.mask)
+        rollout = Rollout(
+            prompt_ids=prompt_ids[prompt_index],
+            prompt_mask=prompt_mask[prompt_index],
+            prompt_index=prompt_index,
+            completion_ids=self.ids.masked_fill(~self.mask, pad_id),
+            mask=self.mask,
+            truncated=truncated,
+            sampling_logprobs=columns["logprobs"],
+            **columns,
+        ).on_host()
+        if not rollout.entropy.isfinite().all():
+            raise Stopped(NOT_FINITE)
+        return rollout
 
 
 def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
