@@ -1,10 +1,10 @@
 """Question 9: base models of the plans `zero_*.yaml`, the noise of both arms at each of them, and the answers.
 
-    python recipes/study/zero.py             before the runs: bases, in `runs/study/zero_bases`, and their noise
-    python recipes/study/zero.py --answer    after them: tables/zero/runs.csv, and from it the other tables
+    python recipes/study/zero.py                    bases, in runs/study/zero_bases, and tables/zero/noise.csv
+    python recipes/study/zero.py --answer COMMIT    runs.csv and bases.csv, from runs by the code of COMMIT
 
-The variance of a constant baseline is a parabola in the constant; three measured points say where its least lies.
-Of the runs of both tasks on the twelve bases those seeds count that are complete everywhere.
+The variance of a constant baseline is a parabola in the constant; three measured points say where its least
+lies. Of the runs on the twelve bases those seeds count that are complete everywhere.
 """
 
 # /// script
@@ -76,6 +76,7 @@ def collect() -> pd.DataFrame:
         if run.summary["exit_reason"] != "finished":
             continue
         cells = {name: run.config[name] for name in ("model", "seed", "learning_rate")}
+        cells["processor"] = run.config["versions"]["processor"]
         estimator = run.config["estimator"]
         arm = {"none": "0", "constant": f"{estimator['baseline_constant']:g}"}
         steps = pd.DataFrame(run.metrics).set_index("step")[1:]
@@ -124,10 +125,10 @@ def analyse(table: np.ndarray) -> pd.Series:
     return pd.Series(cells | {"ratio_low": ends[0], "ratio_high": ends[1]})
 
 
-def answer() -> None:
+def answer(code: str) -> None:
     """Write the runs, and for each base the difference beside its prediction; print the answers."""
     runs = collect().sort_values(["model", "arm", "learning_rate", "seed"])
-    runs.to_csv(TABLES / "runs.csv", index=False, float_format="%.6g")
+    runs.assign(code=code).to_csv(TABLES / "runs.csv", index=False, float_format="%.6g")
     noise = pd.read_csv(TABLES / "noise.csv")
     pretrained = runs["plan"] == "zero_pretrained"
     tables = differences(runs[~pretrained])
@@ -162,4 +163,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    answer() if sys.argv[1:] == ["--answer"] else main()
+    if sys.argv[1:2] == ["--answer"]:
+        answer(sys.argv[2])
+    else:
+        main()
