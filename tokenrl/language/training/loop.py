@@ -223,8 +223,8 @@ def _prepare(
         using_threads(threads),
         console.status("checking that this model is sampled and scored rightly"),
     ):
-        time = policy.form.chat_time
-        args = replace(args, threads=threads, output_dir=session.directory, chat_time=time)
+        chat_time = policy.form.chat_time
+        args = replace(args, threads=threads, output_dir=session.directory, chat_time=chat_time)
         turns = rewards.environments is not None
         learner = make_learner(args, policy, accelerator, engine_of(args), teacher, turns=turns)
     if not abilities_of(learner.generator).exact:
