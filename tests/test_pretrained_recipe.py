@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import commands, write_files
 
 from tokenrl.cli import main
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "language" / "pretrained_toy_task.py"
+RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPE = RECIPES / "language" / "pretrained_toy_task.py"
+PAGE = RECIPES / "pages" / "tutorials" / "pretrained_tools.md"
 REAL = Path.home() / ".cache" / "tokenrl-tests" / "SmolLM2-135M-Instruct"
 FROM_GGUF = """
 import sys
@@ -129,3 +132,20 @@ def test_a_real_model_learns_the_form_and_then_from_rewards(
     assert "updates comes from the cache" in capsys.readouterr().out
     both = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "other")]
     assert both[0] == both[1]
+
+
+@pytest.mark.slow
+def test_a_real_model_learns_the_form_of_a_call_from_the_page(real_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    write_files(PAGE)
+    monkeypatch.setattr(sys, "argv", ["give_tools.py", real_model, "smollm-tools"])
+    runpy.run_path("give_tools.py")
+    words = next(words for words in commands(PAGE) if words[0] == "train")
+    short = "--warm-start-steps 30 --max-steps 2 --eval-size 8 --eval-every 0 --output-dir run"
+    assert main([*words, *short.split()]) == 0
+    warmed = json.loads(Path("run/config.json").read_text())["warm_started"]
+    assert warmed["loss_before"] > 3 > 1.2 > warmed["loss_after"]
+    assert warmed["spread_before"] < 0.25 < 0.5 < warmed["spread_after"]
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["episodes/turns"] > 1.1 and last["episodes/completed"] > 0.8

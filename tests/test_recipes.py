@@ -19,6 +19,10 @@ from pages import blocks, commands, write_files
 
 import tokenrl
 from tokenrl.cli import main
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.tools import assistant_message
+from tokenrl.language.supervised.fit import encode_demonstrations
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PARTS = {"own", "judging", "questions", "answer", "curves"}  # shared by programs of a folder
@@ -81,12 +85,13 @@ def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
-def make_chat_model_and_data(folder: Path) -> None:
+def make_chat_model_and_data(folder: Path, context: int = 256, eos: str = "<eos>") -> None:
     from toy_tasks.models import character_tokenizer, tiny_llama
 
     tokenizer = character_tokenizer(string.printable)
     tokenizer.chat_template = TEMPLATE
-    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=256).save_pretrained(
+    tokenizer.add_special_tokens({"eos_token": eos})
+    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=context).save_pretrained(
         folder / "model"
     )
     tokenizer.save_pretrained(folder / "model")
@@ -234,6 +239,31 @@ def test_one_page_learns(tmp_path, monkeypatch, capsys):
     assert sampled_after > sampled_before + 0.3
 
 
+def give_tools_to_a_tiny_model(folder: Path, monkeypatch) -> None:
+    """Run the program of the page on a pretrained model with tools, with a tiny model in its place."""
+    make_chat_model_and_data(folder, context=1024, eos="<|im_end|>")
+    monkeypatch.setattr(sys, "argv", ["give_tools.py", "model", "smollm-tools"])
+    runpy.run_path("give_tools.py")
+
+
+def test_the_templates_of_a_page_read_the_calls_that_they_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = RECIPES / "pages" / "tutorials" / "pretrained_tools.md"
+    write_files(page)
+    give_tools_to_a_tiny_model(tmp_path, monkeypatch)
+    policy = load_policy("smollm-tools")
+    task = runpy.run_path("problems.py")["task"]
+    environments = Environments(task.environment)
+    row = next(row for row in task.demonstrations if isinstance(row["completion"], list))
+    ((before, ids),) = encode_demonstrations(policy, [row], environments)
+    text = policy.tokenizer.decode(ids)
+    read = assistant_message(policy.tokenizer, ids, before, text, environments.tools(row))
+    assert read["tool_calls"] == row["completion"][-1]["tool_calls"]
+    (episode,) = environments.reset([task.train_prompts[0]], [0])
+    asked = policy.tokenizer.decode(policy.encode(episode.opening, tools=episode.tools))
+    assert f"```text\n{asked}" in page.read_text()
+
+
 def printed_by_blocks(page: Path, capsys) -> Iterator[tuple[str, str]]:
     """What each block of Python prints, and what the page says that it prints."""
     write_files(page)
@@ -277,6 +307,8 @@ def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers)
         runpy.run_path(name)
     if page.stem == "pretrained":
         make_chat_model_and_data(tmp_path)
+    if page.stem == "pretrained_tools":
+        give_tools_to_a_tiny_model(tmp_path, monkeypatch)
     for name, *words in commands(page):
         local = [
             "model" if page.stem == "pretrained" and "HuggingFaceTB" in word else word
