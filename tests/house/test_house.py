@@ -30,7 +30,7 @@ LIMITS = {
     "language/policy": 10_300,
     "language/rewards": 13_800,
     "language/tasks": 8_400,
-    "language/rollout": 24_200,
+    "language/rollout": 24_300,
     "language/training": 23_400,
     "language/supervised": 8_300,
     "language/commands": 4_700,
@@ -44,7 +44,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 229_800, 181, 86_400, 279_500, 68_800, 7_500
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_000, 181, 86_500, 280_200, 68_800, 7_500
 STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 35, 46_700, 43
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
