@@ -4,6 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -91,3 +93,35 @@ def test_the_pages_are_what_the_raw_tables_say(drawn, tmp_path, monkeypatch):
     assert {path.name: path.read_text() for path in tmp_path.glob("*.md")} == pages
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {path.name for path in (STUDY / "figures").iterdir()}
+
+
+def test_differences_are_split_into_bases_and_seeds(monkeypatch):
+    """Of many draws of a model with known variances the estimates have these means, and intervals cover."""
+    monkeypatch.syspath_prepend(STUDY)
+    analyse = runpy.run_path(str(STUDY / "zero.py"))["analyse"]
+    draws = np.random.default_rng(0)
+    results = []
+    for _ in range(400):
+        of_base = draws.normal(0.1, 0.5, (6, 1))
+        of_seed = draws.normal(0, 0.3, (1, 10))
+        results.append(analyse(of_base + of_seed + draws.normal(0, 0.2, (6, 10))))
+    means = pd.DataFrame(results)[["var_base", "var_seed", "var_rest"]].mean()
+    assert means.tolist() == pytest.approx([0.25, 0.09, 0.04], rel=0.1)
+    covered = np.mean([row.low <= 0.1 <= row.high for row in results])
+    assert 0.95 < covered < 1  # 97.5 % is asked for
+    covered = np.mean([row.ratio_low <= 0.25 / 0.04 <= row.ratio_high for row in results])
+    assert 0.92 < covered < 0.98
+
+
+def test_a_rate_is_chosen_on_the_other_seeds(monkeypatch):
+    """The rate that is best on a seed alone is not taken for that seed."""
+    monkeypatch.syspath_prepend(STUDY)
+    differences = runpy.run_path(str(STUDY / "zero.py"))["differences"]
+    areas = {("rloo", 1): [0.9, 0.5, 0.5], ("rloo", 2): [0.1, 0.6, 0.6], ("0", 1): [0.2, 0.3, 0.4]}
+    rows = []
+    for (arm, rate), by_seed in areas.items():
+        for seed, area in enumerate(by_seed):
+            row = {"model": "m", "arm": arm, "learning_rate": rate, "seed": seed, "area": area}
+            rows.append(row)
+    # On the seeds 1 and 2 the rate 2 is better, and on 0 with 1 or 2 the rate 1.
+    assert differences(pd.DataFrame(rows)).to_numpy()[0] == pytest.approx([-0.1, 0.2, 0.1])
