@@ -80,7 +80,8 @@ class Cache:
         """Bytes of its tensors."""
         size = 0
         for layer in self.held.layers:
-            size += sum(x.nbytes for x in [*_tokens(layer), *_states(layer).values()])
+            tensors = [*_tokens(layer), *_states(layer).values()]
+            size += sum(x.nbytes for x in tensors)
         return size
 
     def row(self, index: int, start: int, end: int) -> Cache:
@@ -116,7 +117,8 @@ class Cache:
                 tokens.append(_aligned(column, lengths, room))
             states = {}
             for name in _states(of_parts[0]):
-                states[name] = torch.cat([_states(layer)[name] for layer in of_parts])
+                of_name = [_states(layer)[name] for layer in of_parts]
+                states[name] = torch.cat(of_name)
             layers.append(_with(of_parts[0], tokens, states, max(lengths)))
         return parts[0]._of_layers(layers)
 
@@ -269,7 +271,10 @@ def _with(
         if type(layer) is DynamicSlidingWindowLayer:
             changed.cumulative_length = changed.keys.shape[2]
     for (name, key), x in states.items():
-        setattr(changed, name, x if key is None else {**getattr(changed, name), key: x})
+        value: Any = x
+        if key is not None:
+            value = {**getattr(changed, name), key: x}
+        setattr(changed, name, value)
     return changed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,9 +82,13 @@ class Decoder:
         groups = [[_Prompt(ids) for ids in prompts]]
         if prefixes is not None:
             groups = _groups(prompts, prefixes)
-            order = [prompt.ids for group in groups for prompt in group]
+            order = [prompt.ids for prompt in chain.from_iterable(groups)]
             numbers = {ids: number for number, ids in enumerate(order)}
-            prompt_index = torch.tensor([numbers[tuple(prompts[i])] for i in prompt_index.tolist()])
+            index_in_order = []
+            for i in prompt_index.tolist():
+                ids = tuple(prompts[i])
+                index_in_order.append(numbers[ids])
+            prompt_index = torch.tensor(index_in_order)
             prompts = order
         index = to_device(prompt_index, self.device)
         parts = [self._read(group) for group in groups]
@@ -92,7 +97,10 @@ class Decoder:
         else:
             self._place(prompts)
             caches, outputs = zip(*parts, strict=True)
-            widths = [max(len(prompt.ids) for prompt in group) for group in groups]
+            widths = []
+            for group in groups:
+                lengths = [len(prompt.ids) for prompt in group]
+                widths.append(max(lengths))
             whole = Cache.joined(caches, widths, sampling.max_completion_length)
             self._store(whole, _joined(outputs), index)
         if not policy.plain_cache:
@@ -204,15 +212,16 @@ def _groups(prompts: Sequence[Sequence[int]], prefixes: PrefixCache) -> list[lis
             new = len(ids) - read
             size = new if cache.recurrent else new.bit_length()
         groups.setdefault(size, []).append(_Prompt(ids, read, cache))
-    windows = [math.inf]
-    for group in groups.values():
-        for prompt in group:
-            prefixes.drop(prompt.ids, prompt.read)
-            if prompt.cache is not None:
-                windows.append(prompt.cache.window)
-    if len(groups) > 1 and max(map(len, prompts)) >= min(windows):
+    distinct = list(chain.from_iterable(groups.values()))
+    window = math.inf
+    for prompt in distinct:
+        prefixes.drop(prompt.ids, prompt.read)
+        if prompt.cache is not None:
+            window = min(window, prompt.cache.window)
+    longest = max(map(len, prompts))
+    if len(groups) > 1 and longest >= window:
         # Layers with a window drop tokens now, and caches of several groups do not fit together.
-        return [[_Prompt(prompt.ids) for group in groups.values() for prompt in group]]
+        return [[_Prompt(prompt.ids) for prompt in distinct]]
     return list(groups.values())
 
 
