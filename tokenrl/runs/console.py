@@ -33,9 +33,8 @@ FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
 _CELL = 60  # characters of a prompt or completion shown in a table
 _EPISODE = 300  # the same of an episode, of which half are of its end
-_OPENING = (
-    150  # the same of what an episode begins with: tools, then the question, of which two thirds
-)
+# The same of what an episode begins with: tools, and then the question, of which two thirds.
+_OPENING = 150
 
 
 class Console:

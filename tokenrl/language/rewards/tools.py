@@ -65,13 +65,14 @@ def response_template(tokenizer: Any, tools: Sequence[Any]) -> Any:
         Refused: nothing says how the model writes calls.
     """
     template = getattr(tokenizer, "response_template", None)
-    chat_template = str(tokenizer.get_chat_template(tools=list(tools)))
-    if template is None and "<tool_call>" not in chat_template:
+    if template is not None:
+        return template
+    if "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
         raise Refused(
             "The tokenizer has no response_template, which says how the model writes tool calls: set "
             "tokenizer.response_template and save it with the model, or take a model that has one."
         )
-    return template
+    return None
 
 
 def check_tool(tool: Any) -> None:

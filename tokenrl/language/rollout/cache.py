@@ -61,7 +61,9 @@ class Cache:
         layers: Any = getattr(self.held, "layers", [])
         for number, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.keys is not None:
-                layers[number] = GrowingLayer(*_tokens(layer), room=tokens)
+                length = layer.keys.shape[2]
+                memory = [_aligned([x], [length], tokens) for x in _tokens(layer)]
+                layers[number] = GrowingLayer(memory, length)
 
     @property
     def has_rows(self) -> bool:
@@ -167,26 +169,13 @@ class GrowingLayer(DynamicLayer):
     whole: list[Tensor]
     length: int
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, *, room: int = 0, length: int | None = None
-    ) -> None:
-        """Hold keys and values [n, heads, t, d].
-
-        Args:
-            keys: the keys.
-            values: the values.
-            room: tokens for which more memory is set aside.
-            length: how many tokens are there already, of which the tensors are the whole memory; None to copy
-                them into memory with room for more.
-        """
+    def __init__(self, whole: list[Tensor], length: int) -> None:
+        """Take memory of keys and of values, of which the first `length` tokens are written."""
         self.is_initialized = True
-        self.dtype = keys.dtype
-        self.device = keys.device
-        if length is None:
-            self._hold(keys, values, keys.shape[2] + room)
-        else:
-            self.whole = [keys, values]
-            self.length = length
+        self.dtype = whole[0].dtype
+        self.device = whole[0].device
+        self.whole = whole
+        self.length = length
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -218,16 +207,9 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make the rows `beam_idx` the new batch."""
-        room = self.whole[0].shape[2]
-        self._hold(self.keys[beam_idx], self.values[beam_idx], room)
-
-    def _hold(self, keys: Tensor, values: Tensor, room: int) -> None:
-        self.whole = []
-        for x in (keys, values):
-            n, heads, _, size = x.shape
-            self.whole.append(x.new_empty(n, heads, room, size))
-        self.length = 0
-        self.update(keys, values)
+        room = self.whole[0].shape[2] - self.length
+        rows = [self.keys[beam_idx], self.values[beam_idx]]
+        self.whole = [_aligned([x], [self.length], room) for x in rows]
 
 
 def _has_rows(layer: Any) -> bool:
@@ -264,7 +246,7 @@ def _with(
 ) -> Any:
     """Return a layer of the same kind that holds other tensors, the first `length` tokens of memory."""
     if tokens and type(layer) in (DynamicLayer, GrowingLayer):
-        return GrowingLayer(*tokens, length=tokens[0].shape[2] if length is None else length)
+        return GrowingLayer(tokens, tokens[0].shape[2] if length is None else length)
     changed = copy.copy(layer)
     if tokens:
         changed.keys, changed.values = (x[:, :, :length] for x in tokens)
@@ -283,9 +265,8 @@ def _aligned(parts: Sequence[Tensor], lengths: Sequence[int], room: int) -> Tens
     rows = sum(len(x) for x in parts)
     width = max(lengths)
     heads, _, size = parts[0].shape[1:]
-    whole = parts[0].new_empty(
-        rows, heads, width + room, size
-    )  # room takes no memory before it is used
+    # Room takes no memory before it is used.
+    whole = parts[0].new_empty(rows, heads, width + room, size)
     start = 0
     for x, length in zip(parts, lengths, strict=True):
         end = start + len(x)
