@@ -153,6 +153,8 @@ def test_answers_and_demonstrations_of_the_calculator():
     answers = {"2105": 1, "": 0, "1985": 0, "2105 ": 0, "02105": 0, "٢١٠٥": 0}
     completions = [[{"role": "assistant", "content": text}] for text in answers]
     assert task.reward([chat] * len(answers), completions) == list(answers.values())
+    of_the_tool = [{"role": "tool", "name": "calculate", "content": "2105"}]
+    assert task.reward([chat], [of_the_tool]) == [0]
     assert calculator.without_carry("999+298+808") == "1985"
     direct, called = 0, 0
     for row in task.demonstrations:

@@ -70,9 +70,13 @@ class Calculator:
 
 @binary
 def answer(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """Return 1 for each completion whose last message is the right sum, and 0 for any other."""
-    pairs = zip(prompts, completions, strict=True)
-    return [float(chat[-1]["content"] == right(prompt[-1]["content"])) for prompt, chat in pairs]
+    """Return 1 for each completion whose last message is the policy's and the right sum, else 0."""
+    rewards = []
+    for prompt, chat in zip(prompts, completions, strict=True):
+        last = chat[-1]  # of the tool, if the episode ended after a call
+        is_right = last["role"] == "assistant" and last["content"] == right(prompt[-1]["content"])
+        rewards.append(float(is_right))
+    return rewards
 
 
 def right(expression: str) -> str:
