@@ -125,3 +125,18 @@ def test_a_rate_is_chosen_on_the_other_seeds(monkeypatch):
             rows.append(row)
     # On the seeds 1 and 2 the rate 2 is better, and on 0 with 1 or 2 the rate 1.
     assert differences(pd.DataFrame(rows)).to_numpy()[0] == pytest.approx([-0.1, 0.2, 0.1])
+
+
+def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(STUDY)
+    recipe = runpy.run_path(str(STUDY / "zero.py"))
+    tables = recipe["TABLES"]
+    (tmp_path / "noise.csv").write_bytes((tables / "noise.csv").read_bytes())
+    runs = pd.read_csv(tables / "runs.csv", dtype={"arm": str}).drop(columns="code")
+    monkeypatch.setitem(recipe["answer"].__globals__, "collect", lambda: runs)
+    monkeypatch.setitem(recipe["answer"].__globals__, "TABLES", tmp_path)
+    recipe["answer"]("the same")
+    assert pd.read_csv(tmp_path / "runs.csv", dtype={"arm": str}).drop(columns="code").equals(runs)
+    again, printed = pd.read_csv(tmp_path / "bases.csv"), pd.read_csv(tables / "bases.csv")
+    pd.testing.assert_frame_equal(again, printed, rtol=1e-3)
+    assert "errors of less noise" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Question 9: base models of the plans `zero_*.yaml`, the noise of both arms at each of them, and the answers.
 
-    python recipes/study/zero.py                    bases, in runs/study/zero_bases, and tables/zero/noise.csv
+    python recipes/study/zero.py                    bases, in runs/study/zero_bases, and their noise
     python recipes/study/zero.py --answer COMMIT    runs.csv and bases.csv, from runs by the code of COMMIT
 
 The variance of a constant baseline is a parabola in the constant; three measured points say where its least
@@ -27,6 +27,7 @@ from scipy import stats
 
 import tokenrl
 from tokenrl.lab import measure_gradients
+from tokenrl.language import load_task, warm_started_base
 from tokenrl.runs import read_run
 
 TABLES = Path(__file__).parent / "tables" / "zero"
@@ -36,6 +37,13 @@ UPDATES = {
     "reverse_text": (400, 600, 800, 1000, 1400, 2000),
 }
 """Updates of the warm start of the bases 1, 2, ... of each task; the number is also the seed."""
+OLD = {
+    "1_sort_digits": "sort_digits",
+    "1_shifted": "recipes/study/own.py:shifted",
+    "1_reverse_text": "reverse_text",
+    "1_countdown": "countdown",
+}
+"""Parts of question 1 and their tasks, whose own base was measured after its runs: no prediction."""
 CONSTANT = "reinforce,baseline=constant,baseline_constant={}"
 ARMS = ("rloo", "reinforce", CONSTANT.format(-1), CONSTANT.format(1))
 
@@ -151,15 +159,21 @@ def answer(code: str) -> None:
 
 
 def main() -> None:
-    """Make the bases and measure them."""
+    """Make the bases and measure them, and measure those of question 1."""
+    steps = {"num_prompts": 256, "prompts_per_step": 16, "probes": 64}
     rows = []
     for task, lengths in UPDATES.items():
         for seed, updates in enumerate(lengths, 1):
             base = make_base(task, seed, updates)
-            cells = noise(task, str(base), num_prompts=256, prompts_per_step=16, probes=64)
+            cells = noise(task, str(base), **steps)
             rows.append({"task": task, "base": seed, "updates": updates, **cells})
     TABLES.mkdir(exist_ok=True)
     pd.DataFrame(rows).to_csv(TABLES / "noise.csv", index=False, float_format="%.4g")
+    old = []
+    for part, source in OLD.items():
+        base = warm_started_base(load_task(source))
+        old.append({"part": part, **noise(source, str(base), **steps)})
+    pd.DataFrame(old).to_csv(TABLES / "old.csv", index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":
