@@ -316,6 +316,51 @@ def actions(axes: Axes, part: str) -> pd.DataFrame:
     return cells
 
 
+def zero(axes: Axes, part: str) -> pd.DataFrame:
+    """Question 9: on each base the difference to no baseline, over the noise of both arms at the start."""
+    axes.fill_between([0.15, 1], 0, 0.2, color="#e3f1ea", lw=0)
+    axes.fill_between([1, 2], -0.18, 0, color="#e3f1ea", lw=0)
+    bases = pd.read_csv(TABLES / part / "bases.csv")
+    for (task, of_task), colour in zip(bases.groupby("task"), (ORANGE, BLUE), strict=True):
+        x, y = of_task["ratio"], of_task["mean"]
+        axes.errorbar(
+            x, y, fmt="o", lw=1, color=colour, label=f"six bases of {task}",
+            xerr=(x - of_task["low"], of_task["high"] - x),
+            yerr=(y - of_task["mean_low"], of_task["mean_high"] - y),
+        )  # fmt: skip
+    old = pd.read_csv(TABLES / part / "old.csv")
+    gaps = [-judged(name).against_reference["reinforce"].mean.value for name in old["part"]]
+    axes.plot(old["ratio"], gaps, "o", mfc="white", color="black", label="bases of question 1")
+    names = old["part"].str[2:].replace("shifted", "sort_digits, rewards + 1")
+    for name, ratio, gap in zip(names, old["ratio"], gaps, strict=True):
+        offset, side = ((-7, -3), "right") if 0.3 < ratio < 1 else ((7, -3), "left")
+        axes.annotate(name, (ratio, gap), offset, textcoords="offset points", size=8, ha=side)
+    rows = {}
+    for base in bases.itertuples():
+        ratio = f"{base.ratio:.2f} [{base.low:.2f}, {base.high:.2f}]"
+        area = signed((base.mean, base.mean_low, base.mean_high))
+        outcome = {1: "right", 0: "open", -1: "wrong"}[base.predicted * base.observed]
+        cells = [f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, area]
+        rows[f"{base.task} {base.base}"] = [*cells, outcome if base.predicted else "none made"]
+    heads = {(0.3, 0.1): "rloo is quieter\nand learns more"}
+    heads[1.42, -0.165] = "no baseline is quieter\nand learns more"
+    for point, text in heads.items():
+        axes.text(*point, text, ha="center", size=9, color="#007a58")
+    axes.axvline(1, color="#b9b9c2", lw=1)
+    axes.axhline(0, color="#b9b9c2", lw=1)
+    axes.set_xscale("log")
+    axes.set_xticks([0.2, 0.4, 0.7, 1, 1.4], ["0.2", "0.4", "0.7", "1", "1.4"])
+    axes.minorticks_off()
+    axes.set(xlim=(0.15, 2), ylim=(-0.18, 0.2))
+    axes.legend(fontsize=8, frameon=False)
+    title = "The arm that is quieter at the start learns more, on most bases (green)"
+    x_name = "variance of a step of rloo at the start, as a multiple of that without a baseline"
+    describe(axes, title, x_name, "area of rloo minus that without a baseline")
+    columns = ["reward at the start", "quietest constant", "noise of rloo / none (95 %)"]
+    columns += ["area, rloo minus none (95 %)", "prediction"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("base")
+
+
 def areas(part: str) -> pd.Series:
     """Return the mean area of each arm."""
     return pd.Series({scores.arm: scores.mean for scores in judged(part).arms})

@@ -47,6 +47,7 @@ SECTIONS = {
     "6_noise": ("1_sort_digits", "1_reverse_text"),
     "7_lora": ("7_lora", "7_lora_factor"),
     "8_actions": ("8_cartpole", "8_acrobot"),
+    "9_zero": ("zero",),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
 and makes the cells of the table for each part. Questions 2 and 5 have one panel for several parts, and are named
