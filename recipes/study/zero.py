@@ -1,7 +1,8 @@
 """Question 9: base models of the plans `zero_*.yaml`, the noise of both arms at each of them, and the answers.
 
-    python recipes/study/zero.py                    bases, in runs/study/zero_bases, and their noise
-    python recipes/study/zero.py --answer COMMIT    runs.csv and bases.csv, from runs by the code of COMMIT
+    python recipes/study/zero.py                           bases, in runs/study/zero_bases, and their noise
+    python recipes/study/zero.py --answer COMMIT COMMIT    runs.csv and bases.csv; the code of the runs on
+                                                           the twelve bases and on the pretrained model
 
 The variance of a constant baseline is a parabola in the constant; three measured points say where its least
 lies. Of the runs on the twelve bases those seeds count that are complete everywhere.
@@ -133,12 +134,13 @@ def analyse(table: np.ndarray) -> pd.Series:
     return pd.Series(cells | {"ratio_low": ends[0], "ratio_high": ends[1]})
 
 
-def answer(code: str) -> None:
+def answer(code: str, code_pretrained: str) -> None:
     """Write the runs, and for each base the difference beside its prediction; print the answers."""
     runs = collect().sort_values(["model", "arm", "learning_rate", "seed"])
-    runs.assign(code=code).to_csv(TABLES / "runs.csv", index=False, float_format="%.6g")
-    noise = pd.read_csv(TABLES / "noise.csv")
     pretrained = runs["plan"] == "zero_pretrained"
+    runs["code"] = np.where(pretrained, code_pretrained, code)
+    runs.to_csv(TABLES / "runs.csv", index=False, float_format="%.6g")
+    noise = pd.read_csv(TABLES / "noise.csv")
     tables = differences(runs[~pretrained])
     means = []
     for task in UPDATES:
@@ -178,6 +180,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--answer"]:
-        answer(sys.argv[2])
+        answer(*sys.argv[2:])
     else:
         main()
