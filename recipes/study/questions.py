@@ -318,8 +318,9 @@ def actions(axes: Axes, part: str) -> pd.DataFrame:
 
 def zero(axes: Axes, part: str) -> pd.DataFrame:
     """Question 9: on each base the difference to no baseline, over the noise of both arms at the start."""
-    axes.fill_between([0.15, 1], 0, 0.2, color="#e3f1ea", lw=0)
-    axes.fill_between([1, 2], -0.18, 0, color="#e3f1ea", lw=0)
+    left, right, bottom, top = 0.15, 2, -0.18, 0.2
+    axes.fill_between([left, 1], 0, top, color="#e3f1ea", lw=0)
+    axes.fill_between([1, right], bottom, 0, color="#e3f1ea", lw=0)
     bases = pd.read_csv(TABLES / part / "bases.csv")
     for (task, of_task), colour in zip(bases.groupby("task"), (ORANGE, BLUE), strict=True):
         x, y = of_task["ratio"], of_task["mean"]
@@ -351,7 +352,7 @@ def zero(axes: Axes, part: str) -> pd.DataFrame:
     axes.set_xscale("log")
     axes.set_xticks([0.2, 0.4, 0.7, 1, 1.4], ["0.2", "0.4", "0.7", "1", "1.4"])
     axes.minorticks_off()
-    axes.set(xlim=(0.15, 2), ylim=(-0.18, 0.2))
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.legend(fontsize=8, frameon=False)
     title = "The arm that is quieter at the start learns more, on most bases (green)"
     x_name = "variance of a step of rloo at the start, as a multiple of that without a baseline"
