@@ -131,16 +131,18 @@ def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(STUDY)
     recipe = runpy.run_path(str(STUDY / "zero.py"))
     tables = recipe["TABLES"]
-    (tmp_path / "noise.csv").write_bytes((tables / "noise.csv").read_bytes())
+    for name in ("noise", "noise_pretrained"):
+        (tmp_path / f"{name}.csv").write_bytes((tables / f"{name}.csv").read_bytes())
     runs = pd.read_csv(tables / "runs.csv", dtype={"arm": str})
-    monkeypatch.setitem(recipe["answer"].__globals__, "collect", lambda: runs)
-    monkeypatch.setitem(recipe["answer"].__globals__, "TABLES", tmp_path)
+    monkeypatch.setitem(recipe["judge"].__globals__, "collect", lambda: runs)
+    monkeypatch.setitem(recipe["judge"].__globals__, "TABLES", tmp_path)
     codes = [
         runs[runs["plan"] == plan]["code"].iloc[0]
         for plan in ("zero_sort_digits", "zero_pretrained")
     ]
-    recipe["answer"](*codes)
+    recipe["judge"](*codes)
     assert pd.read_csv(tmp_path / "runs.csv", dtype={"arm": str}).equals(runs)
-    again, printed = pd.read_csv(tmp_path / "bases.csv"), pd.read_csv(tables / "bases.csv")
-    pd.testing.assert_frame_equal(again, printed, rtol=1e-3)
+    for name in ("bases", "pretrained"):
+        again, printed = (pd.read_csv(folder / f"{name}.csv") for folder in (tmp_path, tables))
+        pd.testing.assert_frame_equal(again, printed, rtol=1e-3)
     assert "errors of less noise" in capsys.readouterr().out

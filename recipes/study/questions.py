@@ -318,7 +318,7 @@ def actions(axes: Axes, part: str) -> pd.DataFrame:
 
 def zero(axes: Axes, part: str) -> pd.DataFrame:
     """Question 9: on each base the difference to no baseline, over the noise of both arms at the start."""
-    left, right, bottom, top = 0.15, 2, -0.18, 0.2
+    left, right, bottom, top = 0.12, 2, -0.18, 0.28
     axes.fill_between([left, 1], 0, top, color="#e3f1ea", lw=0)
     axes.fill_between([1, right], bottom, 0, color="#e3f1ea", lw=0)
     bases = pd.read_csv(TABLES / part / "bases.csv")
@@ -332,17 +332,20 @@ def zero(axes: Axes, part: str) -> pd.DataFrame:
     old = pd.read_csv(TABLES / part / "old.csv")
     gaps = [-judged(name).against_reference["reinforce"].mean.value for name in old["part"]]
     axes.plot(old["ratio"], gaps, "o", mfc="white", color="black", label="bases of question 1")
+    pretrained = pd.read_csv(TABLES / part / "pretrained.csv")
+    y = pretrained["mean"]
+    axes.errorbar(
+        pretrained["ratio"], y, fmt="s", lw=1, color="black", label="SmolLM2, 135 M weights",
+        yerr=(y - pretrained["mean_low"], pretrained["mean_high"] - y),
+    )  # fmt: skip
     names = old["part"].str[2:].replace("shifted", "sort_digits, rewards + 1")
+    beside = {"reverse_text": (-58, -3), "countdown": (-54, -3), "sort_digits": (-28, 11)}
     for name, ratio, gap in zip(names, old["ratio"], gaps, strict=True):
-        offset, side = ((-7, -3), "right") if 0.3 < ratio < 1 else ((7, -3), "left")
-        axes.annotate(name, (ratio, gap), offset, textcoords="offset points", size=8, ha=side)
-    rows = {}
-    for base in bases.itertuples():
-        ratio = f"{base.ratio:.2f} [{base.low:.2f}, {base.high:.2f}]"
-        area = signed((base.mean, base.mean_low, base.mean_high))
-        outcome = {1: "right", 0: "open", -1: "wrong"}[base.predicted * base.observed]
-        cells = [f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, area]
-        rows[f"{base.task} {base.base}"] = [*cells, outcome if base.predicted else "none made"]
+        offset = beside.get(name, (7, -3))
+        axes.annotate(name, (ratio, gap), offset, textcoords="offset points", size=8)
+    head = "SmolLM2, rewards + 1"
+    point = (pretrained["ratio"][1], y[1])
+    axes.annotate(head, point, (7, -3), textcoords="offset points", size=8)
     heads = {(0.3, 0.1): "rloo is quieter\nand learns more"}
     heads[1.42, -0.165] = "no baseline is quieter\nand learns more"
     for point, text in heads.items():
@@ -350,13 +353,25 @@ def zero(axes: Axes, part: str) -> pd.DataFrame:
     axes.axvline(1, color="#b9b9c2", lw=1)
     axes.axhline(0, color="#b9b9c2", lw=1)
     axes.set_xscale("log")
-    axes.set_xticks([0.2, 0.4, 0.7, 1, 1.4], ["0.2", "0.4", "0.7", "1", "1.4"])
+    axes.set_xticks([0.15, 0.2, 0.4, 0.7, 1, 1.4], ["0.15", "0.2", "0.4", "0.7", "1", "1.4"])
     axes.minorticks_off()
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
     title = "The arm that is quieter at the start learns more, on most bases (green)"
     x_name = "variance of a step of rloo at the start, as a multiple of that without a baseline"
     describe(axes, title, x_name, "area of rloo minus that without a baseline")
+    return predictions(bases)
+
+
+def predictions(bases: pd.DataFrame) -> pd.DataFrame:
+    """Write for each base what was measured and predicted beside the difference that came of it."""
+    rows = {}
+    for base in bases.itertuples():
+        ratio = f"{base.ratio:.2f} [{base.low:.2f}, {base.high:.2f}]"
+        area = signed((base.mean, base.mean_low, base.mean_high))
+        outcome = {1: "right", 0: "open", -1: "wrong"}[base.predicted * base.observed]
+        cells = [f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, area]
+        rows[f"{base.task} {base.base}"] = [*cells, outcome if base.predicted else "none made"]
     columns = ["reward at the start", "quietest constant", "noise of rloo / none (95 %)"]
     columns += ["area, rloo minus none (95 %)", "prediction"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("base")

@@ -1,8 +1,7 @@
 """Question 9: base models of the plans `zero_*.yaml`, the noise of both arms at each of them, and the answers.
 
     python recipes/study/zero.py                           bases, in runs/study/zero_bases, and their noise
-    python recipes/study/zero.py --answer COMMIT COMMIT    runs.csv and bases.csv; the code of the runs on
-                                                           the twelve bases and on the pretrained model
+    python recipes/study/zero.py --answer COMMIT COMMIT    runs.csv, bases.csv and pretrained.csv
 
 The variance of a constant baseline is a parabola in the constant; three measured points say where its least
 lies. Of the runs on the twelve bases those seeds count that are complete everywhere.
@@ -17,13 +16,13 @@ lies. Of the runs on the twelve bases those seeds count that are complete everyw
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from judging import MARGIN, interval, signed
+import tyro
+from judging import MARGIN, interval
 from scipy import stats
 
 import tokenrl
@@ -33,6 +32,8 @@ from tokenrl.runs import read_run
 
 TABLES = Path(__file__).parent / "tables" / "zero"
 BASES = Path("runs/study/zero_bases")
+PRETRAINED = BASES / "pretrained" / "warm_start"
+"""SmolLM2 after the warm start of `recipes/pages/tutorials/pretrained.md`; only where that has been run into here."""
 UPDATES = {
     "sort_digits": (100, 150, 200, 300, 450, 700),
     "reverse_text": (400, 600, 800, 1000, 1400, 2000),
@@ -134,7 +135,7 @@ def analyse(table: np.ndarray) -> pd.Series:
     return pd.Series(cells | {"ratio_low": ends[0], "ratio_high": ends[1]})
 
 
-def answer(code: str, code_pretrained: str) -> None:
+def judge(code: str, code_pretrained: str) -> None:
     """Write the runs, and for each base the difference beside its prediction; print the answers."""
     runs = collect().sort_values(["model", "arm", "learning_rate", "seed"])
     pretrained = runs["plan"] == "zero_pretrained"
@@ -155,13 +156,20 @@ def answer(code: str, code_pretrained: str) -> None:
     first = np.sign(bases.groupby("task")["mean"].transform("first"))[both.index]
     print("bases", len(both), "errors of less noise", (both["predicted"] != both["observed"]).sum())
     print("errors of the sign of the task's first base", (first != both["observed"]).sum())
-    for constant in ("0", "-1") if pretrained.any() else ():
+    (measured,) = pd.read_csv(TABLES / "noise_pretrained.csv").itertuples()
+    rows = []
+    for constant, ratio in (("0", measured.ratio), ("-1", measured.ratio_1_2)):
         (row,) = differences(runs[pretrained], constant).to_numpy()
-        print("pretrained, rloo minus the constant", constant, signed(interval(row, 0.05 / 2)))
+        rows.append([constant, ratio, *interval(row, 0.05 / 2)])
+    two = pd.DataFrame(rows, columns=["constant", "ratio", "mean", "mean_low", "mean_high"])
+    two["predicted"] = np.sign(1 - two["ratio"]).astype(int)
+    two["observed"] = side(two["mean_low"], two["mean_high"])
+    two.to_csv(TABLES / "pretrained.csv", index=False, float_format="%.4g")
+    print(two.to_string())
 
 
-def main() -> None:
-    """Make the bases and measure them, and measure those of question 1."""
+def measure() -> None:
+    """Make the bases and measure them; measure those of question 1 and the pretrained one too."""
     steps = {"num_prompts": 256, "prompts_per_step": 16, "probes": 64}
     rows = []
     for task, lengths in UPDATES.items():
@@ -176,10 +184,21 @@ def main() -> None:
         base = warm_started_base(load_task(source))
         old.append({"part": part, **noise(source, str(base), **steps)})
     pd.DataFrame(old).to_csv(TABLES / "old.csv", index=False, float_format="%.4g")
+    if PRETRAINED.exists():
+        steps |= {"prompts_per_step": 8, "lora_r": 8, "rows_at_once": 128}
+        table = pd.DataFrame([noise("sort_digits", str(PRETRAINED), **steps)])
+        table.to_csv(TABLES / "noise_pretrained.csv", index=False, float_format="%.4g")
+
+
+def main(answer: tuple[str, str] | None = None) -> None:
+    """Make the base models and measure the noise of both arms at each.
+
+    Args:
+        answer: Judge finished runs instead. The commits of the code that ran on the twelve bases and on the
+            pretrained model.
+    """
+    judge(*answer) if answer else measure()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--answer"]:
-        answer(*sys.argv[2:])
-    else:
-        main()
+    tyro.cli(main)
