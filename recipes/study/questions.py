@@ -322,40 +322,32 @@ def zero(axes: Axes, part: str) -> pd.DataFrame:
     axes.fill_between([left, 1], 0, top, color="#e3f1ea", lw=0)
     axes.fill_between([1, right], bottom, 0, color="#e3f1ea", lw=0)
     bases = pd.read_csv(TABLES / part / "bases.csv")
-    for (task, of_task), colour in zip(bases.groupby("task"), (ORANGE, BLUE), strict=True):
-        x, y = of_task["ratio"], of_task["mean"]
+    pretrained = pd.read_csv(TABLES / part / "pretrained.csv")
+    groups = [(f"six bases of {task}", of_task) for task, of_task in bases.groupby("task")]
+    groups.append(("SmolLM2, 135 M weights", pretrained))
+    for (label, group), colour in zip(groups, (ORANGE, BLUE, "black"), strict=True):
+        x, y = group["ratio"], group["mean"]
         axes.errorbar(
-            x, y, fmt="o", lw=1, color=colour, label=f"six bases of {task}",
-            xerr=(x - of_task["low"], of_task["high"] - x),
-            yerr=(y - of_task["mean_low"], of_task["mean_high"] - y),
+            x, y, fmt="o", lw=1, color=colour, label=label,
+            xerr=(x - group["low"], group["high"] - x),
+            yerr=(y - group["mean_low"], group["mean_high"] - y),
         )  # fmt: skip
     old = pd.read_csv(TABLES / part / "old.csv")
     gaps = [-judged(name).against_reference["reinforce"].mean.value for name in old["part"]]
     axes.plot(old["ratio"], gaps, "o", mfc="white", color="black", label="bases of question 1")
-    pretrained = pd.read_csv(TABLES / part / "pretrained.csv")
-    y = pretrained["mean"]
-    axes.errorbar(
-        pretrained["ratio"], y, fmt="s", lw=1, color="black", label="SmolLM2, 135 M weights",
-        yerr=(y - pretrained["mean_low"], pretrained["mean_high"] - y),
-    )  # fmt: skip
     names = old["part"].str[2:].replace("shifted", "sort_digits, rewards + 1")
+    points = dict(zip(names, zip(old["ratio"], gaps, strict=True), strict=True))
+    points["SmolLM2, rewards + 1"] = tuple(pretrained.loc[1, ["ratio", "mean"]])
     beside = {"reverse_text": (-58, -3), "countdown": (-54, -3), "sort_digits": (-28, 11)}
-    for name, ratio, gap in zip(names, old["ratio"], gaps, strict=True):
-        offset = beside.get(name, (7, -3))
-        axes.annotate(name, (ratio, gap), offset, textcoords="offset points", size=8)
-    head = "SmolLM2, rewards + 1"
-    point = (pretrained["ratio"][1], y[1])
-    axes.annotate(head, point, (7, -3), textcoords="offset points", size=8)
+    for name, point in points.items():
+        axes.annotate(name, point, beside.get(name, (7, -3)), textcoords="offset points", size=8)
     heads = {(0.3, 0.1): "rloo is quieter\nand learns more"}
     heads[1.42, -0.165] = "no baseline is quieter\nand learns more"
     for point, text in heads.items():
         axes.text(*point, text, ha="center", size=9, color="#007a58")
-    axes.axvline(1, color="#b9b9c2", lw=1)
-    axes.axhline(0, color="#b9b9c2", lw=1)
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlim=(left, right), ylim=(bottom, top))
     axes.set_xticks([0.15, 0.2, 0.4, 0.7, 1, 1.4], ["0.15", "0.2", "0.4", "0.7", "1", "1.4"])
     axes.minorticks_off()
-    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.legend(fontsize=8, frameon=False, loc="lower left")
     title = "The arm that is quieter at the start learns more, on most bases (green)"
     x_name = "variance of a step of rloo at the start, as a multiple of that without a baseline"

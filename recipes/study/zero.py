@@ -156,12 +156,12 @@ def judge(code: str, code_pretrained: str) -> None:
     first = np.sign(bases.groupby("task")["mean"].transform("first"))[both.index]
     print("bases", len(both), "errors of less noise", (both["predicted"] != both["observed"]).sum())
     print("errors of the sign of the task's first base", (first != both["observed"]).sum())
-    (measured,) = pd.read_csv(TABLES / "noise_pretrained.csv").itertuples()
-    rows = []
-    for constant, ratio in (("0", measured.ratio), ("-1", measured.ratio_1_2)):
-        (row,) = differences(runs[pretrained], constant).to_numpy()
-        rows.append([constant, ratio, *interval(row, 0.05 / 2)])
-    two = pd.DataFrame(rows, columns=["constant", "ratio", "mean", "mean_low", "mean_high"])
+    measured = pd.read_csv(TABLES / "noise_pretrained.csv")
+    two = measured[["ratio", "low", "high"]].copy()
+    two.loc[1] = [measured["ratio_1_2"][0], np.nan, np.nan]
+    two.insert(0, "constant", ["0", "-1"])
+    rows = [differences(runs[pretrained], constant).to_numpy()[0] for constant in two["constant"]]
+    two[["mean", "mean_low", "mean_high"]] = [interval(row, 0.05 / 2) for row in rows]
     two["predicted"] = np.sign(1 - two["ratio"]).astype(int)
     two["observed"] = side(two["mean_low"], two["mean_high"])
     two.to_csv(TABLES / "pretrained.csv", index=False, float_format="%.4g")
