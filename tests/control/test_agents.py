@@ -97,7 +97,7 @@ def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_classic_agent_learns_cartpole(tmp_path):
-    """Of seeds 0 to 29, 4 end below 350 and 8 below 450 (5_agents.py).
+    """Of seeds 0 to 29, 4 end below 350 and 8 below 450, the lowest at 106 (5_agents.py).
 
     So two of any three seeds are below 350 in 5 % of the cases, and all three below 450 in 2 %.
     """
@@ -108,4 +108,4 @@ def test_the_classic_agent_learns_cartpole(tmp_path):
         assert result.eval_before["reward"] < 40 and result.steps == 400
         rewards.append(result.eval_after["reward"])
     lowest, middle, best = sorted(rewards)
-    assert lowest > 120 and middle > 350 and best > 450
+    assert lowest > 90 and middle > 350 and best > 450

@@ -228,19 +228,20 @@ def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows:
 
 
 def gather(accelerator: Any, rows: Rollout) -> Rollout:
-    """Gather the rows of all processes, in the order of the prompts, with rewards in the policy's precision.
+    """Gather the rows of all processes, in the order of the prompts, all in the policy's precision.
 
-    Hidden states and what is no tensor stay with their process.
+    An engine may have another one, and so may a process that sampled no token at all. Hidden states and what is
+    no tensor stay with their process.
 
     Raises:
         Stopped: no row of the step has a reward.
     """
     failed = failures_of(rows.failures or ())
-    rewards: dict[str, Any] = {}
-    for name in ("rewards", "by_function", "turn_rewards"):
+    as_policy: dict[str, Any] = {}
+    for name in ("sampling_logprobs", "rewards", "by_function", "turn_rewards"):
         column = getattr(rows, name)
-        rewards[name] = None if column is None else column.to(rows.logprobs)
-    rows = replace(rows, **rewards)
+        as_policy[name] = None if column is None else column.to(rows.logprobs)
+    rows = replace(rows, **as_policy)
     if accelerator.num_processes > 1:
         columns = {}
         for name, column in rows.columns().items():
