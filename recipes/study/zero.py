@@ -157,15 +157,17 @@ def judge(code: str, code_pretrained: str) -> None:
     print("bases", len(both), "errors of less noise", (both["predicted"] != both["observed"]).sum())
     print("errors of the sign of the task's first base", (first != both["observed"]).sum())
     measured = pd.read_csv(TABLES / "noise_pretrained.csv")
-    two = measured[["ratio", "low", "high"]].copy()
-    two.loc[1] = [measured["ratio_1_2"][0], np.nan, np.nan]
-    two.insert(0, "constant", ["0", "-1"])
-    rows = [differences(runs[pretrained], constant).to_numpy()[0] for constant in two["constant"]]
-    two[["mean", "mean_low", "mean_high"]] = [interval(row, 0.05 / 2) for row in rows]
-    two["predicted"] = np.sign(1 - two["ratio"]).astype(int)
-    two["observed"] = side(two["mean_low"], two["mean_high"])
-    two.to_csv(TABLES / "pretrained.csv", index=False, float_format="%.4g")
-    print(two.to_string())
+    outcomes = measured[["ratio", "low", "high"]].copy()
+    outcomes.loc[1] = [measured["ratio_1_2"][0], np.nan, np.nan]
+    outcomes.insert(0, "constant", ["0", "-1"])
+    rows = [
+        differences(runs[pretrained], constant).to_numpy()[0] for constant in outcomes["constant"]
+    ]
+    outcomes[["mean", "mean_low", "mean_high"]] = [interval(row, 0.05 / 2) for row in rows]
+    outcomes["predicted"] = np.sign(1 - outcomes["ratio"]).astype(int)
+    outcomes["observed"] = side(outcomes["mean_low"], outcomes["mean_high"])
+    outcomes.to_csv(TABLES / "pretrained.csv", index=False, float_format="%.4g")
+    print(outcomes.to_string())
 
 
 def measure() -> None:
