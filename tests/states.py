@@ -1,25 +1,30 @@
-"""The state of a checkpoint as plain values, which two runs can be compared by."""
+"""The state of a checkpoint as plain values, by which two runs are compared to the bit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tokenrl.runs.checkpoint import read_state
 
 
 def state_of(checkpoint: Path) -> Any:
-    """Read the state that a checkpoint holds, with its tensors as lists, without times and places."""
-    state = as_lists(read_state(checkpoint))
+    """Read the state that a checkpoint holds, with the bits of its tensors, without times and places."""
+    state = as_bits(read_state(checkpoint))
     for name in ("output_dir", "resume"):  # which may change when a run continues
         state["maker"]["settings"].pop(name, None)
     return state
 
 
-def as_lists(state: Any) -> Any:
-    """Return a state with its tensors as lists, which tell -0.0 and nan apart by their text."""
+def as_bits(state: Any) -> Any:
+    """Return a state with the bits of its tensors, which tell -0.0 from 0.0 and hold nan equal to nan."""
     if isinstance(state, dict):
-        return {name: as_lists(value) for name, value in state.items() if "second" not in str(name)}
-    if isinstance(state, list):
-        return [as_lists(value) for value in state]
-    return repr(state.tolist()) if hasattr(state, "tolist") else state
+        return {name: as_bits(value) for name, value in state.items() if "second" not in str(name)}
+    if isinstance(state, list | tuple):
+        return [as_bits(value) for value in state]
+    if not isinstance(state, torch.Tensor):
+        return state
+    bits = state.contiguous().flatten().view(torch.uint8)
+    return str(state.dtype), state.shape, bits.numpy().tobytes()

@@ -226,11 +226,11 @@ def check_killed_runs_end_equal(
         refused = refused or "tokenrl:" not in since
         assert {*codes} <= {0, 1, -9, -15} | ({2} if refused else set()), (codes, nursery.said)
         if not any(codes):
-            equal(left(run), expected, nursery)
+            equal(left(run), expected, nursery.said)
             number += 1
 
 
-def equal(found: dict[str, object], expected: dict[str, object], nursery: Nursery) -> None:
-    """Compare what two runs have left."""
+def equal(found: dict[str, object], expected: dict[str, object], said: str = "") -> None:
+    """Compare what two runs have left; `said` is what they have printed."""
     for name in expected:
-        assert found[name] == expected[name], f"{name} differs: {nursery.said}"
+        assert found[name] == expected[name], f"{name} differs: {said}"

@@ -56,7 +56,7 @@ def signalled(nursery, whole, tmp_path):
         summary = json.loads(file.read_text()) if file.exists() else {}
         model = (tmp_path / "run" / "model" / "model.safetensors").exists()
         assert nursery.run(argv) == 0, nursery.said
-        equal(left(tmp_path / "run"), whole, nursery)
+        equal(left(tmp_path / "run"), whole, nursery.said)
         return code, summary, model
 
     return run

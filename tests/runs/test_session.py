@@ -36,6 +36,7 @@ class Settings(SavingArguments, TrackerArguments):
     overwrite: bool = False
     quiet: bool = True
     max_steps: int = 5
+    eval_every: int = 2
     task: str = "counting"
     seed: int = 0
     save_every: int = 2
@@ -129,7 +130,7 @@ def live(
                 counter.update(step)
             at_step(session)
             metrics = {"reward": float(counter.weight[0]) / counter.number, "kl": math.inf}
-            if session.due(2):
+            if session.due(args.eval_every):
                 metrics |= session.evaluated(score(step))
             session.record(metrics, {"seconds": 1.0})
         if session.owes_evaluation:
@@ -315,6 +316,10 @@ def falling(step):
     return {"reward": REWARDS[step], "loss": -REWARDS[step]}
 
 
+def falling_to_nan(step):
+    return {"reward": math.nan, "loss": math.nan} if REWARDS[step] is None else falling(step)
+
+
 def results_of(run):
     """Weights of a run's model, its checkpoints, and its summary but for time and warnings."""
     weights = load_file(run / "model" / "weights.safetensors")["weight"].tolist()
@@ -361,6 +366,32 @@ def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step)
     assert results_of(run) == results_of(whole)
     again = live(run, at(11, Killed()), **options, resume="auto")  # nothing is left to do
     assert again.exit_reason == "no-improvement" and results_of(run) == results_of(whole)
+
+
+def called_back(session):
+    session.ended = "callback" if session.step == 5 else session.ended
+
+
+@pytest.mark.parametrize(
+    ("at_step", "options"),
+    [
+        (lambda session: session.step == 5 and signal.raise_signal(signal.SIGTERM), {}),
+        (called_back, {}),
+        (nothing, {"max_steps": 5}),
+    ],
+    ids=["signal", "callback", "max_steps"],
+)
+def test_an_evaluation_that_was_made_since_a_run_ended_there_decides_nothing_once_it_goes_on(
+    tmp_path, at_step, options
+):
+    usual = {"score": falling_to_nan, "keep": "best", "patience": 3, "max_steps": 14}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ended = live(whole, **usual)
+    assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
+    live(run, at_step, **usual | options)
+    again = live(run, **usual, resume="auto")
+    assert (again.exit_reason, again.steps, again.best) == ("no-improvement", 10, ended.best)
+    assert results_of(run)[0] == results_of(whole)[0]
 
 
 def test_the_weights_before_training_may_be_the_best(tmp_path):

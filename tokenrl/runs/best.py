@@ -33,24 +33,21 @@ class SelectionArguments(Settings, group="selection"):
 
 
 class Best:
-    """The best evaluation of a run so far.
+    """The evaluations of a run so far, and which of them is the best.
 
     Attributes:
-        steps: the steps whose evaluation was better than all before it; the last one is the best.
-        count, since: the number of evaluations, and of those after the best one.
-        value: the best one's value of the metric; None before the first evaluation.
+        metric: the metric by which they are ranked; empty before the first one.
+        evaluations: the step and the value of the metric of each; nan where it has none.
     """
 
     def __init__(self, args: SelectionArguments) -> None:
         """Prepare; `args` says by which metric to decide."""
         self._args = args
         self.metric = args.best_metric or ""
-        self.steps = list[int]()
-        self.count = self.since = 0
-        self.value: float | None = None
+        self.evaluations = list[tuple[int, float]]()
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Compare the evaluation of a step with those before it.
+        """Add the evaluation of a step.
 
         Raises:
             Refused: the metric is not one of those that the first evaluation has.
@@ -59,50 +56,63 @@ class Best:
             return
         evaluated = [name for name in DECISIVE if name in metrics]
         self.metric = self.metric or (evaluated or DECISIVE)[0]
-        if self.metric not in metrics and not self.count:
+        if self.metric not in metrics and not self.evaluations:
             names = ", ".join(name for name in metrics if not name.endswith("_stderr"))
             raise Refused(
                 f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}."
             )
-        self.count += 1
-        self.since += 1
-        value = metrics.get(self.metric, math.nan)
+        self.evaluations.append((step, float(metrics.get(self.metric, math.nan))))
+
+    def forget(self, step: int) -> None:
+        """Remove the evaluation of a step, as if it had not been made."""
+        self.evaluations = [each for each in self.evaluations if each[0] != step]
+
+    def lose(self) -> None:
+        """Let no evaluation so far be the best, since the weights of the best are lost."""
+        self.evaluations = [(step, math.nan) for step, _ in self.evaluations]
+
+    def _best(self, last: float = math.inf) -> tuple[int, float] | None:
+        """Return the first of the best evaluations up to a step; None if there is none."""
         sign = -1 if metric_of(self.metric).better == "less" else 1
-        is_better = self.value is None or sign * value > sign * self.value
-        if is_better and not math.isnan(value):
-            self.steps = [*self.steps, step]
-            self.value = value
-            self.since = 0
+        ranked = [
+            (sign * value, -step)
+            for step, value in self.evaluations
+            if step <= last and not math.isnan(value)
+        ]
+        if not ranked:
+            return None
+        value, step = max(ranked)
+        return -step, sign * value
 
     @property
     def exhausted(self) -> bool:
         """Whether the run ends because its last `patience` evaluations were no better."""
-        return 0 < self._args.patience <= self.since
+        best = self._best()
+        later = [step for step, _ in self.evaluations if best is None or step > best[0]]
+        return 0 < self._args.patience <= len(later)
 
     def until(self, step: int | None) -> int | None:
         """Return the best step up to a step, if its weights are kept; None if they are not."""
-        if self._args.keep != "best":
-            return None
-        steps = [best for best in self.steps if step is None or best <= step]
-        return max(steps, default=None)
+        best = self._best(math.inf if step is None else step)
+        return best[0] if best and self._args.keep == "best" else None
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""
-        step = self.until(None)
-        if step is None:
+        best = self._best()
+        if best is None or self._args.keep != "best":
             return {}
-        best = {"step": step, "metric": self.metric, "value": self.value}
-        return best | {"evaluations": self.count}
+        step, value = best
+        count = len(self.evaluations)
+        return {"step": step, "metric": self.metric, "value": value, "evaluations": count}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation must know."""
-        state = dict(vars(self))
-        del state["_args"]
-        return state
+        return {"metric": self.metric, "evaluations": self.evaluations}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        vars(self).update(state)
+        self.metric = state["metric"]
+        self.evaluations = list(state["evaluations"])
 
 
 def kept_weights(summary: Mapping[str, Any]) -> str:

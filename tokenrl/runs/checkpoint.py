@@ -227,7 +227,7 @@ class Saver:
             try:
                 verify(self._folder / f"step_{best:06d}")
             except Refused as fault:
-                self.best.steps.clear()
+                self.best.lose()
                 lost = f"The best weights, of step {best}, are lost"
                 warn(f"{lost}: model/ gets those of the last step. {fault}")
         return self.best.summary()

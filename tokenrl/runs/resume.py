@@ -13,6 +13,7 @@ from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Lost, Refused, Silent, Stopped, TokenrlError, describe, explain
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, step_of, tables
+from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import line_of, read_metrics
@@ -151,6 +152,14 @@ class Claim:
     step: int
     faults: list[str]
     lock: RunDirectory | None
+
+    def show(self, console: Console, checkpoint: Path, inexact: Iterable[str]) -> None:
+        """Print from where the run continues, what is wrong with newer checkpoints, and what may be inexact."""
+        for fault in self.faults:
+            console.warn(f"skipped: {fault}")
+        console.note(f"The run continues after step {self.step}, from {checkpoint}")
+        if causes := "; ".join(inexact):
+            console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def close(self) -> None:
         """Release the lock; a second call does nothing."""

@@ -198,12 +198,9 @@ class Session:
         self.step = self._recorded = self.saver.restore(self._checkpoint)
         rows = read_metrics(self.output_dir / "metrics.jsonl")
         self.rows = [row for row in rows if row["step"] <= self.step]
-        for fault in self._claim.faults:
-            self.console.warn(f"skipped: {fault}")
-        self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
-        if provenance.inexact:
-            causes = "; ".join(provenance.inexact)
-            self.console.warn(f"The continuation may not be bit-exact: {causes}.")
+        if not (self.ended or self.due(self.args.eval_every)):
+            self.saver.best.forget(self.step)  # evaluated only because the run ended there
+        self._claim.show(self.console, self._checkpoint, provenance.inexact)
 
     def steps(self) -> Iterator[int]:
         """Return the steps that are left; they end early after a signal, or once `ended` is set.

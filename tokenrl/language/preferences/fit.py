@@ -272,7 +272,7 @@ def train_reward_model(
             if session.due(args.eval_every):
                 metrics |= evaluate()
             session.record(metrics, timings)
-        if not session.evaluation:
+        if session.owes_evaluation:
             evaluate()
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         _finish(session, data, ended, record["title"], score_pairs(reward_model, held_out))

@@ -1,0 +1,60 @@
+"""A run of each kind that a signal ends, and that goes on, ends as if no signal had come."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import contextmanager
+
+import pytest
+from killing import REWARD, equal, left
+
+from tokenrl.cli import main
+from tokenrl.runs.session import Session
+
+BEST = "--eval-every 2 --keep best --patience 2 --save-every 3 --quiet"
+ROWS = f"--model model --max-steps 12 --threads 1 {BEST}"
+SAMPLED = f"{ROWS} --task rows.jsonl --eval-size 4 --reward rewards.py:sorted_digits"
+KINDS = {
+    "train": f"train {SAMPLED} --prompts-per-step 2 --num-generations 2 --learning-rate 0.01 "
+    "--max-completion-length 8",
+    "sft": f"sft {SAMPLED} --batch-size 4 --best-metric reward",
+    "reward-model": f"reward-model {ROWS} --data rows.jsonl --eval-size 8 --batch-size 4",
+    "control": f"control --env CartPole-v1 --max-steps 12 --num-envs 2 --eval-episodes 2 {BEST}",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_decides_neither_the_best_weights_nor_the_end(kind, files, tmp_path, monkeypatch):
+    """In a step without an evaluation, and in one with one."""
+    (tmp_path / "rewards.py").write_text(REWARD)
+    for name in ("model", "rows.jsonl"):
+        (tmp_path / name).symlink_to(files / name)
+    monkeypatch.chdir(tmp_path)
+    argv = [*KINDS[kind].split(), "--resume", "auto", "--output-dir"]
+    assert main([*argv, "whole"]) == 0
+    expected = left(tmp_path / "whole")
+    steps = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
+    for number in {1, steps // 4 * 2}:
+        with monkeypatch.context() as patch:
+            signalled(patch, number)
+            assert main([*argv, f"run{number}"]) == 143
+        summary = json.loads((tmp_path / f"run{number}" / "summary.json").read_text())
+        assert summary["steps"] == number
+        assert bool(summary["eval_after"]) == (number > 1)
+        assert main([*argv, f"run{number}"]) == 0
+        equal(left(tmp_path / f"run{number}"), expected)
+
+
+def signalled(patch, number):
+    """Send this process a signal to end in the update of a step."""
+    update = Session.update
+
+    @contextmanager
+    def ending(session):
+        with update(session):
+            yield
+        if session.step == number:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(Session, "update", ending)
