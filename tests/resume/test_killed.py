@@ -10,12 +10,16 @@ from killing import TRAIN, check_killed_runs_end_equal
 pytestmark = pytest.mark.slow
 
 CONTROL = (
-    "control --max-steps 12 --num-envs 8 --eval-episodes 8 --eval-every 4 --save-every 2 --quiet"
+    "control --max-steps 12 --num-envs 8 --eval-episodes 8 --eval-every 4 --save-every 2 "
+    "--keep best --patience 2 --quiet"
 )
 JUDGE = (
     "reward-model --task sort_digits --num-pairs 120 --max-steps 30 --batch-size 8 --eval-size 16"
 )
-SFT = "sft --task sort_digits --max-steps 20 --batch-size 8 --eval-every 5 --save-every 3 --eval-size 8"
+SFT = (
+    "sft --task sort_digits --max-steps 20 --batch-size 8 --eval-every 5 --save-every 3 "
+    "--eval-size 8 --keep best --patience 2"
+)
 DIGITS = "--task digits.jsonl --model warm --eval-size 2"
 
 
@@ -33,10 +37,14 @@ KINDS = {
         f"{TRAIN} --estimator ppo --num-iterations 2 --num-minibatches 2 --lr-scheduler-type cosine"
     ),
     "refill": Kind(f"{TRAIN} --estimator dapo --max-refills 2"),
-    "kl": Kind(f"{TRAIN} --estimator grpo --estimator.beta 0.05 --target-kl 0.5 --keep best"),
+    "kl": Kind(
+        f"{TRAIN} --estimator grpo --estimator.beta 0.05 --target-kl 0.5 --keep best --patience 2"
+    ),
     "running mean": Kind(f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3"),
-    "adapter": Kind(f"{TRAIN} --estimator remax --lora-r 4 --keep best"),
-    "teacher": Kind(f"{TRAIN} --estimator rloo --estimator.beta 0.5 --teacher warm --keep best"),
+    "adapter": Kind(f"{TRAIN} --estimator remax --lora-r 4 --keep best --patience 1"),
+    "teacher": Kind(
+        f"{TRAIN} --estimator rloo --estimator.beta 0.5 --teacher warm --keep best --patience 2"
+    ),
     "bfloat16": Kind(f"{TRAIN} --estimator gspo --mixed-precision bf16"),
     "epochs": Kind(f"{TRAIN} --estimator opo {DIGITS} --max-completion-length 8"),
     "worker": Kind(f"{TRAIN} --estimator rloo --reward-timeout 30"),
@@ -49,12 +57,14 @@ KINDS = {
         "--environment episodes.py:Faulty --reward-timeout 1 --max-completion-length 12"
     ),
     "agent": Kind(f"{CONTROL} --env CartPole-v1 --estimator reinforce_running_mean", 3),
-    "critic": Kind(f"{CONTROL} --env CartPole-v1 --estimator a2c --keep best", 3),
+    "critic": Kind(f"{CONTROL} --env CartPole-v1 --estimator a2c", 3),
     "normalised": Kind(
         f"{CONTROL} --env Pendulum-v1 --max-episode-steps 30 --normalize-observations", 3
     ),
     "minibatches": Kind(f"{CONTROL} --env Acrobot-v1 --estimator ppo --max-episode-steps 50", 3),
-    "reward model": Kind(f"{JUDGE} --eval-every 5 --save-every 3 --keep best --quiet", 10),
+    "reward model": Kind(
+        f"{JUDGE} --eval-every 5 --save-every 3 --keep best --patience 2 --quiet", 10
+    ),
     "warm start": Kind(
         f"{TRAIN} --model tiny --warm-start --warm-start-steps 20 --estimator rloo", 4
     ),
