@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tokenrl.cli import main
+from tokenrl.runs.metrics import LOGS
 
 SMALL = ["--eval-generations", "1", "--prompts-per-step", "2", "--num-generations", "2"]
 SMALL += ["--eval-every", "0", "--quiet"]
@@ -92,4 +93,4 @@ def test_checkpoints_hold_no_code(folder):
         for path in result
         if path.is_file() and path.suffix not in (".json", ".txt", ".jinja")
     }
-    assert files == {"model.safetensors", "policy.safetensors", "trainer_state.pt"}
+    assert files == {"model.safetensors", "policy.safetensors", "trainer_state.pt", *LOGS}

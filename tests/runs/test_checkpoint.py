@@ -33,7 +33,7 @@ def save(folder, step, write, *, keep, **state):
     """Save a checkpoint of a training whose model is whatever `write` writes."""
     part = SimpleNamespace(state_dict=lambda: state)
     model = SimpleNamespace(write=write, tensors=list)
-    Saver(folder, SavingArguments(keep_checkpoints=keep), model, {"part": part}).save(step)
+    Saver(folder, SavingArguments(keep_checkpoints=keep), model, {"part": part}).save(step, {})
     return folder / f"step_{step:06d}"
 
 

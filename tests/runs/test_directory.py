@@ -131,10 +131,12 @@ def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path)
     for name, text in mine.items():
         (run / name).write_text(text)
     (run / "checkpoints" / "step_000009").symlink_to(outside / "checkpoints" / "step_000003")
+    checkpoint = run / "checkpoints" / "step_000002"
+    checkpoint.mkdir()
     for log in ("metrics.jsonl", "timings.jsonl"):
-        (run / log).write_text('{"step": 0}\n')
+        (checkpoint / log).write_text('{"step": 0}\n')
     before = tree(outside)
-    cut_back(run, 2)
+    cut_back(run, checkpoint)
     assert not any((run / "checkpoints" / name).exists() for name in ("step_000003", "step_000009"))
     assert mine.keys() <= tree(run).keys() and tree(outside) == before
 

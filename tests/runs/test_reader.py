@@ -39,6 +39,7 @@ def test_a_run_tells_its_kind_and_what_it_has_measured(finished):
 
 
 def test_the_evaluation_after_an_early_end_stands_in_the_summary(run):
+    shutil.rmtree(run / "checkpoints")
     rows = [{"step": 0, "eval_reward": 1.0}, {"step": 1, "reward": "Infinity", "kl": None}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "re')
     (run / "summary.json").write_text(json.dumps({"steps": 1, "eval_after": {"reward": 2.0}}))

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from runs.pages import Page
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
+from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state, tables
 from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
-from tokenrl.runs.metrics import TrackerArguments, read_metrics
-from tokenrl.runs.reader import Outcome
+from tokenrl.runs.metrics import TrackerArguments, read_metrics, write_completions
+from tokenrl.runs.reader import Outcome, read_run
+from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings
 from tokenrl.runs.session import Session
 
@@ -553,30 +554,77 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     assert names == ["step_000003", "step_000006", "step_000007"]
 
 
-def test_a_run_whose_metrics_have_lost_rows_goes_back_to_the_checkpoint_that_they_reach(tmp_path):
-    """A disk may lose rows that were not synced."""
+DAMAGES = {
+    "a changed digit": lambda text: text.replace(b"0.0", b"9.0").replace(b"1.0", b"9.0"),
+    "a damaged byte": lambda text: text[:70] + b"\xff" + text[71:],
+    "the last rows lost": lambda text: text[: len(text) // 2],
+    "all rows lost": lambda text: b"",
+    "a row twice": lambda text: text[: text.index(b"\n") + 1] + text,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("log", ["metrics.jsonl", "timings.jsonl"])
+def test_a_run_whose_log_was_changed_goes_on_with_the_rows_that_it_wrote(
+    tmp_path, log, damage, capsys
+):
     whole, run = tmp_path / "whole", tmp_path / "run"
     live(whole, max_steps=7)
-    live(run)
-    metrics = run / "metrics.jsonl"
-    rows = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(rows[:-1]))
-    newest = str(run / "checkpoints" / "step_000005")
-    with pytest.raises(
-        Refused, match=r"step_000005 cannot be continued: rows .* only the first 5 are"
-    ):
-        live(run, resume=newest, max_steps=7)
-    live(run, resume="auto", max_steps=7)
+    with pytest.raises(Killed):
+        live(run, at(6, Killed()), max_steps=7)
+    written = (run / log).read_bytes()
+    (run / log).write_bytes(DAMAGES[damage](written))
+    recorded = read_run(run)
+    live(run, resume="auto", max_steps=7, quiet=False)
+    words = f"{log} is not as the run wrote it: rows up to step 4 were changed or lost"
+    assert words in " ".join("".join(capsys.readouterr()).split())
     assert same(whole, run) and len(lines(run, "timings.jsonl")) == 7
-    metrics.write_text("")
-    before = bytes_of(run)
-    with pytest.raises(Refused, match="only the first 0 are"):
-        live(run, resume="auto", max_steps=9)
-    assert bytes_of(run) == before
+    assert recorded.metrics[:5] == read_metrics(whole / "metrics.jsonl")[:5]
+    assert [row["seconds"] for row in recorded.timings[:4]] == [1.0] * 4
+    assert recorded.fault.startswith(words) == (log == "metrics.jsonl")
+
+
+def test_a_report_names_the_log_that_was_changed_and_shows_the_rows_behind_the_checkpoint(tmp_path):
+    with pytest.raises(Killed):
+        live(tmp_path, at(4, Killed()))
+    metrics = tmp_path / "metrics.jsonl"
+    written = read_metrics(metrics)
+    metrics.write_text(metrics.read_text().replace('"eval_reward": 20', '"eval_reward": 90'))
+    assert read_run(tmp_path).metrics == written and written[-1]["step"] == 3
+    page = Page(report_from_directory(tmp_path).read_text("utf-8"))
+    words = "metrics.jsonl is not as the run wrote it: rows up to step 2 were changed or lost"
+    assert words in " ".join(page.text.split())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:40] + b"X" + data[41:], lambda data: data[:90]]
+)
+def test_a_table_of_completions_that_was_damaged_is_named_by_the_continuation(tmp_path, damage):
+    with pytest.raises(Killed):
+        live(tmp_path, at(4, Killed()))
+    for step in (1, 2, 3):
+        write_completions(tmp_path / "completions", step, [{"prompt": "2+3=", "completion": "5"}])
+    table = tmp_path / "completions" / "step_000002.parquet"
+    table.write_bytes(damage(table.read_bytes()))
+    live(tmp_path, resume="auto")
+    assert "step_000002.parquet is damaged" in summary_of(tmp_path)["warnings"][0]
+    assert [path.stem for path in tables(tmp_path / "completions")] == [
+        "step_000001",
+        "step_000002",
+    ]
+
+
+def test_a_log_that_goes_while_a_run_is_at_work_is_in_its_checkpoints(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    live(whole)
+    with pytest.raises(Killed):
+        live(run, lambda _: (run / "metrics.jsonl").unlink(True), before=at(5, Killed()))
+    live(run, resume="auto")
+    assert same(whole, run)
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """A power failure may lose what was not flushed: files, the folders they lie in, and rows of metrics."""
+    """A power failure may lose what was not flushed: files, and the folders they lie in."""
     flushed = set()
     parents = set()
     names = []
@@ -590,8 +638,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
         flushed.add(state(handle))
 
     def check(source, target):
-        logs = [tmp_path / "metrics.jsonl", tmp_path / "timings.jsonl"]
-        assert {state(path) for path in (source, *source.rglob("*"), *logs)} <= flushed
+        assert {state(path) for path in (source, *source.rglob("*"))} <= flushed
         rename(source, target)
         parents.update(map(state, (target.parent, target.parent.parent)))
         names.append(target.name)

@@ -1,7 +1,8 @@
 """Saves the state of a run in checkpoints, each of which is complete or absent, and restores it.
 
-A checkpoint is a folder such as checkpoints/step_000100: the model, which also loads by itself, and in
-trainer_state.pt everything else that a continuation needs. Importing this module imports no torch.
+A checkpoint is a folder such as checkpoints/step_000100: the model, which also loads by itself, the rows of
+metrics.jsonl and timings.jsonl up to its step, and in trainer_state.pt everything else that a continuation
+needs. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -145,11 +146,12 @@ class Saver:
         is_time = 0 < args.save_minutes <= minutes
         return is_step or is_time or self.best.until(None) == step
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, logs: Mapping[str, bytes | bytearray]) -> None:
         """Save the state after a step, unless it is saved already or this process does not save.
 
         Args:
             step: the step, of which everything has been done, and nothing yet of the next one.
+            logs: what metrics.jsonl and timings.jsonl hold up to this step, by name.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
@@ -161,6 +163,8 @@ class Saver:
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             self._model.write(partial)
+            for name, text in logs.items():
+                (partial / name).write_bytes(text)
             state = {name: part.state_dict() for name, part in self._parts.items()}
             try:
                 write_state(partial, {"step": step, **state})

@@ -21,11 +21,17 @@ from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.runs.files import flat, plain, replacing, writing
 from tokenrl.settings import Settings, check_choice
 
+LOGS = ("metrics.jsonl", "timings.jsonl")
+"""The files of a run to which each step appends a line."""
+
 
 class MetricsLog:
     """Appends one line per step to metrics.jsonl and to timings.jsonl, each written unbuffered.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
+
+    Attributes:
+        texts: what the run has written, by the name of the file; a checkpoint holds a copy of it.
     """
 
     def __init__(self, run: Path) -> None:
@@ -35,9 +41,12 @@ class MetricsLog:
             Stopped: a file cannot be written.
         """
         self._files: dict[Path, FileIO] = {}
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            with writing(run / name):
-                self._files[run / name] = (run / name).open("ab", buffering=0)
+        self.texts: dict[str, bytearray] = {}
+        for name in LOGS:
+            path = run / name
+            with writing(path):
+                self._files[path] = path.open("ab", buffering=0)
+                self.texts[name] = bytearray(path.read_bytes())
 
     def write(
         self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
@@ -55,20 +64,11 @@ class MetricsLog:
         for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
             if row is None:
                 continue
-            rest = line_of({"step": int(step), **row}).encode()
+            line = line_of({"step": int(step), **row}).encode()
+            self.texts[path.name] += line
             with writing(path):
-                while rest:  # a disk that is nearly full takes a part of it
-                    rest = rest[file.write(rest) :]
-
-    def sync(self) -> None:
-        """Flush both files to the disk, so that a checkpoint never has more steps than they have.
-
-        Raises:
-            Stopped: the disk is full.
-        """
-        for path, file in self._files.items():
-            with writing(path):
-                os.fsync(file.fileno())
+                while line:  # a disk that is nearly full takes a part of it
+                    line = line[file.write(line) :]
 
     def close(self) -> None:
         """Close both files."""
@@ -86,8 +86,14 @@ def line_of(row: Mapping[str, Any]) -> str:
     return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(
+    path: str | os.PathLike[str], *, skip_damaged: bool = False
+) -> list[dict[str, Any]]:
     """Read metrics.jsonl or timings.jsonl, one dict per line. A last line that a crash cut short is left out.
+
+    Args:
+        path: the file.
+        skip_damaged: leave out every line that is damaged.
 
     Raises:
         Refused: the file cannot be read, or a line before the last is damaged.
@@ -109,8 +115,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                     row[name] = float(value)
             rows.append({**row, "step": int(row["step"])})
         except Exception as error:  # a damaged line raises many kinds of errors
-            if number == len(lines):  # it has no newline: a crash cut it short
-                break
+            if skip_damaged or number == len(
+                lines
+            ):  # the last has no newline: a crash cut it short
+                continue
             fault = f"Line {number} of {path} is damaged ({describe(error)})"
             raise Refused(f"{fault}; remove it to read the others.") from error
     return rows
@@ -139,7 +147,7 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     path = folder / f"step_{step:06d}.parquet"
     with replacing(path) as partial:
         folder.mkdir(exist_ok=True)
-        parquet.write_table(table, partial)
+        parquet.write_table(table, partial, write_page_checksum=True)
     return path
 
 
@@ -153,7 +161,8 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as parquet
 
     try:
-        return list(parquet.read_table(path).to_pylist())
+        table = parquet.read_table(path, page_checksum_verification=True)
+        return list(table.to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
         raise Refused(
             f"{path} is damaged ({error}). Remove it, and the rest can be shown."

@@ -16,9 +16,10 @@ from tokenrl.runs.checkpoint import checkpoints, step_of, tables
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
-from tokenrl.runs.metrics import line_of, read_metrics
+from tokenrl.runs.metrics import LOGS, read_completions
 from tokenrl.runs.origin import versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
+from tokenrl.runs.reader import read_log
 from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
 
@@ -93,9 +94,8 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
 
     Args:
         run: the run directory.
-        resume: `auto` for the newest checkpoint that is whole and whose steps all have a row in
-            metrics.jsonl; the path of one of the run's checkpoints; or the run directory
-            itself, as `auto`.
+        resume: `auto` for the newest checkpoint that is whole; the path of one of the run's checkpoints; or
+            the run directory itself, as `auto`.
 
     Returns:
         The checkpoint, None where none has been saved yet, and for each newer one what is wrong with it.
@@ -105,7 +105,6 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     """
     folder = run / "checkpoints"
     target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
-    last_step = _last_step(run / "metrics.jsonl")
     if resume != "auto" and target != run.resolve():
         if target.parent != folder.resolve():
             allowed = (
@@ -113,28 +112,20 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
             )
             fault = f"resume was given as {resume!r}; {allowed}."
             raise Refused(f"{fault} A new run takes weights with --model.")
-        _check_checkpoint(Path(resume), last_step)
+        verify(Path(resume))
         return Path(resume), []
     faults: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            _check_checkpoint(path, last_step)
+            verify(path)
             return path, faults
         except Refused as fault:
             faults.append(str(fault))
-    if faults or (last_step > 0 and (run / "model").exists()):
+    if faults or (run / "model").exists():
         reason = " ".join(faults) or "It holds a model, but no checkpoint."
         mend = "To start it again, which replaces what it holds, give --overwrite and no --resume."
         raise Refused(f"The run in {run} cannot be continued. {reason} {mend}")
     return None, []
-
-
-def _check_checkpoint(path: Path, last_step: int) -> None:
-    """Refuse a checkpoint that is not whole, or whose steps reach beyond the last in metrics.jsonl."""
-    verify(path)
-    if step_of(path) > last_step:
-        rows = f"rows of metrics.jsonl were lost, and only the first {last_step + 1} are there"
-        raise Refused(f"The checkpoint {path} cannot be continued: {rows}.")
 
 
 @dataclass
@@ -157,6 +148,15 @@ class Claim:
         """Print from where the run continues, what is wrong with newer checkpoints, and what may be inexact."""
         for fault in self.faults:
             console.warn(f"skipped: {fault}")
+        run = checkpoint.parents[1]
+        faults = [read_log(run / name)[1] for name in LOGS]
+        for table in tables(run / "completions"):
+            try:
+                read_completions(table)
+            except Refused as fault:
+                faults.append(str(fault))
+        for text in filter(None, faults):
+            console.warn(text)
         console.note(f"The run continues after step {self.step}, from {checkpoint}")
         if causes := "; ".join(inexact):
             console.warn(f"The continuation may not be bit-exact: {causes}.")
@@ -218,31 +218,17 @@ def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, li
     return directory, faults, number, step_of(checkpoint) if checkpoint else 0
 
 
-def _last_step(metrics: Path) -> int:
-    """Return the last step up to which metrics.jsonl has a row for every step; -1 if it has none."""
-    last = -1
-    for row in read_metrics(metrics) if metrics.exists() else []:
-        if row["step"] != last + 1:
-            break
-        last += 1
-    return last
-
-
-def cut_back(run: Path, step: int) -> None:
-    """Remove what a run wrote after a step, which is made again.
+def cut_back(run: Path, checkpoint: Path) -> None:
+    """Remove what a run wrote after a checkpoint, which is made again.
 
     Raises:
-        Refused: timings.jsonl is damaged; nothing has been removed.
         Stopped: a file cannot be written or removed.
     """
-    lines = {}
-    for path in (run / "metrics.jsonl", run / "timings.jsonl"):
-        rows = read_metrics(path) if path.exists() else []
-        lines[path] = [line_of(row) for row in rows if row["step"] <= step]
+    step = step_of(checkpoint)
     with writing(run / "summary.json"):  # which may be a directory
         (run / "summary.json").unlink(missing_ok=True)
-    for path, texts in lines.items():
-        write_text(path, "".join(texts))
+    for name in LOGS:
+        write_text(run / name, (checkpoint / name).read_text("utf-8"))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)

@@ -196,8 +196,7 @@ class Session:
     def _restore(self, provenance: Provenance) -> None:
         """Restore the state of the checkpoint, and say from where and how exactly the run continues."""
         self.step = self._recorded = self.saver.restore(self._checkpoint)
-        rows = read_metrics(self.output_dir / "metrics.jsonl")
-        self.rows = [row for row in rows if row["step"] <= self.step]
+        self.rows = read_metrics(self._checkpoint / "metrics.jsonl")
         if not (self.ended or self.due(self.args.eval_every)):
             self.saver.best.forget(self.step)  # evaluated only because the run ended there
         self._claim.show(self.console, self._checkpoint, provenance.inexact)
@@ -214,7 +213,7 @@ class Session:
         if self.continues:
             self.console.warnings += self._warned.values()
             if self.main:
-                cut_back(self.output_dir, self.step)
+                cut_back(self.output_dir, self._checkpoint)
         self._progress = Progress(self.console, self.args.max_steps, self.step)
         if self.main:
             self._begin()
@@ -378,8 +377,7 @@ class Session:
     def save(self) -> None:
         """Save a checkpoint of the current step, unless only a part of it has been done."""
         if self._log is not None and self._recorded == self.step:
-            self._log.sync()  # a checkpoint must never know more steps than metrics.jsonl
-            self.saver.save(self.step)
+            self.saver.save(self.step, self._log.texts)
 
     def _failed(self, error: BaseException) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
