@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -218,8 +217,6 @@ def check_killed_runs_end_equal(
             signum = signal.SIGTERM if killed % 2 else signal.SIGKILL
             moments = [Moment(file, chance.randint(1, calls[file]), signum, rank)]
         again = [*argv, "--output-dir", str(run), "--resume", "auto"]
-        for copy in (nursery.folder / "cache").glob("warm-start-*-*"):
-            shutil.rmtree(copy)  # each run makes its own
         codes = [each["code"] for each in nursery.run_all(again, *moments, processes=processes)]
         killed += any(codes)
         assert {-9, -15, 143} & {*codes} or not any(codes), nursery.said

@@ -1,14 +1,15 @@
-"""The supervised stage before the first step: when it ends, what it leaves, its cache, and its refusals."""
+"""The supervised stage before the first step: when it ends, what it leaves, how it goes on, and its refusals."""
 
 import json
+import shutil
 import signal
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
-from rich.filesize import decimal
 from tiny_environments import Safe, chat_policy
-from tiny_models import PROMPTS, make_policy, make_task, quickly, weights
+from tiny_models import PROMPTS, make_policy, make_task, quickly, vowel_reward, weights
 
 import toy_tasks
 from tokenrl.core.estimator import Estimator
@@ -111,57 +112,13 @@ def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_f
     )
     policy = make_policy()
     policy.eos_ids = tuple(range(1, 90, 3))
-    always = run(lengths, model=policy).warm_started  # not what the cache holds of auto
+    always = run(lengths, model=policy).warm_started  # not what auto left in the folder
     assert always["updates"] == 4 and always["spread_before"] == skipped["spread_before"] > 0.5
     facts = run(
         lambda completions, **_: list(range(len(completions))), warm_start="auto"
     ).warm_started
     assert facts["updates"] == 4  # all are cut
     assert run(warm_start=False).warm_started == {}
-
-
-def test_the_cache_holds_each_warm_start_once(run, cache, tmp_path, capsys):
-    def entries(**options):
-        runs.append(run(output_dir=str(tmp_path / f"{len(runs)}"), **options))
-        return len(copies(cache))
-
-    runs = []
-    assert entries(learning_rate=1e-9) == 1
-    capsys.readouterr()
-    assert entries(learning_rate=1e-9) == 1
-    assert "The warm start of 4 updates comes from the cache" in capsys.readouterr().out
-    first, second = runs
-    assert second.warm_started == first.warm_started
-    assert torch.equal(weights(second.policy.model), weights(first.policy.model))
-    assert entries(learning_rate=1e-5, prompts_per_step=4) == 1  # it does not depend on these
-    assert entries(model=make_policy(seed=1)) == 2
-    assert entries(rows=ROWS[:1]) == 3
-
-
-def copies(cache):
-    return {path.name for path in cache.glob("warm-start-*") if path.is_dir()}
-
-
-def test_the_oldest_that_no_run_uses_are_removed_when_the_cache_is_full(
-    run, cache, tmp_path, capsys, monkeypatch
-):
-    def cached(seed, folder="run"):
-        run(model=make_policy(seed=seed), output_dir=str(tmp_path / folder))
-        return copies(cache)
-
-    (used,) = cached(0)
-    (other,) = cached(1) - {used}  # nothing is removed while there is room
-    size = sum(file.stat().st_size for file in cache.rglob("warm-start-*/**/*") if file.is_file())
-    words = f"the cache, {cache}, has {decimal(size)} of at most 8.0 GB; delete it to empty it"
-    assert words in capsys.readouterr().out
-    assert cached(0, "new") == {used, other}  # from now on the first is the newer one
-    monkeypatch.setattr(stage, "MOST_BYTES", 1.2 * size)
-    three = cached(2)
-    assert used in three and other not in three and len(three) == 1 + 1
-    monkeypatch.setattr(stage, "MOST_BYTES", 0)
-    with FileLock(cache / f"{used.rpartition('-')[0]}.lock"):  # as a run at work holds it
-        assert used in cached(3)
-    assert len(cached(4)) == 1
 
 
 def flip_last_bit(file):
@@ -186,14 +143,13 @@ def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused
 
 @pytest.mark.parametrize("half", quickly([False, True], {False}), ids=["float32", "bfloat16"])
 def test_a_warm_start_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
-    half, run, cache, tmp_path, monkeypatch
+    half, run, tmp_path, monkeypatch
 ):
-    """The same command continues one that was ended; a longer one continues a shorter one of the cache."""
+    """The same command continues one that was ended; a longer one continues a shorter one of its folder."""
     monkeypatch.setattr(forward, "LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half}, raising=False)
     whole = run(warm_start_steps=6, output_dir=str(tmp_path / "whole"))
     update, steps = SupervisedTraining.learn, []
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "another"))
     dtype = torch.bfloat16 if half else torch.float32
     assert whole.warm_started["loss_after"] < whole.warm_started["loss_before"]
 
@@ -209,13 +165,13 @@ def test_a_warm_start_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
     match = "SIGTERM in the warm start, of which 4 updates are saved.*--output-dir .*run continues"
     with pytest.raises(Interrupted, match=match) as raised:
         run(warm_start_steps=6)
-    assert raised.value.exit_code == 143 and not copies(tmp_path / "another")
+    assert raised.value.exit_code == 143
     ended = run(warm_start_steps=6, overwrite=False)
     assert steps == list(range(6)) and ended.warm_started == whole.warm_started
     for name in ("warm_start/metrics.jsonl", "metrics.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert torch.equal(weights(ended.policy.model), weights(whole.policy.model))
-    longer = run(warm_start_steps=8, output_dir=str(tmp_path / "longer"))
+    longer = run(warm_start_steps=8)
     assert steps == list(range(8)) and longer.warm_started["updates"] == 8
     shorter = run(warm_start_steps=4).warm_started
     assert steps == [*range(8), *range(4)]
@@ -243,13 +199,74 @@ def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_n
         run()
 
 
-def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
+HARMS = {
+    "gone": shutil.rmtree,
+    "weights": lambda folder: flip_last_bit(folder / "model" / "model.safetensors"),
+    "summary": lambda folder: (folder / "summary.json").write_text("{"),
+    "config": lambda folder: (folder / "config.json").unlink(),
+    "checkpoints": lambda folder: shutil.rmtree(folder / "checkpoints"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("kind", [{}, {"lora_r": 2}, {"estimator": Estimator(beta=0.1)}], ids=str)
+def test_a_training_that_has_begun_goes_on_whatever_becomes_of_its_warm_start(
+    run, kind, harm, tmp_path
+):
+    """What lies below an adapter or is the reference is made again; else the checkpoint holds all weights."""
+    folder = tmp_path / "run" / "warm_start"
+    usual = {"max_steps": 3, "learning_rate": 0.01, "reward": vowel_reward, "save_every": 1, **kind}
+    whole = run(**usual, output_dir=str(tmp_path / "whole"))
+    run(**usual, callback=lambda step, _: step == 1)
+    HARMS[harm](folder)
+    ended = run(**usual, overwrite=False, resume="auto")
+    assert ended.steps == 3 and ended.warm_started == whole.warm_started
+    assert torch.equal(weights(ended.policy.model), weights(whole.policy.model))
+    assert torch.equal(
+        weights(load_policy(tmp_path / "run").model), weights(load_policy(tmp_path / "whole").model)
+    )
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["warm_started"] == whole.warm_started
+    needed = bool(kind) and harm in ("gone", "weights")
+    assert (folder / "model" / "model.safetensors").exists() == (needed or harm != "gone")
+
+
+def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
+    run, tmp_path, monkeypatch
+):
+    policy = chat_policy()
+    clock = "{{ strftime_now('%d %b %Y, %H') if strftime_now is defined }} "
+    policy.tokenizer.chat_template = clock + policy.tokenizer.chat_template
+    save_policy(policy, tmp_path / "chat")
+    rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
+    options = {"model": str(tmp_path / "chat"), "rows": rows, "prompts": [rows[0]["prompt"]]}
+    options |= {"max_completion_length": 4, "resume": "auto", "overwrite": False}
+    update, steps = SupervisedTraining.learn, []
+
+    def counted(training):
+        steps.append(training.step)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return update(training)
+
+    monkeypatch.setattr(SupervisedTraining, "learn", counted)
+    with pytest.raises(Interrupted):
+        run(**options)
+    time = json.loads((tmp_path / "run" / "warm_start" / "config.json").read_text())["chat_time"]
+    clock = SimpleNamespace(
+        now=lambda: datetime(2031, 5, 6, 7), fromisoformat=datetime.fromisoformat
+    )
+    monkeypatch.setattr("tokenrl.language.policy.prompts.datetime", clock)
+    assert run(**options).warm_started["updates"] == 4 and steps == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["chat_time"] == time
+
+
+def test_a_check_makes_a_few_updates_and_takes_them_back(run, tmp_path, capsys):
     policy = make_policy()
     before, task = weights(policy.model).clone(), {"check": True, "prompts_per_step": 2}
     result = run(model=policy, **task)
-    assert (
-        result.exit_code == 0 and torch.equal(weights(policy.model), before) and not copies(cache)
-    )
+    assert result.exit_code == 0 and torch.equal(weights(policy.model), before)
+    assert not (tmp_path / "run").exists()
     output = " ".join(capsys.readouterr().out.split())
     assert "a warm start of 4 updates of" in output and "in all" in output
     run()
@@ -277,7 +294,7 @@ def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, tmp_path):
     assert len(trained.trainable_parameters()) > 3
 
 
-def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, cache):
+def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
     environments = Environments(Safe)
     losses = fit(
@@ -295,5 +312,7 @@ def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run
             return "done"
 
     Other.__name__ = Safe.__name__
+    config = tmp_path / "run" / "warm_start" / "config.json"
+    before = json.loads(config.read_text())["ingredients"]
     run(model=chat_policy(), environment=Other, **options)
-    assert len([path for path in cache.glob("warm-start-*") if path.is_dir()]) == 2
+    assert json.loads(config.read_text())["ingredients"] != before

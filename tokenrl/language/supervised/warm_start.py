@@ -2,26 +2,21 @@
 
 A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. A warm
 start is a supervised run of all weights, before an adapter is added, in the folder warm_start of the
-training's directory; the training begins with its model. A cache keeps copies of complete warm starts, each
-with the last checkpoint, so a longer warm start continues a shorter one. Its learning rate is constant after
-the warm-up, so the weights after an update do not depend on the number of updates.
+training's directory; the training begins with its model. Its learning rate is constant after the warm-up,
+so the weights after an update do not depend on the number of updates, and a longer warm start continues a
+shorter one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
-from rich.filesize import decimal
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused
@@ -35,7 +30,7 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.forward import Forward, choose_forward, choose_precision
 from tokenrl.language.rollout.sampling import sampling_of
 from tokenrl.language.supervised.arguments import SftArguments
-from tokenrl.language.supervised.base import cache_directory, cache_key, locked_in_cache
+from tokenrl.language.supervised.base import cache_key
 from tokenrl.language.supervised.defaults import default_rate, demonstrations, parameter_count
 from tokenrl.language.supervised.fit import SupervisedTraining, check_trainable
 from tokenrl.language.supervised.sft import train_supervised
@@ -44,15 +39,13 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.files import MANIFEST, atomic_directory, remove, trial_directory, verify
+from tokenrl.runs.files import remove, verify
 from tokenrl.runs.resume import Provenance, find_checkpoint
 from tokenrl.runs.session import Session
 from tokenrl.runs.signals import SIGNALS
 
 BATCH, WARMUP, SAVED = 16, 10, 50
 """Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
-MOST_BYTES = 8 * 10**9
-"""Bytes of the cache that warm starts may fill, but for the newest."""
 PROMPTS = 32
 """Training prompts on which the sampled reward is measured, before the warm start and after it."""
 ENOUGH = 0.5
@@ -134,36 +127,30 @@ class WarmStart:
         return replace(forward, scoring=replace(forward.scoring, share_prompt=False))
 
     @property
-    def result(self) -> Path | None:
-        """The folder that holds the complete warm start, in the training's directory or in the cache."""
-        return next(filter(self._is_complete, (self.folder, self._copy)), None)
-
-    @property
-    def _copy(self) -> Path:
-        """The folder in the cache that holds a copy of the complete warm start."""
-        return cache_directory() / f"warm-start-{self._key}-{self.args.warm_start_steps}"
+    def is_complete(self) -> bool:
+        """Whether the run directory holds this warm start and its undamaged model."""
+        with suppress(Refused, OSError, ValueError):
+            summary = json.loads((self.folder / "summary.json").read_bytes())
+            steps = summary["steps"] if summary["exit_reason"] == "finished" else None
+            is_whole = summary["exit_reason"] == "skipped" or steps == self.args.warm_start_steps
+            find_model(self.folder / "model")
+            return is_whole and read_config(self.folder).get("ingredients") == self._key
+        return False
 
     def run(self) -> None:
-        """Make the warm start in its run directory: all of it, the rest of it, or a copy from the cache.
+        """Make the warm start in its run directory, all of it or the rest of it, unless it is complete.
 
         Raises:
             Refused: a demonstration cannot be used, or the directory holds something else.
             Stopped: the loss became NaN or infinite, or a reward function failed.
             Interrupted: a signal ended the warm start, after it had been saved.
         """
-        if self._is_complete(self.folder):
+        if self.is_complete:
             return
-        with locked_in_cache(f"warm-start-{self._key}", self.console.warn):
-            if not self._can_continue():
-                self._replace_by_cached()
-            if not self._is_complete(self.folder):
-                self._train()
-                with atomic_directory(self._copy) as copy:
-                    _copy_run(self.folder, copy)
-                self.console.note(
-                    f"the cache, {cache_directory()}, has {decimal(_remove_oldest())} of at most "
-                    f"{decimal(MOST_BYTES)}; delete it to empty it"
-                )
+        if not self._can_continue():
+            RunDirectory(self.folder, overwrite=True).release()  # refuses what no run wrote
+            remove(self.folder)
+        self._train()
 
     def try_out(self) -> float:
         """Make three updates with a learning rate of 0; return the seconds of the third."""
@@ -175,16 +162,6 @@ class WarmStart:
         self.policy.model.zero_grad(set_to_none=True)
         return time.perf_counter() - times[2]
 
-    def _is_complete(self, folder: Path) -> bool:
-        """Return whether a run directory holds this warm start and its undamaged model."""
-        with suppress(Refused, OSError, ValueError):
-            summary = json.loads((folder / "summary.json").read_bytes())
-            steps = summary["steps"] if summary["exit_reason"] == "finished" else None
-            is_whole = summary["exit_reason"] == "skipped" or steps == self.args.warm_start_steps
-            find_model(folder / "model")
-            return is_whole and read_config(folder).get("ingredients") == self._key
-        return False
-
     def _can_continue(self) -> bool:
         """Return whether the run directory holds a checkpoint of this warm start or of a shorter one."""
         with suppress(Refused):  # there is none, or it is damaged
@@ -192,28 +169,6 @@ class WarmStart:
             is_short = path is not None and step_of(path) <= self.args.warm_start_steps
             return is_short and read_config(self.folder).get("ingredients") == self._key
         return False
-
-    def _replace_by_cached(self) -> None:
-        """Put the longest copy in the cache that is short enough in place of what the run directory holds."""
-        RunDirectory(self.folder, overwrite=True).release()  # refuses what no run wrote
-        remove(self.folder)
-        copies = cache_directory().glob(f"warm-start-{self._key}-*")
-        short = [copy for copy in copies if _updates_in_name(copy) <= self.args.warm_start_steps]
-        if not short:
-            return
-        copy = max(short, key=_updates_in_name)
-        try:
-            verify(copy)
-        except Refused as error:
-            self.console.warn(f"the warm start in the cache is damaged. {error}")
-            return
-        with trial_directory(self.folder) as partial:
-            _copy_run(copy, partial)
-            os.rename(partial, self.folder)
-        os.utime(copy)  # the newest now, as it is used
-        self.console.note(
-            f"The warm start of {_updates_in_name(copy)} updates comes from the cache, {copy}."
-        )
 
     def _training(self, rate: float) -> SupervisedTraining:
         return SupervisedTraining(
@@ -241,6 +196,7 @@ class WarmStart:
             learning_rate=self._rate,
             eval_every=0,
             seed=args.seed,
+            chat_time=self.policy.form.chat_time,
             save_minutes=args.save_minutes,
             save_every=SAVED,
             keep_checkpoints=1,
@@ -311,23 +267,58 @@ class WarmStart:
         return metrics
 
 
-def start_from(policy: Policy, folder: Path) -> dict[str, Any]:
-    """Give a policy the weights of a complete warm start.
+def is_needed(args: Any) -> bool:
+    """Return whether a training reads the weights of its warm start also once it has begun.
 
-    Args:
-        policy: the policy from which the warm start began.
-        folder: the run directory of the warm start.
+    They lie below an adapter, and are the reference of a KL without a teacher.
+    """
+    is_reference = args.estimator.needs_reference and args.teacher is None
+    return bool(args.lora_r) or is_reference
 
-    Returns:
-        The facts for config.json and summary.json: `updates`, the loss before and after in nats per token,
-        the mean sampled reward on training prompts and the share of groups with unequal rewards before and
-        after, and a sentence, `in_words`.
+
+def is_missing(args: Any, folder: Path) -> bool:
+    """Return whether a training that has begun needs a warm start that is damaged or gone."""
+    with suppress(Refused):
+        verify(folder / "model")
+        return False
+    return is_needed(args)
+
+
+def folder_of(run: str) -> Path:
+    """Return the run directory of the warm start of a training, from that of the training."""
+    return Path(run).absolute() / "warm_start"
+
+
+def time_of(run: str) -> str | None:
+    """Return the time that the chat template reads in the warm start that a training began; None without it."""
+    with suppress(Refused):
+        return read_config(folder_of(run) / "config.json").get("chat_time")
+    return None
+
+
+def start_from(policy: Policy, folder: Path) -> None:
+    """Give the policy from which a warm start began the weights with which it ended.
 
     Raises:
         Refused: the weights cannot be read.
     """
     read_weights(policy.model, folder / "model")
     setattr(policy.model, "name_or_path", str(folder / "model"))  # noqa: B010  # an adapter names its base
+
+
+def facts_of(folder: Path, *, continues: bool) -> dict[str, Any]:
+    """Return the facts of a complete warm start for config.json and summary.json.
+
+    Args:
+        folder: its run directory, in that of the training.
+        continues: whether the training continues, so that its config.json has them.
+
+    Returns:
+        `updates`, the loss before and after in nats per token, the mean sampled reward on training prompts
+        and the share of groups with unequal rewards before and after, and a sentence, `in_words`.
+    """
+    if continues:
+        return dict(read_config(folder.parent).get("warm_started", {}))
     summary = json.loads((folder / "summary.json").read_bytes())
     facts: dict[str, Any] = {"updates": summary["steps"]}
     for moment in ("before", "after"):
@@ -338,40 +329,3 @@ def start_from(policy: Policy, folder: Path) -> dict[str, Any]:
     sentence = LEARNT if summary["steps"] else SKIPPED
     numbers = {name: math.nan if value is None else value for name, value in facts.items()}
     return facts | {"in_words": sentence.format_map(numbers)}
-
-
-def _updates_in_name(folder: Path) -> int:
-    """Return the number of updates at the end of the name of a folder in the cache."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def _copy_run(source: Path, target: Path) -> None:
-    """Copy a run directory into an empty folder; files are linked where the disk allows it."""
-    ignored = shutil.ignore_patterns(".lock")
-    shutil.copytree(source, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
-    (target / MANIFEST).unlink(missing_ok=True)  # a continuation changes the files
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _remove_oldest() -> int:
-    """Remove the oldest copies from the cache until they fill at most `MOST_BYTES`; return what they fill then.
-
-    The newest stays, and so does a warm start at which a run is at work.
-    """
-    total = 0
-    folders = [folder for folder in cache_directory().glob("warm-start-*") if folder.is_dir()]
-    for number, folder in enumerate(sorted(folders, key=os.path.getmtime, reverse=True)):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if number and total + size > MOST_BYTES:
-            lock = folder.with_name(f"{folder.name.rpartition('-')[0]}.lock")
-            with suppress(Timeout), FileLock(lock, timeout=0):
-                shutil.rmtree(folder)
-                continue
-        total += size
-    return total

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, own_process, with_places
@@ -16,13 +16,13 @@ from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card
+from tokenrl.language.policy.saving import Card, fingerprint
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
+from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt
-from tokenrl.language.supervised.warm_start import WarmStart, start_from
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -39,17 +39,13 @@ from tokenrl.language.training.run import (
     task_of,
     warnings_of,
 )
-from tokenrl.language.training.settings import (
-    fill_defaults,
-    sizes_of_steps,
-    usual_rate,
-)
+from tokenrl.language.training.settings import fill_defaults, sizes_of_steps, usual_rate
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
-from tokenrl.runs.processes import all_reduce_max, make_accelerator
+from tokenrl.runs.processes import all_reduce_max, gather_objects, make_accelerator
 from tokenrl.runs.resume import (
     Claim,
     Provenance,
@@ -112,7 +108,10 @@ def train(
     task, rewards = together(accelerator, partial(task_of, choices, accelerator))
     claimed = claim("train", choices, accelerator)
     with closing(claimed):
-        if choices.warm_start and not (choices.check or claimed.step):
+        if choices.warm_start and not choices.check:
+            if choices.resume and choices.chat_time is None:
+                times = gather_objects([warm_start.time_of(claimed.directory)])
+                choices = replace(choices, chat_time=times[0])
             _make_warm_start(choices, task, rewards, accelerator, claimed)
         return _train(choices, task, rewards, accelerator, claimed, callback)
 
@@ -160,7 +159,11 @@ def _train(
 def _make_warm_start(
     choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
 ) -> None:
-    """Make the warm start in the main process, as a supervised run in a folder of the run directory."""
+    """Make the warm start in the main process, as a supervised run in a folder of the run directory.
+
+    A training that continues from a checkpoint makes it again if it needs one that is damaged or gone.
+    """
+    folder = warm_start.folder_of(claimed.directory)
 
     def make() -> None:
         if not is_main(accelerator):
@@ -168,21 +171,19 @@ def _make_warm_start(
         console = Console(quiet=choices.quiet)
         with console.status("loading the model"):
             policy, _ = load_models(choices, task, console.note)
-            policy = replace(policy, reference=None)
+            copied = copy.deepcopy(policy.model)  # a model given from Python stays the base
+            policy = replace(policy, model=copied, reference=None)
         args, _ = fill_defaults(choices, task, policy)
+        if claimed.step and not warm_start.is_missing(args, folder):
+            return
         with using_threads(choose_threads(policy.size, args.threads)[0]):
-            folder = _warm_start_folder(claimed.directory)
-            WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
+            warm_start.WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
 
     try:
         together(accelerator, make)
     except USER_CODE_FAILED as error:
         refuse_before_steps(error, accelerator)
         raise
-
-
-def _warm_start_folder(directory: str | Path) -> Path:
-    return Path(directory).absolute() / "warm_start"
 
 
 def _prepare(
@@ -199,21 +200,25 @@ def _prepare(
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy, teacher))
-        folder = _warm_start_folder(session.directory)
+        folder = warm_start.folder_of(session.directory)
         if args.warm_start and args.check:
             with using_threads(choose_threads(policy.size, args.threads)[0]):
-                stage = WarmStart(policy, task, rewards, args, console, accelerator, folder)
-                folder = stage.result or folder
-                warm_seconds = 0.0 if stage.result else stage.try_out()
+                stage = warm_start.WarmStart(
+                    policy, task, rewards, args, console, accelerator, folder
+                )
+                warm_seconds = 0.0 if stage.is_complete else stage.try_out()
             del stage  # and its copy of the weights
-        # Where the folder is on another machine, the main process sends its weights.
-        if args.warm_start and folder.exists():
-            warmed = start_from(policy, folder)
-            console.note(f"warm start: {warmed['in_words']}.")
-        adapt(args, policy)
-    provenance = provenance_of(
-        policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
-    )
+    rows = {"train": task.train_prompts, "eval": task.eval_prompts}
+    provenance = provenance_of(policy, rows, accelerator)
+    # Where the folder is on another machine, the main process sends its weights.
+    if args.warm_start and (session.continues or folder.exists()):
+        warmed = warm_start.facts_of(folder, continues=session.continues)
+        console.note(f"warm start: {warmed.get('in_words')}.")
+        if warm_start.is_needed(args) or not session.continues:
+            warm_start.start_from(policy, folder)
+        if warm_start.is_needed(args):
+            provenance.fingerprints["warm start"] = fingerprint(policy.model)
+    adapt(args, policy)
     if teacher is not None:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
