@@ -7,10 +7,7 @@ command line prints only the message and exits with `exit_code`.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -185,32 +182,3 @@ def explain(error: BaseException) -> Stopped | None:
             f"of them again to continue the run. PyTorch said: {describe(error)}"
         )
     return None
-
-
-@contextlib.contextmanager
-def own_process() -> Iterator[None]:
-    """End a process that user code forks in the block, where it would come out of the block (see `leave`)."""
-    owner = os.getpid()
-    try:
-        yield
-    finally:
-        leave(owner)
-
-
-def leave(owner: int) -> None:
-    """End this process at once if it is not the one with the id `owner`, but was forked by user code.
-
-    A helper that ends by `sys.exit`, by an error or by returning would otherwise do what only the owner may
-    do: go on training, report a failure, or remove files and locks. Its exit code is that of Python.
-    """
-    if os.getpid() == owner:
-        return
-    error = sys.exc_info()[1]
-    code = error.code if isinstance(error, SystemExit) else None
-    with contextlib.suppress(Exception):  # its output may be closed
-        if isinstance(code, str) or not isinstance(error, SystemExit | None):
-            traceback.print_exception(error)
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0)

@@ -16,7 +16,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, describe, own_process, suggest
+from tokenrl.errors import USER_CODE_FAILED, Refused, describe, suggest
+from tokenrl.user_code import user_code
 
 FILE_MODULE = "tokenrl_file_"
 
@@ -102,7 +103,7 @@ def import_source(source: str, whose: str) -> Any:
     # it cannot hide a package that tokenrl imports later.
     sys.path.insert(0, folder)
     try:
-        with own_process():
+        with user_code():
             return import_file(file) if file else importlib.import_module(source)
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 12_700,
+    "top": 13_100,
     "core": 20_700,
     "runs": 29_800,
     "control": 15_300,
@@ -44,13 +44,14 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_000, 181, 86_500, 280_200, 68_800, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 35, 46_700, 43
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_000, 182, 86_500, 280_200, 68_800, 7_500
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 36, 46_700, 44
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
 ORDER = [
     ["errors"],
+    ["user_code"],
     ["names"],
     ["foreign"],
     ["settings"],

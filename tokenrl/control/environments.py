@@ -28,6 +28,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, nearest, raised, suggest
 from tokenrl.names import import_source
 from tokenrl.settings import LARGEST, check_number
+from tokenrl.user_code import user_code
 
 WORLDS = "tokenrl.control.worlds"
 GRID = f"{WORLDS}:GridWorld"
@@ -199,7 +200,7 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
     limit = _horizon(spec, max_episode_steps)
     mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), user_code():
             warnings.simplefilter("ignore")
             vector = gymnasium.make_vec(
                 spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit
@@ -263,7 +264,11 @@ class Environments:
     ) -> None:
         """Make the copies, of at most `limit` steps an episode (see `make`), or take those of a `vector`."""
         self.vector = vector or make(env, num_envs, limit)
-        self.env = find(env).id
+        spec = find(env)
+        self.env = spec.id
+        # Those of gymnasium and tokenrl leave settings and processes alone, and a step should cost little.
+        is_library = str(spec.entry_point).startswith(("gymnasium.", "tokenrl."))
+        self._in_context = contextlib.nullcontext if is_library else user_code
         self.num_envs = num_envs
         self._observations: Any = self.vector.single_observation_space
         self._actions: Any = self.vector.single_action_space
@@ -308,9 +313,10 @@ class Environments:
 
     @contextlib.contextmanager
     def _failures(self, method: str) -> Iterator[None]:
-        """Report an error of the environment's own code by its name."""
+        """Run the environment's own code, and report an error of it by its name."""
         try:
-            yield
+            with self._in_context():
+                yield
         except USER_CODE_FAILED as error:
             text = f"The environment {self.env} failed in {method}(): {raised(error)}."
             raise Stopped(text) from error

@@ -22,7 +22,7 @@ from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import AgentRun, ControlResult, finish, header
 from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
-from tokenrl.errors import Refused, describe as describe_error, own_process
+from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.runs.console import conclude, duration
 from tokenrl.runs.findings import Finding, facts
@@ -32,6 +32,7 @@ from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import arguments
+from tokenrl.user_code import own_process
 
 NEW_EPISODES = (
     "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "

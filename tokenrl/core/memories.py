@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
+from tokenrl.user_code import user_code
 
 ROUNDING = 1e-6
 """How far a sum of rewards may be outside its range, because weights such as .1 have no exact binary form."""
@@ -42,11 +43,11 @@ class Memory(Protocol):
 
 
 def own_memory(baseline: Callable[[], Any]) -> Memory:
-    """Make the memory of a run from a user's class.
+    """Make the memory of a run from a user's class, and try its `read`.
 
     Raises:
-        Refused: The class lacks a method.
-        Stopped: It cannot be made without arguments.
+        Refused: The class lacks a method, or `read` returns no finite numbers.
+        Stopped: It cannot be made without arguments, or `read` raised an error.
     """
     name = getattr(baseline, "__name__", "")
     with failures_of_baseline(name):
@@ -56,6 +57,7 @@ def own_memory(baseline: Callable[[], Any]) -> Memory:
         raise Refused(
             f"The baseline {name!r} has no {' and no '.join(missing)}, which checkpoints need."
         )
+    read(memory, torch.zeros(2, dtype=torch.int64))
     return memory
 
 
@@ -67,7 +69,8 @@ def failures_of_baseline(name: str) -> Iterator[None]:
         Stopped: It raised one.
     """
     try:
-        yield
+        with user_code():
+            yield
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:

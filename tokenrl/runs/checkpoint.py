@@ -22,6 +22,7 @@ from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import STEP, remove_debris
 from tokenrl.runs.files import atomic_directory, remove, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
+from tokenrl.user_code import user_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +166,8 @@ class Saver:
             self._model.write(partial)
             for name, text in logs.items():
                 (partial / name).write_bytes(text)
-            state = {name: part.state_dict() for name, part in self._parts.items()}
+            with user_code():  # of a memory of the user's own
+                state = {name: part.state_dict() for name, part in self._parts.items()}
             try:
                 write_state(partial, {"step": step, **state})
                 _load(
@@ -205,7 +207,8 @@ class Saver:
             )
         for name, part in self._parts.items():
             try:
-                part.load_state_dict(state[name])
+                with user_code():
+                    part.load_state_dict(state[name])
             except Refused:
                 raise
             except Exception as error:
@@ -286,8 +289,9 @@ def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
     """
     for name, part in parts.items():
         try:
-            write_state(folder, {name: part.state_dict()})
-            part.load_state_dict(_load(folder)[name])
+            with user_code():
+                write_state(folder, {name: part.state_dict()})
+                part.load_state_dict(_load(folder)[name])
         except USER_CODE_FAILED as error:
             raise Refused(_not_plain(repr(name), error)) from error
 

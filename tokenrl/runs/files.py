@@ -19,7 +19,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, own_process, written
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe, written
+from tokenrl.user_code import own_process
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FORMLESS = " whose contents cannot be compared"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, explain, leave
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, explain
 from tokenrl.runs.checkpoint import Model, Resumable, Saver
 from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import remove_run_files
@@ -51,6 +51,7 @@ from tokenrl.runs.resume import (
     write_failure,
 )
 from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.user_code import leave, own_process
 
 _STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds")
 """The fields of a `Session` that a continuation goes on from, besides `ended` and the seconds."""
@@ -257,6 +258,7 @@ class Session:
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
+        leave(self._owner)  # an environment may have forked this process
         self.evaluation = dict(metrics)
         if self.step == 0:
             self.eval_before = dict(metrics)
@@ -273,7 +275,8 @@ class Session:
     def update(self) -> Iterator[None]:
         """Time the block, an update. Its seconds count as seconds of training; evaluations do not."""
         began = time.perf_counter()
-        yield
+        with own_process():
+            yield
         self.step_seconds = time.perf_counter() - began
         self.training_seconds += self.step_seconds
 

@@ -12,6 +12,7 @@ import pytest
 from tiny_models import quickly
 
 import tokenrl
+from tokenrl import Estimator
 from tokenrl.cli import main
 from tokenrl.errors import Stopped
 from tokenrl.runs.files import replacing
@@ -146,17 +147,51 @@ def test_a_forked_process_never_comes_out_of_a_block_of_its_owner(tmp_path, end,
     assert (tmp_path / "file").read_text() == "whole"
 
 
-@pytest.mark.parametrize(
-    ("where", "child"),
-    [("reward", "exit"), pytest.param("generate", "error", marks=pytest.mark.slow)],
-)
-def test_a_forked_helper_that_ends_changes_nothing(argv, where, child, monkeypatch):
+FORKS = [(where, child) for where in (*WHERE, "callback") for child in ("exit", "error", "returns")]
+QUICK_FORKS = {("reward", "exit"), ("memory", "returns"), ("callback", "returns")}
+
+
+@pytest.mark.parametrize("fork", quickly(FORKS, {*FORKS} - QUICK_FORKS), ids=" ".join)
+def test_a_forked_helper_that_ends_or_comes_back_changes_nothing(argv, fork, tmp_path, monkeypatch):
     """The child comes out of the user's code, and its parent trains on."""
-    weights = []
-    for of_run, folder in (("", "plain"), (where, "forked")):
-        for name, value in {"WHERE": of_run, "HOW": "fork", "CHILD": child}.items():
-            monkeypatch.setenv(name, value)
-        assert main([*argv, "--output-dir", folder, "--quiet"]) == 0
-        weights.append(Path(folder, "model/model.safetensors").read_bytes())
-        assert len(list(Path(folder, "checkpoints").iterdir())) == 2
-    assert weights[0] == weights[1]
+    where, child = fork
+    owner = os.getpid()
+    runs = []
+    for of_run, name in (("", "plain"), (where, "forked")):
+        for variable, value in {"WHERE": of_run, "HOW": "fork", "CHILD": child}.items():
+            monkeypatch.setenv(variable, value)
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("mine.py", "rows.jsonl"):
+            (folder / file).write_text((tmp_path / file).read_text())
+        monkeypatch.chdir(folder)
+        result = tokenrl.train(
+            **FORKING, model=argv[-1], output_dir=folder / "run", callback=forking
+        )
+        if os.getpid() != owner:
+            os._exit(7)  # it would go on with the tests
+        assert result.exit_code == 0 and len(list((folder / "run" / "checkpoints").iterdir())) == 2
+        lines = (folder / "run" / "timings.jsonl").read_text().splitlines()
+        files = ("model/model.safetensors", "metrics.jsonl")
+        runs.append([len(lines), *((folder / "run" / file).read_bytes() for file in files)])
+    assert runs[0] == runs[1] and runs[0][0] == 3
+
+
+FORKING = {
+    "task": "rows.jsonl",
+    "reward": ("mine.py:share", "mine.py:waiting", "mine.py:wordy"),
+    "estimator": Estimator(baseline="mine.py:Memory"),
+    "generator": "mine.py:engine",
+    **{"prompts_per_step": 2, "num_generations": 2, "max_steps": 3, "max_completion_length": 6},
+    **{"eval_size": 2, "eval_generations": 0, "save_every": 1, "cpu": True, "threads": 1},
+    "quiet": True,
+}
+
+
+def forking(step, _):
+    if os.environ["WHERE"] == "callback" and step == 2:
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+        elif os.environ["CHILD"] != "returns":
+            raise SystemExit if os.environ["CHILD"] == "exit" else ValueError("in the child")

@@ -14,6 +14,20 @@ def half(totals, group_size, mask, valid):
     return torch.full_like(totals, 0.5)
 def fails(totals, **rows):
     raise ValueError("no idea")
+class Memory:
+    def __init__(self):
+        open("made.txt", "a").write("made ")
+    def read(self, keys):
+        return torch.zeros(len(keys))
+    def update(self, keys, rewards):
+        pass
+    def state_dict(self):
+        return {}
+    def load_state_dict(self, state):
+        pass
+class Speechless(Memory):
+    def read(self, keys):
+        return None
 def engine(policy, rows_at_once):
     from tokenrl.language import TransformersGenerator
     open("engine.txt", "a").write(str(rows_at_once))
@@ -58,6 +72,13 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
     assert len({(tmp_path / name / "metrics.jsonl").read_text() for name in names}) == 1
 
 
+def test_a_memory_of_ones_own_is_made_once_per_run(train, tmp_path):
+    assert train("run", "--estimator.baseline", "mine.py:Memory") == 0
+    assert (tmp_path / "made.txt").read_text() == "made "
+    assert main([*AGENT.split(), "--estimator.baseline", "mine.py:Memory"]) == 0
+    assert (tmp_path / "made.txt").read_text() == "made made "
+
+
 def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
     for spec, words in (
         ("mine.py:halv", "Did you mean 'half'"),
@@ -65,6 +86,7 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
             "mine.py:fails",
             "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",
         ),
+        ("mine.py:Speechless", "must return a tensor of 2 finite numbers from read"),
         ("nowhere.py:half", "there is no file nowhere.py"),
         ("mine.py", "module:function or path/to/file.py:function"),
     ):

@@ -13,11 +13,10 @@ import copy
 import functools
 import inspect
 import numbers
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,11 +29,11 @@ from tokenrl.errors import (
     TokenrlError,
     code_line,
     describe,
-    own_process,
     suggest,
     written,
 )
 from tokenrl.settings import LARGEST_REWARD, shown
+from tokenrl.user_code import own_process, user_code
 
 Reward = Callable[..., Any]
 
@@ -54,9 +53,6 @@ RESERVED = {
 
 PLAIN = {str, int, float, bool, type(None)}
 """Types of values that cannot be changed in place."""
-TORCH_SETTINGS = (
-    "default_dtype default_device num_threads deterministic_debug_mode float32_matmul_precision"
-)
 
 
 class Attempt(NamedTuple):
@@ -134,7 +130,7 @@ def call_rewards(
     arguments = {**rows, "trainer_state": SimpleNamespace(**state)}
     attempts: dict[str, Attempt] = {}
     copies: dict[str, list[Any]] = {name: [] for name in named}
-    with restored_settings():
+    with user_code():
         for name, function in named.items():
             announce(f"Reward function {name}")
             shared = {
@@ -213,24 +209,6 @@ def _failure(
     return Stopped(
         f"{problem} It was called with {len(prompts)} completions of the prompts {names}."
     )
-
-
-@contextlib.contextmanager
-def restored_settings() -> Iterator[None]:
-    """Give settings of torch and numpy back as they were after code of a reward has run in the block."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        with np.errstate():
-            yield
-        return
-    before = {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()}
-    try:
-        with np.errstate(), torch.set_grad_enabled(torch.is_grad_enabled()):
-            yield
-    finally:
-        for name, value in before.items():
-            if getattr(torch, f"get_{name}")() != value:
-                getattr(torch, f"set_{name}")(value)
 
 
 def copied(value: Any) -> Any:

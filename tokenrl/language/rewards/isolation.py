@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Refused, TokenrlError, describe, own_process
-from tokenrl.language.rewards.calls import Attempt, Overdue, await_all, restored_settings
+from tokenrl.errors import Refused, TokenrlError, describe
+from tokenrl.language.rewards.calls import Attempt, Overdue, await_all
+from tokenrl.user_code import own_process, user_code
 
 
 class RandomStreams:
@@ -58,7 +59,7 @@ def call_all(
         Refused: a deadline is impossible here.
     """
     attempts = []
-    with restored_settings():
+    with user_code():
         for streams, call in calls:
             try:
                 with streams, own_process():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.rewards.calls import Reward, restored_settings
+from tokenrl.language.rewards.calls import Reward
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments
@@ -71,8 +71,7 @@ def load_reward(spec: Any) -> Reward:
             ) from error
     if ":" not in text:
         raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
-    with restored_settings():
-        function = import_attribute(text, "reward")
+    function = import_attribute(text, "reward")
     if not callable(function):
         raise Refused(f"reward '{text}' is a {type(function).__name__}, which cannot be called.")
     return function

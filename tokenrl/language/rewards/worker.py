@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
-from tokenrl.language.rewards.calls import CallResults, call_rewards, restored_settings
+from tokenrl.language.rewards.calls import CallResults, call_rewards
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
 from tokenrl.runs.signals import GracefulStop
+from tokenrl.user_code import user_code
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
@@ -161,7 +162,7 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
     GracefulStop(quiet=True, patient=True).__enter__()
     for file in files:
         # A function of a file that cannot be imported says so below.
-        with contextlib.suppress(*USER_CODE_FAILED), restored_settings():
+        with contextlib.suppress(*USER_CODE_FAILED), user_code():
             import_file(Path(file))
     with contextlib.suppress(*GONE):  # the training has ended
         try:

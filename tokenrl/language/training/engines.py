@@ -40,6 +40,7 @@ from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import shown
+from tokenrl.user_code import user_code
 
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
 METHODS = ("generate", "sync", "close")
@@ -104,7 +105,8 @@ def start_engine(
         Refused: the generator cannot be made, or lacks a method.
     """
     try:
-        engine = make(policy, rows_at_once)
+        with user_code():
+            engine = make(policy, rows_at_once)
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
@@ -187,7 +189,8 @@ class CheckedEngine:
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the engine."""
         try:
-            return getattr(self.engine, method)(*arguments)
+            with user_code():
+                return getattr(self.engine, method)(*arguments)
         except TokenrlError:
             raise
         except USER_CODE_FAILED as error:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, own_process, with_places
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.loading import device_for
@@ -59,6 +59,7 @@ from tokenrl.runs.resume import (
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.user_code import own_process, user_code
 
 Callback = Callable[[int, dict[str, float]], object]
 
@@ -150,7 +151,8 @@ def _train(
                 if reason := judge_step(run, session):
                     session.ended = reason
                 elif callback:
-                    is_last = callback(step, dict(metrics)) is True
+                    with user_code():
+                        is_last = callback(step, dict(metrics)) is True
                     if any(all_reduce_max(accelerator, [int(is_last)])):
                         session.ended = "callback"
             return _finish(run, session)

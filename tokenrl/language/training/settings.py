@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tokenrl.core.memories import read
 from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import (
@@ -208,8 +207,8 @@ def _try_out(args: TrainArguments) -> None:
     )
     inputs |= {"group_size": args.num_generations, "max_length": args.max_completion_length}
     inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1}
+    inputs["baseline_value"] = zeros[:, 0].double()
     try:
-        inputs["baseline_value"] = read(args.estimator.memory(), zeros[:, 0].long())
         args.estimator.advantages(zeros[:, 0], zeros + 1, **inputs)
     except Stopped as error:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error

@@ -1,0 +1,196 @@
+"""Calls code that a user wrote, such as rewards, so that the run stays what it is without it.
+
+The code may change settings of torch and numpy for itself; once the call has returned, the run has its own
+again. A process that the code forks ends where it would come out of the call. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from tokenrl.errors import Stopped
+
+# The older interface to precision comes before the newer one, and the general before the particular.
+SETTINGS = """get_float32_matmul_precision set_float32_matmul_precision
+backends.cudnn.allow_tf32
+backends.fp32_precision
+backends.cudnn.fp32_precision
+backends.mkldnn.fp32_precision
+backends.cuda.matmul.fp32_precision
+backends.cudnn.conv.fp32_precision
+backends.cudnn.rnn.fp32_precision
+backends.mkldnn.matmul.fp32_precision
+backends.mkldnn.conv.fp32_precision
+backends.mkldnn.rnn.fp32_precision
+backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+backends.cuda.matmul.allow_fp16_accumulation
+backends.cuda.flash_sdp_enabled backends.cuda.enable_flash_sdp
+backends.cuda.mem_efficient_sdp_enabled backends.cuda.enable_mem_efficient_sdp
+backends.cuda.math_sdp_enabled backends.cuda.enable_math_sdp
+backends.cuda.cudnn_sdp_enabled backends.cuda.enable_cudnn_sdp
+backends.cuda.fp16_bf16_reduction_math_sdp_allowed backends.cuda.allow_fp16_bf16_reduction_math_sdp
+backends.cuda.preferred_linalg_library backends.cuda.preferred_linalg_library
+backends.cuda.preferred_blas_library backends.cuda.preferred_blas_library
+_C._get_sdp_priority_order _C._set_sdp_priority_order
+backends.mha.get_fastpath_enabled backends.mha.set_fastpath_enabled
+backends.cudnn.enabled
+backends.cudnn.benchmark
+backends.cudnn.deterministic
+backends.mkldnn.enabled
+backends.mkldnn.deterministic
+backends.opt_einsum.enabled
+backends.opt_einsum.strategy
+backends.quantized.engine
+is_autocast_enabled set_autocast_enabled cpu
+is_autocast_enabled set_autocast_enabled cuda
+is_autocast_enabled set_autocast_enabled mps
+get_autocast_dtype set_autocast_dtype cpu
+get_autocast_dtype set_autocast_dtype cuda
+get_autocast_dtype set_autocast_dtype mps
+is_autocast_cache_enabled set_autocast_cache_enabled
+is_anomaly_enabled set_anomaly_enabled
+is_grad_enabled set_grad_enabled
+get_default_dtype set_default_dtype
+get_num_threads set_num_threads
+get_deterministic_debug_mode set_deterministic_debug_mode"""
+"""Settings of torch that decide numbers: the function that returns one and the function that sets it, with
+their argument, or an attribute. Releases of torch lack some."""
+
+
+class Setting(NamedTuple):
+    """A setting of torch: its name, and the functions that return and set it."""
+
+    name: str
+    read: Callable[[], Any]
+    set: Callable[[Any], Any]
+
+    @property
+    def value(self) -> Any:
+        """The value; None if torch refuses to tell, as where both interfaces to precision were used."""
+        try:
+            return self.read()
+        except RuntimeError:
+            return None
+
+
+_guards = list[Any]()
+"""Whatever ended an inference mode that user code had left on: torch goes back to it without them."""
+
+
+@contextlib.contextmanager
+def user_code() -> Iterator[None]:
+    """Give settings of torch and numpy back as they were after code of a user has run in the block.
+
+    A process that the code forks never comes out of the block.
+
+    Raises:
+        Stopped: a setting could not be given back.
+    """
+    settings = _settings()
+    before = [setting.value for setting in settings]
+    inference = _inference_mode()
+    errors = sys.modules["numpy"].errstate() if "numpy" in sys.modules else contextlib.nullcontext()
+    try:
+        with own_process(), errors:
+            yield
+    finally:
+        if [setting.value for setting in settings] != before or _inference_mode() != inference:
+            _restore(settings, before, inference)
+
+
+def _restore(settings: list[Setting], before: list[Any], inference: bool) -> None:
+    """Give all settings their values, one after the other, since one may decide others.
+
+    Raises:
+        Stopped: a setting is still another.
+    """
+    if _inference_mode() != inference:
+        _guards.append(sys.modules["torch"].inference_mode(inference))
+        _guards[-1].__enter__()
+    for setting, value in zip(settings, before, strict=True):
+        if value is not None and setting.value != value:
+            with contextlib.suppress(RuntimeError):
+                setting.set(value)
+    for setting, value in zip(settings, before, strict=True):
+        if value is not None and setting.value != value:
+            raise Stopped(
+                f"Code of this run's rewards, environments, baseline, engine or callback has changed "
+                f"{setting.name} of torch from {value} to {setting.value}, and left it so that it cannot be set "
+                "back. Let it change settings in a with statement."
+            )
+
+
+def _inference_mode() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_inference_mode_enabled()
+
+
+def _settings() -> list[Setting]:
+    """Return the settings of this release of torch; none before torch is imported."""
+    return _settings_of(sys.modules["torch"]) if "torch" in sys.modules else []
+
+
+@cache
+def _settings_of(torch: Any) -> list[Setting]:
+    def set_device(device: Any) -> None:
+        torch.set_default_device(
+            None if device.type == "cpu" else device
+        )  # without a mode it is fast
+
+    def flushes() -> bool:
+        return bool(torch.tensor([5e-324], dtype=torch.float64, device="cpu").mul(1).item() == 0)
+
+    settings = [
+        Setting("default_device", torch.get_default_device, set_device),
+        Setting("flush_denormal", flushes, torch.set_flush_denormal),
+    ]
+    for entry in SETTINGS.splitlines():
+        name, *setter = entry.split()
+        owner, _, attribute = name.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            if setter:
+                read = partial(attrgetter(name)(torch), *setter[1:])
+                write = partial(attrgetter(setter[0])(torch), *setter[1:])
+            else:
+                holder = attrgetter(owner)(torch)
+                read = partial(getattr, holder, attribute)
+                write = partial(setattr, holder, attribute)
+            settings.append(Setting(name, read, write))
+    return settings
+
+
+@contextlib.contextmanager
+def own_process() -> Iterator[None]:
+    """End a process that user code forks in the block, where it would come out of the block (see `leave`)."""
+    owner = os.getpid()
+    try:
+        yield
+    finally:
+        leave(owner)
+
+
+def leave(owner: int) -> None:
+    """End this process at once if it is not the one with the id `owner`, but was forked by user code.
+
+    A helper that ends by `sys.exit`, by an error or by returning would otherwise do what only the owner may
+    do: go on training, report a failure, or remove files and locks. Its exit code is that of Python.
+    """
+    if os.getpid() == owner:
+        return
+    error = sys.exc_info()[1]
+    code = error.code if isinstance(error, SystemExit) else None
+    with contextlib.suppress(Exception):  # its output may be closed
+        if isinstance(code, str) or not isinstance(error, SystemExit | None):
+            traceback.print_exception(error)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)
