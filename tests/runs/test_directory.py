@@ -132,9 +132,9 @@ def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path)
         (run / name).write_text(text)
     (run / "checkpoints" / "step_000009").symlink_to(outside / "checkpoints" / "step_000003")
     checkpoint = run / "checkpoints" / "step_000002"
-    checkpoint.mkdir()
+    (checkpoint / "logs").mkdir(parents=True)
     for log in ("metrics.jsonl", "timings.jsonl"):
-        (checkpoint / log).write_text('{"step": 0}\n')
+        (checkpoint / "logs" / log).write_text('{"step": 0}\n')
     before = tree(outside)
     cut_back(run, checkpoint)
     assert not any((run / "checkpoints" / name).exists() for name in ("step_000003", "step_000009"))

@@ -165,7 +165,9 @@ class Saver:
         with atomic_directory(path) as partial:
             self._model.write(partial)
             for name, text in logs.items():
-                (partial / name).write_bytes(text)
+                path = copy_of(name, partial)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(text)
             with user_code():  # of a memory of the user's own
                 state = {name: part.state_dict() for name, part in self._parts.items()}
             try:
@@ -259,6 +261,11 @@ def tables(folder: Path) -> list[Path]:
     return sorted(
         (f for f in folder.glob("step_*.parquet") if re.fullmatch(STEP, f.stem)), key=step_of
     )
+
+
+def copy_of(log: str, checkpoint: Path) -> Path:
+    """Return the copy of metrics.jsonl or timings.jsonl in a checkpoint, where no reader takes it for a run's."""
+    return checkpoint / "logs" / log
 
 
 def step_of(path: Path) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.checkpoint import checkpoints, step_of, tables
+from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.console import ending, evaluations
 from tokenrl.runs.files import is_whole
 from tokenrl.runs.metrics import read_completions, read_metrics
@@ -238,7 +238,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], str]:
     """
     text = path.read_bytes() if path.exists() else b""
     for checkpoint in reversed(checkpoints(path.parent / "checkpoints")):
-        copy = checkpoint / path.name
+        copy = copy_of(path.name, checkpoint)
         if not is_whole(copy, checkpoint):
             continue
         if text.startswith(copy.read_bytes()):

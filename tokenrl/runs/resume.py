@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Lost, Refused, Silent, Stopped, TokenrlError, describe, explain
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.checkpoint import checkpoints, step_of, tables
+from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
@@ -230,7 +230,7 @@ def cut_back(run: Path, checkpoint: Path) -> None:
     with writing(run / "summary.json"):  # which may be a directory
         (run / "summary.json").unlink(missing_ok=True)
     for name in LOGS:
-        write_text(run / name, (checkpoint / name).read_text("utf-8"))
+        write_text(run / name, copy_of(name, checkpoint).read_text("utf-8"))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)

@@ -29,7 +29,7 @@ from typing import Any
 
 from tokenrl.configuration import signatures
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of
 from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
@@ -197,7 +197,7 @@ class Session:
     def _restore(self, provenance: Provenance) -> None:
         """Restore the state of the checkpoint, and say from where and how exactly the run continues."""
         self.step = self._recorded = self.saver.restore(self._checkpoint)
-        self.rows = read_metrics(self._checkpoint / "metrics.jsonl")
+        self.rows = read_metrics(copy_of("metrics.jsonl", self._checkpoint))
         if not (self.ended or self.due(self.args.eval_every)):
             self.saver.best.forget(self.step)  # evaluated only because the run ended there
         self._claim.show(self.console, self._checkpoint, provenance.inexact)

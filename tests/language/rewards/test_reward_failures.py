@@ -28,7 +28,7 @@ LINES = ["line 1", "line 2", "line 8", "line 9"]
 
 
 def call(functions, weights=None):
-    return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, {}, step=3)
+    return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, {})
 
 
 def length(completions, **kwargs):
@@ -284,7 +284,7 @@ def test_a_function_that_fails_is_not_called_again(function, line, message):
     with pytest.raises(
         Stopped, match=rf"{function.__name__} raised Zero.*, line {line}\)\. {message}\.$"
     ):
-        Rewards(function)(PROMPTS, COMPLETIONS, IDS, {}, step=3, locations=LINES)
+        Rewards(function)(PROMPTS, COMPLETIONS, IDS, {}, locations=LINES)
     assert calls == [4]
 
 
@@ -295,7 +295,7 @@ def test_a_function_that_takes_a_chat_for_text_is_told_where_the_text_is():
     with pytest.raises(
         Stopped, match=r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"
     ):
-        Rewards(stripped)([[{"role": "user", "content": "Say a."}]], ["a"], [[1]], {}, step=1)
+        Rewards(stripped)([[{"role": "user", "content": "Say a."}]], ["a"], [[1]], {})
 
 
 def test_a_real_interrupt_passes_through():
@@ -349,6 +349,6 @@ def test_the_time_of_each_function_adds_up():
 
     rewards = Rewards([slow, waits, length])
     for _ in range(2):
-        rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
+        rewards(PROMPTS, COMPLETIONS, IDS, {})
     spent = rewards.seconds
     assert spent["slow"] > 0.04 and spent["waits"] > 0.04 and spent["length"] < 0.02

@@ -102,7 +102,7 @@ def test_length_is_measured_in_tokens_words_or_characters():
     assert Length(target=4)(completions=texts, completion_ids=ids) == [-0.5, -0.5, -0.75]
     assert Length(target=4, unit="characters")(completions=texts) == [0, -7 / 4, -1]
     assert Length(max=2, unit="words")(completions=texts) == [0, -2, 0]
-    result = Rewards(Length(max=1))(["p"] * 3, texts, ids, {}, step=0)  # ids reach it by name
+    result = Rewards(Length(max=1))(["p"] * 3, texts, ids, {})  # ids reach it by name
     assert result.total.tolist() == [-1, -5, 0]
     with pytest.raises(ValueError, match="needs completion_ids"):
         Length(max=1)(completions=texts)
@@ -130,4 +130,4 @@ def test_a_column_that_is_not_there_is_refused_before_the_first_step():
             Rewards(reward).check_columns(["prompt", "answer"])
     Rewards(ExactMatch()).check_columns(["prompt", "answer"])
     with pytest.raises(Stopped, match="exact_match raised KeyError: 'answer'"):
-        Rewards(ExactMatch())(["p"], ["c"], [[1]], {}, step=0)
+        Rewards(ExactMatch())(["p"], ["c"], [[1]], {})

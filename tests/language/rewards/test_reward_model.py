@@ -56,7 +56,7 @@ def test_a_reward_model_is_a_reward_named_after_its_folder(tmp_path):
     rewards = Rewards([str(tmp_path / "judge"), lambda **_: [0.0, 0.0]])
     assert rewards.names == ["judge", "reward"]
     rewards.check_columns([])
-    result = rewards(["a", "dog"], [" c", ""], [[6], []], {"answer": ["x", "y"]}, step=0)
+    result = rewards(["a", "dog"], [" c", ""], [[6], []], {"answer": ["x", "y"]})
     assert result.values[1, 0] == pytest.approx(
         alone(model, tokenizer("dog")["input_ids"]), abs=1e-5
     )
@@ -93,7 +93,7 @@ def test_chat_messages_go_through_the_models_own_template_once(tmp_path):
 
     save_model(tmp_path / "plain", "llama")
     with pytest.raises(Refused, match=r"tokenizer of 'plain' has no chat template"):
-        Rewards(str(tmp_path / "plain"))([prompt], ["world"], [[9]], {}, step=0)
+        Rewards(str(tmp_path / "plain"))([prompt], ["world"], [[9]], {})
 
 
 def test_folders_that_hold_no_reward_model_are_refused(tmp_path):

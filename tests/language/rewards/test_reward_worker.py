@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.model import RewardModel
@@ -107,7 +108,8 @@ def workplace(tmp_path, monkeypatch):
 
 def call(names, *, timeout=60.0, columns=None):
     rewards = Rewards([f"worked.py:{name}" for name in names], timeout=timeout)
-    return rewards(PROMPTS, COMPLETIONS, IDS, columns or {"level": [1, 2, 3, 4]}, step=7)
+    rewards.state = TrainerState(global_step=7)
+    return rewards(PROMPTS, COMPLETIONS, IDS, columns or {"level": [1, 2, 3, 4]})
 
 
 def test_a_call_gives_what_it_gives_without_a_deadline():
@@ -117,7 +119,7 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
     np.testing.assert_array_equal(there.values[:, :2], here.values)
     assert there.values[:, 2].tolist() == here.values[:, 0].tolist() == LENGTHS
     as_of_a_task = Rewards(load_reward("worked.py:length"), timeout=60.0)
-    assert as_of_a_task(PROMPTS, COMPLETIONS, IDS, {}, step=0).total.tolist() == LENGTHS
+    assert as_of_a_task(PROMPTS, COMPLETIONS, IDS, {}).total.tolist() == LENGTHS
     assert there.logged == here.logged == {"steps_done": 7}
     assert there.extra == here.extra == {"level": [1, 2, 3, 4]}
 
@@ -125,7 +127,7 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
 def test_one_process_serves_every_call_and_keeps_its_own_state():
     points = Points(0)
     rewards = Rewards(["worked.py:judge", points], timeout=60.0)
-    totals = [rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).values for _ in range(2)]
+    totals = [rewards(PROMPTS, COMPLETIONS, IDS, {}).values for _ in range(2)]
     # an object with a lock, made there by its name
     assert totals[0][0, 0] == totals[1][0, 0] != os.getpid()
     assert [values[0, 1] for values in totals] == [1, 2] and points.value == 0
@@ -141,7 +143,7 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     _, rewards = find_task(TaskArguments(task=task, reward=names, reward_timeout=1.0))
     message = r"^Reward function backtracks did not return within 1 s \(reward_timeout=1\)"
     with pytest.raises(Stopped, match=message):
-        rewards(PROMPTS, COMPLETIONS, IDS, {}, step=7)
+        rewards(PROMPTS, COMPLETIONS, IDS, {})
     wait_for(lambda: not any(map(running, started(tmp_path))))
 
 
@@ -234,10 +236,10 @@ class Here(RewardModel):
 
 def test_a_reward_model_stays_in_this_process():
     rewards = Rewards([Here(), "worked.py:length"], [1.0, 0.5], timeout=60.0)
-    result = rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
+    result = rewards(PROMPTS, COMPLETIONS, IDS, {})
     assert result.values.T.tolist() == [[os.getpid()] * 4, LENGTHS]
     assert result.total[1] == os.getpid() + 2.5
-    assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}, step=0).valid.all()
+    assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}).valid.all()
 
 
 class World:

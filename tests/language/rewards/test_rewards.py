@@ -16,6 +16,7 @@ import torch
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.commands.arguments import EvaluateArguments
+from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.library import Length, RegexFormat
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
@@ -29,9 +30,9 @@ IDS = [[1], [2, 3], [], [4]]
 def call(
     functions, columns=None, *, weights=None, prompts=PROMPTS, completions=COMPLETIONS, **options
 ):
-    return Rewards(functions, weights)(
-        prompts, completions, IDS, columns or {}, **{"step": 3} | options
-    )
+    rewards = Rewards(functions, weights)
+    rewards.state = TrainerState(global_step=3, max_steps=9)
+    return rewards(prompts, completions, IDS, columns or {}, **options)
 
 
 def length(completions, **kwargs):
@@ -63,7 +64,7 @@ def test_a_function_gets_by_keyword_what_it_names_and_everything_with_kwargs():
         return [len(ids) + step for ids, step in zip(completion_ids, level, strict=True)]
 
     columns = {"level": [10, 20, 30, 40], "prompt": PROMPTS, "completion": ["reference"] * 4}
-    result = call([only_completions, everything, some], columns, max_steps=9)
+    result = call([only_completions, everything, some], columns)
     assert result.values.tolist() == [[0, 1, 11], [0, 1, 22], [0, 1, 30], [0, 1, 41]]
     arguments = {"completion_ids", "trainer_state", "log_extra", "log_metric", "level"}
     assert set(seen) == {"prompts", "completions"} | arguments
@@ -83,7 +84,7 @@ def test_partials_lambdas_objects_and_methods_are_rewards():
     ]
     rewards = Rewards([*functions, lambda completions: [5] * 4])
     assert rewards.names == ["Judge", "__call__", "Judge_2", "reward", "reward_2"]
-    result = rewards(PROMPTS, COMPLETIONS, IDS, {"level": [0] * 4}, step=0)
+    result = rewards(PROMPTS, COMPLETIONS, IDS, {"level": [0] * 4})
     assert result.values[1].tolist() == [15, 15, 10, 4, 5]
 
 
@@ -110,7 +111,7 @@ def test_a_column_that_is_missing_is_refused_before_the_first_step():
     ):
         rewards.check_columns(["prompt", "answer"])
     with pytest.raises(Refused, match="exact has a parameter 'anwser'"):
-        rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
+        rewards(PROMPTS, COMPLETIONS, IDS, {})
     with pytest.raises(Refused, match=r"parameter 'prompt'"):  # TRL withholds the column too
         Rewards(lambda prompt: [0.0]).check_columns(["prompt"])
     with pytest.raises(Refused, match="cannot be passed by keyword"):
@@ -218,7 +219,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     assert inspect.iscoroutinefunction(load_reward("my_rewards:slow"))
     rewards = Rewards(["my_rewards:slow", f"{tmp_path}/my_rewards.py:judge", length])
     assert rewards.names == ["slow", "Judge", "length"]
-    assert rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).values[0].tolist() == [1, 2, 3]
+    assert rewards(PROMPTS, COMPLETIONS, IDS, {}).values[0].tolist() == [1, 2, 3]
     (tmp_path / "length").mkdir()  # a folder of that name is a model
     for spec, message in {
         "my_rewards:slaw": r"has no slaw.*Did you mean 'slow'.*judge",
@@ -379,7 +380,7 @@ def test_what_a_function_changes_in_place_reaches_nobody_else(tmp_path, chat, ti
     rewards = Rewards(specs, timeout=timeout, sources=specs)
     views = set()
     for _ in range(2):
-        for column in rewards(*data, step=2).extra.values():
+        for column in rewards(*data).extra.values():
             views.update(column)
     assert repr(data) == before
     (view,) = views

@@ -351,7 +351,7 @@ def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
     for weights, total in (([10], [0, 20.5]), ([1, 2], [0, 3])):
         rewards = Rewards([looks], weights, environments=environments)
         rewards.check_columns(["prompt"])
-        result = rewards(["p", "p"], ["a", "b"], [[1], [1]], columns, step=0)
+        result = rewards(["p", "p"], ["a", "b"], [[1], [1]], columns)
         assert rewards.names == ["looks", "environment"]
         assert result.total.tolist() == total and np.isnan(result.values[0, -1])
     assert Rewards([], environments=Environments(Tools)).names == ["Tools"]

@@ -318,7 +318,7 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
     policy, environments = guessing(), Environments(Guess)
     plain = played(policy, environments)
     rewards = Rewards([length], [2.0, 0.5], environments=environments)
-    rollout = reward_rows(policy, rewards, plain, step=1)
+    rollout = reward_rows(policy, rewards, plain)
     expected = 0.5 * plain.turn_rewards
     ends = torch.zeros_like(plain.mask)
     for i, turns in enumerate(plain.turns):
@@ -338,7 +338,7 @@ def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_na
     environments = Environments(Faulty, timeout=0.25)
     before = random.getstate()
     plain = played(policy, environments, [*PROMPTS] * 6 + PROMPTS[:1], num_generations=8)
-    rollout = reward_rows(policy, Rewards([], environments=environments), plain, step=1)
+    rollout = reward_rows(policy, Rewards([], environments=environments), plain)
     assert len(rollout) == len(rollout.messages) == 200 and random.getstate() == before
     faults = Faulty.faults
     assert min(faults.values()) > 0

@@ -51,7 +51,7 @@ def test_a_published_pair_of_rewards_works_without_change(timeout):
     ]
     rewards = Rewards([accuracy_reward, format_reward], [1.0, 0.5], timeout=timeout)
     rewards.check_columns(["prompt", "solution"])
-    result = rewards([QUESTION] * 5, texts, [[1]] * 5, {"solution": solution}, step=0)
+    result = rewards([QUESTION] * 5, texts, [[1]] * 5, {"solution": solution})
     accuracy = [None if value != value else value for value in result.values[:, 0].tolist()]
     assert accuracy == [1, 1, 0, 1, None] and result.values[:, 1].tolist() == [1, 0, 1, 0, 0]
     assert result.total.tolist() == [1.5, 1, 0.5, 1, 0] and result.valid.all()
@@ -79,7 +79,7 @@ def test_a_puzzle_is_a_task_with_its_own_score():
         "<answer>x</answer> 1",
     ]
     columns = {"entry": [row["entry"]] * 4, "answer": [row["answer"]] * 4}
-    scores = rewards([row["prompt"]] * 4, texts, [[1]] * 4, columns, step=0).total
+    scores = rewards([row["prompt"]] * 4, texts, [[1]] * 4, columns).total
     assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1
 
 

@@ -151,7 +151,7 @@ def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options)
                 if name not in taken[call]
                 else nullcontext()
             ):
-                rewards(["p"], ["c"], [[1]], {}, step=0)
+                rewards(["p"], ["c"], [[1]], {})
 
 
 def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
@@ -208,11 +208,11 @@ def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():
     assert seen[1] < 0.5 < max(seen[2:]) * 2 and len(set(seen)) == 4
     assert learner.args.estimator.beta == 0.5  # the run's settings keep the start
     other = make_learner(make_policy("gpt2", **settings), KL)
-    one_step(other)
+    one_step(other, step=2)
     other.estimator = replace(KL, beta=0.5 * (1 - 0.4))  # from a KL of 0, by the gain 2
     one_step(other, step=2)
     first = make_learner(make_policy("gpt2", **settings), KL, target_kl=0.3, kl_gain=2.0)
-    one_step(first)
+    one_step(first, step=2)
     one_step(first, step=2)
     assert apart(gradient(first.policy.model), gradient(other.policy.model)) < 1e-12
 

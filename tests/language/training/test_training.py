@@ -12,9 +12,12 @@ import pytest
 import torch
 from tiny_models import LETTERS, letter_task, letters, letters_trained
 
+import tokenrl
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import load_policy
+from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.checkpoint import read_state
 from tokenrl.runs.files import verify
 from tokenrl.runs.reader import read_run
@@ -216,6 +219,60 @@ def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp
     assert lines[0] == lines[1] and rows == lines[0][1:]
     with pytest.raises(Refused, match="callback was given as 5; it must be a function"):
         run(callback=5, overwrite=True)
+
+
+STEPS = []
+
+
+def scheduled(completions, trainer_state, **_):
+    """As under TRL: the reward grows from step to step."""
+    STEPS.append((trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch))
+    done = trainer_state.global_step / trainer_state.max_steps
+    return [done * text.count("a") for text in completions]
+
+
+def steps_read():
+    steps = list(dict.fromkeys(STEPS))
+    STEPS.clear()
+    return steps
+
+
+def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path, capsys):
+    """12 prompts, of which a step draws 4."""
+    thirds = [(0, 3, 0.0), (1, 3, 1 / 3), (2, 3, 2 / 3), (3, 3, 1.0)]
+    task = make_task(scheduled)
+    settings = {"eval_every": 1, "save_every": 1, "keep_checkpoints": 9, "eval_generations": 2}
+    steps_read()
+    for kind in ({"estimator": "remax"}, {"estimator": "dapo", "max_refills": 1}):
+        run(task, overwrite=True, stop_after_zero_spread=0, **settings, **kind)
+        read = steps_read()
+        assert [step[:2] for step in read] == [step[:2] for step in thirds]
+        assert read == thirds or "max_refills" in kind
+    run(task, overwrite=True, **settings, callback=lambda step, _: step == 2)
+    steps_read()
+    run(task, **settings, resume="auto")
+    assert steps_read() == thirds[2:]
+    folder = tmp_path / "run"
+    for model, step in (
+        (folder, 3),
+        (folder / "model", 3),
+        (folder / "checkpoints/step_000001", 1),
+    ):
+        tokenrl.evaluate(model=str(model), task=task, reward=scheduled, best_of=2)
+        assert steps_read() == [thirds[step]]
+    run(task, output_dir=tmp_path / "checked", check=True)
+    assert {step[1] for step in steps_read()} == {3}
+    outside = find_task(TaskArguments(task=task))[1]
+    outside(["p"], ["a"], [[1]], {})
+    assert steps_read() == [(0, 1, 0.0)]
+
+
+def test_rewards_read_the_length_of_a_training_in_its_warm_start(run):
+    rows = [{"prompt": prompt, "completion": "a"} for prompt in LETTERS]
+    task = make_task(scheduled, demonstrations=rows)
+    steps_read()
+    run(task, warm_start=True, warm_start_steps=2)
+    assert steps_read()[:2] == [(0, 3, 0.0), (1, 3, 1 / 3)]
 
 
 @pytest.mark.parametrize(

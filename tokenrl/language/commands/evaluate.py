@@ -24,6 +24,7 @@ from tokenrl.language.evaluation.evaluation import (
     over_prompts,
 )
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
+from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
@@ -34,9 +35,11 @@ from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
 from tokenrl.runs.console import measured
+from tokenrl.runs.directory import STEP
 from tokenrl.runs.files import check_place, plain, write_json
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import rich_console, rich_table, visible
+from tokenrl.runs.reader import read_run
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, field_types, lay
 
@@ -164,6 +167,18 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
     return filled
 
 
+def state_of(model: str) -> TrainerState:
+    """Return how far the run was that saved a model, for reward functions; as outside of a run without one."""
+    run = run_of(model)
+    if run is None:
+        return TrainerState()
+    name = Path(model).resolve().name
+    rows = read_run(run).metrics
+    step = int(name.removeprefix("step_")) if re.fullmatch(STEP, name) else len(rows) - 1
+    epoch = rows[step].get("epoch", 0.0)
+    return TrainerState(step, read_config(run).get("max_steps") or 1, epoch)
+
+
 def _check_named(
     args: Any, model: str, settings: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
@@ -204,6 +219,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args, may_lack_rewards=True)
+    rewards.state = state_of(model)
     length = args.max_completion_length
     # Made first: numbers out of range are refused before the model is loaded.
     sampling = Sampling(length or 256, generations, args.seed or 0, **distribution_of(args))
@@ -229,6 +245,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
             print(f"tokenrl: {visible(f'{model}: {failed}')}", file=sys.stderr)
         if args.best_of:
             gold = _own_rewards(args, rewards)
+            gold.state = rewards.state
             pool = replace(sampling, num_generations=args.best_of)
             best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
             evaluation = replace(evaluation, metrics=evaluation.metrics | best)

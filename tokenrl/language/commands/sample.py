@@ -12,7 +12,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import SampleArguments
-from tokenrl.language.commands.evaluate import as_in_runs
+from tokenrl.language.commands.evaluate import as_in_runs, state_of
 from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
 from tokenrl.language.rewards.rewards import Rewards
@@ -60,6 +60,8 @@ class Sampler:
             args = replace(args, chat=True)
         args, task, self.rewards = _task_of(args)
         self.environments = getattr(self.rewards, "environments", None)
+        if self.rewards is not None:
+            self.rewards.state = state_of(args.model)
         self.policy = load_placed(
             args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
         )
@@ -149,7 +151,7 @@ class Sampler:
             return [None] * len(rollout.mask)
         try:
             self.rewards.check_columns(row)
-            rows = reward_rows(self.policy, self.rewards, rollout, step=0)
+            rows = reward_rows(self.policy, self.rewards, rollout)
         except TokenrlError as error:
             if text in self.rows or not self._has_task:
                 raise

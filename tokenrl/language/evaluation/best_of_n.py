@@ -126,7 +126,7 @@ def best_of_n_metrics(
             last = at_last_action(batch.mask.cpu())
             of_environment = batch.by_function[:, -1:].nan_to_num()
             played = replace(batch, turn_rewards=of_environment * last)
-        gold_batch = reward_rows(policy, gold, played, step=sampling.step)
+        gold_batch = reward_rows(policy, gold, played)
         is_rewarded = (batch.valid & gold_batch.valid).view(-1, size)
         proxies = batch.rewards.view(-1, size)
         golds = gold_batch.rewards.view(-1, size)

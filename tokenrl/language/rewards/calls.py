@@ -17,8 +17,8 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,21 @@ RESERVED = {
 
 PLAIN = {str, int, float, bool, type(None)}
 """Types of values that cannot be changed in place."""
+
+
+@dataclass
+class TrainerState:
+    """How far a run is, for reward functions, under the names of transformers.
+
+    Attributes:
+        global_step: number of finished training steps.
+        max_steps: number of training steps of the whole run; 1 outside of a run.
+        epoch: passes over the training prompts so far (2.5 means half-way through the third).
+    """
+
+    global_step: int = 0
+    max_steps: int = 1
+    epoch: float = 0.0
 
 
 class Attempt(NamedTuple):
@@ -92,7 +107,7 @@ class CallResults(NamedTuple):
 def call_rewards(
     named: Mapping[str, Reward],
     rows: Mapping[str, list[Any]],
-    state: Mapping[str, Any],
+    state: TrainerState,
     locations: Sequence[str] = (),
     announce: Callable[[str], None] = lambda stage: None,
     objects: Mapping[str, Any] | None = None,
@@ -104,7 +119,7 @@ def call_rewards(
     Args:
         named: the functions by their distinct names.
         rows: arguments with one value per completion, "completions" among them.
-        state: the fields of `trainer_state`.
+        state: how far the run is.
         locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
         announce: called before every stage with the function that is waited for, so that the message of a
             missed deadline can name it.
@@ -127,7 +142,7 @@ def call_rewards(
         logged.setdefault(name, []).append(float(value))
 
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
-    arguments = {**rows, "trainer_state": SimpleNamespace(**state)}
+    arguments = {**rows, "trainer_state": state}
     attempts: dict[str, Attempt] = {}
     copies: dict[str, list[Any]] = {name: [] for name in named}
     with user_code():

@@ -29,6 +29,7 @@ import numpy as np
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import (
     CallResults,
+    TrainerState,
     accepted_arguments,
     call_rewards,
     row_in_words,
@@ -78,6 +79,7 @@ class Rewards:
         environments: what the policy plays episodes in; None for completions of one turn.
         environment_weight: the weight of the environments' own rewards; 0 if they give none.
         seconds: the time that each function has taken in all calls so far, by its name.
+        state: how far the run is, which every call passes on as `trainer_state`; the run sets it.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Rewards:
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         specs = list(functions) if several else [functions]
         self.environments = environments
+        self.state = TrainerState()
         if environments is not None and environments.rewarded and not unrewarded:
             if weights is not None and len(weights) == len(specs):
                 weights = [*weights, 1.0]
@@ -205,9 +208,6 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         *,
-        step: int,
-        max_steps: int = 0,
-        epoch: float = 0.0,
         all_may_abstain: bool = False,
         locations: Sequence[str] = (),
     ) -> RewardResult:
@@ -219,9 +219,6 @@ class Rewards:
                 `[{"role": "assistant", "content": text}]`.
             completion_ids: N lists of token ids.
             columns: the other columns of the data, N values each.
-            step: number of finished training steps, for `trainer_state.global_step`.
-            max_steps: for `trainer_state.max_steps`.
-            epoch: for `trainer_state.epoch`.
             all_may_abstain: do not stop if no row has a reward; for a part of a step, and for evaluations.
             locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
 
@@ -247,14 +244,13 @@ class Rewards:
                     completion = [{"role": "assistant", "content": completion}]
             rows["prompts"].append(prompt)
             rows["completions"].append(completion)
-        state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
         # Environments are no data: they are not copied, and stay in this process.
         objects: dict[str, Any] = {}
         if self.environments is not None and "environments" in rows:
             objects["environments"] = rows.pop("environments")
-        results = call_rewards(self._here, rows, state, locations, objects=objects)
+        results = call_rewards(self._here, rows, self.state, locations, objects=objects)
         if self._worker is not None:
-            results = CallResults(*map(or_, results, self._worker(rows, state, locations)))
+            results = CallResults(*map(or_, results, self._worker(rows, self.state, locations)))
         for name, spent in results.seconds.items():
             self.seconds[name] += spent
         values = np.stack([results.values[name] for name in self.names], axis=1)

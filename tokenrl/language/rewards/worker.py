@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
-from tokenrl.language.rewards.calls import CallResults, call_rewards
+from tokenrl.language.rewards.calls import CallResults, TrainerState, call_rewards
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
 from tokenrl.runs.signals import GracefulStop
@@ -63,7 +63,7 @@ class RewardWorker:
         self._process: Any = None
 
     def __call__(
-        self, rows: Mapping[str, list[Any]], state: Mapping[str, Any], locations: Sequence[str] = ()
+        self, rows: Mapping[str, list[Any]], state: TrainerState, locations: Sequence[str] = ()
     ) -> CallResults:
         """Do what `call_rewards` does, in the process and with a deadline for each function.
 
@@ -75,7 +75,7 @@ class RewardWorker:
             self._start()
         try:
             with contextlib.suppress(*GONE):  # `_answer` says how the process ended
-                self._pipe.send((dict(rows), dict(state), locations))
+                self._pipe.send((dict(rows), state, locations))
         except Exception as error:
             raise Stopped(
                 f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "

@@ -98,14 +98,13 @@ def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
     )
 
 
-def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any) -> Rollout:
+def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout) -> Rollout:
     """Call the reward functions on the completions of a rollout, and return it with their rewards.
 
     Args:
         policy: decodes the completions.
         rewards: the reward functions.
         rollout: N completions with the `data` of their prompts.
-        **state: what `Rewards` takes besides, such as the `step`.
     """
     data = rollout.data
     texts: list[Any] = texts_of(policy, rollout)
@@ -115,12 +114,12 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any
     columns = {name: [row.get(name) for row in data] for name in names if name != "prompt"}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
-    state |= {"all_may_abstain": True, "locations": locations_of(data)}
+    options: dict[str, Any] = {"all_may_abstain": True, "locations": locations_of(data)}
     if rollout.messages is not None:
         chats = zip(data, texts, rollout.messages, strict=True)
         texts = [text if isinstance(row["prompt"], str) else [*chat] for row, text, chat in chats]
         columns |= _episode_columns(rollout)
-    result = rewards([row["prompt"] for row in data], texts, ids, columns, **state)
+    result = rewards([row["prompt"] for row in data], texts, ids, columns, **options)
     total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
     logged = result.logged
     if rollout.messages is not None:
@@ -180,7 +179,7 @@ def sample_and_reward(
     Args:
         policy: the policy to sample from.
         prompts: rows with a `prompt`; their other columns are passed to the reward functions.
-        rewards: the reward functions, which can read `sampling.step`.
+        rewards: the reward functions.
         sampling: how to sample; 0 generations means the greedy completion.
         stream: the stream of random numbers, a name in `STREAMS`.
         generator: the engine that samples; None for the policy's own model.
@@ -207,7 +206,7 @@ def sample_and_reward(
         rollout = sample_rows(
             policy, generator, rows, sampling, stream, rewards.environments, tokens
         )
-        yield reward_rows(policy, rewards, rollout, step=sampling.step)
+        yield reward_rows(policy, rewards, rollout)
 
 
 def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import fingerprint, read_weights, tokenizer_fingerprint
+from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.forward import Forward, choose_forward, choose_precision
@@ -101,6 +102,7 @@ class WarmStart:
         policy.model.to(accelerator.device)
         self.policy = policy
         self.rewards = rewards
+        rewards.state = TrainerState(max_steps=args.max_steps)
         self.args = args
         self.console = console
         self.folder = folder

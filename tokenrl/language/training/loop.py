@@ -295,8 +295,8 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
 def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner = run.learner
-    stream = run.stream
-    record = training_step(learner, run.training_rewards, run.memory, step, stream.draw_prompts)
+    run.tell(step - 1)
+    record = training_step(learner, run.training_rewards, run.memory, step, run.stream.draw_prompts)
     metrics = record.metrics
     plain, least = sizes_of_steps(run.args)
     done: dict[str, float] = {
@@ -307,15 +307,14 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     }
     run.totals.update(done)
     metrics |= {
-        "epoch": stream.epoch,
+        "epoch": run.stream.epoch,
         "learning_rate": learner.schedule.get_last_lr()[0],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
     load_schedule(learner.schedule, step)
-    spent = record.timings
-    run.totals.update({name: spent[name] for name in spent if "seconds" in name})
+    run.totals.update({name: x for name, x in record.timings.items() if "seconds" in name})
     return record
 
 
@@ -327,6 +326,7 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     """
     count = run.args.eval_generations
     learner = run.learner
+    run.tell(step)
     began = time.perf_counter()
     evaluation = evaluate_policy(
         learner.forward.policy,

@@ -93,13 +93,9 @@ def sample(
 def collect_rows(
     learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling
 ) -> Rollout:
-    """Sample completions of a step and reward them.
-
-    Reward functions can read how many steps are done, and how many there will be.
-    """
+    """Sample completions of a step and reward them."""
     rows = sample(learner, prompts, sampling, rewards.environments)
-    state = {"step": sampling.step - 1, "max_steps": learner.args.max_steps}
-    return reward_rows(learner.policy, rewards, rows, **state)
+    return reward_rows(learner.policy, rewards, rows)
 
 
 def refill(

@@ -15,6 +15,7 @@ from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_line, special_texts
+from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import with_origins
@@ -105,6 +106,10 @@ class TrainingRun:
     means: list[list[float]] = field(default_factory=list)
     failures: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Let reward functions know the length of the run."""
+        self.tell(0)
+
     @property
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
@@ -129,6 +134,10 @@ class TrainingRun:
         if policy.reference is None or not (self.unrewarded and self.args.eval_generations):
             return None
         return replace(policy, model=policy.reference, reference=None)
+
+    def tell(self, step: int) -> None:
+        """Tell the reward functions how many steps have been made."""
+        self.rewards.state = TrainerState(step, self.args.max_steps, self.stream.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
