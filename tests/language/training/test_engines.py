@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from itertools import count
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ import pytest
 import torch
 from tiny_models import ENDS, PROMPTS, Engine, letter_task, letters_trained, make_policy
 
+from tokenrl import Estimator
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rollout.generator import Abilities, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import USUAL
+from tokenrl.language.rollout.scoring import USUAL, with_missing_fields
 from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.settings import check_shares
 
@@ -60,7 +62,11 @@ def sampled(
     )
     sampling = Sampling(LENGTH, generations, step=1, **options)
     ids = [policy.encode(prompt) for prompt in PROMPTS]
-    return engine.generate(ids, sampling, uniforms("training", sampling, range(4))), seen[0]
+    rollout = engine.generate(ids, sampling, uniforms("training", sampling, range(4)))
+    if generations:
+        scored = with_missing_fields(policy, rollout, USUAL, distribution=sampling, logprobs=True)
+        engine.check(scored, sampling)
+    return rollout, seen[0]
 
 
 def changed(name, change):
@@ -103,6 +109,22 @@ def without_ends(rollout):
     return dataclasses.replace(rollout, mask=rollout.mask & ~off)
 
 
+def cut_to_three(rollout):
+    """Completions that are cut after three of six tokens, told as if they had reached the limit."""
+    mask = rollout.mask & (torch.arange(rollout.mask.shape[1]) < 3)
+    return dataclasses.replace(
+        rollout, mask=mask, truncated=rollout.truncated | (rollout.mask.sum(1) > 3)
+    )
+
+
+def uniform(rollout):
+    """The sampled token has its probability, and all others share the rest."""
+    x = rollout.sampling_distribution
+    sampled = rollout.sampling_logprobs[..., None]
+    rest = torch.log1p(-sampled.exp()) - math.log(x.shape[2] - 1)
+    return rest.expand(x.shape).scatter(2, rollout.completion_ids[..., None], sampled)
+
+
 WRONG = {
     # what it is
     "None": (lambda r: None, "it is None"),
@@ -139,15 +161,10 @@ WRONG = {
     "positive": (changed("sampling_logprobs", torch.neg), "at most 0"),
     # other numbers than the policy's
     "zeros": (changed("sampling_logprobs", torch.zeros_like), "differ from the trainer's by"),
+    "of one row": (changed("sampling_logprobs", lambda x: x - 9 * (torch.arange(12) == 7)[:, None]), "row 7 of 12"),
+    "cut early": (cut_to_three, "is truncated although it has fewer than 6 tokens, first in row"),
 }  # fmt: skip
 WRONG_FILLED = {
-    "entropy nan": (set_at("entropy", NAN), "entropy must be finite numbers, at least 0"),
-    "entropy below 0": (changed("entropy", torch.neg), "entropy must be"),
-    "hidden nan": (set_at("hidden", NAN), "hidden must be finite numbers"),
-    "hidden of another model": (
-        changed("hidden", lambda x: x[..., :-1]),
-        "[N = 12, T = 6, H = 32]",
-    ),
     "a distribution of fewer tokens": (
         changed("sampling_distribution", lambda x: x[..., :-1]),
         "V = 96]",
@@ -157,11 +174,10 @@ WRONG_FILLED = {
         changed("sampling_distribution", lambda x: x.roll(1, 2)),
         "agree with",
     ),
-    "log-probabilities of another policy": (
-        changed("logprobs", lambda x: 1.3 * x),
-        "logprobs differ from",
+    "a uniform distribution beside the sampled tokens": (
+        lambda r: dataclasses.replace(r, sampling_distribution=uniform(r)),
+        "of the probability on other tokens than the trainer's",
     ),
-    "entropies in bits": (changed("entropy", lambda x: x / math.log(2)), "entropy differ from"),
 }
 
 
@@ -363,3 +379,126 @@ def test_what_is_no_engine_is_refused_before_the_first_step(tmp_path, make, word
     with pytest.raises(Refused) as caught:
         letters_trained(tmp_path, letter_task(ends), generator=make)
     assert words in str(caught.value)
+
+
+class Lying(TransformersGenerator):
+    """Fills every column as the default generator does, and lies from some call on."""
+
+    abilities = Abilities()
+    lie, calls, since = None, None, 0
+
+    def __init__(self, policy, _):
+        super().__init__(policy)
+        self.calls[:] = []
+
+    def generate(self, prompt_ids, sampling, draws):
+        self.calls.append(draws is not None)
+        rollout = super().generate(prompt_ids, sampling, draws)
+        if sum(self.calls) > self.since:
+            return self.lie(rollout, draws is None)
+        return rollout
+
+
+def of_samples(change):
+    return lambda rollout, greedy: rollout if greedy else change(rollout)
+
+
+IGNORED = {
+    "logprobs": changed("logprobs", lambda x: x - 3),
+    "logprobs of a row": changed("logprobs", lambda x: x - 0.4 * (torch.arange(len(x)) == 1)[:, None]),
+    "entropy": changed("entropy", lambda x: x * 0 + 5),
+    "score norms": changed("score_norms", lambda x: None if x is None else x * 0 + 1),
+    "hidden": changed("hidden", lambda x: None if x is None else x * 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", IGNORED)
+@pytest.mark.parametrize("agrees", [False, True])
+def test_what_the_trainer_computes_itself_is_its_own_whatever_an_engine_says(tmp_path, lie, agrees):
+    estimator = Estimator.preset("a2c", beta=0.1, kl_placement="reward")
+    if lie == "score norms":
+        estimator = Estimator(baseline="optimal", beta=0.1)
+    rows = []
+    for name, change in (("honest", lambda r: r), ("lying", IGNORED[lie])):
+        fields = {"lie": staticmethod(of_samples(change)), "calls": []}
+        fields["abilities"] = Abilities(agrees=agrees)
+        kind = type("Lying", (Lying,), fields)
+        letters_trained(tmp_path / name, letter_task(ends), generator=kind, estimator=estimator)
+        rows.append((tmp_path / name / "metrics.jsonl").read_bytes())
+    assert rows[0] == rows[1]
+
+
+def early(rollout):
+    """Completions are cut after a token, told as if they had reached the limit."""
+    cut = rollout.mask.sum(1) > 1
+    mask = rollout.mask & ((torch.arange(rollout.mask.shape[1]) < 1) | ~cut[:, None])
+    return dataclasses.replace(rollout, mask=mask, truncated=rollout.truncated | cut)
+
+
+def even(rollout):
+    return dataclasses.replace(rollout, sampling_distribution=uniform(rollout))
+
+
+def in_a_row(x):
+    return x - 0.8 * (torch.arange(len(x)) == 1)[:, None]
+
+
+LATER = {
+    "log-probabilities": (changed("sampling_logprobs", lambda x: x - 3), "by 3 nats per token"),
+    "of a row": (changed("sampling_logprobs", in_a_row), "by 0.8 nats per token in row 1 of"),
+    "distribution": (
+        lambda r: r if r.sampling_distribution is None else even(r),
+        "of the probability on other tokens",
+    ),
+}
+"""Old weights may be as far away, so a run goes on and tells it."""
+
+
+@pytest.mark.parametrize("lie", LATER)
+def test_an_engine_whose_numbers_become_others_is_told(tmp_path, lie):
+    change, words = LATER[lie]
+    fields = {"lie": staticmethod(of_samples(change)), "calls": [], "since": 3}
+    kind = type("Lying", (Lying,), fields)
+    estimator = Estimator(importance="token", importance_centre=lie == "distribution")
+    options = {"estimator": estimator, "learning_rate": 0.5, "max_steps": 8, "eval_generations": 2}
+    letters_trained(tmp_path, letter_task(ends), generator=kind, **options)
+    warnings = json.loads((tmp_path / "summary.json").read_text())["warnings"]
+    assert any(words in " ".join(text.split()) for text in warnings), warnings
+
+
+STOPPED = {
+    "a little, though it agrees": (changed("sampling_logprobs", lambda x: x - 0.2), "by 0.2 nats"),
+    "cut early": (early, "is truncated although it has fewer than 4 tokens"),
+}
+
+
+@pytest.mark.parametrize("lie", STOPPED)
+def test_an_engine_that_lies_after_its_first_rollouts_is_stopped(tmp_path, lie):
+    change, words = STOPPED[lie]
+    fields = {"lie": staticmethod(of_samples(change)), "calls": [], "since": 3}
+    fields["abilities"] = Abilities(agrees="agrees" in lie)
+    kind = type("Lying", (Lying,), fields)
+    options = {"learning_rate": 0.5, "max_steps": 8, "eval_generations": 2}
+    with pytest.raises(Stopped, match=rf"^At step [1-8]: Lying.generate returned .*{words}"):
+        letters_trained(tmp_path, letter_task(ends), generator=kind, **options)
+
+
+class LaterSampled(Engine):
+    """Its greedy completions are samples from the third call on."""
+
+    def __init__(self, policy, _):
+        super().__init__(policy)
+        self.greedy = 0
+
+    def generate(self, prompt_ids, sampling, draws):
+        self.greedy += draws is None
+        if draws is None and self.greedy > 2:
+            draws = torch.rand(len(prompt_ids), sampling.max_completion_length)
+        return super().generate(prompt_ids, sampling, draws)
+
+
+def test_greedy_completions_are_compared_in_each_evaluation(tmp_path):
+    options = {"learning_rate": 0.02, "max_steps": 12, "eval_every": 3, "eval_generations": 0}
+    words = r"^At step \d+: LaterSampled.generate returned .* of its greedy tokens are not the most"
+    with pytest.raises(Stopped, match=words):
+        letters_trained(tmp_path, letter_task(ends), generator=LaterSampled, **options)

@@ -331,8 +331,11 @@ def sampled_rows(
     rows = list[dict[str, Any]]()
     reference_scoring = None if reference is None else check_scoring(reference, gradient=False)
     options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
+    check = getattr(batching.get("generator"), "check", None)  # of an engine that is checked
     for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
         batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
+        if check is not None and sampling.num_generations:
+            check(batch, sampling)
         columns: dict[str, Any] = {
             "place": batch.prompt_index.tolist(),
             "prompt": prompts_of(policy, batch),

@@ -1,4 +1,4 @@
-"""Checks on a few tokens that a model is sampled and scored rightly, and compares engines with the trainer.
+"""Checks on a few tokens that a model is sampled and scored rightly.
 
 Architectures differ in what they cache and in how they treat padding, and a model that treats them otherwise
 than expected still trains, on wrong numbers. So values and gradients are compared with the forward pass of
@@ -24,7 +24,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score, score_in_parts
+from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
 from tokenrl.runs.processes import all_reduce_max
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
@@ -34,16 +34,6 @@ COARSE = (0.12, 0.5)
 """The same for bfloat16 and for quantised weights."""
 PIECE = 3
 """Tokens whose logits are computed at once in a trial of chunks, of a few more."""
-COMPARED = 32
-"""Completions of the first rollouts of an engine that the trainer scores."""
-ROUNDING = 0.05
-"""Largest difference, in nats per token, of the columns that an engine fills with the trainer's numbers."""
-FARTHEST = 1.0
-"""Largest difference, in nats per token, between the log-probabilities of an engine and the trainer's.
-Rounded or older weights and another temperature stay below it, and a warning tells of them (`sampling-differs`)."""
-LESS_PROBABLE = 0.25
-"""By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
-own way; and this share of the tokens may be even less probable."""
 
 
 class WrongRollout(Exception):
@@ -113,59 +103,6 @@ def check_turns(policy: Policy) -> str:
     return fault
 
 
-def check_generator(
-    rows: Rollout, sampling: Sampling, policy: Policy, scoring: Scoring, *, agrees: bool
-) -> None:
-    """Compare the first completions of an engine with the trainer, which has the same weights then.
-
-    Args:
-        rows: what the engine returned, checked for its form.
-        sampling: how it was to sample; with 0 generations the completions are greedy.
-        policy: the policy that was to be sampled.
-        scoring: how the policy is scored.
-        agrees: whether the numbers of the engine may differ from the trainer's by rounding only. Otherwise its
-            log-probabilities may differ by `FARTHEST`.
-
-    Raises:
-        WrongRollout: the numbers differ by more, or greedy tokens are improbable ones.
-    """
-    rows = rows.take(torch.arange(min(COMPARED, len(rows))))
-    if not sampling.num_generations:
-        _compare_greedy(rows, policy, scoring)
-        return
-    if agrees and sampling.is_whole:
-        few = rows.take(torch.arange(4) * len(rows) // 4)
-        few = few.cut(few.prompt_ids.shape[1], min(4, few.mask.shape[1]))
-        trial = _Trial.of(policy, few, sampling)
-        trial.compare("the engine, against the trainer's model,", few.sampling_logprobs)
-    options: dict[str, Any] = {"rows_at_once": None, "distribution": sampling, "entropy": True}
-    scores = score_in_parts(policy.model, rows, scoring, **options)
-    limits = {"sampling_logprobs": FARTHEST, "logprobs": ROUNDING, "entropy": ROUNDING}
-    for name, limit in limits.items():
-        reported = getattr(rows, name)
-        if reported is None:
-            continue
-        expected: Any = scores.entropy if name == "entropy" else scores.logprobs
-        gap = float((reported - expected)[rows.mask].abs().double().mean())
-        # The temperature divides what rounding changes.
-        if gap > limit / min(1.0, sampling.temperature):
-            raise WrongRollout(
-                f"{name} differ from the trainer's by {gap:.2g} nats per token, so these tokens are of "
-                "other weights, another distribution or another prompt"
-            )
-
-
-def _compare_greedy(rows: Rollout, policy: Policy, scoring: Scoring) -> None:
-    """Raise `WrongRollout` if many greedy tokens are not the most probable ones."""
-    options: dict[str, Any] = {"rows_at_once": None, "distribution": Distribution(top_k=1)}
-    scores = score_in_parts(policy.model, rows, scoring, **options)
-    # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
-    gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
-    share = float((gaps > LESS_PROBABLE).double().mean())
-    if share > LESS_PROBABLE:
-        raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
-
-
 def _recomputes(policy: Policy) -> bool:
     """Whether activations are recomputed in the backward pass, so that no cache is kept."""
     return any(
@@ -185,12 +122,12 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
         first = policy.model(torch.tensor([prompts[0]], device=policy.device), use_cache=False)
     if not torch.isfinite(first.logits).all():
         return ["", "", "", ""]
-    trials: list[_Trial] = []
+    trials: list[Trial] = []
 
     def sample(plain_cache: bool) -> None:
         rollout = _sampled(replace(policy, plain_cache=plain_cache), hidden)
         slope = gradient and bool(policy.trainable_parameters())
-        trials[:] = [_Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
+        trials[:] = [Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
 
     cache = _failure(sample, False)
@@ -241,7 +178,7 @@ def _continue_rows(policy: Policy) -> None:
             [*prompts[prompt], *first.completion_ids[i][first.mask[i]].tolist(), *answer]
         )
     second = turns.generate(histories, Sampling(2), draws)
-    trial = _Trial.of(policy, second)
+    trial = Trial.of(policy, second)
     trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
 
 
@@ -277,7 +214,7 @@ def _failure(compute: Callable[..., None], *arguments: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """Two completions of a longer and of a shorter prompt, and what each row alone gives for them.
 
     Attributes:
@@ -305,7 +242,7 @@ class _Trial:
         *,
         hidden: bool = False,
         gradient: bool = False,
-    ) -> _Trial:
+    ) -> Trial:
         """Compute each row without padding, mask and cache."""
         width = rollout.mask.shape[1]
         logprobs = []

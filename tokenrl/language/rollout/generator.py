@@ -83,8 +83,8 @@ class Generator(Protocol):
         Returns:
             A `Rollout` of N = B * G rows, which end at an EOS of the policy or where one of its stop strings
             is complete. `prompt_index` counts the prompts from 0. The columns `logprobs`, `entropy`,
-            `score_norms` and `hidden` may be None; `scoring.with_missing_fields` computes those that are
-            needed.
+            `score_norms` and `hidden` are the trainer's own: what an engine of another kind than the default
+            one writes there is not read.
         """
         ...
 

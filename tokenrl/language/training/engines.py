@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,17 @@ from tokenrl.errors import (
     raised,
 )
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import ROUNDING, WrongRollout, check_generator
+from tokenrl.language.rollout.agreement import WrongRollout
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.rollout.engine_checks import (
+    FARTHEST,
+    ROUNDING,
+    TOLD,
+    check_greedy,
+    check_trial,
+    fault_of_distributions,
+    fault_of_logprobs,
+)
 from tokenrl.language.rollout.generator import (
     Abilities,
     Generator,
@@ -52,18 +63,16 @@ COLUMNS = {
     "mask": ("NT", "True or False"),
     "sampling_logprobs": ("NT", "finite numbers, at most 0"),
     "truncated": ("N", "True or False"),
-    "logprobs": ("NT", "finite numbers, at most 0"),
-    "entropy": ("NT", "finite numbers, at least 0"),
-    "score_norms": ("NT", "finite numbers, at least 0"),
-    "hidden": ("NTH", "finite numbers"),
     "sampling_distribution": (
         "NTV",
         "log-probabilities that add up to 1 and agree with sampling_logprobs",
     ),
     "top_ids": ("NTV", "whole numbers"),
 }
-"""The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps
-others."""
+"""The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps the
+other two."""
+OF_TRAINER = {"logprobs", "entropy", "score_norms", "hidden"}
+"""Columns that the trainer computes itself, whatever an engine says of them."""
 
 
 def named_engine(args: TrainArguments) -> Any:
@@ -137,14 +146,18 @@ class CheckedEngine:
         engine: samples the completions.
         policy: the policy that is sampled, with the weights of the trainer.
         scoring: how the policy is scored.
-        compared: whether the first greedy completions (True) and the first others (False) were compared with
-            the trainer already.
+        compared: of which kinds completions were compared with the trainer already: greedy ones since the
+            last weights (True), and others (False).
+        checked: whether the numbers of sampled completions were compared already.
+        remark: in words, how far those of later ones differed from the trainer's; empty if little.
     """
 
     engine: Generator
     policy: Policy
     scoring: Scoring
     compared: set[bool] = field(default_factory=set)
+    checked: bool = False
+    remark: str = ""
 
     @property
     def abilities(self) -> Abilities:
@@ -161,23 +174,53 @@ class CheckedEngine:
         """
         copied = [list(ids) for ids in prompt_ids]  # an engine may change what it is given
         answer = self._call("generate", copied, sampling, draws)
-        try:
+        with self._faults_told():
             rollout = checked(answer, prompt_ids, sampling, self.policy)
             if (draws is None) not in self.compared:
-                agrees = self.abilities.agrees
-                check_generator(rollout, sampling, self.policy, self.scoring, agrees=agrees)
+                if draws is None:
+                    check_greedy(rollout, self.policy, self.scoring)
+                elif self.abilities.agrees:
+                    check_trial(rollout, sampling, self.policy)
                 self.compared.add(draws is None)
+        return rollout
+
+    def check(self, rows: Rollout, sampling: Distribution) -> None:
+        """Compare sampled completions with the trainer, whose log-probabilities they have by now.
+
+        Raises:
+            Stopped: the engine's numbers are of another policy or another distribution, though it has the
+                weights of the start, or says that it agrees. Otherwise a `remark` tells of them.
+        """
+        model: Any = self.policy.model
+        agrees = self.abilities.agrees
+        limit = TOLD if self.checked else FARTHEST
+        if agrees and model.dtype.itemsize >= 4:
+            limit = ROUNDING
+        with self._faults_told():
+            fault = fault_of_logprobs(rows, sampling, limit)
+            fault = fault or fault_of_distributions(rows, sampling, self.policy, self.scoring)
+            if fault and (agrees or not self.checked):
+                raise WrongRollout(fault)
+        self.checked = True
+        if fault:
+            self.remark = f"of {type(self.engine).__name__}, {fault}"
+
+    @contextmanager
+    def _faults_told(self) -> Iterator[None]:
+        """Raise `Stopped`, which names the engine, for what is wrong with a rollout in the block."""
+        try:
+            yield
         except Exception as error:
             fault = str(error) if isinstance(error, WrongRollout) else describe(error)
             text = f"{type(self.engine).__name__}.generate returned a rollout that cannot be used: {fault}."
             raise explain(error) or Stopped(
                 f"{text} See tokenrl.language.Rollout for its columns."
             ) from error
-        return rollout
 
     def sync(self, policy: Policy) -> None:
         """Let the engine sample from the weights that this policy has now."""
         self._call("sync", policy)
+        self.compared.discard(True)
 
     def close(self) -> None:
         """Close the engine. An error is only a warning, because the engine is not needed any more."""
@@ -216,13 +259,10 @@ def checked(
         raise WrongRollout(f"it is {shown(answer)}")
     columns = answer.on_host().columns()
     shape = policy.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    columns = {name: x for name, x in columns.items() if name not in OF_TRAINER}
     if not set(list(COLUMNS)[:7]) <= columns.keys() <= COLUMNS.keys():
         raise WrongRollout(f"it has the columns {', '.join(columns)}")
-    sizes = {
-        "N": len(prompt_ids) * sampling.group_size,
-        "H": shape.hidden_size,
-        "V": shape.vocab_size,
-    }
+    sizes = {"N": len(prompt_ids) * sampling.group_size, "V": shape.vocab_size}
     if "top_ids" in columns and sampling.keep_top is not None:
         sizes["V"] = min(sampling.keep_top, shape.vocab_size)
     for name, x in columns.items():
@@ -326,6 +366,8 @@ def _faults(
         yield "a completion goes on behind a stop string", ends != counts
         wrong = ended & table.truncated
     yield "a completion has neither an end nor truncated = True, or both", wrong
+    short = table.truncated & (counts < limit)
+    yield f"a completion is truncated although it has fewer than {limit} tokens", short
     for name, x in table.columns().items():
         kind = COLUMNS[name][1]
         if kind.startswith(("finite", "log")):
@@ -343,11 +385,4 @@ def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
             return (total <= ROUNDING) & (apart <= ROUNDING)
         apart = (x.gather(2, ids) - sampled).squeeze(2).abs()
         return (total.abs() <= ROUNDING) & (apart <= ROUNDING)
-    fits = x.isfinite()
-    if x.ndim == 3:
-        return fits.all(dim=2)
-    if kind.endswith("at most 0"):
-        fits &= x <= ROUNDING
-    if kind.endswith("at least 0"):
-        fits &= x >= -ROUNDING
-    return fits
+    return x.isfinite() & (x <= ROUNDING)

@@ -78,7 +78,7 @@ def sample(
             "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, with "
             "top_ids if it is that of the most probable tokens only."
         )
-    return with_missing_fields(
+    rollout = with_missing_fields(
         learner.forward.policy,
         rollout,
         **learner.scoring,
@@ -88,6 +88,10 @@ def sample(
         score_norms=estimator.needs_score_norms,
         hidden=estimator.needs_values,
     )
+    check = getattr(learner.generator, "check", None)  # of an engine that is checked
+    if check is not None:
+        check(rollout, sampling)
+    return rollout
 
 
 def collect_rows(

@@ -1,0 +1,130 @@
+"""Compares what an engine says of its completions with the trainer.
+
+An engine may compute in another precision or sample from weights that are an update old, so its numbers need
+not equal the trainer's. What is refused here is further away than that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.agreement import Trial, WrongRollout
+from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Scoring, score_in_parts
+
+COMPARED = 32
+"""Completions of an engine that the trainer scores for a check alone, at most."""
+ROUNDING = 0.05
+"""Largest difference, in nats per token, between the log-probabilities of the trainer and of an engine that
+agrees with it, in float32."""
+FARTHEST = 1.0
+"""The same of another engine, while both have the weights of the start. Rounded weights and another temperature
+stay below it, and a warning tells of them (`sampling-differs`)."""
+TOLD = 0.3
+"""The same in later steps, in which an engine may have older weights: more is told by that warning."""
+FARTHEST_TOKEN, SHORT = 5.0, 8
+"""By so many nats a token counts at most in the difference of a row, and may be less probable at most as a
+greedy one; and the tokens that a row counts at least."""
+ELSEWHERE = 0.2
+"""The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
+LESS_PROBABLE = 0.25
+"""By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
+own way; and this share of the tokens may be even less probable."""
+
+
+def fault_of_logprobs(rows: Rollout, sampling: Distribution, limit: float) -> str:
+    """Compare the log-probabilities that an engine reports for sampled completions with the trainer's, row by row.
+
+    Args:
+        rows: N completions with the trainer's `logprobs`.
+        sampling: the distribution of tokens.
+        limit: nats per token by which a row, or all rows together, may differ at temperature 1.
+
+    Returns:
+        In words, how far they differ; empty if that is within the limit.
+    """
+    limit /= min(1.0, sampling.temperature)  # the temperature divides what rounding changes
+    gaps = (rows.sampling_logprobs - rows.logprobs).abs().double() * rows.mask  # [N, T]
+    counts = rows.mask.sum(dim=1)
+    # A token at the edge of what top-p keeps may be off by much, and a short row has few others.
+    of_row = gaps.clamp(max=FARTHEST_TOKEN).sum(dim=1) / counts.clamp(min=SHORT)  # [N]
+    row = int(of_row.argmax())
+    gap = float(gaps.sum() / counts.sum().clamp(min=1))
+    where = "on average"
+    if gap <= limit:
+        if of_row[row] <= limit:
+            return ""
+        gap = float(gaps[row].sum() / counts[row])
+        where = f"in row {row} of {len(rows)}"
+    return (
+        f"sampling_logprobs differ from the trainer's by {gap:.2g} nats per token {where}, so these tokens are of "
+        "other weights, another distribution or another prompt"
+    )
+
+
+def fault_of_distributions(
+    rows: Rollout, sampling: Distribution, policy: Policy, scoring: Scoring
+) -> str:
+    """Compare the distributions of tokens that an engine returns with the trainer's, in some rows of a step.
+
+    Args:
+        rows: N completions; those without `sampling_distribution` have no fault.
+        sampling: the distribution of tokens.
+        policy: the policy that was to be sampled.
+        scoring: how it is scored.
+
+    Returns:
+        In words, what share of the probability lies on other tokens; empty if that is at most `ELSEWHERE`.
+    """
+
+    def apart(logp: Tensor, of_sampler: Tensor) -> Tensor:
+        return (logp.exp() - of_sampler.exp()).abs().sum(dim=-1) / 2  # total variation
+
+    if rows.sampling_distribution is None:
+        return ""
+    some = rows.take(torch.arange(min(COMPARED, len(rows))))
+    options: dict[str, Any] = {"rows_at_once": None, "distribution": sampling, "centres": apart}
+    centres = score_in_parts(policy.model, some, scoring, **options).centres
+    assert centres is not None
+    share = float(centres.cpu()[some.mask].double().mean())
+    if share <= ELSEWHERE:
+        return ""
+    return (
+        f"sampling_distribution has {share:.0%} of the probability on other tokens than the trainer's, so it is of "
+        "other weights, or not that of this sampler"
+    )
+
+
+def check_trial(rows: Rollout, sampling: Sampling, policy: Policy) -> None:
+    """Compare the first sampled completions of an engine that agrees with those of each row alone.
+
+    Raises:
+        WrongRollout: the log-probabilities differ by more than rounding.
+    """
+    if sampling.is_whole:
+        few = rows.take(torch.arange(4) * min(COMPARED, len(rows)) // 4)
+        few = few.cut(few.prompt_ids.shape[1], min(4, few.mask.shape[1]))
+        trial = Trial.of(policy, few, sampling)
+        trial.compare("the engine, against the trainer's model,", few.sampling_logprobs)
+
+
+def check_greedy(rows: Rollout, policy: Policy, scoring: Scoring) -> None:
+    """Compare greedy completions of an engine with the trainer, which has the same weights then.
+
+    Raises:
+        WrongRollout: many of their tokens are not the most probable ones.
+    """
+    rows = rows.take(torch.arange(min(COMPARED, len(rows))))
+    options: dict[str, Any] = {"rows_at_once": None, "distribution": Distribution(top_k=1)}
+    scores = score_in_parts(policy.model, rows, scoring, **options)
+    # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
+    gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
+    share = float((gaps > LESS_PROBABLE).double().mean())
+    if share > LESS_PROBABLE or bool((gaps > FARTHEST_TOKEN).any()):
+        raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
