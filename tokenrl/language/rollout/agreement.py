@@ -285,7 +285,7 @@ class _Trial:
         rollout: the completions, sampled together.
         logprobs: log-probabilities of each row alone [4, T].
         hidden: hidden states of each row alone [4, T, H]; None if they are not needed.
-        gradient: gradient of `_weighted(logprobs)`; None if it is not needed.
+        gradient: gradient of their weighted sum (see `_gradient`); None if it is not needed.
         spread: standard deviation of the logits.
     """
 
