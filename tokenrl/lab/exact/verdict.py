@@ -255,7 +255,7 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
 
 def extent(problems: Sequence[Problem]) -> str:
     """Return the least and the largest numbers of prompts, completions per prompt and tokens, and rewards."""
-    numbers = {
+    numbers: dict[str, list[float]] = {
         "prompts": [len(problem.greedy) for problem in problems],
         "group size": [problem.group_size for problem in problems],
         "tokens": [float(n) for problem in problems for n in problem.mask.sum(1)],
