@@ -399,6 +399,9 @@ def test_top_tokens_that_centre_scores(tmp_path, monkeypatch, capsys):
     out = run("top_tokens", short, tmp_path, monkeypatch, capsys)
     off = [float(line.split()[2]) for line in out.splitlines()[1:]]
     assert off == sorted(off, reverse=True) and off[0] > 5 * off[2] and off[3] == 0
+    shares = [[float(x) for x in line.split()[-2:]] for line in out.splitlines()[1:]]
+    assert shares[0] == [1, 1] and shares[3] == [0, 0]
+    assert all(middle <= worst < 1 for middle, worst in shares[1:3])
 
 
 def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
