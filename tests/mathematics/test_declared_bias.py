@@ -325,7 +325,9 @@ TRIED = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
 
 
 @pytest.mark.parametrize(
-    "baseline", [median_from(9), longer(6), of_small_rewards, of_five_prompts], ids=str
+    "baseline",
+    [median_from(9), longer(6), of_small_rewards, of_five_prompts],
+    ids=lambda f: f.__name__,
 )
 def test_beyond_what_was_tried_a_bias_is_not_found_and_the_line_says_how_far_that_is(
     baseline,
@@ -357,6 +359,13 @@ def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only(
     assert repr(verdict).startswith(line) and "group size 2 to 8" in repr(verdict)
     always = measure_bias(Estimator(baseline=median_from(3)))
     assert (always.found, always.of_larger_groups) == ("biased", "")
+
+    def of_eight(totals, **sizes):  # which only a wide problem has
+        large = sizes["group_size"] > 4
+        return median_from(5)(totals, **sizes) if large else without_neighbour(totals, **sizes)
+
+    beyond = measure_bias(Estimator(baseline=of_eight))
+    assert (beyond.found, beyond.of_larger_groups) == ("biased", "")
 
 
 def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:

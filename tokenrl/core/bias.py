@@ -59,18 +59,21 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
     if binary and compares_groups_only(axes):
         alone = [Effect(effect.binary or effect.status, effect.reason) for effect in alone]
     listed = alone + combination_effects(axes, alone)
-    # What a reason says after its colon holds if nothing else matters but constant factors. What is exact
-    # matters too, if it adds to the rewards, or credits actions with a part of them.
+    # What a reason says after its colon (see `choices`) holds if nothing else matters but constant factors.
+    # What is exact matters too, if it adds to the rewards, or credits actions with a part of them.
     matter = [effect for effect in listed if effect.status not in (EXACT, UP_TO_SCALE)]
-    exact = (axes.other_objective, alone[0]), (not axes.shares_return, alone[2])
-    matter += [effect for is_used, effect in (*exact, (axes.needs_kl, alone[-1])) if is_used]
-    texts = [e.reason if all(e is other for other in matter) else cause(e) for e in listed]
-    return [replace(effect, reason=text) for effect, text in zip(listed, texts, strict=True)]
-
-
-def cause(effect: Effect) -> str:
-    """Return the reason of an effect without the objective that it names, see `choices`."""
-    return effect.reason.partition(": ")[0]
+    if axes.other_objective:
+        matter.append(alone[0])
+    if not axes.shares_return:
+        matter.append(alone[2])
+    if axes.needs_kl:
+        matter.append(alone[-1])
+    return [
+        effect
+        if all(effect is other for other in matter)
+        else replace(effect, reason=effect.reason.partition(": ")[0])
+        for effect in listed
+    ]
 
 
 def objective_effect(axes: Axes, of_reward: bool = False) -> Effect:
