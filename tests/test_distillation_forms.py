@@ -12,16 +12,26 @@ from statistics import median
 import pytest
 import torch
 
+from tokenrl import measure_bias
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "enumeration" / "distillation_forms.py"
 LENGTH = 2
 GROUP = 4
 
 
-def completions(student, teacher):
+def all_prefixes(ends):
+    """The prefixes of completions of at most two tokens, shortest first; a token in `ends` has none after it."""
+    tokens = [token for token in range(3) if token not in ends]
+    return [*itertools.chain(*(itertools.product(tokens, repeat=t) for t in range(LENGTH)))]
+
+
+def completions(student, teacher, ends):
     """Chance, log ratios, scores, KLs and gradients of the KLs of each completion, all of them lists by position."""
-    prefixes = [*itertools.chain(*(itertools.product(range(3), repeat=t) for t in range(LENGTH)))]
+    prefixes = all_prefixes(ends)
     row = {prefix: number for number, prefix in enumerate(prefixes)}
-    for tokens in itertools.product(range(3), repeat=LENGTH):
+    written = [(token,) for token in ends]
+    written += [(*prefix, t) for prefix in prefixes if len(prefix) == LENGTH - 1 for t in range(3)]
+    for tokens in written:
         chance = 1.0
         ratios, scores, kls, slopes = [], [], [], []
         for t, token in enumerate(tokens):
@@ -59,27 +69,31 @@ DIRECTIONS = {  # of token t: from log ratios, its score, the KLs and the gradie
 }
 
 
-def logits(seed, distance):
+def logits(seed, distance, ends):
     draw = torch.Generator().manual_seed(seed)
-    student, noise = torch.randn(2, 1 + 3, 3, generator=draw, dtype=torch.double)
+    shape = len(all_prefixes(ends)), 3
+    student, noise = torch.randn(2, *shape, generator=draw, dtype=torch.double)
     return student, student + distance * noise
 
 
-def by_hand(seed, distance):
+def by_hand(seed, distance, ends=()):
     """E[g], E|g|^2 and grad(-KL) of each form; the last by differentiating the sum over completions."""
-    student, teacher = logits(seed, distance)
+    student, teacher = logits(seed, distance, ends)
     leaf = student.clone().requires_grad_()
     first, second = (x.log_softmax(-1) for x in (leaf, teacher))
-    pi, q = ((x[0][:, None] + x[1:]).flatten() for x in (first, second))
+    pi, q = (
+        torch.cat([x[0][: len(ends)], (x[0][len(ends) :, None] + x[1:]).flatten()])
+        for x in (first, second)
+    )
     (gradient,) = torch.autograd.grad(-(pi.exp() * (pi - q)).sum(), leaf)
-    listed = [*completions(student.tolist(), teacher.tolist())]
+    listed = [*completions(student.tolist(), teacher.tolist(), ends)]
     chances = torch.tensor([chance for chance, *_ in listed], dtype=torch.double)
     assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
     moments = {}
     for name, direction in DIRECTIONS.items():
         rows = torch.stack(
             [
-                sum(direction(ls, scores[t], kls, g[t], t) for t in range(LENGTH))
+                sum(direction(ls, scores[t], kls, g[t], t) for t in range(len(ls)))
                 for _, ls, scores, kls, g in listed
             ]
         )
@@ -109,12 +123,13 @@ def recipe():
     return runpy.run_path(str(RECIPE), run_name="recipe")
 
 
+@pytest.mark.parametrize("ends", [(), (0,)])
 @pytest.mark.parametrize(("seed", "distance"), [(0, 0.3), (1, 1.0), (2, 3.0)])
-def test_the_forms_are_those_of_the_formulas(recipe, seed, distance):
-    problem = recipe["distillation_problem"](seed, distance, LENGTH)
+def test_the_forms_are_those_of_the_formulas(recipe, seed, distance, ends):
+    problem = recipe["distillation_problem"](seed, distance, LENGTH, ends=ends)
     forms = recipe["measure"](problem)
     forms |= {name: form(problem) for name, form in recipe["OTHERS"].items()}
-    moments, gradient = by_hand(seed, distance)
+    moments, gradient = by_hand(seed, distance, ends)
     assert forms.keys() == moments.keys()
     for name, (mean, second) in moments.items():
         assert torch.allclose(forms[name].mean[0], mean, rtol=0, atol=1e-12), name
@@ -137,9 +152,18 @@ def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
         if line.startswith("| "):
             name, *cells = line.strip("| ").split(" | ")
             rows.setdefault(name, []).append(cells)
-    computed = [by_hand(seed, 1.0) for seed in range(3)]
+    out = capsys.readouterr().out
+    for kind, (sign, ends) in enumerate((("=", ()), ("<=", (0,)))):
+        half = {
+            name: cells[kind * len(cells) // 2 :][: len(cells) // 2] for name, cells in rows.items()
+        }
+        check_tables(half, out, f"  1 T {sign} 2 opd ", recipe["short"], ends)
+
+
+def check_tables(rows, out, opening, short, ends):
+    """Compare the tables of one kind of completions, and the printed errors of `opd`, with sums by hand."""
+    computed = [by_hand(seed, 1.0, ends) for seed in range(3)]
     target = [gradient.square().sum() for _, gradient in computed]
-    short = recipe["short"]
     for name in DIRECTIONS:
         signals = [moments[name][0].square().sum() for moments, _ in computed]
         seconds = [moments[name][1] for moments, _ in computed]
@@ -158,13 +182,45 @@ def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
         )
         crossings.append(max(1.0, (path - full) / float(square)))
     assert rows["opd_full_path, opd_full"][0][0] == f"{math.ceil(median(crossings))}"
-    out = capsys.readouterr().out
     errors = []
     for (moments, _), square, size in zip(computed, squares, target, strict=True):
         mean, second = moments["opd"]
         errors.append(float((square + (second - mean.square().sum()) / 8) / size))
-    (line,) = [line for line in out.splitlines() if line.startswith("  1 T = 2 opd ")]
+    (line,) = [line for line in out.splitlines() if line.startswith(opening)]
     assert float(line.split()[-3]) == pytest.approx(median(errors), abs=1e-4)
+
+
+def test_closed_forms_have_more_noise_where_two_tokens_share_a_logit(recipe):
+    """By hand: one number decides both tokens; a half each, and the teacher gives token 1 .7 and then .58."""
+    teacher = (0.7, 0.58)
+    rows = {(0,): 0.5, (1, 0): 0.25, (1, 1): 0.25}
+    kls = [-math.log(4 * q * (1 - q)) / 2 for q in teacher]
+    slopes = [-math.log(q / (1 - q)) / 4 for q in teacher]
+    variances = {}
+    for name in ("opd", "opd_full", "opd_to_go", "opd_full_path"):
+        directions = {}
+        for row in rows:
+            scores = [token - 0.5 for token in row]
+            ratios = [math.log(2 * (q if y else 1 - q)) for y, q in zip(row, teacher, strict=False)]
+            tokens = range(len(row))
+            direction = DIRECTIONS[name]
+            directions[row] = sum(
+                direction(ratios, scores[t], kls[: len(row)], slopes[t], t) for t in tokens
+            )
+        mean = sum(rows[row] * x for row, x in directions.items())
+        variances[name] = sum(rows[row] * (x - mean) ** 2 for row, x in directions.items())
+    shared = recipe["one_logit"]()
+    for name, variance in variances.items():
+        assert shared[name].variance == pytest.approx(variance, rel=1e-9), name
+    text = [f"{variance:.1e}".replace("e-0", "e-") for variance in variances.values()]
+    page = " ".join(recipe["PAGE"].read_text(encoding="utf-8").split())
+    sentence = "The variances are {} with `opd`, {} with `opd_full`, {} with `opd_to_go` and {} with `opd_full_path`."
+    assert sentence.format(*text) in page
+    noises = [measure_bias(name).noise for name in ("opd", "vopd", "opd_full")]
+    assert (
+        "a noise of {:.2f} for `opd`, {:.2f} for `vopd` and {:.2f} for `opd_full`".format(*noises)
+        in page
+    )
 
 
 def test_the_page_has_the_tables_of_the_recipe(recipe):

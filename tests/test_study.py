@@ -146,3 +146,16 @@ def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):
         again, printed = (pd.read_csv(folder / f"{name}.csv") for folder in (tmp_path, tables))
         pd.testing.assert_frame_equal(again, printed, rtol=1e-3)
     assert "errors of less noise" in capsys.readouterr().out
+
+
+def test_the_shares_of_clipped_updates_are_those_of_the_runs():
+    runs = pd.read_csv(STUDY / "tables" / "zero" / "runs.csv")
+    page = (STUDY / "questions" / "9_zero.md").read_text()
+    shares = runs.groupby(["plan", "learning_rate", "arm", "model"])["clipped"].mean() * 100
+    small = shares.drop("zero_pretrained")
+    least, most = small.xs(2e-4, level=1).min(), small.xs(2e-4, level=1).max()
+    assert f"At 2e-4, the rate of every small base, {least:.0f} to {most:.0f} %" in page
+    assert f"At 4e-4 it was {small.xs(4e-4, level=1).min():.0f} % at least" in page
+    pretrained = shares["zero_pretrained"].xs(8e-4, level=0).groupby("arm").mean()
+    words = "it was {:.0f} % with RLOO, {:.0f} % without a baseline, and {:.0f} % with 1 added"
+    assert words.format(pretrained["rloo"], pretrained["0"], pretrained["-1"]) in page

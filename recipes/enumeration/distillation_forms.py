@@ -2,9 +2,10 @@
 
     python recipes/enumeration/distillation_forms.py
 
-Each form estimates the gradient of -KL(student || teacher) of whole completions. Only the tables of
-`recipes/pages/explain/distillation.md` are replaced; `recipes/figures/distillation_forms.png` is the figure. Look for:
-where prefixes are held fixed, more completions do not lower the error below the bias.
+Each form estimates the gradient of -KL(student || teacher) of whole completions, of a fixed length and of lengths
+that an end token decides. Only the tables of `recipes/pages/explain/distillation.md` are replaced;
+`recipes/figures/distillation_forms.png` is the figure. Look for: where prefixes are held fixed, more completions do
+not lower the error below the bias.
 """
 
 # /// script
@@ -17,6 +18,7 @@ where prefixes are held fixed, more completions do not lower the error below the
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -46,15 +48,21 @@ LOOKS = {  # of lines in the figure, in colours of Okabe and Ito
     "opd_full_path": ("#009E73", "-", "exact"),
 }
 DISTANCES = (0.3, 1.0, 3.0)
+KINDS = {  # the tokens that end a completion, by what its length is
+    "Every completion has T tokens": (),
+    "One of the three tokens ends a completion, after T tokens at the latest": (0,),
+}
 GROUP = 4
 
 Case = tuple[float, int]  # a distance of the teacher, and a length of the completions
 Results = dict[Case, dict[str, list[Moments]]]  # by form, one for each problem
 
 
-def distillation_problem(seed: int, distance: float, length: int, vocabulary: int = 3) -> Problem:
+def distillation_problem(
+    seed: int, distance: float, length: int, vocabulary: int = 3, ends: tuple[int, ...] = ()
+) -> Problem:
     """List all completions of a length. The teacher's logits are the student's plus `distance` times noise."""
-    rows = all_completions(vocabulary, length, ends=())
+    rows = all_completions(vocabulary, length, ends=ends)
     draw = torch.Generator().manual_seed(seed)
     shape = (len(rows.prefixes), vocabulary)
     student, noise = torch.randn(2, *shape, generator=draw, dtype=torch.double)
@@ -103,6 +111,22 @@ def rloo_of_log_ratio(problem: Problem) -> Moments:
     of_pair = chances @ ((rewards[:, None] - rewards).square() * gaps / 4) @ chances - signal
     variance = ((GROUP - 2) * of_row + 2 * of_pair) / (GROUP - 1)
     return Moments(mean[None], problem.gradient(beta=1.0), float(variance + signal))
+
+
+def one_logit() -> dict[str, Moments]:
+    """Return the moments of forms where both tokens share a logit, and the closed forms have more noise.
+
+    Token 0 ends, and tokens 0 and 1 are equally probable. The teacher gives token 1 the probability .7, and after
+    it .58.
+    """
+    teacher = torch.tensor([[0.3, 0.7], [0.42, 0.58]], dtype=torch.double).log()
+    problem = tabular_problem(
+        0, vocabulary=2, length=2, logits=torch.zeros(2, 2), reference=teacher
+    )
+    shared = torch.tensor([0.0, 1.0, 0.0, 1.0]).double()[:, None]  # the logits of token 1
+    names = ("scores", "entropy_slopes", "kl_slopes")
+    slopes = {name: getattr(problem, name) @ shared for name in names}
+    return measure(replace(problem, rewards=torch.zeros_like(problem.rewards), **slopes))
 
 
 OTHERS: dict[str, Callable[[Problem], Moments]] = {
@@ -194,19 +218,20 @@ def baseline_table(problems: int, sizes: tuple[int, ...]) -> str:
     return table(["vopd / opd: median (worst)", *headings], rows)
 
 
-def draw(results: Results, output: Path) -> None:
-    """Draw the error against the number of completions, for the second and the longest length."""
+def draw(results: dict[str, Results], output: Path) -> None:
+    """Draw the error against the number of completions, for both kinds of the longest completions."""
     steps = torch.logspace(0, 4, 60).tolist()
-    lengths = [case[1] for case in results if case[0] == 1]
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, length in zip(panels, (lengths[1], lengths[-1]), strict=True):
-        for name, (colour, line, kind) in LOOKS.items():
-            moments = results[1.0, length][name]
+    titles = ("{} tokens", "at most {} tokens, of which one in three ends")
+    for axes, title, of_kind in zip(panels, titles, results.values(), strict=True):
+        length = max(length for distance, length in of_kind if distance == 1)
+        for name, (colour, line, form) in LOOKS.items():
+            moments = of_kind[1.0, length][name]
             heights = [median(relative_error(m, n) for m in moments) for n in steps]
-            axes.plot(steps, heights, line, color=colour, label=f"{name}, {kind}", linewidth=2.2)
+            axes.plot(steps, heights, line, color=colour, label=f"{name}, {form}", linewidth=2.2)
         axes.set(xscale="log", yscale="log", xlabel="completions in a step")
-        axes.set_title(f"completions of {length} tokens", loc="left")
+        axes.set_title(title.format(length), loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#EAEAEA", linewidth=0.8)
     panels[0].set_ylabel("squared error of a step: E|g - grad|² / |grad|²")
@@ -224,23 +249,29 @@ def main(
     """Write the tables and the figure. Print the errors of steps of 1 to 512 completions, and vopd's variance."""
     cases = [(1.0, length) for length in lengths]
     cases += [(distance, lengths[-1]) for distance in DISTANCES if distance != 1]
-    results: Results = {}
-    for distance, length in cases:
-        listed = [distillation_problem(seed, distance, length) for seed in range(problems)]
+    results: dict[str, Results] = {kind: {} for kind in KINDS}
+    for (kind, ends), (distance, length) in product(KINDS.items(), cases):
+        seeds = range(problems)
+        listed = [distillation_problem(seed, distance, length, ends=ends) for seed in seeds]
         measured = [measure(problem) for problem in listed]
         forms = {name: [moments[name] for moments in measured] for name in PRESETS}
         others = {name: [form(problem) for problem in listed] for name, form in OTHERS.items()}
-        results[distance, length] = forms | others
-        for name, moments in results[distance, length].items():
+        results[kind][distance, length] = forms | others
+        for name, moments in results[kind][distance, length].items():
             errors = [median(relative_error(m, n) for m in moments) for n in (1, 8, 64, 512)]
             numbers = " ".join(f"{error:9.4f}" for error in errors)
-            print(f"{distance:3g} T = {length} {name:34} {numbers}")
+            print(f"{distance:3g} T {'<=' if ends else '='} {length} {name:34} {numbers}")
     above, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    parts = [BEGIN, *tables(results), END]
-    output.write_text(above + "\n\n".join(parts) + rest.partition(END)[2], encoding="utf-8")
+    parts = [BEGIN]
+    for kind, of_kind in results.items():
+        parts += [f"**{kind}:**", *tables(of_kind)]
+    below = rest.partition(END)[2]
+    output.write_text(above + "\n\n".join([*parts, END]) + below, encoding="utf-8")
     draw(results, figure)
     print(baseline_table(problems, vocabularies))
-    print(f"{output}, {figure}: {problems} problems")
+    shared = [f"{name} {moments.variance:.3g}" for name, moments in one_logit().items()]
+    print(f"variances with one logit for both tokens: {', '.join(shared)}")
+    print(f"{output}, {figure}: {problems} problems of each kind")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Completions have two tokens of 16. A row is one way in which the sampler differs, and one k of
 `importance_centre_top`. Look for the k from which on the gradient is that of all tokens, beside the probability
-of the tokens that are left out. `recipes/pages/explain/off_policy.md` has the text.
+of the tokens that are left out: the share of the bias that is left is about as large in the median, and may be several
+times as large. `recipes/pages/explain/off_policy.md` has the text.
 """
 
 # /// script
@@ -48,8 +49,8 @@ def main(
     vocabulary: int = 16,
     problems: int = 10,
 ) -> None:
-    """Print the distance to the gradient with all tokens, over the length of that gradient."""
-    print("sampler            top   off, median   worst   left out")
+    """Print the distance to the gradient with all tokens, over the length of that gradient, and its share."""
+    print("sampler            top   off, median   worst   left out   share, median   worst")
     for sampler in samplers:
         off: dict[str, list[float]] = {}
         left_out: dict[str, list[float]] = {}
@@ -71,10 +72,12 @@ def main(
                 off.setdefault(name, []).append(float((listed - whole).norm() / whole.norm()))
                 left_out.setdefault(name, []).append(float((visits * rest).sum() / visits.sum()))
         for name, distances in off.items():
-            numbers = (
+            shares = [part / whole for part, whole in zip(distances, off["-"], strict=True)]
+            columns = (
                 f"{median(distances):11.4f} {max(distances):9.4f} {median(left_out[name]):10.3f}"
             )
-            print(f"{sampler:18} {name:>3}  {numbers}", flush=True)
+            columns += f" {median(shares):15.3f} {max(shares):7.3f}"
+            print(f"{sampler:18} {name:>3}  {columns}", flush=True)
 
 
 if __name__ == "__main__":

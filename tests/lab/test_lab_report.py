@@ -65,6 +65,30 @@ def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatc
     assert "declared wrongly: importance token." in capsys.readouterr().out
 
 
+def test_what_was_tried_is_said_for_each_estimator(capsys) -> None:
+    assert main(["lab", "exact", "--estimators", "rloo", "opo_loo", "grpo", "maxrl", "spo"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    all_of_them = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
+    assert f"Tried for rloo; opo_loo: {all_of_them}." in out
+    small = "prompts 1 to 3, group size 2 to 4, tokens 1 to 3, rewards -2.6 to 2"
+    assert f"Tried for grpo: {small}." in out
+    assert "Tried for maxrl: prompts 1 to 3, group size 2 to 6, tokens 1 to 3, rewards 0 to" in out
+    assert f"Tried for spo: {small}, the memory held fixed." in out
+
+
+def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(
+    capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "def wrong(totals, *, group_size, mask, valid):\n    g = totals.view(-1, group_size)\n"
+    lines += "    kept = g.sum(1, keepdim=True) - g.roll(1, 1)\n"
+    Path("mine.py").write_text(lines + "    return (kept / (group_size - 1)).flatten()\n")
+    assert main(["lab", "exact", "--preset", "mine.py:wrong"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "mine.py:wrong: exact_up_to_scale with groups of 3 or more." in out
+    assert "Tried for mine.py:wrong; rloo: prompts 1 to 4, group size 2 to 8" in out
+
+
 @pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(once, tmp_path) -> None:
     again = written(tmp_path)

@@ -172,6 +172,62 @@ CASES = [
         "opd_full,aggregation=token_mean",
         ["is that of loss_top_k tokens", "iw_opd_gamma: distillation_objective is not", "lmbda 1"],
     ),
+    *(
+        (
+            {"distillation_objective": "jsd", "loss_add_tail": False, "beta": beta},
+            "opd_full,aggregation=token_mean,beta=0",
+            ["is 0, and so is its gradient", "The student learns nothing"],
+        )
+        for beta in (0, 1)
+    ),
+    (
+        {"distillation_objective": "jsd", "loss_add_tail": False, "beta": 0.5},
+        "opd_full,aggregation=token_mean",
+        ["where the two are one token, its gradient is 0", "prefix is held fixed"],
+    ),
+    (
+        {"distillation_objective": "jsd", "loss_add_tail": False, "loss_top_k": 3},
+        "opd_full,aggregation=token_mean",
+        [
+            "made to sum to 1",
+            "prefix is held fixed",
+            "number of tokens of the dataset's completions",
+        ],
+    ),
+    (
+        {"distillation_objective": "jsd", "loss_top_k": 0, "loss_add_tail": False},
+        "opd_full,aggregation=token_mean",
+        ["loss_add_tail: loss_top_k is 0", "prefix is held fixed"],
+    ),
+    (
+        {"distillation_objective": "jsd", "loss_top_k": 5, "reverse_kl_top_1_mode": "argmax"},
+        "opd_full,aggregation=token_mean",
+        ["reverse_kl_top_1_mode: loss_top_k is not 1", "is that of loss_top_k tokens"],
+    ),
+    (
+        {"distillation_objective": "jsd", "use_teacher_server": True},
+        "opd_full,aggregation=token_mean",
+        ["the passes of an update are added", "is the sampled one"],
+    ),
+    (
+        {"iw_opd_gamma": 0.5, "gradient_accumulation_steps": 2},
+        "opd,aggregation=token_mean",
+        [
+            "counts in full for each of the gradient_accumulation_steps",
+            "With prompts alone it is 0",
+        ],
+    ),
+    *(
+        (
+            {"distillation_objective": objective, "use_vllm": True, "vllm_sync_frequency": 4},
+            f"{name},aggregation=token_mean",
+            [remark],
+        )
+        for objective, name, remark in (
+            ("jsd", "opd_full", "those of an older policy"),
+            ("iw_opd", "opd", "and vllm_sync_frequency above 1"),
+        )
+    ),
 ]
 
 
@@ -204,7 +260,9 @@ def test_a_configuration_of_trl_is_an_estimator(
     assert measured == [Estimator.preset(name), Estimator()]
     out = words(capsys.readouterr().out)
     assert [remark for remark in remarks if remark not in out] == []
-    is_idle = any(re.match("[a-z_]+: ", remark) for remark in remarks)
+    if "is 0, and so is its gradient" in remarks:
+        assert "prefix is held fixed" not in out and "is shown in its place" not in out
+    is_idle = any(re.match("[a-z_0-9]+: ", remark) for remark in remarks)
     assert ("changes nothing" in out) == is_idle
 
 
@@ -275,6 +333,73 @@ def test_the_table_has_the_defaults_of_trl_for_distillation(measured, capsys, tm
         assert measured[-2] == Estimator.preset(f"{name},aggregation=token_mean")
         assert f"source {kind.__name__} of TRL" in out
         assert "changes nothing" not in out
+
+
+@pytest.fixture
+def update_of_iw_opd(tmp_path, monkeypatch):
+    """The weights before a step of TRL's IW-OPD minus those after it, with a rate of 1, as one vector."""
+    pytest.importorskip("trl")
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CI", "1")  # nothing is sent
+    words = Tokenizer(models.WordLevel({c: i for i, c in enumerate("_.abcd:")}, unk_token="_"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="_", eos_token=".")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+    def model(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=7, pad_token_id=0, eos_token_id=1, **sizes))
+
+    model(1).save_pretrained("teacher")
+    tokenizer.save_pretrained("teacher")
+
+    def update(completion, **fields):
+        student = model(0)
+        before = torch.nn.utils.parameters_to_vector(student.parameters()).detach().clone()
+        messages = [{"role": "user", "content": "ab:"}]
+        messages += [{"role": "assistant", "content": completion}] if completion else []
+        fixed = {"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+        fixed |= {"optim": "sgd", "max_grad_norm": 0.0, "top_p": 1.0, "max_completion_length": 1}
+        fixed |= {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
+        trainer = IWOPDTrainer(
+            model=student,
+            teacher_model="teacher",
+            args=IWOPDConfig(output_dir="out", per_device_train_batch_size=4, **fixed | fields),
+            train_dataset=Dataset.from_list([{"messages": messages}] * 8),
+            processing_class=tokenizer,
+        )
+        trainer.generation_config.do_sample = False  # the same token each time
+        trainer.train()
+        return before - torch.nn.utils.parameters_to_vector(student.parameters()).detach()
+
+    return update
+
+
+def test_the_divisor_of_iw_opd_is_what_the_remark_says(update_of_iw_opd) -> None:
+    whole = update_of_iw_opd("ab")
+    assert whole.abs().max() > 1e-4
+    halves = update_of_iw_opd("ab", gradient_accumulation_steps=2)
+    assert halves.tolist() == pytest.approx((whole / 2).tolist(), abs=1e-6)
+    assert update_of_iw_opd("abcd").tolist() == pytest.approx((whole / 2).tolist(), abs=1e-6)
+    assert update_of_iw_opd("").isnan().any()
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+@pytest.mark.parametrize(("beta", "tail"), [(0, False), (1, False), (1, True)])
+def test_the_divergence_of_one_token_is_0_without_the_others(
+    beta, tail, mode, update_of_iw_opd
+) -> None:
+    fields = {"distillation_objective": "jsd", "loss_top_k": 1, "reverse_kl_top_1_mode": mode}
+    update = update_of_iw_opd("ab", beta=beta, loss_add_tail=tail, **fields)
+    assert bool(update.any()) == tail
 
 
 def test_a_preset_is_explained_beside_rloo(capsys) -> None:

@@ -12,7 +12,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """`saved(architecture, tokenizer_kind)`: the directory of a model and tokenizer, written once."""
+    """`saved(architecture, kind)`: the directory of a model and tokenizer, written once."""
     known = {}
 
     def save(architecture="llama", kind="pad", **config):
@@ -28,5 +28,5 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def policy():
-    """`policy(architecture, tokenizer_kind, **options)`: a fresh policy in memory."""
+    """`policy(architecture, kind, **options)`: a fresh policy in memory."""
     return make_policy

@@ -107,7 +107,7 @@ COMBINED = [
         OF_THEIR_OWN,
     ),
     ({**BEST_OF_2, **LOSS_KL}, "exact", EXACT),
-    ({**BEST_OF_2, "truncations": "mask"}, "biased", "ascends E[m"),
+    ({**BEST_OF_2, "truncations": "mask"}, "biased", "have no gradient"),
     ({**BEST_OF_2, "zero_spread": "drop"}, "exact_per_prompt", "kept groups"),
     ({**BEST_OF_2, "zero_spread": "refill"}, "exact_up_to_scale", "cancels"),
     ({**BEST_OF_2, "objective_form": "sloo", "zero_spread": "drop"}, "biased", OF_THEIR_OWN),
@@ -312,20 +312,65 @@ def test_measures_go_beyond_the_main_problems(baseline) -> None:
     assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
 
 
-def test_what_was_tried_is_said() -> None:
-    estimator = Estimator(baseline=median_from(9))
-    verdict = measure_bias(estimator)
-    tried = "4 prompts, groups of 8, 6 tokens, rewards of 1"
-    assert verdict.found == "exact" and tried in verdict.tried
-    assert repr(verdict).startswith(f"{estimator.baseline.__name__}: exact, cosine 1.000, noise ")
-    assert measure_bias(estimator, group_size=10).found == "biased"
-    # these problems and no others
-    assert "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried
+def of_small_rewards(totals, *, group_size, **_):
+    return of_others(totals, group_size) + 0.3 * totals.clamp(max=-20)
+
+
+def of_five_prompts(totals, *, group_size, **_):
+    own = 0.1 * totals.square() * (len(totals) > 4 * group_size)
+    return of_others(totals, group_size) + own
+
+
+TRIED = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [median_from(9), longer(6), of_small_rewards, of_five_prompts],
+    ids=lambda f: f.__name__,
+)
+def test_beyond_what_was_tried_a_bias_is_not_found_and_the_line_says_how_far_that_is(
+    baseline,
+) -> None:
+    verdict = measure_bias(Estimator(baseline=baseline))
+    assert verdict.found == "exact" and verdict.tried == TRIED
+    assert repr(verdict).startswith(f"{baseline.__name__}: exact, cosine 1.000, noise ")
+    assert repr(verdict).endswith(f"; tried: {TRIED}")
+
+
+def test_what_was_tried_is_that_of_the_problems_that_were_used() -> None:
+    assert measure_bias(Estimator(baseline=median_from(9)), group_size=10).found == "biased"
+    shown = measure_bias("rloo", SMALL[:1]).tried
+    assert shown == "prompts 1, group size 3, tokens 1 to 3, rewards -0.42 to 1.4"
+    assert "group size 5 to 8" in measure_bias("max_at_k").tried
+    assert "rewards 0 to 2" in measure_bias("maxrl").tried
+
+
+def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only() -> None:
+    """R_i - mean of all but a neighbour is (G-2)/(G-1) of the gradient: nothing of it for G = 2."""
+
+    def without_neighbour(totals, *, group_size, **_):
+        groups = of_groups(totals, group_size)
+        return ((groups.sum(1, keepdim=True) - groups.roll(1, 1)) / (group_size - 1)).flatten()
+
+    verdict = measure_bias(Estimator(baseline=without_neighbour))
+    assert (verdict.found, verdict.of_larger_groups) == ("biased", "exact_up_to_scale")
+    line = "without_neighbour: biased with groups of 2, exact_up_to_scale with larger ones, cosine"
+    assert repr(verdict).startswith(line) and "group size 2 to 8" in repr(verdict)
+    always = measure_bias(Estimator(baseline=median_from(3)))
+    assert (always.found, always.of_larger_groups) == ("biased", "")
+
+    def of_eight(totals, **sizes):  # which only a wide problem has
+        large = sizes["group_size"] > 4
+        return median_from(5)(totals, **sizes) if large else without_neighbour(totals, **sizes)
+
+    beyond = measure_bias(Estimator(baseline=of_eight))
+    assert (beyond.found, beyond.of_larger_groups) == ("biased", "")
 
 
 def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
     verdict = measure_bias("rloo")
-    text = "rloo: exact, cosine 1.000, noise 0.91"
+    text = f"rloo: exact, cosine 1.000, noise 0.91; tried: {TRIED}"
     assert (repr(verdict), verdict._repr_html_()) == (text, f"<code>{text}</code>")
     assert "exact (declared biased), cosine" in repr(replace(verdict, declared="biased"))
     for estimator, words in (

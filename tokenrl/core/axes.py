@@ -138,8 +138,8 @@ class Axes(Settings):
     ] = "k1"
     """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss.
 
-    The closed forms sum over the vocabulary, so they have less noise: closed_form takes each token's prefix as
-    fixed, closed_form_path is exact."""
+    The closed forms sum over the vocabulary, usually with less noise, but where tokens share parameters sometimes
+    with more: closed_form takes each token's prefix as fixed, closed_form_path is exact."""
     kl_baseline: Literal["none", "closed_form"] = "none"
     """Subtract the closed form of a token's KL from its log ratio, for k2 and full_path in the loss (vOPD): the
     gradient is the same on average."""

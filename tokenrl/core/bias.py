@@ -20,6 +20,7 @@ every status.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tokenrl.core import choices
@@ -57,7 +58,22 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
         alone.append(choices.KL_EFFECTS[axes.kl_placement, axes.kl_estimator])
     if binary and compares_groups_only(axes):
         alone = [Effect(effect.binary or effect.status, effect.reason) for effect in alone]
-    return alone + combination_effects(axes, alone)
+    listed = alone + combination_effects(axes, alone)
+    # What a reason says after its colon (see `choices`) holds if nothing else matters but constant factors.
+    # What is exact matters too, if it adds to the rewards, or credits actions with a part of them.
+    matter = [effect for effect in listed if effect.status not in (EXACT, UP_TO_SCALE)]
+    if axes.other_objective:
+        matter.append(alone[0])
+    if not axes.shares_return:
+        matter.append(alone[2])
+    if axes.needs_kl:
+        matter.append(alone[-1])
+    return [
+        effect
+        if all(effect is other for other in matter)
+        else replace(effect, reason=effect.reason.partition(": ")[0])
+        for effect in listed
+    ]
 
 
 def objective_effect(axes: Axes, of_reward: bool = False) -> Effect:
@@ -140,7 +156,7 @@ def zero_spread_effect(axes: Axes) -> Effect:
     if axes.shares_return:
         return effect
     earlier = "with rewards before the last action the groups left out had a gradient"
-    return Effect(UNKNOWN, f"{effect.reason}; {earlier}")
+    return Effect(UNKNOWN, f"{earlier}; {effect.reason}")
 
 
 def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
@@ -165,8 +181,8 @@ def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
         combined.append(Effect(BIASED, reason))
     if axes.separate_components and axes.divides:
         reason = (
-            "each reward function is divided by its own spread, so it has another weight than in J; with "
-            "rewards of 0 and 1, 'group_mean' and 'group_std' it ascends sum_k w_G(p_k) grad p_k"
+            "each reward function is divided by its own spread, so it has another weight than in J; by themselves, "
+            "with rewards of 0 and 1, 'group_mean' and 'group_std' ascend sum_k w_G(p_k) grad p_k"
         )
         combined.append(Effect(BIASED, reason))
     limits = {baseline_effect(axes).status, axes.chosen("aggregation").status}

@@ -5,6 +5,9 @@ its axis: `baselines`, `scales`, `returns` or `losses`. `bias` says what all cho
 
 In the reasons, G is the number of completions per prompt, N the number of rows in the step, R the return of a
 row, b the baseline, L the length of a row and p the probability of a correct completion. No torch is imported.
+
+A reason is a cause. What stands after its colon is the objective that is ascended, or the gradient that is
+computed, where no other choice matters; `bias.effects` leaves it out elsewhere.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True, additive=False),
         "group_mean": Choice(
             UP_TO_SCALE,
-            "the row's own return is in the mean of its group: ascends E[R] - E[b]/G, (G-1)/G of the gradient",
+            "the row's own return is in the mean of its group, which with 'total' leaves (G-1)/G of the advantage "
+            "with 'rloo': ascends E[R] - E[b]/G, (G-1)/G of the gradient",
             compares="group",
             centred=True,
             in_group=True,
@@ -95,9 +99,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "episode_mean": Choice(
             BIASED,
-            "the mean over the row's own steps contains the results of its own actions: with the undiscounted "
-            "reward to go it ascends the return with the u-th of L rewards weighted by 1 - u/L, so the last does "
-            "not count; if every step has the same reward it is half the gradient",
+            "the mean over the row's own steps contains the results of its own actions; by itself, with the "
+            "undiscounted reward to go, it ascends the return with the u-th of L rewards weighted by 1 - u/L, so "
+            "the last does not count; if every step has the same reward that is half the gradient",
             compares="row",
             any_units=True,
         ),
@@ -159,16 +163,16 @@ CHOICES: dict[str, dict[str, Choice]] = {
     "aggregation": {
         "sequence_sum": Choice(EXACT, "the mean over sequences of the sum over their tokens"),
         "fixed_length": Choice(
-            UP_TO_SCALE, "one constant divides everything: 1/max_length of the gradient"
+            UP_TO_SCALE, "everything is multiplied by one constant, 1/max_length"
         ),
         "token_mean": Choice(
             ASYMPTOTIC,
-            "the number of tokens in the step depends on the actions; the gradient tends to that of J, divided by "
+            "the number of tokens in the step depends on the actions: the gradient tends to that of J, divided by "
             "the mean length, with an error of order 1/N",
         ),
         "sequence_mean": Choice(
             BIASED,
-            "each sequence is weighted by 1/length: ascends E[(R - b)/L] with the baseline b held fixed",
+            "each sequence is weighted by 1/length: with one baseline b per row it ascends E[(R - b)/L], b held fixed",
         ),
     },
     "ratio": {
@@ -210,15 +214,18 @@ CHOICES: dict[str, dict[str, Choice]] = {
             EXACT,
             "every action is credited with the whole return",
             to_go=True,
-            discounted=Effect(BIASED, "ascends the discounted return E[sum_t gamma^t r_t], not J"),
+            discounted=Effect(
+                BIASED,
+                "rewards are discounted from the first step: ascends the discounted return E[sum_t gamma^t r_t]",
+            ),
         ),
         "reward_to_go": Choice(
             EXACT, "earlier rewards do not depend on an action", to_go=True, discounted=NO_OBJECTIVE
         ),
         "blame_window": Choice(
             BIASED,
-            "rewards beyond the window are credited to no action, which is the gradient of no objective; exact if "
-            "no row is longer than the window",
+            "rewards beyond the window are credited to no action: the gradient of no objective, and exact if no row "
+            "is longer than the window",
             discounted=Effect(
                 BIASED,
                 "rewards beyond the window are credited to no action, and the others are discounted",
@@ -233,7 +240,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "gae": Choice(
             BIASED,
-            "with lam < 1 values replace later rewards; unbiased only if they are exact, V^pi of the state and of "
+            "with lam < 1 values replace later rewards: unbiased only if they are exact, V^pi of the state and of "
             "the number of steps left",
             needs="values",
             discounted=NO_OBJECTIVE,
@@ -265,39 +272,39 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "keep": Choice(EXACT, "a truncated completion is an outcome like any other"),
         "mask": Choice(
             BIASED,
-            "truncated rows stay in the baseline and have no gradient: ascends E[m (R - b)], m = 1 for rows that "
-            "are not truncated and b held fixed at its mean (J with 'rloo', 0 with 'none'), as if each truncated "
-            "row had the reward b",
+            "truncated rows stay in the baseline and have no gradient: with one baseline b per row it ascends "
+            "E[m (R - b)], m = 1 for rows that are not truncated and b held fixed at its mean (J with 'rloo', 0 "
+            "with 'none'), as if each truncated row had the reward b",
         ),
     },
 }
 
-HELD = "with its prefix held fixed"
+EACH = "the gradient of each step's {}, with its prefix held fixed"
 LATER = "the effect of an action on the {} of later steps is missing"
 
 KL_EFFECTS: dict[tuple[str, str], Effect] = {
     ("reward", "k1"): Effect(EXACT, "a log ratio in the reward gives the gradient of J - beta KL"),
     ("reward", "k2"): Effect(
-        BIASED, "k2 in the reward ascends E[R] - beta E[k2] with k2 held fixed, which is not the KL"
+        BIASED, "the mean of k2 is not the KL: ascends E[R] - beta E[k2] with k2 held fixed"
     ),
     ("reward", "k3"): Effect(
         BIASED,
         "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is",
     ),
     ("loss", "k1"): Effect(
-        BIASED, "the gradient of the log ratio has mean zero: ascends J without any KL penalty"
+        BIASED,
+        "the gradient of the log ratio is not that of the KL: it has mean zero, so J is ascended without any KL",
     ),
-    ("loss", "k2"): Effect(BIASED, f"the gradient of each step's KL {HELD}; {LATER.format('KL')}"),
+    ("loss", "k2"): Effect(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}"),
     ("loss", "k3"): Effect(
-        BIASED, f"the gradient of the FORWARD KL(ref || pi) of each step, {HELD}"
+        BIASED,
+        f"k3 differentiated is not the KL(pi || ref): {EACH.format('FORWARD KL(ref || pi)')}",
     ),
     ("loss", "k2_sequence"): Effect(EXACT, "k2 of the whole sequence has the gradient of the KL"),
     ("loss", "full_path"): Effect(
         EXACT, "each action is credited with its own and later log ratios"
     ),
-    ("loss", "closed_form"): Effect(
-        BIASED, f"the gradient of each step's KL {HELD}; {LATER.format('KL')}"
-    ),
+    ("loss", "closed_form"): Effect(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}"),
     ("loss", "closed_form_path"): Effect(
         EXACT,
         "the gradient of each step's KL, and each action is credited with the KL of later steps",
@@ -305,7 +312,7 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
-ENTROPY = Effect(BIASED, f"the gradient of each step's entropy {HELD}; {LATER.format('entropy')}")
+ENTROPY = Effect(BIASED, f"{LATER.format('entropy')}: {EACH.format('entropy')}")
 """The effect of an entropy bonus."""
 
 LOG_SUCCESS = (

@@ -76,7 +76,8 @@ def closed_form_path(
     """Return `KL_t` in value, with the gradient `grad KL_t + (sum_{u > t} KL_u) grad log pi_t`.
 
     The mean of this gradient is the gradient of the KL of the whole sequence. `full_path` has sampled log ratios
-    where this has their means at each prefix, which have less noise. MiniLLM (Gu et al. 2024, arXiv 2306.08543)
+    where this has their means at each prefix. These usually have less noise, but what a sampled token adds may
+    also cancel against other terms, where prefixes share parameters. MiniLLM (Gu et al. 2024, arXiv 2306.08543)
     takes such a mean for the token itself and sampled log ratios for later tokens.
 
     Args:

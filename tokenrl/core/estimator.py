@@ -79,7 +79,7 @@ class Estimator(Axes):
 
     @property
     def bias_reason(self) -> str:
-        """Why `bias_status` holds; if biased, the objective that is ascended instead, if there is one."""
+        """Why `bias_status` holds; if one choice decides it, the objective that is ascended instead, if any."""
         return declared(self).reason
 
     @property

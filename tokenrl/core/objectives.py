@@ -1,7 +1,7 @@
 """Computes the advantages of other objectives than the mean reward: the best of k rows, the log of success.
 
 Multiplied by the scores and averaged over the rows of a group, the advantages give the gradient of the
-objective; their statuses are in `targets.OBJECTIVES`. The formulas take sets of rows [S, n], the groups of a
+objective; their statuses are in `choices.OBJECTIVES`. The formulas take sets of rows [S, n], the groups of a
 step. Equal rewards are measured from the first one, as in `baselines`, so that a form in which they cancel
 gives exactly 0.
 

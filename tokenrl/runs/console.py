@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tokenrl.runs.session import Session
 
 _LOSS_NOTE = (
-    "The loss is no measure of progress: it weights log-probabilities by advantages, "
-    "which average to about 0 by construction; watch the reward and the evaluation."
+    "The loss is no measure of progress: it is made for its gradient, and its value says little; "
+    "watch the reward and the evaluation."
 )
 MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
 _MAX_DECIMALS = 6  # of a number with its error

@@ -69,7 +69,8 @@ class Finding:
     Attributes:
         flag: a short name for programs, such as `policy-destroyed`.
         weight: `watch` is a remark; `act` says that a setting should change; `void` says that the numbers
-            mean nothing as they are: a check is then not passed, and an arm gets no verdict.
+            mean nothing as they are: a check is then not passed. An arm of a comparison has its verdict all
+            the same, with the finding beside it.
         text: one or more whole sentences, with the numbers.
         changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`.
         precedence: a finding of weight `act` or `void` may explain all findings of lower precedence, so that

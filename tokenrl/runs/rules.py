@@ -122,7 +122,7 @@ def entropy_collapsed(facts: Facts) -> Judgement:
     has_bonus = facts.has_entropy_bonus
     if not has_bonus and facts.early_entropy < LEAST_ENTROPY and facts.gain <= 0:
         text = "In the first tenth of the steps the entropy was {early_entropy:.3g} nats, the gain {gain:+.2g}."
-        return "void", text
+        return "act", text
     if has_bonus or not facts.recent_entropy < LEAST_ENTROPY:
         return None
     text = (
@@ -189,7 +189,7 @@ def no_signal(facts: Facts) -> Judgement:
         return "void", f"{text}, down from {{before_reward:.3g}} before training. {cause}", changes
     if facts.early_equal > LOST_SHARE and facts.gain <= 0:
         text = "In {early_equal:.0%} of the groups at the start all rewards were equal, the gain {gain:+.2g}."
-        return "void", text
+        return "act", text
     weight = above(facts.recent_equal, watch=LOST_SHARE / 2, act=LOST_SHARE)
     text = "{recent_equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient"
     if weight == "act" and facts.is_easy:

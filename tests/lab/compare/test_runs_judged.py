@@ -1,8 +1,7 @@
 """What a comparison reads from its runs and says of them, with runs that are written by hand."""
 
 import json
-import shlex
-import sys
+import math
 
 import made_runs
 import numpy as np
@@ -10,11 +9,8 @@ import pytest
 from made_runs import WALK, caveats_of, compared, noise, rising, write_run
 
 import tokenrl
-from tokenrl.cli import main
 from tokenrl.errors import Stopped
-from tokenrl.lab.compare.intervals import seeds_to_decide
 from tokenrl.lab.compare.loop import judge_directory, missing
-from tokenrl.lab.compare.plan import read_plan
 from tokenrl.lab.compare.table import read_runs
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
@@ -129,25 +125,6 @@ def test_a_run_below_a_stated_reward_failed(tmp_path):
     assert comparison.exit_code == 0, "a run that ended is no error"
 
 
-def test_void_arms_have_no_verdict_in_any_metric_and_it_is_said_which_and_why(tmp_path, capsys):
-    lost = rising(0.0, 0.0, entropy=0.01)
-    arms = {"reinforce": rising(0.5), "a2c": lost, "rloo": rising(0.6)}
-    compared(tmp_path, arms)
-    capsys.readouterr()
-    comparison = tokenrl.compare(
-        **WALK | {"quiet": False}, arms=tuple(arms), output_dir=str(tmp_path)
-    )
-    table = comparison.differences()
-    assert (
-        set(table["verdict"][table["arm"] == "a2c"]) == {"void"} and len(comparison.judgements) > 1
-    )
-    assert comparison.judgement.verdicts()["walk", "rloo"] == "better"
-    assert set(table["metric"][table["decides"] == "yes"]) == {"area"}
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "a2c is not valid: In the first tenth of the steps the entropy was 0.01 nats" in printed
-    assert "Not valid, so not compared with reinforce: a2c." in comparison.headline("walk")
-
-
 def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
     def slow(seed):
         run = [0, 0.3 + noise(seed, 0.003), 0.5, 0.7, *[0.995 + noise(seed)] * 2]
@@ -159,7 +136,7 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
     assert caveats_of(comparison, "Ceiling") == [], (
         "500 counts as solved there, and nothing was declared as the best"
     )
-    (skipped,) = caveats_of(comparison, "Updates of a2c")
+    (skipped,) = caveats_of(comparison, "Training of a2c")
     (clipped,) = caveats_of(comparison, "Clipping")
     assert "20.0% of the updates were skipped" in skipped
     assert "the gradient was clipped in most updates of a2c (97%)" in clipped
@@ -185,46 +162,6 @@ def test_at_a_ceiling_the_budget_is_named_at_which_the_arms_lie_apart(tmp_path):
     assert "475 counts as solved" in text
     assert "after 80 episodes the arms lay farthest apart" in text and "--max-steps 10" in text
     assert "every arm ends at the ceiling" in comparison.headline("CartPole-v1")
-
-
-TYPED = "tokenrl compare --env walk --seeds=6 --arms reinforce a2c rloo --overwrite --max-steps 50 --num-envs 8"
-
-
-def test_a_new_comparison_of_what_is_open_is_proposed_and_is_not_exploratory(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys, "argv", shlex.split(f"{TYPED} --eval-every 10"))
-    arms = {"reinforce": rising(0.5, 0.02), "a2c": rising(0.505, 0.05), "rloo": rising(0.9)}
-    comparison = compared(tmp_path / "walk", arms, margin=0.001)
-    text, command = comparison.proposal
-    differences = comparison.judgement.families[0].differences[0].differences
-    seeds, margin = seeds_to_decide(np.array([*differences.values()]), 0.975, 0.001)
-    assert (
-        f"About {seeds} new seeds would decide what is open, with a --margin of {margin:g}," in text
-    )
-    assert command == (
-        f"tokenrl compare --env walk --max-steps 50 --num-envs 8 --eval-every 10 --arms reinforce a2c "
-        f"--seeds {seeds} --first-seed 6 --output-dir {tmp_path}/walk-from-seed-6 --margin {margin:g}"
-    )
-    capsys.readouterr()
-    assert main([*shlex.split(command)[1:], "--print-commands"]) == 0, "it can be pasted"
-    assert capsys.readouterr().out.count("env OMP_NUM_THREADS=1 tokenrl control") == 2 * seeds
-    assert read_plan(tmp_path / "walk-from-seed-6").changes == ()
-
-
-def test_nothing_is_proposed_where_all_is_decided_or_seeds_would_say_the_same(tmp_path):
-    arms = {"reinforce": rising(0.5), "a2c": rising(0.9)}
-    assert compared(tmp_path / "decided", arms).proposal is None
-    same = {"reinforce": rewards(*REWARDS), "a2c": rewards(*REWARDS)}
-    assert compared(tmp_path / "equal", same).proposal is None
-
-
-def test_what_has_too_few_seeds_or_is_exploratory_is_repeated(tmp_path):
-    arms = {"reinforce": rising(0.5), "a2c": rising(0.9)}
-    text, call = compared(tmp_path, arms, seeds=3).proposal
-    assert text.startswith("About 6 new seeds") and "seeds=6, first_seed=3, output_dir=" in call
-    _, call = compared(tmp_path, arms, seeds=8).proposal
-    assert "seeds=8, first_seed=8" in call
 
 
 def test_runs_that_never_reach_a_threshold_are_counted(tmp_path):
@@ -264,7 +201,66 @@ def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
         compared(tmp_path, arms, seeds=2)
 
 
-def test_cut_completions_void_an_arm_and_equal_groups_one_that_compares_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ({"entropy": 0.01}, "In the first tenth of the steps the entropy was 0.01 nats"),
+        ({"skipped_steps": 40}, "80.0% of the updates were skipped"),
+        ({"idle_steps": 40}, "80% of the updates had no gradient"),
+        ({"grad_clipped": 1.0}, "clipped in most updates of a2c (100%)"),
+        ({}, ""),
+    ],
+)
+@pytest.mark.parametrize(
+    ("end", "verdict"), [(-0.1, "worse"), (0.5, "equivalent"), (0.9, "better")]
+)
+def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm(
+    tmp_path, capsys, trained, words, end, verdict
+):
+    arms = {"reinforce": rising(0.5), "a2c": rising(end, 0.003, **trained), "rloo": rising(0.6)}
+    compared(tmp_path, arms, margin=0.02)
+    capsys.readouterr()
+    options = WALK | {"quiet": False, "margin": 0.02}
+    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=str(tmp_path))
+    assert comparison.judgement.verdicts() == {
+        ("walk", "a2c"): verdict,
+        ("walk", "rloo"): "better",
+    }
+    printed = " ".join(capsys.readouterr().out.split())
+    told = words in printed or (end > 0 and "entropy" in trained)  # sharp, and it has learnt
+    assert told and "not valid" not in printed and "void" not in printed
+
+
+def test_an_arm_without_a_score_is_not_valid_and_the_others_are_compared(tmp_path):
+    """A run that ended without an evaluation has no score; a run that failed is counted as failed."""
+
+    def unmeasured(seed):
+        return {"rewards": [math.nan] * 6} if seed in (1, 4) else rising(0.9)(seed)
+
+    arms = {"reinforce": rising(0.5), "a2c": unmeasured, "rloo": rising(0.6)}
+    comparison = compared(tmp_path, arms)
+    assert list(comparison.judgement.verdicts().values()) == ["void", "better"]
+    assert "Not valid, so not compared with reinforce: a2c." in comparison.headline("walk")
+    sentences = comparison.judgement.of("walk").sentences()
+    assert sentences[-1] == "a2c is not valid: it has no area for seeds 1 and 4."
+
+
+def test_no_further_comparison_is_proposed_from_the_results(tmp_path, capsys):
+    """A margin or a number of seeds chosen from the results would not keep the level."""
+    arms = {"reinforce": rising(0.5, 0.02), "a2c": rising(0.505, 0.05)}
+    compared(tmp_path, arms, margin=0.001)
+    capsys.readouterr()
+    options = WALK | {"quiet": False, "margin": 0.001}
+    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=str(tmp_path))
+    assert list(comparison.judgement.verdicts().values()) == ["undecided"]
+    written = [(tmp_path / name).read_text() for name in ("report.html", "comparison.json")]
+    for text in (*written, capsys.readouterr().out):
+        assert "new seeds" not in text and "--margin" not in text.replace("--margin 0.001", "")
+
+
+def test_cut_completions_and_equal_groups_of_an_arm_that_compares_them_are_told(
+    tmp_path, monkeypatch
+):
     options = {"task": "sort_digits", "prompts_per_step": 2, "num_generations": 4, "max_steps": 50}
     monkeypatch.setattr(made_runs, "WALK", {"eval_every": 10, "quiet": True})
     runs = {
@@ -276,8 +272,7 @@ def test_cut_completions_void_an_arm_and_equal_groups_one_that_compares_them(tmp
     counts = {"counts": lambda step: {"num_samples": 8 * step}}
     arms = {arm: lambda seed, of=of: of(seed) | counts for arm, of in runs.items()}
     comparison = compared(tmp_path, arms, **options)
-    assert list(comparison.judgement.verdicts().values()) == ["worse", "void", "void"]
-    void = [arm.void for arm in comparison.judgement.families[0].arms]
-    assert (
-        "all rewards were equal" in void[2] and "60% of the completions are cut off at" in void[3]
-    )
+    assert list(comparison.judgement.verdicts().values()) == ["worse", "worse", "better"]
+    equal, cut = caveats_of(comparison, "Training of")
+    assert "rloo: In 90% of the groups at the start all rewards were equal" in equal
+    assert "grpo: 60% of the completions are cut off at" in cut

@@ -1,9 +1,8 @@
-"""Judges the runs of a comparison, and says which arms are not valid and what the verdicts do not mean."""
+"""Judges the runs of a comparison, and says what the verdicts do not mean."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,17 +14,11 @@ import pandas as pd
 
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
-from tokenrl.lab.compare.intervals import seeds_to_decide
-from tokenrl.lab.compare.judgement import Judgement, PairedDifference, digits, joined
+from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
-
-CONFIRMATION = (
-    "They make a comparison of their own: adding seeds to this one until there is a verdict would find "
-    "differences by chance in more than 5 % of all cases."
-)
 
 
 class Caveat(NamedTuple):
@@ -74,7 +67,7 @@ class Comparison:
         return [
             *_exploratory(self.plan),
             *_ceiling(problem, self.table),
-            *_updates(problem, self),
+            *_training(problem, self),
             *_edges(problem, self.table),
         ]
 
@@ -83,51 +76,6 @@ class Comparison:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
         compared = self.table.runs.query("role == 'comparison'")
         return int((compared["state"] != "finished").any())
-
-    @cached_property
-    def proposal(self) -> tuple[str, str] | None:
-        """A new comparison that would decide what is open: the reason and the command; None if no seeds would.
-
-        It has new seeds and a new directory, so its level does not depend on these results. Seeds that are
-        added to this comparison are exploratory. All verdicts of an exploratory comparison are open.
-        """
-        plan = self.plan
-        open_differences = [d for d in self.judgement.differences if self._is_open(d)]
-        if not open_differences:
-            return None
-        labels = {plan.reference}
-        seeds = len(plan.seeds)
-        margins = []
-        for difference in open_differences:
-            labels |= {difference.arm, difference.reference}
-            values = np.array([*difference.differences.values()])
-            count, margin = seeds_to_decide(values, difference.level, difference.margin)
-            seeds = max(seeds, count)
-            if margin is not None:
-                margins.append(margin)
-        first = plan.seeds[-1] + 1
-        directory = re.sub(r"-from-seed-\d+$", "", str(self.output_dir))
-        changes: dict[str, Any] = {
-            "arms": tuple(arm.label for arm in plan.arms if arm.label in labels),
-            "seeds": seeds,
-            "first_seed": first,
-            "output_dir": f"{directory}-from-seed-{first}",
-        }
-        condition = "if the arms differ and vary as they do here"
-        if margins:
-            margin = max(margins)
-            changes["margin"] = margin
-            condition = f"with a --margin of {margin:g}, below which differences count as none"
-        text = f"About {seeds} new seeds would decide what is open, {condition}. {CONFIRMATION}"
-        return text, plan.command_with(changes)
-
-    def _is_open(self, difference: PairedDifference) -> bool:
-        """Return whether new seeds may decide: no where differences are equal or an arm fails more often."""
-        if difference.more_failures or len(set(difference.differences.values())) < 2:
-            return False
-        if self.plan.changes:
-            return difference.verdict != "void"
-        return difference.verdict in ("undecided", "descriptive")
 
     def headline(self, problem: str) -> str:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
@@ -164,16 +112,19 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         _refuse_without_score(problem, of_problem, plan.metric)
         for arm in plan.arms:
             key = problem.label, arm.label
-            findings[key] = _findings(arm, problem, of_problem.query("arm == @arm.label"))
-            reasons = [finding.text for finding in findings[key] if finding.weight == "void"]
-            void[key] = " ".join(reasons)
+            of_arm = of_problem.query("arm == @arm.label")
+            findings[key] = _findings(arm, problem, of_arm)
+            without_score = of_arm[~of_arm["failed"] & of_arm[plan.metric].isna()]
+            if len(without_score):
+                seeds = joined([*map(str, without_score["seed"])])
+                void[key] = f"it has no {plan.metric} for seeds {seeds}."
     sound = runs.query("not failed")
     judgements = {}
     for name in dict.fromkeys([plan.metric, *SCORES, "entropy"]):
         decides = name == plan.metric
         if decides or (name in sound and sound[name].notna().all()):
             judgements[name] = judge_scores(
-                runs,
+                runs.assign(failed=runs["failed"] | runs[plan.metric].isna()),
                 metric=name,
                 reference=plan.reference,
                 margin=plan.margins if decides else None,
@@ -193,7 +144,7 @@ def _refuse_without_score(problem: Problem, runs: pd.DataFrame, metric: str) -> 
 
 
 def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
-    """Return what the table of rules finds in an arm's runs; `void` findings give no verdict."""
+    """Return what the table of rules finds in an arm's runs, which qualifies verdicts and excludes nothing."""
     settings = {**problem.settings, **arm.settings}
     facts: dict[Any, Any] = dict(runs.mean(numeric_only=True))
     facts["has_entropy_bonus"] = arm.estimator.entropy_coef > 0
@@ -208,8 +159,8 @@ def _exploratory(plan: Plan) -> Iterator[Caveat]:
     if plan.changes:
         yield Caveat(
             f"Exploratory: {'; '.join(plan.changes)}. Who sees results before choosing what to "
-            "compare, or when to stop, finds differences by chance more often than the level says. The "
-            "command that is proposed repeats it with new seeds in another --output-dir.",
+            "compare, or when to stop, finds differences by chance more often than the level says. To "
+            "confirm it, repeat it with new seeds (--first-seed) in another --output-dir.",
             "it was changed after results could be seen",
         )
 
@@ -254,24 +205,24 @@ def _separating_samples(problem: Problem, table: RunTable) -> float | None:
     return None
 
 
-def _updates(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
-    """Warn of arms whose gradient was clipped in most updates, or whose updates were skipped."""
+def _training(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
+    """Say what was found in the training of each arm; clipped updates of all arms stand in one sentence."""
     shares = comparison.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
     clipped = []
-    skipped = []
+    others = []
     for arm in comparison.plan.arms:
         for finding in comparison.findings[problem.label, arm.label]:
             if finding.flag == "clipped-updates":
                 clipped.append(f"{arm.label} ({shares[arm.label]:.0%})")
-            elif finding.flag == "skipped":
-                skipped.append(Caveat(f"Updates of {arm.label}: {finding.text}"))
+            else:
+                others.append(Caveat(f"Training of {arm.label}: {finding.text}"))
     if clipped:
         yield Caveat(
             f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
             "the size of a step; the estimator sets only its direction.",
             "most updates were clipped, which hides a gradient's size",
         )
-    yield from skipped
+    yield from others
 
 
 def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:

@@ -65,6 +65,8 @@ def judge_scores(
         failure_below: runs with a lower score failed.
         all_pairs: compare all arms with each other, and not only with the reference.
         void: by problem and arm, the reason why its scores are not valid; they are shown without a verdict.
+            Only what is known before training is such a reason, or what makes a score undefined. Excluding
+            an arm because of how its training went hides that it is worse.
 
     Returns:
         Families of comparisons, one per problem.

@@ -20,8 +20,6 @@ ALPHA = 0.05
 POWER = 0.8
 LEAST_PAIRS = 6
 """Fewer pairs give no verdict: even if all of them agree in sign, that happens by chance in more than 5 %."""
-MOST_SEEDS = 50
-"""Most seeds that a new comparison is proposed with."""
 LARGEST_EFFECT = 1_000.0
 """Upper bound of the detectable difference, in standard deviations of a difference."""
 DIGITS = 12
@@ -123,31 +121,3 @@ def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
         lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST_EFFECT
     )
     return sd * float(deviations)
-
-
-def seeds_to_decide(values: Array, level: float, margin: float | None) -> tuple[int, float | None]:
-    """Return how many new seeds would decide between two arms, and the margin that this needs.
-
-    An interval shorter than the margin always gives a verdict: it lies within the margin, or on one side of
-    0. Fewer seeds may do: enough for a power of 80 % if the true difference is the observed one. The standard
-    deviation is its upper 80 % limit, since the estimate from a few pairs is uncertain.
-
-    Args:
-        values: differences by pair [n] of a first comparison, not all equal.
-        level: level of the interval that decides.
-        margin: differences below it count as none; None for no equivalence.
-
-    Returns:
-        The number, from 6 to `MOST_SEEDS`; then None, or a wider margin if that many would not suffice.
-    """
-    free = len(values) - 1
-    quantile = stats.chi2.ppf(1 - POWER, free)
-    sd = values.std(ddof=1) * math.sqrt(free / quantile)
-    effect = abs(values.mean()) / sd
-    short = margin or 0.0
-    for pairs in range(LEAST_PAIRS, MOST_SEEDS + 1):
-        critical = stats.t.ppf((1 + level) / 2, pairs - 1)
-        length = 2 * sd * critical / math.sqrt(pairs)
-        if length <= short or power(pairs, effect, level) >= POWER:
-            return pairs, None
-    return MOST_SEEDS, float(f"{1.05 * length:.2g}")  # rounded up

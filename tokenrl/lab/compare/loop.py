@@ -296,8 +296,4 @@ def _print_result(comparison: Comparison, console: Console) -> None:
             console.note(f"- {sentence}")
     for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
-    report = f"report  {comparison.output_dir / 'report.html'}"
-    if comparison.proposal:
-        text, command = comparison.proposal
-        report = f"{text}\n{report}\nnext    {command}"
-    console.note(report)
+    console.note(f"report  {comparison.output_dir / 'report.html'}")

@@ -50,12 +50,10 @@ def write_comparison(comparison: Comparison) -> Path:
     )
     labels = [problem.label for problem in plan.problems]
     origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
-    proposal = comparison.proposal[0] if comparison.proposal else ""
     context = markup.table(["", ""], list(_context(comparison).items()), "words")
     sections = [markup.Section("", [markup.paragraph(subtitle, "soft")])]
     for label in labels:
         sections.append(markup.Section(f"Verdict on {label}", [_verdict(comparison, label)]))
-    sections.append(markup.Section("", [markup.paragraph(proposal)]))
     sections.append(markup.Section("What was compared", [context]))
     for problem in plan.problems:
         sections += _of_problem(comparison, problem)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -258,23 +257,6 @@ class Plan:
                     rate = rates.get((problem.label, arm.label))
                     runs.append(self.run(problem, arm, seed, rate=rate))
         return runs
-
-    def command_with(self, changes: Mapping[str, Any]) -> str:
-        """Return the command with other values of some flags; from Python the changes of the call."""
-        if not self.command:
-            keywords = [f"{name}={value!r}" for name, value in changes.items()]
-            return f"the same call with {', '.join(keywords)}"
-        words = []
-        flag = ""
-        for word in shlex.split(self.command):
-            if word.startswith("--"):
-                flag = word[2:].partition("=")[0].replace("-", "_")
-            if flag not in (*changes, "overwrite"):
-                words.append(word)
-        for name, value in changes.items():
-            words.append(f"--{name.replace('_', '-')}")
-            words += map(str, value if isinstance(value, tuple) else [value])
-        return shlex.join(words)
 
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,8 @@ OFF_POLICY = {
 NUMBERS = ("problem", "status", "cosine", "relative_bias", "scale", "variance", "mse", "noise")
 """What a record says of each problem; `Moments` explains the numbers."""
 
+FEW = 4
+"""Estimators with the same problems that are named; of more the number is said."""
 PROBLEMS = 20
 """Number of random problems on which corrections are compared."""
 CORRECTIONS: dict[str, dict[str, Any]] = {
@@ -189,16 +192,30 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
     if of_reward:
         statuses = "; ".join(of_reward)
         console.print(f"What the gradient of another objective is for the mean reward: {statuses}.")
+    for name, verdict in verdicts.items():
+        if verdict.of_larger_groups:
+            console.print(f"{name}: {verdict.of_larger_groups} with groups of 3 or more.")
     wrong = [name for name, verdict in verdicts.items() if not verdict.ok]
     summary = f"declared wrongly: {'; '.join(wrong)}" if wrong else "every declaration holds"
     console.print(
         "cosine: between the expected gradient and that of J, the lowest over the problems; bias: "
         "|E g - grad J| / |grad J|, the largest, a wrong scale included; noise: tr Var g / |E g|^2 on the "
-        "first problem; sampler: whose gradient it is where the sampler differs from the policy, empty if "
-        "biased (--sampler noise=0.3 compares corrections). "
-        f"Tried: up to {max(verdict.tried for verdict in verdicts.values())}.\n"
-        f"{len(verdicts)} estimators; {summary}."
+        "first problem, which is another one for other objectives; sampler: whose gradient it is where the "
+        "sampler differs from the policy, empty if biased (--sampler noise=0.3 compares corrections). "
+        f"{tried_in_words(verdicts)}\n{len(verdicts)} estimators; {summary}."
     )
+
+
+def tried_in_words(verdicts: Mapping[str, Verdict]) -> str:
+    """Say on what each estimator was tried; of many with the same problems the number stands for the names."""
+    names = defaultdict(list)
+    for name, verdict in verdicts.items():
+        names[verdict.tried].append(name)
+    sentences = []
+    for tried, same in names.items():
+        whom = "; ".join(same) if len(same) <= FEW else f"{len(same)} estimators"
+        sentences.append(f"Tried for {whom}: {tried}.")
+    return "\n".join(sentences)
 
 
 def print_objectives() -> None:

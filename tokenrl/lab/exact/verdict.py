@@ -62,9 +62,11 @@ class Verdict(Claim):
         found: The worst status over the problems.
         measurements: The moments on each problem that the estimator can be used on; the first is the main
             problem. Of the wide problems only those are listed that showed a worse status.
-        tried: The most prompts, completions per prompt and tokens and the largest reward of any problem (not
-            all in the same one). Of larger problems the verdict says nothing.
+        tried: The numbers of prompts, of completions per prompt and of tokens, and the rewards of all
+            problems (the extremes are not in the same one). Beyond these the verdict says nothing.
         estimator: The name of its preset or of its own baseline, or "custom estimator".
+        of_larger_groups: The worst status over the problems with three or more completions per prompt, if it
+            is better than a bias that two of them show; else empty.
         on_binary: The status on rewards of 0 and 1, where a better one is declared for them.
         of_reward: The status for the gradient of E[R], if the estimator has another objective.
         off_policy: The same of `off_policy_status`, if `measure_off_policy` measured it too.
@@ -73,6 +75,7 @@ class Verdict(Claim):
     measurements: tuple[Moments, ...]
     tried: str = ""
     estimator: str = "custom estimator"
+    of_larger_groups: str = ""
     on_binary: Claim | None = None
     of_reward: Claim | None = None
     off_policy: Claim | None = None
@@ -80,7 +83,11 @@ class Verdict(Claim):
     def __repr__(self) -> str:
         declared = "" if self.ok else f" (declared {self.declared})"
         numbers = f"cosine {self.cosine:.3f}, noise {self.noise:.2f}"
-        return f"{self.estimator}: {self.found}{declared}, {numbers}"
+        larger = ""
+        if self.of_larger_groups:
+            larger = f" with groups of 2, {self.of_larger_groups} with larger ones"
+        tried = f"; tried: {self.tried}" if self.tried else ""
+        return f"{self.estimator}: {self.found}{larger}{declared}, {numbers}{tried}"
 
     def _repr_html_(self) -> str:
         """Return the line for a notebook."""
@@ -128,8 +135,8 @@ def measure_bias(
     A better status that is declared for rewards of 0 and 1 is measured on problems with such rewards. With
     another objective than the mean reward the gradient is also compared with the gradient of E[R].
 
-    This is no proof: a bias that no problem shows stays hidden. `Verdict.tried` says how large the problems
-    were.
+    This is no proof: a bias that no problem shows stays hidden. The line of the verdict says what was tried:
+    numbers of completions and tokens, and the range of rewards.
 
     Args:
         estimator: Any estimator, also one whose bias is unknown, or the name of a preset. Your own baseline
@@ -174,10 +181,11 @@ def measure_bias(
     wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
     status = effects.EXACT
+    of_larger_groups = list[str]()
     measured = list[Problem]()
     measurements = list[Moments]()
     for number, problem in enumerate((*main, *wide)):
-        if number >= len(main) and status == effects.BIASED:
+        if number >= len(main) and effects.BIASED in of_larger_groups:
             break
         try:
             moments = exact_moments(estimator, problem)
@@ -193,10 +201,15 @@ def measure_bias(
             measurements.append(moments)
         measured.append(problem)
         status = worse
+        if problem.group_size > 2:
+            of_larger_groups.append(moments.status)
     if not measurements:
         raise refusal
     if status == effects.BIASED and tends_to_the_gradient(estimator):
         status = effects.ASYMPTOTIC
+    larger = worst(effects.EXACT, *of_larger_groups)
+    if status != effects.BIASED or larger == status or not of_larger_groups:
+        larger = ""
     tried = extent(measured)
     if estimator.needs_memory:
         tried += ", the memory held fixed"
@@ -206,6 +219,7 @@ def measure_bias(
         measurements=tuple(measurements),
         tried=tried,
         estimator=getattr(estimator.baseline, "__name__", estimator.preset_name),
+        of_larger_groups=larger,
         on_binary=_on_binary(estimator),
         of_reward=_of_reward(estimator, measured),
     )
@@ -240,12 +254,18 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
 
 
 def extent(problems: Sequence[Problem]) -> str:
-    """Return the largest numbers of prompts, completions per prompt and tokens, and the largest reward."""
-    prompts = max(len(problem.greedy) for problem in problems)
-    rows = max(problem.group_size for problem in problems)
-    tokens = max(problem.mask.shape[1] for problem in problems)
-    reward = max(float(problem.totals.abs().max()) for problem in problems)
-    return f"{prompts} prompts, groups of {rows}, {tokens} tokens, rewards of {reward:.2g}"
+    """Return the least and the largest numbers of prompts, completions per prompt and tokens, and rewards."""
+    numbers: dict[str, list[float]] = {
+        "prompts": [len(problem.greedy) for problem in problems],
+        "group size": [problem.group_size for problem in problems],
+        "tokens": [float(n) for problem in problems for n in problem.mask.sum(1)],
+        "rewards": [float(total) for problem in problems for total in problem.totals.aminmax()],
+    }
+    ranges = []
+    for name, values in numbers.items():
+        ends = [f"{end:.2g}" for end in (min(values), max(values))]
+        ranges.append(f"{name} {' to '.join(dict.fromkeys(ends))}")
+    return ", ".join(ranges)
 
 
 def _check_memory(estimator: Estimator) -> None:

@@ -222,7 +222,7 @@ class Trial:
         rollout: the completions, sampled together.
         logprobs: log-probabilities of each row alone [4, T].
         hidden: hidden states of each row alone [4, T, H]; None if they are not needed.
-        gradient: gradient of `_weighted(logprobs)`; None if it is not needed.
+        gradient: gradient of their weighted sum (see `_gradient`); None if it is not needed.
         spread: standard deviation of the logits.
     """
 

@@ -1,0 +1,319 @@
+"""A reason that names an objective is true of the estimator that it is printed for, whatever else that has.
+
+Rewards are dense: with a single reward at the end of a row the whole return and the reward to go are the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.choices import CHOICES, ENTROPY, KL_EFFECTS, OBJECTIVES
+from tokenrl.errors import Refused
+from tokenrl.lab import exact_moments
+from tokenrl.lab.exact.problems import Problem, tabular_problem
+
+torch.set_num_threads(1)
+DRAW = torch.Generator().manual_seed(3)
+STUDENT, TEACHER = torch.randn(2, 3, 2, generator=DRAW, dtype=torch.double)
+ONE = tabular_problem(
+    5, group_size=3, vocabulary=2, rewards="dense", logits=STUDENT, reference=TEACHER
+)
+TWO = tabular_problem(6, prompts=2, group_size=2, vocabulary=2, length=2, rewards="dense")
+COUNTED = tabular_problem(7, group_size=3, vocabulary=2, rewards="binary")
+"""One prompt, two prompts, and rewards of 0 and 1."""
+
+KL = {"beta": 0.3}
+LOSS = {**KL, "kl_placement": "loss"}
+CHANGES = [
+    *({"baseline": name} for name in CHOICES["baseline"]),
+    *({"baseline": name, "leave_one_out": False} for name in ("opo", "optimal", "timestep_mean")),
+    {"baseline": "optimal", "optimal_form": "per_timestep"},
+    {"baseline": "constant", "baseline_constant": 0.4},
+    *({"scale": name} for name in CHOICES["scale"] if name != "none"),
+    *({"aggregation": name} for name in CHOICES["aggregation"]),
+    *({"returns": name} for name in CHOICES["returns"]),
+    {"returns": "gae", "lam": 1.0},
+    {"gamma": 0.7},
+    {"truncations": "mask"},
+    {"zero_spread": "drop"},
+    {"overlong_buffer": 3},
+    {"entropy_coef": 0.3},
+    {"objective": "max_at_k", "objective_order": 2},
+    *({"objective": "log_success", "objective_form": form} for _, form in [*OBJECTIVES][-3:]),
+    *({**KL, "kl_placement": place, "kl_estimator": estimate} for place, estimate in KL_EFFECTS),
+]
+
+
+def combinations():
+    """Every change, every two of them, and these with the reward to go; those that are refused are left out."""
+    parts = [(), *itertools.combinations(CHANGES, 1), *itertools.combinations(CHANGES, 2)]
+    seen = set()
+    for chosen, last in itertools.product(parts, ({}, {"returns": "reward_to_go"})):
+        every = [*chosen, last]
+        names = [name for change in every for name in change]
+        if len(names) > len(set(names)):
+            continue
+        fields = {name: value for change in every for name, value in change.items()}
+        try:
+            estimator = Estimator(**fields)
+        except Refused:
+            continue
+        if estimator not in seen:
+            seen.add(estimator)
+            yield fields, estimator
+
+
+class Rows:
+    """The completions of one prompt: probabilities [M], returns [M], lengths [M], scores of rows [M, D].
+
+    Rewards [M, T] include the penalty on long rows.
+    """
+
+    def __init__(self, problem: Problem, prompt: int, overlong: int) -> None:
+        self.problem, self.size, self.prompt = problem, problem.group_size, prompt
+        self.chances, self.rewards = problem.chances[prompt], problem.rewards[prompt].clone()
+        self.lengths, self.kept = problem.mask.sum(-1), 1 - problem.truncated.double()
+        if overlong:
+            beyond = (self.lengths - problem.max_length + overlong) / overlong
+            last = (torch.arange(len(self.lengths)), self.lengths.long() - 1)
+            last = last if self.rewards.ndim == 2 else last[:1]
+            self.rewards[last] -= beyond.clamp(0, 1)
+        self.returns = self.rewards.sum(-1) if self.rewards.ndim == 2 else self.rewards
+        self.scores = problem.scores[prompt].sum(-2)
+        self.norms = self.scores.square().sum(-1)
+        self.log_ratios = (problem.logprobs - problem.ref_logprobs)[prompt]
+        self.kl_slopes = problem.kl_slopes[prompt].sum(-2)
+        self.entropy_slopes = problem.entropy_slopes[prompt].sum(-2)
+        self.greedy = self.returns[problem.greedy[prompt]]
+
+    def slope(self, values):
+        """The gradient of the mean of values of the rows, which are held fixed."""
+        return (self.chances * values) @ self.scores
+
+    def mean(self, values, rows):
+        """The mean of a function of the values of several rows."""
+        chosen = torch.cartesian_prod(*[torch.arange(len(self.chances))] * rows).view(-1, rows)
+        return self.chances[chosen].prod(-1) @ values(chosen)
+
+    def slope_of_group(self, values):
+        chosen = torch.cartesian_prod(*[torch.arange(len(self.chances))] * self.size)
+        chances = self.chances[chosen].prod(-1) * values(chosen)
+        return chances @ self.scores[chosen].sum(1)
+
+
+def weighted_mean(weights, values):
+    return lambda rows: (weights[rows] * values[rows]).sum(-1) / weights[rows].sum(-1)
+
+
+def own_mean(e, rows):
+    """E[R] - E[b]/G, with the mean of the group, weighted by the lengths or by the norms of the scores."""
+    weights = {"opo": rows.lengths, "optimal": rows.norms}.get(e.baseline, rows.lengths * 0 + 1)
+    mean = rows.slope_of_group(weighted_mean(weights, rows.returns))
+    return rows.slope(rows.returns) - mean / rows.size
+
+
+def subtracted(e, rows):
+    """The mean of what is subtracted from a row's return, which does not depend on the row."""
+    others = rows.size - 1
+    numbers = {
+        "none": 0.0,
+        "constant": e.baseline_constant,
+        "running_mean": rows.problem.baseline_value,
+        "tracker": rows.problem.baseline_value + 0.5 * rows.prompt,
+        "remax": rows.greedy,
+        "opo": rows.mean(weighted_mean(rows.lengths, rows.returns), others),
+        "optimal": rows.mean(weighted_mean(rows.norms, rows.returns), others),
+        "quantile": rows.mean(
+            lambda chosen: quantile(rows.returns[chosen], e.baseline_quantile), others
+        ),
+    }
+    mean = rows.chances @ rows.returns
+    if e.baseline == "batch_mean" and len(rows.problem.chances) > 1:
+        every = [Rows(rows.problem, prompt, e.overlong_buffer) for prompt in (0, 1)]
+        of_step = sum(float(each.chances @ each.returns) for each in every)
+        return (rows.size * of_step - mean) / (rows.size * len(every) - 1)
+    return numbers.get(e.baseline, mean)
+
+
+def quantile(values, share):
+    place = max(math.ceil(share * values.shape[-1]), 1) - 1
+    return values.sort(-1).values[..., place]
+
+
+def by_length(e, rows):
+    return rows.slope((rows.returns - subtracted(e, rows)) / rows.lengths)
+
+
+def if_whole(e, rows):
+    return rows.slope((rows.returns - subtracted(e, rows)) * rows.kept)
+
+
+def discounted(e, rows):
+    steps = e.gamma ** torch.arange(rows.problem.mask.shape[1], dtype=torch.double)
+    return rows.slope(rows.rewards @ steps)
+
+
+def counted_down(e, rows):
+    places = torch.arange(1, rows.problem.mask.shape[1] + 1)
+    return rows.slope((rows.rewards * (1 - places / rows.lengths[:, None])).sum(-1))
+
+
+def forward_kl(e, rows):
+    """Written from the logits: the slope of KL(ref || pi) at a prefix is pi - ref, in its logits."""
+    step = (STUDENT.softmax(-1) - TEACHER.softmax(-1)).flatten()
+    visited = (rows.problem.scores[0] != 0).view(*rows.problem.mask.shape, 3, 2).any(-1).any(1)
+    visits = (rows.chances @ visited.double()).repeat_interleave(2)
+    return rows.slope(rows.returns) - e.beta * visits * step
+
+
+def divided(e, rows):
+    """On rewards of 0 and 1, w_G(p) grad p."""
+    p, size = float(rows.chances @ rows.returns), rows.size
+    weight = 0.0
+    for k in range(size + 1):
+        variance = k / size * (1 - k / size)
+        std = math.sqrt(variance * size / (size - e.scale_ddof))
+        weight += math.comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + e.scale_eps)
+    return weight / (p * (1 - p)) * rows.slope(rows.returns)
+
+
+PER_TOKEN = ("value", "timestep_mean", "episode_mean")
+"""Baselines with a number for each token; the mean of `shrinkage` depends on other prompts."""
+
+
+def one_per_row(e):
+    return e.baseline not in (*PER_TOKEN, "shrinkage") and e.optimal_form == "sequence"
+
+
+def any_estimator(e):
+    return True
+
+
+ORACLES = {
+    "ascends E[R] - E[b]/G": (
+        lambda e: e.baseline != "optimal" or one_per_row(e),
+        own_mean,
+        (ONE, TWO),
+    ),
+    "ascends E[R] - E[b]/N, (N-1)/N": (
+        any_estimator,
+        lambda e, rows: rows.slope(rows.returns),
+        (ONE, TWO),
+    ),
+    "ascends E[(R - b)/L]": (one_per_row, by_length, (ONE, TWO)),
+    "ascends E[m (R - b)]": (one_per_row, if_whole, (ONE, TWO)),
+    "ascends the discounted return": (any_estimator, discounted, (ONE, TWO)),
+    "ascends E[R] - beta E[k2]": (
+        any_estimator,
+        lambda e, rows: rows.slope(rows.returns - e.beta * rows.log_ratios.square().sum(-1) / 2),
+        (ONE, TWO),
+    ),
+    "J is ascended without any KL": (
+        any_estimator,
+        lambda e, rows: rows.slope(rows.returns),
+        (ONE, TWO),
+    ),
+    "the gradient of each step's KL": (
+        any_estimator,
+        lambda e, rows: rows.slope(rows.returns) - e.beta * rows.chances @ rows.kl_slopes,
+        (ONE, TWO),
+    ),
+    "the gradient of each step's FORWARD KL": (any_estimator, forward_kl, (ONE,)),
+    "the gradient of each step's entropy": (
+        any_estimator,
+        lambda e, rows: (
+            rows.slope(rows.returns) + e.entropy_coef * rows.chances @ rows.entropy_slopes
+        ),
+        (ONE, TWO),
+    ),
+    "with binary rewards and the baseline 'group_mean'": (
+        lambda e: e.baseline in ("rloo", "group_mean") and not e.overlong_buffer,
+        divided,
+        (COUNTED,),
+    ),
+    "with the undiscounted reward to go, it ascends": (
+        lambda e: e == Estimator(baseline="episode_mean", returns="reward_to_go"),
+        counted_down,
+        (ONE, TWO),
+    ),
+    "E[1/(std + eps)] of": (any_estimator, lambda e, rows: rows.slope(rows.returns), (ONE, TWO)),
+    "of B prompts each is weighted by": (
+        any_estimator,
+        lambda e, rows: rows.slope(rows.returns),
+        (ONE,),
+    ),
+}
+"""By words of a reason: for which estimators it claims something, the gradient that it names, and where."""
+ELSEWHERE = (
+    "the gradient tends to that of J",  # whose limit `tends_to_the_gradient` takes
+    "(n-1)/n, with n rows that still act",
+    "new prompts fill the step",
+    "the gradient of no objective",
+    "in sum a good episode",
+    "unbiased only if",
+    "with three or more reward levels",  # tests/mathematics/test_objectives.py
+    "E[1/b; b > 0]",
+)
+
+
+def test_every_objective_that_a_reason_names_has_its_gradient_here() -> None:
+    effects = [choice for names in CHOICES.values() for choice in names.values()]
+    effects += [e for c in effects for e in (c.row_inside, c.discounted) if e is not None]
+    effects += [*KL_EFFECTS.values(), ENTROPY, *OBJECTIVES.values()]
+    named = [e.reason for e in effects if ": " in e.reason and e.status != "exact"]
+    assert len(named) >= 18
+    for reason in named:
+        assert any(words in reason for words in (*ORACLES, *ELSEWHERE)), reason
+
+
+def test_what_a_reason_names_is_ascended() -> None:
+    used = dict.fromkeys(ORACLES, 0)
+    wrong = []
+    for fields, estimator in combinations():
+        for words, (applies, gradient, problems) in ORACLES.items():
+            if words not in estimator.bias_reason or not applies(estimator):
+                continue
+            for problem in problems:
+                try:
+                    mean = exact_moments(estimator, problem).mean
+                except Refused:
+                    continue
+                used[words] += 1
+                for prompt, own in enumerate(mean):
+                    target = gradient(estimator, Rows(problem, prompt, estimator.overlong_buffer))
+                    cosine = torch.nn.functional.cosine_similarity(own, target, dim=0)
+                    if not cosine > 1 - 1e-9:
+                        wrong.append((words, fields, float(cosine)))
+    assert wrong == []
+    assert min(used.values()) > 0, used
+
+
+BY_HAND = {
+    ("sequence_mean", "total"): (5 / 48, -1 / 48, 0),
+    ("sequence_mean", "reward_to_go"): (5 / 48, 0, 0),
+    ("mask", "total"): (3 / 16, -1 / 16, -1 / 16),
+    ("mask", "reward_to_go"): (3 / 16, 0, 0),
+}
+"""Slopes in the logit of token 1 after no, one and two tokens 1. Both tokens are equally probable, token 0 ends, and
+a first token 1 has the reward 1. With the reward to go later tokens get no credit, so no effect on the length."""
+
+
+@pytest.mark.parametrize(("name", "returns"), BY_HAND)
+def test_an_objective_is_named_only_where_it_is_ascended(name: str, returns: str) -> None:
+    logits = torch.zeros(3, 2)
+    problem = tabular_problem(0, group_size=2, vocabulary=2, rewards="dense", logits=logits)
+    rewards = torch.zeros_like(problem.rewards)
+    rewards[0, :, 0] = (problem.mask.sum(-1) > 1).double()
+    axis = "truncations" if name == "mask" else "aggregation"
+    estimator = Estimator(**{axis: name, "returns": returns, "baseline": "none"})
+    moments = exact_moments(estimator, replace(problem, rewards=rewards))
+    slopes = moments.mean[0].view(3, 2)[:, 1].tolist()
+    assert slopes == pytest.approx(BY_HAND[name, returns], abs=1e-12)
+    assert estimator.bias_status == "biased"
+    assert ("ascends" in estimator.bias_reason) == (returns == "total"), estimator.bias_reason
