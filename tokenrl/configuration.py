@@ -123,7 +123,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
+        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else UniqueKeys().decode(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
@@ -134,11 +134,49 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+class UniqueKeys(json.JSONDecoder):
+    """Reads JSON; a ValueError names the key and the line where an object gives a key a second time."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=_unique)
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value that begins at an index of a text, and the index behind it."""
+        try:
+            return super().raw_decode(s, idx)
+        except (
+            KeyError
+        ) as error:  # YAML, of which JSON is a part, refuses it too and names the line
+            _from_yaml("\n" * s.count("\n", 0, idx) + s[idx:].replace("\t", " "))
+            raise ValueError("an object gives a key a second time") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these keys and values; raise a KeyError if it gives a key a second time."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise KeyError
+    return values
+
+
 def _from_yaml(text: str) -> Any:
-    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
+    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text.
+
+    PyYAML alone would also take the last value of a key that a mapping gives a second time.
+    """
     import yaml
 
-    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    def compose_mapping_node(self: Any, anchor: Any) -> Any:
+        node = yaml.SafeLoader.compose_mapping_node(self, anchor)
+        keys = set[str]()
+        for key, _ in node.value:
+            if str(key.value) in keys:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line} gives {key.value!r} a second time: leave out one")
+            keys.add(str(key.value))
+        return node
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"compose_mapping_node": compose_mapping_node})
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:

@@ -112,7 +112,9 @@ def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, pr
         chat_policy(template, **form).encode(prompt)
 
 
-@pytest.mark.parametrize("value", ["{quick: 1}", "[1]", "3", {"quick": {1}}, 5, ""])
+@pytest.mark.parametrize(
+    "value", ["{quick: 1}", '{"a": 1, "a": 2}', "[1]", "3", {"quick": {1}}, 5, ""]
+)
 def test_template_variables_are_a_json_object(value):
     with pytest.raises(
         Refused, match=r"chat_template_kwargs was given as .*must be an object in JSON"
