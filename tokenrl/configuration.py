@@ -42,6 +42,16 @@ _NO_CODE = {
 }
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
+YAML = (".yaml", ".yml")
+TEXTS = ("prompt_template", "system_prompt", "stop", "prompt")
+"""Settings that hold text for the model."""
+ESCAPE = re.compile(
+    r"\\(n(?!(abla|atural|e|earrow|eg|eq|i|mid|ot|otin|u|warrow|ewline)(?![a-zA-Z]))"
+    r"|r(?!(angle|brace|brack|ceil|floor|ho|ight|ightarrow|m|vert)(?![a-zA-Z]))"
+    r"|t(?!(an|anh|au|ext|extbf|extit|frac|heta|herefore|ilde|imes|o|op|riangle)(?![a-zA-Z])))"
+)
+"""A line break, a carriage return or a tab as programs write them, but none of TeX's commands, such as \\times."""
+
 
 @dataclass(frozen=True)
 class TrustArguments(Settings, group="trust"):
@@ -123,7 +133,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else UniqueKeys().decode(text)
+        config = _from_yaml(text) if file.suffix in YAML else UniqueKeys().decode(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
@@ -131,7 +141,21 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
+    if file.suffix in YAML:
+        check_escapes(config)
     return config
+
+
+def check_escapes(options: Mapping[str, Any]) -> None:
+    """Refuse texts for the model with an escape that nobody has read, as a shell leaves it in double quotes."""
+    for name in TEXTS:
+        texts = options.get(name) or ""
+        text = texts if isinstance(texts, str) else " ".join(map(str, texts))
+        if escape := ESCAPE.search(text):
+            raise Refused(
+                f"{name} holds {escape[0]}, a backslash and a letter. A shell makes a line break of $'\\n', and "
+                'YAML of "\\n" in double quotes. The two characters themselves can be given from Python.'
+            )
 
 
 class UniqueKeys(json.JSONDecoder):

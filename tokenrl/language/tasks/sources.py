@@ -61,7 +61,8 @@ class DataArguments(Settings, group="data"):
     prompt may have messages, whole conversations: a last turn of the assistant is the answer, and no part of
     the prompt."""
     prompt_template: str | None = None
-    """Template that makes the prompt from columns, such as '{question}\\nAnswer:'; replaces prompt_column."""
+    """Template that makes the prompt from columns, such as '{question} Answer:'; replaces prompt_column. In a
+    shell write $'{question}\\nAnswer:' for a line break."""
     split: str = "train"
     """Split of a dataset to train on."""
     eval_split: str | None = None
