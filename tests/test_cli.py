@@ -546,22 +546,3 @@ def test_an_escape_that_no_shell_has_read_is_refused_and_keywords_are_taken_as_t
     for text in PLAIN:
         read = vars(parse(name, COMMANDS[name], [flag, text]))
         assert read.get("shared", read)[setting] in (text, (text,))
-
-
-@pytest.mark.parametrize(("name", "setting"), FLAGS[:2])
-def test_so_is_one_in_yaml_but_not_in_json(name, setting, tmp_path):
-    files = {}
-    for suffix, text in (
-        ("yaml", rf"{setting}: '{{q}}\nA'"),
-        ("yml", f'{setting}: "{{q}}\\nA"'),
-        ("json", json.dumps({setting: r"{q}\nA"})),
-    ):
-        files[suffix] = tmp_path / f"a.{suffix}"
-        files[suffix].write_text(text)
-    with pytest.raises(Refused, match=rf"{setting} holds \\n"):
-        parse(name, COMMANDS[name], ["--config", str(files["yaml"])])
-    read = {
-        suffix: getattr(parse(name, COMMANDS[name], ["--config", str(files[suffix])]), setting)
-        for suffix in ("yml", "json")
-    }
-    assert read == {"yml": "{q}\nA", "json": r"{q}\nA"}

@@ -42,7 +42,6 @@ _NO_CODE = {
 }
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
-YAML = (".yaml", ".yml")
 TEXTS = ("prompt_template", "system_prompt", "stop", "prompt")
 """Settings that hold text for the model."""
 ESCAPE = re.compile(
@@ -133,7 +132,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        config = _from_yaml(text) if file.suffix in YAML else UniqueKeys().decode(text)
+        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else UniqueKeys().decode(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
@@ -141,20 +140,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
-    if file.suffix in YAML:
-        check_escapes(config)
     return config
 
 
 def check_escapes(options: Mapping[str, Any]) -> None:
     """Refuse texts for the model with an escape that nobody has read, as a shell leaves it in double quotes."""
     for name in TEXTS:
-        texts = options.get(name) or ""
-        text = texts if isinstance(texts, str) else " ".join(map(str, texts))
-        if escape := ESCAPE.search(text):
+        if escape := ESCAPE.search("".join(options.get(name) or "")):
             raise Refused(
-                f"{name} holds {escape[0]}, a backslash and a letter. A shell makes a line break of $'\\n', and "
-                'YAML of "\\n" in double quotes. The two characters themselves can be given from Python.'
+                f"{name} holds {escape[0]}, a backslash and a letter. A shell makes a line break of $'\\n'. "
+                "The two characters themselves can be given from Python or in a file of settings."
             )
 
 
@@ -175,7 +170,7 @@ class UniqueKeys(json.JSONDecoder):
             raise ValueError("an object gives a key a second time") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: Any) -> Any:
     """Return the object of these keys and values; raise a KeyError if it gives a key a second time."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -192,12 +187,11 @@ def _from_yaml(text: str) -> Any:
 
     def compose_mapping_node(self: Any, anchor: Any) -> Any:
         node = yaml.SafeLoader.compose_mapping_node(self, anchor)
-        keys = set[str]()
-        for key, _ in node.value:
-            if str(key.value) in keys:
-                line = key.start_mark.line + 1
-                raise ValueError(f"line {line} gives {key.value!r} a second time: leave out one")
-            keys.add(str(key.value))
+        keys = [str(key.value) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise ValueError(f"line {line} gives {key!r} a second time: leave out one")
         return node
 
     loader: Any = type("Loader", (yaml.SafeLoader,), {"compose_mapping_node": compose_mapping_node})
@@ -214,11 +208,11 @@ def _from_yaml(text: str) -> Any:
 
 def signatures(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the signatures of the files that settings name, by the text that names each, for config.json."""
-    signed = {text: _signature(text) for text in _code_in(settings)}
+    signed = {text: _signature(text) for text in code_in(settings)}
     return {text: signature for text, signature in signed.items() if signature is not None}
 
 
-def _code_in(settings: Mapping[str, Any]) -> dict[str, str]:
+def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts in settings that name code, each with the name of its setting."""
     estimator = settings.get("estimator", {})
     axes = getattr(estimator, "__dict__", estimator)
@@ -284,7 +278,7 @@ def check_code(
     if not isinstance(recorded, dict):
         recorded = {}
     faults = []
-    for text, name in _code_in(settings).items():
+    for text, name in code_in(settings).items():
         fault = _fault(text, run, recorded)
         if fault and not {name, name.partition(".")[0]} & {*typed}:
             faults.append(f"{name} {text!r:.200} {fault}")

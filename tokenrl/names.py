@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -19,11 +18,9 @@ from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, describe, own_process, suggest
 
-BEGAN = time.time()
-"""When the program began, in seconds of the clock."""
-OWN_MODULES: dict[str, tuple[Path, bytes | None]] = {}
-"""The modules of files that were imported here, and of those beside them that they imported: the file of each, and
-what stood in it."""
+OWN_MODULES: dict[str, tuple[Path, bytes]] = {}
+"""The modules of files that were imported here, and of those beside them that they imported: the file of each,
+and what stood in it."""
 
 
 class NamedFunction(str):
@@ -92,8 +89,8 @@ def import_source(source: str, whose: str) -> Any:
     """Import a module by its name, or a file by its path, which ends in .py; the module is returned.
 
     A file is executed once, however it is named, and also if another file imports it, so that all of a run
-    share its classes and tables. Once a file has changed, all of `OWN_MODULES` are executed anew, since those
-    that stayed as they were may hold parts of it.
+    share its classes and tables. Once one has changed, all are executed anew, since the others may hold parts
+    of it.
 
     Args:
         source: the module, which is installed or lies in the current directory, or the file.
@@ -105,12 +102,12 @@ def import_source(source: str, whose: str) -> Any:
     file = Path(source).resolve() if source.endswith(".py") else None
     if file is not None and not file.is_file():
         raise Refused(f"{whose}: there is no file {source}; give its path from {Path.cwd()}.")
-    if any(_content(path) != content for path, content in OWN_MODULES.values()):
+    own = OWN_MODULES.values()
+    if not all(path.is_file() and path.read_bytes() == content for path, content in own):
         for name in OWN_MODULES:
             sys.modules.pop(name, None)
         OWN_MODULES.clear()
     folder = file.parent if file else Path.cwd()
-    name = _module_name(file) if file else source
     before = {*sys.modules}
     # The folder stands first in sys.path during the import, so that a user's file wins over an installed
     # module of the same name. Afterwards it stands last: imports that the file makes later still work, and
@@ -120,7 +117,7 @@ def import_source(source: str, whose: str) -> Any:
     sys.dont_write_bytecode = True
     try:
         with own_process():
-            return _import_file(file, name) if file else importlib.import_module(name)
+            return _import_file(file) if file else importlib.import_module(source)
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = (
@@ -136,9 +133,9 @@ def import_source(source: str, whose: str) -> Any:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
         for name in sys.modules.keys() - before:
-            path = _file_of(name)
-            if path.parent == folder.resolve():
-                OWN_MODULES[name] = path, _content(path)
+            path = Path(str(getattr(sys.modules[name], "__file__", None)))
+            if path.parent == folder:
+                OWN_MODULES[name] = path, path.read_bytes()
 
 
 def source_file(source: str) -> Path | None:
@@ -163,34 +160,14 @@ def source_file(source: str) -> Path | None:
     return Path(str(spec.origin)) if spec is not None and spec.has_location else None
 
 
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
-
-
-def _file_of(module: str) -> Path:
-    """Return the file of a module in `sys.modules`."""
-    return Path(getattr(sys.modules[module], "__file__", None) or "").resolve()
-
-
-def _module_name(file: Path) -> str:
-    """Return the name of the module of a file: its own, by which others import it, or else a hash of its path.
-
-    Its own may be taken, or be that of an installed module. A module that the program itself imported counts
-    as that of the file only if the file has not changed since the program began.
-    """
-    is_old = file.stat().st_mtime < BEGAN
-    for name in (file.stem, "__main__"):
-        if name in sys.modules and _file_of(name) == file and (is_old or name in OWN_MODULES):
-            return name
-    if file.stem.isidentifier() and file.stem not in sys.modules:
-        spec = importlib.util.find_spec(file.stem)
-        if spec is None or Path(spec.origin or "").resolve() == file:
-            return file.stem
-    return "tokenrl_file_" + hashlib.sha256(str(file).encode()).hexdigest()[:16]
-
-
-def _import_file(file: Path, name: str) -> Any:
-    """Import a file as a module of a name; it is executed unless it has been."""
+def _import_file(file: Path) -> Any:
+    """Import a file by its own name, as other files do, or if that is another module's by a hash of its path."""
+    name = file.stem
+    installed = PathFinder.find_spec(name, sys.path[1:])
+    owner, _ = OWN_MODULES.get(name, (file, b""))
+    foreign = {*sys.stdlib_module_names, *sys.modules} - OWN_MODULES.keys()
+    if name in foreign or owner != file or (installed and installed.origin != str(file)):
+        name = "tokenrl_file_" + hashlib.sha256(str(file).encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

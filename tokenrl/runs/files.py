@@ -132,8 +132,10 @@ def plain(value: Any, write: Callable[[Any], str] | None = None) -> Any:
 
 
 def _name(value: Any) -> str:
+    """Return a name that the same object has in each process, so none with its address."""
     is_named = hasattr(value, "__qualname__")
-    return f"{value.__module__}:{value.__qualname__}" if is_named else str(value)
+    name = f"{value.__module__}:{value.__qualname__}" if is_named else written(value, str)
+    return ADDRESS.sub("", name)
 
 
 def canonical(value: Any) -> str:

@@ -16,7 +16,7 @@ from tokenrl.runs.checkpoint import checkpoints, step_of, tables
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import line_of, read_metrics
-from tokenrl.runs.origin import versions
+from tokenrl.runs.origin import code_of, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
 from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
@@ -36,6 +36,7 @@ _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {
 _MENDS = {
     "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
     "data or models": "Restore them, or start a new run from the checkpoint's weights with --model.",
+    "code": "Restore it, or start a new run from the checkpoint's weights with --model.",
     "processes": "They split its steps in another way. Start it with as many as before.",
 }
 """What a run and its continuation must share, and what to do where they do not."""
@@ -247,6 +248,7 @@ class Provenance:
         fingerprints: of the data, the tokenizer and the base model, by these names.
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
+        task: the task, if its own rewards or its environment count.
         settings: the settings of the run; known once the run begins.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
@@ -255,6 +257,7 @@ class Provenance:
     fingerprints: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     device: str = "cpu"
+    task: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
@@ -265,6 +268,7 @@ class Provenance:
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
+            "code": code_of(self.settings, self.task),
             "processes": {"processes": self.processes},
             "versions": {**packages, "device": self.device},
         }
@@ -273,13 +277,16 @@ class Provenance:
         """Compare with what made the checkpoint.
 
         Raises:
-            Refused: a setting that decides what the run learns, the data, the tokenizer, the base model or
-                the number of processes is another.
+            Refused: a setting that decides what the run learns, the data, the tokenizer, the base model, the
+                user's code or the number of processes is another.
         """
         self.inexact = []
         for part, ours in self.state_dict().items():
             refused = []
-            for name, text in _differences(state[part], ours).items():
+            stored = state.get(part, ours)
+            if part == "code":  # an engine may be another, but not the same one with other code
+                stored = {**ours, **{name: stored[name] for name in stored.keys() & ours}}
+            for name, text in _differences(stored, ours).items():
                 if part == "versions" or name in ROUNDING:
                     self.inexact.append(text)
                 elif name not in FREE:

@@ -274,7 +274,7 @@ def test_arrays_of_numpy_are_lists_whatever_holds_them():
     frame = pandas.read_parquet("a.parquet")
     assert isinstance(frame["prompt"][0], numpy.ndarray)
     data = datasets.Dataset.from_parquet("a.parquet", cache_dir="cache")
-    arrays = numpy.array([turns[0]], object), numpy.array(["q"]), numpy.int64(3), numpy.float32(7.1)
+    arrays = numpy.array([turns[0]], object), numpy.array(["q"]), numpy.int64(3), numpy.float64(7.1)
     by_hand = {"prompt": arrays[0], "names": arrays[1], "count": arrays[2], "share": [arrays[3]]}
     for source in (
         frame.to_dict("records"),

@@ -28,7 +28,7 @@ MAX_CELL_CHARACTERS = 2**31 - 1
 
 
 def read_rows(
-    splits: Mapping[str, Mapping[Path, str]], kind: str, separator: str = ","
+    splits: Mapping[str, Sequence[Path]], kind: str, separator: str = ","
 ) -> dict[str, list[dict[str, Any]]]:
     """Read the files of each split.
 
@@ -38,7 +38,7 @@ def read_rows(
     None there.
 
     Args:
-        splits: for each split its files, each with what messages call it.
+        splits: the files of each split.
         kind: json or csv.
         separator: the character between two cells of CSV.
 
@@ -56,13 +56,12 @@ def read_rows(
     return rows
 
 
-def _rows_of(files: Mapping[Path, str], read: Callable[..., Any]) -> list[dict[str, Any]]:
+def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, Any]]:
     """Return the rows of a split, which have the same columns."""
     rows: list[Placed] = []
-    for file, name in files.items():
-        for location, row in read(_text(file, name), name):
-            place = location if len(files) == 1 else f"{location} of {Path(name).name}"
-            rows.append(Placed(row, place))
+    for file in files:
+        for location, row in read(_text(file), file):
+            rows.append(Placed(row, location if len(files) == 1 else f"{location} of {file.name}"))
     empty: dict[str, None] = {}
     for row in rows:
         empty |= dict.fromkeys(row)
@@ -80,24 +79,24 @@ def change_columns(
             row[name] = value
 
 
-def _text(file: Path, name: str) -> str:
+def _text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} of {name} is no UTF-8") from error
+        raise ValueError(f"line {line} of {file} is no UTF-8") from error
 
 
-def _json_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSON list, or those that follow each other in a text, with their locations."""
     has_escapes = "\\u" in text  # only an escape can write half of a surrogate pair
     for location, value in _json_values(text):
         if not isinstance(value, dict):
             raise ValueError(
-                f"{location} of {name} is {json.dumps(value):.60}: a row is an object; remove it"
+                f"{location} of {file} is {json.dumps(value):.60}: a row is an object; remove it"
             )
         if has_escapes and HALF_OF_PAIR.search(json.dumps(value, ensure_ascii=False)):
-            raise ValueError(f"{location} of {name} is no UTF-8: it holds half of a surrogate pair")
+            raise ValueError(f"{location} of {file} is no UTF-8: it holds half of a surrogate pair")
         yield location, value
 
 
@@ -120,22 +119,22 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
             line += text.count("\n", start, end)
 
 
-def _csv_rows(text: str, name: str, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a CSV file as texts, with their locations; lines without any cell are skipped."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     # Blanks behind a separator belong to the cell, but not those in front of a quote.
     before = rf'(^|[\r\n{re.escape(separator)}]) *("[^"]*(?:""[^"]*)*")'
-    file = io.StringIO(re.sub(before, r"\1\2", text), newline="")
-    lines = csv.reader(file, delimiter=separator, strict=True)
+    content = io.StringIO(re.sub(before, r"\1\2", text), newline="")
+    lines = csv.reader(content, delimiter=separator, strict=True)
     columns = next(filter(None, lines), [])
     for column in columns:
         if columns.count(column) > 1:
-            raise ValueError(f"two columns of {name} are called {column!r}: name each by itself")
+            raise ValueError(f"two columns of {file} are called {column!r}: name each by itself")
     first = lines.line_num + 1
     for cells in lines:
         if len(cells) > len(columns):
             raise ValueError(
-                f"line {first} of {name} has {len(cells)} cells, and there are {len(columns)} columns: write a "
+                f"line {first} of {file} has {len(cells)} cells, and there are {len(columns)} columns: write a "
                 f'cell with {separator!r} in quotes, "like{separator}this"'
             )
         if cells:

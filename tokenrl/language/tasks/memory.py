@@ -71,8 +71,6 @@ def without_arrays(value: Any) -> Any:
     pandas reads lists of a Parquet file, such as chat messages, as arrays.
     """
     if type(value).__module__ == "numpy" and value.dtype.kind not in "mM":  # no times
-        if value.dtype.kind == "f" and value.dtype.itemsize < 8:
-            value = value.astype(str).astype(float)  # as it is written: 7.1, not 7.099999904632568
         value = value.tolist()
     if type(value) is list:
         return [*map(without_arrays, value)]

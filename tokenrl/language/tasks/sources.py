@@ -121,7 +121,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     try:
         if is_file and path.suffix != ".parquet":
             separator = "\t" if path.suffix == ".tsv" else ","
-            splits = read_rows({"train": {path: name}}, FORMATS[path.suffix], separator)
+            splits = read_rows({"train": [path]}, FORMATS[path.suffix], separator)
         else:
             splits = _by_datasets(path, name)
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
@@ -164,13 +164,9 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
         cache = folder if path.exists() else None
         options = datasets.DownloadConfig(cache_dir=cache)
         manager = datasets.DownloadManager(download_config=options)
-        extracted = manager.download_and_extract(builder.config.data_files)
-        originals = {copy: file for file, copy in manager.extracted_paths.items()}
         splits = {
-            str(split): {
-                Path(file): originals.get(file, file) for file in manager.iter_files(paths)
-            }
-            for split, paths in extracted.items()
+            str(split): [*map(Path, manager.iter_files(paths))]
+            for split, paths in manager.download_and_extract(builder.config.data_files).items()
         }
         return read_rows(splits, builder.name, getattr(builder.config, "sep", ","))
 

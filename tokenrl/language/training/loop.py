@@ -214,6 +214,7 @@ def _prepare(
     provenance = provenance_of(
         policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
     )
+    provenance.task = task
     if teacher is not None:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
