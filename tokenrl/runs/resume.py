@@ -249,7 +249,7 @@ class Provenance:
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
         task: the task, if its own rewards or its environment count.
-        settings: the settings of the run; known once the run begins.
+        settings, code: the settings of the run and hashes of its code; known once the run begins.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
@@ -259,16 +259,22 @@ class Provenance:
     device: str = "cpu"
     task: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Take the settings of the run, and hash its code, before a file of it can change."""
+        self.settings = settings
+        self.code = code_of(settings, self.task)
+
+    def state_dict(self) -> dict[str, Mapping[str, Any]]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
-            "code": code_of(self.settings, self.task),
+            "code": self.code,
             "processes": {"processes": self.processes},
             "versions": {**packages, "device": self.device},
         }
