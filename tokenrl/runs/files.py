@@ -23,6 +23,7 @@ from tokenrl.errors import Refused, Stopped, TokenrlError, describe, own_process
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FORMLESS = " whose contents cannot be compared"
+PLAIN_JSON = json.JSONEncoder(sort_keys=True, allow_nan=False)
 
 
 @contextmanager
@@ -144,6 +145,8 @@ def canonical(value: Any) -> str:
     Sets have no order of their own, and the text of an object without a `__repr__` holds its address in
     memory: in its stead stands `FORMLESS`.
     """
+    with suppress(TypeError, ValueError):  # JSON has a form for most data, and writes it faster
+        return PLAIN_JSON.encode(value)
     return json.dumps(plain(value, _without_address), sort_keys=True)
 
 

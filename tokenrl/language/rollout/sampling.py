@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenrl.language.policy.prompts import formed, render
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.settings import Bounds, Count, Natural
 
@@ -99,6 +100,24 @@ def encode(
         truncate=sampling.truncate_prompts,
         locations=locations,
     )
+
+
+def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:
+    """Return whether a prompt leaves room for so many tokens in the context, however it is tokenised.
+
+    It is not tokenised for that, which takes far longer: a text has hardly more tokens than bytes, and counts
+    here as if it had two for each.
+
+    Raises:
+        Refused: the chat template or the form does not fit the prompt.
+    """
+    text = formed(prompt, policy.form)
+    if not isinstance(text, str):
+        if text[-1]["role"] == "assistant":  # an answer that is continued
+            return False
+        tokenizer = policy.tokenizer
+        text = render(tokenizer, text, policy.form, policy.source, add_generation_prompt=True)
+    return bool(text) and 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:

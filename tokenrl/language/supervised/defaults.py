@@ -18,6 +18,7 @@ import numpy as np
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.sampling import surely_fits
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.sources import as_prompt
@@ -130,7 +131,8 @@ def completion_limit(
     lengths = [0]
     for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
         with suppress(Refused):  # a run names the row
-            lengths.append(len(policy.encode(row["prompt"])))
+            if not surely_fits(policy, row["prompt"], limit):
+                lengths.append(len(policy.encode(row["prompt"])))
     if policy.context is not None and max(lengths) + limit > policy.context:
         limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
         origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"

@@ -65,7 +65,8 @@ def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, 
     empty: dict[str, None] = {}
     for row in rows:
         empty |= dict.fromkeys(row)
-    return [Placed(empty | row, row.location) for row in rows]
+    names = [*empty]
+    return [row if [*row] == names else Placed(empty | row, row.location) for row in rows]
 
 
 def change_columns(

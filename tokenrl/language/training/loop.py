@@ -20,7 +20,7 @@ from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
-from tokenrl.language.rollout.sampling import encode
+from tokenrl.language.rollout.sampling import encode, surely_fits
 from tokenrl.language.supervised.base import adapt
 from tokenrl.language.supervised.warm_start import WarmStart, start_from
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -274,8 +274,10 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     """
     learner = run.learner
     if run.rewards.environments is None:
+        room = learner.sampling.max_completion_length
         for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
-            encode(learner.policy, [row["prompt"]], learner.sampling, [location])
+            if not surely_fits(learner.policy, row["prompt"], room):
+                encode(learner.policy, [row["prompt"]], learner.sampling, [location])
     learner.sync()  # with the weights of the checkpoint, if there is one
     if session.continues:
         load_schedule(learner.schedule, session.step)
