@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -117,7 +118,15 @@ def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:
             return False
         tokenizer = policy.tokenizer
         text = render(tokenizer, text, policy.form, policy.source, add_generation_prompt=True)
-    return bool(text) and 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
+    is_kept = bool(text.strip()) and _keeps_characters(policy.tokenizer)
+    return is_kept and 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
+
+
+@cache
+def _keeps_characters(tokenizer: Any) -> bool:
+    """Return whether characters of all kinds become tokens, so that a text cannot be without any."""
+    characters = [*map(chr, range(33, 127)), *"\u00e9\u3042\U00010400"]
+    return all(tokenizer(characters, add_special_tokens=False).input_ids)
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:

@@ -102,13 +102,13 @@ def _before_arrow(schema: Any, name: str, column: list[Any]) -> list[Any]:
 
 def _shortest(value: Any, kind: Any) -> Any:
     """Return a value of an Arrow type with the shortest fractions that its precision tells apart."""
-    if isinstance(value, float):
-        return float(str(kind.to_pandas_dtype()(value)))
     if isinstance(value, list):
         return [_shortest(part, kind.value_type) for part in value]
     if isinstance(value, dict):
         return {part.name: _shortest(value[part.name], part.type) for part in kind}
-    return value
+    if value is None or "float" not in str(kind):
+        return value
+    return float(str(kind.to_pandas_dtype()(value)))
 
 
 def _is_chat(value: Any) -> bool:
