@@ -289,9 +289,9 @@ class Provenance:
         self.inexact = []
         for part, ours in self.state_dict().items():
             refused = []
-            stored = state.get(part, ours)
+            stored = state.get(part, {})
             if part == "code":  # an engine may be another, but not the same one with other code
-                stored = {**ours, **{name: stored[name] for name in stored.keys() & ours}}
+                stored = {name: stored.get(name, value) for name, value in ours.items()}
             for name, text in _differences(stored, ours).items():
                 if part == "versions" or name in ROUNDING:
                     self.inexact.append(text)

@@ -107,19 +107,20 @@ def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:
     """Return whether a prompt leaves room for so many tokens in the context, however it is tokenised.
 
     It is not tokenised for that, which takes far longer: a text has hardly more tokens than bytes, and counts
-    here as if it had two for each.
+    here as if it had two for each. Where it may have no token at all, none is sure.
 
     Raises:
         Refused: the chat template or the form does not fit the prompt.
     """
+    tokenizer = policy.tokenizer
     text = formed(prompt, policy.form)
     if not isinstance(text, str):
         if text[-1]["role"] == "assistant":  # an answer that is continued
             return False
-        tokenizer = policy.tokenizer
         text = render(tokenizer, text, policy.form, policy.source, add_generation_prompt=True)
-    is_kept = bool(text.strip()) and _keeps_characters(policy.tokenizer)
-    return is_kept and 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
+    if not (text.strip() and _keeps_characters(tokenizer)):
+        return False
+    return 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
 
 
 @cache
