@@ -129,7 +129,7 @@ def code_of(settings: Mapping[str, Any], task: Any) -> dict[str, Any]:
 
 
 def _with_hash(value: Any) -> str:
-    """Return the name of a function, or of an object that is called, with a hash of its source."""
+    """Return the name of a function, or of the class of an object, with a hash of its source."""
     function = getattr(value, "func", value)  # of a partial application
     if not hasattr(function, "__qualname__"):
         function = type(function)
@@ -137,7 +137,7 @@ def _with_hash(value: Any) -> str:
     if not str(function.__module__).startswith(("tokenrl.", "toy_tasks.")):  # which have versions
         with suppress(OSError, TypeError):  # Python does not know it
             source = inspect.getsource(function)
-    return f"{plain(value)} {_hash(source)}"
+    return f"{function.__qualname__} {_hash(source)}"
 
 
 def _hash(text: str) -> str:

@@ -7,7 +7,6 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from scipy.stats import chisquare
 from tiny_models import (
     ARCHITECTURES,
@@ -19,15 +18,13 @@ from tiny_models import (
     textbook_logprobs,
 )
 
-import tokenrl
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.sampling import Sampling, surely_fits, uniforms
+from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import score
-from toy_tasks.models import literal_tokenizer
 
 
 def tiny(eos=(0,), vocabulary=4, **options) -> Policy:
@@ -242,52 +239,3 @@ def test_sampling_leaves_the_mode_of_the_model_alone():
         policy.model.train(training)
         draw(policy, [[1]])
         assert policy.model.training is training
-
-
-@pytest.mark.parametrize("kind", ["pad", "chat", "closing", "keeps"])
-@settings(deadline=None, max_examples=60)
-@given(
-    text=st.text(max_size=40) | st.sampled_from(["the cat", "\u3042" * 9, "\ufdfa" * 2]),
-    chat=st.booleans(),
-    room=st.integers(1, 64),
-)
-def test_a_prompt_that_surely_fits_does_and_any_text_that_is_far_shorter_surely_does(
-    kind, text, chat, room
-):
-    policy = make_policy(kind="pad" if kind == "keeps" else kind)
-    if kind == "keeps":
-        policy.tokenizer = literal_tokenizer("the ca")
-    text = text.encode(errors="ignore").decode()
-    prompt = [{"role": "user", "content": text}] if chat and kind == "chat" else text
-    if surely_fits(policy, prompt, room):
-        assert len(policy.encode(prompt)) + room <= policy.context
-    elif kind == "keeps" and text.strip():
-        assert 2 * len(text.encode()) + 16 + room > policy.context
-    policy.context = None
-    assert not surely_fits(policy, prompt, room)
-
-
-def test_prompts_that_surely_fit_are_not_tokenised_before_the_first_step_and_others_are_refused(
-    tmp_path, monkeypatch
-):
-    encoded = []
-    encode = Policy.encode
-    monkeypatch.setattr(Policy, "encode", lambda *a: encoded.append(a[1]) or encode(*a))
-    model = make_policy(max_position_embeddings=512)
-    model.tokenizer = literal_tokenizer("the ca0123456789")
-    short = [f"the cat {i}" for i in range(300)]
-    options = {"reward": len_reward, "max_steps": 1, "prompts_per_step": 2, "num_generations": 2}
-    options |= {"eval_size": 2, "cpu": True, "quiet": True, "threads": 1}
-    options |= {"output_dir": tmp_path, "stop_after_zero_spread": 0, "eval_generations": 0}
-    for length in ({"max_completion_length": 9}, {}):
-        encoded.clear()
-        rows = [{"prompt": prompt} for prompt in short]
-        tokenrl.train(model=model, task=rows, **options, **length, overwrite=True)
-        assert len(set(encoded)) < 20
-    rows[7]["prompt"] = "the cat " * 180
-    with pytest.raises(Refused, match=r"row 7 has 1440 tokens.*context of 512"):
-        tokenrl.train(model=model, task=rows, **options, max_completion_length=9, overwrite=True)
-
-
-def len_reward(completions, **_):
-    return [float(len(text)) for text in completions]

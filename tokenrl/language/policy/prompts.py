@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -360,10 +360,9 @@ def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
     return re.match(r"\s*", answer)[0] if whole.startswith(opening) else ""  # type: ignore[index]
 
 
-@cache
 def _variables(form: PromptArguments) -> dict[str, Any]:
     """Return the variables that the form gives to the chat template."""
-    return dict(json.loads(form.chat_template_kwargs or "{}"))
+    return dict(json.loads(form.chat_template_kwargs)) if form.chat_template_kwargs else {}
 
 
 def _check_template(tokenizer: Any, name: str) -> None:

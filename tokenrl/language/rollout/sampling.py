@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrl.language.policy.prompts import formed, render
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.settings import Bounds, Count, Natural
 
@@ -101,33 +99,6 @@ def encode(
         truncate=sampling.truncate_prompts,
         locations=locations,
     )
-
-
-def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:
-    """Return whether a prompt leaves room for so many tokens in the context, however it is tokenised.
-
-    It is not tokenised for that, which takes far longer: a text has hardly more tokens than bytes, and counts
-    here as if it had two for each. Where it may have no token at all, none is sure.
-
-    Raises:
-        Refused: the chat template or the form does not fit the prompt.
-    """
-    tokenizer = policy.tokenizer
-    text = formed(prompt, policy.form)
-    if not isinstance(text, str):
-        if text[-1]["role"] == "assistant":  # an answer that is continued
-            return False
-        text = render(tokenizer, text, policy.form, policy.source, add_generation_prompt=True)
-    if not (text.strip() and _keeps_characters(tokenizer)):
-        return False
-    return 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
-
-
-@cache
-def _keeps_characters(tokenizer: Any) -> bool:
-    """Return whether characters of all kinds become tokens, so that a text cannot be without any."""
-    characters = [*map(chr, range(33, 127)), *"\u00e9\u3042\U00010400"]
-    return all(tokenizer(characters, add_special_tokens=False).input_ids)
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:

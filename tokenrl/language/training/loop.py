@@ -20,8 +20,9 @@ from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
-from tokenrl.language.rollout.sampling import encode, surely_fits
+from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.base import adapt
+from tokenrl.language.supervised.defaults import surely_fits
 from tokenrl.language.supervised.warm_start import WarmStart, start_from
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
