@@ -20,8 +20,10 @@ import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.core import Estimator
+from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.settings import arguments as made
 
 TRAIN = shlex.split(
     "train --task vowels --max-steps 2 --prompts-per-step 2 --num-generations 3 --eval-generations 1 "
@@ -503,3 +505,44 @@ def test_the_path_of_a_page_cannot_change_the_terminal(tmp_path, capsys):
         and "\x1b" not in out
         and len(out.splitlines()) == 1
     )
+
+
+LITERAL = [
+    r"{question}\nAnswer:",
+    r"{question}\nanswer:",
+    r"a\tb",
+    r"\r",
+    r"Think.\n\nThen answer.",
+]
+PLAIN = [
+    "{question}\nAnswer:",
+    "a\tb",
+    r"\times \theta \neq \nu_1 \rightarrow \text{x}",
+    r"C:\Users\x",
+    "/n",
+]
+FLAGS = [
+    ("train", "prompt_template"),
+    ("train", "system_prompt"),
+    ("sft", "stop"),
+    ("compare", "prompt_template"),
+    ("evaluate", "stop"),
+    ("sample", "prompt"),
+    ("reward-model", "system_prompt"),
+    ("lab measure", "prompt_template"),
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), FLAGS)
+def test_an_escape_that_no_shell_has_read_is_refused_and_keywords_are_taken_as_they_stand(
+    name, setting
+):
+    flag = f"--{setting.replace('_', '-')}"
+    kind = TrainArguments if name == "compare" else COMMANDS[name].arguments
+    for text in LITERAL:
+        with pytest.raises(Refused, match=rf"{setting} holds \\[nrt], a backslash.* \$'"):
+            parse(name, COMMANDS[name], [flag, text])
+        assert getattr(made(kind, {setting: text}), setting) in (text, (text,))
+    for text in PLAIN:
+        read = vars(parse(name, COMMANDS[name], [flag, text]))
+        assert read.get("shared", read)[setting] in (text, (text,))

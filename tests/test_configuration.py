@@ -33,6 +33,11 @@ SPOILT = {
     "date.yaml": "seed: 2020-01-01\n",
     "broken.yaml": "seed: [1\n",
     "tag.yaml": "seed: !!python/object/apply:os.system ['touch oops']\n",
+    "twice.json": '{"seed": 1,\n "estimator": {"scale": "none"},\n "seed": 2}',
+    "twice_inside.json": '{"estimator": {"scale": "none", "gamma": 1,\n "scale": "none"}}',
+    "twice.yaml": "seed: 1\nquiet: true\n'seed': 2\n",
+    "twice_inside.yml": "estimator: &e\n  gamma: 1\n  scale: none\n  scale: none\n",
+    "twice_in_braces.yaml": "{seed: 1, quiet: true,\n seed: 1}",
     "bytes.json": "\udcff",
     "surrogate.json": '{"run_name": "a\\udcff"}',
     **{
@@ -49,6 +54,13 @@ ESTIMATORS += [{"window": 1.5, "gamma": "1"}, {"scale_ddof": True}]
 
 
 WORDS = {"list.json": "is a list; it must map names to values", "truncated.json": "cannot be read"}
+WORDS |= {
+    "twice.json": "line 3 gives 'seed' a second time",
+    "twice_inside.json": "line 2 gives 'scale' a second time",
+    "twice.yaml": "line 3 gives 'seed' a second time",
+    "twice_inside.yml": "line 4 gives 'scale' a second time",
+    "twice_in_braces.yaml": "line 2 gives 'seed' a second time",
+}
 WORDS |= {"broken.yaml": "cannot be read", "seed.json": "it must be a whole number of at least 0"}
 
 

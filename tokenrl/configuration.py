@@ -42,6 +42,15 @@ _NO_CODE = {
 }
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
+TEXTS = ("prompt_template", "system_prompt", "stop", "prompt")
+"""Settings that hold text for the model."""
+ESCAPE = re.compile(
+    r"\\(n(?!(abla|atural|e|earrow|eg|eq|i|mid|ot|otin|u|warrow|ewline)(?![a-zA-Z]))"
+    r"|r(?!(angle|brace|brack|ceil|floor|ho|ight|ightarrow|m|vert)(?![a-zA-Z]))"
+    r"|t(?!(an|anh|au|ext|extbf|extit|frac|heta|herefore|ilde|imes|o|op|riangle)(?![a-zA-Z])))"
+)
+"""A line break, a carriage return or a tab as programs write them, but none of TeX's commands, such as \\times."""
+
 
 @dataclass(frozen=True)
 class TrustArguments(Settings, group="trust"):
@@ -123,7 +132,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
+        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else UniqueKeys().decode(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
@@ -134,11 +143,58 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def check_escapes(options: Mapping[str, Any]) -> None:
+    """Refuse texts for the model with an escape that nobody has read, as a shell leaves it in double quotes."""
+    for name in TEXTS:
+        if escape := ESCAPE.search("".join(options.get(name) or "")):
+            raise Refused(
+                f"{name} holds {escape[0]}, a backslash and a letter. A shell makes a line break of $'\\n'. "
+                "The two characters themselves can be given from Python or in a file of settings."
+            )
+
+
+class UniqueKeys(json.JSONDecoder):
+    """Reads JSON; a ValueError names the key and the line where an object gives a key a second time."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=_unique)
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value that begins at an index of a text, and the index behind it."""
+        try:
+            return super().raw_decode(s, idx)
+        except (
+            KeyError
+        ) as error:  # YAML, of which JSON is a part, refuses it too and names the line
+            _from_yaml("\n" * s.count("\n", 0, idx) + s[idx:].replace("\t", " "))
+            raise ValueError("an object gives a key a second time") from error
+
+
+def _unique(pairs: Any) -> Any:
+    """Return the object of these keys and values; raise a KeyError if it gives a key a second time."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise KeyError
+    return values
+
+
 def _from_yaml(text: str) -> Any:
-    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
+    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text.
+
+    PyYAML alone would also take the last value of a key that a mapping gives a second time.
+    """
     import yaml
 
-    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    def compose_mapping_node(self: Any, anchor: Any) -> Any:
+        node = yaml.SafeLoader.compose_mapping_node(self, anchor)
+        keys = [str(key.value) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise ValueError(f"line {line} gives {key!r} a second time: leave out one")
+        return node
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"compose_mapping_node": compose_mapping_node})
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
@@ -152,11 +208,11 @@ def _from_yaml(text: str) -> Any:
 
 def signatures(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the signatures of the files that settings name, by the text that names each, for config.json."""
-    signed = {text: _signature(text) for text in _code_in(settings)}
+    signed = {text: _signature(text) for text in code_in(settings)}
     return {text: signature for text, signature in signed.items() if signature is not None}
 
 
-def _code_in(settings: Mapping[str, Any]) -> dict[str, str]:
+def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts in settings that name code, each with the name of its setting."""
     estimator = settings.get("estimator", {})
     axes = getattr(estimator, "__dict__", estimator)
@@ -222,7 +278,7 @@ def check_code(
     if not isinstance(recorded, dict):
         recorded = {}
     faults = []
-    for text, name in _code_in(settings).items():
+    for text, name in code_in(settings).items():
         fault = _fault(text, run, recorded)
         if fault and not {name, name.partition(".")[0]} & {*typed}:
             faults.append(f"{name} {text!r:.200} {fault}")

@@ -21,7 +21,7 @@ from docstring_parser import parse_from_object
 from typing_extensions import Required, TypedDict
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from tokenrl.configuration import check_code, configured, directory_of, read_config
+from tokenrl.configuration import check_code, check_escapes, configured, directory_of, read_config
 from tokenrl.control.arguments import ABOUT_AGENT, AGENTS, ControlArguments, agent_settings
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -125,6 +125,7 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
         options["axes"] = axes
     for group in groups.values():
         options |= group
+    check_escapes(options)
     return options, rest
 
 

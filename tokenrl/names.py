@@ -19,7 +19,9 @@ from typing import Any
 from tokenrl.errors import USER_CODE_FAILED, Refused, describe, suggest
 from tokenrl.user_code import user_code
 
-FILE_MODULE = "tokenrl_file_"
+OWN_MODULES: dict[str, tuple[Path, bytes]] = {}
+"""The modules of files that were imported here, and of those beside them that they imported: the file of each,
+and what stood in it."""
 
 
 class NamedFunction(str):
@@ -87,6 +89,10 @@ def import_attribute(spec: str, purpose: str) -> Any:
 def import_source(source: str, whose: str) -> Any:
     """Import a module by its name, or a file by its path, which ends in .py; the module is returned.
 
+    A file is executed once, however it is named, and also if another file imports it, so that all of a run
+    share its classes and tables. Once one has changed, all are executed anew, since the others may hold parts
+    of it.
+
     Args:
         source: the module, which is installed or lies in the current directory, or the file.
         whose: what the import is for, with which an error message begins.
@@ -94,17 +100,25 @@ def import_source(source: str, whose: str) -> Any:
     Raises:
         Refused: the module or the file does not exist, or importing it raised an error.
     """
-    file = Path(source) if source.endswith(".py") else None
+    file = Path(source).resolve() if source.endswith(".py") else None
     if file is not None and not file.is_file():
         raise Refused(f"{whose}: there is no file {source}; give its path from {Path.cwd()}.")
-    folder = str(file.resolve().parent if file else Path.cwd())
+    own = OWN_MODULES.values()
+    if not all(path.is_file() and path.read_bytes() == content for path, content in own):
+        for name in OWN_MODULES:
+            sys.modules.pop(name, None)
+        OWN_MODULES.clear()
+    folder = file.parent if file else Path.cwd()
+    before = {*sys.modules}
     # The folder stands first in sys.path during the import, so that a user's file wins over an installed
     # module of the same name. Afterwards it stands last: imports that the file makes later still work, and
-    # it cannot hide a package that tokenrl imports later.
-    sys.path.insert(0, folder)
+    # it cannot hide a package that tokenrl imports later. Byte code is not written, as it could hide changes.
+    sys.path.insert(0, str(folder))
+    writes_none = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     try:
         with user_code():
-            return import_file(file) if file else importlib.import_module(source)
+            return _import_file(file) if file else importlib.import_module(source)
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = (
@@ -115,9 +129,14 @@ def import_source(source: str, whose: str) -> Any:
         )
         raise Refused(f"{whose}: {reason}.{hint}") from error
     finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
+        sys.dont_write_bytecode = writes_none
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        for name in sys.modules.keys() - before:
+            path = Path(str(getattr(sys.modules[name], "__file__", None)))
+            if path.parent == folder:
+                OWN_MODULES[name] = path, path.read_bytes()
 
 
 def source_file(source: str) -> Path | None:
@@ -142,10 +161,17 @@ def source_file(source: str) -> Path | None:
     return Path(str(spec.origin)) if spec is not None and spec.has_location else None
 
 
-def import_file(file: Path) -> Any:
-    """Import a file as a module whose name is a hash of its absolute path, so that pickle finds it again."""
-    name = FILE_MODULE + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
-    spec = importlib.util.spec_from_file_location(name, file.resolve())
+def _import_file(file: Path) -> Any:
+    """Import a file by its own name, as other files do, or if that is another module's by a hash of its path."""
+    name = file.stem
+    installed = PathFinder.find_spec(name, sys.path[1:])
+    owner, _ = OWN_MODULES.get(name, (file, b""))
+    foreign = {*sys.stdlib_module_names, *sys.modules} - OWN_MODULES.keys()
+    if name in foreign or owner != file or (installed and installed.origin != str(file)):
+        name = "tokenrl_file_" + hashlib.sha256(str(file).encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where a dataclass looks for the module that defines it

@@ -7,7 +7,7 @@ the very text that was encoded, because a reward that compares strings must not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,24 +112,26 @@ def model_for_rows(
     """
     rows, further = list(rows), "".join(texts)
     is_chat = chat or any(isinstance(row.get("prompt"), list) for row in rows)
-    whole = [further + "\n" * is_chat + "".join(_texts(row)) for row in rows]
-    alphabet = tuple(sorted(set().union(*whole)))
-    model, tokenizer = TinyModel(alphabet, context=room + max(map(len, whole)))(seed)
+    further += "\n" * is_chat
+    whole = [_text(row).encode(errors="ignore").decode() for row in rows]  # what UTF-8 can write
+    alphabet = tuple(sorted(set(further).union(*whole)))
+    context = room + len(further) + max(map(len, whole))
+    model, tokenizer = TinyModel(alphabet, context=context)(seed)
     tokenizer.chat_template = LINES if is_chat else None
     if tools:
         tokenizer.chat_template, tokenizer.response_template = CALLS, READS_CALLS
     return model, tokenizer
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a row of data, which UTF-8 can write; numbers are written as text."""
+def _text(value: Any) -> str:
+    """Return the texts in a row of data, one behind the other; numbers are written as text."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         value = [item for key, item in value.items() if key != "role"]
     if isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-    elif value is not None:
-        yield str(value).encode(errors="ignore").decode()
+        return "".join(map(_text, value))
+    return "" if value is None else str(value)
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -225,9 +225,13 @@ def test_a_run_in_an_environment_of_a_user_can_be_repeated(write, capsys, source
 
 def test_it_is_imported_once_and_without_warnings(write, recwarn):
     name = write("once")
-    paths = ("once.py", "./once.py", "once")  # the module registers anew
+    paths = ("once.py", "./once.py", "once")
     first, again, module = (find(f"{path}:{name}-v0").entry_point for path in paths)
-    assert first is again is not module
+    assert first is again is module
+    write(name, FILE + "# changed")
+    assert (
+        find(f"once.py:{name}-v0").entry_point is find(f"once:{name}-v0").entry_point is not first
+    )
     assert [str(warning.message) for warning in recwarn] == []
     assert (describe("once:once-v0").horizon, describe("once.py:CartPole-v1").horizon) == (7, 500)
 

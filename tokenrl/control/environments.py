@@ -15,8 +15,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -77,8 +75,8 @@ def find(env: str) -> EnvSpec:
 
     Args:
         env: a name in `OWN`, the id of a gymnasium environment, or that of one which a file or module
-            registers: `path/to/file.py:id` or `package.module:id`. It is imported once in a process; a
-            module may lie in the current directory.
+            registers: `path/to/file.py:id` or `package.module:id`. A module may lie in the
+            current directory.
 
     Raises:
         Refused: there is no environment of that name, or the file or module cannot be imported.
@@ -92,8 +90,7 @@ def find(env: str) -> EnvSpec:
     source, _, name = env.rpartition(":")
     registered: list[str] = []
     if source:
-        file = str(Path(source).resolve()) if source.endswith(".py") else source
-        registered = _import(file)
+        registered = _import(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium warns of older versions
@@ -113,15 +110,19 @@ def find(env: str) -> EnvSpec:
         ) from error
 
 
-@cache
+_REGISTERED: dict[Any, list[str]] = {}
+"""The ids that modules registered when they were imported."""
+
+
 def _import(source: str) -> list[str]:
-    """Import a file or module once; return the ids that it registered."""
+    """Import a file or module, unless it has been; return the ids that it registered."""
     before = dict(gymnasium.registry)
     with warnings.catch_warnings():
         # A file may have been imported before by another name.
         warnings.filterwarnings("ignore", ".*Overriding environment")
-        import_source(source, "env")
-    return [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]
+        module = import_source(source, "env")
+    new = [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]
+    return _REGISTERED.setdefault(module, new)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tokenrl.user_code import own_process
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FORMLESS = " whose contents cannot be compared"
+PLAIN_JSON = json.JSONEncoder(sort_keys=True, allow_nan=False)
 
 
 @contextmanager
@@ -133,8 +134,10 @@ def plain(value: Any, write: Callable[[Any], str] | None = None) -> Any:
 
 
 def _name(value: Any) -> str:
+    """Return a name that the same object has in each process, so none with its address."""
     is_named = hasattr(value, "__qualname__")
-    return f"{value.__module__}:{value.__qualname__}" if is_named else str(value)
+    name = f"{value.__module__}:{value.__qualname__}" if is_named else written(value, str)
+    return ADDRESS.sub("", name)
 
 
 def canonical(value: Any) -> str:
@@ -143,6 +146,8 @@ def canonical(value: Any) -> str:
     Sets have no order of their own, and the text of an object without a `__repr__` holds its address in
     memory: in its stead stands `FORMLESS`.
     """
+    with suppress(TypeError, ValueError):  # JSON has a form for most data, and writes it faster
+        return PLAIN_JSON.encode(value)
     return json.dumps(plain(value, _without_address), sort_keys=True)
 
 

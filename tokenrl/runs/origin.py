@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import re
@@ -11,11 +12,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
+
+from tokenrl.configuration import code_in
+from tokenrl.names import source_file
+from tokenrl.runs.files import plain
 
 _PACKAGES: tuple[str, ...] = ("tokenizers",)
 _PACKAGES += (
@@ -105,6 +111,37 @@ def _has_names(value: Any) -> bool:
     if is_dataclass(value):
         return all(_has_names(getattr(value, f.name)) for f in fields(value))
     return True
+
+
+def code_of(settings: Mapping[str, Any], task: Any) -> dict[str, Any]:
+    """Return hashes of the user's code, so that it can be compared: of files by name, of functions by setting.
+
+    Args:
+        settings: the settings of a run.
+        task: its task, which has the rewards and the environment; or None.
+    """
+    held = {name: getattr(task, name, None) for name in ("reward", "environment")}
+    code: dict[str, Any] = plain({"estimator": settings.get("estimator"), **held}, _with_hash)
+    for text, name in code_in(settings).items():
+        if file := source_file(text.rpartition(":")[0]):
+            code[f"{name} {text}"] = _hash(file.read_text("utf-8", "replace"))
+    return code
+
+
+def _with_hash(value: Any) -> str:
+    """Return the name of a function, or of the class of an object, with a hash of its source."""
+    function = getattr(value, "func", value)  # of a partial application
+    if not hasattr(function, "__qualname__"):
+        function = type(function)
+    source = ""
+    if not str(function.__module__).startswith(("tokenrl.", "toy_tasks.")):  # which have versions
+        with suppress(OSError, TypeError):  # Python does not know it
+            source = inspect.getsource(function)
+    return f"{function.__qualname__} {_hash(source)}"
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:12]
 
 
 @cache

@@ -17,7 +17,7 @@ from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import LOGS, read_completions
-from tokenrl.runs.origin import versions
+from tokenrl.runs.origin import code_of, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
 from tokenrl.runs.reader import read_log
 from tokenrl.runs.report import report_from_directory
@@ -40,6 +40,7 @@ _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model", "war
 _MENDS = {
     "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
     "data or models": "Restore them, or start a new run from the checkpoint's weights with --model.",
+    "code": "Restore it, or start a new run from the checkpoint's weights with --model.",
     "processes": "They split its steps in another way. Start it with as many as before.",
 }
 """What a run and its continuation must share, and what to do where they do not."""
@@ -244,7 +245,8 @@ class Provenance:
         fingerprints: of the data, the tokenizer and the base model, by these names.
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
-        settings: the settings of the run; known once the run begins.
+        task: the task, if its own rewards or its environment count.
+        settings, code: the settings of the run and hashes of its code; known once the run begins.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
@@ -252,16 +254,24 @@ class Provenance:
     fingerprints: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     device: str = "cpu"
+    task: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Take the settings of the run, and hash its code, before a file of it can change."""
+        self.settings = settings
+        self.code = code_of(settings, self.task)
+
+    def state_dict(self) -> dict[str, Mapping[str, Any]]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
+            "code": self.code,
             "processes": {"processes": self.processes},
             "versions": {**packages, "device": self.device},
         }
@@ -270,13 +280,16 @@ class Provenance:
         """Compare with what made the checkpoint.
 
         Raises:
-            Refused: a setting that decides what the run learns, the data, the tokenizer, the base model or
-                the number of processes is another.
+            Refused: a setting that decides what the run learns, the data, the tokenizer, the base model, the
+                user's code or the number of processes is another.
         """
         self.inexact = []
         for part, ours in self.state_dict().items():
             refused = []
-            for name, text in _differences(state[part], ours).items():
+            stored = state.get(part, {})
+            if part == "code":  # an engine may be another, but not the same one with other code
+                stored = {name: stored.get(name, value) for name, value in ours.items()}
+            for name, text in _differences(stored, ours).items():
                 if part == "versions" or name in ROUNDING:
                     self.inexact.append(text)
                 elif name not in FREE:

@@ -182,7 +182,7 @@ class Session:
         self.args = args
         self.origin = Origin.of(self.kind, args, names or {}, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
-        provenance.settings = settings
+        provenance.begin(settings)
         check_processes(self.accelerator, {**settings, **provenance.fingerprints})
         code = {"command": self.origin.command, "code": signatures(plain(settings))}
         self._config = {"versions": versions(), **settings, **facts, **code}

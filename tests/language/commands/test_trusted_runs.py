@@ -156,6 +156,8 @@ def test_what_flags_name_and_what_is_trusted_is_executed(stranger):
         Refused, match=r"reward 'run/evil.py:vowels' is looked for in the directory of the run"
     ):
         tokenrl.evaluate(model="run")
+    with Path("run/evil.py").open("a") as file:
+        file.write("# changed, so that it is executed again")
     assert tokenrl.evaluate(model="run", trust_run=True).metrics
     assert Path("executed").exists()
 

@@ -59,7 +59,8 @@ def test_exact_match_and_what_it_overlooks():
     ],
 )  # fmt: skip
 def test_the_final_number(text, number):
-    assert final_number(text) == (None if number is None else pytest.approx(number, rel=1e-12))
+    value = final_number(text)
+    assert (value if number is None else float(value)) == number
 
 
 @given(
@@ -67,8 +68,8 @@ def test_the_final_number(text, number):
     st.sampled_from(["{}", "so {} it is", "#### {}"]),
 )
 def test_any_number_that_python_prints_is_read_back(number, frame):
-    assert final_number(frame.format(repr(number))) == number
-    assert final_number(rf"2 \boxed{{{number!r}}} 3") == number
+    assert float(final_number(frame.format(repr(number)))) == number
+    assert float(final_number(rf"2 \boxed{{{number!r}}} 3")) == number
 
 
 @given(st.text(alphabet=r"\boxed{frac}#0123456789.,-+e/$ =", max_size=60))
@@ -80,11 +81,37 @@ def test_no_text_breaks_the_reading_of_numbers(text):
 def test_numeric_answers_and_their_tolerance():
     reward = NumericAnswer(tolerance=0.01)
     answer = ["42", 42, "so #### 42", "no number", None, "1000", "0.5", "0.5"]
-    texts = ["42.4", "42.5", r"\boxed{42}", "42", "42", "990", "0.509", "0.512"]
+    texts = ["42.4", "42.5", r"\boxed{42}", "42", "42", "990", "0.505", "0.509"]
     assert reward(completions=texts, answer=answer) == [1, 0, 1, None, None, 1, 1, 0]
     assert NumericAnswer()(completions=["0.3333333", "1/3", "3"], answer=["1/3"] * 3) == [1, 1, 0]
     assert NumericAnswer(tolerance=0)(completions=["2", "2.0000001"], answer=[2.0, 2]) == [1, 0]
     assert NumericAnswer(column="n")(completions=["__import__('os')"], n=[1]) == [0]
+
+
+@given(st.integers(-(10**27), 10**27), st.integers(-5, 5), st.booleans())
+def test_a_whole_answer_is_met_by_itself_alone(answer, difference, has_point):
+    column = float(answer) if has_point and abs(answer) < 2**53 else answer
+    for text in (
+        f"{answer + difference:,}",
+        f"so {answer + difference}.0",
+        f"{answer + difference}/1",
+    ):
+        assert NumericAnswer()(completions=[text], answer=[column]) == [float(difference == 0)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "earned"),
+    [
+        ("1234567", "1234568", 0), (7.0, "7.0000001", 0), (1e16, "10000000000000001", 0), (0, "0.0000001", 0),
+        ("9007199254740993", "9007199254740992", 0), (2**53 + 1, str(2**53), 0), ("6e23", "6.0e23", 1),
+        ("0.0000001", "0", 0), ("0.0000001", "0.0000002", 0), (1e-12, "1e-12", 1), (1e-12, "2e-12", 0),
+        ("1234567.25", "1234567.50", 0), (1234567.4, "1234567", 0), ("1/3", "0.33333333", 1), ("2/3", "0.666", 0),
+        (0.1 + 0.2, "0.3", 1), (2.9999999999999996, "3", 1), ("3.14159265", "3.14159", 0), ("0.5", "-0.5", 0),
+        ("5", "1e999999999999999999999", 0),
+    ],
+)  # fmt: skip
+def test_what_counts_as_equal_to_an_answer(answer, completion, earned):
+    assert NumericAnswer()(completions=[completion], answer=[answer]) == [earned]
 
 
 def test_patterns_match_the_whole_text_or_anywhere():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tokenrl import names
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.environments import Environments
@@ -21,7 +22,6 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task
-from tokenrl.names import FILE_MODULE
 
 COMPLETIONS = ["one", "three", "", "aaaa"]
 LENGTHS = [3, 5, 0, 4]
@@ -102,8 +102,9 @@ def workplace(tmp_path, monkeypatch):
     """A folder with the file; the process of the rewards would import all files that this one has imported."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "worked.py").write_text(FILE)
-    for name in [name for name in sys.modules if name.startswith(FILE_MODULE)]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in names.OWN_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(names, "OWN_MODULES", {})
 
 
 def call(names, *, timeout=60.0, columns=None):

@@ -13,8 +13,8 @@ import pytest
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
+from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import fingerprint
-from tokenrl.language.tasks.sources import memory_splits
 from tokenrl.language.tasks.task import load_task
 from toy_tasks.models import TinyModel
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import datasets
+import numpy
 import pandas
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -17,8 +25,9 @@ from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.rewards.library import ExactMatch, NumericAnswer
 from tokenrl.language.supervised.defaults import demonstrations
+from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import fingerprint, remarks
-from tokenrl.language.tasks.sources import TaskArguments, memory_splits, read_splits
+from tokenrl.language.tasks.sources import TaskArguments, read_splits
 from tokenrl.language.tasks.task import PromptTask, find_task
 
 TEXTS = st.one_of(
@@ -126,17 +135,183 @@ def test_parquet_and_datasets_give_the_values_of_their_columns(values):
     assert read_splits("a.parquet")["train"] == memory_splits(data)["train"] == rows
 
 
-def test_whole_numbers_with_holes_are_whole_after_pandas_too():
-    frame = pandas.DataFrame(
-        {"prompt": ["a", "b", "c"], "answer": [1, None, 3], "share": [1.0, None, 0.5]}
-    )
-    frame.to_parquet("a.parquet")
-    for rows in (
-        read_splits("a.parquet")["train"],
-        memory_splits(datasets.Dataset.from_pandas(frame))["train"],
+ANSWERS = ["007", "NA", "2005-07-22", " 7", "a,b", "a\tb", "None", ""]
+"""Texts of a column that a table of one type would change, and an empty cell."""
+JSON_LINES = "".join(
+    json.dumps({"prompt": f"p{i}", "answer": text or None}) + "\n" for i, text in enumerate(ANSWERS)
+)
+
+
+def cells(separator):
+    file = io.StringIO()
+    rows = [("prompt", "answer"), *((f"p{i}", answer) for i, answer in enumerate(ANSWERS))]
+    csv.writer(file, delimiter=separator).writerows(rows)
+    return file.getvalue()
+
+
+CONTENTS = {
+    "a.csv": cells(","),
+    "a.tsv": cells("\t"),
+    "a.jsonl": JSON_LINES,
+    "a.json": JSON_LINES,
+}
+PACKED = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DECLARED = """---
+{}
+dataset_info:
+  features:
+  - {{name: prompt, dtype: string}}
+  - {{name: answer, dtype: string}}
+---
+"""
+
+
+def answers(source, split="train"):
+    return [row["answer"] for row in read_splits(source)[split]]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_gives_its_texts_alone_in_a_folder_and_compressed_and_anew_once_it_changes(
+    name, packed
+):
+    os.mkdir("folder")
+    texts = [answer or None for answer in ANSWERS]
+    for text, expected in (
+        (CONTENTS[name], texts),
+        (CONTENTS[name].replace("007", "008"), ["008", *texts[1:]]),
     ):
-        assert repr([row["answer"] for row in rows]) == "[1, None, 3]"
-        assert repr([row["share"] for row in rows]) == "[1.0, None, 0.5]"
+        with PACKED[packed](f"folder/{name}{packed}", "wt", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.utime(f"folder/{name}{packed}", (0, 0))  # as a copy that keeps the time
+        assert answers("folder") == expected
+        if packed:
+            with pytest.raises(Refused, match="compressed into a folder"):
+                read_splits(f"folder/{name}{packed}")
+        else:
+            assert answers(f"folder/{name}") == expected
+
+
+def test_an_archive_and_a_parquet_file_of_a_folder_are_read_anew_too():
+    for answer in ("007", "008"):
+        with zipfile.ZipFile("a.zip", "w") as archive:
+            archive.writestr("rows.csv", f"prompt,answer\na,{answer}\n")
+        datasets.Dataset.from_list([{"prompt": "a", "answer": answer}]).to_parquet("a.parquet")
+        for name in ("a.zip", "a.parquet"):
+            os.makedirs(f"of {name}", exist_ok=True)
+            shutil.copy(name, f"of {name}/train{name[1:]}")
+            os.utime(f"of {name}/train{name[1:]}", (0, 0))
+            assert answers(f"of {name}") == [answer]
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_the_texts_of_a_folder_stay_what_they_are_where_its_author_says_how_they_are_written(
+    separator,
+):
+    os.mkdir("folder")
+    declared = f"configs: [{{config_name: default, data_files: '*.csv', sep: '{separator}'}}]"
+    for head in (DECLARED.format(declared), f"---\n{declared}\n---\n"):
+        with open("folder/README.md", "w") as file:
+            file.write(head)
+        with open("folder/train.csv", "w", newline="") as file:
+            file.write(cells(separator))
+        assert answers("folder") == [answer or None for answer in ANSWERS]
+
+
+def test_a_column_of_csv_has_one_type_in_all_splits():
+    os.mkdir("folder")
+    for split, answer in (("train", "7"), ("test", "x")):
+        with open(f"folder/{split}.csv", "w") as file:
+            file.write(f"prompt,answer,{split}\np,{answer},1\n")
+    assert answers("folder") == ["7"] and answers("folder", "test") == ["x"]
+    assert read_splits("folder")["test"][0]["test"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [('a, "b"', "b"), ('a,  "b, ""c"""', 'b, "c"'), ("a, b", " b"), ('a,b "c"', 'b "c"'),
+     ('"a, ""x""", "b\nc"', "b\nc"), ('a," ""b"""', ' "b"'), (' "a",b', "b"), ("a, \"b\"\r\n", "b")],
+)  # fmt: skip
+def test_blanks_before_a_quote_are_none_of_the_cell(line, answer):
+    with open("a.csv", "w", newline="") as file:
+        file.write(f'prompt, "answer"\n{line}\nz,"x, ""y"", z"\n')
+    assert answers("a.csv") == [answer, 'x, "y", z']
+
+
+NARROW = pyarrow.table({
+    "prompt": ["a", "b", "c"],
+    "single": pyarrow.array([7.1, None, 7.0], pyarrow.float32()),
+    "half": pyarrow.array(numpy.array([7.1, 0.1, 3], numpy.float16)),
+    "double": pyarrow.array([7.0, None, 3.0]),
+    "nested": pyarrow.array([[{"x": 7.1, "y": 7.1000001}], None, []],
+                            pyarrow.list_(pyarrow.struct({"x": pyarrow.float32(), "y": pyarrow.float64()}))),
+})  # fmt: skip
+WRITTEN = [
+    "{'prompt': 'a', 'single': 7.1, 'half': 7.1, 'double': 7.0, 'nested': [{'x': 7.1, 'y': 7.1000001}]}",
+    "{'prompt': 'b', 'single': None, 'half': 0.1, 'double': None, 'nested': None}",
+    "{'prompt': 'c', 'single': 7.0, 'half': 3.0, 'double': 3.0, 'nested': []}",
+]
+
+
+def test_fractions_of_a_table_are_read_as_they_are_written_whatever_their_precision_and_holes():
+    pyarrow.parquet.write_table(NARROW, "a.parquet")
+    os.mkdir("folder")
+    shutil.copy("a.parquet", "folder")
+    data = datasets.Dataset(NARROW)
+    data.save_to_disk("saved")
+    sources = ["a.parquet", "folder", "saved"]
+    for splits in (*map(read_splits, sources), memory_splits(data.with_format("numpy"))):
+        assert [str(row) for row in splits["train"]] == WRITTEN
+
+
+def test_arrays_of_numpy_are_lists_whatever_holds_them():
+    turns = [{"role": "user", "content": "q"}]
+    rows = [
+        {"prompt": turns, "answer": {"ground_truth": "7", "scores": [0.5, 2.0]}, "count": 3}
+        for _ in range(6)
+    ]
+    pandas.DataFrame(rows).to_parquet("a.parquet")  # as verl writes its data
+    frame = pandas.read_parquet("a.parquet")
+    assert isinstance(frame["prompt"][0], numpy.ndarray)
+    data = datasets.Dataset.from_parquet("a.parquet", cache_dir="cache")
+    arrays = numpy.array([turns[0]], object), numpy.array(["q"]), numpy.int64(3), numpy.float64(7.1)
+    by_hand = {"prompt": arrays[0], "names": arrays[1], "count": arrays[2], "share": [arrays[3]]}
+    for source in (
+        frame.to_dict("records"),
+        {"train": frame.to_dict("records")},
+        datasets.Dataset.from_pandas(frame),
+        data.with_format("numpy"),
+        data.with_transform(lambda batch: {k: [numpy.asarray(v) for v in batch[k]] for k in batch}),
+    ):
+        assert ordered(memory_splits(source)["train"]) == ordered(rows)
+    (row,) = memory_splits([by_hand])["train"]
+    assert repr(row) == repr({"prompt": turns, "names": ["q"], "count": 3, "share": [7.1]})
+    with pytest.raises(Refused, match=r"row 0: the prompt is array\(.*\(ndarray\)"):
+        find_task(TaskArguments(task=PromptTask("t", [by_hand], [by_hand], ExactMatch())))
+
+
+REPEATED = {
+    "a.jsonl": ('{"prompt": "a"}\n{"prompt": "b", "answer": 1, "answer": 2}\n', "line 2 .*'answer'"),
+    "b.jsonl": ('{"prompt": "}",\n "m": [{"prompt": "\\\"{", "m":\n {"x": 1,\n"x": 2}}]}', "line 4 .*'x'"),
+    "a.json": ('[{"answer": "answer"},\n {"m": {"answer": 1}, "answer": 1},\n {"a": 1, "\\u0061": 2}]', "line 3 .*'a'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPEATED)
+@pytest.mark.parametrize("read", [read_splits, load_pairs])
+def test_a_key_that_stands_twice_in_an_object_is_refused_with_its_line(name, read):
+    text, words = REPEATED[name]
+    os.mkdir("folder")
+    for path in (name, f"folder/{name}"):
+        with open(path, "w") as file:
+            file.write(text)
+        with pytest.raises(Refused, match=words):
+            read(path.partition("/")[0])
+
+
+def ordered(value):
+    """A value with its keys in order: early releases of pyarrow sort them where they make a table of rows."""
+    return json.dumps(value, sort_keys=True)
 
 
 CALLS = [{"city": "Bern"}, {"a": 1, "b": {"c": [2]}}, {}]
@@ -172,8 +347,8 @@ def test_tables_pad_messages_with_nulls_that_no_template_sees_and_lists_keep_the
     ]
     for source in (pairs, datasets.Dataset.from_list(pairs)):
         train, held_out = load_pairs(source, eval_size=1)
-        assert {json.dumps(pair.chosen) for pair in train + held_out} < {
-            json.dumps(row["prompt"]) for row in rows
+        assert {ordered(pair.chosen) for pair in train + held_out} < {
+            ordered(row["prompt"]) for row in rows
         }
     explicit = [{"prompt": [{"role": "user", "content": "q", "tool_calls": [{"a": None}]}]}]
     assert memory_splits(explicit)["train"] == explicit

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import tokenrl
 from tests.states import state_of
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
+from tokenrl.names import OWN_MODULES, import_attribute
 
 REFILLING = Estimator.preset(
     "dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss"
@@ -123,3 +127,106 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
     train(output_dir=tmp_path / "whole", max_steps=4)
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+MINE = """
+from functools import partial
+import toy_tasks
+from tokenrl import PromptTask
+from tokenrl.language import TransformersGenerator
+class Env:
+    def reset(self, seed=None): return "the", {}
+    def step(self, text): return "", float(len(text)), True, False, {}
+def score(completions, scale=1.0, **_):
+    return [scale * len(text) for text in completions]
+class Keeps:
+    def __call__(self, completions, **_): return [2.0 * len(text) for text in completions]
+class Mean:
+    def __call__(self, totals, **_): return totals.mean().expand_as(totals)
+def mean(totals, **_):
+    return totals.mean().expand_as(totals)
+def engine(policy, rows):
+    return TransformersGenerator(policy, rows)
+rows = [{"prompt": f"the cat {word}"} for word in ("sat", "on", "a", "mat", "dog", "ran")]
+task = PromptTask("own", rows, rows[:2], score)
+short = lambda completions, **_: [1.0 * len(text) for text in completions]
+kept = Keeps()
+mean_of = Mean()
+scaled = partial(score, scale=3.0)
+inner = partial(Keeps(), scale=3.0)
+method = kept.__call__
+"""
+CODE = [
+    ("reward", "mine.py:score", "reward mine.py:score: '"),
+    ("reward", "mine:score", "reward mine:score: '"),
+    ("environment", "mine.py:Env", "environment mine.py:Env: '"),
+    ("baseline", "mine.py:mean", "estimator.baseline mine.py:mean: '"),
+    ("generator", "mine.py:engine", "generator mine.py:engine: '"),
+    ("task", "mine.py:task", "task mine.py:task: '"),
+]
+HELD = [
+    ("reward", "score", "scale *", "2 * scale *"), ("reward", "scaled", "scale *", "2 * scale *"),
+    ("reward", "kept", "2.0 *", "4.0 *"), ("reward", "inner", "2.0 *", "4.0 *"),
+    ("reward", "method", "2.0 *", "4.0 *"), ("reward", "short", "1.0 *", "3.0 *"),
+    ("environment", "Env", "float(len", "2 * float(len"), ("task", "task", "scale *", "2 * scale *"),
+    ("baseline", "mean", ".mean()", ".mean().mul(2)"), ("baseline", "mean_of", ".mean()", ".mean().mul(2)"),
+]  # fmt: skip
+"""A setting, what it holds, and a change of that."""
+
+
+@pytest.fixture
+def of_code(tmp_path, monkeypatch):
+    """`train(setting, value, **changes)`: a run in which one setting names code or holds it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(setting, value, **changes):
+        settings = {"model": make_policy(), "task": make_task(), "reward": vowel_reward}
+        settings |= {"output_dir": "run", "max_steps": 1, "prompts_per_step": 2, "quiet": True}
+        settings |= {"num_generations": 2, "max_completion_length": 4, "learning_rate": 0.01}
+        settings |= {"lr_scheduler_type": "constant", "threads": 1, "cpu": True, "eval_size": 2}
+        settings |= {"eval_every": 1, "stop_after_zero_spread": 0}
+        if setting == "baseline":
+            settings["estimator"] = Estimator(baseline=value)
+        else:
+            settings[setting] = value
+        if setting in ("task", "environment"):
+            del settings["reward"]
+        return tokenrl.train(**settings | changes)
+
+    Path("mine.py").write_text(MINE)
+    yield train
+    sys.modules.pop("mine", None)
+    OWN_MODULES.clear()
+
+
+@pytest.mark.parametrize(("setting", "name", "words"), CODE)
+def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name, words):
+    of_code(setting, name)
+    of_code(setting, name, resume="auto", max_steps=2)
+    Path("mine.py").write_text(MINE + "# changed")
+    with pytest.raises(Refused, match=rf"started with other code: {words}.*Restore it, or start"):
+        of_code(setting, name, resume="auto", max_steps=3)
+    Path("mine.py").write_text(MINE)
+    assert of_code(setting, name, resume="auto", max_steps=3).steps == 3
+    if setting == "generator":  # another one is allowed, with a warning
+        assert of_code(setting, "transformers", resume="auto", max_steps=4).steps == 4
+
+
+@pytest.mark.parametrize(("setting", "name", "before", "after"), HELD)
+def test_nor_is_one_whose_functions_have_changed(of_code, setting, name, before, after):
+    def held(text):
+        Path("mine.py").write_text(text)
+        return import_attribute(f"mine.py:{name}", setting)
+
+    of_code(setting, held(MINE))
+    again = held("# moved\n\n" + MINE)  # and made anew, so that it has another address
+    assert of_code(setting, again, resume="auto", max_steps=2).steps == 2
+    config = Path("run/config.json").read_text()
+    assert " at 0x" not in config
+    place = {"baseline": "estimator.baseline", "task": "reward"}.get(setting, setting)
+    with pytest.raises(Refused, match=f"other code: {place}: .*Restore it"):
+        of_code(setting, held(MINE.replace(before, after)), resume="auto", max_steps=3)
+    if isinstance(again, partial):
+        with pytest.raises(Refused, match="other settings: reward: "):
+            of_code(setting, partial(again, scale=4.0), resume="auto", max_steps=3)

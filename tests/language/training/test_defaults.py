@@ -3,11 +3,14 @@
 import json
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from tiny_models import make_model, make_policy, make_task, make_tokenizer
 
+import tokenrl
 import toy_tasks
 from tokenrl.configuration import configured
-from tokenrl.language.policy.model import wrap
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.defaults import (
     completion_limit,
@@ -15,13 +18,14 @@ from tokenrl.language.supervised.defaults import (
     parameter_count,
     room,
     sft_defaults,
+    surely_fits,
 )
 from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.settings import training_defaults
-from toy_tasks.models import TinyModel
+from toy_tasks.models import TinyModel, literal_tokenizer
 
 OTHER = "default for other models"
 
@@ -175,3 +179,53 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
     result = train(**settings, output_dir=tmp_path / "run")
     output = " ".join(capsys.readouterr().out.split())
     assert "5 (given), linear (default), sgd" in output and "unusual-rate" not in result.flags
+
+
+@pytest.mark.parametrize("kind", ["pad", "chat", "closing", "keeps"])
+@settings(deadline=None, max_examples=60)
+@given(
+    text=st.text(max_size=40)
+    | st.sampled_from(["the cat", "cat" * 13, "\u3042" * 9, "\ufdfa" * 2]),
+    chat=st.booleans(),
+    room=st.integers(1, 64),
+)
+def test_a_prompt_that_surely_fits_does_and_any_text_that_is_far_shorter_surely_does(
+    kind, text, chat, room
+):
+    policy = make_policy(kind="pad" if kind == "keeps" else kind)
+    if kind == "keeps":
+        policy.tokenizer = literal_tokenizer("the ca")
+    text = text.encode(errors="ignore").decode()
+    prompt = [{"role": "user", "content": text}] if chat and kind == "chat" else text
+    if surely_fits(policy, prompt, room):
+        assert len(policy.encode(prompt)) + room <= policy.context
+    elif kind == "keeps" and text.strip():
+        assert 2 * len(text.encode()) + 16 + room > policy.context
+    policy.context = None
+    assert not surely_fits(policy, prompt, room)
+
+
+def test_prompts_that_surely_fit_are_not_tokenised_before_the_first_step_and_others_are_refused(
+    tmp_path, monkeypatch
+):
+    encoded = []
+    encode = Policy.encode
+    monkeypatch.setattr(Policy, "encode", lambda *a: encoded.append(a[1]) or encode(*a))
+    model = make_policy(max_position_embeddings=512)
+    model.tokenizer = literal_tokenizer("the ca0123456789")
+    short = [f"the cat {i}" for i in range(300)]
+    options = {"reward": len_reward, "max_steps": 1, "prompts_per_step": 2, "num_generations": 2}
+    options |= {"eval_size": 2, "cpu": True, "quiet": True, "threads": 1}
+    options |= {"output_dir": tmp_path, "stop_after_zero_spread": 0, "eval_generations": 0}
+    for length in ({"max_completion_length": 9}, {}):
+        encoded.clear()
+        rows = [{"prompt": prompt} for prompt in short]
+        tokenrl.train(model=model, task=rows, **options, **length, overwrite=True)
+        assert len(set(encoded)) < 20
+    rows[7]["prompt"] = "the cat " * 180
+    with pytest.raises(Refused, match=r"row 7 has 1440 tokens.*context of 512"):
+        tokenrl.train(model=model, task=rows, **options, max_completion_length=9, overwrite=True)
+
+
+def len_reward(completions, **_):
+    return [float(len(text)) for text in completions]

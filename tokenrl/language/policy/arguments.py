@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+from tokenrl.configuration import UniqueKeys
 from tokenrl.errors import Refused
 from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings
 
@@ -50,21 +50,19 @@ class PromptArguments(Settings, group="prompts and ends"):
                 "2026-01-31."
             ) from error
         for text in self.stop or ():
-            if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
-                raise Refused(
-                    f"stop holds {text!r}: give a character; a shell makes a line break of $'\\n'."
-                )
+            if not isinstance(text, str) or not text:
+                raise Refused(f"stop holds {text!r}: give texts of one character or more.")
 
 
 def _as_json(value: Any) -> str:
     """Return an object, which may be given as JSON, in JSON."""
     try:
-        content = json.loads(value) if isinstance(value, str) else value
+        content = UniqueKeys().decode(value) if isinstance(value, str) else value
         return json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise Refused(
             f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
-            "'{\"enable_thinking\": false}'."
+            f"'{{\"enable_thinking\": false}}' ({error})."
         ) from error
 
 

@@ -362,7 +362,7 @@ def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
 
 def _variables(form: PromptArguments) -> dict[str, Any]:
     """Return the variables that the form gives to the chat template."""
-    return dict(json.loads(form.chat_template_kwargs or "{}"))
+    return dict(json.loads(form.chat_template_kwargs)) if form.chat_template_kwargs else {}
 
 
 def _check_template(tokenizer: Any, name: str) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
-from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, memory_splits, read_splits
+from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, read_splits
 from tokenrl.runs.console import conclude
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Number
 from typing import Any, Literal
 
@@ -102,6 +103,8 @@ class Length(Settings):
         return [-max(0, size - limit) / limit for size in sizes]
 
 
+ROUNDING = Decimal("1e-6")
+"""How far a number may be from a fraction that it equals."""
 _PUNCTUATION = re.compile(r"[^\w\s]")
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -188,8 +191,8 @@ class ExactMatch(_Answer):
         return text.strip() if self.strip else text
 
 
-def final_number(text: str) -> float | None:
-    r"""The number that a text gives as its final answer; None if there is none.
+def final_number(text: str) -> Decimal | None:
+    r"""The number that a text gives as its final answer, exactly as it is written; None if there is none.
 
     It is the first number in the last `\boxed{...}` (after its last `=`). Without a box it is the first
     number after the last `####`, as in GSM8K, else the last number of the text. Numbers may be written as
@@ -216,35 +219,37 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-def _numbers(text: str) -> Iterator[float]:
+def _numbers(text: str) -> Iterator[Decimal]:
     for match in _NUMBER.finditer(text):
         part = match.groupdict()
         try:
             if part["a"] is not None:
-                value = float(part["a"]) / float(part["b"])
+                value = Decimal(part["a"]) / Decimal(part["b"])
             else:
-                value = float(part["number"].replace(",", "") + (part["power"] or ""))
-                value /= float(part["over"].replace(",", "")) if part["over"] else 1.0
-        except (ValueError, ZeroDivisionError):
+                value = Decimal(part["number"].replace(",", "") + (part["power"] or ""))
+                if part["over"]:
+                    value /= Decimal(part["over"].replace(",", ""))
+        except ArithmeticError:  # no number, too large a power, or a division by 0
             continue
         if math.isfinite(value):
-            yield -value if (part["sign"] or "").startswith("-") else value
+            yield value.copy_negate() if (part["sign"] or "").startswith("-") else value
 
 
 @dataclass(frozen=True)
 class NumericAnswer(_Answer):
     r"""1 where the final number of the completion equals that of a column, else 0.
 
-    `final_number` reads both. A number x equals the answer y if `|x - y| <= tolerance max(1, |y|)`, in
-    float64. The reward abstains where the column holds no number. A number counts
+    `final_number` reads both; nothing is rounded, but quotients to 28 digits. A whole answer, such as 1234567
+    or 7.0, has to be met exactly. Another answer y, which may have been rounded, is met by a number x if
+    `|x - y| <= 1e-6 min(1, |y|)`. The reward abstains where the column holds no number. A number counts
     wherever it stands in the text; add `regex_format` to reward its place too.
 
     Attributes:
         column: the column that holds the answer: a number, or a text that ends with one, as in GSM8K.
-        tolerance: the largest difference that counts as equal, relative to the size of answers above 1.
+        tolerance: the largest `|x - y| / |y|` that counts as equal, of whole answers too. None: as above.
     """
 
-    tolerance: NonNegative = 1e-6
+    tolerance: NonNegative | None = None
     __name__ = "numeric_answer"
     binary = True
 
@@ -255,7 +260,12 @@ class NumericAnswer(_Answer):
             return None
         if number is None:
             return 0.0
-        return float(abs(number - right) <= self.tolerance * max(1.0, abs(right)))
+        error = abs(number - right)
+        if self.tolerance is not None:
+            return float(error <= Decimal(self.tolerance) * abs(right))
+        if right == right.to_integral_value():
+            return float(error == 0)
+        return float(error <= ROUNDING * min(abs(right), Decimal(1)))
 
 
 _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)

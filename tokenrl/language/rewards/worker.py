@@ -21,15 +21,13 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
 from tokenrl.language.rewards.calls import CallResults, TrainerState, call_rewards
 from tokenrl.language.rewards.loading import load_reward
-from tokenrl.names import FILE_MODULE, import_file
+from tokenrl.names import OWN_MODULES, import_source
 from tokenrl.runs.signals import GracefulStop
-from tokenrl.user_code import user_code
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
@@ -87,12 +85,8 @@ class RewardWorker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        # An import statement cannot find modules that were loaded from a file, so their paths are sent along.
-        files = [
-            str(module.__file__)
-            for name, module in sys.modules.items()
-            if name.startswith(FILE_MODULE)
-        ]
+        # An import statement cannot find some modules of files, so the paths of all are sent along.
+        files = [str(file) for file, _ in OWN_MODULES.values()]
         # Not a daemon, which may not have children of its own: a reward may well use a process pool.
         self._process = context.Process(target=_serve, args=(theirs, files, self._pickled))
         self._process.start()
@@ -162,8 +156,8 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
     GracefulStop(quiet=True, patient=True).__enter__()
     for file in files:
         # A function of a file that cannot be imported says so below.
-        with contextlib.suppress(*USER_CODE_FAILED), user_code():
-            import_file(Path(file))
+        with contextlib.suppress(*USER_CODE_FAILED):
+            import_source(file, "reward")
     with contextlib.suppress(*GONE):  # the training has ended
         try:
             functions = {

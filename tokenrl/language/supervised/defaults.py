@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.prompts import formed, render
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.sources import as_prompt
@@ -130,11 +132,39 @@ def completion_limit(
     lengths = [0]
     for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
         with suppress(Refused):  # a run names the row
-            lengths.append(len(policy.encode(row["prompt"])))
+            if not surely_fits(policy, row["prompt"], limit):
+                lengths.append(len(policy.encode(row["prompt"])))
     if policy.context is not None and max(lengths) + limit > policy.context:
         limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
         origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"
     return limit, origin
+
+
+def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:
+    """Return whether a prompt leaves room for so many tokens in the context, however it is tokenised.
+
+    It is not tokenised for that, which takes far longer: a text has hardly more tokens than bytes, and counts
+    here as if it had two for each. Where it may have no token at all, none is sure.
+
+    Raises:
+        Refused: the chat template or the form does not fit the prompt.
+    """
+    tokenizer = policy.tokenizer
+    text = formed(prompt, policy.form)
+    if not isinstance(text, str):
+        if text[-1]["role"] == "assistant":  # an answer that is continued
+            return False
+        text = render(tokenizer, text, policy.form, policy.source, add_generation_prompt=True)
+    if not (text.strip() and _keeps_characters(tokenizer)):
+        return False
+    return 2 * len(text.encode()) + 16 + room <= (policy.context or 0)
+
+
+@cache
+def _keeps_characters(tokenizer: Any) -> bool:
+    """Return whether characters of all kinds become tokens, so that a text cannot be without any."""
+    characters = [*map(chr, range(33, 127)), *"\u00e9\u3042\U00010400"]
+    return all(tokenizer(characters, add_special_tokens=False).input_ids)
 
 
 def is_own(task: Any, model: Any, policy: Policy | None) -> bool:

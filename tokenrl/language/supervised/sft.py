@@ -32,8 +32,9 @@ from tokenrl.language.supervised.defaults import (
 )
 from tokenrl.language.supervised.fit import SupervisedTraining
 from tokenrl.language.tasks.held_out import smaller_evaluation
+from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import described, provenance_of, recorded
-from tokenrl.language.tasks.sources import memory_splits, read_splits, with_prompts
+from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
 from tokenrl.runs.console import number
 from tokenrl.runs.reader import Outcome

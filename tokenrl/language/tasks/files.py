@@ -12,12 +12,14 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import zip_longest
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from tokenrl.configuration import UniqueKeys
 from tokenrl.errors import Placed
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -25,44 +27,56 @@ HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 MAX_CELL_CHARACTERS = 2**31 - 1
 
 
-def read_rows(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
-    """Read the files of a split.
+def read_rows(
+    splits: Mapping[str, Sequence[Path]], kind: str, separator: str = ","
+) -> dict[str, list[dict[str, Any]]]:
+    """Read the files of each split.
 
     Of JSON, a list of objects or objects one after another (JSON Lines), each value is what `json.loads`
-    gives. Of CSV a column holds numbers if each of its cells is just how Python writes that number, and else
-    the texts that stand there; an empty cell is None. A row without one of the columns has None there.
+    gives. Of CSV a column holds numbers if each of its cells, in all splits, is just how Python writes that
+    number, and else the texts that stand there; an empty cell is None. A row without one of the columns has
+    None there.
 
     Args:
-        files: their paths.
+        splits: the files of each split.
         kind: json or csv.
+        separator: the character between two cells of CSV.
 
     Returns:
-        The rows, all with the same columns. Each knows its line, or its item in a list of JSON.
+        The rows of each split, all with the same columns. Each knows its line, or its item in a list of JSON.
 
     Raises:
-        ValueError: a file is no UTF-8 or is not of this kind; the message names the line or the item.
+        ValueError: a file is no UTF-8 or is not of this kind, or an object of JSON has a key twice; the
+            message names the line or the item.
     """
+    read = partial(_csv_rows, separator=separator) if kind == "csv" else _json_rows
+    rows = {split: _rows_of(files, read) for split, files in splits.items()}
+    if kind == "csv":
+        change_columns([*chain.from_iterable(rows.values())], lambda _, cells: _column(cells))
+    return rows
+
+
+def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Return the rows of a split, which have the same columns."""
     rows: list[Placed] = []
-    read = _csv_rows if kind == "csv" else _json_rows
     for file in files:
         for location, row in read(_text(file), file):
             rows.append(Placed(row, location if len(files) == 1 else f"{location} of {file.name}"))
     empty: dict[str, None] = {}
     for row in rows:
         empty |= dict.fromkeys(row)
-    complete = [Placed(empty | row, row.location) for row in rows]
-    if kind == "csv":
-        change_columns(complete, lambda _, cells: _column(cells))
-    return list(complete)
+    names = [*empty]
+    return [row if [*row] == names else Placed(empty | row, row.location) for row in rows]
 
 
 def change_columns(
     rows: Sequence[dict[str, Any]], change: Callable[[str, list[Any]], list[Any]]
 ) -> None:
     """Replace the values of each column, in place, by what a function of its name and values returns."""
-    for name in rows[0] if rows else ():
-        column = change(name, [row[name] for row in rows])
-        for row, value in zip(rows, column, strict=True):
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        holders = [row for row in rows if name in row]
+        column = change(name, [row[name] for row in holders])
+        for row, value in zip(holders, column, strict=True):
             row[name] = value
 
 
@@ -89,11 +103,11 @@ def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_values(text: str) -> Iterator[tuple[str, Any]]:
     """Yield the location of each value, and the value."""
+    decoder = UniqueKeys()
     if text.lstrip().startswith("["):
-        for number, value in enumerate(json.loads(text), start=1):
+        for number, value in enumerate(decoder.decode(text), start=1):
             yield f"item {number}", value
         return
-    decoder = json.JSONDecoder()
     end = 0
     line = 1
     while text[end : end + 1]:
@@ -106,23 +120,26 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
             line += text.count("\n", start, end)
 
 
-def _csv_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a CSV file as texts, with their locations; lines without any cell are skipped."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names = next(filter(None, lines), [])
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two columns of {file} are called {name!r}: name each by itself")
+    # Blanks behind a separator belong to the cell, but not those in front of a quote.
+    before = rf'(^|[\r\n{re.escape(separator)}]) *("[^"]*(?:""[^"]*)*")'
+    content = io.StringIO(re.sub(before, r"\1\2", text), newline="")
+    lines = csv.reader(content, delimiter=separator, strict=True)
+    columns = next(filter(None, lines), [])
+    for column in columns:
+        if columns.count(column) > 1:
+            raise ValueError(f"two columns of {file} are called {column!r}: name each by itself")
     first = lines.line_num + 1
     for cells in lines:
-        if len(cells) > len(names):
+        if len(cells) > len(columns):
             raise ValueError(
-                f"line {first} of {file} has {len(cells)} cells, and there are {len(names)} columns: write a "
-                'cell with a comma in quotes, "like, this"'
+                f"line {first} of {file} has {len(cells)} cells, and there are {len(columns)} columns: write a "
+                f'cell with {separator!r} in quotes, "like{separator}this"'
             )
         if cells:
-            yield f"line {first}", dict(zip_longest(names, cells))
+            yield f"line {first}", dict(zip_longest(columns, cells))
         first = lines.line_num + 1
 
 

@@ -94,4 +94,4 @@ def separate(
 
 def prompt_key(prompt: Any) -> str:
     """Return a prompt, text or chat messages, as a text that equal prompts share."""
-    return canonical(prompt)
+    return f"text {prompt}" if isinstance(prompt, str) else canonical(prompt)

@@ -84,7 +84,7 @@ def recorded(task: Any) -> dict[str, Any]:
 
 
 def provenance_of(
-    policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None
+    policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None, task: Any = None
 ) -> Provenance:
     """Return the provenance of a run, before its first step; only a run of the same can continue it.
 
@@ -92,6 +92,7 @@ def provenance_of(
         policy: the policy or the reward model, with the weights that it starts from.
         rows: all rows of data that decide what is learnt, in named parts.
         accelerator: accelerate's handle of device and processes; None for one process without it.
+        task: the task, if its own rewards or its environment count.
     """
     fingerprints = {
         "data": fingerprint(rows),
@@ -99,4 +100,5 @@ def provenance_of(
         "base model": model_fingerprint(policy.model),
     }
     where = policy.model if accelerator is None else accelerator
-    return Provenance(fingerprints, getattr(where, "num_processes", 1), where.device.type)
+    processes = getattr(where, "num_processes", 1)
+    return Provenance(fingerprints, processes, where.device.type, task=task)

@@ -9,11 +9,13 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
-from tokenrl.language.tasks.files import HALF_OF_PAIR, change_columns, read_rows
+from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
+from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
@@ -23,7 +25,7 @@ CACHE_HINT = (
     " The hub needs a network or a copy in the cache of datasets (HF_DATASETS_CACHE), which must be writable; "
     "if it is damaged, delete it."
 )
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 class LeftOut(str):
@@ -59,7 +61,8 @@ class DataArguments(Settings, group="data"):
     prompt may have messages, whole conversations: a last turn of the assistant is the answer, and no part of
     the prompt."""
     prompt_template: str | None = None
-    """Template that makes the prompt from columns, such as '{question}\\nAnswer:'; replaces prompt_column."""
+    """Template that makes the prompt from columns, such as '{question} Answer:'; replaces prompt_column. In a
+    shell write $'{question}\\nAnswer:' for a line break."""
     split: str = "train"
     """Split of a dataset to train on."""
     eval_split: str | None = None
@@ -75,7 +78,7 @@ class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
     task: Annotated[str, OR_OBJECT] = LeftOut("sort_digits")
-    """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV or Parquet file, a
+    """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV, TSV or Parquet file, a
     folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a
     datasets.Dataset, a DatasetDict, a list of rows or a task object. An environment that is named without a
     task is the task."""
@@ -112,15 +115,17 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if is_file and path.suffix not in FORMATS:
         raise Refused(
-            f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}."
+            f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}. Put one that "
+            "is compressed into a folder, and give the folder."
         )
     try:
         if is_file and path.suffix != ".parquet":
-            splits = {"train": read_rows([path], FORMATS[path.suffix])}
+            separator = "\t" if path.suffix == ".tsv" else ","
+            splits = read_rows({"train": [path]}, FORMATS[path.suffix], separator)
         else:
             splits = _by_datasets(path, name)
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
-        hint = "" if is_file else CACHE_HINT
+        hint = "" if path.exists() else CACHE_HINT
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)}).{hint}"
         ) from error
@@ -138,25 +143,32 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return memory_splits(datasets.load_from_disk(name))
-    # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
+    # What lies here is read anew each time. The cache tells files by name and time, and could give the rows of
+    # an earlier file in silence, or those of a damaged copy.
     with without_progress_bars(), tempfile.TemporaryDirectory() as folder:
+        load: Any = datasets.load_dataset_builder
         if path.is_file():
-            builder = datasets.load_dataset_builder("parquet", data_files=name, cache_dir=folder)
+            load = partial(load, "parquet", data_files=name, cache_dir=folder)
         elif path.exists():
-            builder = datasets.load_dataset_builder(name)
+            load = partial(load, name, cache_dir=folder)
         else:
             hub_name, _, config = name.partition(":")
-            builder = datasets.load_dataset_builder(hub_name, config or None)
-        is_typed = builder.info.features is not None or getattr(builder.config, "sep", ",") != ","
+            load = partial(load, hub_name, config or None)
+        builder = load()
+        is_typed = builder.info.features is not None
+        if is_typed and builder.name == "csv":  # NA is a text like others
+            builder = load(keep_default_na=False, na_values=[""])
         if is_typed or builder.name not in ("json", "csv"):
             builder.download_and_prepare()
             return memory_splits(builder.as_dataset())
-        manager = datasets.DownloadManager()
-        splits = {}
-        for split, paths in manager.download_and_extract(builder.config.data_files).items():
-            files = [Path(file) for file in manager.iter_files(paths)]
-            splits[str(split)] = read_rows(files, builder.name)
-        return splits
+        cache = folder if path.exists() else None
+        options = datasets.DownloadConfig(cache_dir=cache)
+        manager = datasets.DownloadManager(download_config=options)
+        splits = {
+            str(split): [*map(Path, manager.iter_files(paths))]
+            for split, paths in manager.download_and_extract(builder.config.data_files).items()
+        }
+        return read_rows(splits, builder.name, getattr(builder.config, "sep", ","))
 
 
 def with_prompts(
@@ -299,10 +311,10 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
     if isinstance(prompt, str):
         half = HALF_OF_PAIR.search(prompt)
         return f"the {name} holds {half[0]!r}, which UTF-8 cannot write" if half else ""
-    if prompt == []:
-        return f"the {name} is an empty list"
     if not isinstance(prompt, list | tuple):
-        return f"the {name} is {prompt!r:.100} ({type(prompt).__name__})"
+        return f"the {name} is {shown(prompt, 100)} ({type(prompt).__name__})"
+    if not prompt:
+        return f"the {name} is an empty list"
     for number, message in enumerate(prompt):
         subject = f"message {number} of the {name}"
         if not isinstance(message, Mapping):
@@ -311,89 +323,3 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
             if not isinstance(message.get(key), str) or HALF_OF_PAIR.search(message[key]):
                 return f"{subject} has {key} {message.get(key)!r:.100}"
     return ""
-
-
-FORMS = (
-    "a name, a task object, a datasets.Dataset (from_pandas, from_dict, from_list; of a stream "
-    'from_list(list(data.take(N)))), a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
-)
-
-
-def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
-    """Copy all splits of data that was given from Python.
-
-    Args:
-        data: a `datasets.Dataset`, a list of rows, or a mapping of splits to one of these.
-
-    Returns:
-        The rows of each split, by the name of the split. Data without splits is the split "train".
-
-    Raises:
-        Refused: the data is streamed or of another type, a row is no mapping, or rows have different columns.
-    """
-    if not isinstance(data, Mapping):
-        return {"train": _rows(data, "task")}
-    if "prompt" in data:
-        raise Refused(
-            "task is a dict with the key 'prompt', and the keys of a dict are names of splits: write "
-            "task=[row] for a row, Dataset.from_dict(columns) for columns."
-        )
-    return {str(name): _rows(rows, f"task, split '{name}'") for name, rows in data.items()}
-
-
-def _rows(data: Any, source: str) -> list[dict[str, Any]]:
-    if not isinstance(data, list | tuple):
-        import datasets
-
-        if not isinstance(data, datasets.Dataset):
-            description = f"{shown(data, 100)} ({type(data).__name__})"
-            raise Refused(f"{source} is {description}; it must be {FORMS}.")
-        # A function that with_transform applies to rows is applied where they are read one by one.
-        is_custom = data.format["type"] == "custom"
-        rows = list(map(dict, data)) if is_custom else data.to_list()
-        change_columns(rows, _before_arrow)
-        return rows
-    for number, row in enumerate(data):
-        if not isinstance(row, Mapping):
-            raise Refused(
-                f"{source}, row {number} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
-                'write task=[{"prompt": text} for text in texts].'
-            )
-        if differences := row.keys() ^ data[0].keys():
-            raise Refused(
-                f"{source}: row {number} and row 0 do not have the same columns; only one has "
-                f"{', '.join(sorted(map(str, differences)))}. Give None where there is no value."
-            )
-    return list(map(dict, data))
-
-
-def _before_arrow(name: str, column: list[Any]) -> list[Any]:
-    """Return the values of a column of Arrow as they were before they came into its table.
-
-    Arrow gives every mapping of a column the keys of all of them, with None where it had none, and a chat
-    template would write these keys; so they leave messages and tools. pandas turns whole numbers with missing
-    values among them into fractions; a column of fractions that are all whole, with a missing value, is
-    therefore one of whole numbers.
-    """
-    if None in column and all(value is None or _is_whole(value) for value in column):
-        return [None if value is None else int(value) for value in column]
-    if name == "tools" or any(map(_is_chat, column)):
-        return [_without_padding(value) for value in column]
-    return column
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer() and abs(value) <= 2**53
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and any("role" in part for part in value if type(part) is dict)
-
-
-def _without_padding(value: Any) -> Any:
-    """Return a value of messages or of tools without the keys that are None, at any depth."""
-    if isinstance(value, list):
-        return [_without_padding(part) for part in value]
-    if isinstance(value, Mapping):
-        return {key: _without_padding(part) for key, part in value.items() if part is not None}
-    return value

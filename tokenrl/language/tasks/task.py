@@ -32,6 +32,7 @@ from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
 from tokenrl.language.tasks.held_out import changed, eval_split, separate, smaller_evaluation
+from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
@@ -143,7 +144,7 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
         if task is not None:
             return smaller_evaluation(_finished(task, source, reward), data.eval_size, seed)
     else:
-        splits = sources.memory_splits(source)
+        splits = memory_splits(source)
         name, origin = records.described(splits)
     needs_reward = data.environment is None and not is_unrewarded(data)
     if reward is None and needs_reward:

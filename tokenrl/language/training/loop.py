@@ -23,6 +23,8 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt
+from tokenrl.language.supervised.defaults import surely_fits
+from tokenrl.language.supervised.warm_start import WarmStart
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -100,9 +102,8 @@ def train(
         >>> result.eval_after["reward_greedy"]
     """
     if callback is not None and not callable(callback):
-        raise Refused(
-            f"callback was given as {callback!r}; it must be a function of a step and its metrics."
-        )
+        rule = "it must be a function of a step and its metrics"
+        raise Refused(f"callback was given as {callback!r}; {rule}.")
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
@@ -173,13 +174,12 @@ def _make_warm_start(
         console = Console(quiet=choices.quiet)
         with console.status("loading the model"):
             policy, _ = load_models(choices, task, console.note)
-            copied = copy.deepcopy(policy.model)  # a model given from Python stays the base
-            policy = replace(policy, model=copied, reference=None)
+            policy = replace(policy, model=copy.deepcopy(policy.model), reference=None)
         args, _ = fill_defaults(choices, task, policy)
         if claimed.step and not warm_start.is_missing(args, folder):
             return
         with using_threads(choose_threads(policy.size, args.threads)[0]):
-            warm_start.WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
+            WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
 
     try:
         together(accelerator, make)
@@ -205,13 +205,11 @@ def _prepare(
         folder = warm_start.folder_of(session.directory)
         if args.warm_start and args.check:
             with using_threads(choose_threads(policy.size, args.threads)[0]):
-                stage = warm_start.WarmStart(
-                    policy, task, rewards, args, console, accelerator, folder
-                )
+                stage = WarmStart(policy, task, rewards, args, console, accelerator, folder)
                 warm_seconds = 0.0 if stage.is_complete else stage.try_out()
             del stage  # and its copy of the weights
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
-    provenance = provenance_of(policy, rows, accelerator)
+    provenance = provenance_of(policy, rows, accelerator, task)
     # Where the folder is on another machine, the main process sends its weights.
     if args.warm_start and (session.continues or folder.exists()):
         warmed = warm_start.facts_of(folder, continues=session.continues)
@@ -280,8 +278,10 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     """
     learner = run.learner
     if run.rewards.environments is None:
+        room = learner.sampling.max_completion_length
         for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
-            encode(learner.policy, [row["prompt"]], learner.sampling, [location])
+            if not surely_fits(learner.policy, row["prompt"], room):
+                encode(learner.policy, [row["prompt"]], learner.sampling, [location])
     learner.sync()  # with the weights of the checkpoint, if there is one
     if session.continues:
         load_schedule(learner.schedule, session.step)

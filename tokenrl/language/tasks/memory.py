@@ -1,0 +1,124 @@
+"""Copies data that was given from Python: rows, or tables of `datasets`, value by value as they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from tokenrl.errors import Refused
+from tokenrl.language.tasks.files import change_columns
+from tokenrl.settings import shown
+
+FORMS = (
+    "a name, a task object, a datasets.Dataset (from_pandas, from_dict, from_list; of a stream "
+    'from_list(list(data.take(N)))), a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
+)
+
+
+def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
+    """Copy all splits of data that was given from Python.
+
+    Args:
+        data: a `datasets.Dataset`, a list of rows, or a mapping of splits to one of these.
+
+    Returns:
+        The rows of each split, by the name of the split. Data without splits is the split "train".
+
+    Raises:
+        Refused: the data is streamed or of another type, a row is no mapping, or rows have different columns.
+    """
+    if not isinstance(data, Mapping):
+        return {"train": _rows(data, "task")}
+    if "prompt" in data:
+        raise Refused(
+            "task is a dict with the key 'prompt', and the keys of a dict are names of splits: write "
+            "task=[row] for a row, Dataset.from_dict(columns) for columns."
+        )
+    return {str(name): _rows(rows, f"task, split '{name}'") for name, rows in data.items()}
+
+
+def _rows(data: Any, source: str) -> list[dict[str, Any]]:
+    if not isinstance(data, list | tuple):
+        import datasets
+
+        if not isinstance(data, datasets.Dataset):
+            description = f"{shown(data, 100)} ({type(data).__name__})"
+            raise Refused(f"{source} is {description}; it must be {FORMS}.")
+        # A function that with_transform applies to rows is applied where they are read one by one.
+        is_custom = data.format["type"] == "custom"
+        rows = list(map(dict, data)) if is_custom else data.to_list()
+        schema = None if is_custom else data.features.arrow_schema
+        change_columns(rows, partial(_before_arrow, schema))
+        return rows
+    for number, row in enumerate(data):
+        if not isinstance(row, Mapping):
+            raise Refused(
+                f"{source}, row {number} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
+                'write task=[{"prompt": text} for text in texts].'
+            )
+        if differences := row.keys() ^ data[0].keys():
+            raise Refused(
+                f"{source}: row {number} and row 0 do not have the same columns; only one has "
+                f"{', '.join(sorted(map(str, differences)))}. Give None where there is no value."
+            )
+    return [{name: without_arrays(value) for name, value in row.items()} for row in data]
+
+
+def without_arrays(value: Any) -> Any:
+    """Return a value with lists and numbers in place of numpy's arrays and scalars, at any depth.
+
+    pandas reads lists of a Parquet file, such as chat messages, as arrays.
+    """
+    if type(value).__module__ == "numpy" and value.dtype.kind not in "mM":  # no times
+        value = value.tolist()
+    if type(value) is list:
+        return [*map(without_arrays, value)]
+    if type(value) is dict:
+        return {key: without_arrays(part) for key, part in value.items()}
+    return value
+
+
+def _before_arrow(schema: Any, name: str, column: list[Any]) -> list[Any]:
+    """Return the values of a column of Arrow as they were before they came into its table.
+
+    Arrow gives every mapping of a column the keys of all of them, with None where it had none, and a chat
+    template would write these keys; so they leave messages and tools. A number of fewer than 64 bits is read
+    as it is written, 7.1 and not 7.099999904632568.
+
+    Args:
+        schema: the types of the columns; None if they are not known, as behind a function of the user.
+        name: the name of the column.
+        column: its values.
+    """
+    if schema is None:
+        column = [*map(without_arrays, column)]
+    elif "float" in str(kind := schema.field(name).type):  # of 16 or 32 bits; one of 64 is a double
+        column = [_shortest(value, kind) for value in column]
+    if name == "tools" or any(map(_is_chat, column)):
+        return [_without_padding(value) for value in column]
+    return column
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow type with the shortest fractions that its precision tells apart."""
+    if isinstance(value, list):
+        return [_shortest(part, kind.value_type) for part in value]
+    if isinstance(value, dict):
+        return {part.name: _shortest(value[part.name], part.type) for part in kind}
+    if value is None or "float" not in str(kind):
+        return value
+    return float(str(kind.to_pandas_dtype()(value)))
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and any("role" in part for part in value if type(part) is dict)
+
+
+def _without_padding(value: Any) -> Any:
+    """Return a value of messages or of tools without the keys that are None, at any depth."""
+    if isinstance(value, list):
+        return [_without_padding(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _without_padding(part) for key, part in value.items() if part is not None}
+    return value
