@@ -19,8 +19,7 @@ from torch import nn
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import TINY
-from tokenrl.language.policy.prompts import run_of
+from tokenrl.language.policy.arguments import TINY, run_of
 from tokenrl.runs.files import model_directory
 
 LARGE = 10_000_000

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.loading import find_model, loading, quietly, switch_dropout_off
 from tokenrl.language.policy.prompts import (
     Prompt,
@@ -27,7 +27,6 @@ from tokenrl.language.policy.prompts import (
     formed,
     render,
     reply_ids,
-    saved_form,
 )
 from tokenrl.language.policy.saving import check_base, merged
 from tokenrl.language.policy.stops import StopStrings, decoded

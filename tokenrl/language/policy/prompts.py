@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import decoded, special_tokens
-from tokenrl.settings import arguments
 
 Prompt = str | list[dict[str, Any]]
-T = TypeVar("T")
 
-FORM = tuple(field.name for field in fields(PromptArguments))
 CLOCK = (
     "{%- macro strftime_now(format) -%}{%- set text = namespace(text=format) -%}"
     "{%- for part in time_parts -%}{%- set text.text = text.text.replace(part, time_parts[part]) -%}"
@@ -47,88 +39,6 @@ ANCHORS = ("\n", ".", "=", "a")
 """Texts behind which another is encoded; one of them does not merge with its beginning."""
 
 
-def form_of(args: Any) -> PromptArguments:
-    """Return the part of a command's arguments that says how prompts reach the model."""
-    return PromptArguments(**{name: getattr(args, name) for name in FORM})
-
-
-def run_of(model: Any) -> Path | None:
-    """Return the directory of the run that saved a model; None where no run is known, as of a hub name.
-
-    Args:
-        model: a directory (of the run, of its `model/` or of a checkpoint), or anything else.
-    """
-    if not isinstance(model, str | os.PathLike) or not os.path.exists(model):
-        return None
-    path = Path(model).resolve()
-    for run in (path, *path.parents[:2]):
-        is_ours = path.relative_to(run).parts[:1] in ((), ("model",), ("checkpoints",))
-        if is_ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-            return run
-    return None
-
-
-def saved_form(model: Any) -> dict[str, Any]:
-    """Return how the run that saved a model asked it: the fields of `PromptArguments` that were set.
-
-    Args:
-        model: a directory as `run_of` takes it, or a `Policy`; for anything else nothing is known.
-    """
-    form: Any = getattr(model, "form", None)
-    if (run := run_of(model)) is not None:
-        config = read_config(run)
-        form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
-    return {} if form is None else _set_fields(form)
-
-
-def _set_fields(form: PromptArguments) -> dict[str, Any]:
-    return {name: value for name, value in vars(form).items() if value}
-
-
-def fill_form(args: T, model: Any = None) -> T:
-    """Return settings in which the form of prompts, where it was left open, is as in the run of the model.
-
-    Args:
-        args: the arguments of a command.
-        model: the model; None for `args.model`.
-    """
-    values = vars(args)
-    form = saved_form(values["model"] if model is None else model)
-    left_open = {name: value for name, value in form.items() if values[name] is None}
-    return replace(args, **left_open)  # type: ignore[type-var]
-
-
-def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
-    """Describe the form as a line of a header, {"asked": ...}; empty if prompts go as they stand.
-
-    Args:
-        form: how the model is asked.
-        model: the model as it was named, to say where the form comes from if its run was asked so.
-    """
-    parts = []
-    if form.chat:
-        parts.append("each text as a message of the user")
-    if form.system_prompt:
-        parts.append(f"system prompt {form.system_prompt!r}")
-    if _variables(form):
-        parts.append(f"chat template with {form.chat_template_kwargs}")
-    if form.chat_time:
-        parts.append(f"chat template at {form.chat_time}")
-    if form.stop:
-        parts.append(f"completions end at {' or '.join(map(repr, form.stop))}")
-    if not parts:
-        return {}
-    words = "; ".join(parts)
-    is_inherited = saved_form(model) == _set_fields(form)
-    return {"asked": f"{words} (as the run of {model})" if is_inherited else words}
-
-
-def print_form(form: PromptArguments, model: Any) -> None:
-    """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
-    for line in form_line(form, model).values():
-        print(f"tokenrl: asked: {line}", file=sys.stderr)
-
-
 def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArguments:
     """Return the form in which a model is asked, and refuse one in which it cannot be asked.
 
@@ -146,7 +56,7 @@ def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArgu
     template = str(getattr(tokenizer, "chat_template", None))
     if "strftime_now" in template and not form.chat_time:
         form = replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
-    variables = _variables(form)
+    variables = form.variables
     if not (form.chat or variables or form.system_prompt):
         return form
     _check_template(tokenizer, name)
@@ -179,7 +89,7 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
-        if form.system_prompt or _variables(form):
+        if form.system_prompt or form.variables:
             raise Refused(
                 f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) "
                 "to send text as a message of the user, or write the words into the prompts."
@@ -220,7 +130,7 @@ def render(
         "return_dict": False,
         "tools": list(tools) or None,
     }
-    variables |= options | _variables(form)
+    variables |= options | form.variables
     try:
         if form.chat_time:
             variables["chat_template"] = CLOCK + tokenizer.get_chat_template(
@@ -358,11 +268,6 @@ def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
     whole = written([*prompt, {"role": "assistant", "content": text}])
     answer = whole[len(opening) :]
     return re.match(r"\s*", answer)[0] if whole.startswith(opening) else ""  # type: ignore[index]
-
-
-def _variables(form: PromptArguments) -> dict[str, Any]:
-    """Return the variables that the form gives to the chat template."""
-    return dict(json.loads(form.chat_template_kwargs or "{}"))
 
 
 def _check_template(tokenizer: Any, name: str) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.loading import find_model, gains_from, loading
-from tokenrl.language.policy.prompts import checked_form, formed, render, saved_form
+from tokenrl.language.policy.prompts import checked_form, formed, render
 
 if TYPE_CHECKING:
     from torch import Tensor

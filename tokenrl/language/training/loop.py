@@ -13,8 +13,8 @@ from typing import Any
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, own_process, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
+from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
-from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
