@@ -47,7 +47,7 @@ from tokenrl.settings import check_seed
 WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
 
-MADE_BY = 3  # to raise when the weights of a warm start change, or what its checkpoints hold
+MADE_BY = 4  # to raise when the weights of a warm start change, or what its checkpoints hold
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:

@@ -18,6 +18,7 @@ from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
@@ -211,6 +212,7 @@ def _prepare(
             warmed = start_from(policy, folder)
             console.note(f"warm start: {warmed['in_words']}.")
         adapt(args, policy)
+    policy.sampling = distribution_of(args)
     provenance = provenance_of(
         policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator
     )
