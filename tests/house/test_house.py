@@ -27,7 +27,7 @@ LIMITS = {
     "control": 15_300,
     "advisor": 6_000,
     "language": 100,
-    "language/policy": 10_300,
+    "language/policy": 11_100,
     "language/rewards": 13_800,
     "language/tasks": 8_700,
     "language/rollout": 24_300,
@@ -44,8 +44,8 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_000, 183, 86_500, 280_200, 68_800, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 36, 46_700, 44
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_000, 184, 87_500, 293_000, 68_800, 7_500
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 36, 46_900, 44
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

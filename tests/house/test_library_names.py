@@ -57,6 +57,8 @@ NAMES = {
     "transformers:PretrainedConfig.get_text_config": MODEL,
     "transformers.pytorch_utils:Conv1D": MODEL,
     "transformers.utils:find_adapter_config_file": MODEL,
+    "transformers.utils:cached_file": "language/policy/loading.py",
+    "transformers.utils:chat_template_utils.datetime": "language/policy/prompts.py",
     "transformers.utils:logging.is_progress_bar_enabled": "language/policy/loading.py",
     "transformers.utils:logging.disable_progress_bar": "language/policy/loading.py",
     "transformers.utils:logging.enable_progress_bar": "language/policy/loading.py",

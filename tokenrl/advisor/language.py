@@ -15,9 +15,9 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.evaluation.probe import Probe, probe_policy
+from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling

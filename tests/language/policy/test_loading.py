@@ -13,6 +13,7 @@ from tiny_models import make_model, make_policy, make_tokenizer
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, load_policy
+from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.rewards.model import RewardModel
@@ -205,3 +206,120 @@ def test_a_model_is_loaded_in_a_precision(sources, dtype):
     assert (
         load_policy(sources[load_policy], dtype=dtype).trainable_parameters()[0].dtype == expected
     )
+
+
+ASKED = [
+    {"_attn_implementation": "owner/kernel"},
+    {"attn_implementation": "owner/kernel@v1:name"},
+    {"attn_implementation": "paged|owner/kernel"},
+    {"_attn_implementation_internal": "owner/kernel"},
+    {"attn_implementation": {"": "sdpa", "text_config": "owner/kernel"}},
+    {"attn_implementation": {"text_config": {"inner": "owner/kernel"}, "": "sdpa"}},
+    {"text_config": {"_attn_implementation": "owner/kernel"}},
+    {"layers": [{"attn_implementation": "owner/kernel"}]},
+]
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """The kernels that transformers would have got from the hub."""
+    from transformers.integrations import hub_kernels
+
+    names = []
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+
+    def get(name, **_):
+        names.append(name)
+        raise ValueError("not here")
+
+    monkeypatch.setattr(hub_kernels, "get_kernel", get)
+    return names
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_an_attention_from_the_hub_is_refused_wherever_a_configuration_names_it(
+    sources, asked, fetched, tmp_path
+):
+    policy = load_policy(sources[load_policy])
+    add_lora(policy, r=2)
+    for load in LOADERS:
+        folder = shutil.copytree(sources[load], tmp_path / load.__name__)
+        config = json.loads((folder / "config.json").read_text())
+        # in JSON a slash may also be written as an escape
+        text = json.dumps(config | asked).replace("owner/", "owner\\u002f")
+        (folder / "config.json").write_text(text)
+        with pytest.raises(
+            Refused, match=r"program from the hub .*owner/kernel.*trust_remote_code"
+        ):
+            load(str(folder))
+        policy.model.peft_config["default"].base_model_name_or_path = str(folder)
+        SavedModel(policy).write(mkdir(tmp_path / f"adapter of {load.__name__}"))
+        with pytest.raises(Refused, match="program from the hub"):
+            load_policy(tmp_path / f"adapter of {load.__name__}")
+    assert not fetched
+
+
+def mkdir(path):
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", None])
+def test_attentions_of_transformers_load_and_others_if_the_user_trusts(
+    sources, name, fetched, tmp_path
+):
+    folder = shutil.copytree(sources[load_policy], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": name}))
+    assert load_policy(folder).model.config._attn_implementation == name or "sdpa"
+    (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": "a/kernel"}))
+    with pytest.raises(Refused, match=r"not here|kernels"):
+        load_policy(folder, trust_remote_code=True)
+    assert fetched == ["a/kernel"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"megatron_config": {"hidden_size": 8}, "megatron_core": "a_module_of_a_stranger"},
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "a_module_of_a_stranger"}},
+    ],
+    ids=str,
+)
+def test_an_adapter_imports_no_module_that_it_names(sources, change, tmp_path, monkeypatch):
+    (tmp_path / "a_module_of_a_stranger.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    policy = load_policy(sources[load_policy])
+    add_lora(policy, r=2)
+    folder = mkdir(tmp_path / "adapter")
+    SavedModel(policy).write(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = config | change | {"task_type": None}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    try:
+        assert load_policy(folder).trainable_parameters()
+    except Refused as error:
+        assert "Megatron" in str(error)
+    assert "a_module_of_a_stranger" not in sys.modules
+
+
+def test_the_base_of_an_adapter_is_looked_at_in_its_own_revision(sources, tmp_path, monkeypatch):
+    import transformers.utils as utils
+
+    seen = []
+
+    def cached(name, file, revision=None, **_):
+        if Path(name).is_dir():
+            return None
+        seen.append((name, file, revision))
+        raise OSError("no network")
+
+    policy = load_policy(sources[load_policy])
+    add_lora(policy, r=2)
+    policy.model.peft_config["default"].base_model_name_or_path = "owner/name"
+    policy.model.peft_config["default"].revision = "v2"
+    SavedModel(policy).write(mkdir(tmp_path / "adapter"))
+    monkeypatch.setattr(utils, "cached_file", cached)
+    with pytest.raises(Refused, match="no network"):
+        load_policy(tmp_path / "adapter")
+    assert seen == [("owner/name", "config.json", "v2")]

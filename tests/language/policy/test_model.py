@@ -15,10 +15,12 @@ from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.loading import switch_dropout_off
 from tokenrl.language.policy.model import (
     enable_gradient_checkpointing,
+    load_policy,
     wrap,
 )
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.policy.stops import decoded
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_scoring, check_turns
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rollout import pad_left
 from tokenrl.language.rollout.sampling import Sampling
@@ -165,6 +167,8 @@ def test_the_reference_is_a_frozen_copy():
         ("llama", {"attention_dropout": 0.5}),
         # OPT keeps its rates in plain attributes and hands them to functions.
         ("opt", {"dropout": 0.5, "layerdrop": 0.5}),
+        # Falcon reads them in its configuration.
+        ("falcon", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
     ],
 )
 def test_dropout_is_off_also_where_checkpointing_needs_training_mode(family, rates):
@@ -234,3 +238,65 @@ def test_checkpointing_is_refused_where_it_is_not_supported(monkeypatch):
     monkeypatch.setattr(type(policy.model), "supports_gradient_checkpointing", False)
     with pytest.raises(Refused, match="gradient_checkpointing"):
         enable_gradient_checkpointing(policy)
+
+
+SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+CONTEXTS = [
+    ("Llama", HEADS | {"intermediate_size": 16, "max_position_embeddings": 40}, 40),
+    ("GPT2", {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 40}, 40),
+    ("Mpt", {"n_layers": 1, "n_heads": 2, "d_model": 16, "max_seq_len": 40}, 40),
+    ("Rwkv", {"num_hidden_layers": 2, "hidden_size": 16, "context_length": 40}, 40),
+    ("Bloom", {"n_layer": 1, "n_head": 2, "hidden_size": 16}, None),
+    ("Mamba", {"num_hidden_layers": 1, "hidden_size": 16, "state_size": 4}, None),
+    ("XLNet", {"n_layer": 1, "n_head": 2, "d_model": 16, "d_inner": 16}, None),  # says -1
+    ("Bloom", {"n_layer": 1, "n_head": 2, "hidden_size": 16, "max_sequence_length": 40}, 40),
+]
+
+
+@pytest.mark.parametrize(("family", "shape", "context"), CONTEXTS)
+def test_a_context_is_known_under_each_of_its_names(family, shape, context):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**SIZES | shape)
+    names = [f"{family}ForCausalLM", f"{family}LMHeadModel"]
+    (kind,) = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    policy = wrap(kind(config), make_tokenizer())
+    assert policy.context == context
+    if context:
+        with pytest.raises(Refused, match="more than the model's context of 40"):
+            policy.encode_all([LONG * 3], max_completion_length=4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom"])
+def test_a_model_that_returns_tuples_by_default_is_sampled_and_scored(family, checkpointing):
+    model = family_policy(family, vocabulary=96, return_dict=False).model
+    policy = wrap(model, make_tokenizer())
+    if checkpointing:
+        enable_gradient_checkpointing(policy)
+    assert not check_scoring(policy, hidden=True).remarks and check_turns(policy) == ""
+
+
+KINDS = {
+    "PromptTuningConfig": {"num_virtual_tokens": 2},
+    "PromptEncoderConfig": {"num_virtual_tokens": 2, "encoder_hidden_size": 8},
+    "PrefixTuningConfig": {"num_virtual_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_no_weights_can_take_is_refused_for_that_reason(kind, tmp_path):
+    import peft
+
+    save_policy(make_policy(), tmp_path)
+    base = load_policy(tmp_path)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **KINDS[kind])
+    model = peft.get_peft_model(base.model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    base.tokenizer.save_pretrained(tmp_path / "adapter")
+    for load in (lambda: wrap(model, base.tokenizer), lambda: load_policy(tmp_path / "adapter")):
+        with pytest.raises(
+            Refused, match=f"of the kind {config.peft_type.value}, .*no base can take"
+        ):
+            load()

@@ -11,8 +11,8 @@ from tokenrl import evaluate, train
 from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
-from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.prompts import FORM, form_line, saved_form, special_texts
+from tokenrl.language.policy.arguments import FORM, PromptArguments, form_line, saved_form
+from tokenrl.language.policy.prompts import special_texts
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]

@@ -1,7 +1,9 @@
 """Weights come back bit for bit into a policy that was made anew, and another model's are refused."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,7 +260,9 @@ def test_the_cards_of_a_model_and_of_its_adapter(saved, tmp_path):
     folder = tmp_path / "run" / "model"
     for path, library in ((folder, "transformers"), (folder / "adapter", "peft")):
         front, text = read(path / "README.md")
-        assert (front["base_model"], front["library_name"]) == (base, library)
+        assert (front.get("base_model"), front["library_name"]) == (None, library)
+        shown = path.joinpath("README.md").read_text()
+        assert f"| base | {Path(base).name} |" in text and base not in shown
         assert "started from Python" in text and "tokenrl train" not in text
     assert "AutoPeftModelForCausalLM.from_pretrained" in text
     # peft's template is not kept
@@ -287,10 +291,6 @@ def test_a_value_is_shown_as_it_is_by_markdown():
 
 
 # ---- what is saved is the policy: tried before the first step, and at the end ----
-
-
-def generation_of_beams(policy):
-    policy.model.generation_config.num_return_sequences = 3
 
 
 def tied_by_hand(policy):
@@ -326,7 +326,6 @@ def with_weights_that_no_file_takes(policy):
 
 
 UNSAVABLE = [
-    (generation_of_beams, "cannot be saved and loaded .*num_return"),
     (tied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
     (untied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
     (with_a_bias, r"model .*differ: lm_head.bias"),
@@ -422,5 +421,128 @@ def test_plain_generate_ends_where_completions_were_learnt_to_end(stop, tmp_path
     before = policy.model.generation_config.to_dict()
     save_policy(policy, tmp_path)
     ends = {1, 5} if stop is None else {1, 2, 5}
-    assert {*GenerationConfig.from_pretrained(tmp_path).eos_token_id} == ends
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert {*saved.eos_token_id} == ends
+    drawn = saved.do_sample, saved.temperature, saved.top_k, saved.top_p
+    assert drawn == (True, 1.0, 0, 1.0)  # from all tokens
     assert policy.model.generation_config.to_dict() == before  # a copy was written
+
+
+CHANGED = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "temperature": 0.3,
+    "top_k": 3,
+    "top_p": 0.5,
+    "min_p": 0.2,
+    "typical_p": 0.5,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "min_length": 30,
+    "min_new_tokens": 4,
+    "bad_words_ids": [[5], [6, 7]],
+    "suppress_tokens": [3, 4],
+    "begin_suppress_tokens": [3, 4],
+    "forced_bos_token_id": 3,
+    "forced_eos_token_id": 3,
+    "exponential_decay_length_penalty": [2, 1.5],
+    "sequence_bias": [[[5], 9.0]],
+    "guidance_scale": 2.0,
+    "stop_strings": ["a"],
+    "renormalize_logits": True,
+    "watermarking_config": {"bias": 9.0},
+    "an_unknown_one": 3,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("large", [False, True])
+def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(
+    name, large, tmp_path, monkeypatch
+):
+    """One token of many rows has the frequencies of the policy, also at another temperature."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0 if large else 10**7)
+    policy = make_policy(vocabulary=90, seed=2 * [*CHANGED].index(name) + large)  # each is tried
+    settings = GenerationConfig(eos_token_id=1, max_length=30)
+    setattr(settings, name, CHANGED[name])
+    policy.model.generation_config = settings
+    policy.sampling = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    SavedModel(policy).check(tmp_path)
+    assert policy.model.generation_config is settings
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.temperature, saved.top_k, saved.max_length) == (0.7, 0, 30)
+    plain = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
+    kept = {"eos_token_id": 1, "max_length": 30}
+    assert saved.to_diff_dict() == {**plain.to_diff_dict(), **kept}
+    if large or name != "repetition_penalty":
+        return
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = torch.tensor([[3, 4, 5]] * 4000)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = model.generate(prompt, max_new_tokens=1, pad_token_id=2)[:, 3]
+    expected = (logits_of_next(policy.model) / 0.7).softmax(-1)
+    frequencies = torch.bincount(drawn, minlength=90) / 4000
+    assert float((frequencies - expected).abs().max()) < 0.04
+
+
+def logits_of_next(model):
+    with torch.no_grad():
+        return model(torch.tensor([[3, 4, 5]])).logits[0, -1]
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_what_is_shipped_names_no_directory_of_this_machine(lora, saved, tmp_path, monkeypatch):
+    base = shutil.copytree(saved(), tmp_path / "my models" / "base")
+    for name in (str(base), "../my models/base"):
+        run = tmp_path / f"run {len(name)}"
+        run.mkdir()
+        monkeypatch.chdir(run)
+        result = trained(name, run / "out", lora_r=lora)
+        for file in (run / "out" / "model").rglob("*"):
+            if file.is_file():
+                assert str(tmp_path).encode() not in file.read_bytes(), file
+        cards = [*(run / "out" / "model").rglob("README.md")]
+        assert len(cards) == 1 + (lora > 0)
+        assert all("base_model" not in read(card)[0] for card in cards)
+        if lora:  # its base is found beside it, in the run
+            folder = run / "out" / "model" / "adapter"
+            config = json.loads((folder / "adapter_config.json").read_text())
+            assert not config["base_model_name_or_path"]
+            alone = load_policy(folder).model
+            assert torch.equal(logits_of(alone), logits_of(load_policy(run / "out").model))
+            shutil.copytree(folder, run / "elsewhere")
+            with pytest.raises(Refused, match="does not name the base"):
+                load_policy(run / "elsewhere")
+        assert result.steps == 1
+
+
+def test_names_of_the_hub_stay_and_command_lines_lose_their_directories(tmp_path):
+    policy = adapted(make_policy())
+    policy.model.peft_config["default"].base_model_name_or_path = "owner/name"
+    lines = [
+        "```sh",
+        "tokenrl train --task '/home/me/my data/rows.jsonl' --model=/home/me/base",
+        "```",
+    ]
+    facts = {
+        "base": "owner/name",
+        "teacher": "/home/me/a b/teacher",
+        "page": "https://a.b/c/d.html",
+    }
+    card = Card(
+        "/home/me/rows.jsonl, rloo", facts, [*lines, "see ~/x/y.py:f, 1/2, a/b."], "owner/name"
+    )
+    SavedModel(policy).hand_over(tmp_path, card)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/name"
+    front, text = read(tmp_path / "README.md")
+    assert front["base_model"] == "owner/name" and "home" not in text and "a b" not in text
+    assert "tokenrl train --task 'rows.jsonl' --model=base" in text
+    for kept in ("# rows.jsonl, rloo", "https://a.b/c/d.html", "| owner/name |", "| teacher |"):
+        assert kept in text
+    assert "see y.py:f, 1/2, a/b." in text

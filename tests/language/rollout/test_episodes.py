@@ -362,3 +362,100 @@ def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_na
     unplayed = ~rollout.mask.any(dim=1)
     assert unplayed.any()
     assert all(rollout.failures[i].startswith("Faulty.reset") for i in unplayed.nonzero())
+
+
+class Odd(Guess):
+    """Begins with an observation that a policy may not be able to read; so does each turn."""
+
+    bad = ""
+
+    def reset(self, seed=None):
+        self.seed = seed % 3
+        return (self.bad if self.seed == 0 else "the cat"), {}
+
+    def step(self, text):
+        return (self.bad if self.seed == 1 else "on"), 1.0, False, False, {}
+
+
+class Always(Odd):
+    def reset(self, seed=None):
+        return self.bad, {}
+
+
+FAILS = "{% if m.content is in ['x', 'hi x'] %}{{ 1 / 0 }}{% endif %}{{ m.content }}"
+
+
+def odd(bad):
+    return type("Odd", (Odd,), {"bad": bad}), type("Always", (Always,), {"bad": bad})
+
+
+def chatting(template=FAILS):
+    policy = chat_policy()
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace(
+        "m.role + ':' + m.content }}", "m.role + ':' }}" + template
+    )
+    return policy
+
+
+def test_an_empty_observation_without_a_bos_ends_its_episode_alone():
+    policy = guessing()  # whose tokenizer has no BOS
+    some, always = odd("")
+    rollout = played(policy, Environments(some), [""] * 6, num_generations=1)
+    begun = [bool(mask.any()) for mask in rollout.mask]
+    assert 0 < sum(begun) < 6
+    for is_begun, failure, ending in zip(begun, rollout.failures, rollout.endings, strict=True):
+        words = "An observation of Odd: A prompt is empty, and the tokenizer has no BOS"
+        assert failure.startswith(words) != is_begun and (ending == "error") != is_begun
+    scored = reward_rows(policy, Rewards([], environments=Environments(some)), rollout, step=1)
+    assert scored.valid.tolist() == begun
+    assert scored.logged[0][0]["episodes/error"] == pytest.approx(1 - sum(begun) / 6)
+    assert {*played(policy, Environments(always), [""] * 2).endings} == {"error"}
+
+
+def test_a_template_that_fails_on_an_observation_ends_its_episode_alone():
+    policy, (some, _) = chatting(), odd("x")
+    policy.eos_ids = tuple(range(3, 100, 4))
+    prompts = [[{"role": "user", "content": ""}]] * 9
+    rollout = played(
+        policy, Environments(some), prompts, num_generations=1, max_completion_length=60
+    )
+    failed = [ending == "error" for ending in rollout.endings]
+    assert 0 < sum(failed) < 9
+    for is_failed, failure in zip(failed, rollout.failures, strict=True):
+        assert (
+            "Odd: The chat template of" in failure and "ZeroDivisionError" in failure
+        ) == is_failed
+    unplayed = [not mask.any() for mask in rollout.mask]
+    assert any(unplayed) and sum(unplayed) < sum(failed)  # in later turns too
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ 1 / 0 if messages | length > 1 }}{{ m.content }}"]
+)
+def test_a_template_that_fails_on_anything_is_refused(template):
+    environments = Environments(odd("x")[0])
+    with pytest.raises(Refused, match="ZeroDivisionError"):
+        played(chatting(template), environments, [[{"role": "user", "content": "a"}]] * 9)
+
+
+def test_a_run_whose_every_episode_fails_stops_before_its_first_step(tmp_path):
+    import tokenrl
+
+    policy = guessing()
+    options = {"quiet": True, "cpu": True, "max_steps": 1, "prompts_per_step": 2}
+    options |= {"num_generations": 2, "max_completion_length": 6, "output_dir": tmp_path / "run"}
+    words = r"nothing to learn from: \d+ of \d+ episodes failed. An observation of Always: A prompt"
+    with pytest.raises(Refused, match=words):
+        tokenrl.train(model=policy, task=odd("")[1], **options)
+
+
+@pytest.mark.parametrize("field", [{"open": "("}, {"close_pattern": "("}, {"content": "nothing"}])
+def test_a_response_template_that_cannot_be_used_is_refused(field):
+    policy = chat_policy()
+    wrong = {**policy.tokenizer.response_template["fields"]["tool_calls"], **field}
+    fields = {"fields": {"tool_calls": wrong}}
+    policy.tokenizer.response_template = policy.tokenizer.response_template | fields
+    if "open" in field:  # no pattern
+        return
+    with pytest.raises(Refused, match="response_template cannot be used"):
+        played(policy, Environments(Safe), [ASKED])

@@ -283,12 +283,12 @@ def test_what_cannot_be_warm_started_is_refused(run):
         run(model=adapted)
 
 
-def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, tmp_path):
+def test_an_adapter_on_a_warm_start_finds_it_as_its_base_in_its_run(run, tmp_path):
     save_policy(make_policy(), tmp_path / "base")
     trained = run(model=str(tmp_path / "base"), lora_r=2).policy
     folder = tmp_path / "run" / "model" / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "run" / "warm_start" / "model")
+    assert not config["base_model_name_or_path"]  # it may be given to others
     merged = weights(load_policy(folder).model)
     assert torch.equal(merged, weights(load_policy(tmp_path / "run").model))
     assert len(trained.trainable_parameters()) > 3

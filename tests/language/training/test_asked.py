@@ -13,9 +13,9 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.measurement import measure_gradients
-from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.model import load_policy
-from tokenrl.language.policy.prompts import render, saved_form
+from tokenrl.language.policy.prompts import render
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.task import PromptTask
 

@@ -28,9 +28,14 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import add_lora
+from tokenrl.language.evaluation.evaluation import sampled_rows
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling, uniforms
+from tokenrl.language.rollout.scoring import USUAL
 from tokenrl.language.training import rows
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows, with_estimates
@@ -317,3 +322,73 @@ def test_a_teacher_with_less_context_bounds_the_prompts(tmp_path, capsys):
     result = distilled(tmp_path / "run", teacher=short, max_completion_length=2)
     assert "its context of 12 tokens bounds" in " ".join(capsys.readouterr().out.split())
     assert result.policy.context == 64
+
+
+# ---- a teacher that ends otherwise ----
+
+
+def ending_at(*ids, seed=3):
+    """A policy whose completions end at these ids; those of its tokenizer do not count."""
+    policy = make_policy("gpt2", vocabulary=90, seed=seed, initializer_range=0.5)
+    policy.eos_ids = ids
+    return policy
+
+
+def test_completions_end_where_the_teacher_ends_too_and_so_does_what_is_saved(tmp_path, capsys):
+    from transformers import GenerationConfig
+
+    policy, teacher = ending_at(1, seed=0), ending_at(7, 9)
+    settings = {"model": policy, "teacher": teacher, "task": make_task(), "reward": "none"}
+    settings |= {"estimator": PENALTY, "output_dir": tmp_path / "run", **QUICK}
+    settings |= {"max_completion_length": 24, "eval_generations": 4, "save_every": 1}
+    result = tokenrl.train(**settings)
+    names = [policy.tokenizer.convert_ids_to_tokens(i) for i in (7, 9)]
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"completions end where it ends too, at {names[0]}, {names[1]}" in out
+    assert policy.eos_ids == (1,) and result.policy.eos_ids == (1, 7, 9)  # the user's own stays
+    for folder in ("model", "checkpoints/step_000002"):
+        assert GenerationConfig.from_pretrained(tmp_path / "run" / folder).eos_token_id == [1, 7, 9]
+        assert {1, 7, 9} <= {*load_policy(tmp_path / "run" / folder).eos_ids}
+    settings["model"] = ending_at(1, seed=0)
+    again = tokenrl.train(**settings | {"resume": "auto", "max_steps": 3, "quiet": True})
+    assert again.steps == 3 and again.policy.eos_ids == (1, 7, 9)
+
+
+def test_a_teacher_that_ends_at_stop_strings_asks_for_them(tmp_path):
+    teacher = ending_at(1)
+    teacher.ask(PromptArguments(stop=("on", "<pad>")))
+    with pytest.raises(
+        Refused, match=r"ends its completions at \('on', '<pad>'\).*--stop with the same"
+    ):
+        distilled(tmp_path / "run", teacher=teacher, quiet=True)
+    for stop in (("on", "<pad>"), ()):
+        result = distilled(tmp_path / f"run{len(stop)}", teacher=teacher, quiet=True, stop=stop)
+        assert (2 in result.policy.eos_ids) and result.policy.form.stop == stop
+
+
+def test_the_kl_to_a_reference_counts_up_to_where_it_ends():
+    policy = ending_at(1, seed=0)
+    rewards = Rewards(vowel_reward)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    sampling = Sampling(24, 8)
+
+    def kl_to(reference):
+        options = {"reference": reference, "scoring": USUAL}
+        return sampled_rows(policy, rows, rewards, sampling, stream="evaluation", **options)
+
+    whole = kl_to(replace(ending_at(1)))
+    cut = kl_to(ending_at(7, 1))
+    assert [row["completion"] for row in whole] == [row["completion"] for row in cut]
+    reference = ending_at(1)
+    ended = 0
+    draws = uniforms("evaluation", sampling, range(len(PROMPTS)))
+    ids = [policy.encode(prompt) for prompt in PROMPTS]
+    batch = TransformersGenerator(policy).generate(ids, sampling, draws)
+    for i, row in enumerate(cut):
+        tokens = batch.completion_ids[i][batch.mask[i]].tolist()
+        kept = tokens[: tokens.index(7) + 1] if 7 in tokens else tokens
+        ended += 7 in tokens[:-1]
+        prompt = PROMPTS[row["place"]]
+        ours, theirs = (logprob(m.model, policy, prompt, kept)[0] for m in (policy, reference))
+        assert row["kl"] == pytest.approx(float((ours - theirs).sum()), abs=1e-3)
+    assert ended > 2

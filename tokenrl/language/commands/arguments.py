@@ -97,7 +97,8 @@ class EvaluateArguments(OpenTaskArguments, PromptArguments, LoadingArguments, Tr
     """Largest n of best-of-n. This many completions are sampled for each prompt, the rewards named by
     --reward choose among them, and the task's own reward measures the choice. 0: not measured."""
     reference: str | None = None
-    """Directory or hub name of the model that training started from; the KL to it is reported."""
+    """Directory or hub name of the model that training started from; the KL to it is reported, of each
+    completion up to where this model ends."""
     max_completion_length: Count | None = None
     """Maximum number of tokens in a completion. Default: that of the run, but for another task its own limit,
     if it has one; without a run the task's, else 256."""

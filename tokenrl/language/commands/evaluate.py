@@ -23,7 +23,8 @@ from tokenrl.language.evaluation.evaluation import (
     evaluate_policy,
     over_prompts,
 )
-from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
+from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
+from tokenrl.language.policy.prompts import special_texts
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of

@@ -14,7 +14,8 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import SampleArguments
 from tokenrl.language.commands.evaluate import as_in_runs, state_of
 from tokenrl.language.evaluation.evaluation import transcript
-from tokenrl.language.policy.prompts import fill_form, form_of, print_form, run_of, special_texts
+from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
+from tokenrl.language.policy.prompts import special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_turns
 from tokenrl.language.rollout.distribution import distribution_of

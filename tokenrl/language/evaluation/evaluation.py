@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
@@ -86,7 +87,8 @@ def evaluate_policy(
         accelerator: accelerate's handle, in a run of several processes.
         k: the values of k for pass@k or best@k.
         reference: the policy to which the KL of the sampled completions is estimated; both policies at the
-            temperature of sampling, and this one over all tokens.
+            temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
+            later token counts.
         scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
@@ -353,7 +355,11 @@ def sampled_rows(
         if reference is not None and reference_scoring is not None:
             whole = options | {"distribution": sampling.whole}
             scores = score_in_parts(reference.model, batch, reference_scoring, **whole)
-            kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
+            # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
+            ends = torch.tensor([*{*reference.ends} - {*policy.ends}], dtype=torch.int64)
+            over = torch.isin(batch.completion_ids, ends) & batch.mask
+            mask = batch.mask & (over.cumsum(dim=1) <= over)
+            kl = completion_kl(batch.logprobs, scores.logprobs, mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
         for row in zip(*columns.values(), strict=True):
             rows.append(dict(zip(columns, row, strict=True)))

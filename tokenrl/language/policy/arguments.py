@@ -1,15 +1,20 @@
-"""Arguments that say which model is used, how it is held in memory and how it is asked. Imports no torch."""
+"""Arguments that say which model is used, how it is held and how it is asked, as in its run. Imports no torch."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from tokenrl.configuration import UniqueKeys
+from tokenrl.configuration import UniqueKeys, read_config
 from tokenrl.errors import Refused
-from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings
+from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments
+
+T = TypeVar("T")
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 TINY = "tiny"
@@ -53,6 +58,11 @@ class PromptArguments(Settings, group="prompts and ends"):
             if not isinstance(text, str) or not text:
                 raise Refused(f"stop holds {text!r}: give texts of one character or more.")
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the chat template."""
+        return dict(json.loads(self.chat_template_kwargs or "{}"))
+
 
 def _as_json(value: Any) -> str:
     """Return an object, which may be given as JSON, in JSON."""
@@ -64,6 +74,91 @@ def _as_json(value: Any) -> str:
             f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
             f"'{{\"enable_thinking\": false}}' ({error})."
         ) from error
+
+
+FORM = tuple(field.name for field in fields(PromptArguments))
+
+
+def form_of(args: Any) -> PromptArguments:
+    """Return the part of a command's arguments that says how prompts reach the model."""
+    return PromptArguments(**{name: getattr(args, name) for name in FORM})
+
+
+def run_of(model: Any) -> Path | None:
+    """Return the directory of the run that saved a model; None where no run is known, as of a hub name.
+
+    Args:
+        model: a directory (of the run, of its `model/` or of a checkpoint), or anything else.
+    """
+    if not isinstance(model, str | os.PathLike) or not os.path.exists(model):
+        return None
+    path = Path(model).resolve()
+    for run in (path, *path.parents[:2]):
+        is_ours = path.relative_to(run).parts[:1] in ((), ("model",), ("checkpoints",))
+        if is_ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
+            return run
+    return None
+
+
+def saved_form(model: Any) -> dict[str, Any]:
+    """Return how the run that saved a model asked it: the fields of `PromptArguments` that were set.
+
+    Args:
+        model: a directory as `run_of` takes it, or a `Policy`; for anything else nothing is known.
+    """
+    form: Any = getattr(model, "form", None)
+    if (run := run_of(model)) is not None:
+        config = read_config(run)
+        form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
+    return {} if form is None else _set_fields(form)
+
+
+def _set_fields(form: PromptArguments) -> dict[str, Any]:
+    return {name: value for name, value in vars(form).items() if value}
+
+
+def fill_form(args: T, model: Any = None) -> T:
+    """Return settings in which the form of prompts, where it was left open, is as in the run of the model.
+
+    Args:
+        args: the arguments of a command.
+        model: the model; None for `args.model`.
+    """
+    values = vars(args)
+    form = saved_form(values["model"] if model is None else model)
+    left_open = {name: value for name, value in form.items() if values[name] is None}
+    return replace(args, **left_open)  # type: ignore[type-var]
+
+
+def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
+    """Describe the form as a line of a header, {"asked": ...}; empty if prompts go as they stand.
+
+    Args:
+        form: how the model is asked.
+        model: the model as it was named, to say where the form comes from if its run was asked so.
+    """
+    parts = []
+    if form.chat:
+        parts.append("each text as a message of the user")
+    if form.system_prompt:
+        parts.append(f"system prompt {form.system_prompt!r}")
+    if form.variables:
+        parts.append(f"chat template with {form.chat_template_kwargs}")
+    if form.chat_time:
+        parts.append(f"chat template at {form.chat_time}")
+    if form.stop:
+        parts.append(f"completions end at {' or '.join(map(repr, form.stop))}")
+    if not parts:
+        return {}
+    words = "; ".join(parts)
+    is_inherited = saved_form(model) == _set_fields(form)
+    return {"asked": f"{words} (as the run of {model})" if is_inherited else words}
+
+
+def print_form(form: PromptArguments, model: Any) -> None:
+    """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
+    for line in form_line(form, model).values():
+        print(f"tokenrl: asked: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

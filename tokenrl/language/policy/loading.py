@@ -19,8 +19,7 @@ from torch import nn
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import TINY
-from tokenrl.language.policy.prompts import run_of
+from tokenrl.language.policy.arguments import TINY, run_of
 from tokenrl.runs.files import model_directory
 
 LARGE = 10_000_000
@@ -121,6 +120,27 @@ def _fault_of(folder: Path, name_or_path: str | Path) -> str:
     return ""
 
 
+def check_code(name: str, revision: str | None = None) -> None:
+    """Refuse a model whose configuration names an attention that transformers would get from the hub.
+
+    Args:
+        name: a directory or hub name.
+        revision: the revision on the hub; None for the newest.
+    """
+    from transformers.utils import cached_file
+
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(name, "config.json", revision=revision, **options)
+    if file is None:  # an adapter has none
+        return
+    text = json.dumps(json.loads(Path(file).read_bytes()))  # without escapes
+    if match := re.search(r'attn_implementation[^"]*": (\{[^}]*|"[^"]*/[^"]*")', text):
+        raise Refused(
+            f"The configuration of {name!r} asks for a program from the hub ({match[0]}): take that out of its "
+            "config.json, or allow it with trust_remote_code."
+        )
+
+
 @contextmanager
 def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Iterator[None]:
     """Load a model inside the block: without the libraries' progress bars, and refused where they fail.
@@ -135,6 +155,8 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
     """
     try:
         with quietly():
+            if not trust_remote_code:
+                check_code(source)
             yield
     except Refused:
         raise
@@ -194,18 +216,37 @@ def gains_from(device: torch.device | None, parameters: int) -> bool:
     return device is None or device.type not in SLOW_WITH_SMALL or parameters >= LARGE
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to zero, and leave the logits of routers out of the output.
+CONTEXTS = """max_position_embeddings n_positions max_seq_len max_sequence_length max_seq_length n_ctx
+seq_length context_length max_target_positions"""
+"""Names under which configurations have the size of a context."""
 
-    With dropout, what is scored is not what was sampled from. Of the logits the model would make a loss.
+
+def context_of(config: Any) -> int | None:
+    """Return the most tokens of a sequence, as the configuration of a model says; None without a limit."""
+    sizes = [getattr(config, name, None) or 0 for name in CONTEXTS.split()]
+    return next((size for size in sizes if size > 0), None)  # XLNet's is -1
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set every dropout rate to zero, leave the logits of routers out of the output, and name its parts.
+
+    With dropout, what is scored is not what was sampled from. Of the logits the model would make a loss. Models
+    of transformers fail where a configuration asks for tuples.
     """
     for module in model.modules():
         config: Any = getattr(module, "config", None)
+        if config is not None:
+            config.return_dict = True
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and re.search("dropout|^layerdrop$", name):
-                setattr(module, name, 0.0)  # the forward pass hands this rate to a function
+        clear_rates(module)
     model.eval()
+
+
+def clear_rates(part: Any) -> None:
+    """Set the dropout rates to zero that a module hands to functions, or reads in its configuration."""
+    for name, value in list(vars(part).items()):
+        if isinstance(value, float) and re.search("dropout|^layerdrop$", name):
+            setattr(part, name, 0.0)

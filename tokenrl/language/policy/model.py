@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.loading import find_model, loading, quietly, switch_dropout_off
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
+from tokenrl.language.policy.loading import (
+    clear_rates,
+    context_of,
+    find_model,
+    loading,
+    quietly,
+    switch_dropout_off,
+)
 from tokenrl.language.policy.prompts import (
     Prompt,
     checked_form,
@@ -27,9 +33,9 @@ from tokenrl.language.policy.prompts import (
     formed,
     render,
     reply_ids,
-    saved_form,
+    text_ids,
 )
-from tokenrl.language.policy.saving import check_base, merged
+from tokenrl.language.policy.saving import base_named, check_adapter, merged, with_adapter
 from tokenrl.language.policy.stops import StopStrings, decoded
 
 
@@ -47,6 +53,7 @@ class Policy:
         reference: frozen model of a KL term, a copy or a teacher; None if none is needed or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
+        sampling: how the tokens were drawn in training, as `GenerationConfig` names it, for those who load it.
         plain_cache: whether the model's cache may only be handed back to it, as `check_scoring` decides.
         keeps_turns: whether episodes may keep caches over turns; None until `check_turns` has tried it.
     """
@@ -60,6 +67,7 @@ class Policy:
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
+    sampling: Mapping[str, float] = field(default_factory=dict, repr=False)
     plain_cache: bool = field(default=False, repr=False)
     keeps_turns: bool | None = field(default=None, repr=False)
 
@@ -82,19 +90,27 @@ class Policy:
         """The parameters that an optimiser may change."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @property
+    def ends(self) -> list[int]:
+        """Every id that ends a completion, those that stop strings name too."""
+        return sorted({*self.eos_ids, *(self.stops.ids if self.stops else ())})
+
+    def write(self, messages: Any, tools: Sequence[Any] = (), **options: Any) -> str:
+        """Return chat messages as the template writes them in the form of `self.form`; see `render`."""
+        return render(self.tokenizer, messages, self.form, self.source, tools, **options)
+
     def encode(self, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
         """Token ids of one prompt, a string or a list of chat messages, in the form of `self.form`.
 
-        Chat messages go through the chat template, which writes the special tokens itself, so none is added
-        twice. A last message of the assistant is continued; after any other message a new answer begins.
+        Special tokens that the chat template or the text itself has are not added again. A last message of the
+        assistant is continued; after any other message a new answer begins.
 
         Args:
             prompt: the prompt.
             tools: functions with type hints and docstrings, which the chat template describes to the model.
 
         Raises:
-            Refused: the chat template or the form does not fit the prompt. Also if the prompt is text and
-                there are tools, or is empty and the tokenizer has no BOS.
+            Refused: template or form do not fit the prompt, or it is text for tools or empty without a BOS.
         """
         tokenizer = self.tokenizer
         prompt = formed(prompt, self.form)
@@ -104,7 +120,7 @@ class Policy:
                     f"An environment has tools, but a prompt is text: {prompt!r:.60}. Only a chat template "
                     "shows tools to a model: add chat (--chat)."
                 )
-            ids = list(tokenizer(prompt).input_ids)
+            ids = text_ids(tokenizer, prompt)
             if ids and ids[-1] in self.eos_ids:
                 bare = tokenizer(prompt, add_special_tokens=False).input_ids
                 if ids[-1] not in bare[-1:]:
@@ -112,15 +128,14 @@ class Policy:
         else:
             is_begun = bool(prompt) and prompt[-1].get("role") == "assistant"
             turn = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
-            ids = render(tokenizer, prompt, self.form, self.source, tools, tokenize=True, **turn)
-        if ids:
-            return list(ids)
-        if tokenizer.bos_token_id is None:
+            text = self.write(prompt, tools, **turn)
+            ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        if not ids and tokenizer.bos_token_id is None:
             raise Refused(
                 "A prompt is empty, and the tokenizer has no BOS to start from: give it a token, or an "
                 "environment whose reset returns a text."
             )
-        return [tokenizer.bos_token_id]
+        return ids or [tokenizer.bos_token_id]
 
     def reply_ids(
         self,
@@ -135,10 +150,10 @@ class Policy:
 
         Args:
             messages: messages of the answer, of the user or of tools.
-            ended: whether the sampled turn ended with an EOS.
+            ended: whether the sampled turn ended with one of `ends`.
             chat: whether the prompt is chat messages. Text is appended as it stands.
             tools: the tools of the environment.
-            before: the ids that a text follows.
+            before: the ids that the answer follows.
 
         Raises:
             Refused: the chat template cannot continue an episode token by token.
@@ -147,8 +162,8 @@ class Policy:
             text = "".join(message["content"] for message in messages)
             ids = following_ids(self, before, text)
             return ids or self.tokenizer.encode(text, add_special_tokens=False)
-        ids = reply_ids(self, messages, tools)
-        return ids[1:] if ended and ids[0] in self.eos_ids else ids
+        ids = reply_ids(self, messages, tools, () if ended else before)
+        return ids[1:] if ended and ids[0] in self.ends else ids
 
     def ask(self, form: PromptArguments) -> None:
         """Ask the model in this form from now on, and end its completions at the stop strings of the form.
@@ -181,7 +196,13 @@ class Policy:
         Raises:
             Refused: a prompt and its completion could exceed the context, or `encode` refuses a prompt.
         """
-        encoded = [self.encode(prompt) for prompt in prompts]
+        names = [f"of {place}" for place in locations] or [f"{prompt!r:.60}" for prompt in prompts]
+        encoded = []
+        for row, prompt in enumerate(prompts):
+            try:
+                encoded.append(self.encode(prompt))
+            except Refused as error:
+                raise Refused(f"The prompt {names[row]}: {error}") from error
         if self.context is None:
             return encoded
         room = self.context - max_completion_length
@@ -192,14 +213,13 @@ class Policy:
             )
         for row, ids in enumerate(encoded):
             if len(ids) > room and not truncate:
-                name = f"of {locations[row]}" if locations else f"{prompts[row]!r:.60}"
                 remedy = "leave it out, or take a model with a longer context"
                 if truncate is False:
                     remedy = f"give --truncate-prompts, which drops tokens from the left, {remedy}"
                     if len(ids) < self.context:
                         remedy = f"give --max-completion-length {self.context - len(ids)} or less, {remedy}"
                 raise Refused(
-                    f"The prompt {name} has {len(ids)} tokens, with its completion "
+                    f"The prompt {names[row]} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
                     f"{remedy}."
                 )
@@ -238,8 +258,10 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         source: where the model came from, for messages.
 
     Raises:
-        Refused: the tokenizer has ids beyond the rows of the model's embedding.
+        Refused: the tokenizer has ids beyond the rows of the model's embedding, or the adapter cannot be merged.
     """
+    if hasattr(model, "active_peft_config"):
+        check_adapter(model.active_peft_config)
     config: Any = model.config
     text_config = config.get_text_config()
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
@@ -258,14 +280,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     if pad_id is None:
         pad_id = min(eos_ids, default=0)
     switch_dropout_off(model)
-    return Policy(
-        model=model,
-        tokenizer=tokenizer,
-        eos_ids=tuple(eos_ids),
-        pad_id=pad_id,
-        context=getattr(text_config, "max_position_embeddings", None),
-        source=source,
-    )
+    return Policy(model, tokenizer, tuple(eos_ids), pad_id, context_of(text_config), source)
 
 
 def load_policy(
@@ -286,8 +301,7 @@ def load_policy(
         merge_adapter: False leaves an adapter apart from its base, so that it alone can be trained on.
 
     Raises:
-        Refused: the model or its tokenizer cannot be loaded, or they do not fit each other. Also if weights
-            are missing, a file is damaged, an adapter was trained on another base, or `dtype` is unknown.
+        Refused: model or tokenizer cannot be loaded, or do not fit; an adapter belongs to another base.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
@@ -296,47 +310,32 @@ def load_policy(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with loading("causal language model", name, trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        adapter = find_adapter_config_file(name)
-        if adapter is not None:
-            if not json.loads(Path(adapter).read_bytes()).get("base_model_name_or_path"):
-                raise Refused(
-                    f"{adapter} does not name the base that the adapter belongs to, which was given in "
-                    "memory: give the run's model/, in which both are merged, or write the base's "
-                    "directory there."
-                )
-            from peft import AutoPeftModelForCausalLM
-
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(
-                name, **options, is_trainable=True
+        base = name
+        if adapter := find_adapter_config_file(name):
+            base, options["revision"] = base_named(name, trust_remote_code)
+        whole: Any = AutoModelForCausalLM
+        model, keys = whole.from_pretrained(base, **options, output_loading_info=True)
+        if missing := ", ".join(sorted(keys["missing_keys"])):  # transformers would draw them
+            raise Refused(
+                f"{base!r} is no whole causal language model: it lacks {missing:.200}. Give one with its head."
             )
-            check_base(model, Path(name))
-            if merge_adapter:
-                model = merged(model).requires_grad_(True)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, **options, output_loading_info=True
-            )
-            model, keys = loaded
-            if missing := keys["missing_keys"]:  # transformers would fill them with random numbers
-                raise Refused(
-                    f"{name!r} is no whole causal language model: it lacks "
-                    f"{', '.join(sorted(missing))[:200]}. Give one with its head."
-                )
-    policy = wrap(model, tokenizer, source=name)
+        if adapter:
+            model = with_adapter(model, tokenizer, name)
+        policy = wrap(model, tokenizer, source=name)
+        if adapter and merge_adapter:
+            policy.model = merged(model).requires_grad_(True)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
 
 
 def enable_gradient_checkpointing(policy: Policy) -> None:
-    """Recompute activations in the backward pass, which takes less memory and more time.
-
-    No key/value cache exists then, so the rows of a group do not share the computation of their prompt.
+    """Recompute activations in the backward pass: less memory, more time, and no key/value cache of prompts.
 
     Raises:
         Refused: the architecture does not support it.
     """
     model: Any = policy.model
-    # transformers 5 renamed the method in a later release; its first releases have only the older name.
+    # The first releases of transformers 5 have only the older name.
     enable = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or model.gradient_checkpointing_enable
     try:
@@ -344,7 +343,8 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     except ValueError as error:
         raise Refused(f"gradient_checkpointing fails ({describe(error)}): leave it off.") from error
     model.enable_input_require_grads()  # under LoRA the embedding is frozen, and no block would get one
-    # Transformers checkpoints only in training mode, in which routers add noise.
+    # Transformers checkpoints only in training mode, in which routers add noise and Falcon reads its rates.
+    clear_rates(model.config.get_text_config())
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
 
@@ -359,7 +359,7 @@ def add_lora(
 ) -> None:
     """Wrap the policy's model with a LoRA adapter of rank `r`, in place; only the adapter stays trainable.
 
-    The reference policy of a KL term is then the model with its adapter switched off, without a frozen copy.
+    The reference of a KL term is then the model with its adapter switched off.
 
     Args:
         policy: the policy to adapt.

@@ -2,131 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from os.path import commonprefix
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
-from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import decoded, special_tokens
-from tokenrl.settings import arguments
 
 Prompt = str | list[dict[str, Any]]
-T = TypeVar("T")
 
-FORM = tuple(field.name for field in fields(PromptArguments))
-CLOCK = (
-    "{%- macro strftime_now(format) -%}{%- set text = namespace(text=format) -%}"
-    "{%- for part in time_parts -%}{%- set text.text = text.text.replace(part, time_parts[part]) -%}"
-    "{%- endfor -%}{{ text.text }}{%- endmacro %}{{ '' }}"
-)
-"""Put before a chat template it hides the clock that transformers gives to templates under this name."""
-DIRECTIVES = "-d -H -I -j -m -M -S -y a A b B c d H I j m M p S U w W x X y Y"
-"""Directives of `strftime`; a minus leaves out the zeros in front."""
 OURS = (
     "messages",
     "tools",
     "add_generation_prompt",
     "continue_final_message",
     "tokenize",
-    "return_dict",
 )
 """Arguments of a chat template that are given by this module, and so by nobody else."""
 
 TAIL = 16
 """Tokens before a text that are looked at to see how it reads behind them."""
+ENCODED_TWICE = re.compile(r'"\{\s*(\\|\})')
+"""How the JSON of an object begins that was encoded again, as text."""
+BEGUN = 200
+"""The most characters at the end of a text with which the next one can begin again."""
+WRITTEN = {"tool_calls", "reasoning_content", "reasoning", "thinking"}
+"""Keys of messages, as transformers names calls and thoughts, that only a chat template can write."""
 ANCHORS = ("\n", ".", "=", "a")
 """Texts behind which another is encoded; one of them does not merge with its beginning."""
-
-
-def form_of(args: Any) -> PromptArguments:
-    """Return the part of a command's arguments that says how prompts reach the model."""
-    return PromptArguments(**{name: getattr(args, name) for name in FORM})
-
-
-def run_of(model: Any) -> Path | None:
-    """Return the directory of the run that saved a model; None where no run is known, as of a hub name.
-
-    Args:
-        model: a directory (of the run, of its `model/` or of a checkpoint), or anything else.
-    """
-    if not isinstance(model, str | os.PathLike) or not os.path.exists(model):
-        return None
-    path = Path(model).resolve()
-    for run in (path, *path.parents[:2]):
-        is_ours = path.relative_to(run).parts[:1] in ((), ("model",), ("checkpoints",))
-        if is_ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-            return run
-    return None
-
-
-def saved_form(model: Any) -> dict[str, Any]:
-    """Return how the run that saved a model asked it: the fields of `PromptArguments` that were set.
-
-    Args:
-        model: a directory as `run_of` takes it, or a `Policy`; for anything else nothing is known.
-    """
-    form: Any = getattr(model, "form", None)
-    if (run := run_of(model)) is not None:
-        config = read_config(run)
-        form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
-    return {} if form is None else _set_fields(form)
-
-
-def _set_fields(form: PromptArguments) -> dict[str, Any]:
-    return {name: value for name, value in vars(form).items() if value}
-
-
-def fill_form(args: T, model: Any = None) -> T:
-    """Return settings in which the form of prompts, where it was left open, is as in the run of the model.
-
-    Args:
-        args: the arguments of a command.
-        model: the model; None for `args.model`.
-    """
-    values = vars(args)
-    form = saved_form(values["model"] if model is None else model)
-    left_open = {name: value for name, value in form.items() if values[name] is None}
-    return replace(args, **left_open)  # type: ignore[type-var]
-
-
-def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
-    """Describe the form as a line of a header, {"asked": ...}; empty if prompts go as they stand.
-
-    Args:
-        form: how the model is asked.
-        model: the model as it was named, to say where the form comes from if its run was asked so.
-    """
-    parts = []
-    if form.chat:
-        parts.append("each text as a message of the user")
-    if form.system_prompt:
-        parts.append(f"system prompt {form.system_prompt!r}")
-    if _variables(form):
-        parts.append(f"chat template with {form.chat_template_kwargs}")
-    if form.chat_time:
-        parts.append(f"chat template at {form.chat_time}")
-    if form.stop:
-        parts.append(f"completions end at {' or '.join(map(repr, form.stop))}")
-    if not parts:
-        return {}
-    words = "; ".join(parts)
-    is_inherited = saved_form(model) == _set_fields(form)
-    return {"asked": f"{words} (as the run of {model})" if is_inherited else words}
-
-
-def print_form(form: PromptArguments, model: Any) -> None:
-    """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
-    for line in form_line(form, model).values():
-        print(f"tokenrl: asked: {line}", file=sys.stderr)
 
 
 def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArguments:
@@ -146,7 +58,7 @@ def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArgu
     template = str(getattr(tokenizer, "chat_template", None))
     if "strftime_now" in template and not form.chat_time:
         form = replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
-    variables = _variables(form)
+    variables = form.variables
     if not (form.chat or variables or form.system_prompt):
         return form
     _check_template(tokenizer, name)
@@ -179,7 +91,7 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
-        if form.system_prompt or _variables(form):
+        if form.system_prompt or form.variables:
             raise Refused(
                 f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) "
                 "to send text as a message of the user, or write the words into the prompts."
@@ -201,13 +113,16 @@ def render(
     name: str,
     tools: Sequence[Any] = (),
     **options: Any,
-) -> Any:
-    """Return messages as the chat template writes them, as text, or with the option tokenize as token ids.
+) -> str:
+    """Return messages as the chat template writes them, at the time of the form.
+
+    Arguments of calls of tools may be JSON text, as OpenAI has them. The template gets them as objects where it
+    would encode the text again, or fails on it.
 
     Raises:
-        Refused: there is no template, it refuses the messages, or it never reads tools and there are some.
+        Refused: there is no template, it fails on the messages, or it never reads tools and there are some.
     """
-    from jinja2 import TemplateError
+    from transformers.utils import chat_template_utils
 
     _check_template(tokenizer, name)
     if tools and not re.search(r"\btools\b", str(tokenizer.chat_template)):
@@ -215,21 +130,24 @@ def render(
             f"The chat template of {name!r} never reads tools, so the policy would not see them: save a "
             "tokenizer.chat_template that does with it, or take another model or an environment without tools."
         )
-    variables: dict[str, Any] = {
-        "tokenize": False,
-        "return_dict": False,
-        "tools": list(tools) or None,
-    }
-    variables |= options | _variables(form)
+    options |= {"tokenize": False, "tools": list(tools) or None, **form.variables}
+    clock: Any = datetime
+    if form.chat_time:
+        clock = SimpleNamespace(now=partial(datetime.fromisoformat, form.chat_time))
+
+    def write(turns: Any) -> str:
+        with patch.object(chat_template_utils, "datetime", clock):
+            text = tokenizer.apply_chat_template(turns, **options)
+        text.encode()  # fails for what is no text, and for half of a surrogate pair
+        return str(text)
+
     try:
-        if form.chat_time:
-            variables["chat_template"] = CLOCK + tokenizer.get_chat_template(
-                tools=variables["tools"]
-            )
-            time = datetime.fromisoformat(form.chat_time)
-            variables["time_parts"] = {f"%{d}": time.strftime(f"%{d}") for d in DIRECTIVES.split()}
-        return tokenizer.apply_chat_template(messages, **variables)
-    except (TemplateError, ValueError) as error:
+        try:
+            text = write(messages)
+        except Exception:
+            return write(_with_objects(messages))
+        return write(_with_objects(messages)) if ENCODED_TWICE.search(text) else text
+    except Exception as error:  # a template is a program
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise Refused(
             f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)}). "
@@ -238,36 +156,93 @@ def render(
         ) from error
 
 
-def written_turn(
+def _with_objects(messages: Sequence[Any]) -> list[Any]:
+    """Return messages in which arguments of calls that are JSON text are objects."""
+    turns = copy.deepcopy([*messages])
+    for turn in turns:
+        for call in turn.get("tool_calls") or ():
+            function = call.get("function", call)
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+    return turns
+
+
+def completion_text(
     policy: Any, prompt: Prompt, message: Mapping[str, Any], tools: Sequence[Any] = ()
-) -> str:
-    """Return a turn of the assistant as the template writes it after a prompt, without its EOS, or refuse it."""
+) -> tuple[str, str]:
+    """Return what a policy writes after a prompt, for the turn to be this message of the assistant.
+
+    Calls of tools, and thoughts apart from the content, are as the chat template writes them, without the end
+    of the turn. A tag such as `<think>` with which the generation prompt ends is not written again.
+
+    Returns:
+        White space that the template writes in front, and the text.
+
+    Raises:
+        Refused: the template does not write the turn behind the prompt.
+    """
     prompt = formed(prompt, policy.form)
-    write: Any = partial(render, policy.tokenizer, form=policy.form, name=policy.source)
     opening = whole = ""
-    if not isinstance(prompt, str):
-        opening = write(prompt, tools=tools, add_generation_prompt=True)
-        whole = write([*prompt, message], tools=tools)
-    if not (opening and whole.startswith(opening)):
-        raise Refused(
-            f"A completion calls tools, and the chat template of {policy.source!r} cannot write it after the "
-            f"prompt {prompt!r:.60}: give chat messages, or the completion as text that the model is to write."
-        )
-    return _ends(policy).split(whole[len(opening) :])[0]
+    if not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+        opening = policy.write(prompt, tools, add_generation_prompt=True)
+        whole = policy.write([*prompt, message], tools)
+    answer = whole[len(opening) :] if whole.startswith(opening) else ""
+    if message.keys() & WRITTEN:
+        if not answer:
+            raise Refused(
+                f"A completion calls tools or has thoughts, and the chat template of {policy.source!r} cannot "
+                f"write it after the prompt {prompt!r:.60}: give chat messages, or the completion as text that "
+                "the model is to write."
+            )
+        return "", answer.rstrip().removesuffix(_turn_end(policy, prompt, answer, tools))
+    text = str(message["content"])
+    bare = opening.rstrip()
+    words = answer.lstrip()
+    size = _shared(bare, text.lstrip())
+    if size and text.lstrip()[0] in "<[" and not words.startswith(text.strip()):
+        text = text.lstrip()[size:].removeprefix(opening[len(bare) :])
+    return answer[: len(answer) - len(words)], text
 
 
-def _ends(policy: Any) -> re.Pattern[str]:
-    names = policy.tokenizer.convert_ids_to_tokens(policy.eos_ids)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+def _shared(before: str, after: str) -> int:
+    """Return the most characters at the end of a text with which another begins."""
+    sizes = range(min(len(before), BEGUN), 0, -1)
+    return next((size for size in sizes if before.endswith(after[:size])), 0)
+
+
+def _turn_end(policy: Any, prompt: Sequence[Any], text: str, tools: Sequence[Any]) -> str:
+    """Return what a template writes at the end of a turn of the assistant: its EOS, or what ends other turns too.
+
+    Args:
+        policy: knows the ends of completions.
+        prompt: the messages before the turn.
+        text: what the template writes, up to the end of the turn.
+        tools: the tools of the environment.
+    """
+    ends = decoded(policy.tokenizer, [[i] for i in policy.ends], skip_special_tokens=False)
+    end = max(ends, key=text.rfind, default="")
+    if end.strip() and end in text:
+        return end
+    other = policy.write([*prompt, {"role": "assistant", "content": "."}], tools)
+    return commonprefix([text[::-1], other[::-1]])[::-1].rstrip()  # noqa: RUF071
 
 
 def reply_ids(
-    policy: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
+    policy: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] = (),
+    before: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids that a chat template writes from the end of an assistant's turn to its next turn.
 
     They are read off a dummy conversation, without tokenising the episode again. The first id is the EOS that
     ends the turn before, if the template writes one.
+
+    Args:
+        policy: the policy.
+        messages: the messages between the turns.
+        tools: the tools of the environment.
+        before: the ids that are followed. Text at their end with which the reply begins is not written again.
 
     Raises:
         Refused: the template writes earlier messages differently once others follow them.
@@ -277,35 +252,43 @@ def reply_ids(
         call = {"name": messages[0]["name"], "arguments": {}}
         answer |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
     dummy = [{"role": "user", "content": "?"}, answer]
-    write: Any = partial(
-        render, policy.tokenizer, form=policy.form, name=policy.source, tools=tools
-    )
-    opening = write(dummy[:1])
-    before = write(dummy)
-    whole = write([*dummy, *messages], add_generation_prompt=True)
-    end = _ends(policy)
-    start = len(before)
-    is_kept = whole.startswith(before)
-    if ends := end.findall(before):
+    opening = policy.write(dummy[:1], tools)
+    first = policy.write(dummy, tools)
+    whole = policy.write([*dummy, *messages], tools, add_generation_prompt=True)
+    end = _turn_end(policy, dummy[:1], first, tools)
+    start = len(first.rstrip())
+    is_kept = whole.startswith(first)
+    if end:
         # Some templates drop the thoughts of every turn but the last, so ends of turns are counted.
-        starts = [match.start() for match in end.finditer(whole)]
-        start = next(iter(starts[len(ends) - 1 :]), len(whole))
-        is_kept = whole.startswith(opening) and not end.split(before)[-1].strip()
-    head, ids = (
-        policy.tokenizer(text, add_special_tokens=False).input_ids
-        for text in (whole[:start], whole)
-    )
-    if not (is_kept and before.startswith(opening) and ids[: len(head)] == head):
+        start = len(end.join(whole.split(end)[: first.count(end)]))
+        is_kept = (
+            whole.startswith(opening) and first.rstrip().endswith(end) and end in whole[start:]
+        )
+    if not (is_kept and first.startswith(opening)):
         raise Refused(
             f"The chat template of {policy.source!r} writes earlier messages otherwise once others follow "
             "them, so an episode of several turns cannot be continued token by token: give the tokenizer a "
             "chat_template that leaves them as they are."
         )
-    return list(ids[len(head) :])
+    tail = decoded(policy.tokenizer, [before[-TAIL:]], skip_special_tokens=False)[0]
+    start += _shared(tail, whole[start:])
+    head, ids = (
+        policy.tokenizer(text, add_special_tokens=False).input_ids
+        for text in (whole[:start], whole)
+    )
+    if ids[: len(head)] == head:
+        return list(ids[len(head) :])
+    return following_ids(policy, before, whole[start:]) or []
+
+
+def text_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Return the ids of a text with those that the tokenizer adds, but no second BOS if it begins with one."""
+    ids = list(tokenizer(text, **options).input_ids)
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 def following_ids(
-    policy: Any, before: Sequence[int], text: str, prompt: Prompt = ""
+    policy: Any, before: Sequence[int], text: str, space: str = ""
 ) -> list[int] | None:
     """Return the ids of a text that follows other tokens, so that all of them together read as written.
 
@@ -316,8 +299,7 @@ def following_ids(
         policy: gives the tokenizer.
         before: the ids that the text follows.
         text: the text.
-        prompt: what `before` was made of, if that is a prompt. In front of the answer to chat messages the
-            template may itself write a space.
+        space: white space that may stand in front, as a chat template writes it.
 
     Returns:
         The ids; None if there are none that read so, though the tokenizer can write such a text.
@@ -336,7 +318,7 @@ def following_ids(
     is_first = set(before) <= set(tokenizer.all_special_ids)
     if is_first or read(tail + alone) == start + text:
         return alone
-    text = _space_before(policy, prompt, text) + text
+    text = space + text
     right = (start + text, read(ids_of(start + text)))  # the second as the tokenizer can write it
     for anchor in ("", start, *ANCHORS):
         head = ids_of(anchor)
@@ -344,25 +326,8 @@ def following_ids(
         ids = whole[len(head) :]
         if whole[: len(head)] == head and read(tail + ids) in right:
             return ids
-    words = (prompt if isinstance(prompt, str) and prompt else start) + text
+    words = start + text
     return None if read(ids_of(words)).strip() == words.strip() else alone
-
-
-def _space_before(policy: Any, prompt: Prompt, text: str) -> str:
-    """Return the white space that the chat template writes between a prompt and its answer."""
-    prompt = formed(prompt, policy.form)
-    if isinstance(prompt, str) or prompt[-1]["role"] == "assistant":
-        return ""
-    written = partial(render, policy.tokenizer, form=policy.form, name=policy.source)
-    opening = written(prompt, add_generation_prompt=True)
-    whole = written([*prompt, {"role": "assistant", "content": text}])
-    answer = whole[len(opening) :]
-    return re.match(r"\s*", answer)[0] if whole.startswith(opening) else ""  # type: ignore[index]
-
-
-def _variables(form: PromptArguments) -> dict[str, Any]:
-    """Return the variables that the form gives to the chat template."""
-    return dict(json.loads(form.chat_template_kwargs)) if form.chat_template_kwargs else {}
 
 
 def _check_template(tokenizer: Any, name: str) -> None:

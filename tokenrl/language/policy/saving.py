@@ -12,14 +12,20 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.loading import quietly
+from tokenrl.language.policy.arguments import run_of
+from tokenrl.language.policy.loading import check_code, quietly
 from tokenrl.runs.files import write_json, write_text
 
+CONFIG = "adapter_config.json"
+KEPT = ("bos_token_id", "pad_token_id", "eos_token_id", "max_length", "max_new_tokens")
+DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+"""How transformers draws from the distribution of the logits themselves; by default it keeps 50 tokens."""
 BASE = "base.json"
 """In the folder of an adapter: the fingerprint of the base that it was trained on."""
 
@@ -34,19 +40,71 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
     Args:
         policy: the policy or the reward model to save.
         directory: an existing folder.
-        card: what README.md says, in the folder of the adapter too; None writes no card.
+        card: what README.md says, in the folder of the adapter too; None writes no card. With a card the folder
+            is for others, and no directory of this machine is named in it.
     """
     model = policy.model
     if has_adapter(model):
-        write_adapter(policy, directory / "adapter", base_of(model))
+        settings = model.active_peft_config
+        base = settings.base_model_name_or_path or ""
+        is_ours = card is not None and os.path.isdir(base)
+        with patch.object(settings, "base_model_name_or_path", "" if is_ours else base):
+            write_adapter(policy, directory / "adapter", base_of(model))
         if card is not None:
             write_text(directory / "adapter" / "README.md", replace(card, kind="adapter").text())
         model = merged(copy.deepcopy(model))
-    model.save_pretrained(directory)
+    with patch.object(model, "can_generate", return_value=False):  # how is written below
+        model.save_pretrained(directory)
     write_generation(policy, model, directory)
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
         write_text(directory / "README.md", card.text())
+
+
+def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
+    """Return the base of an adapter, and its revision on the hub; it may be a checkpoint of the run that names it.
+
+    Args:
+        name: the directory or hub name of the adapter.
+        trust_remote_code: whether programs may run that the base names.
+
+    Raises:
+        Refused: no base is named, or adapter or base cannot be used.
+    """
+    from peft import PeftConfig
+
+    run = run_of(name) or Path(name)
+    for folder in (name, *[str(file.parent) for file in run.glob(f"checkpoints/*/{CONFIG}")]):
+        config = PeftConfig.from_pretrained(folder)
+        check_adapter(config)
+        if base := config.base_model_name_or_path:
+            if not trust_remote_code:
+                check_code(base, config.revision)
+            return base, config.revision
+    raise Refused(
+        f"{name} does not name the base that the adapter belongs to, which was in memory or a directory: give the "
+        f"run's model/, in which both are merged, or write the base's directory into its {CONFIG}."
+    )
+
+
+def with_adapter(model: Any, tokenizer: Any, name: str) -> Any:
+    """Return a base with the adapter of a directory or hub name, whose tokenizer may have more tokens."""
+    from peft import PeftModelForCausalLM
+
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model = PeftModelForCausalLM.from_pretrained(model, name, is_trainable=True)
+    check_base(model, Path(name))
+    return model
+
+
+def check_adapter(config: Any) -> None:
+    """Refuse an adapter, by its configuration, that no base of transformers can take over, or that imports code."""
+    if config.is_prompt_learning or getattr(config, "megatron_config", None):
+        raise Refused(
+            f"The adapter, of the kind {config.peft_type.value}, adds to prompts or needs layers of Megatron, so no "
+            "base can take it over: give a model with a LoRA adapter of linear layers, or without any."
+        )
 
 
 def merged(model: Any) -> Any:
@@ -77,16 +135,19 @@ def merged(model: Any) -> Any:
 
 
 def write_generation(policy: Any, model: Any, directory: Path) -> None:
-    """Write how transformers generates with a model, whose completions end where those of the policy do."""
-    settings = copy.deepcopy(getattr(model, "generation_config", None))
+    """Write how transformers generates with a model: its completions are drawn and end as those of the policy.
+
+    Of the settings that the base model came with, special tokens and limits of length stay.
+    """
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
     if settings is None:  # of a reward model
         return
-    ends = set(policy.eos_ids)
-    if policy.stops is not None:
-        ends |= policy.stops.ids
-    if ends:
-        settings.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
-    settings.save_pretrained(directory)
+    values = {name: getattr(settings, name) for name in KEPT} | DRAWN | policy.sampling
+    if ends := policy.ends:
+        values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    GenerationConfig(**values).save_pretrained(directory)
 
 
 def has_adapter(model: Any) -> bool:
@@ -281,6 +342,8 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 """Template of a card."""
 _MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""
+_DIRECTORIES = re.compile(r"(?<=')/[^'\n]*/|(?<=\| )/[^|\n]*/|(?<![\w:./-])~?/(?:[^\s/]+/)+(?=\S)")
+"""The directories of an absolute path, also of one with spaces in quotes or in a table."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +354,7 @@ class Card:
         title: the heading.
         facts: rows of the table.
         origin: lines of Markdown that say how the run was started.
-        base: the model that training started from, as it was given: the card names a directory or a hub name.
+        base: the model that training started from, as it was given: the front matter has the name of a hub model.
         tags: how the model was trained, as the hub's tags.
         kind: "policy", its "adapter" alone, or "reward model".
     """
@@ -304,7 +367,7 @@ class Card:
     kind: str = "policy"
 
     def text(self) -> str:
-        """Return the card as Markdown, with the front matter that the hub reads."""
+        """Return the card as Markdown, with the front matter that the hub reads, and no path of this machine."""
         from huggingface_hub import ModelCardData
         from jinja2 import Template
 
@@ -313,15 +376,17 @@ class Card:
         library = "peft" if is_adapter else "transformers"
         tags = [*self.tags, "lora"] if is_adapter else self.tags
         is_classifier = self.kind == "reward model"
+        is_name = isinstance(self.base, str | os.PathLike) and not os.path.isdir(self.base)
         data = ModelCardData(
             library_name=library,
-            base_model=os.fspath(self.base) if isinstance(self.base, str | os.PathLike) else None,
+            base_model=os.fspath(self.base) if is_name else None,
             pipeline_tag="text-classification" if is_classifier else "text-generation",
             tags=[*tags, "tokenrl"],
         )
         template = Template(CARD, keep_trailing_newline=True)
         front = data.to_yaml().strip()
-        return template.render(card=self, front=front, library=library, auto=auto, plain=_plain)
+        text = template.render(card=self, front=front, library=library, auto=auto, plain=_plain)
+        return _DIRECTORIES.sub("", text)
 
 
 def _plain(value: Any) -> str:

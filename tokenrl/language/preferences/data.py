@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.policy.arguments import ModelArguments, form_of
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import form_of
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences

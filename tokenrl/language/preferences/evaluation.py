@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,11 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     """
     encoded = []
     for pair in pairs:
-        chosen = reward_model.encode(pair.prompt, pair.chosen, truncate=False)
-        rejected = reward_model.encode(pair.prompt, pair.rejected, truncate=False)
-        encoded.append((chosen, rejected))
+        encode = partial(reward_model.encode, pair.prompt, truncate=False)
+        try:
+            encoded.append((encode(pair.chosen), encode(pair.rejected)))
+        except Refused as error:
+            raise Refused(f"The pair of the prompt {pair.prompt!r:.60}: {error}") from error
     limit = reward_model.max_length
     lengths = [max(map(len, texts)) for texts in encoded]
     if limit is not None and max(lengths) > limit:

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.policy.prompts import fill_form, form_line, form_of
+from tokenrl.language.policy.arguments import fill_form, form_line, form_of
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.loading import find_model, gains_from, loading
-from tokenrl.language.policy.prompts import checked_form, formed, render, saved_form
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
+from tokenrl.language.policy.loading import context_of, find_model, gains_from, loading
+from tokenrl.language.policy.prompts import checked_form, formed, render, text_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,11 +85,11 @@ class RewardModel:
                 device = str(accelerator)
         self.model: Any = model.to(device or "cpu").eval()
         text_config = model.config.get_text_config()
+        model.config.return_dict = text_config.return_dict = True
         pads = (text_config.pad_token_id, self.tokenizer.pad_token_id)
         self.pad_token_id: int = next((pad for pad in pads if pad is not None and pad >= 0), NO_PAD)
         model.config.pad_token_id = text_config.pad_token_id = self.pad_token_id
-        positions = getattr(text_config, "max_position_embeddings", None)
-        limits = [self.tokenizer.model_max_length, positions]
+        limits = [self.tokenizer.model_max_length, context_of(text_config)]
         self.max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
@@ -160,9 +160,9 @@ class RewardModel:
             text = render(self.tokenizer, [*prompt, *completion], self.form, self.__name__)
         if self.max_length and truncate:
             options |= {"truncation": True, "max_length": self.max_length}
-        ids = self.tokenizer(text, **options)["input_ids"]
+        ids = text_ids(self.tokenizer, text, **options)
         start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
-        return list(ids) or [next(token for token in start if token is not None)]
+        return ids or [next(token for token in start if token is not None)]
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Batches of row numbers, sorted by length to save padding; of equal length if there is no pad id."""

@@ -66,6 +66,12 @@ def response_template(tokenizer: Any, tools: Sequence[Any]) -> Any:
     """
     template = getattr(tokenizer, "response_template", None)
     if template is not None:
+        try:
+            tokenizer.get_response_parser(prefix="")
+        except Exception as error:  # it checks the template, with its regular expressions
+            raise Refused(
+                f"The tokenizer's response_template cannot be used ({describe(error)}): correct it there."
+            ) from error
         return template
     if "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
         raise Refused(

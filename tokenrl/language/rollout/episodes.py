@@ -9,8 +9,9 @@ nor on the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokenrl.errors import Refused
 from tokenrl.language.rewards.tools import assistant_message, response_template
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
@@ -136,13 +138,20 @@ class _Row:
     @classmethod
     def begin(cls, policy: Policy, episode: Episode, budget: int) -> _Row:
         """Return the row of an episode after its reset, which may have failed."""
-        chat = bool(policy.form.chat) or not isinstance(episode.opening, str)
+        is_text = isinstance(episode.opening, str)
+        chat = bool(policy.form.chat) or not is_text
         row = cls(episode, [policy.pad_id], chat, budget, episode.ending, episode.failure)
         if row.ending:
             return row
-        ids = policy.encode(episode.opening, tools=episode.tools)
+        encode = partial(policy.encode, tools=episode.tools)
+        other = policy.tokenizer.decode([policy.pad_id])
+        if not is_text:
+            other = [{"role": "user", "content": other}]
+        ids = row.encoded(encode, episode.opening, other)
         if episode.tools:
             response_template(policy.tokenizer, episode.tools)  # refused before a turn is sampled
+        if row.ending:
+            return row
         if policy.context is None or len(ids) < policy.context:
             row.prompt = ids
             return row
@@ -150,6 +159,25 @@ class _Row:
         row.ending = "context_overflow"
         row.failure = f"The prompt with its first observation has {size}."
         return row
+
+    def encoded(self, encode: Callable[[Any], list[int]], text: Any, other: Any) -> list[int]:
+        """Return the ids of what the policy reads next; the episode fails if there are none for this alone.
+
+        Args:
+            encode: returns the ids of a prompt or an answer.
+            text: what is read.
+            other: what any policy can read in its place.
+
+        Raises:
+            Refused: the other cannot be encoded either, so no episode can go on here.
+        """
+        try:
+            return encode(text)
+        except Refused as error:
+            encode(other)
+            self.ending = "error"
+            self.failure = f"An observation of {type(self.episode.environment).__name__}: {error}"
+            return []
 
     def room(self, policy: Policy, limit: int) -> int:
         """Return how many of `limit` further tokens fit into the model's context."""
@@ -174,17 +202,18 @@ class _Row:
         """Append the tokens of an answer, if the policy can write on after them; else return the ending."""
         if not self.budget:
             return "max_tokens"
-        ids = policy.reply_ids(
-            answer.messages,
-            ended=self.tokens[-1] in policy.eos_ids,
+        encode = partial(
+            policy.reply_ids,
+            ended=self.tokens[-1] in policy.ends,
             chat=self.chat,
             tools=self.episode.tools,
             before=self.prompt + self.tokens,
         )
+        ids = self.encoded(encode, answer.messages, [{**answer.messages[0], "content": "?"}])
         if self.room(policy, len(ids) + 1) <= len(ids):
             return "context_overflow"
         self.tokens += ids
-        return ""
+        return self.ending
 
 
 class _Part(NamedTuple):

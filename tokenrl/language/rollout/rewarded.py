@@ -74,11 +74,8 @@ def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
 def unread_tokens(policy: Policy, rollout: Rollout) -> str:
     """Say which special tokens the completions hold that rewards do not read; empty if there are none."""
     names = markers(policy.tokenizer)
-    ends = [*policy.eos_ids]
-    if policy.stops is not None:
-        ends += policy.stops.ids
     ids = set(rollout.completion_ids[rollout.mask].tolist())
-    tokens = sorted(names[i] for i in names.keys() & ids - set(ends))
+    tokens = sorted(names[i] for i in names.keys() & ids - {*policy.ends})
     if not tokens:
         return ""
     return (

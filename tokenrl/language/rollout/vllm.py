@@ -179,7 +179,7 @@ class VllmGenerator:
             "logprobs": listed,
             "flat_logprobs": True,
             "ignore_eos": True,  # all of the policy's are in the next list
-            "stop_token_ids": [*self.policy.eos_ids, *(stops.ids if stops else ())],
+            "stop_token_ids": self.policy.ends,
             "stop": stops.strings if stops else None,
             "include_stop_str_in_output": True,
             "detokenize": stops is not None,

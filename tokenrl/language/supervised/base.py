@@ -25,6 +25,8 @@ from tokenrl.language.policy.arguments import (
     LoadingArguments,
     LoraArguments,
     ModelArguments,
+    fill_form,
+    form_of,
 )
 from tokenrl.language.policy.loading import device_for, find_model
 from tokenrl.language.policy.model import (
@@ -34,7 +36,6 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
@@ -46,7 +47,7 @@ from tokenrl.settings import check_seed
 WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
 
-MADE_BY = 3  # to raise when the weights of a warm start change, or what its checkpoints hold
+MADE_BY = 4  # to raise when the weights of a warm start change, or what its checkpoints hold
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:

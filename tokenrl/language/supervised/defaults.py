@@ -20,6 +20,7 @@ from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import formed, render
+from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.sources import as_prompt
@@ -138,6 +139,17 @@ def completion_limit(
         limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
         origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"
     return limit, origin
+
+
+def check_prompts(policy: Policy, rows: Sequence[Any], sampling: Sampling) -> None:
+    """Check one by one, to save memory, that the prompts of rows fit into the context with a completion.
+
+    Raises:
+        Refused: one is too long, or cannot be read.
+    """
+    for location, row in with_places(rows):
+        if not surely_fits(policy, row["prompt"], sampling.max_completion_length):
+            encode(policy, [row["prompt"]], sampling, [location])
 
 
 def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:

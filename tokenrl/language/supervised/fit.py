@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import following_ids, written_turn
+from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
-from tokenrl.language.tasks.sources import fault_of_prompt
+from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
 from tokenrl.runs.schedules import load_schedule, make_schedule
 
@@ -171,50 +171,73 @@ def encode_demonstrations(
 
     Args:
         policy: the policy.
-        rows: rows of `prompt` and `completion`. A completion of messages is the last of them, with its calls
-            of tools as the chat template writes them.
+        rows: rows of `prompt` and `completion`. Of a completion of messages each turn of the assistant is learnt,
+            behind all that stands before it, with its calls of tools as the chat template writes them.
         environments: where the rows come from; prompts describe their tools, as those of episodes do.
+
+    Returns:
+        A pair for each turn of the assistant.
 
     Raises:
         Refused: a demonstration is longer than the context, or has no completion.
     """
     pairs: list[Pair] = []
-    eos = policy.tokenizer.eos_token_id
     for location, row in with_places(rows):
-        text = row.get("completion")
+        turns = row.get("completion")
+        if isinstance(turns, list):
+            turns = as_prompt(turns)
+        problem = fault_of_prompt(turns, "completion")
+        fault = f": {problem}" if problem else ""
+        if isinstance(turns, str):
+            turns = [{"role": "assistant", "content": turns}]
+        if not isinstance(turns, list) or "prompt" not in row:
+            fault = f" has {', '.join(row)}"
+        elif not fault:
+            fault = _fault_of_turns(row["prompt"], [turn["role"] for turn in turns])
+        if fault:
+            raise Refused(
+                f"The demonstration of {location}{fault}; it needs prompt and completion (text, or a list that "
+                "ends with the assistant's message)."
+            )
         tools = environments.tools(row) if environments else ()
-        if isinstance(text, list) and text and isinstance(text[-1], dict):
-            message = text[-1]
-            text = message.get("content")
-            if message.get("tool_calls") and "prompt" in row:
-                text = written_turn(policy, row["prompt"], message, tools)
-        if not isinstance(text, str) or "prompt" not in row:
-            needed = (
-                "prompt and completion (text, or a list that ends with the assistant's message)"
-            )
-            raise Refused(
-                f"The demonstration of {location} has {', '.join(row)}; it needs {needed}."
-            )
-        if fault := fault_of_prompt(text, "completion"):
-            raise Refused(f"The demonstration of {location}: {fault}.")
-        before = policy.encode(row["prompt"], tools=tools)
-        ids = following_ids(policy, before, text, row["prompt"])
-        if ids is None:
-            problem = f"The demonstration of {location}: behind its prompt the tokenizer cannot write {text!r:.60}"
-            raise Refused(
-                f"{problem} so that both read as written. Give the prompt an end behind which it can."
-            )
-        if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
-            ids.append(eos)
-        if not ids:
-            raise Refused(
-                f"The demonstration of {location} has no token, nor an EOS: leave it out."
-            )
-        if policy.context is not None and len(before) + len(ids) > policy.context:
-            options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-            policy.encode_all([row["prompt"]], locations=[location], **options)  # refuses it
-        pairs.append((before, ids))
+        try:
+            for number, message in enumerate(turns):
+                if message["role"] == "assistant":
+                    prompt = [*row["prompt"], *turns[:number]] if number else row["prompt"]
+                    pairs.append(_pair(policy, prompt, message, tools, location))
+        except Refused as error:
+            raise Refused(f"The demonstration of {location}: {error}") from error
     return pairs
+
+
+def _fault_of_turns(prompt: Any, roles: Sequence[str]) -> str:
+    if roles[-1] != "assistant":
+        return ": its completion does not end with a message of the assistant"
+    if len(roles) > 1 and (isinstance(prompt, str) or "assistant assistant" in " ".join(roles)):
+        return ": several messages follow chat messages, and no two of the assistant each other"
+    return ""
+
+
+def _pair(
+    policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Sequence[Any], location: str
+) -> Pair:
+    space, text = completion_text(policy, prompt, message, tools)
+    before = policy.encode(prompt, tools=tools)
+    ids = following_ids(policy, before, text, space)
+    if ids is None:
+        raise Refused(
+            f"behind its prompt the tokenizer cannot write {text!r:.60} so that both read as written. Give the "
+            "prompt an end behind which it can."
+        )
+    eos = policy.tokenizer.eos_token_id
+    if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
+        ids.append(eos)
+    if not ids:
+        raise Refused("it has no token, nor an EOS: leave it out.")
+    if policy.context is not None and len(before) + len(ids) > policy.context:
+        options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
+        policy.encode_all([prompt], locations=[location], **options)  # refuses it
+    return before, ids
 
 
 def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:

@@ -11,9 +11,9 @@ from typing import Any
 from tokenrl.errors import Refused, nearest
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
+from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.environments import Environments

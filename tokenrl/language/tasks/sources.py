@@ -176,9 +176,8 @@ def with_prompts(
 ) -> list[dict[str, Any]]:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
-    Of a column `messages`, which holds whole conversations, a last turn of the assistant is the answer: it
-    leaves the prompt, and its text becomes the columns `answer` (for rewards) and `completion` (for `sft`)
-    unless the row has them. Without a column `prompt`, the column `messages` is used.
+    Of conversations in a column `messages`, which stands in for a missing `prompt`, a last turn of the assistant
+    is left out: it becomes the columns `answer` (text, for rewards) and `completion`, if the row has none.
 
     Args:
         rows: the rows as they were read; every row has the same columns.
@@ -187,8 +186,7 @@ def with_prompts(
         chat: make each prompt that is text a message of the user.
 
     Raises:
-        Refused: there are no rows or no such column, the template cannot be filled, or a prompt is neither
-            text nor chat messages.
+        Refused: no rows, no such column, a template that cannot be filled, or a prompt of another kind.
     """
     if not rows:
         raise Refused(
@@ -245,8 +243,8 @@ def _filled(template: str, rows: Sequence[Row], source: str) -> list[dict[str, A
 def as_prompt(value: Any) -> Any:
     """Return a value of a column that holds texts or chat messages as one of the two.
 
-    A number is the text that Python writes, as in a column of CSV. Messages lose their keys that are None:
-    Arrow gives every message the keys of all messages, and a chat template would take these keys as given.
+    A number is the text that Python writes, as in a column of CSV. Messages lose their keys that are None, as
+    Arrow gives every message the keys of all messages; a call of a tool may have no content.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
@@ -255,6 +253,8 @@ def as_prompt(value: Any) -> Any:
     messages = []
     for message in value:
         present = {key: part for key, part in message.items() if part is not None}
+        if "tool_calls" in present:
+            present.setdefault("content", "")
         messages.append(present)
     return messages
 
@@ -274,7 +274,8 @@ def _from_conversations(rows: Sequence[Row], source: str) -> list[dict[str, Any]
         is_answered = turns[-1]["role"] == "assistant"
         if is_answered:
             *turns, last = turns
-            columns = {"answer": last["content"], "completion": last["content"]}
+            columns = {"answer": last["content"]}
+            columns["completion"] = [last] if len(last) > 2 else last["content"]
         with_answer.setdefault(is_answered, location)
         prompted.append({**columns, **row, "prompt": turns})
     if len(with_answer) > 1:

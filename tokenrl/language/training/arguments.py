@@ -104,7 +104,8 @@ class KlArguments(Settings, group="KL control"):
     """A frozen model whose log-probabilities stand in the KL in place of those of the policy before training
     (distillation on samples of the student): a directory, a hub name, or the directory of a run; from Python
     also a pair (model, tokenizer), which is copied. It must have the policy's vocabulary, and is loaded with
-    dtype. It needs an --estimator.beta above 0. With --reward none it is all that there is to learn from."""
+    dtype. It needs an --estimator.beta above 0. With --reward none it is all that there is to learn from.
+    Completions end where either of the two models ends."""
     target_kl: Positive | None = None
     """Target of the KL to the reference, in nats per completion. The weight starts at --estimator.beta and is
     then adapted to reach the target (Ziegler et al. 2019). Default: the weight stays constant."""

@@ -10,20 +10,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, with_places
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
+from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
-from tokenrl.language.policy.prompts import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card, fingerprint
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
-from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt
-from tokenrl.language.supervised.defaults import surely_fits
+from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.supervised.warm_start import WarmStart
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
@@ -219,6 +219,7 @@ def _prepare(
         if warm_start.is_needed(args):
             provenance.fingerprints["warm start"] = fingerprint(policy.model)
     adapt(args, policy)
+    policy.sampling = distribution_of(args)
     if teacher is not None:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
@@ -278,10 +279,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     """
     learner = run.learner
     if run.rewards.environments is None:
-        room = learner.sampling.max_completion_length
-        for location, row in with_places(run.task.train_prompts):  # one by one, to save memory
-            if not surely_fits(learner.policy, row["prompt"], room):
-                encode(learner.policy, [row["prompt"]], learner.sampling, [location])
+        check_prompts(learner.policy, run.task.train_prompts, learner.sampling)
     learner.sync()  # with the weights of the checkpoint, if there is one
     if session.continues:
         load_schedule(learner.schedule, session.step)

@@ -13,8 +13,9 @@ import torch
 
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
+from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import form_line, special_texts
+from tokenrl.language.policy.prompts import special_texts
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.loading import context_of
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import fingerprint
 from tokenrl.language.rollout.agreement import check_scoring
@@ -91,20 +92,35 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     context = teacher.context
     if context is not None and policy.context is not None and context < policy.context:
         line += f"; its context of {context:,} tokens bounds prompts with their completions"
+    if ends := sorted({*teacher.ends} - {*policy.ends}):
+        names = teacher.tokenizer.convert_ids_to_tokens(ends)
+        line += f"; completions end where it ends too, at {', '.join(names)}"
+    if teacher.stops and policy.form.stop is None:
+        raise Refused(
+            f"The teacher {name!r} ends its completions at {teacher.form.stop}, and the policy does not: give "
+            "--stop with the same strings, or alone for none."
+        )
     return Teacher(replace(teacher, model=model), line, digest)
 
 
 def with_teacher(policy: Policy, teacher: Teacher) -> Policy:
-    """Return the policy with the teacher as its reference, and room for texts that both models can take."""
+    """Return the policy with the teacher as its reference, and room for texts that both models can take.
+
+    Completions end at the ends of both. The teacher has learnt nothing of what would follow its own, and the
+    policy learns to end as the teacher does.
+    """
     contexts = [policy.context, teacher.policy.context]
     least = min((context for context in contexts if context is not None), default=None)
-    return replace(policy, reference=teacher.policy.model, context=least)
+    ends = tuple(sorted({*policy.eos_ids, *teacher.policy.ends}))
+    return replace(policy, reference=teacher.policy.model, context=least, eos_ids=ends)
 
 
 def without_teacher(policy: Policy) -> Policy:
-    """Return the policy of a run, after it, without the reference and the bound that `with_teacher` gave it."""
-    context = getattr(shape_of(policy), "max_position_embeddings", None)
-    return replace(policy, reference=None, context=context)
+    """Return the policy of a run, after it, without the reference and the bound that `with_teacher` gave it.
+
+    It still ends where the teacher does, as it has learnt to.
+    """
+    return replace(policy, reference=None, context=context_of(shape_of(policy)))
 
 
 def check_tokens(policy: Policy, teacher: Policy) -> None:
