@@ -127,7 +127,7 @@ def test_a_changed_file_is_read_anew_with_all_that_hold_parts_of_it(tmp_path):
 
 def test_the_process_of_rewards_has_one_module_too():
     rewards = Rewards(["game.py:process", load_reward("link.py:again")], timeout=60.0)
-    values = rewards(["p"], ["c"], [[1]], {}, step=0).values
+    values = rewards(["p"], ["c"], [[1]], {}).values
     assert values.tolist() == [[1.0, 2.0]] and executions() == 2
 
 
