@@ -109,7 +109,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
         for index in order.tensor_split(min(args.num_minibatches, count)):
             part = units.each(itemgetter(index))
             # With these weights a minibatch has the expected gradient of the whole rollout.
-            weights = part.weights * (units.mask.sum() / part.mask.sum())
+            weights = part.weights * (count / len(index))
             updates.append(_update(agent, estimator, part._replace(weights=weights)))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
     if estimator.needs_memory:
