@@ -12,6 +12,8 @@ import hmac
 import json
 import os
 import re
+import stat
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from tokenrl.settings import Settings, arguments, check, field_types
 
 T = TypeVar("T")
 
+KEY_BYTES = 32
 EARLIER_AXES = [("entropy_form", "per_step")]
 """Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now."""
 
@@ -239,16 +242,41 @@ def _signature(text: str) -> str | None:
 
 
 def _key() -> bytes:
-    """Return the key of this user, which is made when it is first needed."""
-    file = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "tokenrl", "key")
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(
-            dir=file.parent, delete=False
-        ) as partial:  # only this user reads it
-            partial.write(token_bytes(32))
-        os.replace(partial.name, file)
-    return file.read_bytes()
+    """Return the key of this user, which is made when it is first needed, or cannot be trusted any more."""
+    settings = os.environ.get("XDG_CONFIG_HOME", "")
+    folder = Path(settings) if os.path.isabs(settings) else Path.home() / ".config"
+    file = folder / "tokenrl" / "key"
+    with suppress(FileNotFoundError):
+        if key := _own_key(file):
+            return key
+        warnings.warn(
+            f"The key {file} is replaced: it must be a file of your own with {KEY_BYTES} bytes that only you can "
+            "read. Code that earlier runs name is executed with --trust-run only.",
+            stacklevel=2,
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    key = token_bytes(KEY_BYTES)
+    with NamedTemporaryFile(dir=file.parent, delete=False) as partial:  # only this user reads it
+        partial.write(key)
+        partial.flush()
+        os.fsync(partial.fileno())  # a power cut must not leave an empty key
+    os.replace(partial.name, file)
+    return key
+
+
+def _own_key(file: Path) -> bytes | None:
+    """Return the key in a file; None if others may know or have made it, or it is cut short.
+
+    Raises:
+        FileNotFoundError: there is no file.
+    """
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if os.name != "nt" and (status.st_mode & 0o077 or status.st_uid != os.getuid()):
+        return None
+    key = file.read_bytes()
+    return key if len(key) == KEY_BYTES else None
 
 
 def check_code(

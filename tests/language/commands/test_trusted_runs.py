@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import shutil
@@ -143,7 +144,7 @@ def test_runs_of_ones_own_work_from_anywhere_until_a_file_of_theirs_changes(stra
     assert main(["evaluate", "--model", "moved"]) == main(["train", "--config", "moved"]) == 2
     assert main(["evaluate", "--model", "moved", "--trust-run"]) == 0
     Path("rewards.py").write_text(OWN)
-    monkeypatch.setenv("XDG_CONFIG_HOME", "of-somebody-else")
+    monkeypatch.setenv("XDG_CONFIG_HOME", os.path.abspath("of-somebody-else"))
     assert main(["evaluate", "--model", "moved"]) == 2
     assert main(["evaluate", "--model", "moved", "--reward", "rewards.py:vowels"]) == 0
 
@@ -175,6 +176,51 @@ def test_modules_are_not_looked_for_in_the_run_as_the_current_directory(
     monkeypatch.chdir("run")
     assert main(["evaluate", "--model", "."]) == 2
     assert "is looked for in the directory of the run" in capsys.readouterr().err
+
+
+def linked(key):
+    empty = key.with_name("empty")
+    empty.touch()
+    key.unlink()
+    key.symlink_to(empty)
+
+
+KEYS = {
+    "empty, as a power cut left it": lambda key: key.write_bytes(b""),
+    "cut short": lambda key: key.write_bytes(key.read_bytes()[:31]),
+    "too long": lambda key: key.write_bytes(key.read_bytes() + b"x"),
+    "a link to an empty file": linked,
+    "a link to a key": lambda key: key.symlink_to(key.rename(key.with_name("moved")).absolute()),
+    "readable by others": lambda key: key.chmod(0o640),
+    "a folder": lambda key: (key.unlink(), key.mkdir()),
+}
+
+
+@pytest.mark.parametrize("change", KEYS)
+def test_a_key_that_others_may_know_signs_nothing(stranger, change):
+    """Whoever knows the key, such as an empty one, could sign any code."""
+    key = Path("settings/tokenrl/key")
+    KEYS[change](key)
+    known = key.read_bytes() if key.is_file() else b""
+    name = "beside.py:vowels"
+    content = name.encode() + b"\0" + Path("beside.py").read_bytes()
+    signed = hmac.new(known, content, "sha256").hexdigest()
+    stranger(reward=[name], code={name: signed})
+    with pytest.warns(UserWarning, match="is replaced: it must be a file of your own"):
+        assert main(["evaluate", "--model", "run"]) == 2
+    assert not Path("executed").exists()
+    if change == "a folder":
+        return
+    assert not key.is_symlink() and key.stat().st_mode & 0o777 == 0o600
+    assert len(key.read_bytes()) == 32 and key.read_bytes() != known
+
+
+def test_a_relative_folder_of_settings_is_none(stranger, monkeypatch):
+    """It would be another one in each directory, also in that of a run of somebody else."""
+    monkeypatch.setenv("HOME", os.path.abspath("home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "here")
+    assert main(["evaluate", "--model", "run"]) == 2
+    assert Path("home/.config/tokenrl/key").exists() and not Path("here").exists()
 
 
 def test_the_key_is_this_user_s_alone(stranger):
