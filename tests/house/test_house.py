@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 13_900,
     "core": 20_700,
-    "runs": 29_800,
+    "runs": 30_200,
     "control": 15_300,
     "advisor": 6_000,
     "language": 100,

@@ -125,6 +125,21 @@ def test_what_a_kill_left_half_written_or_half_removed_goes_when_the_directory_i
     assert tree(run).keys() - {".lock"} == before.keys() - {".lock"}
 
 
+def test_what_an_interrupt_left_half_written_goes_when_the_lock_is_released(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    for name in (*DEBRIS, "config.json", "model/x"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("x")
+    directory.release()
+    assert tree(tmp_path / "run").keys() - {".lock"} == {
+        "checkpoints",
+        "completions",
+        "config.json",
+        "model",
+        "model/x",
+    }
+
+
 def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path):
     run, outside = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
     mine = {"checkpoints/step_000009_best": "x", "completions/step_000009_mine.parquet": "x"}

@@ -285,7 +285,13 @@ def write_state(folder: Path, state: Any) -> None:
             return torch.as_tensor(leaf).detach().cpu()
         return leaf.item() if isinstance(leaf, np.generic) else leaf
 
-    torch.save(tree_map(savable, state), folder / _STATE)
+    with (folder / _STATE).open("wb") as file:
+        try:
+            torch.save(tree_map(savable, state), file)
+        except (
+            RuntimeError
+        ) as error:  # torch tells a position, and the system that the disk is full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:

@@ -79,13 +79,7 @@ class RunDirectory:
                 f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             )
             raise Refused(message) from error
-        # what a crash left while something was replaced or removed
-        with contextlib.suppress(OSError):
-            recover(run / "model")
-            for name in _FOLDERS:
-                remove_debris(run / name)
-            for name in _PARTIAL:
-                remove(run / name)
+        self._clean()
         held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
         if held and not (overwrite or resume):
             self.release()
@@ -94,11 +88,21 @@ class RunDirectory:
             )
             raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
+    def _clean(self) -> None:
+        """Remove what a crash or an interrupt left while something was replaced or removed."""
+        with contextlib.suppress(OSError):
+            recover(self.path / "model")
+            for name in _FOLDERS:
+                remove_debris(self.path / name)
+            for name in _PARTIAL:
+                remove(self.path / name)
+
     def release(self) -> None:
         """Release the lock, so that another run may use the directory.
 
         Folders that were made are removed if nothing has been written into them, as after a check.
         """
+        self._clean()
         with contextlib.suppress(OSError):  # it is not empty; or Windows, where an open file stays
             if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()  # while it is held, so that no other run can take it
