@@ -57,7 +57,9 @@ def test_a_disk_that_fills_up_while_the_state_is_written_is_told_so(disk, monkey
         self.number, self.weight, self.moment = 0, torch.zeros(250_000), torch.zeros(250_000)
 
     monkeypatch.setattr(Counter, "__init__", begin)
-    with pytest.raises(Stopped, match=r"step_000004 could not be written .*No space left") as caught:
+    with pytest.raises(
+        Stopped, match=r"step_000004 could not be written .*No space left"
+    ) as caught:
         live(disk / "run", lambda session: session.step == 3 and fill(disk, 1500))
     assert "unexpected pos" not in str(caught.value)
 
