@@ -141,15 +141,22 @@ def _settings() -> list[Setting]:
 @cache
 def _settings_of(torch: Any) -> list[Setting]:
     def set_device(device: Any) -> None:
-        torch.set_default_device(
-            None if device.type == "cpu" else device
-        )  # without a mode it is fast
+        torch.set_default_device(None if device.type == "cpu" else device)  # None is the fast way
+        try:
+            torch.get_default_device()
+        except AttributeError:  # in torch 2.6 it fails after None
+            torch.set_default_device(device)
+
+    def device() -> (
+        Any
+    ):  # torch 2.6 does not return that of a context, nor one that was set to None
+        return torch.empty(0).device
 
     def flushes() -> bool:
         return bool(torch.tensor([5e-324], dtype=torch.float64, device="cpu").mul(1).item() == 0)
 
     settings = [
-        Setting("default_device", torch.get_default_device, set_device),
+        Setting("default_device", device, set_device),
         Setting("flush_denormal", flushes, torch.set_flush_denormal),
     ]
     for entry in SETTINGS.splitlines():
@@ -163,7 +170,9 @@ def _settings_of(torch: Any) -> list[Setting]:
                 holder = attrgetter(owner)(torch)
                 read = partial(getattr, holder, attribute)
                 write = partial(setattr, holder, attribute)
-            settings.append(Setting(name, read, write))
+            setting = Setting(name, read, write)
+            _ = setting.value  # an AttributeError where this release lacks it
+            settings.append(setting)
     return settings
 
 

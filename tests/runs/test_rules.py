@@ -25,6 +25,10 @@ LOST = COLLAPSED | {"latest_reward": 0.0, "latest_stderr": 0.01, "latest_entropy
 GAIN = {"gain": 0.01, "gain_stderr": 0.02, "before_reward": 0.3, "after_reward": 0.31, "held_out": 16,
         "share_without_signal": 0.6, **RATE}  # fmt: skip
 PEAK = {"fell": True, "peak_reward": 0.9, "peak_step": 20, "now_reward": 0.5, "learning_rate": 1e-3}
+GREEDY = {"best_greedy_reward": 0.8, "best_greedy_stderr": 0.03, "best_greedy_step": 0, "keep": "last",
+          "after_greedy_reward": 0.1, "after_greedy_stderr": 0.02}  # fmt: skip
+GAP = {"before_greedy_reward": 0.8, "before_greedy_stderr": 0.03, "before_reward": 0.07, "eval_generations": 4,
+       "before_most_reward": 0.1, "before_most_stderr": 0.02}  # fmt: skip
 USUAL = {"lowest_rate": 1e-3, "highest_rate": 1e-3, "whose": "this model", **RATE}
 CRITIC = {"recent_explained_variance": -0.5, "num_envs": 64, "learning_rate": 0.01}
 OFF = {"recent_logp_difference": 0.06, "recent_effective_samples": 0.9, "importance": "none"}
@@ -72,6 +76,10 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
     ("nothing-learnt", "act", GAIN, {}, {"gain": 0.05}),
     ("reward-fell", "act", PEAK, {"learning_rate": 5e-4}, {"fell": False}),
     ("reward-fell", "act", PEAK, None, {"is_solved": True}),
+    ("greedy-fell", "act", GREEDY, {"keep": "best"}, {"after_greedy_reward": 0.75}),
+    ("greedy-fell", "act", GREEDY, {"keep": "best"}, {"keep": "best"}),
+    ("greedy-fell", "act", GREEDY, {"keep": "best"}, {"is_solved": True}),
+    ("greedy-gap", "watch", GAP, {}, {"before_most_reward": 0.75}),
     ("reward-flat", "act", FLAT, {"learning_rate": 2e-3}, {"gained": True}),
     ("still-rising", "watch", {"rising": True, "is_whole": True, "max_steps": 40}, {"max_steps": 80},
      {"is_solved": True}),
@@ -132,11 +140,12 @@ def test_every_fact_that_a_rule_names_is_filled_by_some_reader():
     """A name that is spelt in another way here and there would silence its rule for ever."""
     code = Path(rules.__file__).read_text()
     names = set(re.findall(r"\bfacts\.(?!get\b)(\w+)|{([a-z_]+)(?::[^}]*)?}", code))
-    numbers = facts([row(1, 0.0)] * 3, settings_of(prompts_per_step=16), *get_args(Part))
-    evaluations = {f"{name}_{fact}" for name in ("best", "before") for fact in ("reward", "stderr")}
+    evaluation = {f"eval_{name}": 0.0 for name in ("reward", "reward_greedy", "best@4")}
+    rows = [row(1, 0.0) | evaluation] * 3
+    numbers = facts(rows, settings_of(prompts_per_step=16), *get_args(Part))
     sources = [path for path in Path(tokenrl.__file__).parent.rglob("*.py") if path.stem != "rules"]
     words = set(re.findall(r"""\b(\w+)=|"(\w+)\"""", "".join(path.read_text() for path in sources)))
-    filled = SETTINGS | numbers.keys() | evaluations | {word for pair in words for word in pair}
+    filled = SETTINGS | numbers.keys() | {word for pair in words for word in pair}
     texts = {"advice", "cause"}  # of which a sentence is made
     assert {name for pair in names for name in pair if name} - filled - texts == set()
 

@@ -101,8 +101,10 @@ class AgentRun:
     last_reward: float = math.nan
 
     def findings(self, session: Session) -> list[Finding]:
-        """Return what the rules say of the entropy of the last tenth of the updates."""
-        return judge(facts(session.rows, self.args, "recent"), "entropy-collapsed")
+        """Return what the rules say of the entropy of the last tenth of the updates, and of greedy episodes."""
+        solved = self.solved(session.evaluation)
+        observed = facts(session.rows, self.args, "recent", is_solved=solved)
+        return judge(observed, "entropy-collapsed", "greedy-fell")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress and the random numbers, with which the run continues.

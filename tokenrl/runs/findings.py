@@ -11,7 +11,9 @@ prefix is a setting, or a number of the whole run. A prefix says which steps or 
     before_   the evaluation before training; best_ the highest so far; after_ the last one
 
 Names after a prefix are those in the column "fact" of the table of metrics, `stderr` (the standard error of
-the reward) and `equal` (the share of groups with equal rewards; where no groups are compared, of steps).
+the reward) and `equal` (the share of groups with equal rewards; where no groups are compared, of steps). Of
+evaluations there are also `step`, and the same three with `greedy_` (of greedy completions or episodes) and
+`most_` (of the best of several samples of each prompt).
 
 Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
 threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
@@ -133,13 +135,28 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
         observed[f"{part}_equal"] = _mean(shares)
     if "latest" in parts and rows_of["latest"]:
         observed |= _latest_facts(rows_of["latest"], steps[0], observed)
-    evaluations = [row for row in rows if finite(row.get("eval_reward")) is not None]
-    if evaluations:
-        best = max(evaluations, key=lambda row: float(row["eval_reward"]))
-        for prefix, row in (("best", best), ("before", rows[0])):
-            observed[f"{prefix}_reward"] = row.get("eval_reward")
-            observed[f"{prefix}_stderr"] = row.get("eval_reward_stderr")
-    return observed | numbers
+    return observed | evaluation_facts(rows) | numbers
+
+
+def evaluation_facts(rows: Rows) -> dict[str, Any]:
+    """Return the first, the best and the last evaluation of what is sampled, greedy, and the best of k samples."""
+    best_of = [n for row in rows[:1] for n in row if n.startswith(("eval_best@", "eval_pass@"))]
+    metrics = {
+        "": "eval_reward",
+        "greedy_": "eval_reward_greedy",
+        "most_": min(best_of, default=""),
+    }
+    observed = dict[str, Any]()
+    for fact, metric in metrics.items():
+        evaluations = [row for row in rows if finite(row.get(metric)) is not None]
+        if not evaluations:
+            continue
+        best = max(evaluations, key=lambda row: float(row[metric]))
+        for prefix, row in (("before", rows[0]), ("best", best), ("after", evaluations[-1])):
+            observed[f"{prefix}_{fact}reward"] = row.get(metric)
+            observed[f"{prefix}_{fact}stderr"] = row.get(f"{metric}_stderr")
+            observed[f"{prefix}_{fact}step"] = row["step"]
+    return observed
 
 
 def _mean(values: Iterable[Any]) -> float:

@@ -31,6 +31,8 @@ MIN_ERRORS = 4.5
 MIN_ERRORS_OF_BEST = 6.0
 """Standard errors by which the reward of a destroyed policy falls. Tested hundreds of times per run, a fall
 of 2 standard errors is often chance; the best of several evaluations is biased upwards."""
+GREEDY_ERRORS = 3.0
+"""Standard errors of a difference that is judged once in a run, between evaluations of the same prompts."""
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
@@ -238,6 +240,35 @@ def reward_fell(facts: Facts) -> Judgement:
     text = "The reward has fallen from its best, {peak_reward:.3g} at step {peak_step}, to {now_reward:.3g}."
     weight = "act" if facts.fell and not facts.is_solved else None
     return weight, text, {"learning_rate": facts.learning_rate / 2}
+
+
+@rule("greedy-fell")
+def greedy_fell(facts: Facts) -> Judgement:
+    """The greedy reward is lower than at its best, whatever the reward of samples, and its weights are lost."""
+    error = hypot(facts.best_greedy_stderr, facts.after_greedy_stderr)
+    fall = facts.best_greedy_reward - facts.after_greedy_reward
+    if facts.is_solved or facts.keep == "best" or not fall > GREEDY_ERRORS * error:
+        return None
+    text = (
+        "The greedy reward has fallen from its best, {best_greedy_reward:.3g} at step {best_greedy_step}, to "
+        "{after_greedy_reward:.3g}. No update follows it: samples or demonstrations may get better at the "
+        "same time. With --keep best model/ gets the weights of the best evaluation."
+    )
+    return "act", text, {"keep": "best"}
+
+
+@rule("greedy-gap")
+def samples_below_greedy(facts: Facts) -> Judgement:
+    """Before training the best of several samples earns less than the greedy completion of the same prompt."""
+    error = hypot(facts.before_greedy_stderr, facts.before_most_stderr)
+    gap = facts.before_greedy_reward - facts.before_most_reward
+    text = (
+        "Before training the greedy completions of held-out prompts earn {before_greedy_reward:.3g}, the best "
+        "of {eval_generations} samples {before_most_reward:.3g}, all samples {before_reward:.3g}. Updates "
+        "follow the samples, so the greedy reward may fall. More demonstrations bring the two together, and so "
+        "does a lower --temperature; it makes another policy, and that is the policy that every estimator trains."
+    )
+    return "watch" if gap > GREEDY_ERRORS * error else None, text
 
 
 @rule("reward-flat", precedence=0)

@@ -66,7 +66,7 @@ def assert_same(actual, expected):
     ]
     for name in ("logprobs", "entropy", "sampling_logprobs"):
         torch.testing.assert_close(
-            getattr(actual, name), getattr(expected, name), rtol=0, atol=3e-5
+            getattr(actual, name), getattr(expected, name), rtol=2e-5, atol=3e-5
         )
 
 

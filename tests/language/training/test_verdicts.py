@@ -9,6 +9,7 @@ import re
 import pytest
 from tiny_models import letter_task, letters, letters_trained
 
+from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.errors import Stopped
 from tokenrl.runs import rules
 from tokenrl.runs.files import verify
@@ -204,3 +205,42 @@ def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, caps
         assert (tmp_path / name / "model" / "model.safetensors").exists()
         is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in printed(capsys)
         assert is_told == (name == "low")
+
+
+class Scripted:
+    """A reward whose mean in each call is scripted: greedy and sampled before training, steps, and after it."""
+
+    __name__ = "scripted"
+
+    def __init__(self, *means):
+        self.means = iter(means)
+
+    def __call__(self, completions, **_):
+        mean = next(self.means)
+        return [mean + 0.01 * (i % 4) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize(
+    ("greedy", "keep", "flags"),
+    [
+        ((0.8, 0.1), "last", ("greedy-fell",)),  # while the reward of samples rises from .07 to .09
+        ((0.8, 0.1), "best", ()),
+        ((0.8, 0.79), "last", ()),  # within noise
+        ((0.1, 0.8), "last", ()),
+    ],
+)
+def test_a_greedy_reward_that_falls_while_samples_gain_is_a_flag(
+    tmp_path, capsys, greedy, keep, flags
+):
+    before, after = greedy
+    reward = Scripted(before, 0.07, 0.07, 0.08, after, 0.09)
+    folder = tmp_path / "run"
+    assert train(folder, reward, max_steps=2, keep=keep).flags == flags
+    output = printed(capsys)
+    gap = "earn 0.815, the best of 4 samples 0.1, all samples 0.085"
+    assert (gap in output) == (before == 0.8)
+    fall = "warning: greedy-fell: The greedy reward has fallen from its best, 0.8"
+    assert (fall in output) == bool(flags)
+    advice = advise_run(str(folder))
+    assert ("--keep best" in advice.line) == bool(flags)
+    assert ("greedy reward has fallen" in (folder / "report.html").read_text()) == bool(flags)

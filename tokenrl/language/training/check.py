@@ -84,7 +84,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
         findings.append(Finding("environment-fails", "void", failed))
     unread = [record.unread for record in records if record.unread and not run.warm_seconds]
     findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
-    observed = _trial_facts(run, records, session.eval_before) | gap
+    observed = _trial_facts(run, records, session) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     settings = {"truncation": "max_completion_length"}
     if observed["is_half"]:
@@ -295,9 +295,7 @@ def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 
 
-def _trial_facts(
-    run: TrainingRun, records: Sequence[Record], before: Mapping[str, float]
-) -> dict[str, Any]:
+def _trial_facts(run: TrainingRun, records: Sequence[Record], session: Session) -> dict[str, Any]:
     """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
     args = run.args
     policy = run.learner.policy
@@ -319,7 +317,7 @@ def _trial_facts(
         "others_differ": args.teacher is not None,
         "groups": f"{_counted(groups, 'group')} of {_counted(size, 'completion')}",
         "who": "The greedy completions of held-out prompts",
-        "before_greedy": before.get("reward_greedy") if equal < 1 else None,
+        "before_greedy": session.eval_before.get("reward_greedy") if equal < 1 else None,
     }
     if run.rewards.environments is not None:  # a turn that was cut off is never acted on
         cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
@@ -328,7 +326,8 @@ def _trial_facts(
         numbers["step_grad_norm"] = math.inf
     if not (policy.eos_ids or policy.stops):  # then all are cut
         numbers["step_cut"] = None
-    return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
+    steps = [{"step": 1, **record.metrics} for record in records]
+    return run_facts(run, [*session.rows, *steps], "step", **numbers)
 
 
 def _counted(count: int, noun: str) -> str:

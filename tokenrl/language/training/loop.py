@@ -44,7 +44,7 @@ from tokenrl.language.training.run import (
 from tokenrl.language.training.settings import fill_defaults, sizes_of_steps, usual_rate
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import load_models
-from tokenrl.language.training.verdicts import judge_end, judge_step
+from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.processes import all_reduce_max, gather_objects, make_accelerator
@@ -287,6 +287,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
         held_out = len(run.task.eval_prompts)
         with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
             _evaluated(run, session)
+        judge_start(run, session)
     return session.steps()
 
 

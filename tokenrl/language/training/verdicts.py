@@ -17,7 +17,8 @@ from tokenrl.language.evaluation.evaluation import over_prompts
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.runs.findings import Finding, Part, facts, share_equal
+from tokenrl.runs.findings import Finding, Part, evaluation_facts, facts, share_equal
+from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -26,6 +27,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 POLICY_LOST = ("policy-destroyed", "entropy-collapsed")
 """The flags of a policy that has been lost during a run."""
+
+
+def judge_start(run: TrainingRun, session: Session) -> None:
+    """Warn of samples that earn less than the greedy completions, from the evaluation before training."""
+    for finding in judge(run_facts(run, session.rows), "greedy-gap"):
+        session.warn_once(finding.flag, finding.text)
 
 
 def judge_step(run: TrainingRun, session: Session) -> str | None:
@@ -97,7 +104,8 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     """
     rows = session.rows[1:]
     groups = run.args.estimator.needs_groups
-    numbers = dict[str, Any]()
+    last = {"step": session.step, **of_evaluation(session.evaluation)}
+    numbers = evaluation_facts([*session.rows, last])
     solved = getattr(run.task, "solved", None) or math.inf
     if session.evaluation and session.step:
         numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
@@ -120,7 +128,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
             }
     observed = run_facts(run, session.rows, "step", "recent", **numbers)
     findings = []
-    for finding in judge(observed, "nothing-learnt", "entropy-collapsed"):
+    for finding in judge(observed, "nothing-learnt", "entropy-collapsed", "greedy-fell"):
         if finding.weight == "watch":
             continue
         if finding.flag == "nothing-learnt" and "policy-destroyed" in session.flags:
