@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
@@ -40,6 +40,9 @@ FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
 ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
 """By flag that may stand without a value, the flag with the value that it then has."""
+DASHES = "\0"
+"""Marks a value that begins with two dashes and does not stand behind its flag and an equals sign any more;
+no word of a command line has this character."""
 READING = ConstructorRegistry()
 """How tyro reads the values of flags."""
 
@@ -114,7 +117,11 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
     try:
         with contextlib.redirect_stderr(errors):
             groups, rest = tyro.cli(
-                _flags(command), args=argv, prog=prog, registry=READING, return_unknown_args=True
+                _flags(command),
+                args=_collected(command.arguments, argv),
+                prog=prog,
+                registry=READING,
+                return_unknown_args=True,
             )
     except SystemExit:  # tyro's box has the error, then its attempts, then where the help is
         text = FRAME.split(errors.getvalue())[1].partition("Got errors:")[0]
@@ -125,8 +132,36 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
         options["axes"] = axes
     for group in groups.values():
         options |= group
+    for name, value in options.items():
+        if isinstance(value, tuple):
+            options[name] = tuple(v.removeprefix(DASHES) if type(v) is str else v for v in value)
     check_escapes(options)
     return options, rest
+
+
+def _collected(kind: Any, argv: list[str]) -> list[str]:
+    """Return the words of a command line; a list flag that stands there again adds to its first values."""
+    lists = {
+        name.replace("_", "-") for name, hint in field_types(kind).items() if ", ...]" in str(hint)
+    }
+    parts: list[list[str]] = [[]]
+    values: dict[str, list[str]] = {}
+    part = parts[0]
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        name = flag.replace("_", "-").removeprefix("--")
+        if not word.startswith("--"):
+            part.append(word)
+        elif name in values:
+            part = values[name]
+            if equals:
+                part.append(DASHES + value if value.startswith("--") else value)
+        else:
+            part = [word]
+            parts.append(part)
+            if name in lists:
+                values[name] = part
+    return [*chain.from_iterable(parts)]
 
 
 @READING.primitive_rule
