@@ -363,8 +363,7 @@ def test_a_switch_that_also_takes_a_word(words, value, tmp_path):
     [
         ("sample --prompt A --seed 3 --prompt B C", ("A", "B", "C")),
         ("sample --prompt=A --prompt=B", ("A", "B")),
-        ("sample --prompt A -1 --prompt=--x --prompt --seed 3", ("A", "-1", "--x")),
-        ("sample --stop # --stop=--", ("#", "--")),
+        ("sample --prompt=--x -1 --prompt= --prompt --seed 3", ("--x", "-1", "")),
         ("train --reward-weights 1 -2 --seed 1 --reward_weights 3", (1.0, -2.0, 3.0)),
         ("train --report-to wandb --report-to trackio", ("wandb", "trackio")),
         ("control --hidden 32 --hidden 16,8", (32, 16, 8)),

@@ -40,9 +40,6 @@ FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
 ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
 """By flag that may stand without a value, the flag with the value that it then has."""
-DASHES = "\0"
-"""Marks a value that begins with two dashes and does not stand behind its flag and an equals sign any more;
-no word of a command line has this character."""
 READING = ConstructorRegistry()
 """How tyro reads the values of flags."""
 
@@ -132,36 +129,27 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
         options["axes"] = axes
     for group in groups.values():
         options |= group
-    for name, value in options.items():
-        if isinstance(value, tuple):
-            options[name] = tuple(v.removeprefix(DASHES) if type(v) is str else v for v in value)
     check_escapes(options)
     return options, rest
 
 
 def _collected(kind: Any, argv: list[str]) -> list[str]:
-    """Return the words of a command line; a list flag that stands there again adds to its first values."""
-    lists = {
-        name.replace("_", "-") for name, hint in field_types(kind).items() if ", ...]" in str(hint)
-    }
-    parts: list[list[str]] = [[]]
-    values: dict[str, list[str]] = {}
-    part = parts[0]
-    for word in argv:
+    """Return the words of a command line, where a list flag that is repeated adds to its first values."""
+    hints = field_types(kind).items()
+    lists = {f"--{name}".replace("_", "-") for name, hint in hints if ", ...]" in str(hint)}
+    parts: dict[Any, list[str]] = {}
+    part = parts[""] = []
+    for number, word in enumerate(argv):
         flag, equals, value = word.partition("=")
-        name = flag.replace("_", "-").removeprefix("--")
+        name = flag.replace("_", "-")
         if not word.startswith("--"):
             part.append(word)
-        elif name in values:
-            part = values[name]
-            if equals:
-                part.append(DASHES + value if value.startswith("--") else value)
+        elif name in lists & parts.keys():
+            part = parts[name]
+            part += [value] if equals else []
         else:
-            part = [word]
-            parts.append(part)
-            if name in lists:
-                values[name] = part
-    return [*chain.from_iterable(parts)]
+            part = parts[name if name in lists else number] = [word]
+    return [*chain.from_iterable(parts.values())]
 
 
 @READING.primitive_rule

@@ -172,7 +172,7 @@ def _check_reference(
         )
     if reference.context != policy.context:
         whole = replace(sampling, truncate_prompts=False)
-        encode(reference, [row["prompt"] for row in prompts], whole)
+        encode(reference, prompts, whole)
 
 
 def _by_prompt(

@@ -173,7 +173,8 @@ def encode_demonstrations(
         policy: the policy.
         rows: rows of `prompt` and `completion`. Of a completion of messages each turn of the assistant is learnt,
             behind all that stands before it, with its calls of tools as the chat template writes them.
-        environments: where the rows come from; prompts describe their tools, as those of episodes do.
+        environments: where the rows come from. Prompts describe their tools, as those of episodes do, or else
+            those of the row.
 
     Returns:
         A pair for each turn of the assistant.
@@ -199,11 +200,12 @@ def encode_demonstrations(
                 f"The demonstration of {location}{fault}; it needs prompt and completion (text, or a list that "
                 "ends with the assistant's message)."
             )
-        tools = environments.tools(row) if environments else ()
+        tools = (environments and environments.tools(row)) or row.get("tools")
         try:
             for number, message in enumerate(turns):
                 if message["role"] == "assistant":
-                    prompt = [*row["prompt"], *turns[:number]] if number else row["prompt"]
+                    before = as_prompt(row["prompt"])
+                    prompt = [*before, *turns[:number]] if number else before
                     pairs.append(_pair(policy, prompt, message, tools, location))
         except Refused as error:
             raise Refused(f"The demonstration of {location}: {error}") from error
@@ -219,7 +221,7 @@ def _fault_of_turns(prompt: Any, roles: Sequence[str]) -> str:
 
 
 def _pair(
-    policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Sequence[Any], location: str
+    policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Any, location: str
 ) -> Pair:
     space, text = completion_text(policy, prompt, message, tools)
     before = policy.encode(prompt, tools=tools)
@@ -236,7 +238,7 @@ def _pair(
         raise Refused("it has no token, nor an EOS: leave it out.")
     if policy.context is not None and len(before) + len(ids) > policy.context:
         options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-        policy.encode_all([prompt], locations=[location], **options)  # refuses it
+        policy.encode_all([prompt], locations=[location], tools=[tools], **options)  # refuses it
     return before, ids
 
 

@@ -261,6 +261,10 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
             if len(rows) == 0:
                 raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
             sources.check_prompts(rows, f"task '{name}', {attribute}")
+            read = [sources.as_prompt(row["prompt"]) for row in rows]
+            if read != [row["prompt"] for row in rows]:
+                rows = [{**row, "prompt": part} for row, part in zip(rows, read, strict=True)]
+                task = changed(task, **{attribute: rows})
     if reward is None:
         return task
     if isinstance(reward, Sequence) and not isinstance(reward, str):

@@ -73,7 +73,7 @@ def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding
     refused = list[str]()
     for location, row in with_places(rows):
         try:
-            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [location])
+            encode(run.learner.policy, [row], run.learner.sampling, [location])
             usable.append(row)
         except Refused as error:
             refused.append(f"The first is that of {location}. {error}")
