@@ -191,7 +191,8 @@ class Policy:
             max_completion_length: the most tokens that a completion may have.
             truncate: drop tokens from the left of a prompt that is too long, instead of refusing it. None:
                 neither the prompt nor its completion can be changed, as in a demonstration.
-            locations, tools: the place of each prompt in the data, for messages, and its tools; empty for none.
+            locations: the place of each prompt in the data, for the message of a refusal.
+            tools: the tools of each prompt, as in `encode`; empty for none.
 
         Raises:
             Refused: a prompt and its completion could exceed the context, or `encode` refuses a prompt.
@@ -335,8 +336,7 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
         Refused: the architecture does not support it.
     """
     model: Any = policy.model
-    # The first releases of transformers 5 have only the older name.
-    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", None)  # not in early transformers 5
     enable = enable or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
