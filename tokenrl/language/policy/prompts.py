@@ -365,6 +365,11 @@ def _check_template(tokenizer: Any, name: str) -> None:
         )
 
 
+def texts_in(prompt: Prompt) -> list[str]:
+    """Return the texts of a prompt or a completion, text or chat messages."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
 def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a warning if a prompt contains the text of a special token, else an empty list.
 
@@ -381,10 +386,7 @@ def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str
     pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
     for location, row in with_places(rows):
         prompt = row["prompt"]
-        text = (
-            prompt if isinstance(prompt, str) else " ".join(str(turn["content"]) for turn in prompt)
-        )
-        if match := pattern.search(text):
+        if match := pattern.search(" ".join(map(str, texts_in(prompt)))):
             return [
                 f'The prompt of {location} contains "{match[0]}", which the tokenizer reads as a special '
                 "token. If it is meant as text, write it differently, as with a space inside."

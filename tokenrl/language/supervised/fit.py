@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, Stopped, with_places
+from tokenrl.errors import Placed, Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import completion_text, following_ids
+from tokenrl.language.policy.prompts import completion_text, following_ids, texts_in
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
@@ -210,6 +211,36 @@ def encode_demonstrations(
         except Refused as error:
             raise Refused(f"The demonstration of {location}: {error}") from error
     return pairs
+
+
+def as_in_episodes(
+    rows: Sequence[Any], environments: Environments, warn: Callable[[str], None]
+) -> list[Any]:
+    """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
+
+    A prompt that holds this text already stays as it is. So does that of a row whose columns `reset` cannot
+    take, and all of them if `reset` returns another text with another seed.
+
+    Args:
+        rows: demonstrations with a `prompt`, and the columns that `reset` takes.
+        environments: where the rows come from.
+        warn: prints that the text depends on the seed.
+    """
+    opened = [*rows]
+    for number, (location, row) in enumerate(with_places(rows)):
+        with suppress(Refused):
+            episodes = environments.reset([row, row], [0, 1])
+            environments.release(episodes)
+            first, second = episodes
+            if first.observation != second.observation:
+                warn(
+                    f"{first.name_of('reset')} draws its text at random, so it is not added to demonstrations: "
+                    "their prompts must hold what the policy reads first."
+                )
+                return [*rows]
+            if first.observation not in "\n".join(texts_in(row["prompt"])):
+                opened[number] = Placed({**row, "prompt": first.opening}, location)
+    return opened
 
 
 def _fault_of_turns(prompt: Any, roles: Sequence[str]) -> str:
