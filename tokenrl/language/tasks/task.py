@@ -339,6 +339,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
+        abstains=args.on_reward_timeout == "abstain",
         sources=named or None,
         pass_threshold=pass_threshold,
         optional=unrewarded,

@@ -379,6 +379,11 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
         _evaluated(run, session)
+    if late := run.rewards.late:
+        session.console.warn(
+            f"{late:,} completions of this process got no reward, as a call of their rewards missed "
+            f"reward_timeout={run.args.reward_timeout:g}."
+        )
     findings = judge_end(run, session)
     warmed = run.warm_started
     ended = run.result(session)
