@@ -31,7 +31,7 @@ MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
 _MAX_DECIMALS = 6  # of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
-_CELL = 60  # characters of a prompt or completion shown in a table
+_CELL = 60  # characters of a prompt or completion shown in a table, of which many are of its end
 _EPISODE = 300  # the same of an episode, of which half are of its end
 # The same of what an episode begins with: tools, and then the question, of which two thirds.
 _OPENING = 150
@@ -101,8 +101,8 @@ class Console:
                 prompt = visible(prompt, _OPENING, end=_OPENING * 2 // 3)
                 completion = visible(completion, _EPISODE, end=_EPISODE // 2)
             else:
-                prompt = visible(prompt, _CELL)
-                completion = visible(completion, _CELL)
+                prompt = visible(prompt, _CELL, end=_CELL * 2 // 3)
+                completion = visible(completion, _CELL, end=_CELL // 2)
             table.add_row(prompt, completion, *(number(row.get(key)) for key in numbers))
         self.print(table)
 
@@ -293,6 +293,11 @@ def number(value: Any) -> str:
         return visible(str(value), _CELL)
 
 
+def is_rounding(error: float, value: float) -> bool:
+    """Return whether an error is no more than the rounding of numbers of the size of a value, or of 1."""
+    return error <= 1e-14 * max(1.0, abs(value))
+
+
 def measured(value: Any, error: Any = None) -> str:
     """Return a number with its standard error as text, such as 0.912 ± 0.012; one without error as `number`.
 
@@ -300,6 +305,8 @@ def measured(value: Any, error: Any = None) -> str:
     """
     if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
         return number(value)
+    if is_rounding(error, value):
+        return f"{number(value)} ± 0"
     if error < 10 ** (1 - _MAX_DECIMALS):
         return f"{number(value)} ± {error:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
