@@ -92,6 +92,8 @@ class Console:
     ) -> None:
         """Print prompt, completion and some numbers of each row; control characters are made visible."""
         table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)
+        rows = [*rows]
+        numbers = [key for key in numbers if any(row.get(key) is not None for row in rows)]
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
