@@ -17,8 +17,8 @@ from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import objective_line
-from tokenrl.runs.console import is_rounding
 from tokenrl.runs.findings import Finding, facts
+from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session

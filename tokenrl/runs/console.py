@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.metric_table import metric_of
+from tokenrl.runs.metric_table import is_rounding, metric_of
 from tokenrl.runs.origin import untested_versions
 from tokenrl.runs.output import drop_output, harmless, rich_console, rich_table, visible
 
@@ -88,11 +88,10 @@ class Console:
             self.print(table)
 
     def completions_table(
-        self, rows: Iterable[Mapping[str, Any]], numbers: Sequence[str] = ("reward", "advantage")
+        self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[str] = ("reward", "advantage")
     ) -> None:
         """Print prompt, completion and some numbers of each row; control characters are made visible."""
         table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)
-        rows = [*rows]
         numbers = [key for key in numbers if any(row.get(key) is not None for row in rows)]
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
@@ -295,11 +294,6 @@ def number(value: Any) -> str:
         return visible(str(value), _CELL)
 
 
-def is_rounding(error: float, value: float) -> bool:
-    """Return whether an error is no more than the rounding of numbers of the size of a value, or of 1."""
-    return error <= 1e-14 * max(1.0, abs(value))
-
-
 def measured(value: Any, error: Any = None) -> str:
     """Return a number with its standard error as text, such as 0.912 ± 0.012; one without error as `number`.
 
@@ -307,8 +301,7 @@ def measured(value: Any, error: Any = None) -> str:
     """
     if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
         return number(value)
-    if is_rounding(error, value):
-        return f"{number(value)} ± 0"
+    error = 0.0 if is_rounding(error, value) else error
     if error < 10 ** (1 - _MAX_DECIMALS):
         return f"{number(value)} ± {error:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))

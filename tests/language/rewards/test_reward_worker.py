@@ -192,7 +192,7 @@ def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(capsy
     tokenrl.train(task=task, reward=["worked.py:moody"], **options)
     metrics = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[1])
     assert metrics["frac_rows_late"] == metrics["frac_rows_abstained"] == 0.5
-    assert "2 completions of this process got no reward" in " ".join(
+    assert "2 completions got no reward, as it missed reward_timeout" in " ".join(
         capsys.readouterr().out.split()
     )
 

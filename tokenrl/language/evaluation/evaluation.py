@@ -26,10 +26,10 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.runs.console import (
     distinct as distinct_rewards,
-    is_rounding,
     message_text,
     with_errors,
 )
+from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.reader import Tabled
 

@@ -380,10 +380,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     if session.owes_evaluation:
         _evaluated(run, session)
     if late := run.rewards.late:
-        session.console.warn(
-            f"{late:,} completions of this process got no reward, as a call of their rewards missed "
-            f"reward_timeout={run.args.reward_timeout:g}."
-        )
+        session.console.warn(f"{late:,} completions got no reward, as it missed reward_timeout.")
     findings = judge_end(run, session)
     warmed = run.warm_started
     ended = run.result(session)
