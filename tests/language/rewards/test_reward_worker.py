@@ -54,22 +54,6 @@ def backtracks(completions, **_):
 async def awaits(completions, **_):
     await asyncio.sleep(600)
 
-def sometimes(completions, log_extra, log_metric, **_):
-    log_metric("calls", 1)
-    if "three" in completions or "hang" in completions:
-        time.sleep(600)
-    log_extra("size", [len(text) for text in completions])
-    return [len(text) for text in completions]
-
-def moody(completions, prompts, **_):
-    if "the cat" in prompts:
-        time.sleep(600)
-    return [1.0 + i for i, _ in enumerate(completions)]
-
-async def later(completions, **_):
-    await asyncio.sleep(600 if "three" in completions else 0)
-    return [1.0] * len(completions)
-
 def strict(completions, **_):
     return [1 / len(text) for text in completions]
 
@@ -102,6 +86,22 @@ class Judge:
         return [float(os.getpid())] * len(completions)
 
 judge = Judge()
+
+def sometimes(completions, log_extra, log_metric, **_):
+    log_metric("calls", 1)
+    if "three" in completions or "hang" in completions:
+        time.sleep(600)
+    log_extra("size", [len(text) for text in completions])
+    return [len(text) for text in completions]
+
+def moody(completions, prompts, **_):
+    if "the cat" in prompts:
+        time.sleep(600)
+    return [1.0 + i for i, _ in enumerate(completions)]
+
+async def later(completions, **_):
+    await asyncio.sleep(600 if "three" in completions else 0)
+    return [1.0] * len(completions)
 """
 
 
