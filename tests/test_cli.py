@@ -23,7 +23,7 @@ from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.settings import arguments as made
+from tokenrl.settings import arguments as made, field_types
 
 TRAIN = shlex.split(
     "train --task vowels --max-steps 2 --prompts-per-step 2 --num-generations 3 --eval-generations 1 "
@@ -356,6 +356,44 @@ def flags_of(text):
 def test_a_switch_that_also_takes_a_word(words, value, tmp_path):
     (tmp_path / "warm.json").write_text('{"warm_start": true}')
     assert parse("train", COMMANDS["train"], words.split()).warm_start == value
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("sample --prompt A --seed 3 --prompt B C", ("A", "B", "C")),
+        ("sample --prompt=A --prompt=B", ("A", "B")),
+        ("sample --prompt=--x -1 --prompt= --prompt --seed 3", ("--x", "-1", "")),
+        ("train --reward-weights 1 -2 --seed 1 --reward_weights 3", (1.0, -2.0, 3.0)),
+        ("train --report-to wandb --report-to trackio", ("wandb", "trackio")),
+        ("control --hidden 32 --hidden 16,8", (32, 16, 8)),
+        ("evaluate --model a b --model c", ("a", "b", "c")),
+        ("evaluate --k 1 --k 4", (1, 4)),
+        ("compare --learning-rate fixed --learning-rate 0.1", ("fixed", 0.1)),
+        ("lab measure --estimators rloo --estimators grpo", ("rloo", "grpo")),
+    ],
+)
+def test_a_list_flag_that_is_repeated_adds_values(words, values):
+    command, _, rest = words.partition(" --")
+    name = rest.split()[0].partition("=")[0].replace("-", "_")
+    args = parse(command, COMMANDS[command], [f"--{rest.split()[0]}", *rest.split()[1:]])
+    assert getattr(args, name) == values
+
+
+def test_every_list_flag_can_be_repeated():
+    for command, (kind, *_) in COMMANDS.items():
+        for name, hint in field_types(kind).items():
+            if ", ...]" in str(hint) and name != "run_dir":
+                flag = f"--{name.replace('_', '-')}"
+                words = ["--lora-r", "1"] if name == "lora_target_modules" else []
+                args = parse(command, COMMANDS[command], [flag, "1", *words, flag, "2"])
+                assert [*map(float, getattr(args, name))] == [1, 2], (command, flag)
+
+
+def test_runs_of_a_comparison_share_a_list_flag_that_is_repeated():
+    words = shlex.split("--task vowels --reward a.py:f --seeds 2 --reward b.py:g")
+    shared = dict(parse("compare", COMMANDS["compare"], words).shared)
+    assert shared["reward"] == ["a.py:f", "b.py:g"]
 
 
 def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypatch):

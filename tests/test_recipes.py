@@ -39,7 +39,7 @@ PROGRAMS = {
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
 ELSEWHERE |= {"distillation_forms", "pass_at_k", "openenv_client", "turns", "build", "reference"}
 ELSEWHERE |= {"distillation", "compare_baselines", "overall_scores", "compare_existing_runs"}
-ELSEWHERE |= {"zero"}
+ELSEWHERE |= {"zero", "code_reward"}
 TABLE = "estimators_table"
 RUNGS = {
     "ladder vanilla": ("none", "exact"),

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
@@ -114,7 +114,11 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
     try:
         with contextlib.redirect_stderr(errors):
             groups, rest = tyro.cli(
-                _flags(command), args=argv, prog=prog, registry=READING, return_unknown_args=True
+                _flags(command),
+                args=_collected(command.arguments, argv),
+                prog=prog,
+                registry=READING,
+                return_unknown_args=True,
             )
     except SystemExit:  # tyro's box has the error, then its attempts, then where the help is
         text = FRAME.split(errors.getvalue())[1].partition("Got errors:")[0]
@@ -127,6 +131,25 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
         options |= group
     check_escapes(options)
     return options, rest
+
+
+def _collected(kind: Any, argv: list[str]) -> list[str]:
+    """Return the words of a command line, where a list flag that is repeated adds to its first values."""
+    hints = field_types(kind).items()
+    lists = {f"--{name}".replace("_", "-") for name, hint in hints if ", ...]" in str(hint)}
+    parts: dict[Any, list[str]] = {}
+    part = parts[""] = []
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        name = flag.replace("_", "-")
+        if not word.startswith("--"):
+            part.append(word)
+        elif name in lists & parts.keys():
+            part = parts[name]
+            part += [value] if equals else []
+        else:
+            part = parts[name if name in lists else number] = [word]
+    return [*chain.from_iterable(parts.values())]
 
 
 @READING.primitive_rule

@@ -37,6 +37,15 @@ def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools(calls):
     assert call[:40] in text and "theansweris42" in text and len(text) < 700
 
 
+@pytest.mark.parametrize("name", ["prompt", "completion"])
+def test_of_a_long_text_both_ends_are_shown(name):
+    table = io.StringIO()
+    row = {"prompt": "", "completion": ""} | {name: f"First {'words ' * 60}last?"}
+    Console(file=table).completions_table([row])
+    text = re.sub(r"\s", "", table.getvalue())
+    assert "First" in text and "last?" in text and len(text) < 200
+
+
 def test_of_what_an_episode_begins_with_the_question_is_shown_after_the_tools():
     prompt = f"system {'tools ' * 60}user How many coins has Ada? assistant "
     table = io.StringIO()
@@ -135,6 +144,7 @@ def test_small_formats(shape, value, text):
     [
         *((0.91234, 0.0123, "0.912 ± 0.012"), (1234.5, 67.8, "1234 ± 68"), (0.94, 0.0, "0.94 ± 0")),
         *((0.5, None, "0.5"), (None, 0.1, "-"), (0.5, math.nan, "0.5"), (1, 3e-9, "1 ± 3e-09")),
+        *((0.1, 2e-17, "0.1 ± 0"), (0.0, 1e-16, "0 ± 0"), (1e9, 1e-7, "1e+09 ± 0")),
     ],
 )
 def test_numbers_have_the_figures_that_their_errors_leave(value, error, text):

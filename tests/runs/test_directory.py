@@ -54,17 +54,29 @@ def locked(path, **options):
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "folder"),
     [
-        *((path, r"'\.\.'") for path in ("../run", "runs/../../etc", "..")),
-        *((path, "cannot be used") for path in ("file", "file/run", "a\0b", "a\udcff")),
+        ("../run", "run"),
+        ("runs/../../run", "run"),
+        ("new/../run", "work/run"),
+        ("../link/../run", "far/run"),
     ],
 )
-def test_parent_directory_in_the_path_is_refused(path, words, tmp_path, monkeypatch):
-    """So is a file in its place, or on the way."""
+def test_a_path_through_a_parent_directory_is_resolved(path, folder, tmp_path, monkeypatch):
+    for name in ("work", "far/away"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path / "work")
+    with locked(path) as run:
+        assert run == (tmp_path / folder).resolve()
+    assert not (tmp_path / "work" / "new").exists()
+
+
+@pytest.mark.parametrize("path", ["file", "file/run", "a\0b", "../a\0b", "a\udcff", "../\udcff"])
+def test_a_path_that_cannot_be_made_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(Refused, match="cannot be used"):
         RunDirectory(path)
     assert tree(tmp_path) == {"file": b"mine"}
 

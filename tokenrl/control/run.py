@@ -18,6 +18,7 @@ from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import objective_line
 from tokenrl.runs.findings import Finding, facts
+from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -175,6 +176,7 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
 
 
 def _with_error(mean: float, error: float) -> str:
+    error = 0.0 if is_rounding(error, mean) else error
     return f"{mean:.5g} ± {error:.2g}" if math.isfinite(error) else f"{mean:.5g}"
 
 

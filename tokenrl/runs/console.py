@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.metric_table import metric_of
+from tokenrl.runs.metric_table import is_rounding, metric_of
 from tokenrl.runs.origin import untested_versions
 from tokenrl.runs.output import drop_output, harmless, rich_console, rich_table, visible
 
@@ -31,7 +31,7 @@ MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
 _MAX_DECIMALS = 6  # of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
-_CELL = 60  # characters of a prompt or completion shown in a table
+_CELL = 60  # characters of a prompt or completion shown in a table, of which many are of its end
 _EPISODE = 300  # the same of an episode, of which half are of its end
 # The same of what an episode begins with: tools, and then the question, of which two thirds.
 _OPENING = 150
@@ -88,10 +88,11 @@ class Console:
             self.print(table)
 
     def completions_table(
-        self, rows: Iterable[Mapping[str, Any]], numbers: Sequence[str] = ("reward", "advantage")
+        self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[str] = ("reward", "advantage")
     ) -> None:
         """Print prompt, completion and some numbers of each row; control characters are made visible."""
         table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)
+        numbers = [key for key in numbers if any(row.get(key) is not None for row in rows)]
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
@@ -101,8 +102,8 @@ class Console:
                 prompt = visible(prompt, _OPENING, end=_OPENING * 2 // 3)
                 completion = visible(completion, _EPISODE, end=_EPISODE // 2)
             else:
-                prompt = visible(prompt, _CELL)
-                completion = visible(completion, _CELL)
+                prompt = visible(prompt, _CELL, end=_CELL * 2 // 3)
+                completion = visible(completion, _CELL, end=_CELL // 2)
             table.add_row(prompt, completion, *(number(row.get(key)) for key in numbers))
         self.print(table)
 
@@ -300,6 +301,7 @@ def measured(value: Any, error: Any = None) -> str:
     """
     if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
         return number(value)
+    error = 0.0 if is_rounding(error, value) else error
     if error < 10 ** (1 - _MAX_DECIMALS):
         return f"{number(value)} ± {error:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))

@@ -53,16 +53,12 @@ class RunDirectory:
             new: the folder must not exist yet.
 
         Raises:
-            Refused: the path contains `..` or is a file; the folder holds a run that is neither to be
-                replaced nor continued; it holds files that no run wrote, or links where a run removes
-                files; another run is using it; or it cannot be written.
+            Refused: the path is a file; the folder holds a run that is neither to be replaced nor continued;
+                it holds files that no run wrote, or links where a run removes files; another run is using
+                it; or it cannot be written.
             FileExistsError: `new` was asked for, and the folder exists.
         """
-        self.path = run = Path(path)
-        if ".." in run.parts:
-            raise Refused(
-                f"The output directory {str(run)!r} contains '..'; give its path without it."
-            )
+        self.path = run = directory_path(path)
         try:
             str(run).encode()  # what a run writes names it, in UTF-8
             _refuse_foreign(run)
@@ -109,6 +105,12 @@ class RunDirectory:
                 for folder in self._made:
                     folder.rmdir()
         self._lock.release()
+
+
+def directory_path(path: str | Path) -> Path:
+    """Return the path of an output directory; one with `..` is resolved, as its folders may not exist yet."""
+    is_above = ".." in Path(path).parts and "\0" not in str(path)
+    return Path(path).resolve() if is_above else Path(path)
 
 
 def numbered(kind: str, number: int) -> Path:

@@ -151,7 +151,7 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     texts = set()
     names: dict[str, None] = {}
     for row in rows:
-        names |= dict.fromkeys(row)
+        names |= {name: None for name, value in row.items() if value is not None}
         texts |= {name for name, value in row.items() if not isinstance(value, int | float | None)}
     numeric = [name for name in names if name not in texts]
     samples = []

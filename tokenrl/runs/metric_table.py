@@ -61,3 +61,8 @@ def metric_of(name: str) -> Metric:
         if re.fullmatch(pattern, name):
             return metric
     return Metric(name)
+
+
+def is_rounding(error: float, value: float) -> bool:
+    """Return whether an error is no more than the rounding of numbers of the size of a value, or of 1."""
+    return error <= 1e-14 * max(1.0, abs(value))

@@ -14,7 +14,13 @@ from tokenrl.errors import Lost, Refused, Silent, Stopped, TokenrlError, describ
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.console import Console
-from tokenrl.runs.directory import RunDirectory, new_directory, newest, numbered
+from tokenrl.runs.directory import (
+    RunDirectory,
+    directory_path,
+    new_directory,
+    newest,
+    numbered,
+)
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import LOGS, read_completions
 from tokenrl.runs.origin import code_of, versions
@@ -57,7 +63,7 @@ def resume_settings(args: T, kind: str) -> T:
         Refused: code would be executed that the run names and this user did not (see `check_code`).
     """
     options: Any = args
-    run = str(options.output_dir or numbered(kind, newest(kind)))
+    run = str(directory_path(options.output_dir or numbered(kind, newest(kind))))
     if options.resume is None or not Path(run, "config.json").is_file():
         return args
     stored = read_config(run) | {"output_dir": run}
@@ -185,7 +191,8 @@ def claim(kind: str, args: Any, accelerator: Any = None) -> Claim:
     claimed = together(accelerator, lambda: _claim(kind, args, main=is_main(accelerator)))
     lock, faults, *numbers = claimed
     number, step = all_reduce_max(accelerator, numbers)
-    return Claim(str(args.output_dir or numbered(kind, number)), step, faults, lock)
+    directory = directory_path(args.output_dir or numbered(kind, number))
+    return Claim(str(directory), step, faults, lock)
 
 
 def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
@@ -209,7 +216,7 @@ def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, li
         directory = new_directory(kind)
         number = int(directory.path.name.rpartition("-")[2])
     else:
-        path = Path(args.output_dir).absolute()
+        path = directory_path(args.output_dir).absolute()
         directory = RunDirectory(path, overwrite=args.overwrite, resume=bool(args.resume))
     if not args.resume:
         return directory, [], number, 0

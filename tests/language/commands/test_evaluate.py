@@ -66,6 +66,8 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
         "eval_size 3, " in output
         and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in output
     )
+    assert tokenrl.evaluate(model=run, quiet=True) == expected
+    assert capsys.readouterr() == ("", "")
     for name in SAMPLED:
         changed = tokenrl.evaluate(model=run, **{name: 1.0})
         assert changed == tokenrl.evaluate(model=run, **SAMPLED | {name: 1.0}, **asked) != expected

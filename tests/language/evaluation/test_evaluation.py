@@ -367,3 +367,10 @@ def test_episodes_that_all_fail_are_evaluated_as_without_a_reward():
     evaluation = evaluate_policy(tiny(), ROWS, rewards, Sampling(4, 2))
     assert evaluation.metrics["episodes/error"] == 1 and math.isnan(evaluation.metrics["reward"])
     assert "no connection" in evaluation.rows[0]["failure"]
+
+
+def test_values_that_are_equal_but_for_rounding_have_no_error():
+    for value in (0.1, 1 / 3, 1e9 / 7, 0.0):
+        assert over_prompts([value] * 7).stderr == 0
+    assert over_prompts([0.1 + 0.2 - 0.3, 0.0, 0.0]).stderr == 0
+    assert over_prompts([0.1, 0.1 + 1e-9]).stderr > 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from types import SimpleNamespace
 
@@ -19,13 +20,21 @@ from tiny_models import (
     weights,
 )
 
+import tokenrl
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import Forward
+from tokenrl.language.supervised import fit as fit_module
 from tokenrl.language.supervised.base import warm_started_base
-from tokenrl.language.supervised.fit import SupervisedTraining, encode_demonstrations, fit
+from tokenrl.language.supervised.fit import (
+    SupervisedTraining,
+    as_in_episodes,
+    demonstration_batch,
+    encode_demonstrations,
+    fit,
+)
 from tokenrl.language.supervised.sft import sft
 from tokenrl.language.tasks.task import PromptTask
 
@@ -143,6 +152,78 @@ def test_a_call_in_a_completion_is_written_by_the_chat_template():
         encode_demonstrations(policy, [row], environments)
 
 
+class Store:
+    """Says what its row asks for, in TRL's interface, or draws it."""
+
+    def reset(self, text=None, **row):
+        return random.choice("abcdefgh") * 3 if text == "random" else text
+
+
+def asked(content):
+    return [{"role": "user", "content": content}]
+
+
+SO_FAR = [*asked("a"), {"role": "assistant", "content": "so"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "read"),
+    [
+        (asked("the cat"), "sat", asked("the cat\nsat")),
+        (asked("the cat "), "sat", asked("the cat sat")),
+        (asked("the cat"), " sat", asked("the cat sat")),
+        (asked("the cat\n"), "\nsat", asked("the cat\n\nsat")),
+        (asked("the cat"), None, asked("the cat")),
+        (asked("the cat"), "", asked("the cat")),
+        (asked(""), "sat", asked("sat")),
+        ("the cat", "sat", "the cat\nsat"),
+        ("", "sat", "sat"),
+        (SO_FAR + asked("b"), "sat", SO_FAR + asked("b\nsat")),
+    ],
+)
+def test_a_demonstration_reads_as_the_episode_of_its_row(prompt, text, read):
+    environments = Environments(Store)
+    rows = [{"prompt": prompt, "text": text, "completion": "x"}, {"prompt": read, "text": text}]
+    warnings = []
+    for row in as_in_episodes(rows, environments, warnings.append):  # added once
+        assert row["prompt"] == read
+    assert environments.reset(rows[:1], [7])[0].opening == read and not warnings
+
+
+def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, capsys):
+    rows = [{"prompt": asked(text), "text": "random", "completion": "sat"} for text in "abcdef"]
+    warnings = []
+    assert as_in_episodes(rows, Environments(Store), warnings.append) == rows
+    assert warnings[0].startswith("Store.reset draws its text at random")
+    options = {"environment": Store, "model": chat_policy(), "output_dir": str(tmp_path)}
+    sft(task=rows, max_steps=1, batch_size=2, **options)
+    assert "warning: Store.reset draws its text" in " ".join(capsys.readouterr().out.split())
+    # gymnasium's interface, and columns that reset cannot take
+    for factory in (Guess, {"safe": Store}):
+        others = [row | {"environment": "another"} for row in rows]
+        assert as_in_episodes(others, Environments(factory), warnings.append) == others
+
+
+@pytest.mark.parametrize("command", ["sft", "warm start"])
+def test_what_is_learnt_is_what_an_episode_reads(command, tmp_path, monkeypatch):
+    rows = [{"prompt": asked(text), "text": "sat", "completion": "x"} for text in "abcdefgh"]
+    batches = []
+    monkeypatch.setattr(
+        fit_module,
+        "demonstration_batch",
+        lambda policy, pairs: batches.extend(pairs) or demonstration_batch(policy, pairs),
+    )
+    policy, reward = chat_policy(), [lambda completions, **_: [0.0] * len(completions)]
+    options = {"environment": Store, "reward": reward, "quiet": True, "output_dir": str(tmp_path)}
+    if command == "sft":
+        sft(task=rows, model=policy, max_steps=2, batch_size=4, **options)
+    else:
+        options |= {"warm_start": True, "warm_start_steps": 1, "max_completion_length": 4}
+        tokenrl.train(task=rows, model=policy, max_steps=1, prompts_per_step=2, **options)
+    read = {policy.tokenizer.decode(ids) for ids, _ in batches}
+    assert read <= {f"user:{text}\nsat<eos>assistant:" for text in "abcdefgh"} and read
+
+
 @pytest.mark.parametrize("reward", [None, [vowel_reward]])
 def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
     rows = [
@@ -159,8 +240,9 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
         quiet=True,
         **options,
     )
-    losses = fit(chat_policy(), rows, environments=Environments(Safe), **options)
-    assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), rows, **options)[0]
+    shown = as_in_episodes(rows, Environments(Safe), str)
+    losses = fit(chat_policy(), shown, environments=Environments(Safe), **options)
+    assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), shown, **options)[0]
 
 
 @pytest.mark.parametrize(

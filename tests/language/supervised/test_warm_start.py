@@ -20,7 +20,7 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout import forward
 from tokenrl.language.supervised import warm_start as stage
 from tokenrl.language.supervised.base import warm_started_base
-from tokenrl.language.supervised.fit import SupervisedTraining, fit
+from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes, fit
 from tokenrl.language.training import loop
 from tokenrl.language.training.loop import train
 
@@ -297,8 +297,9 @@ def test_an_adapter_on_a_warm_start_finds_it_as_its_base_in_its_run(run, tmp_pat
 def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
     environments = Environments(Safe)
+    shown = as_in_episodes(rows, environments, str)
     losses = fit(
-        chat_policy(), rows, environments=environments, max_steps=1, batch_size=16, learning_rate=0
+        chat_policy(), shown, environments=environments, max_steps=1, batch_size=16, learning_rate=0
     )
     options = {"rows": rows, "prompts": [rows[0]["prompt"]], "max_completion_length": 4}
     result = run(model=chat_policy(), environment=Safe, **options)

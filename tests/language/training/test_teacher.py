@@ -40,6 +40,7 @@ from tokenrl.language.training import rows
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows, with_estimates
 from tokenrl.language.training.teacher import load_teacher
+from tokenrl.runs.metrics import read_completions
 
 PENALTY = Estimator(beta=0.3)
 IN_THE_LOSS = Estimator(baseline="group_mean", beta=0.3, kl_placement="loss", kl_estimator="k3")
@@ -231,6 +232,9 @@ def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_
     assert "reward" not in rows[1] and rows[1]["kl"] > 0
     assert {"reward", "reward_greedy", "kl"} < result.eval_after.keys()
     assert result.policy.reference is None and not result.flags
+    assert "completion advantage" in out and "completion reward" not in out
+    (table, *_) = (tmp_path / "run" / "completions").glob("*.parquet")
+    assert {row["reward"] for row in read_completions(table)} == {None}
     evaluated = tokenrl.evaluate(model=str(tmp_path / "run"), task=make_task(), reward=None)
     assert "reward_greedy" in evaluated.metrics
     data = distilled(tmp_path / "data", task=[{"prompt": prompt} for prompt in PROMPTS * 3])

@@ -36,6 +36,7 @@ from tokenrl.lab.compare.plan import (
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number
+from tokenrl.runs.directory import directory_path
 from tokenrl.runs.files import plain
 from tokenrl.runs.output import rich_table
 from tokenrl.runs.reader import read_run
@@ -78,7 +79,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
     console = Console(quiet=args.quiet)
-    root = Path(args.output_dir)
+    root = directory_path(args.output_dir)
     plan = make_plan(args, console.note)
     if args.dry_run:
         plan = continue_plan(plan, root)

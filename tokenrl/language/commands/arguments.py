@@ -117,3 +117,5 @@ class EvaluateArguments(OpenTaskArguments, PromptArguments, LoadingArguments, Tr
     """Seed of sampling. Default: that of the run, else 0."""
     json: str | None = None
     """Also write the numbers to this file; those of several models by the model's name."""
+    quiet: bool = False
+    """Print no warnings and no remarks, only the results of the command and errors."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import re
@@ -81,7 +83,13 @@ def evaluate(
         Refused: a model, the reference, the task or a reward cannot be used, or a number is out of range.
         Stopped: a reward function failed.
     """
-    args = as_trained(arguments_of_call(EvaluateArguments, args, options))
+    args = arguments_of_call(EvaluateArguments, args, options)
+    with contextlib.redirect_stderr(io.StringIO() if args.quiet else sys.stderr):
+        return _evaluations(as_trained(args))
+
+
+def _evaluations(args: EvaluateArguments) -> Evaluation | dict[str, Evaluation]:
+    """Evaluate the models of arguments that leave nothing open."""
     names = (args.model,) if isinstance(args.model, str) else args.model
     results: dict[str, Evaluation] = {}
     for name in names:

@@ -110,7 +110,7 @@ class Sampler:
             self._say("special", visible(warning))
         room = self._length
         if policy.context is not None and self.environments is None:
-            room = policy.context - len(policy.encode(row["prompt"]))
+            room = policy.context - len(policy.encode(row["prompt"], row.get("tools")))
         length = args.max_completion_length or max(1, min(self._length, room))
         sampling = Sampling(length, args.num_generations, args.seed, **distribution_of(args))
         prompts = [(self._completed, row)]

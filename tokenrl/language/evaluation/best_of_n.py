@@ -47,7 +47,8 @@ def sample_pool(
     check_number("num_generations", sampling.num_generations, at_least=1)
     generator = TransformersGenerator(policy)
     texts: list[list[str]] = []
-    for index, ids in enumerate(encode(policy, prompts, sampling)):
+    rows = [{"prompt": prompt} for prompt in prompts]
+    for index, ids in enumerate(encode(policy, rows, sampling)):
         draws = uniforms("best_of_n", sampling, [index])
         assert draws is not None
         completions: list[str] = []

@@ -24,7 +24,12 @@ from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
-from tokenrl.runs.console import distinct as distinct_rewards, message_text, with_errors
+from tokenrl.runs.console import (
+    distinct as distinct_rewards,
+    message_text,
+    with_errors,
+)
+from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.reader import Tabled
 
@@ -172,7 +177,7 @@ def _check_reference(
         )
     if reference.context != policy.context:
         whole = replace(sampling, truncate_prompts=False)
-        encode(reference, [row["prompt"] for row in prompts], whole)
+        encode(reference, prompts, whole)
 
 
 def _by_prompt(
@@ -265,7 +270,9 @@ def over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
     if size:
         mean = float(numbers.mean())
     if size > 1:
-        error = float(numbers.std(ddof=1)) / math.sqrt(size)
+        spread = float(numbers.std(ddof=1))
+        # Equal numbers may differ from their mean by a rounding.
+        error = 0.0 if is_rounding(spread, mean) else spread / math.sqrt(size)
     return Estimate(mean, error)
 
 

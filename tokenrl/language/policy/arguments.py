@@ -17,6 +17,8 @@ from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, argum
 T = TypeVar("T")
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+WRITTEN = {"tool_calls", "reasoning_content", "reasoning", "thinking"}
+"""Keys of messages, as transformers names calls and thoughts, that only a chat template can write."""
 TINY = "tiny"
 """Name of a new tiny model, where a model to train is named; a directory of this name takes precedence."""
 

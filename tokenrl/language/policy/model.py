@@ -95,11 +95,11 @@ class Policy:
         """Every id that ends a completion, those that stop strings name too."""
         return sorted({*self.eos_ids, *(self.stops.ids if self.stops else ())})
 
-    def write(self, messages: Any, tools: Sequence[Any] = (), **options: Any) -> str:
+    def write(self, messages: Any, tools: Any = (), **options: Any) -> str:
         """Return chat messages as the template writes them in the form of `self.form`; see `render`."""
         return render(self.tokenizer, messages, self.form, self.source, tools, **options)
 
-    def encode(self, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Any = ()) -> list[int]:
         """Token ids of one prompt, a string or a list of chat messages, in the form of `self.form`.
 
         Special tokens that the chat template or the text itself has are not added again. A last message of the
@@ -107,18 +107,17 @@ class Policy:
 
         Args:
             prompt: the prompt.
-            tools: functions with type hints and docstrings, which the chat template describes to the model.
+            tools: functions, which only a chat can use, or a value of the data, which text ignores; see `read_tools`.
 
         Raises:
-            Refused: template or form do not fit the prompt, or it is text for tools or empty without a BOS.
+            Refused: template or form do not fit the prompt, or it is text for functions or empty without a BOS.
         """
         tokenizer = self.tokenizer
         prompt = formed(prompt, self.form)
         if isinstance(prompt, str):
-            if tools:
+            if isinstance(tools, list | tuple) and any(map(callable, tools)):
                 raise Refused(
-                    f"An environment has tools, but a prompt is text: {prompt!r:.60}. Only a chat template "
-                    "shows tools to a model: add chat (--chat)."
+                    f"An environment has tools, but a prompt is text: {prompt!r:.60}. Add chat (--chat) to show them."
                 )
             ids = text_ids(tokenizer, prompt)
             if ids and ids[-1] in self.eos_ids:
@@ -143,7 +142,7 @@ class Policy:
         *,
         ended: bool,
         chat: bool,
-        tools: Sequence[Any] = (),
+        tools: Any = (),
         before: Sequence[int] = (),
     ) -> list[int]:
         """Token ids to append to a sampled turn, so that the policy reads an answer to it and writes on.
@@ -152,7 +151,7 @@ class Policy:
             messages: messages of the answer, of the user or of tools.
             ended: whether the sampled turn ended with one of `ends`.
             chat: whether the prompt is chat messages. Text is appended as it stands.
-            tools: the tools of the environment.
+            tools: as in `encode`.
             before: the ids that the answer follows.
 
         Raises:
@@ -183,6 +182,7 @@ class Policy:
         max_completion_length: int,
         truncate: bool | None = False,
         locations: Sequence[str] = (),
+        tools: Sequence[Any] = (),
     ) -> list[list[int]]:
         """Token ids of many prompts; each leaves room for a completion in the model's context.
 
@@ -192,6 +192,7 @@ class Policy:
             truncate: drop tokens from the left of a prompt that is too long, instead of refusing it. None:
                 neither the prompt nor its completion can be changed, as in a demonstration.
             locations: the place of each prompt in the data, for the message of a refusal.
+            tools: the tools of each prompt, as in `encode`; empty for none.
 
         Raises:
             Refused: a prompt and its completion could exceed the context, or `encode` refuses a prompt.
@@ -200,7 +201,7 @@ class Policy:
         encoded = []
         for row, prompt in enumerate(prompts):
             try:
-                encoded.append(self.encode(prompt))
+                encoded.append(self.encode(prompt, tools[row] if tools else ()))
             except Refused as error:
                 raise Refused(f"The prompt {names[row]}: {error}") from error
         if self.context is None:
@@ -335,8 +336,7 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
         Refused: the architecture does not support it.
     """
     model: Any = policy.model
-    # The first releases of transformers 5 have only the older name.
-    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", None)  # not in early transformers 5
     enable = enable or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})

@@ -15,8 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 from tokenrl.errors import Refused, describe, with_places
-from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.arguments import WRITTEN, PromptArguments
 from tokenrl.language.policy.stops import decoded, special_tokens
+from tokenrl.settings import shown
 
 Prompt = str | list[dict[str, Any]]
 
@@ -35,8 +36,6 @@ ENCODED_TWICE = re.compile(r'"\{\s*(\\|\})')
 """How the JSON of an object begins that was encoded again, as text."""
 BEGUN = 200
 """The most characters at the end of a text with which the next one can begin again."""
-WRITTEN = {"tool_calls", "reasoning_content", "reasoning", "thinking"}
-"""Keys of messages, as transformers names calls and thoughts, that only a chat template can write."""
 ANCHORS = ("\n", ".", "=", "a")
 """Texts behind which another is encoded; one of them does not merge with its beginning."""
 
@@ -111,26 +110,31 @@ def render(
     messages: Any,
     form: PromptArguments,
     name: str,
-    tools: Sequence[Any] = (),
+    tools: Any = (),
     **options: Any,
 ) -> str:
     """Return messages as the chat template writes them, at the time of the form.
+
+    The tools are functions, or what a column `tools` of the data holds (see `read_tools`).
 
     Arguments of calls of tools may be JSON text, as OpenAI has them. The template gets them as objects where it
     would encode the text again, or fails on it.
 
     Raises:
-        Refused: there is no template, it fails on the messages, or it never reads tools and there are some.
+        Refused: there is no template, it fails on the messages, it never reads tools and there are some, or
+            they are no tools.
     """
     from transformers.utils import chat_template_utils
 
     _check_template(tokenizer, name)
+    tools = read_tools(tools)
     if tools and not re.search(r"\btools\b", str(tokenizer.chat_template)):
         raise Refused(
-            f"The chat template of {name!r} never reads tools, so the policy would not see them: save a "
-            "tokenizer.chat_template that does with it, or take another model or an environment without tools."
+            f"The chat template of {name!r} never reads tools, so the model would not see them: save a "
+            "tokenizer.chat_template that does with it, take another model or an environment without tools, or "
+            "leave the column tools out of the data."
         )
-    options |= {"tokenize": False, "tools": list(tools) or None, **form.variables}
+    options |= {"tokenize": False, "tools": tools or None, **form.variables}
     clock: Any = datetime
     if form.chat_time:
         clock = SimpleNamespace(now=partial(datetime.fromisoformat, form.chat_time))
@@ -156,6 +160,29 @@ def render(
         ) from error
 
 
+def read_tools(tools: Any) -> list[Any]:
+    """Return the tools that a chat template describes to the model.
+
+    Args:
+        tools: a sequence of functions with type hints and docstrings, or of JSON schemas; or the JSON of
+            such a list or of its items, as data sets store them; None for no tools.
+
+    Raises:
+        Refused: it is something else.
+    """
+    try:
+        parts = json.loads(tools or "null") if isinstance(tools, str) else tools
+        read = [json.loads(part) if isinstance(part, str) else part for part in parts or ()]
+    except (TypeError, ValueError):  # no list, or no JSON
+        read = [None]
+    if not all(isinstance(part, Mapping) or callable(part) for part in read):
+        raise Refused(
+            f"The column tools holds {shown(tools)}; for chat messages it must be a list of JSON schemas of "
+            "functions, its JSON, or None. Give a column that holds something else another name."
+        )
+    return read
+
+
 def _with_objects(messages: Sequence[Any]) -> list[Any]:
     """Return messages in which arguments of calls that are JSON text are objects."""
     turns = copy.deepcopy([*messages])
@@ -168,7 +195,7 @@ def _with_objects(messages: Sequence[Any]) -> list[Any]:
 
 
 def completion_text(
-    policy: Any, prompt: Prompt, message: Mapping[str, Any], tools: Sequence[Any] = ()
+    policy: Any, prompt: Prompt, message: Mapping[str, Any], tools: Any = ()
 ) -> tuple[str, str]:
     """Return what a policy writes after a prompt, for the turn to be this message of the assistant.
 
@@ -210,14 +237,14 @@ def _shared(before: str, after: str) -> int:
     return next((size for size in sizes if before.endswith(after[:size])), 0)
 
 
-def _turn_end(policy: Any, prompt: Sequence[Any], text: str, tools: Sequence[Any]) -> str:
+def _turn_end(policy: Any, prompt: Sequence[Any], text: str, tools: Any) -> str:
     """Return what a template writes at the end of a turn of the assistant: its EOS, or what ends other turns too.
 
     Args:
         policy: knows the ends of completions.
         prompt: the messages before the turn.
         text: what the template writes, up to the end of the turn.
-        tools: the tools of the environment.
+        tools: what the template describes.
     """
     ends = decoded(policy.tokenizer, [[i] for i in policy.ends], skip_special_tokens=False)
     end = max(ends, key=text.rfind, default="")
@@ -230,7 +257,7 @@ def _turn_end(policy: Any, prompt: Sequence[Any], text: str, tools: Sequence[Any
 def reply_ids(
     policy: Any,
     messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] = (),
+    tools: Any = (),
     before: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids that a chat template writes from the end of an assistant's turn to its next turn.
@@ -241,7 +268,7 @@ def reply_ids(
     Args:
         policy: the policy.
         messages: the messages between the turns.
-        tools: the tools of the environment.
+        tools: what the template describes.
         before: the ids that are followed. Text at their end with which the reply begins is not written again.
 
     Raises:
@@ -338,6 +365,11 @@ def _check_template(tokenizer: Any, name: str) -> None:
         )
 
 
+def texts_in(prompt: Prompt) -> list[str]:
+    """Return the texts of a prompt or a completion, text or chat messages."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
 def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a warning if a prompt contains the text of a special token, else an empty list.
 
@@ -354,10 +386,7 @@ def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str
     pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
     for location, row in with_places(rows):
         prompt = row["prompt"]
-        text = (
-            prompt if isinstance(prompt, str) else " ".join(str(turn["content"]) for turn in prompt)
-        )
-        if match := pattern.search(text):
+        if match := pattern.search(" ".join(map(str, texts_in(prompt)))):
             return [
                 f'The prompt of {location} contains "{match[0]}", which the tokenizer reads as a special '
                 "token. If it is meant as text, write it differently, as with a space inside."

@@ -31,7 +31,7 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     """
     encoded = []
     for pair in pairs:
-        encode = partial(reward_model.encode, pair.prompt, truncate=False)
+        encode = partial(reward_model.encode, pair.prompt, tools=pair.tools, truncate=False)
         try:
             encoded.append((encode(pair.chosen), encode(pair.rejected)))
         except Refused as error:

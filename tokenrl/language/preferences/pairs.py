@@ -38,6 +38,7 @@ class Pair:
         margin: by how much the reward of `chosen` should exceed the reward of `rejected`; None without that
             column.
         gold: gold rewards of `chosen` and `rejected`; None without those columns.
+        tools: the tools that the chat template describes, as in the data; None without that column.
     """
 
     prompt: Any
@@ -45,6 +46,7 @@ class Pair:
     rejected: Any
     margin: float | None = None
     gold: tuple[float, float] | None = None
+    tools: Any = None
 
     @property
     def key(self) -> str:
@@ -154,7 +156,7 @@ def _pair(row: Row, source: str) -> Pair:
     gold = None
     if chosen_gold is not None and rejected_gold is not None:
         gold = (chosen_gold, rejected_gold)
-    return Pair(prompt, chosen, rejected, margin, gold)
+    return Pair(prompt, chosen, rejected, margin, gold, row.get("tools"))
 
 
 def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:

@@ -30,13 +30,12 @@ from tokenrl.errors import (
 )
 from tokenrl.language.rewards.calls import Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import RandomStreams, call_all
-from tokenrl.language.rewards.tools import Message, check_tool, encodable, reply, use
+from tokenrl.language.rewards.tools import Message, check_tool, encodable, joined, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
 REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
 RESET = "(text, info) in gymnasium's interface, and None or text in TRL's"
-
 NO_TOOLS = {"reset", "get_reward"}
 ROOM = Path(__file__).parent
 
@@ -64,7 +63,8 @@ class Episode:
 
     Attributes:
         environment: the user's object; None if it could not be made.
-        opening: the prompt of the row, with the observation of reset appended to its last user message.
+        opening: the prompt of the row, with the text of reset joined to its last user message.
+        observation: the text of reset.
         name: the name of its factory; None if there is only one.
         streams: its random state.
         steps: whether the environment has gymnasium's interface.
@@ -76,6 +76,7 @@ class Episode:
     environment: Any
     opening: str | list[Message]
     name: str | None = None
+    observation: str = ""
     streams: RandomStreams = field(default_factory=lambda: RandomStreams(0), repr=False)
     steps: bool = False
     tools: Sequence[Callable[..., Any]] = ()
@@ -92,8 +93,8 @@ class Episode:
         if isinstance(problem, str):
             fault = f"returned {problem}"
         elif isinstance(problem, Overdue):
-            hint = "make it faster, or raise reward_timeout"
-            fault = f"did not return within {problem} s{_line(problem)}: {hint}"
+            mend = "make it faster, or raise reward_timeout"
+            fault = f"did not return within {problem} s{_line(problem)}: {mend}"
         else:
             fault = f"raised {describe(problem)}{_line(problem)}"
         self.failure = encodable(f"{call} {fault}.")
@@ -110,12 +111,10 @@ class Environments:
     or "environment" if there are several.
 
     Attributes:
-        factory: a class or function without arguments that returns an environment, or a dictionary of them,
-            from which the column `environment` of a row chooses.
+        factory: a class or function that makes an environment, or a dict of them by the column `environment`.
         max_turns: the most turns of the policy in an episode.
         share_seed: whether the episodes of a prompt's group are reset with the same seed.
-        malformed: a tool call that cannot be parsed ends the episode ("end"), or is answered with the error
-            ("observe").
+        malformed: a tool call that cannot be parsed ends the episode ("end") or is answered ("observe").
         timeout: seconds that one call of an environment may take; None: as long as it likes.
         rewarded: whether an environment of them gives rewards.
         has_tools: whether an environment of them has tools.
@@ -139,8 +138,7 @@ class Environments:
         self._right = set[str]()  # the methods that have returned what they must
         self._free: dict[str | None, list[Any]] = {name: [] for name in factories}
         self._first: dict[str | None, Episode] = {}
-        self.rewarded = False
-        self.has_tools = False
+        self.rewarded = self.has_tools = False
         self.__name__ = "environment"
         for name in factories:
             first = self._first[name] = self._checked(Episode(None, "", name))
@@ -175,8 +173,7 @@ class Environments:
 
     def tools(self, row: Mapping[str, Any]) -> Sequence[Callable[..., Any]]:
         """Return the tools of a row's environment; none of a row that names no environment."""
-        first = self._first.get(self._name(row))
-        return () if first is None else first.tools
+        return self._first[self._name(row)].tools if self._name(row) in self._first else ()
 
     def schemas(self) -> list[Any]:
         """Return all tools as chat templates get them: name, description and arguments of each."""
@@ -200,7 +197,9 @@ class Environments:
         resets = {}
         for row, seed in zip(rows, seeds, strict=True):
             prompt = copied(row.get("prompt", ""))
-            episode = self._make(Episode(None, prompt, self._name(row), RandomStreams(seed)))
+            episode = self._make(
+                Episode(None, prompt, self._name(row), streams=RandomStreams(seed))
+            )
             episodes.append(episode)
             if not episode.failure:
                 options = copied(self._options(row, seed))  # an environment may change them
@@ -239,10 +238,14 @@ class Environments:
         answers = self._ask(
             "get_reward", rewards, lambda _, output: Answer([], reward_number(output)), REWARD
         )
+        self.release(episodes)
+        return [answers.get(episode, Answer([])) for episode in episodes]
+
+    def release(self, episodes: Sequence[Episode]) -> None:
+        """Set the instances of N episodes free, but for those that failed."""
         for episode in episodes:
             if not episode.failure:
                 self._free[episode.name].append(episode.environment)
-        return [answers.get(episode, Answer([])) for episode in episodes]
 
     def _name(self, row: Mapping[str, Any]) -> str | None:
         return None if None in self._factories else row.get("environment")
@@ -368,20 +371,20 @@ def _line(error: BaseException) -> str:
 
 
 def _opened(episode: Episode, output: Any) -> Answer:
-    """Append what `reset` returned to the prompt, of messages at the end of the last one of the user."""
+    """Add what `reset` returned to the prompt, of messages at the end of the last one of the user."""
     if episode.steps:
         output = _observation(*output)
     if isinstance(output, list):
         output = "".join(block["text"] for block in output)
-    text = "" if output is None else encodable(output)
+    text = episode.observation = "" if output is None else encodable(output)
     if isinstance(episode.opening, str):
-        episode.opening += text
+        episode.opening = joined(episode.opening, text)
     elif text:
         users = [message for message in episode.opening if message["role"] == "user"]
         if not users:
             problem = "a text, but the prompt has no message of the user at the end of which it could stand"
             return episode.fail(episode.name_of("reset"), problem)
-        users[-1]["content"] += text
+        users[-1]["content"] = joined(users[-1]["content"], text)
     return Answer([])
 
 
@@ -394,6 +397,4 @@ def _stepped(episode: Episode, output: Any) -> Answer:
 
 def _observation(text: str, info: Mapping[str, Any]) -> str:
     """Return an observation between GEM's prefix and suffix; TypeError if one of them is no text."""
-    prefix = info.get("prefix") or ""
-    suffix = info.get("suffix") or ""
-    return encodable(prefix + text + suffix)
+    return encodable((info.get("prefix") or "") + text + (info.get("suffix") or ""))

@@ -92,12 +92,19 @@ class RewardModel:
         limits = [self.tokenizer.model_max_length, context_of(text_config)]
         self.max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float]:
         """Score prompt + completion; a text that is too long loses its beginning.
 
         Args:
             prompts: N texts or lists of chat messages.
             completions: N texts or lists of chat messages.
+            tools: the column `tools` of the data, N values that the chat template gets; None without it.
 
         Returns:
             N rewards, the logits of the texts.
@@ -105,7 +112,8 @@ class RewardModel:
         Raises:
             Refused: the prompts are chat messages and the tokenizer has no chat template.
         """
-        return self.score([*map(self.encode, prompts, completions)])
+        columns = prompts, completions, tools or [None] * len(prompts)
+        return self.score([*map(self.encode, *columns)])
 
     def ask(self, form: PromptArguments) -> None:
         """Put prompts in this form from now on.
@@ -143,7 +151,9 @@ class RewardModel:
         logits: Tensor = out.logits
         return logits[:, 0]
 
-    def encode(self, prompt: Any, completion: Any, *, truncate: bool = True) -> list[int]:
+    def encode(
+        self, prompt: Any, completion: Any, tools: Any = None, *, truncate: bool = True
+    ) -> list[int]:
         """Ids of prompt + completion, at least one; `truncate` cuts them on the left to `max_length`.
 
         Raises:
@@ -157,7 +167,7 @@ class RewardModel:
         else:
             if isinstance(completion, str):
                 completion = [{"role": "assistant", "content": completion}]
-            text = render(self.tokenizer, [*prompt, *completion], self.form, self.__name__)
+            text = render(self.tokenizer, [*prompt, *completion], self.form, self.__name__, tools)
         if self.max_length and truncate:
             options |= {"truncation": True, "max_length": self.max_length}
         ids = text_ids(self.tokenizer, text, **options)

@@ -107,6 +107,12 @@ def encodable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def joined(prompt: str, text: str) -> str:
+    """Return a prompt and a text, with a line break between if there is no white space where they meet."""
+    is_apart = prompt[-1:].isspace() or text[:1].isspace()
+    return f"{prompt}\n{text}" if prompt and text and not is_apart else prompt + text
+
+
 def use(tools: Sequence[Callable[..., Any]], name: str, arguments: Mapping[str, Any]) -> Any:
     """Call the tool of this name.
 

@@ -23,6 +23,8 @@ from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-def
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
+
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
 from tokenrl.language.rewards.calls import CallResults, TrainerState, call_rewards
 from tokenrl.language.rewards.loading import load_reward
@@ -36,10 +38,20 @@ NEEDED = ("fork", "killpg", "setsid")
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 
 
-class RewardWorker:
-    """Several reward functions in one process that can be killed; the first call starts it."""
+class Late(Stopped):
+    """A call of reward functions missed its deadline."""
 
-    def __init__(self, sources: Mapping[str, Any], timeout: float) -> None:
+
+class RewardWorker:
+    """Several reward functions in one process that can be killed; the first call starts it.
+
+    Attributes:
+        timeout: seconds for one call of a function.
+        abstains: whether completions whose call missed the deadline get no reward, instead of an error.
+        late: number of such completions so far.
+    """
+
+    def __init__(self, sources: Mapping[str, Any], timeout: float, abstains: bool = False) -> None:
         """Take the functions; nothing is started yet.
 
         Args:
@@ -47,6 +59,7 @@ class RewardWorker:
                 is pickled, and a pickled function is only the name of its module and its own.
             timeout: seconds for one call of a function. Async functions run together, and the timeout is for
                 all of them.
+            abstains: give completions whose call missed the deadline no reward.
 
         Raises:
             Refused: a function cannot be pickled, or the system is Windows.
@@ -57,6 +70,8 @@ class RewardWorker:
                 "reward_timeout does: leave reward_timeout out, or run on Linux or macOS."
             )
         self.timeout = timeout
+        self.abstains = abstains
+        self.late = 0
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
 
@@ -65,10 +80,41 @@ class RewardWorker:
     ) -> CallResults:
         """Do what `call_rewards` does, in the process and with a deadline for each function.
 
+        If `abstains`, a call that misses it is made again for each completion alone.
+
         Raises:
             Stopped: as in `call_rewards`, or a function took too long or ended the process.
             Refused: the process cannot be started with these functions.
         """
+        try:
+            return self._called(rows, state, locations)
+        except Late:
+            if not self.abstains:
+                raise
+        count = len(rows["prompts"])
+        if count == 1:
+            self.late += 1
+            spent = dict.fromkeys(self._pickled, self.timeout)
+            return CallResults({name: np.full(1, np.nan) for name in self._pickled}, {}, {}, spent)
+        parts = []
+        for i in range(count):
+            row = {name: column[i : i + 1] for name, column in rows.items()}
+            parts.append(self(row, state, locations[i : i + 1]))
+        names = dict.fromkeys(name for part in parts for name in part.extra)
+        logged: dict[str, list[float]] = {}
+        for part in parts:
+            for name, values in part.logged.items():
+                logged.setdefault(name, []).extend(values)
+        return CallResults(
+            {name: np.concatenate([part.values[name] for part in parts]) for name in self._pickled},
+            {name: [part.extra.get(name, [None])[0] for part in parts] for name in names},
+            logged,
+            {name: sum(part.seconds[name] for part in parts) for name in self._pickled},
+        )
+
+    def _called(
+        self, rows: Mapping[str, list[Any]], state: TrainerState, locations: Sequence[str]
+    ) -> CallResults:
         if self._process is None:
             self._start()
         try:
@@ -115,9 +161,10 @@ class RewardWorker:
                 "reward_timeout needs `if __name__ == '__main__':`, as the process imports the program."
             ) from None
         self.close()
-        raise fault(
+        raise (Late if fault is Stopped else fault)(
             f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was killed: "
-            "make it faster (nested repetition in a pattern can take for ever), or raise reward_timeout."
+            "make it faster (nested repetition in a pattern can take for ever), raise reward_timeout, or give such "
+            "completions no reward with on_reward_timeout abstain."
         )
 
     def close(self) -> None:

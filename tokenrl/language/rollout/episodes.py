@@ -81,7 +81,10 @@ def play(
     draws = uniforms(stream, sampling, [number for number, _ in prompts])
     data = [row for _, row in prompts for _ in range(sampling.group_size)]
     episodes = environments.reset(data, _seeds(environments, prompts, sampling, stream))
-    rows = [_Row.begin(policy, episode, sampling.max_completion_length) for episode in episodes]
+    rows = [
+        _Row.begin(policy, episode, sampling.max_completion_length, row.get("tools"))
+        for episode, row in zip(episodes, data, strict=True)
+    ]
     parts = list[_Part]()
     one_each = replace(sampling, num_generations=min(1, sampling.num_generations))
     for turn in range(environments.max_turns):
@@ -117,6 +120,8 @@ class _Row:
         episode: the episode.
         prompt: token ids of the prompt with the first observation.
         chat: whether the policy reads chat messages.
+        tools: what the chat template describes: the tools of the environment, which alone can be called, or
+            else those of the row of the data.
         budget: number of tokens that the policy may still choose.
         tokens: token ids after the prompt, those of the policy and those of the environment.
         rewards: position and value of each reward.
@@ -128,6 +133,7 @@ class _Row:
     episode: Episode
     prompt: list[int]
     chat: bool
+    tools: Any
     budget: int
     ending: str
     failure: str
@@ -136,14 +142,15 @@ class _Row:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, policy: Policy, episode: Episode, budget: int) -> _Row:
+    def begin(cls, policy: Policy, episode: Episode, budget: int, tools: Any) -> _Row:
         """Return the row of an episode after its reset, which may have failed."""
         is_text = isinstance(episode.opening, str)
         chat = bool(policy.form.chat) or not is_text
-        row = cls(episode, [policy.pad_id], chat, budget, episode.ending, episode.failure)
+        tools = episode.tools or tools
+        row = cls(episode, [policy.pad_id], chat, tools, budget, episode.ending, episode.failure)
         if row.ending:
             return row
-        encode = partial(policy.encode, tools=episode.tools)
+        encode = partial(policy.encode, tools=tools)
         other = policy.tokenizer.decode([policy.pad_id])
         if not is_text:
             other = [{"role": "user", "content": other}]
@@ -206,7 +213,7 @@ class _Row:
             policy.reply_ids,
             ended=self.tokens[-1] in policy.ends,
             chat=self.chat,
-            tools=self.episode.tools,
+            tools=self.tools,
             before=self.prompt + self.tokens,
         )
         ids = self.encoded(encode, answer.messages, [{**answer.messages[0], "content": "?"}])

@@ -58,8 +58,7 @@ def sample_rows(
 
 def encoded(policy: Policy, data: Sequence[Row], sampling: Sampling) -> list[list[int]]:
     """Return the token ids of the prompts of rows of the data; a refusal names the row."""
-    prompts = [row["prompt"] for row in data]
-    return encode(policy, prompts, sampling, locations_of(data))
+    return encode(policy, data, sampling, locations_of(data))
 
 
 def texts_of(policy: Policy, rollout: Rollout) -> list[str]:

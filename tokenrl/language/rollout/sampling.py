@@ -78,13 +78,13 @@ class Sampling(Distribution):
 
 
 def encode(
-    policy: Policy, prompts: Sequence[Any], sampling: Sampling, locations: Sequence[str] = ()
+    policy: Policy, data: Sequence[Any], sampling: Sampling, locations: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Token ids of prompts (text or chat messages), each short enough for a completion to follow it.
+    """Token ids of the prompts of rows, each short enough for a completion to follow it.
 
     Args:
         policy: the policy.
-        prompts: the prompts.
+        data: the rows, with a `prompt` (text or chat messages) and perhaps `tools`.
         sampling: how they are completed.
         locations: where each prompt stands in the data, for the message of a refusal; empty if unknown.
 
@@ -93,10 +93,11 @@ def encode(
             the lengths.
     """
     return policy.encode_all(
-        prompts,
+        [row["prompt"] for row in data],
         max_completion_length=sampling.max_completion_length,
         truncate=sampling.truncate_prompts,
         locations=locations,
+        tools=[row.get("tools") for row in data],
     )
 
 

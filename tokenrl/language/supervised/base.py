@@ -106,9 +106,11 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
             *(getattr(task, "demonstrations", None) or ()),
         ]
         form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
-        if getattr(task, "environment", None) is not None:
+        environment = getattr(task, "environment", None)
+        calls = any(row.get("tools") and not isinstance(row["prompt"], str) for row in rows)
+        if environment is not None or calls:
             rows.append({"prompt": WRITTEN})
-            form["tools"] = Environments(task.environment).has_tools
+        form["tools"] = calls or (environment and Environments(environment).has_tools)
         room = max(1024, getattr(args, "max_completion_length", None) or 0)
         build = partial(
             importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form

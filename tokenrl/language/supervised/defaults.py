@@ -19,7 +19,7 @@ import numpy as np
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import formed, render
+from tokenrl.language.policy.prompts import formed
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
@@ -133,8 +133,8 @@ def completion_limit(
     lengths = [0]
     for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
         with suppress(Refused):  # a run names the row
-            if not surely_fits(policy, row["prompt"], limit):
-                lengths.append(len(policy.encode(row["prompt"])))
+            if not surely_fits(policy, row["prompt"], limit, row.get("tools")):
+                lengths.append(len(policy.encode(row["prompt"], row.get("tools"))))
     if policy.context is not None and max(lengths) + limit > policy.context:
         limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
         origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"
@@ -148,25 +148,28 @@ def check_prompts(policy: Policy, rows: Sequence[Any], sampling: Sampling) -> No
         Refused: one is too long, or cannot be read.
     """
     for location, row in with_places(rows):
-        if not surely_fits(policy, row["prompt"], sampling.max_completion_length):
-            encode(policy, [row["prompt"]], sampling, [location])
+        with suppress(Refused):  # below, with the location
+            room = sampling.max_completion_length
+            if surely_fits(policy, row["prompt"], room, row.get("tools")):
+                continue
+        encode(policy, [row], sampling, [location])
 
 
-def surely_fits(policy: Policy, prompt: Any, room: int) -> bool:
+def surely_fits(policy: Policy, prompt: Any, room: int, tools: Any = ()) -> bool:
     """Return whether a prompt leaves room for so many tokens in the context, however it is tokenised.
 
     It is not tokenised for that, which takes far longer: a text has hardly more tokens than bytes, and counts
     here as if it had two for each. Where it may have no token at all, none is sure.
 
     Raises:
-        Refused: the chat template or the form does not fit the prompt.
+        Refused: the chat template or the form does not fit the prompt or its tools.
     """
     tokenizer = policy.tokenizer
     text = formed(prompt, policy.form)
     if not isinstance(text, str):
         if text[-1]["role"] == "assistant":  # an answer that is continued
             return False
-        text = render(tokenizer, text, policy.form, policy.source, add_generation_prompt=True)
+        text = policy.write(text, tools, add_generation_prompt=True)
     if not (text.strip() and _keeps_characters(tokenizer)):
         return False
     return 2 * len(text.encode()) + 16 + room <= (policy.context or 0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, Stopped, with_places
+from tokenrl.errors import Placed, Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import completion_text, following_ids
+from tokenrl.language.policy.prompts import completion_text, following_ids, texts_in
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
@@ -173,7 +174,8 @@ def encode_demonstrations(
         policy: the policy.
         rows: rows of `prompt` and `completion`. Of a completion of messages each turn of the assistant is learnt,
             behind all that stands before it, with its calls of tools as the chat template writes them.
-        environments: where the rows come from; prompts describe their tools, as those of episodes do.
+        environments: where the rows come from. Prompts describe their tools, as those of episodes do, or else
+            those of the row.
 
     Returns:
         A pair for each turn of the assistant.
@@ -199,15 +201,46 @@ def encode_demonstrations(
                 f"The demonstration of {location}{fault}; it needs prompt and completion (text, or a list that "
                 "ends with the assistant's message)."
             )
-        tools = environments.tools(row) if environments else ()
+        tools = (environments and environments.tools(row)) or row.get("tools")
         try:
             for number, message in enumerate(turns):
                 if message["role"] == "assistant":
-                    prompt = [*row["prompt"], *turns[:number]] if number else row["prompt"]
+                    before = as_prompt(row["prompt"])
+                    prompt = [*before, *turns[:number]] if number else before
                     pairs.append(_pair(policy, prompt, message, tools, location))
         except Refused as error:
             raise Refused(f"The demonstration of {location}: {error}") from error
     return pairs
+
+
+def as_in_episodes(
+    rows: Sequence[Any], environments: Environments, warn: Callable[[str], None]
+) -> list[Any]:
+    """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
+
+    A prompt that holds this text already stays as it is. So does that of a row whose columns `reset` cannot
+    take, and all of them if `reset` returns another text with another seed.
+
+    Args:
+        rows: demonstrations with a `prompt`, and the columns that `reset` takes.
+        environments: where the rows come from.
+        warn: prints that the text depends on the seed.
+    """
+    opened = [*rows]
+    for number, (location, row) in enumerate(with_places(rows)):
+        with suppress(Refused):
+            episodes = environments.reset([row, row], [0, 1])
+            environments.release(episodes)
+            first, second = episodes
+            if first.observation != second.observation:
+                warn(
+                    f"{first.name_of('reset')} draws its text at random, so it is not added to demonstrations: "
+                    "their prompts must hold what the policy reads first."
+                )
+                return [*rows]
+            if first.observation not in "\n".join(texts_in(row["prompt"])):
+                opened[number] = Placed({**row, "prompt": first.opening}, location)
+    return opened
 
 
 def _fault_of_turns(prompt: Any, roles: Sequence[str]) -> str:
@@ -219,7 +252,7 @@ def _fault_of_turns(prompt: Any, roles: Sequence[str]) -> str:
 
 
 def _pair(
-    policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Sequence[Any], location: str
+    policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Any, location: str
 ) -> Pair:
     space, text = completion_text(policy, prompt, message, tools)
     before = policy.encode(prompt, tools=tools)
@@ -236,7 +269,7 @@ def _pair(
         raise Refused("it has no token, nor an EOS: leave it out.")
     if policy.context is not None and len(before) + len(ids) > policy.context:
         options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-        policy.encode_all([prompt], locations=[location], **options)  # refuses it
+        policy.encode_all([prompt], locations=[location], tools=[tools], **options)  # refuses it
     return before, ids
 
 

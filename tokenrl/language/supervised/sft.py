@@ -30,7 +30,7 @@ from tokenrl.language.supervised.defaults import (
     sft_defaults,
     with_origins,
 )
-from tokenrl.language.supervised.fit import SupervisedTraining
+from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import described, provenance_of, recorded
@@ -107,6 +107,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         environments = None if rewards is None else rewards.environments
         if rewards is None and task.environment is not None:
             environments = Environments(task.environment)
+        if environments is not None:
+            rows = as_in_episodes(rows, environments, session.console.warn)
         training = SupervisedTraining(
             policy,
             rows,

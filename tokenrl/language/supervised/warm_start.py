@@ -33,7 +33,7 @@ from tokenrl.language.rollout.sampling import sampling_of
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import cache_key
 from tokenrl.language.supervised.defaults import default_rate, demonstrations, parameter_count
-from tokenrl.language.supervised.fit import SupervisedTraining, check_trainable
+from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes, check_trainable
 from tokenrl.language.supervised.sft import train_supervised
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -108,6 +108,8 @@ class WarmStart:
         self.folder = folder
         self._task = task
         self._rows = demonstrations(task)
+        if rewards.environments is not None:
+            self._rows = as_in_episodes(self._rows, rewards.environments, console.warn)
         self._accelerator = accelerator
         self._rate = default_rate(parameter_count(policy), supervised=True)
         tokenizer = tokenizer_fingerprint(policy.tokenizer)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
+from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.runs.output import without_progress_bars
@@ -40,8 +41,13 @@ class DataArguments(Settings, group="data"):
     """One weight per reward. Default: 1 for each."""
     reward_timeout: Annotated[float, Bounds(above=0, at_most=1e6)] | None = None
     """Seconds that one call of a reward function may take. The functions then run in a process of their own,
-    which is killed at the deadline, and the run stops. Reward models are exempt. It also bounds one call of
-    an environment, whose episode then ends as timeout, and the run goes on. Default: no deadline."""
+    which is killed at the deadline; on_reward_timeout says what follows. Reward models are exempt. It also
+    bounds one call of an environment, whose episode then ends as timeout, and the run goes on. Default: no
+    deadline."""
+    on_reward_timeout: Literal["stop", "abstain"] = "stop"
+    """What follows on a call of reward functions that misses the deadline. stop: the run stops. abstain: they
+    are called again for each completion alone, and one that misses the deadline gets no reward from them; it
+    counts in frac_rows_late."""
     environment: Annotated[str, OR_OBJECT] | None = None
     """Environment that answers to each turn of a completion, so that a row is an episode of several turns:
     `module:Env` or `file.py:Env`, a class or function that takes no arguments, or a dict of them by the
@@ -244,7 +250,8 @@ def as_prompt(value: Any) -> Any:
     """Return a value of a column that holds texts or chat messages as one of the two.
 
     A number is the text that Python writes, as in a column of CSV. Messages lose their keys that are None, as
-    Arrow gives every message the keys of all messages; a call of a tool may have no content.
+    Arrow gives every message the keys of all messages. The content of a message that calls tools, thinks, or
+    holds the result of a tool may be null, and is then empty text.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
@@ -253,7 +260,7 @@ def as_prompt(value: Any) -> Any:
     messages = []
     for message in value:
         present = {key: part for key, part in message.items() if part is not None}
-        if "tool_calls" in present:
+        if present.keys() & WRITTEN or present.get("role") == "tool":
             present.setdefault("content", "")
         messages.append(present)
     return messages
@@ -316,7 +323,7 @@ def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:
         return f"the {name} is {shown(prompt, 100)} ({type(prompt).__name__})"
     if not prompt:
         return f"the {name} is an empty list"
-    for number, message in enumerate(prompt):
+    for number, message in enumerate(as_prompt(prompt)):
         subject = f"message {number} of the {name}"
         if not isinstance(message, Mapping):
             return f"{subject} is {message!r:.100} ({type(message).__name__})"

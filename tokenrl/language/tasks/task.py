@@ -261,6 +261,10 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
             if len(rows) == 0:
                 raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
             sources.check_prompts(rows, f"task '{name}', {attribute}")
+            read = [sources.as_prompt(row["prompt"]) for row in rows]
+            if read != [row["prompt"] for row in rows]:
+                rows = [{**row, "prompt": part} for row, part in zip(rows, read, strict=True)]
+                task = changed(task, **{attribute: rows})
     if reward is None:
         return task
     if isinstance(reward, Sequence) and not isinstance(reward, str):
@@ -335,6 +339,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
+        abstains=args.on_reward_timeout == "abstain",
         sources=named or None,
         pass_threshold=pass_threshold,
         optional=unrewarded,

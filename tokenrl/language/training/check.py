@@ -213,7 +213,7 @@ def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
     shown = records[0].rows() if records else rows
     if not shown:
         return ""
-    (ids,) = encode(policy, [shown[0]["prompt"]], run.learner.sampling)
+    (ids,) = encode(policy, [shown[0]], run.learner.sampling)
     text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return visible(text, LONGEST_SHOWN)
 

@@ -100,7 +100,7 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
     A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
-    itself. The reward is None where every function abstained, as from an episode that failed. Where each
+    itself. The reward is None without functions, and where all abstained, as from a failed episode. Where each
     token has an advantage of its own, the row holds that of the first token.
     """
     advantages = rows.advantages
@@ -112,7 +112,8 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
         "prompt": prompts_of(policy, rows),
         "completion": texts_of(policy, rows),
         "reward": [
-            x if rewarded else None for x, rewarded in zip(rewards, rows.valid, strict=True)
+            x if rewarded and names else None
+            for x, rewarded in zip(rewards, rows.valid, strict=True)
         ],
     }
     for name, values in zip(names, rows.by_function.T.tolist(), strict=True):

@@ -269,10 +269,15 @@ def task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
 def warnings_of(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
-    episodic = run.rewards.environments is not None
+    environments = run.rewards.environments
     special = special_texts(run.learner.policy.tokenizer, rows)
-    warnings = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
+    warnings = [] if environments else few_prompts(rows)  # equal prompts begin different episodes
     warnings += [*special, *remarks(rows)]
+    if environments and environments.has_tools and any(row.get("tools") for row in rows):
+        warnings.append(
+            f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
+            "not those of the column tools."
+        )
     size = len(run.task.eval_prompts)
     most = run.args.eval_size or 0
     if size < most:

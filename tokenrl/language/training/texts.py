@@ -10,6 +10,7 @@ from typing import Any
 from unicodedata import normalize
 
 from tokenrl.errors import Refused, with_places
+from tokenrl.language.policy.prompts import texts_in
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.fit import encode_demonstrations
@@ -31,9 +32,11 @@ def check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     tokenizer = run.learner.policy.tokenizer
     task = run.task
     rows = [*islice(task.train_prompts, MANY), *islice(task.eval_prompts, MANY)]
-    texts = [text for row in rows for text in _texts(row["prompt"])]
+    texts = [text for row in rows for text in texts_in(row["prompt"])]
     with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
-        texts += [text for row in demonstrations(task)[:MANY] for text in _texts(row["completion"])]
+        texts += [
+            text for row in demonstrations(task)[:MANY] for text in texts_in(row["completion"])
+        ]
     before = Counter[str]()
     after = Counter[str]()
     for text in texts:
@@ -60,11 +63,6 @@ def _characters(text: str, tokenizer: Any) -> Counter[str]:
     return Counter("".join(normalize("NFKC", text).split()))
 
 
-def _texts(prompt: Any) -> list[str]:
-    """Return the texts of a prompt or a completion, text or chat messages."""
-    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-
-
 def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts the policy can complete, and add a finding about those that it cannot."""
     if run.rewards.environments is not None:  # what is asked is known once an episode has begun
@@ -73,7 +71,7 @@ def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding
     refused = list[str]()
     for location, row in with_places(rows):
         try:
-            encode(run.learner.policy, [row["prompt"]], run.learner.sampling, [location])
+            encode(run.learner.policy, [row], run.learner.sampling, [location])
             usable.append(row)
         except Refused as error:
             refused.append(f"The first is that of {location}. {error}")

@@ -1,0 +1,183 @@
+"""The column `tools` of the data reaches the chat template, row by row, and null content is empty text."""
+
+import json
+
+import pytest
+from tiny_environments import Guess, Recorded, Safe, chat_policy
+from transformers import AutoModelForSequenceClassification
+
+import tokenrl
+from tokenrl.errors import Refused
+from tokenrl.language.preferences.evaluation import encode_pairs
+from tokenrl.language.preferences.pairs import read_pairs
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.episodes import play
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling, encode
+from tokenrl.language.supervised.fit import encode_demonstrations
+from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.task import PromptTask, find_task, load_task
+
+NAMES = (
+    "{% for tool in tools or [] %}{{ (tool.function or tool).name }},{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+CAT, DOG = ({"type": "function", "function": {"name": name}} for name in ("cat", "dog"))
+USER = {"role": "user", "content": "?"}
+
+
+def speak(word: str) -> str:
+    """Speak.
+
+    Args:
+        word: what to say.
+    """
+    return word
+
+
+FORMS = [
+    ([CAT, DOG], "cat,dog,"),
+    ((CAT,), "cat,"),
+    (json.dumps([CAT, DOG]), "cat,dog,"),
+    ([json.dumps(CAT), DOG], "cat,dog,"),
+    ([{"name": "cat", "description": "", "parameters": {}}], "cat,"),
+    ([speak], "speak,"),
+    *((value, "") for value in (None, [], "", "[]", "null")),
+]
+
+
+def policy_of_names():
+    policy = chat_policy()
+    policy.tokenizer.chat_template = NAMES
+    return policy
+
+
+def shown(policy, ids):
+    return policy.tokenizer.decode(ids).partition("u:")[0]
+
+
+@pytest.mark.parametrize(("tools", "names"), FORMS)
+def test_the_template_gets_the_tools_of_each_row_however_they_are_stored(tools, names):
+    policy = policy_of_names()
+    rows = [{"prompt": [USER], "tools": tools, "completion": "x"}, {"prompt": [USER]}]
+    read = [shown(policy, ids) for ids in encode(policy, rows, Sampling(4))]
+    assert read == [names, ""]
+    ((demonstrated, _),) = encode_demonstrations(policy, rows[:1])
+    assert shown(policy, demonstrated) == names
+    policy.model.config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(policy.model.config)
+    judge = RewardModel((classifier, policy.tokenizer))
+    pair = {"prompt": [USER], "chosen": "x", "rejected": "y", "tools": tools}
+    ((chosen, _),) = encode_pairs(judge, read_pairs([pair], "here"))
+    assert shown(policy, chosen) == names
+    assert judge([[USER]], ["x"], tools=[tools]) == judge.score([chosen])
+
+
+@pytest.mark.parametrize("tools", ["hammer", "{", 3, {"name": "cat"}, ["hammer"], [3], '"cat"'])
+def test_what_is_no_list_of_tools_is_refused_with_its_row_and_text_ignores_it(tools):
+    rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": None, "x": i} for i in range(9)]
+    rows[7]["tools"] = tools
+    options = {"model": policy_of_names(), "reward": [lambda x, **_: x], "max_steps": 1}
+    with pytest.raises(Refused, match=r"of row 7: The column tools holds .*JSON schemas"):
+        tokenrl.train(task=rows, **options, quiet=True, max_completion_length=4)
+    policy = chat_policy()
+    text = {"prompt": "?", "tools": tools}
+    assert encode(policy, [text], Sampling(4)) == [policy.encode("?")]
+
+
+def test_a_template_that_never_reads_tools_is_refused():
+    policy = policy_of_names()
+    policy.tokenizer.chat_template = NAMES.partition("endfor %}")[2]
+    encode(policy, [{"prompt": [USER], "tools": None}], Sampling(4))
+    with pytest.raises(Refused, match=r"never reads tools.*leave the column tools out"):
+        encode(policy, [{"prompt": [USER], "tools": [CAT]}], Sampling(4))
+
+
+def test_a_run_samples_and_evaluates_with_the_tools_of_each_row(tmp_path, monkeypatch):
+    rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": None, "x": i} for i in range(9)]
+    for row in rows[1::2]:
+        row["tools"] = json.dumps([DOG])
+    histories, generate = [], TransformersGenerator.generate
+
+    def recorded(engine, prompt_ids, *args):
+        histories.extend(prompt_ids)
+        return generate(engine, prompt_ids, *args)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", recorded)
+    policy = policy_of_names()
+    options = {"max_steps": 2, "prompts_per_step": 4, "num_generations": 2, "eval_size": 4}
+    reward = [lambda completions, **_: [len(c[0]["content"]) for c in completions]]
+    options |= {"quiet": True, "output_dir": tmp_path, "max_completion_length": 4, "cpu": True}
+    tokenrl.train(model=policy, task=rows, reward=reward, **options)
+    decoded = {policy.tokenizer.decode(ids) for ids in histories}
+    read = [text for text in decoded if "u:" in text]  # others test the engine
+    for text in read:
+        number = int(text.partition("u:")[2][0])
+        assert text.startswith("dog," if number % 2 else "u:")
+    assert len(read) > 4
+
+
+def test_a_tiny_model_takes_a_column_of_tools(tmp_path):
+    rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": [DOG], "x": i} for i in range(9)]
+    reward = [lambda completions, **_: [0.0 for _ in completions]]
+    options = {"max_steps": 1, "prompts_per_step": 2, "max_completion_length": 2, "quiet": True}
+    options |= {"output_dir": tmp_path, "cpu": True}
+    assert (
+        tokenrl.train(model="tiny", task=rows, reward=reward, **options).exit_reason == "finished"
+    )
+
+
+@pytest.mark.parametrize(("factory", "names"), [(Safe, "turn,"), (Guess, "cat,dog,")])
+def test_beside_an_environment_its_own_tools_are_described_or_else_those_of_the_row(factory, names):
+    policy = policy_of_names()
+    policy.tokenizer.response_template = chat_policy().tokenizer.response_template
+    row = {"prompt": [USER], "tools": [CAT, DOG]}
+    recorded = Recorded(policy)
+    environments = Environments(factory, max_turns=2)
+    play(policy, recorded, environments, [(0, row)], Sampling(6, step=1), "training")
+    assert shown(policy, recorded.histories[0][0]) == names
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+NULLS = [
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "assistant", "content": None, "reasoning_content": "hm"},
+    {"role": "tool", "content": None},
+]
+
+
+@pytest.mark.parametrize("message", NULLS)
+@pytest.mark.parametrize("kind", ["prompt", "messages", "file", "demonstrations"])
+def test_content_that_is_null_is_empty_text(kind, message, tmp_path):
+    rows = [{"prompt": [{**USER, "content": f"{i}"}, message, USER]} for i in range(9)]
+    if kind == "messages":
+        rows = [{"messages": row["prompt"]} for row in rows]
+    source = rows
+    if kind == "file":
+        source = str(tmp_path / "rows.jsonl")
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if kind == "demonstrations":
+        ((prompt, _),) = encode_demonstrations(chat_policy(), [rows[0] | {"completion": "x"}])
+        assert "None" not in chat_policy().tokenizer.decode(prompt)
+        return
+    task = load_task(source, reward=[lambda completions, **_: [0.0] * len(completions)])
+    for row in (*task.train_prompts, *task.eval_prompts):
+        assert row["prompt"][1]["content"] == ""
+
+
+@pytest.mark.parametrize("message", NULLS)
+def test_content_that_is_null_in_a_task_object_is_empty_text(message):
+    rows = [{"prompt": [USER, message]}]
+    reward = [lambda completions, **_: [0.0] * len(completions)]
+    task, _ = find_task(TaskArguments(task=PromptTask("mine", rows, rows, reward)))
+    assert task.train_prompts[0]["prompt"][1]["content"] == ""
+    assert task.eval_prompts == task.train_prompts
+
+
+def test_a_message_that_says_nothing_is_still_refused():
+    for message in ({"role": "user", "content": None}, {"role": "assistant", "content": None}):
+        with pytest.raises(Refused, match="message 1 of the prompt has content None"):
+            load_task([{"prompt": [USER, message]}] * 4, reward=speak)
