@@ -146,6 +146,7 @@ class Links(HTMLParser):
 def site(tmp_path_factory):
     """The site, built in a folder of its own."""
     pytest.importorskip("zensical")
+    pytest.importorskip("latex2mathml")
     output = tmp_path_factory.mktemp("build")
     command = [sys.executable, str(SITE / "build.py"), "--output", str(output)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -227,3 +228,19 @@ def test_the_search_leads_to_the_page_that_answers(home, browser):
             if not any(right in link for link in first):
                 missed.append((words, right, first))
     assert missed == []
+
+
+@pytest.mark.slow
+def test_formulas_are_typeset_and_the_index_by_paper_is_cards_on_a_telephone(site, home, browser):
+    for source in (ROOT / "recipes").rglob("*.md"):
+        text = re.sub(r"(?ms)^```.*?^```|`[^`\n]*`", "", source.read_text(encoding="utf-8"))
+        formulas = re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", text)
+        built = site / source.relative_to(ROOT).with_suffix(".html")
+        if formulas and built.exists():
+            html = built.read_text(encoding="utf-8")
+            assert html.count("<math") == len(formulas) and "arithmatex" not in html, source
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(home + "recipes/pages/reference/papers.html")
+    row = page.locator(".cards tbody tr").first
+    left = {cell.bounding_box()["x"] for cell in row.locator("td").all()}
+    assert len(left) == 1 and not page.locator(".cards th").first.is_visible()

@@ -20,10 +20,12 @@ import subprocess
 import sys
 from base64 import b64decode
 from collections import defaultdict
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import tyro
+from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Path(__file__).with_name("zensical.toml")
@@ -31,6 +33,8 @@ QUESTIONS = Path("recipes/pages/guides/questions.md")
 """The page whose questions are the words by which the search finds the pages that answer them."""
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 """A link of Markdown to a file: its path and its anchor."""
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+"""A formula of a built page: its element, whether it stands in a line, and its LaTeX."""
 PICTURES = (".png", ".svg")
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yaml": "yaml", ".txt": "text"}
 
@@ -110,6 +114,13 @@ def from_notebook(path: Path, cells: list[dict[str, Any]], site: Site) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def typeset(formula: re.Match[str]) -> str:
+    """Return a formula as MathML, which browsers draw without a script or a font of the site."""
+    element, bracket, latex = formula.groups()
+    display = "inline" if bracket == "(" else "block"
+    return f"<{element}>{convert(unescape(latex), display=display)}</{element}>"
+
+
 def questions(page: Path) -> dict[str, str]:
     """Return the questions, with their answers, that lead to each address of the site."""
     asked: dict[str, str] = defaultdict(str)
@@ -127,6 +138,7 @@ def replace_search(site: Path, asked: dict[str, str]) -> None:
     index = json.loads((site / "search.json").read_text(encoding="utf-8"))
     items = [item for item in index["items"] if QUESTIONS.stem + ".html#" not in item["location"]]
     for item in items:
+        item["text"] = re.sub(r"\\[(\[].*?\\[)\]]", " ", item["text"], flags=re.DOTALL)
         item["asked"] = asked.get(item["location"], "")
     text = json.dumps(index | {"items": items})
     (site / "search.json").write_text(text, encoding="utf-8")
@@ -165,6 +177,9 @@ def main(output: Path = ROOT / "build") -> None:
     shutil.copy(SETTINGS.with_name("tables.css"), docs / "tables.css")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file"]
     subprocess.run([*command, str(output / "zensical.toml")], check=True)
+    for page in (output / "site").rglob("*.html"):
+        text = FORMULA.sub(typeset, page.read_text(encoding="utf-8"))
+        page.write_text(text, encoding="utf-8")
     replace_search(output / "site", questions(docs / QUESTIONS))
     markdown = sorted(path.relative_to(docs) for path in docs.rglob("*.md"))
     for path in markdown:

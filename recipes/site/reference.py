@@ -202,7 +202,8 @@ def papers_page() -> str:
         "agents. A *copy* is another arm up to a factor ([words](../../study/method.md#words)). Links lead to the "
         "tables and their limits."
     )
-    return page("Index by paper", about, tables, table(head, rows))
+    cards = f'<div class="cards" markdown>\n\n{table(head, rows)}\n\n</div>'  # see tables.css
+    return page("Index by paper", about, tables, cards)
 
 
 def metrics_page() -> str:
