@@ -13,20 +13,28 @@ The menu of the site is `zensical.toml` beside this program. `tests/test_site.py
 # ///
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from base64 import b64decode
+from collections import defaultdict
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import tyro
+from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Path(__file__).with_name("zensical.toml")
+QUESTIONS = Path("recipes/pages/guides/questions.md")
+"""The page whose questions are the words by which the search finds the pages that answer them."""
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 """A link of Markdown to a file: its path and its anchor."""
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+"""A formula of a built page: its element, whether it stands in a line, and its LaTeX."""
 PICTURES = (".png", ".svg")
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yaml": "yaml", ".txt": "text"}
 
@@ -106,6 +114,36 @@ def from_notebook(path: Path, cells: list[dict[str, Any]], site: Site) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def typeset(formula: re.Match[str]) -> str:
+    """Return a formula as MathML, which browsers draw without a script or a font of the site."""
+    element, bracket, latex = formula.groups()
+    display = "inline" if bracket == "(" else "block"
+    return f"<{element}>{convert(unescape(latex), display=display)}</{element}>"
+
+
+def questions(page: Path) -> dict[str, str]:
+    """Return the questions, with their answers, that lead to each address of the site."""
+    asked: dict[str, str] = defaultdict(str)
+    for question in page.read_text(encoding="utf-8").split("\n### ")[1:]:
+        for target, anchor in LINK.findall(question):
+            address = os.path.normpath(QUESTIONS.parent / target).replace("README.md", "index.md")
+            asked[address.removesuffix(".md") + f".html{anchor}"] += LINK.sub("]", question)
+    return asked
+
+
+def replace_search(site: Path, asked: dict[str, str]) -> None:
+    """Give the site the search of this project, and its index the questions in place of their page."""
+    (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.js")
+    shutil.copy(SETTINGS.with_name("search.js"), worker)
+    index = json.loads((site / "search.json").read_text(encoding="utf-8"))
+    items = [item for item in index["items"] if QUESTIONS.stem + ".html#" not in item["location"]]
+    for item in items:
+        item["text"] = re.sub(r"\\[(\[].*?\\[)\]]", " ", item["text"], flags=re.DOTALL)
+        item["asked"] = asked.get(item["location"], "")
+    text = json.dumps(index | {"items": items})
+    (site / "search.json").write_text(text, encoding="utf-8")
+
+
 def titles(pages: list[Path], docs: Path) -> list[str]:
     """Return a line of llms.txt for each page: its title as a link, and its first sentence."""
     lines = []
@@ -139,6 +177,10 @@ def main(output: Path = ROOT / "build") -> None:
     shutil.copy(SETTINGS.with_name("tables.css"), docs / "tables.css")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file"]
     subprocess.run([*command, str(output / "zensical.toml")], check=True)
+    for page in (output / "site").rglob("*.html"):
+        text = FORMULA.sub(typeset, page.read_text(encoding="utf-8"))
+        page.write_text(text, encoding="utf-8")
+    replace_search(output / "site", questions(docs / QUESTIONS))
     markdown = sorted(path.relative_to(docs) for path in docs.rglob("*.md"))
     for path in markdown:
         shutil.copy(docs / path, output / "site" / path)

@@ -95,9 +95,12 @@ def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
 
 
 def command_page(name: str) -> str:
-    """Return the page of a command: what it does, and each flag with its default and bounds."""
+    """Return the page of a command: what it does, an example, and each flag with its default and bounds."""
     command = COMMANDS[name]
-    parts = [cleandoc(command.arguments.__doc__)]
+    summary, _, details = cleandoc(command.arguments.__doc__).partition("\n\n")
+    texts = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8")
+    examples = dict(text.split("\n", 1) for text in texts.split("\n## ")[1:])
+    parts = [summary, examples[name].strip(), *filter(None, [details])]
     if "estimator" in field_types(command.arguments):
         parts.append(
             "`--estimator.AXIS` changes one axis of the estimator: see [the axes](axes.md)."
@@ -199,7 +202,8 @@ def papers_page() -> str:
         "agents. A *copy* is another arm up to a factor ([words](../../study/method.md#words)). Links lead to the "
         "tables and their limits."
     )
-    return page("Index by paper", about, tables, table(head, rows))
+    cards = f'<div class="cards" markdown>\n\n{table(head, rows)}\n\n</div>'  # see tables.css
+    return page("Index by paper", about, tables, cards)
 
 
 def metrics_page() -> str:
