@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import UserDict
 
 import datasets
@@ -88,7 +89,7 @@ def test_the_splits_of_a_dict_become_training_and_held_out_prompts():
     splits = {"train": dataset(), "validation": dataset(ROWS[:3]), "test": dataset(ROWS[:1])}
     task = load_task(datasets.DatasetDict(splits), reward=exact)
     assert [row["prompt"] for row in task.eval_prompts] == ["aa>", "ab>", "ac>"]
-    assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS[3:]]
+    assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS]
     assert task.origin["rows"] == {"train": 16, "validation": 3, "test": 1}
 
 
@@ -189,7 +190,7 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
             r"\(generator\); it must be a name, a task object, a datasets.Dataset",
         ),
         (5, r"task is 5 \(int\)"),
-        ([ROWS[0]] * 4, "too few distinct prompts"),
+        ([ROWS[0]] * 4, r"all 4 are equal\. Give rows that differ.*--eval-split"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_in_one_paragraph(data, words):
@@ -292,3 +293,30 @@ def test_sft_learns_from_columns_and_from_conversations(tmp_path):
     with pytest.raises(Refused, match="no model of its own: name one"):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")
     assert main(["sft", "--config", str(tmp_path / "run")]) == 2
+
+
+def test_every_command_counts_rows_and_prompts_and_warns_of_an_overlap(tmp_path, capsys):
+    splits = {"train": ROWS, "test": [*ROWS[:4], {**ROWS[0], "prompt": "new>"}]}
+    counts = r"16 rows of 16 prompts to train on, 5 rows of 5 prompts held out; 4"
+    warning = r"4 of the 5 held-out (rows|pairs) are of prompts that are trained on too, so"
+    start(tmp_path, task=splits, quiet=False)
+    assert re.search(counts, (text := capsys.readouterr().out)) and re.search(
+        warning, " ".join(text.split())
+    )
+    model = str(tmp_path / "run" / "model")
+    tokenrl.evaluate(model=model, task=splits, reward=exact)
+    assert re.search(warning, capsys.readouterr().err)
+    options = {"task": splits, "reward": exact, "completion_column": "answer"}
+    tokenrl.sft(model=model, max_steps=1, output_dir=tmp_path / "sft", **options)
+    text = capsys.readouterr().out
+    assert "16 rows of 16 prompts" in text and re.search(warning, " ".join(text.split()))
+    pairs = {
+        name: [{**row, "chosen": "a", "rejected": "b"} for row in splits[name]] for name in splits
+    }
+    pairs["train"].append({**pairs["train"][0], "chosen": "b"})
+    tokenrl.train_reward_model(data=pairs, model=model, max_steps=1, output_dir=tmp_path / "pairs")
+    text = capsys.readouterr().out
+    assert re.search(counts.replace("rows", "pairs"), text) and re.search(
+        warning, " ".join(text.split())
+    )
+    assert "1 of 17 pairs are left out, whose completions are identical" in text

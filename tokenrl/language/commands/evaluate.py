@@ -32,6 +32,7 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_placed
 from tokenrl.language.supervised.defaults import completion_limit
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
@@ -233,7 +234,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         length = completion_limit(task, model, policy, truncate=sampling.truncate_prompts)[0]
         sampling = replace(sampling, max_completion_length=length)
     reference = None if args.reference is None else load_placed(args.reference, **options)
-    for warning in special_texts(policy.tokenizer, task.eval_prompts):
+    divided = division_of(task, args.eval_size)[1]
+    for warning in (*divided, *special_texts(policy.tokenizer, task.eval_prompts)):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k

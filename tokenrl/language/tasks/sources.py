@@ -66,11 +66,12 @@ class DataArguments(Settings, group="data"):
     split: str = "train"
     """Split of a dataset to train on."""
     eval_split: str | None = None
-    """Split to evaluate on. Default: a validation or test split if there is one, else rows held out of the
-    training split."""
+    """Split to evaluate on, which is taken as it is, also where prompts are in the training split too.
+    Default: a validation or test split if there is one, else rows held out of the training split."""
     eval_size: Count | None = None
-    """Most prompts to evaluate on. Default: 128 of a dataset or of reasoning-gym, but of a dataset without a
-    split for it at most a fifth of the prompts; else all that the task holds out."""
+    """Most rows to evaluate on; of a dataset without a split for it at most half of the rows, all rows of a
+    prompt together. Default: 128 of a dataset or of reasoning-gym, but of a dataset without a split for it
+    at most a fifth of the rows; else all that the task holds out."""
 
 
 @dataclass(frozen=True)
