@@ -271,7 +271,11 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
         ("a.jsonl", b'null\n{"prompt": "a"}\n', "line 1 of .* is null"),
         ("a.json", b"\xef\xbb\xbf\n null\n", "line 2 of .* is null"),
         ("a.json", b'[{"prompt": "a"}, 3]', "item 2 of .* is 3: a row is an object"),
-        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b",}\n', "line 3 column 16"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n\n{"prompt": "b",}\n',
+            "line 3 of .* is no JSON: Expecting property name",
+        ),
         (
             "a.csv",
             b'prompt,answer\n"a\nb",1\nc,d,e\n',

@@ -67,6 +67,8 @@ def config_of(tmp_path):
         tuple,
         lambda rows: [UserDict(row) for row in rows],
         lambda rows: {"train": rows},
+        pandas.DataFrame,
+        lambda rows: {"train": pandas.DataFrame(rows).set_index("prompt")},
         lambda rows: datasets.DatasetDict(train=dataset(rows)),
         lambda rows: dataset(rows).with_format("numpy"),
         lambda rows: dataset([{**row, "prompt": ""} for row in rows]).with_transform(_restored),
@@ -184,7 +186,8 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
         ({"prompt": ["a", "b"], "answer": ["x", "y"]}, r"key 'prompt'.* task=\[row\].*from_dict"),
         ({"train": ROWS, "test": "rows.jsonl"}, r"task, split 'test' is 'rows.jsonl' \(str\)"),
         (dataset().to_iterable_dataset(), r"IterableDataset.*from_list\(list\(data.take\(N\)\)\)"),
-        (pandas.DataFrame(ROWS), r"DataFrame\); it must be .*from_pandas"),
+        (pandas.Series(["a"]), r"Series\); it must be .*pandas.DataFrame"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt"] * 2), "two columns of one name"),
         (
             (row for row in ROWS),
             r"\(generator\); it must be a name, a task object, a datasets.Dataset",
@@ -320,3 +323,19 @@ def test_every_command_counts_rows_and_prompts_and_warns_of_an_overlap(tmp_path,
         warning, " ".join(text.split())
     )
     assert "1 of 17 pairs are left out, whose completions are identical" in text
+
+
+def test_a_frame_of_pandas_is_taken_wherever_rows_are(tmp_path):
+    frame = pandas.DataFrame(ROWS)
+    result = start(tmp_path, task=frame)
+    assert config_of(tmp_path)["task"] == "in-memory:" + fingerprint({"train": ROWS})
+    model = str(tmp_path / "run" / "model")
+    metrics = tokenrl.evaluate(model=model, task=frame, reward=exact).metrics
+    assert metrics["reward_greedy"] == pytest.approx(result.eval_after["reward_greedy"])
+    options = {"model": model, "max_steps": 1, "quiet": True}
+    learnt = {"completion_column": "answer", "output_dir": tmp_path / "sft"}
+    assert tokenrl.sft(task=frame, **learnt, **options).steps == 1
+    pairs = frame.assign(chosen="a", rejected="b")
+    for number, data in enumerate((pairs, {"train": pairs, "test": pairs[:3]})):
+        output = tmp_path / f"pairs{number}"
+        assert tokenrl.train_reward_model(data=data, output_dir=output, **options).steps == 1

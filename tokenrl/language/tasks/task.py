@@ -31,6 +31,7 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
+from tokenrl.language.tasks.files import format_of
 from tokenrl.language.tasks.held_out import changed, eval_split, separate, smaller_evaluation
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
@@ -184,7 +185,7 @@ def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
     source = name.rpartition(":")[0]
     if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
         return _made_task(import_attribute(name, "task"), name, eval_size, chat)
-    if os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS:
+    if os.path.exists(name) or "/" in name or format_of(Path(name)) in sources.FORMATS:
         return None
     raise Refused(
         f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: module:attribute, a "
