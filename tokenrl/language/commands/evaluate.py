@@ -24,7 +24,7 @@ from tokenrl.language.evaluation.evaluation import (
     over_prompts,
 )
 from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
-from tokenrl.language.policy.prompts import special_texts
+from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
@@ -235,7 +235,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         sampling = replace(sampling, max_completion_length=length)
     reference = None if args.reference is None else load_placed(args.reference, **options)
     divided = division_of(task, args.eval_size)[1]
-    for warning in (*divided, *special_texts(policy.tokenizer, task.eval_prompts)):
+    for warning in (*divided, *prompt_warnings(policy.tokenizer, task.eval_prompts)):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k

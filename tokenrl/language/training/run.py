@@ -14,8 +14,8 @@ import torch
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.policy.arguments import form_line
+from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import special_texts
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
@@ -268,7 +268,7 @@ def warnings_of(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     episodic = run.rewards.environments is not None
-    special = special_texts(run.learner.policy.tokenizer, rows)
+    special = prompt_warnings(run.learner.policy.tokenizer, rows)
     warnings = [] if episodic else few_prompts(rows)  # equal prompts begin different episodes
     warnings += [*special, *remarks(rows), *division_of(run.task, run.args.eval_size)[1]]
     return [*warnings, *without_effect(run.args)]
