@@ -7,6 +7,7 @@ the very text that was encoded, because a reward that compares strings must not 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,9 @@ def model_for_rows(
     """Return a new tiny model for any rows of data, and its tokenizer.
 
     Each character of the rows is a token, whatever the column, so that a completion can write all that is
-    written there. The names of roles in chat messages do not count: for chats the tokenizer has a template
-    that ends each message with a line break and leaves its role out.
+    written there; lists and dicts, but for messages, count as JSON writes them too. The names of roles in chat
+    messages do not count: for chats the tokenizer has a template that ends each message with a line break and
+    leaves its role out.
 
     Args:
         rows: Rows with a `prompt`, of all that the model will be trained or evaluated on.
@@ -113,7 +115,9 @@ def model_for_rows(
     rows, further = list(rows), "".join(texts)
     is_chat = chat or any(isinstance(row.get("prompt"), list) for row in rows)
     further += "\n" * is_chat
-    whole = [_text(row).encode(errors="ignore").decode() for row in rows]  # what UTF-8 can write
+    whole = [
+        (_text(row) + _nested(row)).encode(errors="ignore").decode() for row in rows
+    ]  # in UTF-8
     alphabet = tuple(sorted(set(further).union(*whole)))
     context = room + len(further) + max(map(len, whole))
     model, tokenizer = TinyModel(alphabet, context=context)(seed)
@@ -132,6 +136,18 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "".join(map(_text, value))
     return "" if value is None else str(value)
+
+
+def _nested(row: Mapping[str, Any]) -> str:
+    """Return the JSON of the lists and dicts in a row of data; of messages, that of the lists and dicts in them."""
+    texts: list[str] = []
+    for value in row.values():
+        parts = value if isinstance(value, list) else []
+        messages = [part for part in parts if isinstance(part, Mapping) and "role" in part]
+        texts += map(_nested, messages)
+        if isinstance(value, Mapping | list | tuple) and not messages:
+            texts.append(json.dumps(value, ensure_ascii=False, skipkeys=True, default=str))
+    return "".join(texts)
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:

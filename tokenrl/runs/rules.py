@@ -64,7 +64,13 @@ def rule(flag: str, precedence: int = 1) -> Callable[[Judge], None]:
 
 def judge(facts: Mapping[str, Any], *flags: str) -> list[Finding]:
     """Return the findings of all rules, or of some flags; a fact that is None or nan counts as missing."""
-    present = Facts({name: x for name, x in facts.items() if x is not None and x == x})
+    present = Facts(
+        {
+            name: x
+            for name, x in facts.items()
+            if x is not None and not (isinstance(x, float) and x != x)
+        }
+    )
     findings = []
     for flag, function, precedence in RULES:
         if flags and flag not in flags:

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import PROMPTS, make_policy
 
 from tokenrl.errors import Refused
-from tokenrl.language.preferences.pairs import Pair, hold_out, load_pairs, read_pairs
+from tokenrl.language.preferences.pairs import Pair, divided, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import (
     first_is_chosen,
     make_preferences,
@@ -221,19 +221,19 @@ def test_rows_that_are_no_preferences_are_refused(rows, words):
 
 def test_held_out_pairs_share_no_prompt_with_the_others():
     pairs = [Pair(f"p{i % 50}", f"a{i}", "b") for i in range(200)]
-    train, held_out = hold_out(pairs, 30, seed=0)
-    # four pairs a prompt: the eighth prompt fills it
-    assert len(held_out) == 32 and len(train) == 168
+    train, held_out = divided(pairs, 30, seed=0)
+    # four pairs a prompt: an eighth prompt would not fit
+    assert len(held_out) == 28 and len(train) == 172
     assert {pair.prompt for pair in train}.isdisjoint(pair.prompt for pair in held_out)
-    assert hold_out(pairs, 30, seed=0) == (train, held_out) != hold_out(pairs, 30, seed=1)
-    assert len(hold_out(pairs, 10_000, seed=0)[1]) == 40  # a fifth
+    assert divided(pairs, 30, seed=0) == (train, held_out) != divided(pairs, 30, seed=1)
+    assert len(divided(pairs, 10_000, seed=0)[1]) == 40  # a fifth
     uneven = [Pair("p", "a", "b"), *(Pair("q", f"a{i}", "b") for i in range(9))]
     for seed in range(4):
-        assert all(hold_out(uneven, 2, seed))  # neither part is empty
+        assert all(divided(uneven, 2, seed))  # neither part is empty
     same_prompt = [Pair("", f"a{i}", "b") for i in range(10)]
-    assert len(hold_out(same_prompt, 3, seed=0)[1]) == 2
+    assert len(divided(same_prompt, 3, seed=0)[1]) == 2
     with pytest.raises(Refused, match="at least 2 pairs"):
-        hold_out(same_prompt[:1], 1, seed=0)
+        divided(same_prompt[:1], 1, seed=0)
 
 
 def test_splits_of_a_source(tmp_path):

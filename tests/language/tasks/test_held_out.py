@@ -1,15 +1,19 @@
-"""How many prompts are held out, and that puzzles made by program share none with the training set."""
+"""Which rows are trained on and which are held out: none is lost, and a run says how many of either."""
 
 from __future__ import annotations
 
 import random
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from tokenrl.errors import Refused
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.stream import few_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, load_task
@@ -65,16 +69,12 @@ def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options, held_out):
     assert task.pass_threshold == 1.0
 
 
-def test_questions_that_repeat_are_held_out_once_and_not_trained_on(gym):
-    task = load_task("reasoning_gym:coins(size=64, sides=8)", eval_size=3)
-    held = prompts(task.eval_prompts)
-    assert len(held) == len(set(held)) <= 3 and not set(held) & set(prompts(task.train_prompts))
-    (warning,) = few_prompts(task.train_prompts)
-    assert f"only {len(set(prompts(task.train_prompts)))} distinct prompts" in warning
-    with pytest.raises(
-        Refused, match=r"too few distinct prompts: 8 to evaluate on, 0 training rows"
-    ):
-        load_task("reasoning_gym:coins(size=64, sides=8)")
+@pytest.mark.parametrize(("sides", "size"), [(8, 64), (300, 100), (2, 2), (9, 4)])
+def test_questions_that_repeat_are_on_one_side_and_no_training_puzzle_is_lost(gym, sides, size):
+    task = load_task(f"reasoning_gym:coins(size={size}, sides={sides})", eval_size=3)
+    held = set(prompts(task.eval_prompts))
+    assert held and not held & set(prompts(task.train_prompts))
+    assert len(task.train_prompts) + len(task.eval_prompts) >= size
     for option in ("size=1073741824", "seed=1073741824"):
         with pytest.raises(Refused, match=r"at most 1,073,741,823"):
             load_task(f"reasoning_gym:coins({option})")
@@ -103,3 +103,135 @@ def test_a_warning_tells_of_few_prompts():
     assert (len(few_prompts(rows)), len(few_prompts(rows[1:]))) == (0, 1)
     chat = [{"prompt": [{"role": "user", "content": "hello"}]}] * 30
     assert few_prompts(chat)[0].startswith("only 1 distinct prompt in 30 training rows")
+
+
+# ---- no row is lost ----
+
+
+def pay(completions, **columns):
+    return [0.0] * len(completions)
+
+
+def loaded(data, **options):
+    task = load_task(data, reward=pay, **options)
+    return list(task.train_prompts), list(task.eval_prompts)
+
+
+def numbered(names):
+    return [{"prompt": name, "number": number} for number, name in enumerate(names)]
+
+
+ROW_LISTS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), min_size=2, max_size=30)
+
+
+@given(ROW_LISTS, st.lists(st.sampled_from("abcxyz"), max_size=30), st.none() | st.integers(1, 40))
+@settings(max_examples=60)
+def test_no_row_is_lost_between_the_splits_and_what_is_trained_and_evaluated_on(names, held, size):
+    rows, test = numbered(names), numbered(held)
+    train, evaluation = loaded({"train": rows, "test": test} if test else rows, eval_size=size)
+    if test:
+        assert train == rows and len(evaluation) == min(len(test), size or 128)
+        assert [row for row in test if row in evaluation] == evaluation
+        return
+    assert sorted((*train, *evaluation), key=lambda row: row["number"]) == rows
+    assert train and evaluation
+    one_prompt = len(set(names)) == 1
+    assert one_prompt or not set(prompts(train)) & set(prompts(evaluation))
+    most = max(1, min(size or 128, len(rows) // (2 if size else 5)))
+    assert len(evaluation) <= max(most, 0 if one_prompt else min(Counter(names).values()))
+
+
+class Dice:
+    """Draws its own randomness, so that equal rows are fair."""
+
+    def reset(self, **row):
+        return "roll"
+
+    def step(self, text):
+        return "", 1.0, True, False, {}
+
+
+EQUAL = {"prompt": "Play."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "environment", "held_out"),
+    [
+        ([EQUAL | {"secret": i} for i in range(50)], None, 10),
+        ([EQUAL | {"secret": i} for i in range(50)], Dice, 10),
+        ([EQUAL] * 50, Dice, 10),
+        ([EQUAL | {"secret": [i % 25]} for i in range(50)], None, 10),
+        ([{"prompt": "ab"[i % 2], "secret": i} for i in range(50)], Dice, 25),
+        ([{"prompt": str(i % 25), "secret": i} for i in range(50)], Dice, 10),
+        ([{"prompt": "ab"[i % 2], "secret": i} for i in range(50)], None, 25),
+    ],
+)
+def test_rows_of_few_prompts_are_told_apart_by_all_that_rewards_and_environments_see(
+    rows, environment, held_out
+):
+    train, evaluation = loaded(rows, environment=environment)
+    assert (len(train), len(evaluation)) == (50 - held_out, held_out)
+    assert rows == [EQUAL] * 50 or not [row for row in evaluation if row in train]
+    assert len(set(prompts(rows))) == 1 or not set(prompts(train)) & set(prompts(evaluation))
+
+
+# ---- what a run says ----
+
+MIXED = numbered([f"p{i % 30}" for i in range(300)])
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "line", "warning"),
+    [
+        (MIXED, None, "240 rows of 24 prompts to train on, 60 rows of 6 prompts held out, as", ""),
+        (
+            {"train": numbered(map(str, range(40))), "test": numbered(map(str, range(2, 40)))},
+            None,
+            "40 rows of 40 prompts to train on, 38 rows of 38 prompts held out; 38 of the 38 held-out",
+            "38 of the 38 held-out rows are of prompts that are trained on too.*eval_split",
+        ),
+        (
+            {"train": numbered(map(str, range(150))), "test": numbered(map(str, range(147, 197)))},
+            None,
+            "150 rows of 150 prompts to train on, 50 rows of 50 prompts held out; 3 of the 50",
+            "",
+        ),
+        (
+            {"train": [EQUAL | {"n": n} for n in range(9)], "test": [EQUAL | {"n": 9}]},
+            None,
+            "9 rows of 1 prompt to train on, 1 rows of 1 prompt held out",
+            "",
+        ),
+        (
+            numbered(map(str, range(301))),
+            5000,
+            "151 rows of 151 prompts",
+            "eval_size was given as 5,000, but 150 rows are held out: of 301 at most half",
+        ),
+        (
+            {"train": MIXED, "test": numbered(map(str, range(7)))},
+            8,
+            "300 rows of 30 prompts",
+            "eval_size was given as 8, but 7 rows are held out: all that there are",
+        ),
+        (
+            MIXED,
+            5,
+            "290 rows of 29 prompts",
+            "given as 5, but 10 rows .* all of a prompt together",
+        ),
+    ],
+)
+def test_a_line_counts_rows_and_prompts_and_a_warning_tells_of_overlap(data, size, line, warning):
+    task = load_task(data, reward=pay, eval_size=size)
+    text, warnings = division_of(task, size)
+    assert text.startswith(line) and re.search(warning or "^$", " ".join(warnings))
+
+
+def test_an_environment_makes_equal_rows_fair():
+    task = load_task({"train": [EQUAL] * 9, "test": [EQUAL]}, environment=Dice)
+    assert "trained on too" not in division_of(task, None)[0]
+    rows = [EQUAL | {"secret": i} for i in range(9)]
+    task = load_task({"train": rows, "test": rows[:5]}, environment=Dice)
+    line, warnings = division_of(task, None)
+    assert "; 5 of the 5 held-out rows" in line and not warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import UserDict
 
 import datasets
@@ -66,6 +67,8 @@ def config_of(tmp_path):
         tuple,
         lambda rows: [UserDict(row) for row in rows],
         lambda rows: {"train": rows},
+        pandas.DataFrame,
+        lambda rows: {"train": pandas.DataFrame(rows).set_index("prompt")},
         lambda rows: datasets.DatasetDict(train=dataset(rows)),
         lambda rows: dataset(rows).with_format("numpy"),
         lambda rows: dataset([{**row, "prompt": ""} for row in rows]).with_transform(_restored),
@@ -88,7 +91,7 @@ def test_the_splits_of_a_dict_become_training_and_held_out_prompts():
     splits = {"train": dataset(), "validation": dataset(ROWS[:3]), "test": dataset(ROWS[:1])}
     task = load_task(datasets.DatasetDict(splits), reward=exact)
     assert [row["prompt"] for row in task.eval_prompts] == ["aa>", "ab>", "ac>"]
-    assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS[3:]]
+    assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS]
     assert task.origin["rows"] == {"train": 16, "validation": 3, "test": 1}
 
 
@@ -183,13 +186,14 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
         ({"prompt": ["a", "b"], "answer": ["x", "y"]}, r"key 'prompt'.* task=\[row\].*from_dict"),
         ({"train": ROWS, "test": "rows.jsonl"}, r"task, split 'test' is 'rows.jsonl' \(str\)"),
         (dataset().to_iterable_dataset(), r"IterableDataset.*from_list\(list\(data.take\(N\)\)\)"),
-        (pandas.DataFrame(ROWS), r"DataFrame\); it must be .*from_pandas"),
+        (pandas.Series(["a"]), r"Series\); it must be .*pandas.DataFrame"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt"] * 2), "two columns of one name"),
         (
             (row for row in ROWS),
             r"\(generator\); it must be a name, a task object, a datasets.Dataset",
         ),
         (5, r"task is 5 \(int\)"),
-        ([ROWS[0]] * 4, "too few distinct prompts"),
+        ([ROWS[0]] * 4, r"all 4 are equal\. Give rows that differ.*--eval-split"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_in_one_paragraph(data, words):
@@ -292,3 +296,46 @@ def test_sft_learns_from_columns_and_from_conversations(tmp_path):
     with pytest.raises(Refused, match="no model of its own: name one"):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")
     assert main(["sft", "--config", str(tmp_path / "run")]) == 2
+
+
+def test_every_command_counts_rows_and_prompts_and_warns_of_an_overlap(tmp_path, capsys):
+    splits = {"train": ROWS, "test": [*ROWS[:4], {**ROWS[0], "prompt": "new>"}]}
+    counts = r"16 rows of 16 prompts to train on, 5 rows of 5 prompts held out; 4"
+    warning = r"4 of the 5 held-out (rows|pairs) are of prompts that are trained on too, so"
+    start(tmp_path, task=splits, quiet=False)
+    assert re.search(counts, (text := capsys.readouterr().out)) and re.search(
+        warning, " ".join(text.split())
+    )
+    model = str(tmp_path / "run" / "model")
+    tokenrl.evaluate(model=model, task=splits, reward=exact)
+    assert re.search(warning, capsys.readouterr().err)
+    options = {"task": splits, "reward": exact, "completion_column": "answer"}
+    tokenrl.sft(model=model, max_steps=1, output_dir=tmp_path / "sft", **options)
+    text = capsys.readouterr().out
+    assert "16 rows of 16 prompts" in text and re.search(warning, " ".join(text.split()))
+    pairs = {
+        name: [{**row, "chosen": "a", "rejected": "b"} for row in splits[name]] for name in splits
+    }
+    pairs["train"].append({**pairs["train"][0], "chosen": "b"})
+    tokenrl.train_reward_model(data=pairs, model=model, max_steps=1, output_dir=tmp_path / "pairs")
+    text = capsys.readouterr().out
+    assert re.search(counts.replace("rows", "pairs"), text) and re.search(
+        warning, " ".join(text.split())
+    )
+    assert "1 of 17 pairs are left out, whose completions are identical" in text
+
+
+def test_a_frame_of_pandas_is_taken_wherever_rows_are(tmp_path):
+    frame = pandas.DataFrame(ROWS)
+    result = start(tmp_path, task=frame)
+    assert config_of(tmp_path)["task"] == "in-memory:" + fingerprint({"train": ROWS})
+    model = str(tmp_path / "run" / "model")
+    metrics = tokenrl.evaluate(model=model, task=frame, reward=exact).metrics
+    assert metrics["reward_greedy"] == pytest.approx(result.eval_after["reward_greedy"])
+    options = {"model": model, "max_steps": 1, "quiet": True}
+    learnt = {"completion_column": "answer", "output_dir": tmp_path / "sft"}
+    assert tokenrl.sft(task=frame, **learnt, **options).steps == 1
+    pairs = frame.assign(chosen="a", rejected="b")
+    for number, data in enumerate((pairs, {"train": pairs, "test": pairs[:3]})):
+        output = tmp_path / f"pairs{number}"
+        assert tokenrl.train_reward_model(data=data, output_dir=output, **options).steps == 1

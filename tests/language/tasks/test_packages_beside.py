@@ -91,7 +91,6 @@ def test_a_puzzle_is_a_task_with_its_own_score():
         ("leg_counting(size=0)", "size was given as 0; it must be a whole number of at least 1"),
         ("leg_counting(min_animals=0)", "leg_counting refuses these options"),
         ("leg_counting(size=print(1))", "cannot be read"),
-        ("coin_flip(min_trials=3, max_trials=3, size=2)", "too few distinct prompts"),
     ],
 )
 def test_a_puzzle_that_there_is_not_is_refused(spec, words):

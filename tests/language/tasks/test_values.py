@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy
@@ -25,6 +27,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.rewards.library import ExactMatch, NumericAnswer
 from tokenrl.language.supervised.defaults import demonstrations
+from tokenrl.language.tasks.files import format_of
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import fingerprint, remarks
 from tokenrl.language.tasks.sources import TaskArguments, read_splits
@@ -186,10 +189,110 @@ def test_a_file_gives_its_texts_alone_in_a_folder_and_compressed_and_anew_once_i
         os.utime(f"folder/{name}{packed}", (0, 0))  # as a copy that keeps the time
         assert answers("folder") == expected
         if packed:
-            with pytest.raises(Refused, match="compressed into a folder"):
-                read_splits(f"folder/{name}{packed}")
-        else:
-            assert answers(f"folder/{name}") == expected
+            assert format_of(Path(name + packed)) == Path(name).suffix
+        assert answers(f"folder/{name}{packed}") == expected
+
+
+def test_a_file_is_read_by_its_ending_also_compressed_by_zstandard_and_an_archive_is_refused():
+    content = JSON_LINES.encode()
+    with pyarrow.output_stream("a.jsonl.zst", compression="zstd") as file:
+        file.write(content)
+    assert answers("a.jsonl.zst") == [answer or None for answer in ANSWERS]
+    Path("a.zip").write_bytes(content)
+    with pytest.raises(
+        Refused, match=r"cannot read '.zip'.*\.jsonl.*\.gz.* archive .* into a folder"
+    ):
+        read_splits("a.zip")
+    Path("a.jsonl.gz").write_bytes(content)
+    with pytest.raises(Refused, match=r"could not be read \(BadGzipFile"):
+        read_splits("a.jsonl.gz")
+    with pytest.raises(Refused, match="no such file"):
+        read_splits("b.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("prompt;answer\n1,5?;2\n", [{"prompt": "1,5?", "answer": 2}]),
+        ('"prompt";"answer"\n"a;b";"c"\n', [{"prompt": "a;b", "answer": "c"}]),
+        ("prompt\tanswer\na, b\tc\n", [{"prompt": "a, b", "answer": "c"}]),
+        ("prompt|answer\na|7\n", [{"prompt": "a", "answer": 7}]),
+        ("prompt,answer\na;b,c|d\n", [{"prompt": "a;b", "answer": "c|d"}]),
+        ("a, in words;prompt\nx;y\n", [{"a, in words": "x", "prompt": "y"}]),
+        ("prompt;answer\n", []),
+        ("prompt;answer\na\n", [{"prompt": "a", "answer": None}]),
+        ("prompt\na; b| c\n", [{"prompt": "a; b| c"}]),
+        ('prompt;answer\n"a\nb";"c ""d"""\n', [{"prompt": "a\nb", "answer": 'c "d"'}]),
+    ],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_the_header_of_csv_shows_what_divides_its_cells(text, rows, in_folder):
+    os.mkdir("folder")
+    Path("folder/train.csv").write_text(text)
+    read = partial(read_splits, "folder" if in_folder else "folder/train.csv")
+    if rows:
+        assert read()["train"] == rows
+    elif not in_folder:
+        with pytest.raises(Refused, match="is empty"):
+            read()
+
+
+FRAME = pandas.DataFrame({"prompt": ["a", "b"], "answer": [1, 2]})
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "records"])
+def test_a_table_of_pandas_as_one_object_is_refused_with_the_remedy(name, orient):
+    with (gzip.open if name.endswith(".gz") else open)(name, "wt") as file:
+        file.write(FRAME.to_json(orient=orient))
+    if orient == "records":
+        assert answers(name) == [1, 2]
+        return
+    with pytest.raises(
+        Refused, match=rf"to_json\('{name}', orient='records', lines={'l' in name}\)"
+    ):
+        read_splits(name)
+
+
+def test_a_file_of_one_row_is_no_table():
+    for row in (
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "completion": [{"role": "a", "content": "b"}],
+        },
+        {"prompt": "a", "answer": {"x": 1}},
+    ):
+        Path("a.json").write_text(json.dumps(row))
+        assert read_splits("a.json")["train"] == [row]
+
+
+def test_missing_values_of_a_frame_are_none_and_numbers_are_plain():
+    frame = pandas.DataFrame(
+        {"prompt": ["a", "b"], "n": [1, 2], "x": [0.5, float("nan")], "t": pandas.array([1, None])}
+    )
+    rows = memory_splits(frame)["train"]
+    assert rows == [
+        {"prompt": "a", "n": 1, "x": 0.5, "t": 1},
+        {"prompt": "b", "n": 2, "x": None, "t": None},
+    ]
+    assert {type(row["n"]) for row in rows} == {int}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n', "line 2 .* is no JSON"),
+        ('{"prompt": "a"}\n{"prompt": }\n', "line 2 .* is no JSON"),
+        ('{"prompt": "a"}\n\n{"prompt": "b"', "line 3 .* is no JSON"),
+        ('{"prompt": "a"\n', "line 1 .* is no JSON"),
+        ('{"prompt": "a", "answer":\n{"prompt": "b"}\n', "line 1 .* is no JSON"),
+        ('{"prompt": "a"}\nprompt b\n', "line 2 .* is no JSON"),
+    ],
+)
+def test_a_broken_line_of_json_is_named(text, words):
+    Path("a.jsonl").write_text(text)
+    with pytest.raises(Refused, match=words):
+        read_splits("a.jsonl")
 
 
 def test_an_archive_and_a_parquet_file_of_a_folder_are_read_anew_too():

@@ -229,13 +229,13 @@ def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_rew
 @pytest.mark.parametrize(
     ("prompts", "demonstration", "flags", "words"),
     [
-        (LETTERS, "abcd", (), "unknown to the tokenizer 0 of 58 characters"),
-        (LETTERS, "ab\u00e9d" + 13 * "abcd", (), "The tokenizer loses 1 of 110 characters"),
+        (LETTERS, "abcd", (), "unknown to the tokenizer 0 of 61 characters"),
+        (LETTERS, "ab\u00e9d" + 13 * "abcd", (), "The tokenizer loses 1 of 113 characters"),
         (
             [f"Z{x}" for x in LETTERS],
             "ab",
             ("unknown-characters",),
-            "18 of 74 characters of prompts",
+            "18 of 77 characters of prompts",
         ),
     ],
 )
@@ -249,6 +249,14 @@ def test_characters_that_the_tokenizer_loses_are_counted(
     captured = capsys.readouterr()
     assert words in " ".join((captured.out + captured.err).split())
     assert all(flag in captured.err for flag in flags) and (result.exit_code == 0 or flags)
+
+
+@pytest.mark.parametrize("answer", ["é", {"é": 1}, [["é"]]])
+def test_characters_of_an_answer_that_the_tokenizer_lacks_are_counted(check, answer, capsys):
+    rows = [{"prompt": f"{x}>", "answer": answer} for x in "abcd"]
+    flags = check(fields={"train_prompts": rows}, quiet=False).flags
+    assert "unknown-characters" in flags
+    assert re.search(r"loses \d+ of .*'é'", " ".join(capsys.readouterr().err.split()))
 
 
 @pytest.mark.parametrize("stop", [None, "<think>"])

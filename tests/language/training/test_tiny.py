@@ -87,9 +87,9 @@ def test_a_tiny_model_knows_the_characters_of_all_rows_and_is_the_same_again():
     rows = [{"prompt": "ab", "answer": 70}, {"prompt": "c", "answer": {"d": ["é"]}, "note": None}]
     chat = [{"prompt": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}]
     model, tokenizer = model_for_rows(rows, 3, texts=["!"], room=10)
-    assert set(tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"abc70é!"}
+    assert set(tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *'abcd70é!{}[]": '}
     assert (
-        model.config.max_position_embeddings == 10 + len("ab70!")
+        model.config.max_position_embeddings == 10 + len('cé!{"d": ["é"]}')
         and tokenizer.chat_template is None
     )
     again = model_for_rows(rows[::-1], 3, texts=["!"])[0]
@@ -162,3 +162,49 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
         policy.encode([user, message, {"role": "tool", "content": "3"}])[: len(prompt + ids)]
         == prompt + ids
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({"a": [1, {"b": True}]}, '{"a": [1, {"b": true}]}'),
+        ([None, "x"], '[null, "x"]'),
+        (({"ä": 1.5},), '[{"ä": 1.5}]'),
+        ("x\ny", "x\ny"),
+        (["x\ny"], '["x\\ny"]\n'),
+    ],
+)
+def test_a_tiny_model_can_write_nested_answers_as_json(answer, text):
+    tokenizer = model_for_rows([{"prompt": "?", "answer": answer}])[1]
+    assert {*text} <= {*tokenizer.get_vocab()}
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_messages_count_without_their_keys_but_with_those_of_calls():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    vocabulary = {*model_for_rows([{"prompt": turns[:1], "completion": turns[1:]}])[1].get_vocab()}
+    assert {*json.dumps([call])} <= vocabulary and not vocabulary & {*"hk"}
+
+
+def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, capsys):
+    assert (
+        main(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run".split()) == 0
+    )
+    rows = [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)]
+    Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lost = r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'é'"
+    capsys.readouterr()
+    for command in (
+        f"evaluate --model run --task other.jsonl {TWO}",
+        "sample --model run --prompt é+1=",
+        f"train --model run --task other.jsonl {TWO} {SMALL} --output-dir again",
+    ):
+        assert main(command.split()) == 0
+        printed = capsys.readouterr()
+        assert re.search(lost, " ".join((printed.err + printed.out).split())), command
+    assert main(["sample", "--model", "run", "--prompt", "1+1="]) == 0
+    assert "loses" not in capsys.readouterr().err

@@ -26,7 +26,7 @@ from tokenrl.language.evaluation.evaluation import (
     over_prompts,
 )
 from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
-from tokenrl.language.policy.prompts import special_texts
+from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
@@ -34,6 +34,7 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_placed
 from tokenrl.language.supervised.defaults import completion_limit
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task, limit_of
@@ -241,7 +242,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         length = completion_limit(task, model, policy, truncate=sampling.truncate_prompts)[0]
         sampling = replace(sampling, max_completion_length=length)
     reference = None if args.reference is None else load_placed(args.reference, **options)
-    for warning in special_texts(policy.tokenizer, task.eval_prompts):
+    divided = division_of(task, args.eval_size)[1]
+    for warning in (*divided, *prompt_warnings(policy.tokenizer, task.eval_prompts)):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k

@@ -15,7 +15,7 @@ from tokenrl.language.commands.arguments import SampleArguments
 from tokenrl.language.commands.evaluate import as_in_runs, state_of
 from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
-from tokenrl.language.policy.prompts import special_texts
+from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_turns
 from tokenrl.language.rollout.distribution import distribution_of
@@ -106,8 +106,8 @@ class Sampler:
             break
         prompt = [{"role": "user", "content": text}] if is_chat else text
         row = self.rows.get(text, {"prompt": prompt})
-        for warning in special_texts(policy.tokenizer, [row]):
-            self._say("special", visible(warning))
+        for warning in prompt_warnings(policy.tokenizer, [row]):
+            self._say(warning, visible(warning))
         room = self._length
         if policy.context is not None and self.environments is None:
             room = policy.context - len(policy.encode(row["prompt"], row.get("tools")))

@@ -44,7 +44,7 @@ class RewardData:
     Attributes:
         name: name of the data, for people.
         train: the pairs to train on.
-        held_out: the pairs to evaluate on; their prompts are not in `train`.
+        held_out: the pairs to evaluate on. Pairs of one prompt are not divided, but a split may repeat prompts.
         task: the task that the pairs were made from, or whose base model is the backbone; None for neither.
         rows: the rows to save in the run directory, by file name; empty if the data was given.
     """
@@ -83,6 +83,7 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
             eval_split=args.eval_split,
             eval_size=args.eval_size,
             seed=args.seed,
+            announce=announce,
         )
         return RewardData(str(name), train, held_out, task)
     return _from_task(args, task, rewards, announce)

@@ -29,6 +29,7 @@ from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.supervised.fit import Descent
+from tokenrl.language.tasks.held_out import division
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
@@ -250,9 +251,15 @@ def train_reward_model(
         dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
         provenance = provenance_of(reward_model, dicts)
         saved = SavedModel(reward_model, "reward model")
-        header = _header(args, data, reward_model) | {"threads": f"{threads} ({reason})"}
+        size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
+        line, warnings = division(
+            dicts["train"], dicts["held_out"], size, noun="pairs", divided=False
+        )
+        header = _header(args, line, reward_model) | {"threads": f"{threads} ({reason})"}
         record = _record(args, data, reward_model)
         session.open(args, saved, provenance, {"training": training}, header, **record)
+        for warning in warnings:
+            session.console.warn(warning)
 
         def evaluate() -> dict[str, float]:
             rewards = score_pairs(reward_model, held_out)
@@ -323,15 +330,13 @@ def _record(args: RewardModelArguments, data: RewardData, model: RewardModel) ->
     }
 
 
-def _header(
-    args: RewardModelArguments, data: RewardData, reward_model: RewardModel
-) -> dict[str, Any]:
+def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) -> dict[str, Any]:
     """Return the lines of the header that is printed when the run starts."""
     model = reward_model.model
     size = model.num_parameters(only_trainable=True)
     return {
         "model": f"{reward_model.__name__} ({size:,} trainable parameters, {model.device})",
-        "data": f"{len(data.train):,} training pairs, {len(data.held_out):,} held out",
+        "data": line,
         "loss": f"Bradley-Terry, margin {args.margin:g}, label smoothing {args.label_smoothing:g}",
         "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}",
         **form_line(reward_model.form, args.model if args.policy is None else args.policy),

@@ -6,9 +6,9 @@ left out if both others hold whole texts or conversations that begin with it.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ import numpy as np
 
 from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
-from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
+from tokenrl.language.tasks.held_out import (
+    chosen_rows,
+    eval_split as find_eval_split,
+    hold_out,
+    prompt_key,
+)
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, read_splits
 from tokenrl.runs.console import conclude
@@ -61,6 +66,7 @@ def load_pairs(
     eval_split: str | None = None,
     eval_size: int = 256,
     seed: int = 0,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Pair], list[Pair]]:
     """Load the training and the evaluation pairs of a source of preferences.
 
@@ -71,6 +77,7 @@ def load_pairs(
             `split`.
         eval_size: number of evaluation pairs; if they are held out, at most a fifth of all.
         seed: seed of the choice of evaluation pairs.
+        announce: prints a line for people, about pairs that are left out.
 
     Returns:
         The training pairs and the evaluation pairs.
@@ -85,21 +92,23 @@ def load_pairs(
     else:
         splits = memory_splits(data)
     held_out_split = find_eval_split(splits, name, split, eval_split)
-    pairs = read_pairs(splits[split], f"{name}, split '{split}'")
+    pairs = read_pairs(splits[split], f"{name}, split '{split}'", announce)
     if held_out_split is None:
-        return hold_out(pairs, eval_size, seed)
-    held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'")
-    order = np.random.default_rng([seed, 2]).permutation(len(held_out))[: max(1, eval_size)]
-    return pairs, [held_out[i] for i in sorted(order)]
+        return divided(pairs, eval_size, seed)
+    held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'", announce)
+    return pairs, chosen_rows(held_out, max(1, eval_size), [seed, 2])
 
 
-def read_pairs(rows: Sequence[Row], source: str) -> list[Pair]:
+def read_pairs(
+    rows: Sequence[Row], source: str, announce: Callable[[str], None] = lambda text: None
+) -> list[Pair]:
     """Check rows of preferences and return them as pairs; identical completions are left out.
 
     Args:
         rows: rows with `chosen` and `rejected`, and optionally `prompt`, `margin`, `chosen_gold` and
             `rejected_gold`. Without a prompt, the common beginning of chosen and rejected is the prompt.
         source: name of the data in error messages.
+        announce: prints a line for people, with the number of pairs that are left out.
 
     Raises:
         Refused: there are no rows, a column is missing, a value is neither text nor messages, or all pairs
@@ -118,6 +127,10 @@ def read_pairs(rows: Sequence[Row], source: str) -> list[Pair]:
     if not different:
         raise Refused(
             f"{source}: chosen and rejected are identical in every one of the {len(rows)} rows."
+        )
+    if same := len(pairs) - len(different):
+        announce(
+            f"{source}: {same:,} of {len(pairs):,} pairs are left out, whose completions are identical."
         )
     return different
 
@@ -178,35 +191,27 @@ def _number(row: Row, name: str, source: str) -> float | None:
     return float(value)
 
 
-def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Split pairs into training and evaluation so that no prompt is in both.
+def divided(pairs: list[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs into training and evaluation, so that no prompt is in both.
 
-    Prompts are held out until they have `size` pairs or a fifth of all pairs, whichever is less. If all pairs
-    have the same prompt, single pairs are held out instead.
+    If all pairs have the same prompt, single pairs are held out instead.
+
+    Args:
+        pairs: the pairs.
+        size: the most pairs to evaluate on, of which at most a fifth is taken; see `held_out.hold_out`.
+        seed: seed of the choice.
 
     Raises:
         Refused: there are too few pairs to split.
     """
-    keys = [pair.key for pair in pairs]
-    if len(set(keys)) == 1:
-        keys = [str(number) for number in range(len(pairs))]
-    pairs_of = Counter(keys)
-    if size < 1 or len(pairs_of) < 2:
+    keys: tuple[Callable[[Pair], Any], ...] = (attrgetter("key"), id)
+    parts = hold_out(pairs, keys, min(size, max(1, len(pairs) // 5)), [seed, 2])
+    if size < 1 or not parts[1]:
         raise Refused(
-            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others, give "
-            "an eval_size of at least 1 and at least 2 pairs."
+            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on "
+            "others, give an eval_size of at least 1 and at least 2 pairs."
         )
-    size = min(size, max(1, len(pairs) // 5))
-    names = list(pairs_of)
-    held_out: set[str] = set()
-    for number in np.random.default_rng([seed, 2]).permutation(len(names))[:-1]:
-        if sum(pairs_of[name] for name in held_out) < size:
-            held_out.add(names[number])
-    train: list[Pair] = []
-    evaluation: list[Pair] = []
-    for pair, key in zip(pairs, keys, strict=True):
-        (evaluation if key in held_out else train).append(pair)
-    return train, evaluation
+    return parts
 
 
 MIN_LENGTH_SHARE = 0.95

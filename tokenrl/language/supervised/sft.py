@@ -31,7 +31,7 @@ from tokenrl.language.supervised.defaults import (
     with_origins,
 )
 from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes
-from tokenrl.language.tasks.held_out import smaller_evaluation
+from tokenrl.language.tasks.held_out import counted, division_of, smaller_evaluation
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import described, provenance_of, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
@@ -92,7 +92,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", choices) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(choices)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {"demonstrations": f"{len(rows):,}", "seed": choices.seed, "run": session.directory}
+        first = {"demonstrations": counted(rows), "seed": choices.seed, "run": session.directory}
         note = "The loss is the negative log-likelihood, in nats per token."
         session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.status("loading the model"):
@@ -119,7 +119,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             learning_rate=args.learning_rate,
             seed=args.seed,
         )
-        evaluate = _evaluation(args, task, rewards, policy, training)
+        evaluate = _evaluation(args, task, rewards, policy, training, session.console.warn)
         line = partial(with_origins, args, origins)
         facts: dict[str, Any] = {
             "model": policy.source,
@@ -196,10 +196,13 @@ def _evaluation(
     rewards: Rewards | None,
     policy: Policy,
     training: SupervisedTraining,
+    warn: Callable[[str], None],
 ) -> Callable[[], dict[str, float]]:
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
     if rewards is None:
         return dict
+    for warning in division_of(task, args.eval_size)[1]:
+        warn(warning)
     length, _ = completion_limit(task, args.model, policy, otherwise=room(training.pairs))
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
     sampling = Sampling(length, seed=args.seed)

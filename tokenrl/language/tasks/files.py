@@ -7,9 +7,12 @@ becomes a date, one fraction makes fractions of all whole numbers beside it, `00
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +28,28 @@ from tokenrl.errors import Placed
 SPACE = re.compile(r"[ \t\r\n]*")
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 MAX_CELL_CHARACTERS = 2**31 - 1
+SEPARATORS = ",;\t|"
+"""What may stand between two cells of CSV."""
+
+
+def _zstandard(file: Path, mode: str) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(str(file), compression="zstd")
+
+
+COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
+"""By the ending of a compressed file, how it is opened."""
+
+
+def format_of(path: Path) -> str:
+    """Return the ending that says how a file is written, which stands before that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read_rows(
@@ -40,7 +65,8 @@ def read_rows(
     Args:
         splits: the files of each split.
         kind: json or csv.
-        separator: the character between two cells of CSV.
+        separator: the character between two cells of CSV; a comma may also be one of `SEPARATORS`, as the
+            header of each file shows.
 
     Returns:
         The rows of each split, all with the same columns. Each knows its line, or its item in a list of JSON.
@@ -82,7 +108,8 @@ def change_columns(
 
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        with COMPRESSED.get(file.suffix, Path.open)(file, "rb") as stream:
+            return str(stream.read(), "utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} of {file} is no UTF-8") from error
@@ -91,7 +118,13 @@ def _text(file: Path) -> str:
 def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSON list, or those that follow each other in a text, with their locations."""
     has_escapes = "\\u" in text  # only an escape can write half of a surrogate pair
-    for location, value in _json_values(text):
+    values = list(_json_values(text, file))
+    if len(values) == 1 and _is_table(values[0][1]):
+        raise ValueError(
+            f"{file} holds a table as one object, and not an object for each row; from pandas write "
+            f"frame.to_json({file.name!r}, orient='records', lines={format_of(file) == '.jsonl'})"
+        )
+    for location, value in values:
         if not isinstance(value, dict):
             raise ValueError(
                 f"{location} of {file} is {json.dumps(value):.60}: a row is an object; remove it"
@@ -101,7 +134,16 @@ def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield location, value
 
 
-def _json_values(text: str) -> Iterator[tuple[str, Any]]:
+def _is_table(value: Any) -> bool:
+    """Return whether a value holds a whole table: columns or rows by their names, or what pandas adds to these."""
+    if not isinstance(value, dict):
+        return False
+    keys = {tuple(part) if isinstance(part, dict) else None for part in value.values()}
+    is_described = "data" in value and ("columns" in value or "schema" in value)
+    return is_described or (len(keys) == 1 and None not in keys)
+
+
+def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
     """Yield the location of each value, and the value."""
     decoder = UniqueKeys()
     if text.lstrip().startswith("["):
@@ -115,7 +157,11 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
         line += text.count("\n", end, start)
         end = start
         if start < len(text):
-            value, end = decoder.raw_decode(text, start)
+            try:
+                value, end = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                row = line if format_of(file) == ".jsonl" else error.lineno
+                raise ValueError(f"line {row} of {file} is no JSON: {error.msg}") from None
             yield f"line {line}", value
             line += text.count("\n", start, end)
 
@@ -123,6 +169,8 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
 def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a CSV file as texts, with their locations; lines without any cell are skipped."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
+    if separator == ",":
+        separator = _separator(text)
     # Blanks behind a separator belong to the cell, but not those in front of a quote.
     before = rf'(^|[\r\n{re.escape(separator)}]) *("[^"]*(?:""[^"]*)*")'
     content = io.StringIO(re.sub(before, r"\1\2", text), newline="")
@@ -141,6 +189,19 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
         if cells:
             yield f"line {first}", dict(zip_longest(columns, cells))
         first = lines.line_num + 1
+
+
+def _separator(text: str) -> str:
+    """Return what divides the header and the first row into equally many cells; else what the header has."""
+    for separator in SEPARATORS:
+        with suppress(csv.Error):
+            lines = filter(
+                None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+            )
+            header = next(lines, [])
+            if len(header) == len(next(lines, header)) > 1:
+                return separator
+    return next((mark for mark in SEPARATORS if mark in text.partition("\n")[0]), ",")
 
 
 def _column(cells: Sequence[str | None]) -> list[Any]:

@@ -1,17 +1,25 @@
-"""Divides rows into those to train on and those to evaluate on, which share no prompt."""
+"""Divides rows into those to train on and those to evaluate on, loses none of them, and counts both."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
+from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.files import canonical
 
+T = TypeVar("T")
+
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+EVAL_SIZE = 128
+"""The most rows of a data set to evaluate on, if eval_size is left open."""
+MAX_OVERLAP = 0.1
+"""From this share of held-out rows on that are trained on too, a run warns."""
 
 
 def changed(task: Any, **attributes: Any) -> Any:
@@ -32,9 +40,13 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
     rows = task.eval_prompts
     if eval_size is None or eval_size >= len(rows):
         return task
-    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    chosen = sorted(order[:eval_size])
-    return changed(task, eval_prompts=[rows[i] for i in chosen])
+    return changed(task, eval_prompts=chosen_rows(rows, eval_size, seed))
+
+
+def chosen_rows(rows: Sequence[T], size: int, seed: Any) -> list[T]:
+    """Return at most so many of the rows, in their order."""
+    order = np.random.default_rng(seed).permutation(len(rows))[:size]
+    return [rows[i] for i in sorted(order.tolist())]
 
 
 def eval_split(
@@ -58,38 +70,146 @@ def separate(
     eval_size: int | None,
     seed: int,
     source: str,
+    *,
+    episodic: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return training and evaluation rows that share no prompt.
+    """Return the rows to train on and to evaluate on.
 
-    Rows to evaluate on have distinct prompts; rows with one of these prompts leave the training set.
+    Splits stay as they are, but for the number of rows to evaluate on. Of one split, rows are held out as by
+    `hold_out`: those of a prompt stay together; if there is only one prompt, those that are equal do. If all
+    are, an environment still makes different episodes of them.
 
     Args:
         train_rows: rows to train on, with a `prompt` each.
         eval_rows: rows to evaluate on; None holds out training rows.
-        eval_size: the most rows to evaluate on; of training rows at most half of the prompts. None takes 128;
-            of training rows at most a fifth.
+        eval_size: the most rows to evaluate on; of training rows at most half. None takes 128; of training
+            rows at most a fifth.
         seed: chooses them.
         source: what error messages call the data.
+        episodic: whether an environment plays an episode of each row.
 
     Raises:
-        Refused: nothing is left to train on, or there is nothing to evaluate on.
+        Refused: no row can be held out, as all are equal.
     """
-    pool: dict[str, dict[str, Any]] = {}
-    for row in train_rows if eval_rows is None else eval_rows:
-        pool.setdefault(prompt_key(row["prompt"]), row)
-    size = eval_size or 128
-    if eval_rows is None:
-        size = min(size, len(pool) // 2 if eval_size else max(1, len(pool) // 5))
-    order = np.random.default_rng(seed).permutation(len(pool))[:size]
-    keys = list(pool)
-    held_out = {keys[i]: pool[keys[i]] for i in sorted(order)}
-    rest = [row for row in train_rows if prompt_key(row["prompt"]) not in held_out]
-    if not held_out or not rest:
+    size = eval_size or EVAL_SIZE
+    if eval_rows is not None:
+        return train_rows, chosen_rows(eval_rows, size, seed)
+    size = min(size, len(train_rows) // (2 if eval_size else 5))
+    keys = [_key_of_prompt, canonical, *([id] if episodic else [])]
+    rest, held_out = hold_out(train_rows, keys, size, seed)
+    if not held_out:
         raise Refused(
-            f"{source} has too few distinct prompts: {len(pool)} to evaluate on, {len(rest)} training rows that "
-            "differ from those chosen. Give more data, or a smaller eval_size."
+            f"{source}: no row can be held out to evaluate on, as all {len(train_rows):,} are equal. Give rows "
+            "that differ, or a split to evaluate on: eval_split (--eval-split)."
         )
-    return rest, list(held_out.values())
+    return rest, held_out
+
+
+def hold_out(
+    rows: list[T], keys: Iterable[Callable[[T], Any]], size: int, seed: Any
+) -> tuple[list[T], list[T]]:
+    """Divide rows into those that are left to train on and those that are held out; equal keys stay together.
+
+    Keys are taken in a random order if their rows still fit; if none does, the key of the fewest rows is.
+
+    Args:
+        rows: the rows.
+        keys: functions that return the key of a row; the first that tells any two rows apart counts.
+        size: the most rows to hold out, at most half of them.
+        seed: seed of the order.
+
+    Returns:
+        The two parts; nothing is held out if no function tells rows apart.
+    """
+    for key_of in keys:
+        keys_of_rows = list(map(key_of, rows))
+        rows_of = Counter(keys_of_rows)
+        if len(rows_of) > 1:
+            break
+    else:
+        return rows, []
+    chosen = set()
+    names = list(rows_of)
+    for number in np.random.default_rng(seed).permutation(len(names)).tolist():
+        key = names[number]
+        if rows_of[key] <= size:
+            chosen.add(key)
+            size -= rows_of[key]
+    chosen = chosen or {min(rows_of, key=rows_of.__getitem__)}
+    parts: tuple[list[T], list[T]] = ([], [])
+    for row, key in zip(rows, keys_of_rows, strict=True):
+        parts[key in chosen].append(row)
+    return parts
+
+
+def division(
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    eval_size: int | None,
+    *,
+    noun: str = "rows",
+    divided: bool = True,
+    episodic: bool = False,
+) -> tuple[str, list[str]]:
+    """Describe both parts of the data: their rows, their prompts, and what is trained and evaluated on.
+
+    Args:
+        train: rows to train on, with a `prompt` each.
+        held_out: rows to evaluate on.
+        eval_size: the number of rows to evaluate on that was given; None if it was left open.
+        noun: what the texts call rows.
+        divided: whether the two were one split.
+        episodic: whether an environment plays an episode of each row, so that equal rows are fair.
+
+    Returns:
+        A line for the header. And warnings: that a tenth of the held-out rows has prompts that are trained on
+        too (if there is only one prompt, equals training rows), or that other than `eval_size` rows are there.
+    """
+    line = f"{counted(train, noun)} to train on, {counted(held_out, noun)} held out"
+    reason = "all that there are"
+    warnings = []
+    if divided:
+        line += ", as the data has no split to evaluate on (--eval-size)"
+        reason = f"of {len(train) + len(held_out):,} at most half, and all of a prompt together"
+    key_of: Callable[[Row], str] = _key_of_prompt
+    if len(set(map(key_of, train))) == 1:
+        key_of = canonical
+    trained = set(map(key_of, train))
+    repeated = sum(key_of(row) in trained for row in held_out)
+    if repeated and len(trained) > 1:
+        overlap = f"{repeated:,} of the {len(held_out):,} held-out {noun} are of prompts that are trained on too"
+        line += f"; {overlap}"
+        if repeated >= MAX_OVERLAP * len(held_out) and not episodic:
+            warnings.append(
+                f"{overlap}, so evaluations also show what was learnt by heart. Take them out of one split, or "
+                "name another to evaluate on: eval_split (--eval-split)."
+            )
+    if eval_size not in (None, len(held_out)):
+        warnings.append(
+            f"eval_size was given as {eval_size:,}, but {len(held_out):,} {noun} are held out: {reason}."
+        )
+    return line, warnings
+
+
+def division_of(task: Any, eval_size: int | None) -> tuple[str, list[str]]:
+    """Describe how the rows of a task are divided, as `division` does."""
+    return division(
+        task.train_prompts,
+        task.eval_prompts,
+        eval_size,
+        divided=getattr(task, "divided", False),
+        episodic=getattr(task, "environment", None) is not None,
+    )
+
+
+def counted(rows: Sequence[Row], noun: str = "rows") -> str:
+    """Return how many rows there are, and of how many prompts, as in '240 rows of 24 prompts'."""
+    prompts = len(set(map(_key_of_prompt, rows)))
+    return f"{len(rows):,} {noun} of {prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
+
+
+def _key_of_prompt(row: Row) -> str:
+    return prompt_key(row["prompt"])
 
 
 def prompt_key(prompt: Any) -> str:

@@ -11,8 +11,8 @@ from tokenrl.language.tasks.files import change_columns
 from tokenrl.settings import shown
 
 FORMS = (
-    "a name, a task object, a datasets.Dataset (from_pandas, from_dict, from_list; of a stream "
-    'from_list(list(data.take(N)))), a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
+    "a name, a task object, a datasets.Dataset (from_dict, from_list; of a stream from_list(list(data.take(N)))), "
+    'a pandas.DataFrame, a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
 )
 
 
@@ -20,7 +20,8 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     """Copy all splits of data that was given from Python.
 
     Args:
-        data: a `datasets.Dataset`, a list of rows, or a mapping of splits to one of these.
+        data: a `datasets.Dataset`, a pandas `DataFrame`, a list of rows, or a mapping of splits to one of these.
+            A missing value of pandas (NaN, NA, NaT) is None; an index without a name is left out.
 
     Returns:
         The rows of each split, by the name of the split. Data without splits is the split "train".
@@ -41,7 +42,10 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
 def _rows(data: Any, source: str) -> list[dict[str, Any]]:
     if not isinstance(data, list | tuple):
         import datasets
+        import pandas
 
+        if isinstance(data, pandas.DataFrame):
+            return _rows(_of_frame(data, source), source)
         if not isinstance(data, datasets.Dataset):
             description = f"{shown(data, 100)} ({type(data).__name__})"
             raise Refused(f"{source} is {description}; it must be {FORMS}.")
@@ -63,6 +67,19 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
                 f"{', '.join(sorted(map(str, differences)))}. Give None where there is no value."
             )
     return [{name: without_arrays(value) for name, value in row.items()} for row in data]
+
+
+def _of_frame(frame: Any, source: str) -> list[dict[str, Any]]:
+    """Return the rows of a pandas DataFrame."""
+    if frame.index.names != [None]:
+        frame = frame.reset_index()
+    if not frame.columns.is_unique:
+        raise Refused(
+            f"{source} has two columns of one name: {[*frame.columns]}. Name each by itself."
+        )
+    frame = frame.astype(object)
+    rows = frame.where(frame.notna(), None).rename(columns=str).to_dict("records")
+    return list(rows)
 
 
 def without_arrays(value: Any) -> Any:

@@ -20,6 +20,8 @@ from tokenrl.settings import check_number
 SEED_DISTANCE = 2**31
 """Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
 two seeds nearer to each other than the number of items share items. NumPy takes seeds below 2**32."""
+PUZZLES = "reasoning_gym:"
+"""How the names of these tasks begin."""
 MAX_SIZE = 2**30 - 1
 """Largest size and seed, up to which training and held-out items never share a seed."""
 
@@ -64,13 +66,13 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
     """Make training and held-out prompts of a puzzle, from seeds that are far apart, and their reward.
 
     Each row has a `prompt`, an `answer` and an `entry`, which is the puzzle as `score_answer` takes it. Small
-    puzzles repeat all the same. So a held-out question is kept once, and training puzzles that ask it are
-    dropped.
+    puzzles repeat all the same. So a held-out question is kept once, and only if no training puzzle asks it;
+    where all are asked there, training puzzles are held out instead, all of a question together.
 
     Args:
         spec: `reasoning_gym:NAME` or `reasoning_gym:NAME(option=value, ...)`. The options are `size` (500
             training puzzles), `seed` (0), and those of the puzzle's own configuration. Values are literals.
-        eval_size: number of held-out puzzles; None means 128.
+        eval_size: number of held-out puzzles; None means 128. Of puzzles that repeat there are fewer.
 
     Returns:
         Rows to train on, rows to evaluate on, and the reward.
@@ -102,7 +104,10 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
             f"task '{spec}': {name} refuses these options ({describe(error)}). It takes {names}."
         ) from error
     score = ReasoningScore(name, tuple(sorted(options.items())))
-    return *separate(train_rows, eval_rows, eval_size, 0, f"task '{spec}'"), score
+    trained = {row["prompt"] for row in train_rows}
+    fresh = {row["prompt"]: row for row in eval_rows if row["prompt"] not in trained}
+    held_out_rows = list(fresh.values()) or None
+    return *separate(train_rows, held_out_rows, eval_size, 0, f"task '{spec}'"), score
 
 
 def _rows(name: str, options: dict[str, Any]) -> Rows:

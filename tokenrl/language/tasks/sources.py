@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
-from tokenrl.language.tasks.files import HALF_OF_PAIR, read_rows
+from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
@@ -72,11 +72,12 @@ class DataArguments(Settings, group="data"):
     split: str = "train"
     """Split of a dataset to train on."""
     eval_split: str | None = None
-    """Split to evaluate on. Default: a validation or test split if there is one, else rows held out of the
-    training split."""
+    """Split to evaluate on, which is taken as it is, also where prompts are in the training split too.
+    Default: a validation or test split if there is one, else rows held out of the training split."""
     eval_size: Count | None = None
-    """Most prompts to evaluate on. Default: 128 of a dataset or of reasoning-gym, but of a dataset without a
-    split for it at most a fifth of the prompts; else all that the task holds out."""
+    """Most rows to evaluate on; of a dataset without a split for it at most half of the rows, all rows of a
+    prompt together. Default: 128 of a dataset or of reasoning-gym, but of a dataset without a split for it
+    at most a fifth of the rows; else all that the task holds out."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
     task: Annotated[str, OR_OBJECT] = LeftOut("sort_digits")
-    """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV, TSV or Parquet file, a
-    folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a
-    datasets.Dataset, a DatasetDict, a list of rows or a task object. An environment that is named without a
-    task is the task."""
+    """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV, TSV or Parquet file, also
+    compressed, a folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From
+    Python also a datasets.Dataset, a DatasetDict, a pandas DataFrame, a list of rows or a task object. An
+    environment that is named without a task is the task."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
@@ -106,7 +107,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     """Read all splits of a data file, a folder, or a hub dataset.
 
     Args:
-        name: path of a JSON, CSV or Parquet file, path of a folder, or `owner/name` or `owner/name:config` on
+        name: path of a JSON, CSV or Parquet file, also compressed, or of a folder, or `owner/name[:config]` on
             the hub.
 
     Returns:
@@ -117,17 +118,18 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     """
     path = Path(name)
     is_file = path.is_file()
-    if path.suffix in FORMATS and not path.exists():
+    ending = format_of(path)
+    if ending in FORMATS and not path.exists():
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
-    if is_file and path.suffix not in FORMATS:
+    if is_file and ending not in FORMATS:
         raise Refused(
-            f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}. Put one that "
-            "is compressed into a folder, and give the folder."
+            f"task '{name}': cannot read '{ending}' files; allowed are {', '.join(FORMATS)}, also with "
+            f"{', '.join(COMPRESSED)} behind it. Put an archive such as .zip into a folder, and give the folder."
         )
     try:
-        if is_file and path.suffix != ".parquet":
-            separator = "\t" if path.suffix == ".tsv" else ","
-            splits = read_rows({"train": [path]}, FORMATS[path.suffix], separator)
+        if is_file and ending != ".parquet":
+            separator = "\t" if ending == ".tsv" else ","
+            splits = read_rows({"train": [path]}, FORMATS[ending], separator)
         else:
             splits = _by_datasets(path, name)
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors

@@ -31,9 +31,10 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
+from tokenrl.language.tasks.files import format_of
 from tokenrl.language.tasks.held_out import changed, eval_split, separate, smaller_evaluation
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.reasoning import puzzles
+from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, check_seed, shown
@@ -118,9 +119,9 @@ def load_task(
         seed: seed of the choice of evaluation rows.
         chat: make prompts of a dataset that are text messages of the user.
         options: fields of `DataArguments`: `prompt_column`, `prompt_template`, `split`, `eval_split`,
-            `eval_size` and `environment`. Held-out rows of a dataset have distinct prompts. If they come from
-            the training split, they are at most a fifth of its prompts (with `eval_size` half of them). Rows
-            with one of these prompts leave the training set.
+            `eval_size` and `environment`. Splits are taken as they are. Of a dataset without a split to
+            evaluate on, at most a fifth of the rows is held out (with `eval_size` half of them), all rows of
+            a prompt together.
 
     Raises:
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
@@ -142,7 +143,9 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
     if isinstance(source, str):
         task = _named_task(source, data.eval_size, chat)
         if task is not None:
-            return smaller_evaluation(_finished(task, source, reward), data.eval_size, seed)
+            task = _finished(task, source, reward)
+            is_sized = source.startswith(PUZZLES)
+            return task if is_sized else smaller_evaluation(task, data.eval_size, seed)
     else:
         splits = memory_splits(source)
         name, origin = records.described(splits)
@@ -161,7 +164,8 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
     if evaluation is not None:
         subject = f"{title}, split '{evaluation}'"
         held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
-    rows = separate(train_rows, held_out, data.eval_size, seed, title)
+    episodic = data.environment is not None
+    rows = separate(train_rows, held_out, data.eval_size, seed, title, episodic=episodic)
     task = PromptTask(name, *rows, reward, origin=origin, divided=evaluation is None)
     return _finished(task, name, reward)
 
@@ -176,12 +180,12 @@ def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
     toy_tasks = importlib.import_module("toy_tasks")
     if name in toy_tasks.NAMES:
         return toy_tasks.load(name)
-    if name.startswith("reasoning_gym:"):
+    if name.startswith(PUZZLES):
         return PromptTask(name, *puzzles(name, eval_size), pass_threshold=1.0)
     source = name.rpartition(":")[0]
     if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
         return _made_task(import_attribute(name, "task"), name, eval_size, chat)
-    if os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS:
+    if os.path.exists(name) or "/" in name or format_of(Path(name)) in sources.FORMATS:
         return None
     raise Refused(
         f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: module:attribute, a "

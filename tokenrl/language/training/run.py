@@ -14,12 +14,13 @@ import torch
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.policy.arguments import form_line
+from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import special_texts
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import with_origins
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task, is_unrewarded
@@ -206,15 +207,12 @@ def first_facts(
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
-    prompts = f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
-    if getattr(task, "divided", False):
-        prompts += ", as the data has no split to evaluate on (--eval-size)"
     stage = ""
     if args.warm_start:
         skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
-        "task": prompts,
+        "task": division_of(task, args.eval_size)[0],
         "reward": _ascended(args, rewards) if is_unrewarded(args) else ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
@@ -270,22 +268,12 @@ def warnings_of(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     environments = run.rewards.environments
-    special = special_texts(run.learner.policy.tokenizer, rows)
+    special = prompt_warnings(run.learner.policy.tokenizer, rows)
     warnings = [] if environments else few_prompts(rows)  # equal prompts begin different episodes
-    warnings += [*special, *remarks(rows)]
+    warnings += [*special, *remarks(rows), *division_of(run.task, run.args.eval_size)[1]]
     if environments and environments.has_tools and any(row.get("tools") for row in rows):
         warnings.append(
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
         )
-    size = len(run.task.eval_prompts)
-    most = run.args.eval_size or 0
-    if size < most:
-        some = (
-            "half of the prompts" if getattr(run.task, "divided", False) else "all that there are"
-        )
-        text = (
-            f"eval_size was given as {most:,}, but {size:,} prompts are held out, at most {some}."
-        )
-        warnings.append(text)
     return [*warnings, *without_effect(run.args)]

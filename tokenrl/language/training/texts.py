@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
-from unicodedata import normalize
 
-from tokenrl.errors import Refused, with_places
-from tokenrl.language.policy.prompts import texts_in
+from tokenrl.errors import ALIKE, Refused, with_places
+from tokenrl.language.policy.characters import MANY, texts_in, unknown_characters
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.fit import encode_demonstrations
@@ -19,48 +16,24 @@ from tokenrl.runs.findings import Finding, Weight
 
 Rows = Sequence[Mapping[str, Any]]
 
-MANY = 512
-"""Most prompts and demonstrations whose texts are checked; more take longer and show the same."""
-
-
 MOST_UNKNOWN = 0.03
 """Largest share of characters that a tokenizer may lose without a problem."""
 
 
 def check_characters(run: TrainingRun, findings: list[Finding]) -> str:
     """Count the characters that the tokenizer loses; add a finding if there are some, and say how many."""
-    tokenizer = run.learner.policy.tokenizer
     task = run.task
-    rows = [*islice(task.train_prompts, MANY), *islice(task.eval_prompts, MANY)]
-    texts = [text for row in rows for text in texts_in(row["prompt"])]
-    with contextlib.suppress(Refused, KeyError, TypeError):  # there are none, or what is no text
-        texts += [
-            text for row in demonstrations(task)[:MANY] for text in texts_in(row["completion"])
-        ]
-    before = Counter[str]()
-    after = Counter[str]()
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        ids = [i for i in ids if i != tokenizer.unk_token_id]
-        before += _characters(text, tokenizer)
-        after += _characters(tokenizer.decode(ids, clean_up_tokenization_spaces=False), tokenizer)
-    lost = before - after
-    share = lost.total() / max(1, before.total())
-    words = f"{lost.total():,} of {before.total():,} characters of prompts and demonstrations"
-    if lost:
-        examples = " ".join(repr(character) for character, _ in lost.most_common(5))
-        words += f" ({share:.1%}): {examples}"
+    parts = task.train_prompts, task.eval_prompts, getattr(task, "demonstrations", None) or ()
+    rows = [row for part in parts for row in islice(part, MANY)]
+    columns = ("prompt", *ALIKE[0])
+    texts = [text for row in rows for name in columns for text in texts_in(row.get(name))]
+    tokenizer = run.learner.policy.tokenizer
+    words, share = unknown_characters(tokenizer, texts, "prompts, answers and demonstrations")
+    if share:
         text = f"The tokenizer loses {words}. Take a model that can read and write them, or other spellings."
         weight: Weight = "void" if share > MOST_UNKNOWN else "watch"
         findings.append(Finding("unknown-characters", weight, text))
     return f"to the tokenizer {words}"
-
-
-def _characters(text: str, tokenizer: Any) -> Counter[str]:
-    """Count the characters of a text; tokenizers may change spaces, forms and cases without a loss."""
-    if getattr(tokenizer, "do_lower_case", False):
-        text = text.casefold()
-    return Counter("".join(normalize("NFKC", text).split()))
 
 
 def usable_rows(run: TrainingRun, rows: Rows, which: str, findings: list[Finding]) -> Rows:
