@@ -197,7 +197,8 @@ def test_weights_are_those_of_the_same_rewards_and_objects_are_asked_for(tmp_pat
     for unnamed in ("__main__:f", "rewards:f.<locals>.g", "rewards:<lambda>"):
         recorded(tmp_path / "run", **IN_MEMORY, reward=[unnamed])
         with pytest.raises(
-            Refused, match=r"have no name here: say with --task .* and with --reward by what"
+            Refused,
+            match=r"have no name here: say with task .*--task.* and with reward .*--reward.* by what",
         ):
             as_trained(EvaluateArguments(model=run, task=ROWS))
     environment = "envs.py:Env"
@@ -251,7 +252,7 @@ def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
     assert "as in the run of a, b: " in capsys.readouterr().err
     hot = trained("hot", temperature=2.0)
     with pytest.raises(
-        Refused, match=r"runs of a, hot differ in temperature, 0.7 and 2.0: give --temperature"
+        Refused, match=r"runs of a, hot differ in temperature, 0.7 and 2.0: give temperature"
     ):
         tokenrl.evaluate(model=["a", hot])
     assert list(tokenrl.evaluate(model=["a", hot], temperature=1.0)) == ["a", "hot"]
@@ -270,7 +271,10 @@ def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
 def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys):
     run = trained(**changes)
     assert main(["evaluate", "--model", run]) == 2
-    assert "say with --task what it was trained on, and with --reward" in capsys.readouterr().err
+    assert (
+        "say with task (--task) what it was trained on, and with reward (--reward)"
+        in capsys.readouterr().err
+    )
     expected = {
         "task": changes.get("task", "words.jsonl"),
         "reward": vowel_reward,
@@ -281,7 +285,7 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys)
 
 def test_a_model_of_no_run_names_no_task(saved, capsys):
     assert main(["evaluate", "--model", str(saved())]) == 2
-    assert "Name the task to evaluate on: --task NAME" in capsys.readouterr().err
+    assert "Name the task to evaluate on: task (--task)" in capsys.readouterr().err
 
 
 def test_a_model_trained_on_chats_is_sampled_in_chats(trained, saved, capsys):

@@ -229,8 +229,8 @@ def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": None}, "--data FILE.*--task NAME"),
-        ({"model": None}, "--model DIRECTORY_OR_HUB_NAME"),
+        ({"data": None}, r"data \(--data\).*task \(--task\)"),
+        ({"model": None}, r"model \(--model\)"),
         ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 7 pairs.*64 tokens"),
         ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "'margin' were both given"),
         ({"hidden_size": 16}, "leave out one of both"),

@@ -380,3 +380,18 @@ def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
     ) and result.eval_before != result.eval_after
     with pytest.raises(Refused, match="no demonstrations"):
         sft(**values | {"completion_column": "gold"}, reward=(vowel_reward,))
+
+
+@pytest.mark.parametrize(
+    ("completion", "words"),
+    [
+        ({"a": 1}, r"row 0: the completion is \{'a': 1\} \(dict\); it needs .* such as its JSON"),
+        (None, r"row 0: the completion is None \(NoneType\); it needs"),
+        ([1, 2], r"row 0: message 0 of the completion is 1 \(int\); it needs"),
+        ([], "row 0: the completion is an empty list; it needs"),
+    ],
+)
+def test_what_is_wrong_with_the_value_of_a_completion_is_said(completion, words, tmp_path):
+    rows = [{"prompt": "a", "completion": completion}] * 2
+    with pytest.raises(Refused, match=words):
+        sft(task=rows, model="tiny", output_dir=tmp_path / "run", quiet=True)

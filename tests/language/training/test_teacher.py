@@ -288,9 +288,12 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
         ({"teacher": broken(float("inf"))}, "not finite"),
         ({"teacher": 3}, r"teacher was given as a int.*teacher=\(model, tokenizer\)"),
         ({"teacher": same, "model": same}, "very model that is trained"),
-        ({"estimator": Estimator(), "reward": vowel_reward}, "beta is 0: give --estimator.beta"),
+        (
+            {"estimator": Estimator(), "reward": vowel_reward},
+            "beta is 0: give it one .--estimator.beta",
+        ),
         ({"estimator": Estimator()}, "beta is 0"),
-        ({"teacher": None}, "name one with --teacher"),
+        ({"teacher": None}, "name one by teacher .--teacher"),
         ({"reward": ["none", vowel_reward]}, "no reward at all: leave out the rewards beside it"),
         ({"reward_weights": 0.5}, "leave out the rewards beside it, and reward_weights"),
         (

@@ -117,7 +117,7 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     """
     models = (args.model,) if isinstance(args.model, str) else args.model
     if not all(models) or not models:
-        raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
+        raise Refused("Name the model to evaluate: model (--model), a directory or hub name.")
     if len(set(models)) < len(models):
         raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
@@ -125,7 +125,7 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     filled: EvaluateArguments = as_in_runs(args, models, *vars(Distribution()), "seed")
     if filled.task is None:
         raise Refused(
-            f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}."
+            f"Name the task to evaluate on: task (--task). No run of one saved {', '.join(models)}."
         )
     return filled
 
@@ -159,7 +159,7 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
             if earlier != value and name != "seed":
                 flag = name.replace("_", "-")
                 raise Refused(
-                    f"The runs of {', '.join(runs)} differ in {name}, {earlier} and {value}: give --{flag}."
+                    f"The runs of {', '.join(runs)} differ in {name}, {earlier} and {value}: give {name} (--{flag})."
                 )
     usual = vars(TaskArguments()) | {"task": args.environment}
     layers = ("default", usual), ("run", from_runs), ("given", vars(args))
@@ -197,8 +197,9 @@ def _check_named(
     has_objects = args.task is None or re.search("<|__main__:", objects)
     if config.get("command") == "" and has_objects:
         raise Refused(
-            f"The run of {model} was given objects of a Python program, which have no name here: say with "
-            "--task what it was trained on, and with --reward by what; an environment is --environment."
+            f"The run of {model} was given objects of a Python program, which have no name here: say with task "
+            "(--task) what it was trained on, and with reward (--reward) and environment "
+            "(--environment) by what."
         )
 
 

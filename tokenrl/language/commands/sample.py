@@ -54,7 +54,9 @@ class Sampler:
             Refused: no model is named, or something cannot be loaded.
         """
         if not args.model:
-            raise Refused("Name the model that completes prompts: --model DIRECTORY_OR_HUB_NAME.")
+            raise Refused(
+                "Name the model that completes prompts: model (--model), a directory or hub name."
+            )
         run = run_of(args.model)
         config = {} if run is None else read_config(run)
         if args.chat is None and config.get("chat_prompts"):
@@ -208,7 +210,7 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     """
     args = arguments_of_call(SampleArguments, args, options)
     if not args.prompt:
-        raise Refused("Give a prompt to complete: --prompt TEXT.")
+        raise Refused("Give a prompt to complete: prompt (--prompt), a text.")
     sampler = Sampler(args)
     return [[text for text, _ in sampler(prompt)] for prompt in args.prompt]
 

@@ -210,15 +210,15 @@ class Policy:
         if room < 1 and truncate is not None:
             raise Refused(
                 f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context "
-                f"of {self.context} tokens: lower --max-completion-length, or take a model with a longer context."
+                f"of {self.context} tokens: lower it (--max-completion-length), or take a model with a longer context."
             )
         for row, ids in enumerate(encoded):
             if len(ids) > room and not truncate:
                 remedy = "leave it out, or take a model with a longer context"
                 if truncate is False:
-                    remedy = f"give --truncate-prompts, which drops tokens from the left, {remedy}"
+                    remedy = f"give truncate_prompts (--truncate-prompts), which drops tokens from the left, {remedy}"
                     if len(ids) < self.context:
-                        remedy = f"give --max-completion-length {self.context - len(ids)} or less, {remedy}"
+                        remedy = f"give max_completion_length {self.context - len(ids)} or less, {remedy}"
                 raise Refused(
                     f"The prompt {names[row]} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "

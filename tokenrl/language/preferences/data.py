@@ -68,8 +68,8 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
     """
     if args.data is None and args.task is None:
         raise Refused(
-            "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected, or "
-            "--task NAME to make them from a task's policy and reward."
+            "Name the preferences to learn from: data (--data) with the columns prompt, chosen and rejected, or "
+            "task (--task), to make them from its policy and reward."
         )
     task = rewards = None
     if args.task is not None:
@@ -144,7 +144,7 @@ def make_backbone(
         return reward_backbone(args.model, seed=args.seed)
     if task is None:
         raise Refused(
-            "Name a model to start from: --model DIRECTORY_OR_HUB_NAME, or --task for its own."
+            "Name a model to start from: model (--model), a directory or hub name, or task (--task) for its own."
         )
     if args.hidden_size is not None:
         try:  # a task may have no tiny model, or one whose heads do not divide this width

@@ -163,7 +163,7 @@ def warm_started_base(
             written.
     """
     if getattr(task, "build", None) is None:
-        mend = "name one, --model DIRECTORY_OR_HUB_NAME, or --model tiny for a new one"
+        mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
     check_seed(seed)
     folder = cache_directory() / f"{task.name}-{cache_key([task.fingerprint, seed])}"

@@ -192,14 +192,14 @@ def encode_demonstrations(
         fault = f": {problem}" if problem else ""
         if isinstance(turns, str):
             turns = [{"role": "assistant", "content": turns}]
-        if not isinstance(turns, list) or "prompt" not in row:
+        if not {"prompt", "completion"} <= row.keys():
             fault = f" has {', '.join(row)}"
         elif not fault:
             fault = _fault_of_turns(row["prompt"], [turn["role"] for turn in turns])
         if fault:
             raise Refused(
                 f"The demonstration of {location}{fault}; it needs prompt and completion (text, or a list that "
-                "ends with the assistant's message)."
+                "ends with the assistant's message). Write any other value as text, such as its JSON."
             )
         tools = (environments and environments.tools(row)) or row.get("tools")
         try:

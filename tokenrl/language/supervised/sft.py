@@ -224,7 +224,8 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
         return task, rewards, demonstrations(task, column)
     if args.model is None:
         raise Refused(
-            "A data set has no model of its own: name one, --model DIRECTORY or --model tiny."
+            "A data set has no model of its own: name one by model (--model), a directory or hub name, or tiny for "
+            "a new one."
         )
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
@@ -232,8 +233,8 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
         raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
     rows = with_prompts(splits[args.split], where, args)
     if column not in rows[0]:
-        fault = f"{where} has no column {column!r}; name one of {', '.join(rows[0])} with --completion-column"
-        raise Refused(f"{fault}.{nearest(column, rows[0])}")
+        fault = f"{where} has no column {column!r}; name one of {', '.join(rows[0])} by completion_column"
+        raise Refused(f"{fault} (--completion-column).{nearest(column, rows[0])}")
     name, origin = (args.task, {}) if named else described(splits)
     rest = [row for split in splits if split != args.split for row in splits[split]]
     task = with_environment(

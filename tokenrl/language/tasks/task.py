@@ -312,7 +312,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
     if isinstance(source, str) and source.startswith(records.IN_MEMORY):
         raise Refused(
             f"task '{source}' was data given from Python: give it again, or save it once with "
-            "dataset.to_json('data.jsonl') and give --task data.jsonl."
+            "dataset.to_json('data.jsonl') and name data.jsonl by task (--task)."
         )
     reward = list(map(load_reward, named)) or None
     task: Any = None
@@ -331,7 +331,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
     functions = getattr(task, "reward", None) or []
     if environments is None and not (functions or unrewarded):
         raise Refused(
-            f"The task {task.name!r} has no reward: name one with --reward module:function."
+            f"The task {task.name!r} has no reward: name one by reward (--reward), such as module:function."
         )
     pass_threshold = getattr(args, "pass_threshold", None)
     if reward or args.reward_weights:

@@ -138,7 +138,9 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     updates = args.num_iterations * args.num_minibatches
     _check_teacher(args)
     if args.target_kl is not None and not estimator.needs_kl:
-        raise Refused("target_kl holds a KL, but the estimator has beta 0: give --estimator.beta.")
+        raise Refused(
+            "target_kl holds a KL, but the estimator has beta 0: give it one (--estimator.beta)."
+        )
     within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
     penalty = estimator.kl_in_reward  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")
@@ -172,7 +174,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     if not estimator.needs_old_logprobs and updates > 1:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
-            "right for the first only. Use --estimator.ratio token (as grpo, dr_grpo and ppo_clip do)."
+            "right for the first only. Use ratio='token' (--estimator.ratio token), as grpo, dr_grpo and ppo_clip do."
         )
 
 
@@ -182,19 +184,19 @@ def _check_teacher(args: TrainArguments) -> None:
     if args.teacher is not None and not estimator.needs_kl:
         raise Refused(
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
-            "--estimator.beta, such as 1, or a preset of distillation, such as opd."
+            "it one (--estimator.beta), such as 1, or a preset of distillation, such as opd."
         )
     if not is_unrewarded(args):
         return
     if args.teacher is None or not estimator.needs_kl:
         raise Refused(
-            "With --reward none all that there is to learn from is the KL to a teacher: name one with --teacher, "
-            "and give --estimator.beta, such as 1, or a preset of distillation, such as opd."
+            "With reward none all that there is to learn from is the KL to a teacher: name one by teacher (--teacher), "
+            "and give the estimator a beta (--estimator.beta), such as 1, or a preset of distillation, such as opd."
         )
     if estimator.skips_equal_groups or estimator.other_objective:
         axis = "objective" if estimator.other_objective else "zero_spread"
         raise Refused(
-            f"With --reward none all rewards are 0, and {axis} {getattr(estimator, axis)!r} needs rewards: take "
+            f"With reward none all rewards are 0, and {axis} {getattr(estimator, axis)!r} needs rewards: take "
             "zero_spread 'keep' and objective 'reward'."
         )
 
