@@ -21,19 +21,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_900,
+    "top": 14_100,
     "core": 20_700,
-    "runs": 30_200,
+    "runs": 30_350,
     "control": 15_300,
     "advisor": 6_000,
     "language": 100,
-    "language/policy": 11_100,
-    "language/rewards": 13_800,
-    "language/tasks": 8_700,
+    "language/policy": 11_750,
+    "language/rewards": 13_900,
+    "language/tasks": 10_200,
     "language/rollout": 24_300,
     "language/training": 23_400,
-    "language/supervised": 8_300,
-    "language/commands": 4_700,
+    "language/supervised": 8_450,
+    "language/commands": 4_800,
     "language/preferences": 7_300,
     "language/evaluation": 4_400,
     "lab": 100,
@@ -44,8 +44,8 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 230_000, 184, 87_500, 294_500, 68_800, 7_500
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 36, 46_900, 44
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 232_000, 185, 87_500, 302_000, 69_300, 7_600
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 36, 46_950, 44
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -25,10 +25,10 @@ rule that reads it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.reader import finite
@@ -88,6 +88,31 @@ class Finding:
     def __str__(self) -> str:
         """Return the finding as one line, its flag first."""
         return f"{self.flag}: {self.text}"
+
+
+Judgement = tuple[Any, ...] | None
+"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, and the changes."""
+Judge = Callable[[Facts], Judgement]
+
+
+class Rule(NamedTuple):
+    """A subject with the function that judges it, and the precedence of its findings (see `Finding`)."""
+
+    flag: str
+    judge: Judge
+    precedence: int
+
+
+RULES: list[Rule] = []  # in the order of the findings
+
+
+def rule(flag: str, precedence: int = 1) -> Callable[[Judge], None]:
+    """Enter a function into the table as the rule about a subject."""
+
+    def enter(function: Judge) -> None:
+        RULES.append(Rule(flag, function, precedence))
+
+    return enter
 
 
 def above(

@@ -7,70 +7,42 @@ rules speak: the step of a training, a check, the end of a run, a diagnosis, an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import hypot, inf
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.runs.findings import (
     LOST_SHARE,
+    RULES,
     SOLVED_ADVICE,
     Facts,
     Finding,
+    Judgement,
     above,
     lower_rate,
     remedy,
     rounded,
+    rule,
 )
 
-Judgement = tuple[Any, ...] | None
-"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, and the changes."""
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
 MIN_ERRORS = 4.5
 MIN_ERRORS_OF_BEST = 6.0
 """Standard errors by which the reward of a destroyed policy falls. Tested hundreds of times per run, a fall
 of 2 standard errors is often chance; the best of several evaluations is biased upwards."""
-GREEDY_ERRORS = 3.0
-"""Standard errors of a difference that is judged once in a run, between evaluations of the same prompts."""
+GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 
 
-Judge = Callable[[Facts], Judgement]
-
-
-class Rule(NamedTuple):
-    """A subject with the function that judges it, and the precedence of its findings (see `Finding`)."""
-
-    flag: str
-    judge: Judge
-    precedence: int
-
-
-RULES: list[Rule] = []  # in the order of the findings
-
-
-def rule(flag: str, precedence: int = 1) -> Callable[[Judge], None]:
-    """Enter a function into the table as the rule about a subject."""
-
-    def enter(function: Judge) -> None:
-        RULES.append(Rule(flag, function, precedence))
-
-    return enter
-
-
 def judge(facts: Mapping[str, Any], *flags: str) -> list[Finding]:
     """Return the findings of all rules, or of some flags; a fact that is None or nan counts as missing."""
-    present = Facts(
-        {
-            name: x
-            for name, x in facts.items()
-            if x is not None and not (isinstance(x, float) and x != x)
-        }
-    )
+    missing = {name for name, x in facts.items() if x is None or (isinstance(x, float) and x != x)}
+    present = Facts({name: facts[name] for name in facts.keys() - missing})
     findings = []
     for flag, function, precedence in RULES:
         if flags and flag not in flags:

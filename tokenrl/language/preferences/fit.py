@@ -239,8 +239,7 @@ def train_reward_model(
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
         reward_model.ask(form_of(choices))
-        parameters = reward_model.model.num_parameters()
-        threads, reason = choose_threads(parameters, choices.threads)
+        threads, reason = choose_threads(reward_model.model.num_parameters(), choices.threads)
         stack.enter_context(using_threads(threads))
         time = reward_model.form.chat_time
         decided = {"threads": threads, "output_dir": session.directory, "chat_time": time}

@@ -323,8 +323,7 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
     """
-    count = run.args.eval_generations
-    learner = run.learner
+    count, learner = run.args.eval_generations, run.learner
     run.tell(step)
     began = time.perf_counter()
     evaluation = evaluate_policy(
@@ -339,8 +338,8 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
         reference=run.objective_reference,
     )
     run.eval_seconds = time.perf_counter() - began
-    each = evaluation.by_prompt
-    if rewarded := each.get("reward", each.get("reward_greedy")):
+    means = evaluation.by_prompt
+    if rewarded := means.get("reward", means.get("reward_greedy")):
         run.means = [*run.means[:1], rewarded]
     run.failures = evaluation.failures
     if run.failures and all(run.failures) and not step:
