@@ -105,8 +105,7 @@ class Saver:
         self.best = Best(args)
         self._parts = {**parts, "best": self.best}
         self._active = active
-        # Step 0 counts as saved, since a run starts without a checkpoint, unless it may be the best.
-        self._saved = -1 if args.keep == "best" else 0
+        self._saved = -1
         self._saved_at = time.monotonic()
 
     def check(self, parts: Mapping[str, Resumable]) -> None:
@@ -143,7 +142,7 @@ class Saver:
             return False
         args = self._args
         minutes = (time.monotonic() - self._saved_at) / 60
-        is_step = args.save_every > 0 and step % args.save_every == 0
+        is_step = min(args.save_every, step) > 0 == step % args.save_every
         is_time = 0 < args.save_minutes <= minutes
         return is_step or is_time or self.best.until(None) == step
 

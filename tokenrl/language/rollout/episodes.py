@@ -176,12 +176,15 @@ class _Row:
             other: what any policy can read in its place.
 
         Raises:
-            Refused: the other cannot be encoded either, so no episode can go on here.
+            Refused: nor can the other be encoded, so no episode can go on here.
         """
         try:
             return encode(text)
         except Refused as error:
-            encode(other)
+            try:
+                encode(other)
+            except Refused:
+                raise error from None
             self.ending = "error"
             self.failure = f"An observation of {type(self.episode.environment).__name__}: {error}"
             return []
