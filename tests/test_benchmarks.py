@@ -132,9 +132,9 @@ def test_the_policy_writes_as_many_turns_as_the_environment_asks_for(episodes, t
     measured = episodes["measure"](spec)
     written = 30 * (2 * turns - 1)  # the policy's turns and the answers between them
     # the prompt that the rows share, and each row but for its last token
-    once = 10 + 2 * (written - 1)
-    # without room for what was read: 39 tokens of each row are read again in the second turn, 99 and 159 later
-    again = 0 if cache == 1 else 2 * (39 + 99 + 159)
+    once = 11 + 2 * (written - 1)
+    # without room for what was read: 40 tokens of each row are read again in the second turn, 100 and 160 later
+    again = 0 if cache == 1 else 2 * (40 + 100 + 160)
     assert measured["read"] == [once + again, once]
     assert len(measured["seconds"]) == 1
 

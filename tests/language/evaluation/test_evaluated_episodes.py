@@ -142,9 +142,9 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     printed = out[out.index("The first episode, of reward ") :]
     assert "\nprompt     <" in printed and "\nassistant  " in printed and "\nending     " in printed
     assert "few" not in error and "cannot be asked" not in error
-    longer = ["--max-completion-length", "3", "--stop", *STOP[:4], "--max-turns", "1"]
-    assert main([*command, f"{run.parent}/talk.py:Talk", *longer]) == 2
-    cut = r"\d\d% of the completions are cut off at 3 tokens. Raise --max-completion-length"
+    shorter = ["--max-completion-length", "2", "--max-turns", "1"]
+    assert main([*command, f"{run.parent}/talk.py:Talk", *shorter]) == 2
+    cut = r"\d\d% of the completions are cut off at 2 tokens. Raise --max-completion-length"
     assert re.search(cut, " ".join(capsys.readouterr().err.split()))
     assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
     output = r"abstained from every completion of this step. \d+ of \d+ episodes failed. Away.step raised OSError"

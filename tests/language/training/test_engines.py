@@ -484,7 +484,7 @@ def test_an_engine_that_lies_after_its_first_rollouts_is_stopped(tmp_path, lie):
 
 
 class LaterSampled(Engine):
-    """Its greedy completions are samples from the third call on."""
+    """Its greedy completions are samples, and improbable ones, from the third call on."""
 
     def __init__(self, policy, _):
         super().__init__(policy)
@@ -493,7 +493,7 @@ class LaterSampled(Engine):
     def generate(self, prompt_ids, sampling, draws):
         self.greedy += draws is None
         if draws is None and self.greedy > 2:
-            draws = torch.rand(len(prompt_ids), sampling.max_completion_length)
+            draws = torch.full((len(prompt_ids), sampling.max_completion_length), 0.999)
         return super().generate(prompt_ids, sampling, draws)
 
 
