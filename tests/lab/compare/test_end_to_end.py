@@ -150,6 +150,16 @@ def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_path, capsys):
+    settings = {"task": "sort_digits", "arms": ("rloo", "reinforce"), "seeds": 6, "max_steps": 4}
+    tokenrl.compare(
+        **settings, max_completion_length=3, dry_run=True, output_dir=str(tmp_path / "dry")
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "truncation on sort_digits 100% of the completions are cut off at 3 tokens" in printed
+
+
+@pytest.mark.slow
 def test_the_recipe_runs(tmp_path):
     flags = "--tasks sort_digits --arms rloo grpo --seeds 2 --max-steps 2 --output-dir found"
     done = subprocess.run(

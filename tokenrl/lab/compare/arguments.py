@@ -62,8 +62,8 @@ class ExecutionArguments(Settings, group="execution"):
     workers: Count | None = None
     """Number of runs at the same time. Default: one per processor."""
     dry_run: bool = False
-    """Print the plan, the smallest difference that it can show, and the time of a run, from a few measured
-    steps; then stop."""
+    """Print the plan, the smallest difference that it can show, and from a few measured steps the time of a run,
+    and whether most completions are cut or most rewards equal; then stop."""
     print_commands: bool = False
     """Print a command for each run, for any other scheduler, and stop. Once they have run, the same
     comparison without this flag reads their results."""

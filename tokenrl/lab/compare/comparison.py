@@ -113,7 +113,7 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         for arm in plan.arms:
             key = problem.label, arm.label
             of_arm = of_problem.query("arm == @arm.label")
-            findings[key] = _findings(arm, problem, of_arm)
+            findings[key] = findings_of(arm, problem, of_arm)
             without_score = of_arm[~of_arm["failed"] & of_arm[plan.metric].isna()]
             if len(without_score):
                 seeds = joined([*map(str, without_score["seed"])])
@@ -143,7 +143,7 @@ def _refuse_without_score(problem: Problem, runs: pd.DataFrame, metric: str) -> 
         )
 
 
-def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
+def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     """Return what the table of rules finds in an arm's runs, which qualifies verdicts and excludes nothing."""
     settings = {**problem.settings, **arm.settings}
     facts: dict[Any, Any] = dict(runs.mean(numeric_only=True))

@@ -19,10 +19,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import pandas as pd
+
 from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
-from tokenrl.lab.compare.comparison import Comparison, judge_runs
+from tokenrl.lab.compare.comparison import Comparison, findings_of, judge_runs
 from tokenrl.lab.compare.execution import execute, print_commands, remove_comparison
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import (
@@ -47,6 +49,8 @@ JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 """How runs are judged, which may change when a comparison goes on."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates that are tried, relative to the recommended one: four times that often destroys a policy."""
+FORETOLD = ("truncation", "no-signal")
+"""Flags of what a few steps show, and the whole runs too."""
 WIDENINGS = 2
 """How often a grid is widened whose best rate is its least or its greatest."""
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
@@ -257,7 +261,7 @@ def report_comparison(output_dir: str | Path) -> Path:
 
 
 def _forecasts(plan: Plan) -> dict[str, str]:
-    """Forecast how long a run on each problem takes, from a few steps and evaluations of the reference."""
+    """Forecast from a few steps of the reference how long a run takes, and what cannot give a signal in it."""
     arm = next(arm for arm in plan.arms if arm.label == plan.reference)
     forecasts = {}
     for problem in plan.problems:
@@ -277,6 +281,9 @@ def _forecasts(plan: Plan) -> dict[str, str]:
         seconds = problem.max_steps(arm) * median(steps[2:] or steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
+        for finding in findings_of(arm, problem, pd.DataFrame([row])):
+            if finding.flag in FORETOLD:
+                forecasts[f"{finding.flag} on {problem.label}"] = finding.text
     return forecasts
 
 
