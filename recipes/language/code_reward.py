@@ -23,6 +23,7 @@ may have none of memory.
 
 import contextlib
 import os
+import random
 import re
 import resource
 import signal
@@ -34,8 +35,6 @@ from typing import Any
 
 SECONDS = 5
 """How long a program may run."""
-END = 77
-"""Exit code of a program that has come to its end; one that exits before has another."""
 MEMORY, FILE = 2**30, 2**20
 """Bytes of memory, and of the largest file that it may write."""
 
@@ -56,7 +55,8 @@ def limit() -> None:
 
 def succeeds(program: str) -> bool:
     """Return whether a program comes to its end, in time and without an error."""
-    program += f"\nraise SystemExit({END})"
+    end = random.randrange(3, 256)  # so that no program learns the exit code that earns the reward
+    program += f"\nraise SystemExit({end})"
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", program],
@@ -69,7 +69,7 @@ def succeeds(program: str) -> bool:
             start_new_session=True,  # so that its group can be killed
         )
         try:
-            return process.wait(SECONDS) == END
+            return process.wait(SECONDS) == end
         except subprocess.TimeoutExpired:
             return False
         finally:
