@@ -166,9 +166,8 @@ class UniqueKeys(json.JSONDecoder):
         """Return the value that begins at an index of a text, and the index behind it."""
         try:
             return super().raw_decode(s, idx)
-        except (
-            KeyError
-        ) as error:  # YAML, of which JSON is a part, refuses it too and names the line
+        except KeyError as error:
+            # YAML, of which JSON is a part, refuses it too and names the line.
             _from_yaml("\n" * s.count("\n", 0, idx) + s[idx:].replace("\t", " "))
             raise ValueError("an object gives a key a second time") from error
 

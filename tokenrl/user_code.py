@@ -147,9 +147,8 @@ def _settings_of(torch: Any) -> list[Setting]:
         except AttributeError:  # in torch 2.6 it fails after None
             torch.set_default_device(device)
 
-    def device() -> (
-        Any
-    ):  # torch 2.6 does not return that of a context, nor one that was set to None
+    def device() -> Any:
+        # The function of torch 2.6 does not return that of a context, nor one that was set to None.
         return torch.empty(0).device
 
     def flushes() -> bool:

@@ -142,7 +142,7 @@ class Saver:
             return False
         args = self._args
         minutes = (time.monotonic() - self._saved_at) / 60
-        is_step = min(args.save_every, step) > 0 == step % args.save_every
+        is_step = args.save_every > 0 and step > 0 and step % args.save_every == 0
         is_time = 0 < args.save_minutes <= minutes
         return is_step or is_time or self.best.until(None) == step
 
@@ -287,9 +287,8 @@ def write_state(folder: Path, state: Any) -> None:
     with (folder / _STATE).open("wb") as file:
         try:
             torch.save(tree_map(savable, state), file)
-        except (
-            RuntimeError
-        ) as error:  # torch tells a position, and the system that the disk is full
+        except RuntimeError as error:
+            # Torch tells a position, and the system that the disk is full.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 

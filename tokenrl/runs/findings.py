@@ -166,14 +166,14 @@ def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, 
 def evaluation_facts(rows: Rows) -> dict[str, Any]:
     """Return the first, the best and the last evaluation of what is sampled, greedy, and the best of k samples."""
     best_of = [n for row in rows[:1] for n in row if n.startswith(("eval_best@", "eval_pass@"))]
-    metrics = {
-        "": "eval_reward",
-        "greedy_": "eval_reward_greedy",
-        "most_": min(best_of, default=""),
-    }
+    metrics = {"eval_reward": "", "eval_reward_greedy": "greedy_"}
+    metrics |= dict.fromkeys(sorted(best_of)[:1], "most_")
     observed = dict[str, Any]()
-    for fact, metric in metrics.items():
-        evaluations = [row for row in rows if finite(row.get(metric)) is not None]
+    evaluated = [
+        row for row in rows if "eval_reward" in row or "eval_reward_greedy" in row
+    ]  # few, of many steps
+    for metric, fact in metrics.items():
+        evaluations = [row for row in evaluated if finite(row.get(metric)) is not None]
         if not evaluations:
             continue
         best = max(evaluations, key=lambda row: float(row[metric]))

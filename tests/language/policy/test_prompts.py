@@ -12,7 +12,7 @@ from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.policy.arguments import FORM, PromptArguments, form_line, saved_form
-from tokenrl.language.policy.prompts import special_texts
+from tokenrl.language.policy.characters import special_texts
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]

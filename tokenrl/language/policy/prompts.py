@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from tokenrl.errors import Refused, describe, with_places
+from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import WRITTEN, PromptArguments
-from tokenrl.language.policy.stops import decoded, special_tokens
+from tokenrl.language.policy.stops import decoded
 from tokenrl.settings import shown
 
 Prompt = str | list[dict[str, Any]]
@@ -363,32 +363,3 @@ def _check_template(tokenizer: Any, name: str) -> None:
             f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template: give plain "
             "text without chat (--chat), or set tokenizer.chat_template."
         )
-
-
-def texts_in(prompt: Prompt) -> list[str]:
-    """Return the texts of a prompt or a completion, text or chat messages."""
-    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-
-
-def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a warning if a prompt contains the text of a special token, else an empty list.
-
-    The tokenizer reads such text as the token itself: an `<eos>` in a prompt ends it for the model. Special
-    tokens that a chat template writes around messages are not meant.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        rows: rows with a `prompt`, text or chat messages, as the user wrote them.
-    """
-    if getattr(tokenizer, "split_special_tokens", False):
-        return []
-    names = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    for location, row in with_places(rows):
-        prompt = row["prompt"]
-        if match := pattern.search(" ".join(map(str, texts_in(prompt)))):
-            return [
-                f'The prompt of {location} contains "{match[0]}", which the tokenizer reads as a special '
-                "token. If it is meant as text, write it differently, as with a space inside."
-            ]
-    return []

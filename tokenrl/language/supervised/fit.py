@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Placed, Refused, Stopped, with_places
+from tokenrl.language.policy.characters import texts_in
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import completion_text, following_ids, texts_in
+from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device

@@ -31,7 +31,7 @@ from tokenrl.language.supervised.defaults import (
     with_origins,
 )
 from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes
-from tokenrl.language.tasks.held_out import counted, division_of, smaller_evaluation
+from tokenrl.language.tasks.held_out import counted, division_of, prompt_keys, smaller_evaluation
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import described, provenance_of, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
@@ -92,7 +92,11 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", choices) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(choices)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {"demonstrations": counted(rows), "seed": choices.seed, "run": session.directory}
+        first = {
+            "demonstrations": counted(prompt_keys(rows)),
+            "seed": choices.seed,
+            "run": session.directory,
+        }
         note = "The loss is the negative log-likelihood, in nats per token."
         session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.status("loading the model"):

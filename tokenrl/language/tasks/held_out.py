@@ -37,10 +37,9 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
     no held-out prompt, whatever the size.
 
     """
-    rows = task.eval_prompts
-    if eval_size is None or eval_size >= len(rows):
+    if eval_size is None:
         return task
-    return changed(task, eval_prompts=chosen_rows(rows, eval_size, seed))
+    return changed(task, eval_prompts=chosen_rows(task.eval_prompts, eval_size, seed))
 
 
 def chosen_rows(rows: Sequence[T], size: int, seed: Any) -> list[T]:
@@ -95,7 +94,8 @@ def separate(
     if eval_rows is not None:
         return train_rows, chosen_rows(eval_rows, size, seed)
     size = min(size, len(train_rows) // (2 if eval_size else 5))
-    keys = [_key_of_prompt, canonical, *([id] if episodic else [])]
+    keys: list[Callable[[Row], Any]] = [lambda row: prompt_key(row["prompt"]), canonical]
+    keys += [id] if episodic else []
     rest, held_out = hold_out(train_rows, keys, size, seed)
     if not held_out:
         raise Refused(
@@ -165,18 +165,19 @@ def division(
         A line for the header. And warnings: that a tenth of the held-out rows has prompts that are trained on
         too (if there is only one prompt, equals training rows), or that other than `eval_size` rows are there.
     """
-    line = f"{counted(train, noun)} to train on, {counted(held_out, noun)} held out"
+    trained, evaluated = map(prompt_keys, (train, held_out))
+    line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out"
     reason = "all that there are"
     warnings = []
     if divided:
         line += ", as the data has no split to evaluate on (--eval-size)"
         reason = f"of {len(train) + len(held_out):,} at most half, and all of a prompt together"
-    key_of: Callable[[Row], str] = _key_of_prompt
-    if len(set(map(key_of, train))) == 1:
-        key_of = canonical
-    trained = set(map(key_of, train))
-    repeated = sum(key_of(row) in trained for row in held_out)
-    if repeated and len(trained) > 1:
+    keys = {*trained}
+    if len(keys) == 1:
+        keys = {*map(canonical, train)}
+        evaluated = [*map(canonical, held_out)]
+    repeated = sum(key in keys for key in evaluated)
+    if repeated and len(keys) > 1:
         overlap = f"{repeated:,} of the {len(held_out):,} held-out {noun} are of prompts that are trained on too"
         line += f"; {overlap}"
         if repeated >= MAX_OVERLAP * len(held_out) and not episodic:
@@ -202,14 +203,20 @@ def division_of(task: Any, eval_size: int | None) -> tuple[str, list[str]]:
     )
 
 
-def counted(rows: Sequence[Row], noun: str = "rows") -> str:
-    """Return how many rows there are, and of how many prompts, as in '240 rows of 24 prompts'."""
-    prompts = len(set(map(_key_of_prompt, rows)))
-    return f"{len(rows):,} {noun} of {prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
+def counted(keys: Sequence[str], noun: str = "rows") -> str:
+    """Return how many rows there are, and of how many prompts, as in '240 rows of 24 prompts'.
+
+    Args:
+        keys: the prompt of each row, as `prompt_keys` returns them.
+        noun: what the text calls rows.
+    """
+    prompts = len(set(keys))
+    return f"{len(keys):,} {noun} of {prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
 
 
-def _key_of_prompt(row: Row) -> str:
-    return prompt_key(row["prompt"])
+def prompt_keys(rows: Sequence[Row]) -> list[str]:
+    """Return the prompt of each row, text or chat messages, as a text that equal prompts share."""
+    return [prompt_key(row["prompt"]) for row in rows]
 
 
 def prompt_key(prompt: Any) -> str:

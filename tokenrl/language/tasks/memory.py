@@ -78,8 +78,7 @@ def _of_frame(frame: Any, source: str) -> list[dict[str, Any]]:
             f"{source} has two columns of one name: {[*frame.columns]}. Name each by itself."
         )
     frame = frame.astype(object)
-    rows = frame.where(frame.notna(), None).rename(columns=str).to_dict("records")
-    return list(rows)
+    return list(frame.where(frame.notna(), None).rename(columns=str).to_dict("records"))
 
 
 def without_arrays(value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
-from tokenrl.language.tasks.held_out import prompt_key
+from tokenrl.language.tasks.held_out import prompt_keys
 from tokenrl.language.tasks.sources import Row
 from tokenrl.settings import check_seed
 
@@ -25,7 +25,7 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: training rows with a `prompt` each.
     """
-    distinct = len({prompt_key(row["prompt"]) for row in rows})
+    distinct = len(set(prompt_keys(rows)))
     if distinct >= MIN_PROMPTS:
         return []
     noun = "prompt" if distinct == 1 else "prompts"
