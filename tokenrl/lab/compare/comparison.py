@@ -16,9 +16,12 @@ from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
-from tokenrl.lab.compare.table import RunTable, thresholds
-from tokenrl.runs.findings import Finding
+from tokenrl.lab.compare.table import RunTable
+from tokenrl.runs.findings import LOST_SHARE, Finding
 from tokenrl.runs.rules import judge
+
+FACTS = ["early_entropy", "early_equal", "gain", "recent_cut", "skipped", "idle"]
+"""Columns of the table of runs that rules read."""
 
 
 class Caveat(NamedTuple):
@@ -43,7 +46,6 @@ class Comparison:
         table: the rows and curves of all runs.
         findings: what the table of rules finds in the training of an arm, by problem and arm.
         judgements: failures, paired differences and verdicts by score; the score of the plan decides.
-        thresholds: by problem and arm, how many runs reach a reward, after how many samples (median).
     """
 
     output_dir: Path
@@ -51,7 +53,6 @@ class Comparison:
     table: RunTable
     findings: dict[tuple[str, str], list[Finding]]
     judgements: dict[str, Judgement]
-    thresholds: pd.DataFrame
 
     @property
     def judgement(self) -> Judgement:
@@ -109,44 +110,37 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     void = {}
     for problem in plan.problems:
         of_problem = runs.query("problem == @problem.label")
-        _refuse_without_score(problem, of_problem, plan.metric)
+        if of_problem[plan.metric].isna().all():
+            reason = "".join(of_problem["reason"][:1])
+            raise Stopped(
+                f"Nothing can be judged on {problem.label}: no run has {plan.metric}. {reason}"
+            )
         for arm in plan.arms:
             key = problem.label, arm.label
             of_arm = of_problem.query("arm == @arm.label")
             findings[key] = findings_of(arm, problem, of_arm)
-            without_score = of_arm[~of_arm["failed"] & of_arm[plan.metric].isna()]
-            if len(without_score):
-                seeds = joined([*map(str, without_score["seed"])])
-                void[key] = f"it has no {plan.metric} for seeds {seeds}."
+            if len(of_arm) and of_arm[plan.metric].isna().all():
+                void[key] = f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
     sound = runs.query("not failed")
     judgements = {}
     for name in dict.fromkeys([plan.metric, *SCORES, "entropy"]):
         decides = name == plan.metric
         if decides or (name in sound and sound[name].notna().all()):
             judgements[name] = judge_scores(
-                runs.assign(failed=runs["failed"] | runs[plan.metric].isna()),
+                runs,
                 metric=name,
                 reference=plan.reference,
                 margin=plan.margins if decides else None,
                 all_pairs=plan.all_pairs,
                 void=void,
             )
-    reached = pd.concat([thresholds(problem, table) for problem in plan.problems])
-    return Comparison(output_dir, plan, table, findings, judgements, reached)
-
-
-def _refuse_without_score(problem: Problem, runs: pd.DataFrame, metric: str) -> None:
-    if runs[metric].isna().all():
-        reasons = [f"{run.arm}, seed {run.seed}: {run.reason}" for run in runs[:1].itertuples()]
-        raise Stopped(
-            f"Nothing can be judged on {problem.label}: no run has {metric}. {' '.join(reasons)}"
-        )
+    return Comparison(output_dir, plan, table, findings, judgements)
 
 
 def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     """Return what the table of rules finds in an arm's runs, which qualifies verdicts and excludes nothing."""
     settings = {**problem.settings, **arm.settings}
-    facts: dict[Any, Any] = dict(runs.mean(numeric_only=True))
+    facts: dict[Any, Any] = dict(runs.reindex(columns=FACTS).mean())
     facts["has_entropy_bonus"] = arm.estimator.entropy_coef > 0
     facts["max_completion_length"] = settings.get("max_completion_length")
     if not arm.estimator.needs_groups:
@@ -166,7 +160,7 @@ def _exploratory(plan: Plan) -> Iterator[Caveat]:
 
 
 def _ceiling(problem: Problem, table: RunTable) -> Iterator[Caveat]:
-    """Warn if all arms end at the best possible reward; name the budget at which they differed most."""
+    """Warn if all arms end at the best possible reward."""
     rewards = table.of(problem.label).groupby("arm")["reward"].mean()
     least = rewards.min(skipna=False)
     best = problem.reward_range[1] if problem.reward_range else math.inf
@@ -176,53 +170,26 @@ def _ceiling(problem: Problem, table: RunTable) -> Iterator[Caveat]:
         level = f"at {digits(least)} or above, and {digits(problem.solved)} counts as solved"
     else:
         return
-    text = f"Ceiling: every arm ends {level}, so the reward at the end hardly separates them."
-    samples = _separating_samples(problem, table)
-    if samples is not None:
-        steps = max(1, round(samples / problem.per_step))
-        text += (
-            f" Compare at a smaller budget: after {samples:,.0f} {problem.unit} the arms lay farthest apart, "
-            f"relative to the spread over seeds (--max-steps {steps}; since these results suggest it, with "
-            "other seeds)."
-        )
-    yield Caveat(text, "every arm ends at the ceiling")
-
-
-def _separating_samples(problem: Problem, table: RunTable) -> float | None:
-    """Return the samples before the budget at which the arms' mean rewards vary most.
-
-    Their standard deviation is divided by the mean standard deviation over seeds. None if it is nowhere the
-    larger of the two, or is largest at the budget.
-    """
-    by_arm = table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
-    by_samples = by_arm.agg(["mean", "std"]).groupby("samples")
-    over_arms = by_samples["mean"].std()
-    over_seeds = by_samples["std"].mean().clip(lower=1e-9)
-    ratio = (over_arms / over_seeds).iloc[1:].fillna(0.0)
-    samples = float(ratio.idxmax())
-    if samples < problem.budget and ratio[samples] > 1:
-        return samples
-    return None
+    yield Caveat(
+        f"Ceiling: every arm ends {level}, so the reward at the end hardly separates them. Compare at a "
+        "smaller budget (--max-steps), with other seeds.",
+        "every arm ends at the ceiling",
+    )
 
 
 def _training(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
     """Say what was found in the training of each arm; clipped updates of all arms stand in one sentence."""
-    shares = comparison.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
-    clipped = []
-    others = []
-    for arm in comparison.plan.arms:
-        for finding in comparison.findings[problem.label, arm.label]:
-            if finding.flag == "clipped-updates":
-                clipped.append(f"{arm.label} ({shares[arm.label]:.0%})")
-            else:
-                others.append(Caveat(f"Training of {arm.label}: {finding.text}"))
+    shares = comparison.table.of(problem.label).groupby("arm", sort=False)["grad_clipped"].mean()
+    clipped = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
     if clipped:
         yield Caveat(
             f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
             "the size of a step; the estimator sets only its direction.",
             "most updates were clipped, which hides a gradient's size",
         )
-    yield from others
+    for arm in comparison.plan.arms:
+        for finding in comparison.findings[problem.label, arm.label]:
+            yield Caveat(f"Training of {arm.label}: {finding.text}")
 
 
 def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:

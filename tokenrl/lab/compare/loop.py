@@ -25,7 +25,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, findings_of, judge_runs
-from tokenrl.lab.compare.execution import execute, print_commands, remove_comparison
+from tokenrl.lab.compare.execution import execute
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
@@ -68,8 +68,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         **options: the fields of `CompareArguments`, and settings that all runs share.
 
     Returns:
-        The result; its directory holds the same in files, with a report. With `dry_run` or
-        `print_commands` the plan.
+        The result; its directory holds the same in files, with a report. With `dry_run` the plan.
 
     Raises:
         Refused: an argument cannot be used; raised before anything is run.
@@ -84,25 +83,19 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
     console = Console(quiet=args.quiet)
     root = directory_path(args.output_dir)
-    plan = make_plan(args, console.note)
+    new_plan = make_plan(args, console.note)
     if args.dry_run:
-        plan = continue_plan(plan, root)
+        plan = continue_plan(new_plan, root)
         console.start("tokenrl compare", plan.describe() | _forecasts(plan), note=NOTE)
         return plan
     lock = lock_plan(root)
     rows = list[dict[str, Any]]()
     try:
-        if args.overwrite:
-            remove_comparison(root)
-        else:
-            plan = continue_plan(plan, root)
+        plan = continue_plan(new_plan, root)
         write_plan(plan, root)
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
             unmade = [run for run in runs if not is_done(run, root)]
-            if unmade and args.print_commands:
-                print_commands(unmade, root)
-                return plan
             execute(unmade, root, executor=args.executor, workers=args.workers, console=console)
             rows += read_runs(plan, runs, root)
         comparison = judge_runs(root, plan, RunTable.of_rows(rows))
@@ -143,7 +136,7 @@ def continue_plan(plan: Plan, output_dir: Path) -> Plan:
     if difference:
         raise Refused(
             f"{output_dir} holds another comparison: {difference[:900]}. Give the arguments that it was "
-            "started with (plan.json has its command), another --output-dir, or --overwrite."
+            "started with (plan.json has its command), or another --output-dir."
         )
     if not any((output_dir / "runs").rglob("config.json")):
         return plan
@@ -249,15 +242,6 @@ def judge_directory(output_dir: str | Path) -> Comparison:
     while runs := missing(plan, rows):
         rows += read_runs(plan, runs, root)
     return judge_runs(root, plan, RunTable.of_rows(rows))
-
-
-def report_comparison(output_dir: str | Path) -> Path:
-    """Judge again the runs that a comparison has made so far, and write its tables and its report.
-
-    Returns:
-        The report. The arguments and errors are those of `judge_directory`.
-    """
-    return write_comparison(judge_directory(output_dir))
 
 
 def _forecasts(plan: Plan) -> dict[str, str]:

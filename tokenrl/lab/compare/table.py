@@ -38,8 +38,8 @@ class RunTable(NamedTuple):
 
     Attributes:
         runs: one row for each: `problem`, `arm`, `seed`, `role`, `state` (`finished`, `failed` or `missing`),
-            `reason` (why it did not finish), `failed` (also by its reward at the end), `learning_rate`,
-            `samples`, the scores, means over training steps, and `path`.
+            `reason` (why it did not finish), `failed` (also without a score, or by its reward at the end),
+            `learning_rate`, `samples`, the scores, means over training steps, and `path`.
         curves: one row for each run and number of samples: `problem`, `arm`, `role`, `path`, `samples` and
             the metrics of evaluations, interpolated between evaluations and constant after the last.
     """
@@ -83,6 +83,7 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         Refused: a file of a run is damaged.
     """
     problems = {problem.label: problem for problem in plan.problems}
+    threshold = -math.inf if plan.failure_below is None else plan.failure_below
     rows = []
     for run in runs:
         path = root / run.path
@@ -101,13 +102,11 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
             scores, curve = _scores(recorded, problems[run.problem])
             labels = {name: row[name] for name in ("problem", "arm", "role", "path")}
             row |= scores | {"curve": curve.assign(**labels)}
-        row["failed"] = state == "failed"
-        if plan.failure_below is not None and row["reward"] < plan.failure_below:
-            row["failed"] = True
-            row["reason"] = (
-                reason
-                or f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
-            )
+        if state == "finished" and math.isnan(row[plan.metric]):
+            row["reason"] = f"It has no {plan.metric}."
+        elif state == "finished" and row["reward"] < threshold:
+            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {threshold:g}."
+        row["failed"] = state != "missing" and row["reason"] != ""
         rows.append(row)
     return rows
 
@@ -139,8 +138,7 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
             scores[area] = curve[name].iloc[1:].mean()
             scores[name] = curve[name].iloc[-1]
     if "reward" in curve:
-        scores["before"] = curve["reward"].iloc[0]
-        scores["gain"] = scores["reward"] - scores["before"]
+        scores["gain"] = scores["reward"] - curve["reward"].iloc[0]
     before_step = samples.shift(fill_value=0.0)
     last_step = before_step.index[before_step < problem.budget][-1]
     return scores | _training_facts(run, last_step), curve
@@ -196,43 +194,4 @@ def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
     }
     if config.get("head") == "gaussian":
         del facts["early_entropy"]
-    return {name: float(value) for name, value in facts.items() if value is not None}
-
-
-def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
-    """Count the samples until the reward that counts as solved, else until half of the best arm's gain.
-
-    Returns:
-        By arm, how many runs reach it in an evaluation, and the median of the samples until the first such
-        evaluation, in which a run without one counts as infinite.
-    """
-    runs = table.of(problem.label)
-    curves = table.curves_of(problem.label)
-    threshold = problem.solved
-    origin = "solved"
-    if threshold is None:
-        start = runs["before"].mean()
-        best = runs.groupby("arm")["reward"].mean().max()
-        if not best > start:
-            return pd.DataFrame(columns=["problem", "arm"])
-        threshold = (start + best) / 2
-        origin = "half of the best arm's gain"
-    first = curves.query("reward >= @threshold").groupby("path")["samples"].min()
-    needed = runs["path"].map(first).fillna(math.inf)
-    by_arm = pd.DataFrame(
-        {
-            "arm": runs["arm"],
-            "needed": needed,
-            "reached": np.isfinite(needed),
-        }
-    )
-    summary = by_arm.groupby("arm", sort=False).agg(
-        runs=("needed", "size"),
-        reached=("reached", "sum"),
-        median_samples=("needed", "median"),
-    )
-    return summary.reset_index().assign(
-        problem=problem.label,
-        threshold=threshold,
-        chosen=origin,
-    )
+    return {name: math.nan if value is None else float(value) for name, value in facts.items()}
