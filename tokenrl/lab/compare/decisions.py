@@ -51,7 +51,7 @@ def judge_scores(
     nothing.
 
     Arms that are the same are called different in at most about 5 % of families. More often wrong are scores
-    with long tails, and rare failures that are not declared: recipes/pages/explain/verdicts.md has the rates.
+    with long tails, and rare failures that are not declared: recipes/pages/explain/comparing.md has the rates.
 
     Args:
         table: rows with the columns `arm`, `seed` and `score`; `problem` (or `task`) if there are several,

@@ -28,8 +28,6 @@ SCORES = {
     "reward_greedy": "held-out greedy reward at the end",
 }
 """The scores of a run in words; in control the rewards are returns of episodes."""
-SPREAD = (0.002, 0.011)
-"""Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
 DECLARATION = (
     "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
 )
@@ -295,11 +293,7 @@ class Plan:
         if pairs < LEAST_PAIRS:
             return f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
         deviations = detectable_difference(pairs, 1.0, self.comparisons)
-        low, high = SPREAD
-        return (
-            f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference; "
-            f"on the toy tasks about {deviations * low:.2g} to {deviations * high:.2g} of the reward's range"
-        )
+        return f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference"
 
 
 def _slug(label: str, all_labels: Sequence[str]) -> str:
