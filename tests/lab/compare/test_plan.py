@@ -85,7 +85,7 @@ def test_the_margin_is_a_share_of_the_declared_range():
     assert toy("rloo", "grpo", margin=0.1).margins == {"sort_digits": 0.1}
     assert plan().margins == {"walk": None}, "without a declared range there is no margin"
     assert "no arm is called as good as another. Give --margin" in plan().describe()["on walk"]
-    assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("the reward's range is 0 to 1")
+    assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("margin 0.02")
     undeclared = toy("rloo", "grpo", shared={"max_steps": 40, "reward": ("length(target=20)",)})
     assert "f.range = (0, 1)" in undeclared.describe()["on sort_digits"]
 

@@ -9,13 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
-from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
+from tokenrl.lab.compare.plan import Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable
 from tokenrl.runs.findings import LOST_SHARE, Finding
 from tokenrl.runs.rules import judge
@@ -45,32 +44,27 @@ class Comparison:
         plan: what was planned before anything was run.
         table: the rows and curves of all runs.
         findings: what the table of rules finds in the training of an arm, by problem and arm.
-        judgements: failures, paired differences and verdicts by score; the score of the plan decides.
+        judgement: failures, paired differences and verdicts, by the score of the plan.
     """
 
     output_dir: Path
     plan: Plan
     table: RunTable
     findings: dict[tuple[str, str], list[Finding]]
-    judgements: dict[str, Judgement]
-
-    @property
-    def judgement(self) -> Judgement:
-        """The judgement in the metric that decides."""
-        return self.judgements[self.plan.metric]
+    judgement: Judgement
 
     @cached_property
     def caveats(self) -> dict[str, list[Caveat]]:
         """What the verdicts do not mean, by problem."""
-        return {problem.label: self._caveats_on(problem) for problem in self.plan.problems}
-
-    def _caveats_on(self, problem: Problem) -> list[Caveat]:
-        return [
-            *_exploratory(self.plan),
-            *_ceiling(problem, self.table),
-            *_training(problem, self),
-            *_edges(problem, self.table),
-        ]
+        caveats = {}
+        for problem in self.plan.problems:
+            caveats[problem.label] = [
+                *_exploratory(self.plan),
+                *_ceiling(problem, self.table),
+                *_training(problem, self),
+                *_edges(problem, self.table),
+            ]
+        return caveats
 
     @property
     def exit_code(self) -> int:
@@ -80,18 +74,8 @@ class Comparison:
 
     def headline(self, problem: str) -> str:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
-        family = self.judgement.of(problem)
-        verdicts = {difference.verdict for difference in family.differences}
-        reasons = []
-        if verdicts & {"better", "worse", "equivalent"}:
-            reasons = [caveat.headline for caveat in self.caveats[problem] if caveat.headline]
-        return family.headline(reasons)
-
-    def differences(self) -> pd.DataFrame:
-        """Return every difference in each metric; the column `decides` marks those that give the verdicts."""
-        table = pd.concat([judgement.table() for judgement in self.judgements.values()])
-        decides = np.where(table["metric"] == self.plan.metric, "yes", "no")
-        return table.assign(decides=decides)
+        reasons = [caveat.headline for caveat in self.caveats[problem] if caveat.headline]
+        return self.judgement.of(problem).headline(reasons)
 
 
 def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
@@ -121,20 +105,15 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
             findings[key] = findings_of(arm, problem, of_arm)
             if len(of_arm) and of_arm[plan.metric].isna().all():
                 void[key] = f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
-    sound = runs.query("not failed")
-    judgements = {}
-    for name in dict.fromkeys([plan.metric, *SCORES, "entropy"]):
-        decides = name == plan.metric
-        if decides or (name in sound and sound[name].notna().all()):
-            judgements[name] = judge_scores(
-                runs,
-                metric=name,
-                reference=plan.reference,
-                margin=plan.margins if decides else None,
-                all_pairs=plan.all_pairs,
-                void=void,
-            )
-    return Comparison(output_dir, plan, table, findings, judgements)
+    judgement = judge_scores(
+        runs,
+        metric=plan.metric,
+        reference=plan.reference,
+        margin=plan.margins,
+        all_pairs=plan.all_pairs,
+        void=void,
+    )
+    return Comparison(output_dir, plan, table, findings, judgement)
 
 
 def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
@@ -194,12 +173,11 @@ def _training(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
 
 def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:
     """Warn of tuned learning rates that are the least or the greatest of those that were tried."""
-    tuning = table.of(problem.label, role="tuning")
-    for arm, rates in tuning.groupby("arm", sort=False)["learning_rate"]:
-        best = table.of(problem.label, str(arm))["learning_rate"].iloc[0]
-        for side, edge in (("least", rates.min()), ("greatest", rates.max())):
-            if best == edge:
-                yield Caveat(
-                    f"Learning rate: the best rate of {arm}, {best:g}, is the {side} that was tried, so a "
-                    "better rate may lie beyond it."
-                )
+    chosen = table.of(problem.label).groupby("arm")["learning_rate"].first()
+    tried = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
+    for arm, edges in tried.agg(["min", "max"]).iterrows():
+        if chosen[arm] in edges.to_numpy():
+            yield Caveat(
+                f"Learning rate: the best rate of {arm}, {chosen[arm]:g}, is the least or the greatest that was "
+                "tried, so a better rate may lie beyond it."
+            )

@@ -44,7 +44,7 @@ from tokenrl.runs.output import rich_table
 from tokenrl.runs.reader import read_run
 
 TIMED_STEPS = 6
-"""Steps of the run that is timed; the first two are slower than the others, and do not count."""
+"""Steps of the run that is timed; the first two are slower, so their median counts."""
 JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 """How runs are judged, which may change when a comparison goes on."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -128,11 +128,12 @@ def continue_plan(plan: Plan, output_dir: Path) -> Plan:
     old = read_earlier_plan(output_dir)
     if old is None:
         return plan
-    before = {run.path: run for run in old.runs()}
-    now = {run.path: run for run in plan.runs()}
-    difference = _first_difference(before, now)
-    if old.tuning_seeds != plan.tuning_seeds and not difference:
+    runs = {run.path: run for run in plan.runs()}
+    difference = ""
+    if old.tuning_seeds != plan.tuning_seeds:
         difference = "its learning rates are chosen in another way"
+    for run in old.runs():
+        difference = difference or _difference(run, runs.get(run.path))
     if difference:
         raise Refused(
             f"{output_dir} holds another comparison: {difference[:900]}. Give the arguments that it was "
@@ -146,29 +147,27 @@ def continue_plan(plan: Plan, output_dir: Path) -> Plan:
         value = getattr(plan, name)
         if value != earlier:
             changes.append(f"{name} was changed from {earlier} to {value} after runs had begun")
-    added = [run for path, run in now.items() if path not in before]
+    earlier_paths = {run.path for run in old.runs()}
+    added = [run for path, run in runs.items() if path not in earlier_paths]
     if added:
         arms = ", ".join(dict.fromkeys(run.arm for run in added))
         seeds = [run.seed for run in added]
-        runs = f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)}"
-        changes.append(f"{runs} were added after runs had begun")
+        changes.append(
+            f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)} were added after runs "
+            "had begun"
+        )
     return replace(plan, changes=tuple(dict.fromkeys(changes)))
 
 
-def _first_difference(before: Mapping[str, PlannedRun], now: Mapping[str, PlannedRun]) -> str:
-    """Describe the first run that is missing now or has other settings; empty text if there is none."""
-    for path, run in before.items():
-        if path not in now:
-            return f"it has {path}, which these arguments do not make"
-        earlier = plain(run.settings)
-        settings = plain(now[path].settings)
-        differences = []
-        for name in earlier | settings:
-            if earlier.get(name) != settings.get(name):
-                differences.append(f"{name} {earlier.get(name)}, now {settings.get(name)}")
-        if differences:
-            return f"{path} has {'; '.join(differences)}"
-    return ""
+def _difference(earlier: PlannedRun, run: PlannedRun | None) -> str:
+    """Describe how a run is planned otherwise than before; empty text if it is not."""
+    if run is None:
+        return f"it has {earlier.path}, which these arguments do not make"
+    before = plain(earlier.settings)
+    now = plain(run.settings)
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    changes = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names]
+    return f"{run.path} has {'; '.join(changes)}" if changes else ""
 
 
 def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
@@ -262,7 +261,7 @@ def _forecasts(plan: Plan) -> dict[str, str]:
             recorded = read_run(root / run.path)
             steps = [row["step_seconds"] for row in recorded.timings if "step_seconds" in row]
             evaluation = (recorded.summary["wall_seconds"] - sum(steps)) / 2
-        seconds = problem.max_steps(arm) * median(steps[2:] or steps)
+        seconds = problem.max_steps(arm) * median(steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
         for finding in findings_of(arm, problem, pd.DataFrame([row])):

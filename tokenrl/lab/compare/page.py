@@ -56,27 +56,21 @@ def write_comparison(comparison: Comparison) -> Path:
     plan = comparison.plan
     packages = versions()
     runs = comparison.table.runs
-    compared = runs.query("role == 'comparison'")
-    subtitle = (
-        f"{len(compared)} runs over {len(plan.seeds)} seeds, {compared['failed'].sum() or 'none'} of them failed; "
-        f"made with tokenrl {packages['tokenrl']}"
-    )
-    labels = [problem.label for problem in plan.problems]
     origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
     context = markup.table(["", ""], list(_context(comparison).items()), "words")
-    sections = [markup.Section("", [markup.paragraph(subtitle, "soft")])]
-    for label in labels:
+    sections = []
+    for label in plan.margins:
         sections.append(markup.Section(f"Verdict on {label}", [_verdict(comparison, label)]))
     sections.append(markup.Section("What was compared", [context]))
     for problem in plan.problems:
         sections += _of_problem(comparison, problem)
     closed = {
-        "Every difference, in each metric": [_table(comparison.differences())],
         "Every run": [_table(runs)],
         "To repeat, and to cite": [markup.preformatted(part) for part in origin],
+        "The plan": [markup.preformatted(asdict(plan))],
     }
     sections += [markup.Section(heading, blocks, closed=True) for heading, blocks in closed.items()]
-    title = f"Comparison of {len(plan.arms)} arms on {', '.join(labels)}"
+    title = f"Comparison of {len(plan.arms)} arms on {', '.join(plan.margins)}"
     return markup.write_page(comparison.output_dir / "report.html", title, sections)
 
 
@@ -90,7 +84,7 @@ def write_tables(comparison: Comparison) -> None:
     """
     folder = comparison.output_dir
     write_text(folder / "runs.csv", comparison.table.runs.to_csv(index=False))
-    write_text(folder / "comparisons.csv", comparison.differences().to_csv(index=False))
+    write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
     families = comparison.judgement.families
     caveats = comparison.caveats.items()
     packages = versions()
@@ -123,14 +117,11 @@ def _context(comparison: Comparison) -> dict[str, str]:
     failures = "runs that broke off"
     if comparison.plan.failure_below is not None:
         failures += f", or ended with a reward below {comparison.plan.failure_below:g}"
-    levels = sorted({difference.level for difference in comparison.judgement.differences})
-    at_levels = joined([f"{level:.2%}" for level in levels])
     return context | {
         "Failures": f"{failures}; their rates have exact limits, each of which holds with 95 %, and Fisher's "
         "test compares them",
         "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
-        f"verdict is read from the interval at {at_levels}, so that with 95 % all verdicts on a problem hold "
-        "together.",
+        "thin interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
     }
 
 
@@ -144,7 +135,7 @@ def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section
         "Differences": [markup.drawings([_forest(comparison, comparison.judgement.of(label))])],
         "Learning": [markup.paragraph(words, "soft"), curves],
         "Arms": [_table(_arm_summary(comparison, label), "wide fit")],
-        "Learning rates": [markup.drawings(_rate_charts(comparison, label))],
+        "Learning rates": [markup.drawings([_rate_chart(comparison, label)])],
     }
     return [markup.Section(f"{heading} on {label}", parts) for heading, parts in blocks.items()]
 
@@ -221,25 +212,21 @@ def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
     for arm in comparison.judgement.of(label).arms:
         failures[arm.arm] = f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
     frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
-    frame = frame.join(means.filter([*comparison.judgements, "grad_clipped", "learning_rate"]))
+    shown = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
+    frame = frame.join(shown.dropna(axis=1, how="all"))
     return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
 
 
-def _rate_charts(comparison: Comparison, label: str) -> list[Chart]:
-    """Draw the scores by learning rate on the tuning seeds; nothing unless rates were tuned."""
-    tuning = comparison.table.of(label, role="tuning")
-    curves = []
-    for colour, (arm, runs) in enumerate(tuning.groupby("arm", sort=False), start=1):
-        means = runs.groupby("learning_rate")[comparison.plan.metric].mean().dropna()
-        x = list(np.log2(means.index))
-        curves.append(Curve(x, list(means), str(arm), colour, dots=True))
-    if not curves:
-        return []
-    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
+def _rate_chart(comparison: Comparison, label: str) -> Chart:
+    """Draw the scores by learning rate on the tuning seeds; without curves unless rates were tuned."""
+    tuning = comparison.table.of(label, "tuning")
     unit = (
         "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
     )
-    return [Chart("Score by learning rate", unit, curves, True, None, False, ticks, False)]
+    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
+    by_rate = tuning.assign(samples=np.log2(tuning["learning_rate"]))
+    curves = _curves(by_rate, comparison.plan.metric)
+    return Chart("Score by learning rate", unit, curves, True, None, False, ticks, False)
 
 
 def _table(frame: pd.DataFrame, style: str = "wide") -> markup.Block:

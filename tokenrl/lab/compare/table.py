@@ -55,10 +55,9 @@ class RunTable(NamedTuple):
         runs = pd.DataFrame(rows).drop(columns="curve")
         return cls(runs, pd.concat(curves, ignore_index=True))
 
-    def of(self, problem: str, arm: str | None = None, role: str = "comparison") -> pd.DataFrame:
-        """Return the rows of the runs on a problem, of one arm or of all."""
-        runs = self.runs.query("problem == @problem and role == @role")
-        return runs if arm is None else runs.query("arm == @arm")
+    def of(self, problem: str, role: str = "comparison") -> pd.DataFrame:
+        """Return the rows of the runs on a problem."""
+        return self.runs.query("problem == @problem and role == @role")
 
     def curves_of(self, problem: str) -> pd.DataFrame:
         """Return the curves of the runs on a problem that are compared."""
@@ -111,21 +110,15 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
     return rows
 
 
-def samples_of(run: RecordedRun, unit: str) -> pd.Series:
-    """Return by step the number of samples that a run had generated."""
-    metric = COUNTS[unit]
-    steps = pd.DataFrame(run.metrics, columns=["step", metric]).set_index("step")
-    counts = steps[metric].astype(float).fillna(0.0)
-    return counts.cumsum() if unit == "episodes" else counts.cummax()
-
-
 def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
     """Return the scores and facts of a run, and its curve at the samples at which all arms are compared.
 
     Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
     example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
-    samples = samples_of(run, problem.unit)
+    counts = pd.DataFrame(run.metrics, columns=["step", COUNTS[problem.unit]]).set_index("step")
+    counts = counts.squeeze(axis=1).astype(float).fillna(0.0)
+    samples = counts.cumsum() if problem.unit == "episodes" else counts.cummax()
     curve = pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
     for name in CURVES:
         steps, values = series(run.evaluations, name)
@@ -174,24 +167,22 @@ def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
     """
-    config = run.config
+    metrics = ["entropy", "frac_reward_zero_std", "completions/clipped_ratio", "grad_clipped"]
+    metrics += ["skipped_steps", "idle_steps"]
     steps = pd.DataFrame(run.metrics).query("0 < step <= @last_step")
+    steps = steps.reindex(columns=metrics).astype(float)
     tenth = max(1, len(steps) // 10)
-    early = steps[:tenth].mean(numeric_only=True)
-    whole = steps.mean(numeric_only=True)
-    late = steps[-tenth:].mean(numeric_only=True)
-    updates_per_step = config.get("num_iterations", 1) * config.get("num_minibatches", 1)
-    updates = max(1, len(steps)) * updates_per_step
-    counts = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
-    facts = {
-        "entropy": late.get("entropy"),
-        "early_entropy": early.get("entropy"),
-        "early_equal": early.get("frac_reward_zero_std"),
-        "recent_cut": whole.get("completions/clipped_ratio"),
-        "grad_clipped": whole.get("grad_clipped"),
-        "skipped": counts.get("skipped_steps"),
-        "idle": counts.get("idle_steps"),
+    early = steps[:tenth].mean()
+    whole = steps.mean()
+    updates_per_step = run.config.get("num_iterations", 1) * run.config.get("num_minibatches", 1)
+    counts = steps.max() / (max(1, len(steps)) * updates_per_step)
+    is_density = run.config.get("head") == "gaussian"
+    return {
+        "entropy": steps["entropy"][-tenth:].mean(),
+        "early_entropy": math.nan if is_density else early["entropy"],
+        "early_equal": early["frac_reward_zero_std"],
+        "recent_cut": whole["completions/clipped_ratio"],
+        "grad_clipped": whole["grad_clipped"],
+        "skipped": counts["skipped_steps"],
+        "idle": counts["idle_steps"],
     }
-    if config.get("head") == "gaussian":
-        del facts["early_entropy"]
-    return {name: math.nan if value is None else float(value) for name, value in facts.items()}
