@@ -115,5 +115,5 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
 
 def caveats_of(comparison: Comparison, opening: str) -> list[str]:
     """The caveats on the first problem that begin with a word."""
-    texts = [caveat.text for caveat in comparison.caveats[comparison.plan.problems[0].label]]
-    return [text for text in texts if text.startswith(opening)]
+    caveats = comparison.words[comparison.plan.problems[0].label].caveats
+    return [text for text in caveats if text.startswith(opening)]

@@ -183,7 +183,7 @@ def test_the_page_shows_the_verdict_first_and_every_difference(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     headings = ["What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]
-    positions = [page.index(text) for text in (comparison.headline("walk"), *headings)]
+    positions = [page.index(text) for text in (comparison.words["walk"].headline, *headings)]
     assert positions == sorted(positions)
     for text in ("better, +0.09", "equivalent, +0.0", "0 of 6 runs [0%, 39%]", "Student-t"):
         assert text in page, text

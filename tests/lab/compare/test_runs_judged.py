@@ -112,7 +112,7 @@ def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
     (difference,) = comparison.judgement.families[0].differences
     assert difference.verdict == "better" and 2 not in difference.differences
     assert "1 of 8 runs of a2c failed" in comparison.judgement.of("walk").sentences()[0]
-    assert "Runs failed: a2c in 1 of 8 runs." in comparison.headline("walk")
+    assert "Runs failed: a2c in 1 of 8 runs." in comparison.words["walk"].headline
     assert comparison.exit_code == 1
 
 
@@ -140,8 +140,9 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
     (clipped,) = caveats_of(comparison, "Clipping")
     assert "20.0% of the updates were skipped" in skipped
     assert "the gradient was clipped in most updates of a2c (97%)" in clipped
-    assert "Worse than reinforce: a2c. But most updates were clipped" in comparison.headline(
-        "CartPole-v1"
+    assert (
+        "Worse than reinforce: a2c. But most updates were clipped"
+        in comparison.words["CartPole-v1"].headline
     )
 
 
@@ -208,7 +209,7 @@ def test_a_run_without_a_score_failed_and_an_arm_that_has_none_is_not_valid(tmp_
     comparison = compared(tmp_path, arms, seeds=8)
     assert list(comparison.judgement.verdicts().values()) == ["better", "void"]
     assert row(comparison, "a2c", 4)["reason"] == "It has no area."
-    assert "Not valid, so not compared with reinforce: rloo." in comparison.headline("walk")
+    assert "Not valid, so not compared with reinforce: rloo." in comparison.words["walk"].headline
     sentences = comparison.judgement.of("walk").sentences()
     assert "2 of 8 runs of a2c failed" in sentences[0]
     assert sentences[-1] == "rloo is not valid: no run of it has area. No memory."
@@ -222,7 +223,7 @@ def test_at_a_ceiling_the_headline_says_so(tmp_path):
     comparison = compared(tmp_path, arms, env="CartPole-v1", margin=5.0)
     (text,) = caveats_of(comparison, "Ceiling")
     assert "475 counts as solved" in text and "Compare at a smaller budget" in text
-    assert "every arm ends at the ceiling" in comparison.headline("CartPole-v1")
+    assert "every arm ends at the ceiling" in comparison.words["CartPole-v1"].headline
 
 
 def test_no_further_comparison_is_proposed_from_the_results(tmp_path, capsys):

@@ -35,6 +35,20 @@ class Caveat(NamedTuple):
     headline: str = ""
 
 
+class Words(NamedTuple):
+    """The verdicts on a problem in words.
+
+    Attributes:
+        headline: all verdicts in a sentence or two, with what qualifies them.
+        sentences: a sentence for each difference.
+        caveats: what the verdicts do not mean.
+    """
+
+    headline: str
+    sentences: list[str]
+    caveats: list[str]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The result of a comparison; its directory holds the same in files.
@@ -43,39 +57,31 @@ class Comparison:
         output_dir: the directory.
         plan: what was planned before anything was run.
         table: the rows and curves of all runs.
-        findings: what the table of rules finds in the training of an arm, by problem and arm.
         judgement: failures, paired differences and verdicts, by the score of the plan.
     """
 
     output_dir: Path
     plan: Plan
     table: RunTable
-    findings: dict[tuple[str, str], list[Finding]]
     judgement: Judgement
 
     @cached_property
-    def caveats(self) -> dict[str, list[Caveat]]:
-        """What the verdicts do not mean, by problem."""
-        caveats = {}
+    def words(self) -> dict[str, Words]:
+        """The verdicts on each problem in words."""
+        words = {}
         for problem in self.plan.problems:
-            caveats[problem.label] = [
-                *_exploratory(self.plan),
-                *_ceiling(problem, self.table),
-                *_training(problem, self),
-                *_edges(problem, self.table),
-            ]
-        return caveats
+            family = self.judgement.of(problem.label)
+            caveats = [*_caveats(problem, self.plan, self.table)]
+            headline = family.headline([caveat.headline for caveat in caveats if caveat.headline])
+            texts = [caveat.text for caveat in caveats]
+            words[problem.label] = Words(headline, family.sentences(), texts)
+        return words
 
     @property
     def exit_code(self) -> int:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
         compared = self.table.runs.query("role == 'comparison'")
         return int((compared["state"] != "finished").any())
-
-    def headline(self, problem: str) -> str:
-        """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
-        reasons = [caveat.headline for caveat in self.caveats[problem] if caveat.headline]
-        return self.judgement.of(problem).headline(reasons)
 
 
 def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
@@ -90,8 +96,6 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         Stopped: on a problem no run has the score that decides.
     """
     runs = table.runs.query("role == 'comparison' and state != 'missing'")
-    findings = {}
-    void = {}
     for problem in plan.problems:
         of_problem = runs.query("problem == @problem.label")
         if of_problem[plan.metric].isna().all():
@@ -99,12 +103,10 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
             raise Stopped(
                 f"Nothing can be judged on {problem.label}: no run has {plan.metric}. {reason}"
             )
-        for arm in plan.arms:
-            key = problem.label, arm.label
-            of_arm = of_problem.query("arm == @arm.label")
-            findings[key] = findings_of(arm, problem, of_arm)
-            if len(of_arm) and of_arm[plan.metric].isna().all():
-                void[key] = f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
+    void = {}
+    for (label, arm), of_arm in runs.groupby(["problem", "arm"]):
+        if of_arm[plan.metric].isna().all():
+            void[label, arm] = f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
     judgement = judge_scores(
         runs,
         metric=plan.metric,
@@ -113,7 +115,7 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         all_pairs=plan.all_pairs,
         void=void,
     )
-    return Comparison(output_dir, plan, table, findings, judgement)
+    return Comparison(output_dir, plan, table, judgement)
 
 
 def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
@@ -127,8 +129,8 @@ def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]
     return judge(facts)
 
 
-def _exploratory(plan: Plan) -> Iterator[Caveat]:
-    """Warn of decisions after results could be seen: then the level of the intervals does not hold."""
+def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[Caveat]:
+    """Yield what the verdicts on a problem do not mean: first what the whole comparison makes uncertain."""
     if plan.changes:
         yield Caveat(
             f"Exploratory: {'; '.join(plan.changes)}. Who sees results before choosing what to "
@@ -136,11 +138,32 @@ def _exploratory(plan: Plan) -> Iterator[Caveat]:
             "confirm it, repeat it with new seeds (--first-seed) in another --output-dir.",
             "it was changed after results could be seen",
         )
+    runs = table.of(problem.label)
+    yield from _ceiling(problem, runs)
+    shares = runs.groupby("arm", sort=False)["grad_clipped"].mean()
+    clipped = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
+    if clipped:
+        yield Caveat(
+            f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
+            "the size of a step; the estimator sets only its direction.",
+            "most updates were clipped, which hides a gradient's size",
+        )
+    for arm in plan.arms:
+        for finding in findings_of(arm, problem, runs.query("arm == @arm.label")):
+            yield Caveat(f"Training of {arm.label}: {finding.text}")
+    tried = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
+    rates = runs.groupby("arm")["learning_rate"].first()
+    for label, edges in tried.agg(["min", "max"]).iterrows():
+        if rates[label] in edges.to_numpy():
+            yield Caveat(
+                f"Learning rate: the best rate of {label}, {rates[label]:g}, is the least or the greatest that "
+                "was tried, so a better rate may lie beyond it."
+            )
 
 
-def _ceiling(problem: Problem, table: RunTable) -> Iterator[Caveat]:
+def _ceiling(problem: Problem, runs: pd.DataFrame) -> Iterator[Caveat]:
     """Warn if all arms end at the best possible reward."""
-    rewards = table.of(problem.label).groupby("arm")["reward"].mean()
+    rewards = runs.groupby("arm")["reward"].mean()
     least = rewards.min(skipna=False)
     best = problem.reward_range[1] if problem.reward_range else math.inf
     if problem.margin is not None and best - least <= problem.margin:
@@ -154,30 +177,3 @@ def _ceiling(problem: Problem, table: RunTable) -> Iterator[Caveat]:
         "smaller budget (--max-steps), with other seeds.",
         "every arm ends at the ceiling",
     )
-
-
-def _training(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
-    """Say what was found in the training of each arm; clipped updates of all arms stand in one sentence."""
-    shares = comparison.table.of(problem.label).groupby("arm", sort=False)["grad_clipped"].mean()
-    clipped = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
-    if clipped:
-        yield Caveat(
-            f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
-            "the size of a step; the estimator sets only its direction.",
-            "most updates were clipped, which hides a gradient's size",
-        )
-    for arm in comparison.plan.arms:
-        for finding in comparison.findings[problem.label, arm.label]:
-            yield Caveat(f"Training of {arm.label}: {finding.text}")
-
-
-def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:
-    """Warn of tuned learning rates that are the least or the greatest of those that were tried."""
-    chosen = table.of(problem.label).groupby("arm")["learning_rate"].first()
-    tried = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
-    for arm, edges in tried.agg(["min", "max"]).iterrows():
-        if chosen[arm] in edges.to_numpy():
-            yield Caveat(
-                f"Learning rate: the best rate of {arm}, {chosen[arm]:g}, is the least or the greatest that was "
-                "tried, so a better rate may lie beyond it."
-            )

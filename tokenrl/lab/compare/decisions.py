@@ -187,11 +187,8 @@ def _compare_pair(
     )
     more_failures = ""
     if p_failures <= 1 - level + 1e-12 and len(pairs) >= LEAST_PAIRS:
-        by_failures: VerdictWord = "better"
-        more_failures = reference.arm
-        if arm.failures.value > reference.failures.value:
-            by_failures = "worse"
-            more_failures = arm.arm
+        more_failures = max(arm, reference, key=lambda scores: scores.failures.value).arm
+        by_failures: VerdictWord = "worse" if more_failures == arm.arm else "better"
         contradicts = {by_failures, verdict} == {"better", "worse"}
         verdict = "undecided" if contradicts else by_failures
     return PairedDifference(

@@ -138,8 +138,9 @@ def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
     if log.is_file() and not log.stat().st_size:
         log.unlink()
     ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
-    rate = f", learning rate {run.learning_rate:g}" if run.role == "tuning" else ""
-    return f"{run.problem}: {run.arm}, seed {run.seed}{rate}: {ending}"
+    return (
+        f"{run.problem}: {run.arm}, seed {run.seed}, learning rate {run.learning_rate:g}: {ending}"
+    )
 
 
 def _local_executor() -> tuple[RunCommand, int]:

@@ -216,11 +216,9 @@ def tune(
                 return rates[0], untried
             rates.sort()  # of equal rates the smaller counts as better
             rates.sort(key=lambda rate: -fmean(scores[rate, each] for each in seeds[:count]))
-            if count == 1 and widened < WIDENINGS:
-                if rates[0] == min(rates):
-                    rates.append(rates[0] / 2)
-                elif rates[0] == max(rates):
-                    rates.append(rates[0] * 2)
+            beyond = {min(rates): rates[0] / 2, max(rates): rates[0] * 2}
+            if count == 1 and widened < WIDENINGS and rates[0] in beyond:
+                rates.append(beyond[rates[0]])
         rates = rates[: math.ceil(len(rates) / 2)]
     return rates[0], []
 
@@ -281,9 +279,9 @@ def _print_result(comparison: Comparison, console: Console) -> None:
             cells = (difference.interval, difference.verdict) if difference else ("", "reference")
             table.add_row(arm.arm, arm.count, number(arm.mean), *cells)
         console.rich.print(table)
-        console.note(comparison.headline(family.problem))
-        caveats = [caveat.text for caveat in comparison.caveats[family.problem]]
-        for sentence in family.sentences() + caveats:
+        words = comparison.words[family.problem]
+        console.note(words.headline)
+        for sentence in words.sentences + words.caveats:
             console.note(f"- {sentence}")
     for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")

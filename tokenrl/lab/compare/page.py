@@ -59,8 +59,8 @@ def write_comparison(comparison: Comparison) -> Path:
     origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
     context = markup.table(["", ""], list(_context(comparison).items()), "words")
     sections = []
-    for label in plan.margins:
-        sections.append(markup.Section(f"Verdict on {label}", [_verdict(comparison, label)]))
+    for label, words in comparison.words.items():
+        sections.append(markup.Section(f"Verdict on {label}", [markup.verdict(*words)]))
     sections.append(markup.Section("What was compared", [context]))
     for problem in plan.problems:
         sections += _of_problem(comparison, problem)
@@ -85,41 +85,23 @@ def write_tables(comparison: Comparison) -> None:
     folder = comparison.output_dir
     write_text(folder / "runs.csv", comparison.table.runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
-    families = comparison.judgement.families
-    caveats = comparison.caveats.items()
     packages = versions()
     values = {
         "plan": asdict(comparison.plan),
-        "headlines": {label: comparison.headline(label) for label in comparison.caveats},
-        "sentences": {family.problem: family.sentences() for family in families},
-        "caveats": {label: [caveat.text for caveat in group] for label, group in caveats},
+        "verdicts": {label: words._asdict() for label, words in comparison.words.items()},
         "versions": packages,
         "citation": CITATION.format(**packages),
     }
     write_json(folder / "comparison.json", values)
 
 
-def _verdict(comparison: Comparison, label: str) -> markup.Block:
-    """Show the verdict on a problem in words, then each difference, and what the verdict does not mean."""
-    sentences = comparison.judgement.of(label).sentences()
-    plan = comparison.plan
-    if len(plan.arms) > 2 and not plan.all_pairs:
-        sentences.append(
-            f"Each was compared with {plan.reference}; --all-pairs compares all pairs."
-        )
-    caveats = [caveat.text for caveat in comparison.caveats[label]]
-    return markup.verdict(comparison.headline(label), sentences, caveats)
-
-
 def _context(comparison: Comparison) -> dict[str, str]:
     """Return by heading what was compared, what counts as a failure, and how intervals are made."""
     context = {name.capitalize(): fact for name, fact in comparison.plan.describe().items()}
-    failures = "runs that broke off"
-    if comparison.plan.failure_below is not None:
-        failures += f", or ended with a reward below {comparison.plan.failure_below:g}"
     return context | {
-        "Failures": f"{failures}; their rates have exact limits, each of which holds with 95 %, and Fisher's "
-        "test compares them",
+        "Failures": "runs that broke off, have no score, or ended below --failure-below "
+        f"({digits(comparison.plan.failure_below)}); their rates have exact limits, each of which holds with "
+        "95 %, and Fisher's test compares them",
         "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
         "thin interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
     }

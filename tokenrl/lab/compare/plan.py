@@ -242,12 +242,10 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
         runs = self.runs()
-        count = str(len(runs))
         pairs = len(self.seeds)
         seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
         rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
         if self.tuning_seeds:
-            count += " beside those for tuning"
             seeds += f"; {self.tuning_seeds[0]} to {self.tuning_seeds[-1]} for tuning"
             rates = "for each arm the best of a grid, in ten runs or more"
         facts = {
@@ -268,7 +266,7 @@ class Plan:
         return facts | {
             "seeds": seeds,
             "learning rate": rates,
-            "runs": count,
+            "runs": str(len(runs)),
             "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
             "can show": shown,
         }
@@ -300,13 +298,7 @@ def read_plan(output_dir: Path) -> Plan:
     """
     path = output_dir / "plan.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        values["problems"] = [Problem(**fields) for fields in values["problems"]]
-        values["arms"] = [Arm(**fields) for fields in values["arms"]]
-        for name, value in values.items():
-            if isinstance(value, list):
-                values[name] = tuple(value)
-        return Plan(**values)
+        return arguments(Plan, json.loads(path.read_text(encoding="utf-8"))["plan"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{path} cannot be read ({error}). Remove it, or give another --output-dir."
