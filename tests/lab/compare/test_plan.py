@@ -180,15 +180,11 @@ def test_the_same_plan_goes_on_and_is_read_back(begun):
 
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
     added = continue_plan(plan(seeds=5), begun)
-    arms = "reinforce, reinforce_timestep_mean"
-    assert added.changes == (
-        f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",
-    )
+    change = "seeds changed from (0, 1, 2) to (0, 1, 2, 3, 4) after runs had begun"
+    assert added.changes == (change,)
     wider = plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean"))
     added = continue_plan(wider, begun)
-    assert added.changes == (
-        "3 runs of rloo,baseline=batch_mean with seeds from 0 to 2 were added after runs had begun",
-    )
+    assert len(added.changes) == 1 and added.changes[0].startswith("labels changed from")
     write_plan(added, begun)
     assert continue_plan(wider, begun).changes == added.changes, "it stays exploratory"
 
@@ -201,7 +197,7 @@ def test_another_way_to_judge_is_exploratory(begun):
         "all_pairs": True,
     }
     changes = continue_plan(plan(**judged), begun).changes
-    assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
+    assert len(changes) == 4 and "metric changed from area to reward" in " ".join(changes)
 
 
 @pytest.mark.parametrize(

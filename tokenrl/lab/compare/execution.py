@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -85,7 +84,10 @@ def execute(
         Stopped: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
     over = Event()
-    call, processors = _ray_executor() if executor == "ray" else _local_executor()
+    call: RunCommand = _call
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    if executor == "ray":
+        call, processors = _ray_executor()
     ended = 0
     with (
         GracefulStop(quiet=console.rich.quiet) as stop,
@@ -143,21 +145,16 @@ def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
     )
 
 
-def _local_executor() -> tuple[RunCommand, int]:
-    """Return the function that runs a command here, and the number of processors."""
-    processors = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    return partial(_call, environment=_environment()), processors
-
-
 def _environment() -> dict[str, str]:
     """Return environment variables with which a run can import what this program can, such as rewards."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ENVIRONMENT}
 
 
 def _call(
-    words: Sequence[str], log: str, is_over: Callable[[], bool], environment: Mapping[str, str]
+    words: Sequence[str],
+    log: str,
+    is_over: Callable[[], bool],
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run a command; a request to stop, such as a KeyboardInterrupt, is passed on to it and awaited.
 
@@ -169,7 +166,7 @@ def _call(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=environment,
+            env=environment or _environment(),
             preexec_fn=None if LIBRARY is None else _stop_with_parent,
         )
     patience: float | None = TICK

@@ -100,10 +100,9 @@ class PairedDifference:
     @property
     def interval(self) -> str:
         """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
-        mean = self.mean.value
         if not self.differences:
             return "-"
-        return f"{mean:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
+        return f"{self.mean.value:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
 
     @property
     def finding(self) -> str:
@@ -113,12 +112,13 @@ class PairedDifference:
         if self.verdict == "void":
             return f"{arm} and {reference} cannot be compared: one of them is not valid."
         if self.verdict == "descriptive":
-            return self._too_few
+            return (
+                f"{arm} against {reference}: {self.interval}; {len(self.differences)} of {LEAST_PAIRS} pairs of seeds, "
+                "too few for a verdict."
+            )
         if self.verdict == "equivalent":
-            size = f"the difference, {self.interval}, is smaller than the margin of {digits(self.margin)}"
-            if self.adjusted.excludes_0:
-                size += ", though it is not 0"
-            return f"{arm} and {reference} are equivalent: {size}."
+            size = f"{self.interval}, is smaller than the margin of {digits(self.margin)}"
+            return f"{arm} and {reference} are equivalent: the difference, {size}."
         if self.verdict in ("better", "worse"):
             reason = f"by {self.interval}"
             if self.more_failures:
@@ -126,14 +126,6 @@ class PairedDifference:
                 reason = f"because it fails {often} often"
             return f"{arm} is {self.verdict} than {reference}, {reason}."
         return f"{arm} against {reference} is undecided: {self._undecided_reason}."
-
-    @property
-    def _too_few(self) -> str:
-        count = len(self.differences)
-        sentence = (
-            f"pairs of seeds: {count}, too few for a verdict, which needs {LEAST_PAIRS} or more."
-        )
-        return f"{self.arm} against {self.reference}: {self.interval}; {sentence}"
 
     @property
     def _undecided_reason(self) -> str:

@@ -45,12 +45,10 @@ from tokenrl.runs.reader import read_run
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are slower, so their median counts."""
-JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
-"""How runs are judged, which may change when a comparison goes on."""
+CHANGEABLE = ("labels", "seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
+"""Which runs there are and how they are judged, which may change when a comparison goes on."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates that are tried, relative to the recommended one: four times that often destroys a policy."""
-FORETOLD = ("truncation", "no-signal")
-"""Flags of what a few steps show, and the whole runs too."""
 WIDENINGS = 2
 """How often a grid is widened whose best rate is its least or its greatest."""
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
@@ -142,20 +140,11 @@ def continue_plan(plan: Plan, output_dir: Path) -> Plan:
     if not any((output_dir / "runs").rglob("config.json")):
         return plan
     changes = list(old.changes)
-    for name in JUDGED:
+    for name in CHANGEABLE:
         earlier = getattr(old, name)
         value = getattr(plan, name)
         if value != earlier:
-            changes.append(f"{name} was changed from {earlier} to {value} after runs had begun")
-    earlier_paths = {run.path for run in old.runs()}
-    added = [run for path, run in runs.items() if path not in earlier_paths]
-    if added:
-        arms = ", ".join(dict.fromkeys(run.arm for run in added))
-        seeds = [run.seed for run in added]
-        changes.append(
-            f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)} were added after runs "
-            "had begun"
-        )
+            changes.append(f"{name} changed from {earlier} to {value} after runs had begun")
     return replace(plan, changes=tuple(dict.fromkeys(changes)))
 
 
@@ -263,8 +252,7 @@ def _forecasts(plan: Plan) -> dict[str, str]:
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
         for finding in findings_of(arm, problem, pd.DataFrame([row])):
-            if finding.flag in FORETOLD:
-                forecasts[f"{finding.flag} on {problem.label}"] = finding.text
+            forecasts[f"{finding.flag} on {problem.label}"] = finding.text
     return forecasts
 
 

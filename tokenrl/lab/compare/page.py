@@ -13,7 +13,7 @@ import pandas as pd
 import tokenrl.runs.markup as markup
 from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
-from tokenrl.lab.compare.judgement import Family, digits, joined
+from tokenrl.lab.compare.judgement import Family, digits
 from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.console import distinct, ending, with_errors
 from tokenrl.runs.files import check_place, flat, write_json, write_text
@@ -30,81 +30,71 @@ CITATION = """@software{{tokenrl,
 FROM_PYTHON = (
     "Started from Python: the same call of tokenrl.compare continues it, or shows it again."
 )
+INTERVALS = {
+    "failure rates": "with exact limits, each of which holds with 95 %, and compared by Fisher's test",
+    "intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The thin "
+    "interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
+}
+"""What the intervals of a comparison are, by heading."""
 COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 """Colours of the verdicts in the palette of the charts; the others are grey."""
 MOST_DOTS = 50
 """A curve of more points is drawn as its running mean."""
 CAUTION = (
     "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
-    "so a difference between two runs says nothing yet about their settings: repeat them with several seeds."
+    "so a difference between two runs says nothing yet about their settings: repeat them with several seeds. "
+    "Where runs differ in task, reward, env or data, their numbers do not measure the same."
 )
 BY_STEP = (
     "By step (update; 0 is before training). Metrics with eval_ are held-out, others of training."
 )
-SUBJECTS = ("task", "reward", "env", "data")
-"""Settings that decide what a reward measures."""
 NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
 def write_comparison(comparison: Comparison) -> Path:
-    """Write the tables and report.html into the directory of a comparison; return the page.
+    """Write runs.csv, comparisons.csv, comparison.json and report.html into the directory of a comparison.
+
+    None of them holds times, so two comparisons with the same seeds can be compared bit for bit.
+
+    Returns:
+        The page.
 
     Raises:
         Stopped: a file could not be written.
     """
-    write_tables(comparison)
+    folder = comparison.output_dir
     plan = comparison.plan
-    packages = versions()
     runs = comparison.table.runs
-    origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
-    context = markup.table(["", ""], list(_context(comparison).items()), "words")
+    write_text(folder / "runs.csv", runs.to_csv(index=False))
+    write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
+    packages = versions()
+    citation = CITATION.format(**packages)
+    verdicts = {label: words._asdict() for label, words in comparison.words.items()}
+    values = {
+        "plan": asdict(plan),
+        "verdicts": verdicts,
+        "versions": packages,
+        "citation": citation,
+    }
+    write_json(folder / "comparison.json", values)
     sections = []
     for label, words in comparison.words.items():
         sections.append(markup.Section(f"Verdict on {label}", [markup.verdict(*words)]))
-    sections.append(markup.Section("What was compared", [context]))
+    context = (plan.describe() | INTERVALS).items()
+    table = markup.table(["", ""], [[name.capitalize(), fact] for name, fact in context], "words")
+    sections.append(markup.Section("What was compared", [table]))
     for problem in plan.problems:
         sections += _of_problem(comparison, problem)
-    closed = {
-        "Every run": [_table(runs)],
-        "To repeat, and to cite": [markup.preformatted(part) for part in origin],
-        "The plan": [markup.preformatted(asdict(plan))],
+    closed: dict[str, list[object]] = {
+        "To repeat, and to cite": [plan.command or FROM_PYTHON, citation, packages],
+        "The plan": [asdict(plan)],
     }
-    sections += [markup.Section(heading, blocks, closed=True) for heading, blocks in closed.items()]
+    sections.append(markup.Section("Every run", [_table(runs)], closed=True))
+    for heading, parts in closed.items():
+        blocks = [markup.preformatted(part) for part in parts]
+        sections.append(markup.Section(heading, blocks, closed=True))
     title = f"Comparison of {len(plan.arms)} arms on {', '.join(plan.margins)}"
-    return markup.write_page(comparison.output_dir / "report.html", title, sections)
-
-
-def write_tables(comparison: Comparison) -> None:
-    """Write runs.csv, comparisons.csv and comparison.json, which hold no times.
-
-    Two comparisons with the same seeds can therefore be compared bit for bit.
-
-    Raises:
-        Stopped: a file cannot be written.
-    """
-    folder = comparison.output_dir
-    write_text(folder / "runs.csv", comparison.table.runs.to_csv(index=False))
-    write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
-    packages = versions()
-    values = {
-        "plan": asdict(comparison.plan),
-        "verdicts": {label: words._asdict() for label, words in comparison.words.items()},
-        "versions": packages,
-        "citation": CITATION.format(**packages),
-    }
-    write_json(folder / "comparison.json", values)
-
-
-def _context(comparison: Comparison) -> dict[str, str]:
-    """Return by heading what was compared, what counts as a failure, and how intervals are made."""
-    context = {name.capitalize(): fact for name, fact in comparison.plan.describe().items()}
-    return context | {
-        "Failures": "runs that broke off, have no score, or ended below --failure-below "
-        f"({digits(comparison.plan.failure_below)}); their rates have exact limits, each of which holds with "
-        "95 %, and Fisher's test compares them",
-        "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
-        "thin interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
-    }
+    return markup.write_page(folder / "report.html", title, sections)
 
 
 def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section]:
@@ -253,8 +243,6 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         )
     differing = pd.DataFrame(settings).fillna("-")
     differing = differing[differing.nunique(axis=1) > 1]
-    subjects = [name for name in SUBJECTS if name in differing.index]
-    warning = "The numbers do not measure the same, since these settings differ: "
     marks = {run.mark for run in recorded.values()}
     charts = _charts(pd.concat(curves), marks.pop() if len(marks) == 1 else None)
     sections = {
@@ -263,8 +251,6 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         "Settings that differ": [_table(_named(differing))],
         "Learning curves": [markup.paragraph(BY_STEP, "soft"), markup.drawings(charts)],
     }
-    if subjects:
-        sections[""].append(markup.paragraph(f"{warning}{joined(subjects)}.", "strong"))
     title = f"Comparison of {len(recorded)} runs"
     return markup.write_page(output, title, [markup.Section(*part) for part in sections.items()])
 

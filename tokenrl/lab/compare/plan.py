@@ -184,6 +184,11 @@ class Plan:
     command: str = ""
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the arms."""
+        return tuple(arm.label for arm in self.arms)
+
+    @property
     def margins(self) -> dict[str, float | None]:
         """The margins of equivalence by problem."""
         return {problem.label: problem.margin for problem in self.problems}
@@ -218,7 +223,7 @@ class Plan:
             settings["eval_every"] = max(1, every)
         if rate:
             settings["learning_rate"] = rate
-        folder = _folders(each.label for each in self.arms)[arm.label]
+        folder = _folders(self.labels)[arm.label]
         if role == "tuning":
             folder += f"-tuning-{settings['learning_rate']:g}"
         path = f"runs/{_folders(self.margins)[problem.label]}/{folder}/seed_{seed}"
@@ -261,6 +266,9 @@ class Plan:
         if pairs >= LEAST_PAIRS:
             deviations = detectable_difference(pairs, 1.0, self.comparisons)
             shown = f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference"
+        below = ""
+        if self.failure_below is not None:
+            below = f", or end below a reward of {self.failure_below:g}"
         settings = self.problems[0].settings
         computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
         return facts | {
@@ -268,6 +276,7 @@ class Plan:
             "learning rate": rates,
             "runs": str(len(runs)),
             "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
+            "failures": f"runs that break off or have no score{below}",
             "can show": shown,
         }
 

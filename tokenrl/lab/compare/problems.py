@@ -102,11 +102,10 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     check_seed(seeds[-1] + TUNING_OFFSET)
     tuning_seeds = range(first + TUNING_OFFSET, first + TUNING_OFFSET + TUNING_SEEDS)
     problems, arms = _problems_and_arms(args, announce)
-    labels = [arm.label for arm in arms]
     plan = Plan(
         problems=tuple(problems),
         arms=tuple(arms),
-        reference=labels[0] if args.reference is None else args.reference,
+        reference=args.reference or arms[0].label,
         metric=args.metric,
         seeds=tuple(seeds),
         tuning_seeds=tuple(tuning_seeds) if "tuned" in args.learning_rate else (),
@@ -114,7 +113,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         all_pairs=args.all_pairs,
         command=typed_command(),
     )
-    check_choice("reference", plan.reference, labels)
+    check_choice("reference", plan.reference, plan.labels)
     for problem, arm in product(problems, arms):
         try:
             _check_settings(plan.run(problem, arm, first))
