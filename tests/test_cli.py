@@ -106,7 +106,7 @@ def test_train_evaluate_sample_report(model, capsys, tmp_path):
     assert main(["report"]) == 2 and "Name the output directory" in capsys.readouterr().err
     assert main(["report", "run", "again", "--output", "both.html"]) == 0
     assert capsys.readouterr().out == "both.html\n"
-    assert "held-out greedy" in (tmp_path / "both.html").read_text()
+    assert "eval_reward_greedy" in (tmp_path / "both.html").read_text()
 
 
 @pytest.fixture(scope="module")

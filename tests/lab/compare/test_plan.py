@@ -13,9 +13,8 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.execution import remove_comparison
 from tokenrl.lab.compare.loop import continue_plan, missing
-from tokenrl.lab.compare.plan import read_plan, write_plan
+from tokenrl.lab.compare.plan import lock_plan, read_plan, write_plan
 from tokenrl.lab.compare.problems import make_plan, read_arm
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
@@ -36,7 +35,6 @@ def toy(*arms, **options):
 @pytest.mark.parametrize(
     ("text", "shared", "preset", "axes", "changes"),
     [
-        *((name, {}, name, {}, {}) for name in ("reinforce", "grpo", "ppo", "reinforce_pp", "shrinkage")),
         ("grpo,scale=none", {}, "grpo", {"scale": "none"}, {}),
         ("rloo", {"aggregation": "token_mean"}, "rloo", {"aggregation": "token_mean"}, {}),
         ("rloo,aggregation=token_mean", {"aggregation": "sequence_mean", "gamma": 0.9}, "rloo",
@@ -86,7 +84,7 @@ def test_the_margin_is_a_share_of_the_declared_range():
     assert toy("rloo", "grpo", margin=0.1).margins == {"sort_digits": 0.1}
     assert plan().margins == {"walk": None}, "without a declared range there is no margin"
     assert "no arm is called as good as another. Give --margin" in plan().describe()["on walk"]
-    assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("the reward's range is 0 to 1")
+    assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("margin 0.02")
     undeclared = toy("rloo", "grpo", shared={"max_steps": 40, "reward": ("length(target=20)",)})
     assert "f.range = (0, 1)" in undeclared.describe()["on sort_digits"]
 
@@ -101,6 +99,11 @@ def test_several_values_make_a_problem_each():
     assert {p.settings["learning_rate"] for p in planned.problems} == {1e-4, 2e-4}
     # a whole number
     assert toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1
+
+
+def test_arms_whose_labels_make_one_folder_have_two(tmp_path):
+    planned = toy("rloo,stop='a,b'", "rloo,stop='a;b'")
+    assert len({run.path for run in planned.runs()}) == len(planned.runs())
 
 
 def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
@@ -132,20 +135,11 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ({"arms": ["rloo,grpo", "dapo"]}, "write 'grpo' as NAME=VALUE, .*; spaces separate names"),
         ({"arms": ["", "grpo"]}, "is empty"),
         ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),
-        ({"arms": ["rloo,gamma=2", "grpo"]}, "at most 1"),
         ({"arms": ["rloo,learning_rate=None", "grpo"]}, "learning_rate was given as None"),
-        *(({"arms": [x, "grpo"]}, "write '=.*' as NAME=VALUE") for x in ("rloo,=", "={}")),
-        ({"arms": ["baseline=rloo,--estimator.baseline=none", "grpo"]}, "baseline is given twice"),
-        *(
-            ({"arms": [f"rloo,{x}", "grpo"]}, "is not closed, or nothing")
-            for x in ("", ",gamma=1", "{", "x='")
-        ),
         ({"arms": ["remax", "reinforce"]}, "cannot train on walk"),
         ({"reference": "rlo"}, "must be one of"),
         ({"learning_rate": ("tuned", 1e-3)}, "tuned alone"),
-        ({"learning_rate": ("fast",)}, "or one of fixed, tuned"),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
-        ({"shared": {"runs": "a"}}, "judged from Python, by tokenrl.lab.judge_scores"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
         ({"task": ("sort_digits",)}, "without these"),
     ],
@@ -154,12 +148,6 @@ def test_what_cannot_be_compared_is_refused_in_few_words_before_anything_runs(op
     with pytest.raises(Refused, match=words) as refused:
         make_plan(arguments(CompareArguments, {**WALK, **options}), lambda text: None)
     assert len(str(refused.value)) < 700, "and no list of all settings"
-
-
-@pytest.mark.parametrize("size", ["0", "None"])
-def test_a_group_size_of_an_arm_that_is_none_is_refused(size):
-    with pytest.raises(Refused, match=r"The arm .* cannot be used: num_generations was given as"):
-        toy("rloo", f"grpo,num_generations={size}")
 
 
 @pytest.fixture
@@ -180,15 +168,11 @@ def test_the_same_plan_goes_on_and_is_read_back(begun):
 
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
     added = continue_plan(plan(seeds=5), begun)
-    arms = "reinforce, reinforce_timestep_mean"
-    assert added.changes == (
-        f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",
-    )
+    change = "seeds changed from (0, 1, 2) to (0, 1, 2, 3, 4) after runs had begun"
+    assert added.changes == (change,)
     wider = plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean"))
     added = continue_plan(wider, begun)
-    assert added.changes == (
-        "3 runs of rloo,baseline=batch_mean with seeds from 0 to 2 were added after runs had begun",
-    )
+    assert len(added.changes) == 1 and added.changes[0].startswith("labels changed from")
     write_plan(added, begun)
     assert continue_plan(wider, begun).changes == added.changes, "it stays exploratory"
 
@@ -201,7 +185,7 @@ def test_another_way_to_judge_is_exploratory(begun):
         "all_pairs": True,
     }
     changes = continue_plan(plan(**judged), begun).changes
-    assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
+    assert len(changes) == 4 and "metric changed from area to reward" in " ".join(changes)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +200,6 @@ def test_another_way_to_judge_is_exploratory(begun):
 def test_another_experiment_in_the_same_directory_is_refused(begun, options, words):
     with pytest.raises(Refused, match=f"another comparison: .*{words}"):
         continue_plan(plan(**options), begun)
-    assert (begun / "plan.json").is_file()
-    remove_comparison(begun)
-    assert not (begun / "runs").exists()
 
 
 def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
@@ -229,10 +210,11 @@ def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
 def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_path_factory):
     foreign = tmp_path_factory.mktemp("other")
     (foreign / "thesis.tex").write_text("years of work")
-    for refuses in (lambda: continue_plan(plan(), foreign), lambda: remove_comparison(foreign)):
-        with pytest.raises(Refused, match="holds files"):
-            refuses()
+    with pytest.raises(Refused, match="holds files"):
+        continue_plan(plan(), foreign)
     assert (foreign / "thesis.tex").is_file()
+    with pytest.raises(Refused, match="cannot be used"):
+        lock_plan(foreign / "thesis.tex")
     for text in (json.dumps({"plan": None})[:-3], "{}", '{"plan": {}}'):
         (begun / "plan.json").write_text(text)
         with pytest.raises(Refused, match="cannot be read"):
@@ -374,9 +356,8 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
     ("text", "words"),
     [
         ("--estimator grpo", "as --arms"),
-        ("--env walk --agent classic", "as --arms"),
-        ("--check-reference", "An arm is not compared with itself"),
-        ("--runs a b", "Runs that exist are judged from Python, by tokenrl.lab.judge_scores"),
+        ("--print-commands", "executor ray takes more machines"),
+        ("--overwrite", "give another output_dir, or remove the directory"),
     ],
 )
 def test_flags_that_cannot_be_compared_are_refused_with_exit_code_2(text, words, capsys):

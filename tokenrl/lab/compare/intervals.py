@@ -35,11 +35,6 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
-    @property
-    def excludes_0(self) -> bool:
-        """Whether both ends lie on the same side of 0."""
-        return self.low > 0 or self.high < 0
-
 
 def level_of(comparisons: int) -> float:
     """Return the level of each interval of a family, such as 0.9833 for three comparisons."""

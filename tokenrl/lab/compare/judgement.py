@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import fmean
 from typing import Any, Literal
 
@@ -101,8 +100,9 @@ class PairedDifference:
     @property
     def interval(self) -> str:
         """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
-        mean = self.mean.value
-        return f"{mean:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
+        if not self.differences:
+            return "-"
+        return f"{self.mean.value:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
 
     @property
     def finding(self) -> str:
@@ -112,12 +112,13 @@ class PairedDifference:
         if self.verdict == "void":
             return f"{arm} and {reference} cannot be compared: one of them is not valid."
         if self.verdict == "descriptive":
-            return self._too_few
+            return (
+                f"{arm} against {reference}: {self.interval}; {len(self.differences)} of {LEAST_PAIRS} pairs of seeds, "
+                "too few for a verdict."
+            )
         if self.verdict == "equivalent":
-            size = f"the difference, {self.interval}, is smaller than the margin of {digits(self.margin)}"
-            if self.adjusted.excludes_0:
-                size += ", though it is not 0"
-            return f"{arm} and {reference} are equivalent: {size}."
+            size = f"{self.interval}, is smaller than the margin of {digits(self.margin)}"
+            return f"{arm} and {reference} are equivalent: the difference, {size}."
         if self.verdict in ("better", "worse"):
             reason = f"by {self.interval}"
             if self.more_failures:
@@ -125,15 +126,6 @@ class PairedDifference:
                 reason = f"because it fails {often} often"
             return f"{arm} is {self.verdict} than {reference}, {reason}."
         return f"{arm} against {reference} is undecided: {self._undecided_reason}."
-
-    @property
-    def _too_few(self) -> str:
-        count = len(self.differences)
-        pairs = "1 pair is" if count == 1 else f"{count} pairs are"
-        sentence = f"{pairs} too few for a verdict, which needs {LEAST_PAIRS} seeds or more."
-        if count:
-            sentence = f"{self.arm} lies {self.interval} from {self.reference}; {sentence}"
-        return sentence
 
     @property
     def _undecided_reason(self) -> str:
@@ -149,19 +141,11 @@ class PairedDifference:
 
     def row(self) -> dict[str, Any]:
         """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
-        cells: dict[str, Any] = {"pairs": len(self.differences)}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                cells |= {
-                    name: value.value,
-                    f"{name}_low": value.low,
-                    f"{name}_high": value.high,
-                }
-            elif name == "unpaired":
-                cells[name] = " ".join(map(str, value))
-            elif name != "differences":
-                cells[name] = value
-        return cells
+        cells = {**vars(self), "unpaired": " ".join(map(str, self.unpaired))}
+        del cells["differences"]
+        for name in ("mean", "adjusted"):
+            cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = cells[name]
+        return {"pairs": len(self.differences), **cells}
 
 
 @dataclass(frozen=True)
@@ -204,7 +188,8 @@ class Family:
         failures = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
         if failures:
             sentences.append(f"Runs failed: {joined(failures)}.")
-        if qualified:
+        verdicts = {difference.verdict for difference in self.differences}
+        if qualified and verdicts & {"better", "worse", "equivalent"}:
             sentences.append(f"But {joined(qualified)}.")
         return " ".join(sentences)
 
@@ -236,11 +221,6 @@ class Judgement:
     def of(self, problem: str) -> Family:
         """Return the family of a problem."""
         return next(family for family in self.families if family.problem == problem)
-
-    @property
-    def differences(self) -> list[PairedDifference]:
-        """The differences of all families."""
-        return [*chain.from_iterable(family.differences for family in self.families)]
 
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""

@@ -37,7 +37,6 @@ RESERVED = [
     "env",
     "model",
     "output_dir",
-    "overwrite",
     "quiet",
     "seed",
     "resume",
@@ -103,11 +102,10 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     check_seed(seeds[-1] + TUNING_OFFSET)
     tuning_seeds = range(first + TUNING_OFFSET, first + TUNING_OFFSET + TUNING_SEEDS)
     problems, arms = _problems_and_arms(args, announce)
-    labels = [arm.label for arm in arms]
     plan = Plan(
         problems=tuple(problems),
         arms=tuple(arms),
-        reference=labels[0] if args.reference is None else args.reference,
+        reference=args.reference or arms[0].label,
         metric=args.metric,
         seeds=tuple(seeds),
         tuning_seeds=tuple(tuning_seeds) if "tuned" in args.learning_rate else (),
@@ -115,7 +113,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         all_pairs=args.all_pairs,
         command=typed_command(),
     )
-    check_choice("reference", plan.reference, labels)
+    check_choice("reference", plan.reference, plan.labels)
     for problem, arm in product(problems, arms):
         try:
             _check_settings(plan.run(problem, arm, first))
@@ -148,6 +146,10 @@ def _problems_and_arms(
     if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
         raise Refused("learning_rate must be tuned alone, or one or several numbers.")
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
+    if "overwrite" in args.shared:
+        raise Refused(
+            "A comparison is continued, and never replaced: give another output_dir, or remove the directory."
+        )
     for name in args.shared:
         if name in (*RESERVED, *SWEPT):
             raise Refused(f"{name} is set by the comparison itself; leave it out.")
