@@ -133,15 +133,6 @@ def test_combinations_hold_what_they_declare(fields: dict, status: str, words: s
     assert verdict.ok or off, (verdict.found, verdict.cosine)
 
 
-@pytest.mark.parametrize(
-    ("axis", "name"), [(axis, name) for axis in CHOICES for name in CHOICES[axis]]
-)
-def test_every_name_has_a_stated_bias(axis: str, name: str) -> None:
-    row = CHOICES[axis][name]
-    for effect in (row, row.row_inside, row.discounted):
-        assert effect is None or (effect.status in FROM_BEST_TO_WORST[:-1] and effect.reason)
-
-
 def test_every_preset_and_every_choice_is_a_point() -> None:
     assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
@@ -279,16 +270,6 @@ def test_a_permanent_bias_that_only_some_problems_show_is_not_called_asymptotic(
     assert (
         measure_bias(Estimator(baseline=PERMANENT[name], aggregation=aggregation)).found == "biased"
     )
-
-
-def in_float32(totals, *, group_size, **_):
-    return of_others(totals.float(), group_size)
-
-
-def test_a_baseline_in_float32_is_measured_with_its_rounding() -> None:
-    for aggregation, status in (("sequence_sum", "exact"), ("token_mean", "asymptotic")):
-        estimator = Estimator(baseline=in_float32, aggregation=aggregation)
-        assert measure_bias(estimator, SMALL[1:2]).found == status
 
 
 def of_many_prompts(totals, *, group_size, **_):

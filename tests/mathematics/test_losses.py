@@ -136,39 +136,6 @@ def test_nothing_leaks_from_masked_positions(name, spoil, terms) -> None:
     assert gradient(e, spoiled, advantages, weights, mask, slice(None))[1].isfinite().all()
 
 
-def test_only_logprobs_and_entropy_carry_a_gradient() -> None:
-    e = Estimator(ratio="token", **FULL)
-    tensors, advantages, weights, mask = step_of(e)
-    for x in tensors.values():
-        x.requires_grad_()
-    lp = tensors.pop("logprobs")
-    e.loss(lp, advantages.requires_grad_(), weights, mask, **tensors).backward()
-    assert lp.grad is not None and tensors["entropy"].grad is not None
-    assert tensors["old_logprobs"].grad is None and tensors["ref_logprobs"].grad is None
-    assert advantages.grad is None
-
-
-def test_missing_inputs_are_refused() -> None:
-    x, one = torch.zeros(2, 3), torch.ones(2, 3)
-    for fields, words in (
-        ({"ratio": "token"}, "old_logprobs"),
-        ({"beta": 0.1, "kl_placement": "loss"}, "ref_logprobs"),
-        ({"entropy_coef": 0.1}, "entropy"),
-        ({"importance": "token"}, "sampling_logprobs"),
-        ({"importance_centre": True}, "centres"),
-    ):
-        with pytest.raises(Refused, match=words):
-            Estimator(**fields).loss(x, one[:, 0], one, one)
-    with pytest.raises(Refused, match="token_kl"):
-        Estimator(**CLOSED).loss(x, one[:, 0], one, one, ref_logprobs=x)
-    for length in (None, 0):
-        with pytest.raises(Refused, match="max_length"):
-            Estimator(aggregation="fixed_length").token_weights(one, max_length=length)
-        Estimator().token_weights(one, max_length=length)
-    with pytest.raises(ValueError, match="shapes"):
-        Estimator().loss(x[:, :2], one[:, 0], one, one)
-
-
 def test_the_error_of_a_mean_is_that_of_independent_groups() -> None:
     """All 16 steps of two groups of two, drawn from two prompts of equal completions: E error^2 = Var."""
     draws = itertools.product((0.0, 3.0), (1.0, -1.0), (0.0, 3.0), (1.0, -1.0))

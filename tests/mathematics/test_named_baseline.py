@@ -68,16 +68,6 @@ def test_what_is_wrong_with_it_is_said(mine, name, error, words):
         advantages(estimator)
 
 
-def test_a_name_without_its_function_is_refused_with_both_forms():
-    for wrong in ("mine.py", "roo", "", 5):
-        with pytest.raises(
-            Refused, match=r"one of none, .*or a function: module:function or path/to"
-        ):
-            Estimator(baseline=wrong)
-    with pytest.raises(Refused, match=r"there is no file no/such\.py"):
-        advantages(Estimator(baseline="no/such.py:half"))
-
-
 def test_the_named_function_is_the_baseline_and_is_imported_once_when_it_is_used(mine, tmp_path):
     spec = f"{mine}:half"
     estimator = Estimator(baseline=spec)
