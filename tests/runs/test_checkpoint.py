@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
@@ -67,17 +66,6 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
     assert caught.value.__cause__ is fault and names(tmp_path) == ["step_000001"]
     verify(good)
-
-
-@pytest.mark.parametrize("link", ["model", ".model.partial", ".model.old"])
-def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, link):
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "mine.txt").write_text("mine")
-    (tmp_path / link).symlink_to(tmp_path / "outside")
-    with atomic_directory(tmp_path / "model") as folder:
-        write(folder)
-    verify(tmp_path / "model")
-    assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
 
 
 DIRECTORY = b"a directory"
@@ -153,19 +141,6 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
     assert model_directory(model) == model
     (model / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
     assert model_directory(model) == model
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
-    before = os.umask(mask)
-    with atomic_directory(tmp_path / "model") as folder:
-        write(folder)
-        # makes files of mode 600
-        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
-    (tmp_path / "usual").touch()
-    os.umask(before)
-    modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    assert modes == {(tmp_path / "usual").stat().st_mode}
 
 
 TENSORS = [

@@ -6,20 +6,17 @@ import math
 import re
 from base64 import b64encode
 from contextlib import closing
-from importlib.resources import files
 
 import pytest
 
 from runs.pages import EVIL, Page
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
-from tokenrl.runs.markup import Section, completions, table, write_page
+from tokenrl.runs.markup import Section, completions, write_page
 from tokenrl.runs.metrics import MetricsLog, write_completions
 from tokenrl.runs.origin import versions
-from tokenrl.runs.plots import PALETTE
-from tokenrl.runs.report import compare_runs, report_from_directory
+from tokenrl.runs.report import report_from_directory
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [{"type": EVIL}]}]
 
 
@@ -87,29 +84,6 @@ def test_all_text_is_escaped_and_the_policy_lets_one_script_run_and_nothing_load
     assert "alert" not in script
 
 
-@pytest.mark.drawn
-def test_no_control_character_of_a_run_stands_in_its_page(run, recwarn):
-    odd = "a\x00\x07\x1b[31m\x7f\x9b2J\u202e"
-    config = json.loads((run / "config.json").read_text())
-    write_json(run / "config.json", config | {"title": odd, "command": odd, "versions": {odd: odd}})
-    write_json(run / "summary.json", {"verdict": odd, "eval_after": {odd: 1.0}})
-    write_completions(run / "completions", 11, [{"prompt": odd, odd: step} for step in (1, 2)])
-    text = report_from_directory(run).read_text("utf-8")
-    assert not CONTROL.search(text) and r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in text
-    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in samples_of(text)[-1]  # as the list shows it
-    assert not recwarn.list  # of glyphs
-
-
-def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one():
-    text = files("tokenrl.runs").joinpath("page.css").read_text()
-    light, dark = (
-        dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part))
-        for part in text.split("@media (prefers-color-scheme: dark)")
-    )
-    assert light.keys() == dark.keys() == {"--page", "--card", *(f"--{name}" for name in PALETTE)}
-    assert {name: light[f"--{name}"] for name in PALETTE} == PALETTE
-
-
 def samples_of(text):
     """The numbers of the completions of a page: of those that stand open, then of all."""
     return [json.loads(sample["data-numbers"]) for sample in Page(text).all("article", "sample")]
@@ -146,31 +120,6 @@ def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_
     assert all(text in page.text for text in texts)
 
 
-@pytest.mark.parametrize(("names", "count"), [(["one"], 0), (["one", "two"], 2)])
-def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_told_twice(
-    tmp_path, names, count
-):
-    after = {"reward": 0.5, **{f"rewards/{name}/mean": 0.5 for name in names}}
-    held_out = {f"eval_{name}": 0.25 for name in after}
-    rows = [{"step": 0, **held_out}, {"step": 1, **after, **dict.fromkeys(list(after)[1:], 0)}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "summary.json").write_text(json.dumps({"eval_after": after, "steps": 1}))
-    page = page_of(tmp_path)
-    assert page.text.count("/mean") == count and len(page.all("div", "card")) == 1 + count
-    caption = "mean, before its weight training 0 held out 0.25"
-    assert " ".join(page.text.split()).count(caption) == count
-    assert len(page.all("svg")) == 2 + count
-
-
-def test_each_cell_of_a_table_names_its_column_for_narrow_screens(tmp_path):
-    rows = [["entropy", '"> <b>', EVIL]]
-    page = page_with(tmp_path, table(("name", "first", "last"), rows), table(("", "first"), []))
-    labels = [cell.get("data-label") for name, cell in page.tags if name in ("th", "td")]
-    assert labels == [None, None, None, "name", "first", "last"] and len(page.all("table")) == 1
-    assert "none" not in page.text and '"> <b>' + "\n" not in page.text and not page.all("b")
-    assert len(page.all("script")) == 1
-
-
 def test_an_unfinished_run_from_python_has_a_report(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": null}\n{"step": 2, "rew')
     page = page_of(tmp_path)
@@ -191,98 +140,3 @@ def test_a_damaged_table_of_completions_is_named_with_what_to_do(run):
     (run / "completions/step_000001.parquet").write_text("PAR1")
     with pytest.raises(Refused, match=r"step_000001.parquet.*Remove"):
         report_from_directory(run)
-
-
-@pytest.fixture
-def make_run(tmp_path, monkeypatch):
-    """`make_run(name, kind=..., after=..., **settings)`: a run in the current directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(name, kind="train", after=None, **settings):
-        run = tmp_path / name
-        run.mkdir()
-        rows = [{"step": 1, "reward": 0.5, "loss": 2.0}, {"step": 1, "eval_reward": 0.5}]
-        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        write_json(
-            run / "config.json", {"kind": kind, "title": name, "output_dir": name, **settings}
-        )
-        summary = {"exit_reason": "finished", "eval_after": after, "loss_after": 2.0}
-        write_json(run / "summary.json", summary)
-        (run / "report.html").touch()
-        return name
-
-    return make
-
-
-def rows_of(page, heading):
-    """The rows of the table below a heading."""
-    part = page[page.index(f"<h2>{heading}") :]
-    rows = re.findall("<tr.*?</tr>", part[: part.index("</table>")])
-    return [[Page(cell).text for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
-
-
-def test_numbers_stand_side_by_side_and_only_settings_that_differ_are_shown(make_run, tmp_path):
-    rloo = {"baseline": "rloo", "scale": "none"}
-    after = {"reward": 0.5, "reward_stderr": 0.01}
-    first = make_run("first run", after=after, task="a", seed=0, estimator=rloo)
-    grpo = rloo | {"scale": "group_std"}
-    after = {"reward": 0.7, "pass@4": 1.0}
-    second = make_run("two", after=after, task="a", seed=1, lora_r=8, estimator=grpo)
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "two" / "report.html").unlink()
-    page = compare_runs([first, second], "pages/p.html").read_text("utf-8")
-    assert rows_of(page, "Final numbers") == [
-        ["", "first run", "two"],
-        ["reward", "0.500 ± 0.010", "0.7"],
-        ["loss of the last batch", "2", "2"],
-        ["pass@4", "-", "1"],
-    ]
-    assert rows_of(page, "Settings that differ")[1:] == [
-        ["estimator.scale", "none", "group_std"],
-        ["lora_r", "-", "8"],
-        ["seed", "0", "1"],
-    ]
-    text = Page(page).text
-    assert "says nothing yet about their settings" in text and "do not measure the same" not in text
-    assert text.count("two 0.5") == 2  # in the legends of training and held-out rewards
-    assert [link["href"] for link in Page(page).all("a")] == ["../first%20run/report.html"]
-
-
-def test_other_tasks_are_named_as_such_and_texts_are_escaped(make_run):
-    runs = [make_run("one", task=EVIL), make_run("two", task="b", title=EVIL)]
-    page = compare_runs(runs).read_text("utf-8")
-    assert "differ in task, so their numbers do not measure the same" in page
-    assert page.count("<script") == 1 and EVIL in Page(page).text
-    page = compare_runs([make_run("three", "sft"), make_run("four", "sft")]).read_text("utf-8")
-    assert "loss: training" in page and "reward: held-out sampled" in page
-    assert "None: the runs have the same settings." in page
-
-
-@pytest.mark.parametrize(
-    ("runs", "output", "words"),
-    [
-        (["one", "world"], "c.html", "one (tokenrl train) and world (tokenrl control)"),
-        (["one", "one/"], "c.html", "given twice"),
-        (["one", "two"], "two", "it is a directory"),
-        (["one", "two"], "no/such/c.html", "its directory does not exist"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(make_run, tmp_path, runs, output, words):
-    for name, kind in {"one": "train", "two": "train", "world": "control"}.items():
-        make_run(name, kind)
-    with pytest.raises(Refused, match=re.escape(words)):
-        compare_runs(runs, output)
-    assert not (tmp_path / "c.html").exists()
-
-
-def test_three_prompts_of_a_step_stand_open(tmp_path):
-    rows = [{"prompt": str(number), "completion": "c"} for number in range(8)]
-    assert len(page_with(tmp_path, completions(rows)).all("article")) == 3 + 8
-
-
-def test_an_evaluation_has_a_band_of_one_standard_error(run, monkeypatch):
-    charts = []
-    monkeypatch.setattr("tokenrl.runs.markup.svg", lambda chart, *_: charts.append(chart))
-    report_from_directory(run)
-    ((low, high),) = [curve.band for curve in charts[0].curves if curve.band]
-    assert [*low, *high] == pytest.approx([0.115, 0.135])
