@@ -91,14 +91,3 @@ def test_model_and_tokenizer_load_in_plain_transformers(name, built, tmp_path):
             reader.eos_token_id,
             reader.pad_token_id,
         )
-
-
-def test_tokenizers_refuse_what_they_could_not_write_back():
-    with pytest.raises(ValueError, match="exactly one character"):
-        models.character_tokenizer(["a", "bc"])
-    with pytest.raises(ValueError, match="twice"):
-        models.character_tokenizer("aba")
-    with pytest.raises(ValueError, match="can never be tokens"):
-        models.word_tokenizer(["the", " two words"])
-    with pytest.raises(ValueError, match="not divisible by heads=3"):
-        models.tiny_llama(models.character_tokenizer("ab"), heads=3)
