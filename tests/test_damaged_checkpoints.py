@@ -11,7 +11,7 @@ from tokenrl.cli import main
 from tokenrl.runs.metrics import LOGS
 
 SMALL = ["--eval-generations", "1", "--prompts-per-step", "2", "--num-generations", "2"]
-SMALL += ["--eval-every", "0", "--quiet"]
+SMALL += ["--eval-every", "0", "--eval-size", "4", "--quiet"]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from test_toy_tasks import LOADED as TASKS
 
@@ -39,23 +37,6 @@ def test_every_prompt_and_demonstration_survives_the_tokenizer(name, built):
             whole
             == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
         )
-
-
-@every_task
-def test_half_a_million_parameters_that_depend_on_the_seed_alone(name, built):
-    import torch
-
-    torch.manual_seed(5)
-    random.seed(5)
-    before = torch.get_rng_state(), random.getstate()
-    model, _ = TASKS[name].build(0)
-    second, _ = TASKS[name].build(1)
-    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
-    first = built[name][0].state_dict()
-    assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
-    assert not torch.equal(second.lm_head.weight, model.lm_head.weight)
-    assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 600_000
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @every_task

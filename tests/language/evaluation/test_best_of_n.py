@@ -49,16 +49,6 @@ def test_the_kl_is_that_of_the_enumerated_choice(n):
     assert best_of_n_kl(PROXY, n) == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_pool_does_not_depend_on_the_batch():
-    policy, sampling = make_policy(), Sampling(4, 5, seed=3)
-    pools = [sample_pool(policy, PROMPTS[:2], sampling, batch_size=size) for size in (2, 512)]
-    assert pools[0] == pools[1] and [len(texts) for texts in pools[0]] == [5, 5]
-    assert len({text for texts in pools[0] for text in texts}) > 2
-    assert sample_pool(policy, PROMPTS[:2], Sampling(4, 5, seed=4)) != pools[0]
-    with pytest.raises(Refused, match="num_generations was given as 0"):
-        sample_pool(policy, PROMPTS[:2], Sampling(4, 0))
-
-
 def length(completions, **_):
     """The reward that chooses: longer is better."""
     return [float(len(text)) for text in completions]

@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from test_rewards import COMPLETIONS, IDS, PROMPTS, length, returning
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -19,25 +20,11 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 
-COMPLETIONS = ["one", "three", "", "x" * 500]
-PROMPTS = ["p0", "p1", "p2", "p3"]
-IDS = [[1], [2, 3], [], [4]]
 LINES = ["line 1", "line 2", "line 8", "line 9"]
 
 
 def call(functions, weights=None):
     return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, {})
-
-
-def length(completions, **kwargs):
-    return [len(completion) for completion in completions]
-
-
-def returning(output):
-    def answer(completions):
-        return output
-
-    return answer
 
 
 class Odd(Fraction):

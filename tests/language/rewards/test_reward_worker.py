@@ -185,6 +185,7 @@ def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted(name, val
         Rewards(["worked.py:strict"], timeout=5, abstains=True)(PROMPTS, COMPLETIONS, IDS, {})
 
 
+@pytest.mark.slow  # each late call starts its process anew
 def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(capsys):
     rows = [{"prompt": text} for text in ("the cat", "one two", "sat on")]
     options = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "model": make_policy()}

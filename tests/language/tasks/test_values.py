@@ -421,17 +421,6 @@ def test_values_without_an_order_are_written_alike_in_every_process():
     assert len({fingerprint({"a": [{"set": value}]}) for value in sets}) == len(sets)
 
 
-def test_objects_without_a_form_are_said():
-    rows = [{"prompt": "p", "tool": object(), "call": lambda: 0, "text": "seen at 0x12"}]
-    again = [{"prompt": "p", "tool": object(), "call": lambda: 0, "text": "seen at 0x12"}]
-    assert fingerprint({"a": rows}) != fingerprint({"a": [again[0] | {"text": "seen at 0x13"}]})
-    assert fingerprint({"a": rows}) == fingerprint({"a": again})
-    assert remarks(rows) == [
-        "the values of tool, call are objects without a __repr__ of their own: "
-        "if they change, a continuation of this run cannot notice it."
-    ]
-
-
 def test_a_column_of_numbers_is_text_where_text_is_needed():
     with open("a.csv", "w") as file:
         file.write(
