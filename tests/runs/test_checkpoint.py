@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
@@ -165,3 +166,27 @@ def test_a_state_comes_back_bit_for_bit_and_holds_no_code(tmp_path):
     torch.save({"code": os.system}, tmp_path / "trainer_state.pt")
     with pytest.raises(Refused, match="holds no state from which a run can continue"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["model", ".model.partial", ".model.old"])
+def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, link):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "mine.txt").write_text("mine")
+    (tmp_path / link).symlink_to(tmp_path / "outside")
+    with atomic_directory(tmp_path / "model") as folder:
+        write(folder)
+    verify(tmp_path / "model")
+    assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    with atomic_directory(tmp_path / "model") as folder:
+        write(folder)
+        # makes files of mode 600
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    (tmp_path / "usual").touch()
+    os.umask(before)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}

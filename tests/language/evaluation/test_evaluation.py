@@ -315,3 +315,11 @@ def test_values_that_are_equal_but_for_rounding_have_no_error():
         assert over_prompts([value] * 7).stderr == 0
     assert over_prompts([0.1 + 0.2 - 0.3, 0.0, 0.0]).stderr == 0
     assert over_prompts([0.1, 0.1 + 1e-9]).stderr > 0
+
+
+def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
+    metrics = paired_differences(
+        {"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]}
+    )
+    assert metrics == {"difference/a": 1.5, "difference/a_stderr": 0.5}
+    assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}

@@ -10,7 +10,7 @@ from tiny_models import TEMPLATE, make_policy, make_task
 from tokenrl import evaluate, train
 from tokenrl.cli import main
 from tokenrl.errors import Refused
-from tokenrl.language.policy.arguments import PromptArguments, form_line, saved_form
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
@@ -135,19 +135,6 @@ def test_a_run_and_its_models_are_asked_as_in_the_run_and_nothing_else_is(run, m
         == saved_form("owner/name")
         == saved_form(None)
         == saved_form(run.parent)
-        == {}
-    )
-
-
-def test_the_form_in_words(run):
-    form = PromptArguments(system_prompt="Be brief.", chat=True, stop=("Q:", "\n"))
-    said = "each text as a message of the user; system prompt 'Be brief.'; completions end at 'Q:' or '\\n'"
-    assert form_line(form) == {"asked": said} == form_line(form, run)
-    assert form_line(PromptArguments(**saved_form(run)), run)["asked"].endswith(
-        f"'Q:' (as the run of {run})"
-    )
-    assert (
-        form_line(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={}))
         == {}
     )
 

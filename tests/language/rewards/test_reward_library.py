@@ -42,6 +42,12 @@ def test_exact_match_and_what_it_overlooks():
         found = ExactMatch(**{option: True})(completions=texts, answer=answer)
         assert [i for i in range(1, 4) if found[i]] == [row]
     assert ExactMatch(column="target")(completions=["a"], target=["a"]) == [1]
+    assert ExactMatch()(completions=["7", "7.0", "7", "7"], answer=[7.0, 7.0, 7.5, "7.0"]) == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(

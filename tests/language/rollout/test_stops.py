@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import PROMPTS, completions, make_policy, make_tokenizer
@@ -127,3 +129,25 @@ def test_the_name_of_a_special_token_ends_as_eos_does():
         policy.ask(PromptArguments(stop=("a<eos>",)))
     policy.ask(PromptArguments())
     assert policy.stops is None
+
+
+def test_what_came_long_before_still_counts():
+    """Bytes of one run spoil each other unless all make characters; special tokens have no text."""
+    tokenizer = sentencepiece()
+
+    def pieces(text, *, between=()):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return [*itertools.chain.from_iterable((i, *between) for i in ids[:-1]), ids[-1]]
+
+    stray = pieces("é")[1:]  # the second byte of a character alone
+    for ids, strings, length in (
+        (pieces("😀" * 8 + "é"), ("é", "ne t"), 34),  # the last 13 tokens begin inside a character
+        (stray + pieces("é" * 12), ("é", "one t"), None),  # the last 14 tokens are characters
+        (pieces("o" * 40 + "one t", between=[0] * 30), ("one t",), 45 + 30 * 44),
+    ):
+        stops = StopStrings(tokenizer, strings)
+        found = [
+            bool(stops.ended(torch.tensor([ids]), torch.tensor([0]), t)) for t in range(len(ids))
+        ]
+        n, ended = length_by_definition(tokenizer, ids, strings)
+        assert (n if ended else None) == length == (found.index(True) + 1 if any(found) else None)

@@ -171,18 +171,6 @@ MIXED = numbered([f"p{i % 30}" for i in range(300)])
             "38 of the 38 held-out rows are of prompts that are trained on too.*eval_split",
         ),
         (
-            {"train": numbered(map(str, range(150))), "test": numbered(map(str, range(147, 197)))},
-            None,
-            "150 rows of 150 prompts to train on, 50 rows of 50 prompts held out; 3 of the 50",
-            "",
-        ),
-        (
-            {"train": [EQUAL | {"n": n} for n in range(9)], "test": [EQUAL | {"n": 9}]},
-            None,
-            "9 rows of 1 prompt to train on, 1 rows of 1 prompt held out",
-            "",
-        ),
-        (
             numbered(map(str, range(301))),
             5000,
             "151 rows of 151 prompts",

@@ -26,6 +26,9 @@ from tokenrl.core.memories import RunningMean
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.training.learner import Critic
 from tokenrl.language.training.metrics import averaged
 from tokenrl.language.training.rows import collect_rows, refill, with_estimates
 from tokenrl.language.training.step import training_step
@@ -187,3 +190,17 @@ def test_without_a_weight_no_reference_is_held_or_run(lora_r, monkeypatch):
     monkeypatch.setattr(type(policy), "reference_model", lambda self: pytest.fail("it was run"))
     metrics = one_step(make_learner(policy, "rloo")).metrics
     assert policy.reference is None and not {"kl", "kl_coef"} & metrics.keys()
+
+
+def test_a_critic_learns_what_each_prompt_earns_and_leaves_the_policy_alone():
+    policy = make_policy()
+    before, sampling = weights(policy.model), Sampling(3, 4, keep_hidden=True)
+    batch = TransformersGenerator(policy).generate([[3, 4], [9, 8, 7]], sampling, None)
+    returns = torch.tensor([1.0, -2.0])[batch.prompt_index][:, None].expand(batch.mask.shape)
+    critic = Critic(batch.hidden.shape[-1], policy.device, learning_rate=3e-2, iterations=20)
+    assert torch.equal(critic.values(batch.hidden), torch.zeros(batch.mask.shape))
+    rest = returns, batch.mask / batch.mask.sum(), make_learner(policy).accelerator
+    losses = [critic.update(Estimator.preset("a2c"), batch.hidden, *rest) for _ in range(15)]
+    assert losses[-1] < 0.01 * losses[0]
+    assert torch.allclose(critic.values(batch.hidden)[batch.mask], returns[batch.mask], atol=0.1)
+    assert torch.equal(before, weights(policy.model))

@@ -29,6 +29,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import RunningMean
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Stopped
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import step as module
 
 ESTIMATORS = {name: preset_for_groups_of_three(name) for name in PRESETS} | {
@@ -311,3 +312,35 @@ def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
     assert len(old) == 1  # once a step, before its updates
     mask = rows[0].mask
     torch.testing.assert_close(old[0][mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
+
+
+def test_reward_functions_apart_are_weighted_after_their_scale():
+    """With a scale only the weight of a function matters, not its size."""
+
+    def large(completion_ids, **_):
+        return [100.0 * (ids[0] % 5) for ids in completion_ids]
+
+    def small(completion_ids, **_):
+        return [float(ids[0] % 5) for ids in completion_ids]
+
+    def advantages(second, weight):
+        fields = {"baseline": "group_mean", "scale": "group_std", "scale_eps": 0.0}
+        learner = make_learner(make_policy(), Estimator(components="separate", **fields))
+        record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
+        return [row["advantage"] for row in record.rows()]
+
+    expected = pytest.approx(advantages(large, 0.5), abs=1e-6)
+    assert advantages(small, 0.5) == expected != advantages(large, 0.25)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
+    settings = {"max_grad_norm": 0.0, "weight_decay": decay}
+    policy, other = make_policy(dtype="float64"), make_policy(dtype="float64")
+    learner = make_learner(policy, "rloo", optimizer="sgd", learning_rate=0.3, **settings)
+    before = weights(policy.model)
+    one_step(learner)
+    one_step(make_learner(other, "rloo", **settings))  # AdamW's, whose gradient is the same
+    expected = before - 0.3 * (gradient(other.model) + decay * before)
+    assert gradient(other.model).norm() > 0.1
+    torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)
