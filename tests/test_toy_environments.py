@@ -6,7 +6,6 @@ import pytest
 
 import toy_tasks
 from toy_tasks import calculator, guess_number
-from toy_tasks.models import EOS
 
 TASKS = {name: toy_tasks.load(name) for name in ("guess_number", "calculator")}
 
@@ -14,15 +13,6 @@ TASKS = {name: toy_tasks.load(name) for name in ("guess_number", "calculator")}
 @pytest.fixture(scope="module", params=TASKS)
 def task(request):
     return TASKS[request.param]
-
-
-def test_demonstrations_of_games_are_legal_and_each_first_guess_occurs():
-    rows = TASKS["guess_number"].demonstrations
-    for row in rows:
-        low, high = map(int, row["prompt"].rpartition(EOS)[2].removesuffix(":").split("-"))
-        assert low <= int(row["completion"]) <= high
-    first = [row["completion"] for row in rows if row["prompt"] == "01-15:"]
-    assert len(first) == 2048 and len(set(first)) == 15
 
 
 @pytest.mark.parametrize(

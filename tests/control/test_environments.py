@@ -21,14 +21,11 @@ from tokenrl.errors import Refused
     ("env", "size", "actions", "numbers", "horizon", "solved"),
     [
         ("CartPole-v1", 4, 2, 0, 500, 475),
-        ("Acrobot-v1", 6, 3, 0, 500, -100),
         ("Pendulum-v1", 3, None, 1, 200, None),
         ("FrozenLake-v1", 16, 4, 0, 100, 0.7),  # discrete observations are one-hot
         ("LunarLander-v3", 8, 4, 0, 1000, 200),
         ("gridworld", 16, 4, 0, 50, 0.93),
-        ("trap", 36, 4, 0, 50, 0.8),
         ("walk", 4, 2, 0, 50, 1.1),
-        ("costly_walk", 4, 2, 0, 50, 0.88),
         ("bandit", 1, 2, 0, 1, None),
     ],
 )

@@ -349,23 +349,6 @@ def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only(
     assert (beyond.found, beyond.of_larger_groups) == ("biased", "")
 
 
-def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
-    verdict = measure_bias("rloo")
-    text = f"rloo: exact, cosine 1.000, noise 0.91; tried: {TRIED}"
-    assert (repr(verdict), verdict._repr_html_()) == (text, f"<code>{text}</code>")
-    assert "exact (declared biased), cosine" in repr(replace(verdict, declared="biased"))
-    for estimator, words in (
-        ("rlo", "rloo"),
-        (None, "instead of None"),
-        (3, "the name of a preset"),
-    ):
-        with pytest.raises(Refused, match=words):
-            measure_bias(estimator, SMALL)
-    for size in (1, 16, 2.5):
-        with pytest.raises(Refused, match="group_size"):
-            measure_bias("rloo", group_size=size)
-
-
 class Average:
     value = 0.0
 

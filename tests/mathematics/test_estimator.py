@@ -84,32 +84,6 @@ def test_defaults_and_fields_of_presets() -> None:
     )
 
 
-NEEDS = {
-    "groups": [
-        {},
-        {"baseline": "none", "scale": "group_std"},
-        {"baseline": "none", "zero_spread": "drop"},
-    ],
-    "kl": [{"beta": 0.1}],
-    "entropy": [{"entropy_coef": 0.1}],
-    "values": [{"baseline": "value"}, {"baseline": "none", "returns": "gae"}],
-    "greedy": [{"baseline": "remax"}],
-    "score_norms": [{"baseline": "optimal"}],
-    "sampling_logprobs": [{"importance": name} for name in AXES["importance"][1:]],
-    "centres": [{"importance_centre": True}],
-    "old_logprobs": [{"ratio": "token"}, {"ratio": "sequence_mean"}],
-}
-
-
-@pytest.mark.parametrize("need", NEEDS)
-def test_needs(need: str) -> None:
-    """Each estimator listed needs that, and the baseline 'none' without these fields does not."""
-    assert all(getattr(Estimator(**fields), f"needs_{need}") for fields in NEEDS[need])
-    assert not getattr(Estimator(baseline="none"), f"needs_{need}")
-    for name in ("batch_mean", "remax", "value", "timestep_mean", "episode_mean"):
-        assert not Estimator(baseline=name, returns="reward_to_go").needs_groups
-
-
 TO_GO = {"baseline": "none", "returns": "reward_to_go"}
 
 

@@ -1,7 +1,6 @@
 import io
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -56,18 +55,6 @@ def test_log_gets_plain_lines_each_k_steps():
     assert lines[0] == "step  0/40  eval 0.25"
     assert lines[3].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
     assert "ETA" not in lines[1] + lines[-1] and "\x1b" not in text and "\r" not in text
-
-
-def test_the_time_left_follows_from_the_time_of_all_steps_but_the_first(monkeypatch):
-    file = io.StringIO()
-    now = [0.0]
-    monkeypatch.setattr("tokenrl.runs.console.time", SimpleNamespace(monotonic=lambda: now[0]))
-    with Progress(Console(file=file), 40, first=9) as progress:
-        for step, seconds in ((10, 100.0), (20, 20.0), (30, 60.0), (40, 1.0)):
-            now[0] += seconds
-            progress.update(step, {"reward": 1})
-    ends = [line.rpartition("  ")[2] for line in file.getvalue().splitlines()]
-    assert ends == ["reward 1", "ETA 0:40", "ETA 0:40", "reward 1"]
 
 
 def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side():

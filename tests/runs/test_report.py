@@ -84,24 +84,6 @@ def test_all_text_is_escaped_and_the_policy_lets_one_script_run_and_nothing_load
     assert "alert" not in script
 
 
-def samples_of(text):
-    """The numbers of the completions of a page: of those that stand open, then of all."""
-    return [json.loads(sample["data-numbers"]) for sample in Page(text).all("article", "sample")]
-
-
-def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
-    (run / "completions" / "step_final.parquet").write_text("a file of somebody else")
-    text = report_from_directory(run).read_text("utf-8")
-    opened, _, _ = text.partition("All 30 completions")
-    assert opened.count("<article") == 3 == opened.count('class="few"')  # a prompt of each step
-    numbers = samples_of(text)
-    assert [n["step"] for n in numbers] == [1, 2, 10, *[1] * 10, *[2] * 10, *[10] * 10]
-    first = {"step": 1, "reward": 0.125, "rewards/a_b": None, "cut": 1, "characters": len(EVIL)}
-    assert numbers[0] == numbers[3] == first
-    (form,) = Page(text).all("form")
-    assert "hidden" in form  # useless without the script, which shows it
-
-
 def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_path):
     calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     turns = [
