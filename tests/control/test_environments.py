@@ -211,3 +211,18 @@ def test_files_that_lead_nowhere(write, text, env, message):
     for _ in range(2):  # also if it has been imported before
         with pytest.raises(Refused, match=message):
             find(env)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "action", "expected"),
+    [
+        (-np.inf, np.inf, np.float16, 0.25, 0.25),
+        (-np.finfo(np.float32).max, np.finfo(np.float32).max, np.float32, 0.25, 0.25),
+        (-np.finfo(float).max, np.finfo(float).max, np.float64, -7, -7),
+        (0, np.inf, np.float32, -2, 0),
+        (-2, 4, np.float32, 0.5, 2.5),
+    ],
+)
+def test_actions_between_bounds_and_without_bounds(low, high, dtype, action, expected):
+    envs = Environments(register_odd(THREE, spaces.Box(low, high, (1,), dtype)), 1)
+    assert envs.translate(np.array([[action]], np.float32)).tolist() == [[expected]]

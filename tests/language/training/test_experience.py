@@ -29,7 +29,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.learner import Critic
-from tokenrl.language.training.metrics import averaged
+from tokenrl.language.training.metrics import averaged, completion_rows
 from tokenrl.language.training.rows import collect_rows, refill, with_estimates
 from tokenrl.language.training.step import training_step
 from tokenrl.runs.metrics import read_completions, read_metrics
@@ -204,3 +204,24 @@ def test_a_critic_learns_what_each_prompt_earns_and_leaves_the_policy_alone():
     assert losses[-1] < 0.01 * losses[0]
     assert torch.allclose(critic.values(batch.hidden)[batch.mask], returns[batch.mask], atol=0.1)
     assert torch.equal(before, weights(policy.model))
+
+
+def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
+    """Groups 1 and 4 of four rows each are replaced: a metric is over all 16 + 8 rows that were rewarded."""
+
+    def logs(prompts, completions, log_extra, log_metric):
+        first = len(prompts) == 16
+        log_metric("rows", len(prompts))
+        log_metric("early" if first else "late", 3.0)
+        log_extra("early" if first else "late", list(range(len(prompts))))
+        return by_word(prompts, completions)
+
+    learner, rewards, prompts, sampling = start("dapo", logs)
+    rows = experienced(learner, rewards, prompts, sampling)
+    out = refill(learner, rewards, sampling, rows, Spare())
+    means = averaged(out.logged)
+    assert means == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
+    table = completion_rows(learner.policy, replace(out, advantages=out.rewards), rewards.names)
+    none = [None] * 4
+    assert [row["early"] for row in table] == [*none, *range(4, 12), *none]
+    assert [row["late"] for row in table] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]
