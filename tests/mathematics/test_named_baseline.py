@@ -18,7 +18,6 @@ import torch
 from pathlib import Path
 times = Path(__file__).with_suffix(".times")
 times.write_text(times.read_text() + "x" if times.exists() else "x")
-constant = 5
 def half(totals, group_size, mask, valid):
     return torch.full_like(totals, 0.5)
 def fails(totals, **rows):
@@ -58,8 +57,6 @@ def advantages(estimator):
             r"The baseline '.*mine.py:narrow' returned shape \(1,\).*one number per row",
         ),
         ("number", Refused, "The baseline '.*mine.py:number' returned float.*one number per row"),
-        ("constant", Refused, "mine.py:constant' is a int; name a function"),
-        ("halv", Refused, "halv.*Did you mean 'half'"),
     ],
 )
 def test_what_is_wrong_with_it_is_said(mine, name, error, words):

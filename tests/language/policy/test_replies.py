@@ -81,17 +81,6 @@ def test_tools_are_shown_by_the_template_or_refused():
         policy_with(TEMPLATE).encode(USER, [count])
 
 
-def test_of_named_templates_the_one_for_tools_shows_tools():
-    policy = policy_with({"default": TEMPLATE, "tool_use": TURNS})
-    written = policy.tokenizer.decode(policy.encode(USER, [count]))
-    assert written == "tools count<eos> u the cat<eos> a "
-    assert policy.encode(USER) == policy_with(TEMPLATE).encode(USER)
-    assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
-    words = r"multiple chat templates.*\['rag', 'tool_use'\].*set tokenizer"
-    with pytest.raises(Refused, match=words):
-        policy_with({"rag": TEMPLATE, "tool_use": TURNS}).encode(USER)
-
-
 QWEN = CALLS | {"start_anchor": "a "}
 
 

@@ -139,19 +139,13 @@ NULLS = [
 
 
 @pytest.mark.parametrize("message", NULLS)
-@pytest.mark.parametrize("kind", ["prompt", "messages", "file", "demonstrations"])
+@pytest.mark.parametrize("kind", ["prompt", "file"])
 def test_content_that_is_null_is_empty_text(kind, message, tmp_path):
     rows = [{"prompt": [{**USER, "content": f"{i}"}, message, USER]} for i in range(9)]
-    if kind == "messages":
-        rows = [{"messages": row["prompt"]} for row in rows]
     source = rows
     if kind == "file":
         source = str(tmp_path / "rows.jsonl")
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    if kind == "demonstrations":
-        ((prompt, _),) = encode_demonstrations(chat_policy(), [rows[0] | {"completion": "x"}])
-        assert "None" not in chat_policy().tokenizer.decode(prompt)
-        return
     task = load_task(source, reward=[lambda completions, **_: [0.0] * len(completions)])
     for row in (*task.train_prompts, *task.eval_prompts):
         assert row["prompt"][1]["content"] == ""

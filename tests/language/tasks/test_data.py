@@ -297,13 +297,6 @@ def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, si
     assert second.state_dict() == whole.state_dict()
 
 
-def test_positions_and_epochs_count_what_was_given_out():
-    stream = PromptStream(ROWS, seed=0)
-    positions = [position for position, _ in stream.draw_prompts(32)]
-    assert positions == list(range(32)) and stream.epoch == 32 / 20
-    assert [position for position, _ in stream.draw_prompts(2)] == [32, 33]
-
-
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
 def test_epochs_and_seeds_have_orders_of_their_own(make):
     streams = [make(30, 30, seed)[1] for seed in (0, 1)]

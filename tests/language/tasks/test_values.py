@@ -28,7 +28,7 @@ from tokenrl.language.rewards.library import ExactMatch, NumericAnswer
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.files import format_of
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.records import fingerprint, remarks
+from tokenrl.language.tasks.records import fingerprint
 from tokenrl.language.tasks.sources import TaskArguments, read_splits
 from tokenrl.language.tasks.task import PromptTask, find_task
 
@@ -382,18 +382,6 @@ def test_an_answer_that_no_completion_can_equal_is_refused_with_its_row(reward, 
             Refused, match=r"row 4: the answer in the column 'answer' is .*text or a number"
         ):
             find_task(TaskArguments(task=task))
-
-
-def test_rows_without_a_value_are_counted_by_column():
-    with open("a.jsonl", "w") as file:
-        for i in range(8):
-            row = {"prompt": f"p{i}", "answer": i} | ({"hint": "h"} if i % 4 else {})
-            file.write(json.dumps(row | ({"answer": None} if i == 3 else {})) + "\n")
-    rows = read_splits("a.jsonl")["train"]
-    assert remarks(rows) == [
-        "of 8 training rows some have no value in a column: answer (1), hint (2). Rewards get None there."
-    ]
-    assert remarks([{"prompt": "a", "hint": None}]) == []
 
 
 UNORDERED = """
