@@ -1,6 +1,6 @@
-"""Random settings and command lines: each trains, or is refused in one paragraph, whatever it says.
+"""Random command lines: each trains, or is refused in one paragraph, whatever it says.
 
-A failure names its case; `FUZZ=train:17 pytest -m slow tests/test_fuzz.py` repeats that one alone.
+A failure names its case; `FUZZ=line:17 pytest -m slow tests/test_fuzz.py` repeats that one alone.
 """
 
 from __future__ import annotations
