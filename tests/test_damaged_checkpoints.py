@@ -11,7 +11,7 @@ from tokenrl.cli import main
 from tokenrl.runs.metrics import LOGS
 
 SMALL = ["--eval-generations", "1", "--prompts-per-step", "2", "--num-generations", "2"]
-SMALL += ["--eval-every", "0", "--quiet"]
+SMALL += ["--eval-every", "0", "--eval-size", "4", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,6 @@ NEW = ["--max-steps", "1", "--output-dir", "new"]
         ["evaluate", "--task", "vowels", *MODEL],
         ["sample", *MODEL, "--prompt", "abc>"],
         ["lab", "measure", "--task", "vowels", *MODEL],
-        ["advise", "--task", "vowels", *MODEL],
         ["control", "--env", "bandit", "--load", "control/checkpoints/step_000002", *NEW],
     ],
     ids=lambda command: " ".join(command[:4]),

@@ -89,12 +89,6 @@ def test_target_length():
     assert target_length.reward(prompts, texts, target=targets) == pytest.approx(expected)
 
 
-def test_addition_without_the_carry():
-    assert addition.without_carry("27+45>") == "62"
-    assert addition.without_carry("09+01>") == "00"
-    assert addition.without_carry("12+34>") == addition.right("12+34>") == "46"
-
-
 @given(st.text(alphabet="0123456789+-*/().=_ \n٣", max_size=12))
 def test_countdown_accepts_exactly_what_its_grammar_says(text):
     pieces = text.replace("-", "+").split("+")
@@ -105,8 +99,3 @@ def test_countdown_accepts_exactly_what_its_grammar_says(text):
     if numbers:
         signed = re.findall(r"[+-]?\d+", text)
         assert countdown.parse(text) == list(map(int, signed))
-
-
-def test_countdown_without_a_solution_is_named():
-    with pytest.raises(ValueError, match="1,1,1=9"):
-        countdown.right("1,1,1=9>")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import json
 import math
 import os
 import subprocess
@@ -23,7 +21,6 @@ MODULES = {name: importlib.import_module(f"toy_tasks.{name}") for name in NAMES}
 TAUGHT = [name for name, task in TASKS.items() if task.demonstrations]
 BEST = dict.fromkeys(NAMES, 1.0) | {"target_length": 0.0}
 WORST = dict.fromkeys(NAMES, 0.0) | {"target_length": -1.0}
-USUAL = {"prompts_per_step", "num_generations", "learning_rate", "max_steps", "eval_every"}
 
 every_task = pytest.mark.parametrize("name", NAMES)
 every_taught_task = pytest.mark.parametrize("name", TAUGHT)
@@ -60,16 +57,10 @@ def right_answer(name, prompt):
             "no argument colour; choose from: seed, digits, wrong_share",
         ),
         ("sort_digits", {"digits": 3}, "digits=3"),
-        ("sort_digits", {"digits": 17}, "digits=17"),
         ("sort_digits", {"eval_size": 0}, "eval_size=0"),
         ("addition", {"eval_size": 1275}, "eval_size=1275"),
         ("addition", {"wrong_share": 1.5}, "wrong_share=1.5"),
-        ("sentiment", {"wrong_share": -0.1}, "wrong_share=-0.1"),
-        ("reverse_text", {"shortest": 7}, "shortest=7"),
         ("countdown", {"largest": 4}, "largest=4"),
-        ("guess_number", {"turns": 7}, "turns=7"),
-        ("calculator", {"wrong_share": 2}, "wrong_share=2"),
-        ("calculator", {"eval_size": 0}, "eval_size=0"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(name, override, message):
@@ -83,38 +74,6 @@ def test_held_out_prompts_are_disjoint_for_any_seed(seed, name):
     task, canonical = toy_tasks.load(name, seed=seed), MODULES[name].canonical
     train = {canonical(row["prompt"]) for row in task.train_prompts}
     assert not any(canonical(row["prompt"]) in train for row in task.eval_prompts)
-
-
-def test_canonical_forms_join_prompts_with_the_same_answer():
-    for name, item, equal in (
-        ("sort_digits", "402715>", "512704>"),
-        ("reverse_text", "abcd>", "dcba>"),
-        ("addition", "07+45>", "45+07>"),
-        ("countdown", "3,8,5=10>", "5,3,8=10>"),
-        ("vowels", "abc>", "cab>"),
-        ("sentiment", "overall, the plot was", "the plot was"),
-        ("target_length", "ab6>", "ba6>"),
-    ):
-        assert MODULES[name].canonical(item) == MODULES[name].canonical(equal), name
-    assert MODULES["countdown"].canonical("3,8,5=10>") != MODULES["countdown"].canonical("3,8,5=0>")
-
-
-@every_task
-def test_sizes_columns_and_what_other_arguments_change(name):
-    task, canonical = TASKS[name], MODULES[name].canonical
-    assert task.name == name and task.description.endswith(".") and set(task.train) >= USUAL
-    assert 128 <= len(task.eval_prompts) <= 256 and len(task.train_prompts) >= 200
-    prompts = [row["prompt"] for row in task.train_prompts + task.eval_prompts]
-    assert len(set(prompts)) == len(prompts) and all(prompts)
-    assert len({tuple(row) for row in task.train_prompts + task.eval_prompts}) == 1
-    held_out = {canonical(row["prompt"]) for row in task.eval_prompts}
-    assert held_out.isdisjoint(canonical(row["prompt"]) for row in task.train_prompts)
-    second = toy_tasks.load(name, seed=1, eval_size=5)
-    assert 5 <= len(second.eval_prompts) <= 30
-    assert not {row["prompt"] for row in second.eval_prompts} <= {
-        row["prompt"] for row in task.eval_prompts
-    }
-    assert (task.warm_start is None) == (not task.demonstrations) == (name == "vowels")
 
 
 def test_tasks_are_light_and_the_same_in_every_process_and_leave_the_global_random_state():
@@ -168,7 +127,7 @@ def test_the_right_answer_earns_the_most_and_odd_ones_less(name):
         task.reward(columns.pop("prompt"), [], **columns)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(text=st.text(), name=st.sampled_from(NAMES), index=st.integers(0, 100))
 def test_any_text_earns_a_float_in_range_by_itself(text, name, index):
     prompt = TASKS[name].eval_prompts[index]["prompt"]
@@ -194,20 +153,3 @@ def test_demonstrations_are_of_training_prompts_and_wrong_as_promised(name):
     )
     right = toy_tasks.load(name, wrong_share=0.0).demonstrations
     assert set(score(name, [(row["prompt"], row["completion"]) for row in right])) == {BEST[name]}
-
-
-def test_the_fingerprint_follows_what_the_warm_start_depends_on():
-    task = TASKS["sort_digits"]
-    extra = {"prompt": "a", "completion": "b"}
-    changed = [
-        dataclasses.replace(task, demonstrations=[*task.demonstrations, extra]),
-        dataclasses.replace(task, build=dataclasses.replace(task.build, hidden=64)),
-        dataclasses.replace(
-            task, build=dataclasses.replace(task.build, tokens=task.build.tokens[::-1])
-        ),
-        dataclasses.replace(task, warm_start=toy_tasks.WarmStart(steps=7)),
-    ]
-    assert len({task.fingerprint, *(variant.fingerprint for variant in changed)}) == 5
-    assert dataclasses.replace(task, solved=0.5, train={}).fingerprint == task.fingerprint
-    for item in LOADED.values():
-        json.dumps([item.fingerprint, item.train])  # both are written to a run's configuration

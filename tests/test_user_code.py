@@ -112,21 +112,6 @@ def test_a_setting_that_user_code_changes_is_given_back(change):
     assert settings() == before
 
 
-@pytest.mark.parametrize("change", [*OLD, *NEW])
-@pytest.mark.parametrize("program", [*OLD, *NEW])
-@new_interface
-def test_both_interfaces_to_precision_may_be_used_by_the_program_and_by_user_code(program, change):
-    exec(program)
-    before = settings()
-    with user_code():
-        exec(change.replace("'ieee'", "'tf32'") if change == program else change)
-    after = settings()
-    numbers = [f"torch.{name}" for name in PRECISIONS]
-    assert {name: after[name] for name in numbers} == {name: before[name] for name in numbers}
-    for name in READ[:3]:  # the older interface cannot always tell
-        assert after[name] == before[name] or "RuntimeError" in (after[name], before[name])
-
-
 @new_interface  # an older one sets the device of the run above the one that was left
 def test_what_cannot_be_given_back_is_told():
     left = torch.device("meta")

@@ -10,7 +10,6 @@ import pytest
 from tokenrl import names
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.loading import load_reward
-from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.names import NamedFunction, import_attribute
@@ -123,12 +122,6 @@ def test_a_changed_file_is_read_anew_with_all_that_hold_parts_of_it(tmp_path):
             assert len(games) == 1
             assert import_attribute("game:ROUND", "task") == int(text)
         assert executions() - before == changed
-
-
-def test_the_process_of_rewards_has_one_module_too():
-    rewards = Rewards(["game.py:process", load_reward("link.py:again")], timeout=60.0)
-    values = rewards(["p"], ["c"], [[1]], {}).values
-    assert values.tolist() == [[1.0, 2.0]] and executions() == 2
 
 
 def test_a_file_that_failed_can_be_imported_once_it_is_mended(tmp_path):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
 
 from tokenrl import train_agent
 from tokenrl.cli import COMMANDS, main
-from tokenrl.control import ControlArguments, agent_settings, describe
+from tokenrl.control import ControlArguments, agent_settings
 from tokenrl.control.arguments import TUNED
-from tokenrl.control.run import verdict
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
@@ -63,24 +61,6 @@ def test_flags_override_the_agent_wherever_they_stand():
     assert (mixed.estimator, mixed.num_envs) == (Estimator.preset("rloo"), 8)
     tuned = arguments(ControlArguments, agent_settings("tuned", "LunarLander-v3") | {"seed": 3})
     assert parsed("--agent", "tuned", "--env", "LunarLander-v3", "--seed", "3") == tuned
-
-
-@pytest.mark.parametrize(
-    ("env", "mean", "error", "start", "end"),
-    [
-        ("CartPole-v1", 497.31, 0.9, "solved: mean return 497.31 ± 0.9 of 100 fresh", "500 ± 0)"),
-        ("Pendulum-v1", -190.0, 0.9, "mean return -190 ± 0.9", "500 ± 0)"),
-        ("CartPole-v1", 474.0, 1.0, "not solved: ", "so more episodes may decide otherwise"),
-        ("CartPole-v1", 476.5, 1.0, "solved: ", "so more episodes may decide otherwise"),
-        ("CartPole-v1", 500.0, math.nan, "solved: mean return 500 of 100 fresh", "500 ± 0)"),
-        ("CartPole-v1", None, 0.0, "not evaluated: the run was ended at step 7", "threshold 475"),
-    ],
-)
-def test_the_verdict_in_words(env, mean, error, start, end):
-    evaluation = {"reward": mean, "reward_stderr": error}
-    evaluation |= {"reward_greedy": 500.0, "reward_greedy_stderr": 0.0}
-    text = verdict(describe(env), {} if mean is None else evaluation, 100, 7)
-    assert text.startswith(start) and text.endswith(end) and "nan" not in text
 
 
 def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, capsys):

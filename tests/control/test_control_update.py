@@ -82,17 +82,6 @@ def logprobs_of(agent, rollout):
     return chosen.gather(-1, rollout.actions[..., None]).squeeze(-1)
 
 
-def test_the_update_is_reinforce_by_hand():
-    """`1/N sum_i sum_t G_it (onehot(a) - pi)`, with scaled rewards."""
-    estimator = Estimator(baseline="none", returns="reward_to_go")
-    agent, rollout = agent_of(estimator, reward_scale=3.0), rollout_of()
-    to_go = rollout.rewards.flip(1).cumsum(1).flip(1)
-    expected = slope_of(
-        agent, 3 * (to_go * logprobs_of(agent, rollout) * rollout.mask).sum() / len(LENGTHS)
-    )
-    torch.testing.assert_close(moved(agent, rollout), expected)
-
-
 @pytest.mark.parametrize("row", [0, 2])  # an episode that terminates, and one that is cut
 def test_the_update_of_the_textbook_agent_of_the_walk(row):
     """One episode, returns normalised over its steps, then V subtracted; V learns the normalised returns."""
@@ -250,7 +239,12 @@ def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
         check_supported(Estimator(**fields), num_steps)
 
 
-@pytest.mark.parametrize(("ratio", "width"), [("token", 1), ("sequence_mean", 4)])
-def test_rows_that_a_ratio_sums_over_are_not_split(ratio, width):
-    estimator = Estimator(baseline="none", entropy_coef=0.1, ratio=ratio)
-    assert loss_units(agent_of(estimator), estimator, rollout_of())[0].mask.shape[1] == width
+def test_the_update_is_reinforce_by_hand():
+    """`1/N sum_i sum_t G_it (onehot(a) - pi)`, with scaled rewards."""
+    estimator = Estimator(baseline="none", returns="reward_to_go")
+    agent, rollout = agent_of(estimator, reward_scale=3.0), rollout_of()
+    to_go = rollout.rewards.flip(1).cumsum(1).flip(1)
+    expected = slope_of(
+        agent, 3 * (to_go * logprobs_of(agent, rollout) * rollout.mask).sum() / len(LENGTHS)
+    )
+    torch.testing.assert_close(moved(agent, rollout), expected)

@@ -12,10 +12,6 @@ from gymnasium.utils.env_checker import check_env
 
 from tokenrl.control.environments import describe
 from tokenrl.control.worlds import (
-    AGENT,
-    DECOY,
-    FLOOR,
-    GOAL,
     Bandit,
     GridWorld,
     Walk,
@@ -26,7 +22,6 @@ from tokenrl.control.worlds import (
 from tokenrl.errors import Refused
 
 UP, RIGHT, DOWN, LEFT = range(4)
-UNIFORM = np.full((16, 4), 0.25)
 
 
 def play(env: GridWorld, actions: list[int], seed: int | None = None) -> list[tuple]:
@@ -48,30 +43,6 @@ def test_only_the_seed_of_reset_decides():
     assert first == again != different
     starts = {env.reset()[1]["cell"] for _ in range(300)}
     assert starts == set(range(15))  # the goal is no start
-
-
-def test_pictures():
-    env = GridWorld(3, decoy=1, render_mode="ansi")
-    play(env, [DOWN])
-    assert env.render() == "S D .\nA . .\n. . G\n"
-    env = GridWorld(size=2, decoy=1, render_mode="rgb_array")
-    env.reset()
-    picture = env.render()
-    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-    middles = picture[16::32, 16::32].reshape(4, 3).tolist()
-    assert middles == [[*colour] for colour in (AGENT, DECOY, FLOOR, GOAL)]
-    assert GridWorld().render() is None
-
-
-def test_values_of_the_shortest_path_are_distances():
-    down_then_right = np.zeros((16, 4))
-    down_then_right[:12, DOWN] = down_then_right[12:, RIGHT] = 1
-    steps = np.array([6 - row - column for row in range(4) for column in range(4)])
-    values = np.where(steps > 0, 1 - 0.01 * steps, 0)
-    assert exact_values(GridWorld(), down_then_right) == pytest.approx(values)
-    for horizon, expected in ((6, 0.94), (5, -0.05)):
-        value = exact_return(GridWorld(), down_then_right, horizon=horizon)
-        assert value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("slip", [0.0, 0.3])

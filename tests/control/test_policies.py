@@ -121,11 +121,3 @@ def test_drawn_actions_follow_the_distribution(head):
         assert (scores.mean(0).abs() < 5 / count**0.5).all()
         assert ((scores.std(0) - 1).abs() < 5 / (2 * count) ** 0.5).all()
         assert torch.equal(policy.act(x, None)[0], mean)
-
-
-@pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_only_a_separate_critic_has_parameters_of_its_own(critic):
-    policy = policy_of("softmax", 2, critic=critic)
-    expected = set(policy.critic.parameters()) if critic == "separate" else set()
-    assert set(policy.value_parameters()) == expected
-    assert set(policy.policy_parameters()) == set(policy.parameters()) - expected

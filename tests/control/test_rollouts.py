@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from counting_env import Counting, register
-from gymnasium import spaces
-from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from tokenrl.control.environments import Environments, describe
@@ -77,33 +76,6 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
         ends = rollout.terminated[row].item(), rollout.truncated[row].item()
         assert ends == (played[-1][2], not played[-1][2])
         assert np.allclose(rollout.final_observations[row], played[-1][0])
-
-
-class Rewriting(VectorEnv):
-    """Writes each answer into the same memory, and into the actions."""
-
-    observation_space = single_observation_space = spaces.Box(-9, 99, (2,), np.float32)
-    single_action_space = spaces.Discrete(2)
-    num_envs = 1
-
-    def reset(self, *, seed=None, options=None):
-        self.memory = np.zeros((1, 2), np.float32), np.zeros(1), *np.zeros((2, 1), bool)
-        return self.memory[0], {}
-
-    def step(self, actions):
-        for part in self.memory:
-            part[:] = 1 - part
-        actions[:] = 9
-        return *self.memory, {}
-
-
-def test_environments_may_write_into_the_same_memory_again():
-    envs, actions = Environments("CartPole-v1", 1, vector=Rewriting()), np.ones(1, int)
-    start = envs.reset()
-    first = envs.step(actions)
-    envs.step(actions)
-    assert start.tolist() == [[0, 0]] and actions.tolist() == [1]
-    assert [part.tolist() for part in first] == [[[1, 1]], [1], [True], [True]]
 
 
 def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from tokenrl.control.environments import Environments
 from tokenrl.control.worlds import Walk
 
 
@@ -30,17 +28,3 @@ def test_it_ends_beyond_1_and_its_reward_is_the_side(action, side):
     assert x == pytest.approx([side * 0.1 * k for k in range(1, 12)])
     assert rewards == pytest.approx([0.01] * 10 + [side])
     assert terminated == (False,) * 10 + (True,) and not any(truncated)
-
-
-def test_to_and_fro_is_truncated():
-    _, rewards, terminated, truncated = zip(*play([0, 1] * 40, step_reward=-0.5), strict=True)
-    assert truncated == (False,) * 49 + (True,) and not any(terminated)
-    assert set(rewards) == {-0.5}
-
-
-@pytest.mark.parametrize(("name", "best"), [("walk", 1.1), ("costly_walk", 0.9)])
-def test_the_return_of_the_straight_path(name, best):
-    envs = Environments(name, 1)
-    envs.reset(0)
-    rewards = [float(envs.step(np.ones(1))[1][0]) for _ in range(11)]
-    assert sum(rewards) == pytest.approx(best)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pretended
-import torch
 
 import tokenrl
 from tokenrl.language.policy import loading
@@ -152,38 +151,6 @@ def sampled(folder: Path, cpu: bool) -> dict[str, Any]:
     return {"rows": [{"completions": texts}]}
 
 
-def measured(folder: Path, cpu: bool) -> dict[str, Any]:
-    """Measure gradients; two backward passes stand for the derivatives that wrapped tensors do not have."""
-    from tokenrl.lab import measure_gradients
-
-    torch.func.jvp = _by_two_backward_passes
-    torch.vmap = _one_by_one
-    model = model_beside(folder)
-    sizes = {"num_prompts": 16, "prompts_per_step": 4, "num_generations": 4, "probes": 8}
-    options = {"task": "sort_digits", "reward": odd, "estimators": ("rloo", "grpo"), "cpu": cpu}
-    result = measure_gradients(model=model, **options, **sizes)
-    return {"rows": [{f"{m.estimator}/noise": m.noise.value for m in result.estimators}]}
-
-
-def _by_two_backward_passes(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    with torch.enable_grad():
-        values = {name: p.detach().requires_grad_() for name, p in primals[0].items()}
-        outputs = function(values)
-        seeds = [torch.zeros_like(x, requires_grad=True) for x in outputs]
-        gradients = torch.autograd.grad(outputs, list(values.values()), seeds, create_graph=True)
-        directions = [tangents[0][name] for name in values]
-        return None, torch.autograd.grad(gradients, seeds, directions, materialize_grads=True)
-
-
-def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    def mapped(directions: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        count = len(next(iter(directions.values())))
-        each = [function({name: x[i] for name, x in directions.items()}) for i in range(count)]
-        return tuple(torch.stack(column) for column in zip(*each, strict=True))
-
-    return mapped
-
-
 def on_a_mac(folder: Path, cpu: bool) -> dict[str, Any]:
     """Train a small model where the device is no faster with it; the result is that of the CPU."""
     devices = loading.SLOW_WITH_SMALL
@@ -224,7 +191,6 @@ COMMANDS: Mapping[str, Callable[[Path, bool], dict[str, Any]]] = {
     "evaluate with a reference": partial(evaluated, num_generations=2, reference="REFERENCE"),
     "best of n": partial(evaluated, best_of=4),
     "sample": sampled,
-    "lab measure": measured,
     "a small model on a Mac": on_a_mac,
     "sft": fine_tuned,
     "reward model": preferred,

@@ -10,29 +10,12 @@ import torch
 import tokenrl.lab.exact.discounting as discounting
 from tokenrl.core import Estimator
 from tokenrl.lab import exact_moments, problem_of_mdp, random_mdp, which_objective
-from tokenrl.lab.exact.control_problem import all_trajectories
 from tokenrl.lab.exact.discounting import ROWS
 from tokenrl.lab.exact.report import print_objectives
 
 torch.set_num_threads(1)
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 TO_GO = {"returns": "reward_to_go"}
-
-
-def test_every_trajectory_is_listed_and_the_environment_is_in_its_chance_only() -> None:
-    mdp = random_mdp(1)
-    every, problem = all_trajectories(mdp, 3), problem_of_mdp(mdp)
-    assert every.mask.sum(-1).long().bincount().tolist() == [0, 2, 6, 72]
-    rows = torch.cat([every.states, every.actions, every.successors, every.mask.long()], 1)
-    assert len(rows.unique(dim=0)) == 80
-    torch.testing.assert_close(problem.chances.sum(), torch.ones(()).double(), rtol=1e-14, atol=0)
-    assert torch.equal(problem.truncated, every.last < 2) and 0 < problem.truncated.sum() < 72
-    same = (every.states[:, 0] == every.states[:, 1]) & (every.actions[:, 0] == every.actions[:, 1])
-    same &= every.mask[:, 1] > 0  # a state has the same logits at all times
-    assert same.any() and torch.equal(problem.scores[0, same, 0], problem.scores[0, same, 1])
-    assert torch.einsum("pm,pmtd->td", problem.chances, problem.scores).abs().max() < 1e-15
-    policy = problem.logprobs.sum(-1).exp()
-    torch.testing.assert_close(problem.chances / policy, problem.environment, **CLOSE)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.7])

@@ -134,15 +134,6 @@ def test_combinations_hold_what_they_declare(fields: dict, status: str, words: s
     assert verdict.ok or off, (verdict.found, verdict.cosine)
 
 
-@pytest.mark.parametrize(
-    ("axis", "name"), [(axis, name) for axis in CHOICES for name in CHOICES[axis]]
-)
-def test_every_name_has_a_stated_bias(axis: str, name: str) -> None:
-    row = CHOICES[axis][name]
-    for effect in (row, row.row_inside, row.discounted):
-        assert effect is None or (effect.status in FROM_BEST_TO_WORST[:-1] and effect.reason)
-
-
 def test_every_preset_and_every_choice_is_a_point() -> None:
     assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
@@ -310,16 +301,6 @@ def test_a_permanent_bias_that_only_some_problems_show_is_not_called_asymptotic(
     )
 
 
-def in_float32(totals, *, group_size, **_):
-    return of_others(totals.float(), group_size)
-
-
-def test_a_baseline_in_float32_is_measured_with_its_rounding() -> None:
-    for aggregation, status in (("sequence_sum", "exact"), ("token_mean", "asymptotic")):
-        estimator = Estimator(baseline=in_float32, aggregation=aggregation)
-        assert measure_bias(estimator, SMALL[1:2]).found == status
-
-
 def of_many_prompts(totals, *, group_size, **_):
     own = 0.1 * totals.square() * (len(totals) > 3 * group_size)
     return of_others(totals, group_size) + own
@@ -395,23 +376,6 @@ def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only(
 
     beyond = measure_bias(Estimator(baseline=of_eight))
     assert (beyond.found, beyond.of_larger_groups) == ("biased", "")
-
-
-def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
-    verdict = measure_bias("rloo")
-    text = f"rloo: exact, cosine 1.000, noise 0.91; tried: {TRIED}"
-    assert (repr(verdict), verdict._repr_html_()) == (text, f"<code>{text}</code>")
-    assert "exact (declared biased), cosine" in repr(replace(verdict, declared="biased"))
-    for estimator, words in (
-        ("rlo", "rloo"),
-        (None, "instead of None"),
-        (3, "the name of a preset"),
-    ):
-        with pytest.raises(Refused, match=words):
-            measure_bias(estimator, SMALL)
-    for size in (1, 16, 2.5):
-        with pytest.raises(Refused, match="group_size"):
-            measure_bias("rloo", group_size=size)
 
 
 class Average:

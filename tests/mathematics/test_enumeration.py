@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.lab.exact.enumeration import Moments, exact_moments
+from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
 torch.set_num_threads(1)
@@ -96,12 +96,3 @@ def test_one_group_at_a_time(fields: dict, prompts: int, length: int, kind: str)
     pieces = exact_moments(estimator, problem, group_size=size, chunk=7)
     torch.testing.assert_close(pieces.mean, fast.mean, **CLOSE)
     assert pieces.second == pytest.approx(fast.second, rel=1e-12)
-
-
-def test_the_numbers_of_moments_by_hand() -> None:
-    """E[g] = (3, 1) beside the gradient (2, 0), by prompt, and E|g|^2 = 14."""
-    moments = Moments(torch.tensor([[1.0, 1], [2, 0]]), torch.tensor([[1.0, 0], [1, 0]]), 14.0)
-    assert (moments.variance, moments.mse, moments.scale) == (4, 6, 1.5)
-    assert moments.noise == pytest.approx(0.4) and moments.bias.tolist() == [1, 1]
-    assert moments.relative_bias == pytest.approx(0.5**0.5)
-    assert moments.cosine == pytest.approx(3 / 10**0.5)

@@ -40,13 +40,6 @@ def test_the_tracker_by_hand() -> None:
     assert empty.read(keys).tolist() == [0.5] * 4
 
 
-def test_a_baseline_has_a_value_for_each_row() -> None:
-    rewards, values = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.25, 0.0])
-    e = Estimator(baseline="tracker")
-    given = {"group_size": None, "baseline_value": values.double()}
-    assert e.advantages(rewards, torch.ones(3, 2), **given).policy.tolist() == [0.5, -0.25, 1.0]
-
-
 class Best:
     """The largest reward of each prompt so far."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -12,12 +11,9 @@ import torch
 
 from tokenrl.core import Estimator
 from tokenrl.core.bias import objective_line
-from tokenrl.core.choices import OBJECTIVES
-from tokenrl.core.effects import Effect
 from tokenrl.core.objectives import check_rewards
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
-from tokenrl.lab.exact.objectives import slopes_in_probability
 
 
 def advantages(estimator: Estimator, rewards: torch.Tensor, valid: torch.Tensor | None = None):
@@ -71,24 +67,6 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
         assert not advantages(e, rewards, few).any()
 
 
-def test_order_1_is_rloo_to_the_last_bit_and_equal_rewards_cancel_exactly() -> None:
-    rewards = torch.randn(8, generator=torch.Generator().manual_seed(2))
-    assert advantages(Estimator(objective="max_at_k", objective_order=1), rewards).equal(
-        advantages(Estimator(), rewards)
-    )
-    for (objective, form), choice in OBJECTIVES.items():
-        order = 3 if objective == "max_at_k" else None
-        e = Estimator(objective=objective, objective_order=order, objective_form=form)
-        for value in (0.0, 0.1, 0.7):
-            assert not choice.centred or not advantages(e, torch.full((8,), value)).any()
-    for fields in (
-        {"objective_form": "sloo", "objective_order": 3},
-        {"objective_form": "no_baseline"},
-    ):
-        e = Estimator(objective="max_at_k", **{"objective_order": 3, **fields})
-        assert advantages(e, torch.full((8,), 0.7)).all()
-
-
 def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
     draw = torch.Generator().manual_seed(3)
     rewards = torch.randn(1024, generator=draw, dtype=torch.double)
@@ -98,25 +76,6 @@ def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
         # Over all rows, m s_i sums to k m times the mean maximum, and k rho_k(others) to the same.
         assert abs(exact.mean()) < 1e-9 * order * rewards.abs().max()
         assert (exact - rounded).abs().max() < 1e-4 * exact.abs().max()
-
-
-def test_the_log_of_success_divides_by_a_mean() -> None:
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]).double()
-    none = torch.zeros(5).double()
-    lone = torch.tensor([0.3, 0.0, 0.0, 0.0, 0.0]).double()
-    table = {
-        "maxrl": ((1.5, -1.0), (0.0, 0.0), (4.0, -1.0)),
-        "keep_failures": ((1.5, -1.0), (-1.0, -1.0), (4.0, -1.0)),
-        "leave_one_out": ((3.0, -1.0), (0.0, 0.0), (0.0, -1.0)),
-    }
-    for form, expected in table.items():
-        e = Estimator(objective="log_success", objective_form=form)
-        for values, (success, failure) in zip((rewards, none, lone), expected, strict=True):
-            torch.testing.assert_close(
-                advantages(e, values)[:2], values.new_tensor([success, failure])
-            )
-        valid = torch.tensor([True, True, True, False, True])
-        assert advantages(e, rewards, valid)[3] == 0
 
 
 def order_mean(order: int, p: torch.Tensor) -> torch.Tensor:
@@ -157,22 +116,6 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     torch.testing.assert_close(weight, wanted, atol=1e-10, rtol=1e-10)
 
 
-def test_the_target_of_the_lab_is_the_gradient_of_the_objective_summed_over_all_draws() -> None:
-    """max@k as a sum over all k-tuples of completions, differentiated by automatic differentiation."""
-    problem = tabular_problem(18, prompts=2, vocabulary=2, rewards="graded")
-    for k in (1, 2, 3):
-        e = Estimator(objective="max_at_k", objective_order=k)
-        chances = problem.chances.clone().requires_grad_()
-        total = torch.zeros(()).double()
-        for drawn in itertools.product(range(chances.shape[1]), repeat=k):
-            index = list(drawn)
-            total = total + (chances[:, index].prod(-1) * problem.totals[:, index].amax(-1)).sum()
-        slopes = slopes_in_probability(e, problem.totals, problem.chances, 5)
-        torch.testing.assert_close(
-            slopes, torch.autograd.grad(total, chances)[0], atol=1e-12, rtol=1e-12
-        )
-
-
 def test_negative_rewards_have_no_logarithm() -> None:
     e, valid = Estimator(objective="log_success"), torch.tensor([True, True, False])
     check_rewards(e.objective, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
@@ -185,25 +128,6 @@ def test_negative_rewards_have_no_logarithm() -> None:
         check_rewards(Estimator(), rewards, valid)
     with pytest.raises(Refused, match="rewards of 0 or more"):
         measure_bias(e, [tabular_problem(2)])
-
-
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        (("log_success", "leave_one_out"), {"binary": "exact"}),
-        (("max_at_k", "leave_one_out"), {"status": "exact_up_to_scale", "binary": "biased"}),
-        (("max_at_k", "leave_one_out"), {"of_reward": Effect("exact_per_prompt", "wrong")}),
-        (("log_success", "maxrl"), {"status": "exact_per_prompt"}),
-    ],
-    ids=str,
-)
-def test_a_wrong_declaration_of_an_objective_is_caught(monkeypatch, key, changes) -> None:
-    order = 2 if key[0] == "max_at_k" else None
-    e = Estimator(objective=key[0], objective_form=key[1], objective_order=order)
-    problems = [tabular_problem(18, prompts=1, group_size=3, vocabulary=2, rewards="graded")]
-    assert measure_bias(e, problems).ok
-    monkeypatch.setitem(OBJECTIVES, key, replace(OBJECTIVES[key], **changes))
-    assert not measure_bias(e, problems).ok
 
 
 def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> None:
@@ -251,3 +175,22 @@ REFUSED = [
 def test_what_does_not_go_with_an_objective_is_refused(fields: dict, words: str) -> None:
     with pytest.raises(Refused, match=words):
         Estimator(**fields)
+
+
+def test_the_log_of_success_divides_by_a_mean() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]).double()
+    none = torch.zeros(5).double()
+    lone = torch.tensor([0.3, 0.0, 0.0, 0.0, 0.0]).double()
+    table = {
+        "maxrl": ((1.5, -1.0), (0.0, 0.0), (4.0, -1.0)),
+        "keep_failures": ((1.5, -1.0), (-1.0, -1.0), (4.0, -1.0)),
+        "leave_one_out": ((3.0, -1.0), (0.0, 0.0), (0.0, -1.0)),
+    }
+    for form, expected in table.items():
+        e = Estimator(objective="log_success", objective_form=form)
+        for values, (success, failure) in zip((rewards, none, lone), expected, strict=True):
+            torch.testing.assert_close(
+                advantages(e, values)[:2], values.new_tensor([success, failure])
+            )
+        valid = torch.tensor([True, True, True, False, True])
+        assert advantages(e, rewards, valid)[3] == 0

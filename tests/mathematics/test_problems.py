@@ -48,24 +48,6 @@ def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
         torch.testing.assert_close(slope, gradient @ u, rtol=1e-8, atol=1e-10)
 
 
-def test_every_completion_is_listed_with_its_end_and_the_greedy_one_is_named() -> None:
-    every = all_completions(3, 3)
-    assert every.ids.shape == (15, 3) and len(every.prefixes) == 7
-    rows = {
-        tuple(ids[: int(n)]) for ids, n in zip(every.ids.tolist(), every.mask.sum(-1), strict=True)
-    }
-    assert len(rows) == 15 and (0,) in rows and (1, 2, 2) in rows and (1, 0, 1) not in rows
-    assert len(all_completions(4, 2, ends=(0, 3)).ids) == 2 + 2 * 4
-    problem = tabular_problem(6, prompts=3)
-    for x in range(3):
-        tokens = problem.logprobs[x, problem.greedy[x]]
-        on = problem.mask[problem.greedy[x]] > 0
-        assert (
-            tokens[on] > torch.tensor(1 / 3).log()
-        ).all()  # the best of three has more than a third
-    assert problem.truncated.sum() == 8 and (problem.mask[problem.truncated] == 1).all()
-
-
 @pytest.mark.parametrize("kind", ["continuous", "dense"])
 def test_true_values_are_the_mean_from_each_prefix(kind: str) -> None:
     problem = tabular_problem(5, rewards=kind, true_values=True)

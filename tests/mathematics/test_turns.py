@@ -89,17 +89,6 @@ def test_a_turn_is_a_step_in_time(baseline, scale, returns) -> None:
     torch.testing.assert_close(result.returns * step["mask"], tokens_of(step, wanted.returns))
 
 
-def test_reward_to_go_of_turns_by_hand() -> None:
-    """A reward after a turn belongs to it, one before the first action to the first turn."""
-    mask = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0]])
-    turns = torch.tensor([[7, 0, 0, 7, 1, 7], [0, 5, 5, 5, 5, 5]])
-    rewards = torch.tensor([[1, 0, 2, 4, 8, 16], [32, 0, 64, 0, 0, 0]]).double()
-    inputs = {"group_size": 2, "turns": turns, "bootstrap": torch.tensor([100.0, 0.0]).double()}
-    estimator = Estimator(returns="reward_to_go", baseline="none", gamma=0.5)
-    result = estimator.advantages(rewards, mask, **inputs).policy
-    assert result.tolist() == [[0, 44, 44, 0, 74, 0], [96, 0, 0, 0, 0, 0]]
-
-
 def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
     """A KL in the reward, and the penalty on long rows by the number of their tokens."""
     step = a_step(1)
@@ -128,57 +117,7 @@ def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline) -> None
     torch.testing.assert_close(by_row, without.reshape(N, -1)[:, :1] * step["mask"])
 
 
-def test_components_and_loss_terms_have_turns_too() -> None:
-    """Each function's reward is at the last action, so every turn of a row has its whole reward to go."""
-    step = a_step(3)
-    inputs = {name: step[name] for name in ("group_size", "turns")}
-    components = torch.randn(N, 2, dtype=torch.double)
-    alone = Estimator(baseline="timestep_mean", returns="reward_to_go")
-    parts = [alone.advantages(x, step["mask"], **inputs).policy for x in components.T]
-    estimator = replace(alone, components="separate")
-    columns = {**inputs, "components": components}
-    terms = estimator.loss_terms(step["rewards"], step["mask"], max_length=T, **columns)
-    torch.testing.assert_close(terms.advantages, sum(parts))
-
-
-def test_a_function_of_the_users_own_gets_turns() -> None:
-    """It gets the rewards and the mask of turns, so that every advantage A is `to_go - (to_go - A)`."""
-    step = a_step() | {"valid": torch.arange(N) != 5}
-    inputs = {}
-
-    def own(totals, *, rewards, mask, **rows):
-        inputs.update(rewards=rewards, mask=mask)
-        return rewards.flip(-1).cumsum(-1).flip(-1) - 3 * rewards
-
-    estimator = Estimator(baseline=own, returns="reward_to_go")
-    result = estimator.advantages(**step).policy
-    rewards, reached = by_loops(step, "rewards")
-    valid = step["valid"][:, None]
-    torch.testing.assert_close(inputs["rewards"][:, :K], rewards * valid)
-    assert torch.equal(inputs["mask"][:, :K], reached & valid) and not inputs["mask"][:, K:].any()
-    torch.testing.assert_close(result, tokens_of(step, 3 * rewards * valid))
-    narrow = Estimator(baseline=lambda totals, **rows: totals[:1])
-    with pytest.raises(Refused, match="one per token or turn"):
-        narrow.advantages(**step)
-    del step["turns"]
-    estimator.advantages(**step)
-    torch.testing.assert_close(inputs["rewards"], step["rewards"] * valid)
-
-
 PROBLEM = replace(turn_problems()[0], group_size=2)
-
-
-def test_problems_of_turns_are_complete() -> None:
-    """All rows are listed, an answer of the environment is no action, and the score has mean zero."""
-    for problem in turn_problems():
-        chances, mask = problem.chances, problem.mask.bool()
-        assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
-        assert float(torch.einsum("pm,pmtd->d", chances, problem.scores).abs().max()) < 1e-12
-        second = (mask & (problem.turns == 1)).any(-1)
-        assert 0.05 < float(chances[:, second].sum()) < 0.95
-        gaps = [int((~row[: row.nonzero().max()]).sum()) for row in mask]
-        assert gaps == (3 * second).tolist()
-        assert int((problem.rewards != 0).sum()) == len(mask) + int(second.sum())
 
 
 CATALOGUE = named_estimators()
@@ -226,34 +165,3 @@ def test_a_function_of_turns_is_measured() -> None:
             exact_moments(Estimator(returns="reward_to_go", baseline=mean), PROBLEM).status
             == status
         )
-
-
-PRACTICES = {
-    "each turn minus the own mean of that index, then summed": [-3.5, -1.5, 7, -3.5, 1.5],
-    "the same with LOO": [-6, -3, 10.5, -4.5, 3],
-    "the same with LOO, a turn not reached counted as 0": [-1.5, 1.5, 3, -1.5, 6],
-    "every turn a sample of its own, own mean": [-0.6, -0.6, 2.4, -0.6, -0.6],
-    "the same, leave out the turn only": [-0.75, -0.75, 3, -0.75, -0.75],
-    "the same, leave out the whole row": [-1, -1, 3, -1, -1],
-    "the row's chosen and environment tokens": [-0.375, -0.375, 3, -0.3, -0.3],
-    "the row's number of turns": [-0.75, -0.75, 3, -0.75, -0.75],
-    "mean within each turn, summed over turns": [-0.75, -1.5, 3, -1.5, -0.75],
-    "the same and the environment's": [-0.45, -0.45, 0.9, -0.45, -0.45],
-}
-"""Rewards of the turns: 3 and 6, 12, 0 and 9; RLOO's advantages -1.5, 3 and -1.5; lengths 4, 1 and 5."""
-
-
-@pytest.mark.parametrize("name", PRACTICES)
-def test_practices_of_toolkits_by_hand(name) -> None:
-    (fields,) = (lines[name] for lines in turns_module.COMPARED.values() if name in lines)
-    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 0, 1, 1]])
-    turns = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]])
-    rewards = torch.tensor([[0, 3, 0, 6, 0], [12, 0, 0, 0, 0], [0, 0, 0, 0, 9]]).double()
-    if "divided" in str(fields):  # it counts tokens
-        turns = None
-    policy = Estimator(**fields).advantages(rewards, mask, group_size=3, turns=turns).policy
-    wanted = torch.zeros(3, 5, dtype=torch.double)
-    wanted[:, 0] = torch.tensor(PRACTICES[name])[[0, 2, 3]]
-    wanted[0, 1] = wanted[0, 0]
-    wanted[0, 3], wanted[2, 3], wanted[2, 4] = (PRACTICES[name][place] for place in (1, 4, 4))
-    torch.testing.assert_close(policy.reshape(3, -1) * mask, wanted, rtol=1e-6, atol=1e-6)

@@ -69,17 +69,6 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
     verify(good)
 
 
-@pytest.mark.parametrize("link", ["model", ".model.partial", ".model.old"])
-def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, link):
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "mine.txt").write_text("mine")
-    (tmp_path / link).symlink_to(tmp_path / "outside")
-    with atomic_directory(tmp_path / "model") as folder:
-        write(folder)
-    verify(tmp_path / "model")
-    assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
-
-
 DIRECTORY = b"a directory"
 UNREADABLE = [b"[]", b"\xff\xfe\x00\x80", b"[" * 100_000, DIRECTORY]
 
@@ -155,19 +144,6 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
     assert model_directory(model) == model
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
-    before = os.umask(mask)
-    with atomic_directory(tmp_path / "model") as folder:
-        write(folder)
-        # makes files of mode 600
-        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
-    (tmp_path / "usual").touch()
-    os.umask(before)
-    modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    assert modes == {(tmp_path / "usual").stat().st_mode}
-
-
 TENSORS = [
     torch.tensor([1.5, -0.0, math.nan], dtype=torch.bfloat16),
     torch.tensor(2**62),
@@ -190,3 +166,27 @@ def test_a_state_comes_back_bit_for_bit_and_holds_no_code(tmp_path):
     torch.save({"code": os.system}, tmp_path / "trainer_state.pt")
     with pytest.raises(Refused, match="holds no state from which a run can continue"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["model", ".model.partial", ".model.old"])
+def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, link):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "mine.txt").write_text("mine")
+    (tmp_path / link).symlink_to(tmp_path / "outside")
+    with atomic_directory(tmp_path / "model") as folder:
+        write(folder)
+    verify(tmp_path / "model")
+    assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    with atomic_directory(tmp_path / "model") as folder:
+        write(folder)
+        # makes files of mode 600
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    (tmp_path / "usual").touch()
+    os.umask(before)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}

@@ -1,12 +1,10 @@
 import io
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 
-from tokenrl.runs.console import Console, Progress, duration, ending, measured, number
-from tokenrl.runs.output import visible
+from tokenrl.runs.console import Console, Progress, measured
 
 AFTER = {"pass@8": 1.0, "reward": 0.875, "reward_stderr": 0.0123}
 SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,
@@ -27,16 +25,6 @@ def use_everything(console):
     console.finish(SUMMARY)
 
 
-@pytest.mark.parametrize("calls", [1, 9])
-def test_of_an_episode_the_answer_is_shown_after_the_calls_of_tools(calls):
-    call = f"<tool_call>{'1' * 120}</tool_call>" * calls
-    file = io.StringIO()
-    row = {"prompt": "1 + 1", "completion": f"{call}<42>the answer is 42", "messages": []}
-    Console(file=file).completions_table([row])
-    text = re.sub(r"\s", "", file.getvalue())
-    assert call[:40] in text and "theansweris42" in text and len(text) < 700
-
-
 @pytest.mark.parametrize("name", ["prompt", "completion"])
 def test_of_a_long_text_both_ends_are_shown(name):
     table = io.StringIO()
@@ -44,14 +32,6 @@ def test_of_a_long_text_both_ends_are_shown(name):
     Console(file=table).completions_table([row])
     text = re.sub(r"\s", "", table.getvalue())
     assert "First" in text and "last?" in text and len(text) < 200
-
-
-def test_of_what_an_episode_begins_with_the_question_is_shown_after_the_tools():
-    prompt = f"system {'tools ' * 60}user How many coins has Ada? assistant "
-    table = io.StringIO()
-    Console(file=table).completions_table([{"prompt": prompt, "completion": "7", "messages": []}])
-    text = re.sub(r"\s", "", table.getvalue())
-    assert "systemtools" in text and "HowmanycoinshasAda?" in text and len(text) < 300
 
 
 def printed(**options):
@@ -75,18 +55,6 @@ def test_log_gets_plain_lines_each_k_steps():
     assert lines[0] == "step  0/40  eval 0.25"
     assert lines[3].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
     assert "ETA" not in lines[1] + lines[-1] and "\x1b" not in text and "\r" not in text
-
-
-def test_the_time_left_follows_from_the_time_of_all_steps_but_the_first(monkeypatch):
-    file = io.StringIO()
-    now = [0.0]
-    monkeypatch.setattr("tokenrl.runs.console.time", SimpleNamespace(monotonic=lambda: now[0]))
-    with Progress(Console(file=file), 40, first=9) as progress:
-        for step, seconds in ((10, 100.0), (20, 20.0), (30, 60.0), (40, 1.0)):
-            now[0] += seconds
-            progress.update(step, {"reward": 1})
-    ends = [line.rpartition("  ")[2] for line in file.getvalue().splitlines()]
-    assert ends == ["reward 1", "ETA 0:40", "ETA 0:40", "reward 1"]
 
 
 def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side():
@@ -113,30 +81,6 @@ def test_terminal_gets_one_live_line(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     text = printed()
     assert "\x1b" in text and "40/40" in text and "step 10/40" not in text
-
-
-@pytest.mark.parametrize(
-    ("shape", "value", "text"),
-    [
-        *((visible, "a\tb\r\n", r"a\tb\r\n"), (visible, "\u202eabc", r"\u202eabc")),
-        *((duration, 0, "0:00"), (duration, 59.6, "1:00"), (duration, 3723, "1:02:03")),
-        *((number, None, "-"), (number, 0.12345, "0.1235"), (number, 5, "5")),
-        *((number, "Infinity", "inf"), (number, "a\nb", r"a\nb"), (number, math.nan, "nan")),
-        (ending, {}, "unfinished"),
-        (ending, {"exit_reason": "SIGTERM", "env_steps_per_second": 10}, "SIGTERM, 10 env steps/s"),
-        (
-            ending,  # the first of these flags may be what one wants
-            {
-                "exit_reason": "finished",
-                "flags": ["entropy-collapsed", "nothing-learnt"],
-                "steps": 6,
-            },
-            "finished (nothing-learnt), 6 steps",
-        ),
-    ],
-)
-def test_small_formats(shape, value, text):
-    assert shape(value) == text
 
 
 @pytest.mark.parametrize(

@@ -137,21 +137,6 @@ def test_what_a_kill_left_half_written_or_half_removed_goes_when_the_directory_i
     assert tree(run).keys() - {".lock"} == before.keys() - {".lock"}
 
 
-def test_what_an_interrupt_left_half_written_goes_when_the_lock_is_released(tmp_path):
-    directory = RunDirectory(tmp_path / "run")
-    for name in (*DEBRIS, "config.json", "model/x"):
-        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / name).write_text("x")
-    directory.release()
-    assert tree(tmp_path / "run").keys() - {".lock"} == {
-        "checkpoints",
-        "completions",
-        "config.json",
-        "model",
-        "model/x",
-    }
-
-
 def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path):
     run, outside = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
     mine = {"checkpoints/step_000009_best": "x", "completions/step_000009_mine.parquet": "x"}
@@ -181,16 +166,6 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused_and_its_target_stays(tmp_pa
     assert tree(tmp_path) == before
 
 
-def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_path):
-    run = finished_run(tmp_path / "run")
-    before = tree(run)
-    (run / "model").rename(run / ".model.old")  # as between the two renames
-    shutil.copytree(run / ".model.old", run / ".model.partial")
-    with pytest.raises(Refused, match="already holds a run"):
-        RunDirectory(run)
-    assert tree(run) == before
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name, text", [("notes.txt", "mine"), ("config.json", '{"model_type": "gpt2"}'),
                                         (".download.partial", "half"),
@@ -202,21 +177,6 @@ def test_directory_of_other_people_is_refused_even_with_overwrite(tmp_path, over
     with pytest.raises(Refused, match=f"holds no run, but .*{name}"):
         RunDirectory(tmp_path, overwrite=overwrite)
     assert tree(tmp_path) == before  # not even a lock file
-
-
-def test_removal_cut_short_can_be_repeated(tmp_path, monkeypatch):
-    finished_run(tmp_path)
-
-    def busy(path):
-        raise OSError("busy")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", busy)
-        with pytest.raises(Refused, match=r"cannot be replaced.*busy"):
-            remove_run_files(tmp_path)
-    with locked(tmp_path, overwrite=True):  # it still counts as a run
-        remove_run_files(tmp_path)
-    assert not (tmp_path / "model").exists() and not (tmp_path / "config.json").exists()
 
 
 def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
@@ -235,18 +195,3 @@ def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
     Path("runs").touch()
     with pytest.raises(Refused, match="cannot be used"):
         new_directory("train")
-
-
-def test_folders_that_were_made_for_nothing_are_removed_again(tmp_path):
-    (tmp_path / "there").mkdir()
-    with locked(tmp_path / "there" / "runs" / "one"):
-        assert tree(tmp_path)["there/runs/one/.lock"] == b""
-    assert tree(tmp_path) == {"there": True}
-    with locked(tmp_path / "there"):  # it was there before
-        pass
-    with locked(tmp_path / "a" / "b"):
-        (tmp_path / "a" / "notes.txt").write_text("x")  # somebody else writes beside it
-    with locked(tmp_path / "kept") as run:
-        (run / "config.json").write_text("{}")
-    assert tree(tmp_path).keys() >= {"there/.lock", "a/notes.txt", "kept/config.json"}
-    assert not (tmp_path / "a" / "b").exists()

@@ -52,18 +52,6 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_disk_that_fills_up_while_the_state_is_written_is_told_so(disk, monkeypatch):
-    def begin(self):
-        self.number, self.weight, self.moment = 0, torch.zeros(250_000), torch.zeros(250_000)
-
-    monkeypatch.setattr(Counter, "__init__", begin)
-    with pytest.raises(
-        Stopped, match=r"step_000004 could not be written .*No space left"
-    ) as caught:
-        live(disk / "run", lambda session: session.step == 3 and fill(disk, 1500))
-    assert "unexpected pos" not in str(caught.value)
-
-
 def test_a_disk_that_fills_up_leaves_a_checkpoint_from_which_the_run_continues(
     disk, tmp_path, large
 ):

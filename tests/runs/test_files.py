@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from tokenrl.errors import Stopped
-from tokenrl.runs.files import write_json, write_text
+from tokenrl.runs.files import write_json
 
 VALUES = [  # and how they come back
     ({"a": math.nan}, {"a": None}),
@@ -48,14 +47,3 @@ def test_failed_write_stops_and_leaves_the_old_file(tmp_path, monkeypatch):
     assert isinstance(caught.value.__cause__, OSError)
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
     assert (tmp_path / "x.json").read_bytes() == b'{\n  "a": 1\n}\n'
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_pipe_is_written_to_and_stays(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    read = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
-    reader.start()
-    write_text(tmp_path / "pipe", "hello")
-    reader.join()
-    assert read == ["hello"] and (tmp_path / "pipe").is_fifo()

@@ -6,7 +6,6 @@ import io
 import re
 import sys
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from tokenrl import __version__
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.names import NamedFunction
 from tokenrl.runs import origin as origins
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import plain
 from tokenrl.runs.origin import TESTED, Origin, versions
 
 
@@ -71,11 +68,6 @@ def test_no_command_repeats_a_run_with_nameless_objects(options):
     assert "started from Python" in origin(**options).in_words()[0]
 
 
-def test_no_command_names_a_function_of_the_program_that_runs(monkeypatch):
-    monkeypatch.setattr(paid, "__module__", "__main__")
-    assert origin(reward=(paid,)).command == ""
-
-
 # ---- versions ----
 
 
@@ -108,17 +100,3 @@ def test_the_header_names_libraries_that_are_newer_than_any_that_were_tested(hea
     text = header(peft="7.1", torch="3.0.0+cpu", transformers=TESTED["transformers"] + ".9")
     newer = f"torch 3.0.0+cpu is newer than {TESTED['torch']}, the newest that was tested; peft 7.1 is newer"
     assert f"versions {newer}" in text and "transformers" not in text
-
-
-def test_the_header_has_no_such_line_where_nothing_newer_is_used(header, monkeypatch):
-    monkeypatch.delitem(sys.modules, "gymnasium", raising=False)
-    older = {name: re.sub(r"\d+$", "0", version) for name, version in TESTED.items()}
-    for installed in (older, TESTED, {"gymnasium": "99.0"}):
-        assert "versions" not in header(**installed)
-    monkeypatch.setitem(sys.modules, "gymnasium", None)
-    assert "versions gymnasium 99.0 is newer" in header(gymnasium="99.0")
-
-
-def test_versions_are_those_of_the_installed_packages():
-    assert plain(versions()) == versions()
-    assert (versions()["torch"], versions()["tokenrl"]) == (metadata.version("torch"), __version__)

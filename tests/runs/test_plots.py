@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tokenrl.runs.plots import COLOURS, Bars, Chart, Curve, Forest, smooth, svg
+from tokenrl.runs.plots import Bars, Chart, Curve, Forest, svg
 
 RANGES = {
     "one point": [3.0],
@@ -41,18 +41,6 @@ def test_a_peak_of_a_long_curve_is_not_lost_and_a_band_is_drawn():
         assert ('fill-opacity: 0.2"' in drawn) == (band is not None)
 
 
-def test_colours_are_variables_of_the_page_and_repeat_with_dashes():
-    drawn = [
-        svg(Chart("n", "u", [Curve([0, 1], [0, 1], colour=c)]), 400, 200)
-        for c in range(COLOURS + 2)
-    ]
-    assert len(set(drawn)) == len(drawn) and all("var(--c" in picture for picture in drawn)
-    assert not [
-        picture for picture in drawn if re.search(r"#[0-9a-f]{6}|rgb\(|black|white", picture)
-    ]
-    assert "stroke-dasharray" in drawn[-1] and "stroke-dasharray" not in drawn[1]
-
-
 def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
     rows = [
         Bars("<b>$one$", "better: 0.5 & more", 0.5, (0.4, 0.6), (0.3, 0.7), [0.2, 0.8], colour=3),
@@ -77,14 +65,3 @@ def test_matplotlib_is_loaded_when_something_is_drawn_and_pyplot_never():
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_smoothing_is_centred_and_shrinks_at_the_ends():
-    assert smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
-    assert smooth([1, 2], 1) == [1, 2]
-    assert smooth([], 3) == []
-
-
-def test_a_scale_of_values_that_are_never_negative_starts_at_0():
-    chart = Chart("n", "u", [Curve([3, 4], [5.0, 6.0])], whole=False)
-    assert ">0</text>" in svg(chart, 400, 200)

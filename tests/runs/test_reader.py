@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from tokenrl.cli import main
 from tokenrl.control import train_agent
 from tokenrl.runs import read_run
 from tokenrl.runs.metrics import write_completions
@@ -77,34 +76,3 @@ def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
     assert ended.metrics == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     assert ended.metrics == [{"step": 1, "reward": 0.5}]
-
-
-ENTRIES = {
-    "summary.json": ("exit_reason", "flags", "steps", "wall_seconds", "eval_after"),
-    "config.json": ("title", "kind", "solved", "versions", "command"),
-    "metrics.jsonl": ("step", "reward", "eval_reward_stderr", "new"),
-}
-
-
-@pytest.mark.parametrize("odd", ["x", [1], {"a": [1]}, 10**400], ids=lambda odd: str(odd)[:12])
-@pytest.mark.parametrize("name", ENTRIES)
-def test_files_with_odd_entries_are_shown_or_refused_by_name(name, odd, run, capsys):
-    path = run / name
-    lines = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
-    last = json.loads(lines.pop())
-    for entry in ENTRIES[name]:
-        path.write_text("\n".join([*lines, json.dumps(last | {entry: odd}), ""]))
-        code, error = main(["report", str(run)]), capsys.readouterr().err
-        assert (code, error) == (0, "") or (
-            code == 2 and error.count("\n") == 1 and str(path) in error
-        ), (entry, code, error)
-
-
-@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])
-def test_a_directory_in_place_of_a_file_is_refused_by_name(name, run, capsys):
-    (run / name).unlink()
-    (run / name).mkdir()
-    for command in (f"report {run}", f"report {run} {run}", f"advise --run {run}"):
-        assert main(command.split()) == 2, command
-        error = capsys.readouterr().err
-        assert error.startswith("tokenrl: ") and error.count("\n") == 1 and str(run) in error, error

@@ -6,20 +6,17 @@ import math
 import re
 from base64 import b64encode
 from contextlib import closing
-from importlib.resources import files
 
 import pytest
 
 from runs.pages import EVIL, Page
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
-from tokenrl.runs.markup import Section, completions, table, write_page
+from tokenrl.runs.markup import Section, completions, write_page
 from tokenrl.runs.metrics import MetricsLog, write_completions
 from tokenrl.runs.origin import versions
-from tokenrl.runs.plots import PALETTE
 from tokenrl.runs.report import report_from_directory
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [{"type": EVIL}]}]
 
 
@@ -87,47 +84,6 @@ def test_all_text_is_escaped_and_the_policy_lets_one_script_run_and_nothing_load
     assert "alert" not in script
 
 
-@pytest.mark.drawn
-def test_no_control_character_of_a_run_stands_in_its_page(run, recwarn):
-    odd = "a\x00\x07\x1b[31m\x7f\x9b2J\u202e"
-    config = json.loads((run / "config.json").read_text())
-    write_json(run / "config.json", config | {"title": odd, "command": odd, "versions": {odd: odd}})
-    write_json(run / "summary.json", {"verdict": odd, "eval_after": {odd: 1.0}})
-    write_completions(run / "completions", 11, [{"prompt": odd, odd: step} for step in (1, 2)])
-    text = report_from_directory(run).read_text("utf-8")
-    assert not CONTROL.search(text) and r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in text
-    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in samples_of(text)[-1]  # as the list shows it
-    assert not recwarn.list  # of glyphs
-
-
-def test_the_light_colours_are_those_of_the_palette_and_each_has_a_dark_one():
-    text = files("tokenrl.runs").joinpath("page.css").read_text()
-    light, dark = (
-        dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part))
-        for part in text.split("@media (prefers-color-scheme: dark)")
-    )
-    assert light.keys() == dark.keys() == {"--page", "--card", *(f"--{name}" for name in PALETTE)}
-    assert {name: light[f"--{name}"] for name in PALETTE} == PALETTE
-
-
-def samples_of(text):
-    """The numbers of the completions of a page: of those that stand open, then of all."""
-    return [json.loads(sample["data-numbers"]) for sample in Page(text).all("article", "sample")]
-
-
-def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
-    (run / "completions" / "step_final.parquet").write_text("a file of somebody else")
-    text = report_from_directory(run).read_text("utf-8")
-    opened, _, _ = text.partition("All 30 completions")
-    assert opened.count("<article") == 3 == opened.count('class="few"')  # a prompt of each step
-    numbers = samples_of(text)
-    assert [n["step"] for n in numbers] == [1, 2, 10, *[1] * 10, *[2] * 10, *[10] * 10]
-    first = {"step": 1, "reward": 0.125, "rewards/a_b": None, "cut": 1, "characters": len(EVIL)}
-    assert numbers[0] == numbers[3] == first
-    (form,) = Page(text).all("form")
-    assert "hidden" in form  # useless without the script, which shows it
-
-
 def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_path):
     calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     turns = [
@@ -144,31 +100,6 @@ def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_
     assert len(page.all("div", "tool")) == 2
     texts = ("system", "be_brief", "a\\x1b", '[{"role": 1}]', "[{no", json.dumps(calls[0]), "<3>")
     assert all(text in page.text for text in texts)
-
-
-@pytest.mark.parametrize(("names", "count"), [(["one"], 0), (["one", "two"], 2)])
-def test_several_rewards_have_a_curve_each_and_the_mean_of_a_single_one_is_not_told_twice(
-    tmp_path, names, count
-):
-    after = {"reward": 0.5, **{f"rewards/{name}/mean": 0.5 for name in names}}
-    held_out = {f"eval_{name}": 0.25 for name in after}
-    rows = [{"step": 0, **held_out}, {"step": 1, **after, **dict.fromkeys(list(after)[1:], 0)}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "summary.json").write_text(json.dumps({"eval_after": after, "steps": 1}))
-    page = page_of(tmp_path)
-    assert page.text.count("/mean") == count and len(page.all("div", "card")) == 1 + count
-    caption = "mean, before its weight training 0 held out 0.25"
-    assert " ".join(page.text.split()).count(caption) == count
-    assert len(page.all("svg")) == 2 + count
-
-
-def test_each_cell_of_a_table_names_its_column_for_narrow_screens(tmp_path):
-    rows = [["entropy", '"> <b>', EVIL]]
-    page = page_with(tmp_path, table(("name", "first", "last"), rows), table(("", "first"), []))
-    labels = [cell.get("data-label") for name, cell in page.tags if name in ("th", "td")]
-    assert labels == [None, None, None, "name", "first", "last"] and len(page.all("table")) == 1
-    assert "none" not in page.text and '"> <b>' + "\n" not in page.text and not page.all("b")
-    assert len(page.all("script")) == 1
 
 
 def test_an_unfinished_run_from_python_has_a_report(tmp_path):
@@ -191,16 +122,3 @@ def test_a_damaged_table_of_completions_is_named_with_what_to_do(run):
     (run / "completions/step_000001.parquet").write_text("PAR1")
     with pytest.raises(Refused, match=r"step_000001.parquet.*Remove"):
         report_from_directory(run)
-
-
-def test_three_prompts_of_a_step_stand_open(tmp_path):
-    rows = [{"prompt": str(number), "completion": "c"} for number in range(8)]
-    assert len(page_with(tmp_path, completions(rows)).all("article")) == 3 + 8
-
-
-def test_an_evaluation_has_a_band_of_one_standard_error(run, monkeypatch):
-    charts = []
-    monkeypatch.setattr("tokenrl.runs.markup.svg", lambda chart, *_: charts.append(chart))
-    report_from_directory(run)
-    ((low, high),) = [curve.band for curve in charts[0].curves if curve.band]
-    assert [*low, *high] == pytest.approx([0.115, 0.135])

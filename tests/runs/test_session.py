@@ -21,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from runs.pages import Page
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state, tables
-from tokenrl.runs.console import next_commands
+from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
 from tokenrl.runs.files import verify
-from tokenrl.runs.metrics import TrackerArguments, read_metrics, write_completions
+from tokenrl.runs.metrics import TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome, read_run
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings
@@ -194,18 +193,6 @@ def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, re
     assert same(tmp_path / "whole", tmp_path)  # as if no signal had come
 
 
-def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp_path, monkeypatch):
-    """The outcome already says 'finished', so a program that makes one run after another must hear of it."""
-    monkeypatch.setattr(
-        "tokenrl.runs.session.report_from_directory", lambda run: signal.raise_signal(signal.SIGINT)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        live(tmp_path)
-    assert summary_of(tmp_path)["exit_reason"] == "finished"
-    monkeypatch.setattr("sys.argv", ["tokenrl", "train"])  # a command has nothing left to end
-    assert live(tmp_path, overwrite=True).exit_code == 0
-
-
 def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):
     words = r"At step 4: The reward has gone. The last .* is .*step_000002"
     with pytest.raises(Stopped, match=words):
@@ -317,10 +304,6 @@ def falling(step):
     return {"reward": REWARDS[step], "loss": -REWARDS[step]}
 
 
-def falling_to_nan(step):
-    return {"reward": math.nan, "loss": math.nan} if REWARDS[step] is None else falling(step)
-
-
 def results_of(run):
     """Weights of a run's model, its checkpoints, and its summary but for time and warnings."""
     weights = load_file(run / "model" / "weights.safetensors")["weight"].tolist()
@@ -369,48 +352,6 @@ def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step)
     assert again.exit_reason == "no-improvement" and results_of(run) == results_of(whole)
 
 
-def called_back(session):
-    session.ended = "callback" if session.step == 5 else session.ended
-
-
-@pytest.mark.parametrize(
-    ("at_step", "options"),
-    [
-        (lambda session: session.step == 5 and signal.raise_signal(signal.SIGTERM), {}),
-        (called_back, {}),
-        (nothing, {"max_steps": 5}),
-    ],
-    ids=["signal", "callback", "max_steps"],
-)
-def test_an_evaluation_that_was_made_since_a_run_ended_there_decides_nothing_once_it_goes_on(
-    tmp_path, at_step, options
-):
-    usual = {"score": falling_to_nan, "keep": "best", "patience": 3, "max_steps": 14}
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    ended = live(whole, **usual)
-    assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
-    live(run, at_step, **usual | options)
-    again = live(run, **usual, resume="auto")
-    assert (again.exit_reason, again.steps, again.best) == ("no-improvement", 10, ended.best)
-    assert results_of(run)[0] == results_of(whole)[0]
-
-
-def test_the_weights_before_training_may_be_the_best(tmp_path):
-    best = live(tmp_path, score=lambda step: {"reward": -float(step)}, keep="best").best
-    assert best["step"] == 0 and results_of(tmp_path)[0] == [0, 0]
-
-
-def test_an_earlier_checkpoint_knows_its_own_best(tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    options = {"score": falling, "keep": "best", "keep_checkpoints": 2, "save_every": 1}
-    live(run, **options, max_steps=4)
-    assert results_of(run)[1] == ["step_000002", "step_000003", "step_000004"]
-    damaged(run, 4)  # the best of step 3 is step 2
-    for directory in (run, whole):
-        live(directory, **options, max_steps=6, resume="auto")
-    assert results_of(run) == results_of(whole)
-
-
 @pytest.mark.parametrize("harm", [damaged, lost])
 def test_a_run_whose_best_checkpoint_is_lost_says_so_and_ends_with_the_last_weights(
     harm, tmp_path, capsys
@@ -457,22 +398,6 @@ def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_a
     with pytest.raises(Stopped, match=f"At step 2: The state of this run {words}"):
         live(tmp_path / "run", lambda session: setattr(counter, "memory", make()), counter=counter)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-def test_a_state_that_its_part_does_not_take_is_refused_before_the_first_step(tmp_path):
-    counter = Counter()
-    counter.load_state_dict = raising(KeyError("window"))
-    words = r"The state of 'counter' .*KeyError: 'window' \(test_session.py, line"
-    with pytest.raises(Refused, match=words):
-        live(tmp_path, counter=counter)
-
-
-def test_a_run_that_failed_names_the_checkpoint_with_its_best_weights(tmp_path):
-    with pytest.raises(
-        Stopped, match=r"checkpoints/step_000004 holds the weights of step 4, .* evaluations, 9"
-    ):
-        live(tmp_path, at(9, Stopped("It broke.")), max_steps=14, score=falling, keep="best")
-    assert (tmp_path / "checkpoints" / "step_000004" / "weights.safetensors").exists()
 
 
 def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
@@ -596,33 +521,6 @@ def test_a_report_names_the_log_that_was_changed_and_shows_the_rows_behind_the_c
     assert words in " ".join(page.text.split())
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:40] + b"X" + data[41:], lambda data: data[:90]]
-)
-def test_a_table_of_completions_that_was_damaged_is_named_by_the_continuation(tmp_path, damage):
-    with pytest.raises(Killed):
-        live(tmp_path, at(4, Killed()))
-    for step in (1, 2, 3):
-        write_completions(tmp_path / "completions", step, [{"prompt": "2+3=", "completion": "5"}])
-    table = tmp_path / "completions" / "step_000002.parquet"
-    table.write_bytes(damage(table.read_bytes()))
-    live(tmp_path, resume="auto")
-    assert "step_000002.parquet is damaged" in summary_of(tmp_path)["warnings"][0]
-    assert [path.stem for path in tables(tmp_path / "completions")] == [
-        "step_000001",
-        "step_000002",
-    ]
-
-
-def test_a_log_that_goes_while_a_run_is_at_work_is_in_its_checkpoints(tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    live(whole)
-    with pytest.raises(Killed):
-        live(run, lambda _: (run / "metrics.jsonl").unlink(True), before=at(5, Killed()))
-    live(run, resume="auto")
-    assert same(whole, run)
-
-
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """A power failure may lose what was not flushed: files, and the folders they lie in."""
     flushed = set()
@@ -686,17 +584,3 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
     )
     second = live(None, accelerator=second_process({2: [7, 0]}), max_steps=0)
     assert second.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
-
-
-def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
-    args = Settings(output_dir="runs/my run")
-    finished = {"exit_reason": "finished"}
-    commands = {"control": "advise --run", "reward-model": "train --task TASK --reward"}
-    for kind, words in commands.items():
-        first, again = next_commands(kind, args, finished, True)
-        assert first.startswith(f"tokenrl {words} 'runs/my run'")
-        assert again == f"tokenrl {kind} --config 'runs/my run' --seed 1"
-    flagged = finished | {"flags": ("nothing-learnt",)}
-    assert next_commands("train", args, flagged, False) == ["tokenrl advise --run 'runs/my run'"]
-    stopped = next_commands("train", args, {"exit_reason": "SIGTERM"}, True)
-    assert stopped == ["tokenrl train --config 'runs/my run' --resume auto"]

@@ -6,8 +6,8 @@ from unittest.mock import MagicMock, call
 import pytest
 from accelerate import tracking
 
-from tests.runs.test_session import at, live
-from tokenrl.errors import Refused, Stopped
+from tests.runs.test_session import live
+from tokenrl.errors import Refused
 
 
 @pytest.fixture
@@ -50,16 +50,6 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(trackers, tmp_pat
     assert "peak_memory_gib" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_it_gets_every_so_many_steps_and_each_evaluation_and_ends_with_a_run_that_fails(
-    trackers, tmp_path
-):
-    live(tmp_path / "run", report_to=("fake",), logging_steps=3)
-    assert [step for step, _ in logged(trackers["fake"])] == [0, 2, 3, 4, 5]
-    with pytest.raises(Stopped, match="It broke"):
-        live(tmp_path / "fails", before=at(2, Stopped("It broke.")), report_to=("fake",))
-    assert trackers["fake"].return_value.finish.call_count == 2
-
-
 @pytest.mark.parametrize(
     ("when", "kind"),
     [("at its start", ConnectionError), ("at step 0", SystemExit), ("at its end", ConnectionError)],
@@ -94,18 +84,6 @@ def test_one_that_is_missing_is_refused_before_the_directory_is_made(
     with pytest.raises(Refused, match=words):
         live(tmp_path / "run", report_to=names)
     assert not (tmp_path / "run").exists()
-
-
-def test_project_and_name_reach_the_tracker_by_its_own_words(trackers, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    live(tmp_path / "mine", report_to=("wandb", "mlflow"))
-    names = {"tracker_project": "ours", "run_name": "first"}
-    live(tmp_path / "mine", overwrite=True, report_to=("wandb",), **names)
-    assert trackers["fake"].call_args_list == [
-        call("theirs", name="mine"),
-        call("tokenrl", run_name="mine"),
-        call("ours", name="first"),
-    ]
 
 
 def test_tensorboard_has_one_run_in_the_directory_also_after_it_was_replaced(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -188,61 +187,6 @@ def test_the_settings_of_the_data_are_those_of_the_run_for_its_own_task(
     )
 
 
-def test_weights_are_those_of_the_same_rewards_and_objects_are_asked_for(tmp_path):
-    reward = {"reward": [f"{vowel_reward.__module__}:vowel_reward"]}
-    run = recorded(tmp_path / "run", **IN_MEMORY | reward)
-    for function, weights in ((vowel_reward, (2.0,)), ("exact_match", ())):
-        filled = as_trained(EvaluateArguments(model=run, task=ROWS, reward=(function,)))
-        assert filled.reward_weights == weights and filled.max_completion_length == 7
-    for unnamed in ("__main__:f", "rewards:f.<locals>.g", "rewards:<lambda>"):
-        recorded(tmp_path / "run", **IN_MEMORY, reward=[unnamed])
-        with pytest.raises(
-            Refused,
-            match=r"have no name here: say with task .*--task.* and with reward .*--reward.* by what",
-        ):
-            as_trained(EvaluateArguments(model=run, task=ROWS))
-    environment = "envs.py:Env"
-    assert TrainArguments(environment=environment).task == environment
-    assert TrainArguments(environment=environment, task="sort_digits").task == "sort_digits"
-    assert (TrainArguments().task, EvaluateArguments().task) == ("sort_digits", None)
-
-
-def test_rows_and_functions_given_again_are_evaluated_as_in_the_run_and_the_result_is_a_short_table(
-    trained,
-):
-    def longer(completions, **_):
-        return [float(len(text)) for text in completions]
-
-    data = {"task": ROWS, "reward": longer}
-    trained(**data, truncate_prompts=True)
-    expected = tokenrl.evaluate(model="run", **data)
-    after = json.loads(Path("run/summary.json").read_text())["eval_after"]
-    assert expected.metrics.items() >= after.items() and len(expected.rows) == OWN["eval_size"]
-    length = OWN["max_completion_length"]
-    assert (
-        expected.metrics["max_completion_length"]
-        == expected.sampling.max_completion_length
-        == length
-    )
-    lines = str(expected).splitlines()
-    assert (
-        lines[0].split() == ["Evaluation", "value"]
-        and len(lines) < 20
-        and max(map(len, lines)) < 100
-    )
-    assert lines[-1] == "3 prompts, a greedy completion and 4 samples of each, of at most 5 tokens"
-    assert "<td>reward_greedy</td>" in expected._repr_html_()
-    assert len(tokenrl.sample(model="run", prompt="cat")[0]) == 4
-
-
-def test_another_task_brings_its_own_reward_and_length(trained):
-    run = trained()
-    shutil.copytree(f"{run}/model", "bare")
-    vowels = {"task": "vowels", "num_generations": 1, "eval_size": 4}
-    expected = tokenrl.evaluate(model="bare", **SAMPLED, seed=3, **vowels)
-    assert tokenrl.evaluate(model=run, **vowels) == expected and len(expected.rows) == 4
-
-
 def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
     trained, saved, capsys
 ):
@@ -286,30 +230,3 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys)
 def test_a_model_of_no_run_names_no_task(saved, capsys):
     assert main(["evaluate", "--model", str(saved())]) == 2
     assert "Name the task to evaluate on: task (--task)" in capsys.readouterr().err
-
-
-def test_a_model_trained_on_chats_is_sampled_in_chats(trained, saved, capsys):
-    rows = [
-        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": "a"}]}
-        for word in WORDS
-    ]
-    with open("chats.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    data = {"task": "chats.jsonl", "reward_weights": (), "prompt_column": "prompt"}
-    tokenrl.sft(
-        model=str(saved(kind="chat")),
-        task="chats.jsonl",
-        max_steps=1,
-        output_dir="tuned",
-        quiet=True,
-    )
-    for run in (trained(**data), "tuned"):
-        settings = {"model": run, "prompt": "cat", "seed": 1}
-        assert (
-            tokenrl.sample(**settings)
-            == tokenrl.sample(chat=True, **settings)
-            != tokenrl.sample(chat=False, **settings)
-        )
-    capsys.readouterr()
-    assert main(["sample", "--model", "tuned", "--prompt", "cat"]) == 0
-    assert "asked: each text as a message of the user" in capsys.readouterr().err

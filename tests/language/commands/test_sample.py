@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.language.commands.arguments import SampleArguments
 from tokenrl.language.commands.sample import Sampler
 from tokenrl.language.policy.model import wrap
@@ -35,22 +34,3 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     # once, not for each prompt
     assert output.count("no reward") == 1 and "none of the task's" in output
     assert Sampler(args)("1") == strange
-
-
-def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path):
-    name, model = task
-    args = SampleArguments(model=model, task=name, num_generations=1)
-    sampler = Sampler(args)
-
-    def broken(completions):
-        raise ValueError("no")
-
-    sampler.rewards.functions[:] = [broken]
-    sampler.rewards._here = {"broken": broken}
-    sampler.rewards.names = ["broken"]
-    with pytest.raises(Stopped, match="broken raised ValueError"):
-        sampler(load(name).train_prompts[0]["prompt"])
-    needs = SampleArguments(model=model, reward=("exact_match",), num_generations=1)
-    # without a task no prompt could ever be rewarded
-    with pytest.raises(Refused, match="column 'answer'"):
-        Sampler(needs)("1")

@@ -11,8 +11,6 @@ from tokenrl.language.evaluation.best_of_n import (
     best_of_n_kl,
     best_of_n_metrics,
     choice_weights,
-    kl_bound,
-    pool_rewards,
     sample_pool,
 )
 from tokenrl.language.rewards.rewards import Rewards
@@ -49,37 +47,6 @@ def test_the_kl_is_that_of_the_enumerated_choice(n):
             chosen[i] += 7.0**-n / len(best)
     expected = (chosen[chosen > 0] * np.log(7 * chosen[chosen > 0])).sum()
     assert best_of_n_kl(PROXY, n) == pytest.approx(expected, abs=1e-12)
-
-
-def test_the_kl_approaches_its_bound_without_ties_and_stays_below_it_with_them():
-    distinct = np.random.default_rng(1).normal(size=100_000)
-    for n in (2, 16, 128):
-        assert kl_bound(n) - 0.01 < best_of_n_kl(distinct, n) <= kl_bound(n)
-        assert best_of_n_kl(distinct.round(), n) < kl_bound(n) - 0.015
-    assert kl_bound(1) == 0 == pytest.approx(best_of_n_kl(distinct, 1), abs=1e-9)
-
-
-def test_a_pool_does_not_depend_on_the_batch():
-    policy, sampling = make_policy(), Sampling(4, 5, seed=3)
-    pools = [sample_pool(policy, PROMPTS[:2], sampling, batch_size=size) for size in (2, 512)]
-    assert pools[0] == pools[1] and [len(texts) for texts in pools[0]] == [5, 5]
-    assert len({text for texts in pools[0] for text in texts}) > 2
-    assert sample_pool(policy, PROMPTS[:2], Sampling(4, 5, seed=4)) != pools[0]
-    with pytest.raises(Refused, match="num_generations was given as 0"):
-        sample_pool(policy, PROMPTS[:2], Sampling(4, 0))
-
-
-def test_each_text_of_a_pool_is_scored_once_with_its_own_row():
-    asked = []
-
-    def reward(prompts, completions, target, **_):
-        asked.extend(zip(prompts, completions, target, strict=True))
-        return [len(text) * t for text, t in zip(completions, target, strict=True)]
-
-    rows = [{"prompt": "a", "target": 1}, {"prompt": "b", "target": -2}]
-    metrics = pool_rewards(reward, rows, [["xx", "x", "xx"], ["x", "xxx", "x"]])
-    assert [values.tolist() for values in metrics] == [[2, 1, 2], [-2, -6, -2]]
-    assert asked == [("a", "xx", 1), ("a", "x", 1), ("b", "x", -2), ("b", "xxx", -2)]
 
 
 def length(completions, **_):

@@ -9,7 +9,6 @@ from tiny_models import SENTENCES, make_model
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
-from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.supervised.fit import encode_demonstrations
 
 TEXTS = [
@@ -177,26 +176,6 @@ def test_later_turns_of_text_read_as_written(kind):
             [{"role": "user", "content": text}], ended=False, chat=False, before=row
         )
         assert read(policy, row) == before + text
-
-
-@pytest.mark.parametrize("kind", KINDS[:-1])
-def test_preferences_are_read_as_written(kind):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = tokenizer_of(kind)
-    size = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_attention_heads": 1,
-        "num_hidden_layers": 1,
-    }
-    config = LlamaConfig(vocab_size=300, num_labels=1, pad_token_id=1, **size)
-    judge = RewardModel((LlamaForSequenceClassification(config), tokenizer))
-    for chosen in ("7", " 7", "\n"):
-        assert (
-            tokenizer.decode(judge.encode("3+4=", chosen), skip_special_tokens=True).strip(" ")
-            == "3+4=" + chosen
-        )
 
 
 def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():

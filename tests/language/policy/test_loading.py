@@ -187,19 +187,6 @@ def test_code_shipped_with_a_model_does_not_run_by_default(shipped):
     assert type(policy.model).__name__ == "Model" and (shipped.parent / "trace").exists()
 
 
-def test_reading_and_writing_a_model_prints_nothing(sources, tmp_path, capfd, recwarn):
-    from transformers.utils import logging
-
-    logging.enable_progress_bar()
-    capfd.readouterr()
-    policy = load_policy(sources[load_policy])
-    add_lora(policy, r=2)
-    save_policy(policy, tmp_path)
-    load_policy(tmp_path / "adapter")
-    assert capfd.readouterr().err == "" and logging.is_progress_bar_enabled()
-    assert not {w.category for w in recwarn} & {FutureWarning, DeprecationWarning}
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64", "auto"])
 def test_a_model_is_loaded_in_a_precision(sources, dtype):
     expected = torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -210,10 +197,7 @@ def test_a_model_is_loaded_in_a_precision(sources, dtype):
 
 ASKED = [
     {"_attn_implementation": "owner/kernel"},
-    {"attn_implementation": "owner/kernel@v1:name"},
     {"attn_implementation": "paged|owner/kernel"},
-    {"_attn_implementation_internal": "owner/kernel"},
-    {"attn_implementation": {"": "sdpa", "text_config": "owner/kernel"}},
     {"attn_implementation": {"text_config": {"inner": "owner/kernel"}, "": "sdpa"}},
     {"text_config": {"_attn_implementation": "owner/kernel"}},
     {"layers": [{"attn_implementation": "owner/kernel"}]},
@@ -262,21 +246,6 @@ def test_an_attention_from_the_hub_is_refused_wherever_a_configuration_names_it(
 def mkdir(path):
     path.mkdir()
     return path
-
-
-@pytest.mark.parametrize("name", ["eager", "sdpa", None])
-def test_attentions_of_transformers_load_and_others_if_the_user_trusts(
-    sources, name, fetched, tmp_path
-):
-    folder = shutil.copytree(sources[load_policy], tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": name}))
-    assert load_policy(folder).model.config._attn_implementation == (name or "sdpa")
-    kernel = f"a/kernel_{name}"  # a name of its own, since transformers remembers those that it has looked up
-    (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": kernel}))
-    with pytest.raises(Refused, match=r"not here|kernels"):
-        load_policy(folder, trust_remote_code=True)
-    assert fetched == [kernel]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tiny_models import (
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing, load_policy
+from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.policy.saving import save_policy
 
 IDS = torch.tensor([[84, 56, 44, 39, 87], [5, 6, 7, 8, 9]])
@@ -78,30 +78,6 @@ def test_target_modules_are_names_of_linear_layers():
         with pytest.raises(Refused, match=f"{wrong!r}.*linear layers are: .*q_proj"):
             add_lora(policy, r=2, target_modules=["q_proj", wrong])
     assert not policy.has_adapter  # untouched
-
-
-def test_the_seed_decides_the_adapter_and_nothing_else():
-    state = torch.get_rng_state()
-    policies = [make_policy() for _ in range(3)]
-    for policy, seed in zip(policies, (3, 3, 4), strict=True):
-        add_lora(policy, r=2, seed=seed)
-    first, same, different = (weights(policy.model) for policy in policies)
-    assert torch.equal(first, same) and not torch.equal(first, different)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_directory_with_an_adapter_loads_merged_or_apart_bit_for_bit(saved, tmp_path):
-    policy = load_policy(saved("llama"))
-    add_lora(policy, r=2)
-    one_step(make_learner(policy))
-    save_policy(policy, tmp_path)
-    apart = load_policy(tmp_path / "adapter", merge_adapter=False)
-    assert torch.equal(weights(apart.model), weights(policy.model))
-    again = load_policy(tmp_path / "adapter")
-    assert not again.has_adapter and all(p.requires_grad for p in again.model.parameters())
-    add_lora(again, r=2)  # a second adapter: its reference is the model after the first
-    with again.reference_model() as reference:
-        torch.testing.assert_close(logits(reference), logits(policy.model), atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_checkpointing_trains_the_same_adapter():

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import TEMPLATE, make_policy, make_task, make_tokenizer
+from tiny_models import TEMPLATE, make_policy, make_task
 
 from tokenrl import evaluate, train
-from tokenrl.cli import COMMANDS, main
+from tokenrl.cli import main
 from tokenrl.errors import Refused
-from tokenrl.flags import parse
-from tokenrl.language.policy.arguments import FORM, PromptArguments, form_line, saved_form
-from tokenrl.language.policy.characters import special_texts
+from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
@@ -112,51 +110,10 @@ def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, pr
         chat_policy(template, **form).encode(prompt)
 
 
-@pytest.mark.parametrize(
-    "value", ["{quick: 1}", '{"a": 1, "a": 2}', "[1]", "3", {"quick": {1}}, 5, ""]
-)
-def test_template_variables_are_a_json_object(value):
-    with pytest.raises(
-        Refused, match=r"chat_template_kwargs was given as .*must be an object in JSON"
-    ):
-        PromptArguments(chat_template_kwargs=value)
-
-
 def test_an_empty_stop_string_is_refused_and_any_other_is_taken_as_it_stands():
     with pytest.raises(Refused, match="stop holds ''"):
         PromptArguments(stop=("a", ""))
     assert PromptArguments(stop=r"\n").stop == (r"\n",)
-
-
-def test_every_command_that_asks_a_model_has_the_four_settings():
-    found = [
-        name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")
-    ]
-    assert found == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
-
-
-def test_flags_say_yes_no_or_nothing(tmp_path):
-    kwargs = '{"enable_thinking": false}'
-    (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
-    config = ["--config", str(tmp_path / "c.json")]
-    texts = [
-        "--system-prompt",
-        "Be brief.",
-        "--stop",
-        "Q:",
-        "\n\n",
-        "--chat-template-kwargs",
-        kwargs,
-    ]
-    for words, expected in (
-        ([], [None] * 5),
-        ([*texts, "--chat"], ["Be brief.", True, kwargs, None, ("Q:", "\n\n")]),
-        (["--no-chat", "--stop"], [None, False, None, None, ()]),
-        (config, [None, True, None, None, ("Q:",)]),
-        ([*config, "--no-chat"], [None, False, None, None, ("Q:",)]),
-    ):
-        args = parse("sft", COMMANDS["sft"], words)
-        assert [getattr(args, field) for field in FORM] == expected
 
 
 @pytest.fixture
@@ -182,19 +139,6 @@ def test_a_run_and_its_models_are_asked_as_in_the_run_and_nothing_else_is(run, m
     )
 
 
-def test_the_form_in_words(run):
-    form = PromptArguments(system_prompt="Be brief.", chat=True, stop=("Q:", "\n"))
-    said = "each text as a message of the user; system prompt 'Be brief.'; completions end at 'Q:' or '\\n'"
-    assert form_line(form) == {"asked": said} == form_line(form, run)
-    assert form_line(PromptArguments(**saved_form(run)), run)["asked"].endswith(
-        f"'Q:' (as the run of {run})"
-    )
-    assert (
-        form_line(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={}))
-        == {}
-    )
-
-
 # ---- special tokens in a prompt, and what a model writes ----
 
 QUICK = {
@@ -204,19 +148,6 @@ QUICK = {
     "eval_generations": 0,
     "cpu": True,
 }
-
-
-def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
-    tokenizer = make_tokenizer("chat")
-    rows = ["the cat", "a <eos> b", [{"role": "user", "content": "x<pad>"}]]
-    (said,) = special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
-    assert 'row 1 contains "<eos>"' in said
-    right = ["the <eo s>", [{"role": "<eos>", "content": "cat"}]]
-    assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in right])
-    # as the message says
-    assert tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1
-    tokenizer.split_special_tokens = True
-    assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
 
 
 def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys):

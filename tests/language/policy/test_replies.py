@@ -38,25 +38,6 @@ def policy_with(template):
     return policy
 
 
-@pytest.mark.parametrize(("ended", "end"), [(True, ""), (False, "<eos>")])
-@pytest.mark.parametrize(
-    ("messages", "tools", "text"),
-    [
-        (USER, (), " u the cat<eos> a "),
-        (RESULT, [count], " u ten<eos> a "),
-        (RESULT * 2, [count], " u ten<eos> u ten<eos> a "),
-    ],
-)
-def test_a_reply_is_what_the_template_writes_between_two_turns(messages, tools, text, ended, end):
-    policy = policy_with(TURNS)
-    decode = policy.tokenizer.decode
-    ids = policy.reply_ids(messages, ended=ended, chat=True, tools=tools)
-    assert decode(ids) == end + text
-    talk = [*USER, {"role": "assistant", "content": "sat"}, *messages]
-    turns = f"{decode(policy.encode(USER, tools))}sat<eos>{text}"
-    assert decode(policy.encode(talk, tools)) == turns
-
-
 def test_a_reply_to_a_policy_of_text_is_the_text_alone():
     policy = make_policy(kind="chat")  # whose tokenizer begins each text with BOS
     ids = policy.reply_ids([*USER, *RESULT], ended=True, chat=False)
@@ -100,17 +81,6 @@ def test_tools_are_shown_by_the_template_or_refused():
         policy_with(TEMPLATE).encode(USER, [count])
 
 
-def test_of_named_templates_the_one_for_tools_shows_tools():
-    policy = policy_with({"default": TEMPLATE, "tool_use": TURNS})
-    written = policy.tokenizer.decode(policy.encode(USER, [count]))
-    assert written == "tools count<eos> u the cat<eos> a "
-    assert policy.encode(USER) == policy_with(TEMPLATE).encode(USER)
-    assert assistant_message(policy.tokenizer, [1], [1], "sat", [count])["content"] == "sat"
-    words = r"multiple chat templates.*\['rag', 'tool_use'\].*set tokenizer"
-    with pytest.raises(Refused, match=words):
-        policy_with({"rag": TEMPLATE, "tool_use": TURNS}).encode(USER)
-
-
 QWEN = CALLS | {"start_anchor": "a "}
 
 
@@ -143,9 +113,3 @@ def test_calls_are_read_and_malformed_ones_are_named(template, monkeypatch):
         message = read(text)
         assert message["malformed"] and message["content"] == text
         assert "tool_calls" not in message
-
-
-def test_a_model_of_which_nothing_says_how_it_calls_tools_is_refused():
-    policy = policy_with(TURNS.replace("tool_call>", "call>"))
-    with pytest.raises(Refused, match="response_template"):
-        assistant_message(policy.tokenizer, [1], [1], "sat", [count])

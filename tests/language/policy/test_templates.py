@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.supervised.fit import encode_demonstrations
 
@@ -45,13 +44,8 @@ def read(policy, ids):
 FORMATS = [
     "%e %B %Y",
     "100%%",
-    "%%d",
-    "%d %b %Y",
-    "%-d/%-m/%y",
     "%j%t%U",
-    "%C%h%D%R%T",
     "%G-W%V-%u",
-    "%Q",
 ]
 TIME = "2031-02-03T04:05"
 
@@ -74,19 +68,10 @@ def test_a_template_reads_the_time_of_the_run_in_any_format(text):
 BROKEN = {
     "TypeError": "{{ 1 + messages }}",
     "ZeroDivisionError": "{{ 1 / (messages | length * 0) }}",
-    "OverflowError": "{{ (messages | length * 10.0) ** 999 }}",
-    "LookupError": "{{ messages[0].role.encode('no-such-codec') }}",
-    "KeyError": "{{ '%(a)s' % {'b': messages} }}",
-    "IndexError": "{{ '{0}'.format(*messages[9:]) }}",
-    "UnicodeEncodeError": "{{ ('é' + messages[0].role).encode('ascii') }}",
     "RecursionError": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(messages) }}",
-    "ValueError": "{{ messages[0].role.index('?') }}",
     "half of a pair": "{{ messages[0].role + '\\ud800' }}",
-    "UndefinedError": "{{ messages[0].role.a.b }}",
-    "TemplateAssertionError": "{{ messages | no_such_filter }}",
     "TemplateSyntaxError": "{% if messages %}",
     "TemplateError": "{{ raise_exception('no, never') }}",
-    "SecurityError": "{{ messages.append(1) }}",
     "no text": b"{{ messages }}",
 }
 
@@ -109,14 +94,6 @@ def test_any_error_of_a_template_is_a_paragraph_that_names_the_row(kind):
     assert messages[1].startswith("The prompt of line 8: The chat template")
     assert messages[2].startswith("The demonstration of row 0: The chat template")
     assert not [text for text in messages if "\n" in text or "Traceback" in text]
-
-
-@pytest.mark.parametrize("written", [b"hi", None, 3, ["hi"]])
-def test_a_tokenizer_that_writes_no_text_is_refused(written, monkeypatch):
-    policy = policy_with("{{ messages }}")
-    monkeypatch.setattr(type(policy.tokenizer), "apply_chat_template", lambda *_, **__: written)
-    with pytest.raises(Refused, match="refuses messages of these roles: user"):
-        policy.encode(USER)
 
 
 # ---- arguments of calls ----
@@ -154,14 +131,6 @@ def test_arguments_that_are_json_text_are_encoded_once(call):
     assert [read(policy, ids) for _, ids in pairs] == [turn]
     assert read(policy, judge_with(template).encode(USER, [message])) == f"u:hi<eos>a:{turn}"
     assert message == called(TEXT)  # which is the user's
-
-
-@pytest.mark.parametrize(
-    ("arguments", "written"), [("{}", "{}"), ("{ }", "{}"), ({"a": 1}, '{"a": 1}')]
-)
-def test_calls_without_arguments_and_objects(arguments, written):
-    policy = policy_with(CALLED.replace("{{ CALL }}", "{{ c.function.arguments | tojson }}"))
-    assert policy.write([called(arguments)]) == f"a:<tool_call>{written}</tool_call><eos>"
 
 
 # ---- demonstrations of several messages ----
@@ -286,27 +255,6 @@ def test_between_two_turns_stands_what_the_template_writes(end, stop, turn, miss
     assert read(policy, ids) == f"{missing}<{reply['role']}>\n{reply['content']}{end}<assistant>\n"
 
 
-def test_an_eos_may_be_a_line_end():
-    policy = policy_with(CHATML.replace("END", "{{ '\n' }}"))
-    (end,) = policy.eos_ids = tuple(policy.tokenizer.encode("\n", add_special_tokens=False))
-    before = [*policy.encode(USER), *policy.tokenizer.encode("ab", add_special_tokens=False), end]
-    ids = policy.reply_ids(USER, ended=True, chat=True, before=before)
-    assert read(policy, ids) == "<user>\nhi\n<assistant>\n"
-
-
-def test_an_end_that_is_a_special_token_and_a_template_that_drops_thoughts():
-    """As the base models of Qwen3 have them: the template ends turns otherwise than the tokenizer."""
-    policy = policy_with(CHATML.replace("END", "<im_end>{{ '\n' }}"))
-    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<im_end>"]})
-    last = "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
-    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("{{ m.content }}", last)
-    ids = policy.reply_ids(USER, ended=True, chat=True)
-    assert read(policy, ids) == "<im_end>\n<user>\nhi<im_end>\n<assistant>\n"
-    message = {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "f"}}]}
-    ((_, ids),) = encode_demonstrations(policy, [{"prompt": USER, "completion": [message]}])
-    assert read(policy, ids) == "<think></think>so<call>f</call><eos>"
-
-
 # ---- one BOS ----
 
 
@@ -325,10 +273,3 @@ def test_a_text_has_one_bos_in_front(text):
     assert judge.encode(text, "") == judge.encode(text.removeprefix("<bos>"), "") == [0, *bare]
     plain = make_policy(kind="pad")  # which adds none
     assert plain.encode(f"{text} ")[:2] != [0, 0]
-
-
-def test_a_closing_tokenizer_and_chats_keep_their_special_tokens():
-    policy = make_policy(kind="closing")
-    assert wrap(policy.model, policy.tokenizer).encode("the cat")[-1] != 1
-    chat = make_policy(kind="chat")
-    assert chat.encode([{"role": "user", "content": "the cat"}]).count(0) == 1

@@ -16,8 +16,7 @@ from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.fit import encode_demonstrations
-from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import PromptTask, find_task, load_task
+from tokenrl.language.tasks.task import load_task
 
 NAMES = (
     "{% for tool in tools or [] %}{{ (tool.function or tool).name }},{% endfor %}"
@@ -119,16 +118,6 @@ def test_a_run_samples_and_evaluates_with_the_tools_of_each_row(tmp_path, monkey
     assert len(read) > 4
 
 
-def test_a_tiny_model_takes_a_column_of_tools(tmp_path):
-    rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": [DOG], "x": i} for i in range(9)]
-    reward = [lambda completions, **_: [0.0 for _ in completions]]
-    options = {"max_steps": 1, "prompts_per_step": 2, "max_completion_length": 2, "quiet": True}
-    options |= {"output_dir": tmp_path, "cpu": True}
-    assert (
-        tokenrl.train(model="tiny", task=rows, reward=reward, **options).exit_reason == "finished"
-    )
-
-
 @pytest.mark.parametrize(("factory", "names"), [(Safe, "turn,"), (Guess, "cat,dog,")])
 def test_beside_an_environment_its_own_tools_are_described_or_else_those_of_the_row(factory, names):
     policy = policy_of_names()
@@ -150,31 +139,16 @@ NULLS = [
 
 
 @pytest.mark.parametrize("message", NULLS)
-@pytest.mark.parametrize("kind", ["prompt", "messages", "file", "demonstrations"])
+@pytest.mark.parametrize("kind", ["prompt", "file"])
 def test_content_that_is_null_is_empty_text(kind, message, tmp_path):
     rows = [{"prompt": [{**USER, "content": f"{i}"}, message, USER]} for i in range(9)]
-    if kind == "messages":
-        rows = [{"messages": row["prompt"]} for row in rows]
     source = rows
     if kind == "file":
         source = str(tmp_path / "rows.jsonl")
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    if kind == "demonstrations":
-        ((prompt, _),) = encode_demonstrations(chat_policy(), [rows[0] | {"completion": "x"}])
-        assert "None" not in chat_policy().tokenizer.decode(prompt)
-        return
     task = load_task(source, reward=[lambda completions, **_: [0.0] * len(completions)])
     for row in (*task.train_prompts, *task.eval_prompts):
         assert row["prompt"][1]["content"] == ""
-
-
-@pytest.mark.parametrize("message", NULLS)
-def test_content_that_is_null_in_a_task_object_is_empty_text(message):
-    rows = [{"prompt": [USER, message]}]
-    reward = [lambda completions, **_: [0.0] * len(completions)]
-    task, _ = find_task(TaskArguments(task=PromptTask("mine", rows, rows, reward)))
-    assert task.train_prompts[0]["prompt"][1]["content"] == ""
-    assert task.eval_prompts == task.train_prompts
 
 
 def test_a_message_that_says_nothing_is_still_refused():

@@ -7,13 +7,12 @@ import dataclasses
 import functools
 import math
 import signal
-import time
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import letter_task, letters_trained
+from test_rewards import COMPLETIONS, IDS, PROMPTS, length, returning
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -21,25 +20,11 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 
-COMPLETIONS = ["one", "three", "", "x" * 500]
-PROMPTS = ["p0", "p1", "p2", "p3"]
-IDS = [[1], [2, 3], [], [4]]
 LINES = ["line 1", "line 2", "line 8", "line 9"]
 
 
 def call(functions, weights=None):
     return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, {})
-
-
-def length(completions, **kwargs):
-    return [len(completion) for completion in completions]
-
-
-def returning(output):
-    def answer(completions):
-        return output
-
-    return answer
 
 
 class Odd(Fraction):
@@ -180,18 +165,6 @@ def test_what_a_reward_raises_is_its_failure(make, error):
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
 
 
-def test_errors_that_cause_each_other_are_told_once():
-    first, second = ValueError("first"), KeyError("second")
-    first.__cause__, second.__cause__ = second, first
-    with pytest.raises(
-        Stopped, match=r"raised ValueError: first caused by KeyError: 'second' \(test"
-    ):
-        call(plain(first))
-    first.__cause__ = first
-    with pytest.raises(Stopped, match=r"bad raised ValueError: first \(test"):
-        call(plain(first))
-
-
 # ---- what it leaves behind ----
 
 SETTINGS = {
@@ -224,20 +197,6 @@ def settings():
     debug = torch.get_deterministic_debug_mode(), torch.get_float32_matmul_precision()
     usual = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
     return torch.is_grad_enabled(), debug, usual, np.geterr()
-
-
-@pytest.mark.parametrize(
-    "value", [nested(3000), torch.zeros((), device="meta")], ids=["deep", "meta"]
-)
-def test_a_logged_value_that_no_table_holds_ends_the_run_in_a_sentence(tmp_path, value):
-    def logs(completions, log_extra, **_):
-        log_extra("mine", [value] * len(completions))
-        return [float(len(text)) for text in completions]
-
-    with pytest.raises(
-        Stopped, match=r"^At step 1: The completions cannot be written .*: give log_extra numbers"
-    ):
-        letters_trained(tmp_path / "run", letter_task(logs))
 
 
 def in_a_loop(completions):
@@ -336,19 +295,3 @@ def test_what_an_async_function_keeps_between_calls_stays_usable():
     call(judge)
     call([judge, functools.partial(judge)])
     assert len(loops) == 3 and len(set(loops)) == 1 and not loops[0].is_closed()
-
-
-def test_the_time_of_each_function_adds_up():
-    def slow(completions):
-        time.sleep(0.02)
-        return [0.0] * len(completions)
-
-    async def waits(completions):
-        await asyncio.sleep(0.02)
-        return [0.0] * len(completions)
-
-    rewards = Rewards([slow, waits, length])
-    for _ in range(2):
-        rewards(PROMPTS, COMPLETIONS, IDS, {})
-    spent = rewards.seconds
-    assert spent["slow"] > 0.04 and spent["waits"] > 0.04 and spent["length"] < 0.02

@@ -42,6 +42,12 @@ def test_exact_match_and_what_it_overlooks():
         found = ExactMatch(**{option: True})(completions=texts, answer=answer)
         assert [i for i in range(1, 4) if found[i]] == [row]
     assert ExactMatch(column="target")(completions=["a"], target=["a"]) == [1]
+    assert ExactMatch()(completions=["7", "7.0", "7", "7"], answer=[7.0, 7.0, 7.5, "7.0"]) == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,12 +76,6 @@ def test_the_final_number(text, number):
 def test_any_number_that_python_prints_is_read_back(number, frame):
     assert float(final_number(frame.format(repr(number)))) == number
     assert float(final_number(rf"2 \boxed{{{number!r}}} 3")) == number
-
-
-@given(st.text(alphabet=r"\boxed{frac}#0123456789.,-+e/$ =", max_size=60))
-def test_no_text_breaks_the_reading_of_numbers(text):
-    found = final_number(text)
-    assert found is None or abs(found) < float("inf")
 
 
 def test_numeric_answers_and_their_tolerance():

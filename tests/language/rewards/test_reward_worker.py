@@ -19,7 +19,6 @@ import tokenrl
 from tokenrl import names
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import TrainerState
-from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
@@ -167,7 +166,10 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     wait_for(lambda: not any(map(running, started(tmp_path))))
 
 
-@pytest.mark.parametrize(("name", "values"), [("sometimes", LENGTHS), ("later", [1.0] * 4)])
+LATER = pytest.param("later", [1.0] * 4, marks=pytest.mark.slow)  # the async functions
+
+
+@pytest.mark.parametrize(("name", "values"), [("sometimes", LENGTHS), LATER])
 def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted(name, values):
     names = ("worked.py:length", f"worked.py:{name}")
     rewards = Rewards(names, timeout=0.5, abstains=True)
@@ -183,6 +185,7 @@ def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted(name, val
         Rewards(["worked.py:strict"], timeout=5, abstains=True)(PROMPTS, COMPLETIONS, IDS, {})
 
 
+@pytest.mark.slow  # each late call starts its process anew
 def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(capsys):
     rows = [{"prompt": text} for text in ("the cat", "one two", "sat on")]
     options = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "model": make_policy()}
@@ -290,26 +293,3 @@ def test_a_reward_model_stays_in_this_process():
     assert result.values.T.tolist() == [[os.getpid()] * 4, LENGTHS]
     assert result.total[1] == os.getpid() + 2.5
     assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}).valid.all()
-
-
-class World:
-    def reset(self, seed):
-        return "", {}
-
-    def step(self, text):
-        return "", 0.0, True, False, {}
-
-
-def test_on_windows_a_deadline_is_refused_in_a_sentence(monkeypatch):
-    hint = r": leave reward_timeout out, or run on Linux or macOS.*\.$"
-    with monkeypatch.context() as system:  # the timer of pytest needs setitimer afterwards
-        system.delattr(os, "killpg")
-        system.delattr(signal, "setitimer")
-        with pytest.raises(Refused, match=rf"\({sys.platform}\) cannot end a reward.*{hint}"):
-            Rewards("worked.py:length", timeout=5)
-        with pytest.raises(
-            Refused, match=rf"\({sys.platform}\) has no timer for the calls of environments{hint}"
-        ):
-            Environments(World, timeout=5)
-        assert Rewards("worked.py:length").names == ["length"]
-        assert Environments(World).timeout is None

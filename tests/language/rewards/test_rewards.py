@@ -88,19 +88,6 @@ def test_partials_lambdas_objects_and_methods_are_rewards():
     assert result.values[1].tolist() == [15, 15, 10, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("name", "printed"), [("a\nb\x1b[2J\ud800", "a_b_[2J_"), (5, "5"), ("länge", "länge")]
-)
-def test_the_name_of_a_reward_is_printable_text(name, printed):
-    class Named:
-        __name__ = name
-
-        def __call__(self, completions):
-            return [0.0] * len(completions)
-
-    assert Rewards([Named(), Named()]).names == [printed, f"{printed}_2"]
-
-
 def test_a_column_that_is_missing_is_refused_before_the_first_step():
     def exact(completions, anwser, **kwargs):
         raise AssertionError("must not be called")
@@ -232,23 +219,6 @@ def test_rewards_by_name(tmp_path, monkeypatch):
             load_reward(spec)
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("lenght(target=20)", "no reward 'lenght'.*Did you mean 'length'.*module:function"),
-        ("length", r"length\(target=None, max=None\): give exactly one of the two"),
-        ("length(20)", "cannot be read. Write options as name=value"),
-        ("length(targt=20)", "There is no setting 'targt'. Did you mean 'target'"),
-        ("length(target=__import__('os').getpid())", "cannot be read"),
-        ("regex_format", "missing 1 required positional argument: 'pattern'"),
-    ],
-)
-def test_specs_that_cannot_be_read_are_refused(spec, words):
-    with pytest.raises(Refused, match=words) as caught:
-        load_reward(spec)
-    assert "\n" not in str(caught.value)
-
-
 # ---- what they declare ----
 
 
@@ -285,16 +255,6 @@ def test_what_rewards_declare(functions, weights, binary, mark, span):
     rewards = Rewards(functions, weights)
     assert (rewards.binary, rewards.pass_threshold, rewards.range) == (binary, mark, span)
     assert Rewards(functions, weights, pass_threshold=0.5).pass_threshold == 0.5
-
-
-@pytest.mark.parametrize("bounds", [(1, 0), (0, 0), (0,), 5, (0, float("inf"))])
-def test_a_range_that_is_none_is_refused(bounds):
-    def odd(completions):
-        return [0.0 for _ in completions]
-
-    odd.range = bounds
-    with pytest.raises(Refused, match=r"odd has an attribute range = .* such as \(0, 1\)"):
-        Rewards(odd)
 
 
 @pytest.mark.parametrize(
@@ -385,20 +345,6 @@ def test_what_a_function_changes_in_place_reaches_nobody_else(tmp_path, chat, ti
     assert repr(data) == before
     (view,) = views
     assert "'deep': [1]" in view and ("'content': 'three'" in view) == chat
-
-
-def test_a_failing_function_is_told_its_row_though_it_has_copies():
-    def fails(prompts, completions, **_):
-        for prompt, completion in zip(prompts, [*completions], strict=True):
-            prompt[0]["content"] = "changed"
-            completions.clear()
-            assert completion[0]["content"] != "three"
-
-    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
-    with pytest.raises(
-        Stopped, match=r"AssertionError.*working on the completion .*three.* of the prompt .*p1"
-    ):
-        call(fails, prompts=prompts)
 
 
 @pytest.mark.parametrize("held_out", [False, True])

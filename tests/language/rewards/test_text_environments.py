@@ -7,7 +7,6 @@ import contextlib
 import random
 import re
 import signal
-import threading
 import time
 from functools import partial
 
@@ -174,28 +173,6 @@ def test_tools_are_called_in_order_and_their_faults_are_answers(observation, ope
     assert [answer.reward for answer in environments.finish([first, second])] == [2.0, 1.0]
 
 
-def test_half_a_pair_of_surrogates_which_no_tokenizer_takes_is_replaced():
-    def step(self, text):
-        return "\ud83d", 0.0, False, False, {"prefix": text}
-
-    environments = Environments({"draws": type("Halves", (Draws,), {"step": step}), "tools": Tools})
-    columns = {"prompt": "p ", "secret": 1}
-    halves, tools = environments.reset(
-        [{**columns, "environment": e} for e in ("draws", "tools")], [1, 1]
-    )
-    answer, unknown = environments.step([halves, tools], [*turns_of("x"), calling(("\udcff", {}))])
-    assert contents(answer) == ["x?"] and unknown.messages[0]["name"] == "?"
-    environments = Environments(type("Tools", (Tools,), {"observation": "\udcff!"}))
-    assert environments.reset(rows(1, secret=1), [1])[0].opening == "p ?!"
-
-
-def test_a_prompt_without_a_message_of_the_user_can_be_followed_by_no_observation():
-    prompt = [{"role": "system", "content": "s"}]
-    (episode,) = Environments(Tools).reset([{"prompt": prompt, "secret": 1}], [1])
-    assert episode.failure.startswith("Tools.reset returned a text, but")
-    assert episode.opening == prompt
-
-
 def test_an_async_tool_misses_the_deadline_without_holding_others():
     environments = Environments(Tools, timeout=0.2)
     first, second = environments.reset(rows(2, secret=3), [5, 6])
@@ -252,22 +229,6 @@ def test_an_environment_cannot_change_the_rows_of_the_data():
     assert [environments.reset(data, [1])[0].opening for _ in range(2)] == ["p b", "p b"]
 
 
-def test_a_tool_cannot_change_the_turn_that_called_it():
-    def take(self, items: list) -> str:
-        """Take.
-
-        Args:
-            items: what is there.
-        """
-        return items[0].pop("name")
-
-    environments = Environments(type("Takes", (Tools,), {"take": take}))
-    turn = calling(("take", {"items": [{"name": "key"}]}), ("take", {"items": [{"name": "key"}]}))
-    turn["tool_calls"][1] = turn["tool_calls"][0]
-    (answer,) = environments.step(environments.reset(rows(1, secret=1), [1]), [turn])
-    assert contents(answer) == ["key", "key"] and "key" in str(turn)
-
-
 def no_hints(self, number):
     """Guess."""
 
@@ -311,29 +272,6 @@ def no_docstring(self, number: int) -> str:
 def test_what_can_never_be_played_is_refused(factory, columns, message):
     with pytest.raises(Refused, match=message):
         Environments(factory).check_rows(rows(1, **columns))
-
-
-def test_a_deadline_outside_the_main_thread_is_refused():
-    errors = []
-
-    def make():
-        with pytest.raises(Refused, match=r"signal.*leave reward_timeout out") as error:
-            Environments(Draws, timeout=1)
-        errors.append(error)
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    assert len(errors) == 1
-
-
-def test_ctrl_c_is_the_users_own():
-    def interrupted(self, **_):
-        raise KeyboardInterrupt
-
-    environments = Environments(type("Ctrl", (Tools,), {"reset": interrupted}))
-    with pytest.raises(KeyboardInterrupt):
-        environments.reset(rows(1), [1])
 
 
 def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():

@@ -1,23 +1,30 @@
-"""Episodes as they are played: each fault that other toolkits have or had in this is a test here."""
+"""Episodes as they are played, and that what a row has read is kept from turn to turn.
+
+Each fault that other toolkits have or had in this is a test here.
+"""
 
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny_environments import Faulty, Guess, Recorded, Safe, call, chat_policy
-from tiny_models import ENDS, completions, letters, make_policy
+from families import family_policy
+from tiny_environments import Guess, Recorded, Safe, call, chat_policy
+from tiny_models import ENDS, letters, make_policy, make_tokenizer, quickly
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import wrap
+from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.episodes import ENDINGS, play
+from tokenrl.language.rollout import generator as module
+from tokenrl.language.rollout.agreement import check_turns
+from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.prefixes import PrefixCache
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 
@@ -132,18 +139,6 @@ def test_no_turn_follows_the_end_of_an_episode():
     assert endless.endings == rollout.endings
 
 
-def test_an_episode_of_one_turn_is_a_completion_with_the_same_random_numbers():
-    policy = guessing()
-    once = played(policy, Environments(Guess, max_turns=1))
-    rows = zip(once.prompt_ids[::3], once.prompt_mask[::3], strict=True)
-    prompts = [ids[mask].tolist() for ids, mask in rows]
-    plain = completions(policy, prompts, max_completion_length=14, num_generations=3)
-    width = plain.mask.shape[1]
-    for name in ("completion_ids", "logprobs", "sampling_logprobs", "mask"):
-        x = getattr(once, name)[:, :width]
-        assert torch.equal(x[plain.mask], getattr(plain, name)[plain.mask]), name
-
-
 @pytest.mark.parametrize("limit", [1, 5])
 def test_the_limit_of_length_counts_what_the_policy_chose_in_all_turns(limit):
     rollout = played(guessing(), max_completion_length=limit)
@@ -210,20 +205,6 @@ def test_a_model_that_cannot_call_is_refused_before_a_turn_even_where_every_turn
     assert generator.histories == []
 
 
-def test_a_turn_of_the_assistant_in_the_prompt_is_no_action():
-    """NeMo-RL trained on it. TRL dropped the observation of reset, which ends the last message of the user."""
-    prompt = [
-        *ASKED,
-        {"role": "assistant", "content": "Why?"},
-        {"role": "user", "content": "Please."},
-    ]
-    rollout, _ = scripted(call(3) + "<eos>", "done<eos>", prompt=prompt)
-    decoded = chat_policy().tokenizer.decode
-    assert "assistant:Why?<eos>user:Please. There is a safe." in decoded(rollout.prompt_ids[0])
-    assert decoded(rollout.completion_ids[0][rollout.mask[0]]) == f"{call(3)}<eos>done<eos>"
-    assert [m["role"] for m in rollout.messages[0]] == ["assistant", "tool", "assistant"]
-
-
 @pytest.mark.parametrize("malformed", ["end", "observe"])
 def test_a_call_that_cannot_be_parsed_ends_the_episode_or_is_answered(malformed):
     rollout, _ = scripted(
@@ -266,23 +247,6 @@ def test_a_call_in_a_turn_that_was_cut_by_length_is_not_executed(limit):
         {"role": "assistant", "content": call(3)[:limit]}
     ]
     assert not rollout.turn_rewards.any()
-
-
-def test_a_result_that_does_not_fit_ends_the_episode_as_truncated():
-    """TRL takes the result back but neither the call nor its reward, and counts the row as one that ended."""
-    fits, _ = scripted(call(3) + "<eos>", "done<eos>", answer_length=20)
-    size = len(fits.prompt_ids[0])
-    # one token less than the history of the second turn
-    context = size + int(fits.mask[0].nonzero().max()) - 4
-    for room in (1, 0):
-        rollout, generator = scripted(
-            call(3) + "<eos>", "done<eos>", answer_length=20, context=context + room
-        )
-        assert len(generator.histories) == 1 + room
-        assert rollout.endings == ["context_overflow"]
-        assert rollout.truncated.all() and rollout.failures == [""]
-        assert [m["role"] for m in rollout.messages[0]][:2] == ["assistant", "tool"]
-        assert float(rollout.turn_rewards.sum()) == 0.75 and rollout.environments[0].open
 
 
 def test_no_row_outgrows_the_context():
@@ -330,38 +294,6 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
     torch.testing.assert_close(rollout.rewards, expected.sum(dim=1))
     totals = [length(range(12)), plain.turn_rewards.sum(dim=1).tolist()]
     torch.testing.assert_close(rollout.by_function, torch.tensor(totals).double().T)
-
-
-def test_of_200_episodes_that_fail_at_random_none_is_lost_and_each_failure_is_named():
-    Faulty.faults.clear()
-    policy = guessing()
-    environments = Environments(Faulty, timeout=0.25)
-    before = random.getstate()
-    plain = played(policy, environments, [*PROMPTS] * 6 + PROMPTS[:1], num_generations=8)
-    rollout = reward_rows(policy, Rewards([], environments=environments), plain)
-    assert len(rollout) == len(rollout.messages) == 200 and random.getstate() == before
-    faults = Faulty.faults
-    assert min(faults.values()) > 0
-    assert rollout.endings.count("timeout") == faults["hang"]
-    assert rollout.endings.count("error") == faults["fail"] + faults["nan"] + faults["nothing"]
-    logged = rollout.logged[0][0]
-    for name in ENDINGS:
-        assert logged[f"episodes/{name}"] * 200 == pytest.approx(rollout.endings.count(name))
-    failed = torch.tensor([ending in ("error", "timeout") for ending in rollout.endings])
-    assert torch.equal(failed, ~rollout.valid)
-    assert torch.equal(failed, rollout.by_function.isnan().all(dim=1))
-    assert not rollout.turn_rewards[failed].any()
-    words = (
-        r"OSError: the disk is full \(tiny_environments.py, line|nan|returned None|within 0.25 s"
-    )
-    for failure, is_failed in zip(rollout.failures, failed, strict=True):
-        pattern = rf"Faulty\.(step|reset) .*({words})" if is_failed else "$"
-        assert re.match(pattern, failure), failure
-    turns = sum(message["role"] == "assistant" for chat in rollout.messages for message in chat)
-    assert logged["episodes/turns"] * 200 == pytest.approx(turns)
-    unplayed = ~rollout.mask.any(dim=1)
-    assert unplayed.any()
-    assert all(rollout.failures[i].startswith("Faulty.reset") for i in unplayed.nonzero())
 
 
 class Odd(Guess):
@@ -412,23 +344,6 @@ def test_an_empty_observation_without_a_bos_ends_its_episode_alone():
     assert {*played(policy, Environments(always), [""] * 2).endings} == {"error"}
 
 
-def test_a_template_that_fails_on_an_observation_ends_its_episode_alone():
-    policy, (some, _) = chatting(), odd("x")
-    policy.eos_ids = tuple(range(3, 100, 4))
-    prompts = [[{"role": "user", "content": ""}]] * 9
-    rollout = played(
-        policy, Environments(some), prompts, num_generations=1, max_completion_length=60
-    )
-    failed = [ending == "error" for ending in rollout.endings]
-    assert 0 < sum(failed) < 9
-    for is_failed, failure in zip(failed, rollout.failures, strict=True):
-        assert (
-            "Odd: The chat template of" in failure and "ZeroDivisionError" in failure
-        ) == is_failed
-    unplayed = [not mask.any() for mask in rollout.mask]
-    assert any(unplayed) and sum(unplayed) < sum(failed)  # in later turns too
-
-
 @pytest.mark.parametrize(
     "template", ["{{ 1 / 0 }}", "{{ 1 / 0 if messages | length > 1 }}{{ m.content }}"]
 )
@@ -438,24 +353,173 @@ def test_a_template_that_fails_on_anything_is_refused(template):
         played(chatting(template), environments, [[{"role": "user", "content": "a"}]] * 9)
 
 
-def test_a_run_whose_every_episode_fails_stops_before_its_first_step(tmp_path):
-    import tokenrl
+# ---- what a row has read is kept ----
 
-    policy = guessing()
-    options = {"quiet": True, "cpu": True, "max_steps": 1, "prompts_per_step": 2}
-    options |= {"num_generations": 2, "max_completion_length": 6, "output_dir": tmp_path / "run"}
-    words = r"nothing to learn from: \d+ of \d+ episodes failed. An observation of Always: A prompt"
-    with pytest.raises(Refused, match=words):
-        tokenrl.train(model=policy, task=odd("")[1], **options)
+WINDOWS = {"mistral": {"sliding_window": 16}, "gemma3": {"sliding_window": 24}}
+LONG = {"gemma3", "falcon_h1", "lfm2", "deepseek_v3"}
+"""Families that the quick tests leave out; they have relatives of each."""
 
 
-@pytest.mark.parametrize("field", [{"open": "("}, {"close_pattern": "("}, {"content": "nothing"}])
-def test_a_response_template_that_cannot_be_used_is_refused(field):
-    policy = chat_policy()
-    wrong = {**policy.tokenizer.response_template["fields"]["tool_calls"], **field}
-    fields = {"fields": {"tool_calls": wrong}}
-    policy.tokenizer.response_template = policy.tokenizer.response_template | fields
-    if "open" in field:  # no pattern
-        return
-    with pytest.raises(Refused, match="response_template cannot be used"):
-        played(policy, Environments(Safe), [ASKED])
+def talking(family: str, **config):
+    """A random policy of a family that plays episodes of texts."""
+    sizes = {"vocabulary": 96, "max_position_embeddings": 256, **WINDOWS.get(family, {}), **config}
+    policy = family_policy(family, **sizes)
+    policy = replace(policy, tokenizer=make_tokenizer(), eos_ids=ENDS, source=family)
+    check_turns(policy)
+    return policy
+
+
+class Reads:
+    """Counts the tokens that the model of a policy reads, padding included."""
+
+    def __init__(self, policy) -> None:
+        self.policy, self.count = policy, 0
+
+    def __enter__(self):
+        embedding = self.policy.model.get_input_embeddings()
+        self.handle = embedding.register_forward_pre_hook(self.add)
+        return self
+
+    def add(self, _, inputs):
+        self.count += inputs[0].numel()
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def plainly(policy):
+    """The same policy, of which each turn reads its whole history."""
+    return replace(policy, keeps_turns=False)
+
+
+def assert_same(actual, expected):
+    """The same episodes, token for token, and the same numbers but for rounding."""
+    assert [outcome(actual, i) for i in range(len(actual))] == [
+        outcome(expected, i) for i in range(len(expected))
+    ]
+    for name in ("logprobs", "entropy", "sampling_logprobs"):
+        torch.testing.assert_close(
+            getattr(actual, name), getattr(expected, name), rtol=2e-5, atol=3e-5
+        )
+
+
+FAMILIES = ["llama", "gpt2", "qwen3", "qwen3_5", "mistral", *sorted(LONG)]
+
+
+@pytest.mark.parametrize("family", quickly(FAMILIES, LONG))
+def test_episodes_are_those_of_reading_everything_again(family):
+    policy = talking(family)
+    assert policy.keeps_turns
+    with Reads(policy) as fewer:
+        rollout = played(policy)
+    with Reads(policy) as all_of_it:
+        expected = played(plainly(policy))
+    assert rollout.turns.max() == 2
+    assert_same(rollout, expected)
+    share = 1 if family in WINDOWS else 0.8  # rows that have outgrown a window are read again
+    assert fewer.count < share * all_of_it.count
+
+
+def test_episodes_under_an_adapter_and_looks_that_come_late_are_the_same(monkeypatch):
+    """On a device rows go on for some tokens behind their end, with keys that belong to nothing."""
+    expected = {}
+    for family in ("llama", "qwen3_5"):
+        policy = talking(family)
+        add_lora(policy, r=2)
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                parameter.normal_(std=0.3)
+        expected[family] = policy, played(plainly(policy))
+    monkeypatch.setitem(module.LOOK_EVERY, "cpu", 3)
+    for family, (policy, episodes) in expected.items():
+        with Reads(policy) as reads:
+            assert_same(played(policy), episodes)
+        with Reads(policy) as plain:
+            assert_same(played(plainly(policy)), episodes)
+        if family == "llama":  # states have gone beyond the end
+            assert reads.count < 0.85 * plain.count
+
+
+def test_with_little_memory_the_episodes_are_the_same_and_more_is_read():
+    policy = talking("qwen3")
+    expected = played(plainly(policy))
+    counts = []
+    for bytes_of_rows in (2**31, 16_000, 1):  # of some 30,000 that all rows take
+        generator = TransformersGenerator(policy, cache=bytes_of_rows / 2**30)
+        with Reads(policy) as reads:
+            assert_same(played(policy, generator=generator), expected)
+        counts.append(reads.count)
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_a_model_that_cannot_continue_its_cache_reads_everything_again():
+    policy = replace(talking("mamba"), keeps_turns=None)
+    # it forgets its state where several tokens follow
+    assert "from turn to turn gives log-probabilities that are off by" in check_turns(policy)
+    assert policy.keeps_turns is False and check_turns(policy) == ""  # tried once
+    with Reads(policy) as reads:
+        rollout = played(policy)
+    with Reads(policy) as plain:
+        assert_same(played(plainly(policy)), rollout)
+    assert reads.count == plain.count
+    short = replace(talking("mistral", sliding_window=3), keeps_turns=None)
+    assert check_turns(short) == "its cache drops tokens, as with a sliding window"
+
+
+def test_wrong_numbers_of_a_kept_cache_are_seen_before_the_first_turn(monkeypatch):
+    right = Cache.joined
+
+    def shifted(parts, lengths, room):
+        cache = right(parts, lengths, room)
+        for layer in cache.held.layers:
+            layer.keys.copy_(layer.keys.roll(1, dims=2))
+        return cache
+
+    monkeypatch.setattr(Cache, "joined", shifted)
+    policy = talking("llama")
+    assert policy.keeps_turns is False
+
+
+def test_the_longest_prefix_is_continued_and_the_oldest_is_forgotten_first():
+    policy = talking("llama")
+    turns = TransformersGenerator(policy).over_turns()
+    out = policy.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True)
+    cache = Cache.of(out)
+    size = cache.row(0, 0, 4).nbytes
+    assert size == 2 * 2 * 2 * 8 * 4 * 4  # keys and values, layers, heads, size, tokens, float32
+    prefixes = PrefixCache(2.5 * size)
+    for ids in ([5, 6], [5, 6, 7, 8], [5, 9]):
+        prefixes.add(ids, cache.row(0, 0, 4))
+    assert prefixes.longest([5, 6, 1]) == (0, None)  # the oldest of three
+    assert prefixes.longest([5, 6, 7, 8, 1])[0] == 4
+    assert prefixes.longest([5, 6, 7, 8])[0] == 0  # a token has to be read
+    assert prefixes.longest([5, 9, 9])[0] == 2
+    prefixes.drop([5, 9, 9], 2)
+    assert prefixes.longest([5, 9, 9])[0] == 0 and len(prefixes) == 1
+    prefixes.add([1], out_of_memory := cache.row(0, 0, 4))
+    assert out_of_memory is prefixes.longest([1, 2])[1] and len(prefixes) == 2
+    assert not turns.prefixes and TransformersGenerator(policy).prefixes is None
+
+
+def test_rows_with_the_same_history_are_read_once_and_end_alike():
+    """Twins of one history may be answered differently, and both continue it."""
+    policy = talking("qwen3")
+    turns = TransformersGenerator(policy).over_turns()
+    sampling = replace(SAMPLING, num_generations=1, max_completion_length=8)
+    draws = torch.full((4, 8), 0.4)
+    with Reads(policy) as reads:
+        first = turns.generate([[3, 4, 5]] * 4, sampling, draws)
+    counts = first.mask.sum(dim=1)
+    assert reads.count == 3 + int((counts - 1).sum())
+    assert len({*map(str, first.completion_ids.tolist())}) == 1 == len(turns.prefixes)
+    history = [3, 4, 5, *first.completion_ids[0][first.mask[0]].tolist()]
+    histories = [[*history, 7], [*history, 7, 8, 9], [*history, 7], [3, 4, 6]]
+    with Reads(policy) as reads:
+        second = turns.generate(histories, Sampling(1), draws)
+    assert reads.count == 2 + 4 + 3  # two and four new tokens, and a new prompt
+    plain = TransformersGenerator(policy).generate(histories, Sampling(1), draws)
+    torch.testing.assert_close(second.logprobs, plain.logprobs, rtol=0, atol=3e-5)
+    assert torch.equal(second.completion_ids, plain.completion_ids)
+    # What was continued is dropped, and only what has an end is kept.
+    rows = zip(histories, second.truncated.tolist(), strict=True)
+    assert len(turns.prefixes) == len({str(history) for history, cut in rows if not cut}) < 3

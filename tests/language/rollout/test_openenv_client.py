@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 import threading
 from pathlib import Path
 
@@ -70,28 +68,6 @@ def sessions(monkeypatch):
         yield seen
         server.shutdown()
         thread.join()
-
-
-def test_an_episode_has_the_interface_of_gymnasium(sessions):
-    env = runpy.run_path(str(RECIPE))["Env"]()
-    assert env.reset(seed=6) == ("c?>", {})
-    assert env.step("d") == ("no>", 0.0, False, False, {})
-    assert env.step("c")[1:4] == (1.0, True, False)
-    assert env.reset(seed=1) == ("b?>", {})  # on the same connection
-    with pytest.raises(RuntimeError, match="no such letter"):
-        env.step("crash")
-    env.close()
-    assert sessions[0] == "/ws" and len(sessions) - sessions.count(None) == 1
-
-
-def test_it_can_be_played_by_hand(sessions, monkeypatch, capsys):
-    lines = iter("dcb")
-    monkeypatch.setattr("builtins.input", lambda question: print(question) or next(lines))
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--seed", "2"])
-    runpy.run_path(str(RECIPE), run_name="__main__")
-    assert (
-        capsys.readouterr().out == "c?>\n> \nno>\n> \nno>\nThe rewards of the episode sum to 1.\n"
-    )
 
 
 def test_a_policy_trains_on_it(sessions, tmp_path):

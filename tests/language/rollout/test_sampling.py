@@ -20,7 +20,6 @@ from tiny_models import (
 
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
@@ -129,19 +128,6 @@ def test_no_eos_runs_to_the_length_and_an_immediate_one_is_one_action(eos, width
     assert rollout.truncated.tolist() == [not eos] * 8
 
 
-def test_pad_that_is_the_eos_hides_no_action():
-    policy = make_policy(kind="pad_is_eos")
-    assert policy.pad_id in policy.eos_ids
-    policy.eos_ids = ENDS
-    prompts = [policy.encode(p) for p in PROMPTS]
-    first = draw(policy, prompts, generations=8)
-    ended = (~first.truncated).nonzero()[0]
-    policy.pad_id = int(first.completion_ids[ended, first.mask[ended].sum() - 1])
-    second = draw(policy, prompts, generations=8)
-    assert torch.equal(first.mask, second.mask) and texts(first) == texts(second)
-    assert not first.mask.all() and policy.pad_id in texts(second)[ended]
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_same_completions_whatever_else_is_in_the_batch(architecture):
     policy = make_policy(architecture)
@@ -216,21 +202,6 @@ def test_nan_logits_stop():
     for generate in (lambda: draw(policy, [[1]]), lambda: greedy(policy, [[1]])):
         with pytest.raises(Stopped, match="not finite"):
             generate()
-
-
-def test_memory_is_set_aside_for_all_tokens_and_no_copy_is_made():
-    policy = tiny()
-    out = policy.model(torch.tensor([[1, 2], [3, 1]]), use_cache=True)
-    cache = Cache.of(out)
-    cache.make_room(3)
-    layer = cache.held.layers[0]
-    address = layer.keys.data_ptr()
-    for length in (3, 4, 5):
-        policy.model(torch.tensor([[1], [2]]), past_key_values=cache.held, use_cache=True)
-        assert cache.held.get_seq_length() == length and layer.keys.data_ptr() == address
-    kept = layer.keys[1].clone()
-    cache.select(torch.tensor([1]))
-    assert torch.equal(cache.held.layers[0].keys[0], kept)
 
 
 def test_sampling_leaves_the_mode_of_the_model_alone():

@@ -76,27 +76,6 @@ def test_what_stands_behind_the_mask_changes_nothing():
     assert same == pytest.approx(value, rel=1e-6) and apart(found, expected) < 1e-6
 
 
-def test_rows_keep_everything_together():
-    policy = make_policy()
-    by_function = torch.arange(96.0).view(12, 8)  # of more functions than completions have tokens
-    rollout = dataclasses.replace(rollout_of(policy), by_function=by_function)
-    index = torch.tensor([10, 4, 5, 11, 4])  # out of order, one twice, two prompts left out
-    part = rollout.take(index)
-    assert part.prompt_mask.any(dim=0).all() and part.mask.any(dim=0).all()
-    assert (
-        part.mask.shape != rollout.mask.shape or part.prompt_mask.shape != rollout.prompt_mask.shape
-    )
-    by_row = ("prompt_index", "truncated", "by_function")
-    for name in by_row:
-        assert torch.equal(getattr(part, name), getattr(rollout, name)[index])
-    masks = {"prompt_ids": "prompt_mask", "completion_ids": "mask", "logprobs": "mask"}
-    for name, mask in masks.items():
-        expected = getattr(rollout, name)[index][getattr(rollout, mask)[index]]
-        assert torch.equal(getattr(part, name)[getattr(part, mask)], expected)
-    whole = score(policy.model, rollout).logprobs.detach()[index][:, : part.mask.shape[1]]
-    close(score(policy.model, part).logprobs.detach(), whole, part.mask, 2e-6)
-
-
 @pytest.mark.parametrize("at_once", [None, 3])
 @pytest.mark.parametrize(
     "how",
@@ -161,12 +140,3 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture):
     assert same == pytest.approx(value, rel=2e-6) and apart(found, expected) < 2e-6
     again = rollout_of(policy)  # sampling uses a cache all the same
     assert torch.equal(again.completion_ids, rollout.completion_ids)
-
-
-def test_a_row_ends_with_its_last_action_also_after_text_that_the_policy_did_not_write():
-    rollout = rollout_of(make_policy())
-    row = int(rollout.mask.sum(dim=1).argmax())
-    mask = rollout.mask.clone()
-    mask[row, 1:3] = False
-    part = dataclasses.replace(rollout, mask=mask).take(torch.tensor([row]))
-    assert part.mask.shape[1] == int(rollout.mask[row].sum()) > 3

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 from collections import UserDict
 
 import datasets
@@ -22,7 +20,6 @@ from toy_tasks.models import TinyModel
 ROWS = [
     {"prompt": f"{x}{y}>", "answer": x, "marks": {"deep": [x, y]}} for x in "abcd" for y in "abcd"
 ]
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
 def chat(*turns):
@@ -95,13 +92,6 @@ def test_the_splits_of_a_dict_become_training_and_held_out_prompts():
     assert task.origin["rows"] == {"train": 16, "validation": 3, "test": 1}
 
 
-def test_the_users_rows_are_copied_not_changed():
-    rows = [dict(row) for row in ROWS]
-    for row in load_task(rows, reward=exact).train_prompts:
-        row["prompt"] = "spoilt"
-    assert rows == ROWS
-
-
 # ---- conversations ----
 
 
@@ -131,21 +121,6 @@ def test_an_own_answer_is_kept_and_a_question_alone_is_the_whole_prompt():
         assert row["prompt"] == row["messages"] and "answer" not in row
 
 
-def test_a_prompt_column_comes_before_messages_and_keeps_a_last_turn_of_the_assistant():
-    begun = chat(("user", "u"), ("assistant", "It is"))
-    rows = [
-        {"prompt": [*chat(("system", f"{i}")), *begun], "messages": chat(("user", "x"))}
-        for i in range(4)
-    ]
-    assert all(row["prompt"][1:] == begun for row in load_task(rows, reward=exact).train_prompts)
-    named = [
-        {"prompt": "title", "messages": chat(("user", str(i)), ("assistant", "a"))}
-        for i in range(4)
-    ]
-    rows = load_task(named, reward=exact, prompt_column="messages").train_prompts
-    assert all(len(row["prompt"]) == 1 and row["answer"] == "a" for row in rows)
-
-
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -169,7 +144,6 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
     ("data", "words"),
     [
         ([], "'train' is empty: give at least one row, such as"),
-        (dataset([]), "'train' is empty"),
         ({}, "no split 'train'"),
         (datasets.DatasetDict(test=dataset()), "no split 'train'.* Available: test"),
         (
@@ -182,12 +156,8 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
         ),
         (dataset([{"prompt": "a"}, {"prompt": None}]), r"row 1: the prompt is None"),
         (["a", "b"], r"row 0 is 'a' \(str\); a row is a dict. Of texts write task=\[\{"),
-        (chat(("user", "a")), r"no column 'prompt'.*content, role"),
         ({"prompt": ["a", "b"], "answer": ["x", "y"]}, r"key 'prompt'.* task=\[row\].*from_dict"),
-        ({"train": ROWS, "test": "rows.jsonl"}, r"task, split 'test' is 'rows.jsonl' \(str\)"),
         (dataset().to_iterable_dataset(), r"IterableDataset.*from_list\(list\(data.take\(N\)\)\)"),
-        (pandas.Series(["a"]), r"Series\); it must be .*pandas.DataFrame"),
-        (pandas.DataFrame([["a", "b"]], columns=["prompt"] * 2), "two columns of one name"),
         (
             (row for row in ROWS),
             r"\(generator\); it must be a name, a task object, a datasets.Dataset",
@@ -216,16 +186,6 @@ def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_p
 
 
 # ---- fingerprints ----
-
-
-def test_columns_of_dicts_with_keys_of_several_kinds_have_a_fingerprint():
-    values = [{1: "x", "b": 2}, {None: 1, True: 2}, {(1, 2): 3, "a": 1}, [{"a": {1: 2, "b": 3}}]]
-    rows = [{"prompt": "on", "meta": value} for value in values]
-    changed = [rows[0] | {"meta": {1: "x", "b": 3}}, *rows[1:]]
-    digits = fingerprint({"train": rows})
-    assert digits == fingerprint({"train": copy.deepcopy(rows)}) != fingerprint({"train": changed})
-    integers = fingerprint({"train": [{"meta": {1: 2}}]})
-    assert integers == fingerprint({"train": [{"meta": {"1": 2}}]})  # as JSON has it
 
 
 def test_the_fingerprint_is_that_of_the_rows_not_of_the_object_that_holds_them():
@@ -277,65 +237,8 @@ def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
     assert result.metrics["reward_greedy"] == pytest.approx(after["reward_greedy"])
 
 
-def test_sft_learns_from_columns_and_from_conversations(tmp_path):
-    model, tokenizer = tiny()
-    tokenizer.chat_template = TEMPLATE
-    options = {"model": (model, tokenizer), "max_steps": 2, "batch_size": 4, "quiet": True}
-    result = tokenrl.sft(
-        task=dataset(), completion_column="answer", output_dir=tmp_path / "run", **options
-    )
-    assert result.steps == 2 and config_of(tmp_path)["task_rows"]["rows"] == {"train": 16}
-    talks = [
-        {"messages": chat(("user", row["prompt"]), ("assistant", row["answer"]))} for row in ROWS
-    ]
-    assert tokenrl.sft(task=talks, output_dir=tmp_path / "talks", **options).steps == 2
-    with pytest.raises(
-        Refused, match=r"The data has no column 'completion'; .*prompt, answer, marks"
-    ):
-        tokenrl.sft(task=ROWS, output_dir=tmp_path / "none", **options)
-    with pytest.raises(Refused, match="no model of its own: name one"):
-        tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")
-    assert main(["sft", "--config", str(tmp_path / "run")]) == 2
-
-
-def test_every_command_counts_rows_and_prompts_and_warns_of_an_overlap(tmp_path, capsys):
-    splits = {"train": ROWS, "test": [*ROWS[:4], {**ROWS[0], "prompt": "new>"}]}
-    counts = r"16 rows of 16 prompts to train on, 5 rows of 5 prompts held out; 4"
-    warning = r"4 of the 5 held-out (rows|pairs) are of prompts that are trained on too, so"
-    start(tmp_path, task=splits, quiet=False)
-    assert re.search(counts, (text := capsys.readouterr().out)) and re.search(
-        warning, " ".join(text.split())
-    )
-    model = str(tmp_path / "run" / "model")
-    tokenrl.evaluate(model=model, task=splits, reward=exact)
-    assert re.search(warning, capsys.readouterr().err)
-    options = {"task": splits, "reward": exact, "completion_column": "answer"}
-    tokenrl.sft(model=model, max_steps=1, output_dir=tmp_path / "sft", **options)
-    text = capsys.readouterr().out
-    assert "16 rows of 16 prompts" in text and re.search(warning, " ".join(text.split()))
-    pairs = {
-        name: [{**row, "chosen": "a", "rejected": "b"} for row in splits[name]] for name in splits
-    }
-    pairs["train"].append({**pairs["train"][0], "chosen": "b"})
-    tokenrl.train_reward_model(data=pairs, model=model, max_steps=1, output_dir=tmp_path / "pairs")
-    text = capsys.readouterr().out
-    assert re.search(counts.replace("rows", "pairs"), text) and re.search(
-        warning, " ".join(text.split())
-    )
-    assert "1 of 17 pairs are left out, whose completions are identical" in text
-
-
-def test_a_frame_of_pandas_is_taken_wherever_rows_are(tmp_path):
-    frame = pandas.DataFrame(ROWS)
-    result = start(tmp_path, task=frame)
-    assert config_of(tmp_path)["task"] == "in-memory:" + fingerprint({"train": ROWS})
-    model = str(tmp_path / "run" / "model")
-    metrics = tokenrl.evaluate(model=model, task=frame, reward=exact).metrics
-    assert metrics["reward_greedy"] == pytest.approx(result.eval_after["reward_greedy"])
-    options = {"model": model, "max_steps": 1, "quiet": True}
-    learnt = {"completion_column": "answer", "output_dir": tmp_path / "sft"}
-    assert tokenrl.sft(task=frame, **learnt, **options).steps == 1
-    pairs = frame.assign(chosen="a", rejected="b")
-    for number, data in enumerate((pairs, {"train": pairs, "test": pairs[:3]})):
-        output = tmp_path / f"pairs{number}"
-        assert tokenrl.train_reward_model(data=data, output_dir=output, **options).steps == 1
+def test_the_users_rows_are_copied_not_changed():
+    rows = [dict(row) for row in ROWS]
+    for row in load_task(rows, reward=exact).train_prompts:
+        row["prompt"] = "spoilt"
+    assert rows == ROWS

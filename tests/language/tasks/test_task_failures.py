@@ -7,47 +7,6 @@ import sys
 import pytest
 
 from tokenrl.cli import main
-from tokenrl.errors import Refused, Stopped
-from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.tasks.task import PromptTask, find_task
-
-
-class Rows:
-    """Rows that are read one by one; reading any but the first raises."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        if index:
-            raise self.error
-        return {"prompt": f"p{index}"}
-
-
-def zero(completions):
-    return [0.0] * len(completions)
-
-
-@pytest.mark.parametrize("error", [SystemExit(0), OSError("disk")], ids=repr)
-def test_a_task_that_raises_is_refused(error):
-    kind = type(error).__name__
-    said = rf"task 'mine' was read, and it raised {kind}: .*\(test_task_failures.py, line"
-    with pytest.raises(Refused, match=said):
-        find_task(TaskArguments(task=PromptTask("mine", Rows(error), [{"prompt": "a"}], zero)))
-    with pytest.raises(Refused, match="The task was read, and it raised"):
-        find_task(
-            TaskArguments(
-                task=PromptTask("mine", [{"prompt": "a"}], Rows(error), zero), eval_size=3
-            )
-        )
-    with pytest.raises(Stopped, match="training prompts could not be read: it raised") as caught:
-        PromptStream(Rows(error), 0).draw_prompts(4)
-    assert caught.value.__cause__ is error
-
 
 FILE = """
 import sys

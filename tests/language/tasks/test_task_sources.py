@@ -4,11 +4,9 @@ import sys
 
 import pytest
 
-import toy_tasks
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import DataArguments, TaskArguments, check_prompts, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, load_task
-from tokenrl.names import import_attribute
 
 ROWS = [{"question": f"q{i}", "hint": {"text": i}} for i in range(3)]
 
@@ -67,46 +65,6 @@ def test_bad_prompts_are_refused_with_their_row(prompt, fault):
             find_task(TaskArguments(task=PromptTask("mine", *rows, lambda completions: [0.0])))
 
 
-def test_a_row_without_a_prompt_is_refused():
-    for row in ({"question": "a"}, "a"):
-        with pytest.raises(Refused, match="row 0: expected a mapping with a 'prompt'"):
-            check_prompts([row], "here")
-
-
-def test_the_users_file_wins_over_an_installed_module_but_only_while_it_is_imported(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    sys.modules.pop("this", None)  # a module of the standard library that nothing needs
-    (tmp_path / "this.py").write_text("mine = 1")
-    before = list(sys.path)
-    assert import_attribute("this:mine", "task") == 1
-    assert sys.path == [*before, str(tmp_path)]
-    assert import_attribute("this:mine", "task") == 1 and sys.path == [*before, str(tmp_path)]
-
-
-def test_a_program_that_exits_on_import_is_refused(tmp_path):
-    (tmp_path / "program.py").write_text("import sys\nsys.exit('usage')")
-    with pytest.raises(Refused, match="SystemExit: usage"):
-        import_attribute(f"{tmp_path}/program.py:task", "task")
-    for spec in (":task", "module:"):
-        with pytest.raises(Refused, match="expected module:attribute"):
-            import_attribute(spec, "task")
-
-
-def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):
-    (tmp_path / "own.py").write_text("def zero(completions, **_): return [0.0] * len(completions)")
-    # its rewards are negative, so any other reward is above the mark
-    task = toy_tasks.load("target_length")
-    assert find_task(TaskArguments(task="target_length"))[0].solved == task.solved == -0.05
-    for options in ({"reward": (f"{tmp_path}/own.py:zero",)}, {"reward_weights": (2.0,)}):
-        other, _ = find_task(TaskArguments(task="target_length", **options))
-        assert other.solved is None and other.train_prompts == task.train_prompts
-        assert other.fingerprint == task.fingerprint  # the base model is still the same
-
-
 class Echo:
     """An environment with gymnasium's interface on text."""
 
@@ -146,14 +104,6 @@ def test_an_environment_alone_is_a_task_of_empty_prompts(echo_file, flag):
     assert len(task.eval_prompts) == 5 and len(load_task(f"{echo_file}:Env").eval_prompts) == 64
     chat = load_task(f"{echo_file}:Env", chat=True)
     assert chat.train_prompts[0]["prompt"] == [{"role": "user", "content": ""}]
-
-
-@pytest.mark.parametrize("factory", [Echo, make_echo])
-def test_so_is_one_from_python(factory):
-    for args in (TaskArguments(environment=factory), TaskArguments(task=factory)):
-        task, rewards = find_task(args)
-        assert task.name == factory.__name__ and task.environment is factory
-        assert rewards.environments is not None and len(task.train_prompts) == 512
 
 
 def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file):

@@ -7,17 +7,14 @@ import re
 import shutil
 
 import pytest
-from tiny_models import quickly, vowel_reward
+from tiny_models import vowel_reward
 
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
-from tokenrl.lab.measure.measurement import measure_gradients
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.prompts import render
-from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.tasks.task import PromptTask
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four"]
 ROWS = [{"question": word, "completion": word[::-1]} for word in WORDS]
@@ -64,16 +61,6 @@ def asked_of(word):
     return [{"role": "system", "content": "count"}, {"role": "user", "content": word}]
 
 
-def test_config_card_and_report_of_a_run_say_it(run):
-    config = json.loads((run / "config.json").read_text())
-    assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
-    output = (
-        "each text as a message of the user; system prompt 'count'; completions end at ' t' or 'e'"
-    )
-    assert f"| asked | {output} |" in (run / "model" / "README.md").read_text()
-    assert "&#34;system_prompt&#34;: &#34;count&#34;" in (run / "report.html").read_text()
-
-
 def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_path, monkeypatch):
     SEEN.clear()
     policy = load_policy(run)
@@ -116,23 +103,6 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
         tokenrl.sample(model=str(run), prompt="cat", chat=False)
 
 
-def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, monkeypatch):
-    rows = [{"prompt": row["question"]} for row in ROWS]
-    task = PromptTask("words", rows, rows[:2], vowel_reward)
-    read = prompts_read(load_policy(run), monkeypatch)
-    shape = {"task": task, "max_completion_length": 4, "quiet": True}
-    sizes = {"num_prompts": 4, "prompts_per_step": 1, "num_generations": 2, "probes": 2}
-    measure_gradients(model=str(run), estimators=("rloo",), **shape, **sizes)
-    assert asked_of("cat") in read
-    sizes = {"num_pairs": 4, "eval_size": 2, "max_steps": 1, "noise_temperature": 1.0}
-    models = {"model": str(saved(kind="chat")), "policy": str(run), "output_dir": tmp_path}
-    judge = tokenrl.train_reward_model(**models, **shape, **sizes).reward_model
-    whole = [*asked_of("cat"), {"role": "assistant", "content": "mat"}]
-    text = judge.tokenizer.apply_chat_template(whole, tokenize=False)
-    expected = judge.tokenizer(text, add_special_tokens=False).input_ids
-    assert judge.encode("cat", "mat") == RewardModel(tmp_path).encode("cat", "mat") == expected
-
-
 CLOCK = "\n{{ strftime_now('%d %b %Y, %-H') if strftime_now is defined }} "
 CLOCK += "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -170,28 +140,14 @@ def prompts_of(model, form):
     ).strip()
 
 
-@pytest.mark.parametrize(
-    "command", quickly(["train", "sft", "reward-model"], {"sft", "reward-model"})
-)
-def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, days, tmp_path):
+def test_a_template_that_reads_the_clock_has_one_time_in_a_run(dated, days, tmp_path):
     """It stands in config.json, so that a continuation and an evaluation on another day ask the same."""
     run = tmp_path / "run"
-    rows = {"task": ROWS, "prompt_column": "question", "chat": True}
-    pairs = []
-    for word in WORDS:
-        prompt = [{"role": "user", "content": word}]
-        pairs.append({"prompt": prompt, "chosen": word, "rejected": word[:1]})
-    function, options = {
-        "reward-model": (tokenrl.train_reward_model, {"data": pairs, "eval_size": 2}),
-        "sft": (tokenrl.sft, rows),
-        "train": (tokenrl.train, {**rows, "reward": looking, **SMALL}),
-    }[command]
-    if command != "train":
-        options["batch_size"] = 2
+    data = {"task": ROWS, "prompt_column": "question", "chat": True, "reward": looking, **SMALL}
 
     def trained(steps, **settings):
-        shape = {"model": dated, "output_dir": str(run), "quiet": True, "save_every": 1}
-        return function(**options | shape | {"max_steps": steps} | settings)
+        shape = {"model": dated, "output_dir": str(run), "save_every": 1, "max_steps": steps}
+        return tokenrl.train(**data | shape | settings)
 
     trained(1)
     recorded = json.loads((run / "config.json").read_text())["chat_time"]
@@ -202,16 +158,6 @@ def test_a_template_that_reads_the_clock_has_one_time_in_a_run(command, dated, d
     trained(2, resume="auto", **values)
     assert json.loads((run / "config.json").read_text())["chat_time"] == recorded
     assert (tmp_path / "given" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
-    if command != "reward-model":
-        day = f"{recorded[8:10]} Jan 2030, 7 the cat"
-        assert prompts_of(run, saved_form(str(run))).startswith(day)
-        assert not prompts_of(dated, {}).startswith(day)
-
-
-def test_a_time_is_given_by_hand_and_others_are_refused(dated, saved):
-    assert prompts_of(dated, {"chat_time": "1999-12-31"}).startswith("31 Dec 1999, 0 the cat")
-    with pytest.raises(Refused, match=r"chat_time was given as 'tomorrow'; write a time as"):
-        PromptArguments(chat_time="tomorrow")
-    policy = load_policy(saved(kind="chat"))  # reads no clock
-    policy.ask(PromptArguments(chat=True))
-    assert policy.form.chat_time is None
+    day = f"{recorded[8:10]} Jan 2030, 7 the cat"
+    assert prompts_of(run, saved_form(str(run))).startswith(day)
+    assert not prompts_of(dated, {}).startswith(day)

@@ -153,8 +153,6 @@ short = lambda completions, **_: [1.0 * len(text) for text in completions]
 kept = Keeps()
 mean_of = Mean()
 scaled = partial(score, scale=3.0)
-inner = partial(Keeps(), scale=3.0)
-method = kept.__call__
 """
 CODE = [
     ("reward", "mine.py:score", "reward mine.py:score: '"),
@@ -166,8 +164,8 @@ CODE = [
 ]
 HELD = [
     ("reward", "score", "scale *", "2 * scale *"), ("reward", "scaled", "scale *", "2 * scale *"),
-    ("reward", "kept", "2.0 *", "4.0 *"), ("reward", "inner", "2.0 *", "4.0 *"),
-    ("reward", "method", "2.0 *", "4.0 *"), ("reward", "short", "1.0 *", "3.0 *"),
+    ("reward", "kept", "2.0 *", "4.0 *"), 
+    ("reward", "short", "1.0 *", "3.0 *"),
     ("environment", "Env", "float(len", "2 * float(len"), ("task", "task", "scale *", "2 * scale *"),
     ("baseline", "mean", ".mean()", ".mean().mul(2)"), ("baseline", "mean_of", ".mean()", ".mean().mul(2)"),
 ]  # fmt: skip

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,6 @@ from tiny_models import quickly
 import tokenrl
 from tokenrl import Estimator
 from tokenrl.cli import main
-from tokenrl.errors import Stopped
-from tokenrl.runs.files import replacing
 
 FILE = """
 import os, sys, torch
@@ -117,34 +113,6 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(argv, where, monkeypatch, cap
         )
         monkeypatch.setenv("WHERE", "")
         assert main([*argv, "--resume", "auto"]) == 0
-
-
-def test_sys_exit_in_a_callback_is_a_failure_also_from_python(argv, monkeypatch):
-    monkeypatch.setenv("WHERE", "")
-    options = {"task": "rows.jsonl", "reward": "mine.py:share", "model": argv[-1]}
-    small = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
-    small |= {"max_steps": 2, "quiet": True, "cpu": True}
-    with pytest.raises(Stopped, match=r"At step 1: .*SystemExit: 0 \(test_endings.py, line \d+\)"):
-        tokenrl.train(callback=lambda *_: sys.exit(0), output_dir="called", **options, **small)
-    assert json.loads(Path("called/summary.json").read_text())["exit_reason"] == "failed"
-
-
-@pytest.mark.parametrize(
-    ("end", "code"),
-    [(3, 3), (None, 0), ("words", 1), (ValueError("words"), 1), ("returns", 0)],
-    ids=str,
-)
-def test_a_forked_process_never_comes_out_of_a_block_of_its_owner(tmp_path, end, code):
-    with contextlib.suppress(Exception), replacing(tmp_path / "file") as partial:
-        partial.write_text("whole")
-        child = os.fork()
-        if not child and isinstance(end, Exception):
-            raise end
-        if not child and end != "returns":
-            sys.exit(end)
-        if child:
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
-    assert (tmp_path / "file").read_text() == "whole"
 
 
 FORKS = [(where, child) for where in (*WHERE, "callback") for child in ("exit", "error", "returns")]

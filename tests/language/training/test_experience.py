@@ -96,27 +96,6 @@ def test_refilling_gives_up_after_some_rounds_and_the_step_goes_on():
     assert torch.equal(before, weights(learner.policy.model))
 
 
-def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
-    """Groups 1 and 4 of four rows each are replaced: a metric is over all 16 + 8 rows that were rewarded."""
-
-    def logs(prompts, completions, log_extra, log_metric):
-        first = len(prompts) == 16
-        log_metric("rows", len(prompts))
-        log_metric("early" if first else "late", 3.0)
-        log_extra("early" if first else "late", list(range(len(prompts))))
-        return by_word(prompts, completions)
-
-    learner, rewards, prompts, sampling = start("dapo", logs)
-    rows = experienced(learner, rewards, prompts, sampling)
-    out = refill(learner, rewards, sampling, rows, Spare())
-    means = averaged(out.logged)
-    assert means == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
-    table = completion_rows(learner.policy, replace(out, advantages=out.rewards), rewards.names)
-    none = [None] * 4
-    assert [row["early"] for row in table] == [*none, *range(4, 12), *none]
-    assert [row["late"] for row in table] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]
-
-
 def scarce(completions, log_extra, log_metric, **_):
     log_extra("my_length", [len(text) for text in completions])
     log_metric("my_metric", 0.5)
@@ -168,20 +147,6 @@ def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     assert greedy != greedy[::-1]
 
 
-def test_a_critic_learns_what_each_prompt_earns_and_leaves_the_policy_alone():
-    policy = make_policy()
-    before, sampling = weights(policy.model), Sampling(3, 4, keep_hidden=True)
-    batch = TransformersGenerator(policy).generate([[3, 4], [9, 8, 7]], sampling, None)
-    returns = torch.tensor([1.0, -2.0])[batch.prompt_index][:, None].expand(batch.mask.shape)
-    critic = Critic(batch.hidden.shape[-1], policy.device, learning_rate=3e-2, iterations=20)
-    assert torch.equal(critic.values(batch.hidden), torch.zeros(batch.mask.shape))
-    rest = returns, batch.mask / batch.mask.sum(), make_learner(policy).accelerator
-    losses = [critic.update(Estimator.preset("a2c"), batch.hidden, *rest) for _ in range(15)]
-    assert losses[-1] < 0.01 * losses[0]
-    assert torch.allclose(critic.values(batch.hidden)[batch.mask], returns[batch.mask], atol=0.1)
-    assert torch.equal(before, weights(policy.model))
-
-
 def test_the_values_are_read_before_they_are_taught():
     """In the first step every value is 0, so that the first gradient is that without a critic."""
     bare = Estimator.preset("a2c", baseline="none", returns="reward_to_go", lam=1.0)
@@ -225,3 +190,38 @@ def test_without_a_weight_no_reference_is_held_or_run(lora_r, monkeypatch):
     monkeypatch.setattr(type(policy), "reference_model", lambda self: pytest.fail("it was run"))
     metrics = one_step(make_learner(policy, "rloo")).metrics
     assert policy.reference is None and not {"kl", "kl_coef"} & metrics.keys()
+
+
+def test_a_critic_learns_what_each_prompt_earns_and_leaves_the_policy_alone():
+    policy = make_policy()
+    before, sampling = weights(policy.model), Sampling(3, 4, keep_hidden=True)
+    batch = TransformersGenerator(policy).generate([[3, 4], [9, 8, 7]], sampling, None)
+    returns = torch.tensor([1.0, -2.0])[batch.prompt_index][:, None].expand(batch.mask.shape)
+    critic = Critic(batch.hidden.shape[-1], policy.device, learning_rate=3e-2, iterations=20)
+    assert torch.equal(critic.values(batch.hidden), torch.zeros(batch.mask.shape))
+    rest = returns, batch.mask / batch.mask.sum(), make_learner(policy).accelerator
+    losses = [critic.update(Estimator.preset("a2c"), batch.hidden, *rest) for _ in range(15)]
+    assert losses[-1] < 0.01 * losses[0]
+    assert torch.allclose(critic.values(batch.hidden)[batch.mask], returns[batch.mask], atol=0.1)
+    assert torch.equal(before, weights(policy.model))
+
+
+def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
+    """Groups 1 and 4 of four rows each are replaced: a metric is over all 16 + 8 rows that were rewarded."""
+
+    def logs(prompts, completions, log_extra, log_metric):
+        first = len(prompts) == 16
+        log_metric("rows", len(prompts))
+        log_metric("early" if first else "late", 3.0)
+        log_extra("early" if first else "late", list(range(len(prompts))))
+        return by_word(prompts, completions)
+
+    learner, rewards, prompts, sampling = start("dapo", logs)
+    rows = experienced(learner, rewards, prompts, sampling)
+    out = refill(learner, rewards, sampling, rows, Spare())
+    means = averaged(out.logged)
+    assert means == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
+    table = completion_rows(learner.policy, replace(out, advantages=out.rewards), rewards.names)
+    none = [None] * 4
+    assert [row["early"] for row in table] == [*none, *range(4, 12), *none]
+    assert [row["late"] for row in table] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]

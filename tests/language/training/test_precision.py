@@ -23,7 +23,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy, add_lora
 from tokenrl.language.rollout import forward
-from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
+from tokenrl.language.rollout.forward import Forward, half_copy
 from tokenrl.language.rollout.scoring import Scoring, score
 from tokenrl.language.training.rows import sample
 
@@ -93,29 +93,6 @@ def test_a_frozen_base_is_kept_once():
     assert policy.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-def test_weights_that_transformers_keeps_exact_stay_so():
-    policy = make_policy()
-    policy.model._keep_in_fp32_modules_strict = {"norm"}
-    model = half_copy(policy)[0].model
-    exact = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert list(exact) == ["model.norm.weight"]
-    assert exact["model.norm.weight"] is policy.model.model.norm.weight
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_eager_attention_has_the_same_weights_and_gradient(architecture):
-    policy = make_policy(architecture)
-    rollout = sampled(policy)
-    twin = with_attention(policy.model, "eager")
-    assert twin.config._attn_implementation == "eager" != policy.model.config._attn_implementation
-    result = []
-    for model in (policy.model, twin):
-        score(model, rollout).logprobs.sum().backward()
-        result.append(gradient(policy.model))
-        policy.model.zero_grad()
-    assert apart(*result) < 1e-5
-
-
 def machine(device="cuda", processes=1):
     """Stands in for a machine of another kind, as far as the rules ask."""
     return SimpleNamespace(device=SimpleNamespace(type=device), num_processes=processes)
@@ -165,14 +142,6 @@ def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatc
     assert set(checked) == {torch.float32}
     assert {p.dtype for p in learner.forward.model.parameters()} == {torch.bfloat16}
     assert learner.forward.model.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_in_bfloat16_on_a_cpu_sampling_takes_the_attention_of_updates(precision):
-    learner = make_learner(make_policy(), mixed_precision=precision, training_attention="eager")
-    attention = learner.generator.policy.model.config._attn_implementation
-    assert attention == ("eager" if precision == "bf16" else "sdpa")
-    assert ("in sampling too" in learner.forward.words) == (precision == "bf16")
 
 
 def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(

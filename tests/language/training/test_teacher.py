@@ -29,7 +29,6 @@ import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import sampled_rows
-from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -286,6 +285,7 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
         ({"teacher": str(tmp_path / "nowhere")}, "no such model was found|There is no directory"),
         ({"teacher": broken(float("nan"))}, "not finite"),
         ({"teacher": broken(float("inf"))}, "not finite"),
+        ({"teacher": other_model(n_positions=12)}, "context of 12"),
         ({"teacher": 3}, r"teacher was given as a int.*teacher=\(model, tokenizer\)"),
         ({"teacher": same, "model": same}, "very model that is trained"),
         (
@@ -322,15 +322,6 @@ def test_a_run_continues_with_its_own_teacher_only(tmp_path):
     assert distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2).steps == 2
 
 
-def test_a_teacher_with_less_context_bounds_the_prompts(tmp_path, capsys):
-    short = other_model(n_positions=12)
-    with pytest.raises(Refused, match="context of 12"):
-        distilled(tmp_path / "run", quiet=True, teacher=short)
-    result = distilled(tmp_path / "run", teacher=short, max_completion_length=2)
-    assert "its context of 12 tokens bounds" in " ".join(capsys.readouterr().out.split())
-    assert result.policy.context == 64
-
-
 # ---- a teacher that ends otherwise ----
 
 
@@ -359,18 +350,6 @@ def test_completions_end_where_the_teacher_ends_too_and_so_does_what_is_saved(tm
     settings["model"] = ending_at(1, seed=0)
     again = tokenrl.train(**settings | {"resume": "auto", "max_steps": 3, "quiet": True})
     assert again.steps == 3 and again.policy.eos_ids == (1, 7, 9)
-
-
-def test_a_teacher_that_ends_at_stop_strings_asks_for_them(tmp_path):
-    teacher = ending_at(1)
-    teacher.ask(PromptArguments(stop=("on", "<pad>")))
-    with pytest.raises(
-        Refused, match=r"ends its completions at \('on', '<pad>'\).*--stop with the same"
-    ):
-        distilled(tmp_path / "run", teacher=teacher, quiet=True)
-    for stop in (("on", "<pad>"), ()):
-        result = distilled(tmp_path / f"run{len(stop)}", teacher=teacher, quiet=True, stop=stop)
-        assert (2 in result.policy.eos_ids) and result.policy.form.stop == stop
 
 
 def test_the_kl_to_a_reference_counts_up_to_where_it_ends():

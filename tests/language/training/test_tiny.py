@@ -18,7 +18,7 @@ from tokenrl.cli import main
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.tools import assistant_message
-from toy_tasks.models import EOS, UNKNOWN, model_for_rows
+from toy_tasks.models import EOS, UNKNOWN
 
 SMALL = "--max-steps 1 --prompts-per-step 2 --num-generations 2 --eval-size 2 --eval-generations 1 --cpu"
 PYTHON = """
@@ -83,25 +83,6 @@ def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     assert kind == "toy task" or not rewarded or "answer 2\nreward " in printed.out
 
 
-def test_a_tiny_model_knows_the_characters_of_all_rows_and_is_the_same_again():
-    rows = [{"prompt": "ab", "answer": 70}, {"prompt": "c", "answer": {"d": ["é"]}, "note": None}]
-    chat = [{"prompt": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}]
-    model, tokenizer = model_for_rows(rows, 3, texts=["!"], room=10)
-    assert set(tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *'abcd70é!{}[]": '}
-    assert (
-        model.config.max_position_embeddings == 10 + len('cé!{"d": ["é"]}')
-        and tokenizer.chat_template is None
-    )
-    again = model_for_rows(rows[::-1], 3, texts=["!"])[0]
-    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
-    assert not torch.equal(model_for_rows(rows, 4)[0].lm_head.weight, model.lm_head.weight)
-    tokenizer = model_for_rows(chat)[1]
-    assert set(tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"hiyo\n"}
-    ids = tokenizer.apply_chat_template(chat[0]["prompt"], return_dict=False)
-    assert tokenizer.decode(ids) == "hi\nyo\n"
-    assert "\n" in model_for_rows(rows, chat=True)[1].get_vocab()
-
-
 def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_same_bits(data):
     settings = {"task": "own.py:task", "model": "tiny", "stop": "#", "dtype": "float64"}
     settings |= {"prompts_per_step": 2, "num_generations": 2, "base_seed": 1}
@@ -116,18 +97,6 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     assert set(saved.tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"0123456789+=#"}
     assert saved.context == 1024 + len("9+1=10#")
     assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
-
-
-def test_tiny_is_a_directory_of_that_name_where_there_is_one_and_no_model_to_evaluate(
-    data, saved, capsys
-):
-    for command in ("evaluate --task own.py:task --model tiny", "sample --model tiny --prompt a"):
-        assert main(shlex.split(command)) == 2
-        assert "tiny is a new model, to be trained" in capsys.readouterr().err
-    Path("tiny").symlink_to(saved())
-    settings = {"task": "own.py:task", "max_steps": 1, "eval_generations": 0, "quiet": True}
-    result = tokenrl.train(model="tiny", output_dir="run", **settings)
-    assert result.policy.source == "tiny" and result.policy.size == load_policy(str(saved())).size
 
 
 class Shop:
@@ -162,32 +131,6 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
         policy.encode([user, message, {"role": "tool", "content": "3"}])[: len(prompt + ids)]
         == prompt + ids
     )
-
-
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        ({"a": [1, {"b": True}]}, '{"a": [1, {"b": true}]}'),
-        ([None, "x"], '[null, "x"]'),
-        (({"ä": 1.5},), '[{"ä": 1.5}]'),
-        ("x\ny", "x\ny"),
-        (["x\ny"], '["x\\ny"]\n'),
-    ],
-)
-def test_a_tiny_model_can_write_nested_answers_as_json(answer, text):
-    tokenizer = model_for_rows([{"prompt": "?", "answer": answer}])[1]
-    assert {*text} <= {*tokenizer.get_vocab()}
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_messages_count_without_their_keys_but_with_those_of_calls():
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    turns = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    vocabulary = {*model_for_rows([{"prompt": turns[:1], "completion": turns[1:]}])[1].get_vocab()}
-    assert {*json.dumps([call])} <= vocabulary and not vocabulary & {*"hk"}
 
 
 def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, capsys):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_models import (
     ENDS,
-    PROMPTS,
     apart,
     by_hand,
     flat_second_prompt,
@@ -58,11 +57,6 @@ QUICK = (
 def abstaining(prompts, completion_ids, **_):
     scores = flat_second_prompt(prompts, completion_ids)
     return [None if i == 7 else s for i, s in enumerate(scores)]
-
-
-def only_first_prompt_varies(prompts, completion_ids, **_):
-    scores = vowel_reward(None, completion_ids)
-    return [s if p == PROMPTS[0] else 0.5 for p, s in zip(prompts, scores, strict=True)]
 
 
 def scored_rows(monkeypatch):
@@ -236,25 +230,6 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
 
 
-def test_reward_functions_apart_are_weighted_after_their_scale():
-    """With a scale only the weight of a function matters, not its size."""
-
-    def large(completion_ids, **_):
-        return [100.0 * (ids[0] % 5) for ids in completion_ids]
-
-    def small(completion_ids, **_):
-        return [float(ids[0] % 5) for ids in completion_ids]
-
-    def advantages(second, weight):
-        fields = {"baseline": "group_mean", "scale": "group_std", "scale_eps": 0.0}
-        learner = make_learner(make_policy(), Estimator(components="separate", **fields))
-        record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
-        return [row["advantage"] for row in record.rows()]
-
-    expected = pytest.approx(advantages(large, 0.5), abs=1e-6)
-    assert advantages(small, 0.5) == expected != advantages(large, 0.25)
-
-
 def test_a_row_that_abstains_is_not_in_the_running_mean():
     mean, seen = RunningMean(0.9, 0.2), []
     learner = make_learner(make_policy(), "reinforce_running_mean")
@@ -279,19 +254,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
     with pytest.raises(Stopped, match="2 updates in a row"):
         one_step(learner)
     assert learner.skipped == 3 and torch.isfinite(weights(policy.model)).all()
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
-    settings = {"max_grad_norm": 0.0, "weight_decay": decay}
-    policy, other = make_policy(dtype="float64"), make_policy(dtype="float64")
-    learner = make_learner(policy, "rloo", optimizer="sgd", learning_rate=0.3, **settings)
-    before = weights(policy.model)
-    one_step(learner)
-    one_step(make_learner(other, "rloo", **settings))  # AdamW's, whose gradient is the same
-    expected = before - 0.3 * (gradient(other.model) + decay * before)
-    assert gradient(other.model).norm() > 0.1
-    torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)
 
 
 def test_minibatches_keep_groups_whole_and_the_seed_decides_which():
@@ -350,3 +312,35 @@ def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
     assert len(old) == 1  # once a step, before its updates
     mask = rows[0].mask
     torch.testing.assert_close(old[0][mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
+
+
+def test_reward_functions_apart_are_weighted_after_their_scale():
+    """With a scale only the weight of a function matters, not its size."""
+
+    def large(completion_ids, **_):
+        return [100.0 * (ids[0] % 5) for ids in completion_ids]
+
+    def small(completion_ids, **_):
+        return [float(ids[0] % 5) for ids in completion_ids]
+
+    def advantages(second, weight):
+        fields = {"baseline": "group_mean", "scale": "group_std", "scale_eps": 0.0}
+        learner = make_learner(make_policy(), Estimator(components="separate", **fields))
+        record = one_step(learner, reward=Rewards([vowel_reward, second], [1, weight]))
+        return [row["advantage"] for row in record.rows()]
+
+    expected = pytest.approx(advantages(large, 0.5), abs=1e-6)
+    assert advantages(small, 0.5) == expected != advantages(large, 0.25)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
+    settings = {"max_grad_norm": 0.0, "weight_decay": decay}
+    policy, other = make_policy(dtype="float64"), make_policy(dtype="float64")
+    learner = make_learner(policy, "rloo", optimizer="sgd", learning_rate=0.3, **settings)
+    before = weights(policy.model)
+    one_step(learner)
+    one_step(make_learner(other, "rloo", **settings))  # AdamW's, whose gradient is the same
+    expected = before - 0.3 * (gradient(other.model) + decay * before)
+    assert gradient(other.model).norm() > 0.1
+    torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)

@@ -1,0 +1,363 @@
+"""Training on episodes: its gradient by autograd, what estimators read of tokens, and whole runs by command."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from families import family_policy
+from tiny_environments import Faulty, Guess
+from tiny_models import (
+    ENDS,
+    PROMPTS,
+    apart,
+    gradient,
+    make_learner,
+    make_policy,
+    one_step,
+    quickly,
+    weights,
+)
+
+from tokenrl.cli import main
+from tokenrl.core import Estimator
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.preferences.sampled import make_preferences
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.episodes import ENDINGS
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training import rows as collect, step
+from tokenrl.language.training.rows import collect_rows
+from tokenrl.runs.reader import read_run
+
+LIMIT, SIZE = 10, 3
+"""The most tokens that the policy may choose in an episode, and the episodes of a group."""
+ESTIMATORS = {
+    "rloo": Estimator(),
+    "to go": Estimator(returns="reward_to_go"),
+    "sequence mean": Estimator(aggregation="sequence_mean", ratio="sequence_mean"),
+    "token mean": Estimator(aggregation="token_mean", ratio="token", returns="reward_to_go"),
+    "fixed length": Estimator(aggregation="fixed_length"),
+    "kl": Estimator(beta=0.3, kl_estimator="k2", kl_placement="loss"),
+    "closed form": Estimator(beta=0.3, kl_estimator="closed_form", kl_placement="loss"),
+    "closed form path": Estimator(beta=0.3, kl_estimator="closed_form_path", kl_placement="loss"),
+    "kl in the reward": Estimator(beta=0.3),
+    "entropy": Estimator(entropy_coef=0.2, aggregation="token_mean"),
+}
+
+
+def policy_of(family, seed=0):
+    """A policy in float64 whose turns are short."""
+    policy = make_policy(dtype="float64", seed=seed, max_position_embeddings=128)
+    if family == "qwen3":
+        policy.model = family_policy("qwen3", dtype="float64", seed=seed, vocabulary=96).model
+    elif family != "llama":
+        policy.model = make_policy(family, dtype="float64", seed=seed, n_positions=128).model
+    policy.eos_ids = ENDS
+    return policy
+
+
+def loss_by_hand(policy, reference, rows, e):
+    """The loss of a step: each row is scored by itself, as a whole and without padding."""
+    logprobs, kl, entropy, returns, term = {}, {}, {}, {}, {}
+    for i in rows.valid.nonzero().flatten().tolist():
+        actions = rows.mask[i].nonzero().flatten().tolist()
+        prompt = rows.prompt_ids[i][rows.prompt_mask[i]].tolist()
+        ids = torch.tensor(prompt + rows.completion_ids[i][: actions[-1] + 1].tolist())
+        before = torch.tensor([len(prompt) + t - 1 for t in actions])
+        logp = policy.model(ids[None]).logits[0][before].log_softmax(-1)  # [actions, V]
+        with torch.no_grad():
+            ref = reference.model(ids[None]).logits[0][before].log_softmax(-1)
+        chosen = ids[before + 1, None]
+        logprobs[i] = logp.gather(1, chosen).squeeze(1)
+        kl[i] = logprobs[i] - ref.gather(1, chosen).squeeze(1)
+        entropy[i] = -(logp.exp() * logp).sum(-1)
+        term[i] = kl[i] ** 2 / 2
+        if e.kl_estimator.startswith("closed_form"):
+            term[i] = (logp.exp() * (logp - ref)).sum(-1)
+        if e.kl_estimator == "closed_form_path":
+            later = [term[i][t + 1 :].sum().detach() for t in range(len(actions))]
+            term[i] = term[i] + torch.stack(later) * logprobs[i]
+        turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
+        assert not rewards[~rows.mask[i]].any()
+        rewards = rewards[actions] - (e.beta * kl[i].detach() if e.kl_placement == "reward" else 0)
+        begins = [0] * len(turns)
+        if e.returns != "total":
+            begins = [int((turns == turn).nonzero().min()) for turn in turns]
+        returns[i] = torch.stack([rewards[begin:].sum() for begin in begins])
+    loss, count, tokens = 0.0, len(returns), sum(map(len, returns.values()))
+    for i, logp in logprobs.items():
+        divisors = {
+            "sequence_mean": count * len(logp),
+            "token_mean": tokens,
+            "fixed_length": count * LIMIT,
+        }
+        others = [returns[j][0] for j in returns if j // SIZE == i // SIZE and j != i]
+        gain = (returns[i] - sum(others) / len(others)) * logp + e.entropy_coef * entropy[i]
+        gain = gain - (e.beta * term[i] if e.kl_placement == "loss" else 0)
+        loss = loss - gain.sum() / divisors.get(e.aggregation, count)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [("llama", name, {}) for name in ESTIMATORS]
+    + [("gpt2", "rloo", {}), ("qwen3", "token mean", {})]
+    + [("llama", "to go", {"micro_batch_size": 5, "sampling_batch_size": 3})]
+    + [("gpt2", "kl", {"micro_batch_size": 2}), ("llama", "to go", {"share_seed": False})]
+    + [("llama", "token mean", {"factory": Faulty, "micro_batch_size": 1})]
+    + [pytest.param("llama", "kl", {"factory": Faulty}, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, options):
+    """Neither KL, entropy nor divisors have a token of the environment, nor anything a row that failed.
+
+    Unsloth ignored the mask of tools.
+    """
+    options = dict(options)
+    factory = options.pop("factory", Guess)
+    share = options.pop("share_seed", True)
+    rewards = Rewards([], environments=Environments(factory, share_seed=share, timeout=0.3))
+    estimator = ESTIMATORS[name]
+    policy = policy_of(family)
+    reference = policy_of(family, seed=1)
+    policy.reference = reference.model.requires_grad_(False)
+    learner = make_learner(
+        policy, estimator, max_completion_length=LIMIT, learning_rate=1e-9, **options
+    )
+    prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
+    rows = collect_rows(learner, rewards, prompts, replace(learner.sampling, step=1))
+    behind = rows.mask.flip(1).cumsum(1).flip(1) > 0
+    assert (~rows.mask & behind).sum() > 50 and int(rows.turns.max()) == 2
+    assert rows.valid.all() == (factory is Guess)
+    loss_by_hand(policy, reference, rows, estimator).backward()
+    expected = gradient(policy.model)
+    policy.model.zero_grad()
+    record = one_step(learner, reward=rewards)
+    assert record.metrics["reward"] == pytest.approx(float(rows.rewards[rows.valid].mean()))
+    assert expected.norm() > 1e-3 and apart(gradient(policy.model), expected) < 1e-6
+    entropies = rows.entropy[rows.mask]
+    assert record.metrics["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-6)
+    assert record.metrics["completions/mean_length"] == float(rows.mask.sum()) / len(rows)
+
+
+# ---- every kind of estimator ----
+
+NAMES = "remax ppo a2c otb optimal dapo spo gspo gmpo cispo prime_rl gdpo unsloth openrlhf_default trl_rloo"
+KINDS = {
+    **{name: Estimator.preset(name) for name in NAMES.split()},
+    "timestep mean": Estimator.preset("reinforce_timestep_mean", beta=0.1),
+    "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
+    "centred, top 3": Estimator(importance_centre=True, importance_centre_top=3),
+    "truncated": Estimator(truncations="mask", aggregation="token_mean", returns="reward_to_go"),
+}
+ALIKE = {"otb", "gmpo", "prime_rl", "gdpo", "unsloth", "openrlhf_default", "trl_rloo"}
+"""Those that others are like in what they read of a token."""
+COLUMNS = ("logprobs", "sampling_logprobs", "entropy", "score_norms", "hidden")
+
+
+def trained(estimator, factory=Guess, **options):
+    """A step on episodes, of two updates where there is a ratio: weights and last gradient, and metrics."""
+    policy = make_policy(max_position_embeddings=128, initializer_range=0.1)
+    policy.eos_ids = ENDS
+    if estimator.needs_reference:
+        policy.reference = make_policy(seed=1, max_position_embeddings=128).model.requires_grad_(
+            False
+        )
+    shape = {"num_minibatches": 1 + (estimator.ratio != "none"), "max_completion_length": 10}
+    learner = make_learner(policy, estimator, **shape | options)
+    rewards = Rewards([], environments=Environments(factory, timeout=0.3))
+    record = one_step(learner, reward=rewards)
+    parts = [weights(policy.model), gradient(policy.model)]
+    parts += [] if learner.critic is None else [weights(learner.critic.head)]
+    return torch.cat(parts), record.metrics
+
+
+def disturb(monkeypatch, where):
+    """Change what is computed of the tokens that `where` chooses by their mask, and count them."""
+    changed = []
+
+    def other(x, mask):
+        cells = where(mask)
+        changed.append(int(cells.sum()))
+        return (
+            None
+            if x is None
+            else torch.where(cells if x.ndim == 2 else cells[:, :, None], 2 * x - 3, x)
+        )
+
+    def scored(compute):
+        return lambda model, rows, *args, **kw: type(out := compute(model, rows, *args, **kw))(
+            *(other(x, rows.mask) for x in out)
+        )
+
+    def sampled(*args):
+        rows = sample(*args)
+        return replace(rows, **{name: other(getattr(rows, name), rows.mask) for name in COLUMNS})
+
+    sample = collect.sample
+    monkeypatch.setattr(collect, "sample", sampled)
+    monkeypatch.setattr(collect, "score_in_parts", scored(collect.score_in_parts))
+    monkeypatch.setattr(step, "score", scored(step.score))
+    return changed
+
+
+@pytest.mark.parametrize("name", quickly(KINDS, ALIKE))
+def test_no_estimator_reads_what_is_computed_of_the_environments_tokens(name, monkeypatch):
+    """Whatever their log-probabilities, entropies and hidden states are, the update has the same bits."""
+    usual, measured = trained(KINDS[name])
+    assert usual.isfinite().all() and measured["episodes/turns"] > 1
+    with monkeypatch.context() as patch:
+        changed = disturb(patch, torch.logical_not)
+        again, metrics = trained(KINDS[name])
+    assert sum(changed) > 50 and torch.equal(again, usual)
+    assert metrics == pytest.approx(measured, rel=0, abs=0, nan_ok=True)
+    disturb(monkeypatch, torch.Tensor.bool)  # those of the policy do count
+    assert not torch.equal(trained(KINDS[name])[0], usual)
+
+
+class Flat(Guess):
+    """Rewards nothing if the number of reset is even, for all of a group, as its seed is shared."""
+
+    def step(self, text):
+        observation, reward, *rest = super().step(text)
+        return observation, reward * (self.number % 2), *rest
+
+
+def test_groups_of_equal_rewards_are_replaced_by_episodes_of_new_prompts():
+    parts, metrics = trained(KINDS["dapo"], Flat)
+    _, never = trained(KINDS["dapo"], Flat, max_refills=0)
+    assert parts.isfinite().all() and metrics["refilled"] > 0 == never["refilled"]
+    # the test has few new prompts
+    assert metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]
+
+
+# ---- whole runs ----
+
+ENVIRONMENT = '''
+class Talk:
+    """Says <b>; a turn is worth its digits, and one with a q ends the episode."""
+
+    def reset(self, seed=None):
+        return f"<{seed % 10}>", {}
+
+    def step(self, text):
+        digits = float(sum(letter.isdigit() for letter in text))
+        return "<b>\\n", digits, "q" in text, False, {}
+
+
+class Away(Talk):
+    """Its service is away."""
+
+    def step(self, text):
+        raise OSError("no connection")
+
+
+def long(completions, **_):
+    return [float(len(text)) for text in completions]
+'''
+STOP = "abcdefghijklmnop"
+SMALL = ["--model", "tiny", "--max-turns", "3", "--max-completion-length", "24", "--stop", *STOP]
+SMALL += [
+    "--max-steps",
+    "2",
+    "--prompts-per-step",
+    "4",
+    "--num-generations",
+    "4",
+    "--eval-size",
+    "6",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a run in an environment, beside the file that defines it."""
+    folder = tmp_path_factory.mktemp("talk")
+    (folder / "talk.py").write_text(ENVIRONMENT)
+    command = ["train", "--task", f"{folder}/talk.py:Talk", *SMALL, "--output-dir", f"{folder}/run"]
+    assert main([*command, "--quiet"]) == 0
+    return folder / "run"
+
+
+def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
+    recorded = read_run(run)
+    assert (
+        recorded.config["task"] == f"{run.parent}/talk.py:Talk"
+        and recorded.config["max_turns"] == 3
+    )
+    row = recorded.completions()[0]
+    turns = json.loads(row["messages"])
+    assert row["prompt"][0] + row["prompt"][2] == "<>" and row["ending"] in ENDINGS
+    assert {turn["role"] for turn in turns[::2]} == {"assistant"} and row["failure"] is None
+    answers = [turn["content"] for turn in turns[1::2]]
+    assert answers == ["<b>\n"] * len(answers)
+    assert [row["prompt"][1] for row in recorded.completions()[:4]] == [row["prompt"][1]] * 4
+    page = (run / "report.html").read_text()
+    assert (
+        '<div class="message user"><span class="label">user</span><div class="text">&lt;b&gt;'
+        in page
+    )
+    assert '<div class="message assistant">' in page and "<b>\n" not in page
+    assert (
+        '<span class="label">completion</span>' in page
+        and '<span class="label">messages</span>' not in page
+    )
+    assert recorded.metrics[-1]["eval_episodes/turns"] > 0
+
+
+def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch):
+    numbers = run.parent / "numbers.json"
+    command = ["evaluate", "--model", str(run), "--json", str(numbers), "--num-generations", "2"]
+    command += ["--best-of", "2", "--reference", str(run), "--reward", f"{run.parent}/talk.py:long"]
+    assert main(command) == 0
+    assert "mean number of turns of an episode" in " ".join(capsys.readouterr().out.split())
+    metrics = json.loads(numbers.read_text())
+    of_episodes = {name: value for name, value in metrics.items() if name.startswith("episodes/")}
+    turns = of_episodes.pop("episodes/turns")
+    assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
+    assert abs(metrics["kl"]) < 1e-4
+    # the task's own reward measures what the other one chose
+    assert metrics["best_of_n_proxy@2"] >= metrics["best_of_n_proxy@1"] != metrics["best_of_n@1"]
+    assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
+    out, output = capsys.readouterr()
+    assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
+    assert (
+        output.count("Talk begins its episodes itself, so they are played without that prompt") == 1
+    )
+    assert out.count("\nuser       <b>") >= 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    assert main(["sample", "--model", str(run), "--num-generations", "0"]) == 0
+    assert capsys.readouterr().out.count("episode\nprompt") == 2  # an empty line plays one too
+
+
+def test_a_check_names_what_fails(run, tmp_path, capsys):
+    command = ["train", "--check", *SMALL, "--output-dir", str(tmp_path / "new"), "--task"]
+    assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
+    assert "episodes failed. Away.step raised OSError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "purpose"),
+    [
+        (["lab", "measure"], "lab measure"),
+        (["reward-model", "--output-dir", "OUT"], "A reward model"),
+    ],
+)
+def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
+    words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
+    assert main([*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny"]) == 2
+    _, gold = find_task(TaskArguments(task=f"{run.parent}/talk.py:Talk"))
+    with pytest.raises(Refused, match="A pair of completions needs completions of one turn"):
+        make_preferences(load_policy(run / "model"), [{"prompt": "a"}], gold, Sampling(4, 2))
+    expected = (
+        f"{purpose} needs completions of one turn, and Talk answers them: name a task without"
+    )
+    assert expected in capsys.readouterr().err
