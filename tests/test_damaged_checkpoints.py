@@ -68,7 +68,6 @@ NEW = ["--max-steps", "1", "--output-dir", "new"]
         ["evaluate", "--task", "vowels", *MODEL],
         ["sample", *MODEL, "--prompt", "abc>"],
         ["lab", "measure", "--task", "vowels", *MODEL],
-        ["advise", "--task", "vowels", *MODEL],
         ["control", "--env", "bandit", "--load", "control/checkpoints/step_000002", *NEW],
     ],
     ids=lambda command: " ".join(command[:4]),

@@ -132,7 +132,7 @@ def test_every_command_that_asks_a_model_has_the_four_settings():
     found = [
         name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")
     ]
-    assert found == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
+    assert found == ["train", "sft", "reward-model", "evaluate", "sample", "lab measure"]
 
 
 def test_flags_say_yes_no_or_nothing(tmp_path):
