@@ -142,19 +142,6 @@ def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "weight"), [([], "act"), (["--max-episode-steps", "400"], "watch")]
-)
-def test_no_baseline_passes_with_a_finding_where_it_is_allowed(capsys, flags, weight):
-    argv = [*LONG, *flags, "--baseline", "none", "--allow-no-baseline"]
-    _, advice = advised(capsys, *argv)
-    findings = {finding["flag"]: finding["weight"] for finding in advice["findings"]}
-    assert findings["no-baseline"] == weight
-    assert all(finding["changes"] == {} for finding in advice["findings"]), "what was typed stays"
-    arguments = parsed("tokenrl control --config c.json")
-    assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
-
-
 def test_the_command_line_that_is_shown_can_be_typed(capsys):
     assert main(["advise", "--env", "bandit"]) == 0
     line = capsys.readouterr().out.partition("Run it: ")[2].splitlines()[0]

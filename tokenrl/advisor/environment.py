@@ -25,8 +25,8 @@ from tokenrl.control.setup import control_settings
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.findings import facts, rounded
-from tokenrl.runs.rules import judge
+from tokenrl.runs.findings import Means, observe
+from tokenrl.runs.rules import judge, rounded
 
 A2C = {"estimator": Estimator.preset("a2c"), "learning_rate_schedule": "linear"}
 CONTINUOUS = {
@@ -85,16 +85,10 @@ def advise_environment(args: AdviseArguments) -> Advice:
     control_settings(control, spec)  # refuses what does not fit the environment
     returns = measure_returns(spec, args, control.hidden)
     control = fitted(replace(control, head=spec.head), spec, returns)
-    observed = facts(
-        [],
-        control,
-        horizon=spec.horizon,
+    observed = replace(
+        observe([], control),
         groups=f"{returns['episodes']} episodes of nearly random actions",
-        step_equal=1 - returns["unusual"],
-        step_reward=returns["mean"],
-        who="Nearly random actions",
-        before_greedy=returns["mean"] if returns["sd"] else None,
-        pass_mark=spec.solved,
+        step=Means(reward=returns["mean"], equal=1 - returns["unusual"]),
     )
     values = settings_of(control)
     reasons = _reasons(control, returns, reason)

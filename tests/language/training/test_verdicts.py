@@ -76,7 +76,7 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
         sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3
     )
     assert output.count("The policy is destroyed") == 1
-    assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
+    assert f"fell from {rows[0]['eval_reward']:.3g} to" in message
     assert "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001" in message
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
     assert f"The last complete checkpoint is {last}; --resume auto" in message

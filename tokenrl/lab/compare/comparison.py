@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.findings import LOST_SHARE, Finding, Gain, Means, Observed
 from tokenrl.runs.rules import judge
 
 
@@ -146,12 +146,19 @@ def _refuse_without_score(problem: Problem, runs: pd.DataFrame, metric: str) -> 
 def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     """Return what the table of rules finds in an arm's runs, which qualifies verdicts and excludes nothing."""
     settings = {**problem.settings, **arm.settings}
-    facts: dict[Any, Any] = dict(runs.mean(numeric_only=True))
-    facts["has_entropy_bonus"] = arm.estimator.entropy_coef > 0
-    facts["max_completion_length"] = settings.get("max_completion_length")
-    if not arm.estimator.needs_groups:
-        facts.pop("early_equal", None)
-    return judge(facts)
+    means = runs.mean(numeric_only=True)
+    equal = means.get("early_equal", math.nan) if arm.estimator.needs_groups else math.nan
+    return judge(
+        Observed(
+            learning_rate=means.get("learning_rate"),
+            max_completion_length=settings.get("max_completion_length"),
+            has_entropy_bonus=arm.estimator.entropy_coef > 0,
+            early=Means(entropy=means.get("early_entropy", math.nan), equal=equal),
+            recent=Means(cut=means.get("recent_cut", math.nan)),
+            skipped=means.get("skipped"),
+            gain=Gain(means.get("gain", math.nan)),
+        )
+    )
 
 
 def _exploratory(plan: Plan) -> Iterator[Caveat]:
@@ -207,22 +214,18 @@ def _separating_samples(problem: Problem, table: RunTable) -> float | None:
 
 def _training(problem: Problem, comparison: Comparison) -> Iterator[Caveat]:
     """Say what was found in the training of each arm; clipped updates of all arms stand in one sentence."""
-    shares = comparison.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
-    clipped = []
-    others = []
-    for arm in comparison.plan.arms:
-        for finding in comparison.findings[problem.label, arm.label]:
-            if finding.flag == "clipped-updates":
-                clipped.append(f"{arm.label} ({shares[arm.label]:.0%})")
-            else:
-                others.append(Caveat(f"Training of {arm.label}: {finding.text}"))
+    runs = comparison.table.of(problem.label)
+    shares = runs.groupby("arm", sort=False)["grad_clipped"].mean()
+    clipped = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
     if clipped:
         yield Caveat(
             f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
             "the size of a step; the estimator sets only its direction.",
             "most updates were clipped, which hides a gradient's size",
         )
-    yield from others
+    for arm in comparison.plan.arms:
+        for finding in comparison.findings[problem.label, arm.label]:
+            yield Caveat(f"Training of {arm.label}: {finding.text}")
 
 
 def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:

@@ -172,7 +172,7 @@ def is_done(run: PlannedRun, root: Path) -> bool:
 
 
 def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
-    """Return means up to a step: entropy in the last tenth of them, and facts of `tokenrl.runs.rules`.
+    """Return means up to a step: entropy in the last tenth of them, and what `tokenrl.runs.rules` read.
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
     """
@@ -184,19 +184,18 @@ def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
     late = steps[-tenth:].mean(numeric_only=True)
     updates_per_step = config.get("num_iterations", 1) * config.get("num_minibatches", 1)
     updates = max(1, len(steps)) * updates_per_step
-    counts = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
-    facts = {
+    counts = steps.filter(["skipped_steps"]).fillna(0).max() / updates
+    means = {
         "entropy": late.get("entropy"),
         "early_entropy": early.get("entropy"),
         "early_equal": early.get("frac_reward_zero_std"),
         "recent_cut": whole.get("completions/clipped_ratio"),
         "grad_clipped": whole.get("grad_clipped"),
         "skipped": counts.get("skipped_steps"),
-        "idle": counts.get("idle_steps"),
     }
     if config.get("head") == "gaussian":
-        del facts["early_entropy"]
-    return {name: float(value) for name, value in facts.items() if value is not None}
+        del means["early_entropy"]
+    return {name: float(value) for name, value in means.items() if value is not None}
 
 
 def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:

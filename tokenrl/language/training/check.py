@@ -32,12 +32,12 @@ from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.texts import check_characters, check_demonstrations, usable_rows
-from tokenrl.language.training.verdicts import asks_in_text, run_facts
+from tokenrl.language.training.verdicts import asks_in_text, observe_run
 from tokenrl.runs.console import conclude, number
-from tokenrl.runs.findings import Finding, Weight, lower_rate, share_equal
+from tokenrl.runs.findings import Finding, Means, Observed, Weight, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.output import harmless, visible
-from tokenrl.runs.rules import MIN_ERRORS, judge
+from tokenrl.runs.rules import MIN_ERRORS, judge, lower_rate
 from tokenrl.runs.session import Session
 
 FEW_PROMPTS = 8
@@ -71,23 +71,24 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
     findings: list[Finding] = []
-    gap: dict[str, float] = {}
     train = usable_rows(run, run.task.train_prompts, "training prompts", findings)
     held_out = usable_rows(run, run.task.eval_prompts, "held-out prompts", findings)
     check_demonstrations(run, findings)
     characters = check_characters(run, findings)
     records, smaller = _try_out(run, session, evaluate, train, len(held_out), findings)
+    observed = _observed(run, records, session)
     if records:
-        gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
+        gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train))
+        if gap is not None:
+            observed = replace(observed, step=replace(observed.step, logp_difference=gap))
     failures = [*run.failures, *(text for record in records for text in record.failures)]
     if failed := failures_of(failures):
         findings.append(Finding("environment-fails", "void", failed))
     unread = [record.unread for record in records if record.unread and not run.warm_seconds]
     findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
-    observed = _trial_facts(run, records, session) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     settings = {"truncation": "max_completion_length"}
-    if observed["is_half"]:
+    if run.args.mixed_precision == "bf16":
         settings["sampling-differs"] = "mixed_precision"
     left_open = {flag for flag, name in settings.items() if getattr(session.choices, name) is None}
     findings += [f for f in judge(observed) if f.weight != "watch" or f.flag not in left_open]
@@ -186,9 +187,7 @@ def _weights_restored(learner: Learner) -> Iterator[None]:
         learner.sync()
 
 
-def _judge_steps(
-    run: TrainingRun, observed: Mapping[str, Any], findings: list[Finding]
-) -> dict[str, str]:
+def _judge_steps(run: TrainingRun, observed: Observed, findings: list[Finding]) -> dict[str, str]:
     """Compare the held-out rewards after and before the trial steps, and add a finding if they have fallen.
 
     Returns:
@@ -283,8 +282,8 @@ def _share_equal(run: TrainingRun, records: Sequence[Record]) -> float:
     return fmean([share_equal(record.metrics, groups) for record in records])
 
 
-def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
-    """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
+def _scoring_gap(run: TrainingRun, rows: Rows) -> float:
+    """Sample a few completions and score them as training does; return how far apart tokens are."""
     learner = run.learner
     sampling = replace(
         learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1
@@ -292,65 +291,61 @@ def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
     rollout = sample(learner, list(enumerate(rows[:4])), sampling, run.rewards.environments)
     scored = logprobs_under(learner, learner.forward.model, rollout)
     apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
-    return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
+    return float(apart.mean())
 
 
-def _trial_facts(run: TrainingRun, records: Sequence[Record], session: Session) -> dict[str, Any]:
-    """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
+def _observed(run: TrainingRun, records: Sequence[Record], session: Session) -> Observed:
+    """Return what a check has observed: its trial steps, if any, and the evaluation before training."""
     args = run.args
     policy = run.learner.policy
-    usual = run.usual_rate
-    numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
-    numbers["is_half"] = args.mixed_precision == "bf16"
+    steps = [{"step": 1, **record.metrics} for record in records]
+    observed = replace(
+        observe_run(run, [*session.rows, *steps]),
+        latest=None,
+    )
     if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing
-        return run_facts(run, [], **numbers)
+        return replace(observed, step=Means(), recent=Means())
     equal = _share_equal(run, records)
     size = args.num_generations
     groups = len(records) * args.prompts_per_step
     if size == 1:
         groups = len(records)
         size = args.prompts_per_step
-    numbers |= {
-        "step_equal": equal,
-        "is_misasked": asks_in_text(run) or equal == 1,
-        "steps_without_signal": len(records) if equal == 1 else 0,
-        "others_differ": args.teacher is not None,
-        "groups": f"{_counted(groups, 'group')} of {_counted(size, 'completion')}",
-        "who": "The greedy completions of held-out prompts",
-        "before_greedy": session.eval_before.get("reward_greedy") if equal < 1 else None,
-    }
-    if run.rewards.environments is not None:  # a turn that was cut off is never acted on
-        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
-        numbers["recent_cut"] = cut if cut < 1 else None  # the rule truncation says that
-    if not any(math.isfinite(record.metrics["grad_norm"]) for record in records):
-        numbers["step_grad_norm"] = math.inf
+    trial = replace(observed.step, equal=equal)
     if not (policy.eos_ids or policy.stops):  # then all are cut
-        numbers["step_cut"] = None
-    steps = [{"step": 1, **record.metrics} for record in records]
-    return run_facts(run, [*session.rows, *steps], "step", **numbers)
+        trial = replace(trial, cut=math.nan)
+    # A turn that was cut off is never acted on.
+    is_cut = run.rewards.environments is not None and trial.cut < 1
+    return replace(
+        observed,
+        step=trial,
+        recent=Means(cut=trial.cut if is_cut else math.nan),
+        skipped=float(not any(math.isfinite(r.metrics["grad_norm"]) for r in records)),
+        is_misasked=asks_in_text(run) or equal == 1,
+        others_differ=args.teacher is not None,
+        groups=f"{_counted(groups, 'group')} of {_counted(size, 'completion')}",
+    )
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _lines(
-    run: TrainingRun, observed: Mapping[str, Any], records: Sequence[Record]
-) -> dict[str, str]:
+def _lines(run: TrainingRun, observed: Observed, records: Sequence[Record]) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
     args = run.args
     lines = {}
     if records and not run.warm_seconds:
         if not run.unrewarded:
-            share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
-            lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
+            share = f"{1 - observed.step.equal:.0%} of {observed.groups}"
+            lines["reward"] = f"{observed.step.reward:.3g} on average; differs within {share}"
         length = fmean(record.metrics["completions/mean_length"] for record in records)
         cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
         lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
-    if "gap" in observed:
-        apart = f"{observed['gap']:.1g} nats per token on average, {observed['largest_gap']:.1g} at most"
-        lines["scoring"] = f"differs from sampling by {apart}"
+    apart = observed.step.logp_difference
+    if not math.isnan(apart):
+        lines["scoring"] = f"differs from sampling by {apart:.1g} nats per token on average"
     memory = []
     for name, size in peak_memory().items():
         machine = "GPU" if "cuda" in name else "computer"
