@@ -23,7 +23,6 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
-LARGEST_DIFFERENCE = 0.5  # that a precision explains
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
@@ -125,7 +124,7 @@ def sampling_differs(observed: Observed) -> Judgement:
         f"the effective sample size is {share:.0%} of the completions. "
         "Sample and train in one precision, or change --estimator.importance."
     )
-    return Finding("sampling-differs", "void" if difference > LARGEST_DIFFERENCE else "act", text)
+    return Finding("sampling-differs", "void" if share < LOST_SHARE else "act", text)
 
 
 def no_signal_in_trial(observed: Observed) -> Judgement:

@@ -139,9 +139,9 @@ def test_a_check_shows_the_first_episode_and_what_fails(run, tmp_path, capsys):
     command = ["train", "--check", *SMALL, "--output-dir", str(tmp_path / "new"), "--task"]
     main([*command, f"{run.parent}/talk.py:Talk"])
     out, error = capsys.readouterr()
-    printed = out[out.index("The first episode, of reward ") :]
+    printed = out[out.index("The first of these episodes:") :]
     assert "\nprompt     <" in printed and "\nassistant  " in printed and "\nending     " in printed
-    assert "few" not in error and "cannot be asked" not in error
+    assert "few" not in error and "step-failed" not in error
     shorter = ["--max-completion-length", "2", "--max-turns", "1"]
     assert main([*command, f"{run.parent}/talk.py:Talk", *shorter]) == 2
     cut = r"\d\d% of the completions are cut off at 2 tokens. Raise --max-completion-length"
