@@ -16,11 +16,11 @@ from tokenrl.runs.findings import Gain, Latest, Mean, Means, Observed, observe
 from tokenrl.runs.rules import judge
 
 SIGNS = "90% of the groups had equal rewards"
-FALLEN = Latest(first=0.2, reward=0.0, error=0.01, signs=SIGNS)
+FALLEN = Latest(first=0.2, reward=Mean(0.0, 0.01, 4), signs=SIGNS)
 LOST = Observed(learning_rate=0.1, sampled=[Mean(0.2, 0.012, 0)], latest=FALLEN)
 HARDER = [Mean(0.8, 0.012, 0)]  # held-out prompts may be easier than those of training
 RISEN = [Mean(0.2, 0.012, 0), Mean(0.6, 0.012, 9)]
-GAIN = Gain(0.01, 0.02, before=0.3, after=0.31, equal=0.6)
+GAIN = Gain(0.01, 0.02, before=0.3, equal=0.6)
 ENDED = Observed(learning_rate=0.1, gain=GAIN)
 PEAK = Observed(fell=True, peak=Mean(0.9, 0.01, 20), learning_rate=1e-3)
 GREEDY = Observed(greedy=[Mean(0.8, 0.03, 0), Mean(0.1, 0.02, 9)])
@@ -30,23 +30,23 @@ RATES = Observed(learning_rate=0.1, lowest_rate=1e-3, highest_rate=1e-3)
 FAR = Observed(recent=Means(logp_difference=0.06, effective_samples=0.9))
 NEAR = Means(logp_difference=0.05, effective_samples=0.5)
 TRIAL = Observed(groups="4 groups", step=Means(reward=0.5, equal=1))
-IDLE = Observed(idle_steps=3, step=Means(reward=0.5), had_signal=True, learning_rate=0.1)
+IDLE = Observed(idle_steps=3, step=Means(reward=0.5), learning_rate=0.1)
 EQUAL = Observed(recent=Means(equal=0.6), num_generations=4)
 CUT = Observed(recent=Means(cut=0.2), max_completion_length=16)
 FLAT = Observed(gained=False, learning_rate=1e-3)
 CASES = [  # flag, weight, what was observed, changes advised, and what of it makes the rule silent
     ("policy-destroyed", "void", LOST, {"learning_rate": 0.025}, {"latest": FALLEN._replace(signs="")}),
-    ("policy-destroyed", "void", LOST, {"learning_rate": 0.025}, {"latest": FALLEN._replace(error=0.05)}),
+    ("policy-destroyed", "void", LOST, {"learning_rate": 0.025}, {"latest": FALLEN._replace(reward=Mean(0, 0.05, 4))}),
     ("policy-destroyed", "void", LOST, {"learning_rate": 0.025}, {"sampled": HARDER}),
     ("policy-destroyed", "void", replace(LOST, sampled=RISEN), {"learning_rate": 0.025},
-     {"latest": FALLEN._replace(reward=0.5)}),
+     {"latest": FALLEN._replace(reward=Mean(0.5, 0.01, 4))}),
     ("entropy-collapsed", "act", Observed(recent=Means(entropy=0.09)), {"estimator.entropy_coef": 0.01},
      {"recent": Means(entropy=0.1)}),
     ("entropy-collapsed", "act", Observed(recent=Means(entropy=-1)), {"estimator.entropy_coef": 0.01},
      {"has_entropy_bonus": True}),
     ("entropy-collapsed", "watch", Observed(recent=Means(entropy=0.05), is_solved=True), {},
      {"recent": Means(entropy=1)}),
-    ("entropy-collapsed", "act", Observed(early=Means(entropy=0.05), gain=Gain(0)), {}, {"gain": Gain(0.1)}),
+    ("entropy-collapsed", "act", Observed(early=Means(entropy=0.05), gain_of_arm=0), {}, {"gain_of_arm": 0.1}),
 
     ("sampling-differs", "act", FAR, {}, {"recent": NEAR}),
     ("sampling-differs", "void", replace(FAR, recent=replace(NEAR, effective_samples=0.4)), {},
@@ -55,7 +55,7 @@ CASES = [  # flag, weight, what was observed, changes advised, and what of it ma
     ("no-signal", "watch", replace(TRIAL, others_differ=True), {}, {"groups": None}),
     ("no-signal", "watch", replace(TRIAL, step=Means(reward=0.5, equal=0.95)), {}, {"groups": None}),
     ("no-signal", "void", IDLE, {}, {"idle_steps": None}),
-    ("no-signal", "act", Observed(early=Means(equal=0.6), gain=Gain(-0.1)), {}, {"gain": Gain(0.2)}),
+    ("no-signal", "act", Observed(early=Means(equal=0.6), gain_of_arm=-0.1), {}, {"gain_of_arm": 0.2}),
     ("no-signal", "act", EQUAL, {"num_generations": 8}, {"recent": Means(equal=0.25)}),
     ("no-signal", "act", replace(EQUAL, num_envs=4), {"num_envs": 8}, {"recent": Means(equal=0.25)}),
     ("nothing-learnt", "act", ENDED, {}, {"gain": GAIN._replace(value=0.05)}),
@@ -147,17 +147,18 @@ def test_the_latest_steps_hold_enough_groups_and_evaluations_are_read_in_order()
         observed_of(rows[:6], prompts_per_step=8).latest is None
     )  # 6 steps of 8 groups are needed
     observed = observed_of(rows, prompts_per_step=16, eval_generations=4)
-    assert observed.latest == pytest.approx((0.1, 0.7, 0.03 / math.sqrt(3), ""))
+    assert (observed.latest.first, observed.latest.signs) == (0.1, "")
+    assert observed.latest.reward == pytest.approx((0.7, 0.03 / math.sqrt(3), 8))
     assert observed.sampled == [(0.2, 0.01, 0), (0.5, 0.02, 5)]
     assert [mean.value for mean in observed.most] == [0.5] and observed.greedy == []
     rows += [row(step, 0.0, error=0.0, equal=1.0) for step in range(9, 12)]
     observed = observed_of(rows, prompts_per_step=16, learning_rate=1.0)
-    assert observed.latest.error == pytest.approx(
+    assert observed.latest.reward.error == pytest.approx(
         0.03 / math.sqrt(3)
     )  # equal rewards show no noise
     assert judge(observed, "policy-destroyed")
     rows = [row(step, 0.2, error=None) for step in range(1, 60)]
-    assert math.isnan(observed_of(rows, prompts_per_step=1).latest.error)
+    assert math.isnan(observed_of(rows, prompts_per_step=1).latest.reward.error)
 
 
 @pytest.mark.parametrize(
@@ -176,21 +177,17 @@ def test_the_signs_of_a_policy_that_can_hardly_recover(changes, signs):
 
 
 def test_means_leave_out_what_is_no_number_and_count_equal_rewards():
-    rows = [row(1, 0.2), row(1, 0.4) | {"entropy": None, "reward_std": 0.0}]
-    rows += [row(1, 0.3) | {"entropy": "Infinity"}]
-    step = observed_of(rows).step
-    assert (
-        step.reward == pytest.approx(0.3)
-        and step.entropy == 1.0
-        and math.isnan(step.logp_difference)
-    )
-    assert step.equal == pytest.approx(0.2)
+    rows = [row(1, 0.2), row(2, 0.4) | {"entropy": None, "reward_std": 0.0}]
+    rows += [row(3, 0.3) | {"entropy": "Infinity"}]
+    early = observed_of(rows * 10).early  # three rows
+    assert early.reward == pytest.approx(0.3) and early.equal == pytest.approx(0.2)
+    assert early.entropy == 1.0 and math.isnan(early.logp_difference)
     alone = {"estimator": Estimator(baseline="batch_mean")}
-    assert observed_of(rows, **alone).step.equal == pytest.approx(1 / 3)
-    assert math.isnan(observed_of(rows, **alone, num_envs=1).step.equal)  # nothing is compared
+    assert observed_of(rows * 10, **alone).early.equal == pytest.approx(1 / 3)
+    assert math.isnan(observed_of(rows, **alone, num_envs=1).early.equal)  # nothing is compared
 
 
 def test_the_recent_steps_are_the_last_tenth_and_the_entropy_of_a_density_may_be_negative():
     observed = observed_of([row(step, step) for step in range(1, 21)], head="gaussian")
-    assert (observed.recent.reward, observed.early.reward) == (19.5, 1.5)
+    assert (observed.step.reward, observed.recent.reward, observed.early.reward) == (20, 19.5, 1.5)
     assert math.isnan(observed.recent.entropy)

@@ -22,7 +22,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.findings import LOST_SHARE, Mean, Observed, evaluations, observe
+from tokenrl.runs.findings import LOST_SHARE, Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 
@@ -32,7 +32,7 @@ FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
 EASY_REWARD = 0.95
 """Without a threshold of its own, a task is easy from this mean reward on, which is then a success rate."""
-SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) reaches solved_at, or
+SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) counts as solved, or
 nearly all rewards are 1. So there is nothing to change, and no command. Take a harder task; or, if the
 answers do not deserve their rewards, correct the reward."""
 UNCHANGED = (
@@ -74,12 +74,9 @@ def _diagnosed(run: RecordedRun) -> Advice:
     changes = {} if observed.is_solved else merge(findings)
     line = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     measured: dict[str, Any] = {"status": _status(run, arguments)}
-    if observed.peak is not None:
-        measured["best evaluation"] = f"{observed.peak.value:.4g} at step {observed.peak.step}"
     for name, value in vars(observed.recent).items():
         if not math.isnan(value):
             measured[f"recent_{name}"] = value
-    measured["is_solved"] = observed.is_solved
     arguments = with_changes(arguments, changes)
     return Advice(
         subject=f"{run.path}: {run.title}",
@@ -97,54 +94,44 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     is_language = run.kind == "train"
     observed = observe(run.metrics, arguments)
     recent = observed.recent
-    evaluated = evaluations(run.evaluations, "reward_greedy" if is_language else "reward")
-    solved = run.config.get("solved")
-    if solved is None:
-        is_easy = is_language and EASY_REWARD <= recent.reward <= 1
-        is_solved = is_easy and recent.equal > LOST_SHARE  # all 1, or nearly
-    else:
-        mark = float(solved)  # "Infinity" too
-        is_easy = recent.reward >= mark
-        is_solved = bool(evaluated) and evaluated[-1].value >= mark
-    observed = replace(observed, is_solved=is_solved, is_easy=is_easy or is_solved)
-    skipped = run.series("skipped_steps")[1]
-    if skipped:
-        updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
-        observed = replace(observed, skipped=skipped[-1] / updates)
-    return _with_progress(observed, run)
-
-
-def _with_progress(observed: Observed, run: RecordedRun) -> Observed:
-    """Fill in whether the reward has gained or fallen by more than chance, if the run ended with two evaluations."""
     rows = run.evaluations
+    solved = run.config.get("solved")
+    is_easy = is_language and EASY_REWARD <= recent.reward <= 1
+    is_solved = is_easy and recent.equal > LOST_SHARE  # all 1, or nearly
+    if solved is not None:
+        mark = float(solved)  # "Infinity" too
+        last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
+        is_solved = any(mean.value >= mark for mean in last)
+        is_easy = is_solved or recent.reward >= mark
+    updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
+    skipped = run.series("skipped_steps")[1]
+    observed = replace(
+        observed,
+        is_solved=is_solved,
+        is_easy=is_easy,
+        skipped=skipped[-1] / updates if skipped else None,
+    )
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     means = [mean for mean in evaluated if not math.isnan(mean.error)]
     if len(means) < 2 or not run.summary:
         return observed
     now = means[-1]
     peak = max(means)
-    gained = _difference(now, means[0], 1) > 0
-    if (
-        run.kind == "train"
-        and run.summary.get("exit_reason") == "finished"
-        and "flags" in run.summary
-    ):
+    gained = now.exceeds(means[0], errors_of_chance(1))
+    if is_language and run.summary["exit_reason"] == "finished" and "flags" in run.summary:
         gained = "nothing-learnt" not in run.summary["flags"]  # the run compared the same prompts
     return replace(
         observed,
         peak=peak,
         gained=gained,
         latest=None if gained else observed.latest,
-        fell=_difference(now, peak, len(means) - 1) < 0,
+        fell=peak.exceeds(now, errors_of_chance(len(means) - 1)),
     )
 
 
-def _difference(mean: Mean, reference: Mean, comparisons: int) -> int:
-    """Return 1 if `mean` exceeds `reference` by more than chance, -1 if it is as far below it, else 0."""
-    errors = NormalDist().inv_cdf(1 - FALSE_ALARMS / 2 / comparisons)
-    bound = errors * math.hypot(mean.error, reference.error)
-    difference = mean.value - reference.value
-    return (difference > bound) - (difference < -bound)
+def errors_of_chance(comparisons: int) -> float:
+    """Return the standard errors beyond which the largest of some differences is not explained by chance."""
+    return NormalDist().inv_cdf(1 - FALSE_ALARMS / 2 / comparisons)
 
 
 def _status(run: RecordedRun, arguments: Any) -> str:

@@ -64,6 +64,10 @@ class Mean(NamedTuple):
     error: float
     step: int
 
+    def exceeds(self, other: Mean, errors: float) -> bool:
+        """Return whether it is above another mean by more than so many standard errors of their difference."""
+        return self.value - other.value > errors * math.hypot(self.error, other.error)
+
 
 @dataclass(frozen=True)
 class Means:
@@ -93,30 +97,28 @@ class Latest(NamedTuple):
 
     Attributes:
         first: the mean reward of the first step.
-        reward, error: their mean reward, and its standard error.
+        reward: their mean reward.
         signs: in words, the signs that the policy can hardly recover; empty without any.
     """
 
     first: float
-    reward: float
-    error: float
+    reward: Mean
     signs: str
 
 
 class Gain(NamedTuple):
-    """What a training gained on held-out prompts; of an arm of a comparison the value alone is known.
+    """What a training gained on held-out prompts.
 
     Attributes:
         value, error: the mean of the gains of each prompt, and its standard error.
-        before, after: the mean rewards, of samples or else of greedy completions.
+        before: the mean reward before training, of samples or else of greedy completions.
         equal: the share of training steps in which no rewards differed.
     """
 
     value: float
-    error: float = math.nan
-    before: float = math.nan
-    after: float = math.nan
-    equal: float = math.nan
+    error: float
+    before: float
+    equal: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class Observed:
         learning_rate ... importance_centre: settings of the run, and axes of its estimator.
         has_entropy_bonus: whether the objective has one.
 
-        step: means of the step just made, or of the trial steps of a check.
+        step: the numbers of the last step.
         recent, early: means of the last and of the first tenth of the steps.
         latest: the last steps, beside the first one.
         skipped: the share of updates that were skipped because their gradient was not finite.
@@ -138,15 +140,15 @@ class Observed:
             completions, and of the best of several samples.
 
         gain: how much the reward of held-out prompts gained.
+        gain_of_arm: the same of an arm of a comparison, whose first steps are judged.
         peak: the best of the evaluations that a diagnosis compares.
         gained, fell: whether the reward is higher than at the start, lower than at its best, beyond chance.
         is_solved: whether the last evaluation reaches the threshold.
         is_easy: whether the training reward does.
 
-        groups: in words, what was compared in the trial steps of a check.
+        groups: in words, what was compared before training, in the step of a check.
         others_differ: whether other samples of the same policy have unequal rewards.
         idle_steps: the number of steps in a row, up to now, in which no rewards differed, if it is large.
-        had_signal: whether rewards differed in an earlier step.
 
         lowest_rate, highest_rate: the bounds of usual learning rates.
         pass_mark: the mean reward from which the task counts as solved, or else the reward of a right completion.
@@ -176,6 +178,7 @@ class Observed:
     most: Sequence[Mean] = ()
 
     gain: Gain | None = None
+    gain_of_arm: Number = None
     peak: Mean | None = None
     gained: bool | None = None
     fell: bool = False
@@ -185,7 +188,6 @@ class Observed:
     groups: str | None = None
     others_differ: bool = False
     idle_steps: int | None = None
-    had_signal: bool = False
 
     lowest_rate: Number = None
     highest_rate: Number = None
@@ -201,7 +203,7 @@ def observe(rows: Rows, settings: Any) -> Observed:
     What else is known is filled in with `dataclasses.replace`.
 
     Args:
-        rows: rows of metrics.jsonl in order. The trial steps of a check all have the same number.
+        rows: rows of metrics.jsonl in order.
         settings: the settings of the run, a dataclass. A field of `Observed` with the name of a setting, or
             of an axis of the estimator, holds it.
     """
@@ -214,7 +216,7 @@ def observe(rows: Rows, settings: Any) -> Observed:
     return Observed(
         **{part.name: named[part.name] for part in fields(Observed) if part.name in named},
         has_entropy_bonus=estimator.entropy_coef > 0,
-        step=_means([row for row in steps if row["step"] == steps[-1]["step"]], settings),
+        step=_means(steps[-1:], settings),
         recent=_means(steps[-tenth:], settings),
         early=_means(steps[:tenth], settings),
         latest=_latest(steps, settings),
@@ -288,10 +290,10 @@ def _latest(steps: Rows, settings: Any) -> Latest | None:
         signs.append(f"the entropy was {now.entropy:.2g} nats, down from {first.entropy:.2g}")
     if now.cut >= max(LOST_SHARE, (1 + 3 * first.cut) / 4):
         signs.append(f"{now.cut:.0%} of the completions were cut")
+    first_error = _number(steps[0], "reward_stderr")
     error = math.hypot(*(_number(row, "reward_stderr") for row in rows)) / count
     return Latest(
         first=first.reward,
-        reward=now.reward,
-        error=max(error, _number(steps[0], "reward_stderr") / math.sqrt(count)),
+        reward=Mean(now.reward, max(error, first_error / math.sqrt(count)), steps[-1]["step"]),
         signs=" and ".join(signs),
     )

@@ -17,7 +17,6 @@ class Metric(NamedTuple):
 
     Attributes:
         name: its name, in which braces stand for any name or number, as in `rewards/{name}/mean`.
-        fact: the name by which rules read it, behind a prefix such as `recent_`.
         unit: its unit, such as `nats per token`.
         better: `more` or `less`; empty where neither is better by itself.
         panel: the charts that show it: reward, loss, accuracy or health.
@@ -25,7 +24,6 @@ class Metric(NamedTuple):
     """
 
     name: str
-    fact: str = ""
     unit: str = ""
     better: str = ""
     panel: str = ""

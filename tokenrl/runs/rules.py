@@ -8,7 +8,7 @@ something speaks for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import hypot, inf, nan
+from math import inf, nan
 from typing import TypeAlias, TypeVar
 
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed, Weight
@@ -78,18 +78,15 @@ def policy_destroyed(observed: Observed) -> Judgement:
     best = max(observed.sampled, default=None)
     if not (best and latest.signs):
         return None
-    fall = best.value - latest.reward
+    reward = latest.reward.value
     learnt = best.value - observed.sampled[0].value
-    errors = MIN_ERRORS_OF_BEST if learnt > 0 else MIN_ERRORS
-    is_fall = fall > errors * hypot(best.error, latest.error)
-    if not (is_fall and 2 * (latest.first + learnt - latest.reward) > max(fall, learnt)):
+    is_fall = best.exceeds(latest.reward, MIN_ERRORS_OF_BEST if learnt > 0 else MIN_ERRORS)
+    if not (is_fall and 2 * (latest.first + learnt - reward) > max(best.value - reward, learnt)):
         return None
-    cause, changes = lower_rate(observed)
-    text = (
-        f"The policy is destroyed: the mean reward fell from {best.value:.3g} to {latest.reward:.3g}, and "
-        f"{latest.signs}. {cause}"
+    text = f"The policy is destroyed: the mean reward fell from {best.value:.3g} to {reward:.3g}"
+    return too_fast(
+        observed, "policy-destroyed", "void", f"{text}, and {latest.signs}.", precedence=2
     )
-    return Finding("policy-destroyed", "void", text, changes, precedence=2)
 
 
 def entropy_low_at_end(observed: Observed) -> Judgement:
@@ -108,7 +105,8 @@ def entropy_low_at_end(observed: Observed) -> Judgement:
         return Finding("entropy-collapsed", "watch", text)
     bonus = BONUS
     if observed.num_envs and observed.scale == "none":
-        bonus = rounded(BONUS * (observed.early.spread or 1.0) * (observed.reward_scale or 1.0))
+        spread = require(observed.early.spread) * require(observed.reward_scale)
+        bonus = rounded(BONUS * (spread or 1.0))
     return Finding("entropy-collapsed", "act", text, {"estimator.entropy_coef": bonus})
 
 
@@ -148,18 +146,17 @@ def no_signal_in_steps(observed: Observed) -> Judgement:
         f"In {count} steps in a row no two rewards that are compared differed, so there is nothing to learn "
         f"from: the mean reward is {reward:.3g}"
     )
-    before = observed.sampled[0] if observed.had_signal and observed.sampled else None
-    if before and reward < before.value - 3 * before.error:
-        cause, changes = lower_rate(observed)
-        text += f", down from {before.value:.3g} before training. {cause}"
-        return Finding("no-signal", "void", text, changes)
+    for before in observed.sampled[:1]:
+        if reward < before.value - 3 * before.error:
+            text += f", down from {before.value:.3g} before training."
+            return too_fast(observed, "no-signal", "void", text)
     return Finding("no-signal", "void", f"{text}. {remedy(observed, reward)}")
 
 
 def lost_from_start(observed: Observed) -> Judgement:
     """Nothing was gained, and the first tenth of the steps shows why: a low entropy alone is no fault."""
     early = observed.early
-    if require(observed.gain).value > 0:
+    if require(observed.gain_of_arm) > 0:
         return None
     if early.entropy < LEAST_ENTROPY and not observed.has_entropy_bonus:
         text = (
@@ -179,12 +176,11 @@ def little_signal_at_end(observed: Observed) -> Judgement:
         return Finding(
             "no-signal", "watch", f"{text} The task is too easy by now: take a harder one."
         )
-    changes = {}
-    if weight == "act" and observed.num_envs:
+    changes = {"num_generations": 2 * (observed.num_generations or 1)}
+    if observed.num_envs:
         changes = {"num_envs": 2 * observed.num_envs}
-    elif weight == "act":
-        changes = {"num_generations": 2 * require(observed.num_generations)}
-    return weight and Finding("no-signal", weight, f"{text} {remedy(observed)}", changes)
+    text = f"{text} {remedy(observed)}"
+    return weight and Finding("no-signal", weight, text, changes if weight == "act" else {})
 
 
 def nothing_learnt(observed: Observed) -> Judgement:
@@ -193,19 +189,18 @@ def nothing_learnt(observed: Observed) -> Judgement:
     if not gain.value <= 2 * gain.error:
         return None
     text = (
-        f"the held-out reward was {gain.before:.3g} before training and {gain.after:.3g} after it, a "
-        f"difference of {gain.value:.2g} ± {gain.error:.1g}. "
+        f"The held-out reward was {gain.before:.3g} before training, and has changed by {gain.value:.2g} ± "
+        f"{gain.error:.1g}. "
     )
     if gain.value < -2 * gain.error:
-        cause, changes = lower_rate(observed)
-        return Finding("nothing-learnt", "act", f"{text}It has fallen. {cause}", changes)
+        return too_fast(observed, "nothing-learnt", "act", f"{text}It has fallen.")
     advice = "More steps, more completions a step or a higher rate may give one."
     if gain.before >= observed.pass_mark:
         advice = f"Little was left to gain. {SOLVED_ADVICE}"
     elif gain.equal >= LOST_SHARE:
         advice = (
             f"In {gain.equal:.0%} of the steps no two rewards that are compared differed. "
-            f"{remedy(observed, gain.after)}"
+            f"{remedy(observed)}"
         )
     return Finding("nothing-learnt", "act", f"{text}It is no gain beyond noise. {advice}")
 
@@ -226,7 +221,7 @@ def greedy_fell(observed: Observed) -> Judgement:
     if best is None or observed.is_solved or observed.keep == "best":
         return None
     after = observed.greedy[-1]
-    if not best.value - after.value > GREEDY_ERRORS * hypot(best.error, after.error):
+    if not best.exceeds(after, GREEDY_ERRORS):
         return None
     text = (
         f"The greedy reward has fallen from its best, {best.value:.3g} at step {best.step}, to "
@@ -242,7 +237,7 @@ def samples_below_greedy(observed: Observed) -> Judgement:
         return None
     greedy = observed.greedy[0]
     most = observed.most[0]
-    if not greedy.value - most.value > GREEDY_ERRORS * hypot(greedy.error, most.error):
+    if not greedy.exceeds(most, GREEDY_ERRORS):
         return None
     text = (
         f"Before training the greedy completions of held-out prompts earn {greedy.value:.3g}, the best of "
@@ -287,9 +282,10 @@ def unusual_rate(observed: Observed) -> Judgement:
     """The learning rate is far from what is usual."""
     rate = require(observed.learning_rate)
     usual = min(max(rate, require(observed.lowest_rate)), require(observed.highest_rate))
-    weight = above(rate / usual, watch=10.001, void=30)  # 1e-2 is ten times 1e-3, but for rounding
-    weight = weight or above(usual / rate, watch=30)
-    text = f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual."
+    ratio = rate / usual
+    weight = above(ratio, watch=10.001, void=30)  # 1e-2 is ten times 1e-3, but for rounding
+    weight = weight or above(1 / ratio, watch=30)
+    text = f"The learning rate {rate:g} is {ratio:.3g} times the {usual:g} that is usual."
     return weight and Finding("unusual-rate", weight, text, {"learning_rate": usual})
 
 
@@ -326,13 +322,15 @@ RULES: tuple[Callable[[Observed], Judgement], ...] = (
 """In the order of the findings."""
 
 
-def lower_rate(observed: Observed) -> tuple[str, dict[str, float]]:
-    """Say that the learning rate is the likely cause of a loss; return this with the rate to take instead."""
+def too_fast(
+    observed: Observed, flag: str, weight: Weight, text: str, precedence: int = 1
+) -> Finding:
+    """Return a finding about a loss, of which the learning rate is the likely cause, with a lower rate."""
     rate = require(observed.learning_rate)
     usual = observed.highest_rate or rate
     advised = usual if usual < rate else rate / 4
-    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {advised:g}."
-    return text, {"learning_rate": advised}
+    text += f" The learning rate, {rate:g}, is the likely cause: try --learning-rate {advised:g}."
+    return Finding(flag, weight, text, {"learning_rate": advised}, precedence)
 
 
 def remedy(observed: Observed, reward: float = nan) -> str:

@@ -17,7 +17,7 @@ from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable, thresholds
-from tokenrl.runs.findings import LOST_SHARE, Finding, Gain, Means, Observed
+from tokenrl.runs.findings import LOST_SHARE, Finding, Means, Observed
 from tokenrl.runs.rules import judge
 
 
@@ -156,7 +156,7 @@ def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]
             early=Means(entropy=means.get("early_entropy", math.nan), equal=equal),
             recent=Means(cut=means.get("recent_cut", math.nan)),
             skipped=means.get("skipped"),
-            gain=Gain(means.get("gain", math.nan)),
+            gain_of_arm=means.get("gain"),
         )
     )
 

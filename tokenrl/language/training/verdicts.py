@@ -6,10 +6,8 @@ It warns when updates destroyed the policy, when rewards no longer differ, and w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 from tokenrl.errors import Stopped
 from tokenrl.language.evaluation.evaluation import over_prompts
@@ -19,8 +17,8 @@ from tokenrl.language.training.run import TrainingRun
 from tokenrl.runs.findings import (
     Finding,
     Gain,
-    Means,
     Observed,
+    Rows,
     evaluations,
     observe,
     share_equal,
@@ -28,8 +26,6 @@ from tokenrl.runs.findings import (
 from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
-
-Rows = Sequence[Mapping[str, Any]]
 
 TOLD_STEPS = 3
 """Steps in a row without a signal after which it is told."""
@@ -51,17 +47,16 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     start = f"step {session.step}:"
     limit = run.args.stop_after_zero_spread
     idle = steps_without_signal(run, session)
-    earlier = session.rows[1 : len(session.rows) - idle]
-    groups = run.args.estimator.needs_groups
+    observed = observe_run(run, session.rows)
     observed = replace(
-        observe_run(run, session.rows),
+        observed,
+        # Other rules about the recent steps speak at the end of the run.
+        recent=replace(observed.recent, entropy=math.nan, equal=math.nan, cut=math.nan),
         idle_steps=idle if idle >= min(TOLD_STEPS, limit or TOLD_STEPS) else None,
-        had_signal=any(share_equal(row, groups) < 1 for row in earlier),
     )
-    findings = {finding.flag: finding for finding in judge(observed, "sampling-differs")}
+    findings = {finding.flag: finding for finding in judge(observed)}
     if remark := getattr(run.learner.generator, "remark", ""):
         findings.setdefault("sampling-differs", Finding("sampling-differs", "act", f"{remark}."))
-    findings |= {finding.flag: finding for finding in judge(replace(observed, recent=Means()))}
     destroyed = findings.get("policy-destroyed")
     if destroyed and destroyed.flag not in session.flags:
         session.flags.append(destroyed.flag)
@@ -89,14 +84,12 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    rows = session.rows[1:]
-    last = {"step": session.step, **of_evaluation(session.evaluation)}
-    greedy = evaluations([*session.rows, last], "eval_reward_greedy")
-    observed = replace(observe_run(run, session.rows), greedy=greedy)
+    last = session.rows[-1] | of_evaluation(session.evaluation)
+    observed = observe_run(run, [*session.rows[:-1], last])
     if session.evaluation and session.step:
         solved = getattr(run.task, "solved", None) or math.inf
         gain = _gain(run, session)
-        observed = replace(observed, is_solved=rows[-1].get("eval_reward", 0) >= solved)
+        observed = replace(observed, is_solved=session.rows[-1].get("eval_reward", 0) >= solved)
         if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         elif not run.unrewarded:
@@ -119,18 +112,13 @@ def _gain(run: TrainingRun, session: Session) -> Gain:
     groups = run.args.estimator.needs_groups
     gains = [now - then for then, now in zip(*run.means, strict=True)]
     value, error = over_prompts(gains)
+    start = session.eval_before
     return Gain(
         value,
         0.0 if math.isnan(error) else error,
-        before=_shown_reward(session.eval_before),
-        after=_shown_reward(session.evaluation),
+        before=start.get("reward", start.get("reward_greedy", math.nan)),
         equal=fmean(share_equal(row, groups) == 1 for row in session.rows[1:]),
     )
-
-
-def _shown_reward(evaluation: Mapping[str, float]) -> float:
-    """Return the reward of an evaluation that people see: of sampled completions, or else of greedy ones."""
-    return evaluation.get("reward", evaluation.get("reward_greedy", math.nan))
 
 
 def observe_run(run: TrainingRun, rows: Rows) -> Observed:
