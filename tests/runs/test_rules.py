@@ -173,6 +173,29 @@ def test_the_latest_steps_hold_enough_groups_and_evaluations_are_read_in_order()
 )
 def test_the_signs_of_a_policy_that_can_hardly_recover(changes, signs):
     rows = [row(1, 0.2), *[row(step, 0.0) | changes for step in range(2, 5)]]
+    assert observed_of(rows[:6], prompts_per_step=8).latest is None  # of 8 groups 6 are needed
+    observed = observed_of(rows, prompts_per_step=16, eval_generations=4)
+    assert observed.latest.reward == pytest.approx((0.7, 0.03 / math.sqrt(3), 8))
+    assert observed.sampled == [(0.2, 0.01, 0), (0.5, 0.02, 5)]
+    assert observed.most[0].value == 0.5 and observed.greedy == []
+    rows += [row(step, 0.0, error=0.0, equal=1.0) for step in range(9, 12)]
+    observed = observed_of(rows, prompts_per_step=16, learning_rate=1.0)
+    assert observed.latest.reward.error == pytest.approx(0.03 / math.sqrt(3))  # of the first step
+    assert judge(observed, "policy-destroyed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "signs"),
+    [
+        ({"frac_reward_zero_std": 0.75}, "75% of the groups had equal rewards"),
+        ({"completions/clipped_ratio": 0.5}, "50% of the completions were cut"),
+        ({"frac_reward_zero_std": 0.74, "entropy": 0.26, "completions/clipped_ratio": 0.4}, ""),
+        ({"entropy": 0.2}, "the entropy was 0.2 nats, down from 1"),
+        ({"entropy": None, "completions/clipped_ratio": None}, ""),
+    ],
+)
+def test_the_signs_of_a_policy_that_can_hardly_recover(changes, signs):
+    rows = [row(1, 0.2), *[row(step, 0.0) | changes for step in range(2, 5)]]
     assert observed_of(rows, prompts_per_step=16).latest.signs == signs
 
 

