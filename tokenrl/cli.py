@@ -51,8 +51,6 @@ class ReportArguments(Settings):
 
 def write_report(args: ReportArguments) -> int:
     """Write the page of one run, or of several, and print where it lies."""
-    from tokenrl.runs.report import compare_runs, report_from_directory
-
     if not args.run_dir:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")
     run = args.run_dir[0]
@@ -62,12 +60,17 @@ def write_report(args: ReportArguments) -> int:
             "--output is for several runs: name them, or leave it out; one has its report.html."
         )
     if several:
+        from tokenrl.lab import compare_runs
+
         page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
     elif os.path.isfile(os.path.join(run, "plan.json")):
-        from tokenrl.lab.compare.loop import report_comparison
+        from tokenrl.lab.compare.loop import judge_directory
+        from tokenrl.lab.compare.page import write_comparison
 
-        page = report_comparison(run)
+        page = write_comparison(judge_directory(run))
     else:
+        from tokenrl.runs import report_from_directory
+
         page = report_from_directory(run)
     print(visible(str(page)))
     return 0

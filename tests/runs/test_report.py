@@ -17,7 +17,7 @@ from tokenrl.runs.markup import Section, completions, table, write_page
 from tokenrl.runs.metrics import MetricsLog, write_completions
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import PALETTE
-from tokenrl.runs.report import compare_runs, report_from_directory
+from tokenrl.runs.report import report_from_directory
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [{"type": EVIL}]}]
@@ -191,88 +191,6 @@ def test_a_damaged_table_of_completions_is_named_with_what_to_do(run):
     (run / "completions/step_000001.parquet").write_text("PAR1")
     with pytest.raises(Refused, match=r"step_000001.parquet.*Remove"):
         report_from_directory(run)
-
-
-@pytest.fixture
-def make_run(tmp_path, monkeypatch):
-    """`make_run(name, kind=..., after=..., **settings)`: a run in the current directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(name, kind="train", after=None, **settings):
-        run = tmp_path / name
-        run.mkdir()
-        rows = [{"step": 1, "reward": 0.5, "loss": 2.0}, {"step": 1, "eval_reward": 0.5}]
-        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        write_json(
-            run / "config.json", {"kind": kind, "title": name, "output_dir": name, **settings}
-        )
-        summary = {"exit_reason": "finished", "eval_after": after, "loss_after": 2.0}
-        write_json(run / "summary.json", summary)
-        (run / "report.html").touch()
-        return name
-
-    return make
-
-
-def rows_of(page, heading):
-    """The rows of the table below a heading."""
-    part = page[page.index(f"<h2>{heading}") :]
-    rows = re.findall("<tr.*?</tr>", part[: part.index("</table>")])
-    return [[Page(cell).text for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
-
-
-def test_numbers_stand_side_by_side_and_only_settings_that_differ_are_shown(make_run, tmp_path):
-    rloo = {"baseline": "rloo", "scale": "none"}
-    after = {"reward": 0.5, "reward_stderr": 0.01}
-    first = make_run("first run", after=after, task="a", seed=0, estimator=rloo)
-    grpo = rloo | {"scale": "group_std"}
-    after = {"reward": 0.7, "pass@4": 1.0}
-    second = make_run("two", after=after, task="a", seed=1, lora_r=8, estimator=grpo)
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "two" / "report.html").unlink()
-    page = compare_runs([first, second], "pages/p.html").read_text("utf-8")
-    assert rows_of(page, "Final numbers") == [
-        ["", "first run", "two"],
-        ["reward", "0.500 ± 0.010", "0.7"],
-        ["loss of the last batch", "2", "2"],
-        ["pass@4", "-", "1"],
-    ]
-    assert rows_of(page, "Settings that differ")[1:] == [
-        ["estimator.scale", "none", "group_std"],
-        ["lora_r", "-", "8"],
-        ["seed", "0", "1"],
-    ]
-    text = Page(page).text
-    assert "says nothing yet about their settings" in text and "do not measure the same" not in text
-    assert text.count("two 0.5") == 2  # in the legends of training and held-out rewards
-    assert [link["href"] for link in Page(page).all("a")] == ["../first%20run/report.html"]
-
-
-def test_other_tasks_are_named_as_such_and_texts_are_escaped(make_run):
-    runs = [make_run("one", task=EVIL), make_run("two", task="b", title=EVIL)]
-    page = compare_runs(runs).read_text("utf-8")
-    assert "differ in task, so their numbers do not measure the same" in page
-    assert page.count("<script") == 1 and EVIL in Page(page).text
-    page = compare_runs([make_run("three", "sft"), make_run("four", "sft")]).read_text("utf-8")
-    assert "loss: training" in page and "reward: held-out sampled" in page
-    assert "None: the runs have the same settings." in page
-
-
-@pytest.mark.parametrize(
-    ("runs", "output", "words"),
-    [
-        (["one", "world"], "c.html", "one (tokenrl train) and world (tokenrl control)"),
-        (["one", "one/"], "c.html", "given twice"),
-        (["one", "two"], "two", "it is a directory"),
-        (["one", "two"], "no/such/c.html", "its directory does not exist"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(make_run, tmp_path, runs, output, words):
-    for name, kind in {"one": "train", "two": "train", "world": "control"}.items():
-        make_run(name, kind)
-    with pytest.raises(Refused, match=re.escape(words)):
-        compare_runs(runs, output)
-    assert not (tmp_path / "c.html").exists()
 
 
 def test_three_prompts_of_a_step_stand_open(tmp_path):

@@ -143,36 +143,6 @@ def test_the_latest_steps_hold_enough_groups_and_evaluations_are_read_in_order()
     before = {"step": 0, "eval_reward": 0.2, "eval_reward_stderr": 0.01, "eval_best@4": 0.5}
     rows = [before, *[row(step, 0.1 * step) for step in range(1, 9)]]
     rows[5] |= {"eval_reward": 0.5, "eval_reward_stderr": 0.02}
-    assert (
-        observed_of(rows[:6], prompts_per_step=8).latest is None
-    )  # 6 steps of 8 groups are needed
-    observed = observed_of(rows, prompts_per_step=16, eval_generations=4)
-    assert (observed.latest.first, observed.latest.signs) == (0.1, "")
-    assert observed.latest.reward == pytest.approx((0.7, 0.03 / math.sqrt(3), 8))
-    assert observed.sampled == [(0.2, 0.01, 0), (0.5, 0.02, 5)]
-    assert [mean.value for mean in observed.most] == [0.5] and observed.greedy == []
-    rows += [row(step, 0.0, error=0.0, equal=1.0) for step in range(9, 12)]
-    observed = observed_of(rows, prompts_per_step=16, learning_rate=1.0)
-    assert observed.latest.reward.error == pytest.approx(
-        0.03 / math.sqrt(3)
-    )  # equal rewards show no noise
-    assert judge(observed, "policy-destroyed")
-    rows = [row(step, 0.2, error=None) for step in range(1, 60)]
-    assert math.isnan(observed_of(rows, prompts_per_step=1).latest.reward.error)
-
-
-@pytest.mark.parametrize(
-    ("changes", "signs"),
-    [
-        ({"frac_reward_zero_std": 0.75}, "75% of the groups had equal rewards"),
-        ({"completions/clipped_ratio": 0.5}, "50% of the completions were cut"),
-        ({"frac_reward_zero_std": 0.74, "entropy": 0.26, "completions/clipped_ratio": 0.4}, ""),
-        ({"entropy": 0.2}, "the entropy was 0.2 nats, down from 1"),
-        ({"entropy": None, "completions/clipped_ratio": None}, ""),
-    ],
-)
-def test_the_signs_of_a_policy_that_can_hardly_recover(changes, signs):
-    rows = [row(1, 0.2), *[row(step, 0.0) | changes for step in range(2, 5)]]
     assert observed_of(rows[:6], prompts_per_step=8).latest is None  # of 8 groups 6 are needed
     observed = observed_of(rows, prompts_per_step=16, eval_generations=4)
     assert observed.latest.reward == pytest.approx((0.7, 0.03 / math.sqrt(3), 8))

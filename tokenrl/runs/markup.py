@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenrl.runs.console import message_text, number
 from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.output import harmless
-from tokenrl.runs.plots import Chart, Curve, Forest, svg
+from tokenrl.runs.plots import Chart, Forest, svg
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -85,14 +85,6 @@ def paragraph(words: str, style: str = "") -> Block:
 def verdict(headline: str, sentences: Sequence[str], caveats: Sequence[str]) -> Block:
     """Make a card of a result: a headline, the sentences that say it in full, and what to keep in mind."""
     return {"kind": "verdict", "headline": headline, "sentences": sentences, "caveats": caveats}
-
-
-def run_list(words: Mapping[str, str], links: Mapping[str, str]) -> Block:
-    """List runs in the colours of their curves, with words on each, and links to pages of some of them."""
-    curves = []
-    for colour, name in enumerate(words, start=1):
-        curves.append(Curve((), (), name, colour))
-    return {"kind": "runs", "curves": curves, "words": words, "links": links}
 
 
 def cards(items: Mapping[str, tuple[str, str]]) -> Block:

@@ -1,36 +1,27 @@
-"""Writes the page of a run, or of several runs side by side, from the files of their directories."""
+"""Writes the page of a run from the files of its directory."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import tokenrl.runs.markup as markup
-from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.console import distinct, ending, evaluations, number, with_errors
-from tokenrl.runs.files import check_place, flat
+from tokenrl.runs.console import distinct, ending, evaluations
 from tokenrl.runs.metric_table import all_metrics, finite, metric_of
 from tokenrl.runs.metrics import read_metrics
-from tokenrl.runs.output import visible
 from tokenrl.runs.plots import Chart, Curve
 from tokenrl.runs.reader import RecordedRun, read_run, series
 
 Rows = Sequence[Mapping[str, Any]]
-Mark = tuple[str, float] | None
 
 _FROM_PYTHON = (
     "Started from Python, with functions or objects that have no name: run that program again."
-)
-_CAUTION = (
-    "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
-    "so a difference between two runs says nothing yet about their settings: repeat them with several seeds."
 )
 _CURVES = (
     "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
@@ -50,7 +41,6 @@ _ROUNDING = 1e-4
 _MAX_NUMBER = 1e300  # beyond it means and ranges of axes would overflow
 _MAX_STEPS = 8  # on a page
 _MAX_ROWS = 16  # completions of a step on a page
-_NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
 def report_from_directory(run: str | Path) -> Path:
@@ -85,7 +75,7 @@ def _sections(run: RecordedRun) -> Iterator[markup.Section]:
         yield _learning(
             "Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)]
         )
-    yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
+    yield _learning("Learning curve", _charts(run))
     command = str(config.get("command") or _FROM_PYTHON)
     yield markup.Section("To repeat", [markup.preformatted(command)])
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
@@ -110,52 +100,6 @@ def _outcome(run: RecordedRun) -> Iterator[markup.Block]:
     yield markup.paragraph(kept_weights(summary))
 
 
-def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
-    """Write a page that shows runs side by side: final numbers, settings that differ, and learning curves.
-
-    Args:
-        runs: the directories of at least two runs of one kind, finished or not.
-        output: the file to write.
-
-    Returns:
-        The file.
-
-    Raises:
-        Refused: a directory holds no run, is given twice, or the runs are of different kinds.
-        Stopped: the file could not be written.
-    """
-    recorded = {str(run): read_run(run) for run in runs}
-    if len({run.path.resolve() for run in recorded.values()}) < len(runs):
-        names = ", ".join(map(str, runs))
-        raise Refused(f"A run is given twice among {names}; give each of them once.")
-    kinds = {run.kind: name for name, run in recorded.items()}
-    if len(kinds) > 1:
-        names = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
-        raise Refused(
-            f"Runs of different kinds have no curve in common: {names}. Compare runs of one kind."
-        )
-    output = Path(output)
-    check_place(output)
-    links = {}
-    lines = {}
-    for name, run in recorded.items():
-        lines[name] = f"{run.title}; {ending(run.summary)}"
-        page = run.path / "report.html"
-        if page.is_file():
-            links[name] = quote(Path(os.path.relpath(page, output.parent)).as_posix())
-    marks = {run.mark for run in recorded.values()}
-    mark = marks.pop() if len(marks) == 1 else None
-    metrics = {name: run.metrics for name, run in recorded.items()}
-    sections = [
-        markup.Section("", [markup.paragraph(_CAUTION, "soft")]),
-        markup.Section("Runs", [markup.run_list(lines, links)]),
-        markup.Section("Final numbers (± standard error)", [_final_numbers(recorded)]),
-        markup.Section("Settings that differ", _differences(recorded)),
-        _learning("Learning curves", _charts(metrics, next(iter(kinds)), mark)),
-    ]
-    return markup.write_page(output, f"Comparison of {len(recorded)} runs", sections)
-
-
 def _evaluations(run: RecordedRun) -> markup.Section:
     """Show the numbers of the evaluation before training and of the last one."""
     metrics = {0: dict[str, float | None]()}
@@ -170,83 +114,42 @@ def _evaluations(run: RecordedRun) -> markup.Section:
     return markup.Section(heading, [markup.cards(texts)])
 
 
-def _learning(heading: str, charts: Sequence[Chart]) -> markup.Section:
-    drawn = markup.drawings(charts)
+def _learning(heading: str, charts: Iterable[Chart]) -> markup.Section:
+    drawn = markup.drawings(list(charts))
     if not drawn:
         return markup.Section(heading, [])
     return markup.Section(heading, [markup.paragraph(_CURVES, "soft"), drawn])
 
 
-def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
-    """Return the large charts of a kind of run, and small ones of its rewards and of its health.
-
-    Args:
-        runs: rows of metrics.jsonl by the name of the run.
-        kind: the command that made the runs.
-        mark: name and value of a horizontal line.
-    """
-    charts = list(_large_charts(runs, kind, mark))
-    charts += _reward_charts(runs)
-    charts += _health_charts(runs)
-    return charts
-
-
-def _large_charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> Iterator[Chart]:
-    """Yield a chart of each unit with all metrics of a single run, or of each metric with all runs."""
-    for labels in _LARGE.get(kind, (_REWARD,)):
-        name = next(iter(labels))
-        unit = metric_of(name).unit or "mean"
-        line = None if name == "loss" else mark
-        if len(runs) > 1:
-            for key, label in labels.items():
-                curves = _curves(runs, key)
-                yield Chart(f"{name}: {label}", unit, curves, large=True, mark=line)
-            continue
+def _charts(run: RecordedRun) -> Iterator[Chart]:
+    """Yield the large charts of a kind of run, then small ones of its rewards and of its health."""
+    for labels in _LARGE.get(run.kind, (_REWARD,)):
         curves = []
-        for rows in runs.values():
-            for colour, (key, label) in enumerate(labels.items()):
-                curves.append(_curve(rows, key, label, colour))
-        yield Chart(name, unit, curves, large=True, mark=line)
+        for colour, (key, label) in enumerate(labels.items()):
+            curves.append(_curve(run.metrics, key, label, colour))
+        name = next(iter(labels))
+        line = None if name == "loss" else run.mark
+        yield Chart(name, metric_of(name).unit or "mean", curves, large=True, mark=line)
+    yield from _reward_charts(run.metrics)
+    for metric in all_metrics():
+        if metric.panel == "health":
+            curve = _curve(run.metrics, metric.name, "last", 1)
+            best = 1.0 if metric.better == "more" else 0.0
+            if any(abs(value - best) > _ROUNDING for value in curve.y):
+                yield Chart(metric.name, metric.caption, [curve])
 
 
-def _reward_charts(runs: Mapping[str, Rows]) -> Iterator[Chart]:
+def _reward_charts(metrics: Rows) -> Iterator[Chart]:
     """Yield a chart of each reward function, if there are several.
 
     Where the mean of one rises while another falls, the policy trades the one for the other.
     """
-    rows_of_runs = list(chain.from_iterable(runs.values()))
-    names = dict.fromkeys(chain.from_iterable(rows_of_runs))
+    names = dict.fromkeys(chain.from_iterable(metrics))
     means = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
-    if len(means) < 2:
-        return
-    for name in means:
-        curves = _curves(runs, name, "")
-        if len(runs) == 1:  # in the colours of the large chart
-            training = _curve(rows_of_runs, name, "training", 0)
-            held_out = _curve(rows_of_runs, f"eval_{name}", "held out", 1)
-            curves = [training, held_out]
-        yield Chart(name.removesuffix("/mean"), "mean, before its weight", curves)
-
-
-def _health_charts(runs: Mapping[str, Rows]) -> Iterator[Chart]:
-    """Yield a chart of each diagnostic that is not at its best value all the time."""
-    for metric in all_metrics():
-        if metric.panel != "health":
-            continue
-        curves = _curves(runs, metric.name, "last" if len(runs) == 1 else "")
-        best = 1.0 if metric.better == "more" else 0.0
-        values = chain.from_iterable(curve.y for curve in curves)
-        if any(abs(value - best) > _ROUNDING for value in values):
-            yield Chart(metric.name, metric.caption, curves)
-
-
-def _curves(runs: Mapping[str, Rows], key: str, name: str | None = None) -> list[Curve]:
-    """Return the curve of a metric for each run, with the name of the run unless another is given."""
-    curves = []
-    for colour, (run, rows) in enumerate(runs.items(), start=1):
-        label = run if name is None else name
-        curves.append(_curve(rows, key, label, colour))
-    return curves
+    for name in means if len(means) > 1 else ():
+        training = _curve(metrics, name, "training", 0)
+        held_out = _curve(metrics, f"eval_{name}", "held out", 1)
+        yield Chart(name.removesuffix("/mean"), "mean, before its weight", [training, held_out])
 
 
 def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
@@ -279,38 +182,3 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
                 row["characters"] += len(str(row[name]))
         rows.append(distinct(row))
     return rows
-
-
-def _final_numbers(runs: Mapping[str, RecordedRun]) -> markup.Block:
-    columns = {}
-    for name, run in runs.items():
-        column = with_errors(distinct(run.summary.get("eval_after")))
-        if run.summary.get("loss_after") is not None:
-            column["loss of the last batch"] = number(run.summary["loss_after"])
-        columns[name] = column
-    rows = []
-    for name in dict.fromkeys(chain.from_iterable(columns.values())):
-        cells = [column.get(name, "-") for column in columns.values()]
-        rows.append([name, *cells])
-    return markup.table(["", *columns], rows, "wide")
-
-
-def _differences(runs: Mapping[str, RecordedRun]) -> list[markup.Block]:
-    """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
-    columns = {}
-    for name, run in runs.items():
-        compared = {key: value for key, value in run.config.items() if key not in _NOT_COMPARED}
-        columns[name] = {key: visible(str(value)) for key, value in flat(compared).items()}
-    rows = []
-    for key in sorted(set(chain.from_iterable(columns.values()))):
-        cells = [column.get(key, "-") for column in columns.values()]
-        if len(set(cells)) > 1:
-            rows.append([key, *cells])
-    if not rows:
-        return [markup.paragraph("None: the runs have the same settings.")]
-    subjects = [key for key, *_ in rows if key in ("task", "reward", "env", "data")]
-    warning = ""
-    if subjects:
-        warning = f"The runs differ in {' and '.join(subjects)}, so their numbers do not measure the same."
-    table = markup.table(["", *columns], rows, "wide")
-    return [markup.paragraph(warning, "strong"), table]

@@ -7,11 +7,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import tokenrl
+from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison
-from tokenrl.lab.compare.loop import judge_directory
+from tokenrl.lab.compare.loop import continue_plan, judge_directory
+from tokenrl.lab.compare.plan import Plan, write_plan
+from tokenrl.lab.compare.problems import make_plan
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
+from tokenrl.settings import arguments
 
 FINISHED = {"exit_reason": "finished", "steps": 50}
 PLAIN = {"entropy": 0.4, "grad_clipped": 0.2, "skipped_steps": 0}
@@ -85,6 +88,14 @@ def rising(end: float, size: float = 0.002, **options: Any) -> Runs:
     return of_seed
 
 
+def planned(settings: Mapping[str, Any]) -> Plan:
+    """Write the plan that `tokenrl.compare` makes of its keywords, and make none of the runs."""
+    args = arguments(CompareArguments, with_shared(settings))
+    plan = make_plan(args, print)
+    write_plan(continue_plan(plan, Path(args.output_dir)), Path(args.output_dir))
+    return plan
+
+
 def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comparison:
     """Write the runs of a comparison that `tokenrl.compare` plans, and judge them.
 
@@ -94,7 +105,7 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
         **options: further keywords of `tokenrl.compare`.
     """
     settings = {**WALK, "arms": tuple(arms), "output_dir": str(output_dir), **options}
-    plan = tokenrl.compare(**settings, print_commands=True)
+    plan = planned(settings)
     for run in plan.runs():
         values = arms[run.arm](run.seed)
         if values and not (output_dir / run.path).exists():
@@ -104,5 +115,5 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
 
 def caveats_of(comparison: Comparison, opening: str) -> list[str]:
     """The caveats on the first problem that begin with a word."""
-    texts = [caveat.text for caveat in comparison.caveats[comparison.plan.problems[0].label]]
-    return [text for text in texts if text.startswith(opening)]
+    caveats = comparison.words[comparison.plan.problems[0].label].caveats
+    return [text for text in caveats if text.startswith(opening)]

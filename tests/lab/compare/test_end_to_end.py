@@ -1,8 +1,7 @@
-"""Comparisons from the command to the report: made, repeated, killed, printed, on Ray; and their page."""
+"""Comparisons from the command to the report: made, locked, repeated, killed, on Ray; and their page."""
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -10,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from made_runs import WALK as PLANNED, compared, rising
+from made_runs import WALK as PLANNED, compared, rising, write_run
 
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
+from tokenrl.lab.compare import loop
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHORT = {"seeds": 2, "max_steps": 3, "num_envs": 4, "eval_every": 1, "eval_episodes": 4}
@@ -65,17 +65,18 @@ def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
         tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=str(folder))
 
 
-@pytest.mark.slow
-def test_a_printed_command_makes_the_same_run(walk, tmp_path, capsys):
-    options = {**WALK, "output_dir": str(tmp_path / "walk")}
-    tokenrl.compare(**options, print_commands=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(set(lines)) == 4
-    line = lines[0].replace("tokenrl control", f"{shlex.quote(sys.executable)} -m tokenrl control")
-    subprocess.run(line, shell=True, check=True, capture_output=True, timeout=300)
-    assert metrics(tmp_path / "walk").items() <= metrics(walk[1]).items()
-    tokenrl.compare(**options, print_commands=True)
-    assert len(capsys.readouterr().out.splitlines()) == 3
+def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypatch):
+    settings = {**WALK, "output_dir": str(tmp_path / "found")}
+    locked = "Another process works on the comparison"
+
+    def execute(runs, root, **options):
+        for run in runs:
+            write_run(root / run.path, **rising(0.5)(run.seed))
+        with pytest.raises(Refused, match=locked):
+            tokenrl.compare(**settings)
+
+    monkeypatch.setattr(loop, "execute", execute)
+    assert set(tokenrl.compare(**settings).table.runs["state"]) == {"finished"}
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_the_page_shows_the_verdict_first_and_every_difference(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     headings = ["What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]
-    positions = [page.index(text) for text in (comparison.headline("walk"), *headings)]
+    positions = [page.index(text) for text in (comparison.words["walk"].headline, *headings)]
     assert positions == sorted(positions)
     for text in ("better, +0.09", "equivalent, +0.0", "0 of 6 runs [0%, 39%]", "Student-t"):
         assert text in page, text

@@ -6,7 +6,7 @@ import math
 import made_runs
 import numpy as np
 import pytest
-from made_runs import WALK, caveats_of, compared, noise, rising, write_run
+from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_run
 
 import tokenrl
 from tokenrl.errors import Stopped
@@ -21,7 +21,7 @@ def rewards(*values, **options):
 
 
 def row(comparison, arm, seed=0):
-    runs = comparison.table.of(comparison.plan.problems[0].label, arm)
+    runs = comparison.table.of(comparison.plan.problems[0].label).query("arm == @arm")
     return runs[runs["seed"] == seed].iloc[0]
 
 
@@ -112,7 +112,7 @@ def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
     (difference,) = comparison.judgement.families[0].differences
     assert difference.verdict == "better" and 2 not in difference.differences
     assert "1 of 8 runs of a2c failed" in comparison.judgement.of("walk").sentences()[0]
-    assert "Runs failed: a2c in 1 of 8 runs." in comparison.headline("walk")
+    assert "Runs failed: a2c in 1 of 8 runs." in comparison.words["walk"].headline
     assert comparison.exit_code == 1
 
 
@@ -140,49 +140,16 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
     (clipped,) = caveats_of(comparison, "Clipping")
     assert "20.0% of the updates were skipped" in skipped
     assert "the gradient was clipped in most updates of a2c (97%)" in clipped
-    assert "Worse than reinforce: a2c. But most updates were clipped" in comparison.headline(
-        "CartPole-v1"
+    assert (
+        "Worse than reinforce: a2c. But most updates were clipped"
+        in comparison.words["CartPole-v1"].headline
     )
-
-
-def test_at_a_ceiling_the_budget_is_named_at_which_the_arms_lie_apart(tmp_path):
-    def solved(early, size=0.01):
-        def of_seed(seed):
-            apart = [
-                x + noise(seed, 0.5 if x < 490 else size) for x in (early, 495, 499.9, 499.9, 499.9)
-            ]
-            return {"rewards": [20, *apart]}
-
-        return of_seed
-
-    comparison = compared(
-        tmp_path, {"reinforce": solved(450.0), "a2c": solved(300.0, 0.02)}, env="CartPole-v1"
-    )
-    (text,) = caveats_of(comparison, "Ceiling")
-    assert "475 counts as solved" in text
-    assert "after 80 episodes the arms lay farthest apart" in text and "--max-steps 10" in text
-    assert "every arm ends at the ceiling" in comparison.headline("CartPole-v1")
-
-
-def test_runs_that_never_reach_a_threshold_are_counted(tmp_path):
-    def some(seed):
-        return {"rewards": [0.0, 0.5, *[0.9 if seed < 4 else 0.5] * 4]}
-
-    arms = {"reinforce": rewards(0.0, *[1.2] * 5), "a2c": some}
-    comparison = compared(tmp_path / "cartpole", arms, env="CartPole-v1", seeds=6)
-    assert (comparison.thresholds["reached"] == 0).all(), "CartPole counts as solved at 475"
-    comparison = compared(tmp_path / "bandit", arms, env="bandit", seeds=6)
-    first, second = comparison.thresholds.to_dict("records")
-    assert first["threshold"] == pytest.approx(0.6) and first["chosen"].startswith("half")
-    assert (first["reached"], first["median_samples"]) == (6, 80)
-    assert (second["reached"], second["runs"]) == (4, 6)
-    assert second["median_samples"] == 160, "the first evaluation that reaches it"
 
 
 def test_tuned_rates_are_chosen_and_an_edge_is_reported(tmp_path):
     """The better the larger the rate, up to the end of the grid."""
     options = {"learning_rate": "tuned", "seeds": 2, "arms": ("reinforce", "a2c")}
-    plan = tokenrl.compare(**WALK, **options, output_dir=str(tmp_path), print_commands=True)
+    plan = planned({**WALK, **options, "output_dir": str(tmp_path)})
     rows = []
     while runs := missing(plan, rows):
         for run in runs:
@@ -191,7 +158,9 @@ def test_tuned_rates_are_chosen_and_an_edge_is_reported(tmp_path):
     comparison = judge_directory(tmp_path)
     usual = plan.problems[0].settings["learning_rate"]
     assert row(comparison, "a2c")["learning_rate"] == 16 * usual
-    assert "is the greatest that was tried" in caveats_of(comparison, "Learning rate")[0]
+    assert (
+        "is the least or the greatest that was tried" in caveats_of(comparison, "Learning rate")[0]
+    )
 
 
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
@@ -230,18 +199,30 @@ def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm
     assert told and "not valid" not in printed and "void" not in printed
 
 
-def test_an_arm_without_a_score_is_not_valid_and_the_others_are_compared(tmp_path):
-    """A run that ended without an evaluation has no score; a run that failed is counted as failed."""
-
+def test_a_run_without_a_score_failed_and_an_arm_that_has_none_is_not_valid(tmp_path):
     def unmeasured(seed):
         return {"rewards": [math.nan] * 6} if seed in (1, 4) else rising(0.9)(seed)
 
-    arms = {"reinforce": rising(0.5), "a2c": unmeasured, "rloo": rising(0.6)}
-    comparison = compared(tmp_path, arms)
-    assert list(comparison.judgement.verdicts().values()) == ["void", "better"]
-    assert "Not valid, so not compared with reinforce: a2c." in comparison.headline("walk")
+    broken = rewards(math.nan, summary={"exit_reason": "failed", "error": "No memory."})
+    arms = {"reinforce": rising(0.5), "a2c": unmeasured, "rloo": broken}
+    comparison = compared(tmp_path, arms, seeds=8)
+    assert list(comparison.judgement.verdicts().values()) == ["better", "void"]
+    assert row(comparison, "a2c", 4)["reason"] == "It has no area."
+    assert "Not valid, so not compared with reinforce: rloo." in comparison.words["walk"].headline
     sentences = comparison.judgement.of("walk").sentences()
-    assert sentences[-1] == "a2c is not valid: it has no area for seeds 1 and 4."
+    assert "2 of 8 runs of a2c failed" in sentences[0]
+    assert sentences[-1] == "rloo is not valid: no run of it has area. No memory."
+
+
+def test_at_a_ceiling_the_headline_says_so(tmp_path):
+    def solved(size):
+        return lambda seed: {"rewards": [20, *(499 + noise(seed, size) for _ in range(5))]}
+
+    arms = {"reinforce": solved(0.01), "a2c": solved(0.02)}
+    comparison = compared(tmp_path, arms, env="CartPole-v1", margin=5.0)
+    (text,) = caveats_of(comparison, "Ceiling")
+    assert "475 counts as solved" in text and "Compare at a smaller budget" in text
+    assert "every arm ends at the ceiling" in comparison.words["CartPole-v1"].headline
 
 
 def test_no_further_comparison_is_proposed_from_the_results(tmp_path, capsys):

@@ -64,9 +64,6 @@ class ExecutionArguments(Settings, group="execution"):
     dry_run: bool = False
     """Print the plan, the smallest difference that it can show, and from a few measured steps the time of a run,
     and whether most completions are cut or most rewards equal; then stop."""
-    print_commands: bool = False
-    """Print a command for each run, for any other scheduler, and stop. Once they have run, the same
-    comparison without this flag reads their results."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,6 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
     output_dir: str = "runs/compare"
     """Directory of the comparison: plan.json, runs/, runs.csv, comparisons.csv, comparison.json and
     report.html."""
-    overwrite: bool = False
-    """Replace the comparison that output_dir holds."""
     quiet: bool = False
     """Print nothing but errors."""
     shared: Mapping[Any, Any] = field(default_factory=dict, metadata={"flag": False})

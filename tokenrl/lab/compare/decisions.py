@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -35,7 +35,6 @@ def judge_scores(
     metric: str = "score",
     reference: str | None = None,
     margin: float | Mapping[str, float | None] | None = None,
-    failed: Iterable[Sequence[Any]] = (),
     failure_below: float | None = None,
     all_pairs: bool = False,
     void: Mapping[tuple[str, str], str] | None = None,
@@ -51,22 +50,21 @@ def judge_scores(
     nothing.
 
     Arms that are the same are called different in at most about 5 % of families. More often wrong are scores
-    with long tails, and rare failures that are not declared: recipes/pages/explain/verdicts.md has the rates.
+    with long tails, and rare failures that are not declared: recipes/pages/explain/comparing.md has the rates.
 
     Args:
         table: rows with the columns `arm`, `seed` and `score`; `problem` (or `task`) if there are several,
-            and `failed` if you like. They are mappings, tuples (arm, seed, score) or (arm, seed, score,
-            problem), a data frame, or the path of a CSV file.
+            and `failed`, true for runs that failed, whose scores are not used and may be missing (nan). They
+            are mappings, tuples (arm, seed, score) or (arm, seed, score, problem), a data frame of pandas, or
+            the path of a CSV file.
         metric: name of the score. It is also the name of its column if there is no column `score`.
         reference: the arm that the others are compared with; None for the first.
         margin: smaller differences count as none. A number, or numbers by problem; None for no equivalence.
-        failed: runs that failed, as (arm, seed) or (problem, arm, seed), besides those that a column `failed`
-            names. Their scores are not used and may be missing (nan).
-        failure_below: runs with a lower score failed.
+        failure_below: runs with a lower score failed too.
         all_pairs: compare all arms with each other, and not only with the reference.
         void: by problem and arm, the reason why its scores are not valid; they are shown without a verdict.
-            Only what is known before training is such a reason, or what makes a score undefined. Excluding
-            an arm because of how its training went hides that it is worse.
+            Only what is known before training is such a reason, or that an arm cannot be run. Excluding an
+            arm because of how its training went hides that it is worse.
 
     Returns:
         Families of comparisons, one per problem.
@@ -80,54 +78,50 @@ def judge_scores(
         >>> rows = [("ppo", s, x) for s, x in enumerate(ppo)] + [("rloo", s, x) for s, x in enumerate(rloo)]
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
-    frame = _rows(table, metric, failed, failure_below)
-    by_problem = dict(iter(frame.groupby("problem", sort=False)))
-    problems = list(by_problem)
+    frame = _rows(table, metric)
+    if failure_below is not None:
+        frame["failed"] |= frame["score"] < failure_below
+    problems = frame["problem"].unique()
     margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
     for problem, size in margins.items():
         check_choice("the problem in margin", problem, problems)
         if size is not None:
             check_number("margin", size, above=0)
     families = []
-    for problem, of_problem in by_problem.items():
+    for problem in problems:
         arms = {}
-        for arm, runs in of_problem.groupby("arm", sort=False):
-            sound = runs[~runs["failed"]]
+        for arm, runs in frame[frame["problem"] == problem].groupby("arm", sort=False):
+            scores = runs.set_index("seed")["score"]
+            failed = runs.set_index("seed")["failed"]
             arms[str(arm)] = ArmScores(
                 arm=str(arm),
-                scores=dict(zip(sound["seed"].tolist(), sound["score"].tolist(), strict=True)),
-                failed=tuple(runs["seed"][runs["failed"]].tolist()),
+                scores=scores[~failed].to_dict(),
+                failed=tuple(scores[failed].index.tolist()),
                 void=(void or {}).get((problem, arm), ""),
             )
-        families.append(_judge_family(problem, arms, reference, margins.get(problem), all_pairs))
+        label = next(iter(arms)) if reference is None else reference
+        pairs = _pairs(arms, label, all_pairs)
+        size = margins.get(problem)
+        differences = tuple(_compare_pair(*pair, size, len(pairs)) for pair in pairs)
+        families.append(Family(problem, label, size, tuple(arms.values()), differences))
     return Judgement(metric, tuple(families))
 
 
-def _judge_family(
-    problem: str,
-    arms: Mapping[str, ArmScores],
-    reference: str | None,
-    margin: float | None,
-    all_pairs: bool,
-) -> Family:
-    """Compare the arms on one problem; the arguments are those of `judge_scores`."""
-    label = next(iter(arms)) if reference is None else reference
-    check_choice("reference", label, arms)
-    against = [scores for arm, scores in arms.items() if arm != label]
-    if not against:
-        raise Refused(
-            f"{problem or 'The table'} has only the arm {label!r}; give two arms or more."
-        )
-    pairs = [(arm, arms[label]) for arm in against]
+def _pairs(
+    arms: Mapping[str, ArmScores], reference: str, all_pairs: bool
+) -> list[tuple[ArmScores, ArmScores]]:
+    """Return each other arm with the reference, then all other pairs if they are asked for."""
+    check_choice("reference", reference, arms)
+    others = [scores for arm, scores in arms.items() if arm != reference]
+    if not others:
+        raise Refused(f"There is only the arm {reference!r}; give two arms or more.")
+    pairs = [(arm, arms[reference]) for arm in others]
     if all_pairs:
-        pairs += [(later, earlier) for earlier, later in combinations(against, 2)]
-    differences = tuple(_compare_pair(*pair, margin, len(pairs)) for pair in pairs)
-    return Family(problem, label, margin, tuple(arms.values()), differences)
+        pairs += [(later, earlier) for earlier, later in combinations(others, 2)]
+    return pairs
 
 
-def _rows(
-    table: Any, metric: str, failed: Iterable[Sequence[Any]], failure_below: float | None
-) -> pd.DataFrame:
+def _rows(table: Any, metric: str) -> pd.DataFrame:
     """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
     frame = _as_frame(table)
     for column, synonym in (("score", metric), ("problem", "task")):
@@ -145,18 +139,10 @@ def _rows(
     for column in ("seed", "score"):
         runs[column] = pd.to_numeric(runs[column], errors="coerce").astype(float)
     runs["failed"] = runs["failed"].astype(str).str.lower().isin(["true", "1", "1.0", "yes"])
-    for run in failed:
-        labels = ["problem", "arm", "seed"][-len(run) :]
-        rows = (runs[labels] == list(run)).all(axis=1)
-        if not rows.any():
-            raise Refused(f"failed names the run {run}, which the table lacks; give (arm, seed).")
-        runs["failed"] |= rows
-    if failure_below is not None:
-        runs["failed"] |= runs["score"] < failure_below
     mistakes = {
         "has no whole number as its seed": runs["seed"] % 1 != 0,
-        "has no finite score; give the one at its end, or say that it failed (failed): leaving failed runs "
-        "out would flatter the arm": ~np.isfinite(runs["score"]) & ~runs["failed"],
+        "has no finite score; give the one at its end, or the column failed: leaving failed runs out would "
+        "flatter the arm": ~np.isfinite(runs["score"]) & ~runs["failed"],
         "is there a second time; give each run once": runs.duplicated(["problem", "arm", "seed"]),
     }
     for mistake, rows in mistakes.items():
@@ -167,7 +153,7 @@ def _rows(
 
 
 def _as_frame(table: Any) -> pd.DataFrame:
-    """Make a data frame of a CSV file, of another library's table, or of rows."""
+    """Make a data frame of a CSV file, or of rows."""
     if isinstance(table, str | os.PathLike):
         try:  # "None" may be the name of an arm
             return pd.read_csv(table, dtype=str, keep_default_na=False)
@@ -175,8 +161,6 @@ def _as_frame(table: Any) -> pd.DataFrame:
             raise Refused(
                 f"The table {table} cannot be read ({error}); give a CSV file."
             ) from error
-    if hasattr(table, "to_pandas"):
-        return table.to_pandas()
     if isinstance(table, pd.DataFrame):
         return table
     columns = dict(enumerate(("arm", "seed", "score", "problem")))
@@ -203,11 +187,8 @@ def _compare_pair(
     )
     more_failures = ""
     if p_failures <= 1 - level + 1e-12 and len(pairs) >= LEAST_PAIRS:
-        by_failures: VerdictWord = "better"
-        more_failures = reference.arm
-        if arm.failures.value > reference.failures.value:
-            by_failures = "worse"
-            more_failures = arm.arm
+        more_failures = max(arm, reference, key=lambda scores: scores.failures.value).arm
+        by_failures: VerdictWord = "worse" if more_failures == arm.arm else "better"
         contradicts = {by_failures, verdict} == {"better", "worse"}
         verdict = "undecided" if contradicts else by_failures
     return PairedDifference(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,10 +17,10 @@ from threading import Event
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.lab.compare.plan import Plan, PlannedRun, read_earlier_plan
+from tokenrl.lab.compare.plan import PlannedRun
 from tokenrl.runs.console import Console
-from tokenrl.runs.directory import RunDirectory, in_use, remove_run_files
-from tokenrl.runs.files import remove, write_json
+from tokenrl.runs.directory import in_use
+from tokenrl.runs.files import write_json
 from tokenrl.runs.signals import GracefulStop
 
 ATTEMPTS = 2
@@ -52,14 +50,6 @@ def command(run: PlannedRun, root: Path) -> list[str]:
     settings = f"{path}.json"
     flags = ["--config", settings, "--output-dir", path, "--resume", "auto", "--quiet"]
     return [run.kind, *flags]
-
-
-def print_commands(runs: Sequence[PlannedRun], root: Path) -> None:
-    """Print the command line of each run, for any scheduler, and write the settings that it reads."""
-    variables = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
-    for run in runs:
-        _write_settings(run, root)
-        print(shlex.join(["env", *variables, "tokenrl", *command(run, root)]))
 
 
 def _write_settings(run: PlannedRun, root: Path) -> None:
@@ -148,8 +138,9 @@ def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
     if log.is_file() and not log.stat().st_size:
         log.unlink()
     ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
-    rate = f", learning rate {run.learning_rate:g}" if run.role == "tuning" else ""
-    return f"{run.problem}: {run.arm}, seed {run.seed}{rate}: {ending}"
+    return (
+        f"{run.problem}: {run.arm}, seed {run.seed}, learning rate {run.learning_rate:g}: {ending}"
+    )
 
 
 def _local_executor() -> tuple[RunCommand, int]:
@@ -235,51 +226,3 @@ def _run_in_task(
     """Run a command in a process of Ray, which interrupts it to stop it."""
     os.chdir(directory)
     return _call(words, log, lambda: False, environment)
-
-
-def remove_comparison(root: Path) -> None:
-    """Remove what a comparison wrote and nothing else; its plan stays until the next plan replaces it.
-
-    Args:
-        root: its directory, which this process has locked.
-
-    Raises:
-        Refused: a run is at work, or lies behind a link; or a file was not written by the comparison.
-    """
-    plan = read_earlier_plan(root)
-    if plan is None:
-        return
-    root = root.resolve()
-    runs = []
-    for file in _settings_files(plan, root):
-        run = file.with_suffix("")
-        if run.resolve() != run:
-            raise Refused(
-                f"{run} lies behind a link, where nothing is removed. Give another --output-dir."
-            )
-        runs.append(run)
-    for directory in [RunDirectory(run, overwrite=True) for run in runs]:
-        run = directory.path
-        remove_run_files(run)
-        remove(run / ".lock")
-        directory.release()
-        if os.listdir(run):
-            raise Refused(
-                f"{run} holds files that no run wrote. Move them, and repeat the command."
-            )
-        run.rmdir()
-        remove(Path(f"{run}.log"))
-        remove(Path(f"{run}.json"))
-        with contextlib.suppress(OSError):  # there are other runs, or files of others
-            os.removedirs(run.parent)
-    for name in ("runs.csv", "comparisons.csv", "comparison.json", "report.html"):
-        remove(root / name)
-
-
-def _settings_files(plan: Plan, root: Path) -> list[Path]:
-    """Return the files of settings beside the runs of a plan, those for tuning included."""
-    files = list[Path]()
-    for folder in dict.fromkeys(Path(run.path).parent for run in plan.runs()):
-        for pattern in (f"{folder}/seed_*.json", f"{folder}-tuning-*/seed_*.json"):
-            files += root.glob(pattern)
-    return [file for file in files if file.stem.removeprefix("seed_").isdecimal()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import fmean
 from typing import Any, Literal
 
@@ -102,6 +101,8 @@ class PairedDifference:
     def interval(self) -> str:
         """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
         mean = self.mean.value
+        if not self.differences:
+            return "-"
         return f"{mean:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
 
     @property
@@ -129,11 +130,10 @@ class PairedDifference:
     @property
     def _too_few(self) -> str:
         count = len(self.differences)
-        pairs = "1 pair is" if count == 1 else f"{count} pairs are"
-        sentence = f"{pairs} too few for a verdict, which needs {LEAST_PAIRS} seeds or more."
-        if count:
-            sentence = f"{self.arm} lies {self.interval} from {self.reference}; {sentence}"
-        return sentence
+        sentence = (
+            f"pairs of seeds: {count}, too few for a verdict, which needs {LEAST_PAIRS} or more."
+        )
+        return f"{self.arm} against {self.reference}: {self.interval}; {sentence}"
 
     @property
     def _undecided_reason(self) -> str:
@@ -149,19 +149,11 @@ class PairedDifference:
 
     def row(self) -> dict[str, Any]:
         """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
-        cells: dict[str, Any] = {"pairs": len(self.differences)}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                cells |= {
-                    name: value.value,
-                    f"{name}_low": value.low,
-                    f"{name}_high": value.high,
-                }
-            elif name == "unpaired":
-                cells[name] = " ".join(map(str, value))
-            elif name != "differences":
-                cells[name] = value
-        return cells
+        cells = {**vars(self), "unpaired": " ".join(map(str, self.unpaired))}
+        del cells["differences"]
+        for name in ("mean", "adjusted"):
+            cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = cells[name]
+        return {"pairs": len(self.differences), **cells}
 
 
 @dataclass(frozen=True)
@@ -204,7 +196,8 @@ class Family:
         failures = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
         if failures:
             sentences.append(f"Runs failed: {joined(failures)}.")
-        if qualified:
+        verdicts = {difference.verdict for difference in self.differences}
+        if qualified and verdicts & {"better", "worse", "equivalent"}:
             sentences.append(f"But {joined(qualified)}.")
         return " ".join(sentences)
 
@@ -236,11 +229,6 @@ class Judgement:
     def of(self, problem: str) -> Family:
         """Return the family of a problem."""
         return next(family for family in self.families if family.problem == problem)
-
-    @property
-    def differences(self) -> list[PairedDifference]:
-        """The differences of all families."""
-        return [*chain.from_iterable(family.differences for family in self.families)]
 
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""

@@ -25,7 +25,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, findings_of, judge_runs
-from tokenrl.lab.compare.execution import execute, print_commands, remove_comparison
+from tokenrl.lab.compare.execution import execute
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
@@ -44,7 +44,7 @@ from tokenrl.runs.output import rich_table
 from tokenrl.runs.reader import read_run
 
 TIMED_STEPS = 6
-"""Steps of the run that is timed; the first two are slower than the others, and do not count."""
+"""Steps of the run that is timed; the first two are slower, so their median counts."""
 JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
 """How runs are judged, which may change when a comparison goes on."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -68,8 +68,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         **options: the fields of `CompareArguments`, and settings that all runs share.
 
     Returns:
-        The result; its directory holds the same in files, with a report. With `dry_run` or
-        `print_commands` the plan.
+        The result; its directory holds the same in files, with a report. With `dry_run` the plan.
 
     Raises:
         Refused: an argument cannot be used; raised before anything is run.
@@ -84,25 +83,19 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
     console = Console(quiet=args.quiet)
     root = directory_path(args.output_dir)
-    plan = make_plan(args, console.note)
+    new_plan = make_plan(args, console.note)
     if args.dry_run:
-        plan = continue_plan(plan, root)
+        plan = continue_plan(new_plan, root)
         console.start("tokenrl compare", plan.describe() | _forecasts(plan), note=NOTE)
         return plan
     lock = lock_plan(root)
     rows = list[dict[str, Any]]()
     try:
-        if args.overwrite:
-            remove_comparison(root)
-        else:
-            plan = continue_plan(plan, root)
+        plan = continue_plan(new_plan, root)
         write_plan(plan, root)
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
             unmade = [run for run in runs if not is_done(run, root)]
-            if unmade and args.print_commands:
-                print_commands(unmade, root)
-                return plan
             execute(unmade, root, executor=args.executor, workers=args.workers, console=console)
             rows += read_runs(plan, runs, root)
         comparison = judge_runs(root, plan, RunTable.of_rows(rows))
@@ -135,15 +128,16 @@ def continue_plan(plan: Plan, output_dir: Path) -> Plan:
     old = read_earlier_plan(output_dir)
     if old is None:
         return plan
-    before = {run.path: run for run in old.runs()}
-    now = {run.path: run for run in plan.runs()}
-    difference = _first_difference(before, now)
-    if old.tuning_seeds != plan.tuning_seeds and not difference:
+    runs = {run.path: run for run in plan.runs()}
+    difference = ""
+    if old.tuning_seeds != plan.tuning_seeds:
         difference = "its learning rates are chosen in another way"
+    for run in old.runs():
+        difference = difference or _difference(run, runs.get(run.path))
     if difference:
         raise Refused(
             f"{output_dir} holds another comparison: {difference[:900]}. Give the arguments that it was "
-            "started with (plan.json has its command), another --output-dir, or --overwrite."
+            "started with (plan.json has its command), or another --output-dir."
         )
     if not any((output_dir / "runs").rglob("config.json")):
         return plan
@@ -153,29 +147,27 @@ def continue_plan(plan: Plan, output_dir: Path) -> Plan:
         value = getattr(plan, name)
         if value != earlier:
             changes.append(f"{name} was changed from {earlier} to {value} after runs had begun")
-    added = [run for path, run in now.items() if path not in before]
+    earlier_paths = {run.path for run in old.runs()}
+    added = [run for path, run in runs.items() if path not in earlier_paths]
     if added:
         arms = ", ".join(dict.fromkeys(run.arm for run in added))
         seeds = [run.seed for run in added]
-        runs = f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)}"
-        changes.append(f"{runs} were added after runs had begun")
+        changes.append(
+            f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)} were added after runs "
+            "had begun"
+        )
     return replace(plan, changes=tuple(dict.fromkeys(changes)))
 
 
-def _first_difference(before: Mapping[str, PlannedRun], now: Mapping[str, PlannedRun]) -> str:
-    """Describe the first run that is missing now or has other settings; empty text if there is none."""
-    for path, run in before.items():
-        if path not in now:
-            return f"it has {path}, which these arguments do not make"
-        earlier = plain(run.settings)
-        settings = plain(now[path].settings)
-        differences = []
-        for name in earlier | settings:
-            if earlier.get(name) != settings.get(name):
-                differences.append(f"{name} {earlier.get(name)}, now {settings.get(name)}")
-        if differences:
-            return f"{path} has {'; '.join(differences)}"
-    return ""
+def _difference(earlier: PlannedRun, run: PlannedRun | None) -> str:
+    """Describe how a run is planned otherwise than before; empty text if it is not."""
+    if run is None:
+        return f"it has {earlier.path}, which these arguments do not make"
+    before = plain(earlier.settings)
+    now = plain(run.settings)
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    changes = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names]
+    return f"{run.path} has {'; '.join(changes)}" if changes else ""
 
 
 def missing(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
@@ -224,11 +216,9 @@ def tune(
                 return rates[0], untried
             rates.sort()  # of equal rates the smaller counts as better
             rates.sort(key=lambda rate: -fmean(scores[rate, each] for each in seeds[:count]))
-            if count == 1 and widened < WIDENINGS:
-                if rates[0] == min(rates):
-                    rates.append(rates[0] / 2)
-                elif rates[0] == max(rates):
-                    rates.append(rates[0] * 2)
+            beyond = {min(rates): rates[0] / 2, max(rates): rates[0] * 2}
+            if count == 1 and widened < WIDENINGS and rates[0] in beyond:
+                rates.append(beyond[rates[0]])
         rates = rates[: math.ceil(len(rates) / 2)]
     return rates[0], []
 
@@ -251,15 +241,6 @@ def judge_directory(output_dir: str | Path) -> Comparison:
     return judge_runs(root, plan, RunTable.of_rows(rows))
 
 
-def report_comparison(output_dir: str | Path) -> Path:
-    """Judge again the runs that a comparison has made so far, and write its tables and its report.
-
-    Returns:
-        The report. The arguments and errors are those of `judge_directory`.
-    """
-    return write_comparison(judge_directory(output_dir))
-
-
 def _forecasts(plan: Plan) -> dict[str, str]:
     """Forecast from a few steps of the reference how long a run takes, and what cannot give a signal in it."""
     arm = next(arm for arm in plan.arms if arm.label == plan.reference)
@@ -278,7 +259,7 @@ def _forecasts(plan: Plan) -> dict[str, str]:
             recorded = read_run(root / run.path)
             steps = [row["step_seconds"] for row in recorded.timings if "step_seconds" in row]
             evaluation = (recorded.summary["wall_seconds"] - sum(steps)) / 2
-        seconds = problem.max_steps(arm) * median(steps[2:] or steps)
+        seconds = problem.max_steps(arm) * median(steps)
         seconds += (1 + len(problem.evaluated_at)) * evaluation
         forecasts[f"a run on {problem.label}"] = f"about {duration(seconds)} on one processor"
         for finding in findings_of(arm, problem, pd.DataFrame([row])):
@@ -298,9 +279,9 @@ def _print_result(comparison: Comparison, console: Console) -> None:
             cells = (difference.interval, difference.verdict) if difference else ("", "reference")
             table.add_row(arm.arm, arm.count, number(arm.mean), *cells)
         console.rich.print(table)
-        console.note(comparison.headline(family.problem))
-        caveats = [caveat.text for caveat in comparison.caveats[family.problem]]
-        for sentence in family.sentences() + caveats:
+        words = comparison.words[family.problem]
+        console.note(words.headline)
+        for sentence in words.sentences + words.caveats:
             console.note(f"- {sentence}")
     for run in comparison.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")

@@ -1,8 +1,9 @@
-"""Writes the tables and the page of a comparison: first the verdict, last the raw tables."""
+"""Writes the page of a comparison, first the verdict, last the raw tables; and the page of several runs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import numpy as np
 import pandas as pd
 
 import tokenrl.runs.markup as markup
+from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits, joined
 from tokenrl.lab.compare.plan import SCORES, Problem
-from tokenrl.runs.files import write_json, write_text
+from tokenrl.runs.console import distinct, ending, with_errors
+from tokenrl.runs.files import check_place, flat, write_json, write_text
 from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Bars, Chart, Curve, Forest
@@ -29,8 +32,18 @@ FROM_PYTHON = (
 )
 COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 """Colours of the verdicts in the palette of the charts; the others are grey."""
-COMPLETIONS = 4
-"""How many completions of the first run of each arm are shown on each problem."""
+MOST_DOTS = 50
+"""A curve of more points is drawn as its running mean."""
+CAUTION = (
+    "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
+    "so a difference between two runs says nothing yet about their settings: repeat them with several seeds."
+)
+BY_STEP = (
+    "By step (update; 0 is before training). Metrics with eval_ are held-out, others of training."
+)
+SUBJECTS = ("task", "reward", "env", "data")
+"""Settings that decide what a reward measures."""
+NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
 def write_comparison(comparison: Comparison) -> Path:
@@ -43,29 +56,21 @@ def write_comparison(comparison: Comparison) -> Path:
     plan = comparison.plan
     packages = versions()
     runs = comparison.table.runs
-    compared = runs.query("role == 'comparison'")
-    subtitle = (
-        f"{len(compared)} runs over {len(plan.seeds)} seeds, {compared['failed'].sum() or 'none'} of them failed; "
-        f"made with tokenrl {packages['tokenrl']}"
-    )
-    labels = [problem.label for problem in plan.problems]
     origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
     context = markup.table(["", ""], list(_context(comparison).items()), "words")
-    sections = [markup.Section("", [markup.paragraph(subtitle, "soft")])]
-    for label in labels:
-        sections.append(markup.Section(f"Verdict on {label}", [_verdict(comparison, label)]))
+    sections = []
+    for label, words in comparison.words.items():
+        sections.append(markup.Section(f"Verdict on {label}", [markup.verdict(*words)]))
     sections.append(markup.Section("What was compared", [context]))
     for problem in plan.problems:
         sections += _of_problem(comparison, problem)
     closed = {
-        "Sample completions": [markup.completions(_completions(comparison))],
-        "Every difference, in each metric": [_table(comparison.differences())],
         "Every run": [_table(runs)],
         "To repeat, and to cite": [markup.preformatted(part) for part in origin],
         "The plan": [markup.preformatted(asdict(plan))],
     }
     sections += [markup.Section(heading, blocks, closed=True) for heading, blocks in closed.items()]
-    title = f"Comparison of {len(plan.arms)} arms on {', '.join(labels)}"
+    title = f"Comparison of {len(plan.arms)} arms on {', '.join(plan.margins)}"
     return markup.write_page(comparison.output_dir / "report.html", title, sections)
 
 
@@ -79,70 +84,42 @@ def write_tables(comparison: Comparison) -> None:
     """
     folder = comparison.output_dir
     write_text(folder / "runs.csv", comparison.table.runs.to_csv(index=False))
-    write_text(folder / "comparisons.csv", comparison.differences().to_csv(index=False))
-    families = comparison.judgement.families
-    caveats = comparison.caveats.items()
+    write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
     packages = versions()
     values = {
         "plan": asdict(comparison.plan),
-        "headlines": {label: comparison.headline(label) for label in comparison.caveats},
-        "sentences": {family.problem: family.sentences() for family in families},
-        "caveats": {label: [caveat.text for caveat in group] for label, group in caveats},
-        "thresholds": comparison.thresholds.to_dict("records"),
+        "verdicts": {label: words._asdict() for label, words in comparison.words.items()},
         "versions": packages,
         "citation": CITATION.format(**packages),
     }
     write_json(folder / "comparison.json", values)
 
 
-def _verdict(comparison: Comparison, label: str) -> markup.Block:
-    """Show the verdict on a problem in words, then each difference, and what the verdict does not mean."""
-    sentences = comparison.judgement.of(label).sentences()
-    plan = comparison.plan
-    if len(plan.arms) > 2 and not plan.all_pairs:
-        sentences.append(
-            f"Each was compared with {plan.reference}; --all-pairs compares all pairs."
-        )
-    caveats = [caveat.text for caveat in comparison.caveats[label]]
-    return markup.verdict(comparison.headline(label), sentences, caveats)
-
-
 def _context(comparison: Comparison) -> dict[str, str]:
     """Return by heading what was compared, what counts as a failure, and how intervals are made."""
     context = {name.capitalize(): fact for name, fact in comparison.plan.describe().items()}
-    failures = "runs that broke off"
-    if comparison.plan.failure_below is not None:
-        failures += f", or ended with a reward below {comparison.plan.failure_below:g}"
-    levels = sorted({difference.level for difference in comparison.judgement.differences})
-    at_levels = joined([f"{level:.2%}" for level in levels])
     return context | {
-        "Failures": f"{failures}; their rates have exact limits, each of which holds with 95 %, and Fisher's "
-        "test compares them",
+        "Failures": "runs that broke off, have no score, or ended below --failure-below "
+        f"({digits(comparison.plan.failure_below)}); their rates have exact limits, each of which holds with "
+        "95 %, and Fisher's test compares them",
         "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
-        f"verdict is read from the interval at {at_levels}, so that with 95 % all verdicts on a problem hold "
-        "together.",
+        "thin interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
     }
 
 
 def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section]:
     """Return the sections on one problem: differences, curves, a table of the arms, and tuned rates."""
     label = problem.label
-    curves = comparison.table.curves_of(label)
-    unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
     mark = None if problem.solved is None else ("solved", problem.solved)
-    charts = [Chart("reward", unit, _curves(comparison, curves, "reward"), large=True, mark=mark)]
-    for metric in all_metrics():
-        is_shown = metric.name == "reward_greedy" or metric.panel == "health"
-        if is_shown and metric.name in curves and curves[metric.name].nunique() > 1:
-            drawn = _curves(comparison, curves, metric.name)
-            charts.append(Chart(metric.name, metric.caption, drawn))
+    words = f"Held-out, by {problem.unit}: mean over seeds, band from the lowest to the highest."
+    curves = markup.drawings(_charts(comparison.table.curves_of(label), mark))
     blocks = {
-        "Differences": markup.drawings([_forest(comparison, comparison.judgement.of(label))]),
-        "Learning": markup.drawings(charts),
-        "Arms": _table(_arm_summary(comparison, label), "wide fit"),
-        "Learning rates": markup.drawings(_rate_charts(comparison, label)),
+        "Differences": [markup.drawings([_forest(comparison, comparison.judgement.of(label))])],
+        "Learning": [markup.paragraph(words, "soft"), curves],
+        "Arms": [_table(_arm_summary(comparison, label), "wide fit")],
+        "Learning rates": [markup.drawings([_rate_chart(comparison, label)])],
     }
-    return [markup.Section(f"{heading} on {label}", [block]) for heading, block in blocks.items()]
+    return [markup.Section(f"{heading} on {label}", parts) for heading, parts in blocks.items()]
 
 
 def _forest(comparison: Comparison, family: Family) -> Forest:
@@ -174,66 +151,64 @@ def _forest(comparison: Comparison, family: Family) -> Forest:
     return Forest(f"Difference to {family.reference}", words, bars, family.margin)
 
 
-def _curves(comparison: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]:
-    """Return the mean of a metric over each arm's runs, with a band from the lowest to the highest run."""
+def _charts(curves: pd.DataFrame, mark: tuple[str, float] | None) -> list[Chart]:
+    """Draw each metric that has a panel, the reward first; those of health only where they change.
+
+    Args:
+        curves: rows with `arm`, `samples` and metrics. A curve is the mean over the rows of an arm, with a
+            band from the lowest to the highest.
+        mark: name and value of a horizontal line in the charts of rewards and accuracies.
+    """
+    metrics = [metric for metric in all_metrics() if metric.panel]
+    if "reward" in curves:  # beside which a loss of policy gradients says nothing
+        metrics = [metric for metric in metrics if metric.panel != "loss"]
+    charts = []
+    for metric in sorted(metrics, key=lambda metric: metric.name != "reward"):
+        is_health = metric.panel == "health"
+        for name in (metric.name, f"eval_{metric.name}"):
+            if name not in curves or curves[name].nunique() <= is_health:
+                continue
+            line = mark if metric.panel in ("reward", "accuracy") else None
+            drawn = _curves(curves, name)
+            charts.append(Chart(name, metric.caption, drawn, large=not is_health, mark=line))
+    return charts
+
+
+def _curves(curves: pd.DataFrame, metric: str) -> list[Curve]:
+    """Return the curve of a metric for each arm."""
     drawn = []
-    for colour, arm in enumerate(comparison.plan.arms, start=1):
-        by_samples = curves.query("arm == @arm.label").groupby("samples")[metric]
-        points = by_samples.agg(["mean", "min", "max"]).dropna()
+    for colour, (arm, rows) in enumerate(curves.groupby("arm", sort=False), start=1):
+        points = rows.groupby("samples")[metric].agg(["mean", "min", "max"]).dropna()
         mean, low, high = points.to_numpy().T.tolist()
-        drawn.append(Curve(list(points.index), mean, arm.label, colour, True, (low, high)))
+        band = (low, high) if low != high else None
+        dots = len(points) <= MOST_DOTS
+        drawn.append(Curve(list(points.index), mean, str(arm), colour, dots, band))
     return drawn
 
 
 def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
-    """Return each arm's failures, mean scores, share of clipped updates, and samples until a threshold."""
-    runs = comparison.table.of(label)
-    means = runs.query("not failed").groupby("arm").mean(numeric_only=True)
+    """Return each arm's failures, mean scores, share of clipped updates and learning rate."""
+    sound = comparison.table.of(label).query("not failed")
+    means = sound.groupby("arm").mean(numeric_only=True)
     failures = {}
     for arm in comparison.judgement.of(label).arms:
         failures[arm.arm] = f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
     frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
-    frame = frame.join(means.filter([*comparison.judgements, "grad_clipped", "learning_rate"]))
-    reached = {}
-    for row in comparison.thresholds.query("problem == @label").to_dict("records"):
-        samples = "never for half of them"
-        if math.isfinite(row["median_samples"]):
-            samples = f"{row['median_samples']:,.0f}"
-        reached[row["arm"]] = f"{row['reached']} of {row['runs']}, {samples}"
-        column = "reach {threshold:.3g} ({chosen}), median".format(**row)
-    if reached:
-        frame[column] = pd.Series(reached)
+    shown = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
+    frame = frame.join(shown.dropna(axis=1, how="all"))
     return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
 
 
-def _rate_charts(comparison: Comparison, label: str) -> list[Chart]:
-    """Draw the scores by learning rate on the tuning seeds; nothing unless rates were tuned."""
-    tuning = comparison.table.of(label, role="tuning")
-    curves = []
-    for colour, (arm, runs) in enumerate(tuning.groupby("arm", sort=False), start=1):
-        means = runs.groupby("learning_rate")[comparison.plan.metric].mean().dropna()
-        x = list(np.log2(means.index))
-        curves.append(Curve(x, list(means), str(arm), colour, dots=True))
-    if not curves:
-        return []
-    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
+def _rate_chart(comparison: Comparison, label: str) -> Chart:
+    """Draw the scores by learning rate on the tuning seeds; without curves unless rates were tuned."""
+    tuning = comparison.table.of(label, "tuning")
     unit = (
         "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
     )
-    return [Chart("Score by learning rate", unit, curves, True, None, False, ticks, False)]
-
-
-def _completions(comparison: Comparison) -> list[dict[str, object]]:
-    """Return some completions of the first run of each arm on each problem, to sort and to filter."""
-    runs = comparison.table.runs.query("role == 'comparison'").dropna(subset="samples")
-    rows = []
-    for run in runs.drop_duplicates(["problem", "arm"]).itertuples():
-        completions = read_run(comparison.output_dir / str(run.path)).completions()
-        stride = max(1, len(completions) // COMPLETIONS)
-        for row in completions[::stride][:COMPLETIONS]:
-            texts = {name: row.get(name) for name in ("prompt", "completion", "reward")}
-            rows.append({"problem": run.problem, "arm": run.arm, **texts})
-    return rows
+    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
+    by_rate = tuning.assign(samples=np.log2(tuning["learning_rate"]))
+    curves = _curves(by_rate, comparison.plan.metric)
+    return Chart("Score by learning rate", unit, curves, True, None, False, ticks, False)
 
 
 def _table(frame: pd.DataFrame, style: str = "wide") -> markup.Block:
@@ -245,3 +220,55 @@ def _cell(value: object) -> str:
     if pd.isna(value):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
+    """Write a page that shows runs side by side: final numbers, settings that differ, and learning curves.
+
+    Args:
+        runs: the directories of the runs, finished or not. Runs of different commands have few numbers in
+            common.
+        output: the file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        Refused: a directory holds no run, or the file cannot be written there.
+        Stopped: the file could not be written.
+    """
+    recorded = {str(run): read_run(run) for run in runs}
+    output = Path(output)
+    check_place(output)
+    numbers = {}
+    settings = {}
+    curves = []
+    for name, run in recorded.items():
+        numbers[name] = {"title": run.title, "ended": ending(run.summary)}
+        numbers[name] |= with_errors(distinct(run.summary.get("eval_after")))
+        compared = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
+        settings[name] = {key: str(value) for key, value in flat(compared).items()}
+        curves.append(
+            pd.DataFrame(run.metrics).rename(columns={"step": "samples"}).assign(arm=name)
+        )
+    differing = pd.DataFrame(settings).fillna("-")
+    differing = differing[differing.nunique(axis=1) > 1]
+    subjects = [name for name in SUBJECTS if name in differing.index]
+    warning = "The numbers do not measure the same, since these settings differ: "
+    marks = {run.mark for run in recorded.values()}
+    charts = _charts(pd.concat(curves), marks.pop() if len(marks) == 1 else None)
+    sections = {
+        "": [markup.paragraph(CAUTION, "soft")],
+        "Final numbers (± standard error)": [_table(_named(pd.DataFrame(numbers)))],
+        "Settings that differ": [_table(_named(differing))],
+        "Learning curves": [markup.paragraph(BY_STEP, "soft"), markup.drawings(charts)],
+    }
+    if subjects:
+        sections[""].append(markup.paragraph(f"{warning}{joined(subjects)}.", "strong"))
+    title = f"Comparison of {len(recorded)} runs"
+    return markup.write_page(output, title, [markup.Section(*part) for part in sections.items()])
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the names of its rows as its first column."""
+    return frame.rename_axis("").reset_index()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +28,6 @@ SCORES = {
     "reward_greedy": "held-out greedy reward at the end",
 }
 """The scores of a run in words; in control the rewards are returns of episodes."""
-SPREAD = (0.002, 0.011)
-"""Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
 DECLARATION = (
     "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
 )
@@ -86,18 +84,11 @@ class Problem:
     @property
     def margin_in_words(self) -> str:
         """The margin, and what it costs to have none."""
-        if self.margin is None:
-            sentence = (
-                "no margin: a difference can be found, but no arm is called as good as another. "
-                "Give --margin"
-            )
-            if self.unit == "completions":
-                sentence += f", or declare the range of each reward: {DECLARATION}"
-            return sentence
-        sentence = f"margin {self.margin:g}"
-        if self.reward_range:
-            low, high = self.reward_range
-            sentence += f"; the reward's range is {low:g} to {high:g}"
+        if self.margin is not None:
+            return f"margin {self.margin:g}"
+        sentence = "no margin: a difference can be found, but no arm is called as good as another. Give --margin"
+        if self.unit == "completions":
+            sentence += f", or declare the range of each reward: {DECLARATION}"
         return sentence
 
     @property
@@ -125,12 +116,9 @@ class Problem:
         """Return the steps in which an arm without refills generates the samples of the budget."""
         return math.ceil(self.budget / self.samples_per_step(arm))
 
-    def steps_in_words(self, arms: Sequence[Arm]) -> str:
-        """The number of steps of each arm and their samples; runs with refills are read at the budget."""
-        return "; ".join(f"{arm.label}: {self._length_in_words(arm)}" for arm in arms)
-
-    def _length_in_words(self, arm: Arm) -> str:
-        length = f"{self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
+    def length_in_words(self, arm: Arm) -> str:
+        """The number of steps of an arm and their samples; runs with refills are read at the budget."""
+        length = f"{arm.label}: {self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
         if arm.estimator.refills:
             length += f" and refills, read at {self.budget:,} {self.unit}"
         return length
@@ -230,18 +218,11 @@ class Plan:
             settings["eval_every"] = max(1, every)
         if rate:
             settings["learning_rate"] = rate
-        folder = _slug(arm.label, [each.label for each in self.arms])
+        folder = _folders(each.label for each in self.arms)[arm.label]
         if role == "tuning":
             folder += f"-tuning-{settings['learning_rate']:g}"
-        path = f"runs/{_slug(problem.label, list(self.margins))}/{folder}/seed_{seed}"
-        return PlannedRun(
-            problem.label,
-            arm.label,
-            role,
-            seed,
-            path,
-            settings,
-        )
+        path = f"runs/{_folders(self.margins)[problem.label]}/{folder}/seed_{seed}"
+        return PlannedRun(problem.label, arm.label, role, seed, path, settings)
 
     def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
         """Return the runs of the comparison. Runs of a seed stand together, so that pairs are complete early.
@@ -261,15 +242,12 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
         runs = self.runs()
-        count = str(len(runs))
+        pairs = len(self.seeds)
         seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
         rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
         if self.tuning_seeds:
-            count += " beside those for tuning"
             seeds += f"; {self.tuning_seeds[0]} to {self.tuning_seeds[-1]} for tuning"
-            rates = (
-                "for each arm the best of a grid around the recommended one, in ten runs or more"
-            )
+            rates = "for each arm the best of a grid, in ten runs or more"
         facts = {
             "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in self.arms),
             "reference": self.reference,
@@ -278,42 +256,32 @@ class Plan:
         for problem in self.problems:
             budget = f"{problem.budget:,} {problem.unit}"
             facts[f"on {problem.label}"] = f"{budget}, {problem.margin_in_words}"
-            facts[f"length on {problem.label}"] = problem.steps_in_words(self.arms)
+            facts[f"length on {problem.label}"] = "; ".join(map(problem.length_in_words, self.arms))
+        shown = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        if pairs >= LEAST_PAIRS:
+            deviations = detectable_difference(pairs, 1.0, self.comparisons)
+            shown = f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference"
         settings = self.problems[0].settings
         computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
         return facts | {
             "seeds": seeds,
             "learning rate": rates,
-            "runs": count,
+            "runs": str(len(runs)),
             "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
-            "can show": self._detectable_in_words(),
+            "can show": shown,
         }
 
-    def _detectable_in_words(self) -> str:
-        """Describe the smallest difference that the seeds can show."""
-        pairs = len(self.seeds)
-        if pairs < LEAST_PAIRS:
-            return f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
-        deviations = detectable_difference(pairs, 1.0, self.comparisons)
-        low, high = SPREAD
-        return (
-            f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference; "
-            f"on the toy tasks about {deviations * low:.2g} to {deviations * high:.2g} of the reward's range"
-        )
 
-
-def _slug(label: str, all_labels: Sequence[str]) -> str:
-    """Return the folder of a label; where several labels have the same folder, a number is added."""
-    folders = []
-    for each in all_labels:
-        words = re.sub(r"[^A-Za-z0-9_.=-]+", "-", each).strip("-.")[:80]
-        folders.append(words or "arm")
-    index = all_labels.index(label)
-    folder = folders[index]
-    twins = [each.lower() == folder.lower() for each in folders]
-    if sum(twins) > 1:
-        folder += f"-{sum(twins[: index + 1])}"
-    return folder
+def _folders(labels: Iterable[str]) -> dict[str, str]:
+    """Return a folder for each label; one that an earlier label has gets a plus sign, which no label leaves."""
+    folders: dict[str, str] = {}
+    for label in labels:
+        folder = re.sub(r"[^a-z0-9_.=-]+", "-", label, flags=re.IGNORECASE).strip("-.")[:80]
+        taken = ["", *(other.lower() for other in folders.values())]
+        while folder.lower() in taken:
+            folder += "+"
+        folders[label] = folder
+    return folders
 
 
 def write_plan(plan: Plan, output_dir: Path) -> None:
@@ -330,13 +298,7 @@ def read_plan(output_dir: Path) -> Plan:
     """
     path = output_dir / "plan.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        values["problems"] = [Problem(**fields) for fields in values["problems"]]
-        values["arms"] = [Arm(**fields) for fields in values["arms"]]
-        for name, value in values.items():
-            if isinstance(value, list):
-                values[name] = tuple(value)
-        return Plan(**values)
+        return arguments(Plan, json.loads(path.read_text(encoding="utf-8"))["plan"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{path} cannot be read ({error}). Remove it, or give another --output-dir."
@@ -350,7 +312,7 @@ def lock_plan(output_dir: Path) -> Any:
         Refused: the directory holds files, but no comparison; another process has locked it; or it cannot be
             made.
     """
-    _refuse_foreign(output_dir)
+    read_earlier_plan(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -361,19 +323,15 @@ def lock_plan(output_dir: Path) -> Any:
     return acquire_lock(output_dir, busy)
 
 
-def _refuse_foreign(output_dir: Path) -> None:
-    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    if "plan.json" not in names and set(names) - {".lock"}:
-        raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
-
-
 def read_earlier_plan(output_dir: Path) -> Plan | None:
     """Return the plan of the comparison that a directory holds; None if it holds nothing.
 
     Raises:
         Refused: it holds something else.
     """
-    _refuse_foreign(output_dir)
-    if not os.path.exists(output_dir / "plan.json"):
-        return None
-    return read_plan(output_dir)
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    if "plan.json" in names:
+        return read_plan(output_dir)
+    if set(names) - {".lock"}:
+        raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
+    return None

@@ -37,7 +37,6 @@ RESERVED = [
     "env",
     "model",
     "output_dir",
-    "overwrite",
     "quiet",
     "seed",
     "resume",
@@ -148,6 +147,10 @@ def _problems_and_arms(
     if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
         raise Refused("learning_rate must be tuned alone, or one or several numbers.")
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
+    if "overwrite" in args.shared:
+        raise Refused(
+            "A comparison is continued, and never replaced: give another output_dir, or remove the directory."
+        )
     for name in args.shared:
         if name in (*RESERVED, *SWEPT):
             raise Refused(f"{name} is set by the comparison itself; leave it out.")

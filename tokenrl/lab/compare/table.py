@@ -38,8 +38,8 @@ class RunTable(NamedTuple):
 
     Attributes:
         runs: one row for each: `problem`, `arm`, `seed`, `role`, `state` (`finished`, `failed` or `missing`),
-            `reason` (why it did not finish), `failed` (also by its reward at the end), `learning_rate`,
-            `samples`, the scores, means over training steps, and `path`.
+            `reason` (why it did not finish), `failed` (also without a score, or by its reward at the end),
+            `learning_rate`, `samples`, the scores, means over training steps, and `path`.
         curves: one row for each run and number of samples: `problem`, `arm`, `role`, `path`, `samples` and
             the metrics of evaluations, interpolated between evaluations and constant after the last.
     """
@@ -55,10 +55,9 @@ class RunTable(NamedTuple):
         runs = pd.DataFrame(rows).drop(columns="curve")
         return cls(runs, pd.concat(curves, ignore_index=True))
 
-    def of(self, problem: str, arm: str | None = None, role: str = "comparison") -> pd.DataFrame:
-        """Return the rows of the runs on a problem, of one arm or of all."""
-        runs = self.runs.query("problem == @problem and role == @role")
-        return runs if arm is None else runs.query("arm == @arm")
+    def of(self, problem: str, role: str = "comparison") -> pd.DataFrame:
+        """Return the rows of the runs on a problem."""
+        return self.runs.query("problem == @problem and role == @role")
 
     def curves_of(self, problem: str) -> pd.DataFrame:
         """Return the curves of the runs on a problem that are compared."""
@@ -83,6 +82,7 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         Refused: a file of a run is damaged.
     """
     problems = {problem.label: problem for problem in plan.problems}
+    threshold = -math.inf if plan.failure_below is None else plan.failure_below
     rows = []
     for run in runs:
         path = root / run.path
@@ -101,23 +101,13 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
             scores, curve = _scores(recorded, problems[run.problem])
             labels = {name: row[name] for name in ("problem", "arm", "role", "path")}
             row |= scores | {"curve": curve.assign(**labels)}
-        row["failed"] = state == "failed"
-        if plan.failure_below is not None and row["reward"] < plan.failure_below:
-            row["failed"] = True
-            row["reason"] = (
-                reason
-                or f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
-            )
+        if state == "finished" and math.isnan(row[plan.metric]):
+            row["reason"] = f"It has no {plan.metric}."
+        elif state == "finished" and row["reward"] < threshold:
+            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {threshold:g}."
+        row["failed"] = state != "missing" and row["reason"] != ""
         rows.append(row)
     return rows
-
-
-def samples_of(run: RecordedRun, unit: str) -> pd.Series:
-    """Return by step the number of samples that a run had generated."""
-    metric = COUNTS[unit]
-    steps = pd.DataFrame(run.metrics, columns=["step", metric]).set_index("step")
-    counts = steps[metric].astype(float).fillna(0.0)
-    return counts.cumsum() if unit == "episodes" else counts.cummax()
 
 
 def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
@@ -126,7 +116,9 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
     Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
     example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
-    samples = samples_of(run, problem.unit)
+    counts = pd.DataFrame(run.metrics, columns=["step", COUNTS[problem.unit]]).set_index("step")
+    counts = counts.squeeze(axis=1).astype(float).fillna(0.0)
+    samples = counts.cumsum() if problem.unit == "episodes" else counts.cummax()
     curve = pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
     for name in CURVES:
         steps, values = series(run.evaluations, name)
@@ -139,8 +131,7 @@ def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.Da
             scores[area] = curve[name].iloc[1:].mean()
             scores[name] = curve[name].iloc[-1]
     if "reward" in curve:
-        scores["before"] = curve["reward"].iloc[0]
-        scores["gain"] = scores["reward"] - scores["before"]
+        scores["gain"] = scores["reward"] - curve["reward"].iloc[0]
     before_step = samples.shift(fill_value=0.0)
     last_step = before_step.index[before_step < problem.budget][-1]
     return scores | _training_facts(run, last_step), curve
@@ -176,62 +167,21 @@ def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
     """
-    config = run.config
+    metrics = ["entropy", "frac_reward_zero_std", "completions/clipped_ratio", "grad_clipped"]
+    metrics += ["skipped_steps"]
     steps = pd.DataFrame(run.metrics).query("0 < step <= @last_step")
+    steps = steps.reindex(columns=metrics).astype(float)
     tenth = max(1, len(steps) // 10)
-    early = steps[:tenth].mean(numeric_only=True)
-    whole = steps.mean(numeric_only=True)
-    late = steps[-tenth:].mean(numeric_only=True)
-    updates_per_step = config.get("num_iterations", 1) * config.get("num_minibatches", 1)
-    updates = max(1, len(steps)) * updates_per_step
-    counts = steps.filter(["skipped_steps"]).fillna(0).max() / updates
-    means = {
-        "entropy": late.get("entropy"),
-        "early_entropy": early.get("entropy"),
-        "early_equal": early.get("frac_reward_zero_std"),
-        "recent_cut": whole.get("completions/clipped_ratio"),
-        "grad_clipped": whole.get("grad_clipped"),
-        "skipped": counts.get("skipped_steps"),
+    early = steps[:tenth].mean()
+    whole = steps.mean()
+    updates_per_step = run.config.get("num_iterations", 1) * run.config.get("num_minibatches", 1)
+    counts = steps.max() / (max(1, len(steps)) * updates_per_step)
+    is_density = run.config.get("head") == "gaussian"
+    return {
+        "entropy": steps["entropy"][-tenth:].mean(),
+        "early_entropy": math.nan if is_density else early["entropy"],
+        "early_equal": early["frac_reward_zero_std"],
+        "recent_cut": whole["completions/clipped_ratio"],
+        "grad_clipped": whole["grad_clipped"],
+        "skipped": counts["skipped_steps"],
     }
-    if config.get("head") == "gaussian":
-        del means["early_entropy"]
-    return {name: float(value) for name, value in means.items() if value is not None}
-
-
-def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
-    """Count the samples until the reward that counts as solved, else until half of the best arm's gain.
-
-    Returns:
-        By arm, how many runs reach it in an evaluation, and the median of the samples until the first such
-        evaluation, in which a run without one counts as infinite.
-    """
-    runs = table.of(problem.label)
-    curves = table.curves_of(problem.label)
-    threshold = problem.solved
-    origin = "solved"
-    if threshold is None:
-        start = runs["before"].mean()
-        best = runs.groupby("arm")["reward"].mean().max()
-        if not best > start:
-            return pd.DataFrame(columns=["problem", "arm"])
-        threshold = (start + best) / 2
-        origin = "half of the best arm's gain"
-    first = curves.query("reward >= @threshold").groupby("path")["samples"].min()
-    needed = runs["path"].map(first).fillna(math.inf)
-    by_arm = pd.DataFrame(
-        {
-            "arm": runs["arm"],
-            "needed": needed,
-            "reached": np.isfinite(needed),
-        }
-    )
-    summary = by_arm.groupby("arm", sort=False).agg(
-        runs=("needed", "size"),
-        reached=("reached", "sum"),
-        median_samples=("needed", "median"),
-    )
-    return summary.reset_index().assign(
-        problem=problem.label,
-        threshold=threshold,
-        chosen=origin,
-    )

@@ -35,7 +35,7 @@ LEAST_SUPERVISED = 2e-5
 LARGEST_RATE = 1e-3
 LARGEST_TRAINED = 1e-4
 """Largest rate for rewards, without an adapter, of weights that have learnt before: higher ones make a tiny
-model forget more than it learns (recipes/pages/explain/one_learning_rate.md has the runs)."""
+model forget more than it learns (recipes/pages/explain/comparing.md has the runs)."""
 
 
 def default_rate(

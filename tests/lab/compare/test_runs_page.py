@@ -1,0 +1,67 @@
+"""The page of several runs: their numbers side by side, the settings that differ, and a curve of each run."""
+
+import re
+
+import pytest
+from made_runs import write_run
+from runs.pages import EVIL, Page
+
+from tokenrl.cli import main
+from tokenrl.errors import Refused
+from tokenrl.lab import compare_runs
+
+pytestmark = pytest.mark.drawn
+
+
+def make_run(folder, end, **settings):
+    after = {"reward": end, "reward_stderr": 0.01, f"pass@{end}": 1.0}
+    config = {"title": EVIL, "output_dir": folder.name, "versions": {"torch": end}, **settings}
+    ended = {"exit_reason": "finished", "steps": 10, "eval_after": after}
+    write_run(folder, [0.1, end], summary=ended, config=config, reward=end)
+
+
+def rows_of(text, heading):
+    part = text[text.index(f"<h2>{heading}") :]
+    rows = re.findall("<tr.*?</tr>", part[: part.index("</table>")])
+    return [[Page(cell).text for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_runs_stand_side_by_side_with_the_settings_that_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "one", 0.5, task="a", seed=0, estimator={"scale": "none", "gamma": 1})
+    make_run(tmp_path / "two", 0.75, task=EVIL, seed=0, estimator={"gamma": 1}, lora_r=8)
+    assert main(["report", "one", "two"]) == 0
+    assert capsys.readouterr().out == "comparison.html\n"
+    text = (tmp_path / "comparison.html").read_text("utf-8")
+    numbers = rows_of(text, "Final numbers")
+    assert ["reward", "0.500 ± 0.010", "0.750 ± 0.010"] in numbers
+    assert ["pass@0.5", "1", "-"] in numbers and numbers[0] == ["", "one", "two"]
+    assert rows_of(text, "Settings that differ")[1:] == [
+        ["estimator.scale", "none", "-"],
+        ["task", "a", EVIL],
+        ["lora_r", "-", "8"],
+    ]
+    page = Page(text)
+    words = " ".join(page.text.split())
+    assert "do not measure the same, since these settings differ: task." in words
+    assert "says nothing yet about their settings" in words
+    caption = "mean reward of the sampled completions or episodes one 0.5 two 0.75"
+    assert f"reward {caption}" in words and f"eval_reward {caption}" in words
+    assert len(page.all("svg")) == 3 * 2, "nothing else changes, and each has two sizes"
+    assert text.count("<script") == 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "output", "words"),
+    [
+        (["one", "two"], "two", "it is a directory"),
+        (["one", "two"], "no/such/c.html", "its directory does not exist"),
+        (["one", "three"], "c.html", "three holds no metrics.jsonl"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(tmp_path, monkeypatch, runs, output, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        make_run(tmp_path / name, 0.5)
+    with pytest.raises(Refused, match=words):
+        compare_runs(runs, output)
