@@ -116,16 +116,15 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     if len(means) < 2 or not run.summary:
         return observed
     now = means[-1]
-    peak = max(means)
+    best = max(means)
     gained = now.exceeds(means[0], errors_of_chance(1))
     if is_language and run.summary["exit_reason"] == "finished" and "flags" in run.summary:
         gained = "nothing-learnt" not in run.summary["flags"]  # the run compared the same prompts
     return replace(
         observed,
-        peak=peak,
         gained=gained,
         latest=None if gained else observed.latest,
-        fell=peak.exceeds(now, errors_of_chance(len(means) - 1)),
+        fallen_from=best if best.exceeds(now, errors_of_chance(len(means) - 1)) else None,
     )
 
 

@@ -141,8 +141,8 @@ class Observed:
 
         gain: how much the reward of held-out prompts gained.
         gain_of_arm: the same of an arm of a comparison, whose first steps are judged.
-        peak: the best of the evaluations that a diagnosis compares.
-        gained, fell: whether the reward is higher than at the start, lower than at its best, beyond chance.
+        gained: whether the last evaluation is above the first one by more than chance.
+        fallen_from: the best evaluation, if the last one is below it by more than chance.
         is_solved: whether the last evaluation reaches the threshold.
         is_easy: whether the training reward does.
 
@@ -179,9 +179,8 @@ class Observed:
 
     gain: Gain | None = None
     gain_of_arm: Number = None
-    peak: Mean | None = None
     gained: bool | None = None
-    fell: bool = False
+    fallen_from: Mean | None = None
     is_solved: bool = False
     is_easy: bool = False
 
@@ -207,7 +206,7 @@ def observe(rows: Rows, settings: Any) -> Observed:
         settings: the settings of the run, a dataclass. A field of `Observed` with the name of a setting, or
             of an axis of the estimator, holds it.
     """
-    estimator: Any = settings.estimator
+    estimator = settings.estimator
     named = vars(estimator) | vars(settings)
     steps = [row for row in rows if row["step"] > 0]
     tenth = max(1, len(steps) // 10)
@@ -228,7 +227,7 @@ def observe(rows: Rows, settings: Any) -> Observed:
 
 def _means(rows: Rows, settings: Any) -> Means:
     """Return the means of metrics over some rows."""
-    estimator: Any = settings.estimator
+    estimator = settings.estimator
     means = {name: _mean(_number(row, metric) for row in rows) for name, metric in METRICS.items()}
     if getattr(settings, "head", "softmax") != "softmax":
         means["entropy"] = math.nan

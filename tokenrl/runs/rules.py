@@ -207,11 +207,11 @@ def nothing_learnt(observed: Observed) -> Judgement:
 
 def reward_fell(observed: Observed) -> Judgement:
     """The reward is lower than at its best by more than chance."""
-    peak = require(observed.peak)
+    best = require(observed.fallen_from)
     rate = require(observed.learning_rate)
-    if observed.is_solved or not observed.fell:
+    if observed.is_solved:
         return None
-    text = f"The reward has fallen from its best, {peak.value:.3g} at step {peak.step}."
+    text = f"The reward has fallen from its best, {best.value:.3g} at step {best.step}."
     return Finding("reward-fell", "act", text, {"learning_rate": rate / 2})
 
 
@@ -251,7 +251,7 @@ def samples_below_greedy(observed: Observed) -> Judgement:
 def reward_flat(observed: Observed) -> Judgement:
     """The reward has not changed by more than its noise."""
     rate = require(observed.learning_rate)
-    if require(observed.gained) or observed.fell or observed.is_solved:
+    if require(observed.gained) or observed.fallen_from or observed.is_solved:
         return None
     text = "The reward has not changed by more than its noise."
     return Finding("reward-flat", "act", text, {"learning_rate": 2 * rate}, precedence=0)
