@@ -96,19 +96,16 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     recent = observed.recent
     rows = run.evaluations
     solved = run.config.get("solved")
-    is_easy = is_language and EASY_REWARD <= recent.reward <= 1
-    is_solved = is_easy and recent.equal > LOST_SHARE  # all 1, or nearly
+    # All rewards are 1, or nearly.
+    is_solved = EASY_REWARD <= recent.reward <= 1 and recent.equal > LOST_SHARE and is_language
     if solved is not None:
-        mark = float(solved)  # "Infinity" too
         last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
-        is_solved = any(mean.value >= mark for mean in last)
-        is_easy = is_solved or recent.reward >= mark
+        is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
     updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
     skipped = run.series("skipped_steps")[1]
     observed = replace(
         observed,
         is_solved=is_solved,
-        is_easy=is_easy,
         skipped=skipped[-1] / updates if skipped else None,
     )
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")

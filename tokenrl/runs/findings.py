@@ -144,7 +144,6 @@ class Observed:
         gained: whether the last evaluation is above the first one by more than chance.
         fallen_from: the best evaluation, if the last one is below it by more than chance.
         is_solved: whether the last evaluation reaches the threshold.
-        is_easy: whether the training reward does.
 
         groups: in words, what was compared before training, in the step of a check.
         others_differ: whether other samples of the same policy have unequal rewards.
@@ -182,7 +181,6 @@ class Observed:
     gained: bool | None = None
     fallen_from: Mean | None = None
     is_solved: bool = False
-    is_easy: bool = False
 
     groups: str | None = None
     others_differ: bool = False

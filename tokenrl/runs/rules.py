@@ -129,7 +129,7 @@ def no_signal_in_trial(observed: Observed) -> Judgement:
     """All or nearly all rewards that were compared before training are equal."""
     groups = require(observed.groups)
     trial = observed.step
-    weight = above(trial.equal, watch=0.89, void=0.999)
+    weight = above(trial.equal, watch=0.9, void=0.999)
     text = f"In {trial.equal:.0%} of {groups} the rewards are equal. Only the others can teach anything."
     if weight == "void":
         text = f"In none of {groups} do the rewards differ; their mean is {trial.reward:.3g}."
@@ -139,7 +139,7 @@ def no_signal_in_trial(observed: Observed) -> Judgement:
 
 
 def no_signal_in_steps(observed: Observed) -> Judgement:
-    """No rewards differed in several steps in a row; the policy is lost where they did and it was better."""
+    """No rewards differed in several steps in a row; if the reward was higher before, the policy is lost."""
     count = require(observed.idle_steps)
     reward = require(observed.step.reward)
     text = (
@@ -172,7 +172,7 @@ def little_signal_at_end(observed: Observed) -> Judgement:
     equal = observed.recent.equal
     weight = above(equal, watch=LOST_SHARE / 2, act=LOST_SHARE)
     text = f"{equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient."
-    if weight == "act" and observed.is_easy:
+    if weight == "act" and observed.is_solved:
         return Finding(
             "no-signal", "watch", f"{text} The task is too easy by now: take a harder one."
         )
