@@ -94,7 +94,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         shared, unknown = _shared(runs, unknown, prog)
         start = with_shared(stored | shared)
         hints |= field_types(runs)  # type: ignore[arg-type]
-    check_flags(unknown, hints, prog, start | options, argv)
+    check_flags(unknown, hints, prog)
     return arguments(kind, start | options)
 
 

@@ -3,8 +3,7 @@
 The table foreign.txt has the names of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and
 scripts), the usual ones of OpenRLHF, verl and Stable-Baselines3, and those that tokenrl itself had. A keyword,
 a flag or a line of a configuration with such a name is refused with one sentence: our name, or what happens
-instead. The last line of the message is the whole command with our names. It starts from the toolkit's own
-estimator, since names that are left out have its defaults; `...` stands for a number that a sentence computes.
+instead.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.errors import Refused, nearest, suggest
-
-PLAIN = (str, int, float)
-"""Types of values that are written as they are."""
 
 
 class Row(NamedTuple):
@@ -29,7 +25,7 @@ class Row(NamedTuple):
     Attributes:
         names: The names in other toolkits.
         values: Their values for which the row holds, in small letters; empty if it holds for any value.
-        ours: Our settings with their values; a value is None where the row has none.
+        ours: Our settings with their values; a value is None where the user's value stays.
         remark: The end of the sentence, with a comma before it; without a setting of ours the whole sentence.
         needs: The settings that a command must have for the row to hold.
     """
@@ -40,29 +36,20 @@ class Row(NamedTuple):
     remark: str
     needs: set[str]
 
-    def translate(self, value: Any) -> dict[str, Any]:
-        """Return our settings with their values; a setting that is only renamed has the user's value."""
-        if self.remark:
-            return dict(self.ours)
-        return {setting: value if ours is None else ours for setting, ours in self.ours.items()}
-
-
-@cache
-def _lines() -> list[str]:
-    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    return text.splitlines()
+    def sentence(self, value: Any, *, flags: bool) -> str:
+        """Return what the row says of a value of the user, which stays unless the row has a remark or values."""
+        if not self.ours:
+            return self.remark
+        kept = None if self.remark else value
+        ours = {name: kept if our is None else our for name, our in self.ours.items()}
+        return f"It is {_written(ours, flags=flags)}{self.remark}."
 
 
 @cache
 def table() -> list[Row]:
     """Read the rows of foreign.txt."""
-    return [_row(line) for line in _lines() if re.match("[a-z].* [|] ", line)]
-
-
-@cache
-def starts() -> list[list[str]]:
-    """Read where a whole command starts, from foreign.txt: a preset, a setting of the command, and names."""
-    return [line.split()[1:] for line in _lines() if line.startswith("starts ")]
+    lines = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    return [_row(line) for line in lines if re.match("[a-z].* [|] ", line)]
 
 
 def _row(line: str) -> Row:
@@ -84,124 +71,62 @@ def settings_of(hints: Mapping[str, Any]) -> list[str]:
     return [*hints, *(f"estimator.{axis.name}" for axis in fields(axes))]
 
 
-def _rows(name: str, settings: set[str]) -> list[Row]:
-    return [row for row in table() if name in row.names and row.needs <= settings]
-
-
-def _row_for(name: str, settings: set[str], value: Any) -> Row | None:
-    """Return the row of a name that holds for a value; a row for this very value comes first."""
-    rows = _rows(name, settings)
-    exact = [row for row in rows if value is not None and str(value).lower() in row.values]
-    return next(iter([*exact, *(row for row in rows if not row.values)]), None)
-
-
-def meaning(
-    name: str,
-    settings: Iterable[str],
-    options: Mapping[str, Any] | None = None,
-    *,
-    flags: bool = False,
-) -> str:
+def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: bool = False) -> str:
     """Say what a setting of another toolkit is called here.
 
     Args:
         name: The user's name of the setting, with underscores.
         settings: The settings that the command has, from `settings_of`.
-        options: The options of the same call, their values by name, also that of `name`.
+        value: The user's value.
         flags: Write our names as flags of the command line, else as keywords.
 
     Returns:
         A sentence, or an empty text: the name is our own, or not in the table, or the command has no use for it.
     """
     settings = set(settings)
-    options = options or {}
-    value = options.get(name)
     axis = f"estimator.{name}"
-    write = _flags if flags else partial(_keywords, opening=_opening(settings, options))
     if name in settings:
         return ""
     if axis in settings:
-        return f"It is an axis of the estimator: {write({axis: value})}."
-    row = _row_for(name, settings, value)
-    if row is not None:
-        return f"It is {write(row.translate(value))}{row.remark}." if row.ours else row.remark
-    valued = [
-        f"{' and '.join(row.values)} is {write(row.ours)}{row.remark}"
-        for row in _rows(name, settings)
+        return f"It is an axis of the estimator: {_written({axis: value}, flags=flags)}."
+    rows = [row for row in table() if name in row.names and row.needs <= settings]
+    for row in rows:
+        if value is not None and str(value).lower() in row.values:
+            return row.sentence(value, flags=flags)
+    for row in rows:
+        if not row.values:
+            return row.sentence(value, flags=flags)
+    of_values = [
+        f"{' and '.join(row.values)} is {_written(row.ours, flags=flags)}{row.remark}"
+        for row in rows
         if row.ours
     ]
-    return f"Of its values {'; '.join(valued)}." if valued else ""
+    return f"Of its values {'; '.join(of_values)}." if of_values else ""
 
 
-def translated(
-    names: Iterable[str], settings: Iterable[str], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return our settings that names of other toolkits stand for together.
-
-    A value is `...` where it has to be computed. Unless the options or the names say which estimator, it is
-    the default of their toolkit.
-
-    Args:
-        names: The names, with underscores.
-        settings: The settings that the command has, from `settings_of`.
-        options: The options of the same call, their values by name.
-    """
-    names = set(names)
-    settings = set(settings)
-    ours = dict[str, Any]()
-    for name in [name for name in options if name in names]:
-        row = _row_for(name, settings, options[name])
-        if f"estimator.{name}" in settings:
-            ours[f"estimator.{name}"] = options[name]
-        elif row is not None:
-            ours |= row.translate(options[name])
-    ours = {setting: ... if value is None else value for setting, value in ours.items()}
-    if ours and not {"estimator", "arms"} & {*options, *ours}:
-        for preset, needed, *signs in starts():
-            if needed in settings and names & {*signs}:
-                return {"estimator": preset} | ours
-    return ours
-
-
-def _opening(settings: Iterable[str], options: Mapping[str, Any]) -> str:
-    """Return the text that opens the estimator of a call, such as `Estimator.preset('grpo', `."""
-    if "arms" in settings:
-        return "dict("
-    preset = options.get("estimator")
-    return f"Estimator.preset({preset!r}, " if isinstance(preset, str) else "Estimator("
-
-
-def _keywords(ours: Mapping[str, Any], opening: str) -> str:
-    """Write settings as keywords of a call; `opening` begins the estimator that has the axes among them."""
+def _written(ours: Mapping[str, Any], *, flags: bool) -> str:
+    """Write settings as flags or as keywords; the value of a keyword that is None is left out, of an axis open."""
+    if flags:
+        return " ".join(_flag(name.replace("_", "-"), value) for name, value in ours.items())
+    keywords = list[str]()
     axes = list[str]()
-    keywords = dict[str, str]()
-    for setting, value in ours.items():
-        _, is_axis, axis = setting.partition("estimator.")
-        name = axis if is_axis else setting
-        if isinstance(value, PLAIN):
-            text = f"{name}={value!r}"
-        else:
-            text = name if value is None and not is_axis else f"{name}=..."
+    for name, value in ours.items():
+        _, is_axis, axis = name.partition("estimator.")
         if is_axis:
-            axes.append(text)
-            text = f"estimator={opening}{', '.join(axes)})"
-        keywords["estimator" if is_axis else setting] = text
-    return ", ".join(keywords.values())
-
-
-def _flags(ours: Mapping[str, Any]) -> str:
-    """Write settings as flags; one that is on or off has no value."""
-    words = []
-    for setting, value in ours.items():
-        name = setting.replace("_", "-")
-        if str(value).lower() in ("true", "false"):
-            words.append(f"--{name}" if str(value).lower() == "true" else f"--no-{name}")
-        elif value is None:
-            words.append(f"--{name}")
+            axes.append(f"{axis}={'...' if value is None else repr(value)}")
         else:
-            text = str(value) if isinstance(value, PLAIN) else "..."
-            words.append(f"--{name} {shlex.quote(text)}")
-    return " ".join(words)
+            keywords.append(name if value is None else f"{name}={value!r}")
+    if axes:
+        keywords.append(f"estimator=Estimator({', '.join(axes)})")
+    return ", ".join(keywords)
+
+
+def _flag(name: str, value: Any) -> str:
+    """Write a setting as a flag; a switch has no value."""
+    text = "true" if value is None else str(value)
+    if text.lower() in ("true", "false"):
+        return f"--{name}" if text.lower() == "true" else f"--no-{name}"
+    return f"--{name} {shlex.quote(text)}"
 
 
 def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
@@ -214,32 +139,22 @@ def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     Raises:
         Refused: There is no setting of such a name; the message has for each our name, or lists the settings.
     """
-    names = [name for name in options if name not in hints]
     settings = settings_of(hints)
-    ours = translated(names, settings, options)
-    sentences = {}
-    for name in names:
-        sentence = meaning(name, settings, {**options, **ours})
-        sentences[repr(name)] = sentence or suggest(name, hints).strip()
-    call = {name: value for name, value in options.items() if name in hints} | ours
-    _refuse("setting", sentences, ours, _keywords(call, _opening(settings, call)))
+    sentences = {
+        f"setting {name!r}": meaning(name, settings, value) or suggest(name, hints).strip()
+        for name, value in options.items()
+        if name not in hints
+    }
+    _refuse(sentences)
 
 
-def check_flags(
-    unknown: list[str],
-    hints: Mapping[str, Any],
-    prog: str,
-    options: Mapping[str, Any],
-    typed: Iterable[str] = (),
-) -> None:
+def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None:
     """Refuse words of a command line that are no flags of the command.
 
     Args:
         unknown: The words; those that are not flags are values of the flags before them.
         hints: The type of each setting that the command has.
         prog: The command.
-        options: The settings that the command line gives, by name.
-        typed: All words of the command line.
 
     Raises:
         Refused: There is such a word; the message has for each the name of its flag here, or the nearest flag.
@@ -251,40 +166,16 @@ def check_flags(
             flag, _, values[flag] = word.partition("=")
         elif not values[flag]:
             values[flag] = word
-    names = {flag: flag[2:].replace("-", "_") for flag in values}
-    options = {**options, **{names[flag]: value or "true" for flag, value in values.items()}}
     settings = settings_of(hints)
-    ours = translated(names.values(), settings, options)
-    flags = _flags(dict.fromkeys(settings)).split()
+    flags = _written(dict.fromkeys(settings), flags=True).split()
     sentences = {}
-    for flag, name in names.items():
-        sentence = meaning(name, settings, options | ours, flags=True)
-        sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
-    words = [prog]
-    rest = list(unknown)
-    for word in typed:
-        if rest[:1] == [word]:
-            rest.pop(0)
-        else:
-            words.append(shlex.quote(word))
-    _refuse("flag", sentences, ours, " ".join([*words, _flags(ours)]))
+    for flag, value in values.items():
+        sentence = meaning(flag[2:].replace("-", "_"), settings, value or "true", flags=True)
+        sentences[f"flag {flag}"] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
+    _refuse(sentences)
 
 
-def _refuse(kind: str, sentences: Mapping[str, str], ours: Mapping[str, Any], whole: str) -> None:
-    """Refuse names that do not exist, with one line for each sentence; names with the same sentence share it.
-
-    Args:
-        kind: The kind of the names.
-        sentences: A sentence for each name.
-        ours: Our settings that the names stand for together.
-        whole: The call with these instead. It is shown if it says more than the sentences do.
-    """
-    if not sentences:
-        return
-    by_sentence: dict[str, list[str]] = {}
-    for name, sentence in sentences.items():
-        by_sentence.setdefault(sentence, []).append(name)
-    lines = [f"There is no {kind} {' or '.join(n)}. {text}" for text, n in by_sentence.items()]
-    if ours and (len(sentences) > 1 or len(ours) > 1):
-        lines.append(f"All together: {whole}")
-    raise Refused("\n".join(lines))
+def _refuse(sentences: Mapping[str, str]) -> None:
+    """Refuse names that do not exist, with a line for each."""
+    if sentences:
+        raise Refused("\n".join(f"There is no {name}. {text}" for name, text in sentences.items()))

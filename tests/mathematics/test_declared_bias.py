@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tokenrl.lab.exact.verdict as verdict_module
+from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES, CHOICES
 from tokenrl.core.effects import FROM_BEST_TO_WORST
@@ -235,6 +236,34 @@ def test_a_baseline_of_ones_own_gets_a_measured_status() -> None:
         verdict = measure_bias(Estimator(baseline=baseline), problems)
         assert (verdict.declared, verdict.found, verdict.ok) == ("unknown", found, True)
         assert [m.problem for m in verdict.measurements] == [p.name for p in problems]
+
+
+@pytest.mark.parametrize(
+    ("declaration", "ok"),
+    [(("exact", "of the others"), False), (("biased", "the row is in it"), True)],
+)
+def test_what_a_baseline_declares_of_itself_is_checked_as_ours_is(
+    declaration, ok, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "def largest(totals, *, group_size, **_):\n    groups = totals.view(-1, group_size)\n"
+    source += "    return groups.amax(-1).repeat_interleave(group_size)\n\n\n"
+    (tmp_path / "own.py").write_text(f"{source}largest.bias = {declaration}\n")
+    estimator = Estimator(baseline="own.py:largest")
+    verdict = measure_bias(estimator, SMALL)
+    assert (verdict.declared, verdict.found, verdict.ok) == (declaration[0], "biased", ok)
+    assert (declaration[1] in estimator.bias_reason) == (declaration[0] == "biased")
+    assert main(["lab", "exact", "--estimators", "own.py:largest"]) == 1 - ok
+
+
+@pytest.mark.parametrize("declaration", ["exact", ("right", "because"), ("exact", 3)])
+def test_a_declaration_that_is_no_status_with_a_reason_is_refused(declaration) -> None:
+    def own(totals, **_):
+        return 0 * totals
+
+    own.bias = declaration
+    with pytest.raises(Refused, match="it must be a status and the reason, two texts"):
+        _ = Estimator(baseline=own).bias_status
 
 
 def of_others(totals, group_size):

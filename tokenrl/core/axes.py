@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tokenrl import settings
 from tokenrl.core.choices import OBJECTIVES, choice_of
@@ -307,9 +307,14 @@ class Axes(Settings):
         return "values" in self.inputs
 
     @property
+    def own_baseline(self) -> Any:
+        """The user's function or class that is the baseline, imported if it was named; or the name of ours."""
+        return self.baseline.load() if isinstance(self.baseline, NamedFunction) else self.baseline
+
+    @property
     def needs_memory(self) -> bool:
         """Whether the baseline is a memory of earlier steps, which each step updates."""
-        own = self.baseline.load() if isinstance(self.baseline, NamedFunction) else self.baseline
+        own = self.own_baseline
         is_class = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
         return is_class or "baseline_value" in self.inputs
 

@@ -35,6 +35,7 @@ from tokenrl.core.effects import (
     UP_TO_SCALE,
     Effect,
 )
+from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes
@@ -115,7 +116,22 @@ def status_line(axes: Axes, *, of_reward: bool) -> str:
 
 
 def baseline_effect(axes: Axes) -> Effect:
-    """Return the effect of the baseline, which for some depends on `leave_one_out`."""
+    """Return the effect of the baseline, which for some depends on `leave_one_out`.
+
+    A user's function or class declares it by its attribute `bias`, a status with the reason.
+
+    Raises:
+        Refused: The attribute is anything else.
+    """
+    declaration = getattr(axes.own_baseline, "bias", None)
+    if callable(axes.baseline) and declaration is not None:
+        match declaration:
+            case (str(status), str(reason)) if status in FROM_BEST_TO_WORST:
+                return Effect(status, reason)
+        raise Refused(
+            f"The bias of the baseline {axes.baseline.__name__} is {declaration!r}; it must be a status and the "
+            f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
+        )
     if callable(axes.baseline) and axes.needs_memory:
         return choices.MEMORY
     choice = choice_of("baseline", axes.baseline)

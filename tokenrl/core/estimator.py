@@ -192,6 +192,7 @@ class Estimator(Axes):
         *,
         max_length: int | None,
         valid: Bool[Tensor, " N"] | None = None,
+        chosen: Bool[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "N T"]:
         """Return the weight of every token of the whole step, by the aggregation.
 
@@ -201,13 +202,16 @@ class Estimator(Axes):
             mask: 1 where the token is an action of the policy [N, T].
             max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
             valid: False where a row counts nowhere [N]; None if all rows count.
+            chosen: False where a row does not belong to the update [N]; None for an update of the whole step.
 
         Raises:
             Refused: When the aggregation is 'fixed_length' and no length is given.
         """
         from tokenrl.core.rows import token_weights
 
-        return token_weights(mask, aggregation=self.aggregation, max_length=max_length, valid=valid)
+        return token_weights(
+            mask, aggregation=self.aggregation, max_length=max_length, valid=valid, chosen=chosen
+        )
 
     def loss(
         self,
@@ -355,6 +359,7 @@ class Estimator(Axes):
         max_length: int,
         valid: Bool[Tensor, " N"] | None = None,
         truncated: Bool[Tensor, " N"] | None = None,
+        turn_rewards: Float[Tensor, "N T"] | None = None,
         **inputs: Any,
     ) -> LossTerms:
         """Return the advantages, weights and mask of a step, without the rows and tokens that do not count.
@@ -366,11 +371,13 @@ class Estimator(Axes):
             max_length: The largest number of actions that a row may have.
             valid: False where a row abstains [N].
             truncated: True where a row was cut off at the maximum length [N].
+            turn_rewards: The rewards of each row in time [N, T], whose sums are `rewards` [N]; None if these
+                are all that is known.
             **inputs: Further arguments of `advantages`.
         """
         from tokenrl.core.rows import LossTerms, keep
 
-        counted, learnt = keep(
+        in_divisor, in_gradient = keep(
             rewards,
             mask,
             masks_truncated=self.masks_truncated,
@@ -380,9 +387,12 @@ class Estimator(Axes):
             truncated=truncated,
         )
         sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
-        policy, returns = self.advantages(rewards, mask, valid=valid, **sizes, **inputs)
-        weights = self.token_weights(learnt.to(policy.dtype), max_length=max_length, valid=counted)
-        return LossTerms(policy, weights, learnt, returns)
+        in_time = rewards if turn_rewards is None else turn_rewards
+        policy, returns = self.advantages(in_time, mask, valid=valid, **sizes, **inputs)
+        weights = self.token_weights(
+            in_gradient.to(policy.dtype), max_length=max_length, valid=in_divisor
+        )
+        return LossTerms(policy, weights, in_gradient, in_divisor, returns)
 
 
 @cache

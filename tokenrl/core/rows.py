@@ -102,15 +102,6 @@ def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Te
     return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
 
 
-class Kept(NamedTuple):
-    """The rows and actions that count after `truncations` and `zero_spread` have been applied."""
-
-    counted: Bool[Tensor, " N"]
-    """`valid` of `Estimator.token_weights`: the rows that the loss is divided by."""
-    mask: Bool[Tensor, "N T"]
-    """`mask` of `Estimator.token_weights` and `Estimator.loss`: the actions that are learnt from."""
-
-
 def keep(
     rewards: Float[Tensor, " N *T"],
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
@@ -120,8 +111,8 @@ def keep(
     group_size: int | None,
     valid: Bool[Tensor, " N"] | None = None,
     truncated: Bool[Tensor, " N"] | None = None,
-) -> Kept:
-    """Return which rows and actions of a step count.
+) -> tuple[Bool[Tensor, " N"], Bool[Tensor, "N T"]]:
+    """Return which rows of a step count in the divisor, and which of their actions are in the gradient.
 
     A truncated row that is masked stays in baselines and divisors and has no gradient. A group of equal rewards
     that is skipped (also one that should have been refilled, but was not) stays in baselines and scales but not
@@ -140,14 +131,14 @@ def keep(
         Refused: When `truncated` is needed and missing, or rows do not fall into groups.
     """
     actions = mask.bool()
-    counted = actions.new_ones(len(actions)) if valid is None else valid.bool()
+    in_divisor = actions.new_ones(len(actions)) if valid is None else valid.bool()
     if masks_truncated:
         cut = required("truncated", truncated, "truncations 'mask'").bool()
         actions = actions & ~cut[:, None]
     if skips_equal_groups:
-        equal = zero_spread(rewards, group_size, counted)
-        counted = counted & ~equal.repeat_interleave(len(actions) // len(equal))
-    return Kept(counted, actions & counted[:, None])
+        equal = zero_spread(rewards, group_size, in_divisor)
+        in_divisor = in_divisor & ~equal.repeat_interleave(len(actions) // len(equal))
+    return in_divisor, actions & in_divisor[:, None]
 
 
 class Advantages(NamedTuple):
@@ -164,7 +155,11 @@ class LossTerms(NamedTuple):
 
     advantages: Float[Tensor, " N *T"]
     weights: Float[Tensor, "N T"]
-    mask: Bool[Tensor, "N T"]
+    """The weights of an update that learns from all rows."""
+    in_gradient: Bool[Tensor, "N T"]
+    """The actions that are learnt from, after `truncations` and `zero_spread` have been applied."""
+    in_divisor: Bool[Tensor, " N"]
+    """The rows that the loss is divided by."""
     returns: Float[Tensor, "N T"]
     """The targets of a critic."""
 
@@ -175,6 +170,7 @@ def token_weights(
     aggregation: str,
     max_length: int | None,
     valid: Bool[Tensor, " N"] | None = None,
+    chosen: Bool[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N T"]:
     """Return the weight of every token of the whole step; the losses of slices add up to that of the step.
 
@@ -192,6 +188,7 @@ def token_weights(
         aggregation: One of the four.
         max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
         valid: False where a row counts nowhere [N]; None if all rows count.
+        chosen: False where a row does not belong to the update [N]; None for an update of the whole step.
 
     Raises:
         Refused: When the aggregation is 'fixed_length' and no length is given.
@@ -200,10 +197,14 @@ def token_weights(
         raise Refused(
             f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}."
         )
-    valid = mask.new_ones(len(mask)).bool() if valid is None else valid.bool()
-    actions = mask.bool() & valid[:, None]
+    rows_of_update = mask.new_ones(len(mask)).bool() if valid is None else valid.bool()
+    if chosen is not None:
+        rows_of_update = rows_of_update & chosen
+    actions = mask.bool() & rows_of_update[:, None]
     lengths = actions.sum(-1, keepdim=True)
-    rows = valid.sum().clamp(min=1)  # of the whole step: never divide a slice by its own rows
+    rows = rows_of_update.sum().clamp(
+        min=1
+    )  # of the whole step: never divide a slice by its own rows
     divisors = {
         "sequence_sum": rows,
         "fixed_length": rows * (max_length or 1),

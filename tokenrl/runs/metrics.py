@@ -25,13 +25,48 @@ LOGS = ("metrics.jsonl", "timings.jsonl")
 """The files of a run to which each step appends a line."""
 
 
+class LogFile:
+    """A file of JSON lines to which a run appends, unbuffered.
+
+    Attributes:
+        text: what the file holds; a checkpoint holds a copy of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file for appending.
+
+        Raises:
+            Stopped: it cannot be written.
+        """
+        self._path = path
+        with writing(path):
+            self._file: FileIO = path.open("ab", buffering=0)
+            self.text = bytearray(path.read_bytes())
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append a row as a line.
+
+        Raises:
+            Stopped: the disk is full.
+        """
+        line = line_of(row).encode()
+        self.text += line
+        with writing(self._path):
+            while line:  # a disk that is nearly full takes a part of it
+                line = line[self._file.write(line) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class MetricsLog:
-    """Appends one line per step to metrics.jsonl and to timings.jsonl, each written unbuffered.
+    """Appends one line per step to metrics.jsonl and to timings.jsonl.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
 
     Attributes:
-        texts: what the run has written, by the name of the file; a checkpoint holds a copy of it.
+        metrics, timings: the two files.
     """
 
     def __init__(self, run: Path) -> None:
@@ -40,13 +75,7 @@ class MetricsLog:
         Raises:
             Stopped: a file cannot be written.
         """
-        self._files: dict[Path, FileIO] = {}
-        self.texts: dict[str, bytearray] = {}
-        for name in LOGS:
-            path = run / name
-            with writing(path):
-                self._files[path] = path.open("ab", buffering=0)
-                self.texts[name] = bytearray(path.read_bytes())
+        self.metrics, self.timings = (LogFile(run / name) for name in LOGS)
 
     def write(
         self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
@@ -61,19 +90,19 @@ class MetricsLog:
         Raises:
             Stopped: the disk is full.
         """
-        for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
-            if row is None:
-                continue
-            line = line_of({"step": int(step), **row}).encode()
-            self.texts[path.name] += line
-            with writing(path):
-                while line:  # a disk that is nearly full takes a part of it
-                    line = line[file.write(line) :]
+        self.metrics.append({"step": int(step), **metrics})
+        if timings is not None:
+            self.timings.append({"step": int(step), **timings})
+
+    @property
+    def texts(self) -> dict[str, bytearray]:
+        """What both files hold, by their names."""
+        return dict(zip(LOGS, (self.metrics.text, self.timings.text), strict=True))
 
     def close(self) -> None:
         """Close both files."""
-        for file in self._files.values():
-            file.close()
+        self.metrics.close()
+        self.timings.close()
 
 
 def line_of(row: Mapping[str, Any]) -> str:

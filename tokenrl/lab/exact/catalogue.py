@@ -22,7 +22,8 @@ class LabArguments(Settings):
     json: str | None = None
     """Write one record per estimator to this JSON file."""
     estimators: tuple[str, ...] = ()
-    """Measure only these estimators, named as in the table. Default: all."""
+    """Measure only these estimators, named as in the table, or baselines of your own (mine.py:baseline). Default:
+    all."""
     preset: str | None = None
     """Explain this estimator beside rloo: a preset, also with changes, such as trl_grpo,scale=none."""
     trl_config: str | None = None

@@ -279,7 +279,7 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
     inputs = (columns["logprobs"], columns["ref_logprobs"], entropy, sampling_logprobs, token_kl)
     slopes = ascent_slopes(estimator, rows, *(x.flatten(0, 1) for x in inputs))
     listed = [getattr(slopes, name) for name in _differentiated(estimator, problem)]
-    index = completion[:, :, None].expand(terms.mask.shape)  # [C, N, T]
+    index = completion[:, :, None].expand(terms.in_gradient.shape)  # [C, N, T]
     zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
     sums = [zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in listed]
     return torch.cat(sums, dim=1)
@@ -319,7 +319,9 @@ def ascent_slopes(
     leaves = Slopes(*(x.detach().requires_grad_() for x in leaves))
     loss = estimator.loss(
         leaves.logprobs,
-        *terms[:3],
+        terms.advantages,
+        terms.weights,
+        terms.in_gradient,
         old_logprobs=logprobs,
         sampling_logprobs=logprobs if sampling_logprobs is None else sampling_logprobs,
         ref_logprobs=ref_logprobs,

@@ -110,6 +110,7 @@ def exact(args: LabArguments) -> int:
         return 0
     explanation = explain(args)
     estimators = explanation or named_estimators()
+    estimators |= {name: Estimator.preset(name) for name in args.estimators if ":" in name}
     for name in args.estimators:
         if name not in estimators:
             hint = nearest(name, estimators)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.rows import Kept, keep, zero_spread
+from tokenrl.core.rows import LossTerms, zero_spread
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rollout.rewarded import failures_of, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import (
@@ -259,50 +259,39 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
     return rows
 
 
-def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
-    """Return which of all N rows count in the divisor, and which tokens are learnt from.
+def loss_terms(
+    estimator: Estimator, rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards
+) -> LossTerms:
+    """Return the advantages and what counts of all N rows, in loss and divisor.
 
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
     """
     check_rewards(estimator.objective, rows.rewards, rows.valid)
-    return keep(
+    of_rewards = ["mask", "valid", "truncated", "turn_rewards", "turns"]
+    of_policy = ["logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards"]
+    return estimator.loss_terms(
         rows.rewards,
-        rows.mask,
-        masks_truncated=estimator.masks_truncated,
-        skips_equal_groups=estimator.skips_equal_groups,
         group_size=sampling.group_size,
-        valid=rows.valid,
-        truncated=rows.truncated,
+        max_length=sampling.max_completion_length,
+        baseline_value=None if rows.keys is None else read(memory, rows.keys),  # [N]
+        components=rows.by_function,
+        component_weights=torch.from_numpy(rewards.weights),  # [F]
+        **{name: getattr(rows, name) for name in of_rewards + of_policy},
     )
 
 
-def advantage_inputs(
-    rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards
-) -> dict[str, Any]:
-    """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
-    names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards", "turns")
-    sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
-    value = None if rows.keys is None else read(memory, rows.keys)  # [N]
-    computed = {"baseline_value": value, "components": rows.by_function}
-    computed["component_weights"] = torch.from_numpy(rewards.weights)  # [F]
-    # [N] or [N, T]
-    computed["rewards"] = rows.rewards if rows.turn_rewards is None else rows.turn_rewards
-    return sizes | {name: getattr(rows, name) for name in names} | computed
-
-
-def learning_rows(learner: Learner, counting: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
+def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
     """Return True for the rows of an update that can have a gradient [N]; other rows count in divisors only.
 
     Args:
         learner: the settings.
-        counting: which rows of the step, and which of their tokens, are learnt from.
-        advantages: one for each row [N] or for each token [N, T].
+        terms: the advantages, and which rows and tokens are learnt from.
         chosen: True for the rows of the update [N].
     """
-    learning = chosen & counting.counted & counting.mask.any(dim=1)
+    learning = chosen & terms.in_gradient.any(dim=1)
     if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
-        learning &= (advantages != 0).reshape(len(learning), -1).any(dim=1)
+        learning &= (terms.advantages != 0).reshape(len(learning), -1).any(dim=1)
     return learning
 
 

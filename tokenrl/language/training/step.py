@@ -33,12 +33,11 @@ from tokenrl.language.training.metrics import (
 )
 from tokenrl.language.training.rows import (
     DrawPrompts,
-    advantage_inputs,
     collect_rows,
     gather,
-    kept_rows,
     learning_rows,
     loss_inputs,
+    loss_terms,
     micro_batches,
     old_logprobs,
     refill,
@@ -47,7 +46,6 @@ from tokenrl.language.training.rows import (
 from tokenrl.runs.processes import local, sum_gradients
 
 if TYPE_CHECKING:
-    from tokenrl.core.rows import Kept
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.rollout import Rollout
     from tokenrl.language.training.learner import Learner
@@ -102,17 +100,20 @@ def training_step(
 
     rows = with_estimates(learner, rewards, sampling, rows)
     whole = gather(accelerator, rows)  # all N rows, on every process
-    counting = kept_rows(estimator, whole, sampling)
-    inputs = advantage_inputs(whole, sampling, memory, rewards)
-    advantages, returns = estimator.advantages(mask=whole.mask, valid=whole.valid, **inputs)
+    terms = loss_terms(estimator, whole, sampling, memory, rewards)
     old = old_logprobs(learner, rows)  # None where a step has a single update
-    rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
+    rows = replace(rows, advantages=local(accelerator, terms.advantages), old_logprobs=old)
 
     updates: list[dict[str, float]] = []
     scored: list[Scored] = []
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = token_weights(learner, counting, chosen, advantages)  # [N, T]
-        learning = learning_rows(learner, counting, advantages, chosen)  # [N]
+        weights = estimator.token_weights(
+            terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
+            max_length=sampling.max_completion_length,
+            valid=terms.in_divisor,
+            chosen=chosen,
+        )  # [N, T]
+        learning = learning_rows(learner, terms, chosen)  # [N]
         rows = replace(rows, weights=local(accelerator, weights))
         sums: list[Tensor] = []
         learner.optimizer.zero_grad()
@@ -137,7 +138,9 @@ def training_step(
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    metrics |= mismatch_metrics(scored) | update_baselines(learner, memory, rows, whole, returns)
+    metrics |= mismatch_metrics(scored) | update_baselines(
+        learner, memory, rows, whole, terms.returns
+    )
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
@@ -163,17 +166,6 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
             chosen = torch.zeros(rows // size, dtype=torch.bool)
             chosen[part] = True
             yield chosen.repeat_interleave(size)
-
-
-def token_weights(learner: Learner, counting: Kept, chosen: Tensor, like: Tensor) -> Tensor:
-    """Return the weights [N, T] of the tokens of the chosen rows, 0 elsewhere, in the precision of `like`."""
-    weights = like.new_zeros(counting.mask.shape)
-    weights[chosen] = learner.estimator.token_weights(
-        counting.mask[chosen].to(weights.dtype),  # so that 1/N has that precision
-        max_length=learner.sampling.max_completion_length,
-        valid=counting.counted[chosen],
-    )
-    return weights
 
 
 def update_baselines(
