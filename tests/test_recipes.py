@@ -74,7 +74,6 @@ LEARNING = RECIPES / "pages" / "tutorials" / "own_task.md"  # trains for a hundr
 BRIEF = {
     "train": "--max-steps 1 --eval-generations 0",
     "compare": "--dry-run",
-    "advise": "--num-samples 2",
     "control": "--max-steps 1 --eval-episodes 2",
     "reward-model": "--max-steps 1",
 }

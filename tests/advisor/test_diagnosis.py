@@ -18,10 +18,7 @@ from tokenrl.runs.findings import Finding
 
 FLAT = {"reward": lambda step: 0.5 + 0.1 * (-1) ** step, "evaluated": {0: 0.5, 40: 0.51}}
 """A reward that only jumps up and down."""
-PLAIN = Estimator(baseline="none")
-KL = Estimator(beta=0.05)
 PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
-RISING = {"reward": lambda step: step / 40}
 
 
 def entropy_of(value):
@@ -31,11 +28,7 @@ def entropy_of(value):
 
 CASES = [  # the kind of run and its metrics; flag, weight and changes of the finding
     ("train", FLAT, "reward-flat", "act", {"learning_rate": 2e-3}),
-    ("train", FLAT | {"running": True, "steps": 12, "evaluated": {0: 0.5, 12: 0.5}},
-     "reward-flat", "watch", {}),
     ("train", {"evaluated": {0: 0.0, 20: 0.9, 40: 0.5}}, "reward-fell", "act", {"learning_rate": 5e-4}),
-    ("train", RISING, "still-rising", "watch", {"max_steps": 80}),
-    ("train", RISING | {"steps": 30, "evaluated": {0: 0.0}}, "still-rising", "watch", {}),
     ("train", {"entropy": entropy_of(0.05)}, "entropy-collapsed", "act", {"estimator.entropy_coef": 0.01}),
     ("control", {"entropy": 0.01, "reward_std": 12.0}, "entropy-collapsed", "act",
      {"estimator.entropy_coef": 0.1}),
@@ -43,17 +36,8 @@ CASES = [  # the kind of run and its metrics; flag, weight and changes of the fi
     ("train", {"frac_reward_zero_std": 0.99, "solved": 0.7}, "no-signal", "watch", {}),
     ("train", {"frac_reward_zero_std": 0.99, "reward": 0.96}, "no-signal", "watch", {}),
     ("control", {"reward_std": 0.0}, "no-signal", "act", {"num_envs": 128}),
-    ("control", FLAT | {"episode_length": 499.0}, "truncation", "act", {"max_episode_steps": 1000}),
-    ("control", {"settings": {"num_envs": 1, "estimator": PLAIN}}, "no-baseline", "watch",
-     {"estimator.baseline": "running_mean"}),
-    ("control", {"settings": {"env": "Gone-v1", "estimator": PLAIN}}, "no-baseline", "act",
-     {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}),
     ("train", {"skipped_steps": lambda step: step // 40}, "skipped", "act", {"learning_rate": 5e-4}),
     ("control", {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}}, "skipped", "watch", {}),
-    ("train", {"kl": lambda s: s / 4, "evaluated": {0: 0, 20: 0.9, 40: 0.5}, "settings": {"estimator": KL}},
-     "kl", "act", {"target_kl": 5.0}),
-    ("control", FLAT | {"explained_variance": -0.5, "reward_std": 50.0, "settings": PIECES}, "critic", "act",
-     {"reward_scale": 0.02}),
 ]  # fmt: skip
 
 
@@ -66,10 +50,6 @@ def test_findings_in_a_run(made_up, kind, run, flag, weight, changes):
     advice = advise_run(str(made_up(kind, **run)))
     finding = {finding.flag: finding for finding in advice.findings}[flag]
     assert (finding.weight, dict(finding.changes)) == (weight, changes), finding.text
-    for name, value in finding.changes.items():  # the arguments advised hold the change
-        *estimator, axis = name.split(".")
-        holder = advice.arguments.estimator if estimator else advice.arguments
-        assert getattr(holder, axis) == value
 
 
 @pytest.mark.parametrize(
@@ -84,11 +64,6 @@ def test_findings_in_a_run(made_up, kind, run, flag, weight, changes):
             "control",
             {"reward_std": 0.0, "settings": {"num_envs": 1}},
         ),  # episodes that are not compared
-        (
-            "control",
-            {"settings": {"estimator": Estimator(baseline="none", returns="episode_normalized")}},
-        ),
-        ("control", {"explained_variance": 0.5, "settings": PIECES}),
     ],
 )
 def test_a_healthy_run_has_no_findings(made_up, kind, run):
@@ -124,7 +99,6 @@ def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up)
             "",
         ),  # 2.33, however many evaluations there are
         ({0: 0.50, 20: 0.53, 40: 0.5}, "reward-flat"),  # 2.1: the best of two is lucky
-        ({0: 1.0}, "reward-flat"),  # one evaluation compares with nothing: quarters of the steps
     ],
 )
 def test_rewards_differ_if_chance_would_not_explain_it(made_up, evaluated, flag):
@@ -132,23 +106,12 @@ def test_rewards_differ_if_chance_would_not_explain_it(made_up, evaluated, flag)
     assert [name for name in findings if name.startswith("reward-")] == [flag] * bool(flag)
 
 
-@pytest.mark.parametrize(
-    ("flags", "flag"), [([], ""), (["nothing-learnt"], "reward-flat"), (["entropy-collapsed"], "")]
-)
+@pytest.mark.parametrize(("flags", "flag"), [([], []), (["nothing-learnt"], ["reward-flat"])])
 def test_what_a_run_has_learnt_is_what_it_said_at_its_end(made_up, flags, flag):
     path = made_up("train", **FLAT | {"evaluated": {0: 0.5, 40: 0.52}})
     summary = json.loads((path / "summary.json").read_text())
     (path / "summary.json").write_text(json.dumps(summary | {"flags": flags}))
-    assert [name for name in findings_of(path) if name.startswith("reward-")] == [flag] * bool(flag)
-
-
-def test_a_reward_that_rises_in_training_is_not_flat_though_few_held_out_prompts_cannot_show_it(
-    made_up,
-):
-    run = {"reward": lambda step: 0.2 + step / 200, "evaluated": {0: 0.2, 40: 0.22}}
-    advice = advise_run(str(made_up("train", **run)))
-    assert [finding.flag for finding in advice.findings] == ["still-rising"]
-    assert advice.line.endswith("--max-steps 80") and "40 of 40 steps" in advice.measured["status"]
+    assert list(findings_of(path)) == flag
 
 
 @pytest.mark.parametrize("solved", [None, 0.95])
@@ -168,21 +131,6 @@ def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_
     assert "solves its task" in output and "tokenrl train" not in output
 
 
-def test_the_command_makes_the_changes_that_the_table_shows_and_no_others(made_up):
-    """Two problems; the second, a flat reward, is explained by the first."""
-    dead = {
-        "frac_reward_zero_std": 1.0,
-        "reward": 0.0,
-        "reward_std": 0.0,
-        "evaluated": {0: 0.0, 40: 0.0},
-    }
-    advice = advise_run(str(made_up("train", **dead)))
-    changes = [dict(finding.changes) for finding in advice.findings]
-    assert changes == [{"num_generations": 8}, {}] and advice.line.endswith(
-        ".json --num-generations 8"
-    )
-
-
 def status_of(path):
     return advise_run(str(path)).measured["status"]
 
@@ -199,9 +147,6 @@ def test_a_finished_a_running_and_a_killed_run_have_their_status(made_up):
     killed = made_up("control", steps=10)
     (killed / "summary.json").unlink()
     assert status_of(killed).endswith("; unfinished")
-    failure = {"exit_reason": "failed", "error": "the disk is full"}
-    (killed / "summary.json").write_text(json.dumps(failure))
-    assert "; failed; the disk is full" in status_of(killed)
 
 
 def test_the_command_repeats_the_run_with_the_changes(made_up):
@@ -332,20 +277,3 @@ def test_reading_a_run_executes_nothing_that_it_names(
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 0
     assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("recorded", "env", "limit"),
-    [
-        (700, "mine.py:Mine-v0", "700"),
-        (None, "CartPole-v1", "500"),
-        (None, "mine.py:Mine-v0", "inf"),
-    ],
-)
-def test_the_horizon_is_what_the_run_recorded_or_that_of_a_registered_environment(
-    made_up, recorded, env, limit
-):
-    path = made_up("control", settings={"estimator": PLAIN, "num_envs": 1})
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"horizon": recorded, "env": env}))
-    assert f"may last {limit} actions" in findings_of(path)["no-baseline"].text

@@ -1,8 +1,7 @@
-"""Recommends settings for an environment or a language task, and diagnoses runs, each with its reasons.
+"""Recommends settings for an environment, and diagnoses runs, each with its reasons.
 
-Advice before a run rests on a short measurement: random episodes of an environment, or samples of the model
-on training prompts. A diagnosis rests on the metrics that the run has recorded, judged by the rules that
-training applies too (`runs.rules`).
+Advice before a run rests on random episodes of the environment. A diagnosis rests on the metrics that the run
+has recorded, judged by the rules that training applies too (`runs.rules`).
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ def run(args: AdviseArguments) -> int:
     """Print the advice, write the files that `args` asks for, and return the exit code.
 
     Raises:
-        Refused: not exactly one of env, task and run was given, a rule forbids a choice, the run cannot be
-            diagnosed, or a file cannot be written.
+        Refused: not exactly one of env and run was given, a rule forbids a choice, the run cannot be diagnosed,
+            or a file cannot be written.
     """
-    if sum(map(bool, (args.env, args.task, args.run))) != 1:
+    if bool(args.env) == bool(args.run):
         raise Refused(
-            "Say what the advice is for, one of three: --env ID for control, --task NAME for a language "
-            "model, or --run DIR for a run of either that has been started."
+            "Say what the advice is for: --env ID for an agent that is still to be trained, or --run DIR for "
+            "a run of `tokenrl train` or `tokenrl control` that has been started."
         )
     for path in (args.config, args.json):
         if path is not None:
@@ -35,10 +34,6 @@ def run(args: AdviseArguments) -> int:
         from tokenrl.advisor.environment import advise_environment
 
         advice = advise_environment(args)
-    elif args.task:
-        from tokenrl.advisor.language import advise_language
-
-        advice = advise_language(args)
     else:
         from tokenrl.advisor.diagnosis import advise_run
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.runs.console import measured
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.output import rich_console, rich_table
 
@@ -22,7 +21,7 @@ class Advice:
     """Settings for a run, with their reasons and the measurements behind them.
 
     Attributes:
-        subject: the environment, the task, or the run that is diagnosed.
+        subject: the environment, or the run that is diagnosed.
         command: the command that trains, `control` or `train`.
         arguments: the arguments of that command, as its dataclass.
         line: the command line that carries the advice out; empty if there is nothing to change.
@@ -104,43 +103,12 @@ def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
 
 
-def recommendation(
-    command: str,
-    arguments: Any,
-    reasons: Mapping[str, str],
-    findings: Iterable[Finding],
-    **fields: Any,
-) -> Advice:
-    """Return advice with the command line for its arguments, and why settings have their values."""
-    values = settings_of(arguments)
-    settings = []
-    for name, reason in reasons.items():
-        settings.append({"name": name, "value": values[name], "reason": reason})
-    return Advice(
-        command=command,
-        arguments=arguments,
-        line=command_line(command, arguments),
-        settings=settings,
-        findings=advised(findings, arguments),
-        **fields,
-    )
-
-
-def describe_bias(estimator: Estimator) -> str:
-    """Return the bias of an estimator in words; an entropy bonus changes the objective, not the bias."""
-    return replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
-
-
 def written(value: Any) -> str:
-    """Return a value as text: short numbers, means with errors, layers as 64 x 64, names with values."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {written(item)}" for name, item in value.items())
+    """Return a value as text: short numbers, and layers as 64 x 64."""
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
-        return " x ".join(map(written, value))
-    if isinstance(value, list):
-        return measured(*value)
+        return " x ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -151,17 +119,16 @@ def command_line(command: str, arguments: Any) -> str:
         value = getattr(arguments, field.name)
         if field.name != "estimator" and value != field.default:
             changes[field.name] = value
-    estimator = vars(arguments.estimator)
-    axes = {}
-    for preset in PRESETS:
-        point = Estimator.preset(preset)
-        changed = {
-            name: value for name, value in estimator.items() if value != getattr(point, name)
-        }
-        axes[preset] = {f"estimator.{name}": value for name, value in changed.items()}
+    axes = {preset: _other_axes(arguments.estimator, preset) for preset in PRESETS}
     nearest = min(axes, key=lambda preset: len(axes[preset]))
     words = flags(changes | axes[nearest])
     return shlex.join(["tokenrl", command, "--estimator", nearest, *words])
+
+
+def _other_axes(estimator: Estimator, preset: str) -> dict[str, Any]:
+    """Return the axes in which an estimator differs from a preset, as `estimator.baseline` and so on."""
+    axes = vars(Estimator.preset(preset))
+    return {f"estimator.{n}": x for n, x in vars(estimator).items() if x != axes[n]}
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:

@@ -11,8 +11,9 @@ import torch
 
 from tokenrl.advisor.advice import (
     Advice,
-    describe_bias,
-    recommendation,
+    advised,
+    command_line,
+    settings_of,
     with_changes,
 )
 from tokenrl.advisor.arguments import AdviseArguments
@@ -24,8 +25,8 @@ from tokenrl.control.setup import control_settings
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.findings import facts, rounded
-from tokenrl.runs.rules import judge
+from tokenrl.runs.findings import Means, observe
+from tokenrl.runs.rules import judge, rounded
 
 A2C = {"estimator": Estimator.preset("a2c"), "learning_rate_schedule": "linear"}
 CONTINUOUS = {
@@ -84,21 +85,21 @@ def advise_environment(args: AdviseArguments) -> Advice:
     control_settings(control, spec)  # refuses what does not fit the environment
     returns = measure_returns(spec, args, control.hidden)
     control = fitted(replace(control, head=spec.head), spec, returns)
-    observed = facts(
-        [],
-        control,
-        horizon=spec.horizon,
+    observed = replace(
+        observe([], control),
         groups=f"{returns['episodes']} episodes of nearly random actions",
-        step_equal=1 - returns["unusual"],
-        step_reward=returns["mean"],
-        who="Nearly random actions",
-        before_greedy=returns["mean"] if returns["sd"] else None,
-        pass_mark=spec.solved,
+        step=Means(reward=returns["mean"], equal=1 - returns["unusual"]),
     )
-    measured = asdict(spec) | returns
+    values = settings_of(control)
     reasons = _reasons(control, returns, reason)
-    return recommendation(
-        "control", control, reasons, subject=spec.env, measured=measured, findings=judge(observed)
+    return Advice(
+        subject=spec.env,
+        command="control",
+        arguments=control,
+        line=command_line("control", control),
+        measured=asdict(spec) | returns,
+        findings=advised(judge(observed), control),
+        settings=[{"name": n, "value": values[n], "reason": text} for n, text in reasons.items()],
     )
 
 
@@ -175,8 +176,10 @@ def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> 
 def _reasons(control: ControlArguments, returns: dict[str, float], baseline: str) -> dict[str, str]:
     """Return why settings have their values, by setting; `baseline` is the reason of the baseline."""
     estimator = control.estimator
+    # An entropy bonus changes the objective, not the bias.
+    bias = replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
     reasons = {
-        "estimator.baseline": f"{baseline}; gradient {describe_bias(estimator)}, an entropy bonus aside",
+        "estimator.baseline": f"{baseline}; gradient {bias}, an entropy bonus aside",
         "estimator.returns": "rewards that came before an action are left out of its advantage",
         "estimator.scale": "PPO divides by the spread of the step: one rate suits any returns",
         "estimator.ratio": "on-policy: every rollout is used for one update only",

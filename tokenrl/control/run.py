@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import objective_line
-from tokenrl.runs.findings import Finding, facts
-from tokenrl.runs.metric_table import is_rounding
+from tokenrl.runs.console import measured
+from tokenrl.runs.findings import Finding, observe
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -103,9 +103,9 @@ class AgentRun:
 
     def findings(self, session: Session) -> list[Finding]:
         """Return what the rules say of the entropy of the last tenth of the updates, and of greedy episodes."""
-        solved = self.solved(session.evaluation)
-        observed = facts(session.rows, self.args, "recent", is_solved=solved)
-        return judge(observed, "entropy-collapsed", "greedy-fell")
+        observed = observe(session.rows, self.args)
+        is_solved = bool(self.solved(session.evaluation))
+        return judge(replace(observed, is_solved=is_solved), "entropy-collapsed", "greedy-fell")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress and the random numbers, with which the run continues.
@@ -160,8 +160,8 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
         return f"not evaluated: the run was ended at step {step}, before its evaluation; {goal}"
     mean = evaluation["reward"]
     error = evaluation["reward_stderr"]
-    sampled = _with_error(mean, error)
-    greedy = _with_error(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
+    sampled = measured(mean, error)
+    greedy = measured(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
     result = (
         f"mean return {sampled} of {episodes} fresh episodes, {goal} "
         f"(with the most probable actions {greedy})"
@@ -173,11 +173,6 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
             "; the threshold is within two standard errors, so more episodes may decide otherwise"
         )
     return f"solved: {result}" if mean >= spec.solved else f"not solved: {result}"
-
-
-def _with_error(mean: float, error: float) -> str:
-    error = 0.0 if is_rounding(error, mean) else error
-    return f"{mean:.5g} ± {error:.2g}" if math.isfinite(error) else f"{mean:.5g}"
 
 
 def header(run: AgentRun) -> dict[str, Any]:

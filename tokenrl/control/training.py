@@ -25,7 +25,7 @@ from tokenrl.control.update import learn
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.runs.console import conclude, duration
-from tokenrl.runs.findings import Finding, facts
+from tokenrl.runs.findings import Finding, Means, observe
 from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
@@ -244,15 +244,13 @@ def check_agent(run: AgentRun, session: Session) -> ControlResult:
     }
     # Episodes of different lengths can be told apart although their returns are equal.
     equal = len(rewards) > 1 and low == high and rollout.lengths.unique().numel() <= 1
-    observed = facts(
-        [],
-        args,
+    is_equal = equal or not rollout.rewards[rollout.mask].any()
+    observed = replace(
+        observe([], args),
         lowest_rate=LOWEST_RATE,
         highest_rate=HIGHEST_RATE,
-        whose="agents with Adam",
-        step_grad_norm=norm if math.isfinite(norm) else math.inf,
-        step_equal=float(equal or not rollout.rewards[rollout.mask].any()),
-        step_reward=low,
+        skipped=float(not math.isfinite(norm)),
+        step=Means(reward=low, equal=float(is_equal)),
         groups=groups,
         others_differ=session.eval_before["reward_stderr"] > 0,
     )

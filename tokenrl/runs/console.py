@@ -17,7 +17,7 @@ from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.metric_table import is_rounding, metric_of
 from tokenrl.runs.origin import untested_versions
-from tokenrl.runs.output import drop_output, harmless, rich_console, rich_table, visible
+from tokenrl.runs.output import drop_output, harmless, quantity, rich_console, rich_table, visible
 
 if TYPE_CHECKING:
     from tokenrl.runs.findings import Finding
@@ -139,9 +139,8 @@ class Console:
                 self.warn(str(finding))
         if problems:
             sys.stdout.flush()  # the table first, where both go to one place
-            plural = "" if len(problems) == 1 else "s"
             print(
-                f"tokenrl: Check not passed: {len(problems)} problem{plural}. Nothing was trained.",
+                f"tokenrl: Check not passed: {quantity(len(problems), 'problem')}. Nothing was trained.",
                 *(harmless(f"  {number}. {text}") for number, text in enumerate(problems, 1)),
                 sep="\n",
                 file=sys.stderr,

@@ -1,41 +1,18 @@
-"""Reads the facts by which the rules about numbers (`runs.rules`) judge a training, and holds what they find.
-
-Facts are one flat mapping, such as `{"recent_entropy": 0.05, "has_entropy_bonus": False}`. A name without a
-prefix is a setting, or a number of the whole run. A prefix says which steps or which evaluation it is from:
-
-    step_     the step just made, or the trial steps of a check
-    first_    the first step
-    latest_   the last few steps, with enough groups of completions for a sure mean
-    recent_   the last tenth of the steps
-    early_    the first tenth of the steps, which a comparison reads
-    before_   the evaluation before training; best_ the highest so far; after_ the last one
-
-Names after a prefix are those in the column "fact" of the table of metrics, `stderr` (the standard error of
-the reward) and `equal` (the share of groups with equal rewards; where no groups are compared, of steps). Of
-evaluations there are also `step`, and the same three with `greedy_` (of greedy completions or episodes) and
-`most_` (of the best of several samples of each prompt).
-
-Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
-threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
-is higher than at the start, lower than at its best, by more than chance), `has_entropy_bonus`,
-`needs_groups` (the estimator compares completions of the same prompt). Every other fact is explained at the
-rule that reads it.
-"""
+"""What the rules about numbers (`runs.rules`) read, `Observed`, with its one reader, and what they return."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from tokenrl.runs.metric_table import all_metrics
-from tokenrl.runs.reader import finite
+from tokenrl.runs.metric_table import finite
 
 Rows = Sequence[Mapping[str, Any]]
 Weight = Literal["watch", "act", "void"]
-Part = Literal["step", "first", "latest", "recent"]
+Number: TypeAlias = "float | None"
 
 LOST_SHARE = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
@@ -43,25 +20,15 @@ it, as a share of effective samples: importance weights then about double the va
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
-METRICS = {metric.fact: metric.name for metric in all_metrics() if metric.fact}
-"""The metric behind each name after a prefix."""
-SOLVED_ADVICE = (
-    "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
-)
-
-
-class Missing(float):
-    """A number that is not there: it is false, and no comparison with it holds."""
-
-    def __bool__(self) -> bool:
-        return False
-
-
-class Facts(dict[str, Any]):
-    """Facts by name, also as attributes; an attribute that is not there is `Missing`."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self.get(name, Missing("nan"))
+METRICS = {
+    "reward": "reward",
+    "spread": "reward_std",
+    "entropy": "entropy",
+    "cut": "completions/clipped_ratio",
+    "logp_difference": "sampling/logp_difference/mean",
+    "effective_samples": "sampling/effective_sample_size",
+}
+"""The metric behind each field of `Means` but `equal`."""
 
 
 @dataclass(frozen=True)
@@ -90,108 +57,194 @@ class Finding:
         return f"{self.flag}: {self.text}"
 
 
-Judgement = tuple[Any, ...] | None
-"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, and the changes."""
-Judge = Callable[[Facts], Judgement]
+class Mean(NamedTuple):
+    """A mean reward, its standard error (nan if unknown), and the last of its steps."""
+
+    value: float
+    error: float
+    step: int
+
+    def exceeds(self, other: Mean, errors: float) -> bool:
+        """Return whether it is above another mean by more than so many standard errors of their difference."""
+        return self.value - other.value > errors * math.hypot(self.error, other.error)
 
 
-class Rule(NamedTuple):
-    """A subject with the function that judges it, and the precedence of its findings (see `Finding`)."""
+@dataclass(frozen=True)
+class Means:
+    """Means of metrics over some steps; nan where no step has a finite number, so that no comparison holds.
 
-    flag: str
-    judge: Judge
-    precedence: int
+    Attributes:
+        reward: the mean reward of the samples.
+        spread: the standard deviation of the rewards of a step.
+        entropy: in nats per action; nan for a density, whose entropy may well be negative.
+        cut: the share of completions that the limit cuts.
+        logp_difference: nats per token between the log-probabilities of sampler and trainer.
+        effective_samples: the effective sample size, as a share of the completions.
+        equal: the share of groups with equal rewards; where no groups are compared, of steps.
+    """
 
-
-RULES: list[Rule] = []  # in the order of the findings
-
-
-def rule(flag: str, precedence: int = 1) -> Callable[[Judge], None]:
-    """Enter a function into the table as the rule about a subject."""
-
-    def enter(function: Judge) -> None:
-        RULES.append(Rule(flag, function, precedence))
-
-    return enter
-
-
-def above(
-    number: float, watch: float = math.inf, act: float = math.inf, void: float = math.inf
-) -> Weight | None:
-    """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
-    if number > void:
-        return "void"
-    if number > act:
-        return "act"
-    return "watch" if number > watch else None
+    reward: float = math.nan
+    spread: float = math.nan
+    entropy: float = math.nan
+    cut: float = math.nan
+    logp_difference: float = math.nan
+    effective_samples: float = math.nan
+    equal: float = math.nan
 
 
-def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, Any]:
-    """Return the settings of a run, the means of some parts of its steps, and its evaluations as facts.
+class Latest(NamedTuple):
+    """The last few steps of a training, beside its first one.
 
-    A mean leaves out numbers that are missing or not finite; of none it is nan, which rules take as missing.
+    Attributes:
+        first: the mean reward of the first step.
+        reward: their mean reward.
+        signs: in words, the signs that the policy can hardly recover; empty without any.
+    """
+
+    first: float
+    reward: Mean
+    signs: str
+
+
+class Gain(NamedTuple):
+    """What a training gained on held-out prompts.
+
+    Attributes:
+        value, error: the mean of the gains of each prompt, and its standard error.
+        before: the mean reward before training, of samples or else of greedy completions.
+        equal: the share of training steps in which no rewards differed.
+    """
+
+    value: float
+    error: float
+    before: float
+    equal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What rules read of a training: its settings, its numbers, and what is known of its task and its model.
+
+    A field that is None silences the rules that need it. So whoever fills the record decides which rules
+    speak: a step of a training, a check, the end of a run, a diagnosis, an arm of a comparison.
+
+    Attributes:
+        learning_rate ... importance_centre: settings of the run, and axes of its estimator.
+        has_entropy_bonus: whether the objective has one.
+
+        step: the numbers of the last step.
+        recent, early: means of the last and of the first tenth of the steps.
+        latest: the last steps, beside the first one.
+        skipped: the share of updates that were skipped because their gradient was not finite.
+        sampled, greedy, most: the evaluations so far, the first one before training: of samples, of greedy
+            completions, and of the best of several samples.
+
+        gain: how much the reward of held-out prompts gained.
+        gain_of_arm: the same of an arm of a comparison, whose first steps are judged.
+        gained: whether the last evaluation is above the first one by more than chance.
+        fallen_from: the best evaluation, if the last one is below it by more than chance.
+        is_solved: whether the last evaluation reaches the threshold.
+
+        groups: in words, what was compared before training, in the step of a check.
+        others_differ: whether other samples of the same policy have unequal rewards.
+        idle_steps: the number of steps in a row, up to now, in which no rewards differed, if it is large.
+
+        lowest_rate, highest_rate: the bounds of usual learning rates.
+        pass_mark: the mean reward from which the task counts as solved, or else the reward of a right completion.
+        can_warm_start: whether there are demonstrations that have not been used.
+        uncut: advice on how to let completions end before the limit.
+        is_misasked: whether it is sure that this helps.
+    """
+
+    learning_rate: Number = None
+    max_completion_length: int | None = None
+    num_generations: int | None = None
+    num_envs: int | None = None
+    eval_generations: int | None = None
+    keep: str = ""
+    scale: str = ""
+    reward_scale: Number = None
+    importance_centre: bool = False
+    has_entropy_bonus: bool = False
+
+    step: Means = Means()
+    recent: Means = Means()
+    early: Means = Means()
+    latest: Latest | None = None
+    skipped: Number = None
+    sampled: Sequence[Mean] = ()
+    greedy: Sequence[Mean] = ()
+    most: Sequence[Mean] = ()
+
+    gain: Gain | None = None
+    gain_of_arm: Number = None
+    gained: bool | None = None
+    fallen_from: Mean | None = None
+    is_solved: bool = False
+
+    groups: str | None = None
+    others_differ: bool = False
+    idle_steps: int | None = None
+
+    lowest_rate: Number = None
+    highest_rate: Number = None
+    pass_mark: float = math.inf
+    can_warm_start: bool = False
+    uncut: str = "raise --max-completion-length."
+    is_misasked: bool = False
+
+
+def observe(rows: Rows, settings: Any) -> Observed:
+    """Return the settings of a run, its evaluations, and the numbers of its steps.
+
+    What else is known is filled in with `dataclasses.replace`.
 
     Args:
-        rows: rows of metrics.jsonl in order. The trial steps of a check all have the same number.
-        settings: the settings of the run, a dataclass, whose estimator's axes are facts too.
-        parts: the prefixes of the means. The rules about the latest steps compare them with the first step.
-        **numbers: facts that only the caller knows, or knows better; None for what is unknown.
+        rows: rows of metrics.jsonl in order.
+        settings: the settings of the run, a dataclass. A field of `Observed` with the name of a setting, or
+            of an axis of the estimator, holds it.
     """
-    estimator: Any = settings.estimator
-    metrics = dict(METRICS)
-    if getattr(settings, "head", "softmax") != "softmax":
-        del metrics["entropy"]  # the entropy of a density may well be negative
+    estimator = settings.estimator
+    named = vars(estimator) | vars(settings)
     steps = [row for row in rows if row["step"] > 0]
-    groups_per_step = getattr(settings, "prompts_per_step", LATEST_GROUPS)
-    count = max(LATEST_STEPS, math.ceil(LATEST_GROUPS / groups_per_step))
-    rows_of: dict[Part, Rows] = {
-        "step": [row for row in steps if row["step"] == steps[-1]["step"]],
-        "first": steps[:1],
-        "latest": steps[-count:] if len(steps) >= count else [],
-        "recent": steps[-max(1, len(steps) // 10) :],
-    }
-    observed = {**vars(estimator), **vars(settings), "has_baseline": estimator.subtracts_baseline}
-    observed["has_entropy_bonus"] = estimator.entropy_coef > 0
-    observed["needs_groups"] = estimator.needs_groups
-    for part in parts:
-        for name, metric in metrics.items():
-            observed[f"{part}_{name}"] = _mean(row.get(metric) for row in rows_of[part])
-        shares = [share_equal(row, estimator.needs_groups) for row in rows_of[part]]
-        observed[f"{part}_equal"] = _mean(shares)
-    if "latest" in parts and rows_of["latest"]:
-        observed |= _latest_facts(rows_of["latest"], steps[0], observed)
-    return observed | evaluation_facts(rows) | numbers
+    tenth = max(1, len(steps) // 10)
+    start = rows[:1]
+    count = named.get("eval_generations")
+    return Observed(
+        **{part.name: named[part.name] for part in fields(Observed) if part.name in named},
+        has_entropy_bonus=estimator.entropy_coef > 0,
+        step=_means(steps[-1:], settings),
+        recent=_means(steps[-tenth:], settings),
+        early=_means(steps[:tenth], settings),
+        latest=_latest(steps, settings),
+        sampled=evaluations(rows, "eval_reward"),
+        greedy=evaluations(rows, "eval_reward_greedy"),
+        most=evaluations(start, f"eval_best@{count}") or evaluations(start, f"eval_pass@{count}"),
+    )
 
 
-def evaluation_facts(rows: Rows) -> dict[str, Any]:
-    """Return the first, the best and the last evaluation of what is sampled, greedy, and the best of k samples."""
-    best_of = [n for row in rows[:1] for n in row if n.startswith(("eval_best@", "eval_pass@"))]
-    metrics = {"eval_reward": "", "eval_reward_greedy": "greedy_"}
-    metrics |= dict.fromkeys(sorted(best_of)[:1], "most_")
-    observed = dict[str, Any]()
-    evaluated = [
-        row for row in rows if "eval_reward" in row or "eval_reward_greedy" in row
-    ]  # few, of many steps
-    for metric, fact in metrics.items():
-        evaluations = [row for row in evaluated if finite(row.get(metric)) is not None]
-        if not evaluations:
-            continue
-        best = max(evaluations, key=lambda row: float(row[metric]))
-        for prefix, row in (("before", rows[0]), ("best", best), ("after", evaluations[-1])):
-            observed[f"{prefix}_{fact}reward"] = row.get(metric)
-            observed[f"{prefix}_{fact}stderr"] = row.get(f"{metric}_stderr")
-            observed[f"{prefix}_{fact}step"] = row["step"]
-    return observed
+def _means(rows: Rows, settings: Any) -> Means:
+    """Return the means of metrics over some rows."""
+    estimator = settings.estimator
+    means = {name: _mean(_number(row, metric) for row in rows) for name, metric in METRICS.items()}
+    if getattr(settings, "head", "softmax") != "softmax":
+        means["entropy"] = math.nan
+    num_envs = getattr(settings, "num_envs", 0)
+    if not num_envs or (num_envs > 1 and not estimator.within_rows):  # else none are compared
+        means["equal"] = _mean(share_equal(row, estimator.needs_groups) for row in rows)
+    return Means(**means)
 
 
-def _mean(values: Iterable[Any]) -> float:
-    """Return the mean of the values that are finite numbers; nan if none is."""
-    numbers = []
-    for value in values:
-        number = finite(value)
-        if number is not None:
-            numbers.append(number)
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not nan; nan if none is left."""
+    numbers = [value for value in values if not math.isnan(value)]
     return fmean(numbers) if numbers else math.nan
+
+
+def _number(row: Mapping[str, Any], metric: str) -> float:
+    """Return a metric of a row; nan if it is missing or not finite."""
+    value = finite(row.get(metric))
+    return math.nan if value is None else value
 
 
 def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
@@ -199,74 +252,45 @@ def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
 
     It is nan if the step has no such number.
     """
-    number = finite(row.get("frac_reward_zero_std" if needs_groups else "reward_std"))
-    if number is None:
-        return math.nan
-    return number if needs_groups else float(number == 0)
+    if needs_groups:
+        return _number(row, "frac_reward_zero_std")
+    spread = _number(row, "reward_std")
+    return spread if math.isnan(spread) else float(spread == 0)
 
 
-def _latest_facts(
-    latest: Rows, first: Mapping[str, Any], means: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return which steps are the latest, the noise of their reward, and signs of a policy that is lost.
+def evaluations(rows: Rows, metric: str) -> list[Mean]:
+    """Return a metric and its standard error in the rows in which it is a finite number, in order."""
+    return [
+        Mean(float(row[metric]), _number(row, f"{metric}_stderr"), row["step"])
+        for row in rows
+        if metric in row and finite(row[metric]) is not None
+    ]
+
+
+def _latest(steps: Rows, settings: Any) -> Latest | None:
+    """Return the last steps that have enough groups of completions for a sure mean; None if there are too few.
 
     Equal rewards show no noise, so the noise of the first step counts too. Without signs the policy may
     recover.
     """
-    equal = means["latest_equal"]
-    entropy = means["latest_entropy"]
-    cut = means["latest_cut"]
+    groups = getattr(settings, "prompts_per_step", LATEST_GROUPS)
+    count = max(LATEST_STEPS, math.ceil(LATEST_GROUPS / groups))
+    rows = steps[-count:]
+    if len(rows) < count:
+        return None
+    first = _means(steps[:1], settings)
+    now = _means(rows, settings)
     signs = []
-    if equal >= 0.75:
-        signs.append(f"{equal:.0%} of the groups had equal rewards")
-    if entropy < means["first_entropy"] / 4:
-        signs.append(f"the entropy was {entropy:.2g} nats, down from {means['first_entropy']:.2g}")
-    if cut >= max(LOST_SHARE, means["first_cut"] + (1 - means["first_cut"]) / 4):
-        signs.append(f"{cut:.0%} of the completions were cut")
-    errors = [
-        math.nan if row.get("reward_stderr") is None else row["reward_stderr"] for row in latest
-    ]
-    noise_at_first = (first.get("reward_stderr") or 0.0) / math.sqrt(len(latest))
-    return {
-        "steps": f"steps {latest[0]['step']} to {latest[-1]['step']}",
-        "latest_stderr": max(math.hypot(*errors) / len(latest), noise_at_first),
-        "signs": " and ".join(signs),
-    }
-
-
-def lower_rate(facts: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-    """Say that the learning rate is the likely cause of a loss; return this with the rate to take instead."""
-    rate = facts["learning_rate"]
-    usual = facts.get("usual_rate") or 0.0
-    advised = rate / 4
-    comparison = f", although {usual:g} is usual here" if usual else ""
-    if 0 < usual < rate:
-        advised = usual
-        comparison = ", which is usual here"
-    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {advised:g}{comparison}."
-    return text, {"learning_rate": advised}
-
-
-def remedy(facts: Facts) -> str:
-    """Say what helps most where rewards do not differ.
-
-    `pass_mark` is the reward that counts as solved; `can_warm_start` says that there are demonstrations that
-    have not been used; `uncut` is advice on how to let completions end before the limit.
-    """
-    if "num_envs" in facts:
-        return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
-    if facts.step_reward >= facts.pass_mark:
-        return SOLVED_ADVICE
-    if facts.can_warm_start:
-        return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
-    if facts.step_cut >= LOST_SHARE:
-        return "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
-    return (
-        "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
-        "or more generations per prompt."
+    if now.equal >= 0.75:
+        signs.append(f"{now.equal:.0%} of the groups had equal rewards")
+    if now.entropy < first.entropy / 4:
+        signs.append(f"the entropy was {now.entropy:.2g} nats, down from {first.entropy:.2g}")
+    if now.cut >= max(LOST_SHARE, (1 + 3 * first.cut) / 4):
+        signs.append(f"{now.cut:.0%} of the completions were cut")
+    first_error = _number(steps[0], "reward_stderr")
+    error = math.hypot(*(_number(row, "reward_stderr") for row in rows)) / count
+    return Latest(
+        first=first.reward,
+        reward=Mean(now.reward, max(error, first_error / math.sqrt(count)), steps[-1]["step"]),
+        signs=" and ".join(signs),
     )
-
-
-def rounded(number: float, figures: int = 1) -> float:
-    """Round to a few significant figures, where only the order of magnitude matters."""
-    return float(f"{number:.{figures}g}")

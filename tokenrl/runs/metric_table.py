@@ -5,10 +5,11 @@ The rows stand in metric_table.txt. The console, pages, evaluations, rules and c
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -16,7 +17,6 @@ class Metric(NamedTuple):
 
     Attributes:
         name: its name, in which braces stand for any name or number, as in `rewards/{name}/mean`.
-        fact: the name by which rules read it, behind a prefix such as `recent_`.
         unit: its unit, such as `nats per token`.
         better: `more` or `less`; empty where neither is better by itself.
         panel: the charts that show it: reward, loss, accuracy or health.
@@ -24,7 +24,6 @@ class Metric(NamedTuple):
     """
 
     name: str
-    fact: str = ""
     unit: str = ""
     better: str = ""
     panel: str = ""
@@ -66,3 +65,12 @@ def metric_of(name: str) -> Metric:
 def is_rounding(error: float, value: float) -> bool:
     """Return whether an error is no more than the rounding of numbers of the size of a value, or of 1."""
     return error <= 1e-14 * max(1.0, abs(value))
+
+
+def finite(value: Any) -> float | None:
+    """Return a value of a file as a number; None if it is none, or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -24,6 +24,11 @@ _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and ta
 _HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+def quantity(count: int, noun: str) -> str:
+    """Return a number with its noun, as in '1 group' and '1,024 groups'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def hush_libraries() -> None:
     """Turn off what would hide the lines of a run; a user can turn it on again by the same variables.
 

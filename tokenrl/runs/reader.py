@@ -21,6 +21,7 @@ from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.console import ending, evaluations
 from tokenrl.runs.files import is_whole
+from tokenrl.runs.metric_table import finite
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 
@@ -263,12 +264,3 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], lis
             steps.append(int(row["step"]))
             values.append(value)
     return steps, values
-
-
-def finite(value: Any) -> float | None:
-    """Return a value of a file as a number; None if it is none, or not finite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

@@ -13,10 +13,10 @@ import tokenrl.runs.markup as markup
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations
-from tokenrl.runs.metric_table import all_metrics, metric_of
+from tokenrl.runs.metric_table import all_metrics, finite, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve
-from tokenrl.runs.reader import RecordedRun, finite, read_run, series
+from tokenrl.runs.reader import RecordedRun, read_run, series
 
 Rows = Sequence[Mapping[str, Any]]
 

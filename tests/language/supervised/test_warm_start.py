@@ -261,17 +261,13 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["chat_time"] == time
 
 
-def test_a_check_makes_a_few_updates_and_takes_them_back(run, tmp_path, capsys):
-    policy = make_policy()
-    before, task = weights(policy.model).clone(), {"check": True, "prompts_per_step": 2}
-    result = run(model=policy, **task)
-    assert result.exit_code == 0 and torch.equal(weights(policy.model), before)
-    assert not (tmp_path / "run").exists()
-    output = " ".join(capsys.readouterr().out.split())
-    assert "a warm start of 4 updates of" in output and "in all" in output
+def test_a_check_does_not_judge_rewards_before_the_warm_start(run, tmp_path, capsys):
+    settings = {"check": True, "prompts_per_step": 16}
+    result = run(**settings)
+    assert (result.exit_code, result.flags) == (0, ()) and not (tmp_path / "run").exists()
+    assert "The warm start has not been made, so this step is not judged" in capsys.readouterr().out
     run()
-    assert run(**task).exit_code == 2  # now the model is warm, and its rewards are all equal
-    assert "warm-start-steps" not in capsys.readouterr().out.split("Check")[-1]
+    assert "no-signal" in run(**settings).flags
 
 
 def test_what_cannot_be_warm_started_is_refused(run):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -16,10 +16,10 @@ from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, digits, joined
 from tokenrl.lab.compare.plan import Arm, Plan, Problem
 from tokenrl.lab.compare.table import RunTable
-from tokenrl.runs.findings import LOST_SHARE, Finding
+from tokenrl.runs.findings import LOST_SHARE, Finding, Means, Observed
 from tokenrl.runs.rules import judge
 
-FACTS = ["early_entropy", "early_equal", "gain", "recent_cut", "skipped", "idle"]
+READ = ["learning_rate", "early_entropy", "early_equal", "gain", "recent_cut", "skipped"]
 """Columns of the table of runs that rules read."""
 
 
@@ -121,12 +121,19 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
 def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
     """Return what the table of rules finds in an arm's runs, which qualifies verdicts and excludes nothing."""
     settings = {**problem.settings, **arm.settings}
-    facts: dict[Any, Any] = dict(runs.reindex(columns=FACTS).mean())
-    facts["has_entropy_bonus"] = arm.estimator.entropy_coef > 0
-    facts["max_completion_length"] = settings.get("max_completion_length")
-    if not arm.estimator.needs_groups:
-        facts.pop("early_equal", None)
-    return judge(facts)
+    means = runs.reindex(columns=READ).mean()
+    equal = means["early_equal"] if arm.estimator.needs_groups else math.nan
+    return judge(
+        Observed(
+            learning_rate=means["learning_rate"],
+            max_completion_length=settings.get("max_completion_length"),
+            has_entropy_bonus=arm.estimator.entropy_coef > 0,
+            early=Means(entropy=means["early_entropy"], equal=equal),
+            recent=Means(cut=means["recent_cut"]),
+            skipped=means["skipped"],
+            gain_of_arm=means["gain"],
+        )
+    )
 
 
 def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[Caveat]:

@@ -163,12 +163,12 @@ def is_done(run: PlannedRun, root: Path) -> bool:
 
 
 def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
-    """Return means up to a step: entropy in the last tenth of them, and facts of `tokenrl.runs.rules`.
+    """Return means up to a step: entropy in the last tenth of them, and what `tokenrl.runs.rules` read.
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
     """
     metrics = ["entropy", "frac_reward_zero_std", "completions/clipped_ratio", "grad_clipped"]
-    metrics += ["skipped_steps", "idle_steps"]
+    metrics += ["skipped_steps"]
     steps = pd.DataFrame(run.metrics).query("0 < step <= @last_step")
     steps = steps.reindex(columns=metrics).astype(float)
     tenth = max(1, len(steps) // 10)
@@ -184,5 +184,4 @@ def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
         "recent_cut": whole["completions/clipped_ratio"],
         "grad_clipped": whole["grad_clipped"],
         "skipped": counts["skipped_steps"],
-        "idle": counts["idle_steps"],
     }

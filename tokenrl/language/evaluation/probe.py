@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,45 +29,23 @@ class Probe:
     """Summary of what a policy achieved on some training prompts.
 
     Attributes:
-        prompts: number of prompts.
-        samples: number of completions of each prompt.
-        binary: whether the reward is declared to be 0 or 1, so that `best_of` is pass@k.
-        reward: mean reward; pass@1 if binary.
-        best_of: for each k, the expected best reward of k completions; pass@k if binary.
-        dead_groups: for each G, the probability that G completions of a prompt have equal rewards.
+        reward: mean reward.
+        unequal: share of groups with unequal rewards, of the largest power of two of completions that there are.
         truncated: share of completions cut at the maximum length before an EOS.
-        length: mean number of tokens per completion.
-        longest: number of tokens of the longest completion.
-        entropy: mean entropy of the policy, in nats per token.
-        passed: for each k, the probability that one or more of k completions have the `pass_threshold` of the
-            rewards; empty if they have none.
     """
 
-    prompts: int
-    samples: int
-    binary: bool
     reward: Estimate
-    best_of: dict[int, Estimate]
-    dead_groups: dict[int, Estimate]
+    unequal: float
     truncated: Estimate
-    length: float
-    longest: int
-    entropy: float
-    passed: dict[int, Estimate] = field(default_factory=dict)
-
-    @property
-    def unequal(self) -> float:
-        """Share of groups with unequal rewards, for the largest group size that was measured."""
-        return 1 - self.dead_groups[max(self.dead_groups)].value
 
 
 def probe_policy(
     policy: Policy, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling
 ) -> Probe:
-    """Sample several completions of each prompt and summarise their rewards, lengths and entropy.
+    """Sample several completions of each prompt and summarise their rewards and lengths.
 
-    Completions for which every reward function abstains are left out; a prompt with fewer than k remaining
-    completions is left out of the estimates for k.
+    Completions for which every reward function abstains are left out; a prompt of which fewer than all remain
+    is left out of `unequal`.
 
     Raises:
         Refused: there are no prompts or fewer than two samples, or a prompt does not fit into the context.
@@ -80,26 +58,10 @@ def probe_policy(
         )
     rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
     totals = known_rewards(rows, samples)
-    lengths = [row["length"] for row in rows]
-    sizes = [2**power for power in range(samples.bit_length())]
-    mark = rewards.pass_threshold
-    best = {k: over_prompts([best_of(row, k) for row in totals]) for k in sizes}
-    right = (
-        {}
-        if mark is None
-        else {k: over_prompts([best_of(r >= mark, k) for r in totals]) for k in sizes}
-    )
+    size = 2 ** (samples.bit_length() - 1)
     cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)
     return Probe(
-        prompts=len(totals),
-        samples=samples,
-        binary=rewards.binary,
-        reward=best[1],
-        best_of=best,
-        dead_groups={k: over_prompts([all_equal(row, k) for row in totals]) for k in sizes[1:]},
+        reward=over_prompts([best_of(row, 1) for row in totals]),
+        unequal=1 - over_prompts([all_equal(row, size) for row in totals]).value,
         truncated=over_prompts(cut.tolist()),
-        length=float(np.mean(lengths)),
-        longest=max(lengths),
-        entropy=sum(row["entropy"] for row in rows) / max(1, sum(lengths)),
-        passed=right,
     )

@@ -120,7 +120,7 @@ def _fault_of(folder: Path, name_or_path: str | Path) -> str:
     return ""
 
 
-def check_code(name: str, revision: str | None = None) -> None:
+def refuse_attention_of_hub(name: str, revision: str | None = None) -> None:
     """Refuse a model whose configuration names an attention that transformers would get from the hub.
 
     Args:
@@ -156,7 +156,7 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
     try:
         with quietly():
             if not trust_remote_code:
-                check_code(source)
+                refuse_attention_of_hub(source)
             yield
     except Refused:
         raise

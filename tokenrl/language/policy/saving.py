@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import run_of
-from tokenrl.language.policy.loading import check_code, quietly
+from tokenrl.language.policy.loading import quietly, refuse_attention_of_hub
 from tokenrl.runs.files import write_json, write_text
 
 CONFIG = "adapter_config.json"
@@ -79,7 +79,7 @@ def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
         check_adapter(config)
         if base := config.base_model_name_or_path:
             if not trust_remote_code:
-                check_code(base, config.revision)
+                refuse_attention_of_hub(base, config.revision)
             return base, config.revision
     raise Refused(
         f"{name} does not name the base that the adapter belongs to, which was in memory or a directory: give the "

@@ -37,7 +37,7 @@ from tokenrl.language.tasks.records import described, provenance_of, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
 from tokenrl.runs.console import number
-from tokenrl.runs.findings import evaluation_facts
+from tokenrl.runs.findings import Observed, evaluations
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.rules import judge
@@ -189,7 +189,8 @@ def train_supervised(
     results: dict[str, Any] = {f"{name} after": value for name, value in rewards.items()}
     results |= {"final loss": training.loss_after, "weights": ended.weights}
     card = Card(title, {**facts, **results}, session.origin.in_words(), args.model, ["sft"])
-    findings = judge(evaluation_facts(session.rows) | {"keep": args.keep}, "greedy-fell")
+    greedy = evaluations(session.rows, "eval_reward_greedy")
+    findings = judge(Observed(keep=args.keep, greedy=greedy), "greedy-fell")
     session.finish(ended, lambda path: saved.hand_over(path, card), map(str, findings))
     return ended
 

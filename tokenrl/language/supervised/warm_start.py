@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -156,16 +155,6 @@ class WarmStart:
             remove(self.folder)
         self._train()
 
-    def try_out(self) -> float:
-        """Make three updates with a learning rate of 0; return the seconds of the third."""
-        training = self._training(0.0)
-        times = list[float]()
-        for _ in range(3):
-            times.append(time.perf_counter())
-            training.learn()
-        self.policy.model.zero_grad(set_to_none=True)
-        return time.perf_counter() - times[2]
-
     def _can_continue(self) -> bool:
         """Return whether the run directory holds a checkpoint of this warm start or of a shorter one."""
         with suppress(Refused):  # there is none, or it is damaged
@@ -174,13 +163,13 @@ class WarmStart:
             return is_short and read_config(self.folder).get("ingredients") == self._key
         return False
 
-    def _training(self, rate: float) -> SupervisedTraining:
+    def _training(self) -> SupervisedTraining:
         return SupervisedTraining(
             self.policy,
             self._rows,
             max_steps=self.args.warm_start_steps,
             batch_size=BATCH,
-            learning_rate=rate,
+            learning_rate=self._rate,
             schedule="constant",
             warmup_steps=WARMUP,
             seed=self.args.seed,
@@ -214,7 +203,7 @@ class WarmStart:
                 "learning rate": f"{self._rate:g}, constant after {WARMUP} updates",
                 "run": session.directory,
             }
-            training = self._training(self._rate)
+            training = self._training()
             saved = SavedModel(self.policy)
             provenance = Provenance({}, device=self.policy.device.type)
             session.console.facts(f"warm start: {self._task.name}", header)

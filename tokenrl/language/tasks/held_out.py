@@ -12,6 +12,7 @@ import numpy as np
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.files import canonical
+from tokenrl.runs.output import quantity
 
 T = TypeVar("T")
 
@@ -210,8 +211,7 @@ def counted(keys: Sequence[str], noun: str = "rows") -> str:
         keys: the prompt of each row, as `prompt_keys` returns them.
         noun: what the text calls rows.
     """
-    prompts = len(set(keys))
-    return f"{len(keys):,} {noun} of {prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
+    return f"{len(keys):,} {noun} of {quantity(len(set(keys)), 'prompt')}"
 
 
 def prompt_keys(rows: Sequence[Row]) -> list[str]:

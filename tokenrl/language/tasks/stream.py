@@ -11,6 +11,7 @@ import torch
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 from tokenrl.language.tasks.held_out import prompt_keys
 from tokenrl.language.tasks.sources import Row
+from tokenrl.runs.output import quantity
 from tokenrl.settings import check_seed
 
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
@@ -28,10 +29,9 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     distinct = len(set(prompt_keys(rows)))
     if distinct >= MIN_PROMPTS:
         return []
-    noun = "prompt" if distinct == 1 else "prompts"
     return [
-        f"only {distinct} distinct {noun} in {len(rows):,} training rows: the policy can learn the answers by "
-        "heart, which says nothing about other prompts. Give more data."
+        f"only {quantity(distinct, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "
+        "the answers by heart, which says nothing about other prompts. Give more data."
     ]
 
 

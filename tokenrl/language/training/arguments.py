@@ -213,9 +213,9 @@ class TrainArguments(
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Try everything out in a twentieth of the run or so, whose steps are taken back: print completions with
-    rewards, whether the steps lower the held-out reward, all problems with how to mend them, and what the run
-    will take, and stop. Exit code 0: passed (there may be remarks); 2: there is a problem."""
+    """Make the first step on a copy of the model, and stop: print a prompt as the model reads it, completions
+    with rewards, the problems of settings, data and this step with their remedies, its memory, and the time
+    of the run at its pace. Exit code 0: passed (there may be remarks); 2: there is a problem."""
     cpu: bool | None = None
     """Use the CPU even if there is a GPU. Default: the GPU if there is one; but on a Mac the CPU for models
     below 10 M parameters, which its GPU does not make faster (--no-cpu: its GPU for those too)."""

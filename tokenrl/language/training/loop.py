@@ -139,7 +139,7 @@ def _train(
             for warning in warnings_of(run):
                 session.console.warn(warning)
             if run.args.check:
-                return check_run(run, session, partial(_evaluate, step=0))
+                return check_run(run, session)
             for step in _steps(run, session):
                 with session.update():
                     record = _one_step(run, step)
@@ -194,22 +194,20 @@ def _prepare(
     """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
     console = session.console
     warmed = dict[str, Any]()
-    warm_seconds = 0.0
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy, teacher = load_models(choices, task, console.note)
+        if choices.check and not isinstance(choices.model, str | None):
+            policy = replace(
+                policy, model=copy.deepcopy(policy.model)
+            )  # the caller's stays as it is
         args, origins = fill_defaults(choices, task, policy)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy, teacher))
-        folder = warm_start.folder_of(session.directory)
-        if args.warm_start and args.check:
-            with using_threads(choose_threads(policy.size, args.threads)[0]):
-                stage = WarmStart(policy, task, rewards, args, console, accelerator, folder)
-                warm_seconds = 0.0 if stage.is_complete else stage.try_out()
-            del stage  # and its copy of the weights
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
+    folder = warm_start.folder_of(session.directory)
     # Where the folder is on another machine, the main process sends its weights.
     if args.warm_start and (session.continues or folder.exists()):
         warmed = warm_start.facts_of(folder, continues=session.continues)
@@ -246,7 +244,6 @@ def _prepare(
         usual_rate=usual_rate(choices, task, policy),
         teacher=teacher,
         warm_started=warmed,
-        warm_seconds=warm_seconds,
     )
     return run, provenance
 

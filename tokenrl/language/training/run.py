@@ -14,7 +14,7 @@ import torch
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.policy.arguments import form_line
-from tokenrl.language.policy.characters import prompt_warnings
+from tokenrl.language.policy.characters import prompt_warnings, special_texts
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
@@ -83,7 +83,6 @@ class TrainingRun:
         usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         teacher: the teacher; None without one.
         warm_started: what `warm_start` found; empty without such a stage.
-        warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
         totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
@@ -102,7 +101,6 @@ class TrainingRun:
     usual_rate: float | None
     teacher: Teacher | None
     warm_started: dict[str, Any]
-    warm_seconds: float = 0.0
     eval_seconds: float = 0.0
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
@@ -176,9 +174,6 @@ class TrainingRun:
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
-        if self.warm_seconds:
-            whole += args.warm_start_steps * self.warm_seconds
-            words = f"a warm start of {args.warm_start_steps} updates of {self.warm_seconds:.2g} s, {words}"
         return f"{words}: about {duration(whole)} in all"
 
     def facts(self) -> dict[str, Any]:
@@ -268,7 +263,9 @@ def warnings_of(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     environments = run.rewards.environments
-    special = prompt_warnings(run.learner.policy.tokenizer, rows)
+    # A check counts the characters that are lost among its problems.
+    warn_of_texts = special_texts if run.args.check else prompt_warnings
+    special = warn_of_texts(run.learner.policy.tokenizer, rows)
     warnings = [] if environments else few_prompts(rows)  # equal prompts begin different episodes
     warnings += [*special, *remarks(rows), *division_of(run.task, run.args.eval_size)[1]]
     if environments and environments.has_tools and any(row.get("tools") for row in rows):

@@ -1,37 +1,39 @@
-"""Judges a run by the rules about numbers (`runs.rules`), at each step and at its end.
+"""Judges a run by the rules about numbers (`runs.rules`), before it, at each step and at its end.
 
-It is said whether the updates have destroyed the policy, whether there is anything to learn from, and whether
-anything was learnt. The check before a run has `check.py`.
+It warns when updates destroyed the policy, when rewards no longer differ, and when nothing was learnt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 from tokenrl.errors import Stopped
 from tokenrl.language.evaluation.evaluation import over_prompts
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.runs.findings import Finding, Part, evaluation_facts, facts, share_equal
+from tokenrl.runs.findings import (
+    Finding,
+    Gain,
+    Observed,
+    Rows,
+    evaluations,
+    observe,
+    share_equal,
+)
 from tokenrl.runs.metrics import of_evaluation
-from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
-Rows = Sequence[Mapping[str, Any]]
-
-POLICY_LOST = ("policy-destroyed", "entropy-collapsed")
-"""The flags of a policy that has been lost during a run."""
+TOLD_STEPS = 3
+"""Steps in a row without a signal after which it is told."""
 
 
 def judge_start(run: TrainingRun, session: Session) -> None:
     """Warn of samples that earn less than the greedy completions, from the evaluation before training."""
-    for finding in judge(run_facts(run, session.rows), "greedy-gap"):
+    for finding in judge(observe_run(run, session.rows), "greedy-gap"):
         session.warn_once(finding.flag, finding.text)
 
 
@@ -42,58 +44,38 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
             before training.
     """
-    step = session.step
-    reward = session.rows[-1].get("reward", math.nan)
-    observed = _step_facts(run, session)
-    idle = observed["steps_without_signal"]
-    findings = {f.flag: f for f in reversed(judge(observed))}
-    lost = [flag for flag in POLICY_LOST if flag in session.flags]
-    if not lost:
-        lost = [flag for flag in POLICY_LOST if flag in findings][:1]
-        session.flags += lost
-        for flag in lost:
-            session.warn_once(flag, f"step {step}: {findings[flag].text}")
-    for flag in ("truncation", "slow-reward"):
-        if flag in findings:
-            session.warn_once(flag, f"step {step}: {findings[flag].text}")
-    for finding in judge(run_facts(run, session.rows, "recent"), "sampling-differs"):
-        session.warn_once(finding.flag, f"step {step}: {finding.text}")
+    start = f"step {session.step}:"
+    limit = run.args.stop_after_zero_spread
+    idle = steps_without_signal(run, session)
+    observed = observe_run(run, session.rows)
+    observed = replace(
+        observed,
+        # Other rules about the recent steps speak at the end of the run.
+        recent=replace(observed.recent, entropy=math.nan, equal=math.nan, cut=math.nan),
+        idle_steps=idle if idle >= min(TOLD_STEPS, limit or TOLD_STEPS) else None,
+    )
+    findings = {finding.flag: finding for finding in judge(observed)}
     if remark := getattr(run.learner.generator, "remark", ""):
-        session.warn_once("sampling-differs", f"step {step}: {remark}.")
-    if (none := findings.get("no-signal")) is None:
+        findings.setdefault("sampling-differs", Finding("sampling-differs", "act", f"{remark}."))
+    destroyed = findings.get("policy-destroyed")
+    if destroyed and destroyed.flag not in session.flags:
+        session.flags.append(destroyed.flag)
+    for flag in ("policy-destroyed", "truncation", "sampling-differs"):
+        if flag in findings:
+            session.warn_once(flag, f"{start} {findings[flag].text}")
+    none = findings.get("no-signal")
+    if none is None:
         return None
-    ends = 0 < run.args.stop_after_zero_spread <= idle
-    if reward > session.eval_before.get("reward", math.inf):
+    ends = 0 < limit <= idle
+    if session.rows[-1].get("reward", math.nan) > session.eval_before.get("reward", math.inf):
         return _end_of_learning(run, session, idle) if ends else None
-    if not lost:
-        session.warn_once("flat", f"step {step}: {none.text}")
+    if "policy-destroyed" not in session.flags:
+        session.warn_once("flat", f"{start} {none.text}")
     if ends:
-        cause = next((findings[flag] for flag in lost if flag in findings), none)
         session.flags = session.flags or ["nothing-learnt"]
+        cause = destroyed or none
         raise Stopped(f"{cause.text} (--stop-after-zero-spread 0 lets such a run continue.)")
     return None
-
-
-def _step_facts(run: TrainingRun, session: Session) -> dict[str, Any]:
-    """Return what the rules read after a step, with mean seconds of a step and of its slowest reward."""
-    rows = session.rows[1:]
-    groups = run.args.estimator.needs_groups
-    idle = steps_without_signal(run, session)
-    step = session.step
-    rewards = [name for name in run.totals if name.startswith("rewards/")]
-    slowest = max(rewards, key=run.totals.__getitem__, default="")
-    return run_facts(
-        run,
-        session.rows,
-        *("step", "first", "latest"),
-        steps_without_signal=idle,
-        patience=min(3, run.args.stop_after_zero_spread or 3),
-        had_signal=any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
-        timed_steps=step,
-        step_seconds=session.training_seconds / step,
-        reward_seconds=run.totals[slowest] / step,
-        slowest_reward=slowest.removeprefix("rewards/").removesuffix("/seconds"),
-    )
 
 
 def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
@@ -102,31 +84,16 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    rows = session.rows[1:]
-    groups = run.args.estimator.needs_groups
-    last = {"step": session.step, **of_evaluation(session.evaluation)}
-    numbers = evaluation_facts([*session.rows, last])
-    solved = getattr(run.task, "solved", None) or math.inf
+    last = session.rows[-1] | of_evaluation(session.evaluation)
+    observed = observe_run(run, [*session.rows[:-1], last])
     if session.evaluation and session.step:
-        numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
-        gains = [now - then for then, now in zip(*run.means, strict=True)]
-        gain, error = over_prompts(gains)
-        if math.isnan(error):
-            error = 0.0
-        if session.ended == "learnt" or gain > 2 * error:  # it has recovered
+        solved = getattr(run.task, "solved", None) or math.inf
+        gain = _gain(run, session)
+        observed = replace(observed, is_solved=session.rows[-1].get("eval_reward", 0) >= solved)
+        if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         elif not run.unrewarded:
-            after = _shown_reward(session.evaluation)
-            numbers |= {
-                "gain": gain,
-                "gain_stderr": error,
-                "held_out": sum(not math.isnan(x) for x in gains),
-                "before_reward": _shown_reward(session.eval_before),
-                "after_reward": after,
-                "step_reward": after,
-                "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
-            }
-    observed = run_facts(run, session.rows, "step", "recent", **numbers)
+            observed = replace(observed, gain=gain)
     findings = []
     for finding in judge(observed, "nothing-learnt", "entropy-collapsed", "greedy-fell"):
         if finding.weight == "watch":
@@ -140,14 +107,22 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     return findings
 
 
-def _shown_reward(evaluation: Mapping[str, float]) -> float:
-    """Return the reward of an evaluation that people see: of sampled completions, or else of greedy ones."""
-    return evaluation.get("reward", evaluation["reward_greedy"])
+def _gain(run: TrainingRun, session: Session) -> Gain:
+    """Return how much the rewards of the held-out prompts have gained; without an error it is 0."""
+    groups = run.args.estimator.needs_groups
+    gains = [now - then for then, now in zip(*run.means, strict=True)]
+    value, error = over_prompts(gains)
+    start = session.eval_before
+    return Gain(
+        value,
+        0.0 if math.isnan(error) else error,
+        before=start.get("reward", start.get("reward_greedy", math.nan)),
+        equal=fmean(share_equal(row, groups) == 1 for row in session.rows[1:]),
+    )
 
 
-def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
-    """Return the facts of rows of metrics (see `facts`), with what is known of the task and the model."""
-    args = run.args
+def observe_run(run: TrainingRun, rows: Rows) -> Observed:
+    """Return what rows of metrics say (see `observe`), with what is known of the task and the model."""
     task = run.task
     solved = getattr(task, "solved", None)
     uncut = (
@@ -155,29 +130,16 @@ def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dic
     )
     if asks_in_text(run):
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
-    is_ready = args.warm_start or is_own(task, args.model, run.learner.policy)
-    of_run = {
-        "usual_rate": run.usual_rate,
-        "solved_at": solved,
-        "pass_mark": run.rewards.pass_threshold if solved is None else solved,
-        "can_warm_start": bool(getattr(task, "demonstrations", None)) and not is_ready,
-        "uncut": uncut,
-        "short_texts": _advice_on_positions(run.learner.policy.model.config),
-    }
-    return facts(rows, args, *parts, **of_run | numbers)
-
-
-def _advice_on_positions(config: Any) -> str:
-    """Return what a longrope model needs, whose positions change in long texts; empty for other models."""
-    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type of layer
-        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
-            limit = rope["original_max_position_embeddings"]
-            return (
-                f"In a text of more than {limit:,} tokens this model changes the positions of all (longrope), "
-                "also of those sampled before: keep the prompt with --max-completion-length below that"
-            )
-    return ""
+    is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
+    mark = run.rewards.pass_threshold if solved is None else solved
+    return replace(
+        observe(rows, run.args),
+        lowest_rate=run.usual_rate,
+        highest_rate=run.usual_rate,
+        pass_mark=math.inf if mark is None else mark,
+        can_warm_start=bool(getattr(task, "demonstrations", None)) and not is_ready,
+        uncut=uncut,
+    )
 
 
 def steps_without_signal(run: TrainingRun, session: Session) -> int:
@@ -191,8 +153,7 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     rows = session.rows[1:]
     middle = -math.inf
     if "policy-destroyed" in session.flags:
-        evaluated = [finite(row.get("eval_reward")) for row in session.rows]
-        best = max(reward for reward in evaluated if reward is not None)
+        best = max(evaluations(session.rows, "eval_reward")).value
         middle = (best + min(row["reward"] for row in rows)) / 2
     count = 0
     for row in reversed(rows):
