@@ -30,6 +30,7 @@ from tokenrl.language.preferences.evaluation import (
 )
 from tokenrl.language.preferences.fit import PreferenceTraining, bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair, read_pairs
+from tokenrl.language.rollout.forward import choose_passes
 from tokenrl.runs.report import report_from_directory
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -266,21 +267,22 @@ def test_a_training_that_is_saved_and_loaded_continues():
         max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1
     )
     judge = untrained()
-    whole = PreferenceTraining(judge, PAIRS, args)
+    whole = PreferenceTraining(judge, PAIRS, args, choose_passes(args, judge.model)[0])
     for _ in range(4):
         whole.update()
     state = through_a_checkpoint(whole.state_dict())
     weights = through_a_checkpoint(judge.model.state_dict())
     continued = untrained()
     continued.model.load_state_dict(weights)
-    part = PreferenceTraining(continued, PAIRS, args)
+    passes, _ = choose_passes(args, continued.model)
+    part = PreferenceTraining(continued, PAIRS, args, passes)
     part.load_state_dict(state)
     for _ in range(4, 7):
         assert equal(part.update(), whole.update())
     assert equal(part.state_dict(), whole.state_dict())
     assert equal(dict(continued.model.state_dict()), dict(judge.model.state_dict()))
     with pytest.raises(Refused, match="num_rows 3 and this run has 2"):
-        PreferenceTraining(continued, PAIRS[:2], args).load_state_dict(state)
+        PreferenceTraining(continued, PAIRS[:2], args, passes).load_state_dict(state)
 
 
 def test_chat_preferences_are_scored_as_the_reward_is():

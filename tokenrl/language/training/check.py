@@ -82,7 +82,7 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     failures = [*run.failures, *(text for record in records for text in record.failures)]
     if failed := failures_of(failures):
         findings.append(Finding("environment-fails", "void", failed))
-    unread = [record.unread for record in records if record.unread and not run.warm_seconds]
+    unread = [record.unread for record in records if record.unread and not run.awaits_warm_start]
     findings += [Finding("unread-tokens", "watch", text) for text in unread[:1]]
     observed = _trial_facts(run, records, session) | gap
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
@@ -144,7 +144,7 @@ def _try_out(
         if train:
             with session.console.status("making training steps, which are taken back"):
                 records = _trial_steps(run, train, (least, most), findings)
-        if records and not run.warm_seconds:  # else the steps were made for their time alone
+        if records and not run.awaits_warm_start:  # else the steps were made for their time alone
             with session.console.status(f"evaluating {prompts}, with these steps"):
                 evaluated()
     if records or not train:
@@ -220,7 +220,7 @@ def _rendered(run: TrainingRun, records: Sequence[Record], rows: Rows) -> str:
 
 def _show_completions(run: TrainingRun, session: Session, record: Record) -> None:
     """Print the first completions of a trial step with each reward, unless a warm start comes before."""
-    if run.warm_seconds:
+    if run.awaits_warm_start:
         return
     rows = [row | {"prompt": prompt_text(row["prompt"])} for row in record.rows()[:SHOWN]]
     names = ["reward"]
@@ -250,7 +250,7 @@ def _trial_steps(
     learner = run.learner
     records = list[Record]()
     rewards = run.training_rewards
-    if run.warm_seconds:  # before a warm start the steps are made for their time alone
+    if run.awaits_warm_start:  # before a warm start the steps are made for their time alone
         rewards = Rewards([_ranks], environments=rewards.environments)
     stream = PromptStream(rows, run.args.seed)
     optimizer = make_optimizer(run.args, learner.policy)
@@ -302,7 +302,9 @@ def _trial_facts(run: TrainingRun, records: Sequence[Record], session: Session) 
     usual = run.usual_rate
     numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
     numbers["is_half"] = args.mixed_precision == "bf16"
-    if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing
+    if (
+        not records or run.awaits_warm_start
+    ):  # before a warm start, what the model writes says nothing
         return run_facts(run, [], **numbers)
     equal = _share_equal(run, records)
     size = args.num_generations
@@ -340,7 +342,7 @@ def _lines(
     """Return the lines of the table: what was measured."""
     args = run.args
     lines = {}
-    if records and not run.warm_seconds:
+    if records and not run.awaits_warm_start:
         if not run.unrewarded:
             share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
             lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -10,13 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card, fingerprint
+from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
@@ -24,7 +24,6 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt
 from tokenrl.language.supervised.defaults import check_prompts
-from tokenrl.language.supervised.warm_start import WarmStart
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -62,6 +61,11 @@ from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.user_code import own_process, user_code
+
+SKIPPED = (
+    "skipped by the rule of auto, since at least half of the groups already have unequal rewards; --warm-start "
+    "without auto always runs"
+)
 
 Callback = Callable[[int, dict[str, float]], object]
 
@@ -110,12 +114,12 @@ def train(
     task, rewards = together(accelerator, partial(task_of, choices, accelerator))
     claimed = claim("train", choices, accelerator)
     with closing(claimed):
-        if choices.warm_start and not choices.check:
-            if choices.resume and choices.chat_time is None:
-                times = gather_objects([warm_start.time_of(claimed.directory)])
-                choices = replace(choices, chat_time=times[0])
-            _make_warm_start(choices, task, rewards, accelerator, claimed)
-        return _train(choices, task, rewards, accelerator, claimed, callback)
+        warmed = dict[str, Any]()
+        if choices.warm_start:
+            warmed = _warm_start(choices, task, rewards, accelerator, claimed)
+            time = choices.chat_time or warmed.get("chat_time")
+            choices = replace(choices, chat_time=time)
+        return _train(choices, task, rewards, accelerator, claimed, warmed, callback)
 
 
 def _train(
@@ -124,6 +128,7 @@ def _train(
     rewards: Rewards,
     accelerator: Any,
     claimed: Claim,
+    warmed: dict[str, Any],
     callback: Callback | None,
 ) -> RunResult:
     every = choices.logging_steps if choices.logging_steps > 1 else 10
@@ -133,7 +138,7 @@ def _train(
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
-        run, provenance = _prepare(choices, task, rewards, accelerator, session)
+        run, provenance = _prepare(choices, task, rewards, accelerator, session, warmed)
         with closing(run.learner.generator), using_threads(run.args.threads), own_process():
             _open(run, session, provenance)
             for warning in warnings_of(run):
@@ -159,42 +164,53 @@ def _train(
             return _finish(run, session)
 
 
-def _make_warm_start(
+def _warm_start(
     choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
-) -> None:
-    """Make the warm start in the main process, as a supervised run in a folder of the run directory.
+) -> dict[str, Any]:
+    """Make the warm start in the main process, unless it has been made; return its facts in each process.
 
-    A training that continues from a checkpoint makes it again if it needs one that is damaged or gone.
+    A check takes one that is there, and makes none.
     """
     folder = warm_start.folder_of(claimed.directory)
 
-    def make() -> None:
+    def make() -> dict[str, Any]:
         if not is_main(accelerator):
-            return
+            return {}
+        is_there = warm_start.is_complete(folder, choices.warm_start_steps)
+        if is_there and (choices.check or not choices.overwrite):
+            return warm_start.facts_of(folder)
+        if choices.check:
+            return {}
+        if claimed.step and not folder.exists():
+            before = dict(read_config(claimed.directory).get("warm_started") or {})
+            if before.get("updates") == 0:  # skipped, as auto allows
+                return before
         console = Console(quiet=choices.quiet)
         with console.status("loading the model"):
             policy, _ = load_models(choices, task, console.note)
-            policy = replace(policy, model=copy.deepcopy(policy.model), reference=None)
         args, _ = fill_defaults(choices, task, policy)
-        if claimed.step and not warm_start.is_missing(args, folder):
-            return
-        with using_threads(choose_threads(policy.size, args.threads)[0]):
-            WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
+        if args.warm_start == "auto" and warm_start.is_ready(args, policy, task, rewards):
+            return {"updates": 0, "in_words": SKIPPED}
+        warm_start.warm_start(args, policy, task, folder)
+        return warm_start.facts_of(folder)
 
     try:
-        together(accelerator, make)
+        return gather_objects([together(accelerator, make)])[0]
     except USER_CODE_FAILED as error:
         refuse_before_steps(error, accelerator)
         raise
 
 
 def _prepare(
-    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session
+    choices: TrainArguments,
+    task: Task,
+    rewards: Rewards,
+    accelerator: Any,
+    session: Session,
+    warmed: dict[str, Any],
 ) -> tuple[TrainingRun, Provenance]:
     """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
     console = session.console
-    warmed = dict[str, Any]()
-    warm_seconds = 0.0
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy, teacher = load_models(choices, task, console.note)
@@ -202,22 +218,14 @@ def _prepare(
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy, teacher))
+    if warmed:
+        console.note(f"warm start: {warmed['in_words']}.")
         folder = warm_start.folder_of(session.directory)
-        if args.warm_start and args.check:
-            with using_threads(choose_threads(policy.size, args.threads)[0]):
-                stage = WarmStart(policy, task, rewards, args, console, accelerator, folder)
-                warm_seconds = 0.0 if stage.is_complete else stage.try_out()
-            del stage  # and its copy of the weights
+        # Where the folder is on another machine, the main process sends its weights.
+        if warmed["updates"] and folder.exists():
+            warm_start.start_from(policy, folder)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
-    # Where the folder is on another machine, the main process sends its weights.
-    if args.warm_start and (session.continues or folder.exists()):
-        warmed = warm_start.facts_of(folder, continues=session.continues)
-        console.note(f"warm start: {warmed.get('in_words')}.")
-        if warm_start.is_needed(args) or not session.continues:
-            warm_start.start_from(policy, folder)
-        if warm_start.is_needed(args):
-            provenance.fingerprints["warm start"] = fingerprint(policy.model)
     adapt(args, policy)
     policy.sampling = distribution_of(args)
     if teacher is not None:
@@ -246,7 +254,6 @@ def _prepare(
         usual_rate=usual_rate(choices, task, policy),
         teacher=teacher,
         warm_started=warmed,
-        warm_seconds=warm_seconds,
     )
     return run, provenance
 

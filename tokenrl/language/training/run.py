@@ -58,7 +58,7 @@ class RunResult(Outcome):
             `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
-        warm_started: what `warm_start` found; empty without such a stage.
+        warm_started: the updates of the warm start and its losses; empty without one.
         policy: the trained policy, with the weights that are in model/.
     """
 
@@ -82,8 +82,7 @@ class TrainingRun:
         threads: the number of threads of torch, and in words where it comes from.
         usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         teacher: the teacher; None without one.
-        warm_started: what `warm_start` found; empty without such a stage.
-        warm_seconds: seconds of an update of the stage, where a check has only tried it out.
+        warm_started: the updates of the warm start and its losses; empty without one.
         eval_seconds: seconds of the latest evaluation.
         totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
@@ -102,7 +101,6 @@ class TrainingRun:
     usual_rate: float | None
     teacher: Teacher | None
     warm_started: dict[str, Any]
-    warm_seconds: float = 0.0
     eval_seconds: float = 0.0
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
@@ -121,6 +119,11 @@ class TrainingRun:
     def unrewarded(self) -> bool:
         """Whether training steps have no rewards, so that the KL to the teacher is all."""
         return is_unrewarded(self.args)
+
+    @property
+    def awaits_warm_start(self) -> bool:
+        """Whether a check has the model from before the warm start, which it does not make."""
+        return bool(self.args.warm_start) and not self.warm_started
 
     @cached_property
     def training_rewards(self) -> Rewards:
@@ -176,9 +179,6 @@ class TrainingRun:
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
-        if self.warm_seconds:
-            whole += args.warm_start_steps * self.warm_seconds
-            words = f"a warm start of {args.warm_start_steps} updates of {self.warm_seconds:.2g} s, {words}"
         return f"{words}: about {duration(whole)} in all"
 
     def facts(self) -> dict[str, Any]:
