@@ -39,7 +39,6 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -220,10 +219,9 @@ def train_reward_model(
     choices = fill_form(args, args.model if args.policy is None else args.policy)
     with Session("reward-model", choices) as session, ExitStack() as stack:
         sources = [name for name in (choices.data, choices.task) if isinstance(name, str)]
-        title = f"tokenrl reward-model: {', '.join(sources) or 'data in memory'}"
-        session.console.start(
-            title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE
-        )
+        first = {"seed": choices.seed, "run": session.directory}
+        source = ", ".join(sources) or "data in memory"
+        session.console.start(f"tokenrl reward-model: {source}", first, note=LOSS_NOTE)
         with session.console.status("loading the preferences and the model"):
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
@@ -242,7 +240,8 @@ def train_reward_model(
         line, warnings = division(
             dicts["train"], dicts["held_out"], size, noun="pairs", divided=False
         )
-        record = _record(args, data, reward_model)
+        title = f"Reward model, {data.name}, seed {args.seed}"
+        names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory"}
         header = _header(args, line, reward_model)
         header |= {"threads": f"{threads} ({reason})", "computing": passes.words}
         session.open(
@@ -251,7 +250,10 @@ def train_reward_model(
             provenance_of(reward_model, dicts),
             {"training": training},
             header,
-            **record,
+            names=names | {"task": getattr(data.task, "name", None)},
+            title=title,
+            pairs={"train": len(data.train), "held_out": len(data.held_out)},
+            **recorded(data.task),
         )
         for warning in warnings:
             session.console.warn(warning)
@@ -270,7 +272,7 @@ def train_reward_model(
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         if args.check:
             return replace(ended, exit_code=ended.exit_code or code)
-        _finish(session, data, ended, record["title"], score_pairs(reward_model, held_out))
+        _finish(session, data, ended, title, score_pairs(reward_model, held_out))
         return ended
 
 
@@ -293,29 +295,16 @@ def fill_defaults(
         )
     batch_size = min(choices.batch_size, len(data.train))
     max_steps = choices.max_steps or math.ceil(len(data.train) / batch_size)
-    defaults = {
-        "max_steps": max_steps,
-        "learning_rate": 1e-3 if choices.model is None else 1e-5,
-        "eval_every": max(1, max_steps // 10),
-    }
-    pairs = decided | {"batch_size": batch_size}
-    layers = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
-    return RewardModelArguments(**vars(layers.values))
-
-
-def _record(args: RewardModelArguments, data: RewardData, model: RewardModel) -> dict[str, Any]:
-    """Return what config.json holds beside the settings."""
-    return {
-        "names": {
-            "data": data.name,
-            "model": model.__name__,
-            "policy": "in memory",
-            "task": getattr(data.task, "name", None),
-        },
-        "title": f"Reward model, {data.name}, seed {args.seed}",
-        "pairs": {"train": len(data.train), "held_out": len(data.held_out)},
-        **recorded(data.task),
-    }
+    rate = choices.learning_rate or (1e-3 if choices.model is None else 1e-5)
+    every = choices.eval_every or max(1, max_steps // 10)
+    return replace(
+        choices,
+        **decided,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=rate,
+        eval_every=every,
+    )
 
 
 def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) -> dict[str, Any]:
@@ -348,27 +337,16 @@ def _finish(
         write_preferences(directory / name, preferences)
     rows: list[dict[str, Any]] = []
     for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
-        row = {
-            "prompt": pair.prompt,
-            "chosen": pair.chosen,
-            "rejected": pair.rejected,
-            "reward_chosen": chosen,
-            "reward_rejected": rejected,
-        }
-        rows.append(row)
+        texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        rows.append(texts | {"reward_chosen": chosen, "reward_rejected": rejected})
     # the worst mistakes first
     rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])
     for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
-    facts: dict[str, Any] = {
-        f"{name} on held-out pairs": value for name, value in ended.eval_after.items()
-    }
-    facts |= form_line(ended.reward_model.form)
-    facts["weights"] = ended.weights
-    base = session.args.model
-    origin = session.origin.in_words()
-    card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
-    session.finish(
-        ended, lambda path: SavedModel(ended.reward_model, "reward model").hand_over(path, card)
-    )
+    facts: dict[str, Any] = {f"{name} on held-out pairs": x for name, x in ended.eval_after.items()}
+    facts |= {**form_line(ended.reward_model.form), "weights": ended.weights}
+    words = session.origin.in_words()
+    card = Card(title, facts, words, session.args.model, ["reward-model"], kind="reward model")
+    saved = SavedModel(ended.reward_model, "reward model")
+    session.finish(ended, lambda path: saved.hand_over(path, card))

@@ -54,6 +54,7 @@ from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 
+LOSS_NOTE = "The loss is the negative log-likelihood, in nats per token."
 EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
 
@@ -102,13 +103,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", choices) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(choices)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {
-            "demonstrations": counted(prompt_keys(rows)),
-            "seed": choices.seed,
-            "run": session.directory,
-        }
-        note = "The loss is the negative log-likelihood, in nats per token."
-        session.console.start(f"tokenrl sft: {name}", first, note=note)
+        first = {"demonstrations": counted(prompt_keys(rows)), "seed": choices.seed}
+        first |= {"run": session.directory}
+        session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
         with session.console.status("loading the model"):
             policy = make_policy(choices, task, session.console.note)
             policy.model.to(device_for(policy.size, choices.cpu))
@@ -121,7 +118,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         if environments is not None:
             rows = as_in_episodes(rows, environments, session.console.warn)
         pairs = encode_demonstrations(policy, rows, environments)
-        length, _ = completion_limit(task, args.model, policy, otherwise=room(pairs))
+        length = room(pairs)
+        if rewards is not None:
+            length, _ = completion_limit(task, args.model, policy, otherwise=length)
         forward, computing = choose_forward(args, policy, length=length)
         computing |= {"threads": threads, "output_dir": session.directory}
         args = replace(args, **computing, chat_time=policy.form.chat_time)
@@ -192,9 +191,8 @@ def _finish(
         loss_after=training.loss_after,
         policy=saved.policy,
     )
-    rewards = {k: v for k, v in ended.eval_after.items() if k.startswith("reward")}
-    facts: dict[str, Any] = {**header, **{f"{k} after": v for k, v in rewards.items()}}
-    facts |= {"final loss": training.loss_after, "weights": ended.weights}
+    facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
+    facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
     title = f"{session.origin.settings['task']}, supervised, seed {args.seed}"
     card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
     findings = judge(evaluation_facts(session.rows) | {"keep": args.keep}, "greedy-fell")
@@ -231,8 +229,5 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
         fault = f"{where} has no column {column!r}; name one of {', '.join(rows[0])} by completion_column"
         raise Refused(f"{fault} (--completion-column).{nearest(column, rows[0])}")
     name, origin = (args.task, {}) if named else described(splits)
-    rest = [row for split in splits if split != args.split for row in splits[split]]
-    task = with_environment(
-        PromptTask(name, rows, rest, None, origin=origin), None, args.environment
-    )
-    return task, None, demonstrations(task, column)
+    task = PromptTask(name, rows, [], None, origin=origin)
+    return with_environment(task, None, args.environment), None, demonstrations(task, column)
