@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,26 +41,61 @@ SHARED = (
     *("micro_batch_size", "tokens_per_pass", "mixed_precision"),
 )
 """Those that it has from the training."""
+SKIPPED = (
+    "skipped by the rule of auto, since at least half of the groups already have unequal rewards; --warm-start "
+    "without auto always runs"
+)
 PROMPTS = 32
 """Training prompts on which auto measures what the policy can do already."""
 ENOUGH = 0.5
 """The share of groups with unequal rewards, and of completions with an end, with which auto skips it."""
 
 
-def warm_start(args: Any, policy: Policy, task: Task, folder: Path) -> None:
-    """Fine-tune a copy of a policy on the task's demonstrations; a run that was killed in the folder continues.
+def warm_start(
+    choices: Any,
+    task: Task,
+    rewards: Rewards,
+    folder: Path,
+    prepare: Callable[[], tuple[Any, Policy]],
+) -> dict[str, Any]:
+    """Fine-tune a policy on the task's demonstrations; a run that was killed in the folder continues.
+
+    A run that has ended there is taken as it is, unless it is to be overwritten. A check makes none.
 
     Args:
-        args: the settings of the training.
-        policy: the policy, without an adapter.
+        choices: the settings of the training as they were given.
         task: the task, with demonstrations.
+        rewards: the rewards, by which auto decides.
         folder: the run directory.
+        prepare: returns all settings of the training, and the policy, without an adapter.
+
+    Returns:
+        The facts of the warm start, see `facts_of`; with 0 updates if auto skips it, none if there is none.
 
     Raises:
         Refused: there are no demonstrations, the policy has an adapter, or the folder holds another run.
         Stopped: the loss became NaN or infinite.
         Interrupted: a signal ended the warm start, after it had been saved.
     """
+    is_there = is_complete(folder, choices.warm_start_steps)
+    if is_there and (choices.check or not choices.overwrite):
+        return facts_of(folder)
+    if choices.check:
+        return {}
+    if choices.resume and not folder.exists():
+        with suppress(Refused):
+            recorded = dict(read_config(folder.parent).get("warm_started") or {})
+            if recorded.get("updates") == 0:
+                return recorded
+    args, policy = prepare()
+    if args.warm_start == "auto" and is_ready(args, policy, task, rewards):
+        return {"updates": 0, "in_words": SKIPPED}
+    _fine_tune(args, policy, task, folder)
+    return facts_of(folder)
+
+
+def _fine_tune(args: Any, policy: Policy, task: Task, folder: Path) -> None:
+    """Train a copy of the policy in the folder, or the rest of a run that was killed there."""
     if policy.has_adapter:
         raise Refused(
             "warm_start trains all weights, but the model has an adapter: merge it first."

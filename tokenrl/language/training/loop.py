@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.configuration import read_config
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
@@ -61,11 +61,6 @@ from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.user_code import own_process, user_code
-
-SKIPPED = (
-    "skipped by the rule of auto, since at least half of the groups already have unequal rewards; --warm-start "
-    "without auto always runs"
-)
 
 Callback = Callable[[int, dict[str, float]], object]
 
@@ -167,32 +162,19 @@ def _train(
 def _warm_start(
     choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
 ) -> dict[str, Any]:
-    """Make the warm start in the main process, unless it has been made; return its facts in each process.
+    """Make the warm start in the main process, unless it has been made; return its facts in each process."""
 
-    A check takes one that is there, and makes none.
-    """
-    folder = warm_start.folder_of(claimed.directory)
+    def prepare() -> tuple[TrainArguments, Policy]:
+        console = Console(quiet=choices.quiet)
+        with console.status("loading the model"):
+            policy, _ = load_models(choices, task, console.note)
+        return fill_defaults(choices, task, policy)[0], policy
 
     def make() -> dict[str, Any]:
         if not is_main(accelerator):
             return {}
-        is_there = warm_start.is_complete(folder, choices.warm_start_steps)
-        if is_there and (choices.check or not choices.overwrite):
-            return warm_start.facts_of(folder)
-        if choices.check:
-            return {}
-        if claimed.step and not folder.exists():
-            before = dict(read_config(claimed.directory).get("warm_started") or {})
-            if before.get("updates") == 0:  # skipped, as auto allows
-                return before
-        console = Console(quiet=choices.quiet)
-        with console.status("loading the model"):
-            policy, _ = load_models(choices, task, console.note)
-        args, _ = fill_defaults(choices, task, policy)
-        if args.warm_start == "auto" and warm_start.is_ready(args, policy, task, rewards):
-            return {"updates": 0, "in_words": SKIPPED}
-        warm_start.warm_start(args, policy, task, folder)
-        return warm_start.facts_of(folder)
+        folder = warm_start.folder_of(claimed.directory)
+        return warm_start.warm_start(choices, task, rewards, folder, prepare)
 
     try:
         return gather_objects([together(accelerator, make)])[0]
