@@ -148,15 +148,16 @@ class WarmStartArguments(Settings, group="warm start"):
     """A supervised stage before the first step, for models that never write anything like an answer."""
 
     warm_start: bool | Literal["auto"] = False
-    """First train all weights on the task's demonstrations (16 an update, with the learning rate of tokenrl
-    sft and the precision of the run). An adapter is added afterwards. Demonstrations are those of the task,
-    or else training rows with a completion. The stage is a run in warm_start of the output_dir. For many
-    trainings from one start, run tokenrl sft once and give its directory to --model. auto: skip it if
+    """First train all weights on the task's demonstrations, as tokenrl sft does with --batch-size 16,
+    --lr-scheduler-type constant and --warmup-steps 10. An adapter is added afterwards. Demonstrations are
+    those of the task, or else training rows with a completion. The stage is a run in warm_start of the
+    output_dir; one that has ended there is taken as it is. For many trainings from one start, run tokenrl sft
+    once and give its directory to --model. auto: skip it if
     at least half of the groups have unequal rewards already and at most half of the completions are cut at
     the maximum length, of samples for 32 training prompts; graded rewards are often unequal for a model that
     knows nothing. --no-warm-start, the default: no such stage."""
     warm_start_steps: Count = 240
-    """Updates of this stage. With a larger number and --overwrite it goes on from those of the output_dir."""
+    """Updates of this stage."""
 
 
 @dataclass(frozen=True)
