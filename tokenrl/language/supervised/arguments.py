@@ -22,7 +22,7 @@ from tokenrl.settings import (
 
 
 @dataclass(frozen=True)
-class PassArguments(Settings, group="passes"):
+class PassArguments(Settings, group="optimiser"):
     """How much a pass through the model takes at once, and in which precision."""
 
     micro_batch_size: Count | None = None

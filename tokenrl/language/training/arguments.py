@@ -148,8 +148,8 @@ class WarmStartArguments(Settings, group="warm start"):
     """A supervised stage before the first step, for models that never write anything like an answer."""
 
     warm_start: bool | Literal["auto"] = False
-    """First train all weights on the task's demonstrations, as tokenrl sft does with --batch-size 16,
-    --lr-scheduler-type constant and --warmup-steps 10. An adapter is added afterwards. Demonstrations are
+    """First train all weights on the task's demonstrations, as tokenrl sft does with 16 of them an update and
+    a learning rate that is constant after 10 updates of warm-up. An adapter is added afterwards. Demonstrations are
     those of the task, or else training rows with a completion. The stage is a run in warm_start of the
     output_dir; one that has ended there is taken as it is. For many trainings from one start, run tokenrl sft
     once and give its directory to --model. auto: skip it if
