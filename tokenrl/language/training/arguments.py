@@ -155,7 +155,7 @@ class WarmStartArguments(Settings, group="warm start"):
     once and give its directory to --model. auto: skip it if
     at least half of the groups have unequal rewards already and at most half of the completions are cut at
     the maximum length, of samples for 32 training prompts; graded rewards are often unequal for a model that
-    knows nothing. --no-warm-start, the default: no such stage."""
+    knows nothing. Default: no such stage."""
     warm_start_steps: Count = 240
     """Updates of this stage."""
 
