@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_environments import Safe, chat_policy
-from tiny_models import PROMPTS, make_policy, make_task, quickly, vowel_reward, weights
+from tiny_models import PROMPTS, make_policy, make_task, vowel_reward, weights
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout import forward
 from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes, fit
 from tokenrl.language.training import loop
 from tokenrl.language.training.loop import train
@@ -116,21 +115,13 @@ def flip_last_bit(file):
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("half", quickly([False, True], {False}), ids=["float32", "bfloat16"])
-def test_a_warm_start_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
-    half, run, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(forward, "LARGE", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half}, raising=False)
+def test_a_warm_start_that_a_signal_ends_goes_on(run, tmp_path, monkeypatch):
     whole = run(warm_start_steps=6, output_dir=str(tmp_path / "whole"))
     update, steps = SupervisedTraining.update, []
-    dtype = torch.bfloat16 if half else torch.float32
     assert whole.warm_started["loss_after"] < whole.warm_started["loss_before"]
 
     def counted(training):
         steps.append(training.step)
-        assert {p.dtype for p in training._forward.model.parameters()} == {dtype}
-        assert {p.dtype for p in training._policy.model.parameters()} == {torch.float32}
         if len(steps) == 4:
             signal.raise_signal(signal.SIGTERM)
         return update(training)

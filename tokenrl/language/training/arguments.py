@@ -149,13 +149,13 @@ class WarmStartArguments(Settings, group="warm start"):
 
     warm_start: bool | Literal["auto"] = False
     """First train all weights on the task's demonstrations, as tokenrl sft does with 16 of them an update and
-    a learning rate that is constant after 10 updates of warm-up. An adapter is added afterwards. Demonstrations are
-    those of the task, or else training rows with a completion. The stage is a run in warm_start of the
-    output_dir; one that has ended there is taken as it is. For many trainings from one start, run tokenrl sft
-    once and give its directory to --model. auto: skip it if
-    at least half of the groups have unequal rewards already and at most half of the completions are cut at
-    the maximum length, of samples for 32 training prompts; graded rewards are often unequal for a model that
-    knows nothing. Default: no such stage."""
+    a learning rate that is constant after 10 updates of warm-up. An adapter is added afterwards.
+    Demonstrations are those of the task, or else training rows with a completion. The stage is a run in
+    warm_start of the output_dir; one that has ended there is taken as it is. For many trainings from one
+    start, run tokenrl sft once and give its directory to --model. auto: skip it if at least half of the
+    groups have unequal rewards already and at most half of the completions are cut at the maximum length, of
+    samples for 32 training prompts; graded rewards are often unequal for a model that knows nothing. Default:
+    no such stage."""
     warm_start_steps: Count = 240
     """Updates of this stage."""
 
