@@ -142,7 +142,6 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
         ("train", "resume_from_checkpoint", "It is --resume."),
         ("train", "torch_compile", "Nothing is compiled, which gained next to nothing."),
         ("train", "beta", "It is an axis of the estimator: --estimator.beta."),
-        ("sft", "warmup_steps", "The learning rate falls linearly to 0, without a warm-up."),
         ("control", "warmup_steps", ""),
         ("control", "lr_scheduler_type", "It is --learning-rate-schedule."),
         ("train", "use_vllm", "It is --generator vllm, one engine, in the process of the run."),

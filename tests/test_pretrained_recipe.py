@@ -139,6 +139,5 @@ def test_a_real_model_learns_the_form_of_a_call_from_the_page(real_model, tmp_pa
     assert main([*words, *short.split()]) == 0
     warmed = json.loads(Path("run/config.json").read_text())["warm_started"]
     assert warmed["loss_before"] > 3 > 1.2 > warmed["loss_after"]
-    assert warmed["spread_before"] < 0.25 < 0.5 < warmed["spread_after"]
     last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["episodes/turns"] > 1.1 and last["episodes/completed"] > 0.8

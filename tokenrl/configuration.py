@@ -34,7 +34,7 @@ EARLIER_AXES = [("entropy_form", "per_step")]
 
 RECORDED = (
     *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
-    *("chat_prompts", "task_rows", "warm_started", "ingredients", "code"),
+    *("chat_prompts", "task_rows", "warm_started", "code"),
 )
 """Names in the config.json of a run that are no settings."""
 _CODE = ("task", "reward", "environment", "env", "generator")

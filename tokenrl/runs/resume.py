@@ -39,9 +39,7 @@ FREE |= {"stop_after_zero_spread", "stop_after_nonfinite", "trust_run"}
 ROUNDING = {"micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "tokens_per_pass"}
 ROUNDING |= {"training_attention", "threads", "cpu", "generator", "generator_cache"}
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
-_PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model", "warm start"}) - {
-    "generator"
-}
+_PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}
 """What may differ between the processes of a run; all get the weights of the main one's base model."""
 _MENDS = {
     "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",

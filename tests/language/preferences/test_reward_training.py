@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from saved_states import equal, through_a_checkpoint
 from tiny_models import (
     ARCHITECTURES,
     apart,
@@ -28,9 +27,8 @@ from tokenrl.language.preferences.evaluation import (
     preference_metrics,
     score_pairs,
 )
-from tokenrl.language.preferences.fit import PreferenceTraining, bradley_terry_loss
+from tokenrl.language.preferences.fit import bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair, read_pairs
-from tokenrl.runs.report import report_from_directory
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TEXTS = [
@@ -65,10 +63,8 @@ def untrained(architecture="llama", kind="pad", **options):
     return reward_backbone((make_model(architecture, **options), make_tokenizer(kind)), seed=1)
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.7, torch.tensor([0.0, 1.0, -0.5], dtype=torch.float64)])
-@pytest.mark.parametrize(
-    ("coefficient", "smoothing"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.1), (0.3, 0.2)]
-)
+@pytest.mark.parametrize("margin", [0.7, torch.tensor([0.0, 1.0, -0.5], dtype=torch.float64)])
+@pytest.mark.parametrize(("coefficient", "smoothing"), [(0.0, 0.0), (0.3, 0.2)])
 def test_the_loss_is_that_of_the_formula(margin, coefficient, smoothing):
     chosen = torch.tensor([1.3, -0.2, 0.5], dtype=torch.float64)
     rejected = torch.tensor([0.1, 0.4, 0.5], dtype=torch.float64)
@@ -172,32 +168,27 @@ def test_calibration_by_hand():
     assert expected_calibration_error(difference) == pytest.approx(expected)
 
 
-def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
+def test_a_run_learns_continues_and_leaves_a_model_that_others_load(tmp_path, saved):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     run = tmp_path / "run"
     options = {"max_steps": 25, "batch_size": 16, "learning_rate": 3e-3, "eval_size": 32}
-    source = str(saved())
-    result = train_reward_model(
-        data=rows_to_learn(), model=source, output_dir=run, quiet=True, **options
-    )
+    options |= {"data": rows_to_learn(), "model": str(saved()), "output_dir": run, "quiet": True}
+    result = train_reward_model(**options, save_every=10, keep_checkpoints=9)
     before = result.eval_before["accuracy"]
     after = result.eval_after["accuracy"]
     assert before + 0.1 < after == result.eval_after["gold_agreement"] and after > 0.9
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = (run / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
     assert [line["step"] for line in lines] == list(range(26))
     assert (lines[0]["eval_accuracy"], lines[25]["eval_accuracy"]) == (before, after)
     config = json.loads((run / "config.json").read_text())
-    assert config["pairs"] == {"train": 128, "held_out": 32} and config["kind"] == "reward-model"
+    assert config["pairs"] == {"train": 128, "held_out": 32}
     assert config["command"] == ""  # no command can name rows in memory
     card = (run / "model" / "README.md").read_text()
-    assert "started from Python" in card and str(source) not in card
     assert f"| accuracy on held-out pairs | {after:.4g} |" in card
-    assert 'aria-label="accuracy,' in (run / "report.html").read_text("utf-8")
 
-    load = AutoModelForSequenceClassification.from_pretrained
-    model, loading = load(run / "model", output_loading_info=True)
-    assert not loading["missing_keys"] and model.config.num_labels == 1
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     completions = [" 5 dog", " 5 dog dog cat dog", " cat"]
     texts = [f"the{completion}" for completion in completions]
@@ -206,24 +197,25 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     with torch.no_grad():
         logits = model(**inputs).logits[:, 0].tolist()
     assert logits == pytest.approx(result.reward_model(["the"] * 3, completions), abs=1e-5)
+    again = train_reward_model(**options, resume=run / "checkpoints" / "step_000010")
+    assert (run / "metrics.jsonl").read_text() == log
+    assert torch.equal(weights(again.reward_model.model), weights(result.reward_model.model))
 
 
 def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     options = {"task": "vowels", "num_pairs": 60, "eval_size": 20, "max_steps": 2, "quiet": True}
-    result = train_reward_model(
-        output_dir=tmp_path / "run", hidden_size=16, noise_temperature=1.0, **options
-    )
+    options["hidden_size"] = 16
+    result = train_reward_model(output_dir=tmp_path / "run", noise_temperature=1.0, **options)
     file = tmp_path / "run" / "preferences.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert 40 < len(rows) <= 60 and "chosen_gold" in rows[0]
+    assert 40 < len(file.read_text().splitlines()) <= 60
     assert 0.5 <= result.eval_after["noise_ceiling"] < 1
     # its own pairs, read back from the file, with the same backbone
-    other = train_reward_model(output_dir=tmp_path / "b", data=str(file), hidden_size=16, **options)
-    widths = [one.reward_model.model.config.hidden_size for one in (result, other)]
-    assert widths == [16, 16]
+    other = train_reward_model(output_dir=tmp_path / "b", data=str(file), **options)
+    for run in (result, other):
+        assert run.reward_model.model.config.hidden_size == 16
     with pytest.raises(Refused, match="hidden_size=18 does not fit"):
-        train_reward_model(output_dir=tmp_path / "c", hidden_size=18, **options)
+        train_reward_model(output_dir=tmp_path / "c", **options | {"hidden_size": 18})
 
 
 @pytest.mark.parametrize(
@@ -258,29 +250,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         judge.model.score.weight.fill_(math.nan)
     with pytest.raises(Refused, match=r"Before the first step: 8 of 8 rewards are not finite"):
         train_reward_model(output_dir=tmp_path / "other", **options)
-    assert "failed" in report_from_directory(tmp_path / "run").read_text("utf-8")
-
-
-def test_a_training_that_is_saved_and_loaded_continues():
-    args = RewardModelArguments(
-        max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1
-    )
-    judge = untrained()
-    whole = PreferenceTraining(judge, PAIRS, args)
-    for _ in range(4):
-        whole.update()
-    state = through_a_checkpoint(whole.state_dict())
-    weights = through_a_checkpoint(judge.model.state_dict())
-    continued = untrained()
-    continued.model.load_state_dict(weights)
-    part = PreferenceTraining(continued, PAIRS, args)
-    part.load_state_dict(state)
-    for _ in range(4, 7):
-        assert equal(part.update(), whole.update())
-    assert equal(part.state_dict(), whole.state_dict())
-    assert equal(dict(continued.model.state_dict()), dict(judge.model.state_dict()))
-    with pytest.raises(Refused, match="num_rows 3 and this run has 2"):
-        PreferenceTraining(continued, PAIRS[:2], args).load_state_dict(state)
 
 
 def test_chat_preferences_are_scored_as_the_reward_is():

@@ -9,17 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_environments import Safe, chat_policy
-from tiny_models import PROMPTS, make_policy, make_task, quickly, vowel_reward, weights
+from tiny_models import PROMPTS, make_policy, make_task, vowel_reward, weights
 
-import toy_tasks
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout import forward
-from tokenrl.language.supervised import warm_start as stage
-from tokenrl.language.supervised.base import warm_started_base
 from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes, fit
 from tokenrl.language.training import loop
 from tokenrl.language.training.loop import train
@@ -36,15 +32,9 @@ def lengths(completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def run(tmp_path):
-    """`run(reward, **options)`: a training of one step after a warm start of four updates."""
+    """A training of one step after a warm start of four updates, with other options if given."""
 
     def run(reward=always_equal, rows=ROWS, prompts=PROMPTS, **options):
         task = make_task(prompts, reward)
@@ -70,11 +60,10 @@ def run(tmp_path):
 
 def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, tmp_path, capsys):
     result = run(lora_r=2, estimator=Estimator(beta=0.1))
-    assert result.warm_started["updates"] == 4 and result.warm_started["spread_after"] == 0
     with result.policy.reference_model() as reference:  # what the KL compares with
         frozen, by_hand = dict(reference.named_parameters()), make_policy()
-        settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": stage.WARMUP}
-        fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, **settings)
+        settings = {"lr_scheduler_type": "constant", "warmup_steps": 10, "batch_size": 16}
+        losses = fit(by_hand, ROWS, max_steps=4, learning_rate=1e-3, **settings)
         for name, value in by_hand.model.named_parameters():
             values = [
                 p
@@ -82,42 +71,41 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
                 if n.replace(".base_layer", "").endswith(f"model.{name}")
             ]
             torch.testing.assert_close(values[0], value, atol=1e-6, rtol=0)
-            assert values[0].grad is None  # of the supervised stage, which would take memory
+    warmed = result.warm_started
+    assert warmed["updates"] == 4
+    assert (warmed["loss_before"], warmed["loss_after"]) == pytest.approx((losses[0], losses[3]))
     output = capsys.readouterr().out
-    assert "4 updates of all weights x 16 demonstrations" in output
-    assert "after 4 updates only 0% of the groups have unequal rewards" in output
+    assert "4 updates x 16 demonstrations (given)" in " ".join(output.split())
     assert output.index("loading the model") < output.index("step 1/4") < output.index("step 1/1")
     for file in ("config.json", "summary.json"):
-        assert (
-            json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
-        )
-    assert "4 updates, loss" in result.warm_started["in_words"]
+        assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == warmed
     assert "loss of demonstrations" in (tmp_path / "run" / "report.html").read_text()
     for file in ("report.html", "model/README.md"):
         assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
 
 
-def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_flag_never_does(
+def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(
     run, capsys
 ):
-    policy = make_policy()
-    policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
-    skipped = run(lengths, model=policy, warm_start="auto").warm_started
-    assert skipped["updates"] == 0 and skipped["loss_after"] is None
+    def ending():
+        policy = make_policy()
+        policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
+        return policy
+
+    def numbers(completions, **_):
+        return list(range(len(completions)))
+
+    options = {"reward": lengths, "max_steps": 2, "callback": lambda step, _: step == 1}
+    skipped = run(model=ending(), warm_start="auto", **options)
+    assert skipped.warm_started["updates"] == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "4 updates unless the rule of auto skips it" in output
-    assert (
-        "skipped by the rule of auto" in output
-        and "--warm-start without auto always runs" in output
-    )
-    policy = make_policy()
-    policy.eos_ids = tuple(range(1, 90, 3))
-    always = run(lengths, model=policy).warm_started  # not what auto left in the folder
-    assert always["updates"] == 4 and always["spread_before"] == skipped["spread_before"] > 0.5
-    facts = run(
-        lambda completions, **_: list(range(len(completions))), warm_start="auto"
-    ).warm_started
-    assert facts["updates"] == 4  # all are cut
+    assert "--warm-start without auto always runs" in output
+    options |= {"overwrite": False, "resume": "auto"}
+    again = run(model=ending(), warm_start="auto", **options)
+    assert again.steps == 2 and again.warm_started == skipped.warm_started
+    assert run(lengths, model=ending()).warm_started["updates"] == 4
+    assert run(numbers, warm_start="auto").warm_started["updates"] == 4  # all are cut
     assert run(warm_start=False).warm_started == {}
 
 
@@ -127,55 +115,27 @@ def flip_last_bit(file):
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused(
-    cache, monkeypatch
-):
-    task, output = toy_tasks.load("vowels"), []
-    base = warm_started_base(task)
-    whole = (base / "model.safetensors").read_bytes()
-    flip_last_bit(base / "model.safetensors")
-    assert warm_started_base(task, announce=output.append) == base
-    assert "model.safetensors" in output[0] and (base / "model.safetensors").read_bytes() == whole
-    monkeypatch.setenv("TOKENRL_CACHE", str(base / "model.safetensors"))
-    with pytest.raises(Refused, match=r"kept in .* cannot be written .* TOKENRL_CACHE"):
-        warm_started_base(task)
-
-
-@pytest.mark.parametrize("half", quickly([False, True], {False}), ids=["float32", "bfloat16"])
-def test_a_warm_start_that_a_signal_ends_goes_on_and_so_does_a_longer_one(
-    half, run, tmp_path, monkeypatch
-):
-    """The same command continues one that was ended; a longer one continues a shorter one of its folder."""
-    monkeypatch.setattr(forward, "LARGE", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half}, raising=False)
+def test_a_warm_start_that_a_signal_ends_goes_on(run, tmp_path, monkeypatch):
     whole = run(warm_start_steps=6, output_dir=str(tmp_path / "whole"))
-    update, steps = SupervisedTraining.learn, []
-    dtype = torch.bfloat16 if half else torch.float32
+    update, steps = SupervisedTraining.update, []
     assert whole.warm_started["loss_after"] < whole.warm_started["loss_before"]
 
     def counted(training):
         steps.append(training.step)
-        assert {p.dtype for p in training._forward.model.parameters()} == {dtype}
-        assert {p.dtype for p in training.parameters} == {torch.float32}
         if len(steps) == 4:
             signal.raise_signal(signal.SIGTERM)
         return update(training)
 
-    monkeypatch.setattr(SupervisedTraining, "learn", counted)
-    match = "SIGTERM in the warm start, of which 4 updates are saved.*--output-dir .*run continues"
+    monkeypatch.setattr(SupervisedTraining, "update", counted)
+    match = "SIGTERM in the warm start, of which 4 updates are saved.*run --resume auto continues"
     with pytest.raises(Interrupted, match=match) as raised:
         run(warm_start_steps=6)
     assert raised.value.exit_code == 143
-    ended = run(warm_start_steps=6, overwrite=False)
+    ended = run(warm_start_steps=6, overwrite=False, resume="auto")
     assert steps == list(range(6)) and ended.warm_started == whole.warm_started
     for name in ("warm_start/metrics.jsonl", "metrics.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert torch.equal(weights(ended.policy.model), weights(whole.policy.model))
-    longer = run(warm_start_steps=8)
-    assert steps == list(range(8)) and longer.warm_started["updates"] == 8
-    shorter = run(warm_start_steps=4).warm_started
-    assert steps == [*range(8), *range(4)]
-    assert shorter["loss_before"] == whole.warm_started["loss_before"]
 
 
 def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_next(
@@ -186,11 +146,12 @@ def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_n
         patch.setattr(loop, "adapt", lambda *_: signal.raise_signal(signal.SIGINT))
         run(overwrite=False)
     assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "warm_start"]
-    monkeypatch.setattr(SupervisedTraining, "learn", lambda training: 1 / 0)
-    assert run(overwrite=False).steps == 1
-    (folder / "model" / "model.safetensors").unlink()  # as after a crash: from the last checkpoint
-    assert run().warm_started["updates"] == 4
-    assert run(max_steps=2, resume="auto", overwrite=False, warm_start_steps=4).steps == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedTraining, "update", lambda training: 1 / 0)
+        assert run(overwrite=False).steps == 1
+    assert run(max_steps=2, resume="auto", overwrite=False).steps == 2
+    with pytest.raises(Refused, match="warm_start_steps: 4, now 6"):
+        run(max_steps=2, resume="auto", overwrite=False, warm_start_steps=6)
     run(warm_start=False)
     assert not folder.exists()
     folder.mkdir()
@@ -208,12 +169,13 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("kind", [{}, {"lora_r": 2}, {"estimator": Estimator(beta=0.1)}], ids=str)
+@pytest.mark.parametrize(
+    ("harm", "kind"), [*((harm, {"lora_r": 2}) for harm in HARMS), ("gone", {})], ids=str
+)
 def test_a_training_that_has_begun_goes_on_whatever_becomes_of_its_warm_start(
     run, kind, harm, tmp_path
 ):
-    """What lies below an adapter or is the reference is made again; else the checkpoint holds all weights."""
+    """It is made again, or continued to where it had ended, unless it is whole."""
     folder = tmp_path / "run" / "warm_start"
     usual = {"max_steps": 3, "learning_rate": 0.01, "reward": vowel_reward, "save_every": 1, **kind}
     whole = run(**usual, output_dir=str(tmp_path / "whole"))
@@ -227,8 +189,7 @@ def test_a_training_that_has_begun_goes_on_whatever_becomes_of_its_warm_start(
     )
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["warm_started"] == whole.warm_started
-    needed = bool(kind) and harm in ("gone", "weights")
-    assert (folder / "model" / "model.safetensors").exists() == (needed or harm != "gone")
+    assert (folder / "model" / "model.safetensors").exists()
 
 
 def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
@@ -241,7 +202,7 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
     options = {"model": str(tmp_path / "chat"), "rows": rows, "prompts": [rows[0]["prompt"]]}
     options |= {"max_completion_length": 4, "resume": "auto", "overwrite": False}
-    update, steps = SupervisedTraining.learn, []
+    update, steps = SupervisedTraining.update, []
 
     def counted(training):
         steps.append(training.step)
@@ -249,7 +210,7 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
             signal.raise_signal(signal.SIGTERM)
         return update(training)
 
-    monkeypatch.setattr(SupervisedTraining, "learn", counted)
+    monkeypatch.setattr(SupervisedTraining, "update", counted)
     with pytest.raises(Interrupted):
         run(**options)
     time = json.loads((tmp_path / "run" / "warm_start" / "config.json").read_text())["chat_time"]
@@ -261,13 +222,15 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["chat_time"] == time
 
 
-def test_a_check_does_not_judge_rewards_before_the_warm_start(run, tmp_path, capsys):
-    settings = {"check": True, "prompts_per_step": 16}
-    result = run(**settings)
-    assert (result.exit_code, result.flags) == (0, ()) and not (tmp_path / "run").exists()
-    assert "The warm start has not been made, so this step is not judged" in capsys.readouterr().out
+def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path, capsys):
+    policy = make_policy()
+    before = weights(policy.model).clone()
+    assert run(model=policy, check=True).exit_code == 0
+    assert torch.equal(weights(policy.model), before) and not (tmp_path / "run").exists()
     run()
-    assert "no-signal" in run(**settings).flags
+    capsys.readouterr()
+    assert run(check=True).exit_code == 2  # now the model is warm, and its rewards are all equal
+    assert "4 updates, loss" in capsys.readouterr().out
 
 
 def test_what_cannot_be_warm_started_is_refused(run):
@@ -295,21 +258,13 @@ def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run
     environments = Environments(Safe)
     shown = as_in_episodes(rows, environments, str)
     losses = fit(
-        chat_policy(), shown, environments=environments, max_steps=1, batch_size=16, learning_rate=0
+        chat_policy(),
+        shown,
+        environments=environments,
+        max_steps=1,
+        batch_size=16,
+        learning_rate=1e-30,
     )
     options = {"rows": rows, "prompts": [rows[0]["prompt"]], "max_completion_length": 4}
     result = run(model=chat_policy(), environment=Safe, **options)
     assert result.warm_started["loss_before"] == pytest.approx(losses[0])
-
-    class Other(Safe):
-        """With a further tool."""
-
-        def wait(self) -> str:
-            """Wait a little."""
-            return "done"
-
-    Other.__name__ = Safe.__name__
-    config = tmp_path / "run" / "warm_start" / "config.json"
-    before = json.loads(config.read_text())["ingredients"]
-    run(model=chat_policy(), environment=Other, **options)
-    assert json.loads(config.read_text())["ingredients"] != before

@@ -56,7 +56,8 @@ def test_the_gradient_is_that_of_a_processor(way):
         model = with_attention(model, "eager")
     if way == "half":
         copied, copies = half_copy(there)
-        model, half = copied.model, Forward(copied, copied.model, scoring, copies)
+        model = copied.model
+        half = Forward(policy=copied, model=model, scoring=scoring, copies=copies)
     total(score(model, sampled(there), scoring), sampled(there)).backward()
     if way == "half":
         half.accumulate_gradients()

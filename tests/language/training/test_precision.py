@@ -21,7 +21,7 @@ from tiny_models import (
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy, add_lora
+from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout import forward
 from tokenrl.language.rollout.forward import Forward, half_copy
 from tokenrl.language.rollout.scoring import Scoring, score
@@ -42,7 +42,7 @@ def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     exact = gradient(policy.model)
     policy.model.zero_grad()
     copied, copies = half_copy(policy)
-    half = Forward(copied, copied.model, Scoring(), copies)
+    half = Forward(policy=copied, model=copied.model, scoring=Scoring(), copies=copies)
     for _ in range(2):  # a second backward pass adds to the first
         score(half.policy.model, rollout).logprobs.sum().backward()
         half.accumulate_gradients()
@@ -122,11 +122,12 @@ def test_how_a_run_computes_follows_from_rules(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     defaults = {"avx512_bf16": machine is MULTIPLIES, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: defaults, raising=False)
-    monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
     left_open = {"training_attention": None, "mixed_precision": None}
     args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()
-    assert forward.choose_precision(args, policy, machine)[0] == precision
-    assert forward._attention(args, policy, machine) == attention
+    trained, length = policy.trainable_parameters(), args.max_completion_length
+    device = machine.device
+    assert forward.choose_precision(args, trained, parameters, device)[0] == precision
+    assert forward._attention(args, parameters, device, length) == attention
 
 
 def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatch):

@@ -267,6 +267,14 @@ def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path, capsys):
     assert steps_read() == [(0, 1, 0.0)]
 
 
+def test_rewards_read_the_length_of_a_training_when_auto_decides_about_its_warm_start(run):
+    rows = [{"prompt": prompt, "completion": "a"} for prompt in LETTERS]
+    task = make_task(scheduled, demonstrations=rows)
+    steps_read()
+    run(task, warm_start="auto", warm_start_steps=2)
+    assert steps_read()[:2] == [(0, 3, 0.0), (1, 3, 1 / 3)]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

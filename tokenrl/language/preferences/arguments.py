@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
@@ -16,7 +17,9 @@ from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, NonNegative, Number
 
 
 @dataclass(frozen=True)
-class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, ThreadArguments):
+class RewardModelArguments(
+    PromptArguments, DescentArguments, SavingArguments, TrackerArguments, ThreadArguments
+):
     """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
     output_dir: str | None = None
@@ -56,13 +59,9 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     max_steps: Count = OPEN
     """Updates. Default: one pass over the data; with more, noisy labels are soon memorised."""
     batch_size: Count = 64
-    """Pairs per update, all in one forward pass."""
+    """Pairs per update."""
     learning_rate: Positive = OPEN
     """Peak learning rate, falling linearly to 0. Default: 1e-5; for a task's tiny model 1e-3."""
-    weight_decay: NonNegative = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: NonNegative = 1.0
-    """Gradients with a larger norm are scaled down to this norm; 0: never."""
     margin: Number = 0.0
     """By how much the chosen reward should exceed the rejected one; a column `margin` sets it per pair."""
     center_rewards_coefficient: NonNegative = 0.0

@@ -1,19 +1,20 @@
 """Trains a reward model on preferences with the Bradley-Terry loss.
 
 The model of choices is that of Bradley & Terry 1952, the loss that of Stiennon et al. 2020 and Ouyang et al.
-2022, equation 1.
-Training uses one process and one device. Adapters, mixed precision and gradient accumulation are
-left out, so a whole batch passes through the model at once.
+2022, equation 1. Training uses one process and one device, and no adapters.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -28,7 +29,8 @@ from tokenrl.language.preferences.evaluation import encode_pairs, preference_met
 from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.supervised.fit import Descent
+from tokenrl.language.rollout.forward import Passes, choose_passes
+from tokenrl.language.supervised.fit import Descent, run_updates
 from tokenrl.language.tasks.held_out import division
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.runs.checkpoint import tables
@@ -37,7 +39,6 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -75,18 +76,20 @@ def bradley_terry_loss(
     return -likelihood.mean() + center_rewards_coefficient * center
 
 
-class PreferenceTraining:
-    """Training of a reward model: minimises the Bradley-Terry loss with AdamW.
+class PreferenceTraining(Descent):
+    """Training of a reward model: minimises the Bradley-Terry loss. Dropout is off.
 
-    The reward model is changed in place. The learning rate falls linearly to 0. Pairs are drawn without
-    replacement, one epoch after the other. Dropout is off.
-
-    Attributes:
-        descent: the optimiser, and how far it has come.
+    The reward model is changed in place.
     """
 
+    what = "the reward model"
+
     def __init__(
-        self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments
+        self,
+        reward_model: RewardModel,
+        pairs: Sequence[Pair],
+        args: RewardModelArguments,
+        passes: Passes,
     ) -> None:
         """Tokenise the pairs and make the optimiser.
 
@@ -94,26 +97,36 @@ class PreferenceTraining:
             reward_model: the model to train.
             pairs: the pairs to train on.
             args: the settings.
+            passes: how passes are computed.
 
         Raises:
             Refused: a text is longer than the model's context.
         """
-        self._args = args
-        self._model = reward_model
+        trained = [p for p in reward_model.model.parameters() if p.requires_grad]
+        super().__init__(trained, len(pairs), args, passes)
+        self._model = copy.copy(reward_model)
+        self._model.model = passes.model
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
-        self._tokens = 0
-        self.descent = Descent(
-            [p for p in reward_model.model.parameters() if p.requires_grad],
-            len(pairs),
-            max_steps=args.max_steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=args.seed,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm or math.inf,
-            of="the reward model",
+        self._losses = partial(
+            bradley_terry_loss,
+            center_rewards_coefficient=args.center_rewards_coefficient,
+            label_smoothing=args.label_smoothing,
         )
+        self._rewards: list[Tensor] = []
+
+    def width(self, batch: Sequence[int]) -> int:
+        """Return the tokens of the two texts of a pair, padded to the longest of the batch."""
+        return 2 * max(len(text) for i in batch for text in self._encoded[i])
+
+    def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
+        """Return the share of the pairs of a pass in the mean over the batch."""
+        texts = [self._encoded[i][0] for i in rows] + [self._encoded[i][1] for i in rows]
+        self.tokens += sum(map(len, texts))
+        rewards = self._model.logits(texts).view(2, -1)  # of the chosen and of the rejected
+        self._rewards.append(rewards.detach())
+        margin = rewards.new_tensor([self._margins[i] for i in rows])
+        return self._losses(*rewards, margin=margin) * (len(rows) / len(batch))
 
     def update(self) -> dict[str, float]:
         """Update the reward model on the next batch.
@@ -124,47 +137,21 @@ class PreferenceTraining:
         Raises:
             Stopped: the loss or its gradient became NaN or infinite.
         """
-        args = self._args
-        learning_rate = self.descent.learning_rate
-        numbers = self.descent.batch()
-        texts = [self._encoded[i][0] for i in numbers] + [self._encoded[i][1] for i in numbers]
-        self._tokens += sum(map(len, texts))
-        chosen, rejected = self._model.logits(texts).chunk(2)
-        margin = chosen.new_tensor([self._margins[i] for i in numbers])
-        loss = bradley_terry_loss(
-            chosen,
-            rejected,
-            margin=margin,
-            center_rewards_coefficient=args.center_rewards_coefficient,
-            label_smoothing=args.label_smoothing,
-        )
-        chosen = chosen.detach()
-        rejected = rejected.detach()
+        learning_rate = self.learning_rate
+        self._rewards.clear()
+        metrics = super().update()
+        chosen, rejected = torch.cat(self._rewards, dim=1).float()
         difference = chosen - rejected
         is_right = (difference > 0).float() + 0.5 * (difference == 0).float()
-        metrics = self.descent.update(loss)
         return metrics | {
             "accuracy": float(is_right.mean()),
             "margin": float(difference.mean()),
             "rewards/chosen": float(chosen.mean()),
             "rewards/rejected": float(rejected.mean()),
             "learning_rate": learning_rate,
-            "epoch": self.descent.step * args.batch_size / len(self._encoded),
-            "num_tokens": self._tokens,
+            "epoch": self.step * self._args.batch_size / len(self._encoded),
+            "num_tokens": self.tokens,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a continuation needs besides the weights; tensors are references, not copies."""
-        return {"tokens": self._tokens, "descent": self.descent.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; the weights are loaded apart from this.
-
-        Raises:
-            Refused: the pairs, the seed or the trained weights are not those of the saved run.
-        """
-        self._tokens = int(state["tokens"])
-        self.descent.load_state_dict(state["descent"])
 
 
 def fit_reward_model(
@@ -184,7 +171,8 @@ def fit_reward_model(
         Refused: a text is longer than the model's context.
         Stopped: the loss or its gradient became NaN or infinite.
     """
-    training = PreferenceTraining(reward_model, pairs, args)
+    passes, _ = choose_passes(args, reward_model.model)
+    training = PreferenceTraining(reward_model, pairs, args, passes)
     return [training.update() for _ in range(args.max_steps)]
 
 
@@ -231,10 +219,9 @@ def train_reward_model(
     choices = fill_form(args, args.model if args.policy is None else args.policy)
     with Session("reward-model", choices) as session, ExitStack() as stack:
         sources = [name for name in (choices.data, choices.task) if isinstance(name, str)]
-        title = f"tokenrl reward-model: {', '.join(sources) or 'data in memory'}"
-        session.console.start(
-            title, {"seed": choices.seed, "run": session.directory}, note=LOSS_NOTE
-        )
+        first = {"seed": choices.seed, "run": session.directory}
+        source = ", ".join(sources) or "data in memory"
+        session.console.start(f"tokenrl reward-model: {source}", first, note=LOSS_NOTE)
         with session.console.status("loading the preferences and the model"):
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
@@ -243,45 +230,49 @@ def train_reward_model(
         stack.enter_context(using_threads(threads))
         time = reward_model.form.chat_time
         decided = {"threads": threads, "output_dir": session.directory, "chat_time": time}
-        args = fill_defaults(choices, data, decided)
-        training = PreferenceTraining(reward_model, data.train, args)
+        passes, computing = choose_passes(choices, reward_model.model)
+        args = fill_defaults(choices, data, decided | computing)
+        training = PreferenceTraining(reward_model, data.train, args, passes)
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": data.train, "held_out": data.held_out}
         dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
-        provenance = provenance_of(reward_model, dicts)
-        saved = SavedModel(reward_model, "reward model")
         size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
         line, warnings = division(
             dicts["train"], dicts["held_out"], size, noun="pairs", divided=False
         )
-        header = _header(args, line, reward_model) | {"threads": f"{threads} ({reason})"}
-        record = _record(args, data, reward_model)
-        session.open(args, saved, provenance, {"training": training}, header, **record)
+        title = f"Reward model, {data.name}, seed {args.seed}"
+        names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory"}
+        header = _header(args, line, reward_model)
+        header |= {"threads": f"{threads} ({reason})", "computing": passes.words}
+        session.open(
+            args,
+            SavedModel(reward_model, "reward model"),
+            provenance_of(reward_model, dicts),
+            {"training": training},
+            header,
+            names=names | {"task": getattr(data.task, "name", None)},
+            title=title,
+            pairs={"train": len(data.train), "held_out": len(data.held_out)},
+            **recorded(data.task),
+        )
         for warning in warnings:
             session.console.warn(warning)
 
         def evaluate() -> dict[str, float]:
-            rewards = score_pairs(reward_model, held_out)
-            return session.evaluated(preference_metrics(rewards, data.held_out))
+            return preference_metrics(score_pairs(reward_model, held_out), data.held_out)
 
         if not session.continues:
-            evaluate()
+            session.evaluated(evaluate())
+        code = 0
         if args.check:
             code = check_pairs(session, data.train, data.held_out)
             session.ended = "check"
-            ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
-            return replace(ended, exit_code=ended.exit_code or code)
-        for _ in session.steps():
-            with session.update():
-                metrics = training.update()
-            timings = {"tokens_per_second": session.rate(metrics["num_tokens"])}
-            if session.due(args.eval_every):
-                metrics |= evaluate()
-            session.record(metrics, timings)
-        if session.owes_evaluation:
-            evaluate()
+        else:
+            run_updates(session, training, evaluate)
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
-        _finish(session, data, ended, record["title"], score_pairs(reward_model, held_out))
+        if args.check:
+            return replace(ended, exit_code=ended.exit_code or code)
+        _finish(session, data, ended, title, score_pairs(reward_model, held_out))
         return ended
 
 
@@ -304,29 +295,16 @@ def fill_defaults(
         )
     batch_size = min(choices.batch_size, len(data.train))
     max_steps = choices.max_steps or math.ceil(len(data.train) / batch_size)
-    defaults = {
-        "max_steps": max_steps,
-        "learning_rate": 1e-3 if choices.model is None else 1e-5,
-        "eval_every": max(1, max_steps // 10),
-    }
-    pairs = decided | {"batch_size": batch_size}
-    layers = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
-    return RewardModelArguments(**vars(layers.values))
-
-
-def _record(args: RewardModelArguments, data: RewardData, model: RewardModel) -> dict[str, Any]:
-    """Return what config.json holds beside the settings."""
-    return {
-        "names": {
-            "data": data.name,
-            "model": model.__name__,
-            "policy": "in memory",
-            "task": getattr(data.task, "name", None),
-        },
-        "title": f"Reward model, {data.name}, seed {args.seed}",
-        "pairs": {"train": len(data.train), "held_out": len(data.held_out)},
-        **recorded(data.task),
-    }
+    rate = choices.learning_rate or (1e-3 if choices.model is None else 1e-5)
+    every = choices.eval_every or max(1, max_steps // 10)
+    return replace(
+        choices,
+        **decided,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=rate,
+        eval_every=every,
+    )
 
 
 def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) -> dict[str, Any]:
@@ -359,27 +337,16 @@ def _finish(
         write_preferences(directory / name, preferences)
     rows: list[dict[str, Any]] = []
     for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
-        row = {
-            "prompt": pair.prompt,
-            "chosen": pair.chosen,
-            "rejected": pair.rejected,
-            "reward_chosen": chosen,
-            "reward_rejected": rejected,
-        }
-        rows.append(row)
+        texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        rows.append(texts | {"reward_chosen": chosen, "reward_rejected": rejected})
     # the worst mistakes first
     rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])
     for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
-    facts: dict[str, Any] = {
-        f"{name} on held-out pairs": value for name, value in ended.eval_after.items()
-    }
-    facts |= form_line(ended.reward_model.form)
-    facts["weights"] = ended.weights
-    base = session.args.model
-    origin = session.origin.in_words()
-    card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
-    session.finish(
-        ended, lambda path: SavedModel(ended.reward_model, "reward model").hand_over(path, card)
-    )
+    facts: dict[str, Any] = {f"{name} on held-out pairs": x for name, x in ended.eval_after.items()}
+    facts |= {**form_line(ended.reward_model.form), "weights": ended.weights}
+    words = session.origin.in_words()
+    card = Card(title, facts, words, session.args.model, ["reward-model"], kind="reward model")
+    saved = SavedModel(ended.reward_model, "reward model")
+    session.finish(ended, lambda path: saved.hand_over(path, card))

@@ -36,32 +36,27 @@ UNREAD = "sdpa_with_unread_masks"
 """The name under which transformers holds `sdpa` with masks that are applied without a look at them."""
 ACTIVATIONS = 4 * 2**30
 """Bytes that the activations of a pass may take, where its size is left open."""
+PRECISIONS = {"no": "precision of the weights", "bf16": "bfloat16 (weights float32)"}
+"""What a pass is computed in, in words, by the value of mixed_precision."""
 NUMBERS = 34
 """Numbers that a layer keeps for each token and hidden unit until the backward pass, as a Llama does."""
 
 
-@dataclass(frozen=True)
-class Forward:
-    """How forward passes are computed.
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How passes with a gradient are computed.
 
     Attributes:
-        policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained.
-        model: the model of forward passes with a gradient; it shares the weights of `policy.model`.
-        scoring: how completions are scored.
+        model: the model that computes them, in bfloat16 a copy of the one that is trained.
         copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
         words: the choices and their reasons in a line, for the run's header.
         tokens: the most tokens of a pass, which has at least one row.
-        reference_scoring: how completions are scored under a teacher; None for a reference of the same kind
-            as the policy, which is scored alike.
     """
 
-    policy: Policy
     model: nn.Module
-    scoring: Scoring
     copies: Copies = ()
     words: str = ""
     tokens: int = 1
-    reference_scoring: Scoring | None = None
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -78,16 +73,63 @@ class Forward:
                 half.grad = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forward(Passes):
+    """How a policy is computed, with a gradient and without.
+
+    Attributes:
+        policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained; `model`
+            shares its weights.
+        scoring: how completions are scored.
+        reference_scoring: how completions are scored under a teacher; None for a reference of the same kind
+            as the policy, which is scored alike.
+    """
+
+    policy: Policy
+    scoring: Scoring
+    reference_scoring: Scoring | None = None
+
+
+def choose_passes(args: Any, model: nn.Module) -> tuple[Passes, dict[str, Any]]:
+    """Choose how the updates of a model are computed that is no policy, such as a reward model.
+
+    Args:
+        args: the settings of the run, in which those about computing may be open.
+        model: the model, on the device where it will run.
+
+    Returns:
+        What computes, and the settings about computing by name.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in model.parameters())
+    device = next(model.parameters()).device
+    precision, reason = choose_precision(args, weights, size, device)
+    tokens = args.tokens_per_pass or _tokens(model)
+    copies: Copies = ()
+    if precision == "bf16":
+        model, copies = half_model(model)
+    words = f"{PRECISIONS[precision]} ({reason}), up to {tokens:,} tokens in a pass"
+    settings = {"mixed_precision": precision, "tokens_per_pass": tokens}
+    return Passes(model=model, copies=copies, words=words, tokens=tokens), settings
+
+
 def choose_forward(
-    args: Any, policy: Policy, accelerator: Any, *, alone: bool = False, turns: bool = False
+    args: Any,
+    policy: Policy,
+    accelerator: Any = None,
+    *,
+    length: int,
+    hidden: bool = False,
+    turns: bool = False,
 ) -> tuple[Forward, dict[str, Any]]:
     """Choose how a run computes, and check that it samples and scores this model rightly.
 
     Args:
         args: the settings of the run, in which those about computing may be open.
         policy: the policy, on the device where it will run.
-        accelerator: accelerate's handle of device and processes.
-        alone: whether one process chooses for itself, while others may wait for it.
+        accelerator: accelerate's handle of the processes; None in a run of a single process.
+        length: the most tokens of a completion.
+        hidden: whether hidden states are needed.
         turns: whether episodes of several turns are sampled.
 
     Returns:
@@ -96,10 +138,11 @@ def choose_forward(
     Raises:
         Refused: the model cannot be sampled and scored, or has no attention of the kind that is asked for.
     """
-    precision, reason = choose_precision(args, policy, accelerator)
-    attention = _attention(args, policy, accelerator)
-    tokens = args.tokens_per_pass or _tokens(policy)
-    policy = with_unread_masks(policy, accelerator.device)
+    device = policy.device
+    precision, reason = choose_precision(args, policy.trainable_parameters(), policy.size, device)
+    attention = _attention(args, policy.size, device, length)
+    tokens = args.tokens_per_pass or _tokens(policy.model)
+    policy = with_unread_masks(policy, device)
 
     model = policy.model
     if attention == "eager":
@@ -110,47 +153,54 @@ def choose_forward(
                 raise
             attention = "as_loaded"
     suffix = ""
-    if precision == "bf16" and accelerator.device.type == "cpu":
+    if precision == "bf16" and device.type == "cpu":
         # The fused kernels take eight times as long for a single token as the plain formula.
         policy = replace(policy, model=model)
         suffix = " in sampling too"
-    processes = None if alone else accelerator
     # Before any rounding, because bfloat16 can leave little of a gradient.
-    scoring = check_scoring(
-        policy, model, hidden=args.estimator.needs_values, accelerator=processes
-    )
+    scoring = check_scoring(policy, model, hidden=hidden, accelerator=accelerator)
     if turns and (fault := check_turns(policy)):
         remarks = {**scoring.remarks, "turns": f"each reads its whole history again ({fault})"}
         scoring = replace(scoring, remarks=remarks)
     copies: Copies = ()
-    numbers = "precision of the weights"
     if precision == "bf16":
-        numbers = "bfloat16 (weights float32)"
         policy, copies = half_copy(policy)
         model = policy.model
         if attention == "eager":
             model = with_attention(model, "eager")
     kind = attention.replace("_", " ")
-    words = f"{numbers} ({reason}), attention {kind}{suffix}, up to {tokens:,} tokens in a pass"
+    words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, up to {tokens:,} tokens in a pass"
     settings = {
         "mixed_precision": precision,
         "training_attention": attention,
         "tokens_per_pass": tokens,
     }
-    return Forward(policy, model, scoring, copies, words, tokens), settings
+    forward = Forward(
+        model=model, copies=copies, words=words, tokens=tokens, policy=policy, scoring=scoring
+    )
+    return forward, settings
 
 
-def choose_precision(args: Any, policy: Policy, accelerator: Any) -> tuple[str, str]:
-    """Return `bf16` for a bfloat16 copy of the weights or else `no`, and the reason."""
-    if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
+def choose_precision(
+    args: Any, weights: Sequence[nn.Parameter], size: int, device: torch.device
+) -> tuple[str, str]:
+    """Return `bf16` for a bfloat16 copy of the weights or else `no`, and the reason.
+
+    Args:
+        args: the settings of the run.
+        weights: the weights that are trained.
+        size: the number of the model's parameters.
+        device: where it runs.
+    """
+    if all(p.dtype != torch.float32 for p in weights):
         return "no", "weights are not float32"
     if args.mixed_precision is not None:
         return args.mixed_precision, "as set"
-    if accelerator.device.type != "cpu":
+    if device.type != "cpu":
         if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
             return "bf16", "a GPU with bfloat16"
         return "no", "a GPU without bfloat16"
-    if policy.size < LARGE:
+    if size < LARGE:
         return "no", f"on a CPU, fewer than {LARGE // 10**6} M parameters"
     # Older releases of torch than 2.10 do not name them.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -159,24 +209,26 @@ def choose_precision(args: Any, policy: Policy, accelerator: Any) -> tuple[str, 
     return "no", "a CPU without bfloat16"
 
 
-def _attention(args: Any, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
+def _attention(
+    args: Any, size: int, device: torch.device, length: int
+) -> Literal["as_loaded", "eager"]:
     """Return the attention of updates: on a CPU the kernels' gradients are slow for short completions."""
     if args.training_attention is not None:
         return args.training_attention
-    suits = policy.size >= LARGE and args.max_completion_length <= SHORT
-    return "eager" if accelerator.device.type == "cpu" and suits else "as_loaded"
+    suits = size >= LARGE and length <= SHORT
+    return "eager" if device.type == "cpu" and suits else "as_loaded"
 
 
-def _tokens(policy: Policy) -> int:
+def _tokens(model: Any) -> int:
     """Return how many tokens have activations of about `ACTIVATIONS` bytes in all."""
-    shape = shape_of(policy)
+    shape = model.config.get_text_config()
     layers = getattr(shape, "num_hidden_layers", None)
     hidden = getattr(shape, "hidden_size", None)
     if not layers or not hidden:
         raise Refused(
             "The configuration names no num_hidden_layers and hidden_size: give tokens_per_pass."
         )
-    size = next(policy.model.parameters()).element_size()
+    size = next(model.parameters()).element_size()
     return max(1, ACTIVATIONS // (NUMBERS * size * layers * hidden))
 
 
@@ -187,24 +239,31 @@ def shape_of(policy: Policy) -> Any:
 
 
 def half_copy(policy: Policy) -> tuple[Policy, Copies]:
-    """Return the policy with bfloat16 weights, and the trained weights with their copies.
+    """Return the policy with bfloat16 weights (see `half_model`), and the trained weights with their copies.
 
-    Buffers, such as the frequencies of rotary positions, and weights that have to keep another precision are
-    shared. Frozen weights, such as the base of an adapter, are kept once: the original becomes bfloat16 too,
-    as does a reference that is held apart.
+    A reference that is held apart becomes bfloat16 too.
     """
-    pairs = [
-        (p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad))
-        for p in _halved(policy.model)
-    ]
-    model = _copied(policy.model, {id(p): half for p, half in pairs})
-    for original, half in pairs:
-        if not half.requires_grad:
-            original.data = half.data
+    model, copies = half_model(policy.model)
     if policy.reference is not None:
         for p in _halved(policy.reference):
             p.data = p.data.to(torch.bfloat16)
-    return replace(policy, model=model), [pair for pair in pairs if pair[0].requires_grad]
+    return replace(policy, model=model), copies
+
+
+def half_model(model: nn.Module) -> tuple[nn.Module, Copies]:
+    """Return a copy of the model with bfloat16 weights, and the trained weights with their copies.
+
+    Buffers, such as the frequencies of rotary positions, and weights that have to keep another precision are
+    shared. Frozen weights, such as the base of an adapter, are kept once: the original becomes bfloat16 too.
+    """
+    pairs = [
+        (p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)) for p in _halved(model)
+    ]
+    half_model = _copied(model, {id(p): half for p, half in pairs})
+    for original, half in pairs:
+        if not half.requires_grad:
+            original.data = half.data
+    return half_model, [pair for pair in pairs if pair[0].requires_grad]
 
 
 def with_attention(model: nn.Module, implementation: str) -> nn.Module:

@@ -1,6 +1,6 @@
 """Makes the policy that a training starts from: loaded, tiny, or the base model of a toy task.
 
-The base model of a toy task is a tiny model that has learnt from demonstrations; it is kept in a cache.
+The base model of a toy task is a tiny model that has learnt from demonstrations; it is kept for later runs.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import importlib
 import json
 import os
 import string
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import (
     TINY,
     LoadingArguments,
@@ -28,7 +27,7 @@ from tokenrl.language.policy.arguments import (
     fill_form,
     form_of,
 )
-from tokenrl.language.policy.loading import device_for, find_model
+from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -40,7 +39,7 @@ from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.supervised.fit import check_trainable, fit
-from tokenrl.runs.files import atomic_directory
+from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
 
@@ -148,7 +147,9 @@ def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
 def warm_started_base(
     task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
 ) -> Path:
-    """Make the tiny model of a toy task, warm-started on its demonstrations, or take it from the cache.
+    """Make the tiny model of a toy task, warm-started on its demonstrations, unless it is there already.
+
+    It lies in $TOKENRL_CACHE, or else in tokenrl/ of the user's cache, under a name that changes with the task.
 
     Args:
         task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
@@ -159,80 +160,35 @@ def warm_started_base(
         The directory of model and tokenizer.
 
     Raises:
-        Refused: the task has no model of its own, the seed has more than 32 bits, or the cache cannot be
-            written.
+        Refused: the task has no model of its own, or the seed has more than 32 bits.
+        Stopped: the directory cannot be written.
     """
     if getattr(task, "build", None) is None:
         mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
     check_seed(seed)
-    folder = cache_directory() / f"{task.name}-{cache_key([task.fingerprint, seed])}"
-    with locked_in_cache(folder.name, announce):
-        try:
-            if folder.exists():
-                find_model(folder)
-                return folder
-        except Refused as error:
-            announce(f"the cached model {folder} is damaged, and is made again. {error}")
-        # one thread, for the same weights on every machine
-        with using_threads(1), atomic_directory(folder) as new:
-            policy = wrap(*task.build(seed), source=f"{task.name} base")
-            _learn_demonstrations(policy, task, seed, announce)
-            save_policy(policy, new)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
+    ingredients = [task.fingerprint, seed, torch.__version__.split("+")[0], MADE_BY]
+    digest = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
+    folder = cache / f"{task.name}-{digest[:16]}"
+    if folder.exists():
+        return folder
+    # One thread, for the same weights on every machine; runs that start together make it once.
+    with writing(cache), using_threads(1):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with atomic_directory(folder) as new:
+                    save_policy(_made_base(task, seed, announce), new)
     return folder
 
 
-def _learn_demonstrations(
-    policy: Policy, task: Any, seed: int, announce: Callable[[str], None]
-) -> None:
-    warm = task.warm_start
-    if warm is None:
-        return
-    rows = task.demonstrations
-    steps = f"{warm.steps} steps; cached for next time"
-    announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
-    fit(
-        policy,
-        rows,
-        max_steps=warm.steps,
-        batch_size=warm.batch_size,
-        learning_rate=warm.learning_rate,
-        seed=seed,
-    )
-
-
-def cache_directory() -> Path:
-    """Return the directory of warm-started models: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
-
-
-def cache_key(ingredients: Any) -> str:
-    """Return 16 hexadecimal digits that stand for all that the weights of a cached model depend on."""
-    text = json.dumps([ingredients, torch.__version__.split("+")[0], MADE_BY], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def locked_in_cache(name: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a name in the cache during the block; wait where another run holds it.
-
-    Raises:
-        Refused: the cache cannot be written.
-    """
-    folder = cache_directory()
-    lock = FileLock(folder / f"{name}.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held = lock.acquire(blocking=False)
-        except Timeout:
-            warn(f"waiting for another run, which is making {folder / name}")
-            held = lock.acquire()
-    except OSError as error:
-        fault = f"Warm-started models are kept in {folder}, which cannot be written"
-        raise Refused(
-            f"{fault} ({describe(error)}). Set TOKENRL_CACHE to another directory."
-        ) from error
-    with held:
-        yield
+def _made_base(task: Any, seed: int, announce: Callable[[str], None]) -> Policy:
+    policy = wrap(*task.build(seed), source=f"{task.name} base")
+    if warm := task.warm_start:
+        rows = task.demonstrations
+        announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({warm.steps} steps).")
+        sizes = {"max_steps": warm.steps, "batch_size": warm.batch_size}
+        fit(policy, rows, **sizes, learning_rate=warm.learning_rate, seed=seed)
+    return policy

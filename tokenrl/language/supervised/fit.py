@@ -1,11 +1,12 @@
-"""Minimises losses over rows of data with AdamW; the loss of demonstrations is here."""
+"""Minimises losses over rows of data with AdamW, some rows at a time; the loss of demonstrations is here."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,75 +16,60 @@ from tokenrl.language.policy.characters import texts_in
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.forward import Forward
+from tokenrl.language.rollout.forward import Forward, Passes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
+from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
 from tokenrl.runs.schedules import load_schedule, make_schedule
+from tokenrl.runs.session import Session
+from tokenrl.settings import MAX_COUNT
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
 PROGRESS = ("step", "tokens", "loss_before", "loss_after")
 """The fields of a `Descent` that say how far it has come."""
 
 
-class Descent:
-    """The optimiser of a supervised training, and how far it has come.
+class Descent(ABC):
+    """Minimises a loss over rows with AdamW. Rows are drawn without replacement, one epoch after the other.
 
-    Rows are drawn without replacement, one epoch after the other.
+    An update has as many passes as its rows need; its loss and its weights are those of the whole batch.
 
     Attributes:
-        parameters: the weights that are trained.
         step: number of updates so far.
-        tokens: number of tokens learnt from so far, where the training counts them.
+        tokens: number of tokens learnt from so far.
         loss_before: loss of the first batch before its update; None before the first.
         loss_after: the same of the latest batch.
     """
 
+    what: str
+    """What is trained, in words, for errors."""
+
     def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        rows: int,
-        *,
-        of: str,
-        max_steps: int,
-        batch_size: int,
-        learning_rate: float,
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        max_grad_norm: float = math.inf,
-        schedule: Literal["linear", "constant"] = "linear",
-        warmup_steps: int = 0,
+        self, parameters: Sequence[nn.Parameter], rows: int, args: DescentArguments, passes: Passes
     ) -> None:
         """Start before the first update.
 
         Args:
             parameters: the weights to train.
-            rows: number of rows in the data.
-            of: what is trained, in words, for errors.
-            max_steps: number of updates.
-            batch_size: rows per update.
-            learning_rate: peak learning rate.
-            seed: seed of the order of the rows.
-            weight_decay: AdamW's weight decay.
-            max_grad_norm: gradients are clipped to this norm.
-            schedule: whether the learning rate falls to 0 over all updates, or stays after the warm-up; if it
-                stays, the weights after an update do not depend on how many follow.
-            warmup_steps: number of updates over which the learning rate rises to its peak.
+            rows: number of rows.
+            args: the settings; `max_steps`, `batch_size` and `learning_rate` are not open.
+            passes: how passes are computed.
         """
-        self.parameters = list(parameters)
-        self._of = of
-        self._max_grad_norm = max_grad_norm
-        self._batches = RowOrder(rows, seed, batch_orders)
-        self._batch_size = batch_size
-        fused = self.parameters[0].device.type in ("cpu", "cuda")
-        options: dict[str, Any] = {
-            "lr": learning_rate,
-            "weight_decay": weight_decay,
-            "fused": fused,
-        }
-        self._optimizer = torch.optim.AdamW(self.parameters, **options)
-        self._schedule = make_schedule(schedule, self._optimizer, max_steps, warmup_steps)
+        self._parameters = list(parameters)
+        self._args = args
+        self._passes = passes
+        self._batches = RowOrder(rows, args.seed, batch_orders)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+            fused=self._parameters[0].device.type in ("cpu", "cuda"),
+        )
+        self._schedule = make_schedule(
+            args.lr_scheduler_type, self._optimizer, args.max_steps, args.warmup_steps
+        )
         self.step = self.tokens = 0
         self.loss_before: float | None = None
         self.loss_after: float | None = None
@@ -93,18 +79,16 @@ class Descent:
         """The learning rate of the next update."""
         return float(self._schedule.get_last_lr()[0])
 
-    def batch(self) -> list[int]:
-        """Return the numbers of the next batch's rows."""
-        return self._batches.draw(self._batch_size)
+    @abstractmethod
+    def width(self, batch: Sequence[int]) -> int:
+        """Return how many tokens each row of a batch has with padding, by the numbers of its rows."""
 
-    def update(
-        self, loss: Tensor, differentiated: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:
-        """Update the weights by the gradient of a loss.
+    @abstractmethod
+    def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
+        """Return the share of the rows of a pass in the loss of the batch, by the numbers of both."""
 
-        Args:
-            loss: the loss.
-            differentiated: called after the backward pass, as to take gradients over from a copy.
+    def update(self) -> dict[str, float]:
+        """Update the weights on the next batch.
 
         Returns:
             `loss`, before the update, and `grad_norm` before clipping.
@@ -112,16 +96,25 @@ class Descent:
         Raises:
             Stopped: the loss or the norm of its gradient is NaN or infinite; the weights are as before.
         """
+        batch = self._batches.draw(self._args.batch_size)
+        fitting = max(1, self._passes.tokens // self.width(batch))
+        size = min(fitting, self._args.micro_batch_size or fitting)
         self.step += 1
+        self._passes.copy_weights()
         self._optimizer.zero_grad()
-        loss.backward()
-        differentiated()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
-        metrics = {"loss": loss.item(), "grad_norm": float(norm)}
+        losses = list[Tensor]()
+        for start in range(0, len(batch), size):
+            loss = self.loss(batch[start : start + size], batch)
+            loss.backward()
+            self._passes.accumulate_gradients()
+            losses.append(loss.detach())
+        largest_norm = self._args.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self._parameters, largest_norm)
+        metrics = {"loss": torch.stack(losses).sum().item(), "grad_norm": float(norm)}
         for name, value in zip(("loss", "norm of the gradient"), metrics.values(), strict=True):
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
-                wrong = f"The {name} of {self._of} is {value} at step {self.step}, which changes no weight"
+                wrong = f"The {name} of {self.what} is {value} at step {self.step}, which changes no weight"
                 raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
         self._optimizer.step()
         self._schedule.step()
@@ -148,6 +141,29 @@ class Descent:
         self._batches.load_state_dict(state["batches"])
         self._optimizer.load_state_dict(state["optimizer"])
         load_schedule(self._schedule, self.step)
+
+
+def run_updates(
+    session: Session, training: Descent, evaluate: Callable[[], dict[str, float]]
+) -> None:
+    """Make the updates of a run that are left, with evaluations.
+
+    Args:
+        session: the run, after `open` and the evaluation before training.
+        training: makes the updates.
+        evaluate: returns the metrics of the model as it is now.
+
+    Raises:
+        Stopped: the loss or its gradient became NaN or infinite.
+    """
+    for _ in session.steps():
+        with session.update():
+            metrics = training.update()
+        if session.due(session.args.eval_every):
+            metrics |= session.evaluated(evaluate())
+        session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
+    if session.owes_evaluation:
+        session.evaluated(evaluate())
 
 
 def check_trainable(policy: Policy) -> None:
@@ -182,8 +198,12 @@ def encode_demonstrations(
         A pair for each turn of the assistant.
 
     Raises:
-        Refused: a demonstration is longer than the context, or has no completion.
+        Refused: there are none, or one is longer than the context or has no completion.
     """
+    if not rows:
+        raise Refused(
+            "There are no demonstrations to learn from. Give rows of prompt and completion."
+        )
     pairs: list[Pair] = []
     for location, row in with_places(rows):
         turns = row.get("completion")
@@ -290,76 +310,59 @@ class SupervisedTraining(Descent):
     """Supervised training: minimises the mean negative log-likelihood of the completions' tokens.
 
     The policy is changed in place. Losses are in nats per token.
-
-    Attributes:
-        pairs: token ids of the prompt and of the completion of each demonstration.
     """
 
+    what = "the supervised stage"
+
     def __init__(
-        self,
-        policy: Policy,
-        demonstrations: Sequence[dict[str, Any]],
-        *,
-        max_grad_norm: float = 1.0,
-        forward: Forward | None = None,
-        environments: Environments | None = None,
-        **options: Any,
+        self, policy: Policy, pairs: Sequence[Pair], args: DescentArguments, forward: Forward
     ) -> None:
-        """Tokenise all rows, so that an unusable one is refused before the first update.
+        """Start before the first update.
 
         Args:
             policy: the policy to train.
-            demonstrations: rows of `prompt` and `completion`.
-            max_grad_norm: gradients are clipped to this norm.
-            forward: how the policy is computed; None for its own model in the precision of its weights.
-            environments: where the demonstrations come from, as in `encode_demonstrations`.
-            **options: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
-
-        Raises:
-            Refused: there are no demonstrations, or one cannot be used.
+            pairs: the demonstrations, as `encode_demonstrations` returns them.
+            args: the settings, as in `Descent`.
+            forward: how the policy is computed.
         """
-        if not demonstrations:
-            raise Refused(
-                "There are no demonstrations to learn from. Give rows of prompt and completion."
-            )
+        super().__init__(policy.trainable_parameters(), len(pairs), args, forward)
         self._policy = policy
-        self._forward = forward or Forward(policy, policy.model, USUAL)
-        self.pairs = encode_demonstrations(policy, demonstrations, environments)
-        options |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
-        super().__init__(policy.trainable_parameters(), len(self.pairs), **options)
+        self._pairs = pairs
+        self._forward = forward
 
-    def learn(self) -> dict[str, float]:
-        """Update the policy on the next batch.
+    def width(self, batch: Sequence[int]) -> int:
+        """Return the tokens of the longest prompt and of the longest completion together."""
+        prompts, completions = zip(*(self._pairs[i] for i in batch), strict=True)
+        return max(map(len, prompts)) + max(map(len, completions))
 
-        Returns:
-            `loss`, before the update, in nats per token, and `grad_norm` before clipping.
-
-        Raises:
-            Stopped: the loss or its gradient became NaN or infinite.
-        """
-        batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.batch()])
-        self._forward.copy_weights()
-        logprobs = score(self._forward.model, batch, self._forward.scoring).logprobs
-        tokens = int(batch.mask.sum())
-        self.tokens += tokens
-        loss = -torch.where(to_device(batch.mask, logprobs.device), logprobs, 0).sum() / tokens
-        return self.update(loss, self._forward.accumulate_gradients)
+    def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
+        """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
+        part = demonstration_batch(self._policy, [self._pairs[i] for i in rows])
+        logprobs = score(self._forward.model, part, self._forward.scoring).logprobs
+        mask = to_device(part.mask, logprobs.device)
+        self.tokens += int(part.mask.sum())
+        tokens = sum(len(self._pairs[i][1]) for i in batch)
+        return -torch.where(mask, logprobs, 0).sum() / tokens
 
 
 def fit(
     policy: Policy,
     demonstrations: Sequence[dict[str, Any]],
     *,
-    max_steps: int,
+    environments: Environments | None = None,
+    forward: Forward | None = None,
     **options: Any,
 ) -> list[float]:
-    """Fine-tune a policy on demonstrations for `max_steps` updates.
+    """Fine-tune a policy on demonstrations.
 
     Args:
         policy: the policy to train, in place.
         demonstrations: rows of `prompt` and `completion`.
-        max_steps: number of updates over which the learning rate falls to 0.
-        **options: further arguments of `SupervisedTraining`.
+        environments: where the demonstrations come from, as in `encode_demonstrations`.
+        forward: how the policy is computed; None for its own model in the precision of its weights, a batch in
+            one pass.
+        **options: `max_steps`, `batch_size` and `learning_rate`, and further settings of `tokenrl sft` about
+            the optimiser, such as `seed`.
 
     Returns:
         The loss of each update in nats per token.
@@ -368,5 +371,8 @@ def fit(
         Refused: there are no demonstrations, or one cannot be used.
         Stopped: the loss or its gradient became NaN or infinite.
     """
-    training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **options)
-    return [training.learn()["loss"] for _ in range(max_steps)]
+    usual = Forward(policy=policy, model=policy.model, scoring=USUAL, tokens=MAX_COUNT)
+    args = DescentArguments(**options)
+    pairs = encode_demonstrations(policy, demonstrations, environments)
+    training = SupervisedTraining(policy, pairs, args, forward or usual)
+    return [training.update()["loss"] for _ in range(args.max_steps)]

@@ -18,8 +18,7 @@ from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import check_scoring
-from tokenrl.language.rollout.forward import Forward
+from tokenrl.language.rollout.forward import Forward, choose_forward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import make_policy
@@ -30,8 +29,19 @@ from tokenrl.language.supervised.defaults import (
     sft_defaults,
     with_origins,
 )
-from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes
-from tokenrl.language.tasks.held_out import counted, division_of, prompt_keys, smaller_evaluation
+from tokenrl.language.supervised.fit import (
+    SupervisedTraining,
+    as_in_episodes,
+    encode_demonstrations,
+    run_updates,
+)
+from tokenrl.language.tasks.held_out import (
+    counted,
+    division_of,
+    eval_split,
+    prompt_keys,
+    smaller_evaluation,
+)
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import described, provenance_of, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
@@ -44,6 +54,7 @@ from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 
+LOSS_NOTE = "The loss is the negative log-likelihood, in nats per token."
 EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
 
@@ -92,115 +103,66 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", choices) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(choices)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {
-            "demonstrations": counted(prompt_keys(rows)),
-            "seed": choices.seed,
-            "run": session.directory,
-        }
-        note = "The loss is the negative log-likelihood, in nats per token."
-        session.console.start(f"tokenrl sft: {name}", first, note=note)
+        first = {"demonstrations": counted(prompt_keys(rows)), "seed": choices.seed}
+        first |= {"run": session.directory}
+        session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
         with session.console.status("loading the model"):
             policy = make_policy(choices, task, session.console.note)
-            policy.model.to(device_for(policy.size))
-            scoring = check_scoring(policy)
-            args, origins = sft_defaults(choices, task, policy)
+            policy.model.to(device_for(policy.size, choices.cpu))
+        args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
-        time = policy.form.chat_time
-        args = replace(args, threads=threads, output_dir=session.directory, chat_time=time)
         stack.enter_context(using_threads(threads))
         environments = None if rewards is None else rewards.environments
         if rewards is None and task.environment is not None:
             environments = Environments(task.environment)
         if environments is not None:
             rows = as_in_episodes(rows, environments, session.console.warn)
-        training = SupervisedTraining(
-            policy,
-            rows,
-            forward=Forward(policy, policy.model, scoring),
-            environments=environments,
-            max_steps=args.max_steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=args.seed,
-        )
-        evaluate = _evaluation(args, task, rewards, policy, training, session.console.warn)
-        line = partial(with_origins, args, origins)
-        facts: dict[str, Any] = {
-            "model": policy.source,
-            "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
-            "learning rate": line(learning_rate="{:g}") + ", falling to 0",
-            "threads": f"{threads} ({reason})",
-            **form_line(policy.form, args.model),
-            **scoring.remarks,
-        }
-        title = f"{name}, supervised, seed {args.seed}"
-        provenance = provenance_of(policy, {"demonstrations": rows})
+        pairs = encode_demonstrations(policy, rows, environments)
+        length = room(pairs)
+        if rewards is not None:
+            length, _ = completion_limit(task, args.model, policy, otherwise=length)
+        forward, computing = choose_forward(args, policy, length=length)
+        computing |= {"threads": threads, "output_dir": session.directory}
+        args = replace(args, **computing, chat_time=policy.form.chat_time)
+        training = SupervisedTraining(policy, pairs, args, forward)
         saved = SavedModel(policy)
+        header = _header(args, origins, forward) | {"threads": f"{threads} ({reason})"}
         session.open(
             args,
             saved,
-            provenance,
+            provenance_of(policy, {"demonstrations": rows}),
             {"training": training},
-            facts,
+            header,
             names={"task": name, "model": policy.source},
-            title=title,
+            title=f"{name}, supervised, seed {args.seed}",
             **recorded(task),
         )
-        return train_supervised(session, training, saved, evaluate, title, facts)
+        evaluate = _evaluation(args, task, rewards, forward, length, session.console.warn)
+        if not session.continues:
+            session.evaluated(evaluate())
+        run_updates(session, training, evaluate)
+        return _finish(session, training, saved, header)
 
 
-def train_supervised(
-    session: Session,
-    training: SupervisedTraining,
-    saved: SavedModel,
-    evaluate: Callable[[], dict[str, float]],
-    title: str,
-    facts: Mapping[str, Any],
-) -> SftResult:
-    """Make the updates that are left, with evaluations; save the model, summary and report.
-
-    Args:
-        session: the run, after `open`.
-        training: makes the updates.
-        saved: the policy that is trained.
-        evaluate: returns the metrics of the policy as it is now.
-        title: title of the model's card.
-        facts: further lines of the card, by name.
-
-    Raises:
-        Stopped: the loss or its gradient became NaN or infinite, or the model could not be written.
-    """
-    args = session.args
-    if not session.continues:
-        session.evaluated(evaluate())
-    for _ in session.steps():
-        with session.update():
-            metrics = training.learn()
-        if session.due(args.eval_every):
-            metrics |= session.evaluated(evaluate())
-        session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
-    ended = SftResult(
-        **session.outcome(),
-        loss_before=training.loss_before,
-        loss_after=training.loss_after,
-        policy=saved.policy,
-    )
-    rewards = {k: v for k, v in ended.eval_after.items() if k.startswith("reward")}
-    results: dict[str, Any] = {f"{name} after": value for name, value in rewards.items()}
-    results |= {"final loss": training.loss_after, "weights": ended.weights}
-    card = Card(title, {**facts, **results}, session.origin.in_words(), args.model, ["sft"])
-    greedy = evaluations(session.rows, "eval_reward_greedy")
-    findings = judge(Observed(keep=args.keep, greedy=greedy), "greedy-fell")
-    session.finish(ended, lambda path: saved.hand_over(path, card), map(str, findings))
-    return ended
+def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) -> dict[str, Any]:
+    """Return the lines of the header that are known once the model is loaded."""
+    line = partial(with_origins, args, origins)
+    return {
+        "model": forward.policy.source,
+        "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
+        "learning rate": f"{line(learning_rate='{:g}')}, {args.lr_scheduler_type}",
+        "computing": forward.words,
+        **form_line(forward.policy.form, args.model),
+        **forward.scoring.remarks,
+    }
 
 
 def _evaluation(
     args: SftArguments,
     task: Any,
     rewards: Rewards | None,
-    policy: Policy,
-    training: SupervisedTraining,
+    forward: Forward,
+    length: int,
     warn: Callable[[str], None],
 ) -> Callable[[], dict[str, float]]:
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
@@ -208,19 +170,47 @@ def _evaluation(
         return dict
     for warning in division_of(task, args.eval_size)[1]:
         warn(warning)
-    length, _ = completion_limit(task, args.model, policy, otherwise=room(training.pairs))
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
     sampling = Sampling(length, seed=args.seed)
-    return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
+
+    def evaluate() -> dict[str, float]:
+        forward.copy_weights()
+        return evaluate_policy(forward.policy, prompts, rewards, sampling).metrics
+
+    return evaluate
+
+
+def _finish(
+    session: Session, training: SupervisedTraining, saved: SavedModel, header: Mapping[str, Any]
+) -> SftResult:
+    """Save the model with its card, write summary and report, and show how the run ended."""
+    args = session.args
+    ended = SftResult(
+        **session.outcome(),
+        loss_before=training.loss_before,
+        loss_after=training.loss_after,
+        policy=saved.policy,
+    )
+    facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
+    facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
+    title = f"{session.origin.settings['task']}, supervised, seed {args.seed}"
+    card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
+    greedy = evaluations(session.rows, "eval_reward_greedy")
+    findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
+    session.finish(ended, lambda path: saved.hand_over(path, card), map(str, findings))
+    return ended
 
 
 def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
     """Return the task, its rewards, and rows of prompt and completion.
 
-    A data set without a reward is used whole; with one, some of its rows are held out.
+    A data set without a reward is used whole; with one, some of its rows are held out. A task object may have
+    no reward either.
     """
     named = isinstance(args.task, str)
     column = args.completion_column
+    if getattr(args.task, "reward", args.reward) is None and not args.reward:
+        return args.task, None, demonstrations(args.task, column)
     is_task = hasattr(args.task, "train_prompts") or (
         named and (":" in args.task or is_toy_task(args.task))
     )
@@ -234,15 +224,11 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
         )
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
-    if args.split not in splits:
-        raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
+    eval_split(splits, where, args.split, None)  # refuses a split that is not there
     rows = with_prompts(splits[args.split], where, args)
     if column not in rows[0]:
         fault = f"{where} has no column {column!r}; name one of {', '.join(rows[0])} by completion_column"
         raise Refused(f"{fault} (--completion-column).{nearest(column, rows[0])}")
     name, origin = (args.task, {}) if named else described(splits)
-    rest = [row for split in splits if split != args.split for row in splits[split]]
-    task = with_environment(
-        PromptTask(name, rows, rest, None, origin=origin), None, args.environment
-    )
-    return task, None, demonstrations(task, column)
+    task = PromptTask(name, rows, [], None, origin=origin)
+    return with_environment(task, None, args.environment), None, demonstrations(task, column)

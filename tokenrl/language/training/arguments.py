@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, check_model
 from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.supervised.arguments import PassArguments
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
@@ -55,7 +56,7 @@ class SamplingArguments(Distribution, group="sampling"):
 
 
 @dataclass(frozen=True)
-class OptimiserArguments(Settings, group="optimiser"):
+class OptimiserArguments(PassArguments, group="optimiser"):
     """How the weights are updated from a rollout."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -75,17 +76,6 @@ class OptimiserArguments(Settings, group="optimiser"):
     """Passes over each rollout."""
     num_minibatches: Count = 1
     """Updates per pass, each on an equal share of the prompts."""
-    micro_batch_size: Count | None = None
-    """The most completions in one forward pass of one process, within tokens_per_pass; changes memory only,
-    not the update. Default: any number."""
-    tokens_per_pass: Count = OPEN
-    """Tokens of prompts and completions in one forward pass of one process, which whole groups fill; a larger
-    group is split. Changes memory only. Default: as many as have activations of about 4 GiB, at 34 numbers
-    for each layer and hidden unit."""
-    mixed_precision: Literal["no", "bf16"] = OPEN
-    """bf16: sample, score and differentiate with a bfloat16 copy of the weights, which stay float32. Default:
-    bf16 on a GPU that has it, and from 10 M parameters on also on a CPU that multiplies in it (AVX512_BF16,
-    AMX); else no."""
     training_attention: Literal["as_loaded", "eager"] = OPEN
     """Attention of updates, and of sampling too in bfloat16 on a CPU: as the model was loaded (mostly sdpa),
     or by its plain formula. Default: eager on a CPU from 10 M parameters on, with completions of at most 128
@@ -158,15 +148,16 @@ class WarmStartArguments(Settings, group="warm start"):
     """A supervised stage before the first step, for models that never write anything like an answer."""
 
     warm_start: bool | Literal["auto"] = False
-    """First train all weights on the task's demonstrations (16 an update, with the learning rate of tokenrl
-    sft and the precision of the run). An adapter is added afterwards. Demonstrations are those of the task,
-    or else training rows with a completion. The stage is a run in warm_start of the output_dir. For many
-    trainings from one start, run tokenrl sft once and give its directory to --model. auto: skip it if
-    at least half of the groups have unequal rewards already and at most half of the completions are cut at
-    the maximum length, of samples for 32 training prompts; graded rewards are often unequal for a model that
-    knows nothing. --no-warm-start, the default: no such stage."""
+    """First train all weights on the task's demonstrations, as tokenrl sft does with 16 of them an update and
+    a learning rate that is constant after 10 updates of warm-up. An adapter is added afterwards.
+    Demonstrations are those of the task, or else training rows with a completion. The stage is a run in
+    warm_start of the output_dir; one that has ended there is taken as it is. For many trainings from one
+    start, run tokenrl sft once and give its directory to --model. auto: skip it if at least half of the
+    groups have unequal rewards already and at most half of the completions are cut at the maximum length, of
+    samples for 32 training prompts; graded rewards are often unequal for a model that knows nothing. Default:
+    no such stage."""
     warm_start_steps: Count = 240
-    """Updates of this stage. With a larger number and --overwrite it goes on from those of the output_dir."""
+    """Updates of this stage."""
 
 
 @dataclass(frozen=True)

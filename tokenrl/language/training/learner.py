@@ -305,7 +305,14 @@ def make_learner(
         policy.add_reference()
         if policy.reference is not None:
             policy.reference.to(device)
-    forward, computing = choose_forward(args, policy, accelerator, turns=turns)
+    forward, computing = choose_forward(
+        args,
+        policy,
+        accelerator,
+        length=args.max_completion_length,
+        hidden=args.estimator.needs_values,
+        turns=turns,
+    )
     if teacher is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)

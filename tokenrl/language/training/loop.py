@@ -15,8 +15,9 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card, fingerprint
+from tokenrl.language.policy.saving import Card
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
@@ -24,7 +25,6 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt
 from tokenrl.language.supervised.defaults import check_prompts
-from tokenrl.language.supervised.warm_start import WarmStart
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -110,12 +110,12 @@ def train(
     task, rewards = together(accelerator, partial(task_of, choices, accelerator))
     claimed = claim("train", choices, accelerator)
     with closing(claimed):
-        if choices.warm_start and not choices.check:
-            if choices.resume and choices.chat_time is None:
-                times = gather_objects([warm_start.time_of(claimed.directory)])
-                choices = replace(choices, chat_time=times[0])
-            _make_warm_start(choices, task, rewards, accelerator, claimed)
-        return _train(choices, task, rewards, accelerator, claimed, callback)
+        warmed = dict[str, Any]()
+        if choices.warm_start:
+            warmed = _warm_start(choices, task, rewards, accelerator, claimed)
+            time = choices.chat_time or warmed.get("chat_time")
+            choices = replace(choices, chat_time=time)
+        return _train(choices, task, rewards, accelerator, claimed, warmed, callback)
 
 
 def _train(
@@ -124,6 +124,7 @@ def _train(
     rewards: Rewards,
     accelerator: Any,
     claimed: Claim,
+    warmed: dict[str, Any],
     callback: Callback | None,
 ) -> RunResult:
     every = choices.logging_steps if choices.logging_steps > 1 else 10
@@ -133,7 +134,7 @@ def _train(
         session.console.start(
             f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
         )
-        run, provenance = _prepare(choices, task, rewards, accelerator, session)
+        run, provenance = _prepare(choices, task, rewards, accelerator, session, warmed)
         with closing(run.learner.generator), using_threads(run.args.threads), own_process():
             _open(run, session, provenance)
             for warning in warnings_of(run):
@@ -159,41 +160,40 @@ def _train(
             return _finish(run, session)
 
 
-def _make_warm_start(
+def _warm_start(
     choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
-) -> None:
-    """Make the warm start in the main process, as a supervised run in a folder of the run directory.
+) -> dict[str, Any]:
+    """Make the warm start in the main process, unless it has been made; return its facts in each process."""
 
-    A training that continues from a checkpoint makes it again if it needs one that is damaged or gone.
-    """
-    folder = warm_start.folder_of(claimed.directory)
-
-    def make() -> None:
-        if not is_main(accelerator):
-            return
+    def prepare() -> tuple[TrainArguments, Policy]:
         console = Console(quiet=choices.quiet)
         with console.status("loading the model"):
             policy, _ = load_models(choices, task, console.note)
-            policy = replace(policy, model=copy.deepcopy(policy.model), reference=None)
-        args, _ = fill_defaults(choices, task, policy)
-        if claimed.step and not warm_start.is_missing(args, folder):
-            return
-        with using_threads(choose_threads(policy.size, args.threads)[0]):
-            WarmStart(policy, task, rewards, args, console, accelerator, folder).run()
+        return fill_defaults(choices, task, policy)[0], policy
+
+    def make() -> dict[str, Any]:
+        if not is_main(accelerator):
+            return {}
+        folder = warm_start.folder_of(claimed.directory)
+        return warm_start.warm_start(choices, task, rewards, folder, prepare)
 
     try:
-        together(accelerator, make)
+        return gather_objects([together(accelerator, make)])[0]
     except USER_CODE_FAILED as error:
         refuse_before_steps(error, accelerator)
         raise
 
 
 def _prepare(
-    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session
+    choices: TrainArguments,
+    task: Task,
+    rewards: Rewards,
+    accelerator: Any,
+    session: Session,
+    warmed: dict[str, Any],
 ) -> tuple[TrainingRun, Provenance]:
     """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
     console = session.console
-    warmed = dict[str, Any]()
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy, teacher = load_models(choices, task, console.note)
@@ -205,17 +205,14 @@ def _prepare(
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(args, origins, policy, teacher))
+    if warmed:
+        console.note(f"warm start: {warmed['in_words']}.")
+        folder = warm_start.folder_of(session.directory)
+        # Where the folder is on another machine, the main process sends its weights.
+        if warmed["updates"] and folder.exists():
+            warm_start.start_from(policy, folder)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
-    folder = warm_start.folder_of(session.directory)
-    # Where the folder is on another machine, the main process sends its weights.
-    if args.warm_start and (session.continues or folder.exists()):
-        warmed = warm_start.facts_of(folder, continues=session.continues)
-        console.note(f"warm start: {warmed.get('in_words')}.")
-        if warm_start.is_needed(args) or not session.continues:
-            warm_start.start_from(policy, folder)
-        if warm_start.is_needed(args):
-            provenance.fingerprints["warm start"] = fingerprint(policy.model)
     adapt(args, policy)
     policy.sampling = distribution_of(args)
     if teacher is not None:

@@ -58,7 +58,7 @@ class RunResult(Outcome):
             `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
-        warm_started: what `warm_start` found; empty without such a stage.
+        warm_started: the updates of the warm start and its losses; empty without one.
         policy: the trained policy, with the weights that are in model/.
     """
 
@@ -82,7 +82,7 @@ class TrainingRun:
         threads: the number of threads of torch, and in words where it comes from.
         usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         teacher: the teacher; None without one.
-        warm_started: what `warm_start` found; empty without such a stage.
+        warm_started: the updates of the warm start and its losses; empty without one.
         eval_seconds: seconds of the latest evaluation.
         totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
