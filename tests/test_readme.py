@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES, FOLDER = ROOT / "recipes", ROOT / "recipes" / "pages"
 README, ALL = (ROOT / "README.md").read_text(), (FOLDER / "explain" / "estimators.md").read_text()
 PAGES = [ROOT / "README.md", RECIPES / "README.md"]
-PAGES += [FOLDER / "explain" / f"{name}.md" for name in ("classic_systems", "estimators")]
+PAGES += [FOLDER / "explain" / "estimators.md"]
 PAGES += [FOLDER / "guides" / f"{name}.md" for name in ("resume", "speed")]
 WITH_COMMANDS = [path for path in sorted(FOLDER.rglob("*.md")) if commands(path)]
 

@@ -38,7 +38,7 @@ PROGRAMS = {
 # tests/language/rollout/test_openenv_client.py and tests/test_toy_environments.py
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
 ELSEWHERE |= {"distillation_forms", "pass_at_k", "openenv_client", "turns", "build", "reference"}
-ELSEWHERE |= {"distillation", "compare_baselines", "overall_scores", "compare_existing_runs"}
+ELSEWHERE |= {"distillation", "overall_scores", "compare_existing_runs"}
 ELSEWHERE |= {"zero", "code_reward"}
 TABLE = "estimators_table"
 RUNGS = {
@@ -67,7 +67,7 @@ PAGES = [  # the Python of the others is run by tests/test_readme.py
     path
     for path in ALL_PAGES
     if path.parent.name in ("tutorials", "guides", "explain")
-    and path.stem not in ("resume", "estimators", "classic_systems", "speed")
+    and path.stem not in ("resume", "estimators", "speed")
 ]
 LEARNING = RECIPES / "pages" / "tutorials" / "own_task.md"  # trains for a hundred steps
 # what shortens a command of a page

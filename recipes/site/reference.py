@@ -105,7 +105,10 @@ def command_page(name: str) -> str:
         parts.append(
             "`--estimator.AXIS` changes one axis of the estimator: see [the axes](axes.md)."
         )
-    return page(f"tokenrl {name}", *parts, *settings_tables(command.arguments))
+    tables = [*settings_tables(command.arguments)]
+    if f"{name}, results" in examples:
+        tables.append("## Results\n\n" + examples[f"{name}, results"].strip())
+    return page(f"tokenrl {name}", *parts, *tables)
 
 
 def axes_page() -> str:
