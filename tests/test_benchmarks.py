@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -99,13 +98,6 @@ def test_the_policy_writes_as_many_turns_as_the_environment_asks_for(episodes, t
     again = 0 if cache == 1 else 2 * (40 + 100 + 160)
     assert measured["read"] == [once + again, once]
     assert len(measured["seconds"]) == 1
-
-
-def test_an_answer_takes_its_time_and_the_last_asks_for_no_call(episodes):
-    environment, started = episodes["SlowOracle"](), time.monotonic()
-    assert environment.reset(turns=3, wait=0.03) == "?"
-    answers = [asyncio.run(environment.ask("abc")) for _ in range(2)]
-    assert answers == ["abcab?", "abcab!"] and time.monotonic() - started > 0.06
 
 
 def test_an_episode_of_other_turns_is_no_measurement(episodes, monkeypatch):
@@ -293,17 +285,6 @@ def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
         and rate == pytest.approx(2 * 4 * 4 / seconds, rel=0.05)
         and peak > 50
     )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    sys.platform == "darwin", reason="there may be an Apple GPU, which no variable hides"
-)
-def test_without_a_gpu_nothing_is_measured_unasked():
-    command = [sys.executable, str(FOLDER / "on_your_gpu.py"), "--tiny"]
-    settings = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=100)
-    assert done.returncode == 2 and "torch has no GPU here" in done.stderr and done.stdout == ""
 
 
 STUB = """
