@@ -14,20 +14,11 @@ layers the advantage is G_t - V(x), and the head learns G_t by half its squared 
 G_t is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
 the textbook's choice.
 
-Look for: the textbook's run is one seed, 0.4872 without the value head and 1.1734 with it; --textbook repeats
-both to the last digit, by a plain loop. Over ten seeds this is chance [95 % intervals]: normalised returns
-end at 0.78 [0.61, 0.96] without V and at 0.83 [0.65, 1.01] with it, single seeds anywhere between 0.39 and
-1.20, and the difference seed by seed is 0.04 [-0.12, 0.22]. Normalised in itself, every episode gets a credit
-that sums to 0, whether it went right, left or nowhere; one that is cut while its steps all paid the same gets
-the same credit whatever they paid. V cannot bring back what was divided out. With raw returns V is worth what
-the textbook says: 1.184 [1.172, 1.196] with it, 1.101 without, more with every seed. Without V the policy
-walks straight to the right; with it, it takes its time on the safe side and arrives all the same. From
-orthogonal weights (--initial-weights orthogonal) the normalised returns end at 0.51 [0.50, 0.54] without V
-and 0.51 [0.48, 0.54] with it, the raw ones at 1.12 [1.11, 1.12] and 1.17 [1.14, 1.20].
-
---env costly_walk is another environment, in which every such step costs 0.01: standing about returns -0.5.
-There V is no gain: raw returns end at 0.899 without V and 0.897 with it, of 0.9. Normalised they end at -0.47
-[-0.92, 0.08] and 0.34 [-0.22, 0.75].
+Look for: normalised in itself, every episode gets a credit that sums to 0, and V cannot bring back what was
+divided out. With raw returns V is worth what the textbook says. Without V the policy walks straight to the
+right; with it, it takes its time on the safe side and arrives all the same. In `--env costly_walk` every such
+step costs 0.01, and V is no gain. The numbers are on the page of `tokenrl control`,
+recipes/pages/reference/control.md.
 """
 
 # /// script

@@ -9,24 +9,10 @@ each episode (gamma 0.99) are shifted and scaled to mean 0 and standard deviatio
 `tuned` has settings for each environment. Both are in tokenrl/control/arguments.py, where comments say what
 each choice is for. Every trained policy is judged by fresh episodes with sampled actions.
 
-Look for: CartPole (solved at 475), where the classic agent ends at 429 [382, 468] (mean and 95 % bootstrap
-interval over thirty seeds, 0 to 29), anywhere from 106 to 500, and 18 of 30 reach 475. Nothing bounds its
-steps, so its return falls back several times before the end, and ten seeds are few: seeds 0 to 9 end at 379
-[284, 451], three of them at 475 or more; seeds 10 to 29 at 454 [397, 494], fifteen of twenty. The tuned agent
-ends at 500 with every seed, with 14 times as many environment steps but less than half of the processor
-time, because it steps 64 environments at once.
-
-Acrobot (-100): the classic agent ends at -238 [-355, -138]. Seven of ten seeds end between -239 and -93, two
-of them above -100, and the other three at -500: they hardly ever reached the goal, and an episode is only
-compared with itself, so failing always teaches nothing. With other starting states two of ten stayed there,
-and one agent had -104 with sampled actions and -476 with the most probable ones: noise is part of what was
-learnt. Tuned: -89 [-92, -87], ten of ten above -100. The initial weights are not what decides: with
-PyTorch's own instead of orthogonal ones the classic agent ended at 445 on CartPole (ten seeds, one at 129
-again), and on Acrobot two of four seeds stayed at -500.
-
-LunarLander (200): after 1,000 episodes the classic agent ends at 84 [9, 136], none of five seeds above 200;
-with other starting states it was 117, one of five. Tuned: 271 [266, 276], all five above 200, with
-4.9 times as many environment steps.
+Look for: the spread of the classic agent over seeds, since nothing bounds its steps, and an episode is only
+compared with itself. The initial weights are not what decides: with PyTorch's own instead of orthogonal ones
+the classic agent ended at 445 on CartPole (ten seeds), and on Acrobot two of four seeds stayed at -500. All
+other numbers are on the page of `tokenrl control`, recipes/pages/reference/control.md.
 """
 
 # /// script

@@ -18,12 +18,10 @@ The sweet spot is the beta with the highest mean return over seeds. Others are n
 these, there is no sweet spot. A run ends at the goal or at the decoy if more than half of the episodes of the
 final policy do. A run without a bonus is flagged `entropy-collapsed` if its last entropy is below 0.1.
 
-Look for: by default, with beta 0, 0.01, 0.1, 0.3 and 1, 14, 12, 7, 0 and 0 of 20 runs in `trap` end at the
-decoy, and the mean returns are 0.61, 0.65, 0.74, 0.86 and 0.80. Beta 1 is not caught either, but nearly
-uniform for most of the run, and no time is left to commit. 0.3 has its price too: the 6 runs that find the
-goal without a bonus return 0.90. Of the 12 flagged runs 9 are at the decoy and 3 at the goal: the flag says
-that a policy has chosen, not that it chose badly. On the plain grid all runs find the goal, and each larger
-beta is a little worse: 0.939, 0.938, 0.925, 0.908, 0.883.
+Look for: the runs that end at the decoy, which fall with beta, and the price of a beta that is too large: a
+policy that is nearly uniform for most of the run has no time left to commit. The flag says that a policy has
+chosen, not that it chose badly. The numbers are on the page of `tokenrl control`,
+recipes/pages/reference/control.md.
 """
 
 # /// script
