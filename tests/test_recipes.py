@@ -45,7 +45,6 @@ SHORT = {  # flags by recipe, and by its first argument where it has several
     "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
 }
-ONE_PAGE = "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo"
 FIGURES = {
     "figures grpo-difficulty": "",
     "figures kl": "",
@@ -146,10 +145,8 @@ def test_one_page_is_one_page_of_torch_and_core():
     assert not any(alias.name == "tokenrl" for node in nodes for alias in node.names)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "train_lm" else pytest.param(name, marks=pytest.mark.slow) for name in SHORT],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
 def test_recipe_leaves_a_complete_run_of_what_it_says(
     name, base, tmp_path, monkeypatch, capsys, handlers
 ):
@@ -184,13 +181,6 @@ def test_recipe_leaves_a_complete_run_of_what_it_says(
         assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
         assert {"rewards/right/mean", "rewards/well_formed/mean", "kl"} <= set(lines[-1])
         assert len(numbers("most\\):", out)) == 1
-
-
-def test_one_page_runs(tmp_path, monkeypatch, capsys):
-    out = run("reinforce_one_page", ONE_PAGE, tmp_path, monkeypatch, capsys)
-    rewards = numbers("reward", out)
-    assert len(rewards) == 5  # greedy and sampled, before and after, and the last step
-    assert all(0 <= reward <= 1 for reward in rewards) and "biased" in out
 
 
 @pytest.mark.slow
