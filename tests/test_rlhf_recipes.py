@@ -65,8 +65,10 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there(stu
 
 @pytest.mark.slow
 def test_the_study_runs_and_leaves_its_numbers_and_figure(
-    study, short_warm_start, tmp_path, capsys
+    study, short_warm_start, tmp_path, capsys, monkeypatch
 ):
+    for name, small in {"SAMPLED_PAIRS": 40, "PAIRS": 20, "JUDGE_WIDTH": 16}.items():
+        monkeypatch.setitem(study["train_judge"].__globals__, name, small)
     study["main"](study["Args"](output_dir=tmp_path / "runs", seeds=2, max_steps=5, pool=16))
     output = capsys.readouterr().out
     assert "best-of-n" in output and "seed 1: accuracy" in output
