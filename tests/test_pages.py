@@ -83,7 +83,7 @@ def with_programs():
         yield from [pytest.param(page, marks=marks)] if texts else []
 
 
-@pytest.mark.parametrize("page", with_programs(), ids=name_of)
+@pytest.mark.parametrize("page", [*with_programs()], ids=name_of)
 def test_the_python_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = tokenrl.train
