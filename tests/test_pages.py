@@ -30,7 +30,6 @@ LEARNING = TUTORIALS / "own_task.md"  # trains for a hundred steps
 BRIEF = {  # what shortens a command of a page
     "train": "--max-steps 1 --eval-generations 0",
     "compare": "--dry-run",
-    "advise": "--num-samples 2",
     "control": "--max-steps 1 --eval-episodes 2",
     "reward-model": "--max-steps 1",
     "sft": "--max-steps 1",
